@@ -45,6 +45,7 @@ def measure(args) -> dict:
         "ids": ids[:, :-1],
         "targets": ids[:, 1:],
         "mask": torch.ones(1, tokens, dtype=torch.bool),
+        "weights": None,
         "reset": None,
     }
     warm_up = {name: x if x is None else x[:, :48] for name, x in batch.items()}

@@ -43,10 +43,10 @@ def train_step(model, optimizer, batch, every_position: bool) -> tuple[int, floa
     x, _ = model.features(batch["ids"], reset=batch["reset"])
     mask = batch["mask"]
     logits = model.head(x)[mask] if every_position else model.head(x[mask])
-    (loss_sum(logits, batch["targets"][mask]) / max(batch["step_targets"], 1)).backward()
+    (loss_sum(logits, batch["targets"][mask]) / (batch["step_weight"] or 1.0)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return batch["step_targets"], time.perf_counter() - start
+    return int(mask.sum()), time.perf_counter() - start
 
 
 def share_filled(form: str, schedule: Schedule, ctx_len: int) -> float:

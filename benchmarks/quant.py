@@ -127,7 +127,7 @@ def batch(rows: list[tuple[list[int], int]]) -> dict:
         n = len(row) - 1
         ids[i, :n], targets[i, :n] = torch.tensor(row[:-1]), torch.tensor(row[1:])
         mask[i, given - 1 : n] = True
-    return {"ids": ids, "targets": targets, "mask": mask, "reset": None}
+    return {"ids": ids, "targets": targets, "mask": mask, "weights": None, "reset": None}
 
 
 def loss(model, config: Config, rows: dict) -> torch.Tensor:

@@ -80,6 +80,7 @@ def batch(vocabulary: int, rows: int, tokens: int) -> dict:
         "ids": ids[:, :-1],
         "targets": ids[:, 1:],
         "mask": torch.ones(rows, tokens, dtype=torch.bool),
+        "weights": None,
         "reset": None,
     }
 

@@ -115,9 +115,9 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
         for where, row in read_source(source, Report("skip"), reading, encoder.tokenizer.eod):
             with contextlib.suppress(UserError):
                 lint.compare(where, row)
-    ids, trained = (np.concatenate(arrays) for arrays in zip(*lint.documents))
+    ids, weights = (np.concatenate(arrays) for arrays in zip(*lint.documents))
     ends = np.cumsum([len(ids) for ids, _ in lint.documents])
-    tokens = Tokens(ids, trained, ends, np.array(lint.texts), np.array(lint.begins))
+    tokens = Tokens(ids, weights, ends, np.array(lint.texts), np.array(lint.begins))
     return lint, report, tokens, tokens.documents_of(np.concatenate(chosen))
 
 
@@ -129,7 +129,7 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     return {
         "rows": tokens.records,
         "tokens": int(lengths.sum()),
-        "trained": int(tokens.trained.sum()),
+        "trained": int(np.count_nonzero(tokens.weights)),
         "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
         "documents": len(inputs),
         "rewritten": documents.rewritten[0],
@@ -182,7 +182,7 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
     ended = len(row.ids) - (
         len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
     )
-    for token, trained in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.trained.tolist()):
+    for token, trained in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
         # a token that is part of a character is shown with the one that completes it
         if text := decoder.push(token):
             colour, shade = (TRAINED if trained else NOT_TRAINED)[shade], 1 - shade
@@ -194,7 +194,7 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
         pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
     elif ended < len(row.ids):
         pieces.append(
-            f"{decoder.flush()}\x1b[{(TRAINED if row.trained[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m"
+            f"{decoder.flush()}\x1b[{(TRAINED if row.weights[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m"
         )
     return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
 

@@ -45,7 +45,13 @@ def make_batch(lengths, vocab=67, seed=0):
     for i, row in enumerate(lengths):
         mask[i, sum(row) :] = False
         reset[i, list(itertools.accumulate(row))[:-1]] = True
-    return {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
+    return {
+        "ids": ids,
+        "targets": targets,
+        "mask": mask,
+        "weights": None,
+        "reset": reset if reset.any() else None,
+    }
 
 
 def results(model, batch, chunks, **options):

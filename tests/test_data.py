@@ -75,7 +75,7 @@ def assistant(text):
 
 def marked(row):
     """The bytes of a document as text, the trained ones between < and >; the end of document shows as $."""
-    groups = itertools.groupby(zip(row.ids.tolist(), row.trained.tolist()), key=lambda pair: pair[1])
+    groups = itertools.groupby(zip(row.ids.tolist(), row.weights.tolist()), key=lambda pair: pair[1])
     pieces = [(trained, bytes(i or ord("$") for i, _ in pairs).decode()) for trained, pairs in groups]
     return "".join(f"<{text}>" if trained else text for trained, text in pieces)
 
@@ -87,12 +87,12 @@ def test_world_ids_and_mask(load, world):
     text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world)
     assert (
         text.ids.tolist() == [*world.encode("hello"), 0]
-        and text.trained.all()
+        and text.weights.all()
         and text.targets == len(text.ids) - 1
     )
     # User : hi \n\n Ass istant : | hello, end
     assert chat.ids.tolist() == [24281, 59, 4571, 261, 5585, 41693, 59, 38685, 0]
-    assert chat.trained.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
+    assert chat.weights.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_text_is_trained_whole_and_kept_as_it_is(load):
 def test_the_end_of_utf16_is_a_whole_unit(load):
     row = load([{"messages": [user("é"), assistant("ab")]}], load_tokenizer("utf16", 256))[0]
     assert bytes(row.ids.tolist()).decode("utf-16-le") == "User: é\n\nAssistant: ab\0"
-    assert row.ids[-2:].tolist() == [0, 0] and row.trained.sum() == 2 * len(" ab\0")
+    assert row.ids[-2:].tolist() == [0, 0] and row.weights.sum() == 2 * len(" ab\0")
 
 
 def whole_blank_line_tokenizer(tmp_path):
@@ -159,7 +159,7 @@ def test_pieces_are_tokenised_as_chat_does(tmp_path, world, raw):
         chat = [enc(asked[0]), enc(" x y"), enc("\n\n"), enc(asked[1]), enc(" z"), list(tokenizer.eod)]
         row = encode(render(first + second), tokenizer)
         assert row.ids.tolist() == [i for piece in chat for i in piece]
-        assert row.trained.tolist() == [flag for piece, flag in zip(chat, [0, 1, 1, 0, 1, 1]) for _ in piece]
+        assert row.weights.tolist() == [flag for piece, flag in zip(chat, [0, 1, 1, 0, 1, 1]) for _ in piece]
 
 
 def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_documents(load):
@@ -261,7 +261,8 @@ def make_schedule(rows, micro_bsz, accumulate, world, seed=1):
     return Schedule(
         [[i] for i in range(len(lengths))],
         lengths,
-        tuple(rng.randint(0, n) for n in lengths),
+        targets := tuple(rng.randint(0, n) for n in lengths),
+        targets,
         micro_bsz,
         accumulate,
         world,
@@ -332,7 +333,7 @@ def test_collate_pads_on_the_right_and_never_trains_the_padding():
         [4, 0, 0],
     ]
     assert batch["mask"].tolist() == [[False, True, True], [True, False, False]]
-    assert batch["step_targets"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
+    assert batch["step_weight"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
 
 
 def test_no_rows_are_one_masked_row():
@@ -349,6 +350,7 @@ def test_batches_begin_at_any_step():
         [[i] for i in range(7)],
         [len(row.ids) - 1 for row in documents],
         [row.targets for row in documents],
+        [row.weight for row in documents],
         1,
         2,
         2,
@@ -375,7 +377,7 @@ def test_the_sample_shows_what_is_trained(world, raw):
     ]
     assert plan_text.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
-    cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
+    cut.weights[1] = False  # the mask may part a character; both halves are then shown as such
     shown = plan_text.sample(cut, raw)
     assert (
         shown.startswith("    | «\ufffd»\ufffdx")
@@ -449,7 +451,7 @@ def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
         logits = model(torch.from_numpy(row.ids[None, :-1]).long())[0][0]
         losses.append(
             F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[
-                torch.from_numpy(row.trained[1:])
+                torch.from_numpy(row.weights[1:] != 0)
             ]
         )
     close("mean over trained tokens", whole, torch.cat(losses).mean(), 1e-12)

@@ -829,7 +829,7 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
     for cache in ("none", str(tmp_path / "cache"), str(tmp_path / "cache")):
         report = Report("skip")
         documents = load_documents("a.jsonl:0.5,b:2,c.csv:3", raw, 8, cache=cache, report=report, seed=5)
-        results.append(([(row.ids.tolist(), row.trained.tolist()) for row in documents], report))
+        results.append(([(row.ids.tolist(), row.weights.tolist()) for row in documents], report))
     rows = [bytes(ids).decode() for ids, _ in results[0][0]]
     assert rows[50:] == [f"b{i}\0" for i in range(10) for _ in range(2)] + ["cd\0"] * 3 and results[0][0][-1][
         1

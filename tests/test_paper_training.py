@@ -230,7 +230,7 @@ def test_the_real_tasks(data_dir):
         )
         assert len(held_out) == 50 and not train & held_out
         if name != "digits":
-            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out), (
+            assert all(not row.ids[0] and row.weights[1:].all() for row in found.held_out), (
                 "rows begin with the second byte of a character"
             )
     loss, tokens, answers = untouched(found)

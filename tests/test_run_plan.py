@@ -212,7 +212,7 @@ def documents(count, seed, trained=True):
 
 
 def cut_to_length(rows):
-    return Documents([Document(row.ids, row.trained[: len(row.ids)]) for row in rows])
+    return Documents([Document(row.ids, row.weights[: len(row.ids)]) for row in rows])
 
 
 @pytest.mark.parametrize(

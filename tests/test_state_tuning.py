@@ -234,7 +234,13 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(chunks):
-        batch = {"ids": ids, "targets": targets, "mask": torch.ones_like(RESETS), "reset": RESETS}
+        batch = {
+            "ids": ids,
+            "targets": targets,
+            "mask": torch.ones_like(RESETS),
+            "weights": None,
+            "reset": RESETS,
+        }
         loss = batch_loss(model, batch, chunks)
         return [loss, *torch.autograd.grad(loss, trained)]
 
@@ -254,6 +260,7 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
         "ids": ids,
         "targets": targets,
         "mask": torch.ones_like(reset),
+        "weights": None,
         "reset": reset if resets else None,
     }
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -46,7 +46,7 @@ def fit(tokens, ctx_len):
     return dataset.fit([tokens], [np.arange(len(tokens.ends))], ctx_len)
 
 
-NAMES = ("ids", "trained", "ends", "texts", "begins")
+NAMES = ("ids", "weights", "ends", "texts", "begins")
 
 
 @pytest.fixture
@@ -96,12 +96,12 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
     rows = make_rows(700)
     assert len(tokens.ends) == 700 and tokens.texts.tolist() == ["text" in row for row in rows]
     for row, start, end in zip(rows, [0, *tokens.ends], tokens.ends):
-        [(ids, trained)] = encoder.encode(row)
+        [(ids, weights)] = encoder.encode(row)
         assert (
             tokens.ids[start:end].tolist() == ids.tolist()
-            and tokens.trained[start:end].tolist() == trained.tolist()
+            and tokens.weights[start:end].tolist() == weights.tolist()
         )
-        assert trained[-1] and ids[-1] == 0
+        assert weights[-1] and ids[-1] == 0
 
 
 def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
@@ -122,7 +122,7 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
     monkeypatch.undo()
     plain = load_documents(path, encoder.tokenizer, 50)
     assert [row.ids.tolist() for row in documents] == [row.ids.tolist() for row in plain] and len(plain) > 700
-    assert [row.trained.tolist() for row in documents] == [row.trained.tolist() for row in plain]
+    assert [row.weights.tolist() for row in documents] == [row.weights.tolist() for row in plain]
 
 
 def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monkeypatch, tmp_path):
@@ -189,7 +189,7 @@ def test_a_changed_file_is_read_again(path, encoder, cached):
     assert len(tokenise(path, encoder, str(cached)).ends) == 701 and len(entries(cached)) == 2
 
 
-@pytest.mark.parametrize("damage", ["ids", "trained", "ends", "texts", "found.json"])
+@pytest.mark.parametrize("damage", ["ids", "weights", "ends", "texts", "found.json"])
 def test_an_entry_that_is_not_whole_is_made_again(path, encoder, cached, damage):
     whole = tokenise(path, encoder)
     assert equal(tokenise(path, encoder, str(cached)), whole)

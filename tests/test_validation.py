@@ -96,7 +96,7 @@ def exact_loss(path, documents):
     """Document by document, in float64."""
     model, total = RWKV.load(path, torch.float64), 0.0
     for row in documents:
-        ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)[1:]
+        ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.weights)[1:] != 0
         total += float(
             torch.nn.functional.cross_entropy(
                 model(ids[None, :-1])[0][0][trained], ids[1:][trained], reduction="sum"

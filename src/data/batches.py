@@ -1,7 +1,7 @@
 """Documents -> rows of one or more documents -> a schedule of optimizer steps -> batches.
 
 The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a
-resume needs only the step number, and the trained tokens of a whole optimizer step are known before its first
+resume needs only the step number, and the weights of a whole optimizer step are known before its first
 micro-batch.
 """
 
@@ -11,6 +11,7 @@ import array
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +37,15 @@ class Groups(Sequence):
 
     def sums(self, values: np.ndarray) -> array.array:
         """The sum of the members' values of each list."""
-        totals = np.cumsum(values[np.asarray(self.members)], dtype=np.int64)
-        return _integers(np.diff(totals[np.asarray(self.ends) - 1], prepend=0))
+        return _integers(self._sums(values, np.int64))
+
+    def exact_sums(self, values: np.ndarray) -> array.array:
+        """sums() in float64."""
+        return array.array("d", self._sums(values, np.float64).tobytes())
+
+    def _sums(self, values: np.ndarray, dtype: type) -> np.ndarray:
+        starts = np.append(0, np.asarray(self.ends))[:-1]
+        return np.add.reduceat(values[np.asarray(self.members)], starts, dtype=dtype)
 
 
 def _integers(values: np.ndarray) -> array.array:
@@ -97,6 +105,7 @@ class Schedule:
     rows: Sequence[list[int]]  # the documents of each row
     lengths: Sequence[int]  # inputs of each row
     targets: Sequence[int]  # trained tokens of each row
+    weights: Sequence[float]  # the sum of their weights
     micro_bsz: int
     accumulate: int
     world: int
@@ -124,6 +133,10 @@ class Schedule:
     def step_targets(self, step: int) -> int:
         """Trained tokens of the whole step, over all micro-batches and ranks."""
         return sum(self.targets[row] for row in self.step_rows(step))
+
+    def step_weight(self, step: int) -> float:
+        """The sum of their weights, which is their number where all are 1."""
+        return math.fsum(self.weights[row] for row in self.step_rows(step))
 
     def step_tokens(self, step: int) -> int:
         """Input tokens of the whole step, padding not counted."""
@@ -158,10 +171,12 @@ def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
         rows = pack(lengths, config.ctx_len, config.random_seed)
     else:
         rows = Groups(range(count), range(1, count + 1))
+    targets, sums = rows.sums(documents.target_counts), documents.weight_sums
     return Schedule(
         rows,
         lengths=rows.sums(lengths),
-        targets=rows.sums(documents.target_counts),
+        targets=targets,
+        weights=targets if sums is documents.target_counts else rows.exact_sums(sums),
         micro_bsz=config.micro_bsz,
         accumulate=accumulation(config),
         world=world,
@@ -169,17 +184,18 @@ def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     )
 
 
-def collate(rows: list[list[Document]], step_targets: int) -> dict:
+def collate(rows: list[list[Document]], step_weight: float) -> dict:
     """The batch of these rows, padded on the right to the longest.
 
-    ids, targets: (B, T) int64. mask: (B, T) bool, where there is a loss. reset: (B, T) bool, true where a
-    document starts inside a row; None if none does. step_targets: the trained tokens of the whole step.
-    Without rows, which a short step has, it is one masked row, so that every rank runs the same operations.
+    ids, targets: (B, T) int64. mask: (B, T) bool, where there is a loss. weights: (B, T) float32, what it is
+    multiplied by; None where that is always 1. reset: (B, T) bool, true where a document starts inside a row;
+    None if none does. step_weight: the sum of the weights of the whole step. Without rows, which a short step
+    has, it is one masked row, so that every rank runs the same operations.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
     targets = np.zeros_like(ids)
-    mask = np.zeros(ids.shape, dtype=bool)
+    weights = np.zeros(ids.shape, dtype=np.float32)
     reset = np.zeros(ids.shape, dtype=bool)
     for i, row in enumerate(rows):
         start = 0
@@ -187,14 +203,16 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
             part = slice(start, start := start + len(document.ids) - 1)
             ids[i, part] = document.ids[:-1]
             targets[i, part] = document.ids[1:]
-            mask[i, part] = document.trained[1:]
+            weights[i, part] = document.weights[1:]
             reset[i, part][:1] = part.start > 0
+    mask = weights != 0
     return {
         "ids": torch.from_numpy(ids),
         "targets": torch.from_numpy(targets),
         "mask": torch.from_numpy(mask),
+        "weights": None if np.array_equal(weights, mask) else torch.from_numpy(weights),
         "reset": torch.from_numpy(reset) if reset.any() else None,
-        "step_targets": step_targets,
+        "step_weight": step_weight,
     }
 
 
@@ -218,7 +236,7 @@ class Batches:
         for step in self.steps:
             for micro in range(self.schedule.accumulate):
                 rows = [self._documents_of(row) for row in self.schedule.micro_rows(step, micro, self.rank)]
-                batch = collate(rows, self.schedule.step_targets(step))
+                batch = collate(rows, self.schedule.step_weight(step))
                 yield batch | {"width": self.schedule.micro_width(step, micro)}
 
     def _documents_of(self, row: int) -> list[Document]:

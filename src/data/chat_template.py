@@ -1,4 +1,4 @@
-"""What a chat template is: it turns a conversation into pieces of text, each trained or not."""
+"""What a chat template is: it turns a conversation into pieces of text, each with the weight of its loss."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 
 
 class Segment(NamedTuple):
-    """A piece of a document, tokenised on its own, and whether the loss is taken on it."""
+    """A piece of a document, tokenised on its own, and the weight of its tokens in the loss; 0: none."""
 
     text: str
-    trained: bool
+    weight: float
 
 
 BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
@@ -59,9 +59,12 @@ class Template(Protocol):
         """(content, tool_calls) of an answer, the calls as in OpenAI's API; thoughts stay in the content."""
 
 
-def is_trained(message: dict) -> bool:
-    """OpenAI's files have `"weight": 0` in an answer that is there as context only."""
-    return message.get("weight") != 0
+def weight_of(message: dict) -> float:
+    """The weight of an answer in the loss.
+
+    OpenAI's files have `"weight": 0` in an answer that is there as context only.
+    """
+    return float(message.get("weight", 1))
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
-"""Data files become documents: tokens, and which of them are trained, in memory or mapped from the cache."""
+"""Data files become documents: tokens and their weights in the loss, in memory or mapped from the cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,17 +24,22 @@ from .token_cache import tokenise
 
 @dataclasses.dataclass
 class Document:
-    """The tokens of a document; token i is a target where trained[i].
+    """The tokens of a document; token i is a target where weights[i] is not 0.
 
     Token 0 is never one, because nothing stands before it.
     """
 
     ids: np.ndarray  # (n,) int32
-    trained: np.ndarray  # (n,) bool
+    weights: np.ndarray  # (n,) float32
 
     @property
     def targets(self) -> int:
-        return int(np.count_nonzero(self.trained[1:]))
+        return int(np.count_nonzero(self.weights[1:]))
+
+    @property
+    def weight(self) -> float:
+        """The sum of its targets' weights."""
+        return float(self.weights[1:].sum(dtype=np.float64))
 
 
 class FileDocuments(Sequence):
@@ -53,7 +59,7 @@ class FileDocuments(Sequence):
     def __getitem__(self, i: int) -> Document:
         start = int(self.starts[i])
         tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
-        return Document(tokens.ids[part], tokens.trained[part])
+        return Document(tokens.ids[part], tokens.weights[part])
 
     def take(self, chosen: np.ndarray) -> FileDocuments:
         return FileDocuments(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])
@@ -109,11 +115,24 @@ class Documents(Sequence):
             return self.items.lengths
         return np.array([len(document.ids) for document in self.items], dtype=np.int32)
 
-    @functools.cached_property
+    @property
     def target_counts(self) -> np.ndarray:
         """Trained tokens of each document, (n,) int32."""
-        documents = self._watched("counting trained tokens")
-        return np.fromiter((document.targets for document in documents), np.int32, len(self.items))
+        return self._counted[0]
+
+    @property
+    def weight_sums(self) -> np.ndarray:
+        """The sum of the weights of each document's trained tokens, (n,) float64; or their number as int32,
+        where that is the same for all of the documents.
+        """
+        return self._counted[1]
+
+    @functools.cached_property
+    def _counted(self) -> tuple[np.ndarray, np.ndarray]:
+        counts, sums = np.empty(len(self.items), np.int32), np.empty(len(self.items))
+        for i, document in enumerate(self._watched("counting trained tokens")):
+            counts[i], sums[i] = document.targets, document.weight
+        return counts, counts if np.array_equal(counts, sums) else sums
 
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
@@ -136,11 +155,15 @@ class Documents(Sequence):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the tokens and masks; every save asks for it."""
+        """SHA-256 of the tokens and weights; every save asks for it.
+
+        Weights of 0 and 1 count as false and true, which was all there was in older runs.
+        """
         digest = hashlib.sha256()
         for document in self._watched("hashing the tokens"):
             digest.update(document.ids)
-            digest.update(document.trained)
+            trained = document.weights != 0
+            digest.update(trained if np.array_equal(document.weights, trained) else document.weights)
         return digest.hexdigest()
 
     def _watched(self, doing: str) -> Iterable[Document]:
@@ -153,6 +176,11 @@ class Documents(Sequence):
     @property
     def targets(self) -> int:
         return int(self.target_counts.sum(dtype=np.int64))
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights of all trained tokens."""
+        return math.fsum(self.weight_sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +234,7 @@ class Loaded:
         if not trains_by_marker(self.encoder.loss_mask):
             return False
         end = len(self.encoder.tokenizer.eod)
-        return all(int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files)
+        return all(np.count_nonzero(tokens.weights) == len(tokens.ends) * end for tokens in self.files)
 
 
 def load(

@@ -1,4 +1,4 @@
-"""A record becomes tokens, each of them trained or not."""
+"""A record becomes tokens, each with its weight in the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tokens:
     """n documents one after another, N tokens in all."""
 
     ids: np.ndarray  # (N,) int32
-    trained: np.ndarray  # (N,) bool
+    weights: np.ndarray  # (N,) float32, 0 where there is no loss
     ends: np.ndarray  # (n,) int64: where each document ends
     texts: np.ndarray  # (n,) bool: whether it is running text and not a conversation
     begins: np.ndarray  # (n,) bool: whether it is the first document of its record
@@ -55,9 +55,9 @@ class Encoder:
     bos: tuple[int, ...] = ()
 
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (n,) int32, trained (n,) bool) of each document, with its leading and its last token.
+        """(ids (n,) int32, weights (n,) float32) of each document, with its leading and its last token.
 
-        The leading token is never trained, the end of document always. Most records are one document (see
+        The leading token never has a weight, the end of document always. Most records are one document (see
         record_segments).
 
         Raises UserError for a record that the template or the tokenizer cannot express.
@@ -71,8 +71,10 @@ class Encoder:
                     " the model was trained with it (world has ids up to 65529), else make the data again,"
                     " from text"
                 )
-            trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
-            return [self._whole(ids, trained)]
+            weights = np.ones(len(ids), dtype=np.float32)
+            if trains_by_marker(self.loss_mask):
+                weights = self._marked(ids).astype(np.float32)
+            return [self._whole(ids, weights)]
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 
@@ -93,24 +95,26 @@ class Encoder:
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """encode() of pieces that are tokenised one by one."""
-        pieces = [self.tokenizer.encode(text) for text, _ in segments]
+        pieces = [self.tokenizer.encode(segment.text) for segment in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
-        is_trained = np.array([trained for _, trained in segments], dtype=bool)
-        return self._whole(ids, np.repeat(is_trained, [len(piece) for piece in pieces]))
+        weights = np.array([segment.weight for segment in segments], dtype=np.float32)
+        return self._whole(ids, np.repeat(weights, [len(piece) for piece in pieces]))
 
-    def _whole(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _whole(self, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
         # files of tokens have it already, and so do templates that write it
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
-            trained = np.concatenate([trained, np.zeros(len(end), dtype=bool)])
-        trained[-len(end) :] = True
+            # it ends the last piece, so it weighs as much
+            weights = np.concatenate([weights, np.repeat(weights[-1:], len(end))])
+        ending = weights[-len(end) :]
+        ending[ending == 0] = 1
         bos = np.array(self.bos, dtype=np.int32)
         if not begins(ids, self.bos):
             ids = np.concatenate([bos, ids])
-            trained = np.concatenate([np.zeros(len(bos), dtype=bool), trained])
-        trained[: len(bos)] = False
-        return ids, trained
+            weights = np.concatenate([np.zeros(len(bos), dtype=np.float32), weights])
+        weights[: len(bos)] = 0
+        return ids, weights
 
     def _marked(self, ids: np.ndarray) -> np.ndarray:
         """The mask of a marker on tokens as they are: those that begin in what it trains."""

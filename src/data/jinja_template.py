@@ -28,13 +28,13 @@ import jinja2.sandbox
 
 from rwkv_miss.errors import UserError
 
-from .chat_template import BEGUN_THOUGHTS, Segment, TokenEnd, is_trained
+from .chat_template import BEGUN_THOUGHTS, Segment, TokenEnd, weight_of
 from .tool_styles import parse_any
 
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
 
-Piece = tuple[str, bool]  # as a Segment, before the end of the turn is cut off
+Piece = tuple[str, float]  # as a Segment, before the end of the turn is cut off
 
 
 class Generation(jinja2.ext.Extension):
@@ -100,7 +100,7 @@ class JinjaTemplate:
         begun = BEGUN_THOUGHTS.search(asked)
         self.opening = begun[0] if begun else ""
         documents = self.documents([question, answer, question, answer])
-        if self.marks and not any(segment.trained for segment in documents[0]):
+        if self.marks and not any(segment.weight for segment in documents[0]):
             raise UserError(
                 f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"
             )
@@ -117,8 +117,8 @@ class JinjaTemplate:
         documents, written = self._by_beginnings(messages, tools)
         whole = self._render(messages, ask, tools)
         if written is None or not whole.startswith(written):
-            return self._segments([(whole, False)])
-        return self._segments([*documents[-1], (whole.removeprefix(written), False)])
+            return self._segments([(whole, 0.0)])
+        return self._segments([*documents[-1], (whole.removeprefix(written), 0.0)])
 
     def documents(
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
@@ -128,26 +128,26 @@ class JinjaTemplate:
             return [self._segments(self._marked(messages, tools, False))]
         documents, written = self._by_beginnings(messages, tools, token_end)
         if not documents:
-            return [self._segments([(self._render(messages, False, tools), False)])]
+            return [self._segments([(self._render(messages, False, tools), 0.0)])]
         if written is not None and messages[-1]["role"] != "assistant":
             whole = self._render(messages, False, tools)
             if whole.startswith(written):
-                documents[-1].append((whole.removeprefix(written), False))
-        trained = [pieces for pieces in documents if any(trained for _, trained in pieces)]
+                documents[-1].append((whole.removeprefix(written), 0.0))
+        trained = [pieces for pieces in documents if any(weight for _, weight in pieces)]
         return [self._segments(pieces) for pieces in trained or documents[-1:]]
 
     def _segments(self, pieces: list[Piece]) -> list[Segment]:
         segments: list[Segment] = []
-        for text, trained in pieces:
+        for text, weight in pieces:
             # the end of a turn is a segment by itself, as in a chat
             end = self.turn_end
-            after_answer = segments and segments[-1].trained and segments[-1].text != end
-            if end and trained and text.endswith(end):
-                segments += [Segment(text.removesuffix(end), True), Segment(end, True)]
+            after_answer = segments and segments[-1].weight and segments[-1].text != end
+            if end and weight and text.endswith(end):
+                segments += [Segment(text.removesuffix(end), weight), Segment(end, weight)]
             elif end and after_answer and text.startswith(end):
-                segments += [Segment(end, False), Segment(text.removeprefix(end), False)]
+                segments += [Segment(end, 0.0), Segment(text.removeprefix(end), 0.0)]
             else:
-                segments.append(Segment(text, trained))
+                segments.append(Segment(text, weight))
         return [segment for segment in segments if segment.text]
 
     def next_turn(
@@ -171,20 +171,21 @@ class JinjaTemplate:
 
     def _marked(self, messages: list[dict], tools, ask: bool) -> list[Piece]:
         text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)
-        wanted = [is_trained(message) for message in messages if message["role"] == "assistant"]
+        wanted = [weight_of(message) for message in messages if message["role"] == "assistant"]
         if len(wanted) != len(rest):
-            if not all(wanted):
+            unlike = [weight for weight in wanted if weight != 1]
+            if unlike:
                 raise UserError(
                     f"{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which"
-                    ' of them has "weight": 0?'
+                    f' of them has "weight": {unlike[0]:g}?'
                 )
-            wanted = [True] * len(rest)
-        pieces = [(text, False)]
-        for part, trained in zip(rest, wanted):
+            wanted = [1.0] * len(rest)
+        pieces = [(text, 0.0)]
+        for part, weight in zip(rest, wanted):
             inside, closed, outside = part.partition(END)
             if not closed:
                 raise UserError(f"{self.name}: a {{% generation %}} block lies inside another one")
-            pieces += [(inside, trained), (outside, False)]
+            pieces += [(inside, weight), (outside, 0.0)]
         return pieces
 
     def _by_beginnings(
@@ -208,8 +209,8 @@ class JinjaTemplate:
             prompt, end = asked.removeprefix(written), begin - len(written)
             if token_end and begin < len(asked):
                 end = token_end(prompt, end)
-            documents[-1].append((prompt[:end], False))
-            documents[-1].append((answered[len(written) + end :], is_trained(message)))
+            documents[-1].append((prompt[:end], 0.0))
+            documents[-1].append((answered[len(written) + end :], weight_of(message)))
             # a chat has read all of `asked`, so it reads the whole text anew for the next answer
             written = answered if begin == len(asked) else None
         return documents, written

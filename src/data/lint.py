@@ -64,7 +64,7 @@ class Lint:
         self.encoder, self.ctx_len = encoder, ctx_len
         self.found: dict[str, Finding] = {}
         # what Tokens has of each document, in order
-        self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, trained)
+        self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, weights)
         self.texts: list[bool] = []
         self.begins: list[bool] = []
         self.seen: set[bytes] = set()
@@ -83,21 +83,21 @@ class Lint:
         names = [*_odd_words(record, self.encoder)]
         if _key(documents) in self.seen:
             names.append("duplicate")
-        for ids, trained in documents:
-            names += self._odd_tokens(record, ids, trained)
+        for ids, weights in documents:
+            names += self._odd_tokens(record, ids, weights)
         for name in dict.fromkeys(names):
             self.note(name, where)
         self.seen.add(_key(documents))
         self.prompts.add(self._prompt_key(*documents[0]))
 
-    def _odd_tokens(self, record: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
+    def _odd_tokens(self, record: dict, ids: np.ndarray, weights: np.ndarray) -> Iterator[str]:
         if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
             yield "broken text"
-        if int(trained.sum()) <= len(self.encoder.tokenizer.eod):
+        if np.count_nonzero(weights) <= len(self.encoder.tokenizer.eod):
             yield "only the end"
         if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
             yield "cut"
-            if not trained[1 : int(self.ctx_len) + 1].any():
+            if not weights[1 : int(self.ctx_len) + 1].any():
                 yield "no target"
 
     def compare(self, where: str, record: dict) -> None:
@@ -108,10 +108,10 @@ class Lint:
         elif self._prompt_key(*documents[0]) in self.prompts:
             self.note("known prompt", where)
 
-    def _prompt_key(self, ids: np.ndarray, trained: np.ndarray) -> bytes:
+    def _prompt_key(self, ids: np.ndarray, weights: np.ndarray) -> bytes:
         """The key of what stands before the first answer, or of the whole where nothing stands before it."""
         start = len(self.encoder.bos)
-        first = int(trained[start:].argmax())
+        first = int((weights[start:] != 0).argmax())
         return _hash(ids[: start + first] if first else ids)
 
     @property

@@ -33,14 +33,14 @@ def record_segments(
     if "messages" in record:
         segments = template.segments(record["messages"], record.get("tools"))
     elif "prompt" in record:
-        segments = [Segment(record["prompt"], False), Segment(record["completion"], True)]
+        segments = [Segment(record["prompt"], 0.0), Segment(record["completion"], 1.0)]
     else:
-        segments = [Segment(record["text"], True)]
+        segments = [Segment(record["text"], 1.0)]
     if loss_mask == "assistant":
         return [segments]
     if loss_mask == "all":
-        return [[Segment(text, True) for text, _ in segments]]
-    return [marked("".join(text for text, _ in segments), loss_mask)]
+        return [[Segment(segment.text, 1.0) for segment in segments]]
+    return [marked("".join(segment.text for segment in segments), loss_mask)]
 
 
 def marked(text: str, marker: str) -> list[Segment]:
@@ -52,11 +52,11 @@ def marked(text: str, marker: str) -> list[Segment]:
     segments: list[Segment] = []
     place = 0
     for begin, end in marked_spans(text, marker):
-        segments.append(Segment(text[place:begin], False))
+        segments.append(Segment(text[place:begin], 0.0))
         words = text[begin:end].removesuffix(TURN_END)
-        segments += [Segment(words, True), Segment(text[begin + len(words) : end], True)]
+        segments += [Segment(words, 1.0), Segment(text[begin + len(words) : end], 1.0)]
         place = end
-    segments.append(Segment(text[place:], False))
+    segments.append(Segment(text[place:], 0.0))
     return [segment for segment in segments if segment.text]
 
 

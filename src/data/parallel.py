@@ -64,8 +64,8 @@ class Converter:
                 begins += [True] + [False] * (len(documents) - 1)
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
-        trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
-        tokens = Tokens(ids, trained, ends, np.array(texts, dtype=bool), np.array(begins, dtype=bool))
+        weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights in encoded)])
+        tokens = Tokens(ids, weights, ends, np.array(texts, dtype=bool), np.array(begins, dtype=bool))
         return Part(tokens, kinds, bad)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import HERMES
 
-from .chat_template import Segment, TokenEnd, clean, is_trained, thoughts_of
+from .chat_template import Segment, TokenEnd, clean, thoughts_of, weight_of
 from .tool_styles import STYLES, in_order_of_calls
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -61,18 +61,18 @@ class RwkvTemplate:
 
         def add(segment: Segment) -> None:
             if segments:
-                segments.append(Segment(TURN_END, segments[-1].trained))
+                segments.append(Segment(TURN_END, segments[-1].weight))
             segments.append(segment)
 
         for message in in_order_of_calls(messages):
             if message["role"] != "assistant":
                 waiting.append(message)
                 continue
-            add(Segment(self._turns(waiting, ask=True), False))
-            segments.append(Segment(self._answer(message), is_trained(message)))
+            add(Segment(self._turns(waiting, ask=True), 0.0))
+            segments.append(Segment(self._answer(message), weight_of(message)))
             waiting = []
         if waiting or ask:
-            add(Segment(self._turns(waiting, ask), False))
+            add(Segment(self._turns(waiting, ask), 0.0))
         return segments
 
     def documents(

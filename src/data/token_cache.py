@@ -178,7 +178,7 @@ def _joined(parts: list[Tokens]) -> Tokens:
     parts = [dataclasses.replace(part, ends=part.ends + start) for part, start in zip(parts, starts)]
     return Tokens(
         ids=np.concatenate([part.ids for part in parts]),
-        trained=np.concatenate([part.trained for part in parts]),
+        weights=np.concatenate([part.weights for part in parts]),
         ends=np.concatenate([part.ends for part in parts]),
         texts=np.concatenate([part.texts for part in parts]),
         begins=np.concatenate([part.begins for part in parts]),
@@ -207,12 +207,12 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
     try:
         tokens = Tokens(
             ids=_mapped(entry / "ids", np.int32),
-            trained=_mapped(entry / "trained", np.bool_),
+            weights=_mapped(entry / "weights", np.float32),
             ends=_mapped(entry / "ends", np.int64),
             texts=_mapped(entry / "texts", np.bool_),
             begins=_mapped(entry / "begins", np.bool_),
         )
-        if not len(tokens.ids) == len(tokens.trained) == tokens.ends[-1]:
+        if not len(tokens.ids) == len(tokens.weights) == tokens.ends[-1]:
             return None
         if not len(tokens.ends) == len(tokens.texts) == len(tokens.begins):
             return None

@@ -63,11 +63,12 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
 def batch_loss(
     model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
 ) -> Tensor:
-    """The loss over the trained tokens of a batch, summed; `batch` is what data/batches.collate() makes.
+    """The weighted loss of the trained tokens of a batch, summed.
 
-    It is differentiable in the model's trained parameters. `half` is the autocast dtype, or None. `width` is
-    the length by which the chunks are counted, if it is not that of the batch. ZeRO-3 needs as many chunks on
-    every rank, so it is the longest row of all ranks.
+    `batch` is what data/batches.collate() makes. The result is differentiable in the model's trained
+    parameters. `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted,
+    if it is not that of the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all
+    ranks.
     """
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
@@ -79,14 +80,17 @@ def batch_loss(
 
 
 def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
-    """(loss over the trained tokens of a part of the rows, summed; state after the part).
+    """(weighted loss of the trained tokens of a part of the rows, summed; state after the part).
 
     `state` is the state before the part, None where the rows begin.
     """
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
         # the head, and what of the last layer only it reads, run on the tokens that carry loss
         x, state = model.features(part["ids"], state, part["reset"], part["mask"])
-        return model.loss(x, part["targets"][part["mask"]]), state
+        if part["weights"] is None:
+            return model.loss(x, part["targets"][part["mask"]]), state
+        where = part["mask"].nonzero(as_tuple=True)  # once: a GPU waits for it
+        return model.loss(x, part["targets"][where], part["weights"][where]), state
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:
@@ -95,10 +99,11 @@ def cut(batch: dict, start: int, stop: int) -> dict:
     Where these rows have ended and those of another rank have not, it is one token without loss.
     """
     if start < batch["ids"].shape[1]:
-        tensors = {name: batch[name] for name in ("ids", "targets", "mask", "reset")}
+        tensors = {name: batch[name] for name in ("ids", "targets", "mask", "weights", "reset")}
         return {name: None if x is None else x[:, start:stop] for name, x in tensors.items()}
     ids = batch["ids"][:, :1]
-    return {"ids": ids, "targets": ids, "mask": torch.zeros_like(ids, dtype=torch.bool), "reset": None}
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    return {"ids": ids, "targets": ids, "mask": mask, "weights": None, "reset": None}
 
 
 @dataclasses.dataclass(frozen=True)

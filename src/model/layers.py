@@ -98,16 +98,17 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The map to the vocabulary: logits.
 
-    With targets (tokens,) for x (tokens, C) it is their loss, summed, which never holds all logits.
+    With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed, which
+    never holds all logits.
     """
 
     def __init__(self, width: int, vocab: int, kernel: str):
         super().__init__(width, vocab, bias=False)
         self.native = kernel == "cpu"
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return head_loss(x, self.weight.to(x.dtype), targets, self.native)
+        return head_loss(x, self.weight.to(x.dtype), targets, self.native, weights)

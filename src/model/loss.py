@@ -25,12 +25,13 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
 class _L2Wrap(torch.autograd.Function):
     """Identity on the loss, which adds L2WRAP * max(logits) to the gradient at each token's arg-max.
 
-    So logits stay small.
+    So logits stay small. A token's weight, where it has one, multiplies its term too.
     """
 
     @staticmethod
-    def forward(ctx, loss, logits):
-        ctx.save_for_backward(*logits.max(-1, keepdim=True))
+    def forward(ctx, loss, logits, weights):
+        top, where = logits.max(-1, keepdim=True)
+        ctx.save_for_backward(top if weights is None else top * weights.unsqueeze(1), where)
         ctx.like = logits.shape, logits.dtype
         return loss.clone()
 
@@ -39,37 +40,45 @@ class _L2Wrap(torch.autograd.Function):
         top, where = ctx.saved_tensors
         shape, dtype = ctx.like
         pull = torch.zeros(shape, dtype=dtype, device=top.device)
-        return grad, pull.scatter_(-1, where, (L2WRAP * grad * top).to(dtype))
+        return grad, pull.scatter_(-1, where, (L2WRAP * grad * top).to(dtype)), None
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cross entropy in nats, summed: logits (tokens, V), targets (tokens,) int64 -> scalar.
 
     It is computed in fp32, or in float64 for such logits, and is 0 for no tokens. The gradient has L2Wrap's
     term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of tokens gives RWKV-LM's
-    mean loss and its factor 1e-4 / (B T).
+    mean loss and its factor 1e-4 / (B T). With weights (tokens,) the loss of a token and its term are
+    multiplied by its weight, and what to divide by is their sum.
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(exact, targets, reduction="sum")
-    return _L2Wrap.apply(loss, exact) if len(targets) else loss
+    if weights is None:
+        loss = F.cross_entropy(exact, targets, reduction="sum")
+    else:
+        loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
+    return _L2Wrap.apply(loss, exact, weights) if len(targets) else loss
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) -> Tensor:
-    """loss_sum(x W^T, targets): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, native: bool = False, weights: Tensor | None = None
+) -> Tensor:
+    """loss_sum(x W^T, targets, weights): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
 
     x and the weight have one dtype; the result is in at least fp32. Kept for the backward are the gradients
     of x and of the weight, of those that want one. `native`: the softmax by cuda/loss_cpu.cpp, where x is
-    fp32 or bf16 on the CPU.
+    fp32 or bf16 on the CPU. `weights` are (tokens,) fp32.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     native = native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return _HeadLoss.apply(x, weight, targets, native)
+    return _HeadLoss.apply(x, weight, targets, native, weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, weights: Tensor | None
+    ) -> Tensor:
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -81,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), at_once):
             part = slice(start, start + at_once)
             logits = product_into(block[: len(x[part])], x[part], weight)
-            loss += softmax_loss(logits, targets[part]).sum()
+            loss += softmax_loss(logits, targets[part], None if weights is None else weights[part]).sum()
             if need_dx:
                 dx[part] = product(logits, weight.t())
             if need_dw:
@@ -95,11 +104,11 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss: Tensor):
         # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
         dx, dw = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
-def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each token of logits (tokens, V), in at least fp32.
+def softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The loss of each token of logits (tokens, V) times its weight, if it has one, in at least fp32.
 
     In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term.
     """
@@ -110,11 +119,15 @@ def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
     gradient = exact.sub_(top) if exact is logits else exact - top
     total = gradient.exp_().sum(-1, keepdim=True)
     gradient.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, L2WRAP * top)
+    loss = (total.log() + top - own).squeeze(1)
+    if weights is not None:
+        gradient.mul_(weights.unsqueeze(1))
+        loss = loss * weights
     logits.copy_(gradient)
-    return (total.log() + top - own).squeeze(1)
+    return loss
 
 
-def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
+def _native_softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     tokens, vocab = logits.shape
     loss = logits.new_empty(tokens, dtype=torch.float32)
     in_range = (
@@ -128,14 +141,23 @@ def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
             f" with strides {logits.stride()}; expected contiguous logits, and for each token an int64 target"
             f" from 0 to {vocab - 1}"
         )
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != (tokens,)):
+        raise ValueError(
+            f"softmax_loss_: weights are {weights.dtype} {tuple(weights.shape)}; expected torch.float32"
+            f" {(tokens,)}"
+        )
+    given = (logits, targets.contiguous(), None if weights is None else weights.contiguous(), loss)
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given]
     sizes = [ctypes.c_int64(tokens), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
     library("cpu").softmax_loss(*pointers, *sizes, DTYPE_CODES[logits.dtype], torch.get_num_threads())
     return loss
 
 
-torch.library.define("rwkv::softmax_loss_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
+torch.library.define(
+    "rwkv::softmax_loss_", "(Tensor(a!) logits, Tensor targets, Tensor? weights=None) -> Tensor"
+)
 torch.library.impl("rwkv::softmax_loss_", "cpu", _native_softmax_loss_)
 torch.library.register_fake(
-    "rwkv::softmax_loss_", lambda logits, targets: logits.new_empty(len(logits), dtype=torch.float32)
+    "rwkv::softmax_loss_",
+    lambda logits, targets, weights=None: logits.new_empty(len(logits), dtype=torch.float32),
 )

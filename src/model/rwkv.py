@@ -273,23 +273,24 @@ class RWKV(nn.Module):
         x, state = self.features(ids, state, reset)
         return self.head(x), state
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """x (tokens, C) from features(), targets (tokens,) int64 -> their loss, summed as in loss.py.
 
-        It never holds all logits.
+        It never holds all logits. `weights` are (tokens,) fp32.
         """
         if isinstance(self.head, Head):
-            return self.head(x, targets)
+            return self.head(x, targets, weights)
         # an adapted head gives logits only: some tokens' at a time, which the backward makes again
         at_once = max(1, LOGITS_AT_ONCE // self.arch.vocab_size)
+        inputs = [x, targets] if weights is None else [x, targets, weights]
         parts = [
             checkpoint(self._loss_of, *part, use_reentrant=False)
-            for part in zip(x.split(at_once), targets.split(at_once), strict=True)
+            for part in zip(*(tensor.split(at_once) for tensor in inputs), strict=True)
         ]
         return torch.stack(parts).sum()
 
-    def _loss_of(self, x: Tensor, targets: Tensor) -> Tensor:
-        return loss_sum(self.head(x), targets)
+    def _loss_of(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return loss_sum(self.head(x), targets, weights)
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state.

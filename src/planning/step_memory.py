@@ -112,6 +112,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         # These places are not known here, so whole rows are counted, without the copies and the padding.
         if not config.packing or any(name.endswith(".time_state") for name, _ in model.named_parameters()):
             batch["reset"] = None
+        batch["weights"] = None
         known = [*batch.values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
         known = [t for t in known if t is not None]

@@ -407,8 +407,8 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
     """A document's text in pieces, and whether each is trained. What cannot be seen has a sign."""
     parts: list[tuple[str, bool]] = []
     decoder = tokenizer.decoder()
-    text, inside = "␂" if begins_silently(row, tokenizer) else "", bool(row.trained[0])
-    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+    text, inside = "␂" if begins_silently(row, tokenizer) else "", bool(row.weights[0])
+    for token, trained in zip(row.ids.tolist(), (row.weights != 0).tolist(), strict=True):
         if trained != inside:
             parts.append((text + decoder.flush(), inside))
             text, inside = "", trained

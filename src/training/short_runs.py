@@ -163,9 +163,8 @@ def train(
 
 def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> float:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
-    loss = batch_loss(
-        model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"]
-    ) / max(batch["step_targets"], 1)
+    total = batch_loss(model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"])
+    loss = total / (batch["step_weight"] or 1.0)
     penalty = rwkv_miss.penalty(model)
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
     return float(loss.detach())
@@ -173,7 +172,7 @@ def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: tor
 
 @torch.no_grad()
 def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: Processes = ALONE) -> float:
-    """The loss over the trained tokens of the documents, nats per token."""
+    """The loss over the trained tokens of the documents, nats per token of weight 1."""
     model.eval()
     batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
     with ops.nan_passes():
@@ -182,7 +181,7 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: P
             for batch in progress(batches, "validation", unit="batches", shown=processes.world == 1)
         )
     total = processes.total(torch.tensor(mine, dtype=torch.float64, device=model.emb.weight.device))
-    return float(total) / held_out.targets
+    return float(total) / held_out.weight
 
 
 def _on_device(batch: dict, model: RWKV) -> dict:

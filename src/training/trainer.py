@@ -51,7 +51,7 @@ class ScaledFp16(MixedPrecision):
 
 
 class FineTuning(pl.LightningModule):
-    """The loss of an optimizer step is the mean over all its trained tokens.
+    """The loss of an optimizer step is the mean over all its trained tokens, weighted.
 
     It does not depend on how they fall into micro-batches and ranks. `find_rate` fills in config.lr_init
     where that is open. Then the processes know each other, and each has the whole model.
@@ -113,8 +113,9 @@ class FineTuning(pl.LightningModule):
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
         loss = self.batch_loss(batch)
-        self.step_loss += loss.detach() / max(batch["step_targets"], 1)
-        scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
+        weight = batch["step_weight"] or 1.0
+        self.step_loss += loss.detach() / weight
+        scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = rwkv_miss.penalty(self.model, self.gather)
         return scaled if penalty is None else scaled + penalty
 

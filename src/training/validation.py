@@ -152,7 +152,7 @@ def undisturbed(trainer):
 def validation_loss(
     trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """The mean loss over all trained tokens of the batches, in nats.
+    """The mean loss over all trained tokens of the batches, weighted, in nats.
 
     Every rank takes part and gets the same number. None where on some rank is_stopped() between two batches.
     Packing and the number of processes do not change the result: rows don't see each other, each batch is
@@ -161,7 +161,7 @@ def validation_loss(
     """
     strategy, world = trainer.strategy, trainer.world_size
     documents = [document for rows in batches for document in itertools.chain(*rows)]
-    count = sum(document.targets for document in documents)
+    weight = math.fsum(document.weight for document in documents)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
     with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
@@ -172,7 +172,7 @@ def validation_loss(
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
             width = sum(len(document.ids) - 1 for document in batches[first][0])
-            batch = collate(mine, count) | {"width": width}
+            batch = collate(mine, weight) | {"width": width}
             total += strategy.validation_step(strategy.batch_to_device(batch), first)
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
-    return float(strategy.reduce(total, reduce_op="sum")) / count
+    return float(strategy.reduce(total, reduce_op="sum")) / weight

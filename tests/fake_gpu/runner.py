@@ -85,7 +85,7 @@ def batch_on(device: str, rows: int, width: int) -> dict:
     kinds = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}
     batch = {name: torch.zeros(rows, width, dtype=dtype) for name, dtype in kinds.items()}
     batch["mask"].fill_(True)
-    return {name: tensor.to(device) for name, tensor in batch.items()} | {"width": width}
+    return {name: tensor.to(device) for name, tensor in batch.items()} | {"weights": None, "width": width}
 
 
 def config_of(peft: str, rank: int = 8, **settings) -> Config:
