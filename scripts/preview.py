@@ -160,7 +160,7 @@ def overview(
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
-    lines += plan_text.rewritten(documents)
+    lines += [f"           {text}" for text in plan_text.rewritten(documents)]
     if figures["split"]:
         lines.append(
             f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents"

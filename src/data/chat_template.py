@@ -27,6 +27,8 @@ class Template(Protocol):
     record: str  # what a checkpoint's metadata keep of it
     stops: tuple[str, ...]  # the texts that end an answer, where the end of document does not
     opening: str  # what the answer in a chat begins with, though it is not generated
+    # the end of what asks for an answer, where the template does not write it before one without thoughts
+    asked_only: str
 
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False

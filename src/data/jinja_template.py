@@ -71,7 +71,7 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: {error.message}") from None
         self.marks = re.search(r"{%[-+]?\s*generation\b", source) is not None
-        self.turn_end = self.opening = ""
+        self.turn_end = self.opening = self.asked_only = ""
         self._try_out()
 
     def __reduce__(self):
@@ -100,6 +100,8 @@ class JinjaTemplate:
         begun = BEGUN_THOUGHTS.search(asked)
         self.opening = begun[0] if begun else ""
         documents = self.documents([question, answer, question, answer])
+        if not self.marks:
+            self.asked_only = asked[_common_beginning(asked, whole) :]
         if self.marks and not any(segment.weight for segment in documents[0]):
             raise UserError(
                 f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"

@@ -35,6 +35,10 @@ MEANINGS = {
     ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
+    "asked otherwise": (
+        "an answer without thoughts; the template asks for it with a tag that it does not write before it, so"
+        " that a chat asks otherwise than was trained"
+    ),
     "broken text": "U+FFFD, which stands where bytes were no text",
     "only the end": "nothing is trained but the end of the document",
     "cut": "a conversation is longer than --ctx_len and loses its end",
@@ -153,6 +157,8 @@ def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
         yield "empty answer"
     if "<think>" in content and "</think>" not in content:
         yield "open thoughts"
+    elif encoder.template.asked_only and not thoughts_of(message)[0]:
+        yield "asked otherwise"
     elif encoder.template.opening.endswith("<think") and not thoughts_of(message)[0]:
         yield "no thoughts"
 

@@ -47,6 +47,7 @@ class RwkvTemplate:
     """
 
     stops = (TURN_END + "User:",)
+    asked_only = ""
 
     def __init__(self, name: str, tool_style: str = HERMES):
         self.name, self.record = name, f"{name}:{tool_style}"

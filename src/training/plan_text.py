@@ -13,6 +13,7 @@ from ..common.formatting import counted, size_text
 from ..common.hub import recorded
 from ..config import Config, command
 from ..data.batches import Schedule
+from ..data.chat_template import Template
 from ..data.dataset import Document, Documents
 from ..data.held_out import evaluations
 from ..data.leading_token import begins, text_of
@@ -89,8 +90,8 @@ def details(job: Job) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {job.template.name}, loss on {mask(config.loss_mask)}; leading token:"
-        f" {text_of(job.data.encoder.bos)}",
+        f"template   {job.template.name}, loss on {mask(config.loss_mask)}{asks_otherwise(job.template)};"
+        f" leading token: {text_of(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),
@@ -107,11 +108,12 @@ def documents_line(config: Config, found: Data) -> str:
     documents = found.documents
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
+    several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
     leading = f", leading {text_of(encoder.bos)}" if encoder.bos else ""
     line = (
-        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}, "
-        f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
+        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}"
+        f"{several}, {counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
         f"{mask(config.loss_mask)} (template {encoder.template.name}{leading})"
     )
     return line.encode("utf-8", "backslashreplace").decode()
@@ -250,7 +252,7 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
             f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
             f"{fullness(config, schedule):.1%} full; documents in a row do not see each other"
         )
-    lines += rewritten(documents)
+    lines += [f"turns      {text}" for text in rewritten(documents)]
     if documents.split:
         lines.append(
             f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens,"
@@ -260,14 +262,19 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
 
 
 def rewritten(documents: Documents) -> list[str]:
-    """The line about conversations that became several documents."""
+    """How many conversations became several documents, if any did."""
     conversations, several = documents.rewritten
     if not conversations:
         return []
-    return [
-        f"turns      {counted(conversations, 'conversation')} became {counted(several, 'document')}, because"
-        " the template rewrites earlier turns"
-    ]
+    counts = f"{counted(conversations, 'conversation')} became {counted(several, 'document')}"
+    return [f"{counts}, because the template rewrites earlier turns"]
+
+
+def asks_otherwise(template: Template) -> str:
+    """What a chat reads before an answer and the training does not, if there is such a thing."""
+    if not template.asked_only:
+        return ""
+    return f"; asks with {template.asked_only!r}, which it does not write before an answer without thoughts"
 
 
 def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
