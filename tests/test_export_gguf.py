@@ -5,6 +5,7 @@ it would compute wrongly.
 import ast
 import dataclasses
 import errno
+import itertools
 
 import numpy as np
 import pytest
@@ -316,16 +317,22 @@ CONVERSATIONS = [
                 ],
             ),
             {"role": "tool", "content": "3"},
-            assistant("ok", tool_calls=[{"name": "g", "arguments": '{"a": 1}'}]),
+            assistant("ok", tool_calls=[{"name": "g", "arguments": {"a": 1}}]),
         ],
-        [{"type": "function", "function": {"name": "f", "description": "it's"}}],
+        [{"type": "function", "function": {"name": "f", "description": "it's"}}, {"name": "g"}],
     ),
 ]
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_the_jinja_template_is_rwkvs(name):
-    ours = RwkvTemplate(name)
+@pytest.mark.parametrize(
+    "name, tool_style",
+    [
+        *((name, "hermes") for name in MODES),
+        *itertools.product(["rwkv", "think-short", "fake-think"], ["json", "signatures"]),
+    ],
+)
+def test_the_jinja_template_is_rwkvs(name, tool_style):
+    ours = RwkvTemplate(name, tool_style)
     jinja = JinjaTemplate(name, rwkv_jinja(ours), "")
 
     def rendered(make):
@@ -340,7 +347,7 @@ def test_the_jinja_template_is_rwkvs(name):
             want = rendered(lambda: "".join(text for text, _ in ours.segments(messages, tools, ask)))  # noqa: B023
             assert rendered(lambda: jinja._render(messages, ask, tools)) == want  # noqa: B023
             refused += want is None
-    assert refused == {"rwkv": 0, "fake-think": 8}.get(name, 2)
+    assert refused == {"rwkv": 0, "fake-think": 8, "fake-think-compact": 8}.get(name, 2)
 
 
 @pytest.mark.parametrize(

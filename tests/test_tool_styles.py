@@ -9,7 +9,7 @@ import pytest
 from rwkv_miss import UserError
 from src.data.jinja_template import JinjaTemplate
 from src.data.tool_styles import STYLES, in_order_of_calls
-from src.export.tool_jinja import JINJA, calls_jinja
+from src.export.tool_jinja import tool_jinja
 
 TICKS = "```"
 
@@ -337,9 +337,16 @@ def test_results_come_in_the_order_of_the_calls():
 # the same in Jinja
 
 
-def rendered(style, source, **values):
-    template = JinjaTemplate("x", "{% for m in messages %}{{ m.content }}{% endfor %}", "")
-    return template.template.environment.from_string(JINJA[style].macros + source).render(**values)
+def rendered(style, part, **values):
+    """What a part of the style in Jinja makes of the values."""
+    source = JinjaTemplate("x", "{% for m in messages %}{{ m.content }}{% endfor %}", "")
+    jinja = tool_jinja(STYLES[style])
+    whole = {
+        "describe": jinja.describe,
+        "calls": "{%- set answer = namespace(text='') -%}" + jinja.calls + "{{- answer.text -}}",
+        "result": "{%- set text = message['content'] -%}" + jinja.result + "{{- text -}}",
+    }
+    return source.template.environment.from_string(jinja.macros + whole[part]).render(**values)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -350,26 +357,27 @@ def test_jinja_writes_the_same(style):
         "items": {"anyOf": [{"const": None}, {"type": "array"}]},
     }
     tools = [*TWO_TOOLS, tool("f", kinds, ["b"])]
-    assert rendered(style, JINJA[style].describe, tools=tools) == STYLES[style].describe(tools)
+    assert rendered(style, "describe", tools=tools) == STYLES[style].describe(tools)
     rng = random.Random(style)
-    for _ in range(8):
+    for _ in range(5):
         arguments = {"x": made_up(rng), "é\n": made_up(rng)}
         calls = [{"name": "f", "arguments": arguments}, {"function": {"name": "g", "arguments": {}}}]
-        source = calls_jinja(style) + "{{- said.text -}}"
-        assert rendered(style, source, message={"tool_calls": calls}) == STYLES[style].calls(calls)
-    assert rendered(style, source, message={}) == ""
+        message = {"role": "assistant", "tool_calls": calls}
+        assert rendered(style, "calls", message=message) == STYLES[style].calls(calls)
+    assert rendered(style, "calls", message={}) == ""
+    for content in ("", "3\n{}"):
+        message = {"role": "tool", "content": content}
+        assert rendered(style, "result", message=message) == STYLES[style].result(content)[1]
 
 
 def test_jinja_refuses_what_a_signature_can_not_write():
     for schema in ({"type": "object"}, {}, {"$ref": "#"}, {"type": "array", "items": {"type": "object"}}):
         with pytest.raises(jinja2.TemplateError, match="a signature can't write"):
-            rendered("signatures", JINJA["signatures"].describe, tools=[tool("f", {"a": schema})])
+            rendered("signatures", "describe", tools=[tool("f", {"a": schema})])
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_arguments_as_text_stay_as_they_are_in_jinja(style):
-    source = calls_jinja(style) + "{{- said.text -}}"
-    text = rendered(
-        style, source, message={"tool_calls": [{"function": {"name": "f", "arguments": '{"a":  1}'}}]}
-    )
+    message = {"tool_calls": [{"function": {"name": "f", "arguments": '{"a":  1}'}}]}
+    text = rendered(style, "calls", message=message)
     assert '{"a":  1}' in text and STYLES[style].parse(text) == ("", [call("f", {"a": 1})])

@@ -61,7 +61,7 @@ class ToolStyle:
 
     def result(self, content: str) -> tuple[str, str]:
         """(the role whose turn it is, its words) of what a call gave."""
-        return self.result_role, f"{self.before_result}{clean(content)}{self.after_result}"
+        return self.result_role, f"{self.before_result}{clean(content)}{self.after_result}".strip()
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
         """(content, tool_calls) of an answer: the inverse of calls().

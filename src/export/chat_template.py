@@ -9,17 +9,16 @@ from __future__ import annotations
 import re
 
 from ..data.chat_template import Template
-from ..data.rwkv_template import RwkvTemplate
+from ..data.rwkv_template import ROLES, RwkvTemplate
+from .tool_jinja import tool_jinja
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
 RECOGNISED = "{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
 
 JINJA = """\
 HEAD{%- if tools -%}
-{{- 'System: <tools>' -}}
-{%- for tool in tools -%}{{- '\\n' + tool|tojson -}}{%- endfor -%}
-{{- '\\n</tools>' -}}
-{%- endif -%}
+{{- 'System: ' -}}
+TOOLS{%- endif -%}
 {%- for message in messages -%}
 {%- if tools or not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
 {%- if message['role'] == 'assistant' -%}
@@ -30,16 +29,10 @@ HEAD{%- if tools -%}
 {%- set content = content.split('</think>')[1:]|join('</think>')|trim -%}
 {%- endif -%}
 CHECK{%- set answer = namespace(text=content) -%}
-{%- for call in message['tool_calls'] or [] -%}
-{%- set function = call['function'] or call -%}
-{%- set arguments = function['arguments'] if function['arguments'] is string else function['arguments']|tojson -%}
-{%- set words = '<tool_call>\\n{"name": ' + function['name']|tojson + ', "arguments": ' + arguments + '}\\n</tool_call>' -%}
-{%- set answer.text = answer.text + '\\n' + words if answer.text else words -%}
-{%- endfor -%}
-{{- 'Assistant:OPENING' -}}
+CALLS{{- 'Assistant:OPENING' -}}
 ANSWER{%- else -%}
 {%- set text = message['content'].replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim -%}
-{{- {'system': 'System', 'user': 'User', 'tool': 'Tool'}[message['role']] + ': ' + text -}}
+RESULT{{- {'system': 'System', 'user': 'User', 'tool': 'RESULT_ROLE'}[message['role']] + ': ' + text -}}
 USER{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -83,8 +76,13 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
     user = ""
     if after_user:
         user = f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n"
+    tools = tool_jinja(template.tools)
     parts = {
-        "HEAD": head,
+        "HEAD": head + tools.macros,
+        "TOOLS": tools.describe,
+        "CALLS": tools.calls,
+        "RESULT_ROLE": ROLES[template.tools.result_role],
+        "RESULT": tools.result,
         "CHECK": check,
         "ANSWER": answer,
         "USER": user,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..data.tool_styles import ONLY_A_CALL, SIMPLE_TYPES, STYLES, UNWRITABLE
+from ..data.tool_styles import ONLY_A_CALL, SIMPLE_TYPES, UNWRITABLE, ToolStyle
 
 
 class ToolJinja(NamedTuple):
@@ -17,7 +17,8 @@ class ToolJinja(NamedTuple):
 
     macros: str
     describe: str  # writes the words about `tools`
-    call: str  # an expression: the JSON of a call with `function` and `arguments`, which may be JSON as text
+    calls: str  # adds the calls of `message` to `answer.text`
+    result: str  # makes the `text` of a tool's `message` that of its turn
 
 
 COMPACT = """\
@@ -89,42 +90,58 @@ HERMES_TOOL = """\
 """
 
 
-def _tools(before: str, tool: str, between: str, after: str) -> str:
-    described = TOOLS.replace("BEFORE", before).replace("BETWEEN", between).replace("AFTER", after)
-    return described.replace("TOOL", tool)
-
-
-AS_TEXT = "arguments if arguments is string else "
+CALLS = """\
+{%- for call in message['tool_calls'] or [] -%}
+{%- set function = call['function'] or call -%}
+{%- set arguments = function['arguments'] -%}
+{%- set answer.text = answer.text + ('\\n' if answer.text else '') + 'BEFORE' + (CALL) + 'AFTER' -%}
+{%- endfor -%}
+"""
+RESULT = """\
+{%- if message['role'] == 'tool' -%}{%- set text = ('BEFORE' + text + 'AFTER')|trim -%}{%- endif -%}
+"""
+# JSON of a call; its arguments may be JSON as text
 SHORT_CALL = (
-    f"'{{\"name\":' + function['name']|tojson + ',\"arguments\":' + ({AS_TEXT}compact(arguments)) + '}}'"
+    "'{\"name\":' + function['name']|tojson + ',\"arguments\":'"
+    " + (arguments if arguments is string else compact(arguments)) + '}'"
 )
 SPACED_CALL = (
-    f"'{{\"name\": ' + function['name']|tojson + ', \"arguments\": ' + ({AS_TEXT}arguments|tojson) + '}}'"
+    "'{\"name\": ' + function['name']|tojson + ', \"arguments\": '"
+    " + (arguments if arguments is string else arguments|tojson) + '}'"
 )
-LONG_CALL = (
+INDENTED_CALL = (
     "'{\\n  \"name\": ' + function['name']|tojson + ',\\n  \"arguments\": ' + arguments + '\\n}'"
     " if arguments is string else {'name': function['name'], 'arguments': arguments}|tojson(indent=2)"
 )
-AFTER = f"\\n{ONLY_A_CALL}"
-JINJA = {
-    "json": ToolJinja(COMPACT, _tools("Tools:\\n[\\n", JSON_TOOL, ",\\n", "\\n]" + AFTER), SHORT_CALL),
-    "signatures": ToolJinja(
-        COMPACT + SIGNATURES, _tools("Tools:\\n", SIGNATURE_TOOL, "\\n", AFTER), SHORT_CALL
+# style -> macros, what stands before, in, between and after the tools, a call
+PARTS = {
+    "json": (COMPACT, "Tools:\n[\n", JSON_TOOL, ",\n", f"\n]\n{ONLY_A_CALL}", SHORT_CALL),
+    "signatures": (
+        COMPACT + SIGNATURES,
+        "Tools:\n",
+        SIGNATURE_TOOL,
+        "\n",
+        f"\n{ONLY_A_CALL}",
+        SHORT_CALL,
     ),
-    "markdown": ToolJinja("", _tools("", MARKDOWN_TOOL, "\\n\\n", ""), LONG_CALL),
-    "hermes": ToolJinja("", _tools("<tools>\\n", HERMES_TOOL, "\\n", "\\n</tools>"), SPACED_CALL),
+    "markdown": ("", "", MARKDOWN_TOOL, "\n\n", "", INDENTED_CALL),
+    "hermes": ("", "<tools>\n", HERMES_TOOL, "\n", "\n</tools>", SPACED_CALL),
 }
 
 
-def calls_jinja(style: str) -> str:
-    """Sets `said.text` to the calls of a `message`, empty where it has none."""
-    tool_style = STYLES[style]
-    before, after = (words.replace("\n", "\\n") for words in (tool_style.before_call, tool_style.after_call))
-    return f"""\
-{{%- set said = namespace(text='') -%}}
-{{%- for call in message['tool_calls'] or [] -%}}
-{{%- set function = call['function'] or call -%}}
-{{%- set arguments = function['arguments'] -%}}
-{{%- set said.text = said.text + ('' if loop.first else '\\n') + '{before}' + ({JINJA[style].call}) + '{after}' -%}}
-{{%- endfor -%}}
-"""
+def tool_jinja(style: ToolStyle) -> ToolJinja:
+    """A tool style in Jinja."""
+    macros, before, tool, between, after, call = PARTS[style.name]
+    return ToolJinja(
+        macros,
+        _filled(TOOLS, BEFORE=before, BETWEEN=between, AFTER=after).replace("TOOL", tool),
+        _filled(CALLS, BEFORE=style.before_call, AFTER=style.after_call).replace("CALL", call),
+        _filled(RESULT, BEFORE=style.before_result, AFTER=style.after_result),
+    )
+
+
+def _filled(source: str, **words: str) -> str:
+    """Jinja source with words in the place of names; they stand in quotes there."""
+    for name, text in words.items():
+        source = source.replace(name, text.replace("\n", "\\n"))
+    return source
