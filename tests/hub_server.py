@@ -162,8 +162,13 @@ def _handler(hub, server):
 def serving():
     """A Hub that answers at hub.endpoint while the context lasts."""
     hub, servers = Hub(), []
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            pass  # a client that has broken off
+
     for name in ("endpoint", "large"):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub, name))
+        server = Server(("127.0.0.1", 0), _handler(hub, name))
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         setattr(hub, name, f"http://127.0.0.1:{server.server_port}")

@@ -7,7 +7,7 @@ import pickle
 import shutil
 import time
 
-import huggingface_hub.file_download  # noqa: F401
+import huggingface_hub.file_download
 import pytest
 from huggingface_hub import constants
 
@@ -27,7 +27,9 @@ CLOSED = "http://127.0.0.1:9"  # the port `discard`, where nobody listens
 def point_at(endpoint, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # versions before 1 have it here, later ones there
+    for module in (constants, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def hub(tmp_path, monkeypatch):
         hub.commit = hub.add("o/n", {"README.md": "a", "m.pth": MODEL, "config.json": "{}"})
         hub.add("o/d", {"a.jsonl": '{"text": "a"}\n', "b/b.jsonl": '{"text": "b"}\n'}, "datasets")
         yield hub
+    # versions before 1 keep a session that is offline
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
 
 
 def refused(text, repo_type=names.MODEL):
