@@ -102,6 +102,7 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
         "run.json",
         "loss.png",
         "run_card.md",
+        "README.md",
         "checkpoints",
     }
     assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"

@@ -21,6 +21,7 @@ from ..common.files import read_lines, write_text
 from ..config import Config
 from ..data.encode import Encoder
 from ..model import RWKV
+from .model_card import write_model_card
 from .run_card import CARD, CURVE, card, draw_losses
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
 from .validation_log import BEST, VALIDATION, is_over, loss_text
@@ -141,11 +142,12 @@ def finish(
     state = _state(config, step, total_steps, history)
     doubted = None
     if state != STOPPED:
-        _, kept_step = _recommended(summary)
+        kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
         doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
         text = card(config, plan, summary, metrics, history, doubted)
         write_text(os.path.join(config.proj_dir, CARD), text)
+        write_model_card(config, summary, metrics, history, kept)
     # the last file: what is_summed_up() looks at
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     print("\n".join(_last_words(config, state, summary, history, doubted)))

@@ -41,7 +41,7 @@ def card(
     }
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
-        _table(["", ""], [[name, value] for name, value in figures.items()]),
+        table(["", ""], [[name, value] for name, value in figures.items()]),
         *_has_not_learnt(doubted),
         "## Command",
         _as_it_is(command(config)),
@@ -80,7 +80,7 @@ def _validation(summary: dict, history: list[dict]) -> list[str]:
     losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
         losses[f"best, step {top['step']}"] = top
-    parts = [_table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
+    parts = [table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
     if "best" in summary:
         parts.append(
             f"`{summary['best']}` is the state of step {summary['best_step']}, loss"
@@ -110,7 +110,7 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
             " `src/evaluation/forgetting.txt`, that the training has nothing to do with:"
             " KL(base, tuned), nats per token, 0 for the base itself."
         ),
-        _table(["text", "KL", "perplexity", "in words"], rows),
+        table(["text", "KL", "perplexity", "in words"], rows),
         (
             "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of"
             " the base: 1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from"
@@ -140,7 +140,8 @@ def kl_in_words(kl: float) -> str:
     return "large" if kl < 1 else "very large: little of the base is left"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 

@@ -150,14 +150,14 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
         described = f"Hugging Face data set, split {split}"
         files = tuple(_files_in(path))
         return [Source(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)]
-    if _is_hub_name(path):
+    if names_dataset(path):
         described = f"data set of the Hugging Face hub, split {split}"
         return [Source(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
     return [detect(path, fields)]
 
 
-def _is_hub_name(path: str) -> bool:
-    """Whether it can be OWNER/NAME of the hub, and is no path that was mistyped."""
+def names_dataset(path: str) -> bool:
+    """Whether it can be OWNER/NAME of a data set of the hub, and is no path that was mistyped."""
     if not HUB_NAME.fullmatch(path) or path.endswith(SUFFIXES):
         return False
     return not _exists(path) and not os.path.exists(path.split("/")[0])

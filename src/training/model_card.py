@@ -1,0 +1,182 @@
+"""README.md of a run: what the Hugging Face hub shows of a repository, should the user upload the files.
+
+It says nothing of this machine: no paths, and no settings but those that tell what the file is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import yaml
+
+import rwkv_miss
+from rwkv_miss.files.checkpoint import Arch, read_checkpoint
+from rwkv_miss.version import VERSION
+
+from ..common import hub
+from ..common.files import write_text
+from ..config import Config
+from ..data.formats.sources import names_dataset, weighted_paths
+from .run_card import CURVE, table
+from .validation_log import best, loss_text
+
+README = "README.md"
+WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
+METHODS = {
+    "miss": "MiSS",
+    "bat": "Bat",
+    "lora": "LoRA",
+    "lora_fa": "LoRA-FA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+}
+
+
+def write_model_card(
+    config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str
+) -> None:
+    """Write README.md unless the user has one there. `file` is what the run recommends."""
+    path = os.path.join(config.proj_dir, README)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as there:
+            if WRITTEN not in there.read():
+                return
+    write_text(path, model_card(config, summary, metrics, history, file))
+
+
+def model_card(config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str) -> str:
+    """The text of README.md."""
+    metadata = rwkv_miss.read_metadata(file) or {}
+    described = metadata.get("arch")
+    arch = Arch(**described) if described else Arch.detect(read_checkpoint(file))
+    name, is_adapter = os.path.basename(file), config.peft != "none"
+    parts = [
+        f"---\n{yaml.safe_dump(_head(config, arch), allow_unicode=True, sort_keys=False)}---\n\n{WRITTEN}",
+        f"# {os.path.basename(os.path.abspath(config.proj_dir))}",
+        f"`{name}` is {_what(config, metadata)}, written by rwkv-miss {VERSION}.",
+        "## What was trained",
+        table(["", ""], _trained(config, arch, metadata, metrics, summary)),
+        "## What was measured",
+        table(["", ""], _measured(summary, history)),
+        f"![training and validation loss over the steps]({CURVE})",
+        "## How to use it",
+        _usage(config, name, is_adapter),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(config: Config, arch: Arch) -> dict:
+    """The YAML that the hub reads. What is not known is left out, the license among it."""
+    method = [config.peft] if config.peft != "none" else []
+    head: dict = {
+        "library_name": "rwkv-miss",
+        "pipeline_tag": "text-generation",
+        "tags": ["rwkv", f"rwkv{arch.version}", *method],
+    }
+    if base := _hub_name(config.load_model):
+        head["base_model"] = base.repo
+        head["base_model_relation"] = "adapter" if method else "finetune"
+    if datasets := _datasets(config.data_file):
+        head["datasets"] = datasets
+    return head
+
+
+def _hub_name(path: str) -> hub.HubName | None:
+    """The name of what came from the hub."""
+    return hub.parse(hub.recorded(path)) if hub.is_hub_name(hub.recorded(path)) else None
+
+
+def _datasets(data_file: str) -> list[str]:
+    """OWNER/NAME of every data set of the hub, once."""
+    found = {}
+    for path, _ in weighted_paths(hub.recorded(data_file)):
+        if hub.is_hub_name(path) and (name := hub.parse(path, hub.DATA)).repo_type == hub.DATA:
+            found[name.repo] = None
+        elif names_dataset(path):
+            found["/".join(path.split("/")[:2])] = None
+    return [*found]
+
+
+def _what(config: Config, metadata: dict) -> str:
+    base = metadata.get("base") or os.path.basename(config.load_model)
+    if name := _hub_name(config.load_model):
+        base = f"[{name.repo}](https://huggingface.co/{name.repo})"
+    elif base:
+        base = _code(base)
+    if config.peft == "none":
+        return f"{base}, trained as a whole" if base else "a new model"
+    return f"{METHODS.get(config.peft, config.peft)} for {base}"
+
+
+def _trained(
+    config: Config, arch: Arch, metadata: dict, metrics: list[dict], summary: dict
+) -> list[list[str]]:
+    """Rows of the table about the training."""
+    files = [_data_name(path, weight) for path, weight in weighted_paths(hub.recorded(config.data_file))]
+    options = {name: value for name, value in (metadata.get("options") or {}).items() if value}
+    template = metadata.get("template") or "rwkv"
+    rows = {
+        "model": arch.describe(),
+        "base": _code(
+            hub.recorded(config.load_model) if _hub_name(config.load_model) else metadata.get("base")
+        ),
+        "digest of the base": _code(metadata.get("base_fingerprint")),
+        "method": ", ".join([config.peft, *(f"{name} {value}" for name, value in options.items())])
+        if config.peft != "none"
+        else "full training",
+        "whole tensors": config.train_parts,
+        "data": ", ".join(files),
+        "tokens": f"{sum(line['tokens'] for line in metrics):,},"
+        f" {sum(line['trained_tokens'] for line in metrics):,} of them trained",
+        "steps": f"{summary['steps']:,}",
+        "learning rate": f"{config.lr_init:.3g}, {config.lr_schedule}",
+        "longest row": f"{config.ctx_len:,} tokens",
+        "tokenizer": os.path.basename(metadata.get("tokenizer") or ""),
+        "template": "a Jinja template, in the file" if "{" in template else template,
+    }
+    return [[name, value.replace("|", "\\|").replace("\n", " ")] for name, value in rows.items() if value]
+
+
+def _code(text: str | None) -> str:
+    return f"`{text.replace('`', '')}`" if text else ""
+
+
+def _data_name(path: str, weight: float) -> str:
+    """A data file without its folder on this machine."""
+    shown = path if hub.is_hub_name(path) or names_dataset(path) else os.path.basename(path.rstrip("/\\"))
+    return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
+
+
+def _measured(summary: dict, history: list[dict]) -> list[list[str]]:
+    """Rows of the table about the results."""
+    rows = [["training loss", f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}"]]
+    if history:
+        first, last, top = history[0], history[-1], best(history)
+        rows.append(["held-out loss before", loss_text(first)])
+        rows.append([f"held-out loss at step {last['step']}", loss_text(last)])
+        if top and top is not last:
+            rows.append([f"held-out loss, best, step {top['step']}", loss_text(top)])
+    if moved := (summary.get("forgetting") or {}).get("all"):
+        rows.append(["KL from the base, nats per token, on a fixed text", f"{moved:.4f}"])
+    return rows
+
+
+def _usage(config: Config, name: str, is_adapter: bool) -> str:
+    if not is_adapter:
+        commands = [f"python -m demo.chat --model hf://OWNER/NAME/{name}"]
+    else:
+        base = (
+            hub.recorded(config.load_model)
+            if _hub_name(config.load_model)
+            else os.path.basename(config.load_model)
+        )
+        commands = [
+            f"python -m demo.chat --model {base} --adapter hf://OWNER/NAME/{name}",
+            f"python -m rwkv_miss merge --base base.pth --adapter {name} --out merged.pth",
+            f"python -m rwkv_miss convert {name} FOLDER --to peft",
+        ]
+    text = (
+        "With rwkv-miss, where OWNER/NAME is this repository. Prompts are written in the template that the"
+        " file records."
+    )
+    return text + "\n\n" + "\n".join(["```bash", *commands, "```"])
