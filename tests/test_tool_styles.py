@@ -8,7 +8,9 @@ import pytest
 
 from rwkv_miss import UserError
 from src.data.jinja_template import JinjaTemplate
+from src.data.rwkv_template import RwkvTemplate
 from src.data.tool_styles import STYLES, in_order_of_calls
+from src.evaluation.accuracy import read_questions
 from src.export.tool_jinja import tool_jinja
 
 TICKS = "```"
@@ -332,6 +334,21 @@ def test_results_come_in_the_order_of_the_calls():
         UserError, match="tool_call_id 'z' is of no call in the answer before; it has 'x', 'y'"
     ):
         in_order_of_calls([answer, result("1", "x"), result("2", "z")])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", ["rwkv", "think", "fake-think"])
+def test_a_call_is_the_right_answer_to_a_question(name, style, tmp_path):
+    answer = {"role": "assistant", "content": "Both.", "tool_calls": CALLS}
+    if name != "fake-think":
+        answer["reasoning_content"] = "hm"
+    row = {"messages": [{"role": "user", "content": "?"}, answer], "tools": TWO_TOOLS}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (question,) = read_questions(tmp_path / "rows.jsonl", RwkvTemplate(name, style))
+    assert question.right == f"Both.\n{STYLES[style].calls(CALLS)}"
+    assert question.prompt == "".join(
+        text for text, _ in RwkvTemplate(name, style).segments(row["messages"][:1], TWO_TOOLS, ask=True)
+    )
 
 
 # the same in Jinja

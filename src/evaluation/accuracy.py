@@ -52,8 +52,8 @@ class Answer(NamedTuple):
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
     """The question of every row.
 
-    Of {"messages"} the last message is the right answer, without its thoughts. {"prompt", "completion"} is
-    taken as it stands, whatever the template.
+    Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
+    they are written. {"prompt", "completion"} is taken as it stands, whatever the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
@@ -78,8 +78,19 @@ def _of_prompt(row: dict[str, Any]) -> Question:
 
 def _of_messages(row: dict[str, Any], template: Template) -> Question:
     *before, answer = row["messages"]
-    pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
-    return Question(pieces, thoughts_of(answer)[1], template.opening)
+    tools = row.get("tools")
+    pieces = [piece for piece, _ in template.segments(before, tools, ask=True)]
+    right = thoughts_of(answer)[1]
+    if answer.get("tool_calls"):  # the template says how they are written
+        prompt = "".join(pieces)
+        whole = "".join(piece for piece, _ in template.segments(row["messages"], tools))
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"the template {template.name} asks in other words than it answers in, so the right call"
+                " can't be found; give the row as prompt and completion"
+            )
+        right = answer_text(whole.removeprefix(prompt), template, template.opening)
+    return Question(pieces, right, template.opening)
 
 
 @torch.no_grad()
