@@ -349,6 +349,9 @@ def test_a_call_is_the_right_answer_to_a_question(name, style, tmp_path):
     assert question.prompt == "".join(
         text for text, _ in RwkvTemplate(name, style).segments(row["messages"][:1], TWO_TOOLS, ask=True)
     )
+    (tmp_path / "rows.jsonl").write_text(f"\n{json.dumps({**row, 'tools': [{}]})}")
+    with pytest.raises(UserError, match="rows.jsonl, line 2: a tool must be"):
+        read_questions(tmp_path / "rows.jsonl", RwkvTemplate(name, style))
 
 
 # the same in Jinja

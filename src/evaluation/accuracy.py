@@ -55,14 +55,18 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
     Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
     they are written. {"prompt", "completion"} is taken as it stands, whatever the template.
 
-    Raises UserError for data that cannot be read, and for a row that has no answer.
+    Raises UserError for data that cannot be read, and for a row that has no answer or no form in the
+    template.
     """
     questions = []
     for where, row in read_records(path, reading=reading):
         if "prompt" in row:
             questions.append(_of_prompt(row))
         elif "messages" in row:
-            questions.append(_of_messages(row, template))
+            try:
+                questions.append(_of_messages(row, template))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         else:
             raise UserError(
                 f"{where}: expected messages, a question and its answer, or a prompt and its completion; got"
