@@ -13,6 +13,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.hub import local_path
+    from src.data.leading_token import HELP as BOS_HELP
     from src.data.templates import add_template_flags
     from src.export import TARGETS, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         parser.add_argument("--eod", default="", help="as in train.py")
         add_template_flags(parser.add_argument)
+        parser.add_argument("--bos", default="recorded", help=BOS_HELP)
         parser.add_argument(
             "--drop_state",
             action="store_true",
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             args.drop_state,
             args.layout,
             args.tool_style,
+            args.bos,
         ).lines():
             print(line)
 

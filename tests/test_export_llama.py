@@ -180,3 +180,16 @@ def test_another_file_is_not_loaded(tmp_path, library):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(RuntimeError, match="does not load"):
         llama.Llama(library, tmp_path / "m.gguf")
+
+
+def test_a_chat_begins_with_the_leading_token(tmp_path, library):
+    """llama.cpp's tokenizer adds none, whatever add_bos_token says, so the chat template begins with it."""
+    path = tmp_path / "m.pth"
+    tensors = random_tensors(make_arch(7, 1, 64, 64, 65536))
+    write_checkpoint(path, tensors.items(), {"tokenizer": "world", "bos": [0]})
+    export(path, tmp_path / "m.gguf", "gguf")
+    model, world = llama.Llama(library, tmp_path / "m.gguf"), load_tokenizer("world", 65536)
+    begin, _, _ = model.chat_template().partition("{")
+    assert model.encode(begin + "User: hi", special=True) == [0, *world.encode("User: hi")]
+    assert 0 not in model.encode(begin + "User: hi"), "what a user types is text"
+    model.close()

@@ -24,6 +24,8 @@ from src.data.lint import Lint
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import read_questions
+from src.export import export, gguf_reader
+from src.export.chat_template import rwkv_jinja
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.load import load_with
@@ -290,3 +292,77 @@ def test_a_run_does_not_go_on_with_another(tmp_path):
     with pytest.raises(UserError, match="has bos recorded, now it is 0"):
         go_on("0")
     assert go_on("recorded")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """trained(TOKENIZER, BOS): a model that was trained so."""
+    path = tmp_path / "trained.pth"
+
+    def make(tokenizer, *bos):
+        arch = make_arch(7, 1, 64, 64, 65536 if tokenizer == "world" else 256)
+        described = {"tokenizer": tokenizer, "bos": list(bos)}
+        rwkv_miss.write_checkpoint(path, random_tensors(arch).items(), described)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("spec, bos", [("recorded", (0,)), ("none", ()), (str(FLOWER), (FLOWER,))])
+def test_gguf_says_it(spec, bos, trained, tmp_path):
+    pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
+    done = export(trained("world", 0), tmp_path / "m.gguf", "gguf", bos=spec)
+    keys, _ = gguf_reader.read(tmp_path / "m.gguf")
+    assert keys["tokenizer.ggml.add_bos_token"] == bool(bos)
+    assert keys["tokenizer.ggml.bos_token_id"] == (bos or (0,))[0]
+    begin = keys["tokenizer.chat_template"].removesuffix(rwkv_jinja("rwkv"))
+    assert begin == (keys["tokenizer.ggml.tokens"][0] if bos == (0,) else "")
+    told = [note for note in done.notes if "add_bos_token" in note]
+    assert [f"begins with token {token}" in note for note, token in zip(told, bos, strict=True)] == [
+        True
+    ] * len(bos)
+
+
+@pytest.mark.parametrize("spec, bos", [("recorded", (33,)), ("none", ()), ("auto", (0,))])
+def test_the_tokenizer_of_a_hugging_face_folder_adds_it(spec, bos, trained, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
+    model = trained("bytes", 33)
+    done = export(model, tmp_path / "hf", "hf", bos=spec)
+    told = {
+        name: json.loads((tmp_path / "hf" / name).read_text())
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    }
+    assert told["tokenizer_config.json"].get("add_bos_token", False) == bool(bos) == bool(done.notes)
+    for name in ("config.json", "generation_config.json"):
+        assert told[name]["bos_token_id"] == (bos or (0,))[0]
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
+    assert theirs.encode("User: hi").ids == [*bos, *b"User: hi"]
+    assert theirs.encode("User: hi", add_special_tokens=False).ids == [*b"User: hi"]
+    if bos:
+        assert theirs.token_to_id(told["tokenizer_config.json"]["bos_token"]) == bos[0]
+    done = export(model, tmp_path / "fla", "hf", layout="fla", bos=spec)
+    assert ["adds no leading token" in note for note in done.notes] == [True] * len(bos)
+
+
+def test_a_tokenizer_json_gets_it_too(trained, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
+    names = {"a": 0, "b": 1, "</s>": 2, "?": 3}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="?"))
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "t.json"))
+    model, tokenizer = trained("bytes"), str(tmp_path / "t.json")
+    for layout in ("official", "fla"):
+        export(model, tmp_path / layout, "hf", tokenizer=tokenizer, layout=layout, bos="auto")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / layout / "tokenizer.json"))
+        assert theirs.encode("b").ids == [2, 1]
+        told = json.loads((tmp_path / layout / "tokenizer_config.json").read_text())
+        assert told["bos_token"] == "</s>" and told["add_bos_token"]
+
+
+def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
+    with pytest.raises(UserError, match="--bos 0 needs a tokenizer"):
+        export(trained("bytes"), tmp_path / "hf", "hf", tokenizer="none", bos="0")
+    with pytest.raises(UserError, match="--bos .* are for gguf and hf"):
+        export(trained("bytes"), tmp_path / "m.safetensors", "safetensors", bos="0")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from rwkv_miss.files.provenance import Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..common.formatting import counted, size_text
+from ..config.validate import check_bos
 from ..data.chat_template import Template
+from ..data.leading_token import leading_token
 from ..data.templates import choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
@@ -39,6 +41,16 @@ NAMES = {
     "pth": "a checkpoint",
 }
 TARGETS = tuple(NAMES)
+
+
+class Language(NamedTuple):
+    """The flags about what a form says beside its tensors."""
+
+    tokenizer: str = "auto"
+    eod: str = ""
+    template: str = "auto"
+    tool_style: str = "auto"
+    bos: str = "recorded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +95,19 @@ def export(
     drop_state: bool = False,
     layout: str = "",
     tool_style: str = "auto",
+    bos: str = "recorded",
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
     kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod,
-    template, tool_style: as everywhere, for gguf and hf; auto is what the file records, and tokenizer may be
-    "none". drop_state: leave out an initial state that the form has no place for. layout: of a Hugging Face
-    folder, one of hugging_face.LAYOUTS, the first where none is given. UserError, before anything is written,
-    for what is no model or not merged, for a model that the readers of the form would compute wrongly, and
-    for a missing package.
+    template, tool_style, bos: as everywhere, for gguf and hf; auto and recorded are what the file records,
+    and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for.
+    layout: of a Hugging Face folder, one of hugging_face.LAYOUTS, the first where none is given. UserError,
+    before anything is written, for what is no model or not merged, for a model that the readers of the form
+    would compute wrongly, and for a missing package.
     """
-    _check_flags(to, kind, layout, (tokenizer, eod, template, tool_style, drop_state))
+    language = Language(tokenizer, eod, template, tool_style, bos)
+    _check_flags(to, kind, layout, language, drop_state)
     _check_output(path, out, to)
     found = form_of(path)
     if found == to:
@@ -113,11 +127,11 @@ def export(
         if to == "hf":
             layout = layout or LAYOUTS[0]
             written = f"Hugging Face folder, layout {layout}"
-            notes += _write_folder(model, out, layout, tokenizer, eod, template, tool_style)
+            notes += _write_folder(model, out, layout, language)
         else:
             kind = kind or gguf.DEFAULT_TYPE
             written = f"GGUF {kind}"
-            notes += _write_gguf(model, out, kind, tokenizer, eod, template, tool_style)
+            notes += _write_gguf(model, out, kind, language)
     return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes)
 
 
@@ -132,31 +146,25 @@ def _check_output(path, out, to: str) -> None:
         may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
 
 
-def _write_folder(
-    model: Model, out, layout: str, tokenizer: str, eod: str, template: str, tool_style: str
-) -> list[str]:
+def _write_folder(model: Model, out, layout: str, language: Language) -> list[str]:
     """Check the model and write it for Hugging Face; returns notes."""
     hugging_face.check(model.arch, layout)
-    chosen_tokenizer, chosen_template = _language(model, tokenizer, eod, template, tool_style)
+    chosen = _chosen(model, language)
     check_finite(model.tensors)
-    return hugging_face.write(
-        out, layout, model.tensors, model.arch, chosen_tokenizer, chosen_template, model.provenance()
-    )
+    return hugging_face.write(out, layout, model.tensors, model.arch, *chosen, model.provenance())
 
 
-def _write_gguf(
-    model: Model, out, kind: str, tokenizer: str, eod: str, template: str, tool_style: str
-) -> list[str]:
+def _write_gguf(model: Model, out, kind: str, language: Language) -> list[str]:
     """Check the model and write it for llama.cpp; returns notes."""
     notes = gguf.check(model.arch, kind)
-    vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template, tool_style), model.arch.vocab_size)
+    vocabulary = vocabulary_of(*_chosen(model, language), model.arch.vocab_size)
     check_finite(model.tensors)
     name = Path(model.path).stem
     left_out = gguf.write(out, model.tensors, model.arch, kind, name, vocabulary, model.provenance())
     return notes + vocabulary.notes + left_out
 
 
-def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str, str, bool]) -> None:
+def _check_flags(to: str, kind: str, layout: str, language: Language, drop_state: bool) -> None:
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     if kind and to != "gguf":
@@ -165,11 +173,12 @@ def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str,
         raise UserError(f"--layout {layout} is for hf; {to} has one layout")
     if layout not in ("", *LAYOUTS):
         raise UserError(f"--layout {layout!r} is unknown; choose one of: {', '.join(LAYOUTS)}")
-    if to not in ("gguf", "hf") and language != ("auto", "", "auto", "auto", False):
+    if to not in ("gguf", "hf") and (language != Language() or drop_state):
         raise UserError(
-            f"--tokenizer, --eod, --template, --tool_style and --drop_state are for gguf and hf; {to} holds"
-            " all tensors and no tokenizer"
+            f"--tokenizer, --eod, --template, --tool_style, --bos and --drop_state are for gguf and hf; {to}"
+            " holds all tensors and no tokenizer"
         )
+    check_bos(language.bos)
 
 
 def _size(path) -> int:
@@ -204,12 +213,21 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
 
 
-def _language(
-    model: Model, spec: str, eod: str, template: str, tool_style: str
-) -> tuple[Tokenizer | None, Template]:
-    """The tokenizer, None for "none", and the chat template; auto is what the metadata record."""
+def _chosen(model: Model, flags: Language) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
+    """The tokenizer, None for "none", the chat template and the leading token, as recorded where not given.
+
+    Without a tokenizer there is no leading token.
+    """
     told = model.metadata or {}
+    spec, eod = flags.tokenizer, flags.eod
     if spec == "auto" and told.get("tokenizer"):
         spec, eod = told["tokenizer"], eod or told.get("eod") or ""
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
-    return tokenizer, choose_template(template, tool_style, told.get("template"), tokenizer)
+    template = choose_template(flags.template, flags.tool_style, told.get("template"), tokenizer)
+    if tokenizer:
+        return tokenizer, template, leading_token(flags.bos, tokenizer, model.path)
+    if flags.bos not in ("recorded", "none"):
+        raise UserError(
+            f"--bos {flags.bos} needs a tokenizer, which --tokenizer none leaves out; drop one of them"
+        )
+    return None, template, ()

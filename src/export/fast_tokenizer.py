@@ -98,6 +98,18 @@ def tokenizer_json(tokenizer: ByteTokenizer) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode()
 
 
+def with_beginning(content: bytes, token: int, name: str) -> bytes:
+    """A tokenizer.json that puts a token before a text, wherever special tokens are asked for."""
+    piece = {"SpecialToken": {"id": name, "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [piece, *({"Sequence": {"id": part, "type_id": 0}} for part in "AB")],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
+    return json.dumps(json.loads(content) | {"post_processor": processor}, ensure_ascii=False).encode()
+
+
 def longest_match(names: list[str]) -> str:
     """The regular expression that matches the longest of these names, at any place."""
     root: dict[str, Any] = {}

@@ -143,7 +143,8 @@ def _add_keys(
     if vocabulary.tokens:
         writer.add_token_list(vocabulary.tokens)
         writer.add_token_types(vocabulary.types)
-        writer.add_bos_token_id(vocabulary.end)
+        writer.add_bos_token_id(vocabulary.end if vocabulary.bos is None else vocabulary.bos)
+        writer.add_add_bos_token(vocabulary.bos is not None)
         writer.add_eos_token_id(vocabulary.end)
         if vocabulary.eot is not None:
             writer.add_eot_token_id(vocabulary.eot)

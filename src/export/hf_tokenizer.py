@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkv_miss.files.output import write_bytes, write_json, write_text
 
 from ..data.chat_template import Template
+from ..data.leading_token import text_of
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from . import fast_tokenizer
@@ -23,8 +24,11 @@ FAST = "PreTrainedTokenizerFast"
 Files = tuple[dict[str, Callable[[str], None]], list[str]]
 
 
-def official_files(tokenizer: Tokenizer | None, template: Template) -> Files:
-    """A tokenizer.json of any tokenizer that has the form, with the greedy longest match of a byte table."""
+def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...]) -> Files:
+    """A tokenizer.json of any tokenizer that has the form, with the greedy longest match of a byte table.
+
+    It adds the leading token `bos` wherever special tokens are asked for.
+    """
     described: dict[str, object] = {"tokenizer_class": FAST, "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, JsonTokenizer):
         content, end = Path(tokenizer.name).read_bytes(), tokenizer.decode(tokenizer.eod)
@@ -36,21 +40,31 @@ def official_files(tokenizer: Tokenizer | None, template: Template) -> Files:
         reason = fast_tokenizer.no_form(tokenizer) if tokenizer else "none was asked for"
         return {}, [f"no tokenizer is in the folder: {reason}"]
     described |= {"eos_token": end, "pad_token": end}
+    notes = []
+    if bos:
+        content = _begun(content, described, tokenizer, bos)
+        notes = [_beginning_note(bos)]
     return {
         TOKENIZER: functools.partial(write_bytes, content=content),
         CONFIG: functools.partial(write_json, content=described),
         TEMPLATE: functools.partial(write_text, text=_jinja(template)),
-    }, []
+    }, notes
 
 
-def fla_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> Files:
+def fla_files(
+    tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...], vocab_size: int
+) -> Files:
     """rwkv7-hf's tokenizer, whose vocabulary is a file in World format; or a tokenizer.json as it is."""
+    notes: list[str] = []
     if isinstance(tokenizer, JsonTokenizer):
         described: dict[str, object] = {
             "tokenizer_class": FAST,
             "eos_token": tokenizer.decode(tokenizer.eod),
         }
         table, content = TOKENIZER, Path(tokenizer.name).read_bytes()
+        if bos:
+            content = _begun(content, described, tokenizer, bos)
+            notes = [_beginning_note(bos)]
     elif isinstance(tokenizer, ByteTokenizer) and tokenizer.encoding == "utf-8" and tokenizer.eod == (0,):
         described = {
             "tokenizer_class": "RWKV7Tokenizer",
@@ -63,6 +77,8 @@ def fla_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) 
         pieces = [(token, piece) for token, piece in sorted(tokenizer.table.items()) if piece]
         table = VOCABULARY
         content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in pieces).encode()
+        if bos:
+            notes = [f"rwkv7-hf's tokenizer adds no leading token; put {text_of(bos)} before a text yourself"]
     else:
         reason = f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for"
         return {}, [f"no tokenizer is in the folder: {reason}"]
@@ -70,7 +86,25 @@ def fla_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) 
     return {
         table: lambda path: write_bytes(path, content),
         CONFIG: lambda path: write_json(path, described),
-    }, []
+    }, notes
+
+
+def _begun(content: bytes, described: dict[str, object], tokenizer: Tokenizer, bos: tuple[int, ...]) -> bytes:
+    """A tokenizer.json that puts the leading token before a text; its configuration says so."""
+    (token,) = bos
+    if isinstance(tokenizer, JsonTokenizer):
+        name = tokenizer.inner.id_to_token(token)
+    else:
+        name = fast_tokenizer.token_names(tokenizer)[token]
+    described |= {"bos_token": name, "add_bos_token": True}
+    return fast_tokenizer.with_beginning(content, token, name)
+
+
+def _beginning_note(bos: tuple[int, ...]) -> str:
+    return (
+        f"the tokenizer puts {text_of(bos)} before a text, but apply_chat_template asks it for none; have it"
+        " return the text (tokenize=False), and tokenise that"
+    )
 
 
 def _jinja(template: Template) -> str:

@@ -54,8 +54,10 @@ def check(arch: Arch, layout: str) -> None:
         )
 
 
-def official_config(arch: Arch, tensors: Mapping[str, Tensor], end: int | None) -> dict[str, object]:
-    """config.json of the official layout; `end` is the id that ends a document."""
+def official_config(
+    arch: Arch, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None]
+) -> dict[str, object]:
+    """config.json of the official layout; `ids` are those of special_ids()."""
     return {
         "architectures": ["Rwkv7ForCausalLM"],
         "model_type": "rwkv7",
@@ -72,14 +74,15 @@ def official_config(arch: Arch, tensors: Mapping[str, Tensor], end: int | None) 
         "norm_eps": 1e-5,
         "norm_bias": True,
         "tie_word_embeddings": False,
-        **special_ids(end),
+        **ids,
         "use_cache": True,
         "dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
     }
 
 
-def special_ids(end: int | None) -> dict[str, int | None]:
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+def special_ids(begin: int | None, end: int | None) -> dict[str, int | None]:
+    """What begins a document, where something does, and what ends it."""
+    return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
 
 
 def fla_config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -121,19 +124,21 @@ def write(
     arch: Arch,
     tokenizer: Tokenizer | None,
     template: Template,
+    bos: tuple[int, ...],
     provenance: Provenance,
 ) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
     if layout == "official":
         stored, unread = _official_tensors(tensors, arch), {}
         end = tokenizer.eod[0] if tokenizer and len(tokenizer.eod) == 1 else None
-        described = {CONFIG: official_config(arch, tensors, end), GENERATION: special_ids(end)}
-        of_tokenizer, notes = official_files(tokenizer, template)
+        ids = special_ids(bos[0] if bos else end, end)
+        described = {CONFIG: official_config(arch, tensors, ids), GENERATION: ids}
+        of_tokenizer, notes = official_files(tokenizer, template, bos)
     else:
         stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
         unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
         described = {CONFIG: fla_config(arch, tensors)}
-        of_tokenizer, notes = fla_files(tokenizer, template, arch.vocab_size)
+        of_tokenizer, notes = fla_files(tokenizer, template, bos, arch.vocab_size)
     writers: dict[str, Callable[[str], None]] = {
         WEIGHTS: lambda path: write_safetensors(path, stored, provenance.header())
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..data.chat_template import Template
+from ..data.leading_token import text_of
 from ..data.tokenizer import ByteTokenizer, Tokenizer
 from .chat_template import jinja, thinks_aloud
 
@@ -30,11 +31,14 @@ class Vocabulary:
     types: list[int] = dataclasses.field(default_factory=list)
     end: int = 0
     eot: int | None = None  # the token that ends a turn
+    bos: int | None = None  # the token that every document begins with
     chat_template: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)  # what the user should know
 
 
-def vocabulary_of(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> Vocabulary:
+def vocabulary_of(
+    tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...], vocab_size: int
+) -> Vocabulary:
     """What llama.cpp is told of a tokenizer; None is a model without one."""
     if reason := _no_form(tokenizer):
         note = f"no tokenizer is in the file: {reason}; llama.cpp takes ids and gives logits"
@@ -49,6 +53,15 @@ def vocabulary_of(tokenizer: Tokenizer | None, template: Template, vocab_size: i
             f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop"
             " llama.cpp at 'User:' as well"
         ]
+    begin = ""
+    if bos:
+        # found by chat programs, which look for the texts of control tokens; a user's words can't spell it
+        begin = table[bos[0]] if types[bos[0]] == CONTROL else ""
+        by_whom = "the chat template begins with it" if begin else "no chat template can"
+        notes.append(
+            f"add_bos_token says that a document begins with {text_of(bos)}, but llama.cpp's tokenizer of"
+            f" RWKV adds it to nothing: {by_whom}; before any other text put the id yourself"
+        )
     ids = range(vocab_size)
     return Vocabulary(
         "rwkv",
@@ -56,7 +69,8 @@ def vocabulary_of(tokenizer: Tokenizer | None, template: Template, vocab_size: i
         [types.get(i, UNUSED) for i in ids],
         tokenizer.eod[-1],
         turn_end,
-        jinja(template),
+        bos[0] if bos else None,
+        begin + jinja(template),
         notes,
     )
 
