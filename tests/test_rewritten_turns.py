@@ -78,12 +78,20 @@ QWEN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+QWEN_MARKED = QWEN.replace(
+    "{{- '<think>\\n' + thoughts", "{%- generation -%}{{- '<think>\\n' + thoughts"
+).replace(
+    "+ '\\n</think>\\n\\n' -}}\n{%- endif -%}\n{{- said + '<|im_end|>\\n' -}}",
+    "+ '\\n</think>\\n\\n' + said + '<|im_end|>\\n' -}}{%- endgeneration -%}\n"
+    "{%- else -%}{{- said + '<|im_end|>\\n' -}}{%- endif -%}",
+)
 FORGETFUL = {
     "open": g1(COLON, "<think"),
     "open, markdown": g1(MARKDOWN, "<think", "<think>\\n</think>\\n"),
     "fake": g1(COLON, "<think></think"),
     "fake, markdown": g1(MARKDOWN, "<think></think"),
     "qwen": QWEN,
+    "qwen, generation": QWEN_MARKED,
 }
 LASTING = {"chatml": CHATML, "llama": LLAMA, "generation": MARKED}
 PLAIN = [system("s é"), user("1"), assistant("x\n\ny"), user("🙂"), assistant("."), user("3"), assistant("z")]
@@ -122,7 +130,7 @@ def is_fake(name):
 def test_a_chat_asks_in_the_tokens_of_the_training(name, kind, tmp_path):
     """Each answer is trained after the very tokens that a chat reads before it, and in those that it says."""
     source, tokenizer = {**FORGETFUL, **LASTING}[name], tokenizer_of(kind, tmp_path)
-    plain = source if name != "generation" else CHATML
+    plain = {"generation": CHATML, "qwen, generation": QWEN}.get(name, source)
     template = load_template(source, tokenizer.decode(tokenizer.eod))
     for messages in (PLAIN, THOUGHTFUL) if not is_fake(name) and name in FORGETFUL else (PLAIN,):
         encoded = Encoder(tokenizer, template).encode({"messages": messages})
@@ -171,6 +179,20 @@ def test_an_answer_of_weight_0_has_no_document():
     assert template.documents(PLAIN[:2]) == [[("System: s é\n\nUser: 1\n\n", False)]]
     # what no answer follows is no part of a document whose turns it would rewrite
     assert template.documents(PLAIN[:4]) == whole[:1]
+
+
+@pytest.mark.parametrize("name", [*FORGETFUL, *LASTING])
+def test_an_answer_without_weight_has_the_same_tokens(name, tmp_path):
+    """The end of its turn is a piece by itself too, as a chat reads it."""
+    template = load_template({**FORGETFUL, **LASTING}[name])
+    encoder = Encoder(whole_blank_line_tokenizer(tmp_path), template)
+    turns = [*PLAIN[:-1], assistant("z\n")]
+    for weight in (0, 0.5):
+        weighed = [*turns[:2], {**turns[2], "weight": weight}, *turns[3:]]
+        got, whole = (
+            {tuple(ids.tolist()) for ids, _ in encoder.encode({"messages": m})} for m in (weighed, turns)
+        )
+        assert got <= whole and len(got) == len(whole) - (weight == 0 and name in FORGETFUL)
 
 
 def test_a_document_ends_only_where_something_is_rewritten():
@@ -282,6 +304,45 @@ def test_a_template_without_hope_is_refused_before_any_row(source, words):
     ) as caught:
         load_template(source)
     assert words in str(caught.value)
+
+
+def test_marks_tell_what_of_an_answer_is_trained():
+    """The documents are those of the same template without marks."""
+    plain, marked = load_template(QWEN), load_template(QWEN_MARKED)
+    assert marked.documents(THOUGHTFUL) == plain.documents(THOUGHTFUL)
+    # thoughts are written, but not trained
+    words = "{%- endif -%}\n{%- generation -%}{{- said + '<|im_end|>\\n' -}}{%- endgeneration -%}"
+    source = QWEN.replace("{%- endif -%}\n{{- said + '<|im_end|>\\n' -}}", words)
+    documents = load_template(source).documents(THOUGHTFUL)
+    assert [[text for text, weight in segments if weight] for segments in documents] == [
+        [said, "<|im_end|>\n"] for said in ("x\n\ny", ".", "z")
+    ]
+    assert documents[1][1:3] == [("<think>\né é\n</think>\n\n", 0), (".", 1)]
+
+
+def test_marks_alone_help_where_no_rule_does():
+    answer = "{% generation %}{{ m.content }};{% endgeneration %}"
+    source = (
+        "{{ messages | length }}{% for m in messages %}[{{ m.role }}]"
+        f"{{% if m.role == 'user' %}}{{{{ m.content }}}};{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+    )
+    template = load_template(source)
+    turns = [user("a"), {**assistant("b"), "weight": 0.5}, user("c"), assistant("d")]
+    [segments] = template.documents(turns)
+    assert segments == [
+        ("4[user]a;[assistant]", 0),
+        ("b;", 0.5),
+        ("[user]c;[assistant]", 0),
+        ("d;", 1),
+    ]
+    assert segments == template.segments(turns) and template.asked_only == ""
+    twice = source.replace(
+        "{{ m.content }};{% endgen", "({% endgeneration %}{% generation %}{{ m.content }};{% endgen"
+    )
+    with pytest.raises(
+        UserError, match='has 4 {% generation %} blocks for 2 answers; which of them has "weight": 0.5'
+    ):
+        load_template(twice).documents(turns)
 
 
 def test_masks_other_than_the_assistants_take_the_whole_conversation_once():
@@ -403,11 +464,14 @@ def test_plan_and_preview_count_them(rows, capsys, tmp_path):
 
 
 def test_questions_of_an_evaluation_are_those_of_the_training(rows, tmp_path):
-    """The tokens before the last answer: of a document, and of a file of questions."""
-    first = questions(load(rows), 4, Encoder(BYTES, TEMPLATE))
+    """The tokens before an answer: of documents, of a file of questions, and one of each conversation."""
+    documents, encoder = load(rows), Encoder(BYTES, TEMPLATE)
     path = tmp_path / "questions.jsonl"
     lines = [conversation("n0", 1)] + [conversation("n1", turns) for turns in (1, 2, 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     asked = read_questions(path, TEMPLATE)
-    assert [question.ids(BYTES) for question in asked] == [question.prompt for question in first]
+    each = [questions(documents.take(np.array([i])), 1, encoder)[0].prompt for i in range(4)]
+    assert [question.ids(BYTES) for question in asked] == each
     assert asked[3].opening == "<think" and asked[3].right == "n1 says 2"
+    first = [bytes(question.prompt).decode().split()[1] for question in questions(documents, 5, encoder)]
+    assert first == ["n0", "n1", "n2", "n3", "n4"]

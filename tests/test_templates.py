@@ -308,17 +308,16 @@ def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
     assert [text for text, trained in template.segments(turns) if trained] == ["b", "d"]
 
 
-def test_an_answer_in_several_blocks_is_trained_whole_unless_one_of_the_answers_is_context(jinja):
+def test_an_answer_in_several_blocks_has_its_weight_in_all_of_them(jinja):
     template = jinja(
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation"
         " %}({% endgeneration %}-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert shown(template.segments(turns)) == "[user]a[assistant]|<(>|-|<b>|[user]c[assistant]|<(>|-|<d>"
-    with pytest.raises(
-        UserError, match='has 4 {% generation %} blocks for 2 answers; which of them has "weight": 0'
-    ):
-        template.segments([*turns[:3], {**turns[3], "weight": 0}])
+    whole = "[user]a|[assistant]|<(>|-|<b>|[user]c|[assistant]|<(>|-|<d>"
+    assert shown(template.segments(turns)) == whole
+    context = template.segments([*turns[:3], {**turns[3], "weight": 0}])
+    assert shown(context) == whole.replace("<(>|-|<d>", "(|-|d")
 
 
 def test_tools_and_a_document_end(jinja, tmp_path):

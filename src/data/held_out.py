@@ -125,14 +125,18 @@ class Question:
 def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Question]:
     """What samples are made for: the first `count` documents, up to their last answer.
 
-    Of a document that is trained as a whole but for its leading token, the first half is the prompt. The
-    encoder is the one that made the documents.
+    Of a conversation that is several documents it is the first. Of a document that is trained as a whole but
+    for its leading token, the first half is the prompt. The encoder is the one that made the documents.
     """
     eod = tuple(encoder.tokenizer.eod)
-    found = []
-    for document in held_out:
+    found: list[Question] = []
+    conversations: set[int] = set()
+    for i, document in enumerate(held_out):
         if len(found) == count:
             break
+        conversation = -1 if held_out.conversation is None else int(held_out.conversation[i])
+        if conversation in conversations:
+            continue
         ids = document.ids.tolist()
         end = len(ids) - (len(eod) if tuple(ids[-len(eod) :]) == eod else 0)
         trained = np.flatnonzero(document.weights[:end])
@@ -144,4 +148,5 @@ def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Questio
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:
             found.append(Question(ids[:start], ids[start:last]))
+            conversations |= {conversation} - {-1}
     return found

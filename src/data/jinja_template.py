@@ -3,9 +3,9 @@
 A template is given messages, tools, add_generation_prompt, bos_token and eos_token. bos_token is always
 empty, because RWKV has none. The template may call raise_exception() and tojson.
 
-What is trained stands between `{% generation %}` and `{% endgeneration %}`. Without these blocks two texts
-are rendered for each answer: one that asks for it, and one in which it is the last message. The answer begins
-where they part, and has the end of its turn.
+Two texts are rendered for each answer: one that asks for it, and one in which it is the last message. The
+answer begins where they part, and has the end of its turn. It is trained, or of it what stands between
+`{% generation %}` and `{% endgeneration %}` if the template has such marks.
 
 - Where each text is the beginning of the next, the conversation is one document.
 - Many templates rewrite earlier turns, such as by taking out thoughts. A new document begins with each answer
@@ -13,10 +13,13 @@ where they part, and has the end of its turn.
   as it will in a chat, and each answer is trained once.
 - What asks may end in words that the template does not write before the answer, such as `<think`. Then the
   document has the common beginning, up to the end of a token, and the next answer is in a new one.
+- Where the messages before an answer are written otherwise when it follows, only marks help. The conversation
+  is then one document, of which they alone tell what is trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,8 +37,6 @@ from .tool_styles import parse_any
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
 
-Piece = tuple[str, float]  # as a Segment, before the end of the turn is cut off
-
 
 class Generation(jinja2.ext.Extension):
     """The block {% generation %}."""
@@ -49,6 +50,10 @@ class Generation(jinja2.ext.Extension):
 
     def marked(self, caller):
         return BEGIN + caller() + END
+
+
+class _Changed(UserError):
+    """The messages before an answer are written otherwise when it follows."""
 
 
 class JinjaTemplate:
@@ -100,8 +105,8 @@ class JinjaTemplate:
         begun = BEGUN_THOUGHTS.search(asked)
         self.opening = begun[0] if begun else ""
         documents = self.documents([question, answer, question, answer])
-        if not self.marks:
-            self.asked_only = asked[_common_beginning(asked, whole) :]
+        with contextlib.suppress(_Changed):  # which documents() has allowed, as there are marks
+            self.asked_only = asked[self._common(asked, whole, [question], None) :]
         if self.marks and not any(segment.weight for segment in documents[0]):
             raise UserError(
                 f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"
@@ -114,43 +119,31 @@ class JinjaTemplate:
 
         For the whole conversation it is one document. So a chat asks in the pieces of the training.
         """
-        if self.marks:
-            return self._segments(self._marked(messages, tools, ask))
-        documents, written = self._by_beginnings(messages, tools)
+        try:
+            documents, written = self._by_answers(messages, tools)
+        except _Changed as changed:
+            return self._by_marks(messages, tools, ask, changed)
         whole = self._render(messages, ask, tools)
         if written is None or not whole.startswith(written):
-            return self._segments([(whole, 0.0)])
-        return self._segments([*documents[-1], (whole.removeprefix(written), 0.0)])
+            return [Segment(whole, 0.0)] if whole else []
+        return _full([*documents[-1], Segment(whole.removeprefix(written), 0.0)])
 
     def documents(
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
     ) -> list[list[Segment]]:
         """See chat_template.Template."""
-        if self.marks:
-            return [self._segments(self._marked(messages, tools, False))]
-        documents, written = self._by_beginnings(messages, tools, token_end)
+        try:
+            documents, written = self._by_answers(messages, tools, token_end)
+        except _Changed as changed:
+            return [self._by_marks(messages, tools, False, changed)]
         if not documents:
-            return [self._segments([(self._render(messages, False, tools), 0.0)])]
+            return [_full([Segment(self._render(messages, False, tools), 0.0)])]
         if written is not None and messages[-1]["role"] != "assistant":
             whole = self._render(messages, False, tools)
             if whole.startswith(written):
-                documents[-1].append((whole.removeprefix(written), 0.0))
-        trained = [pieces for pieces in documents if any(weight for _, weight in pieces)]
-        return [self._segments(pieces) for pieces in trained or documents[-1:]]
-
-    def _segments(self, pieces: list[Piece]) -> list[Segment]:
-        segments: list[Segment] = []
-        for text, weight in pieces:
-            # the end of a turn is a segment by itself, as in a chat
-            end = self.turn_end
-            after_answer = segments and segments[-1].weight and segments[-1].text != end
-            if end and weight and text.endswith(end):
-                segments += [Segment(text.removesuffix(end), weight), Segment(end, weight)]
-            elif end and after_answer and text.startswith(end):
-                segments += [Segment(end, 0.0), Segment(text.removeprefix(end), 0.0)]
-            else:
-                segments.append(Segment(text, weight))
-        return [segment for segment in segments if segment.text]
+                documents[-1].append(Segment(whole.removeprefix(written), 0.0))
+        trained = [segments for segments in documents if any(segment.weight for segment in segments)]
+        return [_full(segments) for segments in trained or documents[-1:]]
 
     def next_turn(
         self, messages: list[dict], new: list[dict], tools: list[dict] | None = None
@@ -171,39 +164,21 @@ class JinjaTemplate:
         """See chat_template.Template."""
         return parse_any(text)
 
-    def _marked(self, messages: list[dict], tools, ask: bool) -> list[Piece]:
-        text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)
-        wanted = [weight_of(message) for message in messages if message["role"] == "assistant"]
-        if len(wanted) != len(rest):
-            unlike = [weight for weight in wanted if weight != 1]
-            if unlike:
-                raise UserError(
-                    f"{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which"
-                    f' of them has "weight": {unlike[0]:g}?'
-                )
-            wanted = [1.0] * len(rest)
-        pieces = [(text, 0.0)]
-        for part, weight in zip(rest, wanted):
-            inside, closed, outside = part.partition(END)
-            if not closed:
-                raise UserError(f"{self.name}: a {{% generation %}} block lies inside another one")
-            pieces += [(inside, weight), (outside, 0.0)]
-        return pieces
-
-    def _by_beginnings(
+    def _by_answers(
         self, messages: list[dict], tools, token_end: TokenEnd | None = None
-    ) -> tuple[list[list[Piece]], str | None]:
+    ) -> tuple[list[list[Segment]], str | None]:
         """(the documents up to the last answer, the text of the last one).
 
-        The text is None where another answer would be in a new document.
+        The text is None where another answer would be in a new document. Raises _Changed.
         """
-        documents: list[list[Piece]] = []
+        documents: list[list[Segment]] = []
         written: str | None = None
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             asked = self._render(messages[:i], True, tools)
-            answered = self._render(messages[: i + 1], False, tools)
+            parts = self._parts(messages[: i + 1], tools)
+            answered = "".join(text for text, _ in parts)
             begin = self._common(asked, answered, messages[:i], tools)
             if written is None or not asked[:begin].startswith(written):
                 documents.append([])
@@ -211,16 +186,61 @@ class JinjaTemplate:
             prompt, end = asked.removeprefix(written), begin - len(written)
             if token_end and begin < len(asked):
                 end = token_end(prompt, end)
-            documents[-1].append((prompt[:end], 0.0))
-            documents[-1].append((answered[len(written) + end :], weight_of(message)))
+            documents[-1].append(Segment(prompt[:end], 0.0))
+            documents[-1] += self._answer(parts, len(written) + end, weight_of(message))
             # a chat has read all of `asked`, so it reads the whole text anew for the next answer
             written = answered if begin == len(asked) else None
         return documents, written
 
+    def _answer(self, parts: list[tuple[str, bool]], start: int, weight: float) -> list[Segment]:
+        """The answer that begins at the character `start` of a text in parts.
+
+        The end of its turn is a segment by itself, as in a chat. Of a template with marks only what stands in
+        them has the weight.
+        """
+        text = "".join(part for part, _ in parts)
+        end = len(text) - len(self.turn_end) if text.endswith(self.turn_end) else len(text)
+        segments, place = [], 0
+        for part, inside in parts:
+            for first, last in ((start, end), (max(start, end), len(text))):
+                piece = part[max(first - place, 0) : max(last - place, 0)]
+                segments.append(Segment(piece, weight if inside or not self.marks else 0.0))
+            place += len(part)
+        return segments
+
+    def _by_marks(self, messages: list[dict], tools, ask: bool, changed: _Changed) -> list[Segment]:
+        """The conversation as one document of which the marks alone tell what is trained."""
+        if not self.marks:
+            raise changed
+        parts = self._parts(messages, tools, ask)
+        wanted = [weight_of(message) for message in messages if message["role"] == "assistant"]
+        blocks = sum(inside for _, inside in parts)
+        if len(wanted) != blocks:
+            unlike = [weight for weight in wanted if weight != 1]
+            if unlike:
+                raise UserError(
+                    f"{self.name} has {blocks} {{% generation %}} blocks for {len(wanted)} answers; which of"
+                    f' them has "weight": {unlike[0]:g}?'
+                )
+            wanted = [1.0] * blocks
+        weights = iter(wanted)
+        return _full([Segment(text, next(weights) if inside else 0.0) for text, inside in parts])
+
+    def _parts(self, messages: list[dict], tools, ask: bool = False) -> list[tuple[str, bool]]:
+        """The rendered text in parts, and whether each stands in {% generation %}."""
+        text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)
+        parts = [(text, False)]
+        for part in rest:
+            inside, closed, outside = part.partition(END)
+            if not closed:
+                raise UserError(f"{self.name}: a {{% generation %}} block lies inside another one")
+            parts += [(inside, True), (outside, False)]
+        return parts
+
     def _common(self, asked: str, answered: str, before: list[dict], tools) -> int:
         """How many characters the text that asks for an answer and the text with it have in common.
 
-        Raises UserError where these are not all of what the template writes for the messages before it, and
+        Raises _Changed where these are not all of what the template writes for the messages before it, and
         something of the words that ask.
         """
         same = _common_beginning(asked, answered)
@@ -229,7 +249,7 @@ class JinjaTemplate:
         of_messages = _common_beginning(self._render(before, False, tools), asked)
         if asked[of_messages:same].strip():
             return same
-        raise UserError(
+        raise _Changed(
             f"{self.name}: what the template writes for the messages before an answer changes when it follows"
             f" ({asked[same:][:40]!r} becomes {answered[same:][:40]!r}), so the"
             " assistant's words can't be found; enclose them in {% generation %} ... {% endgeneration %}"
@@ -243,6 +263,10 @@ class JinjaTemplate:
         except Exception as error:  # a template may raise anything that Python does
             raise UserError(f"{self.name}{_line(error)}: {error}") from None
         return text if marks else text.replace(BEGIN, "").replace(END, "")
+
+
+def _full(segments: list[Segment]) -> list[Segment]:
+    return [segment for segment in segments if segment.text]
 
 
 def _common_beginning(a: str, b: str) -> int:
