@@ -396,6 +396,32 @@ def test_each_adapter_is_asked_in_its_own_template(typed, asked, files, tmp_path
     assert [text.rpartition("User: ")[2] for text in asked] == expected
 
 
+def test_another_form_of_turns_is_read_from_the_beginning():
+    """After a change to flowers nothing of the plain form may be left, and back again."""
+    tokenizer = load_tokenizer("bytes", 256)
+    conversation = Conversation(None, tokenizer, GREEDY)
+    read = []
+    for name, said in (
+        ("rwkv", " b"),
+        ("flower-fake-think", ">\nd"),
+        ("flower", ">\n</think>\nf"),
+        ("rwkv", " h"),
+    ):
+        conversation.template = load_template(name)
+        conversation.model = Scripted(tokenizer, [*tokenizer.encode(said), 0])
+        list(conversation.answer("q"))
+        read.append(bytes(conversation.state).decode())
+    plain, flower = "User: q\n\nAssistant:", "User✿q✿\nBot✿<think"
+    assert read[0] == f"{plain} b"
+    assert read[1] == f"{flower}></think>\nb✿\n{flower}></think>\nd"
+    assert read[2] == f"{read[1]}✿\n{flower}>\n</think>\nf"
+    assert read[3] == "\n\n".join(f"{plain} {letter}" for letter in "bdfh")
+    conversation.reset()
+    conversation.template = load_template("flower")
+    conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\nhm</think>a✿\nUser"), 0])
+    assert "".join(conversation.answer("q")) == ">\nhm</think>a"
+
+
 def test_think_is_for_rwkvs_template(typed, tmp_path):
     (tmp_path / "chatml.jinja").write_text(CHATML)
     _, err = typed(["/think short"], "--template", tmp_path / "chatml.jinja")

@@ -229,8 +229,15 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
 
 
 def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_path):
-    (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n")
-    for template, eot in (("rwkv", 3), ("fake-think", 3), ("think-short", None)):
+    (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n5 '✿' 3\n", encoding="utf-8")
+    for template, eot in (
+        ("rwkv", 3),
+        ("fake-think", 3),
+        ("think-short", None),
+        ("think-chinese:json", None),
+        ("flower:json", 5),
+        ("flower-fake-think:json", 5),
+    ):
         saved(
             tmp_path / "m.pth",
             arch_of(7),
@@ -238,6 +245,7 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
         )
         told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
         keys, _ = read(tmp_path / "m.gguf")
+        assert not any("no token is ✿" in note for note in told.notes)
         assert keys.get("tokenizer.ggml.eot_token_id") == eot and any(
             "thoughts hold blank lines" in note for note in told.notes
         ) == (eot is None)
@@ -245,6 +253,10 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
             keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]
             and keys["tokenizer.ggml.token_type"][4] == 5
         )
+    saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "template": "flower:json"})
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+    assert "template flower: no token is ✿, which ends a turn; let llama.cpp stop at it" in told.notes
+    assert "tokenizer.ggml.eot_token_id" not in read(tmp_path / "m.gguf")[0]
 
 
 def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
@@ -319,8 +331,11 @@ CONVERSATIONS = [
             {"role": "tool", "content": "3"},
             assistant("ok", tool_calls=[{"name": "g", "arguments": {"a": 1}}]),
         ],
-        [{"type": "function", "function": {"name": "f", "description": "it's"}}, {"name": "g"}],
+        [{"type": "function", "function": {"name": "f", "description": "it's"}}, {"name": "g✿"}],
     ),
+    ([user("✿ a ✿"), assistant("b ❀")], None),
+    ([user("a"), assistant("b ✿")], None),
+    ([user("a"), assistant("b", reasoning_content="嗯，c")], None),
 ]
 
 
@@ -328,7 +343,9 @@ CONVERSATIONS = [
     "name, tool_style",
     [
         *((name, "hermes") for name in MODES),
-        *itertools.product(["rwkv", "think-short", "fake-think"], ["json", "signatures"]),
+        *itertools.product(
+            ["rwkv", "think-short", "fake-think", "flower"], ["json", "signatures", "markdown"]
+        ),
     ],
 )
 def test_the_jinja_template_is_rwkvs(name, tool_style):
@@ -347,7 +364,9 @@ def test_the_jinja_template_is_rwkvs(name, tool_style):
             want = rendered(lambda: "".join(text for text, _ in ours.segments(messages, tools, ask)))  # noqa: B023
             assert rendered(lambda: jinja._render(messages, ask, tools)) == want  # noqa: B023
             refused += want is None
-    assert refused == {"rwkv": 0, "fake-think": 8, "fake-think-compact": 8}.get(name, 2)
+    # an open <think>; thoughts where they have no place; a flower where it ends a turn
+    expected = 2 * (name != "rwkv") + 8 * ("fake-think" in name) + 2 * ("flower" in name)
+    assert refused == expected
 
 
 @pytest.mark.parametrize(

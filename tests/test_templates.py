@@ -133,6 +133,23 @@ def shown(segments):
             ),
         ),
         (
+            "think-chinese",
+            [user("hi"), thinking("嗯，他", "yo"), user("c"), thinking("好", "d"), user("e"), assistant("f")],
+            "User: hi\n\nAssistant: <think>嗯|<，他\n</think>\nyo>|<\n\n>|User: c\n\nAssistant:"
+            " <think>嗯|<，好\n</think>\nd>|<\n\n>|User: e\n\nAssistant: <think>嗯|<\n</think>\nf>",
+        ),
+        (
+            "flower",
+            [system("s"), user("a\n\n✿b"), thinking("b", "c\n\nd"), user("e"), assistant("f")],
+            "System✿s✿\nUser✿a\n❀b✿\nBot✿<think|<>\nb\n</think>\nc\n\nd>|<✿>|\nUser✿e✿\nBot✿<think|<>\n"
+            "</think>\nf>|<✿>",
+        ),
+        (
+            "flower-fake-think",
+            [user("a"), {**assistant("b"), "weight": 0}, {"role": "tool", "content": "c"}, assistant("d")],
+            "User✿a✿\nBot✿<think></think|>\nb|✿|\nTool✿c✿\nBot✿<think></think|<>\nd>|<✿>",
+        ),
+        (
             "rwkv",
             [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}],
             "User: a\n\nAssistant:| b|\n\n|User: c\n\nAssistant:|< d>",
@@ -145,10 +162,13 @@ def test_modes_of_the_g1_models(name, messages, expected):
 
 def test_a_prompt_ends_where_the_answer_begins():
     turns = [user("a"), assistant("b"), user("c")]
-    for name, (after, opening) in MODES.items():
+    for name, (after, opening, _) in MODES.items():
         segments = load_template(name).segments(turns, ask=True)
-        assert segments[-1] == (f"User: c{after}\n\nAssistant:{opening}", False)
-        assert segments == load_template(name).segments([*turns, assistant("d")])[:-1]
+        plain = f"User: c{after}\n\nAssistant:{opening}"
+        assert segments[-1] == (f"\nUser✿c✿\nBot✿{opening}" if "flower" in name else plain, False)
+        answered = load_template(name).segments([*turns, assistant("d")])
+        assert answered[: len(segments)] == segments
+        assert load_template(name).next_turn(turns[:2], turns[2:]) == [piece for piece, _ in segments[-2:]]
     assert DEFAULT.segments([], ask=True) == [("Assistant:", False)]
     assert shown(DEFAULT.segments(turns[:2], ask=True)) == "User: a\n\nAssistant:|< b>|<\n\n>|Assistant:"
     assert (
@@ -176,6 +196,9 @@ def test_a_prompt_ends_where_the_answer_begins():
             "a tool call must be",
         ),
         ("rwkv", {"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must be"),
+        ("flower", assistant("a ✿"), "an answer holds ✿, which ends a turn in --template flower"),
+        ("flower", thinking("✿", "a"), "an answer holds ✿"),
+        ("flower-fake-think", thinking("hm", "a"), "thoughts, for which --template flower-fake-think has no"),
     ],
 )
 def test_answers_that_a_mode_has_no_form_for(name, message, words):
@@ -190,6 +213,10 @@ def test_what_an_answer_says():
         ("rwkv", " <think>\nhm\n</think>\nyo\n\nUser: more"),
         ("think", ">\nhm\n</think>\nyo"),
         ("fake-think", ">\nyo "),
+        ("fake-think-compact", ">\nyo"),
+        ("think-chinese", "，\n\nhm</think>\nyo\n\nUser: more"),
+        ("flower", ">\nhm\n\nhm</think>\nyo✿\nUser✿more"),
+        ("flower-fake-think", ">\nyo✿"),
     ):
         template = load_template(name)
         assert answer_text(said, template, template.opening) == "yo"
@@ -412,11 +439,11 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
         itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
     ):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
-        ending = template.stops[0] if name in TEMPLATES else ""
+        ending = template.stops[0] if name in TEMPLATES else template.turn_end
         conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})
-    rest = tokenizer.encode(getattr(template, "turn_end", ""))
+    rest = tokenizer.encode(template.turn_end)
     assert [
         *conversation.state,
         *rest,
@@ -584,6 +611,8 @@ def test_loss_masks_of_every_kind_of_row():
         ),
         ("[...]", "a[b]c[d]e[f", "a[|<b>|]c[|<d>|]e[|<f>"),
         ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
+        ("Bot✿", "User✿a✿\nBot✿b✿c✿\nUser✿d✿\nBot✿e", "User✿a✿\nBot✿|<b✿c>|<✿>|\nUser✿d✿\nBot✿|<e>"),
+        ("Bot✿<think", "Bot✿<think>\nhm</think>b✿\nTool✿c✿", "Bot✿<think|<>\nhm</think>b>|<✿>|\nTool✿c✿"),
     ],
 )
 def test_a_marker(marker, text, expected):
@@ -602,6 +631,8 @@ def test_a_marker_that_no_row_has_is_an_error(tmp_path):
 def test_the_marker_assistant_is_the_mask_of_a_conversation():
     turns = [system("s"), user("a\n\nb"), assistant("c\n\nd"), user("e"), assistant("f"), assistant("g")]
     assert record_segments({"messages": turns}, DEFAULT, "Assistant:") == [DEFAULT.segments(turns)]
+    flower = load_template("flower")
+    assert record_segments({"messages": turns[:-1]}, flower, "Bot✿<think") == [flower.segments(turns[:-1])]
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes"])

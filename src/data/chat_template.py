@@ -14,7 +14,7 @@ class Segment(NamedTuple):
     weight: float
 
 
-BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
+BEGUN_THOUGHTS = re.compile(r"<think>?\s*嗯?(?:</think>?\s*)?$")  # at the end of a prompt
 
 # (text, place) -> the last place up to `place` where a token of the text ends
 TokenEnd = Callable[[str, int], int]
@@ -73,6 +73,11 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stops that are in it."""
     places = [text.find(stop) for stop in stops if stop in text]
     return text[: min(places, default=len(text))]
+
+
+def begins_thoughts(opening: str) -> bool:
+    """Whether an answer after this opening goes on with thoughts, and not after empty ones."""
+    return "<think" in opening and "</think" not in opening
 
 
 def clean(text: str) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..common.formatting import counted
-from .chat_template import thoughts_of
+from .chat_template import begins_thoughts, thoughts_of
 from .encode import Encoder
-from .rwkv_template import ROLES, TURN_END, RwkvTemplate
+from .rwkv_template import FLOWER, FLOWERS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
+FLOWER_FORM = re.compile(rf"(?:System|User){FLOWER}")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
 # the name of each finding, and what it means
@@ -25,13 +26,17 @@ MEANINGS = {
         "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a"
         " turn"
     ),
+    "flower": (
+        f"{FLOWER} inside a turn that is not the assistant's; it becomes {OTHER_FLOWER}, because {FLOWER}"
+        " ends a turn"
+    ),
     "blank line in text": (
         "a text in chat form with a blank line inside a turn that is not the assistant's, which is where a"
         " turn ends"
     ),
     "trained question": (
-        "a text in chat form is trained as a whole, questions included; --loss_mask Assistant: trains the"
-        " answers alone"
+        "a text in chat form is trained as a whole, questions included; --loss_mask Assistant:, or"
+        f" {FLOWERS.ask} where flowers end the turns, trains the answers alone"
     ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
@@ -134,12 +139,17 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
         content = message.get("content") or ""
         if message["role"] == "assistant":
             yield from _odd_answer(message, content, encoder)
-        elif isinstance(encoder.template, RwkvTemplate) and "\n\n" in content.replace("\r\n", "\n").strip():
-            yield "blank line"
+        elif isinstance(encoder.template, RwkvTemplate):
+            if "\n\n" in content.replace("\r\n", "\n").strip():
+                yield "blank line"
+            if encoder.template.form.end and encoder.template.form.end in content:
+                yield "flower"
 
 
 def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
     """What is odd about a text that is written as a chat."""
+    if FLOWER_FORM.match(text) and FLOWERS.between + FLOWERS.ask in text and encoder.loss_mask == "assistant":
+        yield "trained question"
     if not CHAT_FORM.match(text) or f"{TURN_END}{ROLES['assistant']}:" not in text:
         return
     if encoder.loss_mask == "assistant":
@@ -159,7 +169,7 @@ def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
         yield "open thoughts"
     elif encoder.template.asked_only and not thoughts_of(message)[0]:
         yield "asked otherwise"
-    elif encoder.template.opening.endswith("<think") and not thoughts_of(message)[0]:
+    elif begins_thoughts(encoder.template.opening) and not thoughts_of(message)[0]:
         yield "no thoughts"
 
 

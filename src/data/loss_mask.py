@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from .chat_template import Segment, Template, TokenEnd
-from .rwkv_template import TURN_END
+from .rwkv_template import FLOWER, TURN_END
 
-NEXT_TURN = r"(?<=\n\n)(?:System|User|Tool):"
+NEXT_TURN = rf"(?<=\n\n)(?:System|User|Tool):|(?<={FLOWER})\n(?:System|User|Tool){FLOWER}"
 
 
 def trains_by_marker(loss_mask: str) -> bool:
@@ -46,14 +46,15 @@ def record_segments(
 def marked(text: str, marker: str) -> list[Segment]:
     """A text cut at a marker: what follows it is trained until the next turn or the next marker.
 
-    A turn begins with `System:`, `User:` or `Tool:` after a blank line. A marker `START...END` has an end of
-    its own instead. The blank line at the end of a turn is a segment by itself, as in a conversation.
+    A turn begins with `System:`, `User:` or `Tool:` after a blank line, or with `System✿`, `User✿` or `Tool✿`
+    on a new line after a flower. A marker `START...END` has an end of its own instead. The blank line or the
+    flower at the end of a turn is a segment by itself, as in a conversation.
     """
     segments: list[Segment] = []
     place = 0
     for begin, end in marked_spans(text, marker):
         segments.append(Segment(text[place:begin], 0.0))
-        words = text[begin:end].removesuffix(TURN_END)
+        words = text[begin:end].removesuffix(TURN_END).removesuffix(FLOWER)
         segments += [Segment(words, 1.0), Segment(text[begin + len(words) : end], 1.0)]
         place = end
     segments.append(Segment(text[place:], 0.0))

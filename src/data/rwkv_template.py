@@ -1,4 +1,4 @@
-"""RWKV's own chat template, with the think modes of the G1 models."""
+"""RWKV's own chat template, with the modes of the G1 models. docs/templates.md shows each of them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,41 @@ from typing import NamedTuple
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import HERMES
 
-from .chat_template import Segment, TokenEnd, clean, thoughts_of, weight_of
+from .chat_template import Segment, TokenEnd, begins_thoughts, clean, thoughts_of, weight_of
 from .tool_styles import STYLES, in_order_of_calls
+
+FLOWER = "✿"
+OTHER_FLOWER = "❀"  # what stands for it in words that must not end a turn
+CHINESE_HM = "嗯"
+
+
+class Form(NamedTuple):
+    """How turns are written, one after another."""
+
+    roles: dict[str, str]
+    colon: str  # between a role and its words
+    ask: str  # what the answer follows
+    end: str  # ends every turn, also the last one
+    between: str  # parts a turn from the next
+    stop: str  # the text that ends an answer, where the end of document does not
+
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
+PLAIN = Form(ROLES, ": ", "Assistant:", "", TURN_END, TURN_END + "User:")
+FLOWERS = Form({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", FLOWER, "\n", FLOWER)
 
 
 class Mode(NamedTuple):
     """How RWKV's template asks for an answer."""
 
     after_user: str  # what follows the user's words
-    opening: str  # what follows `Assistant:`
+    opening: str  # what the answer begins with, though it is not generated
+    form: Form = PLAIN
 
 
-# As the G1 models were trained: see docs/templates.md. The openings stop inside a tag: the `>` that closes it
-# may be one token with what comes next.
+# As the G1 models were trained. The openings stop inside a tag: the `>` that closes it may be one token with
+# what comes next.
 MODES = {
     "rwkv": Mode("", ""),
     "think": Mode("", " <think"),
@@ -32,26 +51,30 @@ MODES = {
     "think-normal-2025": Mode(" think", " <think"),
     "think-short-2025": Mode(" think a bit", " <think"),
     "think-long-2025": Mode(" think a lot", " <think"),
+    "think-chinese": Mode("", f" <think>{CHINESE_HM}"),
     "fake-think": Mode("", " <think>\n</think"),
     "fake-think-compact": Mode("", " <think></think"),
+    "flower": Mode("", "<think", FLOWERS),
+    "flower-fake-think": Mode("", "<think></think", FLOWERS),
 }
 
 
 class RwkvTemplate:
-    """`User: ...`, blank line, `Assistant: ...`.
+    """`User: ...`, blank line, `Assistant: ...`, or the same with flowers.
 
-    A blank line ends a turn, so that only the model's own turns may hold one. An assistant's message may have
-    thoughts: as `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may
-    have `tool_calls` as in OpenAI's API. Tools are described in a System turn. `tool_style`, one of
+    A blank line, or a flower, ends a turn, so that only the model's own turns may hold one: in others a blank
+    line becomes a newline, and a flower another one. An assistant's message may have thoughts: as
+    `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may have
+    `tool_calls` as in OpenAI's API. Tools are described in a System turn. `tool_style`, one of
     tool_styles.STYLES, says how.
     """
 
-    stops = (TURN_END + "User:",)
     asked_only = ""
 
     def __init__(self, name: str, tool_style: str = HERMES):
         self.name, self.record = name, f"{name}:{tool_style}"
-        self.after_user, self.opening = MODES[name]
+        self.after_user, self.opening, self.form = MODES[name]
+        self.stops, self.turn_end = (self.form.stop,), self.form.end
         self.tools = STYLES[tool_style]
 
     def segments(
@@ -60,20 +83,24 @@ class RwkvTemplate:
         segments: list[Segment] = []
         waiting = [{"role": "system", "content": self.tools.describe(tools)}] if tools else []
 
-        def add(segment: Segment) -> None:
+        def add(turns: str) -> None:
             if segments:
-                segments.append(Segment(TURN_END, segments[-1].weight))
-            segments.append(segment)
+                end, begin = self._between()
+                segments.append(Segment(end, segments[-1].weight))
+                turns = begin + turns
+            segments.append(Segment(turns, 0.0))
 
         for message in in_order_of_calls(messages):
             if message["role"] != "assistant":
                 waiting.append(message)
                 continue
-            add(Segment(self._turns(waiting, ask=True), 0.0))
+            add(self._turns(waiting, ask=True))
             segments.append(Segment(self._answer(message), weight_of(message)))
             waiting = []
         if waiting or ask:
-            add(Segment(self._turns(waiting, ask), 0.0))
+            add(self._turns(waiting, ask))
+        elif segments and self.form.end:
+            segments.append(Segment(self.form.end, segments[-1].weight))
         return segments
 
     def documents(
@@ -82,32 +109,52 @@ class RwkvTemplate:
         return [self.segments(messages, tools)]
 
     def next_turn(self, messages: list[dict], new: list[dict], tools: list[dict] | None = None) -> list[str]:
-        return [TURN_END, self._turns(new, ask=True)]
+        end, begin = self._between()
+        return [end, begin + self._turns(new, ask=True)]
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
         return self.tools.parse(text)
 
+    def _between(self) -> tuple[str, str]:
+        """(what ends an answer when another turn follows, what that turn begins with)."""
+        return (self.form.end, self.form.between) if self.form.end else (self.form.between, "")
+
     def _turns(self, messages: list[dict], ask: bool) -> str:
-        turns = []
+        form, turns = self.form, []
         for message in messages:
             role, content = message["role"], message["content"]
             after = self.after_user if role == "user" else ""
             if role == "tool":
                 role, content = self.tools.result(content)
-            turns.append(f"{ROLES[role]}: {clean(content)}{after}")
+            turns.append(f"{form.roles[role]}{form.colon}{self.clean(content)}{after}{form.end}")
         if ask:
-            turns.append(f"{ROLES['assistant']}:{self.opening}")
-        return TURN_END.join(turns)
+            turns.append(f"{form.ask}{self.opening}")
+        return form.between.join(turns)
+
+    def clean(self, text: str) -> str:
+        """The words of a turn that is not the assistant's, without what ends a turn."""
+        text = clean(text)
+        return text.replace(self.form.end, OTHER_FLOWER) if self.form.end else text
 
     def _answer(self, message: dict) -> str:
+        """What the model writes, after the opening."""
         thoughts, content = thoughts_of(message)
         if self.opening and content.startswith("<think>"):
             raise UserError(f"an answer opens <think> and never closes it: {content[:60]!r}")
         if calls := message.get("tool_calls"):
             content = "\n".join(filter(None, [content, self.tools.calls(calls)]))
+        if self.form.end and self.form.end in thoughts + content:
+            raise UserError(
+                f"an answer holds {self.form.end}, which ends a turn in --template {self.name}: the model"
+                f" would learn to stop there; take it out of the data, or write {OTHER_FLOWER}"
+            )
         if not self.opening:
             return f" <think>\n{thoughts}\n</think>\n{content}" if thoughts else f" {content}"
-        if "</think" not in self.opening:
+        if self.opening.endswith(CHINESE_HM):
+            begun = thoughts.removeprefix(CHINESE_HM)
+            joint = "，" if thoughts and begun == thoughts else ""
+            return f"{joint}{begun}\n</think>\n{content}"
+        if begins_thoughts(self.opening):
             return f">\n{thoughts}\n</think>\n{content}" if thoughts else f">\n</think>\n{content}"
         if thoughts:
             raise UserError(

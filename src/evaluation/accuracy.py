@@ -12,7 +12,7 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from ..data.chat_template import BEGUN_THOUGHTS, Template, before_stops, thoughts_of
+from ..data.chat_template import BEGUN_THOUGHTS, Template, before_stops, begins_thoughts, thoughts_of
 from ..data.formats import BY_NAME, Reading, read_records
 from ..data.leading_token import begun
 from ..data.rwkv_template import DEFAULT
@@ -242,7 +242,7 @@ def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
 
     For `exact` the longest right answer, a quarter more, and 16: a longer answer is wrong anyway.
     """
-    if any("<think" in question.opening and "</think" not in question.opening for question in questions):
+    if any(begins_thoughts(question.opening) for question in questions):
         return THOUGHTS
     if score in LIMITS:
         return LIMITS[score]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import re
 
-from ..data.chat_template import Template
-from ..data.rwkv_template import ROLES, RwkvTemplate
+from ..data.chat_template import Template, begins_thoughts
+from ..data.rwkv_template import CHINESE_HM, OTHER_FLOWER, RwkvTemplate
 from .tool_jinja import tool_jinja
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
 RECOGNISED = "{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
 
 JINJA = """\
-HEAD{%- if tools -%}
-{{- 'System: ' -}}
-TOOLS{%- endif -%}
+@HEAD@@MACROS@{%- macro described() -%}
+@DESCRIBE@{%- endmacro -%}
+{%- if tools -%}
+{%- set text = described() -%}
+{{- '@SYSTEM@' + (text.@CLEAN@) + '@END@' -}}
+{%- endif -%}
 {%- for message in messages -%}
-{%- if tools or not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- if tools or not loop.first -%}{{- '@BETWEEN@' -}}{%- endif -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set content = (message['content'] or '')|trim -%}
 {%- set thoughts = (message['reasoning_content'] or message['reasoning'] or '')|trim -%}
@@ -28,24 +31,21 @@ TOOLS{%- endif -%}
 {%- set thoughts = content.split('</think>')[0][7:]|trim -%}
 {%- set content = content.split('</think>')[1:]|join('</think>')|trim -%}
 {%- endif -%}
-CHECK{%- set answer = namespace(text=content) -%}
-CALLS{{- 'Assistant:OPENING' -}}
-ANSWER{%- else -%}
-{%- set text = message['content'].replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim -%}
-RESULT{{- {'system': 'System', 'user': 'User', 'tool': 'RESULT_ROLE'}[message['role']] + ': ' + text -}}
-USER{%- endif -%}
+@UNCLOSED@{%- set answer = namespace(text=content) -%}
+@CALLS@@CHECK@{{- '@ASK@' -}}
+@ANSWER@{%- else -%}
+{%- set text = message['content'].@CLEAN@ -%}
+@RESULT@{{- @ROLES@[message['role']] + '@COLON@' + text -}}
+@USER@{%- endif -%}
+{{- '@END@' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{%- if messages or tools -%}{{- '\\n\\n' -}}{%- endif -%}
-{{- 'Assistant:OPENING' -}}
+{%- if messages or tools -%}{{- '@BETWEEN@' -}}{%- endif -%}
+{{- '@ASK@' -}}
 {%- endif -%}
 """
-UNCLOSED = """\
-{%- if content.startswith('<think>') -%}{{- raise_exception('an answer opens <think> and never closes it') -}}{%- endif -%}
-"""
-NO_THOUGHTS = """\
-{%- if thoughts -%}{{- raise_exception('an answer has thoughts, for which this template has no place') -}}{%- endif -%}
-"""
+# as RwkvTemplate.clean()
+CLEAN = "replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim"
 
 
 def jinja(template: Template) -> str:
@@ -61,38 +61,64 @@ def jinja(template: Template) -> str:
 
 
 def rwkv_jinja(template: RwkvTemplate) -> str:
-    """RWKV's template in one of its modes."""
-    after_user, opening = template.after_user, template.opening
-    with_thoughts = "'<think>\\n' + thoughts + '\\n</think>\\n' + answer.text"
-    if not opening:
-        head, check = f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n", ""
-        answer = f"{{{{- ' ' + ({with_thoughts} if thoughts else answer.text) -}}}}\n"
-    elif "</think" not in opening:
-        head, check = "", UNCLOSED
-        answer = "{{- '>\\n' + (thoughts + '\\n' if thoughts else '') + '</think>\\n' + answer.text -}}\n"
-    else:
-        head, check = "", UNCLOSED + NO_THOUGHTS
-        answer = "{{- '>\\n' + answer.text -}}\n"
-    user = ""
-    if after_user:
-        user = f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n"
-    tools = tool_jinja(template.tools)
-    parts = {
-        "HEAD": head + tools.macros,
-        "TOOLS": tools.describe,
-        "CALLS": tools.calls,
-        "RESULT_ROLE": ROLES[template.tools.result_role],
-        "RESULT": tools.result,
-        "CHECK": check,
-        "ANSWER": answer,
-        "USER": user,
-        "OPENING": opening.replace("\n", "\\n"),
+    """RWKV's template in one of its modes, with one of its tool styles."""
+    form, opening, tools = template.form, template.opening, tool_jinja(template.tools)
+    roles = {
+        "system": form.roles["system"],
+        "user": form.roles["user"],
+        "tool": form.roles[template.tools.result_role],
     }
-    return re.sub("|".join(parts), lambda found: parts[found[0]], JINJA)
+    texts = {
+        "SYSTEM": form.roles["system"] + form.colon,
+        "COLON": form.colon,
+        "END": form.end,
+        "BETWEEN": form.between,
+        "ASK": form.ask + opening,
+    }
+    parts = {name: text.replace("\n", "\\n") for name, text in texts.items()} | {
+        "HEAD": "" if opening else f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n",
+        "MACROS": tools.macros,
+        "DESCRIBE": tools.describe,
+        "CALLS": tools.calls,
+        "RESULT": tools.result,
+        "CLEAN": (f"replace('{form.end}', '{OTHER_FLOWER}')." if form.end else "") + CLEAN,
+        "ROLES": repr(roles),
+        "UNCLOSED": _raise_if("content.startswith('<think>')", "an answer opens <think> and never closes it")
+        if opening
+        else "",
+        "CHECK": _checks(template),
+        "ANSWER": f"{{{{- {_answer(opening)} -}}}}\n",
+        "USER": f"{{%- if message['role'] == 'user' -%}}{{{{- '{template.after_user}' -}}}}{{%- endif -%}}\n"
+        if template.after_user
+        else "",
+    }
+    return re.sub("@([A-Z_]+)@", lambda found: parts[found[1]], JINJA)
 
 
-def thinks_aloud(template: Template) -> bool:
-    """Whether the template asks for answers that begin with thoughts, in which a blank line ends nothing."""
-    if not isinstance(template, RwkvTemplate):
-        return False
-    return "<think" in template.opening and "</think" not in template.opening
+def _answer(opening: str) -> str:
+    """An expression: RwkvTemplate's words of an answer with `thoughts`, after the opening."""
+    closed = "'\\n</think>\\n' + answer.text"
+    if not opening:
+        return f"' ' + ('<think>\\n' + thoughts + {closed} if thoughts else answer.text)"
+    if opening.endswith(CHINESE_HM):
+        joint = (
+            f"thoughts[1:] if thoughts.startswith('{CHINESE_HM}') else ('，' + thoughts if thoughts else '')"
+        )
+        return f"({joint}) + {closed}"
+    if begins_thoughts(opening):
+        return f"'>' + ('\\n' + thoughts if thoughts else '') + {closed}"
+    return "'>\\n' + answer.text"
+
+
+def _checks(template: RwkvTemplate) -> str:
+    """What RwkvTemplate has no form for."""
+    checks = ""
+    if end := template.form.end:
+        checks += _raise_if(f"'{end}' in thoughts + answer.text", f"an answer holds {end}, which ends a turn")
+    if template.opening and not begins_thoughts(template.opening):
+        checks += _raise_if("thoughts", "an answer has thoughts, for which this template has no place")
+    return checks
+
+
+def _raise_if(condition: str, words: str) -> str:
+    return f"{{%- if {condition} -%}}{{{{- raise_exception('{words}') -}}}}{{%- endif -%}}\n"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..data.chat_template import Template
+from ..data.chat_template import Template, begins_thoughts
 from ..data.leading_token import text_of
+from ..data.rwkv_template import TURN_END, RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, Tokenizer
-from .chat_template import jinja, thinks_aloud
+from .chat_template import jinja
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
 # A token that no text may spell begins with this byte, which UTF-8 never has. Else a user who types <s> would
@@ -45,9 +46,16 @@ def vocabulary_of(
         return Vocabulary("none", notes=[note])
     table = {token: repr(piece)[2:-1] or f"{NEVER_TYPED}<s>" for token, piece in tokenizer.table.items()}
     types = {token: NORMAL if piece else CONTROL for token, piece in tokenizer.table.items()}
-    turn_end = next((token for token, piece in tokenizer.table.items() if piece == b"\n\n"), None)
+    flower = template.form.end if isinstance(template, RwkvTemplate) else ""
+    end = (flower or TURN_END).encode()
+    turn_end = next((token for token, piece in tokenizer.table.items() if piece == end), None)
     notes = []
-    if turn_end is not None and thinks_aloud(template):
+    if flower and turn_end is None:
+        notes = [
+            f"template {template.name}: no token is {flower}, which ends a turn; let llama.cpp stop at it"
+        ]
+    # a flower ends a turn also where thoughts hold blank lines
+    if turn_end is not None and not flower and begins_thoughts(template.opening):
         turn_end = None
         notes = [
             f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop"

@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Segment, Template
 from ..data.leading_token import begun
-from ..data.rwkv_template import DEFAULT
+from ..data.rwkv_template import DEFAULT, RwkvTemplate
 from ..model import RWKV, State
 from .cpu_decoder import Decoder
 from .generate import stream
@@ -56,6 +56,7 @@ class Conversation:
     def reset(self) -> None:
         """Begin anew; only the random numbers go on."""
         self.turns: list[Turn] = []
+        self.asked = self.template  # of the last turn
         self.read_again()
 
     def read_again(self) -> None:
@@ -110,7 +111,8 @@ class Conversation:
         If it is interrupted or closed, what was said until then is the answer.
         """
         new = [{"role": "user", "content": new}] if isinstance(new, str) else new
-        pieces = self.template.next_turn(self.messages, new, self.tools) if self.turns else None
+        goes_on = self.turns and turns_alike(self.template, self.asked)
+        pieces = self.template.next_turn(self.messages, new, self.tools) if goes_on else None
         whole = pieces is None
         before, unread = (None, []) if whole else self.unread()
         if whole:
@@ -147,6 +149,15 @@ class Conversation:
         content, calls = self.template.parse(text) if self.tools else (text, [])
         message = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
         self.turns.append(Turn([*new, message], [*pieces, said], whole))
+        self.asked = self.template
+
+
+def turns_alike(one: Template, other: Template) -> bool:
+    """Whether both write turns in the same form, so that one goes on where the other asked."""
+    forms = [
+        template.form if isinstance(template, RwkvTemplate) else template.record for template in (one, other)
+    ]
+    return forms[0] == forms[1]
 
 
 def _noted(pieces: Generator[str, None, State], into: list[str]) -> Generator[str, None, State]:
