@@ -10,6 +10,7 @@ from typing import Any
 
 from . import extract
 from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
+from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
 from .files.hf_folder import is_folder, read_folder
@@ -145,6 +146,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             "its model's widths"
         ),
     )
+    converting.add_argument(
+        "--layout",
+        default="",
+        choices=LAYOUTS,
+        help=(
+            "for --to peft and lora, whose names the folder has: Hugging Face's Rwkv7ForCausalLM (official),"
+            " flash-linear-attention's (fla), or the .pth's; what the adapter had, else official for RWKV-7"
+        ),
+    )
     inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -162,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.out,
                 args.to,
                 Hints(args.origin, args.alpha, args.init, args.base, args.profile),
+                args.layout,
             ).lines():
                 print(line)
         elif args.json:

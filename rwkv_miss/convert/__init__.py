@@ -92,21 +92,34 @@ def check_hints(path: str | os.PathLike[str], form: type[Format], hints: Hints) 
 
 
 def convert(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], to: str, hints: Hints = NO_HINTS
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str,
+    hints: Hints = NO_HINTS,
+    layout: str = "",
 ) -> Conversion:
     """Write the adapter of `path`, a file or a folder, to `out` in the format `to`.
 
-    UserError before anything is written: an unknown or ambiguous input, a method that the format has no form
-    for, an `out` that is the input.
+    layout: whose names a peft folder has, one of peft_names.LAYOUTS. UserError before anything is written: an
+    unknown or ambiguous input, a method or a layout that the format has no form for, an `out` that is the
+    input.
     """
     writable = [name for name, form in FORMATS.items() if form.writes]
     if to not in writable:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(writable)}")
+    if layout and layout not in FORMATS[to].layouts:
+        known = ", ".join(FORMATS[to].layouts)
+        raise UserError(
+            f"--layout {layout!r} is unknown; choose one of: {known}"
+            if known
+            else f"--layout {layout} is for --to peft and lora; {to} has one layout"
+        )
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     found, adapter = read_any(path, hints)
     if hints.base:
         adapter = with_base(adapter, hints.base)
+    adapter = dataclasses.replace(adapter, layout=layout)
     if not FORMATS[to].keeps_all:
         refuse_what_would_be_lost(adapter, to)
     may_replace(out, *FORMATS[to].replaces)

@@ -82,7 +82,8 @@ class Adapter:
 
     metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the
     same file. `notes` is what the user should know of the reading. With a base (Hints.base) `base` is its
-    path and `shapes` has (out, in) of each adapted linear.
+    path and `shapes` has (out, in) of each adapted linear. `layout` is the one that the user asks for, of
+    those that a format has.
     """
 
     tensors: dict[str, Tensor]
@@ -90,6 +91,7 @@ class Adapter:
     notes: list[str] = dataclasses.field(default_factory=list)
     base: str = ""
     shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    layout: str = ""
 
     @property
     def method(self) -> str:
@@ -128,6 +130,7 @@ class Format:
     # kinds of files (files/file_kinds.py) whose place an output may take; folders have a rule of their own
     replaces: ClassVar[tuple[str, ...]] = ()
     hints: ClassVar[tuple[str, ...]] = ()  # the flags, such as --alpha, that read() uses
+    layouts: ClassVar[tuple[str, ...]] = ()  # of the names of tensors, that write() may be asked for
 
     @classmethod
     def reads(cls, source: Source) -> bool:

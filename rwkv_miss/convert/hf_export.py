@@ -25,6 +25,7 @@ from ..files.safetensors_io import write_safetensors
 from ..methods.lora import ScaledOptions
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of, register
+from .peft_names import LAYOUTS, PTH, in_layout, layout_for, target_modules
 from .source import Source
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +47,8 @@ CONSUMED = {
 PREFIX = "base_model.model."
 # our name of a tensor inside a linear -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# what a tensor is called inside a linear
+PARTS = (*LORA.values(), "miss_block", "vera_lambda_b", "vera_lambda_d")
 # modules of RWKV that peft can keep a copy of, and their tensors
 MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
 
@@ -68,6 +71,7 @@ class Lora(Format):
     """A peft folder of a LoRA, for servers of LoRA adapters. It is read as any peft folder."""
 
     writes = True
+    layouts = LAYOUTS
 
     @classmethod
     def reads(cls, source: Source) -> bool:
@@ -353,10 +357,11 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     folder = form(adapter)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
-    same_method = same_kind(theirs, folder.config)
     whole = whole_tensors(adapter)
-    config = theirs if same_method else new_config(adapter, folder, theirs, whole)
-    tensors = named_by_peft({**folder.tensors, **whole}, origin["prefix"] if same_method else PREFIX)
+    layout, notes = layout_to_write(adapter, origin)
+    unchanged = same_kind(theirs, folder.config) and layout == origin_layout(origin)
+    config = theirs if unchanged else new_config(adapter, folder, theirs, whole, layout)
+    tensors = named_by_peft(folder.tensors, whole, origin["prefix"] if unchanged else PREFIX, layout)
     about = {
         name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None
     }
@@ -368,11 +373,26 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
             TENSORS: lambda path: write_safetensors(path, tensors, header),
         },
     )
-    notes = list(folder.notes)
+    notes = [*folder.notes, *notes]
     ratio = adapter.metadata["options"].get("lora_plus", 1)
     if ratio != 1:
         notes.append(f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder")
     return notes
+
+
+def origin_layout(origin: dict[str, Any]) -> str:
+    """The layout of the folder that an adapter was read from. UserError where it is none."""
+    layout = origin.get("layout", PTH)
+    if layout not in LAYOUTS:
+        raise UserError(f"the adapter's origin has the layout {str(layout)[:60]!r}; the file is damaged")
+    return layout
+
+
+def layout_to_write(adapter: Adapter, origin: dict[str, Any]) -> tuple[str, list[str]]:
+    """(the layout, notes): the one that was asked for, or that the folder had, or that fits the model."""
+    if origin and not adapter.layout:
+        return origin_layout(origin), []
+    return layout_for(adapter.metadata.get("arch"), adapter.metadata["linears"], adapter.layout)
 
 
 def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
@@ -382,26 +402,42 @@ def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
 
 
 def new_config(
-    adapter: Adapter, folder: Folder, theirs: dict[str, Any], whole: dict[str, Tensor]
+    adapter: Adapter, folder: Folder, theirs: dict[str, Any], whole: dict[str, Tensor], layout: str
 ) -> dict[str, Any]:
     """A configuration; what it says of the model is from theirs, where the adapter came from peft."""
     about_model = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
+    linears, arch = adapter.metadata["linears"], adapter.metadata.get("arch")
+    named = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        if field in folder.config:
+            named[field] = {
+                "^" * name.startswith("^") + in_layout(layout, name.removeprefix("^")): value
+                for name, value in folder.config[field].items()
+            }
     return {
-        "target_modules": sorted(adapter.metadata["linears"]),
-        "modules_to_save": saved_modules(whole) or None,
+        "target_modules": target_modules(linears, arch, layout),
+        "modules_to_save": [in_layout(layout, module) for module in saved_modules(whole)] or None,
         "bias": "none",
         **{field: theirs.get(field) for field in about_model},
         "inference_mode": True,
         **folder.config,
+        **named,
     }
 
 
-def named_by_peft(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors by peft's names; those that all linears share lie outside of the model."""
-    named = {}
-    for name, tensor in tensors.items():
+def named_by_peft(
+    linears: dict[str, Tensor], whole: dict[str, Tensor], prefix: str, layout: str
+) -> dict[str, Tensor]:
+    """The tensors by peft's names; those that all linears share lie outside of the model.
+
+    A tensor of a linear is named LINEAR.PART, with one of PARTS.
+    """
+    named = {prefix + in_layout(layout, name): tensor for name, tensor in whole.items()}
+    for name, tensor in linears.items():
         if name.startswith("shared."):
             named["base_model." + name.removeprefix("shared.")] = tensor
-        else:
-            named[prefix + name] = tensor
+            continue
+        part = next(part for part in PARTS if name.endswith(f".{part}"))
+        linear = in_layout(layout, name.removesuffix(f".{part}"))
+        named[f"{prefix}{linear}.{part}"] = tensor
     return named

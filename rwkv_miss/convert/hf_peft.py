@@ -20,6 +20,7 @@ from ..methods.lora import ScaledOptions
 from . import hf_export
 from .formats import Adapter, Format, Hints, described, rank_options, register
 from .hf_export import CONFIG, CONSUMED, PREFIX, PROVENANCE, TENSORS
+from .peft_names import LAYOUTS, in_pth, layout_of
 from .source import Source, open_source
 
 # what a tensor is called inside a linear, there and here
@@ -108,6 +109,7 @@ class Peft(Format):
     """
 
     writes = True
+    layouts = LAYOUTS
     hints = ("origin", "init")
 
     @classmethod
@@ -139,20 +141,24 @@ class Peft(Format):
             "VERA": read_vera,
         }[kind]
         method, options, own = read(source, linears, whole, hints)
+        about = provenance(source)
+        layout = layout_of([*own, *whole], bool(about.get("arch")))
+        own = {in_pth(layout, name): parts for name, parts in own.items()}
+        whole = {name if name.startswith("shared.") else in_pth(layout, name): t for name, t in whole.items()}
+        for field in options.keys() & {"rank_map", "alpha_map"}:
+            options[field] = {in_pth(layout, name): value for name, value in options[field].items()}
         tensors = {f"{name}.{part}": tensor for name, parts in own.items() for part, tensor in parts.items()}
         origin = (
             {}
             if method == "pissa" or kind in ("BONE", "ADALORA")
-            else {"origin": {"format": "peft", "config": source.config, "prefix": prefix}}
+            else {"origin": {"format": "peft", "config": source.config, "prefix": prefix, "layout": layout}}
         )
         parts = [part for part in ("emb", "head") if f"{part}.weight" in whole]
         metadata = described(method, options, list(own), train_parts=parts, **origin)
         notes = (
             ["AdaLoRA has become a LoRA, its singular values multiplied into B"] if kind == "ADALORA" else []
         )
-        return Adapter(
-            {**tensors, **whole}, checked_metadata(source.path, {**metadata, **provenance(source)}), notes
-        )
+        return Adapter({**tensors, **whole}, checked_metadata(source.path, {**metadata, **about}), notes)
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
