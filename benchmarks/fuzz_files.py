@@ -200,6 +200,15 @@ def exported(to: str, **settings) -> Reader:
     return Reader(make, lambda folder: export(folder / "sound", folder / "out.pth", "pth"))
 
 
+def make_trainers_file(folder: pathlib.Path) -> None:
+    """A base as a trainer saves it."""
+    write_base(folder)
+    tensors = rwkv_miss.read_checkpoint(folder / "base.pth")
+    beside = {"epoch": 3, "optimizer_states": [{"state": {0: {"step": torch.ones(1)}}, "betas": (0.9, 0.99)}]}
+    whole = {**beside, "state_dict": {f"_forward_module.{name}": tensor for name, tensor in tensors.items()}}
+    torch.save(whole, folder / "base.pth")
+
+
 def chat(folder: pathlib.Path) -> tuple[Conversation, Adapters]:
     adapters, tokenizer = load_with(folder / "base.pth", {}, "bytes", accelerator="cpu", wkv="torch")
     return Conversation(adapters.model, tokenizer, Sampling(temperature=0)), adapters
@@ -224,6 +233,12 @@ def beside_base(folder: pathlib.Path) -> None:
 
 READERS: dict[str, Reader] = {
     "base": Reader(write_base, lambda folder: RWKV.load(folder / "base.pth", torch.float32)),
+    "base, a trainer's file": Reader(
+        make_trainers_file, lambda folder: RWKV.load(folder / "base.pth", torch.float32)
+    ),
+    "base, a folder": Reader(
+        exported("hf", tokenizer="none").make, lambda folder: RWKV.load(folder / "sound", torch.float32)
+    ),
     "base of a merge": Reader(make_merge(rank=4), merge, ("adapter.pth",)),
     "MiSS": Reader(make_merge("miss", "ln,time", rank=4), merge, ("base.pth",)),
     "MiSS, loaded": Reader(make_merge("miss", "ln,time", rank=4), load, ("base.pth",)),

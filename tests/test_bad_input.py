@@ -165,17 +165,17 @@ CHECKPOINTS = {
     ),
     "RWKV-7a": (
         with_tensor("blocks.0.ffn.s_emb.weight", torch.ones(9, 8)),
-        "blocks.0.ffn.s_emb.weight belongs to RWKV-7a or 7b",
+        "blocks.0.ffn.s_emb.weight belongs to RWKV-7a (DeepEmbed",
     ),
     "llama": (
         lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)},
         "the first key is 'model.layers.0.mlp.up_proj.weight'",
     ),
     "nested": (
-        lambda tensors: {"state_dict": tensors},
-        "holds a dict under 'state_dict', expected a flat dict of tensors",
+        lambda tensors: {"weights": tensors},
+        "holds a dict under 'weights', expected a flat dict of tensors",
     ),
-    "prefixed": (renamed("blocks.", "model.blocks."), "blocks."),
+    "prefixed": (renamed("blocks.", "net.blocks."), "blocks."),
     "no tensors": (lambda _: {}, "the first key is None"),
     "deciding tensor missing": (without("blocks.0.ffn.key.weight"), "blocks.0.ffn.key.weight is missing"),
     "missing": (
@@ -243,9 +243,9 @@ def test_damaged_files(refused, folder, tmp_path, program, flag):
         ("merge", "adapter"): "is a folder without adapter_config.json",
         ("chat", "adapter"): "is a folder, and an adapter here is",
     }
-    assert folder_words.get((program, flag), "can't be read: Is a directory") in refused(
-        program, **{flag: tmp_path}
-    )
+    assert folder_words.get(
+        (program, flag), "is a folder without config.json; give a model's file"
+    ) in refused(program, **{flag: tmp_path})
     assert "https://h/a.pth does not exist; nothing is downloaded" in refused(
         program, **{flag: "https://h/a.pth"}
     )

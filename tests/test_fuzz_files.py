@@ -10,6 +10,7 @@ from rwkv_miss import UserError
 
 # readers that build a model, or more than one, for each input get fewer
 INPUTS = dict.fromkeys(["base", "base of a merge", "MiSS", "PiSSA", "MoS", "VeRA", "unmerge", "diff"], 75)
+INPUTS |= {"base, a trainer's file": 30, "base, a folder": 50}
 INPUTS |= {"MiSS, in a chat": 40, "chat": 40, "MiSS, loaded": 50}
 
 

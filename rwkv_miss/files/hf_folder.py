@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -147,7 +148,8 @@ def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -
     tensors = {plain_name(name): tensor for name, tensor in stored.items()}
     if len(tensors) < len(stored):
         raise UserError(f"{path} is damaged: some tensors have the same name with and without {OFFICIAL}")
-    layers = 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")), default=-1)
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))]
+    layers = 1 + max(numbers, default=-1)
     if config.get("num_hidden_layers", layers) != layers:
         raise UserError(
             f"{path} has {layers} layers, and its {CONFIG} says num_hidden_layers"

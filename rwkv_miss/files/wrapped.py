@@ -37,7 +37,8 @@ def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[
             " a flat dict with torch.save"
         )
     note = f"{path}: the tensors are those under {inside[0]!r}"
-    if beside := [printable(str(key)) for key in loaded if key != inside[0]]:
+    names = [printable(key) if isinstance(key, str) else type(key).__name__ for key in loaded]
+    if beside := [name for name in names if name != inside[0]]:
         note += f"; left out is what stands beside it: {_some(beside)}"
     return loaded[inside[0]], [note]
 
