@@ -259,6 +259,20 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
     assert "tokenizer.ggml.eot_token_id" not in read(tmp_path / "m.gguf")[0]
 
 
+def test_the_end_of_a_turn_is_that_of_the_users_template(tmp_path):
+    """A blank line ends no turn of a template that ends it otherwise."""
+    (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n5 '<e>' 3\n", encoding="utf-8")
+    for ending, eot in (("\n\n", 3), ("<e>", 5), ("<end>\n", None), ("", None)):
+        template = f"{{% for m in messages %}}{{{{ m.role + ':' + m.content + {ending!r} }}}}{{% endfor %}}"
+        metadata = {"tokenizer": str(tmp_path / "v.txt"), "template": template}
+        saved(tmp_path / "m.pth", arch_of(7), metadata=metadata)
+        told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+        assert read(tmp_path / "m.gguf")[0].get("tokenizer.ggml.eot_token_id") == eot
+        assert any("no token is <end>, which ends a turn" in note for note in told.notes) == (
+            ending == "<end>\n"
+        )
+
+
 def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="utf16")

@@ -26,6 +26,7 @@ class Template(Protocol):
     name: str  # for people
     record: str  # what a checkpoint's metadata keep of it
     stops: tuple[str, ...]  # the texts that end an answer, where the end of document does not
+    turn_end: str  # the text that ends every turn, also the last one
     opening: str  # what the answer in a chat begins with, though it is not generated
     # the end of what asks for an answer, where the template does not write it before one without thoughts
     asked_only: str

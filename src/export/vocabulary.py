@@ -46,16 +46,16 @@ def vocabulary_of(
         return Vocabulary("none", notes=[note])
     table = {token: repr(piece)[2:-1] or f"{NEVER_TYPED}<s>" for token, piece in tokenizer.table.items()}
     types = {token: NORMAL if piece else CONTROL for token, piece in tokenizer.table.items()}
-    flower = template.form.end if isinstance(template, RwkvTemplate) else ""
-    end = (flower or TURN_END).encode()
-    turn_end = next((token for token, piece in tokenizer.table.items() if piece == end), None)
+    end = template.turn_end or (TURN_END if isinstance(template, RwkvTemplate) else "")
+    turn_end = next(
+        (token for token, piece in tokenizer.table.items() if end and piece == end.encode()), None
+    )
     notes = []
-    if flower and turn_end is None:
-        notes = [
-            f"template {template.name}: no token is {flower}, which ends a turn; let llama.cpp stop at it"
-        ]
+    if end.strip() and turn_end is None:
+        turn = end.strip()
+        notes = [f"template {template.name}: no token is {turn}, which ends a turn; let llama.cpp stop at it"]
     # a flower ends a turn also where thoughts hold blank lines
-    if turn_end is not None and not flower and begins_thoughts(template.opening):
+    if turn_end is not None and end == TURN_END and begins_thoughts(template.opening):
         turn_end = None
         notes = [
             f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop"
