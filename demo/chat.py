@@ -25,6 +25,7 @@ with importing():
     from src.config.validate import check_bos
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import begun, leading_token
+    from src.data.released import modes_note
     from src.data.templates import add_template_flags, recorded_template
     from src.data.tool_styles import read_tools
     from src.inference.conversation import Conversation
@@ -217,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.bos != "recorded":
                 conversation.bos, chat.bos_of = bos, bos_of
                 conversation.read_again()
+        if not args.raw and (known := modes_note(args.model, conversation.template)):
+            print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
         if args.raw:
             ids, generator = begun(tokenizer.encode(args.prompt), bos), conversation.generator
             show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, (), generator))

@@ -22,6 +22,7 @@ from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.cpu_decoder import Decoder
 from src.inference.cuda_graph import GraphedDecoder
+from src.inference.sampling import recommended
 
 NO_ADAPTER = "none"
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
@@ -31,7 +32,10 @@ MODE_NAMES = {
     "normal": "think-normal",
     "short": "think-short",
     "long": "think-long",
+    "chinese": "think-chinese",
     "fake": "fake-think",
+    "compact": "fake-think-compact",
+    "flower": "flower",
 }
 
 
@@ -264,14 +268,32 @@ class Chat:
 
     @command("think", "[MODE]")
     def choose_mode(self, argument: str) -> None:
-        """ask for answers with or without thoughts: off, think, normal, short, long or fake"""
+        """ask for answers with or without thoughts: off, think, normal, short, long, chinese, fake, compact,
+        flower, or a name of --template
+        """
+        self.ask_in_mode("think", argument)
+        note(f"template {self.conversation.template.name}")
+
+    @command("mode", "[MODE]")
+    def choose_mode_and_sampling(self, argument: str) -> None:
+        """as /think MODE, and draw answers as the releases of the G1 models recommend for that mode"""
+        self.ask_in_mode("mode", argument)
+        if argument:
+            best = recommended(self.conversation.template.opening)
+            self.conversation.sampling = best or self.conversation.sampling
+            known = "as recommended" if best else "as before: nothing is recommended for this mode"
+        else:
+            known = "as it is; /mode MODE sets both"
+        note(f"template {self.conversation.template.name}; {self.conversation.sampling} ({known})")
+
+    def ask_in_mode(self, command_name: str, mode: str) -> None:
+        """Choose a mode of RWKV's template, if one is given. UserError for another template."""
         template = self.conversation.template
         if not isinstance(template, RwkvTemplate):
-            raise UserError(f"/think is about RWKV's template; this chat has {template.name}")
-        if argument:
-            self.chosen = RwkvTemplate(named_mode(argument), template.tools.name)
+            raise UserError(f"/{command_name} is about RWKV's template; this chat has {template.name}")
+        if mode:
+            self.chosen = RwkvTemplate(named_mode(command_name, mode), template.tools.name)
             self.conversation.template = self.chosen
-        note(f"template {self.conversation.template.name}")
 
     @command("tools", "[FILE|none]")
     def choose_tools(self, argument: str) -> None:
@@ -367,11 +389,12 @@ def find(name: str) -> Command:
     )
 
 
-def named_mode(name: str) -> str:
+def named_mode(command_name: str, name: str) -> str:
     """The mode of RWKV's template, by its own or its short name. UserError for any other."""
     mode = MODE_NAMES.get(name, name)
     if mode not in MODES:
-        raise UserError(f"/think {name}: expected one of {', '.join(MODE_NAMES)}")
+        names = ", ".join(dict.fromkeys([*MODE_NAMES, *MODES]))
+        raise UserError(f"/{command_name} {name}: expected one of {names}")
     return mode
 
 

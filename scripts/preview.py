@@ -2,6 +2,10 @@
 
     python -m scripts.preview --data_file data.jsonl [--load_model base.pth] [any other flag of train.py]
 
+Without --data_file it shows a small conversation in the form of --template, or in every form:
+
+    python -m scripts.preview [--template NAME] [--tool_style NAME]
+
 Green is trained; neighbouring tokens differ in shade. Without colours « and » enclose what is trained. All
 rows are read and checked, and nothing is written.
 
@@ -25,6 +29,7 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
+    from scripts.preview_forms import forms
     from src.common.formatting import counted
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
@@ -36,6 +41,7 @@ with importing():
     from src.data.formats import Reading, Report, read_source, sample, sources
     from src.data.leading_token import leading_token, text_of
     from src.data.lint import Lint
+    from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
     from src.model import read_model_file
@@ -67,7 +73,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given = read_flags(parser, sys.argv[1:] if argv is None else argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config, _ = settle(given)
-    check_data(config)
+    if config.data_file:
+        check_data(config)
+    elif ours.json or ours.strict:
+        raise UserError("--json and --strict are about data; give --data_file")
     if ours.samples < 0:
         raise UserError(f"--samples {ours.samples}: must not be negative")
     return ours, config
@@ -199,6 +208,20 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
     return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
 
 
+def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
+    return plan_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer)
+
+
+def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
+    """Print a conversation in the form of the template, or in every form where none is chosen."""
+    every_mode = config.template == "auto" and isinstance(encoder.template, RwkvTemplate)
+    for what, documents in forms(encoder, every_mode, config.tool_style == "auto"):
+        print(what)
+        for row in documents:
+            print(shown(row, encoder.tokenizer, plain))
+    print("« » is trained" if plain else "green is trained", "; --data_file shows your own rows", sep="")
+
+
 def main(argv: list[str] | None = None) -> int:
     with one_line_errors(), naming_missing_packages():
         args, config = parse(argv)
@@ -210,6 +233,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         bos = leading_token(config.bos, tokenizer, config.load_model)
         encoder = Encoder(tokenizer, template, config.loss_mask, bos)
+        plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+        if not config.data_file:
+            show_forms(config, encoder, plain)
+            return 0
         lint, report, tokens, chosen = inspect(config, encoder)
         loaded = Loaded(config.data_file, encoder, [tokens], [chosen])
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
@@ -223,13 +250,12 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             print("\n".join(overview(config, encoder, documents, figures, lint, report)))
-            plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
             for i in np.unique(
                 np.linspace(0, len(documents) - 1, min(args.samples, len(documents))).astype(int)
             ):
                 row = documents[int(i)]
                 print(f"document {i + 1} of {len(documents)}, {len(row.ids)} tokens, {row.targets} trained:")
-                print(plan_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
+                print(shown(row, tokenizer, plain))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))
 

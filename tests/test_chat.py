@@ -317,7 +317,7 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
         and "'much'" in err[5]
         and "'nan'" in err[6]
     )
-    assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
+    assert "/save needs FILE" in err[7] and "off, think, normal, short, long, chinese, fake" in err[8]
     assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(
         err
     ) == 9 + len(commands.COMMANDS) + 1
@@ -362,7 +362,7 @@ def asked(monkeypatch):
 
 
 def test_think_changes_how_the_next_turn_is_asked(typed, asked):
-    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == (
+    assert (named_mode("think", "short"), named_mode("mode", "think-long"), named_mode("think", "off")) == (
         "think-short",
         "think-long",
         "rwkv",
@@ -420,6 +420,24 @@ def test_another_form_of_turns_is_read_from_the_beginning():
     conversation.template = load_template("flower")
     conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\nhm</think>a✿\nUser"), 0])
     assert "".join(conversation.answer("q")) == ">\nhm</think>a"
+
+
+def test_mode_sets_template_and_sampling(typed):
+    """As the releases recommend; /think leaves the sampling alone."""
+    _, err = typed(["/mode", "/mode think", "/temperature", "/mode compact", "/think short", "/top_k"])
+    start, *rest = err
+    assert start.startswith("template rwkv; temperature 0, top_p 0.7, top_k 0, presence_penalty 0,")
+    assert rest[:4] == [
+        "template think; temperature 0.96, top_p 0.76, top_k 32, presence_penalty 1, frequency_penalty 0.1,"
+        " penalty_decay 0.988 (as recommended)",
+        "temperature 0.96",
+        "template fake-think-compact; temperature 1, top_p 0.28, top_k 32, presence_penalty 0,"
+        " frequency_penalty 0, penalty_decay 0.996 (as recommended)",
+        "template think-short",
+    ]
+    _, err = typed(["/mode think", "/mode off", "/mode deep"])
+    assert "template rwkv; temperature 0.96," in err[1] and "as before: nothing is recommended" in err[1]
+    assert "error: /mode deep: expected one of off, think," in err[2] and "think-short-2025" in err[2]
 
 
 def test_think_is_for_rwkvs_template(typed, tmp_path):

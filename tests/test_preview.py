@@ -14,8 +14,10 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.encode import Encoder
 from src.data.lint import MEANINGS
+from src.data.rwkv_template import MODES
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
+from src.data.tool_styles import STYLES
 
 from .conftest import ROOT
 from .test_data import assistant, user
@@ -247,6 +249,46 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             show(GOOD, *flags)
         assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_without_data_every_form_is_shown(capsys, tmp_path):
+    """What is asked and what is trained, of all modes or of the one that is chosen."""
+
+    def forms(*flags):
+        assert preview.main([*flags, "--plain"]) == 0
+        output = capsys.readouterr().out
+        return output, re.findall(r"(?m)^(template [\w-]+|tools, --tool_style \w+)", output)
+
+    output, titles = forms("--tokenizer", "world")
+    assert titles == [
+        "template rwkv",
+        *(f"template {name}" for name in MODES),
+        *(f"tools, --tool_style {style}" for style in STYLES),
+    ]
+    blocks = re.split(r"(?m)^(?:template|tools, --tool_style) ", output)
+    for block in blocks[1:-1]:
+        mode = MODES.get(re.match(r"[\w-]+", block)[0])
+        if mode:  # every answer stands between the marks, and begins right after the opening
+            asked = f"{mode.form.ask}{mode.opening}".replace("\n", "\n    | ")
+            assert block.count("«") == block.count("»") == block.count(f"{asked}«") == 2, block
+    output, titles = forms("--template", "think-short", "--tokenizer", "bytes")
+    assert titles == ["template think-short", *(f"tools, --tool_style {style}" for style in STYLES)]
+    assert "User: 6 times 7? (think a bit)" in output and "top_p 0.76" in output
+    _, titles = forms("--template", "flower", "--tool_style", "signatures")
+    assert titles == ["template flower", "tools, --tool_style signatures"]
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    output, _ = forms("--template", str(tmp_path / "t.jinja"))
+    assert "system:Be brief.;user:6 times 7?;" in output and "«" in output
+    with pytest.raises(SystemExit):
+        forms("--json")
+    assert "give --data_file" in capsys.readouterr().err
+
+
+def test_a_flower_in_a_question_is_found(show):
+    rows = [{"messages": [user("a ✿"), assistant("b")]}, {"messages": [user("a"), assistant("b ✿")]}]
+    _, output = show([*GOOD, *rows], "--template", "flower", "--loss_mask", "assistant")
+    assert "finding    flower, 1 row:" in output and "it becomes ❀" in output and "bad row, 1 row" in output
+    assert "finding    flower" not in show([*GOOD, *rows], "--template", "rwkv")[1]
 
 
 def test_the_preview_imports_no_trainer():

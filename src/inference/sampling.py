@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
+from ..data.chat_template import begins_thoughts
 from .cpu_decoder import ADVICE
 
 
@@ -30,6 +31,9 @@ class Sampling:
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
 
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name} {getattr(self, field.name):g}" for field in dataclasses.fields(self))
+
     def check(self) -> None:
         """UserError for a number that is out of its range."""
         for name, fits, expected in (
@@ -41,6 +45,18 @@ class Sampling:
         ):
             if not fits:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
+
+
+# as the releases of the G1 models recommend, for answers that begin with thoughts and with empty ones
+OPEN_THINK = Sampling(0.96, 0.76, 32, presence_penalty=1.0, frequency_penalty=0.1, penalty_decay=0.988)
+FAKE_THINK = Sampling(1.0, 0.28, 32)
+
+
+def recommended(opening: str) -> Sampling | None:
+    """The recommended sampling for answers after this opening; None where none is known."""
+    if begins_thoughts(opening):
+        return OPEN_THINK
+    return FAKE_THINK if opening else None
 
 
 def sample(

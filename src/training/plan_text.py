@@ -17,6 +17,8 @@ from ..data.chat_template import Template
 from ..data.dataset import Document, Documents
 from ..data.held_out import evaluations
 from ..data.leading_token import begins, text_of
+from ..data.released import modes_note
+from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
@@ -48,6 +50,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"rwkv-miss  {version_line()}",
         f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
         documents_line(config, job.data),
+        *released_modes(config, job.template),
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps, job.origins)}",
@@ -64,6 +67,18 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
     # what is too much shares the last line but one, as nothing of it may be dropped
     first, rest, last = lines[: LINES - 2], lines[LINES - 2 : -1], lines[-1]
     return [*first, rest[0][:LABEL] + "; ".join(line[LABEL:] for line in rest), last]
+
+
+def template_text(template: Template) -> str:
+    """Its name, and how it writes tools."""
+    tools = f" (tools as {template.tools.name})" if isinstance(template, RwkvTemplate) else ""
+    return f"{template.name}{tools}"
+
+
+def released_modes(config: Config, template: Template) -> list[str]:
+    """The line about the modes of a released G1 model; none for any other base."""
+    known = modes_note(config.load_model, template)
+    return [f"template   {known}"] if known else []
 
 
 def details(job: Job) -> list[str]:
@@ -90,8 +105,8 @@ def details(job: Job) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {job.template.name}, loss on {mask(config.loss_mask)}{asks_otherwise(job.template)};"
-        f" leading token: {text_of(job.data.encoder.bos)}",
+        f"template   {template_text(job.template)}, loss on {mask(config.loss_mask)}"
+        f"{asks_otherwise(job.template)}; leading token: {text_of(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),

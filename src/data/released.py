@@ -1,0 +1,58 @@
+"""With which modes of RWKV's template the released G1 models were trained, by the names of their files."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from .chat_template import Template
+from .rwkv_template import MODES, RwkvTemplate
+
+NAME = re.compile(r"rwkv7-g1([a-z]?)\d*-[\d.]+b-(\d{8})-ctx\d+\.pth")
+LENGTHS = ("think-normal", "think-short", "think-long")
+EARLIER_LENGTHS = tuple(f"{name}-2025" for name in LENGTHS)
+FIRST_LENGTHS = "20250922"  # the date of the first weights that know them
+PARENTHESES, FLOWERS = "c", "h"  # the letters of the first models that know them
+
+
+class Released(NamedTuple):
+    """A released model."""
+
+    file: str
+    name: str  # G1, G1a, ...
+    modes: tuple[str, ...]  # that it was trained with
+
+
+def released(path: str) -> Released | None:
+    """What the name of a model's file says; None for any other name."""
+    file = os.path.basename(path)
+    match = NAME.fullmatch(file)
+    if not match:
+        return None
+    letter, date = match.groups()
+    modes = ["rwkv", "think", "fake-think", "fake-think-compact"]
+    if letter >= PARENTHESES:
+        modes += LENGTHS
+    elif date >= FIRST_LENGTHS:
+        modes += EARLIER_LENGTHS
+    if letter >= FLOWERS:
+        modes += ["flower", "flower-fake-think"]
+    return Released(file, f"G1{letter}", tuple(modes))
+
+
+def modes_note(path: str, template: Template) -> str:
+    """One sentence on the modes of a released model, and what is chosen of them; "" for any other file."""
+    found = released(path)
+    if not found:
+        return ""
+    known = f"{found.file} is a released {found.name}, trained with --template {', '.join(found.modes)}"
+    if not isinstance(template, RwkvTemplate):
+        return f"{known}; chosen is Jinja, {template.name}"
+    if template.name in found.modes:
+        return f"{known}; chosen is {template.name}"
+    other = (
+        template.name.removesuffix("-2025") if template.name.endswith("-2025") else f"{template.name}-2025"
+    )
+    advice = f"; --template {other} is its form" if other in found.modes and other in MODES else ""
+    return f"{known}, not with {template.name}, which is chosen{advice}"
