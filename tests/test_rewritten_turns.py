@@ -28,9 +28,20 @@ from .test_templates import CHATML, MARKED, reference, shown, system, thinking
 
 # G1's: earlier answers have no thoughts, and what asks ends inside the tag
 G1 = """\
+{%- for tool in tools or [] -%}
+{{- ('### Tools\\n' if loop.first else '') + '### `' + tool.function.name + '`\\n\\n' -}}
+{%- endfor -%}
 {%- for m in messages -%}
 {%- set parts = m.content.split('</think>') -%}
 {%- set said = parts[-1] | trim -%}
+{%- if m.tool_calls -%}
+{%- set calls -%}
+{%- for call in m.tool_calls -%}
+**Tool Call:**{{- '\\n```json\\n' + call.function.arguments + '\\n```' -}}
+{%- endfor -%}
+{%- endset -%}
+{%- set said = said + calls -%}
+{%- endif -%}
 {%- set thoughts = (m.reasoning_content or parts[:-1] | join) | replace('<think>', '') | trim -%}
 {%- if m.role != 'assistant' -%}
 {{- HEAD(m.role) + m.content | trim + '\\n\\n' -}}
@@ -352,6 +363,21 @@ def test_masks_other_than_the_assistants_take_the_whole_conversation_once():
         [(ids, weights)] = Encoder(tokenizer, template, mask).encode({"messages": PLAIN})
         assert bytes(ids[:-1].tolist()).decode() == whole
         assert weights.all() == (mask == "all") and weights[-3:].all()
+
+
+def test_calls_of_tools_are_answers_like_any_other():
+    template = load_template(FORGETFUL["fake, markdown"])
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {**assistant(""), "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}
+    turns = [user("1+1"), call, {"role": "tool", "content": "2"}, assistant("It is 2.")]
+    prompt = "### Tools\n### `add`\n\n### User\n1+1\n\n### Assistant\n"
+    said = '**Tool Call:**\n```json\n{"a": 1}\n```'
+    assert [*map(shown, template.documents(turns, tools))] == [
+        f"{prompt}<think></think|<>{said}>|<\n\n>",
+        f"{prompt}{said}\n\n### Tool\n2\n\n### Assistant\n<think></think|<>It is 2.>|<\n\n>",
+    ]
+    # a chat has the call in its words
+    assert template.next_turn([turns[0], assistant(template.opening + ">" + said)], turns[2:3], tools) is None
 
 
 # the data of a run
