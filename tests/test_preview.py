@@ -89,6 +89,9 @@ def test_good_data(show):
             ["--loss_mask", "Assistant:"],
         ),
         ("trained question", [{"text": "User: a\n\nAssistant: b\n\nmore"}], []),
+        ("trained question", [{"text": "System✿s✿\nUser✿a✿\nBot✿b✿"}], []),
+        ("flower", [{"messages": [user("a ✿"), assistant("b")]}], ["--template", "flower"]),
+        ("bad row", [{"messages": [user("a"), assistant("b ✿")]}], ["--template", "flower"]),
         ("open thoughts", [{"messages": [user("a"), assistant("so <think> it")]}], []),
         ("broken text", [{"text": "caf\ufffd"}], []),
         ("cut", [{"messages": [user("a"), assistant("b" * 190)]}], ["--ctx_len", "100"]),
@@ -105,7 +108,7 @@ def test_one_kind_of_trouble(show, name, rows, flags):
     }
     if flags[:1] == ["--loss_mask"]:
         assert found.pop("only the end") == (2, "data.jsonl, line 1")  # the texts without an Assistant:
-    if flags == ["--template", "think"]:
+    if flags[:1] == ["--template"]:
         assert found.pop("no thoughts")[0] == 2 + (name != "bad row")
     assert found == expected
 
@@ -143,7 +146,9 @@ def test_every_kind_has_a_test():
     tested = {
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
-    assert set(MEANINGS) - tested == {"no thoughts", "only the end", "no target", "held out", "known prompt"}
+    together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
+    # the last one is in test_rewritten_turns.py
+    assert set(MEANINGS) - tested == {*together, "asked otherwise"}
 
 
 def test_the_figures_are_those_of_the_training(show, tmp_path):
@@ -282,13 +287,6 @@ def test_without_data_every_form_is_shown(capsys, tmp_path):
     with pytest.raises(SystemExit):
         forms("--json")
     assert "give --data_file" in capsys.readouterr().err
-
-
-def test_a_flower_in_a_question_is_found(show):
-    rows = [{"messages": [user("a ✿"), assistant("b")]}, {"messages": [user("a"), assistant("b ✿")]}]
-    _, output = show([*GOOD, *rows], "--template", "flower", "--loss_mask", "assistant")
-    assert "finding    flower, 1 row:" in output and "it becomes ❀" in output and "bad row, 1 row" in output
-    assert "finding    flower" not in show([*GOOD, *rows], "--template", "rwkv")[1]
 
 
 def test_the_preview_imports_no_trainer():
