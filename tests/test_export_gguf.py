@@ -209,7 +209,7 @@ def test_the_world_vocabulary(tmp_path):
         "eot": 261,
     }
     assert table[261] == b"\n\n" and keys["tokenizer.ggml.model"] == "rwkv" and "rwkv7.vocab_size" not in keys
-    assert keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("rwkv"))
+    assert keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("rwkv", "json"))
 
 
 def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
@@ -235,6 +235,7 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
         ("fake-think", 3),
         ("think-short", None),
         ("think-chinese:json", None),
+        ("rwkv:markdown", None),
         ("flower:json", 5),
         ("flower-fake-think:json", 5),
     ):
@@ -247,7 +248,7 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
         keys, _ = read(tmp_path / "m.gguf")
         assert not any("no token is ✿" in note for note in told.notes)
         assert keys.get("tokenizer.ggml.eot_token_id") == eot and any(
-            "thoughts hold blank lines" in note for note in told.notes
+            "s hold blank lines, so" in note for note in told.notes
         ) == (eot is None)
         assert (
             keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]

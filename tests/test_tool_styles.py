@@ -7,11 +7,16 @@ import jinja2
 import pytest
 
 from rwkv_miss import UserError
+from src.data.encode import Encoder
 from src.data.jinja_template import JinjaTemplate
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tool_styles import STYLES, in_order_of_calls
 from src.evaluation.accuracy import read_questions
 from src.export.tool_jinja import tool_jinja
+from src.inference.conversation import Conversation
+
+from .test_generate import GREEDY, Scripted, named
+from .test_templates import shown
 
 TICKS = "```"
 
@@ -334,6 +339,102 @@ def test_results_come_in_the_order_of_the_calls():
         UserError, match="tool_call_id 'z' is of no call in the answer before; it has 'x', 'y'"
     ):
         in_order_of_calls([answer, result("1", "x"), result("2", "z")])
+
+
+TALK = [
+    {"role": "system", "content": "Be\n\nbrief."},
+    {"role": "user", "content": "hot?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **CALLS[1]}, {"id": "2", **CALLS[1]}]},
+    {"role": "tool", "tool_call_id": "2", "content": "b\n\nc"},
+    {"role": "tool", "tool_call_id": "1", "content": "a"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "ok"},
+    {"role": "assistant", "content": "bye"},
+]
+NOW = [{"name": "now"}]
+WHOLE = {
+    ("rwkv", "json"): (
+        'System: Tools:\n[\n{"name":"now","arguments":{}}\n]\nReturn only a JSON function call.\n\n'
+        "System: Be\nbrief.\n\nUser: hot?\n\nAssistant:|< "
+        '```json\n{"name":"g","arguments":{}}\n```\n```json\n{"name":"g","arguments":{}}\n```>|<\n\n>|'
+        "User: Function output:\na\n\nUser: Function output:\nb\nc\n\nAssistant:|< yes>|<\n\n>|"
+        "User: ok\n\nAssistant:|< bye>"
+    ),
+    ("think-short", "signatures"): (
+        "System: Tools:\n- now()\nReturn only a JSON function call.\n\n"
+        "System: Be\nbrief.\n\nUser: hot? (think a bit)\n\nAssistant: <think|<>\n</think>\n"
+        '```json\n{"name":"g","arguments":{}}\n```\n```json\n{"name":"g","arguments":{}}\n```>|<\n\n>|'
+        "User: Function output:\na\n\nUser: Function output:\nb\nc\n\nAssistant: <think|<>\n</think>\nyes>|"
+        "<\n\n>|User: ok (think a bit)\n\nAssistant: <think|<>\n</think>\nbye>"
+    ),
+    ("fake-think-compact", "hermes"): (
+        'System: <tools>\n{"name": "now"}\n</tools>\n\n'
+        "System: Be\nbrief.\n\nUser: hot?\n\nAssistant: <think></think|<>\n"
+        '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>>|<\n\n>|'
+        "Tool: a\n\nTool: b\nc\n\nAssistant: <think></think|<>\nyes>|<\n\n>|"
+        "User: ok\n\nAssistant: <think></think|<>\nbye>"
+    ),
+    ("rwkv", "markdown"): (
+        '### System\n### `now`\n**Description:** \n**Parameters:**\n```json\n{\n  "type": "object",\n'
+        '  "properties": {}\n}\n```\n### System\nBe\nbrief.\n### User\nhot?\n### Assistant|<\n'
+        '**Tool Call:**\n```json\n{\n  "name": "g",\n  "arguments": {}\n}\n```\n'
+        '**Tool Call:**\n```json\n{\n  "name": "g",\n  "arguments": {}\n}\n```>|<\n>|'
+        "### Tool Output\n```json\na\n```\n### Tool Output\n```json\nb\nc\n```\n### Assistant|<\nyes>|<\n>|"
+        "### User\nok\n### Assistant|<\nbye>"
+    ),
+    ("flower", "json"): (
+        'System✿Tools:\n[\n{"name":"now","arguments":{}}\n]\nReturn only a JSON function call.✿\n'
+        "System✿Be\nbrief.✿\nUser✿hot?✿\nBot✿<think|<>\n</think>\n"
+        '```json\n{"name":"g","arguments":{}}\n```\n```json\n{"name":"g","arguments":{}}\n```>|<✿>|'
+        "\nUser✿Function output:\na✿\nUser✿Function output:\nb\nc✿\nBot✿<think|<>\n</think>\nyes>|<✿>|"
+        "\nUser✿ok✿\nBot✿<think|<>\n</think>\nbye>|<✿>"
+    ),
+}
+
+
+@pytest.mark.parametrize("name, style", WHOLE)
+def test_a_whole_conversation(name, style):
+    assert shown(RwkvTemplate(name, style).segments(TALK, NOW)) == WHOLE[name, style]
+
+
+def test_markdown_opens_thoughts_below_the_heading():
+    template = RwkvTemplate("think", "markdown")
+    assert template.segments(TALK[1:2], ask=True)[0].text == "### User\nhot?\n### Assistant\n<think"
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    thoughtful = RwkvTemplate("rwkv", "markdown").segments([TALK[1], answer])
+    assert thoughtful[-1].text == "\n<think>\nhm\n</think>\nyes"
+
+
+def test_what_ends_an_answer():
+    ends = {"json": ("\n\nUser:",), "hermes": ("\n\nUser:", "\n\nTool:")}
+    ends |= {"signatures": ends["json"], "markdown": ("\n### User", "\n### Tool Output")}
+    for style, expected in ends.items():
+        assert RwkvTemplate("think", style).stops == expected
+        assert RwkvTemplate("flower", style).stops == ("✿",)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", ["rwkv", "think", "flower-fake-think"])
+@pytest.mark.parametrize("kind", ["world", "bytes"])
+def test_a_chat_with_tools_feeds_the_tokens_of_the_training(kind, name, style):
+    tokenizer, template = named(kind), RwkvTemplate(name, style)
+    conversation = Conversation(None, tokenizer, GREEDY, system=TALK[0]["content"], template=template)
+    conversation.use_tools(NOW)
+    answers = [text for text, weight in template.segments(TALK, NOW) if weight]
+    answers = [text for text in answers if text not in ("\n\n", "\n", "✿")]
+    follow = [*template.stops[-1:], *template.stops[:1], ""]
+    in_order = in_order_of_calls(TALK)
+    for new, answer, after in zip(
+        (in_order[1:2], in_order[3:5], in_order[6:7]), answers, follow, strict=True
+    ):
+        conversation.model = Scripted(tokenizer, [*tokenizer.encode(answer + after), *tokenizer.eod])
+        assert "".join(conversation.answer(new)) == answer
+    calls = [{"type": "function", "function": call["function"]} for call in TALK[2]["tool_calls"]]
+    assert conversation.turns[0].messages[-1]["tool_calls"] == calls
+    ((ids, _),) = Encoder(tokenizer, template).encode({"messages": TALK, "tools": NOW})
+    end = tokenizer.encode(template.turn_end)
+    assert [*conversation.state, *end, *tokenizer.eod] == ids.tolist()
 
 
 @pytest.mark.parametrize("style", STYLES)

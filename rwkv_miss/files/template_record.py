@@ -5,8 +5,8 @@ A name without a tool style was written before there were tool styles. It has th
 
 from __future__ import annotations
 
-HERMES = "hermes"
-TOOL_STYLES = ("json", "signatures", "markdown", HERMES)
+HERMES, MARKDOWN = "hermes", "markdown"
+TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)
 # names that mean another form today
 EARLIER = {f"think-{length}": f"think-{length}-2025" for length in ("normal", "short", "long")}
 

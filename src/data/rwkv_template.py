@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.template_record import HERMES
+from rwkv_miss.files.template_record import HERMES, MARKDOWN
 
 from .chat_template import Segment, TokenEnd, begins_thoughts, clean, thoughts_of, weight_of
 from .tool_styles import STYLES, in_order_of_calls
@@ -21,15 +21,27 @@ class Form(NamedTuple):
     roles: dict[str, str]
     colon: str  # between a role and its words
     ask: str  # what the answer follows
+    gap: str  # what the answer begins with
     end: str  # ends every turn, also the last one
     between: str  # parts a turn from the next
-    stop: str  # the text that ends an answer, where the end of document does not
+
+    def beginning(self, role: str) -> str:
+        """What a turn begins with after another one, without the space before its words."""
+        return f"{self.between}{self.roles[role]}{self.colon.rstrip()}"
 
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
-PLAIN = Form(ROLES, ": ", "Assistant:", "", TURN_END, TURN_END + "User:")
-FLOWERS = Form({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", FLOWER, "\n", FLOWER)
+PLAIN = Form(ROLES, ": ", "Assistant:", " ", "", TURN_END)
+FLOWERS = Form({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", "", FLOWER, "\n")
+HEADINGS = Form(
+    {role: f"### {name}" for role, name in ROLES.items()} | {"tool": "### Tool Output"},
+    "\n",
+    "### Assistant",
+    "\n",
+    "",
+    "\n",
+)
 
 
 class Mode(NamedTuple):
@@ -66,22 +78,26 @@ class RwkvTemplate:
     line becomes a newline, and a flower another one. An assistant's message may have thoughts: as
     `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may have
     `tool_calls` as in OpenAI's API. Tools are described in a System turn. `tool_style`, one of
-    tool_styles.STYLES, says how.
+    tool_styles.STYLES, says how. With markdown, turns without flowers begin with a heading: `### User`.
     """
 
     asked_only = ""
 
     def __init__(self, name: str, tool_style: str = HERMES):
         self.name, self.record = name, f"{name}:{tool_style}"
-        self.after_user, self.opening, self.form = MODES[name]
-        self.stops, self.turn_end = (self.form.stop,), self.form.end
         self.tools = STYLES[tool_style]
+        self.after_user, opening, form = MODES[name]
+        self.form = HEADINGS if form is PLAIN and tool_style == MARKDOWN else form
+        self.opening = opening.replace(PLAIN.gap, self.form.gap, 1)
+        self.turn_end = self.form.end
+        followers = dict.fromkeys(("user", self.tools.result_role))
+        self.stops = (self.form.end,) if self.form.end else tuple(map(self.form.beginning, followers))
 
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
         segments: list[Segment] = []
-        waiting = [{"role": "system", "content": self.tools.describe(tools)}] if tools else []
+        waiting = [{"role": "tools", "content": self.tools.describe(tools)}] if tools else []
 
         def add(turns: str) -> None:
             if segments:
@@ -124,17 +140,18 @@ class RwkvTemplate:
         for message in messages:
             role, content = message["role"], message["content"]
             after = self.after_user if role == "user" else ""
-            if role == "tool":
+            if role == "tools":
+                role = "system"
+            elif role == "tool":
                 role, content = self.tools.result(content)
-            turns.append(f"{form.roles[role]}{form.colon}{self.clean(content)}{after}{form.end}")
+            else:
+                content = clean(content)
+            if form.end:
+                content = content.replace(form.end, OTHER_FLOWER)
+            turns.append(f"{form.roles[role]}{form.colon}{content}{after}{form.end}")
         if ask:
             turns.append(f"{form.ask}{self.opening}")
         return form.between.join(turns)
-
-    def clean(self, text: str) -> str:
-        """The words of a turn that is not the assistant's, without what ends a turn."""
-        text = clean(text)
-        return text.replace(self.form.end, OTHER_FLOWER) if self.form.end else text
 
     def _answer(self, message: dict) -> str:
         """What the model writes, after the opening."""
@@ -149,7 +166,8 @@ class RwkvTemplate:
                 f" would learn to stop there; take it out of the data, or write {OTHER_FLOWER}"
             )
         if not self.opening:
-            return f" <think>\n{thoughts}\n</think>\n{content}" if thoughts else f" {content}"
+            thoughts = f"<think>\n{thoughts}\n</think>\n" if thoughts else ""
+            return f"{self.form.gap}{thoughts}{content}"
         if self.opening.endswith(CHINESE_HM):
             begun = thoughts.removeprefix(CHINESE_HM)
             joint = "，" if thoughts and begun == thoughts else ""

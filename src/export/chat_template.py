@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from ..data.chat_template import Template, begins_thoughts
-from ..data.rwkv_template import CHINESE_HM, OTHER_FLOWER, RwkvTemplate
+from ..data.rwkv_template import CHINESE_HM, OTHER_FLOWER, PLAIN, RwkvTemplate
 from .tool_jinja import tool_jinja
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
@@ -20,7 +20,7 @@ JINJA = """\
 @DESCRIBE@{%- endmacro -%}
 {%- if tools -%}
 {%- set text = described() -%}
-{{- '@SYSTEM@' + (text.@CLEAN@) + '@END@' -}}
+{{- '@SYSTEM@' + text@HARMLESS@ + '@END@' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {%- if tools or not loop.first -%}{{- '@BETWEEN@' -}}{%- endif -%}
@@ -34,8 +34,8 @@ JINJA = """\
 @UNCLOSED@{%- set answer = namespace(text=content) -%}
 @CALLS@@CHECK@{{- '@ASK@' -}}
 @ANSWER@{%- else -%}
-{%- set text = message['content'].@CLEAN@ -%}
-@RESULT@{{- @ROLES@[message['role']] + '@COLON@' + text -}}
+{%- set text = message['content'].replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim -%}
+@RESULT@{{- @ROLES@[message['role']] + '@COLON@' + text@HARMLESS@ -}}
 @USER@{%- endif -%}
 {{- '@END@' -}}
 {%- endfor -%}
@@ -44,8 +44,6 @@ JINJA = """\
 {{- '@ASK@' -}}
 {%- endif -%}
 """
-# as RwkvTemplate.clean()
-CLEAN = "replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim"
 
 
 def jinja(template: Template) -> str:
@@ -76,18 +74,20 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
         "ASK": form.ask + opening,
     }
     parts = {name: text.replace("\n", "\\n") for name, text in texts.items()} | {
-        "HEAD": "" if opening else f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n",
+        "HEAD": f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n"
+        if form == PLAIN and not opening
+        else "",
         "MACROS": tools.macros,
         "DESCRIBE": tools.describe,
         "CALLS": tools.calls,
         "RESULT": tools.result,
-        "CLEAN": (f"replace('{form.end}', '{OTHER_FLOWER}')." if form.end else "") + CLEAN,
+        "HARMLESS": f".replace('{form.end}', '{OTHER_FLOWER}')" if form.end else "",
         "ROLES": repr(roles),
         "UNCLOSED": _raise_if("content.startswith('<think>')", "an answer opens <think> and never closes it")
         if opening
         else "",
         "CHECK": _checks(template),
-        "ANSWER": f"{{{{- {_answer(opening)} -}}}}\n",
+        "ANSWER": f"{{{{- {_answer(template)} -}}}}\n",
         "USER": f"{{%- if message['role'] == 'user' -%}}{{{{- '{template.after_user}' -}}}}{{%- endif -%}}\n"
         if template.after_user
         else "",
@@ -95,11 +95,12 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
     return re.sub("@([A-Z_]+)@", lambda found: parts[found[1]], JINJA)
 
 
-def _answer(opening: str) -> str:
+def _answer(template: RwkvTemplate) -> str:
     """An expression: RwkvTemplate's words of an answer with `thoughts`, after the opening."""
+    opening, gap = template.opening, template.form.gap.replace("\n", "\\n")
     closed = "'\\n</think>\\n' + answer.text"
     if not opening:
-        return f"' ' + ('<think>\\n' + thoughts + {closed} if thoughts else answer.text)"
+        return f"'{gap}' + ('<think>\\n' + thoughts + {closed} if thoughts else answer.text)"
     if opening.endswith(CHINESE_HM):
         joint = (
             f"thoughts[1:] if thoughts.startswith('{CHINESE_HM}') else ('，' + thoughts if thoughts else '')"

@@ -10,7 +10,7 @@ import dataclasses
 
 from ..data.chat_template import Template, begins_thoughts
 from ..data.leading_token import text_of
-from ..data.rwkv_template import TURN_END, RwkvTemplate
+from ..data.rwkv_template import HEADINGS, TURN_END, RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, Tokenizer
 from .chat_template import jinja
 
@@ -55,11 +55,14 @@ def vocabulary_of(
         turn = end.strip()
         notes = [f"template {template.name}: no token is {turn}, which ends a turn; let llama.cpp stop at it"]
     # a flower ends a turn also where thoughts hold blank lines
-    if turn_end is not None and end == TURN_END and begins_thoughts(template.opening):
+    headings = isinstance(template, RwkvTemplate) and template.form == HEADINGS
+    if turn_end is not None and end == TURN_END and (headings or begins_thoughts(template.opening)):
         turn_end = None
+        holder = "answers" if headings else "thoughts"
+        stops = " and ".join(repr(stop.strip()) for stop in template.stops)
         notes = [
-            f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop"
-            " llama.cpp at 'User:' as well"
+            f"template {template.name}: {holder} hold blank lines, so a blank line ends no turn; stop"
+            f" llama.cpp at {stops} as well"
         ]
     begin = ""
     if bos:
