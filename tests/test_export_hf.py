@@ -10,6 +10,7 @@ import torch
 
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint, write_checkpoint
+from src import export as forms
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tokenizer import load_tokenizer
 from src.export import hugging_face
@@ -297,6 +298,15 @@ def test_a_folder_that_claims_too_much(tmp_path):
     weights.write_bytes(content.replace(told, told.replace(b"128,5]", b"99999]")))
     with pytest.raises(UserError, match="a value residual that is larger than its matrices"):
         export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+
+
+def test_a_checkpoint_does_not_take_the_place_of_a_file_of_the_folder(tmp_path):
+    saved(tmp_path / "m.pth", arch_of(7))
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    before = (tmp_path / "hf" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="config.json lies in the input's folder"):
+        forms.export(tmp_path / "hf", tmp_path / "hf" / "config.json", "pth")
+    assert (tmp_path / "hf" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

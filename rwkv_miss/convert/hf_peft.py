@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..inject import checked_metadata
 from ..methods.lora import ScaledOptions
-from . import hf_export
+from . import hf_export, peft_forms
 from .formats import Adapter, Format, Hints, described, rank_options, register
 from .hf_export import CONFIG, CONSUMED, PREFIX, PROVENANCE, TENSORS
 from .peft_names import LAYOUTS, in_pth, layout_of
@@ -333,8 +333,8 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
     alpha, alpha_of = number(source, "lora_alpha", 8, float), patterns(source, "alpha_pattern")
     for name, own in linears.items():
         A, B = own["lora_A"], own["lora_B"]
-        ranks[name] = hf_export.matched(rank_of, name, rank)
-        alphas[name] = hf_export.matched(alpha_of, name, alpha)
+        ranks[name] = peft_forms.matched(rank_of, name, rank)
+        alphas[name] = peft_forms.matched(alpha_of, name, alpha)
         if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == ranks[name]:
             shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
             raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
@@ -388,7 +388,7 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
                 " names there"
             )
     try:
-        return hf_export.compiled(given)
+        return peft_forms.compiled(given)
     except re.error as error:
         raise UserError(
             f"{source.path}: an expression in {field} is none ({error}: {error.pattern!r})"

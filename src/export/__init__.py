@@ -139,6 +139,8 @@ def _check_output(path, out, to: str) -> None:
     """UserError where `out` is the input, can't be written, or is a file of another kind."""
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
+    if os.path.isdir(path) and Path(os.path.realpath(path)) in Path(os.path.realpath(out)).parents:
+        raise UserError(f"{out} lies in the input's folder, {path}; choose a name outside of it")
     if to == "hf":
         check_folder(out, [])
     else:
