@@ -39,7 +39,7 @@ with importing():
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
     from src.data.formats import Reading, Report, read_source, sample, sources
-    from src.data.leading_token import leading_token, text_of
+    from src.data.leading_token import in_words, leading_token
     from src.data.lint import Lint
     from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
@@ -159,7 +159,7 @@ def overview(
         *report.lines(),
         (
             f"template   {encoder.template.name}, loss on {plan_text.mask(encoder.loss_mask)}; tokenizer"
-            f" {encoder.tokenizer.name}; leading token: {text_of(encoder.bos)}"
+            f" {encoder.tokenizer.name}; {in_words(encoder.bos)}"
         ),
         (
             f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"

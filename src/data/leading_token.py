@@ -74,13 +74,21 @@ def begun(ids: list[int], bos: tuple[int, ...]) -> list[int]:
     return ids if begins(ids, bos) else [*bos, *ids]
 
 
+def without(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+    """The ids of a document after its leading token."""
+    return ids[len(bos) :] if begins(ids, bos) else ids
+
+
 def begins(ids, bos: tuple[int, ...]) -> bool:
     """Whether a document, a list or an array of ids, begins with these."""
     return tuple(ids[: len(bos)]) == bos
 
 
 def text_of(bos: tuple[int, ...]) -> str:
-    """For people: "none", "token 0"."""
-    if not bos:
-        return "none"
+    """For people: "token 0"."""
     return f"token {bos[0]}" if len(bos) == 1 else f"tokens {' '.join(map(str, bos))}"
+
+
+def in_words(bos: tuple[int, ...]) -> str:
+    """For people: "no leading token", "leading token 0"."""
+    return f"leading {text_of(bos)}" if bos else "no leading token"
