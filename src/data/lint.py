@@ -42,7 +42,8 @@ MEANINGS = {
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
     "asked otherwise": (
         "an answer without thoughts; the template asks for it with a tag that it does not write before it, so"
-        " that a chat asks otherwise than was trained"
+        " that a chat asks otherwise than was trained; give the answers thoughts, or take the tag out of what"
+        " asks"
     ),
     "broken text": "U+FFFD, which stands where bytes were no text",
     "only the end": "nothing is trained but the end of the document",
