@@ -20,8 +20,8 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, note_calls, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from rwkv_miss.files.hub import local_path
     from src.common.device import PRECISIONS
-    from src.common.hub import local_path
     from src.config.validate import check_bos
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import begun, leading_token

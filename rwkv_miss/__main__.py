@@ -14,6 +14,7 @@ from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
 from .files.hf_folder import is_folder, read_folder
+from .files.hub import local_path
 from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
@@ -25,6 +26,7 @@ from .version import version_line
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 SAFETENSORS_MODEL = "model in safetensors"
 EMPTY = (None, "", [], {})
+FILES = ("file", "input", "base", "adapter", "merged", "a", "b")  # of all commands; what they write is local
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -161,9 +163,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def fetch(args: argparse.Namespace) -> None:
+    """Have the flags that name files of the Hugging Face hub name local files."""
+    for name in FILES:
+        given = getattr(args, name, None)
+        if isinstance(given, list):
+            setattr(args, name, [local_path(path) for path in given])
+        elif given:
+            setattr(args, name, local_path(given))
+
+
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = arguments(argv)
+        fetch(args)
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":

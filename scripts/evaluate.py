@@ -14,10 +14,11 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from rwkv_miss.files.hub import local_path
+    from rwkv_miss.files.hub_names import DATA, recorded
     from rwkv_miss.files.output import require_writable
     from src.common.device import PRECISIONS
     from src.common.files import write_text
-    from src.common.hub import DATA, local_path, recorded
     from src.config import FIELDS
     from src.config.validate import check_bos
     from src.data.formats import Reading

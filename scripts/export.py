@@ -12,7 +12,7 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
-    from src.common.hub import local_path
+    from rwkv_miss.files.hub import local_path
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.templates import add_template_flags
     from src.export import TARGETS, export

@@ -17,10 +17,11 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from rwkv_miss.files.hub import local_path
+    from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
     from src.common.device import PRECISIONS
     from src.common.files import write_text
-    from src.common.hub import local_path, recorded
     from src.config.validate import check_bos
     from src.data.leading_token import leading_token
     from src.data.templates import add_template_flags, recorded_template

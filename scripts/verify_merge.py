@@ -20,13 +20,13 @@ with importing():
 
     from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
     from rwkv_miss.files.checkpoint import Arch
+    from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.model_files import is_file_or_folder, read_tensors
     from rwkv_miss.merging.cli import add_adapters, add_hints, add_output, hints
     from rwkv_miss.merging.members import Member
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
-    from src.common.hub import local_path
     from src.data.tokenizer import recorded_tokenizer
     from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
     from src.inference.blended_adapters import blend, merge_blended

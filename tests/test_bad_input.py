@@ -246,7 +246,7 @@ def test_damaged_files(refused, folder, tmp_path, program, flag):
     assert folder_words.get(
         (program, flag), "is a folder without config.json; give a model's file"
     ) in refused(program, **{flag: tmp_path})
-    assert "https://h/a.pth does not exist; nothing is downloaded" in refused(
+    assert "https://h/a.pth does not exist; nothing is downloaded but" in refused(
         program, **{flag: "https://h/a.pth"}
     )
     os.mkfifo(tmp_path / "pipe")

@@ -11,16 +11,17 @@ import huggingface_hub.file_download
 import pytest
 from huggingface_hub import constants
 
-from rwkv_miss import UserError
-from src.common import hub as names
-from src.common.hub import DATA, HubName, local_path, parse, pin
+from rwkv_miss import UserError, read_checkpoint
+from rwkv_miss.files import hub as files_of_hub
+from rwkv_miss.files.hub import local_path, pin
+from rwkv_miss.files.hub_names import DATA, MODEL, HubName, parse
 from src.config import Config
 from src.data.fetch import fetch_inputs, pinned_names
 from src.data.formats import sources
 
 from .hub_server import serving
 
-MODEL = bytes(range(256)) * 1201 + b"!"
+CONTENT = bytes(range(256)) * 1201 + b"!"
 CLOSED = "http://127.0.0.1:9"  # the port `discard`, where nobody listens
 
 
@@ -44,14 +45,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     with serving() as hub:
         point_at(hub.endpoint, monkeypatch)
-        hub.commit = hub.add("o/n", {"README.md": "a", "m.pth": MODEL, "config.json": "{}"})
+        hub.commit = hub.add("o/n", {"README.md": "a", "m.pth": CONTENT, "config.json": "{}"})
         hub.add("o/d", {"a.jsonl": '{"text": "a"}\n', "b/b.jsonl": '{"text": "b"}\n'}, "datasets")
         yield hub
     # versions before 1 keep a session that is offline
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
 
 
-def refused(text, repo_type=names.MODEL):
+def refused(text, repo_type=MODEL):
     with pytest.raises(UserError) as error:
         local_path(text, repo_type)
     said = str(error.value)
@@ -72,7 +73,7 @@ def refused(text, repo_type=names.MODEL):
         "hf://o/n@v1.0/sub/m.pth": HubName("o/n", "sub/m.pth", "v1.0"),
         "hf://o/n@refs/pr/3/m.pth": HubName("o/n", "m.pth", "refs/pr/3"),
         "hf://datasets/o/n/a.jsonl": HubName("o/n", "a.jsonl", "", DATA, "datasets/"),
-        "hf://models/o/n/a.jsonl": HubName("o/n", "a.jsonl", "", names.MODEL, "models/"),
+        "hf://models/o/n/a.jsonl": HubName("o/n", "a.jsonl", "", MODEL, "models/"),
     }.items(),
 )
 def test_a_name_is_taken_apart_and_written_again(text, expected):
@@ -82,7 +83,7 @@ def test_a_name_is_taken_apart_and_written_again(text, expected):
 
 def test_a_name_without_a_kind_is_of_the_kind_that_is_read():
     assert parse("hf://o/n/a", DATA).repo_type == DATA
-    assert parse("hf://models/o/n/a", DATA).repo_type == names.MODEL
+    assert parse("hf://models/o/n/a", DATA).repo_type == MODEL
 
 
 @pytest.mark.parametrize(
@@ -112,9 +113,28 @@ def test_any_other_text_stays_as_it_is():
         assert local_path(text) is text
 
 
+@pytest.mark.parametrize(
+    "path, words",
+    {
+        "https://huggingface.co/o/n/resolve/main/s/m.pth": "; give hf://o/n/s/m.pth",
+        "https://huggingface.co/o/n/blob/v1/m.pth?download=true": "; give hf://o/n/m.pth@v1",
+        "https://huggingface.co/datasets/o/d/blob/main/a.jsonl": "; give hf://datasets/o/d/a.jsonl",
+        "https://h/a.pth": "; nothing is downloaded but files of the Hugging Face hub",
+        "o/n": "; if it is a repository of the Hugging Face hub, give hf://o/n",
+        "out/adapter.pth": "",
+        "out/run/base": "",
+    }.items(),
+)
+def test_a_path_that_is_not_there_may_be_meant_for_the_hub(path, words):
+    with pytest.raises(UserError) as error:
+        read_checkpoint(path)
+    assert str(error.value).startswith(f"{path} does not exist{words}")
+    assert words or str(error.value).endswith("exist")
+
+
 def test_a_file_is_downloaded_once(hub):
     path = local_path("hf://o/n/m.pth")
-    assert open(path, "rb").read() == MODEL
+    assert open(path, "rb").read() == CONTENT
     assert path.name == f"hf://o/n/m.pth@{hub.commit}"
     asked = len(hub.log)
     assert local_path(path.name) == path
@@ -179,13 +199,13 @@ def test_what_may_not_be_read(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "hf auth login" in refused("hf://o/n/m.pth")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert open(local_path("hf://o/n/m.pth"), "rb").read() == MODEL
+    assert open(local_path("hf://o/n/m.pth"), "rb").read() == CONTENT
     tokens = {
         server: {one[3].get("authorization") for one in hub.log if one[0] == server}
         for server in ("endpoint", "large")
     }
     assert tokens["large"] == {None} and "Bearer hf_right" in tokens["endpoint"]
-    hub.add("o/gated", {"m.pth": MODEL})
+    hub.add("o/gated", {"m.pth": CONTENT})
     hub.gated.add("o/gated")
     said = refused("hf://o/gated/m.pth")
     assert f"is gated: accept its terms at {hub.endpoint}/o/gated, then log in with: hf auth login" in said
@@ -200,7 +220,7 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
     assert 0 < kept <= 200_500
     hub.refusal = None
     path = local_path("hf://o/n/m.pth")
-    assert open(path, "rb").read() == MODEL
+    assert open(path, "rb").read() == CONTENT
     ranges = [one[3].get("range") for one in hub.log if one[0] == "large" and one[1] == "GET"]
     assert ranges[0] is None and ranges[-1].startswith(f"bytes={kept}-")
     assert not partial.exists()
@@ -213,7 +233,7 @@ def test_bytes_that_are_not_those_of_the_hash_are_not_kept(hub, tmp_path):
     (partial,) = (tmp_path / "cache").rglob("*.incomplete")
     partial.write_bytes(b"x" * partial.stat().st_size)
     assert "arrived damaged" in refused("hf://o/n/m.pth")
-    assert open(local_path("hf://o/n/m.pth"), "rb").read() == MODEL
+    assert open(local_path("hf://o/n/m.pth"), "rb").read() == CONTENT
 
 
 def test_without_the_hub_the_cache_answers(hub, monkeypatch, capsys):
@@ -240,7 +260,7 @@ def test_a_broken_hub_is_one_that_is_not_there(hub):
 def test_room_on_the_disk_is_looked_at_first(hub, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     said = refused("hf://o/n/m.pth")
-    assert "300 KiB are to be downloaded" in said and "0.98 KiB left" in said and "set HF_HOME" in said
+    assert "0.3 MB are to be downloaded" in said and "has 0.0 MB left" in said and "set HF_HOME" in said
     assert not hub.asked("GET", "/")
 
 
@@ -248,7 +268,7 @@ def test_a_disk_that_fills_up(hub, monkeypatch):
     def full(file, chunk):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(names._Counted, "write", full)
+    monkeypatch.setattr(files_of_hub._Counted, "write", full)
     assert "is full" in refused("hf://o/n/m.pth")
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .hub_names import hint
 
 # bytes of a pickle: real ones have 100 to 200 for each tensor, and torch takes a second for a megabyte
 LARGEST_INDEX = 1 << 22
@@ -44,10 +45,7 @@ def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
         with open(path, "rb") as file:
             head = file.read(count)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist"
-            + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")
-        ) from None
+        raise UserError(f"{path} does not exist{hint(os.fspath(path))}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     if not head:

@@ -20,9 +20,9 @@ import yaml
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import Parser, UserError
+from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import write_text
-from ..common.hub import recorded
 from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process

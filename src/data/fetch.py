@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import hub, hub_names
 
-from ..common import hub
 from ..config import Config
 from .formats.sources import weighted_paths
 
-KINDS = {"load_model": hub.MODEL, "data_file": hub.DATA, "eval_file": hub.DATA}
+KINDS = {"load_model": hub_names.MODEL, "data_file": hub_names.DATA, "eval_file": hub_names.DATA}
 
 
 def fetch_inputs(config: Config, recorded: Config | None = None) -> None:
@@ -26,19 +26,19 @@ def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, st
     pinned = {}
     for setting, kind in KINDS.items():
         text = getattr(config, setting)
-        if hub.HUB not in text:
+        if hub_names.HUB not in text:
             continue
         began = _names(setting, getattr(recorded, setting), kind) if recorded else []
         parts = []
         for path, weight in _parts(setting, text):
-            if hub.is_hub_name(path):
-                path = str(_pinned(setting, hub.parse(path, kind), began))
+            if hub_names.is_hub_name(path):
+                path = str(_pinned(setting, hub_names.parse(path, kind), began))
             parts.append((path, weight))
         pinned[setting] = _joined(parts)
     return pinned
 
 
-def _pinned(setting: str, name: hub.HubName, began: list[hub.HubName]) -> hub.HubName:
+def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName]) -> hub_names.HubName:
     """A name with its commit: that which a run began with, unless another commit was given."""
     for one in began:
         same = (one.repo, one.repo_type) == (name.repo, name.repo_type) and name.file in ("", one.file)
@@ -54,23 +54,23 @@ def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
     for setting, text in names.items():
         parts = []
         for path, weight in _parts(setting, text):
-            if hub.is_hub_name(path):
-                path = str(hub.fetch(hub.parse(path, KINDS[setting]), shown))
-                if "," in path and KINDS[setting] == hub.DATA:
+            if hub_names.is_hub_name(path):
+                path = str(hub.fetch(hub_names.parse(path, KINDS[setting]), shown))
+                if "," in path and KINDS[setting] == hub_names.DATA:
                     raise UserError(
                         f"--{setting} {text}: the hub's cache has a comma in its path, {path}; set HF_HOME to"
                         " a folder without one"
                     )
             parts.append((path, weight))
-        setattr(config, setting, hub.Fetched(_joined(parts), text))
+        setattr(config, setting, hub_names.Fetched(_joined(parts), text))
 
 
 def _parts(setting: str, text: str) -> list[tuple[str, float]]:
-    return weighted_paths(text) if KINDS[setting] == hub.DATA else [(text, 1.0)]
+    return weighted_paths(text) if KINDS[setting] == hub_names.DATA else [(text, 1.0)]
 
 
-def _names(setting: str, text: str, kind: str) -> list[hub.HubName]:
-    return [hub.parse(path, kind) for path, _ in _parts(setting, text) if hub.is_hub_name(path)]
+def _names(setting: str, text: str, kind: str) -> list[hub_names.HubName]:
+    return [hub_names.parse(path, kind) for path, _ in _parts(setting, text) if hub_names.is_hub_name(path)]
 
 
 def _joined(parts: list[tuple[str, float]]) -> str:

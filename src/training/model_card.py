@@ -10,10 +10,10 @@ import os
 import yaml
 
 import rwkv_miss
+from rwkv_miss.files import hub_names as hub
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint
 from rwkv_miss.version import VERSION
 
-from ..common import hub
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
@@ -172,8 +172,8 @@ def _usage(config: Config, name: str, is_adapter: bool) -> str:
         )
         commands = [
             f"python -m demo.chat --model {base} --adapter hf://OWNER/NAME/{name}",
-            f"python -m rwkv_miss merge --base base.pth --adapter {name} --out merged.pth",
-            f"python -m rwkv_miss convert {name} FOLDER --to peft",
+            f"python -m rwkv_miss merge --base {base} --adapter hf://OWNER/NAME/{name} --out merged.pth",
+            f"python -m rwkv_miss convert hf://OWNER/NAME/{name} FOLDER --to peft",
         ]
     text = (
         "With rwkv-miss, where OWNER/NAME is this repository. Prompts are written in the template that the"

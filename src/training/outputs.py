@@ -14,6 +14,7 @@ import torch
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
+from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.model_files import read_tensors
 from rwkv_miss.version import VERSION, commit
 
@@ -210,6 +211,10 @@ def _next_command(config: Config, trained: str) -> str:
     """What to do with the file of trained tensors: chat with a model, merge an adapter."""
     if config.peft == "none":
         return f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', trained])}"
-    files = {"base": config.load_model, "adapter": trained, "out": os.path.join(config.proj_dir, MERGED)}
+    files = {
+        "base": recorded(config.load_model),
+        "adapter": trained,
+        "out": os.path.join(config.proj_dir, MERGED),
+    }
     flags = [word for name, path in files.items() for word in (f"--{name}", path)]
     return f"merge it:  {shlex.join(['python', '-m', 'rwkv_miss', 'merge', *flags])}"

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
-from ..common.hub import recorded
 from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.chat_template import Template

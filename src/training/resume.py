@@ -7,9 +7,9 @@ import os
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.identity import Identity
 
-from ..common.hub import recorded
 from ..config import FIELDS, Config, accumulation, is_automatic, settle
 from ..config.launcher import is_first_process, launched, whole_number
 from ..data.dataset import Documents

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.hub_names import of_address
 from rwkv_miss.progress import Progress
 
 from ...config.launcher import is_first_process
@@ -243,6 +244,8 @@ def _no_file(path: str) -> str:
         return ""
     if os.path.exists(path):
         return "it is no regular file; data are read more than once, so save them as one"
+    if name := of_address(path):
+        return f"no address is downloaded from; give {name}"
     if "://" in path:
         return (
             "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging"

@@ -25,99 +25,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from rwkv_miss.errors import UserError
-from rwkv_miss.progress import Progress
+from ..errors import UserError
+from ..progress import Progress
+from .hub_names import DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
 
-from .formatting import size_text
-
-HUB = "hf://"
-MODEL, DATA = "model", "dataset"  # huggingface_hub's names of the kinds of repositories
-PREFIXES = {"models/": MODEL, "datasets/": DATA}
-FORM = "hf://OWNER/NAME/FILE@REVISION, of which /FILE and @REVISION may be absent"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-REFERENCE = re.compile(r"refs/(pr|convert)/[^/]+")  # a revision with slashes that may stand before a file
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter
 READ = (".json", ".txt", ".jinja", ".safetensors")  # what is read of a folder; code never is
 SHOWN = 20  # files in an error
 CHUNK = 1 << 20  # bytes
-
-
-class Fetched(str):
-    """A local path of what came from the hub. `name` is what a record of it has: hf://...@COMMIT."""
-
-    name: str
-
-    def __new__(cls, path: str, name: str) -> Fetched:
-        made = super().__new__(cls, path)
-        made.name = name
-        return made
-
-    def __getnewargs__(self) -> tuple[str, str]:  # for pickle and copy
-        return str(self), self.name
-
-
-def recorded(value: Any) -> Any:
-    """What a record has for a setting: the name and commit of what came from the hub, else the value."""
-    return value.name if isinstance(value, Fetched) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class HubName:
-    """A name, taken apart. Without a file it is the repository, or the folder that it is."""
-
-    repo: str
-    file: str = ""
-    revision: str = ""
-    repo_type: str = MODEL
-    prefix: str = ""  # models/ or datasets/, where it was typed
-
-    def __str__(self) -> str:
-        file, revision = self.file and f"/{self.file}", self.revision and f"@{self.revision}"
-        return f"{HUB}{self.prefix}{self.repo}{file}{revision}"
-
-    @property
-    def has_commit(self) -> bool:
-        return bool(COMMIT.fullmatch(self.revision))
-
-    @property
-    def kind(self) -> str:
-        return "data set" if self.repo_type == DATA else "model repository"
-
-    def at(self, commit: str, file: str | None = None) -> HubName:
-        """The same at a commit, and perhaps of another file."""
-        return dataclasses.replace(self, revision=commit, file=self.file if file is None else file)
-
-
-def is_hub_name(text: str) -> bool:
-    return text.startswith(HUB)
-
-
-def parse(text: str, repo_type: str = MODEL) -> HubName:
-    """A name taken apart; `repo_type` is that of a name without models/ or datasets/. UserError otherwise.
-
-    huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
-    """
-    rest, prefix = text.removeprefix(HUB), ""
-    for known in PREFIXES:
-        if rest.startswith(known):
-            prefix, rest, repo_type = known, rest.removeprefix(known), PREFIXES[known]
-    owner, _, rest = rest.partition("/")
-    name, slash, file = rest.partition("/")
-    name, at, revision = name.partition("@")
-    if at and slash:
-        long = REFERENCE.match(f"{revision}/{file}")
-        whole = long[0] if long else revision
-        revision, file = whole, f"{revision}/{file}".removeprefix(whole).lstrip("/")
-    elif not at:
-        file, at, revision = file.rpartition("@") if "@" in file else (file, "", "")
-    parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
-    fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
-    inside = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
-    known_revision = re.fullmatch(r"[\w./+-]+", revision) if at else True
-    if not fits or not inside or not known_revision or ".." in revision:
-        raise UserError(f"{text} is no name of the Hugging Face hub; expected {FORM}")
-    return HubName(f"{owner}/{name}", file, revision, repo_type, prefix)
 
 
 def local_path(text: str, repo_type: str = MODEL) -> str:
@@ -356,8 +272,8 @@ def _require_room(hub: Any, name: HubName, size: int) -> None:
     cache = hub.constants.HF_HUB_CACHE
     if (free := shutil.disk_usage(cache).free) < size:
         raise UserError(
-            f"{name}: {size_text(size)} are to be downloaded, and {cache} has {size_text(free)} left; free"
-            " some, or set HF_HOME to a folder on another disk"
+            f"{name}: {size / 1e6:,.1f} MB are to be downloaded, and {cache} has {free / 1e6:,.1f} MB left;"
+            " free some, or set HF_HOME to a folder on another disk"
         )
 
 

@@ -1,0 +1,119 @@
+"""Names of the Hugging Face hub, hf://OWNER/NAME[/FILE][@REVISION], and what a record has of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from ..errors import UserError
+
+HUB = "hf://"
+MODEL, DATA = "model", "dataset"  # huggingface_hub's names of the kinds of repositories
+PREFIXES = {"models/": MODEL, "datasets/": DATA}
+FORM = "hf://OWNER/NAME/FILE@REVISION, of which /FILE and @REVISION may be absent"
+ADDRESS = re.compile(  # of a file's page, or of the file
+    r"https?://(?:huggingface\.co|hf\.co)/(datasets/)?([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/([^?#]+)"
+)
+SUFFIXES = (".pth", ".safetensors", ".gguf", ".bin", ".pt")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REFERENCE = re.compile(r"refs/(pr|convert)/[^/]+")  # a revision with slashes that may stand before a file
+
+
+class Fetched(str):
+    """A local path of what came from the hub. `name` is what a record of it has: hf://...@COMMIT."""
+
+    name: str
+
+    def __new__(cls, path: str, name: str) -> Fetched:
+        made = super().__new__(cls, path)
+        made.name = name
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # for pickle and copy
+        return str(self), self.name
+
+
+def recorded(value: Any) -> Any:
+    """What a record has for a setting: the name and commit of what came from the hub, else the value."""
+    return value.name if isinstance(value, Fetched) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class HubName:
+    """A name, taken apart. Without a file it is the repository, or the folder that it is."""
+
+    repo: str
+    file: str = ""
+    revision: str = ""
+    repo_type: str = MODEL
+    prefix: str = ""  # models/ or datasets/, where it was typed
+
+    def __str__(self) -> str:
+        file, revision = self.file and f"/{self.file}", self.revision and f"@{self.revision}"
+        return f"{HUB}{self.prefix}{self.repo}{file}{revision}"
+
+    @property
+    def has_commit(self) -> bool:
+        return bool(COMMIT.fullmatch(self.revision))
+
+    @property
+    def kind(self) -> str:
+        return "data set" if self.repo_type == DATA else "model repository"
+
+    def at(self, commit: str, file: str | None = None) -> HubName:
+        """The same at a commit, and perhaps of another file."""
+        return dataclasses.replace(self, revision=commit, file=self.file if file is None else file)
+
+
+def is_hub_name(text: str) -> bool:
+    return text.startswith(HUB)
+
+
+def of_address(text: str) -> HubName | None:
+    """The name of a file whose address in a browser this is."""
+    match = ADDRESS.match(text)
+    if not match:
+        return None
+    kind, repo, revision, file = match.groups("")
+    return HubName(repo, file, "" if revision == "main" else revision, prefix=kind)
+
+
+def hint(path: str) -> str:
+    """For an error about a path that is not there: what to write where a file of the hub may be meant."""
+    if name := of_address(path):
+        return f"; give {name}"
+    if "://" in path:
+        return (
+            "; nothing is downloaded but files of the Hugging Face hub, hf://OWNER/NAME/FILE: fetch it first"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", path) and not path.endswith(SUFFIXES):
+        return f"; if it is a repository of the Hugging Face hub, give {HUB}{path}"
+    return ""
+
+
+def parse(text: str, repo_type: str = MODEL) -> HubName:
+    """A name taken apart; `repo_type` is that of a name without models/ or datasets/. UserError otherwise.
+
+    huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
+    """
+    rest, prefix = text.removeprefix(HUB), ""
+    for known in PREFIXES:
+        if rest.startswith(known):
+            prefix, rest, repo_type = known, rest.removeprefix(known), PREFIXES[known]
+    owner, _, rest = rest.partition("/")
+    name, slash, file = rest.partition("/")
+    name, at, revision = name.partition("@")
+    if at and slash:
+        long = REFERENCE.match(f"{revision}/{file}")
+        whole = long[0] if long else revision
+        revision, file = whole, f"{revision}/{file}".removeprefix(whole).lstrip("/")
+    elif not at:
+        file, at, revision = file.rpartition("@") if "@" in file else (file, "", "")
+    parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
+    fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
+    inside = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+    known_revision = re.fullmatch(r"[\w./+-]+", revision) if at else True
+    if not fits or not inside or not known_revision or ".." in revision:
+        raise UserError(f"{text} is no name of the Hugging Face hub; expected {FORM}")
+    return HubName(f"{owner}/{name}", file, revision, repo_type, prefix)
