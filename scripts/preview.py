@@ -6,8 +6,9 @@ Without --data_file it shows a small conversation in the form of --template, or 
 
     python -m scripts.preview [--template NAME] [--tool_style NAME]
 
-Green is trained; neighbouring tokens differ in shade. Without colours « and » enclose what is trained. All
-rows are read and checked, and nothing is written.
+Green is trained, yellow with a weight below 1, magenta with one above; neighbouring tokens differ in shade.
+Without colours « and » enclose what is trained, and a weight other than 1 follows: «so»×0.1. All rows are
+read and checked, and nothing is written.
 
 Exit code 0: done. 1: with --strict, something was found. 2: the settings are wrong.
 """
@@ -50,7 +51,13 @@ with importing():
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence
-TRAINED, NOT_TRAINED = ("30;42", "30;102"), ("90", "37")
+TRAINED, NOT_TRAINED, LIGHT, HEAVY = (
+    ("30;42", "30;102"),
+    ("90", "37"),
+    ("30;43", "30;103"),
+    ("30;45", "30;105"),
+)
+SHOWN_WEIGHTS = 6  # of more different ones only the range is told
 SHOWN_TOKENS = 600
 PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -139,6 +146,7 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
         "rows": tokens.records,
         "tokens": int(lengths.sum()),
         "trained": int(np.count_nonzero(tokens.weights)),
+        "weights": weights_of(tokens),
         "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
         "documents": len(inputs),
         "rewritten": documents.rewritten[0],
@@ -151,6 +159,24 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     }
 
 
+def weights_of(tokens: Tokens) -> dict[str, int]:
+    """How many tokens have each weight in the loss; 0 is left out."""
+    weights, counts = np.unique(tokens.weights, return_counts=True)
+    pairs = zip(weights.tolist(), counts.tolist())
+    return {f"{weight:.9g}" if weight % 1 else f"{weight:g}": count for weight, count in pairs if weight}
+
+
+def weights_line(weights: dict[str, int]) -> list[str]:
+    """The line about weights_of(), where there are other weights than 1."""
+    if weights.keys() <= {"1"}:
+        return []
+    told = ", ".join(f"{float(weight):g} on {counted(count, 'token')}" for weight, count in weights.items())
+    if len(weights) > SHOWN_WEIGHTS:
+        told = f"from {min(map(float, weights)):g} to {max(map(float, weights)):g}"
+    total = sum(float(weight) * count for weight, count in weights.items())
+    return [f"weights    {told}; they add up to {total:,.1f}, by which a loss is divided"]
+
+
 def overview(
     config: Config, encoder: Encoder, documents: Documents, figures: dict, lint: Lint, report: Report
 ) -> list[str]:
@@ -158,7 +184,7 @@ def overview(
     lines = [
         *report.lines(),
         (
-            f"template   {encoder.template.name}, loss on {plan_text.mask(encoder.loss_mask)}; tokenizer"
+            f"template   {encoder.template.name}, loss on {plan_text.mask(encoder)}; tokenizer"
             f" {encoder.tokenizer.name}; {in_words(encoder.bos)}"
         ),
         (
@@ -169,6 +195,7 @@ def overview(
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
+    lines[-1:-1] = weights_line(figures["weights"])
     lines += [f"           {text}" for text in plan_text.rewritten(documents)]
     if figures["split"]:
         lines.append(
@@ -184,17 +211,19 @@ def overview(
 
 
 def coloured(row: Document, tokenizer: Tokenizer) -> str:
-    """A document with its tokens told apart: trained ones on green."""
+    """A document with its tokens told apart: trained ones on green, with a weight below 1 on yellow, above on
+    magenta.
+    """
     pieces, decoder, shade = [], tokenizer.decoder(), 0
     if plan_text.begins_silently(row, tokenizer):
         pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
     ended = len(row.ids) - (
         len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
     )
-    for token, trained in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
+    for token, weight in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
         # a token that is part of a character is shown with the one that completes it
         if text := decoder.push(token):
-            colour, shade = (TRAINED if trained else NOT_TRAINED)[shade], 1 - shade
+            colour, shade = colours_of(weight)[shade], 1 - shade
             # the terminal would fill the rest of a line with the background
             pieces.append(
                 "\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n"))
@@ -202,10 +231,15 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
     if len(row.ids) > SHOWN_TOKENS:
         pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
     elif ended < len(row.ids):
-        pieces.append(
-            f"{decoder.flush()}\x1b[{(TRAINED if row.weights[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m"
-        )
+        pieces.append(f"{decoder.flush()}\x1b[{colours_of(row.weights[-1])[shade]}m␃\x1b[0m")
     return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
+
+
+def colours_of(weight: float) -> tuple[str, str]:
+    """The two shades of tokens with this weight in the loss."""
+    if weight in (0, 1):
+        return TRAINED if weight else NOT_TRAINED
+    return LIGHT if weight < 1 else HEAVY
 
 
 def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
@@ -232,7 +266,9 @@ def main(argv: list[str] | None = None) -> int:
             config.template, tokenizer, config.load_model, tool_style=config.tool_style
         )
         bos = leading_token(config.bos, tokenizer, config.load_model)
-        encoder = Encoder(tokenizer, template, config.loss_mask, bos)
+        encoder = Encoder(
+            tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight
+        )
         plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
         if not config.data_file:
             show_forms(config, encoder, plain)

@@ -33,9 +33,9 @@ def make_model(version, dtype=torch.float64, kernel="torch", peft=True, **sizes)
     return model.to(dtype)
 
 
-def make_batch(lengths, vocab=67, seed=0):
+def make_batch(lengths, vocab=67, seed=0, weighted=False):
     """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none
-    behind a row's end.
+    behind a row's end. `weighted`: they have weights from 0.1 to 3.1.
     """
     generator = torch.Generator().manual_seed(seed)
     size = max(map(sum, lengths))
@@ -45,13 +45,9 @@ def make_batch(lengths, vocab=67, seed=0):
     for i, row in enumerate(lengths):
         mask[i, sum(row) :] = False
         reset[i, list(itertools.accumulate(row))[:-1]] = True
-    return {
-        "ids": ids,
-        "targets": targets,
-        "mask": mask,
-        "weights": None,
-        "reset": reset if reset.any() else None,
-    }
+    weights = mask * (0.1 + 3 * torch.rand(shape, generator=generator)) if weighted else None
+    reset = reset if reset.any() else None
+    return {"ids": ids, "targets": targets, "mask": mask, "weights": weights, "reset": reset}
 
 
 def results(model, batch, chunks, **options):
@@ -78,7 +74,7 @@ ROWS = [[5, 3, 1, 2, 12, 7, 5], [35], [15, 1, 8], [1]]
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("size", [1, 3, 8, 34, 35])
 def test_chunks_of_any_size_have_the_gradients_of_the_whole_row(version, size):
-    model, batch = make_model(version), make_batch(ROWS)
+    model, batch = make_model(version), make_batch(ROWS, weighted=size % 2 == 1)
     want = results(model, batch, Chunks())
     for sparse in (False, True):
         same(results(model, batch, Chunks(size, sparse=sparse)), want, 1e-12)

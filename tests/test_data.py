@@ -320,7 +320,7 @@ def test_passes_differ_seeds_differ_and_nothing_else_does():
 def make_document(rng, length, trained):
     return Document(
         np.array([rng.randrange(1, 67) for _ in range(length)], dtype=np.int32),
-        np.array(trained(length), dtype=bool),
+        np.array(trained(length), dtype=np.float32),
     )
 
 
@@ -397,10 +397,21 @@ def model(request):
     return model
 
 
-@pytest.fixture(scope="module")
-def documents():
-    """13 rows with very unequal masks: all trained, one token trained, nothing trained, a single token."""
+@pytest.fixture(scope="module", params=["0 and 1", "any weights"])
+def documents(request):
+    """13 rows with very unequal masks: all trained, one token trained, nothing trained, a single token; and
+    with weights that differ between rows and within them.
+    """
     rng = random.Random(1)
+    if request.param == "any weights":
+        kinds = [
+            lambda n: [0.1 * (i % 4) for i in range(n)],
+            lambda n: [0] * (n - 1) + [7.5],
+            lambda n: [0] * n,
+            lambda n: [3 if i % 3 == 1 else 0.5 for i in range(n)],
+        ]
+        lengths = (1, 2, 3, 5, 8, 9, 12, 13, 16, 17, 20, 30, 32)
+        return Documents([make_document(rng, n, kinds[n % 4]) for n in lengths])
     kinds = [
         lambda n: [True] * n,
         lambda n: [False] * (n - 1) + [True],
@@ -438,7 +449,8 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
             noise = torch.randint(1, 67, (len(batch["ids"]), padding))
             batch["ids"] = torch.cat([batch["ids"], noise], 1)
             batch["targets"] = torch.cat([batch["targets"], noise], 1)
-            batch["mask"] = F.pad(batch["mask"], (0, padding))
+            for name in ("mask", "weights"):
+                batch[name] = None if batch[name] is None else F.pad(batch[name], (0, padding))
             assert batch["reset"] is None or batch["ids"].shape[1] <= packed
             (module.training_step(batch, 0) / (accumulate * world)).backward()
     return module.step_loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -446,15 +458,13 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 
 def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
     whole, gradients = step_gradients(model, documents, 13, 1, 1)
-    losses = []
+    losses, weights = [], []
     for row in documents.items[1:]:  # each row alone, without padding; the first has no target
         logits = model(torch.from_numpy(row.ids[None, :-1]).long())[0][0]
-        losses.append(
-            F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[
-                torch.from_numpy(row.weights[1:] != 0)
-            ]
-        )
-    close("mean over trained tokens", whole, torch.cat(losses).mean(), 1e-12)
+        losses.append(F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none"))
+        weights.append(torch.from_numpy(row.weights[1:]).double())
+    losses, weights = torch.cat(losses), torch.cat(weights)
+    close("mean over trained tokens", whole, (losses * weights).sum() / weights.sum(), 1e-12)
     assert len(gradients) > 40
     # 16 places for 13 rows: the last step is short, and with (2, 4, 2) some micro-batches are empty
     for sizes in ((4, 4, 1), (1, 13, 1), (2, 4, 2), (1, 8, 2), (13, 1, 1, 7), (5, 1, 3, 1)):

@@ -24,14 +24,19 @@ STAGES = [f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random bf16 base of odd width, which two processes do not share evenly, and 8 rows: 2 steps of 4."""
+    """A random bf16 base of odd width, which two processes do not share evenly, and 8 rows of unequal weight:
+    2 steps of 4.
+    """
     folder = tmp_path_factory.mktemp("scale")
     torch.save(
         random_tensors(make_arch(7, vocab_size=256, n_embd=135, head_size=15), torch.bfloat16),
         folder / "base.pth",
     )
     rng = random.Random(0)
-    rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(3, 20)))} for _ in range(8)]
+    rows = []
+    for weight in (1, 0.3, 4, 1, 1, 0.05, 1, 7):
+        said = "".join(rng.choices("abcd ", k=rng.randint(3, 20)))
+        rows.append({"messages": [{"role": "assistant", "content": said, "weight": weight}]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -124,6 +124,8 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
         ),
         ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"),
         ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
+        ({"think_weight": 0.5}, "think_weight 1.0, now it is 0.5"),
+        ({"prompt_weight": 0.1}, "prompt_weight 0.0, now it is 0.1"),
         (
             {"eval_split": -1.0, "eval_steps": 5},
             "holds no documents out, so that --eval_steps 5 has none to evaluate; drop it",

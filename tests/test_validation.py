@@ -5,6 +5,7 @@ what the card and others are told.
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -47,7 +48,7 @@ BYTES = load_tokenizer("bytes", 256, "")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base of odd width, 24 rows to train on (6 steps of 4), and 11 to evaluate, with answers of very
-    unequal length.
+    unequal length, and of unequal weight.
     """
     folder = tmp_path_factory.mktemp("watch")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
@@ -58,6 +59,9 @@ def files(tmp_path_factory):
             {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
             for asked, said in pairs
         ]
+        if name == "held":
+            for row, weight in zip(rows, itertools.cycle([1, 0.25, 3])):
+                row["messages"][1]["weight"] = weight
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -96,13 +100,10 @@ def exact_loss(path, documents):
     """Document by document, in float64."""
     model, total = RWKV.load(path, torch.float64), 0.0
     for row in documents:
-        ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.weights)[1:] != 0
-        total += float(
-            torch.nn.functional.cross_entropy(
-                model(ids[None, :-1])[0][0][trained], ids[1:][trained], reduction="sum"
-            )
-        )
-    return total / documents.targets
+        ids, weights = torch.from_numpy(row.ids).long(), torch.from_numpy(row.weights)[1:]
+        losses = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0], ids[1:], reduction="none")
+        total += float((losses * weights).sum())
+    return total / sum(float(row.weights[1:].sum()) for row in documents)
 
 
 def same_tensors(one, other):

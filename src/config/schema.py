@@ -148,6 +148,19 @@ class Config:
         " turn. START...END trains what stands between the two. The end of a document is always"
         " trained",
     )
+    think_weight: float = opt(
+        1.0,
+        "the loss of what stands inside <think> and </think> is multiplied by this. The tags are not"
+        " inside. 0: thoughts are read and not trained",
+        low=0,
+        high=100,
+    )
+    prompt_weight: float = opt(
+        0.0,
+        "the weight in the loss of what --loss_mask does not train, such as questions. 0: none",
+        low=0,
+        high=100,
+    )
     bos: str = opt(
         "recorded",
         "the token that every document begins with, which is never trained. none: no token. auto: the end of"

@@ -42,7 +42,7 @@ def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
 
 def check_data(config: Config) -> None:
     """The rules about the data alone."""
-    check_bounds(config, ["ctx_len"])
+    check_bounds(config, ["ctx_len", "think_weight", "prompt_weight"])
     if not config.data_file:
         raise UserError("--data_file is missing: the data to train on")
     check_bos(config.bos)
@@ -50,6 +50,11 @@ def check_data(config: Config) -> None:
         raise UserError(
             f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or"
             " START...END"
+        )
+    if config.prompt_weight and config.loss_mask == "all":
+        raise UserError(
+            f"--prompt_weight {config.prompt_weight:g} has no meaning with --loss_mask all, which trains"
+            " prompts as all else; drop one of them"
         )
 
 

@@ -20,6 +20,11 @@ BEGUN_THOUGHTS = re.compile(r"<think>?\s*嗯?(?:</think>?\s*)?$")  # at the end 
 TokenEnd = Callable[[str, int], int]
 
 
+# The weight of an answer that has no loss. It is a zero like that of prompts. --prompt_weight, which gives
+# prompts a loss, tells it from theirs by its sign.
+CONTEXT = -0.0
+
+
 class Template(Protocol):
     """Turns a conversation into segments, for training and for a chat."""
 
@@ -63,11 +68,11 @@ class Template(Protocol):
 
 
 def weight_of(message: dict) -> float:
-    """The weight of an answer in the loss.
+    """The weight of an answer in the loss, which is its `"weight"`, else 1.
 
-    OpenAI's files have `"weight": 0` in an answer that is there as context only.
+    OpenAI's files have 0 in an answer that is there as context only. That becomes CONTEXT.
     """
-    return float(message.get("weight", 1))
+    return float(message.get("weight", 1)) or CONTEXT
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:

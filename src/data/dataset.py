@@ -233,8 +233,11 @@ class Loaded:
         """Whether --loss_mask is a marker and nothing is trained but the ends of documents."""
         if not trains_by_marker(self.encoder.loss_mask):
             return False
-        end = len(self.encoder.tokenizer.eod)
-        return all(np.count_nonzero(tokens.weights) == len(tokens.ends) * end for tokens in self.files)
+        end, prompt = len(self.encoder.tokenizer.eod), np.float32(self.encoder.prompt_weight)
+        return all(
+            np.count_nonzero((tokens.weights != 0) & (tokens.weights != prompt)) <= len(tokens.ends) * end
+            for tokens in self.files
+        )
 
 
 def load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .formats import WrongSetting
 from .leading_token import begins
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
+from .thoughts import thought_spans
 from .tokenizer import Tokenizer
 
 
@@ -53,6 +55,8 @@ class Encoder:
     template: Template = DEFAULT
     loss_mask: str = "assistant"
     bos: tuple[int, ...] = ()
+    think_weight: float = 1.0  # multiplies the weight of what stands inside <think>
+    prompt_weight: float = 0.0  # of what would have no loss; answers that are context only have none
 
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (n,) int32, weights (n,) float32) of each document, with its leading and its last token.
@@ -71,10 +75,7 @@ class Encoder:
                     " the model was trained with it (world has ids up to 65529), else make the data again,"
                     " from text"
                 )
-            weights = np.ones(len(ids), dtype=np.float32)
-            if trains_by_marker(self.loss_mask):
-                weights = self._marked(ids).astype(np.float32)
-            return [self._whole(ids, weights)]
+            return [self._whole(ids, self._weights_of_ids(ids))]
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 
@@ -97,8 +98,27 @@ class Encoder:
         """encode() of pieces that are tokenised one by one."""
         pieces = [self.tokenizer.encode(segment.text) for segment in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
-        weights = np.array([segment.weight for segment in segments], dtype=np.float32)
-        return self._whole(ids, np.repeat(weights, [len(piece) for piece in pieces]))
+        befores = ["", *(segment.text for segment in segments)]
+        parts = [self._weights(*of_one) for of_one in zip(befores, segments, pieces)]
+        return self._whole(ids, np.concatenate([np.zeros(0, np.float32), *parts]))
+
+    def answers(self, weights: np.ndarray) -> np.ndarray:
+        """Where a document has answers, (n,) bool: another weight than prompts have. Where there is none, all
+        that is trained.
+        """
+        found = (weights != 0) & (weights != np.float32(self.prompt_weight))
+        return found if found.any() else weights != 0
+
+    def _weights(self, before: str, segment: Segment, ids: list[int]) -> np.ndarray:
+        """The weights of a segment's tokens; the text `before` it may open a <think>."""
+        weight = segment.weight
+        if weight == 0 and math.copysign(1, weight) > 0:  # not CONTEXT
+            return np.full(len(ids), self.prompt_weight, np.float32)
+        weights = np.full(len(ids), abs(weight), np.float32)
+        if weight and self.think_weight != 1:
+            for begin, end in thought_spans(before, segment.text):
+                weights[self.tokenizer.inside(segment.text, ids, begin, end)] *= self.think_weight
+        return weights
 
     def _whole(self, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
@@ -106,7 +126,9 @@ class Encoder:
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
             # it ends the last piece, so it weighs as much
-            weights = np.concatenate([weights, np.repeat(weights[-1:], len(end))])
+            weights = np.concatenate(
+                [weights, np.full(len(end), weights[-1] if len(weights) else 1, np.float32)]
+            )
         ending = weights[-len(end) :]
         ending[ending == 0] = 1
         bos = np.array(self.bos, dtype=np.int32)
@@ -116,19 +138,27 @@ class Encoder:
         weights[: len(bos)] = 0
         return ids, weights
 
-    def _marked(self, ids: np.ndarray) -> np.ndarray:
-        """The mask of a marker on tokens as they are: those that begin in what it trains."""
+    def _weights_of_ids(self, ids: np.ndarray) -> np.ndarray:
+        """The weights of tokens as they are. A marker trains those that begin in its text."""
+        weights = np.ones(len(ids), dtype=np.float32)
+        if trains_by_marker(self.loss_mask):
+            text, ends = self._bytes_of(ids, f"--loss_mask {self.loss_mask!r}")
+            begins, trained = np.append(0, ends)[:-1], np.zeros(len(ids), dtype=bool)
+            for begin, end in marked_spans(text, self.loss_mask.encode().decode("latin-1")):
+                trained |= (begins >= begin) & (begins < end)
+            weights = np.where(trained, weights, np.float32(self.prompt_weight))
+        if self.think_weight != 1:
+            text, ends = self._bytes_of(ids, f"--think_weight {self.think_weight:g}")
+            for begin, end in thought_spans("", text):
+                weights[(np.append(0, ends)[:-1] >= begin) & (ends <= end)] *= self.think_weight
+        return weights
+
+    def _bytes_of(self, ids: np.ndarray, flag: str) -> tuple[str, np.ndarray]:
+        """(the text of tokens, a character for each byte, where each token ends in it (n,))."""
         if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
             raise UserError(
-                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name}"
-                " does not tell which text a token stands for; give the data as text, or --loss_mask all"
+                f"{flag} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text"
+                " a token stands for; give the data as text, or --loss_mask all without --think_weight"
             )
         pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
-        begins = np.cumsum([0, *map(len, pieces)])[:-1]
-        trained = np.zeros(len(ids), dtype=bool)
-        # in latin-1 a character is a byte
-        text = b"".join(pieces).decode("latin-1")
-        marker = self.loss_mask.encode().decode("latin-1")
-        for begin, end in marked_spans(text, marker):
-            trained |= (begins >= begin) & (begins < end)
-        return trained
+        return b"".join(pieces).decode("latin-1"), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)

@@ -139,12 +139,13 @@ def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Questio
             continue
         ids = document.ids.tolist()
         end = len(ids) - (len(eod) if tuple(ids[-len(eod) :]) == eod else 0)
-        trained = np.flatnonzero(document.weights[:end])
+        answers = encoder.answers(document.weights)
+        trained = np.flatnonzero(answers[:end])
         if not len(trained):
             continue
         last = int(trained[-1]) + 1
         text = len(encoder.bos) if begins(document.ids, encoder.bos) else 0
-        before = np.flatnonzero(document.weights[text:last] == 0)
+        before = np.flatnonzero(~answers[text:last])
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:
             found.append(Question(ids[:start], ids[start:last]))

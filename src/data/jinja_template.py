@@ -220,7 +220,7 @@ class JinjaTemplate:
             if unlike:
                 raise UserError(
                     f"{self.name} has {blocks} {{% generation %}} blocks for {len(wanted)} answers; which of"
-                    f' them has "weight": {unlike[0]:g}?'
+                    f' them has "weight": {abs(unlike[0]):g}?'
                 )
             wanted = [1.0] * blocks
         weights = iter(wanted)

@@ -103,7 +103,7 @@ class Lint:
     def _odd_tokens(self, record: dict, ids: np.ndarray, weights: np.ndarray) -> Iterator[str]:
         if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
             yield "broken text"
-        if np.count_nonzero(weights) <= len(self.encoder.tokenizer.eod):
+        if np.count_nonzero(self.encoder.answers(weights)) <= len(self.encoder.tokenizer.eod):
             yield "only the end"
         if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
             yield "cut"
@@ -121,7 +121,7 @@ class Lint:
     def _prompt_key(self, ids: np.ndarray, weights: np.ndarray) -> bytes:
         """The key of what stands before the first answer, or of the whole where nothing stands before it."""
         start = len(self.encoder.bos)
-        first = int((weights[start:] != 0).argmax())
+        first = int(self.encoder.answers(weights)[start:].argmax())
         return _hash(ids[: start + first] if first else ids)
 
     @property

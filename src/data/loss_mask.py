@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .chat_template import Segment, Template, TokenEnd
+from .formats import WrongSetting
 from .rwkv_template import FLOWER, TURN_END
 
 NEXT_TURN = rf"(?<=\n\n)(?:System|User|Tool):|(?<={FLOWER})\n(?:System|User|Tool){FLOWER}"
@@ -31,6 +32,7 @@ def record_segments(
     if "messages" in record and loss_mask == "assistant":
         return template.documents(record["messages"], record.get("tools"), token_end)
     if "messages" in record:
+        _refuse_weights(record["messages"], loss_mask)
         segments = template.segments(record["messages"], record.get("tools"))
     elif "prompt" in record:
         segments = [Segment(record["prompt"], 0.0), Segment(record["completion"], 1.0)]
@@ -41,6 +43,17 @@ def record_segments(
     if loss_mask == "all":
         return [[Segment(segment.text, 1.0) for segment in segments]]
     return [marked("".join(segment.text for segment in segments), loss_mask)]
+
+
+def _refuse_weights(messages: list[dict], loss_mask: str) -> None:
+    """UserError for a weight other than 0 and 1; these two have no meaning under `all` and a marker."""
+    for message in messages:
+        weight = message.get("weight", 1)
+        if message["role"] == "assistant" and weight not in (0, 1):
+            raise WrongSetting(
+                f"an answer has the weight {weight:g}, and --loss_mask {loss_mask} gives the same weight to"
+                " all that it trains; use --loss_mask assistant, or take the weights out of the data"
+            )
 
 
 def marked(text: str, marker: str) -> list[Segment]:

@@ -119,6 +119,8 @@ def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: 
         encoder.template.record,
         encoder.loss_mask,
         encoder.bos,
+        encoder.think_weight,
+        encoder.prompt_weight,
     )
     digest = hashlib.sha256(repr(described).encode())
     with Progress(f"hashing {source.path}", source.size / 1e6, "MB", is_first_process()) as bar:

@@ -174,6 +174,12 @@ class ByteTokenizer(Tokenizer):
             raise self.cannot_encode(text, start + len(data[:reached].decode(self.encoding, "ignore")))
         return ids
 
+    def inside(self, text: str, ids: list[int], begin: int, end: int) -> slice:
+        """Which of a text's tokens `ids` lie wholly in its characters from `begin` until before `end`."""
+        first, last = (len(text[:place].encode(self.encoding)) for place in (begin, end))
+        ends = [0, *itertools.accumulate(map(self.sizes.__getitem__, ids))]
+        return slice(bisect.bisect_left(ends, first), bisect.bisect_right(ends, last) - 1)
+
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self.table.__getitem__, ids)).decode(self.encoding, "replace")
 
@@ -352,6 +358,12 @@ class JsonTokenizer(Tokenizer):
             reached = max(reached, end)
         if reached < len(text):
             raise self.cannot_encode(text, reached)
+
+    def inside(self, text: str, ids: list[int], begin: int, end: int) -> slice:
+        """As ByteTokenizer.inside()."""
+        offsets = self.inner.encode(text, add_special_tokens=False).offsets
+        within = [i for i, (first, last) in enumerate(offsets) if begin <= first and last <= end]
+        return slice(within[0], within[-1] + 1) if within else slice(0, 0)
 
     def _decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=False)

@@ -187,7 +187,7 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     reading = Reading.of(config)
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = leading_token(config.bos, tokenizer, config.load_model)
-    encoder = Encoder(tokenizer, template, config.loss_mask, bos)
+    encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
 
     def tokens(path: str):
         return load(path, encoder, config.data_cache, reading, found, config.random_seed)

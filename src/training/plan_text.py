@@ -15,6 +15,7 @@ from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.chat_template import Template
 from ..data.dataset import Document, Documents
+from ..data.encode import Encoder
 from ..data.held_out import evaluations
 from ..data.leading_token import begins, in_words
 from ..data.released import modes_note
@@ -105,7 +106,7 @@ def details(job: Job) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {template_text(job.template)}, loss on {mask(config.loss_mask)}"
+        f"template   {template_text(job.template)}, loss on {mask(config)}"
         f"{asks_otherwise(job.template)}; {in_words(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents[0], job.tokenizer),
@@ -128,8 +129,8 @@ def documents_line(config: Config, found: Data) -> str:
     leading = f", {in_words(encoder.bos)}" if encoder.bos else ""
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}"
-        f"{several}, {counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
-        f"{mask(config.loss_mask)} (template {encoder.template.name}{leading})"
+        f"{several}, {counted(documents.tokens, 'token')}, {documents.targets:,} of them trained"
+        f"{weighing(documents)}: {mask(config)} (template {encoder.template.name}{leading})"
     )
     return line.encode("utf-8", "backslashreplace").decode()
 
@@ -347,10 +348,19 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
     return [*chosen, f"in full    {command(config)}"]
 
 
-def mask(loss_mask: str) -> str:
+def weighing(documents: Documents) -> str:
+    """What the weights of the trained tokens add up to, where that is not their number."""
+    if documents.weight == documents.targets:
+        return ""
+    return f" (with weights that add up to {documents.weight:,.1f}, by which a loss is divided)"
+
+
+def mask(settings: Config | Encoder) -> str:
     """What is trained, in words."""
     names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
-    return names.get(loss_mask, f"what follows {loss_mask!r}")
+    thoughts = f", thoughts times {settings.think_weight:g}" if settings.think_weight != 1 else ""
+    prompts = f", prompts times {settings.prompt_weight:g}" if settings.prompt_weight else ""
+    return names.get(settings.loss_mask, f"what follows {settings.loss_mask!r}") + thoughts + prompts
 
 
 def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[str]:
@@ -403,41 +413,48 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
 
 
 def sample(row: Document, tokenizer, limit: int = 600) -> str:
-    """A document decoded, its trained parts between the marks."""
-    text = "".join(f"«{part}»" if trained else part for part, trained in parts_of(row, tokenizer))
+    """A document decoded, its trained parts between the marks. Behind them is a weight that is not 1."""
+    text = "".join(marked(part, weight) for part, weight in parts_of(row, tokenizer))
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
     return "\n".join(f"    | {line}" for line in shown.splitlines())
 
 
+def marked(part: str, weight: float) -> str:
+    """A part of a document between the marks, where it is trained."""
+    times = "" if weight in (0, 1) else f"×{weight:g}"
+    return f"«{part}»{times}" if weight else part
+
+
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning and its first trained part, on one line with a mark between them.
+    """A document's beginning and its first part of the largest weight, on one line with a mark between them.
 
     Of each it shows the SAMPLE characters that are next to the mark.
     """
-    shown = ""
-    for part, trained in parts_of(row, tokenizer):
+    shown, largest = "", float(row.weights.max())
+    for part, weight in parts_of(row, tokenizer):
         line = "⏎".join(part.splitlines())
-        if trained:
+        if weight == largest:
             begin = line if len(line) <= SAMPLE else f"{line[:SAMPLE]} ..."
-            shown += f"«{begin}»"
+            shown += marked(begin, weight)
             break
         shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
-    return f"{shown} (« » is what is trained)"
+    alike = set(row.weights.tolist()) <= {0.0, largest}
+    return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
 
 
-def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
-    """A document's text in pieces, and whether each is trained. What cannot be seen has a sign."""
-    parts: list[tuple[str, bool]] = []
+def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
+    """A document's text in pieces, and the weight of each. What cannot be seen has a sign."""
+    parts: list[tuple[str, float]] = []
     decoder = tokenizer.decoder()
-    text, inside = "␂" if begins_silently(row, tokenizer) else "", bool(row.weights[0])
-    for token, trained in zip(row.ids.tolist(), (row.weights != 0).tolist(), strict=True):
-        if trained != inside:
+    text, inside = "␂" if begins_silently(row, tokenizer) else "", float(row.weights[0])
+    for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
+        if weight != inside:
             parts.append((text + decoder.flush(), inside))
-            text, inside = "", trained
+            text, inside = "", weight
         text += decoder.push(token)
     parts.append((text + decoder.flush() + ("␃" if ends_silently(row, tokenizer) else ""), inside))
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
-    return [(part.replace("\0", "␀"), trained) for part, trained in parts]
+    return [(part.replace("\0", "␀"), weight) for part, weight in parts]
 
 
 def begins_silently(row: Document, tokenizer) -> bool:

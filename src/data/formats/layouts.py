@@ -28,6 +28,7 @@ QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "hum
 ANSWERS = ("output", "answer", "response", "completion", "target", "assistant")
 CONTEXTS = ("input", "context")  # beside an instruction
 SYSTEMS = ("system", "system_prompt")
+LARGEST_WEIGHT = 100  # of a message in the loss
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 EXPECTED = (
@@ -230,6 +231,8 @@ def _turns(item: Any) -> list[dict[str, Any]]:
         text(given[name], name, True)
     if not isinstance(given.get("tool_calls", []), list):
         raise UserError(f"tool_calls must be a list, got {short(given['tool_calls'])}")
+    if "weight" in given:
+        _check_weight(given["weight"])
     if "function_call" in given:  # what OpenAI's API had before tool_calls
         given["tool_calls"] = [*given.get("tool_calls", []), {"function": given.pop("function_call")}]
     spelt = given.pop("role", None) or given.pop("from", None)
@@ -244,6 +247,16 @@ def _turns(item: Any) -> list[dict[str, Any]]:
             f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {short(item)}'
         )
     return [{"role": role, "content": text(content, "content", True), **given}]
+
+
+def _check_weight(weight: Any) -> None:
+    """A UserError for what can't multiply the loss of a message."""
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= LARGEST_WEIGHT:
+        raise UserError(
+            f"the weight of a message must be a number from 0, no loss, to {LARGEST_WEIGHT}, got"
+            f" {short(weight)}; leave it out for 1"
+        )
 
 
 def _joined(parts: list) -> str:
