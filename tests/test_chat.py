@@ -416,8 +416,16 @@ def test_another_form_of_turns_is_read_from_the_beginning():
     assert read[1] == f"{flower}></think>\nb✿\n{flower}></think>\nd"
     assert read[2] == f"{read[1]}✿\n{flower}>\n</think>\nf"
     assert read[3] == "\n\n".join(f"{plain} {letter}" for letter in "bdfh")
-    conversation.reset()
+    conversation.model = Scripted(tokenizer, [*tokenizer.encode(" <think> never"), 0])
+    list(conversation.answer("q"))
     conversation.template = load_template("flower")
+    with pytest.raises(UserError, match="can't be written in template flower: .* never closes it"):
+        list(conversation.answer("q"))
+    conversation.undo()
+    conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\n</think>\ni"), 0])
+    list(conversation.answer("q"))
+    assert bytes(conversation.state).decode().endswith(f"h✿\n{flower}>\n</think>\ni")
+    conversation.reset()
     conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\nhm</think>a✿\nUser"), 0])
     assert "".join(conversation.answer("q")) == ">\nhm</think>a"
 

@@ -163,6 +163,15 @@ def test_the_official_folders_tokenizer_and_template(tmp_path):
     assert again("<|endoftext|> x")["input_ids"] == ours.encode("<|endoftext|> x")
 
 
+def test_generation_ends_where_the_template_ends_a_turn(tmp_path):
+    (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n5 '✿' 3\n", encoding="utf-8")
+    for template, ends in (("rwkv:json", 0), ("think:json", 0), ("flower:json", [0, 5])):
+        saved(tmp_path / "m.pth", arch_of(7), metadata={"template": template})
+        export(tmp_path / "m.pth", tmp_path / template, "hf", tokenizer=str(tmp_path / "v.txt"))
+        generation = json.loads((tmp_path / template / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == ends
+
+
 def test_the_fla_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
     arch = dataclasses.replace(released(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536)
     saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short"})

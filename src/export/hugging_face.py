@@ -132,7 +132,8 @@ def write(
         stored, unread = _official_tensors(tensors, arch), {}
         end = tokenizer.eod[0] if tokenizer and len(tokenizer.eod) == 1 else None
         ids = special_ids(bos[0] if bos else end, end)
-        described = {CONFIG: official_config(arch, tensors, ids), GENERATION: ids}
+        ends = {"eos_token_id": [end, *turn_end]} if (turn_end := _turn_end(tokenizer, template)) else {}
+        described = {CONFIG: official_config(arch, tensors, ids), GENERATION: ids | ends}
         of_tokenizer, notes = official_files(tokenizer, template, bos)
     else:
         stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
@@ -148,6 +149,16 @@ def write(
         writers[name] = functools.partial(write_json, content=content)
     write_folder(out, writers | of_tokenizer)
     return notes
+
+
+def _turn_end(tokenizer: Tokenizer | None, template: Template) -> list[int]:
+    """The token that ends every answer, besides the end of document: a flower, ChatML's <|im_end|>."""
+    text = template.turn_end.strip()
+    try:
+        ids = tokenizer.encode(text) if tokenizer and text else []
+    except UserError:  # the vocabulary has no token for it
+        return []
+    return [token for token in ids if len(ids) == 1 and (token,) != tokenizer.eod]
 
 
 def _official_tensors(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class Conversation:
         whole = pieces is None
         before, unread = (None, []) if whole else self.unread()
         if whole:
-            pieces = [piece for piece, _ in self._asked(new)]
+            pieces = self._anew(new)
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
         if before is None:
             ids = begun(ids, self.bos)
@@ -140,6 +140,18 @@ class Conversation:
         self._add(new, pieces, whole, "".join(said))
         self.earlier = self.state, self.read
         self.state, self.read = state, len(self.turns)
+
+    def _anew(self, new: list[dict]) -> list[str]:
+        """The pieces of the whole conversation. UserError for turns that the template has no form for."""
+        try:
+            return [piece for piece, _ in self._asked(new)]
+        except UserError as error:
+            if not self.turns:
+                raise
+            raise UserError(
+                f"the turns so far can't be written in template {self.template.name}: {error}. Take back the"
+                " turn that it is about, begin a new conversation, or choose the template of before"
+            ) from None
 
     def _asked(self, new: list[dict]) -> list[Segment]:
         return self.template.segments([*self.messages, *new], self.tools, ask=True)
