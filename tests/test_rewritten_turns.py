@@ -3,6 +3,7 @@ conversation becomes, that a chat asks in their tokens, and that these documents
 """
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -162,6 +163,39 @@ def test_a_chat_asks_in_the_tokens_of_the_training(name, kind, tmp_path):
                 assert ids[: len(read) - count].tolist() == tokenizer.encode(asked)
                 assert weights.sum() == len(ids) - len(read) + count, "nothing else is trained"
         assert ids.tolist() == [*read, *end, *tokenizer.eod]
+
+
+def trained_answers(documents, turn_end):
+    """(the text before an answer, the answer) of every answer that has a weight."""
+    for segments in documents:
+        before = ""
+        for (text, weight), after in zip(segments, [*segments[1:], ("", 0)], strict=True):
+            if weight and text != turn_end:
+                yield before, text + (after[0] if after[0] == turn_end else "")
+            before += text
+
+
+@pytest.mark.parametrize("name", [*FORGETFUL, *LASTING])
+def test_every_answer_with_a_weight_is_trained_once_after_what_asks_for_it(name):
+    """Of random conversations, with results of tools, unanswered questions, and answers as context only."""
+    source, rng = {**FORGETFUL, **LASTING}[name], random.Random(name)
+    plain = {"generation": CHATML, "qwen, generation": QWEN}.get(name, source)
+    template = load_template(source)
+    for _ in range(8):
+        messages: list[dict] = []
+        for i in range(rng.randint(1, 6)):
+            thoughts = "" if is_fake(name) or name in LASTING else rng.choice(["", "hm"])
+            answer = thinking(thoughts, f"a{i}") if thoughts else assistant(f"a{i}")
+            messages.append(rng.choice([user(f"u{i}"), {"role": "tool", "content": f"t{i}"}]))
+            messages += rng.choice([[], [answer], [{**answer, "weight": rng.choice([0, 0.5])}]])
+        wanted = [
+            (asked, said)
+            for before, asked, said in said_turns(plain, messages)
+            if before[-1].get("weight", 1)
+        ]
+        documents = template.documents(messages)
+        assert [*trained_answers(documents, template.turn_end)] == wanted
+        assert len(documents) <= max(1, len(wanted))
 
 
 def test_documents_of_the_g1_template():
