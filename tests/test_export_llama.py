@@ -182,6 +182,19 @@ def test_another_file_is_not_loaded(tmp_path, library):
         llama.Llama(library, tmp_path / "m.gguf")
 
 
+def test_a_flower_ends_a_turn(tmp_path, library):
+    """And no blank line does, which thoughts hold."""
+    path = tmp_path / "m.pth"
+    tensors = random_tensors(make_arch(7, 1, 64, 64, 65536))
+    write_checkpoint(path, tensors.items(), {"tokenizer": "world", "template": "flower:json"})
+    assert not any("stop llama.cpp" in note for note in export(path, tmp_path / "m.gguf", "gguf").notes)
+    model, world = llama.Llama(library, tmp_path / "m.gguf"), load_tokenizer("world", 65536)
+    assert [token for token in range(65536) if model.ends(token)] == [0, *world.encode("✿")]
+    asked = RwkvTemplate("flower").segments([{"role": "user", "content": "a"}], ask=True)[0].text
+    assert model.encode(asked, special=True) == world.encode(asked)
+    model.close()
+
+
 def test_a_chat_begins_with_the_leading_token(tmp_path, library):
     """llama.cpp's tokenizer adds none, whatever add_bos_token says, so the chat template begins with it."""
     path = tmp_path / "m.pth"
