@@ -42,9 +42,10 @@ with importing():
     from src.data.formats import Reading, Report, read_source, sample, sources
     from src.data.leading_token import in_words, leading_token
     from src.data.lint import Lint
+    from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
-    from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
+    from src.data.tokenizer import Tokenizer, load_tokenizer
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
     from src.training import plan_text

@@ -27,7 +27,7 @@ with importing():
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
-    from src.data.tokenizer import recorded_tokenizer
+    from src.data.recorded_tokenizer import recorded_tokenizer
     from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
     from src.inference.blended_adapters import blend, merge_blended
     from src.model import RWKV

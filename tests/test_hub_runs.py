@@ -13,7 +13,7 @@ from rwkv_miss import UserError, read_checkpoint
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import Config, settle
 from src.data.fetch import fetch_inputs
-from src.data.tokenizer import recorded_tokenizer
+from src.data.recorded_tokenizer import recorded_tokenizer
 from src.training.model_card import WRITTEN, model_card, write_model_card
 
 from . import program

@@ -19,6 +19,8 @@ from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import read_model, read_tensors
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
+from src.data import recorded_tokenizer
+from src.data.tokenizer import byte_names, load_tokenizer
 from src.inference.load import load
 from src.model import RWKV
 
@@ -382,3 +384,73 @@ def test_damaged_folders(forms, tmp_path, what, words):
     damaged(folder, what)
     with pytest.raises(UserError, match=words):
         RWKV.load(folder)
+
+
+# what lies beside the weights
+
+
+def with_files(folder, **files):
+    """A model's folder with more files, by their names with _ for the dot."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+def fast(pieces, form):
+    """A tokenizer.json with these pieces by id: named by bytes or by their texts, in a table or a list."""
+    if form == "list":
+        vocab = [[pieces.get(i, b"").decode("utf-8", "replace"), 0.0] for i in range(max(pieces) + 1)]
+        return {"version": "1.0", "model": {"type": "Unigram", "vocab": vocab}}
+    names = {token: "".join(map(byte_names().__getitem__, piece)) for token, piece in pieces.items()}
+    return {
+        "version": "1.0",
+        "model": {"type": "BPE", "vocab": {n: t for t, n in names.items()}, "merges": []},
+    }
+
+
+def test_a_folder_with_worlds_vocabulary_has_world(tmp_path, monkeypatch):
+    """The 256 bytes stand for World here, which takes a second to read."""
+    lines = "".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256))
+    with_files(tmp_path, world__txt=lines)
+    world = load_tokenizer(str(tmp_path / "world.txt"), 257)
+    known = {"world": world}
+    monkeypatch.setattr(recorded_tokenizer, "WORLD_IDS", 256)
+    monkeypatch.setattr(
+        recorded_tokenizer,
+        "load_tokenizer",
+        lambda spec, *rest: known.get(spec) or load_tokenizer(spec, *rest),
+    )
+    pieces = {token: piece for token, piece in world.table.items() if piece}
+    for name, content in (
+        ("tokenizer__json", fast(pieces, "table")),
+        ("tokenizer__json", fast(pieces, "list")),
+        ("rwkv_vocab_v20230424__txt", lines),
+    ):
+        with_files(tmp_path, **{name: content})
+        assert recorded_tokenizer.folder_tokenizer(tmp_path, 257) is world
+    moved = {token + 1: piece for token, piece in pieces.items()}
+    (tmp_path / "rwkv_vocab_v20230424.txt").unlink()
+    with_files(tmp_path, tokenizer__json=fast(moved, "table"))
+    assert not recorded_tokenizer._has_vocabulary_of(world, str(tmp_path / "tokenizer.json"))
+
+
+def test_a_folder_with_another_vocabulary_has_that_one(forms, tmp_path, capsys):
+    model_files._say.cache_clear()
+    folder = shutil.copytree(forms["official"], tmp_path / "folder")
+    pieces = {0: b"<end>"} | {i + 1: bytes([i]) for i in range(256)}
+    with_files(
+        folder,
+        tokenizer__json=fast(pieces, "table"),
+        tokenizer_config__json={"eos_token": {"content": "<end>"}},
+    )
+    _, tokenizer = load(folder, None, accelerator="cpu")
+    assert tokenizer.name == str(folder / "tokenizer.json") and tokenizer.eod == (0,)
+    assert capsys.readouterr().err.count("tokenizer.json, whose vocabulary is not World's") == 1
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="vocabulary of 259 is not the World one"):
+        load(folder, None, accelerator="cpu")
+    assert load(folder, None, "bytes", accelerator="cpu")[1].name == "bytes"
+    with_files(folder, tokenizer__json={"model": 3})
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load(folder, None, accelerator="cpu")

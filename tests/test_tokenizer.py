@@ -16,7 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src.data import tokenizer as module
-from src.data.tokenizer import load_tokenizer, recorded_tokenizer
+from src.data.recorded_tokenizer import recorded_tokenizer
+from src.data.tokenizer import load_tokenizer
 
 FAMILY = "\U0001f468‍\U0001f469‍\U0001f467"  # one visible emoji, three of them joined by ZWJ
 TEXTS = [

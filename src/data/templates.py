@@ -8,19 +8,25 @@ exists. Adapters and merged files record their template.
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Any
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.model_files import model_metadata
+from rwkv_miss.files.hf_folder import is_folder
+from rwkv_miss.files.model_files import model_metadata, say
 from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, current, is_jinja
+from rwkv_miss.files.untrusted import read_json
 
 from ..common.files import read_text
+from ..config.launcher import is_first_process
 from .chat_template import Template, before_stops
 from .rwkv_template import MODES, RwkvTemplate
 from .tokenizer import WORLD_IDS, Tokenizer
 from .tool_styles import STYLES
 
 AUTO = "auto"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # older Hugging Face folders have the template in it
 
 
 def from_record(record: str, eos: str = "") -> Template:
@@ -49,6 +55,10 @@ def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Templat
         return RwkvTemplate("rwkv" if spec == AUTO else spec, tool_style)
     if is_jinja(spec):
         return _jinja("the given template", spec, eos)
+    if os.path.basename(spec) == TOKENIZER_CONFIG:
+        if not (content := _chat_template(spec)):
+            raise UserError(f"{spec} has no chat_template; give another --template")
+        return _jinja(spec, content, eos)
     content = read_text(spec, "a template", f"--template takes auto, {', '.join(MODES)}, or a Jinja file")
     return _jinja(spec, content, eos)
 
@@ -91,9 +101,40 @@ def automatic_style(tokenizer: Tokenizer | None) -> str:
 
 
 def recorded_template(spec: str, tokenizer: Tokenizer, *paths, tool_style: str = AUTO) -> Template:
-    """choose_template(), where the first checkpoint with a record tells what was recorded."""
-    records = (((model_metadata(path) or {}).get("template")) for path in filter(None, paths))
-    return choose_template(spec, tool_style, next(filter(None, records), None), tokenizer)
+    """choose_template(), where the first checkpoint with a record tells what was recorded.
+
+    Without a record, auto does not take the template of a Hugging Face folder, and says how to.
+    """
+    paths = [path for path in paths if path]
+    recorded = next(filter(None, ((model_metadata(path) or {}).get("template") for path in paths)), None)
+    if spec == AUTO and not recorded and is_first_process():
+        say([note for path in paths if (note := _note_of_folder(path))])
+    return choose_template(spec, tool_style, recorded, tokenizer)
+
+
+def _note_of_folder(path) -> str:
+    """What to say of the chat template in another program's folder; nothing where it has none."""
+    if not is_folder(path) or model_metadata(path) is not None:
+        return ""
+    for file in (os.path.join(path, "chat_template.jinja"), os.path.join(path, TOKENIZER_CONFIG)):
+        if os.path.exists(file) and (not file.endswith(TOKENIZER_CONFIG) or _chat_template(file)):
+            return (
+                f"{path} has a chat template of its own; --template auto is rwkv all the same, and --template"
+                f" {file} takes it"
+            )
+    return ""
+
+
+def _chat_template(file: str) -> str:
+    """The template in a tokenizer_config.json, "" for none."""
+    told = read_json(file).get("chat_template")
+    if isinstance(told, list):  # several by name, as {"name": ..., "template": ...}
+        told = next((entry.get("template") for entry in told if _is_default(entry)), "")
+    return told if isinstance(told, str) else ""
+
+
+def _is_default(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("name") == "default"
 
 
 def add_template_flags(add) -> None:

@@ -13,15 +13,14 @@ from __future__ import annotations
 import ast
 import bisect
 import codecs
+import functools
 import itertools
 import json
 import pathlib
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
@@ -307,6 +306,17 @@ def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes],
     return lambda text, data: list(map(ids.__getitem__, trie.encode(text)))
 
 
+@functools.cache
+def byte_names() -> tuple[str, ...]:
+    """byte -> the character that stands for it in every byte-level tokenizer (GPT-2's table).
+
+    Bytes that Latin-1 shows stand for themselves, the others for the characters from U+0100 on.
+    """
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return tuple(chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256))
+
+
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, by its path and content."""
 
@@ -402,28 +412,3 @@ class WindowDecoder:
         piece = self.tokenizer.decode(self.window)[self.shown :]
         self.window, self.context, self.shown, self.pending = [], 0, 0, False
         return piece
-
-
-def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
-    """load_tokenizer(), where "auto" is the tokenizer that the first checkpoint with a record names.
-
-    It is the one that the checkpoint was trained with. Another one gives a warning on stderr.
-    """
-    path, recorded, recorded_eod = None, None, ""
-    for path in filter(None, paths):
-        metadata = model_metadata(path) or {}
-        recorded, recorded_eod = metadata.get("tokenizer"), metadata.get("eod") or ""
-        if recorded:
-            break
-    if recorded and spec == "auto":
-        return load_tokenizer(recorded, vocab_size, eod or recorded_eod)
-    tokenizer = load_tokenizer(spec, vocab_size, eod)
-    # two files of different names may hold the same tokenizer
-    is_certain = bool({recorded, tokenizer.name} & set(BUILT_IN))
-    if recorded and recorded != tokenizer.name and is_certain and is_first_process():
-        print(
-            f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
-            "leave --tokenizer out to use the recorded one",
-            file=sys.stderr,
-        )
-    return tokenizer

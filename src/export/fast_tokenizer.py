@@ -11,26 +11,14 @@ token, whatever the text.
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
-from ..data.tokenizer import ByteTokenizer
+from ..data.tokenizer import ByteTokenizer, byte_names
 
 END = "<|endoftext|>"  # the name of an end of document that no text spells
 LONGEST = 512  # bytes of a token; a longer one would nest groups beyond what the engine allows
 SYNTAX = frozenset("\\^$.|?*+()[]{}/-")
-
-
-@functools.cache
-def byte_names() -> tuple[str, ...]:
-    """byte -> the character that stands for it in every byte-level tokenizer (GPT-2's table).
-
-    Bytes that Latin-1 shows stand for themselves, the others for the characters from U+0100 on.
-    """
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return tuple(chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256))
 
 
 def no_form(tokenizer: ByteTokenizer) -> str:

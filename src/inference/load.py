@@ -13,7 +13,8 @@ from rwkv_miss import Arch, UserError, read_metadata
 
 from .. import ops
 from ..common.device import PRECISIONS, choose_accelerator, choose_precision
-from ..data.tokenizer import Tokenizer, recorded_tokenizer
+from ..data.recorded_tokenizer import recorded_tokenizer
+from ..data.tokenizer import Tokenizer
 from ..model import RWKV, read_model_file
 from .adapters import Adapters
 

@@ -16,9 +16,10 @@ from rwkv_miss.inject import adapter_tensors
 from ..config import Config
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
+from ..data.recorded_tokenizer import recorded_tokenizer
 from ..data.rwkv_template import RwkvTemplate
 from ..data.templates import recorded_template
-from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer, recorded_tokenizer
+from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from .defaults import choose, own_rank
 

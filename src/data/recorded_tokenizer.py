@@ -1,0 +1,103 @@
+"""Which tokenizer a model has: what its file records, else what lies in its Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.hf_folder import is_folder
+from rwkv_miss.files.model_files import model_metadata, say
+from rwkv_miss.files.untrusted import read_json
+
+from ..config.launcher import is_first_process
+from .tokenizer import BUILT_IN, WORLD_IDS, ByteTokenizer, Tokenizer, byte_names, load_tokenizer
+
+VOCABULARY, FAST = "rwkv_vocab_v20230424.txt", "tokenizer.json"  # in a folder: World's format, transformers'
+ALIKE = 0.99  # share of World's pieces that a tokenizer.json must have under World's ids
+
+
+def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
+    """load_tokenizer(), where "auto" is the tokenizer that the first model or adapter with a record names.
+
+    It is the one that it was trained with. Another one gives a warning on stderr. Without a record it is that
+    of a model's folder.
+    """
+    path, recorded, recorded_eod = None, None, ""
+    for path in filter(None, paths):
+        metadata = model_metadata(path) or {}
+        recorded, recorded_eod = metadata.get("tokenizer"), metadata.get("eod") or ""
+        if recorded:
+            break
+    if spec == "auto" and recorded:
+        return load_tokenizer(recorded, vocab_size, eod or recorded_eod)
+    if spec == "auto" and (folder := next(filter(is_folder, filter(None, paths)), None)):
+        return folder_tokenizer(folder, vocab_size, eod)
+    tokenizer = load_tokenizer(spec, vocab_size, eod)
+    # two files of different names may hold the same tokenizer
+    is_certain = bool({recorded, tokenizer.name} & set(BUILT_IN))
+    if recorded and recorded != tokenizer.name and is_certain and is_first_process():
+        print(
+            f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
+            "leave --tokenizer out to use the recorded one",
+            file=sys.stderr,
+        )
+    return tokenizer
+
+
+def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
+    """That of a model's folder: world where its vocabulary is World's, else its file; a note says so.
+
+    As load_tokenizer("auto") where the folder has none. UserError as there.
+    """
+    file = next(
+        (os.path.join(path, n) for n in (VOCABULARY, FAST) if os.path.exists(os.path.join(path, n))), ""
+    )
+    if not file:
+        return load_tokenizer("auto", vocab_size, eod)
+    world = load_tokenizer("world", vocab_size) if vocab_size >= WORLD_IDS and not eod else None
+    if isinstance(world, ByteTokenizer) and _has_vocabulary_of(world, file):
+        return world
+    if file.endswith(FAST):
+        eod = eod or _end_of_text(path)
+    found = load_tokenizer(file, vocab_size, eod)
+    if is_first_process():
+        say([f"--tokenizer auto: {file}, whose vocabulary is not World's"])
+    return found
+
+
+def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
+    """Whether a folder's file has World's pieces under World's ids. It is not built: that takes seconds."""
+    pieces = {token: piece for token, piece in world.table.items() if piece}
+    if not file.endswith(FAST):
+        found = load_tokenizer(file, max(world.table) + 1)
+        return isinstance(found, ByteTokenizer) and pieces == {t: p for t, p in found.table.items() if p}
+    texts = _vocabulary(file)
+    same = sum(texts.get(token) in _forms(piece) for token, piece in pieces.items())
+    return same >= ALIKE * len(pieces)
+
+
+def _forms(piece: bytes) -> tuple[str, ...]:
+    """What a tokenizer.json may call a piece: a character for each byte, or its text."""
+    return "".join(map(byte_names().__getitem__, piece)), piece.decode("utf-8", "replace")
+
+
+def _vocabulary(file: str) -> dict[int, str]:
+    """id -> text, of a tokenizer.json with a table of texts or a list of texts with scores."""
+    model = read_json(file).get("model")
+    told: Any = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(told, Mapping):
+        return {token: text for text, token in told.items() if isinstance(token, int)}
+    if isinstance(told, list):
+        return {token: str(entry[0]) for token, entry in enumerate(told) if isinstance(entry, list) and entry}
+    raise UserError(f"{file} has no vocabulary under model; give --tokenizer world, or another file")
+
+
+def _end_of_text(path) -> str:
+    """The text of the token that ends a document, as transformers know it; "" where the folder has none."""
+    file = os.path.join(path, "tokenizer_config.json")
+    told = read_json(file).get("eos_token") if os.path.exists(file) else None
+    told = told.get("content") if isinstance(told, dict) else told
+    return told if isinstance(told, str) else ""
