@@ -20,6 +20,7 @@ from rwkv_miss.files.model_files import read_model, read_tensors
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
 from src.data import recorded_tokenizer
+from src.data.templates import load_template, recorded_template
 from src.data.tokenizer import byte_names, load_tokenizer
 from src.inference.load import load
 from src.model import RWKV
@@ -454,3 +455,38 @@ def test_a_folder_with_another_vocabulary_has_that_one(forms, tmp_path, capsys):
     with_files(folder, tokenizer__json={"model": 3})
     with pytest.raises(UserError, match="tokenizer.json"):
         load(folder, None, accelerator="cpu")
+
+
+JINJA = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("chat_template.jinja", JINJA),
+        ("tokenizer_config.json", {"chat_template": JINJA}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": JINJA}]}),
+    ],
+)
+def test_a_folders_chat_template_is_named_and_not_taken(forms, tmp_path, capsys, file, content):
+    model_files._say.cache_clear()
+    folder = shutil.copytree(forms["official"], tmp_path / "folder")
+    tokenizer = load_tokenizer("bytes", 256)
+    assert recorded_template("auto", tokenizer, None, folder).name == "rwkv"
+    assert capsys.readouterr().err == ""
+    with_files(folder, **{file.replace(".", "__"): content})
+    for _ in range(2):
+        assert recorded_template("auto", tokenizer, None, folder).name == "rwkv"
+    err = capsys.readouterr().err
+    assert err.count("note: ") == 1 and f"--template {folder / file} takes it" in err
+    taken = recorded_template(str(folder / file), tokenizer, None, folder)
+    assert taken.record == JINJA and capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_config_without_a_template_is_none(tmp_path):
+    with_files(tmp_path, tokenizer_config__json={"chat_template": 3})
+    with pytest.raises(UserError, match="tokenizer_config.json has no chat_template"):
+        load_template(str(tmp_path / "tokenizer_config.json"))

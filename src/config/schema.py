@@ -125,7 +125,8 @@ class Config:
     tokenizer: str = opt(
         "auto",
         "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: as"
-        " --load_model records, else world for a model with the World vocabulary",
+        " --load_model records, else what lies in its Hugging Face folder, else world for a model with the"
+        " World vocabulary",
     )
     eod: str = opt("", "the text of the end-of-document token, where a tokenizer file does not name it")
 
