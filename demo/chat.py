@@ -216,8 +216,10 @@ def main(argv: list[str] | None = None) -> None:
             if (args.template, args.tool_style) != ("auto", "auto"):
                 conversation.template = chat.chosen = template
             if args.bos != "recorded":
-                conversation.bos, chat.bos_of = bos, bos_of
-                conversation.read_again()
+                chat.bos_of = bos_of
+                if bos != conversation.bos:
+                    conversation.bos = bos
+                    conversation.read_again()
         if not args.raw and (known := modes_note(args.model, conversation.template)):
             print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
         if args.raw:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rwkv_miss
+from demo import chat
 from rwkv_miss import UserError, merge_file, read_metadata
 from rwkv_miss.inject import read_adapter
 from src import config as configuration
@@ -365,3 +366,31 @@ def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
         export(trained("bytes"), tmp_path / "hf", "hf", tokenizer="none", bos="0")
     with pytest.raises(UserError, match="--bos .* are for gguf and hf"):
         export(trained("bytes"), tmp_path / "m.safetensors", "safetensors", bos="0")
+
+
+@pytest.mark.parametrize("flags, bos", [((), (0,)), (("--bos", "none"), ()), (("--bos", "10060"), (FLOWER,))])
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, monkeypatch):
+    model = Listener()
+    fed = []
+    monkeypatch.setattr(
+        model, "next_logits", lambda ids, state: (fed.extend(ids[0].tolist()), (model.logits, []))[1]
+    )
+    adapters = types.SimpleNamespace(model=model, use=lambda names, scale: None, scale=1.0)
+    monkeypatch.setattr(chat, "load_with", lambda path, *_: (adapters, WORLD))
+    monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as it listens"))
+    chat.main(
+        [
+            "--model",
+            str(trained("world", 0)),
+            "--prompt",
+            "hi",
+            "--temperature",
+            "0",
+            *["--raw"] * raw,
+            *flags,
+        ]
+    )
+    assert fed == [*bos, *WORLD.encode("hi" if raw else "User: hi\n\nAssistant:")]
+    with pytest.raises(SystemExit):
+        chat.main(["--model", "m.pth", "--bos", "begin"])
