@@ -311,6 +311,13 @@ def test_a_model_inside_another_one_is_offered_and_extracted(tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             extract_base(tmp_path / "vision.ckpt", tmp_path / "x.pth", prefix)
     assert not (tmp_path / "x.pth").exists()
+    torch.save(
+        {f"llm.{name}": t for name, t in tensors.items()} | {"eye": torch.ones(1)}, tmp_path / "other.pth"
+    )
+    extract_base(tmp_path / "other.pth", tmp_path / "base2.pth", "llm.")
+    assert (tmp_path / "base2.pth").read_bytes() == (tmp_path / "base.pth").read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        extract_base(tmp_path / "other.pth", tmp_path / "base.pth", "llm.")
 
 
 @pytest.mark.parametrize(
@@ -340,6 +347,16 @@ def test_other_models_keep_their_names(tmp_path):
     torch.save({"model.layers.0.q.weight": torch.ones(2, 2), "module.x": torch.ones(1)}, tmp_path / "m.pth")
     assert list(read_model(tmp_path / "m.pth").tensors) == ["model.layers.0.q.weight", "module.x"]
     assert read_model(tmp_path / "m.pth").notes == []
+
+
+@pytest.mark.parametrize(
+    "form, file", [("fla", "model.safetensors"), ("sharded", "model-00001-of-00003.safetensors")]
+)
+def test_a_file_of_a_folder_is_not_taken_for_all_of_it(forms, form, file):
+    with pytest.raises(
+        UserError, match=f"{file} belongs to a Hugging Face folder; give the folder, {forms[form]}"
+    ):
+        RWKV.load(forms[form] / file)
 
 
 def damaged(folder, what):

@@ -295,6 +295,11 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
             "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that"
             " file: --base MODEL.pth"
         )
+    if os.path.isdir(adapter.base):
+        raise UserError(
+            f"--base {adapter.base} is a folder, and rwkv_lightning's package names the SHA-256 of a model's"
+            " file; make that with python -m scripts.export --to pth, and give it as --base"
+        )
     base = sha256(adapter.base) if adapter.base else known.get("base_fingerprint")
     if known and base != known.get("base_fingerprint"):
         raise UserError(

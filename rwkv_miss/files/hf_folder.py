@@ -49,6 +49,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(path) and os.path.exists(os.path.join(path, CONFIG))
 
 
+def refuse_file_of_folder(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """UserError for the names of a folder in a file that is given alone: it may be one of several."""
+    if any(name == FLA_SIGN or name.startswith(OFFICIAL) for name in names):
+        raise UserError(
+            f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
+        )
+
+
 def read_folder(path: str | os.PathLike[str]) -> HfFolder:
     """The model in a folder, its low-rank maps transposed where the layout has them turned around.
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import UserError
 from ..progress import clear
 from .architectures import refuse_newer
 from .checkpoint import flat, load_dict, read_metadata
-from .hf_folder import folder_files, is_folder, read_folder
-from .hf_names import FLA_SIGN, in_usual_order
+from .hf_folder import folder_files, is_folder, read_folder, refuse_file_of_folder
+from .hf_names import in_usual_order
 from .provenance import KEY, Provenance
 from .safetensors_io import is_safetensors, read_header, read_safetensors
 from .wrapped import contained, is_model, plain_names
@@ -75,10 +74,7 @@ def _of_folder(path: str | os.PathLike[str]) -> ModelFile:
 
 def _of_safetensors(path: str | os.PathLike[str]) -> ModelFile:
     found, header = read_safetensors(path)
-    if FLA_SIGN in found:
-        raise UserError(
-            f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
-        )
+    refuse_file_of_folder(path, found)
     tensors, notes = plain_names(path, found)
     if is_model(tensors):
         tensors = in_usual_order(tensors)

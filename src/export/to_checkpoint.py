@@ -14,8 +14,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, write_checkpoint
-from rwkv_miss.files.hf_folder import LN_EPS, number, read_folder, restored
-from rwkv_miss.files.hf_names import FLA_SIGN, OFFICIAL
+from rwkv_miss.files.hf_folder import LN_EPS, number, read_folder, refuse_file_of_folder, restored
 from rwkv_miss.files.output import require_writable
 from rwkv_miss.files.provenance import KEY, Entry, Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import is_safetensors, read_safetensors
@@ -139,10 +138,7 @@ def _without_filling(
 
 def _from_safetensors(path) -> Stored:
     tensors, header = read_safetensors(path)
-    if any(name == FLA_SIGN or name.startswith(OFFICIAL) for name in tensors):
-        raise UserError(
-            f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
-        )
+    refuse_file_of_folder(path, tensors)
     return Stored("safetensors", tensors, Provenance.parse(header[KEY], path) if KEY in header else None, [])
 
 
