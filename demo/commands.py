@@ -14,6 +14,7 @@ from demo.columns import side_by_side
 from rwkv_miss.errors import UserError
 from src.common.formatting import counted
 from src.data.chat_template import Template
+from src.data.released import modes_note, released
 from src.data.rwkv_template import MODES, RwkvTemplate
 from src.data.tool_styles import read_function, read_tools
 from src.evaluation.guessing import ENOUGH, doubt_of_text
@@ -294,6 +295,9 @@ class Chat:
         if mode:
             self.chosen = RwkvTemplate(named_mode(command_name, mode), template.tools.name)
             self.conversation.template = self.chosen
+            base = self.adapters.model.base_name
+            if (known := released(base or "")) and self.chosen.name not in known.modes:
+                note(f"note: {modes_note(base, self.chosen)}")
 
     @command("tools", "[FILE|none]")
     def choose_tools(self, argument: str) -> None:

@@ -43,6 +43,7 @@ with importing():
     from src.data.leading_token import in_words, leading_token
     from src.data.lint import Lint
     from src.data.recorded_tokenizer import recorded_tokenizer
+    from src.data.released import modes_note
     from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer
@@ -249,6 +250,8 @@ def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
     """Print a conversation in the form of the template, or in every form where none is chosen."""
+    if known := modes_note(config.load_model, encoder.template):
+        print(f"note: {known}")
     every_mode = config.template == "auto" and isinstance(encoder.template, RwkvTemplate)
     for what, documents in forms(encoder, every_mode, config.tool_style == "auto"):
         print(what)

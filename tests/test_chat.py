@@ -3,6 +3,7 @@ stopped.
 """
 
 import io
+import shutil
 import sys
 import types
 import zipfile
@@ -446,6 +447,20 @@ def test_mode_sets_template_and_sampling(typed):
     _, err = typed(["/mode think", "/mode off", "/mode deep"])
     assert "template rwkv; temperature 0.96," in err[1] and "as before: nothing is recommended" in err[1]
     assert "error: /mode deep: expected one of off, think," in err[2] and "think-short-2025" in err[2]
+
+
+def test_a_released_model_is_told_with_its_modes(typed, files, tmp_path):
+    """At the start, and for a mode that it was not trained with."""
+    base = tmp_path / "rwkv7-g1d-0.1b-20260129-ctx8192.pth"
+    shutil.copy(files.base, base)
+    _, err = typed(["/mode short", "/mode flower"], "--model", base, adapters=False)
+    # typed() leaves the first line out, which is the note
+    assert "/help lists the commands" in err[0] and err[1].startswith(
+        "template think-short; temperature 0.96"
+    )
+    assert err[2].endswith("think-long, not with flower, which is chosen") and len(err) == 4
+    _, err = typed(["/mode flower"], adapters=False)
+    assert len(err) == 1, "nothing is known of other files"
 
 
 def test_think_is_for_rwkvs_template(typed, tmp_path):

@@ -549,6 +549,7 @@ def test_what_a_user_chooses_comes_before_what_was_recorded(jinja):
         ("think", "auto", CHATML, small, "think:hermes"),
         ("auto", "auto", CHATML, world, CHATML),
         (CHATML, "auto", "rwkv", world, CHATML),
+        ("think", "json", "of tomorrow:json", world, "think:json"),
     ):
         assert choose_template(spec, tool_style, recorded, tokenizer).record == meant
     with pytest.raises(UserError, match="--tool_style json is about RWKV's template, and this one is Jinja"):

@@ -73,7 +73,9 @@ def choose_template(
     writes tools by itself.
     """
     eos = tokenizer.decode(tokenizer.eod) if tokenizer else ""
-    base = from_record(recorded, eos) if recorded and (spec == AUTO or not _is_jinja(recorded)) else None
+    base = None
+    if recorded and (spec == AUTO or tool_style == AUTO and not _is_jinja(recorded)):
+        base = from_record(recorded, eos)
     if tool_style != AUTO:
         style = tool_style
     elif isinstance(base, RwkvTemplate):
