@@ -653,7 +653,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
         )
         monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, ""))
         assert (
-            answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0)
+            answer(capsys, "--model", __file__, "--template", "rwkv", "--prompt", "q", "--temperature", 0)
             == shown
         )
 

@@ -258,7 +258,7 @@ def test_a_conversation_is_asked_in_the_models_template(model):
     asked = harness.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert (
         asked == "User: Hi\n\nAssistant: <think>\n</think"
-        and harness.chat_template(True) == "fake-think"
+        and harness.chat_template(True) == "fake-think:hermes"
         and harness.tokenizer_name == "bytes"
     )
 
