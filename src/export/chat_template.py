@@ -102,9 +102,9 @@ def _answer(template: RwkvTemplate) -> str:
     if not opening:
         return f"'{gap}' + ('<think>\\n' + thoughts + {closed} if thoughts else answer.text)"
     if opening.endswith(CHINESE_HM):
-        joint = (
-            f"thoughts[1:] if thoughts.startswith('{CHINESE_HM}') else ('，' + thoughts if thoughts else '')"
-        )
+        # llama.cpp cuts a text between bytes, so no [1:] here
+        rest = f"thoughts.split('{CHINESE_HM}')[1:]|join('{CHINESE_HM}')"
+        joint = f"{rest} if thoughts.startswith('{CHINESE_HM}') else ('，' + thoughts if thoughts else '')"
         return f"({joint}) + {closed}"
     if begins_thoughts(opening):
         return f"'>' + ('\\n' + thoughts if thoughts else '') + {closed}"

@@ -36,10 +36,10 @@ COMPACT = """\
 """
 SIGNATURES = f"""\
 {{%- macro typed(schema, kind) -%}}
-{{%- if kind == 'array' and 'items' in schema -%}}
+{{%- if kind == 'array' and schema['items'] is mapping -%}}
 {{%- set items = type_of(schema['items']) -%}}
 {{{{- '(' + items + ')[]' if ' | ' in items else items + '[]' -}}}}
-{{%- elif kind == 'array' or kind in {[*SIMPLE_TYPES]} -%}}{{{{- kind -}}}}
+{{%- elif kind in {["array", *SIMPLE_TYPES]} -%}}{{{{- kind -}}}}
 {{%- else -%}}{{{{- raise_exception("a signature can't write a parameter's type") -}}}}
 {{%- endif -%}}
 {{%- endmacro -%}}
