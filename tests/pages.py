@@ -12,7 +12,7 @@ HISTORY = {"CHANGELOG.md", "docs/worklog.md"}
 # folders of ours that `python -m` starts modules in
 PROGRAMS = ("rwkv_miss", "scripts", "benchmarks", "demo")
 
-FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.S | re.M)
+FENCE = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^\1\2", re.S | re.M)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*(?:src|href)=\"([^\"]+)\"")
 HEADING = re.compile(r"^#{1,6} +(.+?)#* *$", re.M)
@@ -53,7 +53,7 @@ def anchors(text):
 def commands(text):
     """The commands of a page's shell blocks, as lists of words, without variables that are set before one."""
     found = []
-    for _, language, block in FENCE.findall(text):
+    for *_, language, block in FENCE.findall(text):
         if language not in ("bash", "sh", "shell", "console"):
             continue
         for line in block.replace("\\\n", " ").splitlines():

@@ -163,8 +163,8 @@ def test_the_chinese_readme_keeps_step():
     for (_, ours), (_, theirs) in zip(english, chinese):
         heading = theirs.partition("\n")[0]
         assert commands(ours) == commands(theirs), heading
-        assert [paths(block[2]) for block in FENCE.findall(ours)] == [
-            paths(block[2]) for block in FENCE.findall(theirs)
+        assert [paths(block[3]) for block in FENCE.findall(ours)] == [
+            paths(block[3]) for block in FENCE.findall(theirs)
         ], heading
         assert sorted(map(comparable, spans(ours))) == sorted(map(comparable, spans(theirs))), heading
         assert sorted({*links(ours)} - {*READMES}) == sorted({*links(theirs)} - {*READMES}), heading
