@@ -65,6 +65,13 @@ def test_a_token_can_be_captured(case, found):
     assert found[case]["launches"] and not found[case]["waits"] and not found[case]["copies"]
 
 
+@pytest.mark.parametrize("case", cases.WEIGHTED_CASES)
+def test_weights_make_nobody_wait(case, found):
+    weighted, plain = found[case], found[case.replace(" with weights", "")]
+    assert sum(weighted["waits"].values()) == sum(plain["waits"].values()) > 0
+    assert not weighted["copies"]
+
+
 @pytest.mark.parametrize(
     "case",
     marked(

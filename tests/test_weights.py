@@ -22,6 +22,7 @@ from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.loss import L2WRAP, head_loss, loss_sum
 from src.training import plan_text
+from src.training.short_runs import held_out_loss, put_back, train
 
 from .conftest import make_arch, random_tensors
 from .test_data import assistant, user
@@ -274,6 +275,40 @@ def test_a_batch_has_weights_where_they_are_not_0_and_1():
     assert batch["weights"].tolist() == [[1, 0, 0.5, 1], [1, 0, 0, 0]] and batch["step_weight"] == 2.5
     assert batch["mask"].tolist() == [[True, False, True, True], [True, False, False, False]]
     assert Documents([plain, other]).weight == 2.5 and Documents([plain, other]).targets == 3
+
+
+def test_a_search_for_the_rate_weighs_as_the_run_does():
+    """The loss of a short run's first step, which has all rows, and that on held-out documents."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (rng.integers(1, 67, n).astype(np.int32), 5 * rng.random(n).astype(np.float32)) for n in (3, 9, 14)
+    ]
+    rows[1][1][2:5] = 0
+    documents = Documents([Document(*row) for row in rows])
+    model = RWKV(make_arch(7, n_layer=1))
+    model.load_state_dict(random_tensors(model.arch))
+    total = 0.0
+    with torch.no_grad():
+        for ids, weights in rows:
+            tokens = torch.from_numpy(ids).long()
+            each = torch.nn.functional.cross_entropy(
+                model(tokens[None, :-1])[0][0], tokens[1:], reduction="none"
+            )
+            total += float((each * torch.from_numpy(weights[1:])).sum())
+    want = total / sum(float(weights[1:].sum()) for _, weights in rows)
+    for packing in (False, True):
+        config = Config(
+            peft="none",
+            precision="fp32",
+            lr_init=1e-3,
+            ctx_len=16,
+            micro_bsz=3,
+            packing=packing,
+            warmup_steps=0,
+        )
+        assert held_out_loss(model, config, documents) == pytest.approx(want, rel=1e-5)
+        with put_back(model):
+            assert next(train(model, config, documents, 1)) == pytest.approx(want, rel=1e-5)
 
 
 def test_the_settings_are_written_and_a_config_of_before_means_none(tmp_path):

@@ -30,6 +30,7 @@ RUNS = {
 }
 
 STEP_CASES = [f"step {method} v{version}" for method in METHODS for version in VERSIONS]
+WEIGHTED_CASES = [f"step with weights miss v{version}" for version in VERSIONS]
 MEMORY_CASES = [
     f"memory {peft} {quant} grad_cp {level} v{version}"
     for peft, quant, level in MEMORY
@@ -38,4 +39,4 @@ MEMORY_CASES = [
 READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]
-ALL = STEP_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES
+ALL = STEP_CASES + WEIGHTED_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES

@@ -45,6 +45,7 @@ def records() -> dict[str, dict]:
     install()
     work = [
         *((step, (method, version)) for method in cases.METHODS for version in cases.VERSIONS),
+        *((step, ("miss", version, True)) for version in cases.VERSIONS),
         *((memory, (*settings, version)) for settings in cases.MEMORY for version in cases.VERSIONS),
         *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
         *((train, (flags,)) for flags in cases.RUNS.values()),
@@ -80,12 +81,14 @@ def model_on(
     return model
 
 
-def batch_on(device: str, rows: int, width: int) -> dict:
+def batch_on(device: str, rows: int, width: int, weighted: bool = False) -> dict:
     """As src.data.batches.collate makes it, of tokens that are all trained."""
     kinds = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}
     batch = {name: torch.zeros(rows, width, dtype=dtype) for name, dtype in kinds.items()}
     batch["mask"].fill_(True)
-    return {name: tensor.to(device) for name, tensor in batch.items()} | {"weights": None, "width": width}
+    batch["weights"] = torch.full((rows, width), 0.5) if weighted else None
+    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in batch.items()}
+    return moved | {"width": width}
 
 
 def config_of(peft: str, rank: int = 8, **settings) -> Config:
@@ -97,17 +100,17 @@ def config_of(peft: str, rank: int = 8, **settings) -> Config:
     )
 
 
-def step(method: str, version: int) -> dict:
+def step(method: str, version: int, weighted: bool = False) -> dict:
     """An optimizer step on cuda:0, and the same on cuda:1."""
-    first, second = (step_on(device, method, version) for device in ("cuda:0", "cuda:1"))
+    first, second = (step_on(device, method, version, weighted) for device in ("cuda:0", "cuda:1"))
     assert first == second, f"cuda:0: {first}\ncuda:1: {second}"
     return first
 
 
-def step_on(device: str, method: str, version: int) -> dict:
+def step_on(device: str, method: str, version: int, weighted: bool) -> dict:
     config = config_of(method)
     with FakeGpu() as gpu:
-        model, batch = model_on(device, version, config), batch_on(device, 2, 37)
+        model, batch = model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
         loss = batch_loss(model, batch, chunks_of(config), half_of(config), batch["width"])
