@@ -27,7 +27,7 @@ from rwkv_miss.files.output import require_writable, write_folder, write_json, w
 from rwkv_miss.files.safetensors_io import write_safetensors
 from src.model import RWKV
 
-from .conftest import ROOT, make_arch
+from .conftest import ROOT, make_arch, random_tensors
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -524,3 +524,10 @@ def test_check_finite_names_the_tensor(dtype, value):
     check_finite(good)
     with pytest.raises(UserError, match="blocks.1.bad holds NaN or infinite"):
         check_finite({**good, "blocks.1.bad": bad.to(dtype), "later": bad})
+
+
+@pytest.mark.parametrize("block", [7, 999_999_999])
+def test_a_number_of_a_block_beyond_all_others_builds_no_such_model(block):
+    tensors = random_tensors(make_arch(7)) | {f"blocks.{block}.att.key.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match=f"with block {block}, but block 2 is missing"):
+        Arch.detect(tensors)

@@ -79,7 +79,13 @@ class Arch:
             raise UserError(
                 f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}"
             )
-        blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+        blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+        # a number beyond all others would have a model of so many layers built
+        if gap := next((i for i in range(len(blocks)) if i not in blocks), 0):
+            raise UserError(
+                f"this looks like RWKV-{version} with block {max(blocks)}, but block {gap} is missing; the"
+                " file is damaged, or one of several"
+            )
         if version == 7:
             ranks = {name: shape(f"{att}{name}1")[1] for name in "wag"}
             # block 0 never uses its value residual: some files lack it, and its rank may differ
