@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config import Config
 from src.config.launcher import RANK_VARIABLES
-from src.training.resume import earlier_settings, find_checkpoint, inherit
+from src.training.resume import earlier_settings, find_checkpoint, inherit, settings_of_first_process
 
 SETTINGS = {
     "load_model": "base.pth",
@@ -169,3 +169,14 @@ def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
     )
     with pytest.raises(UserError, match="has peft adalora, now it is dora"):
         find_checkpoint(now, earlier_settings(now))
+
+
+@pytest.mark.parametrize(
+    "variables, reads", [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)]
+)
+def test_what_lightning_starts_keeps_the_commits_of_the_first_process(folder, monkeypatch, variables, reads):
+    config = Config(proj_dir=folder("config.yaml"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = settings_of_first_process(config)
+    assert (found and found.load_model) == (SETTINGS["load_model"] if reads else None)

@@ -8,6 +8,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files import hub, hub_names
 
 from ..config import Config
+from ..config.launcher import is_first_process
 from .formats.sources import weighted_paths
 
 KINDS = {"load_model": hub_names.MODEL, "data_file": hub_names.DATA, "eval_file": hub_names.DATA}
@@ -43,10 +44,10 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
     for one in began:
         same = (one.repo, one.repo_type) == (name.repo, name.repo_type) and name.file in ("", one.file)
         if same and not name.has_commit:
-            if name.revision:
+            if name.revision and is_first_process():
                 print(f"note: --{setting} {name}: the run goes on with the commit that it began with, {one}")
             return one
-    return hub.pin(name)
+    return hub.pin(name, is_first_process())
 
 
 def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
