@@ -11,6 +11,7 @@ import torch
 
 import rwkv_miss
 from demo import chat
+from demo.commands import Chat
 from rwkv_miss import UserError, merge_file, read_metadata
 from rwkv_miss.inject import read_adapter
 from src import config as configuration
@@ -24,7 +25,7 @@ from src.data.leading_token import leading_token
 from src.data.lint import Lint
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import read_questions
+from src.evaluation.accuracy import Question, read_questions
 from src.export import export, gguf_reader
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
@@ -33,6 +34,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.planning.job import read_data
 from src.training import plan_text
+from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 
 from .conftest import make_arch, random_tensors
@@ -394,3 +396,44 @@ def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, mon
     assert fed == [*bos, *WORLD.encode("hi" if raw else "User: hi\n\nAssistant:")]
     with pytest.raises(SystemExit):
         chat.main(["--model", "m.pth", "--bos", "begin"])
+
+
+def test_a_prompt_that_begins_with_it_does_not_get_it_twice():
+    assert Question(["!hi"], "").ids(BYTES, (33,)) == [*b"!hi"]
+    assert Question(["hi"], "").ids(BYTES, (33,)) == [*b"!hi"]
+
+
+def test_another_adapter_has_another(adapted):
+    """Its own, or none, and a saved conversation keeps what it began with."""
+    base, adapter = adapted("a.pth", tokenizer="bytes", bos=[33])
+    adapters, tokenizer = load_with(base, {"a": adapter}, "bytes", accelerator="cpu", wkv="torch")
+    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+
+    def bos_of(paths):
+        return leading_token("recorded", tokenizer, *paths, base)
+
+    talk = Chat(conversation, adapters, lambda paths: DEFAULT, 2, 0, bos_of)
+    talk.take("/adapter a")
+    assert conversation.bos == (33,)
+    talk.take("/adapter none")
+    assert conversation.bos == ()
+    talk.take("/adapter a")
+    talk.take(f"/save {base.with_name('chat.pth')}")
+    talk.take("/adapter none")
+    talk.take(f"/load {base.with_name('chat.pth')}")
+    assert conversation.bos == (33,)
+    talk.take("/scale 0.5")
+    talk.take("/adapter a")
+    assert conversation.bos == (33,)
+
+
+@pytest.mark.parametrize("peft", ["miss", "none"])
+def test_a_run_writes_it_into_its_files(peft, adapted, tmp_path):
+    base, _ = adapted("a.pth")
+    model = RWKV.load(base)
+    if peft == "miss":
+        rwkv_miss.inject(model, peft, rank=4)
+    trainer = types.SimpleNamespace(is_global_zero=True, global_step=3, strategy=None)
+    write = writer(Config(load_model=str(base), peft=peft), model, Encoder(BYTES, bos=(33,)))
+    write(trainer, str(tmp_path / "out.pth"))
+    assert leading_token("recorded", BYTES, tmp_path / "out.pth") == (33,)

@@ -161,6 +161,7 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
         Encoder(encoder.tokenizer, load_template(CHATML + " ")),
         Encoder(encoder.tokenizer, loss_mask="all"),
         Encoder(encoder.tokenizer, loss_mask="Assistant:"),
+        Encoder(encoder.tokenizer, bos=(0,)),
         Encoder(encoder.tokenizer, think_weight=0.5),
         Encoder(encoder.tokenizer, prompt_weight=0.5),
     ):
