@@ -63,7 +63,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
         try:
             for where, row in rows(args.data, Reading.of(args), tokenizer.eod):
                 try:
-                    [(ids, _)] = encoder.encode(row)
+                    [(ids, _)] = encoder.encode(without_weights(row))
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
                 writer.add(ids)
@@ -75,6 +75,14 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"{args.out} could not be written ({error.strerror})") from None
     return count, tokens
+
+
+def without_weights(row: dict) -> dict:
+    """The row without the weights of its answers, which these files have no place for."""
+    if "messages" not in row:
+        return row
+    words = [{name: v for name, v in message.items() if name != "weight"} for message in row["messages"]]
+    return row | {"messages": words}
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkv_miss import UserError
-from scripts import preview
+from scripts import binidx, preview
 from src.config import Config
 from src.data import token_cache
 from src.data.dataset import load_documents
@@ -535,3 +535,17 @@ def test_questions_of_an_evaluation_are_those_of_the_training(rows, tmp_path):
     assert asked[3].opening == "<think" and asked[3].right == "n1 says 2"
     first = [bytes(question.prompt).decode().split()[1] for question in questions(documents, 5, encoder)]
     assert first == ["n0", "n1", "n2", "n3", "n4"]
+
+
+def test_a_file_without_masks_has_each_conversation_once(rows, tmp_path, capsys):
+    """Its weights have no place there either."""
+    with open(rows, "a") as file:
+        messages = conversation("n40")["messages"]
+        file.write(json.dumps({"messages": [*messages[:-1], {**messages[-1], "weight": 0.5}]}) + "\n")
+    (tmp_path / "g1.jinja").write_text(FORGETFUL["open"])
+    flags = ["--tokenizer", "bytes", "--template", str(tmp_path / "g1.jinja")]
+    binidx.main([str(tmp_path / "out.jsonl"), rows, "--to_jsonl", *flags])
+    assert "41 documents" in capsys.readouterr().out
+    *_, last = (tmp_path / "out.jsonl").read_text().splitlines()
+    whole = reference(FORGETFUL["open"], messages=messages, add_generation_prompt=False, eos_token="")
+    assert json.loads(last)["text"] == whole
