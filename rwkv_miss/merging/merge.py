@@ -21,8 +21,9 @@ from ..errors import UserError
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
-from ..files.model_files import name_of
+from ..files.model_files import name_of, read_model
 from ..files.output import require_writable
+from ..files.safetensors_io import is_safetensors
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
@@ -219,6 +220,7 @@ def merge_file(
     items = _ahead(merger.items(tensors, chosen))
     write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
     report = _report(out, record, merger, _dtypes(tensors, adapters, chosen), choice)
+    report.read = [*_note_of_form(base), *report.read]
     report.seconds = time.perf_counter() - started
     return report
 
@@ -283,6 +285,13 @@ def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     return tensors, metadata
 
 
+def _note_of_form(base: str | os.PathLike[str]) -> list[str]:
+    """What to say of the merged file where the base is no plain .pth."""
+    if os.path.isdir(base) or is_safetensors(base) or read_model(base).notes:
+        return ["whatever the form of the base, the merged file is a plain .pth with RWKV's names"]
+    return []
+
+
 def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
     """The identity of a checkpoint's content."""
     return Identity(path).fingerprint
@@ -344,6 +353,11 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
         trained, found = Arch.from_dict(metadata["arch"]), Arch.detect(tensors)
         if trained.describe() != found.describe():
             differs = f"; that one is {trained.describe()}, this one {found.describe()}"
+        elif trained.layer0_value_residual != found.layer0_value_residual:
+            differs = (
+                "; one of the two has no value residual in block 0, which nothing reads and which"
+                " flash-linear-attention's folders lack: if all else is the same, --force is right"
+            )
         # a MiSS adapter does not know the input width of its linears, so the shapes alone would let this pass
         misfit = any(
             getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
