@@ -240,6 +240,20 @@ def test_an_answer_without_weight_has_the_same_tokens(name, tmp_path):
         assert got <= whole and len(got) == len(whole) - (weight == 0 and name in FORGETFUL)
 
 
+def test_turns_of_an_earlier_document_have_no_prompt_weight():
+    """Else the first question would have it three times, and answers that are rewritten would have it."""
+    encoder = Encoder(BYTES, load_template(QWEN), prompt_weight=0.25)
+    tool = {"role": "tool", "content": "4"}
+    turns = [user("2+2"), thinking("hm", "add"), tool, thinking("so", "4"), user("ok?"), thinking("é", "yes")]
+    first, second = [
+        "".join({0: "0", 0.25: "p", 1: "1"}[weight] for weight in weights.tolist())
+        for _, weights in encoder.encode({"messages": turns})
+    ]
+    prompt = len("<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n")
+    assert first[: prompt + 1] == "p" * prompt + "1" and "0" not in first and first.count("1p") == 1
+    assert set(second[: 2 * prompt]) == {"0"} and "p" not in second and second.endswith("1")
+
+
 def test_a_document_ends_only_where_something_is_rewritten():
     """Thoughts that outlive a tool's result: both answers are in one document, as a chat has read them."""
     tool = {"role": "tool", "content": "4"}

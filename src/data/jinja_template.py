@@ -31,7 +31,7 @@ import jinja2.sandbox
 
 from rwkv_miss.errors import UserError
 
-from .chat_template import BEGUN_THOUGHTS, Segment, TokenEnd, weight_of
+from .chat_template import BEGUN_THOUGHTS, CONTEXT, Segment, TokenEnd, weight_of
 from .tool_styles import parse_any
 
 # in the rendered text, around what is trained: noncharacters, which no text has
@@ -186,7 +186,9 @@ class JinjaTemplate:
             prompt, end = asked.removeprefix(written), begin - len(written)
             if token_end and begin < len(asked):
                 end = token_end(prompt, end)
-            documents[-1].append(Segment(prompt[:end], 0.0))
+            # the turns at the beginning of a later document are in an earlier one too, answers among them
+            is_repeated = len(documents) > 1 and not written
+            documents[-1].append(Segment(prompt[:end], CONTEXT if is_repeated else 0.0))
             documents[-1] += self._answer(parts, len(written) + end, weight_of(message))
             # a chat has read all of `asked`, so it reads the whole text anew for the next answer
             written = answered if begin == len(asked) else None
