@@ -21,6 +21,7 @@ with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.config import FIELDS
     from src.data.encode import Encoder
+    from src.data.fetch import fetch_data
     from src.data.formats import Reading, Report, read_source, sources
     from src.data.formats.binidx import Writer
     from src.data.templates import add_template_flags, choose_template
@@ -91,7 +92,7 @@ def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tu
     A weight is a UserError: how often a run sees a record is no matter of the file that holds it.
     """
     for name in data:
-        for source in sources(name, reading):
+        for source in sources(fetch_data(name), reading):
             if source.weight != 1:
                 raise UserError(
                     f"{name}: a file has every row once; drop the weight here, and give it to --data_file of"

@@ -15,12 +15,13 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
-    from rwkv_miss.files.hub_names import DATA, recorded
+    from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
     from src.common.device import PRECISIONS
     from src.common.files import write_text
     from src.config import FIELDS
     from src.config.validate import check_bos
+    from src.data.fetch import fetch_data
     from src.data.formats import Reading
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import leading_token, text_of
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def fetch(args: argparse.Namespace) -> None:
     """Have the flags name local files."""
-    args.questions = local_path(args.questions, DATA)
+    args.questions = fetch_data(args.questions)
     for name in ("model", "adapter"):
         if given := getattr(args, name):
             setattr(args, name, local_path(given))

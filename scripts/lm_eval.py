@@ -23,6 +23,7 @@ with importing():
     from src.common.device import PRECISIONS
     from src.common.files import write_text
     from src.config.validate import check_bos
+    from src.data.fetch import fetch_data
     from src.data.leading_token import leading_token
     from src.data.templates import add_template_flags, recorded_template
     from src.inference.load import load
@@ -155,7 +156,7 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
     from src.evaluation.lm_eval_model import Lambada
 
     names = args.tasks.split(",")
-    local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}
+    local = {name: Lambada(fetch_data(needed(args.data_file))) for name in names if name == Lambada.NAME}
     manager = TaskManager(include_path=args.include_path, include_defaults=False)
     if not {*names} <= {*local, *manager.all_tasks}:
         # the harness's own tasks are looked through, which takes seconds

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import time
+import types
 
 import huggingface_hub.file_download
 import pytest
@@ -255,6 +256,20 @@ def test_a_broken_hub_is_one_that_is_not_there(hub):
     hub.refusal = 503
     assert local_path("hf://o/n/m.pth") == path
     assert "503" in refused("hf://o/n/config.json")
+
+
+@pytest.mark.parametrize(
+    "etag, commit", [("../../../a", "0" * 40), ("a", "../a"), ("a", None), (None, "0" * 40)]
+)
+def test_an_answer_that_would_leave_the_cache_is_no_hubs(hub, monkeypatch, etag, commit):
+    told = types.SimpleNamespace(etag=etag, commit_hash=commit, location="", size=1)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: told)
+    assert "not as a hub does" in refused("hf://o/n/m.pth")
+
+
+def test_a_file_whose_name_would_leave_the_cache_is_no_hubs(hub):
+    hub.add("o/evil", {"../../m.pth": b"a"})
+    assert "not as a hub does" in refused("hf://o/evil")
 
 
 def test_room_on_the_disk_is_looked_at_first(hub, monkeypatch):

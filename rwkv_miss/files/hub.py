@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 from ..progress import Progress
-from .hub_names import DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
+from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter
@@ -58,8 +58,9 @@ def pin(name: HubName, shown: bool = True) -> HubName:
                 told = hub.HfApi().repo_info(
                     name.repo, repo_type=name.repo_type, revision=name.revision or None
                 )
-                commit = told.sha
-                name = dataclasses.replace(name, file=_choose(name, [one.rfilename for one in told.siblings]))
+                commit, files = told.sha, [one.rfilename for one in told.siblings]
+                _require_hub(hub, name, commit, *files)
+                name = dataclasses.replace(name, file=_choose(name, files))
         except Exception as error:
             if not _is_unreachable(error):
                 raise
@@ -136,12 +137,19 @@ def _listed(files: list[str]) -> str:
 def _metadata(hub: Any, name: HubName) -> Any:
     """What the hub says of a file: commit_hash, etag, location, size."""
     told = hub.get_hf_file_metadata(_address(hub, name))
-    if not told.commit_hash or not told.etag:
+    _require_hub(hub, name, told.commit_hash, told.etag)
+    return told
+
+
+def _require_hub(hub: Any, name: HubName, commit: str | None, *paths: str | None) -> None:
+    """UserError for an answer that is not a hub's: no commit, or a name that would leave the cache."""
+    if not COMMIT.fullmatch(commit or "") or not all(
+        path and ".." not in path.split("/") and re.fullmatch(r"[^/\\\0][^\\\0]*", path) for path in paths
+    ):
         raise UserError(
             f"{name}: {hub.constants.ENDPOINT} answers, but not as a hub does; look at HF_ENDPOINT and at"
             " proxies"
         )
-    return told
 
 
 def _address(hub: Any, name: HubName) -> str:

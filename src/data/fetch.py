@@ -19,6 +19,13 @@ def fetch_inputs(config: Config, recorded: Config | None = None) -> None:
     fetch(config, pinned_names(config, recorded))
 
 
+def fetch_data(data_file: str) -> str:
+    """What --data_file takes, with local files in the place of names of the hub."""
+    config = Config(data_file=data_file)
+    fetch_inputs(config)
+    return config.data_file
+
+
 def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, str]:
     """setting -> its text with a commit in every name of the hub; settings without such a name are not in it.
 
