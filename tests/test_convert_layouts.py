@@ -206,3 +206,10 @@ def test_a_damaged_layout_is_named(folder):
         rwkv_miss.UserError, match="the adapter's origin has the layout '3'; the file is damaged"
     ):
         convert(folder / "c.pth", folder / "again", "peft")
+
+
+def test_a_package_of_rwkv_lightning_needs_one_file_as_its_base(folder):
+    native(folder, "miss", rank=7)
+    export(folder / "base.pth", folder / "hf", "hf", tokenizer="none")
+    with pytest.raises(rwkv_miss.UserError, match="names the SHA-256 of a model's file; make that with"):
+        convert(folder / "a.pth", folder / "out", "rwkv-lightning", Hints(base=str(folder / "hf")))
