@@ -16,6 +16,7 @@ Exit code 0: done. 1: with --strict, something was found. 2: the settings are wr
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
@@ -164,8 +165,11 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
 def weights_of(tokens: Tokens) -> dict[str, int]:
     """How many tokens have each weight in the loss; 0 is left out."""
     weights, counts = np.unique(tokens.weights, return_counts=True)
-    pairs = zip(weights.tolist(), counts.tolist())
-    return {f"{weight:.9g}" if weight % 1 else f"{weight:g}": count for weight, count in pairs if weight}
+    found: collections.Counter[str] = collections.Counter()
+    for weight, count in zip(weights.tolist(), counts.tolist()):
+        if weight:
+            found[f"{weight:g}"] += count
+    return dict(found)
 
 
 def weights_line(weights: dict[str, int]) -> list[str]:

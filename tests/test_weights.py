@@ -135,6 +135,7 @@ def test_thoughts_are_weighed_in_a_jinja_template(tmp_path, opening, tokenizer):
         ("Assistant: <think", ">cut off", ["cut off"]),
         ("", " <think>cut off", ["cut off"]),
         ("", "the tag <think> in a text", []),
+        ("", "<think>a</think>b <think>c", ["a"]),
         ("User: what is <think>?\n\nAssistant:", " a tag</think>", []),
         ("User✿<think>✿\nBot✿", "a tag</think>", []),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -180,7 +179,7 @@ class Documents(Sequence):
     @property
     def weight(self) -> float:
         """The sum of the weights of all trained tokens."""
-        return math.fsum(self.weight_sums)
+        return float(self.weight_sums.sum(dtype=np.float64))
 
 
 @dataclasses.dataclass(frozen=True)

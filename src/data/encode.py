@@ -15,7 +15,7 @@ from .formats import WrongSetting
 from .leading_token import begins
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
-from .thoughts import thought_spans
+from .thoughts import thought_spans, within
 from .tokenizer import Tokenizer
 
 
@@ -116,8 +116,8 @@ class Encoder:
             return np.full(len(ids), self.prompt_weight, np.float32)
         weights = np.full(len(ids), abs(weight), np.float32)
         if weight and self.think_weight != 1:
-            for begin, end in thought_spans(before, segment.text):
-                weights[self.tokenizer.inside(segment.text, ids, begin, end)] *= self.think_weight
+            if spans := thought_spans(before, segment.text):
+                weights[self.tokenizer.inside(segment.text, ids, spans)] *= self.think_weight
         return weights
 
     def _whole(self, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +149,7 @@ class Encoder:
             weights = np.where(trained, weights, np.float32(self.prompt_weight))
         if self.think_weight != 1:
             text, ends = self._bytes_of(ids, f"--think_weight {self.think_weight:g}")
-            for begin, end in thought_spans("", text):
-                weights[(np.append(0, ends)[:-1] >= begin) & (ends <= end)] *= self.think_weight
+            weights[within(np.append(0, ends)[:-1], ends, thought_spans("", text))] *= self.think_weight
         return weights
 
     def _bytes_of(self, ids: np.ndarray, flag: str) -> tuple[str, np.ndarray]:

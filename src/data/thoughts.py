@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
+BEGIN, END = "<think>", "</think>"
 # the end of a prompt that has opened the tag, or begun to; two characters may stand in it, as in `<think>嗯`
 OPENED = re.compile(r"<(?:t|th|thi|thin|think(?:>[^\s<✿]{0,2})?\s*)?$")
-CLOSED = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-BEGUN = re.compile(r"\s*<think>")
 
 
 def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
@@ -19,8 +20,22 @@ def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
     opened = OPENED.search(before)
     lead = opened[0] if opened else ""
     whole = lead + text
-    spans = [match.span(1) for match in CLOSED.finditer(whole)]
-    begun = BEGUN.match(whole)
-    if begun and not spans:
-        spans = [(begun.end(), len(whole))]
+    spans: list[tuple[int, int]] = []
+    place = 0
+    # no regex: one that looks for the end of every tag would take the square of a long text's time
+    while (begin := whole.find(BEGIN, place)) >= 0:
+        place = whole.find(END, begin)
+        if place < 0:
+            if not spans and not whole[:begin].strip():
+                spans.append((begin + len(BEGIN), len(whole)))
+            break
+        spans.append((begin + len(BEGIN), place))
     return [(max(begin - len(lead), 0), end - len(lead)) for begin, end in spans]
+
+
+def within(begins: np.ndarray, ends: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens lie wholly in one of the spans, (n,) bool; begins, ends: where each token does, (n,)."""
+    found = np.zeros(len(begins), dtype=bool)
+    for first, last in spans:
+        found[np.searchsorted(begins, first) : np.searchsorted(ends, last, "right")] = True
+    return found

@@ -20,11 +20,14 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
 from ..config.launcher import is_first_process
+from .thoughts import within
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
@@ -173,11 +176,15 @@ class ByteTokenizer(Tokenizer):
             raise self.cannot_encode(text, start + len(data[:reached].decode(self.encoding, "ignore")))
         return ids
 
-    def inside(self, text: str, ids: list[int], begin: int, end: int) -> slice:
-        """Which of a text's tokens `ids` lie wholly in its characters from `begin` until before `end`."""
-        first, last = (len(text[:place].encode(self.encoding)) for place in (begin, end))
-        ends = [0, *itertools.accumulate(map(self.sizes.__getitem__, ids))]
-        return slice(bisect.bisect_left(ends, first), bisect.bisect_right(ends, last) - 1)
+    def inside(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
+        """Which of a text's tokens `ids` lie wholly in one of the spans of characters, (n,) bool."""
+        ends = np.cumsum([self.sizes[token] for token in ids], dtype=np.int64)
+        in_bytes, place, before = [], 0, 0
+        for begin, end in spans:
+            first = before + len(text[place:begin].encode(self.encoding))
+            before, place = first + len(text[begin:end].encode(self.encoding)), end
+            in_bytes.append((first, before))
+        return within(np.append(0, ends)[:-1], ends, in_bytes)
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self.table.__getitem__, ids)).decode(self.encoding, "replace")
@@ -369,11 +376,11 @@ class JsonTokenizer(Tokenizer):
         if reached < len(text):
             raise self.cannot_encode(text, reached)
 
-    def inside(self, text: str, ids: list[int], begin: int, end: int) -> slice:
+    def inside(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
         """As ByteTokenizer.inside()."""
         offsets = self.inner.encode(text, add_special_tokens=False).offsets
-        within = [i for i, (first, last) in enumerate(offsets) if begin <= first and last <= end]
-        return slice(within[0], within[-1] + 1) if within else slice(0, 0)
+        begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        return within(begins, ends, spans)
 
     def _decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=False)
