@@ -422,8 +422,8 @@ def test_another_adapter_has_another(adapted):
     talk.take("/adapter none")
     talk.take(f"/load {base.with_name('chat.pth')}")
     assert conversation.bos == (33,)
-    talk.take("/scale 0.5")
     talk.take("/adapter a")
+    talk.take("/adapter none")
     assert conversation.bos == (33,)
 
 
