@@ -50,7 +50,7 @@ with importing():
     from src.data.tokenizer import Tokenizer, load_tokenizer
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
-    from src.training import plan_text
+    from src.training import document_text, plan_text
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence
@@ -221,7 +221,7 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
     magenta.
     """
     pieces, decoder, shade = [], tokenizer.decoder(), 0
-    if plan_text.begins_silently(row, tokenizer):
+    if document_text.begins_silently(row, tokenizer):
         pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
     ended = len(row.ids) - (
         len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
@@ -249,7 +249,7 @@ def colours_of(weight: float) -> tuple[str, str]:
 
 
 def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
-    return plan_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer)
+    return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer)
 
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:

@@ -26,7 +26,7 @@ from src.data.encode import Encoder
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.training import plan_text
+from src.training import document_text, plan_text
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors
@@ -370,15 +370,15 @@ def test_batches_begin_at_any_step():
 
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
-    assert plan_text.sample(row, world).splitlines() == [
+    assert document_text.sample(row, world).splitlines() == [
         "    | User: 你好",
         "    | ",
         "    | Assistant:« 好🙂␃»",
     ]
-    assert plan_text.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
+    assert document_text.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.weights[1] = False  # the mask may part a character; both halves are then shown as such
-    shown = plan_text.sample(cut, raw)
+    shown = document_text.sample(cut, raw)
     assert (
         shown.startswith("    | «\ufffd»\ufffdx")
         and shown.endswith("x ... (703 tokens)")

@@ -19,7 +19,7 @@ from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.planning.job import choose_evaluation, trained_tokens
-from src.training import plan_text, trainer
+from src.training import document_text, plan_text, trainer
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -193,7 +193,7 @@ def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
     text = "a" * 100 + "Q:" + " yes" + "b" * 100
     ids = np.frombuffer(text.encode() + b"\0", np.uint8).astype(np.int32)
     row = Document(ids, np.arange(len(ids)) >= 102)
-    shown = plan_text.short_sample(row, load_tokenizer("bytes", 256))
+    shown = document_text.short_sample(row, load_tokenizer("bytes", 256))
     assert shown == f"... {'a' * 78}Q:« yes{'b' * 76} ...» (« » is what is trained)"
 
 

@@ -21,7 +21,7 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.loss import L2WRAP, head_loss, loss_sum
-from src.training import plan_text
+from src.training import document_text
 from src.training.short_runs import held_out_loss, put_back, train
 
 from .conftest import make_arch, random_tensors
@@ -34,7 +34,7 @@ def weighed(tokenizer, record, *template, **settings):
     """The document of a record in runs of one weight, as the preview has it."""
     encoder = Encoder(tokenizer, *template, **settings)
     [document] = encoder.encode(record)
-    parts = plan_text.parts_of(Document(*document), tokenizer)
+    parts = document_text.parts_of(Document(*document), tokenizer)
     return [(text, round(weight, 6)) for text, weight in parts]
 
 

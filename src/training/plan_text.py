@@ -14,10 +14,10 @@ from ..common.formatting import counted, size_text
 from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.chat_template import Template
-from ..data.dataset import Document, Documents
+from ..data.dataset import Documents
 from ..data.encode import Encoder
 from ..data.held_out import evaluations
-from ..data.leading_token import begins, in_words
+from ..data.leading_token import in_words
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
@@ -25,6 +25,7 @@ from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
 from ..planning.job import Cost, Data, Job, steps_of
 from ..planning.step import chunks_of
+from .document_text import sample, short_sample
 from .loggers import describe_writers, places_to_watch
 from .optimizer import learning_rate_factor, state_learning_rate
 from .run_card import CARD
@@ -32,7 +33,6 @@ from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
 LINES = 14  # of the plan, at most
 LABEL = 11  # characters that a line begins with
-SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
 def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
@@ -410,60 +410,3 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
             f" the schedule of {counted(job.steps, 'step')}"
         )
     return lines
-
-
-def sample(row: Document, tokenizer, limit: int = 600) -> str:
-    """A document decoded, its trained parts between the marks. Behind them is a weight that is not 1."""
-    text = "".join(marked(part, weight) for part, weight in parts_of(row, tokenizer))
-    shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
-    return "\n".join(f"    | {line}" for line in shown.splitlines())
-
-
-def marked(part: str, weight: float) -> str:
-    """A part of a document between the marks, where it is trained."""
-    times = "" if weight in (0, 1) else f"×{weight:g}"
-    return f"«{part}»{times}" if weight else part
-
-
-def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning and its first part of the largest weight, on one line with a mark between them.
-
-    Of each it shows the SAMPLE characters that are next to the mark.
-    """
-    shown, largest = "", float(row.weights.max())
-    for part, weight in parts_of(row, tokenizer):
-        line = "⏎".join(part.splitlines())
-        if weight == largest:
-            begin = line if len(line) <= SAMPLE else f"{line[:SAMPLE]} ..."
-            shown += marked(begin, weight)
-            break
-        shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
-    alike = set(row.weights.tolist()) <= {0.0, largest}
-    return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
-
-
-def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
-    """A document's text in pieces, and the weight of each. What cannot be seen has a sign."""
-    parts: list[tuple[str, float]] = []
-    decoder = tokenizer.decoder()
-    text, inside = "␂" if begins_silently(row, tokenizer) else "", float(row.weights[0])
-    for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
-        if weight != inside:
-            parts.append((text + decoder.flush(), inside))
-            text, inside = "", weight
-        text += decoder.push(token)
-    parts.append((text + decoder.flush() + ("␃" if ends_silently(row, tokenizer) else ""), inside))
-    # a NUL, the end of document of bytes and utf16, would make a log a binary file
-    return [(part.replace("\0", "␀"), weight) for part, weight in parts]
-
-
-def begins_silently(row: Document, tokenizer) -> bool:
-    """Whether a document begins with an end of document that has no text, as World's, which is its --bos."""
-    end = tuple(tokenizer.eod)
-    return begins(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
-
-
-def ends_silently(row: Document, tokenizer) -> bool:
-    """Whether a document ends with an end of document that has no text, as World's."""
-    end = list(tokenizer.eod)
-    return row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)

@@ -1,0 +1,65 @@
+"""A document as people see it, in the plan and in the preview: what is trained stands between marks."""
+
+from __future__ import annotations
+
+from ..data.dataset import Document
+from ..data.leading_token import begins
+
+SAMPLE = 80  # characters of each part of short_sample()
+
+
+def sample(row: Document, tokenizer, limit: int = 600) -> str:
+    """A document decoded, its trained parts between the marks. Behind them is a weight that is not 1."""
+    text = "".join(marked(part, weight) for part, weight in parts_of(row, tokenizer))
+    shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
+    return "\n".join(f"    | {line}" for line in shown.splitlines())
+
+
+def marked(part: str, weight: float) -> str:
+    """A part of a document between the marks, where it is trained."""
+    times = "" if weight in (0, 1) else f"×{weight:g}"
+    return f"«{part}»{times}" if weight else part
+
+
+def short_sample(row: Document, tokenizer) -> str:
+    """A document's beginning and its first part of the largest weight, on one line with a mark between them.
+
+    Of each it shows the SAMPLE characters that are next to the mark.
+    """
+    shown, largest = "", float(row.weights.max())
+    for part, weight in parts_of(row, tokenizer):
+        line = "⏎".join(part.splitlines())
+        if weight == largest:
+            begin = line if len(line) <= SAMPLE else f"{line[:SAMPLE]} ..."
+            shown += marked(begin, weight)
+            break
+        shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
+    alike = set(row.weights.tolist()) <= {0.0, largest}
+    return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
+
+
+def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
+    """A document's text in pieces, and the weight of each. What cannot be seen has a sign."""
+    parts: list[tuple[str, float]] = []
+    decoder = tokenizer.decoder()
+    text, inside = "␂" if begins_silently(row, tokenizer) else "", float(row.weights[0])
+    for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
+        if weight != inside:
+            parts.append((text + decoder.flush(), inside))
+            text, inside = "", weight
+        text += decoder.push(token)
+    parts.append((text + decoder.flush() + ("␃" if ends_silently(row, tokenizer) else ""), inside))
+    # a NUL, the end of document of bytes and utf16, would make a log a binary file
+    return [(part.replace("\0", "␀"), weight) for part, weight in parts]
+
+
+def begins_silently(row: Document, tokenizer) -> bool:
+    """Whether a document begins with an end of document that has no text, as World's, which is its --bos."""
+    end = tuple(tokenizer.eod)
+    return begins(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
+
+
+def ends_silently(row: Document, tokenizer) -> bool:
+    """Whether a document ends with an end of document that has no text, as World's."""
+    end = list(tokenizer.eod)
+    return row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)
