@@ -198,6 +198,24 @@ def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
             assert documents.cut == cut and documents.target_counts.all()
 
 
+def test_weights_are_shown(show, monkeypatch):
+    rows = [{"messages": [user("a"), assistant("<think>b</think>c") | {"weight": 3}]}]
+    flags = ["--template", "rwkv", "--think_weight", "0.1", "--prompt_weight", "0.05"]
+    _, output = show(rows, *flags)
+    assert "prompts times 0.05" in output and "thoughts times 0.1" in output
+    assert "| «User: a\n    | \n    | Assistant:»×0.05« <think>»×3«\n" in output
+    assert "»×3«\n    | b\n    | »×0.3«</think>\n    | c␀»×3\n" in output
+    assert "weights    0.05 on 19 tokens, 0.3 on 3 tokens, 3 on " in output
+    _, output = show(rows, *flags, "--json")
+    weights = json.loads(output)["weights"]
+    assert weights.keys() == {"0.05", "0.3", "3"} and sum(weights.values()) == json.loads(output)["trained"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, output = show(rows, *flags)
+    codes = {code for code, _ in ESCAPE.findall(output)}
+    assert {"30;43", "30;45"} <= codes and not codes & {"30;42", "30;102"}
+
+
 ESCAPE = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m")
 
 
