@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             pieces = itertools.chain(
                 [opening] if opening else [], conversation.answer(args.prompt, args.max_tokens)
             )
-            show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
+            show(piece.lstrip(" \n") if i == 0 else piece for i, piece in enumerate(pieces))
             note_calls(conversation.calls)
         else:
             print(
