@@ -174,6 +174,11 @@ class AdapterMethod:
     decays: ClassVar[bool] = True  # weight decay pulls towards the base, which the method is at zero
 
     @classmethod
+    def sums_products(cls, options: Options) -> bool:
+        """Whether an entry of dW is a sum of products, and not a copy of a trained number."""
+        return True
+
+    @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
         """Add the method's trainable parameters to a frozen model.
 

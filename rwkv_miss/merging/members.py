@@ -90,6 +90,12 @@ class Member:
     def changes(self, key: str) -> bool:
         return key in self.by_weight or key in self.whole
 
+    def sums_products(self, key: str) -> bool:
+        """Whether the entries of the change of a tensor are sums of products, whose order differs between
+        machines.
+        """
+        return key not in self.whole and self.method.sums_products(self.options.at(self.by_weight[key]))
+
     def check(self, base: Mapping[str, Tensor]) -> None:
         """UserError unless every adapted linear and every whole tensor fits the base."""
         self._check_linears(base)

@@ -53,6 +53,10 @@ class MissLinear(AdapterLinear):
         return shard_index(self.in_features, len(self.miss), device=self.miss.device)
 
     @classmethod
+    def sums_products(cls, options: Options) -> bool:
+        return variant_of(options) is not None
+
+    @classmethod
     def wrap(
         cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
     ) -> AdapterLinear:
