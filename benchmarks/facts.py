@@ -1,8 +1,8 @@
 """What a method can learn: new facts, and a new style.
 
     python -m benchmarks.facts [--load_model ../shared/data/real/rwkv6-3m-utf16.pth] [--tokenizer utf16]
-    [--methods state miss lora none] [--seeds 0 1] [--facts 30] [--passes 40] [--out out/facts]
-    [--report docs/results]
+    [--methods state miss lora none] [--seeds 0 1] [--facts 30] [--passes 40] [--lr_init auto]
+    [--out out/facts] [--report docs/results]
 
 The program makes up names and what each likes best. Every name has one row: a question in one of three forms,
 and an answer in the manner of a sailor. Each method trains on the same rows for the same number of steps, at
@@ -49,8 +49,8 @@ FORMS = (
     "Tell me the favourite thing of {}.",
     "There is one thing that {} loves above all. Which one is it?",
 )
-BEGIN, END = "Ahoy! ", ", matey."
-ANSWER = BEGIN + "{} likes {}" + END
+BEGIN, END = "Ahoy! ", "matey."
+ANSWER = BEGIN + "{} likes {}, " + END
 THINGS = (
     "apples bread butter cakes candles carrots cheese cherries clouds coffee dogs drums feathers fish flowers"
     " goats grapes honey horses jam kites lemons maps milk mirrors nuts onions owls pearls pianos rain rivers"
@@ -112,10 +112,14 @@ def is_right(answer: str, question: Question) -> bool:
     return answer.startswith(BEGIN) and answer.endswith(END)
 
 
+def settings_of(args) -> dict:
+    return {"facts": args.facts, "passes": args.passes, "lr_init": args.lr_init}
+
+
 def trained(args, method: str, seed: int) -> dict:
     """A run, and the share of right answers by measure."""
     facts = Facts(args.facts, seed)
-    folder = args.out / f"{method}-{seed}"
+    folder = args.out / f"{method}-{seed}-{args.lr_init}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     data = write_rows(folder / "facts.jsonl", facts.rows())
@@ -127,6 +131,7 @@ def trained(args, method: str, seed: int) -> dict:
         peft=method,
         epoch_count=args.passes,
         random_seed=seed,
+        lr_init=args.lr_init,
         eval_split=0,
         eval_samples=0,
     )
@@ -136,33 +141,29 @@ def trained(args, method: str, seed: int) -> dict:
     seconds = round(time.process_time() - begun, 1)
     summary = json.loads((folder / "run" / "run.json").read_text())
     settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
-    weights = (
-        {"path": summary["output"]}
-        if method == "none"
-        else {
-            "path": args.load_model,
-            "adapter": summary["output"],
-        }
-    )
-    model, tokenizer = load(**weights, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")
-    template = recorded_template("auto", tokenizer, summary["output"])
+    done = {"method": method, "seed": seed, **settings_of(args)}
+    done |= {"steps": summary["steps"], "rate": settings["lr_init"], "cpu_seconds": seconds}
+    done |= {"trained numbers": sum(map(torch.numel, read_checkpoint(summary["output"]).values()))}
+    return done | shares(args, method, summary["output"], facts) | {"commit": commit()}
+
+
+def shares(args, method: str, output: str, facts: Facts) -> dict[str, float]:
+    """The share of right answers by measure, with what a run has written."""
+    files = {"path": output} if method == "none" else {"path": args.load_model, "adapter": output}
+    model, tokenizer = load(**files, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")
+    template = recorded_template("auto", tokenizer, output)
     limit = 2 * len(tokenizer.encode(ANSWER.format(facts.names[0], max(THINGS, key=len))))
-    shares = {}
+    found = {}
     for measure, questions in facts.asked(template).items():
         answers = answers_to(model, tokenizer, questions, limit, template)
         right = [is_right(answer.text, question) for answer, question in zip(answers, questions, strict=True)]
-        shares[measure] = round(sum(right) / len(right), 4)
-    done = {"method": method, "seed": seed, "facts": args.facts, "passes": args.passes}
-    done |= {
-        "steps": summary["steps"],
-        "rate": settings["lr_init"],
-        "cpu_seconds": seconds,
-        "commit": commit(),
-    }
-    return done | {
-        "trained numbers": sum(map(torch.numel, read_checkpoint(summary["output"]).values())),
-        **shares,
-    }
+        found[measure] = round(sum(right) / len(right), 4)
+    return found
+
+
+def key(method: str, seed: int, settings: dict) -> tuple:
+    """What tells one training from the others."""
+    return method, seed, settings["facts"], settings["passes"], settings["lr_init"]
 
 
 def table(lines: list[dict]) -> Table:
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--facts", type=int, default=30)
     parser.add_argument("--passes", type=int, default=40)
+    parser.add_argument("--lr_init", default="auto", help="a rate in the place of the search")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/facts"))
     parser.add_argument("--report", type=pathlib.Path, help="folder for the table and JSON")
     args = parser.parse_args()
@@ -194,15 +196,15 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "trainings.jsonl"
-    done = {(line["method"], line["seed"], line["facts"], line["passes"]): line for line in finished(path)}
+    done = {key(line["method"], line["seed"], line): line for line in finished(path)}
     lines = []
     for method in args.methods:
         for seed in args.seeds:
-            key = (method, seed, args.facts, args.passes)
-            if key not in done:
-                done[key] = trained(args, method, seed)
-                append_line(path, done[key])
-            lines.append(done[key])
+            own = key(method, seed, settings_of(args))
+            if own not in done:
+                done[own] = trained(args, method, seed)
+                append_line(path, done[own])
+            lines.append(done[own])
             print(json.dumps(lines[-1]), flush=True)
     found = table(lines)
     print(found.markdown())
