@@ -123,8 +123,12 @@ class Chat:
     def answer(self, new: list[dict]) -> None:
         """Print the model's answer to these messages as it is made, and which tools it calls."""
         print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
-        show(self.conversation.answer(new, self.max_tokens))
-        self.results = []
+        before = len(self.conversation.turns)
+        try:
+            show(self.conversation.answer(new, self.max_tokens))
+        finally:  # an answer that Ctrl-C stopped may stay, and what it was asked with it
+            if len(self.conversation.turns) > before:
+                self.results = []
         note_calls(self.conversation.calls)
         if not self.tokenizer_judged:
             self.judge_tokenizer(new[-1]["content"])
@@ -317,11 +321,12 @@ class Chat:
         calls = self.conversation.calls
         if not calls:
             raise UserError("/result is what a call gave, and the last answer calls no tool")
-        self.results.append({"role": "tool", "content": needed("result", argument)})
-        if len(self.results) == len(calls):
-            self.answer(self.results)
+        results = [*self.results, {"role": "tool", "content": needed("result", argument)}]
+        if len(results) == len(calls):
+            self.answer(results)  # where that fails, the last result is to be given again
         else:
-            note_calls(calls, len(self.results))
+            self.results = results
+            note_calls(calls, len(results))
 
     @command("compare", "TEXT")
     def compare_answers(self, argument: str) -> None:

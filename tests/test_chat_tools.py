@@ -1,5 +1,6 @@
 """Tools in a chat: their files, the calls that are read out of answers, and the results that are given."""
 
+import itertools
 import json
 
 import pytest
@@ -116,6 +117,35 @@ def test_words_may_come_before_the_results_are_complete(talk, weather):
     assert made.results == []
     with pytest.raises(UserError, match="the last answer calls no tool"):
         made.take("/result 2")
+
+
+@pytest.mark.parametrize("pieces", [0, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_a_result_is_asked_once_where_its_answer_was_stopped(pieces, error, talk, weather, monkeypatch):
+    """A stopped answer stays with its results; where nothing was said, the last one is to be given again."""
+    made, then_say, _ = talk(RwkvTemplate("rwkv"))
+    made.take(f"/tools {weather}")
+    then_say(" " + STYLES["hermes"].calls([call("f", {}), call("g", {})]))
+    made.take("Do both.")
+    made.take("/result 1")
+    whole = conversation_module.stream
+
+    def stopped(*arguments):
+        yield from itertools.islice(whole(*arguments), pieces)
+        raise error("stopped")
+
+    monkeypatch.setattr(conversation_module, "stream", stopped)
+    then_say(" well then")
+    with pytest.raises(error):
+        made.take("/result 2")
+    monkeypatch.setattr(conversation_module, "stream", whole)
+    kept = pieces > 0 and error is KeyboardInterrupt
+    assert [result["content"] for result in made.results] == ([] if kept else ["1"])
+    then_say(" ok")
+    made.take("Go on." if kept else "/result 2")
+    said = [message["content"] for turn in made.conversation.turns[1:] for message in turn.messages]
+    assert said == (["1", "2", said[2], "Go on.", "ok"] if kept else ["1", "2", "ok"])
+    assert made.results == []
 
 
 def test_without_tools_nothing_is_a_call_and_a_broken_call_is_text(talk, weather):
