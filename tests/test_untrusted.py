@@ -13,16 +13,19 @@ import pytest
 import torch
 
 import rwkv_miss
+from benchmarks import fuzz, fuzz_files
 from rwkv_miss import UserError
 from rwkv_miss.convert.source import open_source
 from rwkv_miss.errors import printable
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.safetensors_io import write_safetensors
 from rwkv_miss.files.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
 from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
+from src.model import RWKV
 
-from .conftest import make_arch
+from .conftest import make_arch, random_tensors
 
 SOUND = {"a": torch.arange(12.0).view(3, 4)}
 
@@ -138,6 +141,20 @@ def with_pickle(tmp_path, content, zipped):
 def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content, words):
     with pytest.raises(UserError, match=f"x.pth is refused: its pickle {words}"):
         read_checkpoint(with_pickle(tmp_path, content, zipped))
+
+
+def test_a_long_row_of_numbers_is_read_once(tmp_path):
+    path = with_pickle(tmp_path, b"\x80\2}X\1\0\0\0a](" + b"K\1" * 10**6 + b"es.", True)
+    with fuzz.limit(fuzz_files.SECONDS), pytest.raises(UserError, match="holds a list under 'a'"):
+        read_checkpoint(path)
+
+
+def test_a_block_whose_number_has_thousands_of_digits(tmp_path):
+    pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
+    tensors = random_tensors(make_arch(7)) | {f"blocks.{'1' * 5000}.att.key.weight": torch.ones(2)}
+    write_safetensors(tmp_path / "m.safetensors", tensors, {})
+    with pytest.raises(UserError, match="m.safetensors"):
+        RWKV.load(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

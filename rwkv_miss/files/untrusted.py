@@ -120,7 +120,7 @@ def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
 
 def _check_pickle(path, stream: io.BytesIO) -> None:
     tuples, tuple_is_last = set(), False  # places in the pickle's memo
-    before: list[str] = []  # the codes since the last one that is no number
+    numbers = 0  # codes of numbers just before, up to as many as a tuple's code takes
     for code, argument, _ in pickletools.genops(stream):
         if (
             code.name in ("STACK_GLOBAL", "INST", "OBJ")
@@ -140,10 +140,10 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
                 " dense tensors"
             )
         # of numbers alone, as the betas that an optimizer's groups share, a tuple can't grow
-        of_numbers = 0 < NUMBERS_IN.get(code.name, 0) <= len(before)
+        of_numbers = 0 < NUMBERS_IN.get(code.name, 0) <= numbers
         of_others = code.name.startswith("TUPLE") and not of_numbers
         tuple_is_last = of_others or "PUT" in code.name and tuple_is_last
-        before = [*before, code.name] if code.name in NUMBERS else []
+        numbers = min(numbers + 1, max(NUMBERS_IN.values())) if code.name in NUMBERS else 0
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
