@@ -252,6 +252,11 @@ def test_turns_of_an_earlier_document_have_no_prompt_weight():
     prompt = len("<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n")
     assert first[: prompt + 1] == "p" * prompt + "1" and "0" not in first and first.count("1p") == 1
     assert set(second[: 2 * prompt]) == {"0"} and "p" not in second and second.endswith("1")
+    # a document that nothing is trained in is left out, so that the prompt is in no earlier one
+    turns = [user("q"), {**thinking("hm", "a"), "weight": 0}, user("r"), assistant("b")]
+    [(ids, weights)] = encoder.encode({"messages": turns})
+    prompt = bytes(ids.tolist()).index(b"<think>")
+    assert weights.tolist() == [0.25] * prompt + [1] * (len(ids) - prompt)
 
 
 def test_a_document_ends_only_where_something_is_rewritten():

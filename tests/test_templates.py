@@ -12,7 +12,7 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
-from src.data.dataset import load_documents
+from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
@@ -627,6 +627,17 @@ def test_a_marker_that_no_row_has_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no row has anything after the marker 'Asistant:'"):
         load_documents(tmp_path / "rows.jsonl", named("bytes"), 99, loss_mask="Asistant:")
     assert load_documents(tmp_path / "rows.jsonl", named("bytes"), 99, loss_mask="Assistant:").targets == 4
+
+
+@pytest.mark.parametrize("think_weight, prompt_weight", [(1, 1), (0.5, 0.5), (0, 0.5), (1, 0.5)])
+def test_a_marker_is_there_also_where_prompts_weigh_as_much(tmp_path, think_weight, prompt_weight):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "User: a\\n\\nAssistant:<think>b</think>"}\n')
+    for marker in ("Assistant:", "<think>...</think>"):
+        if marker == "Assistant:" or think_weight:
+            weights = {"think_weight": think_weight, "prompt_weight": prompt_weight}
+            encoder = Encoder(named("bytes"), loss_mask=marker, **weights)
+            assert load(str(rows), encoder).documents(99).targets
 
 
 def test_the_marker_assistant_is_the_mask_of_a_conversation():

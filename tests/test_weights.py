@@ -63,11 +63,16 @@ def test_prompts_have_the_prompt_weight_and_answers_without_loss_have_none():
         ("User: c\n\nAssistant:", 0.1),
         (" d␀", 1),
     ]
+    # no answer comes before the end of this document
+    row = {"messages": [*turns, user("e")]}
+    assert weighed(BYTES, row, prompt_weight=0.1)[-2:] == [("User: e", 0.1), ("␀", 1)]
     row = {"prompt": "Q", "completion": "A"}
     assert weighed(BYTES, row, prompt_weight=0.25) == [("Q", 0.25), ("A␀", 1)]
     marked = {"loss_mask": "A:", "prompt_weight": 0.25}
     for record in ({"text": "Q: 1 A: 2"}, {"ids": list(b"Q: 1 A: 2")}):
         assert weighed(BYTES, record, **marked) == [("Q: 1 A:", 0.25), (" 2␀", 1)]
+    for record in ({"text": "A: 2\n\nUser:"}, {"ids": list(b"A: 2\n\nUser:")}):
+        assert weighed(BYTES, record, **marked)[-2:] == [("User:", 0.25), ("␀", 1)]
 
 
 def test_without_these_settings_the_hash_is_that_of_a_mask():

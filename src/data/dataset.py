@@ -230,9 +230,13 @@ class Loaded:
 
     def _marker_is_absent(self) -> bool:
         """Whether --loss_mask is a marker and nothing is trained but the ends of documents."""
-        if not trains_by_marker(self.encoder.loss_mask):
+        encoder = self.encoder
+        if not trains_by_marker(encoder.loss_mask):
             return False
-        end, prompt = len(self.encoder.tokenizer.eod), np.float32(self.encoder.prompt_weight)
+        # then what the marker trains may weigh as much as prompts do, and nothing tells it from them
+        if encoder.prompt_weight and encoder.prompt_weight in (1, encoder.think_weight):
+            return False
+        end, prompt = len(encoder.tokenizer.eod), np.float32(encoder.prompt_weight)
         return all(
             np.count_nonzero((tokens.weights != 0) & (tokens.weights != prompt)) <= len(tokens.ends) * end
             for tokens in self.files

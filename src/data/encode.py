@@ -75,7 +75,8 @@ class Encoder:
                     " the model was trained with it (world has ids up to 65529), else make the data again,"
                     " from text"
                 )
-            return [self._whole(ids, self._weights_of_ids(ids))]
+            weights, is_answer = self._weights_of_ids(ids)
+            return [self._whole(ids, weights, is_answer)]
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 
@@ -100,7 +101,8 @@ class Encoder:
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
         befores = ["", *(segment.text for segment in segments)]
         parts = [self._weights(*of_one) for of_one in zip(befores, segments, pieces)]
-        return self._whole(ids, np.concatenate([np.zeros(0, np.float32), *parts]))
+        weights = np.concatenate([np.zeros(0, np.float32), *parts])
+        return self._whole(ids, weights, bool(segments and segments[-1].weight))
 
     def answers(self, weights: np.ndarray) -> np.ndarray:
         """Where a document has answers, (n,) bool: another weight than prompts have. Where there is none, all
@@ -120,17 +122,18 @@ class Encoder:
                 weights[self.tokenizer.inside(segment.text, ids, spans)] *= self.think_weight
         return weights
 
-    def _whole(self, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _whole(self, ids: np.ndarray, weights: np.ndarray, is_answer: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The document of these tokens, the last of which belongs to an answer or not."""
         end = np.array(self.tokenizer.eod, dtype=np.int32)
         # files of tokens have it already, and so do templates that write it
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
-            # it ends the last piece, so it weighs as much
+            # it ends the answer, so it weighs as much
             weights = np.concatenate(
-                [weights, np.full(len(end), weights[-1] if len(weights) else 1, np.float32)]
+                [weights, np.full(len(end), weights[-1] if is_answer else 1, np.float32)]
             )
         ending = weights[-len(end) :]
-        ending[ending == 0] = 1
+        ending[(ending == 0) | (not is_answer)] = 1
         bos = np.array(self.bos, dtype=np.int32)
         if not begins(ids, self.bos):
             ids = np.concatenate([bos, ids])
@@ -138,19 +141,23 @@ class Encoder:
         weights[: len(bos)] = 0
         return ids, weights
 
-    def _weights_of_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The weights of tokens as they are. A marker trains those that begin in its text."""
-        weights = np.ones(len(ids), dtype=np.float32)
+    def _weights_of_ids(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
+        """(the weights of tokens as they are, whether the last one is trained).
+
+        A marker trains the tokens that begin in its text.
+        """
+        weights, is_answer = np.ones(len(ids), dtype=np.float32), len(ids) > 0
         if trains_by_marker(self.loss_mask):
             text, ends = self._bytes_of(ids, f"--loss_mask {self.loss_mask!r}")
             begins, trained = np.append(0, ends)[:-1], np.zeros(len(ids), dtype=bool)
             for begin, end in marked_spans(text, self.loss_mask.encode().decode("latin-1")):
                 trained |= (begins >= begin) & (begins < end)
             weights = np.where(trained, weights, np.float32(self.prompt_weight))
+            is_answer = bool(trained[-1:].any())
         if self.think_weight != 1:
             text, ends = self._bytes_of(ids, f"--think_weight {self.think_weight:g}")
             weights[within(np.append(0, ends)[:-1], ends, thought_spans("", text))] *= self.think_weight
-        return weights
+        return weights, is_answer
 
     def _bytes_of(self, ids: np.ndarray, flag: str) -> tuple[str, np.ndarray]:
         """(the text of tokens, a character for each byte, where each token ends in it (n,))."""

@@ -1,7 +1,7 @@
 """The user's own chat template: Jinja, with the conventions of Hugging Face's `chat_template`.
 
 A template is given messages, tools, add_generation_prompt, bos_token and eos_token. bos_token is always
-empty, because RWKV has none. The template may call raise_exception() and tojson.
+empty, because --bos is put before the ids. The template may call raise_exception() and tojson.
 
 Two texts are rendered for each answer: one that asks for it, and one in which it is the last message. The
 answer begins where they part, and has the end of its turn. It is trained, or of it what stands between
@@ -186,8 +186,8 @@ class JinjaTemplate:
             prompt, end = asked.removeprefix(written), begin - len(written)
             if token_end and begin < len(asked):
                 end = token_end(prompt, end)
-            # the turns at the beginning of a later document are in an earlier one too, answers among them
-            is_repeated = len(documents) > 1 and not written
+            # most of this prompt is in an earlier document; as one piece for the tokenizer it has one weight
+            is_repeated = not written and any(s.weight for earlier in documents[:-1] for s in earlier)
             documents[-1].append(Segment(prompt[:end], CONTEXT if is_repeated else 0.0))
             documents[-1] += self._answer(parts, len(written) + end, weight_of(message))
             # a chat has read all of `asked`, so it reads the whole text anew for the next answer
