@@ -15,7 +15,7 @@ from .files.checkpoint import Arch, check_finite, flat, load_dict, write_checkpo
 from .files.file_kinds import may_replace
 from .files.output import require_writable
 from .files.safetensors_io import is_safetensors, read_safetensors
-from .files.wrapped import PART, contained, plain_names, without_prefixes
+from .files.wrapped import PART, contained, plain_names, renamed, without_prefixes
 from .progress import tensors_with_progress
 
 
@@ -49,7 +49,7 @@ def extract_base(
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     found, notes = _read(path)
-    named = {without_prefixes(name, prefix): tensor for name, tensor in found.items()}
+    named = renamed(path, found, lambda name: _of_part(name, prefix))
     inside = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
     parts = Counter(name.partition(".")[0] + "." for name in named if not name.startswith(prefix))
     if not inside:
@@ -67,6 +67,12 @@ def extract_base(
     require_writable(out, size)
     write_checkpoint(out, tensors_with_progress(iter(tensors.items()), "writing the base", size, shown))
     return Extraction(os.fspath(out), arch.describe(), len(tensors), dict(parts), notes + more)
+
+
+def _of_part(name: str, prefix: str) -> str:
+    """A name without the words of trainers, where it is one of the part; another part's as it is."""
+    plain = without_prefixes(name, prefix)
+    return plain if plain.startswith(prefix) else name
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:

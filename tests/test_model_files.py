@@ -187,7 +187,7 @@ def test_what_is_taken_off_is_said_once(forms, capsys):
     RWKV.load(forms["lightning"])
     err = capsys.readouterr().err
     assert err.count("note: ") == 2
-    assert "the tensors are those under 'state_dict'; left out is what stands beside it: epoch," in err
+    assert "the tensors are those under 'state_dict'; left out: epoch," in err
     assert "_forward_module.model. is taken off the names of the tensors" in err
     for form in ("pth", "official", "fla", "safetensors"):
         RWKV.load(forms[form])
@@ -314,13 +314,22 @@ def test_a_model_inside_another_one_is_offered_and_extracted(tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             extract_base(tmp_path / "vision.ckpt", tmp_path / "x.pth", prefix)
     assert not (tmp_path / "x.pth").exists()
-    torch.save(
-        {f"llm.{name}": t for name, t in tensors.items()} | {"eye": torch.ones(1)}, tmp_path / "other.pth"
-    )
+    beside = {name: torch.ones(1) for name in ("eye", "blocks.0.a", "model.blocks.0.a")}
+    torch.save({f"llm.{name}": t for name, t in tensors.items()} | beside, tmp_path / "other.pth")
     extract_base(tmp_path / "other.pth", tmp_path / "base2.pth", "llm.")
     assert (tmp_path / "base2.pth").read_bytes() == (tmp_path / "base.pth").read_bytes()
     with pytest.raises(UserError, match="is there already"):
         extract_base(tmp_path / "other.pth", tmp_path / "base.pth", "llm.")
+
+
+@pytest.mark.parametrize("prefixes", [("", "_orig_mod."), ("model.", "_orig_mod."), ("module.", "")])
+def test_two_models_of_one_name_inside_another_one_are_refused(tmp_path, prefixes):
+    tensors = random_tensors(ARCH)
+    whole = {f"{prefix}rwkv.{name}": t for prefix in prefixes for name, t in tensors.items()}
+    torch.save(whole, tmp_path / "m.pth")
+    with pytest.raises(UserError, match="m.pth has rwkv.emb.weight twice, with and without a prefix such as"):
+        extract_base(tmp_path / "m.pth", tmp_path / "base.pth")
+    assert not (tmp_path / "base.pth").exists()
 
 
 @pytest.mark.parametrize(

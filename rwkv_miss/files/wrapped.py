@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[
     note = f"{path}: the tensors are those under {inside[0]!r}"
     names = [printable(key) if isinstance(key, str) else type(key).__name__ for key in loaded]
     if beside := [name for name in names if name != inside[0]]:
-        note += f"; left out is what stands beside it: {_some(beside)}"
+        note += f"; left out: {_some(beside)}"
     return loaded[inside[0]], [note]
 
 
@@ -63,17 +63,25 @@ def plain_names(
                 f"python -m rwkv_miss extract-base {path} BASE.pth writes that one as a base"
             )
         return tensors, []
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if names[name] in renamed:
-            raise UserError(
-                f"{path} has {printable(names[name])} twice, with and without a prefix such as"
-                f" {name.removesuffix(names[name]) or PREFIXES[-1]}; save what is meant as a flat dict"
-            )
-        renamed[names[name]] = tensor
-    taken = dict.fromkeys(name.removesuffix(plain) for name, plain in names.items() if name != plain)
+    plain = renamed(path, tensors, without_prefixes)
+    taken = dict.fromkeys(name.removesuffix(short) for name, short in names.items() if name != short)
     notes = [f"{path}: {' and '.join(taken)} is taken off the names of the tensors"] if taken else []
-    return renamed, notes
+    return plain, notes
+
+
+def renamed(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], rename: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """The tensors of a file under the names that `rename` gives. UserError for two tensors of one name."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (short := rename(name)) in result:
+            raise UserError(
+                f"{path} has {printable(short)} twice, with and without a prefix such as"
+                f" {name.removesuffix(short) or PREFIXES[-1]}; save what is meant as a flat dict"
+            )
+        result[short] = tensor
+    return result
 
 
 def is_model(names: Iterable[str]) -> bool:
