@@ -21,12 +21,14 @@ with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, note_calls, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
+    from rwkv_miss.files.hub_names import is_hub_name
+    from rwkv_miss.files.model_files import model_metadata
     from src.common.device import PRECISIONS
     from src.config.validate import check_bos
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import begun, leading_token
     from src.data.released import modes_note
-    from src.data.templates import add_template_flags, recorded_template
+    from src.data.templates import add_template_flags, choose_template, recorded_template
     from src.data.tool_styles import read_tools
     from src.inference.conversation import Conversation
     from src.inference.cpu_decoder import fastest
@@ -161,6 +163,14 @@ def check(args: argparse.Namespace) -> None:
         check_typed(text or "")
 
 
+def check_local(args: argparse.Namespace) -> None:
+    """UserError for files on this machine that can't be read: then nothing is downloaded first."""
+    choose_template(args.template, args.tool_style, None, None)
+    for path in filter(None, (args.model, *args.adapter.values(), args.load_state)):
+        if not is_hub_name(path):
+            model_metadata(path)
+
+
 def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
 
@@ -189,6 +199,8 @@ def named(given: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
+        tools = read_tools(args.tools) if args.tools else []
+        check_local(args)
         args.model = local_path(args.model)
         args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
         adapters, tokenizer = load_with(
@@ -209,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
             model, tokenizer, sampling_of(args), args.seed, args.system, template, bos
         )
         chat = Chat(conversation, adapters, template_of, args.max_tokens, args.seed, bos_of)
-        if args.tools:
-            conversation.use_tools(read_tools(args.tools))
+        if tools:
+            conversation.use_tools(tools)
         if args.load_state:
             chat.load_from(args.load_state)
             if (args.template, args.tool_style) != ("auto", "auto"):

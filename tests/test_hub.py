@@ -12,6 +12,7 @@ import huggingface_hub.file_download
 import pytest
 from huggingface_hub import constants
 
+from demo import chat
 from rwkv_miss import UserError, read_checkpoint
 from rwkv_miss.files import hub as files_of_hub
 from rwkv_miss.files.hub import local_path, pin
@@ -298,6 +299,37 @@ def test_data_with_weights(hub, tmp_path):
     found = sources(config.data_file)
     assert [source.weight for source in found] == [2, 0.5, 1]
     assert [record["text"] for source in found for _, record in source.records()] == ["l", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"data_file": "absent.jsonl"},
+        {"data_file": "hf://o/d/a.jsonl,absent.jsonl:2"},
+        {"data_file": "hf://o/d/a.jsonl", "eval_file": "absent.jsonl"},
+        {"load_model": "absent.pth", "data_file": "hf://o/d/a.jsonl"},
+    ],
+)
+def test_nothing_is_downloaded_for_a_run_that_lacks_a_local_file(hub, flags):
+    with pytest.raises(UserError, match=r"absent\.(jsonl|pth)"):
+        fetch_inputs(Config(**{"load_model": "hf://o/n", **flags}))
+    assert not any(path.endswith((".pth", ".jsonl")) for path in hub.asked("GET"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tools", "absent.json"],
+        ["--template", "absent.jinja"],
+        ["--adapter", "absent.pth"],
+        ["--load_state", "absent.chat"],
+    ],
+)
+def test_nothing_is_downloaded_for_a_chat_that_lacks_a_local_file(hub, flags, capsys):
+    with pytest.raises(SystemExit) as exit:
+        chat.main(["--model", "hf://o/n/m.pth", *flags])
+    assert exit.value.code == 2 and flags[1] in capsys.readouterr().err
+    assert not hub.log
 
 
 def test_a_run_keeps_the_commit_that_it_began_with(hub, capsys):

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import hub, hub_names
+from rwkv_miss.files.model_files import read_model
 
 from ..config import Config
 from ..config.launcher import is_first_process
-from .formats.sources import weighted_paths
+from .formats.sources import Reading, sources, weighted_paths
 
 KINDS = {"load_model": hub_names.MODEL, "data_file": hub_names.DATA, "eval_file": hub_names.DATA}
 
@@ -59,6 +60,8 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
 
 def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
     """Download what pinned_names() gave, and have the settings name the local files."""
+    if names:
+        _check_local(config)
     for setting, text in names.items():
         parts = []
         for path, weight in _parts(setting, text):
@@ -71,6 +74,19 @@ def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
                     )
             parts.append((path, weight))
         setattr(config, setting, hub_names.Fetched(_joined(parts), text))
+
+
+def _check_local(config: Config) -> None:
+    """UserError where a model or data on this machine can't be read: then nothing is downloaded first."""
+    for setting, kind in KINDS.items():
+        given = getattr(config, setting)
+        for path, _ in _parts(setting, given) if given else []:
+            if hub_names.is_hub_name(path):
+                continue
+            if kind == hub_names.DATA:
+                sources(path, Reading.of(config))
+            else:
+                read_model(path)
 
 
 def _parts(setting: str, text: str) -> list[tuple[str, float]]:
