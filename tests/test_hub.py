@@ -101,6 +101,11 @@ def test_a_name_without_a_kind_is_of_the_kind_that_is_read():
         "hf://o/n@",
         "hf://../n/a",
         "hf://o/n/a@../b",
+        "hf://o/n/a@b/..",
+        "hf://o/n/a@/etc/passwd",
+        "hf://o/n@/etc/passwd",
+        "hf://o/n/a@b//c",
+        "hf://o/n/a@b/",
         "hf://o n/m",
         "hf://o/n/a\\b",
         "hf://datasets/o",
@@ -175,6 +180,16 @@ def test_a_folder_with_shards(hub):
     os.remove(os.path.join(folder, "model-2.safetensors"))
     assert os.path.exists(os.path.join(local_path(folder.name), "model-2.safetensors"))
     assert len(hub.log) > asked
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
+def test_a_folder_whose_index_is_none(hub, index):
+    name = "model.safetensors.index.json"
+    hub.add("o/folder", {"config.json": "{}", name: index, "model-1.safetensors": b"1" * 99})
+    folder = local_path("hf://o/folder")  # whoever reads it says what is wrong
+    for text in (folder.name, "hf://o/folder"):
+        with pytest.raises(UserError, match=f"{name} .*(damaged|expected a JSON object)"):
+            local_path(text)
 
 
 def test_a_repository_with_several_files_lists_them(hub):

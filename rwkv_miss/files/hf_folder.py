@@ -100,7 +100,7 @@ def weight_files(path: str) -> list[str]:
     index = os.path.join(path, INDEX)
     if not os.path.exists(index):
         raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}")
-    return sorted(set(_weight_map(index).values()))
+    return sorted(set(weight_map(index).values()))
 
 
 def folder_files(path: str) -> list[str]:
@@ -110,8 +110,8 @@ def folder_files(path: str) -> list[str]:
     ] + weight_files(path)
 
 
-def _weight_map(index: str) -> dict[str, str]:
-    """Tensor -> file, of an index."""
+def weight_map(index: str) -> dict[str, str]:
+    """Tensor -> file, of an index. UserError for anything else, and for a file outside of its folder."""
     named = read_json(index).get("weight_map")
     sound = isinstance(named, dict) and named and all(isinstance(name, str) for name in named.values())
     if not sound or any(os.path.basename(name) != name or name in ("", ".", "..") for name in named.values()):

@@ -16,7 +16,6 @@ import difflib
 import errno
 import hashlib
 import importlib
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 from ..progress import Progress
+from .hf_folder import weight_map
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -196,13 +196,14 @@ def _from_cache(hub: Any, name: HubName) -> HubName | None:
 
 
 def _is_whole(folder: str) -> bool:
-    """Whether the cache has all of a folder with safetensors: its weights, which come last."""
+    """Whether the cache has all of a folder with safetensors: its weights, which come last.
+
+    UserError for an index that is none.
+    """
     names = os.listdir(folder) if os.path.isdir(folder) else []
     weights = {name for name in names if name.endswith(".safetensors")}
     for index in (name for name in names if name.endswith(".safetensors.index.json")):
-        with open(os.path.join(folder, index), encoding="utf-8") as file:
-            weights_named = {*json.load(file).get("weight_map", {}).values()}
-        if not weights_named <= weights:
+        if not weights.issuperset(weight_map(os.path.join(folder, index)).values()):
             return False
     return bool(weights)
 

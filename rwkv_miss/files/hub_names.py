@@ -55,10 +55,12 @@ class HubName:
 
     @property
     def has_commit(self) -> bool:
+        """Whether the revision is a commit, which never changes, and no branch or tag."""
         return bool(COMMIT.fullmatch(self.revision))
 
     @property
     def kind(self) -> str:
+        """What messages call a repository of this type."""
         return "data set" if self.repo_type == DATA else "model repository"
 
     def at(self, commit: str, file: str | None = None) -> HubName:
@@ -67,6 +69,7 @@ class HubName:
 
 
 def is_hub_name(text: str) -> bool:
+    """Whether a text is meant as a name of the hub; parse() says whether it is one."""
     return text.startswith(HUB)
 
 
@@ -112,7 +115,8 @@ def parse(text: str, repo_type: str = MODEL) -> HubName:
         file, at, revision = file.rpartition("@") if "@" in file else (file, "", "")
     parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
     fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
-    inside = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+    places = [*parts, *(revision.split("/") if at else ())]  # the cache has a folder or a file for each
+    inside = all(part not in ("", ".", "..") and "\\" not in part for part in places)
     known_revision = re.fullmatch(r"[\w./+-]+", revision) if at else True
     if not fits or not inside or not known_revision or ".." in revision:
         raise UserError(f"{text} is no name of the Hugging Face hub; expected {FORM}")
