@@ -90,6 +90,7 @@ def test_good_data(show):
         ),
         ("trained question", [{"text": "User: a\n\nAssistant: b\n\nmore"}], []),
         ("trained question", [{"text": "System✿s✿\nUser✿a✿\nBot✿b✿"}], []),
+        ("trained question", [{"text": "### User\na\n\nc\n### Assistant\nb"}], []),
         ("flower", [{"messages": [user("a ✿"), assistant("b")]}], ["--template", "flower"]),
         ("bad row", [{"messages": [user("a"), assistant("b ✿")]}], ["--template", "flower"]),
         ("open thoughts", [{"messages": [user("a"), assistant("so <think> it")]}], []),

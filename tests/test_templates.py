@@ -614,6 +614,14 @@ def test_loss_masks_of_every_kind_of_row():
         ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
         ("Bot✿", "User✿a✿\nBot✿b✿c✿\nUser✿d✿\nBot✿e", "User✿a✿\nBot✿|<b✿c>|<✿>|\nUser✿d✿\nBot✿|<e>"),
         ("Bot✿<think", "Bot✿<think>\nhm</think>b✿\nTool✿c✿", "Bot✿<think|<>\nhm</think>b>|<✿>|\nTool✿c✿"),
+        (
+            "### Assistant",
+            "### User\na\n### Assistant\nb\n# c\n### User\nd\n### Assistant\ne\n### Tool Output\nf",
+            "### User\na\n### Assistant|<\nb\n# c>|<\n>|### User\nd\n### Assistant|<\ne>|<\n>|"
+            "### Tool Output\nf",
+        ),
+        ("### Assistant", "### Assistant\nb\n### Users\nc", "### Assistant|<\nb\n### Users\nc>"),
+        ("Assistant:", "Assistant: b\n### User\nc", "Assistant:|< b\n### User\nc>"),
     ],
 )
 def test_a_marker(marker, text, expected):
@@ -645,17 +653,24 @@ def test_the_marker_assistant_is_the_mask_of_a_conversation():
     assert record_segments({"messages": turns}, DEFAULT, "Assistant:") == [DEFAULT.segments(turns)]
     flower = load_template("flower")
     assert record_segments({"messages": turns[:-1]}, flower, "Bot✿<think") == [flower.segments(turns[:-1])]
+    markdown = RwkvTemplate("think", "markdown")
+    mask = "### Assistant\\n<think"
+    assert record_segments({"messages": turns}, markdown, mask) == [markdown.segments(turns)]
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes"])
 def test_a_marker_in_tokens(kind):
     """A file of tokens has the mask of its text, token for token, where no token runs across a border."""
     tokenizer = named(kind)
-    text = "User: é你\n\nAssistant: 🙂 b\n\nUser: c\n\nAssistant: d"
-    ids = np.array(tokenizer.encode(text), dtype=np.int32)
-    [(got, trained)] = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"ids": ids})
-    [(want, mask)] = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"text": text})
-    assert got.tolist() == want.tolist() == [*ids, *tokenizer.eod] and trained.tolist() == mask.tolist()
+    texts = {
+        "Assistant:": "User: é你\n\nAssistant: 🙂 b\n\nUser: c\n\nAssistant: d",
+        "Bot✿": "User✿é你✿\nBot✿🙂 b✿\nUser✿c✿\nBot✿d✿",
+    }
+    for marker, text in texts.items():
+        ids = np.array(tokenizer.encode(text), dtype=np.int32)
+        [(got, trained)] = Encoder(tokenizer, DEFAULT, marker).encode({"ids": ids})
+        [(want, mask)] = Encoder(tokenizer, DEFAULT, marker).encode({"text": text})
+        assert got.tolist() == want.tolist() == [*ids, *tokenizer.eod] and trained.tolist() == mask.tolist()
     [(whole, everything)] = Encoder(tokenizer).encode({"ids": got})
     assert whole.tolist() == got.tolist() and everything.all(), "the end of document is there already"
     with pytest.raises(UserError, match="give the data as text"):

@@ -12,10 +12,11 @@ import numpy as np
 from ..common.formatting import counted
 from .chat_template import begins_thoughts, thoughts_of
 from .encode import Encoder
-from .rwkv_template import FLOWER, FLOWERS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
+from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 FLOWER_FORM = re.compile(rf"(?:System|User){FLOWER}")
+HEADING_FORM = re.compile(r"### (?:System|User)\n")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
 # the name of each finding, and what it means
@@ -35,8 +36,9 @@ MEANINGS = {
         " turn ends"
     ),
     "trained question": (
-        "a text in chat form is trained as a whole, questions included; --loss_mask Assistant:, or"
-        f" {FLOWERS.ask} where flowers end the turns, trains the answers alone"
+        "a text in chat form is trained as a whole, questions included; --loss_mask Assistant:,"
+        f" {FLOWERS.ask} where flowers end the turns, or {HEADINGS.ask!r} where they have headings, trains"
+        " the answers alone"
     ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
@@ -149,8 +151,10 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
 
 def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
     """What is odd about a text that is written as a chat."""
-    if FLOWER_FORM.match(text) and FLOWERS.between + FLOWERS.ask in text and encoder.loss_mask == "assistant":
-        yield "trained question"
+    forms = ((FLOWER_FORM, FLOWERS), (HEADING_FORM, HEADINGS))
+    if any(begin.match(text) and form.between + form.ask in text for begin, form in forms):
+        if encoder.loss_mask == "assistant":
+            yield "trained question"
     if not CHAT_FORM.match(text) or f"{TURN_END}{ROLES['assistant']}:" not in text:
         return
     if encoder.loss_mask == "assistant":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from .chat_template import Segment, Template, TokenEnd
 from .formats import WrongSetting
-from .rwkv_template import FLOWER, TURN_END
-
-NEXT_TURN = rf"(?<=\n\n)(?:System|User|Tool):|(?<={FLOWER})\n(?:System|User|Tool){FLOWER}"
+from .rwkv_template import FLOWERS, HEADING, HEADINGS, PLAIN, Form
 
 
 def trains_by_marker(loss_mask: str) -> bool:
@@ -60,24 +59,33 @@ def marked(text: str, marker: str) -> list[Segment]:
     """A text cut at a marker: what follows it is trained until the next turn or the next marker.
 
     A turn begins with `System:`, `User:` or `Tool:` after a blank line, or with `System✿`, `User✿` or `Tool✿`
-    on a new line after a flower. A marker `START...END` has an end of its own instead. The blank line or the
-    flower at the end of a turn is a segment by itself, as in a conversation.
+    on a new line after a flower. For a marker with `### ` also with a line `### System`, `### User` or
+    `### Tool Output`. A marker `START...END` has an end of its own instead. The blank line, the flower or the
+    newline at the end of a turn is a segment by itself, as in a conversation.
     """
     segments: list[Segment] = []
     place = 0
     for begin, end in marked_spans(text, marker):
         segments.append(Segment(text[place:begin], 0.0))
-        words = text[begin:end].removesuffix(TURN_END).removesuffix(FLOWER)
+        words = text[begin:end].removesuffix(PLAIN.between).removesuffix(FLOWERS.end)
+        if text.startswith(HEADING, end):
+            words = words.removesuffix(HEADINGS.between)
         segments += [Segment(words, 1.0), Segment(text[begin + len(words) : end], 1.0)]
         place = end
     segments.append(Segment(text[place:], 0.0))
     return [segment for segment in segments if segment.text]
 
 
-def marked_spans(text: str, marker: str) -> list[tuple[int, int]]:
-    """Beginnings and ends, in characters, of what a marker trains."""
-    start, _, end = (part.replace("\\n", "\n") for part in marker.partition("..."))
-    after = re.compile(f"{re.escape(end) if end else NEXT_TURN}|{re.escape(start)}")
+def marked_spans(text: str, marker: str, read: Callable[[str], str] = str) -> list[tuple[int, int]]:
+    """Beginnings and ends, in characters, of what a marker trains.
+
+    `read` turns words into how the text has them, where it is not as people write it.
+    """
+    start, _, end = (read(part.replace("\\n", "\n")) for part in marker.partition("..."))
+    # a heading within an answer is likely, unless the turns have headings
+    forms = [PLAIN, FLOWERS, HEADINGS] if HEADING in start else [PLAIN, FLOWERS]
+    next_turn = read("|".join(map(_turn_of_others, forms)))
+    after = re.compile(f"{re.escape(end) if end else next_turn}|{re.escape(start)}")
     spans: list[tuple[int, int]] = []
     place = text.find(start)
     while place >= 0:
@@ -86,3 +94,10 @@ def marked_spans(text: str, marker: str) -> list[tuple[int, int]]:
         spans.append((begin, found.start() if found else len(text)))
         place = text.find(start, spans[-1][1])
     return spans
+
+
+def _turn_of_others(form: Form) -> str:
+    """A regex: the beginning of a turn after another one that is not the assistant's."""
+    roles = "|".join(re.escape(role) for name, role in form.roles.items() if name != "assistant")
+    before = f"(?<={form.end}){form.between}" if form.end else f"(?<={form.between})"
+    return f"{before}(?:{roles}){form.colon.rstrip(' ')}"

@@ -34,10 +34,11 @@ ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "
 TURN_END = "\n\n"
 PLAIN = Form(ROLES, ": ", "Assistant:", " ", "", TURN_END)
 FLOWERS = Form({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", "", FLOWER, "\n")
+HEADING = "### "
 HEADINGS = Form(
-    {role: f"### {name}" for role, name in ROLES.items()} | {"tool": "### Tool Output"},
+    {role: HEADING + name for role, name in {**ROLES, "tool": "Tool Output"}.items()},
     "\n",
-    "### Assistant",
+    f"{HEADING}Assistant",
     "\n",
     "",
     "\n",
