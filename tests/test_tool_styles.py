@@ -7,10 +7,11 @@ import jinja2
 import pytest
 
 from rwkv_miss import UserError
+from src.data import tool_styles
 from src.data.encode import Encoder
 from src.data.jinja_template import JinjaTemplate
 from src.data.rwkv_template import RwkvTemplate
-from src.data.tool_styles import STYLES, in_order_of_calls
+from src.data.tool_styles import STYLES, in_order_of_calls, read_call
 from src.evaluation.accuracy import read_questions
 from src.export.tool_jinja import tool_jinja
 from src.inference.conversation import Conversation
@@ -175,7 +176,7 @@ def test_what_was_written_is_read(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_answers_with_calls_that_are_none(style):
+def test_answers_with_calls_that_are_none(style, monkeypatch):
     before, after = STYLES[style].before_call, STYLES[style].after_call
     for words in (
         "",
@@ -206,6 +207,14 @@ def test_answers_with_calls_that_are_none(style):
         good.replace("\n", "\n\n"),
     ):
         assert STYLES[style].parse(text) == ("", [call("f", {})])
+    # each call is read once, though none is at the end
+    text = f"{good}{after}\n" * 30 + "more"
+    with monkeypatch.context() as patched:
+        read = []
+        patched.setattr(tool_styles, "read_call", lambda value: read.append(value) or read_call(value))
+        assert STYLES[style].parse(text) == (text, []) and len(read) == 30
+    assert STYLES[style].parse(f"{text}\n{good}") == (text, [call("f", {})])
+    assert STYLES[style].parse(f"{good}\n{good}") == ("", [call("f", {})] * 2)
     # of two calls the first is broken
     assert STYLES[style].parse(f"{before}{{{after}\n{good}{after}") == (f"{before}{{{after}", [call("f", {})])
 

@@ -75,30 +75,31 @@ class ToolStyle:
             re.compile(r"\s*".join(map(re.escape, words.split())))
             for words in (self.before_call, self.after_call)
         )
-        for match in begin.finditer(text):
-            if calls := _calls_to_the_end(text, match.start(), begin, end):
+        place = 0
+        while match := begin.search(text, place):
+            calls, place = _calls(text, match.start(), begin, end)
+            if place == len(text):
                 return text[: match.start()].strip(), calls
+            # calls that are followed by something else are none at the end, wherever one begins to read them
+            place = max(place, match.start() + 1)
         return text, []
 
 
-def _calls_to_the_end(text: str, place: int, begin: re.Pattern, end: re.Pattern) -> list[dict]:
-    """The calls that a text consists of from `place` on; none where anything else stands there."""
-    calls = []
-    while place < len(text):
-        match = begin.match(text, place)
-        if not match:
-            return []
+def _calls(text: str, place: int, begin: re.Pattern, end: re.Pattern) -> tuple[list[dict], int]:
+    """(the calls that follow each other from `place` on, the place of what is none)."""
+    calls: list[dict] = []
+    while match := begin.match(text, place):
         try:
-            value, place = DECODER.raw_decode(text, _after_space(text, match.end()))
+            value, after = DECODER.raw_decode(text, _after_space(text, match.end()))
             call = read_call(value)
         except (ValueError, RecursionError, UserError):
-            return []
+            break
         calls.append({"type": "function", "function": {**call, "arguments": _dumps(call["arguments"])}})
-        place = _after_space(text, place)
-        # many models leave the closing words out
-        if closed := end.match(text, place):
+        place = _after_space(text, after)
+        # many models leave the closing words out, and the opening ones may begin alike
+        if (closed := end.match(text, place)) and not begin.match(text, place):
             place = _after_space(text, closed.end())
-    return calls
+    return calls, place
 
 
 def _after_space(text: str, place: int) -> int:
