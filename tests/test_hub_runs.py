@@ -9,7 +9,8 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 
-from rwkv_miss import UserError, read_checkpoint
+import rwkv_miss
+from rwkv_miss import UserError, read_checkpoint, read_metadata
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import Config, settle
 from src.data.fetch import fetch_inputs
@@ -171,6 +172,21 @@ def test_a_card_of_local_files_names_no_repository_and_no_folder(run):
     assert "| held-out loss before | 3.2500 |" in text
     assert "| held-out loss at step 2 | not finite |" in text
     assert "| held-out loss, best, step 1 | 1.5000 |" in text
+    assert "`base.pth`" in text and "--model base.pth --adapter" in text
+
+
+def test_a_card_names_a_base_that_is_a_folder(run, monkeypatch):
+    """Also where a slash ends its path, and where the file does not record it."""
+    _, folder, _, _ = run
+    config, summary, metrics = facts_of(folder / "run")
+    config.load_model, config.data_file = "/secret/base/", "a.jsonl"
+    adapter = folder / "run" / "adapter.pth"
+    told = read_metadata(adapter)
+    for recorded in ("base", None):
+        monkeypatch.setattr(rwkv_miss, "read_metadata", lambda _, base=recorded: {**told, "base": base})
+        text = model_card(config, summary, metrics, [], str(adapter))
+        assert "for `base`" in text and "| base | `base` |" in text
+        assert "--model base --adapter" in text and "--base base --adapter" in text
 
 
 def test_a_card_of_full_training_is_of_a_finetune(run):

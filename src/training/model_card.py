@@ -12,6 +12,7 @@ import yaml
 import rwkv_miss
 from rwkv_miss.files import hub_names as hub
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint
+from rwkv_miss.files.model_files import name_of
 from rwkv_miss.version import VERSION
 
 from ..common.files import write_text
@@ -60,7 +61,7 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         table(["", ""], _measured(summary, history)),
         f"![training and validation loss over the steps]({CURVE})",
         "## How to use it",
-        _usage(config, name, is_adapter),
+        _usage(_base(config, metadata), name, is_adapter),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -97,12 +98,17 @@ def _datasets(data_file: str) -> list[str]:
     return [*found]
 
 
+def _base(config: Config, metadata: dict) -> str:
+    """The base's name: of the hub, else as the file records it, without its folder; "" for a new model."""
+    if _hub_name(config.load_model):
+        return hub.recorded(config.load_model)
+    return metadata.get("base") or (name_of(config.load_model) if config.load_model else "")
+
+
 def _what(config: Config, metadata: dict) -> str:
-    base = metadata.get("base") or os.path.basename(config.load_model)
+    base = _code(_base(config, metadata))
     if name := _hub_name(config.load_model):
         base = f"[{name.repo}](https://huggingface.co/{name.repo})"
-    elif base:
-        base = _code(base)
     if config.peft == "none":
         return f"{base}, trained as a whole" if base else "a new model"
     return f"{METHODS.get(config.peft, config.peft)} for {base}"
@@ -117,9 +123,7 @@ def _trained(
     template = metadata.get("template") or "rwkv"
     rows = {
         "model": arch.describe(),
-        "base": _code(
-            hub.recorded(config.load_model) if _hub_name(config.load_model) else metadata.get("base")
-        ),
+        "base": _code(_base(config, metadata)),
         "digest of the base": _code(metadata.get("base_fingerprint")),
         "method": ", ".join([config.peft, *(f"{name} {value}" for name, value in options.items())])
         if config.peft != "none"
@@ -162,15 +166,10 @@ def _measured(summary: dict, history: list[dict]) -> list[list[str]]:
     return rows
 
 
-def _usage(config: Config, name: str, is_adapter: bool) -> str:
+def _usage(base: str, name: str, is_adapter: bool) -> str:
     if not is_adapter:
         commands = [f"python -m demo.chat --model hf://OWNER/NAME/{name}"]
     else:
-        base = (
-            hub.recorded(config.load_model)
-            if _hub_name(config.load_model)
-            else os.path.basename(config.load_model)
-        )
         commands = [
             f"python -m demo.chat --model {base} --adapter hf://OWNER/NAME/{name}",
             f"python -m rwkv_miss merge --base {base} --adapter hf://OWNER/NAME/{name} --out merged.pth",
