@@ -181,6 +181,8 @@ def test_a_prompt_ends_where_the_answer_begins():
     "name, message, words",
     [
         ("think", assistant("<think>hm"), "an answer opens <think> and never closes it: '<think>hm'"),
+        ("think", thinking("a", "<think>b</think>c"), "has its thoughts twice, such as in reasoning_content"),
+        ("fake-think", assistant("<think>a</think><think>b</think>c"), "an answer has its thoughts twice"),
         (
             "fake-think",
             thinking("hm", "yo"),

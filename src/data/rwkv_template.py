@@ -45,6 +45,12 @@ HEADINGS = Form(
 )
 
 
+UNCLOSED_THOUGHTS = "an answer opens <think> and never closes it"
+THOUGHTS_TWICE = (
+    "an answer has its thoughts twice, such as in reasoning_content and as <think> in its content; keep one"
+)
+
+
 class Mode(NamedTuple):
     """How RWKV's template asks for an answer."""
 
@@ -158,7 +164,8 @@ class RwkvTemplate:
         """What the model writes, after the opening."""
         thoughts, content = thoughts_of(message)
         if self.opening and content.startswith("<think>"):
-            raise UserError(f"an answer opens <think> and never closes it: {content[:60]!r}")
+            wrong = THOUGHTS_TWICE if thoughts else UNCLOSED_THOUGHTS
+            raise UserError(f"{wrong}: {content[:60]!r}")
         if calls := message.get("tool_calls"):
             content = "\n".join(filter(None, [content, self.tools.calls(calls)]))
         if self.form.end and self.form.end in thoughts + content:

@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 
 from ..data.chat_template import Template, begins_thoughts
-from ..data.rwkv_template import CHINESE_HM, OTHER_FLOWER, PLAIN, RwkvTemplate
+from ..data.rwkv_template import (
+    CHINESE_HM,
+    OTHER_FLOWER,
+    PLAIN,
+    THOUGHTS_TWICE,
+    UNCLOSED_THOUGHTS,
+    RwkvTemplate,
+)
 from .tool_jinja import tool_jinja
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
@@ -83,7 +90,8 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
         "RESULT": tools.result,
         "HARMLESS": f".replace('{form.end}', '{OTHER_FLOWER}')" if form.end else "",
         "ROLES": repr(roles),
-        "UNCLOSED": _raise_if("content.startswith('<think>')", "an answer opens <think> and never closes it")
+        "UNCLOSED": _raise_if("content.startswith('<think>') and thoughts", THOUGHTS_TWICE)
+        + _raise_if("content.startswith('<think>')", UNCLOSED_THOUGHTS)
         if opening
         else "",
         "CHECK": _checks(template),
