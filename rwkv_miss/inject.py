@@ -479,7 +479,7 @@ def read_described(
     A file of nothing but initial states, as other projects release them, is an adapter of the method state
     without a known base.
     """
-    tensors, metadata, notes = read_model(path)
+    tensors, metadata, notes, _ = read_model(path)
     if shown:
         say(notes)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):

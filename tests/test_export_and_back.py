@@ -130,10 +130,11 @@ def test_quantised_files_are_no_way_back(tmp_path):
 def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, version):
     """Without the record: the canonical order and shapes."""
     tensors = saved(tmp_path / "m.pth", released(version), torch.bfloat16)
-    for module in ("src.export.gguf", "rwkv_miss.files.provenance"):
-        monkeypatch.setattr(f"{module}.KEY", "another.key")
     for to in ["gguf", "safetensors"] + ["hf"] * (version == 7):
-        export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
+        with monkeypatch.context() as other:
+            for module in ("src.export.gguf", "rwkv_miss.files.provenance"):
+                other.setattr(f"{module}.KEY", "another.key")
+            export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
         told = export(tmp_path / to, tmp_path / "back.pth", "pth")
         back = read_checkpoint(tmp_path / "back.pth")
         assert "another program wrote this" in told.notes[-1]
@@ -146,6 +147,18 @@ def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, v
             torch.equal(back[name].to(t.dtype), t) for name, t in wanted.items()
         )
         assert back["ln_out.bias"].dtype == (torch.float32 if to == "gguf" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.module."])
+def test_safetensors_of_a_trainer_become_a_checkpoint(tmp_path, prefix):
+    tensors = random_tensors(arch_of(7), torch.bfloat16)
+    write_checkpoint(tmp_path / "m.pth", tensors.items())
+    pytest.importorskip("safetensors.torch").save_file(
+        {prefix + name: t for name, t in tensors.items()}, tmp_path / "m.safetensors"
+    )
+    told = export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
+    assert f"{prefix} is taken off" in told.notes[0] and "another program wrote this" in told.notes[1]
 
 
 def test_safetensors_are_read_by_the_package(tmp_path):
@@ -290,17 +303,14 @@ def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (
-        ("pipe", "is no regular file"),
-        ("none", "does not exist"),
-        (".", "is a folder without config.json"),
+    (tmp_path / "folder").mkdir()
+    for name, to, message in (
+        ("pipe", "gguf", "is no regular file"),
+        ("none", "gguf", "does not exist"),
+        ("folder", "pth", "is a folder without config.json"),
     ):
         with pytest.raises(UserError, match=message):
-            (
-                export(tmp_path / name, tmp_path / "m.gguf", "gguf")
-                if name != "."
-                else export(tmp_path, tmp_path / "b.pth", "pth")
-            )
+            export(tmp_path / name, tmp_path / f"m.{to}", to)
     with pytest.raises(UserError, match="none.gguf does not exist"):
         export(tmp_path / "none.gguf", tmp_path / "b.pth", "pth")
 

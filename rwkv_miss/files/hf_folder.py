@@ -66,7 +66,7 @@ def read_folder(path: str | os.PathLike[str]) -> HfFolder:
     path = os.fspath(path)
     config = read_config(path)
     stored, header = _stored(path)
-    provenance = Provenance.parse(header[KEY], path) if KEY in header else None
+    provenance = Provenance.found(header, path)
     if any(name.startswith(OFFICIAL) for name in stored):
         layout, tensors = "official", _official(path, config, stored)
     elif FLA_SIGN in stored:

@@ -19,7 +19,7 @@ from .architectures import refuse_newer
 from .checkpoint import flat, load_dict, read_metadata
 from .hf_folder import folder_files, is_folder, read_folder, refuse_file_of_folder
 from .hf_names import in_usual_order
-from .provenance import KEY, Provenance
+from .provenance import Provenance
 from .safetensors_io import is_safetensors, read_header, read_safetensors
 from .wrapped import contained, is_model, plain_names
 
@@ -30,6 +30,7 @@ class ModelFile(NamedTuple):
     tensors: dict[str, Tensor]  # mapped, under RWKV's names where it is an RWKV
     metadata: dict[str, Any] | None  # what this package said of it; None where it said nothing
     notes: list[str]  # what the user should know
+    provenance: Provenance | None = None  # of an export, the checkpoint that it was made from
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -64,7 +65,8 @@ def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         header = read_header(path)
     else:
         return read_metadata(path)
-    return Provenance.parse(header[KEY], path).metadata if KEY in header else None
+    provenance = Provenance.found(header, path)
+    return provenance.metadata if provenance else None
 
 
 def _of_folder(path: str | os.PathLike[str]) -> ModelFile:
@@ -78,7 +80,7 @@ def _of_safetensors(path: str | os.PathLike[str]) -> ModelFile:
     tensors, notes = plain_names(path, found)
     if is_model(tensors):
         tensors = in_usual_order(tensors)
-    return _as_recorded(path, tensors, Provenance.parse(header[KEY], path) if KEY in header else None, notes)
+    return _as_recorded(path, tensors, Provenance.found(header, path), notes)
 
 
 def _as_recorded(
@@ -92,7 +94,7 @@ def _as_recorded(
         return ModelFile(dict(tensors), None, notes)
     provenance.check(tensors, path)
     ordered = {name: tensors[name].reshape(entry.shape) for name, entry in provenance.entries.items()}
-    return ModelFile(ordered, provenance.metadata, notes)
+    return ModelFile(ordered, provenance.metadata, notes, provenance)
 
 
 def is_file_or_folder(path: str | os.PathLike[str]) -> bool:

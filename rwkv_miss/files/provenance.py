@@ -85,6 +85,11 @@ class Provenance(NamedTuple):
             ) from None
         return Provenance(entries, metadata)
 
+    @staticmethod
+    def found(texts: Mapping[str, Any], path: str | os.PathLike[str]) -> Provenance | None:
+        """The record among a header's texts, or among the keys of GGUF; None where there is none."""
+        return Provenance.parse(texts[KEY], path) if KEY in texts else None
+
     def check(self, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         """UserError unless the tensors are those of the record, up to their shapes and dtypes."""
         if missing := sorted(self.entries.keys() ^ tensors.keys()):

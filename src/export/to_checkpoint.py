@@ -6,6 +6,7 @@ RWKV's usual one.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, write_checkpoint
-from rwkv_miss.files.hf_folder import LN_EPS, number, read_folder, refuse_file_of_folder, restored
+from rwkv_miss.files.hf_folder import LN_EPS, number, restored
+from rwkv_miss.files.model_files import read_model
 from rwkv_miss.files.output import require_writable
-from rwkv_miss.files.provenance import KEY, Entry, Provenance, check_dtypes
-from rwkv_miss.files.safetensors_io import is_safetensors, read_safetensors
+from rwkv_miss.files.provenance import Entry, Provenance, check_dtypes
+from rwkv_miss.files.safetensors_io import is_safetensors
 from rwkv_miss.files.untrusted import first_bytes
 from rwkv_miss.progress import tensors_with_progress
 
@@ -103,7 +105,7 @@ def _from_gguf(path) -> Stored:
             f"{path} has layers with an eps of {str(eps)[:60]}; RWKV's is {LN_EPS:g}, so a checkpoint would"
             " compute something else"
         )
-    provenance = Provenance.parse(keys[KEY], path) if KEY in keys else None
+    provenance = Provenance.found(keys, path)
     tensors = restored(path, gguf_table.table(version, n_layer), stored, head_size)
     notes = []
     if version == 7:
@@ -136,15 +138,14 @@ def _without_filling(
     return tensors, [note]
 
 
-def _from_safetensors(path) -> Stored:
-    tensors, header = read_safetensors(path)
-    refuse_file_of_folder(path, tensors)
-    return Stored("safetensors", tensors, Provenance.parse(header[KEY], path) if KEY in header else None, [])
+def _from_file(form: str, path) -> Stored:
+    """Of what can be a base everywhere."""
+    model = read_model(path)
+    return Stored(form, model.tensors, model.provenance, model.notes)
 
 
-def _from_folder(path) -> Stored:
-    found = read_folder(path)
-    return Stored("Hugging Face", found.tensors, found.provenance, found.notes)
-
-
-READERS = {"gguf": _from_gguf, "hf": _from_folder, "safetensors": _from_safetensors}
+READERS = {
+    "gguf": _from_gguf,
+    "hf": functools.partial(_from_file, "Hugging Face"),
+    "safetensors": functools.partial(_from_file, "safetensors"),
+}
