@@ -370,6 +370,12 @@ def test_a_template_without_hope_is_refused_before_any_row(source, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["open", "fake, markdown"])
+def test_two_answers_in_a_row_are_refused_where_the_first_is_rewritten(name):
+    with pytest.raises(UserError, match="two assistant messages follow each other.*make one message of them"):
+        load_template(FORGETFUL[name]).documents([user("1"), thinking("x", "a"), assistant("b")])
+
+
 def test_marks_tell_what_of_an_answer_is_trained():
     """The documents are those of the same template without marks."""
     plain, marked = load_template(QWEN), load_template(QWEN_MARKED)

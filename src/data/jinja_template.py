@@ -251,10 +251,17 @@ class JinjaTemplate:
         of_messages = _common_beginning(self._render(before, False, tools), asked)
         if asked[of_messages:same].strip():
             return same
+        change = f"({asked[same:][:40]!r} becomes {answered[same:][:40]!r})"
+        if before and before[-1]["role"] == "assistant":
+            raise _Changed(
+                f"{self.name}: two assistant messages follow each other, and the template writes the first"
+                f" one otherwise when it is not the last {change}; make one message of them, or enclose the"
+                " assistant's words in {% generation %} ... {% endgeneration %}"
+            )
         raise _Changed(
             f"{self.name}: what the template writes for the messages before an answer changes when it follows"
-            f" ({asked[same:][:40]!r} becomes {answered[same:][:40]!r}), so the"
-            " assistant's words can't be found; enclose them in {% generation %} ... {% endgeneration %}"
+            f" {change}, so the assistant's words can't be found; enclose them in {{% generation %}} ..."
+            " {% endgeneration %}"
         )
 
     def _render(self, messages: list[dict], ask: bool = False, tools=None, marks: bool = False) -> str:
