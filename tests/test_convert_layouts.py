@@ -22,6 +22,7 @@ from .test_export_gguf import arch_of
 
 IDS = torch.arange(13)[None]
 LAYOUTS = ["official", "fla"]
+RATIO = 5e-6  # of logits by two programs in fp32; the worst seen is 6e-7
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_an_adapter_gives_the_same_logits_there_and_comes_back(folder, layout, m
     want = native(folder, method, **options)
     done = convert(folder / "a.pth", folder / "out", "peft", layout=layout)
     assert done.notes == []
-    close(layout, logits(load(folder / "out", foreign(folder, layout))), want, 1e-5)
+    close(layout, logits(load(folder / "out", foreign(folder, layout))), want, RATIO)
     convert(folder / "out", folder / "b.pth", "native")
     before, after = read_checkpoint(folder / "a.pth"), read_checkpoint(folder / "b.pth")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -94,14 +95,14 @@ def test_what_peft_wrote_there_merges_into_the_pth_and_is_written_again(folder, 
     live.save_pretrained(str(folder / "theirs"))
     convert(folder / "theirs", folder / "ours.pth", "native")
     rwkv_miss.merge_file(folder / "base.pth", folder / "ours.pth", folder / "merged.pth")
-    close("merged", logits(RWKV.load(folder / "merged.pth")), logits(live), 1e-5)
+    close("merged", logits(RWKV.load(folder / "merged.pth")), logits(live), RATIO)
     convert(folder / "ours.pth", folder / "again", "peft")
     same_folder(folder / "theirs", folder / "again")
     assert config_of(folder / "again") == config_of(folder / "theirs")
 
     other = LAYOUTS[layout == "official"]
     convert(folder / "ours.pth", folder / "other", "peft", layout=other)
-    close("the other layout", logits(load(folder / "other", foreign(folder, other))), logits(live), 1e-5)
+    close("the other layout", logits(load(folder / "other", foreign(folder, other))), logits(live), RATIO)
 
 
 def names_of(folder):

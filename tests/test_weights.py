@@ -160,12 +160,16 @@ def test_thoughts_in_token_ids():
 
 
 def test_a_sample_asks_what_stands_before_the_answer_also_where_prompts_are_trained():
-    for weight in (0, 0.1, 1):
+    # with weight 1 nothing tells a prompt from an answer, and the first half asks
+    for weight, prompt in (
+        (0, "User: abc\n\nAssistant:"),
+        (0.1, "User: abc\n\nAssistant:"),
+        (1, "User: abc\n\n"),
+    ):
         encoder = Encoder(BYTES, prompt_weight=weight)
         [document] = encoder.encode({"messages": [user("abc"), assistant("d")]})
         [found] = questions(Documents([Document(*document)]), 1, encoder)
-        if weight < 1:  # else nothing tells a prompt from an answer: the first half asks
-            assert bytes(found.prompt).decode() == "User: abc\n\nAssistant:"
+        assert bytes(found.prompt).decode() == prompt
 
 
 # mistakes
@@ -226,8 +230,9 @@ def inputs(dtype, rows=13):
     return x, weight, torch.randint(31, (rows,)), torch.tensor([0.1, 3.0, 1.0, 42.5, 0.007]).repeat(3)[:rows]
 
 
+# the worst of 20 seeds: 9e-16, 5e-7 and 7e-3
 @pytest.mark.parametrize(
-    "dtype, ratio", [(torch.float64, 1e-7), (torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)]
+    "dtype, ratio", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1.5e-2)]
 )
 @pytest.mark.parametrize("form", ["all logits", "plain", "native"])
 def test_loss_and_gradients_with_weights_against_float64(monkeypatch, form, dtype, ratio):
@@ -263,8 +268,8 @@ def test_an_adapted_head_takes_weights(monkeypatch):
     loss = model.loss(x, targets, weights)
     [dx] = torch.autograd.grad(loss, [x])
     exact = reference(x, model.head.weight, targets, weights)
-    assert torch.allclose(loss.double(), exact[0], rtol=1e-5)
-    assert torch.allclose(dx.double(), exact[1], rtol=1e-4, atol=1e-6)
+    for name, mine, want in (("loss", loss, exact[0]), ("dx", dx, exact[1])):
+        assert (mine.double() - want).norm() <= 1e-6 * want.norm(), name  # the worst of 10 seeds: 2e-7
 
 
 def test_native_weights_of_a_wrong_kind_are_an_error():
@@ -302,7 +307,7 @@ def test_a_search_for_the_rate_weighs_as_the_run_does():
             )
             total += float((each * torch.from_numpy(weights[1:])).sum())
     want = total / sum(float(weights[1:].sum()) for _, weights in rows)
-    for packing in (False, True):
+    for packing in (False, True):  # in fp32; the worst error seen is 1.2e-7
         config = Config(
             peft="none",
             precision="fp32",
@@ -312,9 +317,9 @@ def test_a_search_for_the_rate_weighs_as_the_run_does():
             packing=packing,
             warmup_steps=0,
         )
-        assert held_out_loss(model, config, documents) == pytest.approx(want, rel=1e-5)
+        assert held_out_loss(model, config, documents) == pytest.approx(want, rel=1e-6)
         with put_back(model):
-            assert next(train(model, config, documents, 1)) == pytest.approx(want, rel=1e-5)
+            assert next(train(model, config, documents, 1)) == pytest.approx(want, rel=1e-6)
 
 
 def test_the_settings_are_written_and_a_config_of_before_means_none(tmp_path):
