@@ -26,7 +26,7 @@ with importing():
     from src.common.device import PRECISIONS
     from src.config.validate import check_bos
     from src.data.leading_token import HELP as BOS_HELP
-    from src.data.leading_token import begun, leading_token
+    from src.data.leading_token import leading_token, with_leading
     from src.data.released import modes_note
     from src.data.templates import add_template_flags, choose_template, recorded_template
     from src.data.tool_styles import read_tools
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.raw and (known := modes_note(args.model, conversation.template)):
             print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
         if args.raw:
-            ids, generator = begun(tokenizer.encode(args.prompt), bos), conversation.generator
+            ids, generator = with_leading(tokenizer.encode(args.prompt), bos), conversation.generator
             show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, (), generator))
         elif args.compare:
             print(chat.compared(args.prompt))

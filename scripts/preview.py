@@ -41,7 +41,7 @@ with importing():
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
     from src.data.formats import Reading, Report, read_source, sample, sources
-    from src.data.leading_token import in_words, leading_token
+    from src.data.leading_token import describe_leading, leading_token
     from src.data.lint import Lint
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.released import modes_note
@@ -191,7 +191,7 @@ def overview(
         *report.lines(),
         (
             f"template   {encoder.template.name}, loss on {plan_text.mask(encoder)}; tokenizer"
-            f" {encoder.tokenizer.name}; {in_words(encoder.bos)}"
+            f" {encoder.tokenizer.name}; {describe_leading(encoder.bos)}"
         ),
         (
             f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 HERMES, MARKDOWN = "hermes", "markdown"
 TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)
-# names that mean another form today
+# names that mean another form today, and what their form is called
 EARLIER = {f"think-{length}": f"think-{length}-2025" for length in ("normal", "short", "long")}
 
 
 def is_jinja(record: str) -> bool:
+    """Whether it is a Jinja template's source, and no name."""
     return "{" in record
 
 
-def current(record: str) -> str:
+def with_tool_style(record: str) -> str:
     """The record as it is written today."""
     if is_jinja(record) or ":" in record:
         return record

@@ -20,7 +20,7 @@ from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, fo
 from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import Identity
-from ..files.template_record import current
+from ..files.template_record import with_tool_style
 from ..inject import layer_tensors, read_adapter
 from ..methods.whole_tensors import PARTS
 from .rounding import Scratch
@@ -363,7 +363,7 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
     record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
         said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
-        meaning = current if name == "template" else str
+        meaning = with_tool_style if name == "template" else str
         for value, path in said[1:]:
             if meaning(value) != meaning(said[0][0]):
                 raise UserError(

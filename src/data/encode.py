@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 
 from .chat_template import Segment, Template
 from .formats import WrongSetting
-from .leading_token import begins
+from .leading_token import begins_with
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
 from .thoughts import thought_spans, within
@@ -135,7 +135,7 @@ class Encoder:
         ending = weights[-len(end) :]
         ending[(ending == 0) | (not is_answer)] = 1
         bos = np.array(self.bos, dtype=np.int32)
-        if not begins(ids, self.bos):
+        if not begins_with(ids, self.bos):
             ids = np.concatenate([bos, ids])
             weights = np.concatenate([np.zeros(len(bos), dtype=np.float32), weights])
         weights[: len(bos)] = 0

@@ -17,7 +17,7 @@ from ..config.launcher import is_first_process
 from .batches import pack
 from .dataset import Document, Documents
 from .encode import Encoder
-from .leading_token import begins
+from .leading_token import begins_with
 
 Batch = list[list[Document]]  # rows of documents
 EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
@@ -144,7 +144,7 @@ def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Questio
         if not len(trained):
             continue
         last = int(trained[-1]) + 1
-        text = len(encoder.bos) if begins(document.ids, encoder.bos) else 0
+        text = len(encoder.bos) if begins_with(document.ids, encoder.bos) else 0
         before = np.flatnonzero(~answers[text:last])
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:

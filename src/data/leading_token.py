@@ -69,17 +69,17 @@ def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[i
     return tuple(ids)
 
 
-def begun(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+def with_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
     """The ids of a document with its leading token, which is not added twice."""
-    return ids if begins(ids, bos) else [*bos, *ids]
+    return ids if begins_with(ids, bos) else [*bos, *ids]
 
 
-def without(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+def without_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
     """The ids of a document after its leading token."""
-    return ids[len(bos) :] if begins(ids, bos) else ids
+    return ids[len(bos) :] if begins_with(ids, bos) else ids
 
 
-def begins(ids, bos: tuple[int, ...]) -> bool:
+def begins_with(ids, bos: tuple[int, ...]) -> bool:
     """Whether a document, a list or an array of ids, begins with these."""
     return tuple(ids[: len(bos)]) == bos
 
@@ -89,6 +89,6 @@ def text_of(bos: tuple[int, ...]) -> str:
     return f"token {bos[0]}" if len(bos) == 1 else f"tokens {' '.join(map(str, bos))}"
 
 
-def in_words(bos: tuple[int, ...]) -> str:
+def describe_leading(bos: tuple[int, ...]) -> str:
     """For people: "no leading token", "leading token 0"."""
     return f"leading {text_of(bos)}" if bos else "no leading token"

@@ -11,6 +11,7 @@ from .rwkv_template import FLOWERS, HEADING, HEADINGS, PLAIN, Form
 
 
 def trains_by_marker(loss_mask: str) -> bool:
+    """Whether --loss_mask is a marker."""
     return loss_mask not in ("assistant", "all")
 
 

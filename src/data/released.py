@@ -6,13 +6,14 @@ import os
 import re
 from typing import NamedTuple
 
+from rwkv_miss.files.template_record import EARLIER
+
 from .chat_template import Template
-from .rwkv_template import MODES, RwkvTemplate
+from .rwkv_template import RwkvTemplate
 
 NAME = re.compile(r"rwkv7-g1([a-z]?)\d*-[\d.]+b-(\d{8})-ctx\d+\.pth")
-LENGTHS = ("think-normal", "think-short", "think-long")
-EARLIER_LENGTHS = tuple(f"{name}-2025" for name in LENGTHS)
-FIRST_LENGTHS = "20250922"  # the date of the first weights that know them
+THINK_LENGTHS = tuple(EARLIER)  # think-normal and the like
+FIRST_LENGTHS = "20250922"  # the date of the first weights that know them, in their earlier form
 PARENTHESES, FLOWERS = "c", "h"  # the letters of the first models that know them
 
 
@@ -33,9 +34,9 @@ def released(path: str) -> Released | None:
     letter, date = match.groups()
     modes = ["rwkv", "think", "fake-think", "fake-think-compact"]
     if letter >= PARENTHESES:
-        modes += LENGTHS
+        modes += THINK_LENGTHS
     elif date >= FIRST_LENGTHS:
-        modes += EARLIER_LENGTHS
+        modes += EARLIER.values()
     if letter >= FLOWERS:
         modes += ["flower", "flower-fake-think"]
     return Released(file, f"G1{letter}", tuple(modes))
@@ -51,8 +52,6 @@ def modes_note(path: str, template: Template) -> str:
         return f"{known}; chosen is Jinja, {template.name}"
     if template.name in found.modes:
         return f"{known}; chosen is {template.name}"
-    other = (
-        template.name.removesuffix("-2025") if template.name.endswith("-2025") else f"{template.name}-2025"
-    )
-    advice = f"; --template {other} is its form" if other in found.modes and other in MODES else ""
+    other = {**EARLIER, **{earlier: name for name, earlier in EARLIER.items()}}.get(template.name)
+    advice = f"; --template {other} is its form" if other in found.modes else ""
     return f"{known}, not with {template.name}, which is chosen{advice}"

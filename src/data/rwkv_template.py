@@ -103,6 +103,7 @@ class RwkvTemplate:
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
+        """See chat_template.Template."""
         segments: list[Segment] = []
         waiting = [{"role": "tools", "content": self.tools.describe(tools)}] if tools else []
 
@@ -129,13 +130,16 @@ class RwkvTemplate:
     def documents(
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
     ) -> list[list[Segment]]:
+        """See chat_template.Template."""
         return [self.segments(messages, tools)]
 
     def next_turn(self, messages: list[dict], new: list[dict], tools: list[dict] | None = None) -> list[str]:
+        """See chat_template.Template."""
         end, begin = self._between()
         return [end, begin + self._turns(new, ask=True)]
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
+        """See chat_template.Template."""
         return self.tools.parse(text)
 
     def _between(self) -> tuple[str, str]:

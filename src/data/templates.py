@@ -15,7 +15,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
 from rwkv_miss.files.model_files import model_metadata, say
-from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, current, is_jinja
+from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, is_jinja, with_tool_style
 from rwkv_miss.files.untrusted import read_json
 
 from ..common.files import read_text
@@ -36,7 +36,7 @@ def from_record(record: str, eos: str = "") -> Template:
     """
     if _is_jinja(record):
         return _jinja("the recorded template", record, eos)
-    name, _, tool_style = current(str(record)).partition(":")
+    name, _, tool_style = with_tool_style(str(record)).partition(":")
     if name not in MODES or tool_style not in STYLES:
         raise UserError(
             f"the template that the file records is {str(record)[:60]!r}, expected NAME:TOOL_STYLE with a"

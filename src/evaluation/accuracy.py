@@ -14,7 +14,7 @@ from rwkv_miss.progress import Progress
 
 from ..data.chat_template import BEGUN_THOUGHTS, Template, before_stops, begins_thoughts, thoughts_of
 from ..data.formats import BY_NAME, Reading, read_records
-from ..data.leading_token import begun
+from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
 from ..model import RWKV, LayerState, State
@@ -39,7 +39,7 @@ class Question(NamedTuple):
         tokens: list[int] = []
         for piece in self.pieces:
             tokens += tokenizer.encode(piece)
-        return begun(tokens, bos)
+        return with_leading(tokens, bos)
 
 
 class Answer(NamedTuple):

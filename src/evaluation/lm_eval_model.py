@@ -16,7 +16,7 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Template
 from ..data.formats import read_records
-from ..data.leading_token import begun
+from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV
 from .accuracy import greedy
@@ -92,7 +92,7 @@ class HarnessModel(LM):
 
     def _begun(self, ids: list[int]) -> list[int]:
         """The ids of a context, which has at least one."""
-        return begun(ids, self.bos) or list(self.tokenizer.eod)
+        return with_leading(ids, self.bos) or list(self.tokenizer.eod)
 
 
 def _stops_and_limit(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:

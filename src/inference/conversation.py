@@ -11,7 +11,7 @@ import torch
 from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Segment, Template
-from ..data.leading_token import begun
+from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT, RwkvTemplate
 from ..model import RWKV, State
 from .cpu_decoder import Decoder
@@ -119,7 +119,7 @@ class Conversation:
             pieces = self._anew(new)
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
         if before is None:
-            ids = begun(ids, self.bos)
+            ids = with_leading(ids, self.bos)
         said: list[str] = []
         answers = stream(
             self.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..data.dataset import Document
-from ..data.leading_token import begins
+from ..data.leading_token import begins_with
 
 SAMPLE = 80  # characters of each part of short_sample()
 
@@ -56,7 +56,7 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
 def begins_silently(row: Document, tokenizer) -> bool:
     """Whether a document begins with an end of document that has no text, as World's, which is its --bos."""
     end = tuple(tokenizer.eod)
-    return begins(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
+    return begins_with(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
 
 
 def ends_silently(row: Document, tokenizer) -> bool:

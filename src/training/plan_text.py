@@ -17,7 +17,7 @@ from ..data.chat_template import Template
 from ..data.dataset import Documents
 from ..data.encode import Encoder
 from ..data.held_out import evaluations
-from ..data.leading_token import in_words
+from ..data.leading_token import describe_leading
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
@@ -107,7 +107,7 @@ def details(job: Job) -> list[str]:
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
         f"template   {template_text(job.template)}, loss on {mask(config)}"
-        f"{asks_otherwise(job.template)}; {in_words(job.data.encoder.bos)}",
+        f"{asks_otherwise(job.template)}; {describe_leading(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),
@@ -126,7 +126,7 @@ def documents_line(config: Config, found: Data) -> str:
     described = f" ({file.describe()})" if file else ""
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
-    leading = f", {in_words(encoder.bos)}" if encoder.bos else ""
+    leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}"
         f"{several}, {counted(documents.tokens, 'token')}, {documents.targets:,} of them trained"

@@ -21,7 +21,7 @@ from ..data.batches import collate
 from ..data.dataset import Documents
 from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
-from ..data.leading_token import without
+from ..data.leading_token import without_leading
 from ..evaluation.accuracy import greedy, shortened
 from .callbacks import StepReport
 from .validation_log import BEST, VALIDATION, best, describe, is_over
@@ -96,7 +96,7 @@ class Watch(Callback):
         decode = self.encoder.tokenizer.decode
         samples = [
             {
-                "prompt": decode(without(question.prompt, self.encoder.bos)),
+                "prompt": decode(without_leading(question.prompt, self.encoder.bos)),
                 "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS),
                 "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
             }
