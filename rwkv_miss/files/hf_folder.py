@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, UNREAD, WEIGHTS, plain_name, table
+from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, VALUE_RESIDUAL_FILE, WEIGHTS, plain_name, table
 from .provenance import KEY, Entry, Provenance
 from .safetensors_io import read_safetensors
 from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
@@ -106,7 +106,7 @@ def weight_files(path: str) -> list[str]:
 def folder_files(path: str) -> list[str]:
     """Names of the files that decide what read_folder() gives, the weights last."""
     return [
-        name for name in (CONFIG, INDEX, UNREAD) if os.path.exists(os.path.join(path, name))
+        name for name in (CONFIG, INDEX, VALUE_RESIDUAL_FILE) if os.path.exists(os.path.join(path, name))
     ] + weight_files(path)
 
 
@@ -218,13 +218,13 @@ def _with_value_residual(
         return tensors, []
     if VALUE_RESIDUAL[0] not in provenance.entries:  # the official layout has one all the same
         return {name: tensor for name, tensor in tensors.items() if name not in VALUE_RESIDUAL}, []
-    if os.path.exists(os.path.join(path, UNREAD)):
-        return tensors | read_safetensors(os.path.join(path, UNREAD))[0], []
+    if os.path.exists(os.path.join(path, VALUE_RESIDUAL_FILE)):
+        return tensors | read_safetensors(os.path.join(path, VALUE_RESIDUAL_FILE))[0], []
     kept = [entry for name, entry in provenance.entries.items() if name in VALUE_RESIDUAL]
     found = [tensors[name] for name in provenance.entries if name in VALUE_RESIDUAL and name in tensors]
     if [math.prod(entry.shape) for entry in kept] == [tensor.numel() for tensor in found]:
         return tensors, []
-    note = f"{UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"
+    note = f"{VALUE_RESIDUAL_FILE} is absent: the value residual of block 0, which nothing reads, is zero"
     return tensors | _zeros(path, provenance.entries, tensors), [note]
 
 

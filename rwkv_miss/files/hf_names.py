@@ -11,7 +11,10 @@ from .tensor_map import LARGE, LOW_RANK, VECTOR, TensorMap
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = "model.safetensors.index.json"  # which file of several has which tensor
-UNREAD = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
+VALUE_RESIDUAL_FILE = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
+# the tokenizer and its chat template; older folders have the template in TOKENIZER_CONFIG
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+VOCABULARY = "rwkv_vocab_v20230424.txt"  # in World's format; rwkv7-hf has this name for every vocabulary
 OFFICIAL = "rwkv7."  # before the checkpoint's names, but not before head.weight
 PREFIX = "model.layers"  # in flash-linear-attention's layout
 FLA_SIGN = "model.embeddings.weight"  # is in that layout and in no other

@@ -9,13 +9,13 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
+from rwkv_miss.files.hf_names import TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from rwkv_miss.files.model_files import model_metadata, say
 from rwkv_miss.files.untrusted import read_json
 
 from ..config.launcher import is_first_process
 from .tokenizer import BUILT_IN, WORLD_IDS, ByteTokenizer, Tokenizer, byte_names, load_tokenizer
 
-VOCABULARY, FAST = "rwkv_vocab_v20230424.txt", "tokenizer.json"  # in a folder: World's format, transformers'
 ALIKE = 0.99  # share of World's pieces that a tokenizer.json must have under World's ids
 
 
@@ -53,14 +53,14 @@ def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
     As load_tokenizer("auto") where the folder has none. UserError as there.
     """
     file = next(
-        (os.path.join(path, n) for n in (VOCABULARY, FAST) if os.path.exists(os.path.join(path, n))), ""
+        (os.path.join(path, n) for n in (VOCABULARY, TOKENIZER) if os.path.exists(os.path.join(path, n))), ""
     )
     if not file:
         return load_tokenizer("auto", vocab_size, eod)
     world = load_tokenizer("world", vocab_size) if vocab_size >= WORLD_IDS and not eod else None
     if isinstance(world, ByteTokenizer) and _has_vocabulary_of(world, file):
         return world
-    if file.endswith(FAST):
+    if file.endswith(TOKENIZER):
         eod = eod or _end_of_text(path)
     found = load_tokenizer(file, vocab_size, eod)
     if is_first_process():
@@ -71,7 +71,7 @@ def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
 def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
     """Whether a folder's file has World's pieces under World's ids. It is not built: that takes seconds."""
     pieces = {token: piece for token, piece in world.table.items() if piece}
-    if not file.endswith(FAST):
+    if not file.endswith(TOKENIZER):
         found = load_tokenizer(file, max(world.table) + 1)
         return isinstance(found, ByteTokenizer) and pieces == {t: p for t, p in found.table.items() if p}
     texts = _vocabulary(file)
@@ -97,7 +97,7 @@ def _vocabulary(file: str) -> dict[int, str]:
 
 def _end_of_text(path) -> str:
     """The text of the token that ends a document, as transformers know it; "" where the folder has none."""
-    file = os.path.join(path, "tokenizer_config.json")
+    file = os.path.join(path, TOKENIZER_CONFIG)
     told = read_json(file).get("eos_token") if os.path.exists(file) else None
     told = told.get("content") if isinstance(told, dict) else told
     return told if isinstance(told, str) else ""

@@ -14,6 +14,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
+from rwkv_miss.files.hf_names import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from rwkv_miss.files.model_files import model_metadata, say
 from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, is_jinja, with_tool_style
 from rwkv_miss.files.untrusted import read_json
@@ -26,7 +27,6 @@ from .tokenizer import WORLD_IDS, Tokenizer
 from .tool_styles import STYLES
 
 AUTO = "auto"
-TOKENIZER_CONFIG = "tokenizer_config.json"  # older Hugging Face folders have the template in it
 
 
 def from_record(record: str, eos: str = "") -> Template:
@@ -118,7 +118,7 @@ def _note_of_folder(path) -> str:
     """What to say of the chat template in another program's folder; nothing where it has none."""
     if not is_folder(path) or model_metadata(path) is not None:
         return ""
-    for file in (os.path.join(path, "chat_template.jinja"), os.path.join(path, TOKENIZER_CONFIG)):
+    for file in (os.path.join(path, CHAT_TEMPLATE), os.path.join(path, TOKENIZER_CONFIG)):
         if os.path.exists(file) and (not file.endswith(TOKENIZER_CONFIG) or _chat_template(file)):
             return (
                 f"{path} has a chat template of its own; --template auto is rwkv all the same, and --template"

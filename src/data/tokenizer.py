@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.hf_names import VOCABULARY
 from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
@@ -233,7 +234,7 @@ def _raw(name: str) -> ByteTokenizer:
 def _world() -> ByteTokenizer:
     import pyrwkv_tokenizer
 
-    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name(VOCABULARY)
     return _from_vocabulary("world", path.read_text(encoding="utf-8"), "")
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from rwkv_miss.files.hf_names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from rwkv_miss.files.output import write_bytes, write_json, write_text
 
 from ..data.chat_template import Template
@@ -16,8 +17,6 @@ from . import fast_tokenizer
 from .chat_template import rwkv_jinja
 from .fast_tokenizer import END
 
-TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-VOCABULARY = "rwkv_vocab_v20230424.txt"  # rwkv7-hf looks for this name, whatever the vocabulary
 PADDING = "<|padding|>"
 FAST = "PreTrainedTokenizerFast"
 # (writers of the files by name, notes)
@@ -46,8 +45,8 @@ def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[i
         notes = [_beginning_note(bos)]
     return {
         TOKENIZER: functools.partial(write_bytes, content=content),
-        CONFIG: functools.partial(write_json, content=described),
-        TEMPLATE: functools.partial(write_text, text=_jinja(template)),
+        TOKENIZER_CONFIG: functools.partial(write_json, content=described),
+        CHAT_TEMPLATE: functools.partial(write_text, text=_jinja(template)),
     }, notes
 
 
@@ -85,7 +84,7 @@ def fla_files(
     described["chat_template"] = _jinja(template)
     return {
         table: lambda path: write_bytes(path, content),
-        CONFIG: lambda path: write_json(path, described),
+        TOKENIZER_CONFIG: lambda path: write_json(path, described),
     }, notes
 
 

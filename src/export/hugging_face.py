@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.files.hf_names import CONFIG, UNREAD, WEIGHTS, official_name, table
+from rwkv_miss.files.hf_folder import LN_EPS
+from rwkv_miss.files.hf_names import CONFIG, VALUE_RESIDUAL_FILE, WEIGHTS, official_name, table
 from rwkv_miss.files.output import write_folder, write_json
 from rwkv_miss.files.provenance import Provenance
 from rwkv_miss.files.safetensors_io import write_safetensors
@@ -54,12 +55,9 @@ def check(arch: Arch, layout: str) -> None:
         )
 
 
-def official_config(
-    arch: Arch, tensors: Mapping[str, Tensor], ids: Mapping[str, int | None]
-) -> dict[str, object]:
-    """config.json of the official layout; `ids` are those of special_ids()."""
+def common_config(arch: Arch) -> dict[str, object]:
+    """What config.json says in both layouts."""
     return {
-        "architectures": ["Rwkv7ForCausalLM"],
         "model_type": "rwkv7",
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.n_embd,
@@ -71,49 +69,45 @@ def official_config(
         "a_low_rank_dim": arch.ranks["a"],
         "v_low_rank_dim": arch.ranks["v"] or USUAL_RANK,
         "gate_low_rank_dim": arch.ranks["g"],
-        "norm_eps": 1e-5,
+        "norm_eps": LN_EPS,
         "norm_bias": True,
         "tie_word_embeddings": False,
-        **ids,
         "use_cache": True,
-        "dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
+    }
+
+
+def official_config(arch: Arch, dtype: str, ids: Mapping[str, int | None]) -> dict[str, object]:
+    """config.json of the official layout; `ids` are those of special_ids()."""
+    return {
+        **common_config(arch),
+        **ids,
+        "architectures": ["Rwkv7ForCausalLM"],
+        "dtype": dtype,
     }
 
 
 def special_ids(begin: int | None, end: int | None) -> dict[str, int | None]:
-    """What begins a document, where something does, and what ends it."""
+    """The ids of what begins a document and of what ends it.
+
+    Where no token begins one, `begin` is the end of the document before: transformers' generate() starts from
+    it when it has no prompt.
+    """
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
 
 
-def fla_config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+def fla_config(arch: Arch, dtype: str) -> dict[str, object]:
     """config.json of the other layout, for both of its loaders."""
     return {
+        **common_config(arch),
+        **special_ids(0, 0),
         "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.n_embd,
-        "num_hidden_layers": arch.n_layer,
-        "num_heads": arch.n_head,
-        "head_dim": arch.head_size,
-        "intermediate_size": arch.dim_ffn,
         "hidden_ratio": arch.dim_ffn / arch.n_embd,
         "hidden_act": "sqrelu",
         "norm_first": True,
-        "norm_bias": True,
-        "norm_eps": 1e-5,
-        "decay_low_rank_dim": arch.ranks["w"],
-        "a_low_rank_dim": arch.ranks["a"],
-        "v_low_rank_dim": arch.ranks["v"] or 32,
-        "gate_low_rank_dim": arch.ranks["g"],
         "value_dim": [arch.n_embd] * arch.n_layer,
         "attn_mode": "chunk",
         "fuse_norm": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "use_cache": True,
-        "torch_dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
     }
 
 
@@ -128,23 +122,26 @@ def write(
     provenance: Provenance,
 ) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
+    dtype = str(tensors["emb.weight"].dtype).removeprefix("torch.")
     if layout == "official":
         stored, unread = _official_tensors(tensors, arch), {}
         end = tokenizer.eod[0] if tokenizer and len(tokenizer.eod) == 1 else None
         ids = special_ids(bos[0] if bos else end, end)
         ends = {"eos_token_id": [end, *turn_end]} if (turn_end := _turn_end(tokenizer, template)) else {}
-        described = {CONFIG: official_config(arch, tensors, ids), GENERATION: ids | ends}
+        described = {CONFIG: official_config(arch, dtype, ids), GENERATION: ids | ends}
         of_tokenizer, notes = official_files(tokenizer, template, bos)
     else:
         stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
         unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
-        described = {CONFIG: fla_config(arch, tensors)}
+        described = {CONFIG: fla_config(arch, dtype)}
         of_tokenizer, notes = fla_files(tokenizer, template, bos, arch.vocab_size)
     writers: dict[str, Callable[[str], None]] = {
         WEIGHTS: lambda path: write_safetensors(path, stored, provenance.header())
     }
     if unread:
-        writers[UNREAD] = lambda path: write_safetensors(path, unread, Provenance.of(unread, {}).header())
+        writers[VALUE_RESIDUAL_FILE] = lambda path: write_safetensors(
+            path, unread, Provenance.of(unread, {}).header()
+        )
     for name, content in described.items():
         writers[name] = functools.partial(write_json, content=content)
     write_folder(out, writers | of_tokenizer)

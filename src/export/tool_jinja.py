@@ -1,8 +1,8 @@
 """The tool styles of src/data/tool_styles.py in Jinja, for chat_template.py.
 
-Jinja has no JSON without spaces and no signatures, so macros write them; not every engine knows more of tojson
-than its indent. What is wrong with tools is for the training to say; only what a signature can't write is an
-exception here, too.
+Jinja has no JSON without spaces and no signatures, so macros write them; not every engine knows more of
+tojson than its indent. What is wrong with tools is for the training to say. Only a type that a signature can't
+write is an exception here, too; names that it can't write are not looked at.
 """
 
 from __future__ import annotations
