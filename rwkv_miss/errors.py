@@ -51,6 +51,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Names with commas between them, of which at most so many are written out: `a, b and 3 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a UserError as `error: ...` on stderr and exit with code 2.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears
-from .errors import UserError
+from .errors import UserError, listed
 from .files.checkpoint import (
     Arch,
     check_finite,
@@ -656,9 +656,7 @@ def _inject_as_trained(
     merged, modules = metadata["merged_linears"], dict(model.named_modules())
     missing = sorted({*metadata["linears"], *merged} - modules.keys())
     if missing:
-        raise UserError(
-            f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have"
-        )
+        raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
     parts = metadata.get("train_parts", [])  # none in files of the first version
     if "origin" in metadata:  # another project's file may have a part of some layers only
         names = [*dict(model.named_parameters()), *state_names(model)]
@@ -689,8 +687,7 @@ def _check_same_adapter(
             raise UserError(f"{path} has {name} {there}, the model carries an adapter with {here}")
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
-        more = f" and {len(absent) - 1} more tensors" if absent[1:] else ""
-        raise UserError(f"{path} lacks {absent[0]}{more} of this model's adapter")
+        raise UserError(f"{path} lacks {listed(absent, 1)} of this model's adapter")
 
 
 def _check_whole(

@@ -1,7 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and lists as people read them."""
 
 import pytest
 
+from rwkv_miss.errors import listed
 from rwkv_miss.progress import duration_text
 from src.common.formatting import counted, size_text
 
@@ -14,6 +15,16 @@ def test_one_is_singular():
         "1,234,567 texts",
     ]
     assert [counted(n, "pass", "passes") for n in (1, 2)] == ["1 pass", "2 passes"]
+
+
+def test_of_a_long_list_the_first_are_named():
+    names = ["a", "b", "c"]
+    assert [listed(names, most) for most in (1, 2, 3, 4)] == [
+        "a and 2 more",
+        "a, b and 1 more",
+        "a, b, c",
+        "a, b, c",
+    ]
 
 
 @pytest.mark.parametrize(

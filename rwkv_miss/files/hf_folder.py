@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, VALUE_RESIDUAL_FILE, WEIGHTS, plain_name, table
 from .provenance import KEY, Entry, Provenance
 from .safetensors_io import read_safetensors
@@ -202,8 +202,7 @@ def restored(
     expected = {mapped.stored for mapped in table}
     for kind, names in (("lacks", expected - stored.keys()), ("has the unknown", stored.keys() - expected)):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {kind} {min(names)[:100]}{more}")
+            raise UserError(f"{path} {kind} {listed([name[:100] for name in sorted(names)], 1)}")
     try:
         return restore(table, stored, head_size)
     except (RuntimeError, IndexError, ValueError) as error:  # torch's, for shapes that do not fit

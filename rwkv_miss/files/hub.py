@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..progress import Progress
 from .hf_folder import weight_map
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
@@ -124,14 +124,9 @@ def _choose(name: HubName, files: list[str]) -> str:
     named = dataclasses.replace(name, file=(checkpoints or shown)[0])
     whole = f"; {name.repo} without hf:// reads the data set through the package datasets"
     raise UserError(
-        f"{name} names no file, and it has {_listed(checkpoints or shown)}; name one, such as {named}"
+        f"{name} names no file, and it has {listed(checkpoints or shown, SHOWN)}; name one, such as {named}"
         f"{whole if name.repo_type == DATA else ''}"
     )
-
-
-def _listed(files: list[str]) -> str:
-    rest = len(files) - SHOWN
-    return ", ".join(files[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _metadata(hub: Any, name: HubName) -> Any:
@@ -327,13 +322,15 @@ def _reason(name: HubName, error: Exception) -> str:
         near = _asked(lambda: _revisions(hub, name))
         return (
             f"{name}: {name.repo} has no revision {name.revision}"
-            + (f", but {_listed(near)}" if near else "")
+            + (f", but {listed(near, SHOWN)}" if near else "")
             + f"; expected {FORM}"
         )
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         files = _asked(lambda: _files(hub, name))
         near = difflib.get_close_matches(name.file, files, SHOWN, 0.5) or files
-        return f"{name}: {name.repo} has no file {name.file}" + (f"; it has {_listed(near)}" if near else "")
+        return f"{name}: {name.repo} has no file {name.file}" + (
+            f"; it has {listed(near, SHOWN)}" if near else ""
+        )
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status in (401, 403):
         return f"{name}: the hub refuses it to you ({status}); log in with: hf auth login"

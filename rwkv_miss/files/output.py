@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import UserError
+from ..errors import UserError, listed
 
 
 def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
@@ -97,11 +97,7 @@ def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
     others = sorted(set(os.listdir(out)) - set(names)) if os.path.isdir(out) else []
     if others:
         beside = f" beside the files that would be written, {', '.join(names)}" if names else ""
-        raise UserError(
-            f"{out} holds {others[0]}"
-            + (f" and {len(others) - 1} more" if others[1:] else "")
-            + f"{beside}; choose another name, or empty the folder"
-        )
+        raise UserError(f"{out} holds {listed(others, 1)}{beside}; choose another name, or empty the folder")
     require_writable(f"{os.path.realpath(out)}.tmp")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError, printable
+from ..errors import UserError, listed, printable
 from .hf_names import OFFICIAL
 
 CONTAINERS = ("state_dict", "model", "module")  # keys under which trainers put the tensors
@@ -39,7 +39,7 @@ def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[
     note = f"{path}: the tensors are those under {inside[0]!r}"
     names = [printable(key) if isinstance(key, str) else type(key).__name__ for key in loaded]
     if beside := [name for name in names if name != inside[0]]:
-        note += f"; left out: {_some(beside)}"
+        note += f"; left out: {listed(beside, SHOWN)}"
     return loaded[inside[0]], [note]
 
 
@@ -107,8 +107,3 @@ def without_prefixes(name: str, part: str = PART) -> str:
             return name
         rest = rest.removeprefix(prefix)
     return rest
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"

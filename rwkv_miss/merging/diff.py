@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..convert.formats import described
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..files.checkpoint import Arch, blocks, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
@@ -255,9 +255,8 @@ def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
         (a, [key for key in second if key not in first and not re.fullmatch(PARTS["state"], key)]),
     ):
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise UserError(
-                f"{path} has no {', '.join(missing[:3])}{more}; the two checkpoints must be of the same model"
+                f"{path} has no {listed(missing, 3)}; the two checkpoints must be of the same model"
             )
     for key in first:
         if first[key].shape != second[key].shape:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import name_of
@@ -172,9 +172,8 @@ class RWKV(nn.Module):
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         for kind, names in (("lacks", missing), ("has the unknown", extra)):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 raise UserError(
-                    f"{path} {kind} {', '.join(sorted(names)[:5])}{more}; expected exactly the tensors of"
+                    f"{path} {kind} {listed(sorted(names), 5)}; expected exactly the tensors of"
                     f" {self.arch.describe()}"
                 )
         for name, shape in expected.items():
