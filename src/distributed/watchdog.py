@@ -127,7 +127,9 @@ class Lifeline:
         try:
             self.store.get(self.folder_key)
         except DistError:
-            raise UserError("the first process ended before it held --proj_dir") from None
+            raise UserError(
+                "the first process ended before it held --proj_dir; its own message says why"
+            ) from None
 
     def tell_names(self, names: dict[str, str]) -> None:
         """Number 0: which commits of the hub's files this run has."""
@@ -138,7 +140,9 @@ class Lifeline:
         try:
             return json.loads(self.store.get(self.names_key))
         except DistError:
-            raise UserError("the first process ended before it knew its files") from None
+            raise UserError(
+                "the first process ended before it knew its files; its own message says why"
+            ) from None
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None or issubclass(kind, SystemExit):
