@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from src.data.chat_template import Template, begins_thoughts
+from src.data.chat_template import CHINESE_HM, Template, begins_thoughts
 from src.data.dataset import Document
 from src.data.encode import Encoder
-from src.data.rwkv_template import CHINESE_HM, MODES, RwkvTemplate
+from src.data.rwkv_template import MODES, RwkvTemplate
 from src.data.tool_styles import STYLES
 from src.inference.sampling import recommended
 

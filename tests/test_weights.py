@@ -134,6 +134,7 @@ def test_thoughts_are_weighed_in_a_jinja_template(tmp_path, opening, tokenizer):
     [
         ("", "<think>a</think>b<think>c</think>", ["a", "c"]),
         ("Assistant: <think>嗯", "hm</think>b", ["hm"]),
+        ("### Assistant\n<think>\n嗯", "hm</think>b", ["hm"]),
         ("Assistant: <th", "ink>hm</think>b", ["hm"]),
         ("Assistant: <think>\n</think", ">\nb", []),
         ("Assistant: <think></think", ">b", []),

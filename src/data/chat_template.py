@@ -14,7 +14,12 @@ class Segment(NamedTuple):
     weight: float
 
 
-BEGUN_THOUGHTS = re.compile(r"<think>?\s*嗯?(?:</think>?\s*)?$")  # at the end of a prompt
+CHINESE_HM = "嗯"  # with it after the tag, a model thinks in Chinese
+_OPENED = rf"think(?:>\s*{CHINESE_HM}?)?\s*"
+# the end of a prompt that has opened <think>, also of one that was cut between two tokens of the tag
+OPENED_THOUGHTS = re.compile(rf"<(?:t|th|thi|thin|{_OPENED})?$")
+# the end of a prompt that an answer begins with: opened thoughts, or empty ones
+BEGUN_THOUGHTS = re.compile(rf"<{_OPENED}(?:</think>?\s*)?$")
 
 # (text, place) -> the last place up to `place` where a token of the text ends
 TokenEnd = Callable[[str, int], int]

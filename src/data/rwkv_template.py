@@ -7,12 +7,11 @@ from typing import NamedTuple
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import HERMES, MARKDOWN
 
-from .chat_template import Segment, TokenEnd, begins_thoughts, clean, thoughts_of, weight_of
+from .chat_template import CHINESE_HM, Segment, TokenEnd, begins_thoughts, clean, thoughts_of, weight_of
 from .tool_styles import STYLES, in_order_of_calls
 
 FLOWER = "✿"
 OTHER_FLOWER = "❀"  # what stands for it in words that must not end a turn
-CHINESE_HM = "嗯"
 
 
 class Form(NamedTuple):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
+from .chat_template import OPENED_THOUGHTS
+
 BEGIN, END = "<think>", "</think>"
-# the end of a prompt that has opened the tag, or begun to; two characters may stand in it, as in `<think>嗯`
-OPENED = re.compile(r"<(?:t|th|thi|thin|think(?:>[^\s<✿]{0,2})?\s*)?$")
 
 
 def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
@@ -17,7 +15,7 @@ def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
     The tag may be opened by the end of the text `before`, which asks for the answer. Thoughts that the answer
     begins with and never closes last until its end.
     """
-    opened = OPENED.search(before)
+    opened = OPENED_THOUGHTS.search(before)
     lead = opened[0] if opened else ""
     whole = lead + text
     spans: list[tuple[int, int]] = []

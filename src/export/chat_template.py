@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import re
 
-from ..data.chat_template import Template, begins_thoughts
-from ..data.rwkv_template import (
-    CHINESE_HM,
-    OTHER_FLOWER,
-    PLAIN,
-    THOUGHTS_TWICE,
-    UNCLOSED_THOUGHTS,
-    RwkvTemplate,
-)
+from ..data.chat_template import CHINESE_HM, Template, begins_thoughts
+from ..data.rwkv_template import OTHER_FLOWER, PLAIN, THOUGHTS_TWICE, UNCLOSED_THOUGHTS, RwkvTemplate
 from .tool_jinja import tool_jinja
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
