@@ -22,9 +22,10 @@ from .files.checkpoint import (
     write_checkpoint,
 )
 from .files.file_kinds import may_replace
-from .files.model_files import read_model, say
+from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
+from .progress import print_notes
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -481,7 +482,7 @@ def read_described(
     """
     tensors, metadata, notes, _ = read_model(path)
     if shown:
-        say(notes)
+        print_notes(notes)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
         metadata = {
             "format": ADAPTER_FORMAT,

@@ -10,6 +10,7 @@ What is over within two seconds shows nothing.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import time
@@ -124,6 +125,18 @@ def say(text: str) -> None:
     """Print a line to stdout that leaves no rest of a bar in front of it."""
     clear()
     print(text, flush=True)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Notes on stderr, each once in a process: a program reads its model several times."""
+    for note in notes:
+        _print_note(note)
+
+
+@functools.cache
+def _print_note(note: str) -> None:
+    clear()
+    print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def clear() -> None:

@@ -354,10 +354,10 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub, capsys):
     hub.add("o/d", {"a.jsonl": '{"text": "new"}\n'}, "datasets")
     assert pinned_names(config, began) == {"load_model": began.load_model, "data_file": began.data_file}
     assert began.load_model.endswith(hub.commit)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     on_branch = Config(load_model="hf://o/n/m.pth@main")
     assert pinned_names(on_branch, began)["load_model"] == began.load_model
-    assert "goes on with the commit that it began with" in capsys.readouterr().out
+    assert "goes on with its commit" in capsys.readouterr().err
     newest = hub.branches["models", "o/n"]["main"]
     assert pin(parse("hf://o/n")).revision == newest != hub.commit
     asked = Config(load_model=f"hf://o/n/m.pth@{newest}")

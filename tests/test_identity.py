@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss import UserError, merge_file, progress, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files import identity
 from rwkv_miss.files.identity import Identity, fingerprint, sampled_fingerprint
 from rwkv_miss.merging.unmerge import check_merge
@@ -225,7 +225,7 @@ def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tm
 @pytest.fixture
 def earlier(tmp_path, monkeypatch):
     """A copy of its files; a note is said again."""
-    identity._note_of_sample.cache_clear()
+    progress._print_note.cache_clear()
     return pathlib.Path(shutil.copytree(EARLIER, tmp_path / "earlier"))
 
 

@@ -10,10 +10,9 @@ import shutil
 import pytest
 import torch
 
-from rwkv_miss import UserError, inject, merge_file, read_checkpoint, read_metadata, save_adapter
+from rwkv_miss import UserError, inject, merge_file, progress, read_checkpoint, read_metadata, save_adapter
 from rwkv_miss.__main__ import describe, main
 from rwkv_miss.extract import extract_base
-from rwkv_miss.files import model_files
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import read_model, read_tensors
@@ -182,7 +181,7 @@ def test_nothing_is_copied_but_maps_that_are_turned_around(forms):
 
 
 def test_what_is_taken_off_is_said_once(forms, capsys):
-    model_files._say.cache_clear()
+    progress._print_note.cache_clear()
     RWKV.load(forms["lightning"])
     RWKV.load(forms["lightning"])
     err = capsys.readouterr().err
@@ -466,7 +465,7 @@ def test_a_folder_with_worlds_vocabulary_has_world(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_another_vocabulary_has_that_one(forms, tmp_path, capsys):
-    model_files._say.cache_clear()
+    progress._print_note.cache_clear()
     folder = shutil.copytree(forms["official"], tmp_path / "folder")
     pieces = {0: b"<end>"} | {i + 1: bytes([i]) for i in range(256)}
     with_files(
@@ -501,7 +500,7 @@ JINJA = (
     ],
 )
 def test_a_folders_chat_template_is_named_and_not_taken(forms, tmp_path, capsys, file, content):
-    model_files._say.cache_clear()
+    progress._print_note.cache_clear()
     folder = shutil.copytree(forms["official"], tmp_path / "folder")
     tokenizer = load_tokenizer("bytes", 256)
     assert recorded_template("auto", tokenizer, None, folder).name == "rwkv"

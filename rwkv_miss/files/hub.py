@@ -19,13 +19,12 @@ import importlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError, listed
-from ..progress import Progress
+from ..progress import Progress, print_notes
 from .hf_folder import weight_map
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
 
@@ -68,7 +67,7 @@ def pin(name: HubName, shown: bool = True) -> HubName:
             if found is None:
                 raise
             if shown:
-                print(f"note: {_why_unreachable(hub, error)}; the cache has {found}", file=sys.stderr)
+                print_notes([f"{_why_unreachable(hub, error)}; the cache has {found}"])
             return found
         _keep_revision(hub, name, commit)
     return name.at(commit)

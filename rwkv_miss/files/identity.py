@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..progress import DELAY, Progress, clear
+from ..progress import DELAY, Progress, print_notes
 from .checkpoint import memory
 from .model_files import is_file_or_folder, read_tensors, weight_paths
 
@@ -119,7 +118,12 @@ class Identity:
             return recorded == self.fingerprint
         same = recorded == self.sampled
         if same and where:
-            _note_of_sample(os.fspath(where))
+            print_notes(
+                [
+                    f"{os.fspath(where)} is of an earlier version, which recorded its base by a sample of the"
+                    " bytes; it is compared by that"
+                ]
+            )
         return same
 
     def _tensors(self) -> Mapping[str, Tensor]:
@@ -137,18 +141,6 @@ class Identity:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
         with Progress(f"hashing {os.path.basename(self.path)}", size, "MB", self.shown) as bar:
             return fingerprint(tensors, bar)
-
-
-@functools.cache
-def _note_of_sample(where: str) -> None:
-    """Say it once for a file."""
-    clear()
-    print(
-        f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is"
-        " compared by that",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _state(path) -> list[int]:
@@ -179,11 +171,11 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
         begun = time.monotonic()
         value = compute()
         if time.monotonic() - begun > DELAY:
-            print(
-                f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it"
-                " is used",
-                file=sys.stderr,
-                flush=True,
+            print_notes(
+                [
+                    f"{entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it is"
+                    " used"
+                ]
             )
         return value
     with file:

@@ -6,15 +6,12 @@ All are mapped, and have RWKV's names afterwards, so that the same model has the
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..progress import clear
 from .architectures import refuse_newer
 from .checkpoint import flat, load_dict, read_metadata
 from .hf_folder import folder_files, is_folder, read_folder, refuse_file_of_folder
@@ -112,15 +109,3 @@ def weight_paths(path: str | os.PathLike[str]) -> list[str]:
 def name_of(path: str | os.PathLike[str]) -> str:
     """What records call a file or a folder: the last part of its path."""
     return os.path.basename(os.path.abspath(path))
-
-
-def say(notes: list[str]) -> None:
-    """Notes on stderr, each once in a process: a program reads its model several times."""
-    for note in notes:
-        _say(note)
-
-
-@functools.cache
-def _say(note: str) -> None:
-    clear()
-    print(f"note: {note}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import hub, hub_names
 from rwkv_miss.files.model_files import read_model
+from rwkv_miss.progress import print_notes
 
 from ..config import Config
 from ..config.launcher import is_first_process
@@ -53,7 +54,7 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
         same = (one.repo, one.repo_type) == (name.repo, name.repo_type) and name.file in ("", one.file)
         if same and not name.has_commit:
             if name.revision and is_first_process():
-                print(f"note: --{setting} {name}: the run goes on with the commit that it began with, {one}")
+                print_notes([f"--{setting} {name}: the run goes on with its commit, {one}"])
             return one
     return hub.pin(name, is_first_process())
 

@@ -10,8 +10,9 @@ from typing import Any
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
 from rwkv_miss.files.hf_names import TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
-from rwkv_miss.files.model_files import model_metadata, say
+from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.untrusted import read_json
+from rwkv_miss.progress import print_notes
 
 from ..config.launcher import is_first_process
 from .tokenizer import BUILT_IN, WORLD_IDS, ByteTokenizer, Tokenizer, byte_names, load_tokenizer
@@ -64,7 +65,7 @@ def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
         eod = eod or _end_of_text(path)
     found = load_tokenizer(file, vocab_size, eod)
     if is_first_process():
-        say([f"--tokenizer auto: {file}, whose vocabulary is not World's"])
+        print_notes([f"--tokenizer auto: {file}, whose vocabulary is not World's"])
     return found
 
 

@@ -15,9 +15,10 @@ from typing import Any
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
 from rwkv_miss.files.hf_names import CHAT_TEMPLATE, TOKENIZER_CONFIG
-from rwkv_miss.files.model_files import model_metadata, say
+from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, is_jinja, with_tool_style
 from rwkv_miss.files.untrusted import read_json
+from rwkv_miss.progress import print_notes
 
 from ..common.files import read_text
 from ..config.launcher import is_first_process
@@ -110,7 +111,7 @@ def recorded_template(spec: str, tokenizer: Tokenizer, *paths, tool_style: str =
     paths = [path for path in paths if path]
     recorded = next(filter(None, ((model_metadata(path) or {}).get("template") for path in paths)), None)
     if spec == AUTO and not recorded and is_first_process():
-        say([note for path in paths if (note := _note_of_folder(path))])
+        print_notes([note for path in paths if (note := _note_of_folder(path))])
     return choose_template(spec, tool_style, recorded, tokenizer)
 
 
