@@ -163,7 +163,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def fetch(args: argparse.Namespace) -> None:
+def name_local_files(args: argparse.Namespace) -> None:
     """Have the flags that name files of the Hugging Face hub name local files."""
     for name in FILES:
         given = getattr(args, name, None)
@@ -176,7 +176,7 @@ def fetch(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = arguments(argv)
-        fetch(args)
+        name_local_files(args)
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":

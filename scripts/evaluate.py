@@ -47,7 +47,7 @@ WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the l
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
-        fetch(args)
+        name_local_files(args)
         questions, answers, limit, bos = ask_model(args) if args.model else read_answered(args)
         if args.save:
             write_answers(args.save, questions, answers)
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(summary))
 
 
-def fetch(args: argparse.Namespace) -> None:
+def name_local_files(args: argparse.Namespace) -> None:
     """Have the flags name local files."""
     args.questions = fetch_data(args.questions)
     for name in ("model", "adapter"):

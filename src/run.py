@@ -17,8 +17,8 @@ from .common.device import PRECISIONS
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
-from .data.fetch import fetch, pinned_names
-from .distributed.watchdog import Lifeline, lifeline
+from .data.fetch import fetch_files, pinned_names
+from .distributed.watchdog import Watchdog, watchdog
 from .planning.base_model import build_model, read_base, template_of_run
 from .planning.job import (
     Job,
@@ -65,11 +65,11 @@ def main(config: Config, origins: dict[str, str]) -> None:
     It looks into the run's folder only when that is held.
     """
     started = process_start()
-    with lifeline(config) as others, folder_of_run(config.proj_dir, others):
+    with watchdog(config) as others, folder_of_run(config.proj_dir, others):
         run(config, origins, started, others)
 
 
-def run(config: Config, origins: dict[str, str], started: float, others: Lifeline | None) -> None:
+def run(config: Config, origins: dict[str, str], started: float, others: Watchdog | None) -> None:
     """All of main() in the held folder.
 
     What can be wrong with the settings is found before the first step, and before a file is written.
@@ -77,7 +77,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Lifelin
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
-    fetch(config, names_of_hub(config, before, others), is_first_process())
+    fetch_files(config, names_of_hub(config, before, others), is_first_process())
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
@@ -123,13 +123,13 @@ def run(config: Config, origins: dict[str, str], started: float, others: Lifelin
     train(job, plan, started, history, resume_from)
 
 
-def names_of_hub(config: Config, before: Config | None, others: Lifeline | None) -> dict[str, str]:
+def names_of_hub(config: Config, before: Config | None, others: Watchdog | None) -> dict[str, str]:
     """The settings that name files of the hub, with the same commits in every process."""
     if others and not is_first_process():
-        return others.wait_for_names()
+        return others.wait_for_hub_commits()
     names = pinned_names(config, before or settings_of_first_process(config))
     if others:
-        others.tell_names(names)
+        others.tell_hub_commits(names)
     return names
 
 

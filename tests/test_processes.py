@@ -29,7 +29,7 @@ from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config.launcher import check_world, is_first_process
-from src.distributed.watchdog import Lifeline, lifeline
+from src.distributed.watchdog import Watchdog, watchdog
 from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment
 
@@ -212,9 +212,9 @@ def test_of_several_machines_only_the_first_prints(under):
         (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, [], None),
     ],
 )
-def test_each_process_that_no_other_one_looks_after_holds_a_lifeline(under, variables, flags, place):
+def test_each_process_that_no_other_one_looks_after_has_a_watchdog(under, variables, flags, place):
     under(variables)
-    held = lifeline(configuration.parse([*FLAGS, *flags])[0])
+    held = watchdog(configuration.parse([*FLAGS, *flags])[0])
     if place is None:
         assert isinstance(held, contextlib.nullcontext)
     else:
@@ -225,9 +225,9 @@ def test_each_process_that_no_other_one_looks_after_holds_a_lifeline(under, vari
 
 
 def hold_on(number, members, port, end):
-    """A member of a lifeline, which ends as `end` tells for its number, or stays."""
+    """A process with a watchdog, which ends as `end` tells for its number, or stays."""
     src.distributed.watchdog.GRACE, src.distributed.watchdog.LATECOMERS = 0.5, 2.0
-    with Lifeline(number, members, "127.0.0.1", port):
+    with Watchdog(number, members, "127.0.0.1", port):
         time.sleep(1)
         how = end.get(number, "stay")
         if how == "killed":
@@ -288,7 +288,7 @@ def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, m
 
     def member(rank):
         ranks[threading.get_ident()] = rank
-        with Lifeline(rank, 2, "127.0.0.1", port) as line:
+        with Watchdog(rank, 2, "127.0.0.1", port) as line:
             if rank == 0:
                 time.sleep(0.3)
                 order.append("about to hold it")
@@ -304,8 +304,8 @@ def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, m
 def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):
     monkeypatch.setattr(src.distributed.watchdog, "PATIENCE", 0.1)
     port = program.free_port()
-    with Lifeline(0, 2, "127.0.0.1", port) as line:
-        place = int(line.store.get("lifeline").decode().split()[0])
+    with Watchdog(0, 2, "127.0.0.1", port) as line:
+        place = int(line.store.get("watchdog").decode().split()[0])
         with socket.create_connection(("127.0.0.1", place)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         time.sleep(0.2)

@@ -392,12 +392,12 @@ TRANSLATIONS = (_method, _train_type, _stage, _epoch_save, _warm_up, _loss_mask,
 
 
 # settings that a run's config.yaml has, and what people write by hand has not
-OF_A_RUN = {"template", "init_only", "num_nodes", "resume"}
+ONLY_A_RUN_WRITES = {"template", "init_only", "num_nodes", "resume"}
 
 
 def with_tool_style(values: dict[str, Any]) -> dict[str, Any]:
     """A config.yaml's settings. One that a run wrote before there were tool styles keeps its meaning."""
-    if "tool_style" in values or not values.keys() >= OF_A_RUN:
+    if "tool_style" in values or not values.keys() >= ONLY_A_RUN_WRITES:
         return values
     template = values["template"]
     return {**values, "template": EARLIER.get(template, template), "tool_style": HERMES}

@@ -18,7 +18,7 @@ KINDS = {"load_model": hub_names.MODEL, "data_file": hub_names.DATA, "eval_file"
 
 def fetch_inputs(config: Config, recorded: Config | None = None) -> None:
     """Have the settings name local files. `recorded` are the settings that a run began with, if it did."""
-    fetch(config, pinned_names(config, recorded))
+    fetch_files(config, pinned_names(config, recorded))
 
 
 def fetch_data(data_file: str) -> str:
@@ -59,7 +59,7 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
     return hub.pin(name, is_first_process())
 
 
-def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
+def fetch_files(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
     """Download what pinned_names() gave, and have the settings name the local files."""
     if names:
         _check_local(config)

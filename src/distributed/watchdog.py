@@ -35,7 +35,7 @@ PATIENCE = 30.0  # seconds before a process says for whom it waits
 LATECOMERS = 10.0  # seconds that a failing rank 0 waits for ranks that are still starting
 
 
-def lifeline(config: Config) -> contextlib.AbstractContextManager:
+def watchdog(config: Config) -> contextlib.AbstractContextManager:
     """The context of the whole run in this process.
 
     It does nothing in a process that Lightning started, and on one machine without a launcher.
@@ -47,15 +47,15 @@ def lifeline(config: Config) -> contextlib.AbstractContextManager:
             from lightning.fabric.plugins.environments import SLURMEnvironment
 
             slurm = SLURMEnvironment(auto_requeue=False)
-            return Lifeline(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
-        return Lifeline(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+            return Watchdog(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
+        return Watchdog(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
     if config.num_nodes > 1 and "LOCAL_RANK" not in env:
         number, address, port = int(env["NODE_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        return Lifeline(number, config.num_nodes, address, port, "machine")
+        return Watchdog(number, config.num_nodes, address, port, "machine")
     return contextlib.nullcontext()
 
 
-class Lifeline:
+class Watchdog:
     """The connections between the members of a run, which are numbered from 0.
 
     They all meet number 0 at `address`. Torch's own store at `port` tells them the port of the connections.
@@ -69,7 +69,7 @@ class Lifeline:
         self.over = False
         self.reason, self.own = "", ""  # why another one ended, and why this one does
 
-    def __enter__(self) -> Lifeline:
+    def __enter__(self) -> Watchdog:
         reminder = threading.Timer(PATIENCE, self._remind)
         reminder.daemon = True
         reminder.start()
@@ -94,7 +94,7 @@ class Lifeline:
                 " machine's address in a network of all machines and a free port there, and no firewall may"
                 " be between them"
             ) from None
-        self.folder_key, self.names_key = f"folder {key}", f"names {key}"
+        self.folder_key, self.commits_key = f"folder {key}", f"commits {key}"
         return self
 
     def _serve(self) -> str:
@@ -103,13 +103,13 @@ class Lifeline:
         family = socket.AF_INET6 if dual else socket.AF_INET
         server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
         key = secrets.token_hex(16)
-        self.store.set("lifeline", f"{server.getsockname()[1]} {key}")
+        self.store.set("watchdog", f"{server.getsockname()[1]} {key}")
         self._start(self._accept, server, key)
         return key
 
     def _connect(self) -> str:
         """Any other: connect to number 0; returns the key."""
-        port, _, key = self.store.get("lifeline").decode().partition(" ")
+        port, _, key = self.store.get("watchdog").decode().partition(" ")
         line = socket.create_connection((self.address, int(port)), timeout=60)
         line.settimeout(None)
         line.sendall(f"{key} {self.name}\n".encode())
@@ -131,14 +131,14 @@ class Lifeline:
                 "the first process ended before it held --proj_dir; its own message says why"
             ) from None
 
-    def tell_names(self, names: dict[str, str]) -> None:
+    def tell_hub_commits(self, names: dict[str, str]) -> None:
         """Number 0: which commits of the hub's files this run has."""
-        self.store.set(self.names_key, json.dumps(names))
+        self.store.set(self.commits_key, json.dumps(names))
 
-    def wait_for_names(self) -> dict[str, str]:
+    def wait_for_hub_commits(self) -> dict[str, str]:
         """Any other: the commits, as number 0 has found them."""
         try:
-            return json.loads(self.store.get(self.names_key))
+            return json.loads(self.store.get(self.commits_key))
         except DistError:
             raise UserError(
                 "the first process ended before it knew its files; its own message says why"
@@ -172,7 +172,7 @@ class Lifeline:
             )
 
     def _start(self, work, *args) -> None:
-        threading.Thread(target=work, args=args, daemon=True, name="lifeline").start()
+        threading.Thread(target=work, args=args, daemon=True, name="watchdog").start()
 
     def _accept(self, server: socket.socket, key: str) -> None:
         while True:

@@ -14,7 +14,7 @@ from rwkv_miss.files.checkpoint import read_metadata
 
 from ..config import Config
 from ..config.launcher import is_first_process
-from ..distributed.watchdog import Lifeline
+from ..distributed.watchdog import Watchdog
 
 try:
     import fcntl
@@ -54,7 +54,7 @@ def existing_part(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
+def folder_of_run(folder: str, others: Watchdog | None) -> Iterator[None]:
     """The context in which a process of a run uses the run's folder.
 
     The first process holds the folder. The others, which only read, look into it after that. `others` is the
