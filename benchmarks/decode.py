@@ -35,7 +35,7 @@ from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_c
 from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.common.device import cpu_features
-from src.export import export
+from src.export import TextSettings, export
 from src.inference.adapters import Adapters
 from src.inference.cpu_decoder import Decoder
 from src.model import RWKV, default_arch
@@ -218,7 +218,7 @@ def make_contenders(path: pathlib.Path, args) -> dict:
         llama_cpp = llama.load_library(args.llama)
         for kind in ("F32", "BF16", "Q8_0"):
             file = str(path.with_name(f"{kind}.gguf"))
-            export(path, file, "gguf", kind, tokenizer="none")
+            export(path, file, "gguf", kind, settings=TextSettings("none"))
             contenders[f"llama {kind}"] = llama.Llama(llama_cpp, file)
     else:
         print(f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it")

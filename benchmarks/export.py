@@ -18,7 +18,7 @@ import tempfile
 import time
 
 from src.data.tokenizer import load_tokenizer
-from src.export import export
+from src.export import TextSettings, export
 from src.export.fast_tokenizer import tokenizer_json
 
 from .common import add_integers, argument_parser, peak_above_start, release_freed, report, write_random_base
@@ -65,8 +65,8 @@ def there_and_back(figures: Figures, base: pathlib.Path, to: str, kind: str) -> 
     """Export the base, and read it back where the form keeps every bit."""
     out, back = base.with_name(f"out-{to}"), base.with_name("back.pth")
     remove(out)
-    language = {"tokenizer": "none"} if to != "safetensors" else {}
-    there = measured(lambda: export(base, out, to, kind, **language))
+    settings = TextSettings("none") if to != "safetensors" else None
+    there = measured(lambda: export(base, out, to, kind, settings=settings))
     figures.note(f"to {to} {kind}", *there, size_of(out))
     if kind.startswith("Q"):
         return

@@ -33,7 +33,7 @@ from rwkv_miss import UserError, convert
 from rwkv_miss.files.checkpoint import METADATA, read_metadata, write_checkpoint
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
-from src.export import export
+from src.export import TextSettings, export
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
@@ -184,7 +184,7 @@ def written(to: str, method: str) -> Reader:
     )
 
 
-def exported(to: str, **settings) -> Reader:
+def exported(to: str, **named) -> Reader:
     """The reader of a model's other form, back to a checkpoint."""
 
     def make(folder: pathlib.Path) -> None:
@@ -194,7 +194,7 @@ def exported(to: str, **settings) -> Reader:
             folder / "base.pth",
             ((name, torch.randn(p.shape).bfloat16()) for name, p in RWKV(sizes).state_dict().items()),
         )
-        export(folder / "base.pth", folder / "sound", to, **settings)
+        export(folder / "base.pth", folder / "sound", to, **named)
         (folder / "base.pth").unlink()
 
     return Reader(make, lambda folder: export(folder / "sound", folder / "out.pth", "pth"))
@@ -237,7 +237,8 @@ READERS: dict[str, Reader] = {
         make_trainers_file, lambda folder: RWKV.load(folder / "base.pth", torch.float32)
     ),
     "base, a folder": Reader(
-        exported("hf", tokenizer="none").make, lambda folder: RWKV.load(folder / "sound", torch.float32)
+        exported("hf", settings=TextSettings("none")).make,
+        lambda folder: RWKV.load(folder / "sound", torch.float32),
     ),
     "base of a merge": Reader(make_merge(rank=4), merge, ("adapter.pth",)),
     "MiSS": Reader(make_merge("miss", "ln,time", rank=4), merge, ("base.pth",)),
@@ -272,9 +273,9 @@ READERS: dict[str, Reader] = {
     "rwkv-lightning": package(False),
     "rwkv-lightning, file": package(True),
     "model, safetensors": exported("safetensors"),
-    "model, GGUF": exported("gguf", tokenizer="none"),
-    "model, HF": exported("hf", tokenizer="none"),
-    "model, HF, fla": exported("hf", tokenizer="none", layout="fla"),
+    "model, GGUF": exported("gguf", settings=TextSettings("none")),
+    "model, HF": exported("hf", settings=TextSettings("none")),
+    "model, HF, fla": exported("hf", settings=TextSettings("none"), layout="fla"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 

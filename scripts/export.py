@@ -15,7 +15,7 @@ with importing():
     from rwkv_miss.files.hub import local_path
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.templates import add_template_flags
-    from src.export import TARGETS, export
+    from src.export import TARGETS, TextSettings, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
     from src.export.hugging_face import LAYOUTS
 
@@ -69,13 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             args.out,
             args.to,
             args.type,
-            args.tokenizer,
-            args.eod,
-            args.template,
-            args.drop_state,
             args.layout,
-            args.tool_style,
-            args.bos,
+            args.drop_state,
+            TextSettings(args.tokenizer, args.eod, args.template, args.tool_style, args.bos),
         ).lines():
             print(line)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import rwkv_miss
 from rwkv_miss.convert import Hints, convert
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
-from src.export import export
+from src.export import TextSettings, export
 from src.model import RWKV
 
 from .conftest import close, random_tensors
@@ -38,7 +38,7 @@ def foreign(folder, layout):
         return Official(RWKV.load(folder / "base.pth"))
     rwkv7_hf = pytest.importorskip("rwkv7_hf", reason="the test extra is absent: pip install rwkv7-hf")
     if not (folder / "hf").exists():
-        export(folder / "base.pth", folder / "hf", "hf", tokenizer="none", layout="fla")
+        export(folder / "base.pth", folder / "hf", "hf", layout="fla", settings=TextSettings("none"))
     return rwkv7_hf.RWKV7ForCausalLM.from_pretrained(folder / "hf")
 
 
@@ -211,6 +211,6 @@ def test_a_damaged_layout_is_named(folder):
 
 def test_a_package_of_rwkv_lightning_needs_one_file_as_its_base(folder):
     native(folder, "miss", rank=7)
-    export(folder / "base.pth", folder / "hf", "hf", tokenizer="none")
+    export(folder / "base.pth", folder / "hf", "hf", settings=TextSettings("none"))
     with pytest.raises(rwkv_miss.UserError, match="names the SHA-256 of a model's file; make that with"):
         convert(folder / "a.pth", folder / "out", "rwkv-lightning", Hints(base=str(folder / "hf")))

@@ -14,7 +14,7 @@ from rwkv_miss import UserError
 from rwkv_miss.__main__ import describe, show
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src import export as forms
-from src.export import gguf_reader
+from src.export import TextSettings, gguf_reader
 
 from .conftest import make_arch, random_tensors
 from .test_export_gguf import arch_of, saved
@@ -80,7 +80,7 @@ def test_odd_files_come_back_as_they_were(tmp_path, to):
         tmp_path / "there",
         to,
         "F32" if to == "gguf" else "",
-        "auto" if to == "safetensors" else "none",
+        settings=TextSettings("auto" if to == "safetensors" else "none"),
     )
     told = export(tmp_path / "there", tmp_path / "back.pth", "pth")
     back = read_checkpoint(tmp_path / "back.pth")
@@ -95,7 +95,7 @@ def test_odd_files_come_back_as_they_were(tmp_path, to):
 
 def test_what_gguf_does_not_keep_is_said(tmp_path):
     tensors = saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", "none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", settings=TextSettings("none"))
     told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
     assert "tensors, emb.weight first, were rounded in the export" in told.notes[0]
     back = read_checkpoint(tmp_path / "back.pth")
@@ -104,7 +104,7 @@ def test_what_gguf_does_not_keep_is_said(tmp_path):
         for name, t in tensors.items()
     )
     saved(tmp_path / "m.pth", arch_of(7), torch.bfloat16)  # the value residual's rank, 24, is above a's, 12
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", "none")
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", settings=TextSettings("none"))
     assert "which no runtime reads, is cut to a's rank" in told.notes[-1]
     told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
     assert "its last columns are zeros" in told.notes[0]
@@ -121,7 +121,7 @@ def test_what_gguf_does_not_keep_is_said(tmp_path):
 
 def test_quantised_files_are_no_way_back(tmp_path):
     saved(tmp_path / "m.pth", arch_of(6))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "Q8_0", "none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "Q8_0", settings=TextSettings("none"))
     with pytest.raises(UserError, match="type 8, in which the checkpoint's values are lost"):
         export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
 
@@ -134,7 +134,12 @@ def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, v
         with monkeypatch.context() as other:
             for module in ("src.export.gguf", "rwkv_miss.files.provenance"):
                 other.setattr(f"{module}.KEY", "another.key")
-            export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
+            export(
+                tmp_path / "m.pth",
+                tmp_path / to,
+                to,
+                settings=TextSettings("auto" if to == "safetensors" else "none"),
+            )
         told = export(tmp_path / to, tmp_path / "back.pth", "pth")
         back = read_checkpoint(tmp_path / "back.pth")
         assert "another program wrote this" in told.notes[-1]
@@ -209,11 +214,11 @@ def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, mes
         ("safetensors", {"kind": "BF16"}, "--type BF16"),
         (
             "safetensors",
-            {"tokenizer": "bytes"},
+            {"settings": TextSettings("bytes")},
             "are for gguf and hf; safetensors holds all tensors and no tokenizer",
         ),
         ("pth", {"drop_state": True}, "are for gguf and hf; pth"),
-        ("pth", {"template": "think"}, "are for gguf and hf"),
+        ("pth", {"settings": TextSettings(template="think")}, "are for gguf and hf"),
         ("gguf", {"layout": "fla"}, "--layout fla is for hf; gguf has one layout"),
     ],
 )
@@ -224,10 +229,10 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path, to, flags, message):
 
 def test_other_forms_go_by_way_of_a_checkpoint(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     with pytest.raises(UserError, match="is a GGUF file; make a checkpoint of it first, with --to pth"):
         export(tmp_path / "m.gguf", tmp_path / "hf", "hf")
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
     with pytest.raises(UserError, match="belongs to a Hugging Face folder; give the folder"):
         export(tmp_path / "hf" / "model.safetensors", tmp_path / "back.pth", "pth")
 
@@ -272,7 +277,7 @@ def changed(key, value):
 )
 def test_keys_that_cannot_be(tmp_path, monkeypatch, key, value, message):
     saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     monkeypatch.setattr(gguf_reader, "read", changed(key, value))
     with pytest.raises(UserError, match=message):
         export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
@@ -281,7 +286,7 @@ def test_keys_that_cannot_be(tmp_path, monkeypatch, key, value, message):
 
 def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
     saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     content = (tmp_path / "m.gguf").read_bytes()
     # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
     tensor = content.index(b"token_embd.weight") + len("token_embd.weight")
@@ -335,7 +340,7 @@ def test_a_gguf_header_without_end(tmp_path):
 
 def test_a_gguf_tensor_that_comes_twice(tmp_path):
     saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     content = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(
         content.replace(b"blk.1.attn_norm_2.bias", b"blk.0.attn_norm_2.bias", 1)
@@ -371,7 +376,10 @@ def test_mutated_files_are_refused_or_read(tmp_path):
     draw, refused, files = random.Random(0), 0, {}
     for to in ("gguf", "safetensors", "hf"):
         export(
-            tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="auto" if to == "safetensors" else "none"
+            tmp_path / "m.pth",
+            tmp_path / f"m.{to}",
+            to,
+            settings=TextSettings("auto" if to == "safetensors" else "none"),
         )
         path = tmp_path / "m.hf" / "config.json" if to == "hf" else tmp_path / f"m.{to}"
         files[tmp_path / f"m.{to}"] = path, path.read_bytes()
@@ -405,8 +413,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     saved(tmp_path / "m.pth", arch, torch.bfloat16)
     largest = 65536 * 384 * 2
     for to in ("hf", "safetensors", "gguf"):
-        tokenizer = "auto" if to == "safetensors" else "none"
-        work = functools.partial(export, tmp_path / "m.pth", tmp_path / to, to, tokenizer=tokenizer)
+        settings = TextSettings("auto" if to == "safetensors" else "none")
+        work = functools.partial(export, tmp_path / "m.pth", tmp_path / to, to, settings=settings)
         assert peak_above_start(work) < 0.3 * largest, to
         peak = peak_above_start(lambda: export(tmp_path / to, tmp_path / "back.pth", "pth"))  # noqa: B023
         assert peak < 1.3 * largest, f"{to}: {peak:,} bytes"

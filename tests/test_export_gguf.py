@@ -5,6 +5,7 @@ it would compute wrongly.
 import ast
 import dataclasses
 import errno
+import functools
 import itertools
 
 import numpy as np
@@ -20,7 +21,7 @@ from src import export as package
 from src.data.jinja_template import JinjaTemplate
 from src.data.rwkv_template import MODES, THOUGHTS_TWICE, RwkvTemplate
 from src.data.tokenizer import load_tokenizer
-from src.export import export, gguf_reader
+from src.export import TextSettings, export, gguf_reader
 from src.export.chat_template import rwkv_jinja
 
 from .conftest import make_arch, random_tensors
@@ -104,7 +105,7 @@ def expected(t, version):
 @pytest.mark.parametrize("version", [6, 7])
 def test_every_tensor_is_there_and_no_other(tmp_path, version, kind):
     tensors = saved(tmp_path / "m.pth", arch_of(version))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, "bytes")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, settings=TextSettings("bytes"))
     _, got = read(tmp_path / "m.gguf")
     if version == 7:  # block 0 needs a value residual of a's rank; nothing reads it
         tensors |= {
@@ -133,7 +134,7 @@ def test_every_tensor_is_there_and_no_other(tmp_path, version, kind):
 @pytest.mark.parametrize("version", [6, 7])
 def test_keys(tmp_path, version):
     saved(tmp_path / "m.pth", arch_of(version))
-    export(tmp_path / "m.pth", tmp_path / "my model.gguf", "gguf", "Q8_0", "none")
+    export(tmp_path / "m.pth", tmp_path / "my model.gguf", "gguf", "Q8_0", settings=TextSettings("none"))
     keys, _ = read(tmp_path / "my model.gguf")
     of_version = {
         6: {"time_mix_extra_dim": 20, "time_decay_extra_dim": 24, "rescale_every_n_layers": 0},
@@ -168,7 +169,7 @@ def test_keys(tmp_path, version):
 
 def test_the_rank_of_a_single_layers_value_residual(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7, n_layer=1))
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     keys, tensors = read(tmp_path / "m.gguf")
     assert (
         keys["rwkv7.attention.value_residual_mix_lora_rank"]
@@ -179,7 +180,7 @@ def test_the_rank_of_a_single_layers_value_residual(tmp_path):
 
 def test_block_0_without_a_value_residual_gets_one(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7), drop=[f"blocks.0.att.v{i}" for i in range(3)])
-    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     _, tensors = read(tmp_path / "m.gguf")
     assert all(not tensors[f"blk.0.time_mix_v{i}.weight"][1].any() for i in range(3))
     assert tensors["blk.0.time_mix_v1.weight"][1].shape == (12, 128)
@@ -276,10 +277,12 @@ def test_the_end_of_a_turn_is_that_of_the_users_template(tmp_path):
 
 def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="utf16")
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("utf16"))
     assert "no tokenizer is in the file: llama.cpp has none like utf16" in "\n".join(told.lines())
     (tmp_path / "v.txt").write_text("1 'a' 1\n2 'b' 1\n")
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer=str(tmp_path / "v.txt"))
+    told = export(
+        tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings(str(tmp_path / "v.txt"))
+    )
     assert "has no token for a newline" in "\n".join(told.lines())
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.model"] == "none"
 
@@ -410,18 +413,20 @@ def test_what_llama_cpp_would_compute_wrongly_is_refused(tmp_path, version, size
     arch = dataclasses.replace(arch, dim_att=arch.n_head * arch.head_size)
     saved(tmp_path / "m.pth", arch)
     with pytest.raises(UserError, match=message):
-        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, "none")
+        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, settings=TextSettings("none"))
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
 
 
 def test_heads_that_only_cpus_run_are_told_of(tmp_path):
     saved(tmp_path / "m.pth", dataclasses.replace(arch_of(6), head_size=32, n_head=4))
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", "none")
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
     assert "heads of 32: llama.cpp runs them on a CPU; its CUDA kernels" in told.notes[0]
     saved(tmp_path / "m.pth", arch_of(6))
     assert not any(
         "CUDA" in note
-        for note in export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", "none").notes
+        for note in export(
+            tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none")
+        ).notes
     )
 
 
@@ -446,7 +451,7 @@ def test_what_is_no_merged_model_is_refused(tmp_path, change, message):
     change(tensors)
     write_checkpoint(tmp_path / "m.pth", tensors.items())
     with pytest.raises(UserError, match=message):
-        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
 
 
@@ -466,7 +471,9 @@ def test_an_initial_state_is_left_out_when_told_to(tmp_path):
         f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)
     }
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none", drop_state=True)
+    told = export(
+        tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", drop_state=True, settings=TextSettings("none")
+    )
     assert told.notes[0].startswith("2 initial states left out") and not any(
         "state" in name for name in read(tmp_path / "m.gguf")[1]
     )
@@ -482,7 +489,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(package.gguf, "_pieces", full)
     with pytest.raises(UserError, match="m.gguf was not written: No space left"):
-        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", settings=TextSettings("none"))
     assert (tmp_path / "m.gguf").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -490,8 +497,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     arch = dataclasses.replace(arch_of(7), n_embd=384, n_head=6, dim_att=384, vocab_size=65536)
     saved(tmp_path / "m.pth", arch, torch.bfloat16)
     for kind in ("F32", "Q8_0"):  # 100 MB of F32 in each of the two largest tensors
-        export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, "none")
-        peak = peak_above_start(lambda: export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, "none"))  # noqa: B023
+        paths, settings = (tmp_path / "m.pth", tmp_path / "m.gguf"), TextSettings("none")
+        export(*paths, "gguf", kind, settings=settings)
+        peak = peak_above_start(functools.partial(export, *paths, "gguf", kind, settings=settings))
         assert peak < 40e6, f"{kind}: {peak:,} bytes"
 
 

@@ -13,7 +13,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint, write_checkpoint
 from src import export as forms
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tokenizer import load_tokenizer
-from src.export import hugging_face
+from src.export import TextSettings, hugging_face
 from src.export.chat_template import rwkv_jinja
 from src.model import RWKV
 
@@ -81,7 +81,13 @@ def logits_of(folder, layout, rwkv7_hf, ids):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rwkv7_hf_computes_the_goldens(tmp_path, data_dir, rwkv7_hf, layout):
     golden = torch.load(data_dir / "golden/rwkv7-tiny.golden.pt", weights_only=True)
-    export(data_dir / "golden/rwkv7-tiny.pth", tmp_path / "hf", "hf", tokenizer="none", layout=layout)
+    export(
+        data_dir / "golden/rwkv7-tiny.pth",
+        tmp_path / "hf",
+        "hf",
+        layout=layout,
+        settings=TextSettings("none"),
+    )
     logits = logits_of(tmp_path / "hf", layout, rwkv7_hf, golden["tokens"])
     close("logits", logits, golden["logits64"], 2e-5)
 
@@ -118,7 +124,7 @@ def test_the_official_layout_has_the_released_names_and_shapes(tmp_path):
     arch = dataclasses.replace(arch_of(7), layer0_value_residual=False)
     tensors = {name: t.squeeze() if t.numel() == 128 else t for name, t in random_tensors(arch).items()}
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
     shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "hf" / "model.safetensors").items()}
     wide, matrix = (1, 1, 128), (128, 128)
     att = {f"x_{name}": wide for name in "rwkvag"} | dict.fromkeys(("k_k", "k_a", "w0", "a0", "v0"), wide)
@@ -167,7 +173,7 @@ def test_generation_ends_where_the_template_ends_a_turn(tmp_path):
     (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n5 '✿' 3\n", encoding="utf-8")
     for template, ends in (("rwkv:json", 0), ("think:json", 0), ("flower:json", [0, 5])):
         saved(tmp_path / "m.pth", arch_of(7), metadata={"template": template})
-        export(tmp_path / "m.pth", tmp_path / template, "hf", tokenizer=str(tmp_path / "v.txt"))
+        export(tmp_path / "m.pth", tmp_path / template, "hf", settings=TextSettings(str(tmp_path / "v.txt")))
         generation = json.loads((tmp_path / template / "generation_config.json").read_text())
         assert generation["eos_token_id"] == ends
 
@@ -204,7 +210,11 @@ def test_a_tokenizer_json_is_in_the_folder(tmp_path, layout):
     inner.save(str(tmp_path / "t.json"))
     saved(tmp_path / "m.pth", arch_of(7))
     done = export(
-        tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer=str(tmp_path / "t.json"), layout=layout
+        tmp_path / "m.pth",
+        tmp_path / "hf",
+        "hf",
+        layout=layout,
+        settings=TextSettings(str(tmp_path / "t.json")),
     )
     assert done.notes == []
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -220,14 +230,14 @@ def test_a_tokenizer_json_is_in_the_folder(tmp_path, layout):
 )
 def test_the_folder_says_what_it_lacks(tmp_path, layout, reason, files):
     saved(tmp_path / "m.pth", arch_of(7))
-    done = export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="utf16", layout=layout)
+    done = export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout=layout, settings=TextSettings("utf16"))
     assert reason in done.notes[0]
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [*files, "model.safetensors"]
 
 
 def test_a_value_residual_that_is_gone_is_zero(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none", layout="fla")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout="fla", settings=TextSettings("none"))
     (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
     assert "which nothing reads, is zero" in export(tmp_path / "hf", tmp_path / "back.pth", "pth").notes[0]
 
@@ -238,7 +248,7 @@ def test_a_folder_of_several_files(tmp_path, layout):
     from safetensors.torch import load_file, save_file
 
     saved(tmp_path / "m.pth", released(7), torch.bfloat16)
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none", layout=layout)
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout=layout, settings=TextSettings("none"))
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "model.safetensors").unlink()
     place = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
@@ -261,10 +271,10 @@ def test_no_folder_is_written_over_and_no_half_one_is_left(tmp_path, monkeypatch
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine").write_text("x")
     with pytest.raises(UserError, match="holds mine; choose another name, or empty the folder"):
-        export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
     monkeypatch.setattr("src.export.hugging_face.official_config", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(tmp_path / "m.pth", tmp_path / "new", "hf", tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / "new", "hf", settings=TextSettings("none"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.pth"]
 
 
@@ -287,7 +297,7 @@ CHANGES = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_that_would_compute_something_else(tmp_path, layout):
     saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none", layout=layout)
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout=layout, settings=TextSettings("none"))
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     for change, message in CHANGES[layout]:
@@ -298,7 +308,7 @@ def test_a_folder_that_would_compute_something_else(tmp_path, layout):
 
 def test_a_folder_that_claims_too_much(tmp_path):
     saved(tmp_path / "m.pth", released(7))
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none", layout="fla")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout="fla", settings=TextSettings("none"))
     (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
     weights = tmp_path / "hf" / "model.safetensors"
     content = weights.read_bytes()
@@ -311,7 +321,7 @@ def test_a_folder_that_claims_too_much(tmp_path):
 
 def test_a_checkpoint_does_not_take_the_place_of_a_file_of_the_folder(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
     before = (tmp_path / "hf" / "config.json").read_bytes()
     with pytest.raises(UserError, match="config.json lies in the input's folder"):
         forms.export(tmp_path / "hf", tmp_path / "hf" / "config.json", "pth")
@@ -321,7 +331,7 @@ def test_a_checkpoint_does_not_take_the_place_of_a_file_of_the_folder(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_pipe_in_a_folder_is_refused(tmp_path, name):
     saved(tmp_path / "m.pth", arch_of(7))
-    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", settings=TextSettings("none"))
     (tmp_path / "hf" / name).unlink()
     os.mkfifo(tmp_path / "hf" / name)
     with pytest.raises(UserError, match=f"{name} is no regular file"):

@@ -12,7 +12,7 @@ from benchmarks import llama
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tokenizer import load_tokenizer
-from src.export import export
+from src.export import TextSettings, export
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors
@@ -37,7 +37,7 @@ def library():
 
 def under_llama(library, path, kind, folder, ids, tokenizer="none"):
     """Logits (T, V) token by token, after checking that those of the whole prompt at once end alike."""
-    export(path, folder / "m.gguf", "gguf", kind, tokenizer)
+    export(path, folder / "m.gguf", "gguf", kind, settings=TextSettings(tokenizer))
     model = llama.Llama(library, folder / "m.gguf")
     whole = model.feed(ids)
     model.start(1)

@@ -26,7 +26,7 @@ from src.data.lint import Lint
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import Question, read_questions
-from src.export import export, gguf_reader
+from src.export import TextSettings, export, gguf_reader
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.load import load_with
@@ -313,7 +313,7 @@ def trained(tmp_path):
 @pytest.mark.parametrize("spec, bos", [("recorded", (0,)), ("none", ()), (str(FLOWER), (FLOWER,))])
 def test_gguf_says_it(spec, bos, trained, tmp_path):
     pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
-    done = export(trained("world", 0), tmp_path / "m.gguf", "gguf", bos=spec)
+    done = export(trained("world", 0), tmp_path / "m.gguf", "gguf", settings=TextSettings(bos=spec))
     keys, _ = gguf_reader.read(tmp_path / "m.gguf")
     assert keys["tokenizer.ggml.add_bos_token"] == bool(bos)
     assert keys["tokenizer.ggml.bos_token_id"] == (bos or (0,))[0]
@@ -330,7 +330,7 @@ def test_the_tokenizer_of_a_hugging_face_folder_adds_it(spec, bos, trained, tmp_
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
     model = trained("bytes", 33)
-    done = export(model, tmp_path / "hf", "hf", bos=spec)
+    done = export(model, tmp_path / "hf", "hf", settings=TextSettings(bos=spec))
     told = {
         name: json.loads((tmp_path / "hf" / name).read_text())
         for name in ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -343,7 +343,7 @@ def test_the_tokenizer_of_a_hugging_face_folder_adds_it(spec, bos, trained, tmp_
     assert theirs.encode("User: hi", add_special_tokens=False).ids == [*b"User: hi"]
     if bos:
         assert theirs.token_to_id(told["tokenizer_config.json"]["bos_token"]) == bos[0]
-    done = export(model, tmp_path / "fla", "hf", layout="fla", bos=spec)
+    done = export(model, tmp_path / "fla", "hf", layout="fla", settings=TextSettings(bos=spec))
     assert ["adds no leading token" in note for note in done.notes] == [True] * len(bos)
 
 
@@ -356,7 +356,7 @@ def test_a_tokenizer_json_gets_it_too(trained, tmp_path):
     inner.save(str(tmp_path / "t.json"))
     model, tokenizer = trained("bytes"), str(tmp_path / "t.json")
     for layout in ("official", "fla"):
-        export(model, tmp_path / layout, "hf", tokenizer=tokenizer, layout=layout, bos="auto")
+        export(model, tmp_path / layout, "hf", layout=layout, settings=TextSettings(tokenizer, bos="auto"))
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / layout / "tokenizer.json"))
         assert theirs.encode("b").ids == [2, 1]
         told = json.loads((tmp_path / layout / "tokenizer_config.json").read_text())
@@ -365,9 +365,9 @@ def test_a_tokenizer_json_gets_it_too(trained, tmp_path):
 
 def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
     with pytest.raises(UserError, match="--bos 0 needs a tokenizer"):
-        export(trained("bytes"), tmp_path / "hf", "hf", tokenizer="none", bos="0")
+        export(trained("bytes"), tmp_path / "hf", "hf", settings=TextSettings("none", bos="0"))
     with pytest.raises(UserError, match="--bos .* are for gguf and hf"):
-        export(trained("bytes"), tmp_path / "m.safetensors", "safetensors", bos="0")
+        export(trained("bytes"), tmp_path / "m.safetensors", "safetensors", settings=TextSettings(bos="0"))
 
 
 @pytest.mark.parametrize("flags, bos", [((), (0,)), (("--bos", "none"), ()), (("--bos", "10060"), (FLOWER,))])

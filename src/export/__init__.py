@@ -43,8 +43,11 @@ NAMES = {
 TARGETS = tuple(NAMES)
 
 
-class Language(NamedTuple):
-    """The flags about what a form says beside its tensors."""
+class TextSettings(NamedTuple):
+    """The flags about texts and their tokens, as everywhere; tokenizer may be "none" as well.
+
+    auto and recorded are what the file records.
+    """
 
     tokenizer: str = "auto"
     eod: str = ""
@@ -89,25 +92,20 @@ def export(
     out,
     to: str,
     kind: str = "",
-    tokenizer: str = "auto",
-    eod: str = "",
-    template: str = "auto",
-    drop_state: bool = False,
     layout: str = "",
-    tool_style: str = "auto",
-    bos: str = "recorded",
+    drop_state: bool = False,
+    settings: TextSettings | None = None,
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod,
-    template, tool_style, bos: as everywhere, for gguf and hf; auto and recorded are what the file records,
-    and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for.
-    layout: of a Hugging Face folder, one of hugging_face.LAYOUTS, the first where none is given. UserError,
-    before anything is written, for what is no model or not merged, for a model that the readers of the form
-    would compute wrongly, and for a missing package.
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. layout: of a
+    Hugging Face folder, one of hugging_face.LAYOUTS, the first where none is given. drop_state: leave out an
+    initial state that the form has no place for. settings: for gguf and hf, what the file records where none
+    are given. UserError, before anything is written, for what is no model or not merged, for a model that the
+    readers of the form would compute wrongly, and for a missing package.
     """
-    language = Language(tokenizer, eod, template, tool_style, bos)
-    _check_flags(to, kind, layout, language, drop_state)
+    settings = settings or TextSettings()
+    _check_flags(to, kind, layout, settings, drop_state)
     _check_output(path, out, to)
     found = form_of(path)
     if found == to:
@@ -127,11 +125,11 @@ def export(
         if to == "hf":
             layout = layout or LAYOUTS[0]
             written = f"Hugging Face folder, layout {layout}"
-            notes += _write_folder(model, out, layout, language)
+            notes += _write_folder(model, out, layout, settings)
         else:
             kind = kind or gguf.DEFAULT_TYPE
             written = f"GGUF {kind}"
-            notes += _write_gguf(model, out, kind, language)
+            notes += _write_gguf(model, out, kind, settings)
     return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes)
 
 
@@ -148,25 +146,25 @@ def _check_output(path, out, to: str) -> None:
         may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
 
 
-def _write_folder(model: Model, out, layout: str, language: Language) -> list[str]:
+def _write_folder(model: Model, out, layout: str, settings: TextSettings) -> list[str]:
     """Check the model and write it for Hugging Face; returns notes."""
     hugging_face.check(model.arch, layout)
-    chosen = _chosen(model, language)
+    chosen = _chosen(model, settings)
     check_finite(model.tensors)
     return hugging_face.write(out, layout, model.tensors, model.arch, *chosen, model.provenance())
 
 
-def _write_gguf(model: Model, out, kind: str, language: Language) -> list[str]:
+def _write_gguf(model: Model, out, kind: str, settings: TextSettings) -> list[str]:
     """Check the model and write it for llama.cpp; returns notes."""
     notes = gguf.check(model.arch, kind)
-    vocabulary = vocabulary_of(*_chosen(model, language), model.arch.vocab_size)
+    vocabulary = vocabulary_of(*_chosen(model, settings), model.arch.vocab_size)
     check_finite(model.tensors)
     name = Path(model.path).stem
     left_out = gguf.write(out, model.tensors, model.arch, kind, name, vocabulary, model.provenance())
     return notes + vocabulary.notes + left_out
 
 
-def _check_flags(to: str, kind: str, layout: str, language: Language, drop_state: bool) -> None:
+def _check_flags(to: str, kind: str, layout: str, settings: TextSettings, drop_state: bool) -> None:
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     if kind and to != "gguf":
@@ -175,12 +173,12 @@ def _check_flags(to: str, kind: str, layout: str, language: Language, drop_state
         raise UserError(f"--layout {layout} is for hf; {to} has one layout")
     if layout not in ("", *LAYOUTS):
         raise UserError(f"--layout {layout!r} is unknown; choose one of: {', '.join(LAYOUTS)}")
-    if to not in ("gguf", "hf") and (language != Language() or drop_state):
+    if to not in ("gguf", "hf") and (settings != TextSettings() or drop_state):
         raise UserError(
             f"--tokenizer, --eod, --template, --tool_style, --bos and --drop_state are for gguf and hf; {to}"
             " holds all tensors and no tokenizer"
         )
-    check_bos(language.bos)
+    check_bos(settings.bos)
 
 
 def _size(path) -> int:
@@ -215,21 +213,21 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
 
 
-def _chosen(model: Model, flags: Language) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
+def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
     """The tokenizer, None for "none", the chat template and the leading token, as recorded where not given.
 
     Without a tokenizer there is no leading token.
     """
     told = model.metadata or {}
-    spec, eod = flags.tokenizer, flags.eod
+    spec, eod = settings.tokenizer, settings.eod
     if spec == "auto" and told.get("tokenizer"):
         spec, eod = told["tokenizer"], eod or told.get("eod") or ""
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
-    template = choose_template(flags.template, flags.tool_style, told.get("template"), tokenizer)
+    template = choose_template(settings.template, settings.tool_style, told.get("template"), tokenizer)
     if tokenizer:
-        return tokenizer, template, leading_token(flags.bos, tokenizer, model.path)
-    if flags.bos not in ("recorded", "none"):
+        return tokenizer, template, leading_token(settings.bos, tokenizer, model.path)
+    if settings.bos not in ("recorded", "none"):
         raise UserError(
-            f"--bos {flags.bos} needs a tokenizer, which --tokenizer none leaves out; drop one of them"
+            f"--bos {settings.bos} needs a tokenizer, which --tokenizer none leaves out; drop one of them"
         )
     return None, template, ()
