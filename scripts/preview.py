@@ -186,6 +186,7 @@ def weights_line(weights: dict[str, int]) -> list[str]:
 def overview(
     config: Config, encoder: Encoder, documents: Documents, figures: dict, lint: Lint, report: Report
 ) -> list[str]:
+    """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
     length = figures["lengths"]
     lines = [
         *report.lines(),
@@ -249,6 +250,7 @@ def colours_of(weight: float) -> tuple[str, str]:
 
 
 def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
+    """A document as text: with what is trained in marks if `plain`, else coloured()."""
     return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer)
 
 
