@@ -34,6 +34,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.version import commit
 from src import run
 from src.common.files import append_line, write_text
+from src.common.formatting import counted
 from src.config import parse
 from src.data.templates import recorded_template
 from src.evaluation.accuracy import Question, answers_to
@@ -219,7 +220,7 @@ def write_report(args, found: Table, lines: list[dict]) -> None:
     parts = [
         "# Which method learns facts, and which a style",
         f"{args.facts} made-up names, each with one thing out of {len(THINGS)} that it likes, in one row"
-        f" each. {args.passes} passes, {lines[0]['steps']} steps, {len(args.seeds)} seeds. Base:"
+        f" each. {args.passes} passes, {lines[0]['steps']} steps, {counted(len(args.seeds), 'seed')}. Base:"
         f" {args.load_model.name}.",
         "*As trained*: the question of the row. *In another form*: the same fact, asked in words that its row"
         " does not have. *Style on new names*: the manner of the answers, for names that are not in the data."
