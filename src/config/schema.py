@@ -137,8 +137,8 @@ class Config:
     )
     tool_style: str = opt(
         "auto",
-        "how rwkv and its modes write tools and their calls. auto: as --load_model records, else json with"
-        " the World vocabulary and hermes with others",
+        "how rwkv and its modes write tools and their calls: json, signatures, markdown or hermes. auto: as"
+        " --load_model records, else json with the World vocabulary and hermes with others",
         choices=("auto", *TOOL_STYLES),
         automatic=True,
     )
