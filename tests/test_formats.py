@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rwkv_miss import UserError
+from rwkv_miss.files import hub
 from src.config import Config
 from src.data import token_cache
 from src.data.dataset import load_documents
@@ -648,7 +649,7 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
             list(read_records(spec, reading=Reading(split="dev")))
 
 
-def test_names_of_data_sets(read, monkeypatch):
+def test_names_of_data_sets(read, monkeypatch, capsys):
     """A name is what is no path; datasets loads it, and says why when it cannot."""
     asked = []
 
@@ -662,7 +663,10 @@ def test_names_of_data_sets(read, monkeypatch):
         def __getitem__(self, part):
             return {name: [row[name] for row in list(self)[part]] for name in PAIRS[0]}
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    settings = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    module = types.SimpleNamespace(load_dataset=load_dataset, config=settings)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(hub, "why_unreachable", lambda name: "")
     assert [row for _, row in read_records("org/some.data", reading=Reading(split="2"))] == CHATS
     assert [row for _, row in read_records("org/data/main:2", reading=Reading(split="2"))] == CHATS
     assert asked == [(("org/some.data",), "2"), (("org/data", "main"), "2")]
@@ -674,6 +678,7 @@ def test_names_of_data_sets(read, monkeypatch):
         ),
     ):
         list(read_records("no/such", reading=Reading(split="2")))
+    assert "no file or folder no/such here; asking the hub" in capsys.readouterr().err
     os.mkdir("org")
     # mistyped paths, for which nothing is downloaded
     for path in (
@@ -692,6 +697,30 @@ def test_names_of_data_sets(read, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="x.parquet needs the package pyarrow: pip install pyarrow datasets"):
         read(b"PAR1", "x.parquet")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Then datasets looks only into its cache; else it would ask again for half a minute."""
+    was_offline = []
+
+    def load_dataset(*names, split):
+        was_offline.append(settings.HF_HUB_OFFLINE)
+        raise ConnectionError("offline mode")
+
+    settings = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    module = types.SimpleNamespace(load_dataset=load_dataset, config=settings)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def repo_info(self, *names, **options):
+        asked.append(names)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    with pytest.raises(UserError, match="no/such is no file or folder .*: the hub at .* can't be reached"):
+        list(read_records("no/such", reading=Reading(split="2")))
+    assert asked == [("no/such",)] and was_offline == [True] and settings.HF_HUB_OFFLINE is False
 
 
 # several sources

@@ -33,6 +33,7 @@ DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model,
 READ = (".json", ".txt", ".jinja", ".safetensors")  # what is read of a folder; code never is
 SHOWN = 20  # files in an error
 CHUNK = 1 << 20  # bytes
+TIMEOUT = 10  # seconds for one question
 
 
 def local_path(text: str, repo_type: str = MODEL) -> str:
@@ -373,6 +374,19 @@ def _is_unreachable(error: Exception) -> bool:
     return package in ("requests", "urllib3", "httpx", "httpx2") or isinstance(
         error, (ConnectionError, TimeoutError)
     )
+
+
+def why_unreachable(name: HubName) -> str:
+    """Why the hub can't be asked for a repository now, or "": one question, which is not asked again.
+
+    For packages that ask six times, with seconds between.
+    """
+    hub = _package(name)
+    try:
+        hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, timeout=TIMEOUT)
+    except Exception as error:
+        return _why_unreachable(hub, error) if _is_unreachable(error) else ""
+    return ""
 
 
 def _why_unreachable(hub: Any, error: Exception) -> str:

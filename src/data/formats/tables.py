@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import hub
+from rwkv_miss.files.hub_names import DATA, HubName
+from rwkv_miss.progress import print_notes
 
+from ...config.launcher import is_first_process
 from .text import Position, Record
 
 BATCH = 256  # records in memory at a time
@@ -64,13 +68,23 @@ def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]
     """
     module = _needed("datasets", f"the data set {name}")
     owner, short, *config = name.split("/")
+    repository = f"{owner}/{short}"
+    if is_first_process():
+        print_notes([f"no file or folder {name} here; asking the hub for a data set of that name"])
+    offline = module.config.HF_HUB_OFFLINE
+    problem = "" if offline else hub.why_unreachable(HubName(repository, repo_type=DATA))
+    module.config.HF_HUB_OFFLINE = offline or bool(
+        problem
+    )  # then its cache, without half a minute of retries
     try:
-        data = module.load_dataset(f"{owner}/{short}", *config, split=split)
+        data = module.load_dataset(repository, *config, split=split)
     except Exception as error:  # datasets raises many kinds: no network, no such data set, split or CONFIG
         raise UserError(
             f"{name} is no file or folder here, and datasets can't load a data set of this name, split"
-            f" {split!r} (--sft_split): {_first_line(error)}"
+            f" {split!r} (--sft_split): {problem or _first_line(error)}"
         ) from None
+    finally:
+        module.config.HF_HUB_OFFLINE = offline
     return _rows(name, data, position)
 
 
