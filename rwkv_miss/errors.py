@@ -8,7 +8,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .interrupts import EXIT_CODE, answered, is_program, say_interrupted
@@ -55,6 +55,12 @@ def listed(names: Sequence[str], most: int) -> str:
     """Names with commas between them, of which at most so many are written out: `a, b and 3 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for what a text resembles, else nothing."""
+    found = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 @contextlib.contextmanager

@@ -229,6 +229,8 @@ def test_damaged_files(refused, folder, tmp_path, program, flag):
         (whole[:-1], "damaged.pth is truncated"),
         (b"\x00" * 99, "damaged.pth is truncated or not a torch checkpoint"),
         (b"", "damaged.pth is empty"),
+        (b"\n<!DOCTYPE html><html>404 Not Found", "damaged.pth is a web page, not a model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "damaged.pth is a Git LFS pointer"),
     ):
         path.write_bytes(content)
         assert words in refused(program, **{flag: path})
@@ -289,7 +291,7 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
         ('{"targets": "key"}', 'targets must be a list of names, such as ["key", "value"]; got \'key\''),
         ('{"targets": []}', "targets is empty"),
         ("rnk=4", "adapter option 'rnk' is unknown; this method has: "),
-        ("r=4.5", "adapter option r must be int, got 4.5"),
+        ("r=4.5", "adapter option r (of --peft_config) must be a whole number, got 4.5"),
         ("r=4,r=5", "r is given twice"),
         ("layout=diagonal", "layout 'diagonal' is unknown; choose one of: stride, contiguous"),
     ],
@@ -310,7 +312,7 @@ def test_adapter_options_that_do_not_fit(refused, options, words):
         ({"lr_map": "fnn=2"}, "--lr_map 'fnn' is in no name; the names are such as blocks.0.att."),
         ({"n_layer": 24}, "n_layer 2, but --n_layer 24 was given"),
         ({"my_testing": "x060"}, "has version x070, but --version x060 was given; drop the flag"),
-        ({"micro_bsz": "many"}, "expected int"),
+        ({"micro_bsz": "many"}, "expected a whole number"),
         ({"config": "absent.yaml"}, "absent.yaml does not exist"),
         ({"load_model": None}, "needs a base"),
         ({"data_file": None}, "--data_file is missing"),
@@ -411,7 +413,7 @@ def test_questions(refused, folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(refused):
-    assert f"--devices 1000000: this machine has no GPU for them and {os.cpu_count()} cores" in refused(
+    assert f"--devices 1000000: this machine has no GPU and {os.cpu_count()} cores; at most" in refused(
         "train", devices=1000000
     )
     for program in ("train", "chat"):

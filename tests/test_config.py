@@ -181,10 +181,10 @@ def test_yaml_mistakes(tmp_path):
         ("mico_bsz: 4\n", "unknown setting 'mico_bsz'; did you mean micro_bsz?"),
         ("a: [\n", "not valid YAML"),
         ("- 4\n", "got list"),
-        ("micro_bsz:\n", "--micro_bsz None: expected int"),
-        ("tokenizer:\n", "--tokenizer None: expected str"),
-        ("proj_dir: [a, b]\n", "expected str"),
-        ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"),
+        ("micro_bsz:\n", "--micro_bsz None: expected a whole number"),
+        ("tokenizer:\n", "--tokenizer None: expected a text"),
+        ("proj_dir: [a, b]\n", "expected a text"),
+        ("ctx_len: 1.5\n", "--ctx_len 1.5: expected a whole number"),
         ("grad_cp: 3\n", "expected 0, 1 or 2"),
     ]:
         path.write_text(text)
@@ -193,7 +193,7 @@ def test_yaml_mistakes(tmp_path):
     assert "not valid YAML" in mistake("--config", str(path))
     assert "does not exist" in mistake("--config", str(tmp_path / "absent.yaml"))
     path.write_text("micro_bsz: many\n")
-    assert mistake("--config", str(path)) == f"{path}: --micro_bsz many: expected int"
+    assert mistake("--config", str(path)) == f"{path}: --micro_bsz many: expected a whole number"
     assert mistake("--config", str(tmp_path)).endswith("is a folder; give a file")
     (tmp_path / "config.yaml").touch()
     assert (
@@ -262,14 +262,15 @@ def test_targets_are_a_list():
         ("--state_cp 1", "--state_cp works with --chunk_ctx N"),
         ("--chunk_ctx 8 --truncate_ctx 12", "at multiples of --chunk_ctx 8"),
         ("--micro_bsz -1", "--micro_bsz -1: must not be negative"),
-        ("--ctx_len x", "--ctx_len x: expected int"),
-        ("--ctx_len inf", "expected int"),
+        ("--ctx_len x", "--ctx_len x: expected a whole number"),
+        ("--ctx_len inf", "expected a whole number"),
         ("--n_layer -1", "--n_layer -1: must not be negative"),
-        ("--lr_init nan", "--lr_init nan: expected float"),
+        ("--lr_init nan", "--lr_init nan: expected a number such as 0.5"),
         ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"),
-        ("--grad_cp yes", "--grad_cp yes: expected int"),
+        ("--grad_cp yes", "--grad_cp yes: expected a whole number"),
         ("--grad_cp 3", "--grad_cp 3: expected 0, 1 or 2"),
         ("--peft vora", f"--peft vora: expected one of {', '.join(sorted(METHODS))}, none"),
+        ("--peft mis", "none; did you mean miss?"),
         ("--lr_map ffn=-1", "--lr_map ffn: must be a factor"),
         ("--lr_map ffn", "--lr_map ffn: expected JSON or key=value pairs"),
         ("--lr_map ffn=x", "--lr_map ffn: must be a factor"),

@@ -423,6 +423,8 @@ def test_a_template_that_rewrites_earlier_turns(jinja):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="cannot read absent.jinja as a template: .* takes auto, rwkv, think"):
         load_template("absent.jinja")
+    with pytest.raises(UserError, match="no such file; --template takes .*; did you mean think\\?"):
+        load_template("thnk")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot read"):
         load_template(str(tmp_path / "binary"))

@@ -448,8 +448,10 @@ def test_auto_is_world_or_a_question():
 def test_a_file_that_is_absent_or_no_tokenizer(tmp_path):
     binary = tmp_path / "model.pth"
     binary.write_bytes(b"PK\x03\x04\xff\xfe")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_tokenizer(str(tmp_path / "absent.json"), 256)
+    with pytest.raises(UserError, match="did you mean bytes\\?"):
+        load_tokenizer("byte", 256)
     for path in (tmp_path, binary):
         with pytest.raises(UserError, match=re.escape(str(path))):
             load_tokenizer(str(path), 256)

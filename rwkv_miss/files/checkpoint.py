@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import UserError
 from .architectures import refuse_newer
 from .output import whole_file
-from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json
+from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json, refuse_stand_in
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
@@ -179,6 +179,7 @@ def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, T
 def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """The dict in a torch file, of tensors and plain values, mapped. UserErrors as in read_checkpoint()."""
     head = first_bytes(path, 9)
+    refuse_stand_in(path)
     text = head.decode("ascii", "replace")
     if text[:1] in ("{", "[") and all(character.isprintable() or character.isspace() for character in text):
         raise UserError(f"{path} is text, JSON as it seems, expected a .pth; data go to --data_file")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .checkpoint import memory
 from .output import whole_file
-from .untrusted import LARGEST_JSON, first_bytes
+from .untrusted import LARGEST_JSON, first_bytes, refuse_stand_in
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -60,6 +60,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """An open safetensors file; what goes wrong in the block is a UserError."""
+    refuse_stand_in(path)
     try:
         import safetensors
     except ImportError:

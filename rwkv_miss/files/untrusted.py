@@ -53,6 +53,21 @@ def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
     return head
 
 
+def refuse_stand_in(path: str | os.PathLike[str]) -> None:
+    """UserError for what a download or a clone left in the place of a file of tensors."""
+    head = first_bytes(path, 256).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise UserError(
+            f"{path} is a web page, not a model: open the address that it came from, or take the link"
+            " with /resolve/ in the place of /blob/"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: git lfs pull where it was cloned, or download"
+            " the file"
+        )
+
+
 def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     """A checkpoint's zip archive. UserError for
     - a truncated one,

@@ -21,8 +21,8 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
         cores = os.cpu_count() or 1
         if devices > MOST_PROCESSES * cores:
             raise UserError(
-                f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process"
-                " wants at least one"
+                f"--devices {devices}: this machine has no GPU and {cores} cores; at most"
+                f" {MOST_PROCESSES * cores} processes, and {cores} are fast"
             )
         return "cpu"
     if devices > gpus:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import UserError, did_you_mean
 from rwkv_miss.files.output import whole_file
 
 LARGEST_TEXT = 1 << 26  # bytes
 
 
-def read_text(path: str, purpose: str, otherwise: str) -> str:
-    """The whole of a small UTF-8 file. `otherwise` says what else the user may give.
+def read_text(path: str, purpose: str, otherwise: str, known: Iterable[str] = ()) -> str:
+    """The whole of a small UTF-8 file. `otherwise` says what else the user may give, and `known` are names,
+    one of which may be meant.
 
     UserError for another encoding, for what is no regular file, and for what is far too large for its
     purpose: a path may come out of a checkpoint's metadata.
@@ -25,6 +27,10 @@ def read_text(path: str, purpose: str, otherwise: str) -> str:
             raise OSError(f"it has {size:,} bytes")
         with open(path, encoding="utf-8") as file:
             return file.read()
+    except FileNotFoundError:
+        raise UserError(
+            f"cannot read {path} as {purpose}: no such file; {otherwise}{did_you_mean(path, known)}"
+        ) from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"cannot read {path} as {purpose}: {error}; {otherwise}") from None
 

@@ -164,7 +164,7 @@ def _integer(flags: dict[str, str | None], name: str, default: int) -> int:
     try:
         return int(float(flags.get(name) or default))
     except ValueError:
-        raise UserError(f"--{name} {flags[name]}: expected int") from None
+        raise UserError(f"--{name} {flags[name]}: expected a whole number") from None
 
 
 def _decimal(flags: dict[str, str], name: str) -> float | None:

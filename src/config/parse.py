@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.errors import Parser, UserError
+from rwkv_miss.errors import Parser, UserError, did_you_mean
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import write_text
@@ -28,6 +27,8 @@ from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
 from .validate import validate
+
+EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
@@ -105,10 +106,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
     for name in values:
         if name not in NAMES:
-            near = difflib.get_close_matches(str(name), NAMES, 1)
-            raise UserError(
-                f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise UserError(f"{path}: unknown setting {name!r}{did_you_mean(str(name), NAMES)}")
     return legacy.with_tool_style(values)
 
 
@@ -149,13 +147,16 @@ def _typed_value(name: str, value: Any) -> Any:
         text = str(value)
         value = words[text.lower()] if text.lower() in words else _read_scalar(text, kind)
     except (ValueError, KeyError):
-        expected = "0 or 1" if kind is bool else " or ".join([kind.__name__, *words])
+        expected = " or ".join([EXPECTED[kind], *words])
         raise UserError(f"--{name} {value}: expected {expected}") from None
     if name == "peft":
         value = legacy.METHOD_ALIASES.get(value, value)
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
-        raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
+        known = [c for c in choices if c]
+        raise UserError(
+            f"--{name} {value}: expected one of {', '.join(known)}{did_you_mean(str(value), known)}"
+        )
     return value
 
 

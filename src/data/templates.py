@@ -60,7 +60,8 @@ def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Templat
         if not (content := _chat_template(spec)):
             raise UserError(f"{spec} has no chat_template; give another --template")
         return _jinja(spec, content, eos)
-    content = read_text(spec, "a template", f"--template takes auto, {', '.join(MODES)}, or a Jinja file")
+    expected = f"--template takes auto, {', '.join(MODES)}, or a Jinja file"
+    content = read_text(spec, "a template", expected, (AUTO, *MODES))
     return _jinja(spec, content, eos)
 
 

@@ -239,7 +239,7 @@ def _world() -> ByteTokenizer:
 
 
 def _from_file(path: str, eod: str) -> Tokenizer:
-    content = read_text(path, "a tokenizer", f"--tokenizer takes auto, {CHOICES}")
+    content = read_text(path, "a tokenizer", f"--tokenizer takes auto, {CHOICES}", ("auto", *BUILT_IN))
     if content.lstrip().startswith("{"):
         return JsonTokenizer(path, content, eod)
     return _from_vocabulary(path, content, eod)
