@@ -320,7 +320,10 @@ class Chat:
         """what a call gave, one after another; after the last one the model goes on"""
         calls = self.conversation.calls
         if not calls:
-            raise UserError("/result is what a call gave, and the last answer calls no tool")
+            raise UserError(
+                "/result is what a call gave, and the last answer calls no tool: a call is read at the end of"
+                " an answer"
+            )
         results = [*self.results, {"role": "tool", "content": needed("result", argument)}]
         if len(results) == len(calls):
             self.answer(results)  # where that fails, the last result is to be given again

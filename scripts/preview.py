@@ -40,7 +40,7 @@ with importing():
     from src.data.dataset import Document, Documents, Loaded, fit
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
-    from src.data.formats import Reading, Report, read_source, sample, sources
+    from src.data.formats import Reading, Report, printable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
     from src.data.lint import Lint
     from src.data.recorded_tokenizer import recorded_tokenizer
@@ -189,7 +189,7 @@ def overview(
     """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
     length = figures["lengths"]
     lines = [
-        *report.lines(),
+        *report.source_lines(),  # lint has the bad rows
         (
             f"template   {encoder.template.name}, loss on {plan_text.mask(encoder)}; tokenizer"
             f" {encoder.tokenizer.name}; {describe_leading(encoder.bos)}"
@@ -213,7 +213,7 @@ def overview(
             f"           {counted(figures['cut'], 'conversation')} of more tokens, cut:"
             f" {counted(figures['cut_tokens'], 'token')} lost"
         )
-    lines += [f"finding    {finding}" for finding in lint.findings]
+    lines += [f"finding    {printable(str(finding))}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
 
 

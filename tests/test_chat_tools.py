@@ -115,7 +115,9 @@ def test_words_may_come_before_the_results_are_complete(talk, weather):
     made.take("Stop.")
     assert [m["role"] for m in made.conversation.turns[-1].messages] == ["tool", "user", "assistant"]
     assert made.results == []
-    with pytest.raises(UserError, match="the last answer calls no tool"):
+    with pytest.raises(
+        UserError, match="the last answer calls no tool: a call is read at the end of an answer"
+    ):
         made.take("/result 2")
 
 
@@ -180,7 +182,7 @@ def test_a_jinja_template_is_asked_with_the_calls_and_the_tools(talk, weather):
     assert read[1] == read[0] + (
         f"{json.dumps(calls)}<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
     )
-    with pytest.raises(UserError, match="does not write tools; choose another one"):
+    with pytest.raises(UserError, match="does not write tools; choose another --template"):
         talk(load_template(CHATML.replace("if tools", "if false")))[0].conversation.use_tools([WEATHER])
 
 

@@ -21,6 +21,7 @@ from src.data.tool_styles import STYLES
 
 from .conftest import ROOT
 from .test_data import assistant, user
+from .test_templates import CHATML
 
 GOOD = [
     {"text": "A text\n\nof two paragraphs. User: not a turn"},
@@ -148,8 +149,40 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
-    # the last one is in test_rewritten_turns.py
-    assert set(MEANINGS) - tested == {*together, "asked otherwise"}
+    # asked otherwise is in test_rewritten_turns.py
+    assert set(MEANINGS) - tested == {*together, "asked otherwise", "lost thoughts"}
+
+
+WITHOUT_TAGS = CHATML.replace(".content +", ".content.split('</think>')[-1] +")
+WITH_REASONING = CHATML.replace(".content +", ".content + (message.reasoning or '') +")
+
+
+@pytest.mark.parametrize(
+    "source, message, lost",
+    [
+        (CHATML, {"content": "4", "reasoning_content": "4"}, True),
+        (CHATML, {"content": "4", "reasoning": "hm"}, True),
+        (CHATML, {"content": "4", "reasoning": "hm", "weight": 0}, False),
+        (CHATML, {"content": "<think>\nhm\n</think>\n4"}, False),
+        (WITHOUT_TAGS, {"content": "<think>4</think>4"}, True),
+        (WITH_REASONING, {"content": "4", "reasoning": "4"}, False),
+        (WITH_REASONING, {"content": "4", "reasoning_content": "4"}, True),
+    ],
+)
+def test_thoughts_that_the_template_does_not_write(show, source, message, lost):
+    rows = [{"messages": [user("2+2?"), {"role": "assistant", **message}, user("more"), assistant("5")]}]
+    code, output = show(rows, "--template", source, "--json")
+    found = {finding["name"]: finding["count"] for finding in json.loads(output)["findings"]}
+    assert found == ({"lost thoughts": 1} if lost else {})
+
+
+def test_calls_that_the_template_does_not_write_are_bad_rows_told_once(show):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    calls = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    row = {"messages": [user("a"), calls], "tools": [tool]}
+    code, output = show([GOOD[3], row], "--template", CHATML.replace("if tools", "if false"))
+    assert output.count("data.jsonl, line 2") == 1 and "warning" not in output
+    assert re.search(r"finding +bad row, 1 row: .*does not write tools; choose another --template", output)
 
 
 def test_the_figures_are_those_of_the_training(show, tmp_path):

@@ -3,6 +3,7 @@ the tokens of the training.
 """
 
 import itertools
+import json
 import pickle
 
 import jinja2
@@ -24,6 +25,7 @@ from src.data.templates import (
     recorded_template,
 )
 from src.data.tokenizer import load_tokenizer
+from src.evaluation.accuracy import read_questions
 from src.inference.conversation import Conversation
 from src.model import RWKV
 
@@ -347,6 +349,50 @@ def test_an_answer_in_several_blocks_has_its_weight_in_all_of_them(jinja):
     assert shown(template.segments(turns)) == whole
     context = template.segments([*turns[:3], {**turns[3], "weight": 0}])
     assert shown(context) == whole.replace("<(>|-|<d>", "(|-|d")
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLS = "(message.tool_calls | tojson if message.tool_calls else '') + message.content +"
+FORGOTTEN = CALLS.replace(
+    "if message.tool_calls", "if message.tool_calls and loop.last"
+)  # in earlier turns, as thoughts often are
+
+
+@pytest.mark.parametrize(
+    "source, calls, tools, words",
+    [
+        (CHATML, [CALL], None, "does not write tool_calls; choose another --template"),
+        (CHATML.replace("if tools", "if false"), [], [{"name": "f"}], "does not write tools;"),
+        (CHATML.replace("if tools", "if tools and tools.x.y"), [], [{"name": "f"}], "has no attribute"),
+        (CHATML.replace("message.content +", CALLS), [CALL], [{"name": "f"}], None),
+        (CHATML.replace("message.content +", FORGOTTEN), [CALL], [{"name": "f"}], None),
+        (
+            CHATML.replace("message.content +", CALLS),
+            [CALL, {"function": {"name": "f", "arguments": "{not json"}}],
+            None,
+            "a tool call must be",
+        ),
+    ],
+)
+def test_no_tool_and_no_call_is_lost_without_a_word(jinja, tmp_path, source, calls, tools, words):
+    """In training and in evaluation: an error with file and row."""
+    called = {"role": "assistant", "content": None, "tool_calls": calls} if calls else assistant("b")
+    row = {"messages": [user("a"), called, user("c"), assistant("d")], **({"tools": tools} if tools else {})}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [user("a"), assistant("b")]}) + "\n" + json.dumps(row) + "\n")
+    template, tokenizer = jinja(source), load_tokenizer("bytes", 65536)
+    if not words:
+        assert len(read_questions(path, template)) == 2
+        documents = load_documents(str(path), tokenizer, 10**6, template)
+        assert sum('"arguments"' in tokenizer.decode(d.ids[d.weights > 0].tolist()) for d in documents) == 1
+        return
+    for read in (
+        lambda: load_documents(str(path), tokenizer, 10**6, template),
+        lambda: read_questions(path, template),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert "data.jsonl, line 2: " in str(caught.value) and words in str(caught.value)
 
 
 def test_tools_and_a_document_end(jinja, tmp_path):

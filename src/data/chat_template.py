@@ -71,6 +71,9 @@ class Template(Protocol):
     def parse(self, text: str) -> tuple[str, list[dict]]:
         """(content, tool_calls) of an answer, the calls as in OpenAI's API; thoughts stay in the content."""
 
+    def drops_thoughts(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
+        """Whether the last message, which is an answer, has thoughts that are not written."""
+
 
 def weight_of(message: dict) -> float:
     """The weight of an answer in the loss, which is its `"weight"`, else 1.

@@ -31,11 +31,13 @@ import jinja2.sandbox
 
 from rwkv_miss.errors import UserError
 
-from .chat_template import BEGUN_THOUGHTS, CONTEXT, Segment, TokenEnd, weight_of
-from .tool_styles import parse_any
+from .chat_template import BEGUN_THOUGHTS, CONTEXT, Segment, TokenEnd, thoughts_of, weight_of
+from .tool_styles import parse_any, read_call
 
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
+
+OTHER = "Other thoughts."
 
 
 class Generation(jinja2.ext.Extension):
@@ -119,6 +121,7 @@ class JinjaTemplate:
 
         For the whole conversation it is one document. So a chat asks in the pieces of the training.
         """
+        self._require_tools(messages, tools)
         try:
             documents, written = self._by_answers(messages, tools)
         except _Changed as changed:
@@ -132,6 +135,7 @@ class JinjaTemplate:
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
     ) -> list[list[Segment]]:
         """See chat_template.Template."""
+        self._require_tools(messages, tools)
         try:
             documents, written = self._by_answers(messages, tools, token_end)
         except _Changed as changed:
@@ -163,6 +167,38 @@ class JinjaTemplate:
     def parse(self, text: str) -> tuple[str, list[dict]]:
         """See chat_template.Template."""
         return parse_any(text)
+
+    def drops_thoughts(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
+        """See chat_template.Template."""
+        *before, answer = messages
+        if not thoughts_of(answer)[0]:
+            return False
+        changed = {key: OTHER for key in ("reasoning_content", "reasoning") if answer.get(key)}
+        if not changed:  # the thoughts are in the content
+            changed["content"] = f"<think>{OTHER}</think>{answer['content'].partition('</think>')[2]}"
+        return self._writes_alike(messages, tools, [*before, {**answer, **changed}], tools)
+
+    def _require_tools(self, messages: list[dict], tools: list[dict] | None) -> None:
+        """UserError for calls that are wrong, and for tools or calls that the template does not write."""
+        if tools and self._writes_alike(messages, tools, messages, None):
+            raise UserError(f"{self.name} does not write tools; choose another --template")
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or not message.get("tool_calls"):
+                continue
+            for call in message["tool_calls"]:
+                read_call(call)
+            mute = {key: value for key, value in message.items() if key != "tool_calls"}
+            # a later turn may change what is written of this one, which is trained as it is here
+            if self._writes_alike(messages[: i + 1], tools, [*messages[:i], mute], tools):
+                raise UserError(f"{self.name} does not write tool_calls; choose another --template")
+
+    def _writes_alike(self, messages: list[dict], tools, others: list[dict], other_tools) -> bool:
+        """Whether other messages and tools become the same text."""
+        text = self._render(messages, False, tools)
+        try:
+            return text == self._render(others, False, other_tools)
+        except UserError:  # the others have no form
+            return False
 
     def _by_answers(
         self, messages: list[dict], tools, token_end: TokenEnd | None = None

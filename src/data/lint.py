@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..common.formatting import counted
-from .chat_template import begins_thoughts, thoughts_of
+from .chat_template import begins_thoughts, thoughts_of, weight_of
 from .encode import Encoder
 from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
@@ -42,6 +42,10 @@ MEANINGS = {
     ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
+    "lost thoughts": (
+        "the template does not write an answer's thoughts, so they are not learned; choose another"
+        " --template, or name them as it does: reasoning_content, reasoning, or <think> in the content"
+    ),
     "asked otherwise": (
         "an answer without thoughts; the template asks for it with a tag that it does not write before it, so"
         " that a chat asks otherwise than was trained; give the answers thoughts, or take the tag out of what"
@@ -138,10 +142,15 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
         yield "empty answer"
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
-    for message in record.get("messages", ()):
+    for i, message in enumerate(record.get("messages", ())):
         content = message.get("content") or ""
         if message["role"] == "assistant":
             yield from _odd_answer(message, content, encoder)
+            # an answer without a weight teaches no thoughts anyway
+            if weight_of(message) and encoder.template.drops_thoughts(
+                record["messages"][: i + 1], record.get("tools")
+            ):
+                yield "lost thoughts"
         elif isinstance(encoder.template, RwkvTemplate):
             if "\n\n" in content.replace("\r\n", "\n").strip():
                 yield "blank line"

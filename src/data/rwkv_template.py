@@ -141,6 +141,10 @@ class RwkvTemplate:
         """See chat_template.Template."""
         return self.tools.parse(text)
 
+    def drops_thoughts(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
+        """Never: thoughts without a place are an error."""
+        return False
+
     def _between(self) -> tuple[str, str]:
         """(what ends an answer when another turn follows, what that turn begins with)."""
         return (self.form.end, self.form.between) if self.form.end else (self.form.between, "")

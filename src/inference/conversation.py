@@ -67,9 +67,8 @@ class Conversation:
 
     def use_tools(self, tools: list[dict]) -> None:
         """Begin anew with these tools. UserError for tools that the template can't write."""
-        question = [{"role": "user", "content": "?"}]
-        if tools and self.template.segments(question, tools) == self.template.segments(question):
-            raise UserError(f"the template {self.template.name} does not write tools; choose another one")
+        if tools:
+            self.template.segments([{"role": "user", "content": "?"}], tools)
         self.tools = tools
         self.reset()
 

@@ -9,7 +9,7 @@ A record has one of these forms, whatever the file looked like:
 """
 
 from .records import read_record, read_records, read_source
-from .report import Found, Report, WrongSetting
+from .report import Found, Report, WrongSetting, printable
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Report",
     "Source",
     "WrongSetting",
+    "printable",
     "read_record",
     "read_records",
     "read_source",

@@ -104,13 +104,8 @@ class Report:
         return sum(found.bad for found in self.files.values())
 
     def lines(self) -> list[str]:
-        """Lines of the plan."""
-        lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
-        if len(self.files) > SHOWN:
-            formats = collections.Counter(found.format for found in self.files.values())
-            named = ", ".join(f"{count} {name}" for name, count in formats.items())
-            lines.append(f"format     {len(self.files)} files in all: {named}")
-        lines += self.notes
+        """Lines of the plan: source_lines(), and what was left out."""
+        lines = self.source_lines()
         if self.bad:
             be = "is" if self.bad == 1 else "are"
             lines.append(
@@ -118,5 +113,18 @@ class Report:
                 " such as:"
             )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        # a key of JSON or a file's name may hold half a surrogate pair, which print() refuses
-        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
+        return [printable(line) for line in lines]
+
+    def source_lines(self) -> list[str]:
+        """Lines about what was read, and notes about it."""
+        lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
+        if len(self.files) > SHOWN:
+            formats = collections.Counter(found.format for found in self.files.values())
+            named = ", ".join(f"{count} {name}" for name, count in formats.items())
+            lines.append(f"format     {len(self.files)} files in all: {named}")
+        return [printable(line) for line in lines + self.notes]
+
+
+def printable(line: str) -> str:
+    """A key of JSON or a file's name may hold half a surrogate pair, which print() refuses."""
+    return line.encode("utf-8", "backslashreplace").decode()
