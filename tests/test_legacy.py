@@ -152,9 +152,9 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
             "mode bot: expected bone, which is --peft miss, or bat",
         ),
         (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
-        (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected int"),
+        (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected a whole number"),
         (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
-        (["--epoch_save", "often"], "--epoch_save often: expected int"),
+        (["--epoch_save", "often"], "--epoch_save often: expected a whole number"),
     ],
 )
 def test_old_flags_with_values_that_make_no_sense(flags, words):

@@ -334,7 +334,7 @@ def test_words_for_rates():
     ):
         config, origins = parse([*base, *more])
         assert (config.lr_init, origins["lr_init"]) == (rate, origin)
-    with pytest.raises(UserError, match="--lr_init much: expected float or auto or paper"):
+    with pytest.raises(UserError, match="--lr_init much: expected a number such as 0.5 or auto or paper"):
         parse([*base, "--lr_init", "much"])
     with pytest.raises(UserError, match="--lr_init -1"):
         parse([*base, "--lr_init", "-1"])

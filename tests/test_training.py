@@ -259,7 +259,7 @@ def test_a_run_whose_settings_are_gone_or_spoilt_is_not_gone_on_with(tmp_path):
     ):
         earlier_settings(config)
     (tmp_path / "config.yaml").write_text("devices: two\n")
-    with pytest.raises(rwkv_miss.UserError, match="config.yaml: --devices two: expected int"):
+    with pytest.raises(rwkv_miss.UserError, match="config.yaml: --devices two: expected a whole number"):
         earlier_settings(config)
 
 
