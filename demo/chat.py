@@ -33,7 +33,7 @@ with importing():
     from src.inference.conversation import Conversation
     from src.inference.cpu_decoder import fastest
     from src.inference.generate import stream
-    from src.inference.load import load_with
+    from src.inference.load import load_with, refuse_folders
     from src.inference.sampling import Sampling
 
 
@@ -166,6 +166,7 @@ def check(args: argparse.Namespace) -> None:
 def check_local(args: argparse.Namespace) -> None:
     """UserError for files on this machine that can't be read: then nothing is downloaded first."""
     choose_template(args.template, args.tool_style, None, None)
+    refuse_folders(args.adapter)
     for path in filter(None, (args.model, *args.adapter.values(), args.load_state)):
         if not is_hub_name(path):
             model_metadata(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .architectures import refuse_newer
 from .checkpoint import flat, load_dict, read_metadata
-from .hf_folder import folder_files, is_folder, read_folder, refuse_file_of_folder
+from .hf_folder import folder_files, is_folder, read_config, read_folder, refuse_file_of_folder
 from .hf_names import in_usual_order
 from .provenance import Provenance
 from .safetensors_io import is_safetensors, read_header, read_safetensors
@@ -57,6 +57,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The metadata of read_model(), without its tensors."""
     if os.path.isdir(path):
+        read_config(path)  # which names a folder without one
         header = read_header(weight_paths(path)[-1])
     elif is_safetensors(path):
         header = read_header(path)

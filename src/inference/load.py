@@ -35,6 +35,15 @@ def load(
     return adapters.model, tokenizer
 
 
+def refuse_folders(files: Mapping[str, str]) -> None:
+    """UserError for an adapter, name -> path, that is a folder."""
+    for folder in filter(os.path.isdir, files.values()):
+        raise UserError(
+            f"{folder} is a folder, and an adapter here is one .pth; "
+            f"python -m rwkv_miss convert {folder} adapter.pth --to native makes it"
+        )
+
+
 def load_with(
     path,
     files: Mapping[str, Any],
@@ -56,11 +65,7 @@ def load_with(
     7e-8 and 2e-7. The KL divergence is 1e-5 in the mean and 9e-5 at most. An adapter never changes the
     weights, whatever their precision (adapters.py).
     """
-    for folder in filter(os.path.isdir, files.values()):
-        raise UserError(
-            f"{folder} is a folder, and an adapter here is one .pth; "
-            f"python -m rwkv_miss convert {folder} adapter.pth --to native makes it"
-        )
+    refuse_folders(files)
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
     tensors = read_model_file(path)
