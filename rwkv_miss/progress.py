@@ -91,6 +91,11 @@ class Progress:
                 self.next = now + max(LINE, LINE_SHARE * elapsed)
                 print(self.text(elapsed), file=sys.stderr, flush=True)
 
+    def warm_up(self, count: float = 1) -> None:
+        """So many more are done, which took longer than the others will: the rate is counted from here."""
+        self.done += count
+        self.first, self.begun = self.done, time.monotonic()
+
     def text(self, elapsed: float) -> str:
         """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
         whole = f"{self.done:,.0f} of {self.total:,.0f}" if self.total else f"{self.done:,.0f}"

@@ -311,7 +311,7 @@ def test_before_the_first_step_the_run_ends_at_once(files, tmp_path):
     code, output = evaluated(files, tmp_path / "run", sabotage=stop)
     assert (
         code == 130
-        and output.splitlines()[-1] == "interrupted before the first step"
+        and output.splitlines()[-1] == "interrupted before the first step; the same command starts again"
         and "step 0/6" not in output
     )
     assert not (tmp_path / "run/adapter.pth").exists()

@@ -16,6 +16,7 @@ import yaml
 import rwkv_miss
 from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
+from rwkv_miss.progress import Progress
 from src.config import Config
 from src.model import RWKV, read_model_file
 from src.training import trainer
@@ -436,7 +437,8 @@ def test_both_signals_are_answered_at_once(capfd, monkeypatch):
     try:
         with pytest.raises(Ended, match=str(128 + signal.SIGUSR1)):
             signal.raise_signal(signal.SIGUSR1)
-        assert capfd.readouterr().err == "\ninterrupted before the first step\n" and not report.stop
+        said = "\ninterrupted before the first step; the same command starts again\n"
+        assert capfd.readouterr().err == said and not report.stop
         report.training = True
         signal.raise_signal(signal.SIGUSR1)
         words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
@@ -446,3 +448,17 @@ def test_both_signals_are_answered_at_once(capfd, monkeypatch):
         assert "ended within a step; what was saved before is unchanged" in capfd.readouterr().err
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_first_step_says_nothing_of_the_time_that_is_left(capsys):
+    """It takes 30 s here and the others 1 s each, as where the first one prepares what they find."""
+    report = StepReport("", 100, 0.0, None, [])
+    report.bar = Progress("training", 100, "steps", shown=False)
+    report.begun, report.last_line, report.steps_here = 0.0, 0.0, 0
+    for step, now in ((1, 30.0), (2, 31.0), (3, 32.0), (4, 33.0), (5, 34.0)):
+        line = {"step": step, "trained_tokens": 1, "lr": 1e-3, "tokens_per_second": 10.0}
+        report._show(line, 2.0, now)
+    first, later = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/100 ") and "left" not in first
+    assert later.startswith("step 5/100 ") and later.endswith(", 95 s left")
+    assert report.bar.done == 5 and report.bar.first == 1

@@ -86,7 +86,7 @@ class StepReport(Callback):
         The second one ends it now, and so does one before the first step.
         """
         if not self.training:  # nothing of ours is there to be put away
-            self._tell(b"\ninterrupted before the first step\n")
+            self._tell(b"\ninterrupted before the first step; the same command starts again\n")
             os._exit(128 + signum)
         if self.stop:
             self._tell(b"\nended within a step; what was saved before is unchanged\n")
@@ -173,13 +173,19 @@ class StepReport(Callback):
         step = line["step"]
         shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
         said = f"{shown} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
-        self.bar.update(1, said)
+        if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
+            self.bar.warm_up()
+            self.begun = now
+        self.bar.update(min(self.steps_here, 1), said)
         self.steps_here += 1
         due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
         if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):
             self.last_line = now
-            left = (now - self.begun) / self.steps_here * (self.total - step)
-            print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
+            left = ""
+            if measured := self.steps_here - 1:
+                seconds = (now - self.begun) / measured * (self.total - step)
+                left = f", {duration_text(seconds)} left"
+            print(f"step {step}/{self.total} {said}{left}", flush=True)
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()
