@@ -284,7 +284,7 @@ def search() -> dict:
             mock.patch.object(FineTuning, "on_train_batch_start", side_effect=SearchIsOver),
             contextlib.suppress(SearchIsOver),
         ):
-            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0")
+            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0 --eval_docs 2")
         found = json.loads(pathlib.Path(folder, "out", RATE_SEARCH).read_text())
     *_, before, last = trials
     assert [len(trial) for trial in trials] == [found["steps"]] * len(found["trials"])
