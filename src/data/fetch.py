@@ -31,8 +31,11 @@ def fetch_data(data_file: str) -> str:
 def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, str]:
     """setting -> its text with a commit in every name of the hub; settings without such a name are not in it.
 
-    A name keeps the commit that it has in `recorded`, whatever branch it names.
+    A name keeps the commit that it has in `recorded`, whatever branch it names. Local files are looked at
+    before the hub is asked.
     """
+    if any(hub_names.HUB in getattr(config, setting) for setting in KINDS):
+        _check_local(config)
     pinned = {}
     for setting, kind in KINDS.items():
         text = getattr(config, setting)
@@ -61,8 +64,6 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
 
 def fetch_files(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
     """Download what pinned_names() gave, and have the settings name the local files."""
-    if names:
-        _check_local(config)
     for setting, text in names.items():
         parts = []
         for path, weight in _parts(setting, text):
