@@ -20,7 +20,6 @@ from src.data import rwkv_template
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import guessing
-from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.generate import stream
@@ -28,7 +27,7 @@ from src.inference.load import load_with
 from src.inference.sampling import Sampling
 from src.ops import native
 
-from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
+from .test_generate import GREEDY, Scripted, letters, mixing_tensors, read_texts  # noqa: F401  (a fixture)
 from .test_live_adapters import train
 from .test_templates import CHATML
 from .test_tool_styles import WEATHER, call
@@ -350,13 +349,7 @@ def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F81
 @pytest.fixture
 def asked(monkeypatch):
     """The texts that are read before the answers, one after another."""
-    texts = []
-
-    def noted(model, tokenizer, ids, *rest):
-        texts.append(tokenizer.decode(ids))
-        return stream(model, tokenizer, ids, *rest)
-
-    monkeypatch.setattr(conversation_module, "stream", noted)
+    texts = read_texts(monkeypatch)
     # no < in this vocabulary: a mode with another opening stands for the others
     monkeypatch.setitem(rwkv_template.MODES, "think-long", rwkv_template.Mode(" think a lot", " "))
     return texts

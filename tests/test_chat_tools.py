@@ -13,9 +13,8 @@ from src.data.templates import load_template
 from src.data.tool_styles import STYLES, read_tools
 from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
-from src.inference.generate import stream
 
-from .test_generate import GREEDY, Scripted, named, without_adapters
+from .test_generate import GREEDY, Scripted, named, read_texts, without_adapters
 from .test_templates import CHATML
 from .test_tool_styles import WEATHER, call
 
@@ -25,13 +24,7 @@ def talk(monkeypatch):
     """talk(template) -> (a chat, a function that makes it say a text next, the texts that are read)."""
 
     def make(template):
-        texts = []
-
-        def noted(model, tokenizer, ids, *rest):
-            texts.append(tokenizer.decode(ids))
-            return stream(model, tokenizer, ids, *rest)
-
-        monkeypatch.setattr(conversation_module, "stream", noted)
+        texts = read_texts(monkeypatch)
         tokenizer = named("bytes")
         conversation = Conversation(None, tokenizer, GREEDY, template=template)
         made = Chat(

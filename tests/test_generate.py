@@ -33,6 +33,7 @@ from src.evaluation.accuracy import (
     read_questions,
     shortened,
 )
+from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.generate import stream
 from src.inference.sampling import Sampling, sample
@@ -88,6 +89,18 @@ def mixing_tensors(version):
     return {
         name: t * (6 if name.endswith(loud) else 1) for name, t in random_tensors(make_arch(version)).items()
     }
+
+
+def read_texts(monkeypatch):
+    """A list that gets each text that a conversation's model reads before it answers."""
+    texts = []
+
+    def noted(model, tokenizer, ids, *rest):
+        texts.append(tokenizer.decode(ids))
+        return stream(model, tokenizer, ids, *rest)
+
+    monkeypatch.setattr(conversation_module, "stream", noted)
+    return texts
 
 
 class Scripted:
