@@ -6,6 +6,7 @@ numbers. So the Python code of a GPU runs: what is on the wrong device raises as
 waits for the device, copies, dtypes and memory are counted.
 
     python -m tests.fake_gpu            run all cases (cases.py) and print what they differ in from table.json
+    python -m tests.fake_gpu --cases "step miss v?"     only these
     python -m tests.fake_gpu --write    ... and write the table anew
 
 tests/test_fake_gpu.py runs the same in a process of its own, so that no other test meets the stub.

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from . import stub
+from .cases import ALL, matching
 from .table import TABLE, differences, read, write
 
 UNAVAILABLE = 77
@@ -14,6 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fake_gpu", description="Run the GPU's paths on a device that computes nothing."
     )
+    parser.add_argument(
+        "--cases",
+        action="append",
+        metavar="PATTERN",
+        help='only the cases with this in their name, or that it fits, such as "step miss v?" (repeatable)',
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--write", action="store_true", help="write table.json anew")
     output.add_argument(
@@ -22,6 +29,11 @@ def main() -> None:
         help="write the records to this file, with the reason where there can be none",
     )
     arguments = parser.parse_args()
+    names = matching(arguments.cases) if arguments.cases else ALL
+    if not names:
+        parser.error(f"--cases {' '.join(arguments.cases)}: fits none of {', '.join(ALL)}")
+    if arguments.write and names != ALL:
+        parser.error("--write writes all cases; leave out --cases")
     try:
         stub.load()
     except stub.Unavailable as reason:
@@ -31,7 +43,7 @@ def main() -> None:
 
     from .runner import records  # imports torch, which has to come after the stub
 
-    found = {"torch": torch.__version__.split("+")[0], "cases": records()}
+    found = {"torch": torch.__version__.split("+")[0], "cases": records(names)}
     if arguments.json:
         write(found, arguments.json)
         return

@@ -1,5 +1,7 @@
 """What is run on the fake GPU, by name; importing this imports no torch."""
 
+import fnmatch
+
 METHODS = (
     "adalora",
     "bat",
@@ -40,3 +42,12 @@ READING_CASES = [f"{what} v{version}" for what in READING for version in VERSION
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]
 ALL = STEP_CASES + WEIGHTED_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES
+
+
+def matching(patterns: list[str]) -> list[str]:
+    """The cases that a pattern such as "step miss v?" fits, or that have it in their name."""
+    return [
+        case
+        for case in ALL
+        if any(fnmatch.fnmatchcase(case, pattern) or pattern in case for pattern in patterns)
+    ]
