@@ -8,6 +8,10 @@ is the one of torch.compile, which has no public name; where torch does not have
 and device, the products are torch's own. A weight is contiguous or the transposed view of one: no copy is
 made. (Of any other view oneDNN would make the product by its plain loops, a thousand times as slow: torch's
 is taken.)
+
+The sums are fp32 for factors in half precision. On CUDA that holds to the end where
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction and its sibling for fp16 are off; torch has
+them on, and a product whose sums are split among blocks then adds the parts in half precision.
 """
 
 from __future__ import annotations
@@ -71,6 +75,25 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for part in others:
         y = _onednn_plus(*part, None, y)
     return y
+
+
+@functools.cache
+def _has_fp32_results() -> bool:
+    """Whether torch hands out the fp32 sums of factors in half precision: from 2.8 on, for CUDA alone."""
+    return "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+
+
+def product_exact(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with the sums as they are, fp32 for factors in half precision; fp32 and fp64 stay.
+
+    On CUDA with torch 2.8 or newer. On the CPU and in an older torch the result is fp32, too, but was rounded
+    to the dtype of the factors on its way: torch has no other product there.
+    """
+    if x.dtype.itemsize >= 4:
+        return product(x, weight)
+    if x.device.type == "cuda" and _has_fp32_results():
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return product(x, weight).float()
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:

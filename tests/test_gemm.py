@@ -1,5 +1,7 @@
 """The matrix products and the frozen linear: values and gradients against float64, and what is kept."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from rwkv_miss import functional, gemm
 from rwkv_miss.functional import linear
 from rwkv_miss.methods import operators
+from src.common.device import choose_accelerator
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
 # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
@@ -49,6 +52,9 @@ def test_products(engine, rows, width, out, dtype, transposed):
     close(gemm.product(x, weight), exact[0], dtype, size[0])
     close(gemm.product(x, weight, bias), sum(exact[:2]), dtype, sum(size[:2]))
     close(gemm.product_plus(x, weight, bias, s, D), sum(exact), dtype, sum(size))
+    exactly = gemm.product_exact(x, weight)
+    assert exactly.dtype == torch.float32
+    close(exactly.to(dtype), exact[0], dtype, size[0])
     out = torch.full((rows + 1, out), torch.nan, dtype=dtype)
     close(gemm.product_into(out[:-1], x, weight), exact[0], dtype, size[0])
     assert out[-1].isnan().all()
@@ -88,6 +94,35 @@ def test_onednn_is_taken_for_large_products_in_fp32_and_not_where_there_are_no_n
     ):
         gemm.product(x, torch.ones(4, 3, dtype=x.dtype, device=x.device))
     assert taken == [(torch.float32, 2)]
+
+
+@pytest.mark.parametrize("since_2_8", [True, False])
+def test_a_gpu_is_asked_for_the_sums_of_half_precision_as_they_are(monkeypatch, since_2_8):
+    asked = []
+    monkeypatch.setattr(torch, "mm", lambda *factors, **options: asked.append((factors, options)))
+    monkeypatch.setattr(gemm, "product", lambda x, weight: torch.ones(3, 5, dtype=x.dtype))
+    monkeypatch.setattr(gemm, "_has_fp32_results", lambda: since_2_8)
+    x = types.SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    y = gemm.product_exact(x, types.SimpleNamespace(t=lambda: "transposed"))
+    assert asked == [((x, "transposed"), {"out_dtype": torch.float32})] * since_2_8
+    assert since_2_8 or y.dtype == torch.float32
+
+
+def test_runs_on_a_gpu_sum_in_fp32(monkeypatch):
+    """torch adds the parts of a sum in half precision, unless it is told not to."""
+    settings = torch.backends.cuda.matmul
+    names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    before = [getattr(settings, name) for name in names]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    try:
+        assert choose_accelerator("cpu") == "cpu"
+        assert [getattr(settings, name) for name in names] == before
+        assert choose_accelerator("auto") == "gpu"
+        assert not any(getattr(settings, name) for name in names)
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -15,7 +15,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_accelerator(asked: str, devices: int = 1) -> str:
-    """cpu or gpu; a UserError when fewer GPUs are there than asked for."""
+    """cpu or gpu; a UserError when fewer GPUs are there than asked for.
+
+    Where it is gpu, products in half precision have fp32 sums from now on.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or asked == "auto" and not gpus:
         cores = os.cpu_count() or 1
@@ -30,7 +33,17 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
             f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or"
             " --accelerator cpu"
         )
+    _sum_in_fp32()
     return "gpu"
+
+
+def _sum_in_fp32() -> None:
+    """Turn off what torch allows by default: adding the parts of a split sum in half precision.
+
+    A small change by an adapter is part of such a sum (rwkv_miss/gemm.py), and would be rounded away.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
