@@ -39,8 +39,13 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 typedef int cudaError_t;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline int current_device = 0, last_launch = -1;  // GPUs; the second is that of the last kernel
+inline cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    return device < 0 ? cudaErrorInvalidDevice : (current_device = device, cudaSuccess);
+}
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
@@ -192,6 +197,7 @@ inline void run_block(Block& b, dim3 block) {
 
 template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F kernel) {
     if (shared_bytes > DYNAMIC) abort();
+    last_launch = current_device;
     std::function<void()> body = kernel;
     long blocks = (long)grid.x * grid.y * grid.z;
 #pragma omp parallel
@@ -216,6 +222,11 @@ template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F ker
 // 0: fibers take turns from the first to the last; 1: from the last to the first
 extern "C" inline __attribute__((used, visibility("default"))) void emulate_order(int reversed) {
     cu::reversed = reversed;
+}
+
+extern "C" inline __attribute__((used, visibility("default"))) void emulate_devices(int* current, int* launch) {
+    *current = current_device;
+    *launch = last_launch;
 }
 
 #define threadIdx (cu::B->thread)

@@ -3,6 +3,10 @@
 //
 //   LAUNCH(kernel<...>, grid, block, shared_bytes, stream, arguments...)     instead of kernel<<<...>>>(...)
 //   DYNAMIC_SHARED(type, name)      instead of extern __shared__ type name[]
+//   OnDevice on(device); if (on.error) return on.error;             first in a function of the C interface
+//
+// The last arguments of such a function are `int dtype, int device, void* stream`: the tensors' element type,
+// their GPU and CUDA's stream. It returns 0 or CUDA's error.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +21,28 @@
 #else
 #include "emulate.h"
 #endif
+
+// While it lives, `device` is this thread's current GPU; afterwards the one before it is again. A stream
+// belongs to one GPU, so a kernel that is launched from another's thread would be an error.
+class OnDevice {
+   public:
+    explicit OnDevice(int device) {
+        error = cudaGetDevice(&before);
+        changed = error == cudaSuccess && before != device;
+        if (changed) error = cudaSetDevice(device);
+    }
+    ~OnDevice() {
+        if (changed) cudaSetDevice(before);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    cudaError_t error;
+
+   private:
+    int before = 0;
+    bool changed = false;
+};
 
 // element types of the C interface
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

@@ -6,7 +6,7 @@
 // one, and the result.
 //
 // C interface: quantised (out, bytes of a row), pairs (256, 2) the two numbers of every byte of nf4, weight
-// (out, width); `stream` is CUDA's.
+// (out, width); `device` and `stream` as launch.h says.
 #include "launch.h"
 
 namespace {
@@ -70,11 +70,15 @@ template <class Kind> int run(const uint8_t* quantised, const float* pairs, void
 }  // namespace
 
 extern "C" int dequantise_int8(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
-    int64_t width, int dtype, void* stream) {
+    int64_t width, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run<Int8>(quantised, pairs, weight, out, width, dtype, stream);
 }
 
 extern "C" int dequantise_nf4(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
-    int64_t width, int dtype, void* stream) {
+    int64_t width, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     return run<Nf4>(quantised, pairs, weight, out, width, dtype, stream);
 }

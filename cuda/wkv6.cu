@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(1024)
 }  // namespace
 
 // the two terms of D; S between slices; v . dy; partial sums of one gradient of a slice
-extern "C" int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void*) {
+extern "C" int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, int, void*) {
     Task task(B, T, H, N, kFloat32);
     return with_layout(task, [&](auto layout) {
         Task slice = task.slice(0, T < SLICE ? T : SLICE);
@@ -247,7 +247,9 @@ extern "C" int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void
 
 extern "C" int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u,
     const float* s0, const uint8_t* reset, void* y, float* sT, int64_t B, int64_t T, int64_t H, int64_t N,
-    int dtype, void* stream) {
+    int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     with_layout(task, [&](auto layout) {
@@ -262,7 +264,9 @@ extern "C" int wkv6_forward(const void* r, const void* k, const void* v, const v
 extern "C" int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u,
     const float* s0, const uint8_t* reset, const void* dy, const float* dsT, void* dr, void* dk, void* dv,
     void* dw, float* du, float* ds0, float* scratch, int64_t B, int64_t T, int64_t H, int64_t N, int dtype,
-    void* stream) {
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     float *here = scratch, *before = here + task.size(), *state = before + task.size(),

@@ -313,14 +313,16 @@ extern "C" int64_t wkv6_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) 
     return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
 }
 // factors and D of a segment, du of all chunks
-extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, void*) {
+extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
     Sizes sizes(B, T, H);
     return sizes.heads * (sizes.segment * (sizeof(State) + sizeof(Factors)) / 4 + sizes.chunks * N);
 }
 
 extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v, const void* w,
     const float* u, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
-    int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved})) return cudaErrorInvalidValue;
     with_inputs(dtype, r, k, v, w, u, reset,
         [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
@@ -330,7 +332,9 @@ extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v,
 extern "C" int wkv6_chunked_backward(const void* r, const void* k, const void* v, const void* w,
     const float* u, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
     const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, float* scratch,
-    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, saved, dy, dsT, dr, dk, dv, dw, du, ds0, scratch}))
         return cudaErrorInvalidValue;
     with_inputs(dtype, r, k, v, w, u, reset, [&](auto in) {

@@ -218,7 +218,7 @@ template <Direction DIRECTION> void launch_finish(const void* x0, const void* x1
 extern "C" int64_t wkv7_saved(int64_t B, int64_t T, int64_t H, int64_t N) { return B * T * H * N; }
 
 // e, later a da; the terms of D at its own token; S between slices; partial sums of two gradients of a slice
-extern "C" int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void*) {
+extern "C" int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, int, void*) {
     Task task(B, T, H, N, kFloat32);
     return with_layout(task, [&](auto layout) {
         Task slice = task.slice(0, T < SLICE ? T : SLICE);
@@ -229,7 +229,9 @@ extern "C" int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void
 
 extern "C" int wkv7_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
     const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
-    int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+    int64_t T, int64_t H, int64_t N, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     with_layout(task, [&](auto layout) {
@@ -244,7 +246,9 @@ extern "C" int wkv7_forward(const void* r, const void* w, const void* k, const v
 extern "C" int wkv7_backward(const void* r, const void* w, const void* k, const void* v, const void* a,
     const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
     const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
-    int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+    int64_t B, int64_t T, int64_t H, int64_t N, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     float *e = scratch, *before = e, *here = e + task.size(), *state = here + task.size(),

@@ -331,14 +331,16 @@ extern "C" int64_t wkv7_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) 
     Sizes sizes(B, T, H);
     return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
 }
-extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, void*) {
+extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
     Sizes sizes(B, T, H);
     return sizes.heads * sizes.segment * (sizeof(State) + sizeof(Factors)) / 4;
 }
 
 extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
     const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
-    int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved})) return cudaErrorInvalidValue;
     with_inputs(dtype, r, w, k, v, a, b, reset,
         [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
@@ -348,7 +350,9 @@ extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k,
 extern "C" int wkv7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
     const void* a, const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
     const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
-    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
     if (!valid(B, T, H, head_size, dtype,
             {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch}))
         return cudaErrorInvalidValue;

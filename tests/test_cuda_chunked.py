@@ -11,6 +11,7 @@ from benchmarks.ptxas_report import compile_report, table
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 
 from .conftest import ROOT
+from .test_cuda_kernels import devices
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
 CODES = {torch.bfloat16: 1, torch.float16: 2}
@@ -21,7 +22,7 @@ TOLERANCE = 1e-2
 GUARD = 64  # floats behind a buffer that must stay as they are
 
 
-def launch(library, version, x, dy, dsT=None, reset=None):
+def launch(library, version, x, dy, dsT=None, reset=None, device=0):
     """What `test_wkv.results` gives. All memory that the kernels have to write is NaN before."""
     r, s0 = x["r"], x.get("s0")
     B, T, H, N = r.shape
@@ -34,7 +35,7 @@ def launch(library, version, x, dy, dsT=None, reset=None):
 
     def call(name, *tensors):
         pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        return function(name)(*pointers, *sizes, CODES[r.dtype], None)
+        return function(name)(*pointers, *sizes, CODES[r.dtype], device, None)
 
     def empty(*shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, dtype=dtype)
@@ -43,7 +44,7 @@ def launch(library, version, x, dy, dsT=None, reset=None):
     gradients = [empty(B, H, N) if name == "u" else empty(*r.shape, dtype=r.dtype) for name in NAMES[version]]
     saved, scratch = (
         empty(function("saved")(*sizes) + GUARD),
-        empty(function("scratch")(*sizes, None) + GUARD),
+        empty(function("scratch")(*sizes, 0, None) + GUARD),
     )
     saved[-GUARD:] = scratch[-GUARD:] = 7
     assert call("forward", *inputs, s0, reset, y, sT, saved) == 0
@@ -114,11 +115,19 @@ def test_segments_of_time(libraries, version):
 
 
 @both
+def test_kernels_run_on_the_device_that_is_asked_for(libraries, version):
+    x, dy, dsT = make(version, 20, N=64)
+    half = {name: t if name in ("u", "s0") else t.bfloat16() for name, t in x.items()}
+    launch(libraries[version], version, half, dy.bfloat16(), dsT, device=1)
+    assert devices(libraries[version]) == (0, 1)
+
+
+@both
 def test_what_does_not_fit_is_refused(libraries, version):
     forward = getattr(libraries[version], f"wkv{version}_chunked_forward")
     for T, N, dtype, address in [(1, 32, 1, None), (1, 64, 0, None), (0, 64, 1, None), (1, 64, 1, 8)]:
         pointers = [ctypes.c_void_p(address), *[None] * (10 if version == 7 else 9)]
-        assert forward(*pointers, *map(ctypes.c_int64, (1, T, 1, N)), dtype, None) == 1
+        assert forward(*pointers, *map(ctypes.c_int64, (1, T, 1, N)), dtype, 0, None) == 1
 
 
 @both

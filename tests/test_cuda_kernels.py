@@ -4,13 +4,14 @@ them.
 
 import ctypes
 import functools
+import re
 
 import pytest
 import torch
 
 from benchmarks.ptxas_report import compile_report, table
 from src.ops import native
-from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
+from src.ops.build import ARCHITECTURES, CUDA, BuildError, find_nvcc
 
 from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
@@ -23,7 +24,7 @@ TOLERANCE_DW = 5e-5
 GUARD = 64  # floats behind the scratch that must stay as they are
 
 
-def launch(library, version, x, dy, dsT=None, reset=None):
+def launch(library, version, x, dy, dsT=None, reset=None, device=0):
     """What `test_wkv.results` gives, from a library. All that it has to write is NaN before, and it may not
     use more scratch than it asks for.
     """
@@ -35,7 +36,8 @@ def launch(library, version, x, dy, dsT=None, reset=None):
 
     def call(function, *arguments):
         pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in arguments]
-        return getattr(library, f"wkv{version}_{function}")(*pointers, *sizes, DTYPES.index(r.dtype), None)
+        code = DTYPES.index(r.dtype)
+        return getattr(library, f"wkv{version}_{function}")(*pointers, *sizes, code, device, None)
 
     def empty(*shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, dtype=dtype)
@@ -43,7 +45,7 @@ def launch(library, version, x, dy, dsT=None, reset=None):
     y, sT, ds0 = torch.full_like(r, torch.nan), empty(B, H, N, N), empty(B, H, N, N)
     gradients = [empty(B, H, N) if name == "u" else torch.full_like(r, torch.nan) for name in NAMES[version]]
     saved = [empty(library.wkv7_saved(*sizes))] if version == 7 else []
-    scratch = empty(getattr(library, f"wkv{version}_scratch")(*sizes, None) + GUARD)
+    scratch = empty(getattr(library, f"wkv{version}_scratch")(*sizes, 0, None) + GUARD)
     scratch[-GUARD:] = 7
     assert call("forward", *inputs, s0, reset, y, sT, *saved) == 0
     assert call("backward", *inputs, s0, reset, *saved, dy, dsT, *gradients, ds0, scratch) == 0
@@ -112,6 +114,34 @@ def test_extreme_decays(libraries, version, decay):
         assert all(t.isfinite().all() for t in got.values())
         if version == 6:
             assert not got["dw"][x["w"] >= 5].any()  # delta is an exact 0 in fp32
+
+
+def devices(library):
+    """(the current device of the emulation, the one on which the last kernel ran)"""
+    current, last = ctypes.c_int(), ctypes.c_int()
+    library.emulate_devices(ctypes.byref(current), ctypes.byref(last))
+    return current.value, last.value
+
+
+@both
+def test_kernels_run_on_the_device_that_is_asked_for(libraries, version):
+    x, dy, dsT = make(version, 3)
+    for device in (1, 0):
+        launch(libraries[version], version, x, dy, dsT, device=device)
+        assert devices(libraries[version]) == (0, device), "the caller's device is the current one again"
+
+
+def test_every_function_that_launches_sets_its_device():
+    """A process may hold several GPUs, and an autograd thread has a current device of its own."""
+    functions = [
+        found.groups()
+        for path in sorted(CUDA.glob("*.cu"))
+        for found in re.finditer(r'extern "C" int (\w+)\(([^)]*)\) \{\n((?:.*\n){2})', path.read_text())
+    ]
+    assert {"wkv6_forward", "wkv7_chunked_backward", "dequantise_nf4"} <= {name for name, _, _ in functions}
+    for name, arguments, start in functions:
+        assert " ".join(arguments.split()).endswith("int dtype, int device, void* stream"), name
+        assert start == "    OnDevice on(device);\n    if (on.error) return on.error;\n", name
 
 
 @both

@@ -137,7 +137,7 @@ def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
             memory = torch.full((quantised.shape[0] * shape[1] + 64,), torch.nan, dtype=dtype)
             weight = memory[:-64].view(shape)
             threads = 3 if shape[0] == 700 else 1
-            context = ctypes.c_void_p(threads) if device == "cpu" else None
+            context = (ctypes.c_void_p(threads),) if device == "cpu" else (0, None)
             assert kernels.launch(library, quantised, weight, context) == 0
             assert torch.equal(weight, expand(quantised, shape[1], dtype)) and memory[-64:].isnan().all()
 

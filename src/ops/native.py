@@ -205,28 +205,31 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     # vectors of 16 bytes are loaded; a view may begin between two
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    with torch.cuda.device_of(like):
-        return getattr(library(like.device.type), function)(
-            *pointers, *sizes(like), DTYPE_CODES[like.dtype], context(like)
-        )
+    return getattr(library(like.device.type), function)(
+        *pointers, *sizes(like), DTYPE_CODES[like.dtype], *context(like)
+    )
 
 
 def sizes(like: Tensor) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(n) for n in like.shape]
 
 
-def context(like: Tensor) -> ctypes.c_void_p:
-    """The stream of a GPU, the number of threads of a CPU."""
-    return ctypes.c_void_p(
-        torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else torch.get_num_threads()
-    )
+def context(like: Tensor) -> tuple:
+    """The last arguments of a function of the C interface, where its tensors are on the device of `like`.
+
+    The index and the stream of a GPU; the number of threads of a CPU.
+    """
+    if like.is_cuda:
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+        return ctypes.c_int(like.device.index), ctypes.c_void_p(stream)
+    return (ctypes.c_void_p(torch.get_num_threads()),)
 
 
 def scratch(symbol: str, like: Tensor) -> Tensor:
     """The working memory that a function of the C interface asks for."""
     function = getattr(library(like.device.type), symbol)
     function.restype = ctypes.c_int64
-    return like.new_empty(function(*sizes(like), context(like)), dtype=torch.float32)
+    return like.new_empty(function(*sizes(like), *context(like)), dtype=torch.float32)
 
 
 class WkvOp:

@@ -26,20 +26,19 @@ def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if dtype not in native.ACTIVATION_DTYPES[device] or not as_made or not native.status(device).passed:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)
-    with torch.cuda.device_of(quantised):
-        code = launch(native.library(device), quantised, weight, native.context(quantised))
+    code = launch(native.library(device), quantised, weight, native.context(quantised))
     if code:
         raise RuntimeError(f"dequantise: the CUDA kernel could not be started, error {code}")
     return weight
 
 
-def launch(library: ctypes.CDLL, quantised: Tensor, weight: Tensor, context: ctypes.c_void_p) -> int:
+def launch(library: ctypes.CDLL, quantised: Tensor, weight: Tensor, context: tuple) -> int:
     """Have a library write a quantised weight's numbers into `weight` (out, width); 0, or CUDA's error."""
     pairs = torch.view_as_real(nf4_pairs(quantised.device, torch.float32))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (quantised, pairs, weight)]
     sizes = [ctypes.c_int64(n) for n in weight.shape]
     return getattr(library, f"dequantise_{KINDS[quantised.dtype]}")(
-        *pointers, *sizes, native.DTYPE_CODES[weight.dtype], context
+        *pointers, *sizes, native.DTYPE_CODES[weight.dtype], *context
     )
 
 

@@ -284,7 +284,6 @@ def install() -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "current_stream": _Stream(),
-        "device_of": contextlib.nullcontext(),
         "stream": contextlib.nullcontext(),
         "graph": contextlib.nullcontext(),
     }
