@@ -319,7 +319,7 @@ def problem(model: RWKV) -> str:
         return f"the kernel is {kernel}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the weights are {model.dtype}"
-    if model.expands_to:
+    if not next(model.blocks[0].att.output.parameters()).is_floating_point():
         return "its base is quantised"
     if adapted_linears(model):
         return "its adapter is one in training"

@@ -60,37 +60,33 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
     return batch * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
-def batch_loss(
-    model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
-) -> Tensor:
+def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """The weighted loss of the trained tokens of a batch, summed.
 
     `batch` is what data/batches.collate() makes. The result is differentiable in the model's trained
-    parameters. `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted,
-    if it is not that of the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all
-    ranks.
+    parameters. `width` is the length by which the chunks are counted, if it is not that of the batch. ZeRO-3
+    needs as many chunks on every rank, so it is the longest row of all ranks.
     """
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
-        return part_loss(model, batch, None, half)[0]
-    walk = _Walk(model, batch, chunks, count, half, torch.initial_seed())
+        return part_loss(model, batch, None)[0]
+    walk = _Walk(model, batch, chunks, count, torch.initial_seed())
     if not torch.is_grad_enabled():
         return walk.forward()[0]
     return _BatchLoss.apply(walk, *(p for p in model.parameters() if p.requires_grad))
 
 
-def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
+def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
     """(weighted loss of the trained tokens of a part of the rows, summed; state after the part).
 
     `state` is the state before the part, None where the rows begin.
     """
-    with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
-        # the head, and what of the last layer only it reads, run on the tokens that carry loss
-        x, state = model.features(part["ids"], state, part["reset"], part["mask"])
-        if part["weights"] is None:
-            return model.loss(x, part["targets"][part["mask"]]), state
-        where = part["mask"].nonzero(as_tuple=True)  # once: a GPU waits for it
-        return model.loss(x, part["targets"][where], part["weights"][where]), state
+    # the head, and what of the last layer only it reads, run on the tokens that carry loss
+    x, state = model.features(part["ids"], state, part["reset"], part["mask"])
+    if part["weights"] is None:
+        return model.loss(x, part["targets"][part["mask"]]), state
+    where = part["mask"].nonzero(as_tuple=True)  # once: a GPU waits for it
+    return model.loss(x, part["targets"][where], part["weights"][where]), state
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:
@@ -114,7 +110,6 @@ class _Walk:
     batch: dict
     chunks: Chunks
     count: int
-    half: torch.dtype | None
     seed: int
 
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
@@ -125,7 +120,7 @@ class _Walk:
         part = cut(self.batch, i * self.chunks.size, (i + 1) * self.chunks.size)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed((self.seed + i) % 2**63)
-            return part_loss(self.model, part, state, self.half)
+            return part_loss(self.model, part, state)
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:
         """(loss of all chunks, the kept states but the initial one, as tensors one after the other)."""

@@ -116,7 +116,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.arch = arch
         self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
-        self.expands_to: torch.dtype | None = None  # the products' dtype, where the linears are quantised
+        self.computes_in: torch.dtype | None = None  # the activations' dtype, where the linears have another
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
@@ -194,8 +194,12 @@ class RWKV(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the activations: the linears have it, while the tensors trained as a whole are fp32."""
-        return self.expands_to or self._linear_weight().dtype
+        """That of the activations, to which every module casts its weights.
+
+        The linears have it, while tensors trained beside an adapter are fp32. Where the linears are trained,
+        which is done in fp32, or are quantised, it is `computes_in`.
+        """
+        return self.computes_in or self._linear_weight().dtype
 
     def _linear_weight(self) -> Tensor:
         # not att.output.weight: a parameter looked up by name outside of its own layer is kept whole by
@@ -225,7 +229,7 @@ class RWKV(nn.Module):
             is_state = name.endswith("time_state")  # states are fp32 everywhere
             if p.is_floating_point() and not p.requires_grad and not is_state:
                 p.data = p.data.to(dtype)
-        self.expands_to = dtype
+        self.computes_in = dtype
 
     def initial_state(self, batch: int) -> State:
         """The state before the first token of `batch` rows: zeros.

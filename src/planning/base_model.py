@@ -22,6 +22,7 @@ from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from .defaults import choose, own_rank
+from .step import dtype_of
 
 
 def read_base(config: Config, origins: dict[str, str]):
@@ -91,7 +92,7 @@ def build_model(
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    model.grad_cp = config.grad_cp
+    model.grad_cp, model.computes_in = config.grad_cp, dtype_of(config)
     if config.adapter:
         config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)
     if config.quant != "none":

@@ -1,4 +1,4 @@
-"""The settings of a step as the model takes them: rows in chunks, and the dtype of autocast."""
+"""The settings of a step as the model takes them: rows in chunks, and the dtype of its activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def chunks_of(config: Config) -> Chunks:
     return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
 
-def half_of(config: Config) -> torch.dtype | None:
-    """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
-    autocast = config.peft == "none" and config.precision in ("bf16", "fp16")
-    return PRECISIONS[config.precision] if autocast else None
+def dtype_of(config: Config) -> torch.dtype | None:
+    """The dtype that full training computes in, on parameters in fp32. None: an adapter's, that of the base.
+
+    It is the model's `computes_in`. There is no torch.autocast: it would decide for each operator, and return
+    fp32 from some on a GPU, so that all after them is fp32.
+    """
+    return PRECISIONS[config.precision] if config.peft == "none" else None

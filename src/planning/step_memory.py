@@ -87,10 +87,11 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
     model = model_on_meta(arch, config)
     model.grad_cp = config.grad_cp
+    model.computes_in = half if full else None
     quantised = set()
     if config.quant != "none":
         quantised = {f"{name}.weight" for name in model.layer_linears()}
-        model.expands_to = half or torch.float32
+        model.computes_in = half or torch.float32
     with FakeTensorMode():  # it imports torch._dynamo, which takes a second
 
         def fake(name: str, tensor: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         known = [t for t in known if t is not None]
         with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
             activations = live.after(model, "features")
-            batch_loss(model, batch, chunks_of(config), half if full else None).backward()
+            batch_loss(model, batch, chunks_of(config)).backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
 
 

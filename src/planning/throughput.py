@@ -56,23 +56,23 @@ def measured_speed(
     """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     full = config.peft == "none"
-    dtype = torch.float32 if full else PRECISIONS[precision]
+    half = PRECISIONS[precision]
+    dtype = torch.float32 if full else half
     random = _random_tensors(dtype, device)
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = _random_model(small, config, kernel, dtype, random)
+    if full:
+        model.computes_in = half
     head = _random_head(arch, kernel, dtype, full, random)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
+    x = torch.empty(tokens, arch.n_embd, dtype=half, device=device).normal_().requires_grad_()
 
     def layers() -> None:
-        with torch.autocast(device, PRECISIONS[precision], enabled=full and precision != "fp32"):
-            features, _ = model.features(ids)
+        features, _ = model.features(ids)
         features.float().square().sum().backward()
 
     def logits() -> None:
-        with torch.autocast(device, PRECISIONS[precision], enabled=full and precision != "fp32"):
-            loss = head(x, ids[0])
-        loss.backward()
+        head(x, ids[0]).backward()
 
     @torch.no_grad()
     def next_token() -> None:

@@ -36,13 +36,13 @@ class Forgetting(Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         if self.base_file and not only_linears_change(module.model):
-            with undisturbed(trainer), module.autocast():
+            with undisturbed(trainer):
                 self.before = self._features(module)
 
     def on_train_end(self, trainer, module) -> None:
         if not self.base_file or not self.is_complete(trainer.global_step):
             return
-        with undisturbed(trainer), module.autocast():
+        with undisturbed(trainer):
             before = self.before
             if before is None:
                 with rwkv_miss.disabled(module.model):

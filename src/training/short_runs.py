@@ -24,7 +24,7 @@ from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
-from ..planning.step import chunks_of, half_of
+from ..planning.step import chunks_of
 from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
@@ -163,7 +163,7 @@ def train(
 
 def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> float:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
-    total = batch_loss(model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"])
+    total = batch_loss(model, _on_device(batch, model), chunks_of(config), batch["width"])
     loss = total / (batch["step_weight"] or 1.0)
     penalty = rwkv_miss.penalty(model)
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
@@ -177,7 +177,7 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: P
     batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
     with ops.nan_passes():
         mine = sum(
-            float(batch_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
+            float(batch_loss(model, _on_device(collate(batch, 1), model), chunks_of(config)))
             for batch in progress(batches, "validation", unit="batches", shown=processes.world == 1)
         )
     total = processes.total(torch.tensor(mine, dtype=torch.float64, device=model.emb.weight.device))

@@ -34,7 +34,7 @@ from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
-from ..planning.step import chunks_of, half_of
+from ..planning.step import chunks_of
 from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
 
@@ -72,7 +72,6 @@ class FineTuning(pl.LightningModule):
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
-        self.half = half_of(config)
         self.step_loss = 0.0
 
     def setup(self, stage: str) -> None:
@@ -132,11 +131,7 @@ class FineTuning(pl.LightningModule):
 
         The batch's `width` is the length of the longest row that any rank has in its batch.
         """
-        return batch_loss(self.model, batch, self.chunks, self.half, batch["width"])
-
-    def autocast(self) -> torch.autocast:
-        """The context that the model computes in."""
-        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
+        return batch_loss(self.model, batch, self.chunks, batch["width"])
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""

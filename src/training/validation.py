@@ -84,15 +84,14 @@ class Watch(Callback):
             if loss is None:
                 return False
             prompts = [question.prompt for question in self.questions]
-            with module.autocast():
-                answers = greedy(
-                    module.model,
-                    self.encoder.tokenizer,
-                    prompts,
-                    SAMPLE_TOKENS,
-                    characters=SAMPLE_CHARACTERS,
-                    shown=is_first_process(),
-                )
+            answers = greedy(
+                module.model,
+                self.encoder.tokenizer,
+                prompts,
+                SAMPLE_TOKENS,
+                characters=SAMPLE_CHARACTERS,
+                shown=is_first_process(),
+            )
         decode = self.encoder.tokenizer.decode
         samples = [
             {

@@ -26,7 +26,7 @@ from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors
 from src.planning.defaults import SHORTEST_SEARCHED
-from src.planning.step import chunks_of, half_of
+from src.planning.step import chunks_of, dtype_of
 from src.planning.step_memory import model_on_meta, step_bytes
 from src.training import rate_search
 from src.training.optimizer import parameter_groups
@@ -67,9 +67,9 @@ def model_on(
 ) -> RWKV:
     """A model as a run in bf16 has it: the frozen base in bf16 or quantised, what is trained in fp32."""
     model = model_on_meta(default_arch(version, n_layer, n_embd, vocab, 64), config)
-    quantised = set()
+    quantised, model.computes_in = set(), dtype_of(config)
     if config.quant != "none":
-        quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, torch.bfloat16
+        quantised, model.computes_in = {f"{name}.weight" for name in model.layer_linears()}, torch.bfloat16
 
     def on_device(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in quantised:
@@ -115,7 +115,7 @@ def step_on(device: str, method: str, version: int, weighted: bool) -> dict:
         model, batch = model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
-        loss = batch_loss(model, batch, chunks_of(config), half_of(config), batch["width"])
+        loss = batch_loss(model, batch, chunks_of(config), batch["width"])
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -140,7 +140,7 @@ def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
-        batch_loss(model, batch, chunks_of(config), half_of(config), 512).backward()
+        batch_loss(model, batch, chunks_of(config), 512).backward()
     peak = gpu.peak - before
     return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
 
