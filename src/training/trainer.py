@@ -156,7 +156,7 @@ def make_trainer(
 
         dtype = torch.float32 if config.peft == "none" else PRECISIONS[config.precision]
         strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, dtype)
-    elif strategy == "ddp":
+    elif strategy == "ddp" or config.world > 1:
         # every rank derives the same, and a method's may be larger than what it trains
         strategy = DDPStrategy(broadcast_buffers=False)
     if config.precision == "fp16" and not config.strategy.startswith("deepspeed"):
@@ -181,6 +181,9 @@ def make_trainer(
         benchmark=False,
     )
     set_global_step(trainer, first_step)
+    # Lightning asks rank 0 before each micro-batch whether it got SIGTERM, and waits for the answer. Signals
+    # are StepReport's, and the ranks agree on the end of a run once a step.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
