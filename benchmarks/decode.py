@@ -39,7 +39,7 @@ from src.export import TextSettings, export
 from src.inference.adapters import Adapters
 from src.inference.cpu_decoder import Decoder
 from src.model import RWKV, default_arch
-from src.ops import build
+from src.ops import build, toolchain
 
 from . import llama
 from .common import add_integers, argument_parser, report, timed
@@ -134,7 +134,7 @@ class Package:
 def native() -> ctypes.CDLL:
     """The library of decode_peers.cpp."""
     source = pathlib.Path(__file__).with_name("decode_peers.cpp")
-    command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
+    command = [toolchain.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
     path = build.build(
         "decode_peers",
         "the decoder's peers",

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 
-from src.ops import build
+from src.ops import build, toolchain
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -62,7 +62,7 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
     """`read` of one .cu file compiled for these architectures. Raises BuildError without nvcc, RuntimeError
     if it does not compile.
     """
-    nvcc = build.find_nvcc()
+    nvcc = toolchain.find_nvcc()
     groups = [[arch] for arch in architectures]
     if quick:
         groups = [
@@ -121,20 +121,15 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="only kernels whose name has this in it")
     args = parser.parse_args()
     try:
-        nvcc = build.find_nvcc()
-    except build.BuildError as error:
+        nvcc = toolchain.find_nvcc()
+    except toolchain.BuildError as error:
         raise SystemExit(f"ptxas_report: {error}") from None
     rows = []
     for source in args.sources:
         compiled = compile_report(source, args.arch, args.quick)
         rows += [row for row in compiled if args.kernels in row["kernel"]]
     print(table(rows))
-    print(json.dumps({"report": "ptxas", "nvcc": version(nvcc.path), "kernels": rows}))
-
-
-def version(nvcc: str) -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return said.partition(", V")[2].split()[0]
+    print(json.dumps({"report": "ptxas", "nvcc": toolchain.ask(nvcc.path).cuda, "kernels": rows}))
 
 
 if __name__ == "__main__":

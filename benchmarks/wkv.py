@@ -21,7 +21,7 @@ import torch
 
 from src import ops
 from src.common.device import cpu_features
-from src.ops import build
+from src.ops import build, toolchain
 
 from .common import add_integers, argument_parser, keep_pages, report
 
@@ -85,7 +85,7 @@ def fma_probe():
     """A function that measures the peak of multiply-adds of this core, now, in FLOP per millisecond."""
     source = pathlib.Path(__file__).with_name("fma_peak.cpp")
     flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread"]
-    command = [build.find_cxx(), *flags]
+    command = [toolchain.find_cxx(), *flags]
     name, title, version = "fma_peak", "the multiply-add probe", 2
     path = build.build(name, title, version, [source], build.headers(), command, (), cpu_features())
     library = ctypes.CDLL(str(path))

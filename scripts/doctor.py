@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -203,8 +202,10 @@ def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
 
 def gpus(torch) -> Iterator[Check]:
     """CUDA of torch, the driver, and each GPU with its architecture."""
+    from src.common import device
+
     built_for, driver = torch.version.cuda, driver_version()
-    newest = cuda_of_driver()
+    newest = device.cuda_of_driver()
     if driver:
         yield Check("ok", "driver", f"{driver}, for CUDA up to {dotted(newest)}")
     else:
@@ -252,52 +253,37 @@ def driver_version() -> str | None:
     return None
 
 
-def cuda_of_driver() -> int:
-    """The newest CUDA that the driver runs, 13000 for 13.0; 0 without a driver."""
-    version = ctypes.c_int()
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def dotted(cuda: int) -> str:
     return f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "unknown"
 
 
 def tools() -> Iterator[Check]:
     """What native kernels are built with, and where they are kept."""
-    from src.ops import build
+    from src.ops import toolchain
 
-    for name, find in {"C++ compiler": build.find_cxx, "ninja": build.find_ninja}.items():
+    for name, find in {"C++ compiler": toolchain.find_cxx, "ninja": toolchain.find_ninja}.items():
         try:
             path = find()
             yield Check("ok", name, f"{path}, {first_line(path, '--version')}")
-        except build.BuildError as error:
+        except toolchain.BuildError as error:
             yield Check("missing", name, str(error))
-    yield disk("kernel cache", build.cache_folder(), 0.2, "set RWKV_KERNEL_CACHE to a folder with space")
+    yield disk("kernel cache", toolchain.cache_folder(), 0.2, "set RWKV_KERNEL_CACHE to a folder with space")
 
 
 def nvcc() -> Check:
     """The compiler of a GPU's kernels."""
-    from src.ops import build
+    from src.ops import toolchain
 
     try:
-        path = build.find_nvcc().path
-    except build.BuildError as error:
+        path = toolchain.find_nvcc().path
+    except toolchain.BuildError as error:
         return Check("missing", "nvcc", f"{error} (only a GPU needs it)")
-    release = re.search(r"release (\d+)\.(\d+)", run(path, "--version"))
-    driver = cuda_of_driver()
-    if release and driver and int(release[1]) > driver // 1000:
-        fix = f"update the driver, or install a CUDA {driver // 1000} toolkit and set CUDA_HOME to its folder"
-        return Check(
-            "warn", "nvcc", f"{path}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}"
-        )
-    return Check("ok", "nvcc", f"{path}, {release[0] if release else 'of unknown release'}")
+    return Check("ok", "nvcc", f"{path}, CUDA {toolchain.ask(path).cuda or 'of unknown release'}")
 
 
 def build_all() -> None:
     """The CUDA kernels for all architectures; it needs nvcc and no GPU."""
-    from src.ops import build
+    from src.ops import build, toolchain
 
     try:
         print(
@@ -305,7 +291,7 @@ def build_all() -> None:
             build.cuda_library([str(arch) for arch in build.ARCHITECTURES]),
             file=sys.stderr,
         )
-    except build.BuildError as error:
+    except toolchain.BuildError as error:
         sys.exit(f"error: {error}")
 
 

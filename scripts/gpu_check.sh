@@ -10,7 +10,7 @@ if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
     exit 2
 fi
 source "$(dirname "$0")/setup.sh" test
-python -c 'from src.ops.build import find_nvcc; find_nvcc()' 2>/dev/null || python -m pip install --quiet --editable ".[cuda]"
+find_nvcc
 
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)"
 if [ -z "$sanitizer" ]; then

@@ -19,7 +19,7 @@ from .doctor import RECORDS, driver_version, run
 def main(folder: pathlib.Path) -> None:
     import torch
 
-    from src.ops import build
+    from src.ops import build, toolchain
 
     output = {path.stem: (folder / path.stem).read_text(errors="replace") for path in folder.glob("*.code")}
     codes = {path.stem: int(path.read_text()) for path in folder.glob("*.code")}
@@ -32,7 +32,7 @@ def main(folder: pathlib.Path) -> None:
         "sources": build.cuda_sources(),
         "driver": driver_version(),
         "torch": torch.__version__,
-        "nvcc": (re.findall(r"release [\d.]+", run(build.find_nvcc().path, "--version")) or ["unknown"])[0],
+        "nvcc": toolchain.ask(toolchain.find_nvcc().path).cuda,
         "tests": last_line(output["tests"]),
         "errors": numerics.get("errors", {}),
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in ("memcheck", "racecheck")},

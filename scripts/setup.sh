@@ -25,7 +25,23 @@ setup() {
         echo "installing the requirements into .venv (a minute with a fast network; torch with CUDA is a download of about 3 GB)"
         python -m pip install --quiet --requirement requirements.txt
         python -m pip install --quiet --editable ".${extra:+[$extra]}"
+        find_nvcc
         echo "$wanted" >> .venv/installed
+    fi
+}
+
+# Where there is a GPU: install an nvcc for its kernels, unless one that fits is here. PyPI has none before CUDA
+# 13, and then a line says what helps: training works without one, slowly.
+find_nvcc() {
+    nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0" || return 0
+    local said
+    said="$(python -c 'from src.ops.toolchain import find_nvcc; find_nvcc()' 2>&1)" && return 0
+    said="${said##*BuildError: }"
+    if [[ "$said" =~ pip\ install\ \"([^\"]+)\" ]]; then
+        echo "installing nvcc, which compiles the GPU's kernels (a download of about 100 MB)"
+        python -m pip install --quiet "${BASH_REMATCH[1]}"
+    else
+        echo "$said" >&2
     fi
 }
 

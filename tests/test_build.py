@@ -15,7 +15,7 @@ import types
 
 import pytest
 
-from src.ops import build
+from src.ops import build, toolchain
 
 from .conftest import ROOT
 
@@ -24,11 +24,11 @@ TITLE = "the test kernels"
 CALL = """
 import pathlib, sys
 sys.path.insert(0, {root!r})
-from src.ops import build
+from src.ops import build, toolchain
 try:
     sources, headers = [pathlib.Path({source!r})], [pathlib.Path({header!r})]
     print(build.build("test", {title!r}, 1, sources, headers, {command!r}))
-except build.BuildError as error:
+except toolchain.BuildError as error:
     print("BuildError", error)
 """
 
@@ -106,7 +106,7 @@ def first_line(stream):
 
 def failure(call, *arguments, **keywords):
     """The BuildError of a call, which must be one line."""
-    with pytest.raises(build.BuildError) as caught:
+    with pytest.raises(toolchain.BuildError) as caught:
         call(*arguments, **keywords)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -164,7 +164,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_folder(project):
     killed.wait()
     # its compiler still waits; the next call has one of its own
     start = time.monotonic()
-    assert ctypes.CDLL(str(project.build(command=[build.find_cxx(), "-fPIC"]))).answer() == 42
+    assert ctypes.CDLL(str(project.build(command=[toolchain.find_cxx(), "-fPIC"]))).answer() == 42
     assert time.monotonic() - start < 3
     assert project.temporary() == []
 
@@ -264,7 +264,11 @@ def test_strange_names_of_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(folder / "cache"))
     assert (
         ctypes.CDLL(
-            str(Project(folder, folder / "cache").build(command=[build.find_cxx(), "-fPIC", f"-I{folder}"]))
+            str(
+                Project(folder, folder / "cache").build(
+                    command=[toolchain.find_cxx(), "-fPIC", f"-I{folder}"]
+                )
+            )
         ).answer()
         == 42
     )
@@ -329,9 +333,9 @@ def test_ninja_comes_from_the_package_and_else_from_path(monkeypatch, tmp_path):
         (folder / "ninja").touch(0o755)
     monkeypatch.setenv("PATH", str(path))
     monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace(BIN_DIR=str(package)))
-    assert build.find_ninja() == str(package / "ninja")
+    assert toolchain.find_ninja() == str(package / "ninja")
     monkeypatch.setitem(sys.modules, "ninja", None)
-    assert build.find_ninja() == str(path / "ninja")
+    assert toolchain.find_ninja() == str(path / "ninja")
 
 
 def test_without_ninja(project, monkeypatch, tmp_path):
@@ -345,11 +349,11 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("RWKV_KERNEL_CACHE", raising=False)
-    assert build.cache_folder() == pathlib.Path("/home/someone/.cache/rwkv-miss/kernels")
+    assert toolchain.cache_folder() == pathlib.Path("/home/someone/.cache/rwkv-miss/kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert build.cache_folder() == pathlib.Path("/x/rwkv-miss/kernels")
+    assert toolchain.cache_folder() == pathlib.Path("/x/rwkv-miss/kernels")
     monkeypatch.setenv("RWKV_KERNEL_CACHE", "/mine")
-    assert build.cache_folder() == pathlib.Path("/mine")
+    assert toolchain.cache_folder() == pathlib.Path("/mine")
 
 
 def test_the_cpu_library_respects_nan_and_is_for_this_cpu(project, monkeypatch):
@@ -372,11 +376,19 @@ def test_the_cpu_library_respects_nan_and_is_for_this_cpu(project, monkeypatch):
     assert build.cpu_library() != path
 
 
-def fake_nvcc(folder, record):
-    """A compiler for the host that drops what only nvcc understands."""
+def fake_nvcc(folder, record, cuda="13.0", architectures=build.ARCHITECTURES):
+    """A compiler for the host that drops what only nvcc understands, and answers as nvcc does."""
     folder.mkdir(parents=True)
     path = folder / "nvcc"
+    known = "".join(f"compute_{arch}\\n" for arch in architectures)
     path.write_text(f"""#!/bin/sh
+case "$1" in
+    --version)
+        echo asked >> {record}.asked
+        echo "Cuda compilation tools, release {cuda}, V{cuda}.88"
+        exit ;;
+    --list-gpu-arch) printf "{known}"; exit ;;
+esac
 echo "$@" >> {record}
 for word do
     shift
@@ -434,7 +446,7 @@ def test_a_library_for_all_architectures_serves_any_of_them(cuda):
 
 
 def test_the_compiler_of_the_host_s_part_can_be_chosen(cuda, monkeypatch):
-    monkeypatch.setenv("NVCC_CCBIN", build.find_cxx())
+    monkeypatch.setenv("NVCC_CCBIN", toolchain.find_cxx())
     monkeypatch.setattr(build, "find_cxx", None)
     build.cuda_library(["90"])
     calls = cuda.record.read_text().splitlines()
@@ -464,22 +476,147 @@ def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
     found = [str(fake_nvcc(folder, record)) for folder in places]
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setattr(build, "TOOLKITS", str(tmp_path / "local" / "cuda*" / "bin"))
+    monkeypatch.setattr(toolchain, "TOOLKITS", str(tmp_path / "local" / "cuda*" / "bin"))
     packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "site" / "nvidia")])
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: packages)
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: packages)
     for path in found[:3]:
-        assert build.find_nvcc() == build.Nvcc(path)
+        assert toolchain.find_nvcc() == toolchain.Nvcc(path)
         os.remove(path)
-    assert build.find_nvcc() == build.Nvcc(found[3], (f"-I{wheels}/include",), (f"-L{wheels}/lib",))
+    assert toolchain.find_nvcc() == toolchain.Nvcc(found[3], (f"-I{wheels}/include",), (f"-L{wheels}/lib",))
     os.remove(found[3])
-    message = failure(build.find_nvcc)
-    assert message.startswith("no nvcc") and 'pip install "rwkv-miss[cuda]"' in message
+    message = failure(toolchain.find_nvcc)
+    assert (
+        message.startswith("no nvcc:") and 'pip install "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==' in message
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(driver, torch's CUDA, nvcc's of PATH): a machine with these. It returns the compilers."""
+    monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(toolchain, "TOOLKITS", str(tmp_path / "none" / "*"))
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+
+    def make(driver, of_torch, *releases):
+        folders = [tmp_path / f"cuda-{release}" for release in releases]
+        found = [str(fake_nvcc(*pair)) for pair in zip(folders, [tmp_path / "record"] * 9, releases)]
+        monkeypatch.setattr(toolchain.device, "cuda_of_driver", lambda: driver)
+        monkeypatch.setattr(toolchain.torch.version, "cuda", of_torch)
+        monkeypatch.setenv("PATH", os.pathsep.join(map(str, folders)))
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "driver, of_torch, releases, taken",
+    [
+        (13000, "13.0", ["12.4", "13.0"], 0),  # a driver runs what is older than itself
+        (12080, "12.8", ["13.0", "12.4"], 1),
+        (13020, "12.8", ["13.5"], 0),  # it is the driver that decides, not torch
+        (12040, "12.8", ["12.9"], 0),  # within a major version code for one GPU runs
+        (0, "12.8", ["13.0", "12.6"], 1),  # without a driver, as on a login node, torch decides
+        (0, None, ["13.0"], 0),
+    ],
+)
+def test_the_first_nvcc_that_the_driver_runs_is_taken(machine, driver, of_torch, releases, taken):
+    found = machine(driver, of_torch, *releases)
+    assert toolchain.find_nvcc().path == found[taken]
+
+
+@pytest.mark.parametrize(
+    "driver, of_torch, releases, said, help",
+    [
+        (
+            12080,
+            "12.8",
+            ["13.0"],
+            "this driver runs CUDA up to 12.8, and there is",
+            "toolkit of CUDA 12.8 from",
+        ),
+        (0, "12.6", ["13.1"], "runs CUDA up to 12.6, and there is", "toolkit of CUDA 12.6 from"),
+        (12080, "13.0", [], "no nvcc:", "toolkit of CUDA 12.8 from"),
+        (13000, "13.2", [], "no nvcc:", "nvvm]==13.2.*"),
+        (13000, "12.8", [], "no nvcc:", "nvvm]==13.0.*"),
+        (0, None, [], "no nvcc:", "nvvm]==13.0.*"),
+    ],
+)
+def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, releases, said, help):
+    found = machine(driver, of_torch, *releases)
+    message = failure(toolchain.find_nvcc)
+    assert said in message and help in message and "--wkv torch" in message
+    for path, release in zip(found, releases):
+        assert f"{path} of CUDA {release}, whose kernels would not start (error 35)" in message
+
+
+@pytest.mark.parametrize(
+    "gpu, error, installs, says",
+    [
+        (False, None, "", ""),
+        (True, None, "", ""),
+        (
+            True,
+            'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one, or use',
+            "==13.2.*",
+            "installing",
+        ),
+        (True, "no nvcc that fits: ... install the toolkit of CUDA 12.8", "", "toolkit of CUDA 12.8"),
+    ],
+)
+def test_setup_installs_nvcc_where_there_is_a_gpu_and_a_package_that_fits(
+    tmp_path, gpu, error, installs, says
+):
+    source = (ROOT / "scripts" / "setup.sh").read_text().partition("\nfind_nvcc() {")[2].partition("\n}\n")[0]
+    fails = f"echo 'src.ops.toolchain.BuildError: {error}' >&2; exit 1"
+    stubs = {
+        "nvidia-smi": "echo 'GPU 0: NVIDIA H100'" if gpu else "exit 9",
+        "python": f'case "$1" in -c) {fails if error else "exit 0"} ;; esac; echo "$@" >> {tmp_path}/called',
+    }
+    for name, script in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"find_nvcc() {{{source}\n}}\nfind_nvcc"],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
+    assert done.returncode == 0 and says in done.stdout + done.stderr and (bool(says) or not done.stderr)
+    assert called == (f"-m pip install --quiet cuda-toolkit[nvcc]{installs}\n" if installs else "")
+
+
+def test_an_nvcc_is_asked_once_in_its_life(machine, tmp_path):
+    (path,) = machine(13000, "13.0", "13.0")
+    asked = tmp_path / "record.asked"
+    for _ in range(3):
+        assert toolchain.ask(path) == toolchain.Release("13.0", build.ARCHITECTURES)
+    assert asked.read_text() == "asked\n"
+    os.utime(path, (1, 1))
+    (tmp_path / "cache" / "nvcc.json").write_text('{"cut off')
+    assert toolchain.ask(path).cuda == "13.0" and asked.read_text() == 2 * "asked\n"
+
+
+def test_a_gpu_that_nvcc_does_not_know():
+    """Code for an older one of its generation runs on it; else the driver compiles PTX."""
+    known = (75, 80, 86, 89, 90, 100)
+    for arch, flags in {
+        "90": "arch=compute_90,code=sm_90",
+        "90a": "arch=compute_90a,code=sm_90a",
+        "87": "arch=compute_86,code=sm_86",
+        "103": "arch=compute_100,code=sm_100",
+        "120": "arch=compute_100,code=compute_100",
+    }.items():
+        assert toolchain.code_for([arch], known) == [f"-gencode={flags}"]
+        assert toolchain.code_for([arch], ()) == [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    assert len(toolchain.code_for(["120", "121"], known)) == 1
 
 
 def test_nvcc_compiles_and_links_without_a_gpu(project, monkeypatch):
     try:
-        build.find_nvcc()
-    except build.BuildError as error:
+        toolchain.find_nvcc()
+    except toolchain.BuildError as error:
         pytest.skip(str(error))
     (project.source.parent / "real.cu").write_text(
         "#include <cuda_bf16.h>\n__global__ void one(__nv_bfloat16* x) { *x = __float2bfloat16_rn(1.0f); }\n"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.ptxas_report import compile_report, table
-from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
+from src.ops.build import ARCHITECTURES
+from src.ops.toolchain import BuildError, find_nvcc
 
 from .conftest import ROOT
 from .test_cuda_kernels import devices

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.ptxas_report import compile_report, table
 from src.ops import native
-from src.ops.build import ARCHITECTURES, CUDA, BuildError, find_nvcc
+from src.ops.build import ARCHITECTURES, CUDA
+from src.ops.toolchain import BuildError, find_nvcc
 
 from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import gpu_numerics
 from scripts import doctor, gpu_record
-from src.ops import build, native
+from src.common import device
+from src.ops import build, native, toolchain
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -185,7 +186,7 @@ def fake_torch(capabilities=(), cuda="13.0"):
 
 def test_gpus(monkeypatch):
     monkeypatch.setattr(doctor, "driver_version", lambda: "580.65")
-    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: 13000)
+    monkeypatch.setattr(device, "cuda_of_driver", lambda: 13000)
     checks = {check.name: check for check in doctor.gpus(fake_torch([(9, 0), (7, 0)]))}
     assert checks["driver"].text == "580.65, for CUDA up to 13.0" and checks["CUDA of torch"].text == "13.0"
     assert checks["GPU 0"][:3] == ("ok", "GPU 0", "NVIDIA H100, architecture 90, 80 GiB")
@@ -201,15 +202,16 @@ def test_gpus(monkeypatch):
     assert not any(check.fatal for check in checks.values())
 
 
-@pytest.mark.parametrize("driver, state", [(12080, "warn"), (13000, "ok"), (13020, "ok"), (0, "ok")])
-def test_nvcc_that_the_driver_is_too_old_for(monkeypatch, driver, state):
-    monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("/x/nvcc"))
-    monkeypatch.setattr(doctor, "run", lambda *command: "Cuda compilation tools, release 13.0, V13.0.88")
-    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: driver)
-    nvcc = doctor.nvcc()
-    assert nvcc.state == state and ("driver for CUDA 12.8; update the driver" in nvcc.text) == (
-        state == "warn"
-    )
+def test_nvcc_and_the_cuda_that_it_is_of(monkeypatch):
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: toolchain.Nvcc("/x/nvcc"))
+    monkeypatch.setattr(toolchain, "ask", lambda path: toolchain.Release("13.0", (90,)))
+    assert doctor.nvcc() == doctor.Check("ok", "nvcc", "/x/nvcc, CUDA 13.0")
+
+    def find_nvcc():
+        raise toolchain.BuildError("no nvcc that fits: this driver runs CUDA up to 12.8")
+
+    monkeypatch.setattr(toolchain, "find_nvcc", find_nvcc)
+    assert doctor.nvcc().state == "missing" and doctor.nvcc().text.startswith("no nvcc that fits")
 
 
 def test_kernels_that_fail_their_self_test(monkeypatch):
@@ -283,7 +285,8 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_record, "driver_version", lambda: "580.65")
-    monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("nvcc"))
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: toolchain.Nvcc("nvcc"))
+    monkeypatch.setattr(toolchain, "ask", lambda path: toolchain.Release("13.0", (90,)))
     steps = {
         "build": ("Status(built=True)\n", 0),
         "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
@@ -373,7 +376,7 @@ def checkout(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "scripts" / "gpu_check.sh").write_text((ROOT / "scripts" / "gpu_check.sh").read_text())
     (tmp_path / "scripts" / "setup.sh").write_text(
-        'cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls\n'
+        'cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls; find_nvcc() { :; }\n'
     )
     calls = tmp_path / "calls"
     python = (

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, elementwise, elementwise_reference, wkv7
+from src.ops import build, elementwise, elementwise_reference, toolchain, wkv7
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
@@ -153,7 +153,7 @@ def test_any_number_of_threads_gives_the_same(name):
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get, as in test_wkv.py."""
-    command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
+    command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
     path = build.build(
         "wkv_cpu_narrow",
         "the CPU kernels",

@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_counts_what_it_does_itself(clock):
 
 def test_a_merge_and_a_build_are_counted(merging, tmp_path, monkeypatch, capsys):
     from rwkv_miss.__main__ import main
-    from src.ops import build
+    from src.ops import build, toolchain
 
     monkeypatch.setattr(module, "LINE", 0.0)
     monkeypatch.setattr(module, "LINE_SHARE", 0.0)
@@ -134,5 +134,5 @@ def test_a_merge_and_a_build_are_counted(merging, tmp_path, monkeypatch, capsys)
         pytest.skip("NO C++ COMPILER ON PATH")
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "one.cpp").write_text("int one() { return 1; }\n")
-    build.build("one", "one", 1, [tmp_path / "one.cpp"], [], [build.find_cxx(), "-fPIC"])
+    build.build("one", "one", 1, [tmp_path / "one.cpp"], [], [toolchain.find_cxx(), "-fPIC"])
     assert "compiling: 100%, 2 of 2 files" in capsys.readouterr().err

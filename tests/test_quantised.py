@@ -22,7 +22,7 @@ from src.config import Config, parse
 from src.model import RWKV, read_model_file
 from src.ops import native
 from src.ops import quantised as kernels
-from src.ops.build import BuildError, find_nvcc
+from src.ops.toolchain import BuildError, find_nvcc
 from src.planning import step_memory
 from src.planning.base_model import build_model
 from src.planning.defaults import cheapest_fix

@@ -12,7 +12,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from src import ops
-from src.ops import build, native
+from src.ops import build, native, toolchain
 from src.ops.reference import decay6, log_decay7
 
 from .conftest import close
@@ -422,7 +422,7 @@ def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers
     instead of 32.
     """
-    command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
+    command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
     path = build.build(
         "wkv_cpu_narrow",
         "the CPU kernels",

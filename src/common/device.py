@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 
@@ -83,6 +84,14 @@ def peak_memory(device: torch.device) -> int:
             return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0
+
+
+def cuda_of_driver() -> int:
+    """The newest CUDA that the driver runs, 13000 for 13.0; 0 without a driver."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def cpu_features() -> str:

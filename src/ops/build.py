@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
-import importlib.util
 import os
 import pathlib
 import platform
@@ -23,29 +21,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from rwkv_miss.progress import Progress
 
 from ..common.device import cpu_features
+from .toolchain import FALLBACK, BuildError, ask, cache_folder, code_for, find_cxx, find_ninja, find_nvcc
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 # what the sources are written for; a build has the ones at hand only
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-TOOLKITS = "/usr/local/cuda*/bin"
-FALLBACK = "or use --wkv torch, which needs no compiler"
-
-
-class BuildError(RuntimeError):
-    """No library, said in one line: the reason and what to do about it."""
-
-
-class Nvcc(NamedTuple):
-    """A CUDA compiler and the flags that lead it to its own headers and libraries."""
-
-    path: str
-    compile_flags: tuple[str, ...] = ()
-    link_flags: tuple[str, ...] = ()
 
 
 def cpu_library() -> pathlib.Path:
@@ -89,12 +73,12 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
                 " torch"
             )
     nvcc = find_nvcc()
+    known = ask(nvcc.path).architectures
     # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another compiler
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
     link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
 
     def command(architectures: Sequence[str]) -> list[str]:
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
         return [
             nvcc.path,
             "-ccbin",
@@ -103,7 +87,7 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
             "-O3",
             "-Xcompiler",
             "-fPIC",
-            *code,
+            *code_for(architectures, known),
             *nvcc.compile_flags,
         ]
 
@@ -133,69 +117,8 @@ def require_unix() -> None:
         raise BuildError("native kernels are built on Linux and macOS only; use --wkv torch")
 
 
-def cache_folder() -> pathlib.Path:
-    """RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
-    if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
-        return pathlib.Path(chosen).expanduser().absolute()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
-
-
 def library_path(name: str, key: str) -> pathlib.Path:
     return cache_folder() / f"{name}-{key}.so"
-
-
-def find_cxx() -> str:
-    """The first of c++, g++ and clang++ on PATH."""
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return path
-    raise BuildError(
-        "no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt"
-        f" install g++, {FALLBACK}"
-    )
-
-
-def find_ninja() -> str:
-    """The ninja of this Python's environment, which need not be activated, else the one on PATH."""
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        if path := shutil.which("ninja", path=ninja.BIN_DIR):
-            return path
-    if path := shutil.which("ninja"):
-        return path
-    raise BuildError(
-        f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}"
-    )
-
-
-def find_nvcc() -> Nvcc:
-    """nvcc of CUDA_HOME, of PATH, of /usr/local, else of the PyPI packages in this Python's environment."""
-    home = os.environ.get("CUDA_HOME")
-    folders = [
-        *([f"{home}/bin"] if home else []),
-        *os.get_exec_path(),
-        *sorted(glob.glob(TOOLKITS), reverse=True),
-    ]
-    if path := shutil.which("nvcc", path=os.pathsep.join(filter(None, folders))):
-        return Nvcc(path)
-    spec = importlib.util.find_spec("nvidia")
-    places = spec.submodule_search_locations if spec else ()
-    parts = [part for place in places for part in sorted(pathlib.Path(place).iterdir())]
-    for part in reversed(parts):
-        if path := shutil.which("nvcc", path=str(part / "bin")):
-            # Its own settings miss the wheels' lib. An environment on top of another has two folders of one
-            # name, each with a share of the files.
-            shares = [other for other in parts if other.name == part.name]
-            return Nvcc(
-                path,
-                tuple(f"-I{share}/include" for share in shares),
-                tuple(f"-L{share}/lib" for share in shares),
-            )
-    raise BuildError(
-        f"no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment; pip install"
-        f' "rwkv-miss[cuda]" brings one, {FALLBACK}'
-    )
 
 
 def build(

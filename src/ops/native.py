@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .build import BuildError, cpu_library, cuda_library
+from .build import cpu_library, cuda_library
 from .reference import recurrent6, recurrent7
+from .toolchain import BuildError
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them

@@ -1,0 +1,200 @@
+"""The programs that native kernels are built with: `find_cxx`, `find_ninja`, `find_nvcc`.
+
+A kernel made by nvcc brings a part of its CUDA version with it, and a driver runs no CUDA that is newer than
+its own. So an nvcc is looked for that fits the driver; where there is none, as on a login node, one that fits
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..common import device
+
+TOOLKITS = "/usr/local/cuda*/bin"
+FALLBACK = "or use --wkv torch, which needs no compiler"
+# nvcc and what it needs, all of one release, on PyPI; before CUDA 13 there is no nvcc in it
+WHEELS, FIRST_WHEELS = "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]", 13
+
+
+class BuildError(RuntimeError):
+    """No library, said in one line: the reason and what to do about it."""
+
+
+class Nvcc(NamedTuple):
+    """A CUDA compiler and the flags that lead it to its own headers and libraries."""
+
+    path: str
+    compile_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+
+
+class Release(NamedTuple):
+    """What an nvcc says of itself."""
+
+    cuda: str  # "13.0"; "" where it does not say
+    architectures: tuple[int, ...]  # that it compiles for: 90 for compute capability 9.0
+
+
+def cache_folder() -> pathlib.Path:
+    """RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
+    if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
+        return pathlib.Path(chosen).expanduser().absolute()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
+
+
+def find_cxx() -> str:
+    """The first of c++, g++ and clang++ on PATH."""
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    raise BuildError(
+        "no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt"
+        f" install g++, {FALLBACK}"
+    )
+
+
+def find_ninja() -> str:
+    """The ninja of this Python's environment, which need not be activated, else the one on PATH."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        if path := shutil.which("ninja", path=ninja.BIN_DIR):
+            return path
+    if path := shutil.which("ninja"):
+        return path
+    raise BuildError(
+        f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}"
+    )
+
+
+def find_nvcc() -> Nvcc:
+    """The first nvcc that fits: of CUDA_HOME, PATH, /usr/local, the PyPI packages in this environment.
+
+    Raises BuildError where there is none, and where each is too new.
+    """
+    newest, whose = newest_cuda()
+    unfit = []
+    for nvcc in every_nvcc():
+        release = ask(nvcc.path)
+        if newest is None or major(release.cuda) <= major(newest):
+            return nvcc
+        unfit.append(f"{nvcc.path} of CUDA {release.cuda}")
+    if unfit:
+        raise BuildError(
+            f"no nvcc that fits: {whose} runs CUDA up to {newest}, and there is {', '.join(unfit)}, whose"
+            f" kernels would not start (error 35). {how_to_install(newest)}, {FALLBACK}"
+        )
+    raise BuildError(
+        f"no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment."
+        f" {how_to_install(newest)}, {FALLBACK}"
+    )
+
+
+def newest_cuda() -> tuple[str | None, str]:
+    """(the newest CUDA that kernels may be of, as "13.0", who says so); None where nobody does."""
+    if driver := device.cuda_of_driver():
+        return f"{driver // 1000}.{driver % 1000 // 10}", "this driver"
+    return torch.version.cuda, f"torch {torch.__version__}"
+
+
+def major(cuda: str) -> int:
+    return int(cuda.partition(".")[0] or 0)
+
+
+def how_to_install(newest: str | None) -> str:
+    """What gets an nvcc of at most this CUDA, in one line."""
+    # torch's own version if the driver runs it: pip then changes nothing that torch came with
+    fits = torch.version.cuda and (newest is None or major(torch.version.cuda) <= major(newest))
+    wanted = torch.version.cuda if fits else newest
+    if newest and major(newest) < FIRST_WHEELS:
+        return (
+            f"PyPI has none before CUDA {FIRST_WHEELS}: install the toolkit of CUDA {wanted} from"
+            " https://developer.nvidia.com/cuda-toolkit-archive (with --toolkit --toolkitpath=FOLDER, without"
+            " root) and set CUDA_HOME to its folder, or update the driver to 580 or newer"
+        )
+    version = wanted if wanted and major(wanted) >= FIRST_WHEELS else f"{FIRST_WHEELS}.0"
+    return f'pip install "{WHEELS}=={version}.*" brings one'
+
+
+def every_nvcc() -> Iterator[Nvcc]:
+    """All that are installed here, in the order in which they are tried."""
+    home = os.environ.get("CUDA_HOME")
+    toolkits = sorted(glob.glob(TOOLKITS), key=lambda path: list(map(int, re.findall(r"\d+", path))))
+    for folder in [*([f"{home}/bin"] if home else []), *os.get_exec_path(), *reversed(toolkits)]:
+        if folder and (path := shutil.which("nvcc", path=folder)):
+            yield Nvcc(path)
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else ()
+    parts = [part for place in places for part in sorted(pathlib.Path(place).iterdir())]
+    for part in reversed(parts):
+        if path := shutil.which("nvcc", path=str(part / "bin")):
+            # Its own settings miss the wheels' lib. An environment on top of another has two folders of one
+            # name, each with a share of the files.
+            shares = [other for other in parts if other.name == part.name]
+            yield Nvcc(
+                path,
+                tuple(f"-I{share}/include" for share in shares),
+                tuple(f"-L{share}/lib" for share in shares),
+            )
+
+
+def ask(nvcc: str) -> Release:
+    """What an nvcc says of itself; kept in the kernel cache, as asking starts two processes."""
+    status = os.stat(nvcc)
+    key = f"{os.path.realpath(nvcc)} {status.st_size} {status.st_mtime_ns}"
+    path = cache_folder() / "nvcc.json"
+    known: dict = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text("utf-8"))
+    with contextlib.suppress(KeyError, TypeError):
+        cuda, architectures = known[key]
+        return Release(cuda, tuple(architectures))
+    found = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    release = Release(
+        found[1] if found else "",
+        tuple(map(int, re.findall(r"^compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE))),
+    )
+    temporary = path.with_name(f".nvcc.json.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**known, key: release}), "utf-8")
+        os.replace(temporary, path)
+    return release
+
+
+def output_of(*command: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    return ""
+
+
+def code_for(architectures: Sequence[str], known: Sequence[int]) -> list[str]:
+    """nvcc's flags for these compute capabilities, "90" for 9.0, given those that it knows.
+
+    A GPU that is newer than nvcc runs code for an older one of its generation. If nvcc knows none of those,
+    it gets PTX of the newest that nvcc knows, which the driver compiles at the first start.
+    """
+    flags = []
+    for arch in architectures:
+        code = f"sm_{arch}"
+        number = int(re.match(r"\d+", arch)[0])
+        if known and number not in known and number > min(known):
+            older = [other for other in known if other // 10 == number // 10 and other < number]
+            arch = str(max(older or known))
+            code = f"sm_{arch}" if older else f"compute_{arch}"
+        flags.append(f"-gencode=arch=compute_{arch},code={code}")
+    return sorted(set(flags), key=flags.index)
