@@ -77,7 +77,9 @@ template <class T> __device__ __forceinline__ Tile load_tile(const T* x, const P
 template <class T> __device__ __forceinline__ void store_tile(T* x, const Place& at, const Tile& tile) {
     for (int h = 0; h < 2; h++) {
         int t = lane_id() / 4 + 8 * h;
-        if (t < at.left) *(uint2*)(x + at.offset + (int64_t)t * at.stride) = {tile.x[h], tile.x[h + 2]};
+        // as an assignment this would be two stores of 4 bytes; streaming, so that L2 keeps the factors
+        if (t < at.left)
+            __stcs((uint2*)(x + at.offset + (int64_t)t * at.stride), make_uint2(tile.x[h], tile.x[h + 2]));
     }
 }
 template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
