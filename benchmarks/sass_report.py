@@ -1,6 +1,6 @@
 """Count the machine instructions of the tensor-core WKV, without a GPU.
 
-    python -m benchmarks.sass_report [cuda/wkv7_chunked.cu ...] [--arch 90] [--shape 8 4096 32 64] [--dtype bf16]
+    python -m benchmarks.sass_report [cuda/wkv7_chunked.cu ...] [--arch 90] [--shape B T H N] [--dtype bf16]
 
 It needs nvcc and nvdisasm: of a CUDA toolkit, or from `pip install nvidia-cuda-nvdisasm`. For each kernel it
 prints the instructions in the code, those that the four warps of a chunk of a head run, and the bytes that
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -39,12 +40,11 @@ PLACE = re.compile(r'//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*);")
 BRANCH = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
 ACCESS = re.compile(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)")
-# in a loop's source line -> how often the loop runs, for (chunks of a segment, 16-byte words of the factors,
-# threads of a block)
+# in a loop's source line -> how often the loop runs where a segment has so many chunks
 LOOPS = {
-    r"step < segment\.count": lambda chunks, words, threads: chunks,
-    r"i \+= blockDim\.x": lambda chunks, words, threads: words / threads,
-    r"i < 4;|level < LEVELS|levels\(": lambda chunks, words, threads: 4,
+    r"for \(int step = 0; step < segment\.count": lambda chunks: chunks,
+    r"for \(int step = 0; step < STAGES - 1": lambda chunks: 3,
+    r"i < 4;|level < LEVELS|levels\(": lambda chunks: 4,
 }
 ONE_WARP = re.compile(r"\bif \(n == \d")
 SKIPPED = re.compile(r"\bif \(resets\)")
@@ -175,18 +175,26 @@ def moved(text: str) -> int:
     return 32 * 4
 
 
-def count(function: Function, source: Source, chunks: int, words: int, threads: int) -> dict:
+def count(function: Function, source: Source, chunks: int) -> dict:
     """What a warp runs: instructions, and bytes of global memory."""
-    trips = [1.0] * len(function.code)
+    # several branches may close one loop of the source
+    bodies: dict[tuple[str, int], set[int]] = {}
+    runs: dict[tuple[str, int], float] = {}
     for first, last in function.loops:
-        texts = [source.line(place) for i in (last, first) for place in function.code[i].lines]
-        times = [
-            f(chunks, words, threads) for text in texts for sign, f in LOOPS.items() if re.search(sign, text)
-        ]
-        if not times:
+        places = [place for i in (last, first) for place in function.code[i].lines]
+        for place in places:
+            known = [f for sign, f in LOOPS.items() if re.search(sign, source.line(place))]
+            if known:
+                bodies.setdefault(place, set()).update(range(first, last + 1))
+                runs[place] = known[0](chunks)
+                break
+        else:
+            texts = [source.line(place) for place in places]
             raise RuntimeError(f"{function.name}: no entry of LOOPS knows the loop {texts}")
-        for i in range(first, last + 1):
-            trips[i] *= times[0]
+    trips = [
+        math.prod(runs[place] for place, body in bodies.items() if i in body)
+        for i in range(len(function.code))
+    ]
     weights = [t * source.weight(x.lines) for t, x in zip(trips, function.code, strict=True)]
     read = write = 0.0
     for w, x in zip(weights, function.code, strict=True):
@@ -220,7 +228,6 @@ def report(path: pathlib.Path, arch: int, shape: tuple[int, ...], dtype: str) ->
     B, T, H, _ = shape
     chunks = -(-T // CHUNK)
     _, segment = segments(chunks, B * H)
-    words = (4 * (4 if "wkv7" in path.name else 2) * 32 + (2 if "wkv7" in path.name else 1) * 32) + 16
     source, rows = Source(), []
     listed = functions(disassemble(path, arch))
     for function, name in zip(listed, demangle([x.name for x in listed]), strict=True):
@@ -230,7 +237,7 @@ def report(path: pathlib.Path, arch: int, shape: tuple[int, ...], dtype: str) ->
         warps = scan_warps(B * H)
         if "scan" in name and re.search(r", \d+>", name) and f", {warps}>" not in name:
             continue
-        counted = count(function, source, segment, words, 32 * (warps if "scan" in name else WARPS))
+        counted = count(function, source, segment)
         for key in ("instructions", "read", "written"):  # of all warps, for one chunk of one head
             counted[key] = counted[key] * WARPS / (segment if "scan" in name else 1)
         rows.append({"file": path.name, "arch": arch, "kernel": name} | counted)
@@ -264,7 +271,7 @@ def main() -> None:
     except build.BuildError as error:
         raise SystemExit(f"sass_report: {error}") from None
     print(
-        "| kernel | in the code | run for a chunk of a head | KB read | KB written | stores of 4, 8, 16 bytes |"
+        "| kernel | in the code | run for a chunk of a head | KB read | written | stores of 4, 8, 16 bytes |"
     )
     print("|---|---|---|---|---|---|")
     result = {}

@@ -134,16 +134,17 @@ template <bool after> __device__ __forceinline__ Sum running_sum(Sum s) {
     return s;
 }
 
-// v and y are dy and dv in the backward, where time runs backwards too.
-template <class T, class Factors, bool backward> __global__ void __launch_bounds__(32 * WARPS)
+// v and y are dy and dv in the backward, where time runs backwards too. The block's warps are a constant, so
+// that the loop over the factors' words is unrolled.
+template <class T, class Factors, bool backward, int warps> __global__ void __launch_bounds__(32 * warps)
     scan(const Factors* factors, const T* v, T* y, const float* from, float* to, State* states,
         int64_t states_stride, Segment segment) {
     struct Values { uint2 of[CHUNK][4]; };  // 16 tokens x 16 values
     DYNAMIC_SHARED(unsigned char, shared);
     auto* ring = (Factors*)shared;
     auto* values = (Values*)(ring + STAGES);
-    const int l = lane_id(), q = l % 4, warps = blockDim.x / 32, parts = WARPS / warps;
-    const int n = blockIdx.x % parts * warps + threadIdx.x / 32;
+    constexpr int parts = WARPS / warps, count = sizeof(Factors) / 16;
+    const int l = lane_id(), q = l % 4, n = blockIdx.x % parts * warps + threadIdx.x / 32;
     const int64_t head = blockIdx.x / parts;
     const Place first = place(segment, head, 0, n);
     Values* mine = values + threadIdx.x / 32 * STAGES;
@@ -153,8 +154,10 @@ template <class T, class Factors, bool backward> __global__ void __launch_bounds
         if (step < segment.count) {
             auto* global = (const uint4*)&factors[head * segment.count + chunk(step)];
             auto* local = (uint4*)&ring[step % STAGES];
-            for (int i = threadIdx.x; i < (int)(sizeof(Factors) / 16); i += blockDim.x)
-                copy_async(local + i, global + i, true);
+#pragma unroll
+            for (int i = 0; i < count; i += 32 * warps)
+                if (i + 32 * warps <= count || i + (int)threadIdx.x < count)
+                    copy_async(local + i + threadIdx.x, global + i + threadIdx.x);
             const Place at = first.after(chunk(step));
             bool valid = l / 2 < at.left;
             const T* row = v + at.offset - q * 4 + (valid ? (int64_t)(l / 2) * at.stride : 0);
@@ -233,10 +236,13 @@ template <class T, bool backward, class Factors> void run_scan(const Sizes& size
     int64_t states_stride, void* stream) {
     // few heads: a block for each warp, to reach more multiprocessors; many: factors are fetched once for
     // four warps
-    int warps = sizes.heads >= 128 ? 4 : sizes.heads >= 64 ? 2 : 1;
-    auto kernel = scan<T, Factors, backward>;
-    LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512),
-        stream, factors, (const T*)v, (T*)y, from, to, states, states_stride, segment);
+    auto launch = [&](auto kernel, int warps) {
+        LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512),
+            stream, factors, (const T*)v, (T*)y, from, to, states, states_stride, segment);
+    };
+    if (sizes.heads >= 128) launch(scan<T, Factors, backward, 4>, 4);
+    else if (sizes.heads >= 64) launch(scan<T, Factors, backward, 2>, 2);
+    else launch(scan<T, Factors, backward, 1>, 1);
 }
 
 bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,

@@ -88,6 +88,10 @@ template <bool transposed> __device__ __forceinline__ Tile ldmatrix(const uint32
 
 // 16 bytes of global memory to shared memory without waiting, zeros if !valid; the copies up to a commit are
 // a group
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+    PTX("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+        "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
     PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
         "l"(global), "r"(valid ? 16 : 0) : "memory");
@@ -159,7 +163,7 @@ struct Copy { void* to; const void* from; };
 struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
 inline thread_local Copies copies[MAX_THREADS];
 }  // namespace cu
-inline void copy_async(void* shared, const void* global, bool valid) {
+inline void copy_async(void* shared, const void* global, bool valid = true) {
     memset(shared, 0xff, 16);
     cu::copies[cu::B->current].open.push_back({shared, valid ? global : nullptr});
 }

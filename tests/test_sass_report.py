@@ -48,7 +48,7 @@ def test_loops_warps_and_branches_have_their_weight(tmp_path):
     path.write_text(SOURCE)
     (kernel,) = sass_report.functions(listing(path))
     assert kernel.loops == [(4, 5)], "the branch to itself after the end is none"
-    found = sass_report.count(kernel, sass_report.Source(), chunks=16, words=0, threads=128)
+    found = sass_report.count(kernel, sass_report.Source(), chunks=16)
     # LDG, a quarter of FMUL, ISETP, no FADD, 16 times a quarter of HMMA and BRA, STG, EXIT
     assert found["instructions"] == 1 + 0.25 + 1 + 16 * (0.25 + 1) + 1 + 1
     assert found["static"] == 8
@@ -61,4 +61,4 @@ def test_an_unknown_loop_is_an_error(tmp_path):
     path.write_text(SOURCE.replace("step < segment.count", "step < other"))
     (kernel,) = sass_report.functions(listing(path))
     with pytest.raises(RuntimeError, match="step < other"):
-        sass_report.count(kernel, sass_report.Source(), chunks=16, words=0, threads=128)
+        sass_report.count(kernel, sass_report.Source(), chunks=16)
