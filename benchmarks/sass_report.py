@@ -26,9 +26,9 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-from src.ops import build
+from src.ops import build, toolchain
 
-from .ptxas_report import demangle, version
+from .ptxas_report import demangle
 
 CHUNK, WARPS = 16, 4
 # H100 SXM: multiprocessors, schedulers of each (one instruction a clock), clock in Hz
@@ -65,19 +65,21 @@ class Function(NamedTuple):
 
 def find_nvdisasm() -> str:
     """nvdisasm of PATH, beside nvcc, else of the PyPI packages in this environment. Raises BuildError."""
-    folders = [str(pathlib.Path(build.find_nvcc().path).parent)]
+    folders = [str(pathlib.Path(toolchain.find_nvcc().path).parent)]
     spec = importlib.util.find_spec("nvidia")
     for place in spec.submodule_search_locations if spec else ():
         folders += [str(part / "bin") for part in sorted(pathlib.Path(place).iterdir(), reverse=True)]
     for path in (None, *folders):
         if found := shutil.which("nvdisasm", path=path):
             return found
-    raise build.BuildError("no nvdisasm beside nvcc or on PATH; pip install nvidia-cuda-nvdisasm brings one")
+    raise toolchain.BuildError(
+        "no nvdisasm beside nvcc or on PATH; pip install nvidia-cuda-nvdisasm brings one"
+    )
 
 
 def disassemble(source: pathlib.Path, arch: int) -> str:
     """The machine code of a .cu file, with the lines it comes from."""
-    nvcc, disassembler = build.find_nvcc(), find_nvdisasm()
+    nvcc, disassembler = toolchain.find_nvcc(), find_nvdisasm()
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/out.cubin"
         flags = [*nvcc.compile_flags, "-O3", "-std=c++17", "-lineinfo", f"-arch=sm_{arch}", "-cubin"]
@@ -266,9 +268,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     args = parser.parse_args()
     try:
-        nvcc = build.find_nvcc()
+        nvcc = toolchain.find_nvcc()
         found = {path: report(path, args.arch, args.shape, args.dtype) for path in args.sources}
-    except build.BuildError as error:
+    except toolchain.BuildError as error:
         raise SystemExit(f"sass_report: {error}") from None
     print(
         "| kernel | in the code | run for a chunk of a head | KB read | written | stores of 4, 8, 16 bytes |"
@@ -289,8 +291,9 @@ def main() -> None:
             f"{name} {tuple(args.shape)}: {forward:.3f} + {backward:.3f} G warp instructions,"
             f" {sums['issue_ms_h100']:.2f} ms of an H100's schedulers"
         )
-    setup = {"arch": args.arch, "shape": args.shape, "dtype": args.dtype, "nvcc": version(nvcc.path)}
-    print(json.dumps({"report": "sass"} | setup | {"sources": result}))
+    setup = {"arch": args.arch, "shape": args.shape, "dtype": args.dtype}
+    found = {"report": "sass", "nvcc": toolchain.ask(nvcc.path).cuda} | setup | {"sources": result}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
