@@ -124,8 +124,9 @@ def examine() -> Iterator[Check]:
             " then pip install --force-reinstall torch",
         )
     yield from tools()
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        yield from kernels(device)
+    yield from kernels("cpu")
+    if torch.cuda.is_available():
+        yield from kernels_of_gpus(torch)
     if has_gpu:
         yield from evidence()
 
@@ -305,7 +306,20 @@ def first_line(*command: str) -> str:
     return run(*command).partition("\n")[0] or "which does not run"
 
 
-def kernels(device: str) -> Iterator[Check]:
+def kernels_of_gpus(torch) -> Iterator[Check]:
+    """`kernels` on the first GPU of each kind: what is right on one may be wrong on another."""
+    from src.ops import native
+
+    kinds: set[str] = set()
+    for i in range(torch.cuda.device_count()):
+        with torch.cuda.device(i):
+            if native.card() not in kinds:
+                native.status.cache_clear()
+                yield from kernels("cuda", f" on GPU {i}" if kinds else "")
+            kinds.add(native.card())
+
+
+def kernels(device: str, where: str = "") -> Iterator[Check]:
     """Whether the native kernels of a device are built and right, and what --wkv auto takes there."""
     from src import ops
     from src.ops import native
@@ -314,19 +328,19 @@ def kernels(device: str) -> Iterator[Check]:
     if status.passed:
         yield Check(
             "ok",
-            f"kernels, {device}",
+            f"kernels, {device}{where}",
             f"{status.path}, ready in {status.seconds:.1f} s, self-test passed (error {status.error:.1e})",
         )
     elif status.built:
         yield Check(
             "warn",
-            f"kernels, {device}",
+            f"kernels, {device}{where}",
             f"{status.path} is not used: {status.reason}; --wkv torch works without it",
         )
     else:
-        yield Check("missing", f"kernels, {device}", status.reason)
+        yield Check("missing", f"kernels, {device}{where}", status.reason)
     kernel, reason = ops.choose("auto", device)
-    yield Check("ok", f"--wkv auto, {device}", f"{kernel}: {reason}")
+    yield Check("ok", f"--wkv auto, {device}{where}", f"{kernel}: {reason}")
 
 
 def records() -> list[dict]:

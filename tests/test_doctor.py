@@ -2,6 +2,7 @@
 the doctor.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -212,6 +213,17 @@ def test_nvcc_and_the_cuda_that_it_is_of(monkeypatch):
 
     monkeypatch.setattr(toolchain, "find_nvcc", find_nvcc)
     assert doctor.nvcc().state == "missing" and doctor.nvcc().text.startswith("no nvcc that fits")
+
+
+def test_kernels_are_tested_on_each_kind_of_gpu(monkeypatch):
+    kinds, current = ["H100", "H100", "T4"], []
+    cuda = types.SimpleNamespace(
+        device_count=lambda: 3, device=lambda i: contextlib.nullcontext(current.append(kinds[i]))
+    )
+    monkeypatch.setattr(native, "card", lambda: current[-1])
+    monkeypatch.setattr(doctor, "kernels", lambda device, where: [(device + where, current[-1])])
+    found = list(doctor.kernels_of_gpus(types.SimpleNamespace(cuda=cuda)))
+    assert found == [("cuda", "H100"), ("cuda on GPU 2", "T4")]
 
 
 def test_kernels_that_fail_their_self_test(monkeypatch):

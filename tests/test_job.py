@@ -121,6 +121,29 @@ def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
     assert len(read_data(config, {}, tokenizer, DEFAULT).documents) == 1
 
 
+@pytest.mark.parametrize(
+    "environment, taken",
+    [
+        ({}, []),
+        ({"LOCAL_RANK": "1"}, [1]),  # by Lightning
+        ({"LOCAL_RANK": "1", "RANK": "3", "WORLD_SIZE": "4"}, [1]),
+        # srun binds each task to one GPU, or shows all to all
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_LOCALID": "1"}, [1]),
+        ({"LOCAL_RANK": "5"}, [1]),
+    ],
+)
+def test_kernels_are_tested_on_the_gpu_of_the_process(monkeypatch, environment, taken):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    set_to, seen = [], []
+    monkeypatch.setattr(job, "choose_accelerator", lambda *_: "gpu")
+    monkeypatch.setattr(job, "choose_precision", lambda *_: ("bf16", ""))
+    monkeypatch.setattr(job.ops, "choose", lambda *_: (seen.extend(set_to), ("cuda", ""))[1])
+    monkeypatch.setattr(job.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(job.torch.cuda, "set_device", set_to.append)
+    assert device_here(Config(), 64).kernel == "cuda" and seen == taken
+
+
 def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
     """Before a base is read or a file is written."""
     monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import shutil
+import types
 
 import pytest
 import torch
@@ -393,13 +394,71 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     open(f"{status.path}.tested", "w").close()  # and one that finds it empty tests again
 
     def self_test(*_):
-        raise RuntimeError("could not be started,\nerror 209")
+        raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(native, "self_test", self_test)
     native.status.cache_clear()
     kernel, reason = ops.choose("auto", "cpu")
-    assert kernel == "torch" and "do not run on this machine (could not be started, error 209)" in reason
+    assert kernel == "torch" and "do not run on this machine (out of memory); please report it" in reason
     native.library.cache_clear(), native.status.cache_clear()
+
+
+class Cards:
+    """Two GPUs of different kinds; `current` is the one that this process works on."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.current, self.tested, self.code = 0, [], 0
+        kinds = [("NVIDIA T4", (7, 5)), ("NVIDIA H100", (9, 0))]
+        library = types.SimpleNamespace(path=str(tmp_path / "wkv_cuda.so"))
+        monkeypatch.setattr(native, "library", lambda device: library)
+        monkeypatch.setattr(native, "self_test", self.self_test)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: kinds[self.current][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: kinds[self.current][1])
+
+    def self_test(self, device, chunked):
+        self.tested.append((self.current, chunked))
+        native.require_started("wkv7", self.code)
+        return 1e-6
+
+    def status(self, current, code=0):
+        """As a new process on this GPU finds it."""
+        self.current, self.code = current, code
+        native.status.cache_clear()
+        return native.status("cuda")
+
+
+@pytest.fixture
+def cards(monkeypatch, tmp_path):
+    yield Cards(monkeypatch, tmp_path)
+    native.status.cache_clear()
+
+
+def test_each_kind_of_gpu_has_a_self_test_of_its_own(cards):
+    for card in (0, 1, 0, 1):
+        assert cards.status(card).passed
+    assert cards.tested == [(0, False), (1, False), (1, True)], "one without tensor cores, one with"
+
+
+def test_a_gpu_on_which_the_kernels_fail_does_not_speak_for_another(cards):
+    assert not cards.status(1, code=700).passed and cards.status(0).passed
+    assert cards.status(1).passed, "and a failure is not kept"
+
+
+@pytest.mark.parametrize(
+    "code, words, report",
+    [
+        (35, "the driver is older than the CUDA", False),
+        (209, "no code for this GPU's architecture", False),
+        (2, "memory is full", False),
+        (700, "read or wrote where it must not", True),
+        (12345, "without words", True),
+    ],
+)
+def test_a_code_of_cuda_is_told_in_words(cards, code, words, report):
+    reason = cards.status(0, code).reason
+    assert f"error {code}: " in reason and words in reason and "use --wkv torch" in reason
+    assert ("please report it" in reason) == report and "\n" not in reason
+    assert reason.count("--wkv torch") == 1
 
 
 @pytest.mark.parametrize("N", [8, 16, 24, 32, 48, 64, 96, 128, 256])

@@ -80,6 +80,12 @@ def whole_number(name: str) -> int:
         raise UserError(f"{name} is {os.environ[name]!r} in the environment; expected a number") from None
 
 
+def local_rank() -> int:
+    """Which of the processes on this machine this one is, from 0 on."""
+    by_srun = (launch := launched()) is not None and launch.by == "srun"
+    return whole_number("SLURM_LOCALID" if by_srun else "LOCAL_RANK")
+
+
 def drop_local_rank(argv: list[str]) -> list[str]:
     """The flags without the `--local_rank=N` that `deepspeed` puts before them.
 

@@ -12,16 +12,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 import math
 import os
+import re
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common.device import cuda_of_driver
 from .build import cpu_library, cuda_library
+from .launch_errors import LaunchError, require_started
 from .reference import recurrent6, recurrent7
 from .toolchain import BuildError
 
@@ -38,6 +42,9 @@ TENSOR_CORE_CHUNK = 16
 EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
 LARGEST_ERROR = {False: 1e-5, True: 2e-2}
+
+
+REPORT = "please report it, and use --wkv torch"
 
 
 class Status(NamedTuple):
@@ -79,49 +86,71 @@ def library(device: str) -> ctypes.CDLL:
 def status(device: str) -> Status:
     """Build the kernels of "cpu" or "cuda" and compare them with the reference.
 
-    Each is done once in the life of a library file.
+    A library is built once in its life, and tested once on each kind of GPU: that of this process, which is
+    the current one when this is first called.
     """
     started = time.perf_counter()
     try:
         path = library(device).path
     except BuildError as error:
         return Status(False, False, reason=str(error))
-    error, problem = read_verdict(path), ""
+    kind = card() if device == "cuda" else ""
+    verdict = verdict_file(path, kind)
+    error, problem = read_verdict(verdict), ""
     if error is None:
         error, problem = test_forms(device)
         if not problem:
-            write_verdict(path, error)
+            write_verdict(verdict, error, kind)
     seconds = time.perf_counter() - started
-    reason = f"the {device} kernels {problem}; please report it, and use --wkv torch" if problem else ""
+    reason = f"the {device} kernels {problem}" if problem else ""
     return Status(True, not problem, path, seconds, error, reason)
+
+
+def card() -> str:
+    """What a self-test on the current GPU is true of: the kind of GPU and its driver."""
+    major, minor = torch.cuda.get_device_capability()
+    driver = str(cuda_of_driver())
+    with contextlib.suppress(OSError, AttributeError), open("/proc/driver/nvidia/version") as file:
+        driver = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.readline())[0]
+    return f"{torch.cuda.get_device_name()}, architecture {major}{minor}, driver {driver}"
 
 
 def test_forms(device: str) -> tuple[float, str]:
     """(error of the self-test of the kernels of a device, what is wrong with them, or nothing)."""
-    forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
+    tensor_cores = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    forms = [False, True] if tensor_cores else [False]
     try:
         errors = {chunked: self_test(device, chunked) for chunked in forms}
+    except LaunchError as failure:
+        help = ", or use --wkv torch" if failure.of_the_machine else ""
+        return math.nan, f"do not run on this machine: {failure}{help}"
     except RuntimeError as failure:
-        return math.nan, f"do not run on this machine ({' '.join(str(failure).split())})"
+        return math.nan, f"do not run on this machine ({' '.join(str(failure).split())}); {REPORT}"
     if all(errors[chunked] < LARGEST_ERROR[chunked] for chunked in forms):  # NaN is not smaller
         return errors[False], ""
-    return max(errors.values()), f"are wrong on this machine (errors of the self-test: {errors})"
+    return max(errors.values()), f"are wrong on this machine (errors of the self-test: {errors}); {REPORT}"
+
+
+def verdict_file(path: str, card: str) -> str:
+    """Where it is kept that a library has passed its self-test, on one kind of GPU or on its CPU."""
+    kind = f".{hashlib.sha256(card.encode()).hexdigest()[:8]}" if card else ""
+    return f"{path}{kind}.tested"
 
 
 def read_verdict(path: str) -> float | None:
-    """The error of a self-test that this library has passed before. A power cut may have left it empty."""
-    with contextlib.suppress(OSError, ValueError), open(f"{path}.tested") as file:
+    """The error of a self-test that was passed before. A power cut may have left it empty."""
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
         return json.load(file)["error"]
     return None
 
 
-def write_verdict(path: str, error: float) -> None:
+def write_verdict(path: str, error: float, card: str) -> None:
     """Let later processes know. A cache that others built may be read-only: each process then tests."""
-    temporary = f"{path}.tested.{os.getpid()}"
+    temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         with open(temporary, "w") as file:
-            json.dump({"error": error}, file)
-        os.replace(temporary, f"{path}.tested")
+            json.dump({"error": error} | ({"card": card} if card else {}), file)
+        os.replace(temporary, path)
 
 
 def self_test(device: str, chunked: bool) -> float:
@@ -277,9 +306,9 @@ class WkvOp:
         r = tensors[0]
         y, state, saved = self.empty_outputs(r, chunked)
         code = call(self.symbol(chunked, "forward"), r, *tensors, y, state, *self.kept(saved, chunked))
-        if code and y.is_cuda:
-            raise RuntimeError(f"{self.op}: the CUDA kernel could not be started, error {code}")
-        if code:
+        if y.is_cuda:
+            require_started(self.op, code)
+        elif code:
             require_finite(self.op, dict(zip((*self.inputs, "s0"), tensors)))
         return y, state, saved
 
@@ -289,8 +318,7 @@ class WkvOp:
         given = (*tensors, *self.kept(saved, chunked), dy, dstate)
         workspace = scratch(self.symbol(chunked, "scratch"), r)
         code = call(self.symbol(chunked, "backward"), r, *given, *gradients, workspace)
-        if code:
-            raise RuntimeError(f"{self.op}: the backward kernel could not be started, CUDA error {code}")
+        require_started(f"{self.op} backward", code)
         return self.sum_u(gradients)
 
     def save_for_backward(self, ctx, inputs, output) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_miss.quantised import KINDS, SCALE_BYTES, expand, nf4_pairs, unfilled
 
 from . import native
+from .launch_errors import require_started
 
 
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -27,8 +28,7 @@ def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)
     code = launch(native.library(device), quantised, weight, native.context(quantised))
-    if code:
-        raise RuntimeError(f"dequantise: the CUDA kernel could not be started, error {code}")
+    require_started("dequantise", code)
     return weight
 
 

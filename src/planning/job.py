@@ -16,6 +16,7 @@ from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
 from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
+from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
 from ..data.dataset import Documents, load
@@ -145,6 +146,9 @@ def device_here(config: Config, head_size: int) -> Device:
     """The device at hand. Raises UserError where what is asked for is not here."""
     check_packages(config)
     accelerator = choose_accelerator(config.accelerator, config.devices)
+    if accelerator == "gpu" and local_rank():
+        # kernels are tested on the GPU of this process, which takes no memory of another's
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     kernel = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", head_size)
     return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
 
