@@ -21,9 +21,11 @@ import tempfile
 import time
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from src.common.device import peak_memory
+from src.data.batches import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss, state_bytes
 
 from .common import add_integers, argument_parser, as_flags, report, same_flags, settings_without
@@ -41,19 +43,18 @@ def measure(args) -> dict:
         torch.nn.init.normal_(p, std=0.02)
     tokens = args.tokens[0]
     ids = torch.randint(args.vocab_size, (1, tokens + 1))
-    batch = {
-        "ids": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "mask": torch.ones(1, tokens, dtype=torch.bool),
-        "weights": None,
-        "reset": None,
-    }
-    warm_up = {name: x if x is None else x[:, :48] for name, x in batch.items()}
-    torch.autograd.grad(batch_loss(model, warm_up, Chunks(16)), parameters)
+
+    def batch(length: int, chunks: Chunks) -> dict:
+        targets, weights = ids[:, 1 : length + 1].numpy(), np.ones((1, length))
+        return {"ids": ids[:, :length], "reset": None, **trained_tokens(targets, weights, chunks.size)}
+
+    warm_up = Chunks(16)
+    torch.autograd.grad(batch_loss(model, batch(48, warm_up), warm_up), parameters)
 
     chunks = Chunks() if args.mode == WHOLE else Chunks(args.chunk_ctx, sparse=args.mode == SPARSE)
+    rows = batch(tokens, chunks)
     before, start = peak_memory(ids.device), time.process_time()
-    loss = batch_loss(model, batch, chunks)
+    loss = batch_loss(model, rows, chunks)
     gradients = torch.autograd.grad(loss / tokens, parameters)
     seconds, peak = time.process_time() - start, peak_memory(ids.device) - before
     torch.save(gradients, args.out)

@@ -20,6 +20,7 @@ from src.config import Config
 from src.data.batches import Batches, Schedule, make_schedule
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
+from src.model.layers import chosen
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
@@ -31,22 +32,21 @@ FORMS = ("packed", "padded to the longest", "padded to ctx_len", "padded to ctx_
 
 def to_ctx_len(batch: dict, ctx_len: int) -> dict:
     """The batch with its rows padded to ctx_len."""
-    missing = ctx_len - batch["ids"].shape[1]
-    return batch | {
-        name: torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "targets", "mask")
-    }
+    width = batch["ids"].shape[1]
+    where = batch["where"] + batch["where"] // width * (ctx_len - width)
+    return batch | {"ids": torch.nn.functional.pad(batch["ids"], (0, ctx_len - width)), "where": where}
 
 
 def train_step(model, optimizer, batch, every_position: bool) -> tuple[int, float]:
     """(trained tokens, seconds) of one step; the head on the trained tokens only, or on every position."""
     start = time.perf_counter()
     x, _ = model.features(batch["ids"], reset=batch["reset"])
-    mask = batch["mask"]
-    logits = model.head(x)[mask] if every_position else model.head(x[mask])
-    (loss_sum(logits, batch["targets"][mask]) / (batch["step_weight"] or 1.0)).backward()
+    where = batch["where"]
+    logits = chosen(model.head(x), where) if every_position else model.head(chosen(x, where))
+    (loss_sum(logits, batch["targets"]) / (batch["step_weight"] or 1.0)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return int(mask.sum()), time.perf_counter() - start
+    return len(where), time.perf_counter() - start
 
 
 def share_filled(form: str, schedule: Schedule, ctx_len: int) -> float:

@@ -30,6 +30,7 @@ from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
 from src.common.device import PRECISIONS
 from src.config import Config
+from src.data.batches import trained_tokens
 from src.model import read_model_file
 from src.model.batch_loss import batch_loss
 from src.ops import native
@@ -127,11 +128,11 @@ def batch(rows: list[tuple[list[int], int]]) -> dict:
         n = len(row) - 1
         ids[i, :n], targets[i, :n] = torch.tensor(row[:-1]), torch.tensor(row[1:])
         mask[i, given - 1 : n] = True
-    return {"ids": ids, "targets": targets, "mask": mask, "weights": None, "reset": None}
+    return {"ids": ids, "reset": None, **trained_tokens(targets.numpy(), mask.numpy())}
 
 
 def loss(model, config: Config, rows: dict) -> torch.Tensor:
-    return batch_loss(model, rows, chunks_of(config)) / rows["mask"].sum()
+    return batch_loss(model, rows, chunks_of(config)) / len(rows["where"])
 
 
 def build(base, kind: str, rank: int, precision: str = "fp32"):

@@ -71,7 +71,7 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
     model = random_model(version, n_layer, n_embd, args.device, PRECISIONS[args.precision], args.grad_cp)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.0))
     ids = torch.randint(model.arch.vocab_size, (1, ctx_len + 1), device=args.device)
-    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    wanted = torch.arange(ctx_len, device=args.device)
 
     def step() -> None:
         x, _ = model.features(ids[:, :-1], wanted=wanted)

@@ -103,18 +103,20 @@ def add_peft(model: RWKV, variant: str, rank: int) -> None:
 
 
 def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callable[[], None]:
-    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    rows, length = len(ids), ids.shape[1] - 1
+    wanted = torch.arange(rows * length, device=ids.device).view(rows, length)
     if variant == "half masked":
-        wanted[:, : wanted.shape[1] // 2] = False
+        wanted = wanted[:, length // 2 :]
+    wanted = wanted.flatten()
     return training_step(build(variant, base, rank), ids, wanted, all_logits=variant == "all logits")
 
 
 def training_step(
     model: RWKV, ids: torch.Tensor, wanted: torch.Tensor, all_logits: bool = False
 ) -> Callable[[], None]:
-    """Forward, loss on the tokens that are `wanted`, backward and AdamW on rows of ids (B, T + 1)."""
+    """Forward, loss on the `wanted` of the B T tokens, backward and AdamW on rows of ids (B, T + 1)."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
-    targets = ids[:, 1:][wanted]
+    targets = ids[:, 1:].flatten()[wanted]
 
     def step() -> None:
         x, _ = model.features(ids[:, :-1], wanted=wanted)

@@ -15,6 +15,7 @@ of the rounds, taken by turns. The last line is JSON.
 
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import add_expanded_, shard_sum
 from rwkv_miss.gemm import product
 from src import ops
+from src.data.batches import trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import Chunks, batch_loss
 
@@ -76,13 +78,8 @@ def build(version: int, layers: int, width: int, vocabulary: int) -> RWKV:
 
 def batch(vocabulary: int, rows: int, tokens: int) -> dict:
     ids = torch.randint(vocabulary, (rows, tokens + 1))
-    return {
-        "ids": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "mask": torch.ones(rows, tokens, dtype=torch.bool),
-        "weights": None,
-        "reset": None,
-    }
+    trained = trained_tokens(ids[:, 1:].numpy(), np.ones((rows, tokens)))
+    return {"ids": ids[:, :-1], "reset": None, **trained}
 
 
 def step(model: RWKV, rows: dict, times: int = 1) -> float:

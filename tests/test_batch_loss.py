@@ -12,6 +12,7 @@ from torch.torch_version import TorchVersion
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config
+from src.data.batches import trained_tokens
 from src.model import RWKV
 from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
@@ -35,7 +36,7 @@ def make_model(version, dtype=torch.float64, kernel="torch", peft=True, **sizes)
 
 def make_batch(lengths, vocab=67, seed=0, weighted=False):
     """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none
-    behind a row's end. `weighted`: they have weights from 0.1 to 3.1.
+    behind a row's end, by `weights` (B, T) that are not 0. `weighted`: from 0.1 to 3.1, else 1.
     """
     generator = torch.Generator().manual_seed(seed)
     size = max(map(sum, lengths))
@@ -45,15 +46,19 @@ def make_batch(lengths, vocab=67, seed=0, weighted=False):
     for i, row in enumerate(lengths):
         mask[i, sum(row) :] = False
         reset[i, list(itertools.accumulate(row))[:-1]] = True
-    weights = mask * (0.1 + 3 * torch.rand(shape, generator=generator)) if weighted else None
-    reset = reset if reset.any() else None
-    return {"ids": ids, "targets": targets, "mask": mask, "weights": weights, "reset": reset}
+    weights = mask * (0.1 + 3 * torch.rand(shape, generator=generator)) if weighted else mask
+    return {"ids": ids, "targets": targets, "weights": weights, "reset": reset if reset.any() else None}
 
 
-def results(model, batch, chunks, **options):
+def loss_of(model, rows, chunks, **options):
+    trained = trained_tokens(rows["targets"].numpy(), rows["weights"].numpy(), chunks.size)
+    return batch_loss(model, rows | trained, chunks, **options)
+
+
+def results(model, rows, chunks, **options):
     """(loss, gradient of every trained parameter) at a scale that is not 1."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    loss = batch_loss(model, batch, chunks, **options)
+    loss = loss_of(model, rows, chunks, **options)
     gradients = torch.autograd.grad(loss * 0.37, parameters.values(), allow_unused=True)
     return loss, dict(zip(parameters, gradients, strict=True))
 
@@ -103,9 +108,8 @@ def test_a_truncated_gradient_stops_at_every_so_many_tokens():
     state, loss = None, 0
     for part in (slice(0, 16), slice(16, 32), slice(32, 35)):
         x, state = model.features(batch["ids"][:, part], state, batch["reset"][:, part])
-        loss = loss + loss_sum(
-            model.head(x[batch["mask"][:, part]]), batch["targets"][:, part][batch["mask"][:, part]]
-        )
+        mask = batch["weights"][:, part]
+        loss = loss + loss_sum(model.head(x[mask]), batch["targets"][:, part][mask])
         state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     want = loss, dict(zip(names, torch.autograd.grad(loss * 0.37, parameters), strict=True))
@@ -128,13 +132,13 @@ def test_a_chunk_keeps_one_state_and_nothing_else(sparse, states):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: held.append(t.untyped_storage().nbytes()) or t, lambda t: t
     ):
-        loss = batch_loss(model, batch, Chunks(3, sparse=sparse))
+        loss = loss_of(model, batch, Chunks(3, sparse=sparse))
     assert sum(held) == states * one
     assert Chunks(3, sparse=sparse).states(35) == {False: 11, True: 2 + 3}[sparse], (
         "in the backward a segment has those between too"
     )
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
-        assert torch.equal(batch_loss(model, batch, Chunks(3)), loss)
+        assert torch.equal(loss_of(model, batch, Chunks(3)), loss)
 
 
 def test_every_parameter_gets_its_gradient_once():
@@ -145,7 +149,7 @@ def test_every_parameter_gets_its_gradient_once():
         model.get_parameter(name).register_post_accumulate_grad_hook(
             lambda _, name=name: times.__setitem__(name, times[name] + 1)
         )
-    batch_loss(model, batch, Chunks(3)).backward()
+    loss_of(model, batch, Chunks(3)).backward()
     assert set(times.values()) == {1} and model.spare.grad is None
 
 
@@ -174,7 +178,7 @@ def test_random_numbers_are_drawn_again_as_they_were():
             for p, d in zip(parameters, step, strict=True):
                 p.add_(d, alpha=factor)
         torch.manual_seed(seed)
-        loss = batch_loss(model, batch, Chunks(8, sparse=True))
+        loss = loss_of(model, batch, Chunks(8, sparse=True))
         place = torch.get_rng_state()
         with torch.no_grad():
             for p, d in zip(parameters, step, strict=True):
@@ -196,7 +200,7 @@ def test_random_numbers_are_drawn_again_as_they_were():
 def test_every_chunk_draws_numbers_of_its_own():
     model, batch, drawn = make_model(6), make_batch(ROWS), []
     model.head.register_forward_hook(lambda *_: drawn.append(torch.rand(()).item()))
-    batch_loss(model, batch, Chunks(8)).backward()
+    loss_of(model, batch, Chunks(8)).backward()
     forward, backward = drawn[:5], drawn[5:]
     assert len(set(forward)) == 5 and backward == forward[::-1]
 

@@ -19,7 +19,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from src.config import Config
 from src.data import batches as rows_and_steps
 from src.data import dataset
-from src.data.batches import Batches, Schedule, collate, pack
+from src.data.batches import Batches, Schedule, collate, pack, trained_tokens
 from src.data.chat_template import Segment
 from src.data.dataset import Document, Documents, load_documents
 from src.data.encode import Encoder
@@ -328,19 +328,35 @@ def test_collate_pads_on_the_right_and_never_trains_the_padding():
     long = Document(np.array([5, 6, 7, 8], np.int32), np.array([1, 0, 1, 1], bool))
     short = Document(np.array([3, 4], np.int32), np.array([1, 1], bool))
     batch = collate([[long], [short]], 9)
-    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [
-        [6, 7, 8],
-        [4, 0, 0],
-    ]
-    assert batch["mask"].tolist() == [[False, True, True], [True, False, False]]
-    assert batch["step_weight"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
+    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [7, 8, 4]
+    assert batch["where"].tolist() == [1, 2, 3]
+    assert batch["step_weight"] == 9
+    assert {batch[name].dtype for name in ("ids", "where", "targets")} == {torch.int64}
 
 
 def test_no_rows_are_one_masked_row():
     end_only = Document(np.array([0], np.int32), np.array([True]))
     for rows in ([], [[end_only]]):
         batch = collate(rows, 3)
-        assert batch["ids"].shape == batch["targets"].shape == (1, 1) and not batch["mask"].any()
+        assert batch["ids"].shape == (1, 1) and not len(batch["where"]) and not len(batch["targets"])
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4, 5, 6, 7, 13, 20])
+def test_trained_tokens_are_named_by_their_place_in_their_chunk(chunk):
+    """Against masks: the tokens of every chunk in the order in which a mask would choose them."""
+    rng = np.random.default_rng(chunk)
+    targets, weights = rng.integers(67, size=(3, 13)), rng.random((3, 13)).astype(np.float32)
+    weights[rng.random((3, 13)) < 0.4] = 0
+    weights[:, 4:6] = 0  # a chunk without any
+    found, size = trained_tokens(targets, weights, chunk), chunk or 13
+    assert len(found["ends"]) == -(-13 // size) and found["ends"][-1] == np.count_nonzero(weights)
+    for i, (start, stop) in enumerate(itertools.pairwise((0, *found["ends"]))):
+        part = np.s_[:, i * size : (i + 1) * size]
+        mask = weights[part] != 0
+        assert found["where"][start:stop].tolist() == np.flatnonzero(mask).tolist()
+        assert found["targets"][start:stop].tolist() == targets[part][mask].tolist()
+        assert found["weights"][start:stop].tolist() == weights[part][mask].tolist()
+    assert trained_tokens(targets, weights != 0, chunk)["weights"] is None
 
 
 def test_batches_begin_at_any_step():
@@ -446,11 +462,9 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     for rank in range(world):
         batches = Batches(documents, module.schedule, 4, rank, step)
         for batch in itertools.islice(batches, accumulate):
-            noise = torch.randint(1, 67, (len(batch["ids"]), padding))
-            batch["ids"] = torch.cat([batch["ids"], noise], 1)
-            batch["targets"] = torch.cat([batch["targets"], noise], 1)
-            for name in ("mask", "weights"):
-                batch[name] = None if batch[name] is None else F.pad(batch[name], (0, padding))
+            rows, width = batch["ids"].shape
+            batch["ids"] = torch.cat([batch["ids"], torch.randint(1, 67, (rows, padding))], 1)
+            batch["where"] = batch["where"] + batch["where"] // width * padding
             assert batch["reset"] is None or batch["ids"].shape[1] <= packed
             (module.training_step(batch, 0) / (accumulate * world)).backward()
     return module.step_loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -514,11 +528,8 @@ def test_a_row_of_several_documents():
     b = Document(np.array([8, 9], np.int32), np.array([1, 1], bool))
     end_only = Document(np.array([0], np.int32), np.array([True]))
     batch = collate([[a, end_only, b, end_only], [b]], 3)
-    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [
-        [6, 7, 9],
-        [9, 0, 0],
-    ]
-    assert batch["mask"].tolist() == [[True, False, True], [True, False, False]]
+    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [6, 9, 9]
+    assert batch["where"].tolist() == [0, 2, 3]
     assert batch["reset"].tolist() == [[False, False, True], [False, False, False]]
     assert collate([[a], [b]], 3)["reset"] is None and collate([[end_only, a]], 3)["reset"] is None
 

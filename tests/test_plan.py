@@ -53,7 +53,7 @@ def counted_in_training(config, rows, kernel):
     for row in rows:
         grouped.append(documents.items[place : place + len(row)])
         place += len(row)
-    batch = collate(grouped, 1) | {"width": 37}
+    batch = collate(grouped, 1, config.chunk_ctx) | {"width": 37}
     known = [
         *model.parameters(),
         *model.buffers(),

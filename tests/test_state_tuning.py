@@ -6,12 +6,14 @@ import json
 import re
 import string
 
+import numpy as np
 import pytest
 import torch
 
 import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
+from src.data.batches import trained_tokens
 from src.inference.conversation import Conversation
 from src.inference.load import load
 from src.inference.sampling import Sampling
@@ -234,13 +236,8 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(chunks):
-        batch = {
-            "ids": ids,
-            "targets": targets,
-            "mask": torch.ones_like(RESETS),
-            "weights": None,
-            "reset": RESETS,
-        }
+        tokens = trained_tokens(targets.numpy(), np.ones(RESETS.shape), chunks.size)
+        batch = {"ids": ids, "reset": RESETS, **tokens}
         loss = batch_loss(model, batch, chunks)
         return [loss, *torch.autograd.grad(loss, trained)]
 
@@ -256,13 +253,8 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
     ids, targets = torch.randint(67, (2, 1, 41), generator=torch.Generator().manual_seed(4))
     reset = torch.zeros(1, 41, dtype=torch.bool)
     reset[0, resets] = True
-    batch = {
-        "ids": ids,
-        "targets": targets,
-        "mask": torch.ones_like(reset),
-        "weights": None,
-        "reset": reset if resets else None,
-    }
+    tokens = trained_tokens(targets.numpy(), np.ones(reset.shape), 6)
+    batch = {"ids": ids, "reset": reset if resets else None, **tokens}
     trained = [p for p in model.parameters() if p.requires_grad]
     state, want = None, 0.0
     for start in range(0, 41, 12):

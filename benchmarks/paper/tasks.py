@@ -30,8 +30,9 @@ class Task:
 
     def loss(self, model: RWKV) -> Tensor:
         """Mean loss of another model, such as an adapted copy of this one, on the rows."""
-        x, _ = model.features(self.ids[:, :-1], wanted=self.wanted)
-        return model.loss(x, self.ids[:, 1:][self.wanted]) / self.wanted.sum()
+        (wanted,) = self.wanted.flatten().nonzero(as_tuple=True)
+        x, _ = model.features(self.ids[:, :-1], wanted=wanted)
+        return model.loss(x, self.ids[:, 1:].flatten()[wanted]) / len(wanted)
 
 
 def _model(path: pathlib.Path) -> RWKV:

@@ -62,12 +62,13 @@ def _features(model: RWKV, batch: list[Request]) -> list[Tensor]:
     """
     longest = len(batch[-1][0])
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    wanted = torch.zeros(len(batch), longest, dtype=torch.bool)
+    wanted = []
     for i, (row, n) in enumerate(batch):
         ids[i, : len(row)] = torch.tensor(row)
-        wanted[i, len(row) - n : len(row)] = True
+        end = i * longest + len(row)
+        wanted += range(end - n, end)
     device = model.emb.weight.device
-    x, _ = model.features(ids.to(device), wanted=wanted.to(device))
+    x, _ = model.features(ids.to(device), wanted=torch.tensor(wanted).to(device))
     return list(x.split([n for _, n in batch]))
 
 

@@ -253,7 +253,7 @@ class Decoder:
             state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
             # the native code does the last token; of the others only the state is wanted
             prompt = ids[:, :-1]
-            _, state = self.model.features(prompt, state, wanted=torch.zeros_like(prompt, dtype=torch.bool))
+            _, state = self.model.features(prompt, state, wanted=prompt.new_empty(0))
         return self._step(int(ids[0, -1]), state)
 
     def _check_open(self) -> None:

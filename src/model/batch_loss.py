@@ -63,10 +63,15 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
 def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """The weighted loss of the trained tokens of a batch, summed.
 
-    `batch` is what data/batches.collate() makes. The result is differentiable in the model's trained
-    parameters. `width` is the length by which the chunks are counted, if it is not that of the batch. ZeRO-3
-    needs as many chunks on every rank, so it is the longest row of all ranks.
+    `batch` is what data/batches.collate() makes for chunks of this size. The result is differentiable in the
+    model's trained parameters. `width` is the length by which the chunks are counted, if it is not that of
+    the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
     """
+    if batch["chunk"] != chunks.size:
+        raise ValueError(
+            f"batch_loss: the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size};"
+            " give collate() the chunk"
+        )
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
         return part_loss(model, batch, None)[0]
@@ -82,24 +87,25 @@ def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, Sta
     `state` is the state before the part, None where the rows begin.
     """
     # the head, and what of the last layer only it reads, run on the tokens that carry loss
-    x, state = model.features(part["ids"], state, part["reset"], part["mask"])
-    if part["weights"] is None:
-        return model.loss(x, part["targets"][part["mask"]]), state
-    where = part["mask"].nonzero(as_tuple=True)  # once: a GPU waits for it
-    return model.loss(x, part["targets"][where], part["weights"][where]), state
+    x, state = model.features(part["ids"], state, part["reset"], part["where"])
+    return model.loss(x, part["targets"], part["weights"]), state
 
 
-def cut(batch: dict, start: int, stop: int) -> dict:
-    """Tokens start to stop of every row.
+def cut(batch: dict, chunk: int) -> dict:
+    """Chunk number `chunk` of every row.
 
     Where these rows have ended and those of another rank have not, it is one token without loss.
     """
-    if start < batch["ids"].shape[1]:
-        tensors = {name: batch[name] for name in ("ids", "targets", "mask", "weights", "reset")}
-        return {name: None if x is None else x[:, start:stop] for name, x in tensors.items()}
-    ids = batch["ids"][:, :1]
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    return {"ids": ids, "targets": ids, "mask": mask, "weights": None, "reset": None}
+    size, ends = batch["chunk"], batch["ends"]
+    start, stop = ((0, *ends)[min(i, len(ends))] for i in (chunk, chunk + 1))
+    part = {}
+    for name in ("where", "targets", "weights"):
+        part[name] = None if batch[name] is None else batch[name][start:stop]
+    if chunk >= len(ends):
+        return part | {"ids": batch["ids"][:, :1], "reset": None}
+    for name in ("ids", "reset"):
+        part[name] = None if batch[name] is None else batch[name][:, chunk * size : (chunk + 1) * size]
+    return part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +123,7 @@ class _Walk:
         recomputing draws the same.
         """
         ids = self.batch["ids"]
-        part = cut(self.batch, i * self.chunks.size, (i + 1) * self.chunks.size)
+        part = cut(self.batch, i)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed((self.seed + i) % 2**63)
             return part_loss(self.model, part, state)

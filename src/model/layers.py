@@ -23,8 +23,8 @@ def last_token(z: Tensor) -> Tensor:
 
 
 def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set: (their number, C). None wants all of x."""
-    return x if wanted is None else x[wanted]
+    """x (B, T, C) at the tokens b T + t that `wanted` (n,) int64 names: (n, C). None wants all of x."""
+    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
 
 
 def parameter(*shape: int, requires_grad: bool = True) -> nn.Parameter:

@@ -87,9 +87,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), v_first and the state after the layer.
 
-        v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool
-        the channel mix is computed for these tokens only, and the new x is theirs, (their number, C); the
-        state is whole. With `recompute` nothing of the time mix is kept for the backward but its input.
+        v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (n,) int64
+        the channel mix is computed for these tokens only, and the new x is theirs, (n, C); the state is
+        whole. With `recompute` nothing of the time mix is kept for the backward but its input.
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
@@ -249,8 +249,8 @@ class RWKV(nn.Module):
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
 
         Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the
-        ones after. With `wanted` (B, T) bool the result is (their number, C), for these tokens in their
-        order, and the last layer does no more than they need. The activations have the dtype of the state,
+        ones after. With `wanted` (n,) int64 the result is (n, C), for the tokens b T + t that it names, and
+        the last layer does no more than they need. The activations have the dtype of the state,
         which is the model's unless the caller gives another.
         """
         if state is None:
@@ -300,10 +300,10 @@ class RWKV(nn.Module):
 
         That is what generation needs of a prompt.
         """
-        last = torch.zeros_like(ids, dtype=torch.bool)
-        last[:, -1] = True
+        rows, length = ids.shape
+        last = torch.arange(length - 1, rows * length, length, device=ids.device) if length > 1 else None
         x, state = self.features(ids, state, wanted=last)
-        return self.head(x), state
+        return self.head(x.view(rows, -1)), state
 
 
 def read_model_file(path) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ class ChannelMix(nn.Module):
         """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
 
         z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
-        documents start. wanted (B, T) bool: as for chosen().
+        documents start. wanted (n,) int64: as for chosen().
         """
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

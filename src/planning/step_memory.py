@@ -8,11 +8,12 @@ storage that comes and goes is added up.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,9 +30,7 @@ from .step import chunks_of
 # glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
 # back when it is freed.
 HEAP_LIMIT = 1 << 25
-BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # of collate()
 COUNTED_CHUNKS = 4  # a row of more chunks is counted with so many; each further chunk adds the same
-MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
 LAYERS = 4  # a deeper model is counted with so many layers; each further layer adds the same
 
 
@@ -108,31 +107,43 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         if kernel.startswith("cuda"):
             for block in model.blocks:
                 block.att.kernel = "cpu"
-        batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
         # Documents with an initial state are cut out of their rows where reset is true (ops/per_document.py).
         # These places are not known here, so whole rows are counted, without the copies and the padding.
-        if not config.packing or any(name.endswith(".time_state") for name, _ in model.named_parameters()):
-            batch["reset"] = None
-        batch["weights"] = None
+        has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        batch = _batch(config, row, targets, config.packing and not has_states)
         known = [*batch.values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
-        known = [t for t in known if t is not None]
-        with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
+        with Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live:
             activations = live.after(model, "features")
             batch_loss(model, batch, chunks_of(config)).backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
 
 
+def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
+    """As data/batches.collate() makes it, with equal shares of the trained tokens in equal chunks."""
+    size, rows = config.chunk_ctx or row, config.micro_bsz
+    counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
+    trained = torch.zeros(sum(counts), dtype=torch.int64)
+    return {
+        "ids": torch.zeros(rows, row, dtype=torch.int64),
+        "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
+        "where": trained,
+        "targets": trained,
+        "weights": None,
+        "ends": tuple(itertools.accumulate(counts)),
+        "chunk": config.chunk_ctx,
+    }
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size.
 
-    Storages of `known` are left out. Tensors have no values, so a mask counts as true in the share `true` of
-    its places. `tensor_cores` stands for the GPU that is not here.
+    Storages of `known` are left out. `tensor_cores` stands for the GPU that is not here.
     """
 
-    def __init__(self, known: list[Tensor], tensor_cores: bool = False, true: float = 1.0):
+    def __init__(self, known: list[Tensor], tensor_cores: bool = False):
         super().__init__()
-        self.tensor_cores, self.true = tensor_cores, true
+        self.tensor_cores = tensor_cores
         self.seen = {t.untyped_storage()._cdata for t in known}
         self.now_small = self.now_large = self.peak = self.small = self.large = 0
 
@@ -157,20 +168,11 @@ class Live(TorchDispatchMode):
             return True  # to the plain kernels, which ask whether all is finite
         if op.namespace == "rwkv" and self.tensor_cores and not op._opname.endswith("_backward"):
             args = (*args[:-1], True)  # `chunked`, which decides what is saved
-        if op.overloadpacket in MASKED:
-            args = (args[0], [i for index in args[1] for i in self._indices(index)], *args[2:])
         result = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         return result
-
-    def _indices(self, index: Tensor | None) -> list[Tensor | None]:
-        """One index for every dimension of a mask without values; any other index as it is."""
-        if not isinstance(index, FakeTensor) or index.dtype != torch.bool:
-            return [index]
-        count = max(1, round(self.true * index.numel()))
-        return [index.new_empty(count, dtype=torch.int64) for _ in index.shape]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

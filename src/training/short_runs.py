@@ -19,7 +19,7 @@ from rwkv_miss.progress import progress
 
 from .. import ops
 from ..config import Config
-from ..data.batches import Batches, collate, make_schedule
+from ..data.batches import Batches, collate, make_schedule, to_device
 from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
 from ..model import RWKV
@@ -133,7 +133,8 @@ def train(
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    batches = iter(Batches(documents, schedule, steps, processes.rank))
+    chunk = chunks_of(config).size
+    batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk))
     model.train()
     with ops.nan_passes():
         for step in range(steps):
@@ -163,7 +164,8 @@ def train(
 
 def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> float:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
-    total = batch_loss(model, _on_device(batch, model), chunks_of(config), batch["width"])
+    batch = to_device(batch, model.emb.weight.device)
+    total = batch_loss(model, batch, chunks_of(config), batch["width"])
     loss = total / (batch["step_weight"] or 1.0)
     penalty = rwkv_miss.penalty(model)
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
@@ -175,15 +177,10 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: P
     """The loss over the trained tokens of the documents, nats per token of weight 1."""
     model.eval()
     batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
+    device, chunks, mine = model.emb.weight.device, chunks_of(config), 0.0
     with ops.nan_passes():
-        mine = sum(
-            float(batch_loss(model, _on_device(collate(batch, 1), model), chunks_of(config)))
-            for batch in progress(batches, "validation", unit="batches", shown=processes.world == 1)
-        )
-    total = processes.total(torch.tensor(mine, dtype=torch.float64, device=model.emb.weight.device))
+        for rows in progress(batches, "validation", unit="batches", shown=processes.world == 1):
+            batch = to_device(collate(rows, 1, chunks.size), device)
+            mine += float(batch_loss(model, batch, chunks))
+    total = processes.total(torch.tensor(mine, dtype=torch.float64, device=device))
     return float(total) / held_out.weight
-
-
-def _on_device(batch: dict, model: RWKV) -> dict:
-    device = model.emb.weight.device
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

@@ -28,7 +28,7 @@ import rwkv_miss
 from ..common.device import PRECISIONS
 from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
-from ..data.batches import Batches, make_schedule
+from ..data.batches import Batches, make_schedule, to_device
 from ..data.dataset import Documents
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
@@ -90,8 +90,16 @@ class FineTuning(pl.LightningModule):
 
     def train_dataloader(self) -> Batches:
         return Batches(
-            self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step
+            self.documents,
+            self.schedule,
+            self.total_steps,
+            self.trainer.global_rank,
+            self.first_step,
+            self.chunks.size,
         )
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        return to_device(batch, device)
 
     def configure_optimizers(self):
         c = self.config

@@ -172,7 +172,7 @@ def validation_loss(
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
             width = sum(len(document.ids) - 1 for document in batches[first][0])
-            batch = collate(mine, weight) | {"width": width}
+            batch = collate(mine, weight, trainer.lightning_module.chunks.size) | {"width": width}
             total += strategy.validation_step(strategy.batch_to_device(batch), first)
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
     return float(strategy.reduce(total, reduce_op="sum")) / weight

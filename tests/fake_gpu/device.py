@@ -84,6 +84,10 @@ class FakeGpu(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         fakes = [x for x in tensors if isinstance(x, FakeTensor)]
+        if op._schema.name == "aten::_pin_memory":
+            pinned = args[0].clone()
+            pinned.pinned = True
+            return pinned
         if fakes and fakes[0].fake_mode is not self.fake or not fakes and not _is_cuda(kwargs.get("device")):
             return op(*args, **kwargs)  # the CPU's, or the project's own count of memory
         name = op._schema.name.split("::")[1]
@@ -140,8 +144,9 @@ class FakeGpu(TorchDispatchMode):
         if target.type == source.device.type:
             return None
         self.copies[f"to {target.type}: {_place()}"] += 1
+        non_blocking = kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2]
         if target.type == "cpu":
-            if not (kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2]):
+            if not non_blocking:
                 self._wait("copy to cpu")
             if name == "copy_":
                 return args[0].fill_(1)
@@ -150,6 +155,9 @@ class FakeGpu(TorchDispatchMode):
                 if known is not None
                 else torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
             )
+        # of other memory than pinned the driver makes a copy first, which may wait for what runs
+        if not (source.numel() < 2 or non_blocking and getattr(source, "pinned", False)):
+            self._wait("copy to cuda")
         if name == "copy_":
             args[0].known = None
             return args[0]

@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from rwkv_miss.quantised import empty
 from src import config as configuration
 from src import run
 from src.config import Config
+from src.data.batches import to_device, trained_tokens
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
@@ -85,12 +87,10 @@ def model_on(
 
 def batch_on(device: str, rows: int, width: int, weighted: bool = False) -> dict:
     """As src.data.batches.collate makes it, of tokens that are all trained."""
-    kinds = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}
-    batch = {name: torch.zeros(rows, width, dtype=dtype) for name, dtype in kinds.items()}
-    batch["mask"].fill_(True)
-    batch["weights"] = torch.full((rows, width), 0.5) if weighted else None
-    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in batch.items()}
-    return moved | {"width": width}
+    ids = torch.zeros(rows, width, dtype=torch.int64)
+    trained = trained_tokens(ids.numpy(), np.full(ids.shape, 0.5 if weighted else 1))
+    batch = {"ids": ids, "reset": torch.zeros(rows, width, dtype=torch.bool), **trained, "width": width}
+    return to_device(batch, torch.device(device))
 
 
 def config_of(peft: str, rank: int = 8, **settings) -> Config:
