@@ -50,6 +50,7 @@ with importing():
         run_cost,
         steps_of,
     )
+    from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
@@ -158,7 +159,10 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
 
 def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
     device, data, cost = found.device, found.data, found.cost
-    print(plan_text.base(config, found.model.arch, found.memory["base"]))
+    arch, longest = found.model.arch, max(found.schedule.lengths)
+    if slow := slow_line(config, arch, device.kernel, device.kernel_reason, longest):
+        print(slow)
+    print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
     print(*data.found.lines(), *plan_text.data(config, data.documents, found.schedule), sep="\n")
     print(plan_text.steps(config, found.schedule, found.steps))

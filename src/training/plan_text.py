@@ -24,6 +24,7 @@ from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
 from ..planning.job import Cost, Data, Job, steps_of
+from ..planning.launches import slow_line
 from ..planning.step import chunks_of
 from .document_text import sample, short_sample
 from .loggers import describe_writers, places_to_watch
@@ -47,7 +48,9 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
     reason = device.precision_reason.removeprefix("auto: ")
     output = ADAPTER if config.peft != "none" else MODEL
     watch = f"; watch: {'; '.join(places)}" if (places := places_to_watch(config)) else ""
+    slow = slow_line(config, job.model.arch, device.kernel, device.kernel_reason, max(job.schedule.lengths))
     lines = [
+        *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
         f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
         documents_line(config, job.data),
@@ -233,7 +236,7 @@ def warnings(job: Job, cost: Cost) -> list[str]:
         )
     if cost.memory > cost.room:
         texts.append("memory may run out; python -m scripts.plan with the same flags says what to change")
-    if device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
+    if device.accelerator == "cpu" and device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
         texts.append(f"slow: {device.kernel_reason.removeprefix('auto: ')}")
     return [f"warning    {text}" for text in texts]
 

@@ -1,0 +1,40 @@
+"""What a GPU without native kernels costs: WKV in plain torch starts thousands of small kernels."""
+
+from __future__ import annotations
+
+from rwkv_miss.files.checkpoint import Arch
+
+from ..config import Config
+
+MICROSECONDS = 5.0  # that Python and torch take to start one kernel
+PRODUCTS = 1e14  # FLOP a second; an RTX 4090 does about so much in half precision, an H100 several times it
+# version -> tokens of a chunk; kernels that WKV of a layer starts, in all and for each chunk, as counted from
+# ops.wkv6 and ops.wkv7 with kernel "torch" (a test counts again)
+CHUNK = {6: 32, 7: 16}
+FORWARD = {6: (89, 3), 7: (102, 5)}
+BACKWARD = {6: (131, 8), 7: (100, 14)}
+
+
+def wkv_launches(version: int, tokens: int, forwards: int = 1) -> int:
+    """Kernels that WKV of a layer starts in plain torch for rows of `tokens`, forward and backward."""
+    chunks = -(-tokens // CHUNK[version])
+    (first, each), (last, back) = FORWARD[version], BACKWARD[version]
+    return forwards * (first + each * chunks) + last + back * chunks
+
+
+def slow_line(config: Config, arch: Arch, kernel: str, reason: str, tokens: int) -> str:
+    """The line about a run on a GPU without native kernels, with rows of `tokens`; "" for any other run."""
+    if config.accelerator != "gpu" or kernel != "torch":
+        return ""
+    recomputed = config.grad_cp > 0
+    part = min(tokens, config.chunk_ctx or tokens)
+    launches = arch.n_layer * -(-tokens // part) * wkv_launches(arch.version, part, 1 + recomputed)
+    # a layer has about 12 C^2 weights: forward and gradient of the input, and of the weights where all train
+    products = 2 * (2 + recomputed + (config.peft == "none")) * 12 * arch.n_embd**2 * arch.n_layer
+    times = 1 + launches * MICROSECONDS * 1e-6 / (products * config.micro_bsz * tokens / PRODUCTS)
+    help = reason.removeprefix("auto: ") if reason.startswith("auto: ") else "--wkv auto takes native ones"
+    return (
+        f"slow       no native kernels on the GPU: WKV starts {launches:,} kernels a micro-batch, at"
+        f" {MICROSECONDS:g} us each a step takes at least {times:.2g} times as long (products at"
+        f" {PRODUCTS / 1e12:.0f} TFLOP/s); {help}"
+    )

@@ -1,0 +1,59 @@
+"""What a run on a GPU without native kernels costs, and says."""
+
+import re
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from src import ops
+from src.config import Config
+from src.planning.launches import slow_line, wkv_launches
+
+from .conftest import make_arch
+from .test_wkv import both, make
+
+# that start no kernel
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_reshape_alias"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU runs as a kernel: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returns = [result.alias_info for result in function._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in returns)
+        self.count += not view and function.__name__.partition(".")[0] not in FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [50, 128, 512])
+@both
+def test_launches_of_wkv_in_plain_torch(version, tokens):
+    x, _, _ = make(version, tokens, N=8)
+    del x["s0"]
+    leaves = {name: t.bfloat16().requires_grad_() for name, t in x.items()}
+    with Launches() as seen:
+        y, _ = {6: ops.wkv6, 7: ops.wkv7}[version](**leaves, kernel="torch")
+        y.float().sum().backward()
+    assert seen.count == pytest.approx(wkv_launches(version, tokens), rel=0.1)
+
+
+def test_a_run_without_native_kernels_says_what_it_costs():
+    arch = make_arch(7, n_layer=24, n_embd=2048, head_size=64)
+    config = Config(accelerator="gpu", micro_bsz=8, grad_cp=0, peft="miss")
+    line = slow_line(config, arch, "torch", "auto: the chunked form, because no nvcc: pip install it", 1024)
+    launches, times = re.search(
+        r"starts ([\d,]+) kernels a micro-batch, .* at least ([\d.]+) times", line
+    ).groups()
+    assert int(launches.replace(",", "")) == 24 * wkv_launches(7, 1024)
+    # 8192 tokens of 1.2e9 weights at 4 FLOP take 0.4 s at 100 TFLOP/s
+    assert float(times) == pytest.approx(1 + int(launches.replace(",", "")) * 5e-6 / 0.396, rel=0.05)
+    assert line.endswith("because no nvcc: pip install it") and line.startswith("slow       ")
+    config.chunk_ctx = 256
+    assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(config, arch, "torch", "as asked", 1024)
+    assert slow_line(config, arch, "cuda", "", 1024) == ""
+    assert slow_line(Config(accelerator="cpu"), arch, "torch", "", 1024) == ""
