@@ -353,7 +353,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
         "--peft_config",
         "r=5",
     ]
-    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]))
+    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"], counted=True))
     assert " ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.05: 6 documents of 120" in output
     assert "have the lowest loss" in output
@@ -406,7 +406,7 @@ def test_several_processes_choose_alike(files, tmp_path):
         "--proj_dir",
         str(tmp_path / "run"),
     ]
-    output = succeed(program.run(flags))
+    output = succeed(program.run(flags, counted=True))
     assert (
         "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output
         and len(losses(tmp_path / "run")) == 2

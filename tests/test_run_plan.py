@@ -80,14 +80,14 @@ def flags_of(files, proj_dir, *more):
     ]
 
 
-def start(files, proj_dir, *more, sabotage=None):
-    return program.run(flags_of(files, proj_dir, *more), sabotage)
+def start(files, proj_dir, *more, **options):
+    return program.run(flags_of(files, proj_dir, *more), **options)
 
 
-def evaluated(files, proj_dir, *more, sabotage=None):
+def evaluated(files, proj_dir, *more, **options):
     """Six steps a pass, and evaluations of one sample answer."""
     more = ["--eval_file", str(files / "held.jsonl"), "--eval_samples", "1", "--ctx_len", "45", *more]
-    return start(files, proj_dir, *more, sabotage=sabotage)
+    return start(files, proj_dir, *more, **options)
 
 
 def validation(proj_dir):
@@ -104,7 +104,7 @@ def short_answers(rank):
 
 
 def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, capsys):
-    output = succeed(evaluated(files, tmp_path / "run", sabotage=short_answers))
+    output = succeed(evaluated(files, tmp_path / "run", sabotage=short_answers, counted=True))
     lines = output.partition("step 0/6")[0].splitlines()
     assert [line.split()[0] for line in lines] == LABELS and len(lines) <= plan_text.LINES == 14
     said = dict(zip(LABELS, lines, strict=True))
