@@ -1,4 +1,4 @@
-"""The adapters' linear maps as torch operators, each with the smallest set of tensors kept for the backward.
+"""The adapters' linear maps as autograd Functions, each with the smallest set of tensors for the backward.
 
 Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
 
@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemm import product, product_onto, product_plus
+from .gemm import product, product_exact, product_onto, product_plus
 from .quantised import dense
 
 Function = Callable[..., Any]
@@ -78,10 +78,12 @@ def add_repeated_(x: Tensor, values: Tensor) -> None:
     x.add_(values.unsqueeze(2).expand_as(x).contiguous())
 
 
-def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
-    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n].
+def _columns_of_shards(
+    dx: Tensor, ds: Tensor, contiguous: bool, balanced: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The transpose of shard_sum in parts: (view of dx (N, in), what its columns have in ds (N, r or r + 1)).
 
-    dx (N, in), ds (N, r), or (N, r + 1) if balanced.
+    The values have one number where the view has several that are equal.
     """
     width, rank = dx.shape[1], ds.shape[1] - balanced
     parts = [(slice(None), ds)]
@@ -93,12 +95,33 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
     whole, rest = dx[:, : count * size].unflatten(1, (count, size)), dx[:, count * size :]
     for part, values in parts:
         if contiguous:  # the last shard may be shorter, and some after it empty
-            add_repeated_(whole[:, :, part], values[:, :count])
-            rest[:, part].add_(values[:, count : count + 1])
+            yield whole[:, :, part], values[:, :count].unsqueeze(2)
+            if rest.shape[1]:
+                yield rest[:, part], values[:, count : count + 1]
         else:
-            whole[:, part].add_(values.unsqueeze(1))
-    if not contiguous:
-        rest.add_(parts[count % len(parts)][1][:, : rest.shape[1]])
+            yield whole[:, part], values.unsqueeze(1)
+    if rest.shape[1] and not contiguous:
+        yield rest, parts[count % len(parts)][1][:, : rest.shape[1]]
+
+
+def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
+    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n].
+
+    dx (N, in), ds (N, r), or (N, r + 1) if balanced.
+    """
+    for part, values in _columns_of_shards(dx, ds, contiguous, balanced):
+        if values.shape[-1] < part.shape[-1] and part.dim() == 3:
+            add_repeated_(part, values.squeeze(2))
+        else:
+            part.add_(values)
+
+
+def expanded(ds: Tensor, width: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
+    """The transpose of shard_sum, (N, r or r + 1) -> (N, width): each number is written once."""
+    dx = ds.new_empty(len(ds), width)
+    for part, values in _columns_of_shards(dx, ds, contiguous, balanced):
+        part.copy_(values)
+    return dx
 
 
 def in_autocast(device: torch.device) -> bool:
@@ -121,38 +144,20 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _in_own_dtypes(function):
-    """Decorator for an operator's forward or backward: no autocast reaches its products.
+def in_own_dtypes(function: Function) -> Function:
+    """Decorator for an operator's forward(ctx, x, ...) or backward(ctx, dy): no autocast inside of it.
 
     backward() may be called inside of one.
     """
 
     @functools.wraps(function)
-    def compute(*args):
-        tensor = next((a for a in args if isinstance(a, Tensor)), None)
-        if tensor is None or not in_autocast(tensor.device):
-            return function(*args)
-        with without_autocast(tensor.device):
-            return function(*args)
+    def compute(ctx, first, *others):
+        if first is None or not in_autocast(first.device):
+            return function(ctx, first, *others)
+        with without_autocast(first.device):
+            return function(ctx, first, *others)
 
     return compute
-
-
-def define_operator(
-    name: str, arguments: str, forward: Function, shapes: Function, context: Function, backward: Function
-) -> None:
-    """Register rwkv_miss::name(arguments) -> (y, kept) with its shapes for tracing and its gradient.
-
-    forward(*arguments) computes it, shapes(*arguments) gives empty results, context(ctx, arguments, results)
-    keeps what backward(ctx, dy, _) needs.
-
-    Not torch.library.custom_op: its first call imports torch._dynamo, 0.9 s in every process.
-    """
-    name = f"rwkv_miss::{name}"
-    torch.library.define(name, f"({arguments}) -> (Tensor, Tensor)")
-    torch.library.impl(name, "default", _in_own_dtypes(forward))
-    torch.library.register_fake(name, shapes)
-    torch.library.register_autograd(name, _in_own_dtypes(backward), setup_context=context)
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -161,20 +166,29 @@ def flat_tokens(x: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    ctx: Any, dy: Tensor, x: Tensor, transposed: bool = False
+    ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
     dweight = None
     if ctx.needs_input_grad[1]:
         x = flat_tokens(x)
-        dweight = product(x.t(), dy.t()) if transposed else product(dy.t(), x.t())
+        multiply = product if weight.dtype == dy.dtype else product_exact
+        dweight = multiply(x.t(), dy.t()) if transposed else multiply(dy.t(), x.t())
     return dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def first_derivative_only(dy: Tensor) -> None:
     """RuntimeError where somebody differentiates a backward: its products have no derivative."""
-    if torch.is_grad_enabled() and type(dy) is Tensor:  # not while a compiler traces it
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("the adapters' operators have no second derivative; leave out create_graph=True")
+
+
+def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a^T b of a (N, r) and b (N, n) as the gradient of a parameter with this dtype; the sums are fp32."""
+    if a.device.type == "cpu":  # the copy of a is small, and a GEMM without it 10 % slower
+        a = a.t().contiguous().t()
+    multiply = product if a.dtype == dtype else product_exact
+    return multiply(a.t(), b.t()).to(dtype)
 
 
 def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -187,45 +201,29 @@ def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
-    y = product(flat_tokens(x), matrix, product_bias(bias, x.dtype))
-    return y.view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, transposed):
+        ctx.x_shape, ctx.transposed = x.shape, transposed
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, x if weight.requires_grad else None)
+        matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
+        y = product(flat_tokens(x), matrix, product_bias(bias, x.dtype))
+        return y.view(*x.shape[:-1], matrix.shape[0])
 
-
-def _linear_shapes(x, weight, bias, transposed):
-    return x.new_empty(*x.shape[:-1], weight.shape[transposed]), x.new_empty(0)
-
-
-def _linear_context(ctx, inputs, output):
-    x, weight, _, ctx.transposed = inputs
-    ctx.x_shape = x.shape
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, x if weight.requires_grad else None)
-
-
-def _linear_backward(ctx, dy, _):
-    if dy is None:
-        return None, None, None, None
-    first_derivative_only(dy)
-    weight, x = ctx.saved_tensors
-    dy, dx = flat_tokens(dy), None
-    if ctx.needs_input_grad[0]:
-        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed)
-        dx = product(dy, matrix.t()).view(ctx.x_shape)
-    return dx, *weight_gradients(ctx, dy, x, ctx.transposed), None
-
-
-define_operator(
-    "linear",
-    "Tensor x, Tensor weight, Tensor? bias, bool transposed",
-    _linear_forward,
-    _linear_shapes,
-    _linear_context,
-    _linear_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 4
+        first_derivative_only(dy)
+        weight, x = ctx.saved_tensors
+        dy, dx = flat_tokens(dy), None
+        if ctx.needs_input_grad[0]:
+            matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed)
+            dx = product(dy, matrix.t()).view(ctx.x_shape)
+        return dx, *weight_gradients(ctx, dy, x, weight, ctx.transposed), None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
@@ -236,66 +234,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
     A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
     with it.
     """
-    return torch.ops.rwkv_miss.linear(autocast(x), weight, bias, transposed)[0]
+    return _Linear.apply(autocast(x), weight, bias, transposed)
 
 
-def _miss_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    tokens, D, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
-    rank = D.shape[0] - balanced
-    s = shard_sum(tokens, rank, contiguous, balanced)
-    if scale != 1:
-        s[:, :rank].mul_(scale)
-    matrix = product_matrix(weight, x.shape[-1], x.dtype)
-    if D.shape[1] == len(matrix):
-        y = product_plus(tokens, matrix, bias, s, D)
-    else:
-        repeated = product(s, D.t()).repeat(1, -(-len(matrix) // D.shape[1]))[:, : len(matrix)]
-        y = product_onto(repeated.contiguous(), tokens, matrix, bias)
-    return y.view(*x.shape[:-1], len(matrix)), s
+def sums_go_on(device: torch.device) -> bool:
+    """Whether a product that adds to a large matrix costs no more than one that writes it, as on a GPU."""
+    return device.type == "cuda"
 
 
-def _miss_shapes(x, weight, bias, D, contiguous, balanced, scale):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], D.shape[0])
-
-
-def _miss_context(ctx, inputs, output):
-    x, weight, bias, D, *ctx.shards = inputs
-    ctx.x_shape = x.shape
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], weight, D, x if weight.requires_grad else None)
-
-
-def _miss_backward(ctx, dy, _ds):
-    if dy is None:
-        return (None,) * 7
-    first_derivative_only(dy)
-    s, weight, D, x = ctx.saved_tensors
-    contiguous, balanced, scale = ctx.shards
-    dy, dx, dD = flat_tokens(dy), None, None
-    part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
-    if ctx.needs_input_grad[0]:
-        ds = product(part, D.to(dy.dtype))
+class _MissLinear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, D, contiguous, balanced, scale):
+        tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
+        rank = D.shape[0] - balanced
+        s = shard_sum(tokens, rank, contiguous, balanced)
         if scale != 1:
-            ds[:, : len(D) - balanced].mul_(scale)
-        dx = product(dy, product_matrix(weight, ctx.x_shape[-1], dy.dtype).t())
-        add_expanded_(dx, ds, contiguous, balanced)
-        dx = dx.view(ctx.x_shape)
-    if ctx.needs_input_grad[3]:
-        # the copy of S is small, and a GEMM without it 10 % slower
-        dD = product(s.t().contiguous(), part.t()).to(D.dtype)
-    return dx, *weight_gradients(ctx, dy, x), dD, None, None, None
+            s[:, :rank].mul_(scale)
+        ctx.x_shape, ctx.shards, ctx.dtype = x.shape, (contiguous, balanced, scale), D.dtype
+        ctx.set_materialize_grads(False)
+        # of D the cast copy, which is a launch less in the backward, and far smaller than S
+        ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
+        matrix = product_matrix(weight, x.shape[-1], x.dtype)
+        if D.shape[1] == len(matrix):
+            y = product_plus(tokens, matrix, bias, s, D_cast)
+        else:
+            repeated = product(s, D_cast.t()).repeat(1, -(-len(matrix) // D.shape[1]))[:, : len(matrix)]
+            y = product_onto(repeated.contiguous(), tokens, matrix, bias)
+        return y.view(*x.shape[:-1], len(matrix))
 
-
-define_operator(
-    "miss_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced, float scale",
-    _miss_forward,
-    _miss_shapes,
-    _miss_context,
-    _miss_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 7
+        first_derivative_only(dy)
+        s, weight, D, x = ctx.saved_tensors
+        contiguous, balanced, scale = ctx.shards
+        dy, dx, dD = flat_tokens(dy), None, None
+        part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
+        if ctx.needs_input_grad[0]:
+            ds = product(part, D)
+            if scale != 1:
+                ds[:, : len(D) - balanced].mul_(scale)
+            width = ctx.x_shape[-1]
+            matrix = product_matrix(weight, width, dy.dtype).t()
+            if sums_go_on(dy.device):  # dx is not read and written again
+                dx = product_onto(expanded(ds, width, contiguous, balanced), dy, matrix)
+            else:
+                dx = product(dy, matrix)
+                add_expanded_(dx, ds, contiguous, balanced)
+            dx = dx.view(ctx.x_shape)
+        if ctx.needs_input_grad[3]:
+            dD = gradient_of_factor(s, part, ctx.dtype)
+        return dx, *weight_gradients(ctx, dy, x, weight), dD, None, None, None
 
 
 def miss_linear(
@@ -309,13 +301,13 @@ def miss_linear(
 ) -> Tensor:
     """y = x W^T + bias + S(x) D.
 
-    Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
+    Kept for the backward in x's dtype: S, (tokens, r), and D, where D has another.
 
     `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean.
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
     off where m does not divide out.
     """
-    return torch.ops.rwkv_miss.miss_linear(autocast(x), weight, bias, D, contiguous, balanced, scale)[0]
+    return _MissLinear.apply(autocast(x), weight, bias, D, contiguous, balanced, scale)
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
@@ -342,66 +334,48 @@ def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     return x if seed is None else torch.ops.rwkv_miss.drop(x, dropout, seed)
 
 
-def _lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    tokens = flat_tokens(x)
-    h = product(dropped(tokens, dropout, seed), A.to(x.dtype))
-    matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
-    y = product_plus(tokens, matrix, bias, h, (scale * B).to(x.dtype).t())
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale B, computed in B's dtype and rounded once."""
+    return B.to(dtype) if scale == 1 else torch.mul(B, scale, out=B.new_empty(B.shape, dtype=dtype))
 
 
-def _lora_shapes(x, weight, bias, A, B, scale, dropout, seed):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[0])
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
+        tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
+        h = product(dropped(tokens, dropout, seed), A_cast)
+        ctx.x_shape, ctx.scale, ctx.dropout, ctx.dtypes = x.shape, scale, dropout, (A.dtype, B.dtype)
+        ctx.set_materialize_grads(False)
+        keeps_x = A.requires_grad or weight.requires_grad
+        ctx.save_for_backward(x if keeps_x else None, h, weight, A_cast, B_scaled, seed)
+        matrix = product_matrix(weight, x.shape[-1], x.dtype)
+        y = product_plus(tokens, matrix, product_bias(bias, x.dtype), h, B_scaled.t())
+        return y.view(*x.shape[:-1], weight.shape[0])
 
-
-def _lora_context(ctx, inputs, output):
-    x, weight, bias, A, B, ctx.scale, ctx.dropout, seed = inputs
-    ctx.x_shape = x.shape
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if A.requires_grad or weight.requires_grad else None, output[1], weight, A, B, seed
-    )
-
-
-def _lora_backward(ctx, dy, _dh):
-    if dy is None:
-        return (None,) * 8
-    first_derivative_only(dy)
-    x, h, weight, A, B, seed = ctx.saved_tensors
-    dy, dx, dA, dB = flat_tokens(dy), None, None, None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
-    if ctx.needs_input_grad[0]:
-        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
-        if seed is None:
-            dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(ctx.x_shape)
-        else:
-            through_A = dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed)
-            dx = product(dy, matrix.t()).add_(through_A).view(ctx.x_shape)
-    if ctx.needs_input_grad[3]:
-        dA = product(dh.t().contiguous(), dropped(flat_tokens(x), ctx.dropout, seed).t()).to(A.dtype)
-    if ctx.needs_input_grad[4]:
-        dB = product(dy.t(), h.t()).mul_(ctx.scale).to(B.dtype)
-    return dx, *weight_gradients(ctx, dy, x), dA, dB, None, None, None
-
-
-define_operator(
-    "lora_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, Tensor? seed",
-    _lora_forward,
-    _lora_shapes,
-    _lora_context,
-    _lora_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 8
+        first_derivative_only(dy)
+        x, h, weight, A, B_scaled, seed = ctx.saved_tensors
+        dy, dx, dA, dB = flat_tokens(dy), None, None, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            dh = product(dy, B_scaled.t())
+        if ctx.needs_input_grad[0]:
+            matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype).t()
+            if seed is None:
+                dx = product_plus(dy, matrix, None, dh, A).view(ctx.x_shape)
+            else:
+                through_A = dropped(product(dh, A.t()), ctx.dropout, seed)
+                dx = product(dy, matrix).add_(through_A).view(ctx.x_shape)
+        if ctx.needs_input_grad[3]:
+            dA = gradient_of_factor(dh, dropped(flat_tokens(x), ctx.dropout, seed), ctx.dtypes[0])
+        if ctx.needs_input_grad[4]:
+            multiply = product if dy.dtype == ctx.dtypes[1] else product_exact
+            dB = multiply(dy.t(), h.t()).mul_(ctx.scale).to(ctx.dtypes[1])
+        return dx, *weight_gradients(ctx, dy, x, weight), dA, dB, None, None, None
 
 
 def lora_linear(
@@ -416,12 +390,12 @@ def lora_linear(
 ) -> Tensor:
     """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
 
-    Kept for the backward: x' A^T, and x unless A is frozen.
+    Kept for the backward: x' A^T, and x unless A is frozen; A and scale B, where x has another dtype.
 
     The dropped places are drawn again in the backward, which takes less time than to read them from memory
     and no room.
     """
-    return torch.ops.rwkv_miss.lora_linear(autocast(x), weight, bias, A, B, scale, dropout, seed)[0]
+    return _LoraLinear.apply(autocast(x), weight, bias, A, B, scale, dropout, seed)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
@@ -429,41 +403,27 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
     return torch.mul(x, factor, out=torch.empty_like(x))
 
 
-def _columns_forward(x: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    y = _times(x, factor)
-    return y if bias is None else y.add_(bias), x.new_empty(0)
+class _TimesColumns(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, factor, bias):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if factor.requires_grad else None, factor)
+        y = _times(x, factor)
+        return y if bias is None else y.add_(bias)
 
-
-def _columns_shapes(x, factor, bias):
-    return torch.empty_like(x), x.new_empty(0)
-
-
-def _columns_context(ctx, inputs, output):
-    x, factor, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if factor.requires_grad else None, factor)
-
-
-def _columns_backward(ctx, dy, _):
-    if dy is None:
-        return None, None, None
-    first_derivative_only(dy)
-    (x, factor), dx, dfactor = ctx.saved_tensors, None, None
-    if ctx.needs_input_grad[0]:
-        dx = (dy * factor).to(dy.dtype)
-    if ctx.needs_input_grad[1]:
-        dfactor = flat_tokens(dy * x).sum(0, dtype=factor.dtype)
-    return dx, dfactor, flat_tokens(dy).sum(0) if ctx.needs_input_grad[2] else None
-
-
-define_operator(
-    "times_columns",
-    "Tensor x, Tensor factor, Tensor? bias",
-    _columns_forward,
-    _columns_shapes,
-    _columns_context,
-    _columns_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None
+        first_derivative_only(dy)
+        (x, factor), dx, dfactor = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            dx = _times(dy, factor)
+        if ctx.needs_input_grad[1]:
+            dfactor = flat_tokens(dy * x).sum(0, dtype=factor.dtype)
+        return dx, dfactor, flat_tokens(dy).sum(0) if ctx.needs_input_grad[2] else None
 
 
 def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -472,4 +432,4 @@ def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tens
     The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 %
     below, before it is used.
     """
-    return torch.ops.rwkv_miss.times_columns(autocast(x), factor, bias)[0]
+    return _TimesColumns.apply(autocast(x), factor, bias)

@@ -9,15 +9,16 @@ from ..functional import (
     add_expanded_,
     add_repeated_,
     autocast,
-    define_operator,
     first_derivative_only,
     flat_tokens,
+    gradient_of_factor,
+    in_own_dtypes,
     product_bias,
     product_matrix,
     shard_sum,
     weight_gradients,
 )
-from ..gemm import product, product_onto, product_plus
+from ..gemm import product, product_exact, product_onto, product_plus
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -37,50 +38,36 @@ def output_shard_index(out: int, rank: int, device: torch.device | str | None = 
     return torch.arange(rank, device=device).repeat_interleave(sizes, output_size=out)
 
 
-def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = flat_tokens(x)
-    h = product(tokens, D.to(x.dtype))
-    y = tokens.new_zeros(len(tokens), weight.shape[0])
-    shards = _output_shards(y, len(D))
-    for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
-        add_repeated_(shard, part)
-    y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+class _ExpandLinear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, D):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, D)
+        tokens = flat_tokens(x)
+        h = product(tokens, D.to(x.dtype))
+        y = tokens.new_zeros(len(tokens), weight.shape[0])
+        shards = _output_shards(y, len(D))
+        for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
+            add_repeated_(shard, part)
+        y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype))
+        return y.view(*x.shape[:-1], weight.shape[0])
 
-
-def _expand_shapes(x, weight, bias, D):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
-
-
-def _expand_context(ctx, inputs, output):
-    x, weight, bias, D = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, D)
-
-
-def _expand_backward(ctx, dy, _):
-    if dy is None:
-        return None, None, None, None
-    first_derivative_only(dy)
-    x, weight, D = ctx.saved_tensors
-    dy, dx, dD = flat_tokens(dy), None, None
-    dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
-    if ctx.needs_input_grad[0]:
-        matrix = product_matrix(weight, x.shape[-1], dy.dtype)
-        dx = product_plus(dy, matrix.t(), None, dh, D.to(dy.dtype)).view(x.shape)
-    if ctx.needs_input_grad[3]:
-        dD = product(dh.t().contiguous(), flat_tokens(x).t()).to(D.dtype)
-    return dx, *weight_gradients(ctx, dy, x), dD
-
-
-define_operator(
-    "expand_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor D",
-    _expand_forward,
-    _expand_shapes,
-    _expand_context,
-    _expand_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None, None
+        first_derivative_only(dy)
+        x, weight, D = ctx.saved_tensors
+        dy, dx, dD = flat_tokens(dy), None, None
+        dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
+        if ctx.needs_input_grad[0]:
+            matrix = product_matrix(weight, x.shape[-1], dy.dtype)
+            dx = product_plus(dy, matrix.t(), None, dh, D.to(dy.dtype)).view(x.shape)
+        if ctx.needs_input_grad[3]:
+            dD = gradient_of_factor(dh, flat_tokens(x), D.dtype)
+        return dx, *weight_gradients(ctx, dy, x, weight), dD
 
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
@@ -88,52 +75,38 @@ def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> 
 
     A shard has neighbouring outputs. Kept for the backward: x.
     """
-    return torch.ops.rwkv_miss.expand_linear(autocast(x), weight, bias, D)[0]
+    return _ExpandLinear.apply(autocast(x), weight, bias, D)
 
 
-def _vera_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    tokens = flat_tokens(x)
-    h = product(tokens, A.to(x.dtype).contiguous())
-    matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
-    y = product_plus(tokens, matrix, bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+class _VeraLinear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, A, B, d, b):
+        tokens = flat_tokens(x)
+        h = product(tokens, A.to(x.dtype).contiguous())
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, A, B, d, b, x if weight.requires_grad else None)
+        matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
+        y = product_plus(tokens, matrix, bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
+        return y.view(*x.shape[:-1], weight.shape[0])
 
-
-def _vera_shapes(x, weight, bias, A, B, d, b):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[0])
-
-
-def _vera_context(ctx, inputs, output):
-    x, weight, _, A, B, d, b = inputs
-    ctx.x_shape = x.shape
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], weight, A, B, d, b, x if weight.requires_grad else None)
-
-
-def _vera_backward(ctx, dy, _dh):
-    if dy is None:
-        return (None,) * 7
-    first_derivative_only(dy)
-    h, weight, A, B, d, b, x = ctx.saved_tensors
-    dy, dx = flat_tokens(dy), None
-    if ctx.needs_input_grad[0]:
-        dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
-        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
-        dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
-    by_entry = product(dy.t(), h.t()).to(B.dtype).mul_(B)  # what every entry of B gives to the two vectors
-    return dx, *weight_gradients(ctx, dy, x), None, None, b @ by_entry, by_entry @ d
-
-
-define_operator(
-    "vera_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor d, Tensor b",
-    _vera_forward,
-    _vera_shapes,
-    _vera_context,
-    _vera_backward,
-)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 7
+        first_derivative_only(dy)
+        h, weight, A, B, d, b, x = ctx.saved_tensors
+        dy, dx = flat_tokens(dy), None
+        if ctx.needs_input_grad[0]:
+            dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
+            matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
+            dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
+        # what every entry of B gives to the two vectors
+        multiply = product if dy.dtype == B.dtype else product_exact
+        by_entry = multiply(dy.t(), h.t()).to(B.dtype).mul_(B)
+        return dx, *weight_gradients(ctx, dy, x, weight), None, None, b @ by_entry, by_entry @ d
 
 
 def vera_linear(
@@ -143,7 +116,7 @@ def vera_linear(
 
     A (r, in) and B (out, r) have no gradients; d (r), b (out). Kept for the backward: x A^T.
     """
-    return torch.ops.rwkv_miss.vera_linear(autocast(x), weight, bias, A, B, d, b)[0]
+    return _VeraLinear.apply(autocast(x), weight, bias, A, B, d, b)
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
@@ -165,78 +138,63 @@ def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
     return changed.view(weight.shape)
 
 
-def _bat_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool
-) -> tuple[Tensor, Tensor]:
-    tokens, matrix, D = flat_tokens(x), product_matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
-    bias = product_bias(bias, x.dtype)
-    # in half precision x and W are not added to what is small: the sum would be rounded back to them
-    half = x.dtype.itemsize < 4
-    if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
-        moved = _bat_inputs(tokens, D)
-        y = product(moved if half else tokens + moved, matrix, None if half else bias)
-        add_expanded_(y, shard_sum(moved, D.shape[1]))
-        if half:
-            y = product_onto(y, tokens, matrix, bias)
-    elif half:
-        y = product_onto(product(tokens, _bat_weight(matrix, D, change_only=True)), tokens, matrix, bias)
-    else:
-        y = product(tokens, _bat_weight(matrix, D), bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+class _BatLinear(torch.autograd.Function):
+    @staticmethod
+    @in_own_dtypes
+    def forward(ctx, x, weight, bias, D, by_row):
+        ctx.by_row = by_row
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, D)
+        tokens, matrix, D = flat_tokens(x), product_matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
+        bias = product_bias(bias, x.dtype)
+        # in half precision x and W are not added to what is small: the sum would be rounded back to them
+        half = x.dtype.itemsize < 4
+        if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
+            moved = _bat_inputs(tokens, D)
+            y = product(moved if half else tokens + moved, matrix, None if half else bias)
+            add_expanded_(y, shard_sum(moved, D.shape[1]))
+            if half:
+                y = product_onto(y, tokens, matrix, bias)
+        elif half:
+            y = product_onto(product(tokens, _bat_weight(matrix, D, change_only=True)), tokens, matrix, bias)
+        else:
+            y = product(tokens, _bat_weight(matrix, D), bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
-
-def _bat_shapes(x, weight, bias, D, by_row):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
-
-
-def _bat_context(ctx, inputs, output):
-    x, weight, _, D, ctx.by_row = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, D)
-
-
-def _bat_backward(ctx, dy, _):
-    if dy is None:
-        return (None,) * 5
-    first_derivative_only(dy)
-    x, weight, kept = ctx.saved_tensors
-    dy, tokens, dx, dweight, dD = flat_tokens(dy), flat_tokens(x), None, None, None
-    matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
-    if ctx.by_row:
-        dx = product(dy, matrix.t())
-        moved = dx.clone()  # the gradient of what the blocks were multiplied to
-        add_expanded_(moved, shard_sum(dy, rank))
-        dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(tokens, D))
-        dx += _bat_inputs(moved, D.transpose(1, 2))
-        if ctx.needs_input_grad[1]:
-            dweight = product(dy.t(), (tokens + _bat_inputs(tokens, D)).t())
-    else:
-        if ctx.needs_input_grad[0]:
-            dx = product(dy, _bat_weight(matrix, D).t())
-        whole = product(dy.t(), tokens.t())
-        dD = torch.bmm(
-            matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank)
+    @staticmethod
+    @in_own_dtypes
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 5
+        first_derivative_only(dy)
+        x, weight, kept = ctx.saved_tensors
+        dy, tokens, dx, dweight, dD = flat_tokens(dy), flat_tokens(x), None, None, None
+        matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
+        if ctx.by_row:
+            dx = product(dy, matrix.t())
+            moved = dx.clone()  # the gradient of what the blocks were multiplied to
+            add_expanded_(moved, shard_sum(dy, rank))
+            dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(tokens, D))
+            dx += _bat_inputs(moved, D.transpose(1, 2))
+            if ctx.needs_input_grad[1]:
+                dweight = product(dy.t(), (tokens + _bat_inputs(tokens, D)).t())
+        else:
+            if ctx.needs_input_grad[0]:
+                dx = product(dy, _bat_weight(matrix, D).t())
+            whole = product(dy.t(), tokens.t())
+            dD = torch.bmm(
+                matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank)
+            )
+            dD += whole.view(len(D), rank, -1, rank).sum(2)
+            if ctx.needs_input_grad[1]:
+                dweight = whole + torch.bmm(whole.view(len(D), -1, rank), D.transpose(1, 2)).view(whole.shape)
+        return (
+            None if dx is None else dx.view(x.shape),
+            dweight,
+            dy.sum(0) if ctx.needs_input_grad[2] else None,
+            dD.to(kept.dtype),
+            None,
         )
-        dD += whole.view(len(D), rank, -1, rank).sum(2)
-        if ctx.needs_input_grad[1]:
-            dweight = whole + torch.bmm(whole.view(len(D), -1, rank), D.transpose(1, 2)).view(whole.shape)
-    return (
-        None if dx is None else dx.view(x.shape),
-        dweight,
-        dy.sum(0) if ctx.needs_input_grad[2] else None,
-        dD.to(kept.dtype),
-        None,
-    )
-
-
-define_operator(
-    "bat_linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool by_row",
-    _bat_forward,
-    _bat_shapes,
-    _bat_context,
-    _bat_backward,
-)
 
 
 def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:
@@ -249,4 +207,4 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row
     products of the frozen linear. In half precision either needs the product with dW apart, half a frozen
     linear more.
     """
-    return torch.ops.rwkv_miss.bat_linear(autocast(x), weight, bias, D, by_row)[0]
+    return _BatLinear.apply(autocast(x), weight, bias, D, by_row)

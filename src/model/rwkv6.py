@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.functional import linear
 
 from ..ops import wkv6
 from ..ops.elementwise import readout6, relu_squared, shift_mix, shift_mix_low_rank
 from .layers import (
     GROUP_NORM_EPS,
-    Cast,
     Linear,
     chosen,
     depth_ratios,
@@ -25,6 +23,7 @@ from .layers import (
     parameter,
     split_heads,
     time_state,
+    times,
 )
 
 
@@ -92,15 +91,14 @@ class TimeMix(nn.Module):
 
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """r, k, v, decay w and gate g, all (B, T, A); w and g are raw, before their exponentials and silu."""
-        p = Cast(self, z.dtype)
         # what every token adds to its own shares: m_c = q_c time_maa_w2_c, q = tanh(x time_maa_w1)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
-        q = torch.tanh(linear(x, p.time_maa_w1, transposed=True))
+        q = torch.tanh(times(x, self.time_maa_w1))
         q = q.view(z.shape[0] * z.shape[1], 5, -1).transpose(0, 1)  # (5, B T, Rm)
         # token shift: the input of c is z_t + (z_{t-1} - z_t) (time_maa_c + m_c), for w, k, v, r and g
         mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
-        w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)
+        w = low_rank(x_w, self.time_decay_w1, self.time_decay_w2, self.time_decay, torch.tanh)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)

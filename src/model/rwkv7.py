@@ -18,7 +18,6 @@ from ..ops.elementwise import delta_inputs, readout7, relu_squared, shift_mix, v
 from ..ops.mix7 import mix7, mix7_serves
 from .layers import (
     GROUP_NORM_EPS,
-    Cast,
     Linear,
     chosen,
     depth_ratios,
@@ -113,16 +112,15 @@ class TimeMix(nn.Module):
         self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
         """r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before their sigmoid."""
-        p = Cast(self, z.dtype)
         # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, mixes, self.native)
         v = self.value(x_v)
         if self.layer > 0:
-            v = value_residual(v, v_first, low_rank(x_v, p.v1, p.v2, p.v0), self.native)
-        w = low_rank(x_w, p.w1, p.w2, p.w0, torch.tanh)
-        a = low_rank(x_a, p.a1, p.a2, p.a0)
-        g = low_rank(x_g, p.g1, p.g2, act=torch.sigmoid)
+            v = value_residual(v, v_first, low_rank(x_v, self.v1, self.v2, self.v0), self.native)
+        w = low_rank(x_w, self.w1, self.w2, self.w0, torch.tanh)
+        a = low_rank(x_a, self.a1, self.a2, self.a0)
+        g = low_rank(x_g, self.g1, self.g2, act=torch.sigmoid)
         r = self.receptance(x_r)
         k = self.key(x_k)
         return r, w, k, v, a, g

@@ -224,6 +224,6 @@ def _run_native(
     dtype = torch.float32 if mixed or r.dtype == torch.float16 and kernel == "cpu" else r.dtype
     ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
     chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0])
-    reset = None if reset is None else reset.to(torch.uint8).contiguous()
+    reset = None if reset is None else reset.contiguous().view(torch.uint8)
     y, state, _ = getattr(torch.ops.rwkv, op)(*ready, None if s0 is None else s0.contiguous(), reset, chunked)
     return y.to(r.dtype), state

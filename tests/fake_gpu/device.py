@@ -19,8 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rwkv_miss import functional
-from rwkv_miss.methods import operators
 from src.ops import native
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -40,16 +38,6 @@ VIEWS = set(
 KEEP_VALUES = {"select", "slice", "unbind", "alias", "detach", "view", "unsqueeze", "squeeze"}
 MASKED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 COPIES = {"_to_copy", "copy_"}
-# the adapters' operators are Python, whose launches are counted one by one
-FORWARDS = {
-    "linear": functional._linear_forward,
-    "miss_linear": functional._miss_forward,
-    "lora_linear": functional._lora_forward,
-    "times_columns": functional._columns_forward,
-    "expand_linear": operators._expand_forward,
-    "vera_linear": operators._vera_forward,
-    "bat_linear": operators._bat_forward,
-}
 KERNELS = {"wkv6", "wkv6_backward", "wkv7", "wkv7_backward", "dequantise"}
 
 
@@ -111,9 +99,6 @@ class FakeGpu(TorchDispatchMode):
             args = (args[0], [j for i in args[1] for j in self._indices(i)], *args[2:])
         if name in COPIES and (result := self._copy(op, name, known, args, kwargs)) is not None:
             return result
-        if op.namespace == "rwkv_miss" and name in FORWARDS:
-            with self:
-                return FORWARDS[name](*args, **kwargs)
         if op.namespace in ("rwkv", "rwkv_miss"):
             self._kernel(op, name, tensors, args)
         if op._schema.is_mutable and isinstance(args[0], Tensor):
@@ -172,7 +157,7 @@ class FakeGpu(TorchDispatchMode):
 
     def _kernel(self, op, name, tensors, args):
         """A call of our own kernels, which take contiguous tensors of one device."""
-        assert name in KERNELS | {"drop"}, f"{op}: add it to FORWARDS or KERNELS of {__name__}"
+        assert name in KERNELS | {"drop"}, f"{op}: add it to KERNELS of {__name__}"
         device = tensors[0].device
         wrong = [
             i
