@@ -19,19 +19,42 @@ from .fake_gpu import cases
 from .fake_gpu.__main__ import UNAVAILABLE
 from .fake_gpu.table import TABLE, differences, read
 
+RUNS = cases.RUN_CASES + cases.SEARCH_CASES
+# of a layer of a model with adapters, forward and backward
+LAUNCHES = {"layer miss v6": 110, "layer miss v7": 100}
+TENSORS = {"layer miss v6": 140, "layer miss v7": 140}  # (B, T, C), read or written by elementwise launches
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Case -> its record."""
-    path = tmp_path_factory.mktemp("fake_gpu") / "records.json"
-    command = [sys.executable, "-m", "tests.fake_gpu", "--json", str(path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    if done.returncode == UNAVAILABLE:
-        pytest.skip(f"THE GPU'S PATHS ARE NOT TESTED: {done.stdout.strip()}")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(path.read_text())["cases"]
+    """Case -> its record. Two processes run the cases: one those of train.py, one the others."""
+    folder = tmp_path_factory.mktemp("fake_gpu")
+    running = []
+    for name, names in {"runs": RUNS, "others": [case for case in cases.ALL if case not in RUNS]}.items():
+        path = folder / f"{name}.json"
+        command = [sys.executable, "-m", "tests.fake_gpu", "--json", str(path)]
+        command += [word for case in names for word in ("--cases", case)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(path.with_suffix(".txt"), "w") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        running.append((path, process))
+    records = {}
+    for path, process in running:
+        process.wait()
+        said = path.with_suffix(".txt").read_text()
+        if process.returncode == UNAVAILABLE:
+            pytest.skip(f"THE GPU'S PATHS ARE NOT TESTED: {said.strip()}")
+        assert process.returncode == 0, said[-2000:]
+        records |= json.loads(path.read_text())["cases"]
+    return records
+
+
+def marked(names, failing, reason):
+    """Cases as parameters, those that are known to fail marked so."""
+    mark = pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)
+    return [pytest.param(name, marks=mark if name in failing else ()) for name in names]
 
 
 def test_every_method_is_there():
@@ -59,11 +82,29 @@ def test_a_token_can_be_captured(case, found):
     assert found[case]["launches"] and not found[case]["waits"] and not found[case]["copies"]
 
 
-@pytest.mark.parametrize("case", cases.WEIGHTED_CASES)
-def test_weights_make_nobody_wait(case, found):
-    weighted, plain = found[case], found[case.replace(" with weights", "")]
-    assert sum(weighted["waits"].values()) == sum(plain["waits"].values()) > 0
-    assert not weighted["copies"]
+NOT_FUSED = "the elementwise functions have no CUDA form yet"
+
+
+@pytest.mark.parametrize("case", marked(LAUNCHES, LAUNCHES, NOT_FUSED))
+def test_launches_of_a_layer(case, found):
+    assert found[case]["launches"]["total"] <= LAUNCHES[case]
+
+
+@pytest.mark.parametrize("case", marked(TENSORS, TENSORS, NOT_FUSED))
+def test_elementwise_traffic_of_a_layer(case, found):
+    assert found[case]["tensors"] <= TENSORS[case]
+
+
+@pytest.mark.parametrize("case", cases.STEP_CASES + cases.WEIGHTED_CASES)
+def test_no_micro_batch_waits(case, found):
+    assert not found[case]["waits"] and not found[case]["copies"]
+
+
+@pytest.mark.parametrize(
+    "case", marked(["train.py bf16"], ["train.py bf16"], "loss and gradient norm are waited for one by one")
+)
+def test_a_step_waits_once(case, found):
+    assert sum(found[case]["waits"].values()) <= 1
 
 
 @pytest.mark.parametrize("case", cases.STEP_CASES)

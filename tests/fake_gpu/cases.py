@@ -18,6 +18,7 @@ METHODS = (
     "vera",
 )
 VERSIONS = (6, 7)
+LAYERS = ("miss", "none")  # whose layers are counted by kind
 # method, quantised base, --grad_cp
 MEMORY = (("miss", "none", 0), ("miss", "nf4", 1), ("lora", "none", 2), ("none", "none", 0))
 READING = ("decode", "chat", "evaluation", "likelihood")
@@ -33,6 +34,7 @@ RUNS = {
 
 STEP_CASES = [f"step {method} v{version}" for method in METHODS for version in VERSIONS]
 WEIGHTED_CASES = [f"step with weights miss v{version}" for version in VERSIONS]
+LAYER_CASES = [f"layer {peft} v{version}" for peft in LAYERS for version in VERSIONS]
 MEMORY_CASES = [
     f"memory {peft} {quant} grad_cp {level} v{version}"
     for peft, quant, level in MEMORY
@@ -41,7 +43,7 @@ MEMORY_CASES = [
 READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]
-ALL = STEP_CASES + WEIGHTED_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES
+ALL = STEP_CASES + WEIGHTED_CASES + LAYER_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES
 
 
 def matching(patterns: list[str]) -> list[str]:

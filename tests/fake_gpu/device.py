@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.op_counts import KERNELS, Tally
 from src.ops import native
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -26,24 +27,16 @@ HERE = pathlib.Path(__file__).parent
 GIB = 1 << 30
 REMEMBERED = 1 << 12  # elements of a tensor from the CPU whose values are known on the device, too
 
-# operators that launch nothing
-VIEWS = set(
-    """
-    view _unsafe_view t transpose permute expand unsqueeze squeeze slice select alias detach as_strided unbind
-    split split_with_sizes unfold _reshape_alias reshape lift_fresh diagonal view_as_real resolve_conj
-    resolve_neg is_same_size set_ stride size device
-    empty empty_like new_empty empty_strided new_empty_strided
-""".split()
-)
 KEEP_VALUES = {"select", "slice", "unbind", "alias", "detach", "view", "unsqueeze", "squeeze"}
 MASKED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 COPIES = {"_to_copy", "copy_"}
-KERNELS = {"wkv6", "wkv6_backward", "wkv7", "wkv7_backward", "dequantise"}
+LOSS = str(ROOT / "src/model/loss.py")
 
 
 class FakeGpu(TorchDispatchMode):
-    """Counts `launches`; `waits` for the device and `copies` between devices, by their place in our code;
-    `native`, our own kernels by their dtype; and `peak`, the most bytes of the device that lived at one time.
+    """Counts launches, bytes and multiply-adds by kind (`tally`); `waits` for the device and `copies` between
+    devices, by their place in our code; `native`, our own kernels by their dtype; and `peak`, the most bytes
+    of the device that lived at one time.
 
     A mask that was made on the device is true everywhere. That of next_logits() has the last token of every
     row.
@@ -54,17 +47,26 @@ class FakeGpu(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.allocated = 0
         self.storages: set[int] = set()
+        self.base: set[int] | None = None
         self.begin()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch._dynamo is not told to look away at each operator: it is not at work here
+
+    def tell_base(self, weights) -> None:
+        """Products with these are the base's, all others an adapter's."""
+        self.base = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def begin(self) -> None:
         """Count from now on."""
-        self.launches, self.peak = 0, self.allocated
+        self.tally, self.peak = Tally(), self.allocated
         self.waits, self.copies, self.native = (collections.Counter() for _ in range(3))
 
     def counts(self) -> dict:
         """What was counted so far."""
         return {
-            "launches": self.launches,
+            "launches": {"total": self.tally.launches.total(), **self.tally.launches},
             **{name: dict(getattr(self, name)) for name in ("waits", "copies", "native")},
         }
 
@@ -106,12 +108,16 @@ class FakeGpu(TorchDispatchMode):
         args, kwargs = tree_map(self._stand_in, (args, kwargs))
         with self.fake:
             result = op(*args, **kwargs)
-        if name not in VIEWS:
-            self.launches += 1
+        self.tally.add(op, args, kwargs, result, _in_loss(), self._of_base)
+        if name == "dequantise" and self.base is not None:
+            self.base.add(result.untyped_storage()._cdata)
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
                 self._allocate(tensor.untyped_storage())
         return result
+
+    def _of_base(self, tensor: Tensor) -> bool:
+        return self.base is None or tensor.untyped_storage()._cdata in self.base
 
     def _view(self, op, known, args, kwargs):
         with self.fake:
@@ -157,7 +163,7 @@ class FakeGpu(TorchDispatchMode):
 
     def _kernel(self, op, name, tensors, args):
         """A call of our own kernels, which take contiguous tensors of one device."""
-        assert name in KERNELS | {"drop"}, f"{op}: add it to KERNELS of {__name__}"
+        assert name in KERNELS, f"{op}: add it to KERNELS of benchmarks/op_counts.py"
         device = tensors[0].device
         wrong = [
             i
@@ -216,6 +222,16 @@ def _is_cuda(device) -> bool:
 
 def _is_mask(index) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _in_loss() -> bool:
+    """Whether src/model/loss.py is at work."""
+    frame = sys._getframe(1)
+    while frame:
+        if frame.f_code.co_filename == LOSS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _place() -> str:
@@ -284,6 +300,8 @@ def install() -> None:
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.Stream, torch.cuda.CUDAGraph = _Stream, _Graph
     fake_tensor.init_gpu_context = lambda device=None: None
+    # an address that is aligned as the view is
+    FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()
     FakeTensor.tolist = lambda self: self.cpu().tolist()  # one copy, as a GPU makes it
     # Module.to() keeps the parameters that optimizers know
     torch.__future__.set_swap_module_params_on_conversion(True)

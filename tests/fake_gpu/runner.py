@@ -8,16 +8,12 @@ import tempfile
 import traceback
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.quantised import empty
 from src import config as configuration
 from src import run
-from src.config import Config
-from src.data.batches import to_device, trained_tokens
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
@@ -26,17 +22,17 @@ from src.inference.generate import stream
 from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
-from src.model.rwkv import replace_tensors
 from src.planning.defaults import SHORTEST_SEARCHED
-from src.planning.step import chunks_of, dtype_of
-from src.planning.step_memory import model_on_meta, step_bytes
-from src.training import rate_search
+from src.planning.step import chunks_of
+from src.planning.step_memory import step_bytes
+from src.training import rate_search, validation
 from src.training.optimizer import parameter_groups
 from src.training.run_folder import RATE_SEARCH
 from src.training.trainer import FineTuning
 
 from . import cases
 from .device import FakeGpu, install
+from .micro_batch import batch_on, config_of, layer, small_model_on
 
 KIB = 1024
 
@@ -48,6 +44,7 @@ def records(names: list[str]) -> dict[str, dict]:
     work = [
         *((step, (method, version)) for method in cases.METHODS for version in cases.VERSIONS),
         *((step, ("miss", version, True)) for version in cases.VERSIONS),
+        *((layer, (peft, version)) for peft in cases.LAYERS for version in cases.VERSIONS),
         *((memory, (*settings, version)) for settings in cases.MEMORY for version in cases.VERSIONS),
         *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
         *((train, (flags,)) for flags in cases.RUNS.values()),
@@ -64,55 +61,11 @@ def records(names: list[str]) -> dict[str, dict]:
     return found
 
 
-def model_on(
-    device: str, version: int, config: Config, n_layer: int = 2, n_embd: int = 128, vocab: int = 512
-) -> RWKV:
-    """A model as a run in bf16 has it: the frozen base in bf16 or quantised, what is trained in fp32."""
-    model = model_on_meta(default_arch(version, n_layer, n_embd, vocab, 64), config)
-    quantised, model.computes_in = set(), dtype_of(config)
-    if config.quant != "none":
-        quantised, model.computes_in = {f"{name}.weight" for name in model.layer_linears()}, torch.bfloat16
-
-    def on_device(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in quantised:
-            return empty(config.quant, *tensor.shape, device=device)
-        of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and config.peft != "none"
-        return torch.empty(tensor.shape, dtype=torch.bfloat16 if of_base else tensor.dtype, device=device)
-
-    replace_tensors(model, on_device)
-    model.grad_cp = config.grad_cp
-    model.set_kernel("cuda")
-    return model
-
-
-def batch_on(device: str, rows: int, width: int, weighted: bool = False) -> dict:
-    """As src.data.batches.collate makes it, of tokens that are all trained."""
-    ids = torch.zeros(rows, width, dtype=torch.int64)
-    trained = trained_tokens(ids.numpy(), np.full(ids.shape, 0.5 if weighted else 1))
-    batch = {"ids": ids, "reset": torch.zeros(rows, width, dtype=torch.bool), **trained, "width": width}
-    return to_device(batch, torch.device(device))
-
-
-def config_of(peft: str, rank: int = 8, **settings) -> Config:
-    return Config(
-        peft=peft,
-        peft_config={} if peft in ("none", "state") else {"rank": rank},
-        precision="bf16",
-        **settings,
-    )
-
-
 def step(method: str, version: int, weighted: bool = False) -> dict:
-    """An optimizer step on cuda:0, and the same on cuda:1."""
-    first, second = (step_on(device, method, version, weighted) for device in ("cuda:0", "cuda:1"))
-    assert first == second, f"cuda:0: {first}\ncuda:1: {second}"
-    return first
-
-
-def step_on(device: str, method: str, version: int, weighted: bool) -> dict:
-    config = config_of(method)
+    """An optimizer step on the second device: what asks for "cuda" gets the first one, and raises."""
+    config, device = config_of(method), "cuda:1"
     with FakeGpu() as gpu:
-        model, batch = model_on(device, version, config), batch_on(device, 2, 37, weighted)
+        model, batch = small_model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
         loss = batch_loss(model, batch, chunks_of(config), batch["width"])
@@ -136,7 +89,7 @@ def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
     config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp)
     planned = step_bytes(default_arch(version, 3, 512, 4096, 64), config, "cuda", "bf16", 512, 1024).peak
     with FakeGpu() as gpu:
-        model, batch = model_on("cuda:0", version, config, 3, 512, 4096), batch_on("cuda:0", 2, 512)
+        model, batch = small_model_on("cuda:0", version, config, 3, 512, 4096), batch_on("cuda:0", 2, 512)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
@@ -146,7 +99,7 @@ def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
 
 
 def reading(version: int) -> RWKV:
-    model = model_on("cuda:0", version, config_of("none")).bfloat16().requires_grad_(False).eval()
+    model = small_model_on("cuda:0", version, config_of("none")).bfloat16().requires_grad_(False).eval()
     model.set_kernel("cuda")
     return model
 
@@ -195,10 +148,10 @@ def likelihood(version: int) -> dict:
 READING = {"decode": decode, "chat": chat, "evaluation": evaluation, "likelihood": likelihood}
 
 
-def write_files(folder: pathlib.Path) -> list[str]:
+def write_files(folder: pathlib.Path, n_layer: int) -> list[str]:
     """A small base and questions for it; returns the flags that name them and the run's folder."""
     base, data = folder / "base.pth", folder / "data.jsonl"
-    model = RWKV(default_arch(7, 2, 64, 256, 64))
+    model = RWKV(default_arch(7, n_layer, 64, 256, 64))
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
     torch.save({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, base)
@@ -262,7 +215,7 @@ def run_quietly(flags: list[str]) -> str:
 def train(flags: str) -> dict:
     """train.py to its end with Lightning's CUDA accelerator; counted from the second step to the third."""
     with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
-        with counted_steps(gpu) as seen:
+        with counted_steps(gpu) as seen, mock.patch.object(validation, "SAMPLE_TOKENS", 4):
             train_in(folder, 3, flags)
     return _between(*seen[1:]) | {
         "KiB": gpu.peak // KIB,
@@ -286,7 +239,7 @@ def search() -> dict:
             mock.patch.object(FineTuning, "on_train_batch_start", side_effect=SearchIsOver),
             contextlib.suppress(SearchIsOver),
         ):
-            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0 --eval_docs 2")
+            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0 --eval_docs 2", 1)
         found = json.loads(pathlib.Path(folder, "out", RATE_SEARCH).read_text())
     *_, before, last = trials
     assert [len(trial) for trial in trials] == [found["steps"]] * len(found["trials"])
@@ -296,17 +249,18 @@ def search() -> dict:
     }
 
 
-def train_in(folder: str, steps: int, flags: str) -> None:
+def train_in(folder: str, steps: int, flags: str, n_layer: int = 2) -> None:
     """train.py on small files for so many steps."""
     sizes = ["--tokenizer", "bytes", "--epoch_steps", str(steps), "--micro_bsz", "2"]
-    output = run_quietly([*write_files(pathlib.Path(folder)), *sizes, *flags.split()])
+    output = run_quietly([*write_files(pathlib.Path(folder), n_layer), *sizes, *flags.split()])
     assert len(pathlib.Path(folder, "out/metrics.jsonl").read_text().splitlines()) == steps, output
 
 
 def _between(first: dict, second: dict) -> dict:
     """What was counted between the two."""
-    counts = {name: _difference(second[name], first[name]) for name in ("waits", "copies", "native")}
-    return {"launches": second["launches"] - first["launches"], **counts}
+    return {
+        name: _difference(second[name], first[name]) for name in ("launches", "waits", "copies", "native")
+    }
 
 
 def _difference(more: dict, less: dict) -> dict:

@@ -1,0 +1,193 @@
+"""What a training step asks of a GPU, and how long that should take: arithmetic, nothing is measured.
+
+    python -m benchmarks.gpu_budget --model 7 --n_layer 24 --n_embd 2048 --peft miss --r 64 \
+        --micro_bsz 8 --ctx_len 1024 --card h100
+    python -m benchmarks.gpu_budget --load_model rwkv.pth --card 4090
+
+The model runs on the GPU that computes nothing (tests/fake_gpu), with two layers and with three. Every launch
+is counted by kind, with its bytes and multiply-adds; a deeper model has as many of the third layer as it
+needs. A card's bandwidth and speed turn them into milliseconds:
+
+- a product takes its multiply-adds, or its bytes where those take longer;
+- everything else takes its bytes, each tensor read or written once;
+- no kernel reaches a card's peak: PRODUCTS and BANDWIDTH are the shares that are reckoned with. The WKV is
+  bound by its instructions; WKV is the share of the bandwidth that the count of them comes to on an H100;
+- a launch costs the host LAUNCH microseconds, which is what counts where the sum of launches is longer.
+
+For RWKV-7 the last lines set RWKV-LM's trainer beside it: bytes by its published kernels, all parts in bf16.
+The last line is JSON. It needs g++ and torch's wheel for CPUs.
+"""
+
+import argparse
+import json
+import sys
+
+from tests.fake_gpu import stub
+
+# bytes a second of memory; dense multiply-adds x 2 a second of tensor cores, fp32 sums
+CARDS = {
+    "h100": (3.35e12, 989e12, "H100 SXM"),
+    "a100": (2.04e12, 312e12, "A100 SXM 80 GB"),
+    "4090": (1.008e12, 165e12, "RTX 4090"),
+    "3090": (0.936e12, 71e12, "RTX 3090"),
+    "t4": (0.320e12, 65e12, "T4, in fp16"),
+}
+PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.34
+LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
+OPTIMIZER_BYTES = (
+    36  # a trained parameter: the norm reads g; Adam reads p, g, m, v and writes p, m, v, zeros g
+)
+
+# RWKV-7's layer in RWKV-LM's train_temp, in tensors of (B, T, C) in bf16: (read, written) forward, backward.
+# Counted from its published kernels, full training's sums over tokens left out. The feed-forward's inner
+# width is four such tensors.
+RWKV_LM = {
+    "layer norms, two": ((2, 2), (4, 2)),
+    "residuals, two": ((4, 2), (4, 2)),
+    "mix6": ((1, 6), (7, 1)),
+    "decay's bias": ((1, 1), (0, 0)),
+    "a_gate": ((1, 1), (2, 1)),
+    "vres_gate": ((3, 1), (4, 3)),
+    "kk_pre": ((2, 3), (5, 2)),
+    "lnx, bonus and gate": ((5, 1), (6, 5)),
+    "cmix: mix": ((1, 1), (2, 1)),
+    "cmix: squared ReLU": ((4, 4), (8, 4)),
+    "sums of gradients of r, k, v, v_first": ((0, 0), (8, 4)),
+}
+RWKV_LM_TENSORS = sum(sum(read_written) for parts in RWKV_LM.values() for read_written in parts)
+# of the logits in bf16: the loss reads them; its gradient reads them and is written
+RWKV_LM_LOGITS = 3
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_budget", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--load_model", help="a .pth, whose sizes are taken")
+    parser.add_argument("--model", type=int, choices=(6, 7), default=7, help="version, without --load_model")
+    for name, default in {"n_layer": 24, "n_embd": 2048, "vocab": 65536}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--peft", default="miss")
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--micro_bsz", type=int, default=8)
+    parser.add_argument("--ctx_len", type=int, default=1024)
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--bandwidth", type=float, help="bytes a second, of another card")
+    parser.add_argument("--flops", type=float, help="floating-point operations a second, of another card")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    try:
+        stub.load()
+    except stub.Unavailable as reason:
+        sys.exit(f"gpu_budget: {reason}; it counts with torch's wheel for CPUs")
+    print(json.dumps(report(args)))
+
+
+def report(args: argparse.Namespace) -> dict:
+    """Print the budget; its figures for the last line."""
+    # they import torch, which has to come after the stub
+    from benchmarks.op_counts import TRAFFIC
+    from rwkv_miss.files.checkpoint import Arch, read_checkpoint
+    from src.model import default_arch
+    from tests.fake_gpu.device import install
+    from tests.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
+
+    install()
+    if args.load_model:
+        arch = Arch.detect(read_checkpoint(args.load_model))
+    else:
+        arch = default_arch(args.model, args.n_layer, args.n_embd, args.vocab, 64)
+    rows, width = args.micro_bsz, args.ctx_len
+    bandwidth, flops, card = CARDS[args.card]
+    if args.bandwidth or args.flops:
+        bandwidth, flops, card = args.bandwidth or bandwidth, args.flops or flops, "another card"
+    settings = {"quant": args.quant, "grad_cp": args.grad_cp, "micro_bsz": rows, "ctx_len": width}
+    config = config_of(args.peft, args.r, precision="fp16" if args.card == "t4" else "bf16", **settings)
+    layer, few = layer_tallied(arch, config, rows, width)
+    # a layer of which a model has n_layer, and what it has beside its layers
+    whole = {
+        what: {
+            kind: few[what].get(kind, 0) + (arch.n_layer - FEW) * layer[what].get(kind, 0)
+            for kind in {**few[what], **layer[what]}
+        }
+        for what in few
+    }
+
+    def of(what: str, *kinds: str) -> int:
+        return sum(whole[what].get(kind, 0) for kind in kinds)
+
+    seconds_of_bytes = 1 / (bandwidth * BANDWIDTH)
+    trained = trained_numbers(arch, config)
+    parts = {
+        name: {
+            "launches": of("launches", *kinds),
+            "GB": of("bytes", *kinds) / 1e9,
+            "TFLOP": 2 * of("multiply_adds", *kinds) / 1e12,
+        }
+        for name, kinds in {
+            "matrix products": ("product",),
+            "adapters' products": ("adapter product",),
+            "WKV": ("wkv",),
+            "elementwise": TRAFFIC,
+            "loss": ("loss",),
+            "dequantise": ("dequantise",),
+        }.items()
+    }
+    parts["optimizer"] = {"launches": 0, "GB": OPTIMIZER_BYTES * trained / 1e9, "TFLOP": 0}
+    for name, part in parts.items():
+        share = WKV / BANDWIDTH if name == "WKV" else 1
+        part["ms"] = 1e3 * max(
+            part["GB"] * 1e9 * seconds_of_bytes / share, part["TFLOP"] * 1e12 / (flops * PRODUCTS)
+        )
+    gpu = sum(part["ms"] for part in parts.values())
+    launches = sum(part["launches"] for part in parts.values())
+    host = launches * LAUNCH / 1e3
+    per_layer = sum(layer["launches"].values())
+    tensors = activations(layer, rows, width, arch.n_embd)
+    tokens = rows * width
+    print(
+        f"RWKV-{arch.version}, {arch.n_layer} x {arch.n_embd}, {args.peft}, {rows} x {width} tokens,"
+        f" {config.precision}, {card}: {bandwidth / 1e12:.2f} TB/s, {flops / 1e12:.0f} TFLOP/s\n"
+    )
+    print(f"{'part':20} {'launches':>8} {'GB':>8} {'TFLOP':>7} {'ms':>7}")
+    for name, part in parts.items():
+        print(f"{name:20} {part['launches']:8,} {part['GB']:8.1f} {part['TFLOP']:7.2f} {part['ms']:7.1f}")
+    print(f"{'GPU, sum':20} {launches:8,} {'':8} {'':7} {gpu:7.1f}")
+    print(f"{'host':20} {'':8} {'':8} {'':7} {host:7.1f}   {LAUNCH} us a launch")
+    print(f"\na layer: {per_layer} launches, {tensors:.1f} elementwise tensors of (B, T, C)")
+    print("by kind: " + ", ".join(f"{kind} {count}" for kind, count in sorted(layer["launches"].items())))
+    figures = {
+        "model": f"v{arch.version} {arch.n_layer} x {arch.n_embd}",
+        "peft": args.peft,
+        "tokens": tokens,
+        "card": card,
+        "parts": {name: {key: round(x, 3) for key, x in part.items()} for name, part in parts.items()},
+        "gpu_ms": round(gpu, 1),
+        "host_ms": round(host, 1),
+        "tokens_per_second": round(1e3 * tokens / max(gpu, host)),
+        "layer": {"launches": layer["launches"], "tensors": round(tensors, 1)},
+    }
+    if arch.version == 7:
+        ours = of("bytes", *TRAFFIC) / 1e9
+        theirs = arch.n_layer * RWKV_LM_TENSORS * 2 * tokens * arch.n_embd / 1e9
+        loss = RWKV_LM_LOGITS * 2 * tokens * arch.vocab_size / 1e9
+        print(
+            f"RWKV-LM's kernels: {RWKV_LM_TENSORS} elementwise tensors a layer, {theirs:.1f} GB in all;"
+            f" ours {ours:.1f}"
+        )
+        print(f"its loss: {loss:.1f} GB of logits; ours {parts['loss']['GB']:.1f}")
+        figures["rwkv_lm"] = {
+            "tensors": RWKV_LM_TENSORS,
+            "elementwise_GB": round(theirs, 1),
+            "loss_GB": round(loss, 1),
+        }
+    return figures
+
+
+if __name__ == "__main__":
+    main()

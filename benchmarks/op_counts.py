@@ -1,0 +1,240 @@
+"""What a GPU is asked to do, operator by operator: the kind, kernel launches, bytes, multiply-adds.
+
+`Tally.add` takes each call that a dispatch mode sees; tests/fake_gpu has such a mode. Nothing needs a number:
+shapes, dtypes and strides say it all.
+
+Launches are those of torch 2.13 on CUDA: one for most operators, and those that MULTIPLE has for the others.
+Bytes are the least that a launch must move: each tensor that it reads, once, and each that it writes, once.
+A dimension that is only expanded is not read again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+KINDS = (
+    "product",  # with the base's weights
+    "adapter product",
+    "wkv",
+    "elementwise",
+    "norm",
+    "reduction",
+    "copy",
+    "loss",
+    "dequantise",
+    "optimizer",
+)
+# what counts as elementwise traffic: all that is no product, no WKV, no loss and no optimizer
+TRAFFIC = ("elementwise", "norm", "reduction", "copy")
+
+# operators that launch nothing
+VIEWS = set(
+    """
+    view _unsafe_view t transpose permute expand unsqueeze squeeze slice select alias detach as_strided unbind
+    split split_with_sizes unfold _reshape_alias reshape lift_fresh diagonal view_as_real resolve_conj
+    resolve_neg is_same_size set_ stride size device
+    empty empty_like new_empty empty_strided new_empty_strided
+""".split()
+)
+PRODUCTS = set("mm addmm addmm_ bmm baddbmm baddbmm_ mv addmv addmv_ dot linear matmul".split())
+NORMS = ("native_layer_norm", "native_group_norm")
+REDUCTIONS = set(
+    "sum mean max min amax amin argmax argmin any all norm linalg_vector_norm cumsum prod nansum".split()
+)
+COPIES = set("_to_copy copy_ clone cat stack repeat constant_pad_nd flip roll".split())
+GATHERS = set("index embedding gather index_select take nonzero".split())
+SCATTERS = set(
+    "index_put index_put_ _index_put_impl_ index_add_ scatter scatter_ embedding_dense_backward".split()
+)
+FILLS = set("fill_ zero_ zeros zeros_like new_zeros ones ones_like new_ones full full_like arange".split())
+# launches of torch's operators that have several
+MULTIPLE = {
+    "native_group_norm": 2,  # the moments, then the numbers
+    "native_group_norm_backward": 3,
+    "embedding_dense_backward": 3,
+    "nonzero": 3,
+    "index_put_": 1,
+}
+
+# aten/src/ATen/native/cuda/MultiTensorApply.cuh: what one launch takes of lists of tensors, by their number
+LIST_TENSORS = (110, 64, 48, 36, 30)
+LIST_BLOCKS, LIST_CHUNK = 320, 65536
+
+
+def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
+    """Launches of a `_foreach` or `_fused` operator over so many lists of tensors as large as these."""
+    most, launches, held, blocks = LIST_TENSORS[lists - 1], 0, 0, 0
+    for tensor in tensors:
+        held += 1
+        left = -(-tensor.numel() // LIST_CHUNK)
+        while left:
+            taken = min(left, LIST_BLOCKS - blocks)
+            left, blocks = left - taken, blocks + taken
+            if blocks == LIST_BLOCKS or held == most and not left:
+                launches, blocks, held = launches + 1, 0, 1 if left else 0
+    return launches + (held > 0)
+
+
+def segments(B: int, T: int, H: int) -> int:
+    """Into how many segments of chunks the tensor-core WKV cuts the time, as Sizes in cuda/chunked.cuh."""
+    chunks = -(-T // 16)
+    return -(-chunks // min(chunks, max(16, 1024 // (B * H))))
+
+
+def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
+    def launches(args: tuple) -> int:
+        B, T, H, _ = args[0].shape
+        if not args[-1]:  # the recurrence: both sweeps, what finishes them, the decay, for v6 the bonus
+            return {6: 6, 7: 5}[version] if backward else 1
+        # of each segment prepare and scan, for a backward gradients, too; v6 sums the parts of the bonus
+        return segments(B, T, H) * (3 if backward else 2) + (backward and version == 6)
+
+    return launches
+
+
+def _with_gradients_of_vectors(args: tuple) -> int:
+    """Of a backward whose last argument asks for the gradients of vectors: their parts are summed."""
+    return 1 + bool(args[-1])
+
+
+# our own operators: what they are, and their launches
+KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
+    "wkv6": ("wkv", _wkv(6, False)),
+    "wkv6_backward": ("wkv", _wkv(6, True)),
+    "wkv7": ("wkv", _wkv(7, False)),
+    "wkv7_backward": ("wkv", _wkv(7, True)),
+    "dequantise": ("dequantise", 1),
+    "drop": ("elementwise", 1),
+    **{
+        name: ("elementwise", 1)
+        for name in (
+            "relu_squared",
+            "value_residual",
+            "delta_inputs",
+            "readout6",
+            "readout7",
+            "shift_mix",
+            "shift_mix_token",
+            "relu_squared_backward",
+            "value_residual_backward",
+        )
+    },
+    **{
+        f"{name}_backward": ("elementwise", _with_gradients_of_vectors)
+        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token")
+    },
+    # it has z where the mixes train
+    "shift_mix_backward": ("elementwise", lambda args: 1 + (args[0] is not None)),
+}
+
+
+def kind_of(name: str, ours: bool, in_loss: bool) -> str:
+    """The kind of an operator that is no product; `in_loss`: src/model/loss.py calls it."""
+    if ours:
+        kind = KERNELS[name][0]
+    elif name.startswith(("_foreach", "_fused")):
+        kind = "optimizer"
+    elif name.startswith(NORMS):
+        kind = "norm"
+    elif name in REDUCTIONS:
+        kind = "reduction"
+    elif name in COPIES | GATHERS | SCATTERS | FILLS:
+        kind = "copy"
+    else:
+        kind = "elementwise"
+    return "loss" if in_loss and kind in TRAFFIC else kind
+
+
+def launches_of(name: str, args: tuple, ours: bool) -> int:
+    if name in VIEWS:
+        return 0
+    if ours:
+        count = KERNELS[name][1]
+        return count if isinstance(count, int) else count(args)
+    if name.startswith(("_foreach", "_fused")):
+        lists = sum(isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Tensor) for x in args)
+        return list_launches(args[0], min(max(lists, 1), len(LIST_TENSORS)))
+    if name == "native_layer_norm_backward":
+        return 1 + any(args[-1][1:])  # the gradients of weight and bias are a launch of their own
+    return MULTIPLE.get(name, 1)
+
+
+def spanned(x: Tensor) -> int:
+    """Bytes of a tensor, each place in memory once."""
+    return x.element_size() * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
+    """Bytes that an operator reads and writes."""
+    written = sum(map(spanned, _tensors(result)))
+    if name in FILLS:
+        return written
+    if name == "copy_":
+        return written + spanned(args[1])
+    if name in GATHERS:
+        return 2 * written + sum(spanned(x) for x in _tensors(args[1:]))
+    if name in SCATTERS:
+        return 2 * sum(spanned(x) for x in _tensors(args[1:]) if x.is_floating_point())
+    read = _tensors((args, {key: x for key, x in kwargs.items() if key != "out"}))
+    if name in ("addmm", "addmm_", "baddbmm", "baddbmm_") and kwargs.get("beta", 1) == 0:
+        read = read[1:]
+    return written + sum(map(spanned, read))
+
+
+def multiply_adds(name: str, args: tuple, result) -> int:
+    """Of a matrix product."""
+    left = args[1] if name.startswith(("add", "badd")) else args[0]
+    return result.numel() * left.shape[-1]
+
+
+class Tally:
+    """Launches, bytes and multiply-adds by kind."""
+
+    def __init__(self):
+        self.launches, self.bytes, self.multiply_adds = Counter(), Counter(), Counter()
+
+    def add(
+        self,
+        op,
+        args: tuple,
+        kwargs: dict,
+        result,
+        in_loss: bool = False,
+        of_base: Callable[[Tensor], bool] = lambda tensor: True,
+    ) -> None:
+        """A call of an OpOverload. `of_base` says whether a tensor is a weight of the base model."""
+        name, ours = op._schema.name.split("::")[1], op.namespace in ("rwkv", "rwkv_miss")
+        launches = launches_of(name, args, ours)
+        if not launches:
+            return
+        if not ours and name in PRODUCTS:
+            kind = "product" if any(map(of_base, _tensors(args))) else "adapter product"
+            self.multiply_adds[kind] += multiply_adds(name, args, result)
+        else:
+            kind = kind_of(name, ours, in_loss)
+        self.launches[kind] += launches
+        self.bytes[kind] += traffic(name, args, kwargs, result)
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {name: dict(getattr(self, name)) for name in ("launches", "bytes", "multiply_adds")}
+
+
+def difference(more: dict[str, dict[str, int]], less: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """What one of two as_dict() has more than the other."""
+    return {
+        what: {
+            kind: count - less[what].get(kind, 0)
+            for kind, count in kinds.items()
+            if count != less[what].get(kind, 0)
+        }
+        for what, kinds in more.items()
+    }
