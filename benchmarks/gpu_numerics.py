@@ -1,11 +1,13 @@
-"""Compare the CUDA kernels on this GPU with the reference in float64 on the CPU.
+"""Compare the CUDA kernels on this GPU with float64.
 
     python -m benchmarks.gpu_numerics [--small]
 
 For each operation, kernel and dtype it prints the worst relative error (rms) of y, the final state and each
-gradient. The cases are lengths around the kernels' chunks, head sizes, documents that start inside a row, and
-decays of exactly 0 and 1. The last line is JSON. The exit code is 1 if an error is above what the dtype
-explains, or not finite. --small uses a few tokens only, for compute-sanitizer.
+gradient. The cases are lengths around the kernels' chunks, head sizes, scans of one, two and four warps, many
+segments, documents that start inside a row, and decays of exactly 0 and 1. Small cases are compared with the
+recurrence, token by token on the CPU, and large ones with the chunked form in plain torch. The last line is
+JSON. The exit code is 1 if an error is above what the dtype explains, or not finite. --small has few tokens,
+for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from src import ops
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# (batch, tokens, heads, head size)
-SMALL = [(1, 1, 1, 64), (2, 17, 2, 64)]
+# (batch, tokens, heads, head size). On tensor cores a block of `scan` has one warp; two from batch x heads 64
+# on, and four from 128 on. There a segment is 16 chunks, or 256 tokens.
+FEW = [(1, 1, 1, 64), (2, 17, 2, 64)]
+SMALL = [*FEW, (1, 272, 64, 64), (2, 20, 64, 64)]
 SHAPES = [
-    *SMALL,
+    *FEW,
     (2, 16, 1, 64),
     (1, 33, 3, 64),
     (2, 129, 2, 64),
@@ -34,7 +38,12 @@ SHAPES = [
     (2, 40, 2, 32),
     (1, 40, 2, 128),
     (1, 24, 1, 256),
+    (4, 600, 32, 64),
+    (1, 300, 64, 64),
+    (8, 40, 16, 64),
 ]
+# floats of all states that autograd keeps for the recurrence
+MOST_STATES = 1 << 24
 # What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16
 # operands of the tensor cores
 EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
@@ -90,9 +99,16 @@ def worst_errors(
             state, dstate = (torch.randn(B, H, N, N) for _ in range(2))
             reset = torch.rand(B, T) < 0.2 if packed else None
             exact = {name: x.double() for name, x in inputs.items()}
-            want = results(version, "reference", exact, state.double(), reset, dy.double(), dstate.double())
-            there = {name: x.to(device) for name, x in inputs.items()}
             given = [x if x is None else x.to(device) for x in (state, reset, dy, dstate)]
+            if B * T * H * N * N <= MOST_STATES:
+                want = results(
+                    version, "reference", exact, state.double(), reset, dy.double(), dstate.double()
+                )
+            else:
+                double = [x if x is None or x.dtype == torch.bool else x.double() for x in given]
+                want = results(version, "torch", {name: x.to(device) for name, x in exact.items()}, *double)
+                want = {name: x.cpu() for name, x in want.items()}
+            there = {name: x.to(device) for name, x in inputs.items()}
             for kernel, errors in worst.items():
                 got = results(version, kernel, there, *given)
                 for name in want:

@@ -343,6 +343,7 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
 def numerics(monkeypatch, capsys):
     """Exit code and last line of gpu_numerics, with the plain form in the place of a CUDA kernel."""
     monkeypatch.setattr(sys, "argv", ["gpu_numerics", "--small", "--device", "cpu", "--kernels", "torch"])
+    monkeypatch.setattr(gpu_numerics, "SMALL", gpu_numerics.FEW)
     with pytest.raises(SystemExit) as stopped:
         gpu_numerics.main()
     return stopped.value.code, json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -362,7 +363,7 @@ def test_numerics_of_a_right_kernel(monkeypatch, capsys):
     "name, wrong", [("y", lambda x: x * 1.02), ("dw", lambda x: x * float("nan")), ("state", lambda x: x.mT)]
 )
 def test_numerics_of_a_wrong_kernel(monkeypatch, capsys, name, wrong):
-    right, shapes = gpu_numerics.results, gpu_numerics.SMALL
+    right, shapes = gpu_numerics.results, gpu_numerics.FEW
 
     def results(version, kernel, inputs, *arguments):
         found = right(version, kernel, inputs, *arguments)
