@@ -22,7 +22,7 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src.common.files import write_text
-from src.training import rollback, trainer
+from src.training import callbacks, rollback, trainer
 from src.training.rollback import LastGood
 from src.training.run_folder import alone_in, list_checkpoints, remove_old
 from src.training.training_state import read_state, write_state
@@ -138,6 +138,11 @@ def spoil(kind, steps, rank):
         )
     else:
         trainer.FineTuning.training_step = training_step
+
+
+def judge_late(rank):
+    """Steps are reported and judged as on a GPU, which does its work behind the program."""
+    callbacks.works_behind = lambda device: True
 
 
 def terminate_last_rank(step, rank):
@@ -530,16 +535,27 @@ def test_what_is_put_back_is_not_worn_by_the_steps_that_follow():
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in kept.items())
 
 
-def test_a_state_whose_loss_was_not_finite_never_becomes_the_good_one(monkeypatch):
-    """It was copied before its loss was known; the next loss is that of another state."""
-    run, back = types.SimpleNamespace(global_step=0, is_global_zero=False), []
+@pytest.mark.parametrize("late, restored", [(0, [2, 2, 7, 11]), (1, [2, 2, 2, 11])], ids=["at once", "late"])
+def test_a_state_whose_loss_was_not_finite_never_becomes_the_good_one(monkeypatch, late, restored):
+    """It was copied before its loss was known; the next loss is that of another state. So it is where a step
+    is judged when the next one was made already.
+    """
+    device = types.SimpleNamespace(root_device=torch.device("cpu"))
+    run, back = types.SimpleNamespace(global_step=0, is_global_zero=False, strategy=device), []
     monkeypatch.setattr(rollback, "read_state", lambda run: [("step", torch.tensor(run.global_step))])
     monkeypatch.setattr(rollback, "write_state", lambda run, state: back.append(int(state["step"])))
     keeper = LastGood(1, 0.0)
     keeper.start(run)
-    for run.global_step, loss in enumerate([1.0, 1.0, 1.0, math.nan, 1.0, math.nan, 1.0, 1.0, math.nan], 1):
-        keeper.after_step(run, loss, 1.0)
-    assert back == [2, 2, 7]
+    bad = (4, 6, 9, 13)
+    undone = set()
+    for run.global_step in range(1, bad[-1] + 1 + late):
+        step = run.global_step - late
+        loss = math.nan if step in bad else 1.0
+        if step < 1 or step in undone or keeper.judge(run, step, loss, 1.0) is None:
+            keeper.keep(run)
+        else:
+            undone.add(run.global_step)
+    assert back == restored
 
 
 TWO = ["--devices", "2", "--micro_bsz", "2", "--strategy"]
@@ -547,30 +563,44 @@ FULL = ["--peft", "none", "--lr_init", "1e-3"]
 
 
 @pytest.mark.parametrize(
-    "kind, flags, undone",
+    "kind, flags, undone, late",
     [
         # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves
         # step 3's, too
-        ("loss", ["--rollback_steps", "1"], [2, 3]),
-        ("gradient", ["--rollback_steps", "1"], [3]),
-        ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3]),
-        ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3]),
-        ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3]),
-        ("loss", [*FULL, "--save_steps", "1"], [3]),
+        ("loss", ["--rollback_steps", "1"], [2, 3], False),
+        ("gradient", ["--rollback_steps", "1"], [3], False),
+        # step 5 was made when step 4 is judged
+        ("loss", ["--rollback_steps", "1"], [2, 3, 4], True),
+        ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3], False),
+        ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3], False),
+        ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3, 4], True),
+        ("loss", [*FULL, "--save_steps", "1"], [3], False),
     ],
-    ids=["loss", "gradient", "loss, ZeRO-2", "gradient, ZeRO-3", "gradient, DDP", "full training"],
+    ids=[
+        "loss",
+        "gradient",
+        "loss, late",
+        "loss, ZeRO-2",
+        "gradient, ZeRO-3",
+        "gradient, DDP, late",
+        "full training",
+    ],
 )
-def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone):
+def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone, late):
     """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps
-    are in their places.
+    are in their places. `late`: it is judged as on a GPU.
     """
     full = FULL if "none" in flags else []
     succeed(run("left-out", *full, sabotage=functools.partial(spoil, "update", undone)))
-    output = succeed(run("run", *flags, sabotage=functools.partial(spoil, kind, [3])))
-    assert f"at step 4; back to the state of step {undone[0]}, and on with step 5" in output, output
+    spoiled = functools.partial(spoil, kind, [3])
+    output = succeed(
+        run("run", *flags, sabotage=functools.partial(in_turn, judge_late, spoiled) if late else spoiled)
+    )
+    next_step = undone[-1] + 2
+    assert f"at step 4; back to the state of step {undone[0]}, and on with step {next_step}" in output, output
     one, other = losses(tmp_path / "left-out"), losses(tmp_path / "run")
     # in between the loss is that of a state that is given up
-    kept = [0, 1, 2, 4, 5]
+    kept = [i for i in range(STEPS) if not 3 <= i <= undone[-1]]
     assert [one[i] for i in kept] == pytest.approx([other[i] for i in kept], rel=1e-5)
     assert other[3] is None or kind == "gradient"
     name = "model.pth" if full else "adapter.pth"

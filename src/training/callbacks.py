@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import signal
 import sys
 import time
+from collections import deque
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
@@ -24,6 +27,7 @@ from ..common.files import append_line, read_lines, write_lines
 from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
+from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
@@ -31,8 +35,37 @@ from .training_state import gradient_norm, read_state, whole_gradient, write_sta
 from .validation_log import BEST
 
 
+def works_behind(device: torch.device) -> bool:
+    """Whether a device does its work behind the program that gives it."""
+    return device.type == "cuda"
+
+
+def scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """A number as an fp32 tensor of no dimensions; nobody waits for a device that is to get it."""
+    if torch.is_tensor(number):
+        return number.detach().to(device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
+@dataclasses.dataclass
+class Done:
+    """An optimizer step that was made and is not yet reported.
+
+    `undone_by`: the step whose state was put in the place of this one's.
+    """
+
+    step: int
+    begin: Moment
+    end: Moment
+    numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient
+    undone_by: int | None = None
+
+
 class StepReport(Callback):
     """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop.
+
+    On a GPU a step is reported and judged when the next one has been given to it, so that it never waits.
+    Before an evaluation, a checkpoint and the end all steps are.
 
     `tokenizer` is that of a base that was trained with it; None: the model is new.
     """
@@ -49,6 +82,7 @@ class StepReport(Callback):
         self.path, self.total, self.started = path, total, started
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.training = self.stop = False
+        self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
 
@@ -61,9 +95,14 @@ class StepReport(Callback):
             # a resumed run does the steps after its checkpoint again
             write_lines(self.path, read_lines(self.path, trainer.global_step))
         self.last_good.start(trainer)
-        self.clock = self.begun = self.last_line = time.perf_counter()
+        self.begun = self.last_line = time.perf_counter()
         self.steps_here = 0
+        self.start_clock(module)
         self._take_signals()  # again: Lightning has its own for SIGTERM
+
+    def start_clock(self, module) -> None:
+        """What was done so far is no part of the next step."""
+        self.begin = Moment(module.device)
 
     @contextlib.contextmanager
     def answering_signals(self):
@@ -104,6 +143,7 @@ class StepReport(Callback):
         self.at_boundary = (index + 1) % module.accumulate == 0
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.last_good.before_update()
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
         if self.at_boundary and not module.schedule.step_targets(trainer.global_step):
             # else momentum and weight decay would move the weights; the schedule sets it anew after the step
@@ -119,33 +159,72 @@ class StepReport(Callback):
         if not self.at_boundary:
             return
         step = trainer.global_step
-        # one reduction carries the loss, the wish of any rank to stop, and whether a gradient is not finite
-        mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
-        loss, stop, norm = trainer.strategy.reduce(
-            torch.tensor(mine, device=module.device), reduce_op="sum"
-        ).tolist()
-        module.step_loss = 0.0
-        back = None
+        self.unread.append(self._send(trainer, module))
         if module.schedule.step_targets(step - 1):
             rwkv_miss.after_step(module.model, step, self.total, module.gather)
-            back = self.last_good.after_step(trainer, loss, norm)
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        if not self._read(trainer, module):
+            self.last_good.keep(trainer)
+
+    def _send(self, trainer, module) -> Done:
+        """The step that was just done, with its numbers on their way."""
+        # one sum over all ranks has the loss, the share of them that want to go on, and whether a gradient is
+        # not finite
+        mine = [module.step_loss, float(not self.stop) / trainer.world_size, gradient_norm(trainer)]
+        numbers = torch.stack([scalar(number, module.device) for number in mine])
+        if trainer.world_size > 1:
+            # not by the strategy, which has the ranks wait for each other first
+            torch.distributed.all_reduce(numbers)
+        module.step_loss = 0.0
+        begin, self.begin = self.begin, Moment(module.device)
+        return Done(trainer.global_step, begin, self.begin, Numbers(numbers))
+
+    def _read(self, trainer, module) -> bool:
+        """Read the steps that are to be read now, and judge them; whether the run went back."""
+        went_back = False
+        behind = 0 if self._is_needed(trainer, module) else 1
+        # a stop that a rank asked for is known only here
+        while len(self.unread) > (0 if trainer.should_stop else behind):
+            went_back |= self._judge(trainer, module, self.unread.popleft())
+        return went_back
+
+    def _is_needed(self, trainer, module) -> bool:
+        """Whether the numbers of the last step are needed now, or are there.
+
+        Those of a GPU are read a step later, when it has its next work already.
+        """
+        step, config = trainer.global_step, module.config
+        looked_at = any(n > 0 and step % n == 0 for n in (config.save_steps, config.eval_steps))
+        stopping = trainer.should_stop or self.stop and trainer.world_size == 1
+        first_or_last = self.first_step_seconds is None or step == self.total
+        return not works_behind(module.device) or looked_at or stopping or first_or_last
+
+    def _judge(self, trainer, module, done: Done) -> bool:
+        """Report a step; whether the run went back."""
+        step = done.step
+        loss, going_on, norm = done.numbers.read()
+        # what is undone was made from a bad state, and its loss tells nothing of the one that is back
+        went_back = False
+        if module.schedule.step_targets(step - 1) and done.undone_by is None:
+            done.undone_by = self.last_good.judge(trainer, step, loss, norm)
+            went_back = done.undone_by is not None
+            for later in self.unread:
+                later.undone_by = done.undone_by
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, step, loss, seconds)
-            if back is not None:
-                line["rolled_back_to"] = back
+            line = self._line(module, step, loss, done.end.seconds_since(done.begin))
+            if done.undone_by is not None:
+                line["rolled_back_to"] = done.undone_by
             append_line(self.path, line)
             self._remark(line, loss)
             shown = ("loss", "lr", "tokens_per_second")
             numbers = {f"train/{name}": line[name] for name in shown if line[name] is not None}
             for writer in self.writers:
                 writer.numbers(step, numbers)
-            self._show(line, loss, now)
+            self._show(line, loss, time.perf_counter())
         # not self.stop, which a signal may just have set on this rank alone
-        trainer.should_stop = trainer.should_stop or bool(stop)
+        trainer.should_stop = trainer.should_stop or round(going_on * trainer.world_size) < trainer.world_size
+        return went_back
 
     def _line(self, module, step: int, loss: float, seconds: float) -> dict:
         """A step's line of metrics.jsonl."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from rwkv_miss.adapter import METHODS, adapted_linears, most_specific
@@ -81,3 +82,19 @@ def parameter_groups(
         decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in decaying)
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def adamw(groups: list[dict], config: Config) -> torch.optim.AdamW:
+    """AdamW over the groups of parameter_groups().
+
+    On a GPU all tensors take one launch, not a dozen for each few. ZeRO has one flat tensor for a group, and
+    offloaded it is on the CPU. There fused sums round otherwise than the plain ones.
+    """
+    fused = config.accelerator == "gpu" and not config.strategy.startswith("deepspeed")
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr_init,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=fused or None,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from rwkv_miss import read_checkpoint
@@ -20,32 +22,64 @@ WINDOW, ENOUGH = 50, 20  # losses that a spike is judged by, and how many of the
 TRIES = 3  # times that a run goes back to the same state
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The state after a step, as training_state.read_state() gives it."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+
+
 class LastGood:
     """Keeps the last good state, judges every step, and goes back.
 
-    A state is good once the next step's loss, which is its own, was fine. An adapter's is kept in memory
+    A state is good once the next step's loss, which is its own, was fine. An adapter's is kept in main memory
     every `every` steps; in full training (`folder` is given) it is the newest checkpoint. Going back restores
     the trained tensors and the optimizer. The step is not taken back: the data that led to the trouble are
     left behind, the learning rate and all later steps stay in their places.
+
+    A GPU copies a state beside its other work, on a stream of its own. So before anything of the state is
+    changed in place, before_update() has to be called.
     """
 
     def __init__(self, every: int, sigmas: float, folder: str | None = None):
         self.every, self.sigmas, self.folder = every, sigmas, folder
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.good: tuple[int, Mapping[str, Tensor]] | None = None
-        self.unproven: tuple[int, Mapping[str, Tensor]] | None = None
+        self.good: Kept | None = None
+        # several where steps are judged after the next one was begun
+        self.unproven: deque[Kept] = deque()
         self.target, self.tries = -1, 0
+        self.stream: torch.cuda.Stream | None = None
 
     def start(self, trainer: pl.Trainer) -> None:
         """The state that the run begins or goes on with is good."""
-        self.good = self._copy(trainer)
+        device = trainer.strategy.root_device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.every and not self.folder:
+            self.good = self._copy(trainer)
 
-    def _copy(self, trainer: pl.Trainer) -> tuple[int, Mapping[str, Tensor]] | None:
-        if not self.every or self.folder:
-            return None
-        return trainer.global_step, {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in read_state(trainer)
-        }
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Keep the state after the step that was just done, where it is time."""
+        if self.every and not self.folder and trainer.global_step % self.every == 0:
+            self.unproven.append(self._copy(trainer))
+
+    def before_update(self) -> None:
+        """Have a GPU end its copy before its next work; nobody waits for it here."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _copy(self, trainer: pl.Trainer) -> Kept:
+        tensors = {}
+        for name, tensor in read_state(trainer):
+            if self.stream and tensor.is_cuda:
+                # each on its own, as ZeRO gathers the next one on the way
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    tensors[name] = tensor.detach().to("cpu", non_blocking=True)  # which is pinned memory
+                tensor.record_stream(self.stream)
+            else:
+                tensors[name] = tensor.detach().to("cpu", copy=True)
+        return Kept(trainer.global_step, tensors)
 
     def fault(self, loss: float) -> str | None:
         """What is wrong with a step's loss, or None."""
@@ -59,26 +93,25 @@ class LastGood:
                 return f"the loss is {loss:.4f}, above {bound:.4f}, the bound by --spike_sigmas"
         return None
 
-    def after_step(self, trainer: pl.Trainer, loss: float, norm: float) -> int | None:
-        """Judge the step that was just done, on every rank alike.
+    def judge(self, trainer: pl.Trainer, step: int, loss: float, norm: float) -> int | None:
+        """Judge a step by its loss and the norm of its gradient, on every rank alike.
 
-        Returns the step whose state is back in place, None where all is well. UserError when there is nothing
-        to go back to, or going back did not help.
+        Returns the step whose state is back in place, None where all is well. Steps after this one that were
+        made already are undone, too. UserError when there is nothing to go back to, or going back did not
+        help.
         """
-        fault, step = self.fault(loss), trainer.global_step
+        fault = self.fault(loss)
         if fault is None:
             self.losses.append(loss)
-            if self.unproven:
-                self.good, self.unproven = self.unproven, None
+            while self.unproven and self.unproven[0].step < step:
+                self.good = self.unproven.popleft()
             if math.isfinite(norm):
-                if self.every and step % self.every == 0:
-                    self.unproven = self._copy(trainer)
                 return None
             fault = "the gradient is not finite"
-        self.unproven = None
+        self.unproven.clear()
         good = self._newest_checkpoint() if self.every and self.folder else self.good
-        if good and good[0] != self.target:
-            self.target, self.tries = good[0], 0
+        if good and good.step != self.target:
+            self.target, self.tries = good.step, 0
         if not good or self.tries == TRIES:
             tried = f", also from the state of step {self.target} again" if self.tries else ""
             raise UserError(
@@ -86,15 +119,17 @@ class LastGood:
                 " unchanged"
             )
         self.tries += 1
-        write_state(trainer, good[1])
+        if self.stream:
+            self.stream.synchronize()  # ZeRO cuts the copies on the CPU
+        write_state(trainer, good.tensors)
         if trainer.is_global_zero:
             print(
-                f"note: {fault} at step {step}; back to the state of step {good[0]}, and on with step"
-                f" {step + 1} (try {self.tries} of {TRIES})",
+                f"note: {fault} at step {step}; back to the state of step {good.step}, and on with step"
+                f" {trainer.global_step + 1} (try {self.tries} of {TRIES})",
                 flush=True,
             )
-        return good[0]
+        return good.step
 
-    def _newest_checkpoint(self) -> tuple[int, Mapping[str, Tensor]] | None:
+    def _newest_checkpoint(self) -> Kept | None:
         paths = list_checkpoints(self.folder)
-        return (checkpoint_step(paths[-1]), read_checkpoint(paths[-1])) if paths else None
+        return Kept(checkpoint_step(paths[-1]), read_checkpoint(paths[-1])) if paths else None

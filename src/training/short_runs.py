@@ -25,7 +25,7 @@ from ..data.held_out import evaluation_batches
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of
-from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
+from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
 
@@ -127,9 +127,7 @@ def train(
     groups = parameter_groups(
         model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
     )
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps
-    )
+    optimizer = adamw(groups, config)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
@@ -139,11 +137,11 @@ def train(
     with ops.nan_passes():
         for step in range(steps):
             optimizer.zero_grad()
-            mine = 0.0
+            mine = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
                 mine += _backward(model, config, next(batches), schedule.accumulate * processes.world, scaler)
-            loss = float(processes.total(torch.tensor(mine, dtype=torch.float64, device=device)))
+            loss = float(processes.total(mine))
             if not math.isfinite(loss):
                 yield loss
                 break
@@ -162,25 +160,24 @@ def train(
     optimizer.zero_grad()
 
 
-def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> float:
+def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> Tensor:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
     batch = to_device(batch, model.emb.weight.device)
     total = batch_loss(model, batch, chunks_of(config), batch["width"])
     loss = total / (batch["step_weight"] or 1.0)
     penalty = rwkv_miss.penalty(model)
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
-    return float(loss.detach())
+    return loss.detach().double()
 
 
 @torch.no_grad()
 def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: Processes = ALONE) -> float:
     """The loss over the trained tokens of the documents, nats per token of weight 1."""
     model.eval()
+    device, chunks = model.emb.weight.device, chunks_of(config)
     batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
-    device, chunks, mine = model.emb.weight.device, chunks_of(config), 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
         for rows in progress(batches, "validation", unit="batches", shown=processes.world == 1):
-            batch = to_device(collate(rows, 1, chunks.size), device)
-            mine += float(batch_loss(model, batch, chunks))
-    total = processes.total(torch.tensor(mine, dtype=torch.float64, device=device))
-    return float(total) / held_out.weight
+            total += batch_loss(model, to_device(collate(rows, 1, chunks.size), device), chunks)
+    return float(processes.total(total)) / held_out.weight

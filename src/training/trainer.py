@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -35,7 +36,7 @@ from ..distributed.processes import choose_interface
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of
-from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
+from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
 
 
@@ -48,6 +49,18 @@ class ScaledFp16(MixedPrecision):
 
     def forward_context(self):
         return contextlib.nullcontext()
+
+    def optimizer_step(self, optimizer, model, closure, **kwargs):
+        """Unscaled before it is clipped: Lightning leaves both to a fused optimizer, which does one of them.
+
+        Where the gradient overflowed, a fused optimizer does nothing, and nobody waits to know.
+        """
+        result = closure()
+        self.scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        self.scaler.step(optimizer, **kwargs)
+        self.scaler.update()
+        return result
 
 
 class FineTuning(pl.LightningModule):
@@ -72,7 +85,8 @@ class FineTuning(pl.LightningModule):
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
-        self.step_loss = 0.0
+        self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
+        self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
         agree(self.config, self.inputs(), self.first_step)
@@ -102,12 +116,19 @@ class FineTuning(pl.LightningModule):
         return to_device(batch, device)
 
     def configure_optimizers(self):
-        c = self.config
-        optimizer = torch.optim.AdamW(self.groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
+        optimizer = adamw(self.groups, self.config)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.lr_factor(self.first_step + step)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient, and keep its norm from before. DeepSpeed does that itself."""
+        if not hasattr(self.trainer.strategy, "deepspeed_engine"):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
         torch.manual_seed(

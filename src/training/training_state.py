@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 
@@ -63,9 +64,11 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
         trainer.strategy.write_whole(p, whole, kept)
         return
     p.copy_(whole)
-    # the counter of updates stays on the CPU, where AdamW makes it
-    trainer.optimizers[0].state[p] = {
-        key: value.to(p.device if value.dim() else "cpu", copy=True) for key, value in kept.items()
+    optimizer = trainer.optimizers[0]
+    # the counter of updates goes where AdamW makes it
+    counter = p.device if optimizer.param_groups[0]["fused"] else "cpu"
+    optimizer.state[p] = {
+        key: value.to(p.device if value.dim() else counter, copy=True) for key, value in kept.items()
     }
 
 
@@ -79,14 +82,13 @@ def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
     return p.grad
 
 
-def gradient_norm(trainer: pl.Trainer) -> float:
-    """Norm of the gradient that the step just used; not finite where the gradient was not.
+def gradient_norm(trainer: pl.Trainer) -> Tensor | float:
+    """Norm of the gradient of the step that was just made; not finite where the gradient was not.
 
-    0 where loss scaling looks after that itself.
+    On a GPU it stays there. 0 where loss scaling looks after that itself.
     """
     if hasattr(trainer.strategy, "deepspeed_engine"):
-        return float(trainer.strategy.deepspeed_engine.get_global_grad_norm())
-    if trainer.precision_plugin.state_dict():
+        return trainer.strategy.deepspeed_engine.get_global_grad_norm()
+    if isinstance(trainer.precision_plugin, MixedPrecision):
         return 0.0
-    norms = [p.grad.norm() for p in trainer.lightning_module.parameters() if p.grad is not None]
-    return float(torch.stack(norms).norm())  # torch.nn.utils.get_total_norm(), which torch 2.5 has not
+    return trainer.lightning_module.gradient_norm

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable
 
 import torch
@@ -66,9 +65,8 @@ class Watch(Callback):
         step, every = trainer.global_step, module.config.eval_steps
         due = step in (0, module.total_steps) or every > 0 and step % every == 0
         if due and not any(line["step"] == step for line in self.history):
-            started = time.perf_counter()
             stopped = not self._evaluate(trainer, module)
-            self.report.clock += time.perf_counter() - started  # no part of the next step
+            self.report.start_clock(module)
             if stopped or is_over(self.history, module.config.early_stop):
                 trainer.should_stop = True
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.op_counts import KERNELS, Tally
@@ -255,8 +255,35 @@ class _Graph:
 class _Stream:
     cuda_stream = 0
 
+    def __init__(self, device=None):
+        pass
+
     def wait_stream(self, other) -> None:
         pass
+
+    def synchronize(self) -> None:
+        _wait_of_program("stream")
+
+
+class _Event:
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _wait_of_program("event")
+
+    def elapsed_time(self, later) -> float:
+        return 1.0
+
+
+def _wait_of_program(what: str) -> None:
+    """Count a wait that is no operator."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, FakeGpu):
+            mode._wait(what)
 
 
 def _swap(old: Tensor, new: Tensor) -> None:
@@ -298,7 +325,8 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.Stream, torch.cuda.CUDAGraph = _Stream, _Graph
+    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = _Stream, _Event, _Graph
+    Tensor.record_stream = lambda tensor, stream: None
     fake_tensor.init_gpu_context = lambda device=None: None
     # an address that is aligned as the view is
     FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()
