@@ -86,14 +86,13 @@ template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
     return std::is_same<T, __nv_bfloat16>::value ? t : to_tile(to_sum<T>(t));
 }
 
-// Bit t: a document starts at token t of the chunk.
+// Bit t: a document starts at token t of the chunk. Most chunks have no such token and branch around what
+// documents would cut; all lanes have the same bits.
 __device__ __forceinline__ uint32_t find_resets(
     const uint8_t* reset, const Segment& s, int64_t head, int chunk) {
     if (!reset) return 0;
     int64_t t = (int64_t)(s.begin + chunk) * CHUNK + lane_id();
-    uint32_t bits = lane_id() < CHUNK && t < s.T && reset[head / s.H * s.T + t] ? 1u << lane_id() : 0;
-    for (int step = 1; step < 32; step *= 2) bits |= __shfl_xor_sync(~0u, bits, step);
-    return bits;
+    return __ballot_sync(~0u, lane_id() < CHUNK && t < s.T && reset[head / s.H * s.T + t]);
 }
 // Whether no document starts after token i, up to and including token t. The incoming state is before all
 // tokens.
@@ -108,15 +107,27 @@ __device__ __forceinline__ Sum score(const Matrix& x, const Matrix& y, uint32_t 
     Sum s = {};
     for (int i = 0; i < 4; i++) mma(s, get(x[i]), get(y[i]));
     for (int i = 0; i < 8; i++)
-        if (column(i) > token(i) || (strict && column(i) == token(i)) || !linked(resets, column(i), token(i)))
-            s.x[i] = 0;
+        if (column(i) > token(i) || (strict && column(i) == token(i))) s.x[i] = 0;
+    if (resets) {
+        for (int i = 0; i < 8; i++)
+            if (!linked(resets, column(i), token(i))) s.x[i] = 0;
+    }
     return s;
 }
 
-// Rows that the incoming state does not reach.
+// Zeros in the rows that the incoming state does not reach.
 __device__ __forceinline__ void cut(Sum& s, uint32_t resets) {
-    for (int i = 0; i < 8; i++)
-        if (!linked(resets, START, token(i))) s.x[i] = 0;
+    if (resets) {
+        for (int i = 0; i < 8; i++)
+            if (!linked(resets, START, token(i))) s.x[i] = 0;
+    }
+}
+// Zeros in the rows that do not reach the end of the chunk.
+__device__ __forceinline__ void cut_end(Sum& s, uint32_t resets) {
+    if (resets) {
+        for (int i = 0; i < 8; i++)
+            if (!linked(resets, token(i), END)) s.x[i] = 0;
+    }
 }
 
 // For each token the sum over it and those before it, or those after it.

@@ -167,6 +167,12 @@ template <class T> T shfl(T value, int source) {
     return result;
 }
 
+inline unsigned ballot(bool predicate) {
+    unsigned bits = predicate ? 1u << (B->current & 31) : 0;
+    for (int step = 1; step < 32; step *= 2) bits |= shfl(bits, (B->current & 31) ^ step);
+    return bits;
+}
+
 extern "C" inline void cu_entry() {
     (*B->body)();
     Block* b = B;
@@ -237,6 +243,7 @@ extern "C" inline __attribute__((used, visibility("default"))) void emulate_devi
 #define gridDim (cu::B->grid_size)
 #define __shfl_sync(mask, value, lane, ...) cu::shfl((value), (lane))
 #define __shfl_xor_sync(mask, value, lanes, ...) cu::shfl((value), (cu::B->current & 31) ^ (lanes))
+#define __ballot_sync(mask, predicate) cu::ballot(predicate)
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     cu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(cu::B->dynamic)

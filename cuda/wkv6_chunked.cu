@@ -133,16 +133,17 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     Sum G, Ke;
     for (int i = 0; i < 8; i++) {
         G.x[i] = r.x[i] * block.before.x[i];
-        Ke.x[i] = linked(resets, token(i), END) ? k.x[i] * block.after.x[i] : 0;
+        Ke.x[i] = k.x[i] * block.after.x[i];
     }
     cut(G, resets);
+    cut_end(Ke, resets);
     Factors& f = factors[head * segment.count + chunk];
     f.G[n][l] = words(to_tile(backward ? Ke : G));
     f.Ket[n][l] = words(transpose(to_tile(backward ? G : Ke)));
     if (l < 4) {
-        bool kept = linked(resets, START, END);
         const Sum& all = block.all;
-        f.F[n * 4 + l] = kept ? make_float4(all.x[0], all.x[1], all.x[4], all.x[5]) : make_float4(0, 0, 0, 0);
+        f.F[n * 4 + l] =
+            resets ? make_float4(0, 0, 0, 0) : make_float4(all.x[0], all.x[1], all.x[4], all.x[5]);
     }
     __syncthreads();
 
@@ -195,6 +196,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
         mma(dKe, get(V[i]), transpose(Di));
     }
     cut(dG, resets);
+    cut_end(dKe, resets);
     __syncthreads();
 
     // `after`, `before`: the sums of d log delta over later and earlier tokens, with the token's `self` that
@@ -222,7 +224,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
     float sum[4] = {};
     for (int i = 0; i < 8; i++) {
         float c = own[token(i)], from_start = block.before.x[i] * dG.x[i];
-        float to_end = linked(resets, token(i), END) ? block.after.x[i] * dKe.x[i] : 0;
+        float to_end = block.after.x[i] * dKe.x[i];
         after.x[i] += r.x[i] * from_start;
         before.x[i] = k.x[i] * to_end;
         self.x[i] += r.x[i] * from_start + before.x[i];
@@ -243,7 +245,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
         du[(head * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     Sum dW;
     for (int i = 0; i < 8; i++) {
-        float whole = linked(resets, START, END) ? block.all.x[i] * MD[channel(i)] : 0;
+        float whole = resets ? 0 : block.all.x[i] * MD[channel(i)];
         dW.x[i] = w.x[i] > FORGETS ? 0 : -__expf(w.x[i]) * (whole + after.x[i] + before.x[i] - self.x[i]);
     }
     store_tile(dw, at, to_tile<T>(dW));

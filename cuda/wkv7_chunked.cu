@@ -86,11 +86,6 @@ template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, 
     return s;
 }
 
-// Be / B and Ke / K.
-__device__ __forceinline__ float to_end(const float (&F)[4], uint32_t resets, int i) {
-    return linked(resets, token(i), END) ? F[channel(i)] : 0;
-}
-
 // (1 - ab)^-1 by forward substitution, lane c < 16 has column c. By one warp; `columns` is its workspace.
 __device__ __forceinline__ void invert(SharedTile& inverse, const Sum& ab, float (&columns)[CHUNK][CHUNK]) {
     int c = lane_id();
@@ -142,9 +137,11 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     cut(G, resets);
 
     for (int i = 0; i < 8; i++) {
-        Be.x[i] = s.B.x[i] * to_end(s.F, resets, i);
-        Ke.x[i] = s.K.x[i] * to_end(s.F, resets, i);
+        Be.x[i] = s.B.x[i] * s.F[channel(i)];
+        Ke.x[i] = s.K.x[i] * s.F[channel(i)];
     }
+    cut_end(Be, resets);
+    cut_end(Ke, resets);
 
     Factors& f = factors[head * segment.count + chunk];
     const Tile Bet = transpose(to_tile(Be));
@@ -163,8 +160,7 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
         if (n == 0) f.Q[l] = words(to_tile(Q)), f.L[l] = words(to_tile(L));
     }
     if (l < 4)
-        f.F[n * 4 + l] = linked(resets, START, END) ? make_float4(s.F[0], s.F[1], s.F[2], s.F[3])
-                                                    : make_float4(0, 0, 0, 0);
+        f.F[n * 4 + l] = resets ? make_float4(0, 0, 0, 0) : make_float4(s.F[0], s.F[1], s.F[2], s.F[3]);
 }
 
 template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(Inputs<T> in, const T* dy,
@@ -186,7 +182,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     put(K[n], to_tile(s.K));
     put(R[n], to_tile(s.R));
     Sum ends;
-    for (int i = 0; i < 8; i++) ends.x[i] = s.B.x[i] * to_end(s.F, resets, i);
+    for (int i = 0; i < 8; i++) ends.x[i] = s.B.x[i] * s.F[channel(i)];
+    cut_end(ends, resets);
     put(Be[n], to_tile(ends));
     uint4 m[4], g[4];  // on their way while the scores are made
     for (int i = 0; i < 4; i++) m[i] = M.tile[n][i][l], g[i] = D.tile[n][i][l];
@@ -255,8 +252,10 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     mma(dK, get_transposed(dak), get_transposed(A[n]));
     mma(dK, get_transposed(drk), get_transposed(R[n]));
     const Sum Bs = to_sum(get(B[n])), Ks = to_sum(get(K[n]));
+    cut_end(dBe, resets);
+    cut_end(dKe, resets);
     for (int i = 0; i < 8; i++) {
-        float end = to_end(s.F, resets, i), grow = __expf(-s.P.x[i]);
+        float end = s.F[channel(i)], grow = __expf(-s.P.x[i]);
         after.x[i] -= Bs.x[i] * dB.x[i] + Ks.x[i] * dK.x[i];
         before.x[i] = (Bs.x[i] * dBe.x[i] + Ks.x[i] * dKe.x[i]) * end;
         own.x[i] += before.x[i];
@@ -270,7 +269,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     before = running_sum<false>(before);
     for (int c = 0; c < 4; c++) {
         for (int step = 4; step < 32; step *= 2) MD[c] += __shfl_xor_sync(~0u, MD[c], step);
-        MD[c] = linked(resets, START, END) ? MD[c] * s.F[c] : 0;
+        MD[c] = resets ? 0 : MD[c] * s.F[c];
     }
     Sum dW;
     for (int i = 0; i < 8; i++) {
