@@ -39,6 +39,9 @@ struct Segment {
     int H, begin, count;
 };
 
+constexpr float LOG2_E = 1.44269504f;
+__device__ __forceinline__ float exp_ftz(float x) { return exp2_ftz(x * LOG2_E); }
+
 typedef SharedTile Matrix[4];  // 16 tokens x 64 channels
 
 __device__ __forceinline__ uint4 words(const Tile& t) { return {t.x[0], t.x[1], t.x[2], t.x[3]}; }

@@ -64,6 +64,18 @@ __device__ __forceinline__ void mma_16816(float* d, const Tile& a, uint32_t b0, 
         "r"(b1));
 }
 
+// 2^x and 1/x in one instruction, denormals as 0; the forms of the library take three or four
+__device__ __forceinline__ float exp2_ftz(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal_ftz(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // an 8x8 quarter transposed
 __device__ __forceinline__ uint32_t movmatrix(uint32_t x) {
     uint32_t y = 0;
@@ -125,6 +137,10 @@ inline void mma_16816(float* d, const Tile& a, uint32_t b0, uint32_t b1) {
         for (int k = 0; k < 16; k++) d[i] += warp.a[g + i / 2 * 8][k] * warp.b[2 * q + i % 2][k];
     cu::warp_sync();
 }
+
+inline float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0, x) : x; }
+inline float exp2_ftz(float x) { return flush(exp2f(flush(x))); }
+inline float reciprocal_ftz(float x) { return flush(1 / flush(x)); }
 
 inline uint32_t movmatrix(uint32_t x) {
     int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;

@@ -67,7 +67,7 @@ struct Block {
     Sum before, after, all;
 
     __device__ explicit Block(const Sum& w) {
-        for (int i = 0; i < 8; i++) before.x[i] = after.x[i] = 1, all.x[i] = __expf(-__expf(w.x[i]));
+        for (int i = 0; i < 8; i++) before.x[i] = after.x[i] = 1, all.x[i] = exp_ftz(-exp_ftz(w.x[i]));
     }
     static __device__ bool second(int level, int i) { return token(i) >> level & 1; }
     // from blocks of 2^level tokens to twice that
@@ -246,7 +246,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
     Sum dW;
     for (int i = 0; i < 8; i++) {
         float whole = resets ? 0 : block.all.x[i] * MD[channel(i)];
-        dW.x[i] = w.x[i] > FORGETS ? 0 : -__expf(w.x[i]) * (whole + after.x[i] + before.x[i] - self.x[i]);
+        dW.x[i] = w.x[i] > FORGETS ? 0 : -exp_ftz(w.x[i]) * (whole + after.x[i] + before.x[i] - self.x[i]);
     }
     store_tile(dw, at, to_tile<T>(dW));
 }

@@ -62,7 +62,10 @@ template <class T> struct Inputs {
     const uint8_t* reset;
 };
 
-__device__ __forceinline__ float log_delta(float w) { return __fdividef(-LOWEST, 1 + __expf(-w)); }
+// to base 2, as are all logarithms of decays from here on
+__device__ __forceinline__ float log_delta(float w) {
+    return -LOWEST * LOG2_E * reciprocal_ftz(1 + exp_ftz(-w));
+}
 
 // The scaled inputs of 16 channels.
 struct Scaled {
@@ -76,12 +79,12 @@ template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, 
     for (int i = 0; i < 8; i++) s.P.x[i] = log_delta(w.x[i]);
     s.P = running_sum<false>(s.P);
     for (int i = 0; i < 8; i++) {
-        if (i & 2) s.F[channel(i)] = __expf(__shfl_sync(~0u, s.P.x[i], 28 + lane_id() % 4));
-        float grow = __expf(-s.P.x[i]);
-        s.A.x[i] *= __expf(s.P.x[i] - log_delta(w.x[i]));
+        if (i & 2) s.F[channel(i)] = exp2_ftz(__shfl_sync(~0u, s.P.x[i], 28 + lane_id() % 4));
+        float grow = exp2_ftz(-s.P.x[i]);
+        s.A.x[i] *= exp2_ftz(s.P.x[i] - log_delta(w.x[i]));
         s.B.x[i] *= grow;
         s.K.x[i] *= grow;
-        s.R.x[i] *= __expf(s.P.x[i]);
+        s.R.x[i] *= exp2_ftz(s.P.x[i]);
     }
     return s;
 }
@@ -240,8 +243,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     for (int i = 0; i < 8; i++) {
         own.x[i] = As.x[i] * dA.x[i];
         after.x[i] = Rs.x[i] * dR.x[i] + own.x[i];
-        dR.x[i] *= __expf(s.P.x[i]);
-        dA.x[i] *= __expf(s.P.x[i] - log_delta(w.x[i]));
+        dR.x[i] *= exp2_ftz(s.P.x[i]);
+        dA.x[i] *= exp2_ftz(s.P.x[i] - log_delta(w.x[i]));
     }
     store_tile(dr, at, to_tile<T>(dR));
     store_tile(da, at, to_tile<T>(dA));
@@ -255,7 +258,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     cut_end(dBe, resets);
     cut_end(dKe, resets);
     for (int i = 0; i < 8; i++) {
-        float end = s.F[channel(i)], grow = __expf(-s.P.x[i]);
+        float end = s.F[channel(i)], grow = exp2_ftz(-s.P.x[i]);
         after.x[i] -= Bs.x[i] * dB.x[i] + Ks.x[i] * dK.x[i];
         before.x[i] = (Bs.x[i] * dBe.x[i] + Ks.x[i] * dKe.x[i]) * end;
         own.x[i] += before.x[i];
@@ -274,9 +277,9 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     Sum dW;
     for (int i = 0; i < 8; i++) {
         // the derivative of the sigmoid, without the cancellation in 1 - sigmoid
-        float tail = __expf(-fabsf(w.x[i]));
+        float tail = exp_ftz(-fabsf(w.x[i]));
         dW.x[i] = (MD[channel(i)] + after.x[i] + before.x[i] - own.x[i]) * -LOWEST *
-                  __fdividef(tail, (1 + tail) * (1 + tail));
+                  tail * reciprocal_ftz((1 + tail) * (1 + tail));
     }
     store_tile(dw, at, to_tile<T>(dW));
 }
