@@ -33,10 +33,19 @@ constexpr int64_t SEGMENT_HEADS = 1024, SEGMENT_CHUNKS = 16;
 // the state before a chunk, by value tile and key tile
 struct State { uint4 tile[4][4][32]; };
 
-// chunks [begin, begin + count) of sequences of T tokens and H heads
+// chunks [begin, begin + count) of sequences of T tokens
 struct Segment {
     int64_t T;
-    int H, begin, count;
+    int begin, count;
+};
+
+// The head of a block, of one row of the batch. A grid is (blocks of a head, heads, rows), so that no block
+// has to divide.
+struct Head {
+    int64_t row;
+    int h, heads;
+    __device__ Head() : row(blockIdx.z), h(blockIdx.y), heads(gridDim.y) {}
+    __device__ int64_t index() const { return row * heads + h; }
 };
 
 constexpr float LOG2_E = 1.44269504f;
@@ -45,7 +54,9 @@ __device__ __forceinline__ float exp_ftz(float x) { return exp2_ftz(x * LOG2_E);
 typedef SharedTile Matrix[4];  // 16 tokens x 64 channels
 
 __device__ __forceinline__ uint4 words(const Tile& t) { return {t.x[0], t.x[1], t.x[2], t.x[3]}; }
+__device__ __forceinline__ uint4 words(const Operand& b) { return {b.x[0], b.x[1], b.x[2], b.x[3]}; }
 __device__ __forceinline__ Tile tile(const uint4& w) { return {{w.x, w.y, w.z, w.w}}; }
+__device__ __forceinline__ Operand operand(const uint4& w) { return {{w.x, w.y, w.z, w.w}}; }
 
 // Element i of a Sum whose rows are tokens belongs to this token of the chunk and to this one of the lane's
 // four channels; if columns are tokens too, to this one.
@@ -53,37 +64,30 @@ __device__ __forceinline__ int token(int i) { return lane_id() / 4 + (i & 2) * 4
 __device__ __forceinline__ int channel(int i) { return (i >> 2) * 2 + (i & 1); }
 __device__ __forceinline__ int column(int i) { return (i >> 2) * 8 + lane_id() % 4 * 2 + (i & 1); }
 
-// Where a lane finds its part of a tile of activations.
+// Where a lane finds its part of a tile of activations, which is four channels of two tokens.
 struct Place {
-    int64_t offset;  // of its first channel in the chunk's first token
-    int stride;      // from token to token
-    int left;        // tokens to the end of the sequence
-    __device__ Place after(int chunks) const {
-        return {offset + (int64_t)chunks * CHUNK * stride, stride, left - chunks * CHUNK};
-    }
+    int64_t offset;  // of its first channel in the first of its tokens
+    int half;        // from there to the other token
+    int left;        // tokens from the first one to the end of the sequence
 };
-__device__ __forceinline__ Place place(const Segment& s, int64_t head, int chunk, int warp) {
-    int64_t t = (int64_t)(s.begin + chunk) * CHUNK, row = (head / s.H * s.T + t) * s.H + head % s.H;
-    return {row * N + warp * 16 + lane_id() % 4 * 4, s.H * N, (int)(s.T - t)};
+__device__ __forceinline__ Place place(const Segment& s, const Head& head, int chunk, int warp) {
+    int64_t t = (int64_t)(s.begin + chunk) * CHUNK + lane_id() / 4;
+    int64_t vector = (head.row * s.T + t) * head.heads + head.h;
+    return {vector * N + warp * 16 + lane_id() % 4 * 4, 8 * head.heads * N, (int)(s.T - t)};
 }
 
 template <class T> __device__ __forceinline__ Tile load_tile(const T* x, const Place& at, float fill = 0) {
-    Tile tile;
-    for (int h = 0; h < 2; h++) {
-        int t = lane_id() / 4 + 8 * h;
-        uint2 pairs = {pack<T>(fill, fill), pack<T>(fill, fill)};
-        if (t < at.left) pairs = *(const uint2*)(x + at.offset + (int64_t)t * at.stride);
-        tile.x[h] = pairs.x, tile.x[h + 2] = pairs.y;
-    }
-    return tile;
+    uint2 first = {pack<T>(fill, fill), pack<T>(fill, fill)}, second = first;
+    const T* from = x + at.offset;
+    if (at.left > 0) first = *(const uint2*)from;
+    if (at.left > 8) second = *(const uint2*)(from + at.half);
+    return {{first.x, second.x, first.y, second.y}};
 }
-template <class T> __device__ __forceinline__ void store_tile(T* x, const Place& at, const Tile& tile) {
-    for (int h = 0; h < 2; h++) {
-        int t = lane_id() / 4 + 8 * h;
-        // as an assignment this would be two stores of 4 bytes; streaming, so that L2 keeps the factors
-        if (t < at.left)
-            __stcs((uint2*)(x + at.offset + (int64_t)t * at.stride), make_uint2(tile.x[h], tile.x[h + 2]));
-    }
+// As an assignment a store would become two of 4 bytes; streaming, so that L2 keeps the factors.
+template <class T> __device__ __forceinline__ void store_tile(T* x, const Place& at, const Tile& t) {
+    T* to = x + at.offset;
+    if (at.left > 0) __stcs((uint2*)to, make_uint2(t.x[0], t.x[2]));
+    if (at.left > 8) __stcs((uint2*)(to + at.half), make_uint2(t.x[1], t.x[3]));
 }
 template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
     return std::is_same<T, __nv_bfloat16>::value ? t : to_tile(to_sum<T>(t));
@@ -92,10 +96,10 @@ template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
 // Bit t: a document starts at token t of the chunk. Most chunks have no such token and branch around what
 // documents would cut; all lanes have the same bits.
 __device__ __forceinline__ uint32_t find_resets(
-    const uint8_t* reset, const Segment& s, int64_t head, int chunk) {
+    const uint8_t* reset, const Segment& s, const Head& head, int chunk) {
     if (!reset) return 0;
     int64_t t = (int64_t)(s.begin + chunk) * CHUNK + lane_id();
-    return __ballot_sync(~0u, lane_id() < CHUNK && t < s.T && reset[head / s.H * s.T + t]);
+    return __ballot_sync(~0u, lane_id() < CHUNK && t < s.T && reset[head.row * s.T + t]);
 }
 // Whether no document starts after token i, up to and including token t. The incoming state is before all
 // tokens.
@@ -108,7 +112,7 @@ __device__ __forceinline__ bool linked(uint32_t resets, int i, int t) {
 template <bool strict>
 __device__ __forceinline__ Sum score(const Matrix& x, const Matrix& y, uint32_t resets) {
     Sum s = {};
-    for (int i = 0; i < 4; i++) mma(s, get(x[i]), get(y[i]));
+    for (int i = 0; i < 4; i++) mma(s, get(x[i]), get_b(y[i]));
     for (int i = 0; i < 8; i++)
         if (column(i) > token(i) || (strict && column(i) == token(i))) s.x[i] = 0;
     if (resets) {
@@ -150,34 +154,42 @@ template <bool after> __device__ __forceinline__ Sum running_sum(Sum s) {
 
 // v and y are dy and dv in the backward, where time runs backwards too. The block's warps are a constant, so
 // that the loop over the factors' words is unrolled.
-template <class T, class Factors, bool backward, int warps> __global__ void __launch_bounds__(32 * warps)
+template <class T, class Factors, bool backward, int warps>
+__global__ void __launch_bounds__(32 * warps, 16 / warps)
     scan(const Factors* factors, const T* v, T* y, const float* from, float* to, State* states,
         int64_t states_stride, Segment segment) {
     struct Values { uint2 of[CHUNK][4]; };  // 16 tokens x 16 values
     DYNAMIC_SHARED(unsigned char, shared);
     auto* ring = (Factors*)shared;
     auto* values = (Values*)(ring + STAGES);
-    constexpr int parts = WARPS / warps, count = sizeof(Factors) / 16;
-    const int l = lane_id(), q = l % 4, n = blockIdx.x % parts * warps + threadIdx.x / 32;
-    const int64_t head = blockIdx.x / parts;
-    const Place first = place(segment, head, 0, n);
+    constexpr int count = sizeof(Factors) / 16, direction = backward ? -1 : 1;
+    const int l = lane_id(), q = l % 4, n = blockIdx.x * warps + threadIdx.x / 32;
+    const Head block;
+    const int64_t head = block.index(), next = (int64_t)direction * CHUNK * block.heads * N;  // chunk
+    const int begin = backward ? segment.count - 1 : 0;
     Values* mine = values + threadIdx.x / 32 * STAGES;
 
-    auto chunk = [&](int step) { return backward ? segment.count - 1 - step : step; };
+    // what moves from chunk to chunk: for the next one to fetch ...
+    auto* source = (const uint4*)&factors[head * segment.count + begin] + threadIdx.x;
+    Place at = place(segment, block, begin, n);
+    const T* row = v + at.offset + (int64_t)(l / 2 - l / 4) * block.heads * N + l % 2 * 8 - q * 4;
+    int left = at.left + l / 4 - l / 2;
+    // ... and for the present one
+    State* state = states + head * states_stride + begin;
+    y += at.offset;
+
     auto fetch = [&](int step) {
         if (step < segment.count) {
-            auto* global = (const uint4*)&factors[head * segment.count + chunk(step)];
-            auto* local = (uint4*)&ring[step % STAGES];
+            auto* local = (uint4*)&ring[step % STAGES] + threadIdx.x;
 #pragma unroll
             for (int i = 0; i < count; i += 32 * warps)
-                if (i + 32 * warps <= count || i + (int)threadIdx.x < count)
-                    copy_async(local + i + threadIdx.x, global + i + threadIdx.x);
-            const Place at = first.after(chunk(step));
-            bool valid = l / 2 < at.left;
-            const T* row = v + at.offset - q * 4 + (valid ? (int64_t)(l / 2) * at.stride : 0);
-            copy_async(&mine[step % STAGES].of[l / 2][l % 2 * 2], row + l % 2 * 8, valid);
+                if (i + 32 * warps <= count || i + (int)threadIdx.x < count) copy_async(local + i, source + i);
+            copy_async(&mine[step % STAGES].of[l / 2][l % 2 * 2], row, left > 0);
         }
         copy_commit();  // an empty group at the end keeps the count
+        source += direction * count;
+        row += next;
+        left -= direction * CHUNK;
     };
 
     Sum S[4] = {};
@@ -207,24 +219,27 @@ template <class T, class Factors, bool backward, int warps> __global__ void __la
 
         // all of this is transposed: 16 values x tokens, 16 values x keys
         Sum U = {}, Y = {};
-        if constexpr (Factors::DELTA_RULE && !backward) mma(U, Vt, tile(f.Q[l]));
-        mma(Y, Vt, tile(f.L[l]));
+        if constexpr (Factors::DELTA_RULE && !backward) mma(U, Vt, operand(f.Q[l]));
+        mma(Y, Vt, operand(f.L[l]));
         for (int i = 0; i < 4; i++) {
             Tile s = to_tile(S[i]);
-            states[head * states_stride + chunk(step)].tile[n][i][l] = words(s);
-            if constexpr (Factors::DELTA_RULE) mma(U, s, tile(f.W[i][l]));
-            mma(Y, s, tile(f.G[i][l]));
+            state->tile[n][i][l] = words(s);
+            if constexpr (Factors::DELTA_RULE) mma(U, s, operand(f.W[i][l]));
+            mma(Y, s, operand(f.G[i][l]));
             float4 F = f.F[i * 4 + q];
             float decay[4] = {F.x, F.y, F.z, F.w};
             for (int e = 0; e < 8; e++) S[i].x[e] *= decay[channel(e)];
-            mma(S[i], Vt, tile(f.Ket[i][l]));
+            mma(S[i], Vt, operand(f.Ket[i][l]));
         }
         if constexpr (Factors::DELTA_RULE) {
             const Tile Ut = to_tile(U);
-            for (int i = 0; i < 4; i++) mma(S[i], Ut, tile(f.Bet[i][l]));
+            for (int i = 0; i < 4; i++) mma(S[i], Ut, operand(f.Bet[i][l]));
         }
 
-        store_tile(y, first.after(chunk(step)), transpose(to_tile<T>(Y)));
+        store_tile(y, {0, at.half, at.left}, transpose(to_tile<T>(Y)));
+        state += direction;
+        y += next;
+        at.left -= direction * CHUNK;
     }
 
     for (int i = 0; i < 4; i++)
@@ -232,16 +247,18 @@ template <class T, class Factors, bool backward, int warps> __global__ void __la
 }
 
 struct Sizes {
-    int64_t T, H, heads, chunks, segment;
+    int64_t B, T, H, heads, chunks, segment;
     Sizes(int64_t B, int64_t T, int64_t H)
-        : T(T),
+        : B(B),
+          T(T),
           H(H),
           heads(B * H),
           chunks((T + CHUNK - 1) / CHUNK),
           segment(std::min(chunks, std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads))) {}
     Segment at(int64_t begin) const {
-        return {T, (int)H, (int)begin, (int)std::min(segment, chunks - begin)};
+        return {T, (int)begin, (int)std::min(segment, chunks - begin)};
     }
+    dim3 grid(int blocks) const { return dim3(blocks, H, B); }  // of every head
     int64_t last() const { return (chunks - 1) / segment * segment; }
 };
 
@@ -251,7 +268,7 @@ template <class T, bool backward, class Factors> void run_scan(const Sizes& size
     // few heads: a block for each warp, to reach more multiprocessors; many: factors are fetched once for
     // four warps
     auto launch = [&](auto kernel, int warps) {
-        LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512),
+        LAUNCH(kernel, sizes.grid(WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512),
             stream, factors, (const T*)v, (T*)y, from, to, states, states_stride, segment);
     };
     if (sizes.heads >= 128) launch(scan<T, Factors, backward, 4>, 4);
@@ -263,7 +280,8 @@ bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
     std::initializer_list<const void*> pointers) {
     uintptr_t bits = 0;
     for (const void* p : pointers) bits |= (uintptr_t)p;
-    return B > 0 && T > 0 && H > 0 && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) &&
+    constexpr int64_t GRID = 65535;  // the largest y and z
+    return B > 0 && B <= GRID && T > 0 && H > 0 && H <= GRID && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) &&
            bits % 16 == 0;
 }
 

@@ -3,8 +3,7 @@
 //
 // Lane l = 4 g + q holds row g and columns 2q, 2q+1 of each 8x8 quarter of a tile, the quarters in the order
 // top left, bottom left, top right, bottom right:
-//   Tile.x[0..3]   in bf16, 32 bits a pair, low half first. As it stands this is operand A of mma.m16n8k16,
-//       and operand B of X Y^T.
+//   Tile.x[0..3]   in bf16, 32 bits a pair, low half first. As it stands this is operand A of mma.m16n8k16.
 //                  (Activations on their way to or from memory may be tiles of fp16.)
 //   Sum.x[0..7]    in fp32, operand D: element i is row g + 8 (i/2 % 2), column 8 (i/4) + 2q + i%2. A sum
 //       becomes a tile in its own lane.
@@ -17,6 +16,10 @@
 
 struct Tile { uint32_t x[4]; };
 struct Sum { float x[8]; };
+// A tile as operand B: the quarters in the order top left, top right, bottom left, bottom right, so that the
+// two registers of an instruction are neighbours, as they must be. From a Tile it takes up to four moves, from
+// memory none.
+struct Operand { uint32_t x[4]; };
 // the quarters one after the other, each as 8 rows of 16 bytes: no bank conflicts, neither for rows nor for
 // columns
 struct __align__(16) SharedTile { uint32_t words[128]; };
@@ -214,10 +217,11 @@ template <class T = __nv_bfloat16> __device__ __forceinline__ Sum to_sum(const T
 }
 
 // d += a b^T
-__device__ __forceinline__ void mma(Sum& d, const Tile& a, const Tile& b) {
-    mma_16816(d.x, a, b.x[0], b.x[2]);
-    mma_16816(d.x + 4, a, b.x[1], b.x[3]);
+__device__ __forceinline__ void mma(Sum& d, const Tile& a, const Operand& b) {
+    mma_16816(d.x, a, b.x[0], b.x[1]);
+    mma_16816(d.x + 4, a, b.x[2], b.x[3]);
 }
+__device__ __forceinline__ Operand operand(const Tile& t) { return {{t.x[0], t.x[2], t.x[1], t.x[3]}}; }
 
 __device__ __forceinline__ Tile transpose(const Tile& t) {
     return {{movmatrix(t.x[0]), movmatrix(t.x[2]), movmatrix(t.x[1]), movmatrix(t.x[3])}};
@@ -227,10 +231,20 @@ __device__ __forceinline__ void put(SharedTile& s, const Tile& t) {
     for (int i = 0; i < 4; i++) s.words[32 * i + lane_id()] = t.x[i];
 }
 
-__device__ __forceinline__ Tile get(const SharedTile& s) { return ldmatrix<false>(s.words + 4 * lane_id()); }
-
-__device__ __forceinline__ Tile get_transposed(const SharedTile& s) {
+// Addresses for ldmatrix: the quarters in their order, and with the two off-diagonal ones exchanged.
+__device__ __forceinline__ const uint32_t* in_order(const SharedTile& s) { return s.words + 4 * lane_id(); }
+__device__ __forceinline__ const uint32_t* exchanged(const SharedTile& s) {
     int l = lane_id();
-    // the two off-diagonal quarters change places
-    return ldmatrix<true>(s.words + (l & 8) * 8 + (l & 16) * 2 + (l & 7) * 4);
+    return s.words + (l & 8) * 8 + (l & 16) * 2 + (l & 7) * 4;
+}
+__device__ __forceinline__ Tile get(const SharedTile& s) { return ldmatrix<false>(in_order(s)); }
+__device__ __forceinline__ Tile get_transposed(const SharedTile& s) { return ldmatrix<true>(exchanged(s)); }
+// the same as operands B
+__device__ __forceinline__ Operand get_b(const SharedTile& s) {
+    Tile t = ldmatrix<false>(exchanged(s));
+    return {{t.x[0], t.x[1], t.x[2], t.x[3]}};
+}
+__device__ __forceinline__ Operand get_b_transposed(const SharedTile& s) {
+    Tile t = ldmatrix<true>(in_order(s));
+    return {{t.x[0], t.x[1], t.x[2], t.x[3]}};
 }

@@ -99,8 +99,8 @@ __device__ __forceinline__ void keep_level(Sum& s, int level) {
         if ((token(i) ^ column(i)) >> level != 1) s.x[i] = 0;
 }
 
-__device__ __forceinline__ float4 bonus(const float* u, int64_t head, int H, int warp) {
-    return *(const float4*)(u + head % H * N + warp * 16 + lane_id() % 4 * 4);
+__device__ __forceinline__ float4 bonus(const float* u, int h, int warp) {
+    return *(const float4*)(u + h * N + warp * 16 + lane_id() % 4 * 4);
 }
 
 template <class T, bool backward>
@@ -108,16 +108,17 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     __shared__ Matrix R[LEVELS], K[LEVELS];
     __shared__ SharedTile scores[LEVELS];
     __shared__ float diagonal[WARPS][CHUNK];  // r . u k over each warp's channels
-    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x % segment.count;
-    const int64_t head = blockIdx.x / segment.count;
+    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
+    const Head head;
     const Place at = place(segment, head, chunk, n);
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
     const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)),
               k = to_sum<T>(load_tile(in.k, at));
-    const float4 u4 = bonus(in.u, head, segment.H, n);
+    const float4 u4 = bonus(in.u, head.h, n);
     const float u[4] = {u4.x, u4.y, u4.z, u4.w};
 
     Block block(w);
+#pragma unroll
     for (int level = 0; level < LEVELS; level++) {
         put(R[level][n], to_tile(block.queries(r, level)));
         put(K[level][n], to_tile(block.keys(k, level)));
@@ -137,9 +138,9 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     }
     cut(G, resets);
     cut_end(Ke, resets);
-    Factors& f = factors[head * segment.count + chunk];
-    f.G[n][l] = words(to_tile(backward ? Ke : G));
-    f.Ket[n][l] = words(transpose(to_tile(backward ? G : Ke)));
+    Factors& f = factors[head.index() * segment.count + chunk];
+    f.G[n][l] = words(operand(to_tile(backward ? Ke : G)));
+    f.Ket[n][l] = words(operand(transpose(to_tile(backward ? G : Ke))));
     if (l < 4) {
         const Sum& all = block.all;
         f.F[n * 4 + l] =
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
             if (token(i) == column(i))
                 for (int warp = 0; warp < WARPS; warp++) L.x[i] += diagonal[warp][token(i)];
         const Tile tile = to_tile(L);
-        f.L[l] = words(backward ? transpose(tile) : tile);
+        f.L[l] = words(operand(backward ? transpose(tile) : tile));
     }
 }
 
@@ -169,14 +170,14 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
     __shared__ Matrix V, dY;
     __shared__ SharedTile drk[LEVELS];
     __shared__ float own[CHUNK];  // c
-    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x % segment.count;
-    const int64_t head = blockIdx.x / segment.count;
+    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
+    const Head head;
     const Place at = place(segment, head, chunk, n);
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
-    const State& M = Ms[head * Ms_stride + chunk];
-    const State& D = Ds[head * segment.count + chunk];
-    const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)),
-              k = to_sum<T>(load_tile(in.k, at));
+    const State& M = Ms[head.index() * Ms_stride + chunk];
+    const State& D = Ds[head.index() * segment.count + chunk];
+    const Tile ws = load_tile(in.w, at, -INFINITY);
+    const Sum r = to_sum<T>(load_tile(in.r, at)), k = to_sum<T>(load_tile(in.k, at));
     put(V[n], to_bf16<T>(load_tile(in.v, at)));
     put(dY[n], to_bf16<T>(load_tile(dy, at)));
     __syncthreads();
@@ -192,8 +193,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
     for (int i = 0; i < 4; i++) {
         const Tile Mi = tile(M.tile[i][n][l]), Di = tile(D.tile[i][n][l]);
         for (int e = 0; e < 8; e++) MD[channel(e)] += to_sum(Mi).x[e] * to_sum(Di).x[e];
-        mma(dG, get(dY[i]), transpose(Mi));
-        mma(dKe, get(V[i]), transpose(Di));
+        mma(dG, get(dY[i]), operand(transpose(Mi)));
+        mma(dKe, get(V[i]), operand(transpose(Di)));
     }
     cut(dG, resets);
     cut_end(dKe, resets);
@@ -202,13 +203,14 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
     // `after`, `before`: the sums of d log delta over later and earlier tokens, with the token's `self` that
     // is not in them
     Sum drs = {}, dks = {}, after = {}, before, self = {};
-    Block block(w);
+    Block block(to_sum<T>(ws));
+#pragma unroll
     for (int level = 0; level < LEVELS; level++) {
         // products of rounded operands, as in dk, so that what must cancel does
         const Tile R = to_tile(block.queries(r, level)), K = to_tile(block.keys(k, level));
         Sum dR = {}, dK = {};
-        mma(dR, get(drk[level]), transpose(K));
-        mma(dK, get_transposed(drk[level]), transpose(R));
+        mma(dR, get(drk[level]), operand(transpose(K)));
+        mma(dK, get_transposed(drk[level]), operand(transpose(R)));
         for (int i = 0; i < 8; i++) {
             float ends = to_sum(R).x[i] * dR.x[i];
             self.x[i] += ends;
@@ -219,7 +221,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
         for (int i = 0; i < 8; i++) drs.x[i] += dR.x[i], dks.x[i] += dK.x[i];
         block.join(level);
     }
-    const float4 u4 = bonus(in.u, head, segment.H, n);
+    const float4 u4 = bonus(in.u, head.h, n);
     const float u[4] = {u4.x, u4.y, u4.z, u4.w};
     float sum[4] = {};
     for (int i = 0; i < 8; i++) {
@@ -242,7 +244,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
             sum[c] += __shfl_xor_sync(~0u, sum[c], step);
         }
     if (l < 4)
-        du[(head * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        du[(head.index() * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    const Sum w = to_sum<T>(ws);
     Sum dW;
     for (int i = 0; i < 8; i++) {
         float whole = resets ? 0 : block.all.x[i] * MD[channel(i)];
@@ -266,7 +269,7 @@ __global__ void __launch_bounds__(4 * N) sum_bonus(const float* parts, float* du
 template <class T, bool backward> void run_prepare(
     const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
     auto kernel = prepare<T, backward>;
-    LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, factors, segment);
+    LAUNCH(kernel, sizes.grid(segment.count), 32 * WARPS, 0, stream, in, factors, segment);
 }
 
 template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
@@ -291,7 +294,7 @@ template <class T> void backward(const Sizes& sizes, const Inputs<T>& in, const 
         run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds,
             segment.count, stream);
         auto kernel = gradients<T>;
-        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
+        LAUNCH(kernel, sizes.grid(segment.count), 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
             sizes.chunks, Ds, (T*)dr, (T*)dk, (T*)dw, (float4*)(parts + begin * N), segment);
     }
     LAUNCH(sum_bonus, sizes.heads, 4 * N, 0, stream, parts, du, sizes.chunks);

@@ -90,7 +90,9 @@ template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, 
 }
 
 // (1 - ab)^-1 by forward substitution, lane c < 16 has column c. By one warp; `columns` is its workspace.
-__device__ __forceinline__ void invert(SharedTile& inverse, const Sum& ab, float (&columns)[CHUNK][CHUNK]) {
+// Columns are 20 floats apart: with 16, four lanes of a store would meet in each bank.
+typedef float Columns[CHUNK][20];
+__device__ __forceinline__ void invert(SharedTile& inverse, const Sum& ab, Columns& columns) {
     int c = lane_id();
     for (int e = 0; e < 8; e++) columns[column(e)][token(e)] = ab.x[e];
     __syncwarp();
@@ -112,9 +114,9 @@ template <class T, bool backward>
 __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* factors, Segment segment) {
     __shared__ Matrix A, B, K, R;
     __shared__ SharedTile ak, rb, rk, inverse;
-    __shared__ __align__(16) float columns[CHUNK][CHUNK];
-    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x % segment.count;
-    const int64_t head = blockIdx.x / segment.count;
+    __shared__ __align__(16) Columns columns;
+    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
+    const Head head;
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
     const Scaled s = scale(in, place(segment, head, chunk, n));
     put(A[n], to_tile(s.A));
@@ -129,9 +131,9 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     if (n == 3) put(rk, to_tile(score<false>(R, K, resets)));
     __syncthreads();
 
-    const Tile At = get_transposed(A[n]), akt = get_transposed(ak);
+    const Operand At = get_b_transposed(A[n]), akt = get_b_transposed(ak);
     Sum rbI = {}, Q = {}, W = {}, G = s.R, L = to_sum(get(rk)), Be, Ke;
-    mma(rbI, get(rb), get_transposed(inverse));
+    mma(rbI, get(rb), get_b_transposed(inverse));
     mma(Q, get(inverse), akt);
     mma(L, to_tile(rbI), akt);
     mma(W, get(inverse), At);
@@ -146,21 +148,21 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     cut_end(Be, resets);
     cut_end(Ke, resets);
 
-    Factors& f = factors[head * segment.count + chunk];
-    const Tile Bet = transpose(to_tile(Be));
+    Factors& f = factors[head.index() * segment.count + chunk];
+    const Operand Bet = operand(transpose(to_tile(Be)));
     if (backward) {
         mma(Ke, transpose(to_tile(Q)), Bet);
-        f.W[n][l] = words(to_tile(Be));
-        f.G[n][l] = words(to_tile(Ke));
-        f.Bet[n][l] = words(transpose(to_tile(W)));
-        f.Ket[n][l] = words(transpose(to_tile(G)));
-        if (n == 0) f.L[l] = words(transpose(to_tile(L)));
+        f.W[n][l] = words(operand(to_tile(Be)));
+        f.G[n][l] = words(operand(to_tile(Ke)));
+        f.Bet[n][l] = words(operand(transpose(to_tile(W))));
+        f.Ket[n][l] = words(operand(transpose(to_tile(G))));
+        if (n == 0) f.L[l] = words(operand(transpose(to_tile(L))));
     } else {
-        f.W[n][l] = words(to_tile(W));
-        f.G[n][l] = words(to_tile(G));
+        f.W[n][l] = words(operand(to_tile(W)));
+        f.G[n][l] = words(operand(to_tile(G)));
         f.Bet[n][l] = words(Bet);
-        f.Ket[n][l] = words(transpose(to_tile(Ke)));
-        if (n == 0) f.Q[l] = words(to_tile(Q)), f.L[l] = words(to_tile(L));
+        f.Ket[n][l] = words(operand(transpose(to_tile(Ke))));
+        if (n == 0) f.Q[l] = words(operand(to_tile(Q))), f.L[l] = words(operand(to_tile(L)));
     }
     if (l < 4)
         f.F[n * 4 + l] = resets ? make_float4(0, 0, 0, 0) : make_float4(s.F[0], s.F[1], s.F[2], s.F[3]);
@@ -170,13 +172,13 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dw, T* dk, T* da, T* db, Segment segment) {
     __shared__ Matrix A, B, K, R, Be, V, dY, U, Z;
     __shared__ SharedTile ak, rb, inverse, dab, dak, drb, drk;
-    __shared__ __align__(16) float columns[CHUNK][CHUNK];
-    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x % segment.count;
-    const int64_t head = blockIdx.x / segment.count;
+    __shared__ __align__(16) Columns columns;
+    const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
+    const Head head;
     const Place at = place(segment, head, chunk, n);
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
-    const State& M = Ms[head * Ms_stride + chunk];
-    const State& D = Ds[head * segment.count + chunk];
+    const State& M = Ms[head.index() * Ms_stride + chunk];
+    const State& D = Ds[head.index() * segment.count + chunk];
     put(V[n], to_bf16<T>(load_tile(in.v, at)));
     put(dY[n], to_bf16<T>(load_tile(dy, at)));
     const Scaled s = scale(in, at);
@@ -198,17 +200,17 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     if (n == 3) put(drk, to_tile(score<false>(dY, V, resets)));
     Sum X = {}, dU = {};
     for (int i = 0; i < 4; i++) {
-        mma(X, get(A[i]), tile(m[i]));
-        mma(dU, get(Be[i]), tile(g[i]));
+        mma(X, get(A[i]), operand(tile(m[i])));
+        mma(dU, get(Be[i]), operand(tile(g[i])));
     }
     cut(X, resets);
     __syncthreads();
 
-    mma(X, get(ak), get_transposed(V[n]));
-    mma(dU, get_transposed(rb), get_transposed(dY[n]));
+    mma(X, get(ak), get_b_transposed(V[n]));
+    mma(dU, get_transposed(rb), get_b_transposed(dY[n]));
     Sum Us = {}, Zs = {};
-    mma(Us, get(inverse), transpose(to_tile(X)));
-    mma(Zs, get_transposed(inverse), transpose(to_tile(dU)));
+    mma(Us, get(inverse), operand(transpose(to_tile(X))));
+    mma(Zs, get_transposed(inverse), operand(transpose(to_tile(dU))));
     put(U[n], to_tile(Us));
     put(Z[n], to_tile(Zs));
     __syncthreads();
@@ -220,8 +222,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     float MD[4] = {};  // <M, D> over values
 #pragma unroll 1  // four at once would take more registers than four blocks a multiprocessor leave
     for (int i = 0; i < 4; i++) {
-        const Tile Mi = tile(M.tile[i][n][l]), Di = tile(D.tile[i][n][l]), Mt = transpose(Mi),
-                   Dt = transpose(Di);
+        const Tile Mi = tile(M.tile[i][n][l]), Di = tile(D.tile[i][n][l]);
+        const Operand Mt = operand(transpose(Mi)), Dt = operand(transpose(Di));
         for (int e = 0; e < 8; e++) MD[channel(e)] += to_sum(Mi).x[e] * to_sum(Di).x[e];
         mma(dR, get(dY[i]), Mt);
         mma(dA, get(Z[i]), Mt);
@@ -232,10 +234,10 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     cut(dA, resets);
     __syncthreads();
 
-    mma(dR, get(drb), get_transposed(B[n]));
-    mma(dR, get(drk), get_transposed(K[n]));
-    mma(dA, get(dab), get_transposed(B[n]));
-    mma(dA, get(dak), get_transposed(K[n]));
+    mma(dR, get(drb), get_b_transposed(B[n]));
+    mma(dR, get(drk), get_b_transposed(K[n]));
+    mma(dA, get(dab), get_b_transposed(B[n]));
+    mma(dA, get(dak), get_b_transposed(K[n]));
     const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), As = to_sum(get(A[n])), Rs = to_sum(get(R[n]));
     // the three sums of d log delta: pairs that end at this token or after, that begin there, that begin
     // before
@@ -250,10 +252,10 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     store_tile(da, at, to_tile<T>(dA));
 
     Sum dB = {}, dK = {};
-    mma(dB, get_transposed(dab), get_transposed(A[n]));
-    mma(dB, get_transposed(drb), get_transposed(R[n]));
-    mma(dK, get_transposed(dak), get_transposed(A[n]));
-    mma(dK, get_transposed(drk), get_transposed(R[n]));
+    mma(dB, get_transposed(dab), get_b_transposed(A[n]));
+    mma(dB, get_transposed(drb), get_b_transposed(R[n]));
+    mma(dK, get_transposed(dak), get_b_transposed(A[n]));
+    mma(dK, get_transposed(drk), get_b_transposed(R[n]));
     const Sum Bs = to_sum(get(B[n])), Ks = to_sum(get(K[n]));
     cut_end(dBe, resets);
     cut_end(dKe, resets);
@@ -287,7 +289,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
 template <class T, bool backward> void run_prepare(
     const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
     auto kernel = prepare<T, backward>;
-    LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, factors, segment);
+    LAUNCH(kernel, sizes.grid(segment.count), 32 * WARPS, 0, stream, in, factors, segment);
 }
 
 template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
@@ -311,7 +313,7 @@ template <class T> void backward(const Sizes& sizes, const Inputs<T>& in, const 
         run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds,
             segment.count, stream);
         auto kernel = gradients<T>;
-        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
+        LAUNCH(kernel, sizes.grid(segment.count), 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
             sizes.chunks, Ds, (T*)dr, (T*)dw, (T*)dk, (T*)da, (T*)db, segment);
     }
 }
