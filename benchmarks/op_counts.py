@@ -129,7 +129,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
         for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token")
     },
     # it has z where the mixes train
-    "shift_mix_backward": ("elementwise", lambda args: 1 + (args[0] is not None)),
+    "shift_mix_backward": ("elementwise", lambda args: 1 + (args[1] is not None)),
 }
 
 

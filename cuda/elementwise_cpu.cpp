@@ -67,7 +67,7 @@ struct Shift {
     const void *z, *last;
     const uint8_t* reset;
     const float* mix;
-    int count;
+    int64_t count;
     bool starts(const Shape& s, long b, long t) const { return reset && reset[b * s.T + t]; }
 };
 
@@ -157,24 +157,24 @@ template <int W> struct HeadVectors {
 extern "C" {
 
 void shift_mix_forward(const void* z, const void* last, const uint8_t* reset, const float* mix,
-    void* const* out, int count, SIZES) {
+    void* const* out, int64_t count, SIZES) {
     shift_forward<false>({z, last, reset, mix, count}, out, SHAPE);
 }
 
 void shift_mix_backward(const uint8_t* reset, const float* mix, const void* const* dout, void* dz,
-    void* dlast, int count, SIZES) {
+    void* dlast, int64_t count, SIZES) {
     shift_backward<false>({nullptr, nullptr, reset, mix, count}, nullptr, dout, dz, dlast, SHAPE);
 }
 
 // m becomes out, in place
 void shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset, const float* mix,
-    void* const* m, int count, SIZES) {
+    void* const* m, int64_t count, SIZES) {
     shift_forward<true>({z, last, reset, mix, count}, m, SHAPE);
 }
 
 // m becomes its gradient, in place
 void shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset, const float* mix,
-    void* const* m, const void* const* dout, void* dz, void* dlast, int count, SIZES) {
+    void* const* m, const void* const* dout, void* dz, void* dlast, int64_t count, SIZES) {
     shift_backward<true>({z, last, reset, mix, count}, m, dout, dz, dlast, SHAPE);
 }
 

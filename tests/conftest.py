@@ -81,6 +81,7 @@ def libraries():
         cpu_features(),
     )
     library = ctypes.CDLL(str(path))
+    library.device = "cuda"  # whose interface it has
     for op in ("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"):
         for size in ("saved", "scratch"):
             if (op, size) != ("wkv6", "saved"):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, elementwise, elementwise_reference, toolchain, wkv7
+from src.ops import build, elementwise, elementwise_ops, elementwise_reference, toolchain, wkv7
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
@@ -118,9 +118,11 @@ def check(name, sizes, dtype):
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the native functions, as they are called."""
-    seen, call = [], elementwise.call
+    seen, call = [], elementwise_ops.call
     monkeypatch.setattr(
-        elementwise, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1]
+        elementwise_ops,
+        "call",
+        lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1],
     )
     return seen
 
@@ -163,7 +165,9 @@ def test_narrower_vectors(flags, monkeypatch):
         command,
         ["-pthread"],
     )
-    monkeypatch.setattr(elementwise, "library", lambda device: CDLL(str(path)))
+    narrow = CDLL(str(path))
+    narrow.device = "cpu"
+    monkeypatch.setattr(elementwise_ops, "library", lambda device: narrow)
     for name in NAMES:
         for sizes in SIZES[:4]:
             check(name, sizes, torch.float32)
@@ -253,10 +257,12 @@ def test_the_op_takes_no_other_sizes():
     x, none = torch.randn(1, 4, 16), torch.empty(0)
     with pytest.raises(
         ValueError,
-        match="delta_inputs_forward: arguments are .*0.* expected one shape, and vectors of its last axis",
+        match="delta_inputs: arguments are .*0.* expected one shape, and vectors of its last axis",
     ):
         elementwise.delta_inputs(x, x, none, torch.ones(16), 2, True)
-    with pytest.raises(ValueError, match="shift_mix: last, reset and mixes are .* because z is"):
+    with pytest.raises(
+        ValueError, match="shift_mix: last, reset and numbers of the mixes are .* because z is"
+    ):
         elementwise.shift_mix(x, torch.randn(1, 16), None, [none], True)
 
 
@@ -360,7 +366,7 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
     def whole(*leaves):
         s0, reset, initial_state = beginning(leaves)
         assert mix7_serves(leaves[:6], vectors, reset, initial_state, True)
-        return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state)
+        return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state, "cpu")
 
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
@@ -431,6 +437,7 @@ def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
             vectors,
             EPS,
             *(arguments[name] for name in ("s0", "reset", "initial_state")),
+            "cpu",
         )
     assert re.search(found, str(error.value)) and not calls
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 
+from ..ops.elementwise import native_functions
 from .loss import head_loss
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
@@ -105,7 +106,7 @@ class Head(Linear):
 
     def __init__(self, width: int, vocab: int, kernel: str):
         super().__init__(width, vocab, bias=False)
-        self.native = kernel == "cpu"
+        self.native = native_functions(kernel)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if targets is None:

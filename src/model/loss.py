@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
 
+from ..ops.elementwise import ON_CPU
 from ..ops.native import DTYPE_CODES, library
 
 L2WRAP = 1e-4
@@ -60,17 +61,17 @@ def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, native: bool = False, weights: Tensor | None = None
+    x: Tensor, weight: Tensor, targets: Tensor, native: int = 0, weights: Tensor | None = None
 ) -> Tensor:
     """loss_sum(x W^T, targets, weights): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
 
     x and the weight have one dtype; the result is in at least fp32. Kept for the backward are the gradients
-    of x and of the weight, of those that want one. `native`: the softmax by cuda/loss_cpu.cpp, where x is
-    fp32 or bf16 on the CPU. `weights` are (tokens,) fp32.
+    of x and of the weight, of those that want one. `native`, if ON_CPU: the softmax by cuda/loss_cpu.cpp,
+    where x is fp32 or bf16 on the CPU. `weights` are (tokens,) fp32.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    native = native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    native = native == ON_CPU and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return _HeadLoss.apply(x, weight, targets, native, weights)
 
 

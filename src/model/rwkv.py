@@ -23,6 +23,7 @@ from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
 from ..config.launcher import is_first_process
+from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
 from .layers import Head, LayerNorm, chosen
 from .loss import LOGITS_AT_ONCE, loss_sum
@@ -184,13 +185,11 @@ class RWKV(nn.Module):
                 )
 
     def set_kernel(self, kernel: str) -> None:
-        """Use another WKV implementation.
-
-        "cpu" also means the native elementwise functions of src.ops.elementwise.
-        """
+        """Use another WKV implementation, and what is native beside it (src.ops.elementwise)."""
+        native = native_functions(kernel)
         for block in self.blocks:
             block.att.kernel = kernel
-            block.att.native = block.ffn.native = self.head.native = kernel == "cpu"
+            block.att.native = block.ffn.native = self.head.native = native
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv6
-from ..ops.elementwise import readout6, relu_squared, shift_mix, shift_mix_low_rank
+from ..ops.elementwise import (
+    native_functions,
+    readout6,
+    relu_squared,
+    shift_mix,
+    shift_mix_low_rank,
+)
 from .layers import (
     GROUP_NORM_EPS,
     Linear,
@@ -33,7 +39,7 @@ class TimeMix(nn.Module):
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
         self.layer, self.heads = layer, arch.n_head
-        self.kernel, self.native = kernel, kernel == "cpu"
+        self.kernel, self.native = kernel, native_functions(kernel)
         C, A, H, N, rank = arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.ranks
         self.time_maa_x = parameter(1, 1, C)  # token shift of x: z_t + (z_{t-1} - z_t) time_maa_x
         self.time_maa_w = parameter(1, 1, C)  # token shift of the decay w: its share is time_maa_w + m_w
@@ -128,7 +134,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
-        self.native = kernel == "cpu"
+        self.native = native_functions(kernel)
         C, F = arch.n_embd, arch.dim_ffn
         self.time_maa_k = parameter(1, 1, C)  # token shift: the share of the token before in x_k
         self.time_maa_r = parameter(1, 1, C)  # and in x_r

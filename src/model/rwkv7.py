@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv7
-from ..ops.elementwise import delta_inputs, readout7, relu_squared, shift_mix, value_residual
+from ..ops.elementwise import (
+    delta_inputs,
+    native_functions,
+    readout7,
+    relu_squared,
+    shift_mix,
+    value_residual,
+)
 from ..ops.mix7 import mix7, mix7_serves
 from .layers import (
     GROUP_NORM_EPS,
@@ -35,7 +42,7 @@ class TimeMix(nn.Module):
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
         self.layer, self.heads = layer, arch.n_head
-        self.kernel, self.native = kernel, kernel == "cpu"
+        self.kernel, self.native = kernel, native_functions(kernel)
         C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.ranks
         self.x_r = parameter(1, 1, C)  # token shift of r: its input is z_t + (z_{t-1} - z_t) x_r
         self.x_w = parameter(1, 1, C)  # token shift of the decay w
@@ -140,7 +147,7 @@ class TimeMix(nn.Module):
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
         if mix7_serves(activations, vectors, reset, initial_state, self.native):
             # the three steps below in one native function, which keeps less for the backward
-            y, state = mix7(activations, vectors, self.ln_x.eps, state, reset, initial_state)
+            y, state = mix7(activations, vectors, self.ln_x.eps, state, reset, initial_state, self.kernel)
         else:
             # delta inputs, a after its sigmoid: kappa = normalise(k k_k), alpha = -kappa, beta = kappa a,
             # k <- k (1 + (a - 1) k_a)
@@ -165,7 +172,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
-        self.native = kernel == "cpu"
+        self.native = native_functions(kernel)
         C, F = arch.n_embd, arch.dim_ffn
         self.x_k = parameter(1, 1, C)  # token shift: the share of the token before
         self.key = Linear(C, F, bias=False)  # (F, C)

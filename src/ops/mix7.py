@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import check
-from .elementwise import ready, serves, vector
+from .elementwise import serves
+from .elementwise_ops import ready
+from .native import has_tensor_core_form
 
 _ops = torch.ops.rwkv
 
@@ -21,7 +23,7 @@ def mix7_serves(
     vectors: tuple[Tensor, ...],
     reset: Tensor | None,
     initial_state: Tensor | None,
-    native: bool,
+    native: int,
 ) -> bool:
     """Whether mix7 computes this.
 
@@ -39,12 +41,13 @@ def mix7(
     s0: Tensor | None,
     reset: Tensor | None,
     initial_state: Tensor | None,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """(readout (B, T, C), final state) of a time mix.
 
     activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). vectors: k_k, k_a, r_k,
     weight and bias of ln_x, with shapes as in elementwise_reference. s0, reset and initial_state are as in
-    wkv7. Raises ValueError.
+    wkv7, which `kernel` runs: a native one. Raises ValueError.
     """
     _, _, r_k, *_ = vectors
     heads = len(r_k)
@@ -52,7 +55,9 @@ def mix7(
     if s0 is None and initial_state is not None:
         s0 = initial_state.expand(len(activations[0]), *initial_state.shape)
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
-    return _Mix7.apply(*ready(*activations), *map(vector, vectors), *ready(s0), reset, heads, eps)
+    by_head = _by_head(heads, activations[0])[0]
+    chunked = kernel == "cuda" and has_tensor_core_form(by_head)
+    return _Mix7.apply(*ready(*activations, *vectors, s0), reset, heads, eps, chunked)
 
 
 def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
@@ -62,12 +67,12 @@ def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
 
 class _Mix7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps):
+    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked):
         key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        y, state, saved = _ops.wkv7(*_by_head(heads, r, w, key, v, alpha, beta), s0, reset, False)
+        y, state, saved = _ops.wkv7(*_by_head(heads, r, w, key, v, alpha, beta), s0, reset, chunked)
         y = y.flatten(-2)
         ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved)
-        ctx.heads, ctx.eps = heads, eps
+        ctx.heads, ctx.eps, ctx.chunked = heads, eps, chunked
         ctx.set_materialize_grads(False)
         return _ops.readout7([y, r, key, v, g, r_k, weight, bias], heads, eps)[0], state
 
@@ -75,16 +80,18 @@ class _Mix7(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dstate):
         r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved = ctx.saved_tensors
-        heads, eps = ctx.heads, ctx.eps
+        heads, eps, trained = ctx.heads, ctx.eps, any(ctx.needs_input_grad[6:11])
         dout, dstate = ready(torch.zeros_like(y) if dout is None else dout, dstate)
         key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        dy, read_r, read_k, read_v, dg = _ops.readout7_backward(
-            [y, r, key, v, g, r_k, weight, bias, dout], heads, eps
+        dy, read_r, read_k, read_v, dg, *of_readout = _ops.readout7_backward(
+            [y, r, key, v, g, r_k, weight, bias, dout], heads, eps, trained
         )
         inputs = _by_head(heads, r, w, key, v, alpha, beta)
-        *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, *_by_head(heads, dy), dstate, False)
+        *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, *_by_head(heads, dy), dstate, ctx.chunked)
         dr, dw, dkey, dv, dalpha, dbeta = (x.flatten(-2) for x in found)
-        dk, da = _ops.delta_inputs_backward([k, a, k_k, k_a, dkey.add_(read_k), dalpha, dbeta], heads, 0.0)
+        dk, da, *of_keys = _ops.delta_inputs_backward(
+            [k, a, k_k, k_a, dkey.add_(read_k), dalpha, dbeta], heads, 0.0, trained
+        )
         activations = dr.add_(read_r), dw, dk, dv.add_(read_v), da, dg
-        vectors = [None] * 5
-        return *activations, *vectors, None if s0 is None else ds0, None, None, None
+        vectors = [*of_keys, *of_readout] if trained else [None] * 5
+        return *activations, *vectors, None if s0 is None else ds0, None, None, None, None

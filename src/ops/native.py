@@ -78,7 +78,7 @@ def library(device: str) -> ctypes.CDLL:
         raise BuildError(
             f"{path} cannot be loaded ({error}); delete it to build it again, or use --wkv torch"
         ) from None
-    loaded.path = str(path)
+    loaded.path, loaded.device = str(path), device
     return loaded
 
 

@@ -31,6 +31,7 @@ from .step import chunks_of
 # back when it is freed.
 HEAP_LIMIT = 1 << 25
 COUNTED_CHUNKS = 4  # a row of more chunks is counted with so many; each further chunk adds the same
+WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)
 LAYERS = 4  # a deeper model is counted with so many layers; each further layer adds the same
 
 
@@ -166,7 +167,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.aten._local_scalar_dense.default:
             return True  # to the plain kernels, which ask whether all is finite
-        if op.namespace == "rwkv" and self.tensor_cores and not op._opname.endswith("_backward"):
+        if self.tensor_cores and op.overloadpacket in WKV:
             args = (*args[:-1], True)  # `chunked`, which decides what is saved
         result = op(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):

@@ -172,7 +172,7 @@ class FakeGpu(TorchDispatchMode):
         ]
         assert not wrong, f"{name}: arguments {wrong} are not contiguous on {device}"
         kind = str(args[2] if name == "dequantise" else tensors[0].dtype).removeprefix("torch.")
-        form = ", tensor cores" if op.namespace == "rwkv" and args[-1] else ""
+        form = ", tensor cores" if name.startswith("wkv") and args[-1] else ""
         self.native[f"{name} {kind}{form}"] += 1
 
     def _wait(self, what: str) -> None:

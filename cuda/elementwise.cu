@@ -1,0 +1,451 @@
+// What lies between the matrix products of a layer, on a GPU: each function reads its inputs and writes its
+// outputs once, in one kernel, and a backward makes again from the inputs what it needs.
+// src/ops/elementwise_reference.py has the formulas, elementwise_cpu.cpp the same functions for a CPU.
+// Arithmetic is fp32 whatever the dtype. elementwise.cuh says how tensors are laid out on the machine.
+//
+// No function goes over time: what token t + 1 gives to the gradient of t is computed where t is. That reads
+// one token in TOKENS twice, from the cache, and lets all tokens run at once.
+//
+// C interface: activations are contiguous (B, T, C) of one dtype, fp32, bf16 or fp16; C and the head size C / H
+// are multiples of 8, a head has at most 256 channels; reset (B, T) is uint8 or null, not 0 where a document
+// starts. Vectors of the model are (C), each of its own dtype: `vectors` are their pointers, `vector_dtypes`
+// has two bits for each. Where `dvectors` is not null a backward also writes their gradients, each in its
+// vector's dtype, and needs `partial`: elementwise_parts(B, T) x vectors x C floats. All pointers to numbers
+// are multiples of 16 bytes. The last arguments and the result are as launch.h says.
+//
+// A backward launches one kernel, and one more for the gradients of vectors.
+#include "elementwise.cuh"
+
+namespace {
+
+// ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B,
+// T, C) ----
+
+struct Shift {
+    const void *z, *last;
+    const uint8_t* reset;
+    Vectors mixes;
+
+    __device__ bool starts(const Shape& shape, int64_t b, int64_t t) const {
+        return reset && reset[b * shape.T + t];
+    }
+    // z_before - z of the tokens of a warp, and z
+    template <class T>
+    __device__ void differences(Place<T> at, Vec (&d)[TOKENS], Vec (&now)[TOKENS]) const {
+        Vec before = at.exists() && at.t == 0 ? at.read_at(last, at.b * at.shape.C + at.channel)
+                     : at.exists()            ? at.read_at(z, at.here - at.shape.C)
+                                              : Vec(0);
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++) {
+            if (!at.exists()) return;
+            now[i] = at.read(z);
+            d[i] = (starts(at.shape, at.b, at.t) ? Vec(0) : before) - now[i];
+            before = now[i];
+            at.go_to(at.t + 1);
+        }
+    }
+};
+
+// one for each mix
+struct Tensors {
+    void* of[MOST_VECTORS];
+
+    Tensors(const void* const* from, int64_t count) : of() {
+        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) of[i] = const_cast<void*>(from[i]);
+    }
+};
+
+template <class T, bool PER_TOKEN> __global__ void __launch_bounds__(THREADS, 2)
+    shift_forward(Shift in, Tensors m, Tensors out, Shape shape) {
+    Place<T> at(shape);
+    Vec now[TOKENS], d[TOKENS];
+    in.differences(at, d, now);
+    for (int i = 0; i < in.mixes.count; i++) {
+        const Vec mix = at.vector(in.mixes, i);
+#pragma unroll
+        for (int j = 0; j < TOKENS; j++) {
+            if (at.t + j >= shape.T) break;
+            const int64_t here = at.here + j * shape.C;
+            const Vec share = PER_TOKEN ? mix + at.read_at(m.of[i], here) : mix;
+            at.write_at(out.of[i], here, now[j] + d[j] * share);
+        }
+    }
+}
+
+// dm_i = dout_i (z_before - z), and its sum over all tokens is the gradient of mix_i
+template <class T, bool PER_TOKEN, bool SUMS> __global__ void __launch_bounds__(THREADS, 2) shift_backward(
+    Shift in, Tensors m, Tensors dout, void* dz, void* dlast, Tensors dm, float* partial, Shape shape) {
+    Place<T> at(shape);
+    Vec d[TOKENS], now[TOKENS];
+    if (PER_TOKEN || SUMS) in.differences(at, d, now);
+    // gradients of the token before the warp's first, and of the warp's
+    Vec found[TOKENS + 1] = {};
+    for (int i = 0; i < in.mixes.count; i++) {
+        const Vec mix = at.vector(in.mixes, i);
+        Vec sum = 0;
+#pragma unroll
+        for (int j = 0; j <= TOKENS; j++) {
+            const int64_t t = at.t + j, here = at.here + j * shape.C;
+            if (t >= shape.T) break;
+            const Vec g = at.read_at(dout.of[i], here);
+            const Vec shifted = g * (PER_TOKEN ? mix + at.read_at(m.of[i], here) : mix);
+            if (!in.starts(shape, at.b, t)) found[j] += shifted;
+            if (j == TOKENS) break;
+            found[j + 1] += g - shifted;
+            if (PER_TOKEN) at.write_at(dm.of[i], here, g * d[j]);
+            if (SUMS) sum += g * d[j];
+        }
+        if (SUMS) at.add_warps(sum, partial, i, in.mixes.count);
+    }
+    if (at.t == 0) at.write_at(dlast, at.b * shape.C + at.channel, found[0]);
+#pragma unroll
+    for (int j = 0; j < TOKENS; j++)
+        if (at.t + j < shape.T) at.write_at(dz, at.here + j * shape.C, found[j + 1]);
+}
+
+template <bool PER_TOKEN> int launch_shift_forward(
+    const Shift& in, const Tensors& m, const Tensors& out, const Shape& shape, int dtype, void* stream) {
+    if (!shape.valid() || in.mixes.count > MOST_VECTORS) return cudaErrorInvalidValue;
+    return typed(dtype, [&](auto number) {
+        using T = decltype(number);
+        LAUNCH((shift_forward<T, PER_TOKEN>), shape.grid(), THREADS, 0, stream, in, m, out, shape);
+    });
+}
+
+template <bool PER_TOKEN> int launch_shift_backward(const Shift& in, const Tensors& m, const Tensors& dout,
+    void* dz, void* dlast, const Tensors& dm, const Vectors* gradients, float* partial, const Shape& shape,
+    int dtype, void* stream) {
+    if (!shape.valid() || in.mixes.count > MOST_VECTORS) return cudaErrorInvalidValue;
+    return typed(dtype, [&](auto number) {
+        using T = decltype(number);
+        if (gradients) {
+            LAUNCH((shift_backward<T, PER_TOKEN, true>), shape.grid(), THREADS, 0, stream, in, m, dout, dz,
+                dlast, dm, partial, shape);
+            launch_add_parts(partial, shape, *gradients, stream);
+        } else {
+            LAUNCH((shift_backward<T, PER_TOKEN, false>), shape.grid(), THREADS, 0, stream, in, m, dout, dz,
+                dlast, dm, partial, shape);
+        }
+    });
+}
+
+// ---- one token's channels by themselves ----
+
+struct ReluSquared {
+    static constexpr int VECTORS = 0;
+    static constexpr bool GRADIENTS = false;
+    const void* x;
+    void* y;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        const Vec a = at.read(x);
+        at.write(y, each([&](int e) { return a[e] < 0 ? 0 : a[e] * a[e]; }));
+    }
+};
+
+struct ReluSquaredBackward {
+    static constexpr int VECTORS = 0;
+    static constexpr bool GRADIENTS = false;
+    const void *y, *dy;
+    void* dx;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        const Vec a = at.read(y), g = at.read(dy);
+        at.write(dx, each([&](int e) { return 2 * sqrtf(a[e]) * g[e]; }));
+    }
+};
+
+struct ValueResidual {
+    static constexpr int VECTORS = 0;
+    static constexpr bool GRADIENTS = false;
+    const void *v, *first, *gate;
+    void* y;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        const Vec own = at.read(v);
+        at.write(y, own + (at.read(first) - own) * sigmoid(at.read(gate)));
+    }
+};
+
+struct ValueResidualBackward {
+    static constexpr int VECTORS = 0;
+    static constexpr bool GRADIENTS = false;
+    const void *v, *first, *gate, *dy;
+    void *dv, *dfirst, *dgate;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        const Vec s = sigmoid(at.read(gate)), g = at.read(dy), d = g * s;
+        at.write(dgate, d * (1 - s) * (at.read(first) - at.read(v)));
+        at.write(dfirst, d);
+        at.write(dv, g - d);
+    }
+};
+
+// ---- one head of one token ----
+
+// kappa = normalize(k k_k), s = sigmoid(a): k (1 + (s - 1) k_a), -kappa, kappa s
+struct DeltaInputs {
+    static constexpr int VECTORS = 2;
+    static constexpr bool GRADIENTS = false;
+    const void *k, *a;
+    void *key, *remove, *replace;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
+        const Vec &k_k = vectors[0], &k_a = vectors[1];
+        const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
+        float squares = total(u * u);
+        at.sum_head(squares);
+        const Vec kappa = u * (1 / fmaxf(sqrtf(squares), 1e-12f));
+        at.write(key, own * (1 + (s - 1) * k_a));
+        at.write(remove, 0 - kappa);
+        at.write(replace, kappa * s);
+    }
+};
+
+struct DeltaInputsBackward {
+    static constexpr int VECTORS = 2;
+    static constexpr bool GRADIENTS = true;
+    const void *k, *a, *dkey, *dremove, *dreplace;
+    void *dk, *da;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
+        const Vec &k_k = vectors[0], &k_a = vectors[1];
+        const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
+        const Vec g = at.read(dkey), replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
+        float squares = total(u * u), dots = total(u * dkappa);
+        at.sum_head(squares, dots);
+        const float norm = sqrtf(squares), scale = 1 / fmaxf(norm, 1e-12f);
+        // a norm that is held at its least has no gradient
+        const float along = norm > 1e-12f ? dots * scale * scale : 0;
+        const Vec du = (dkappa - u * along) * scale, ds = replaced * u * scale + g * own * k_a;
+        at.write(dk, du * k_k + g * (1 + (s - 1) * k_a));
+        at.write(da, ds * s * (1 - s));
+        dvectors[0] += du * own;
+        dvectors[1] += g * own * (s - 1);
+    }
+};
+
+// (group_norm(y) + (r . k r_k) v) g
+struct Readout7 {
+    static constexpr int VECTORS = 3;
+    static constexpr bool GRADIENTS = false;
+    const void *y, *r, *k, *v, *g;
+    void* out;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
+        const Vec &r_k = vectors[0], &weight = vectors[1], &bias = vectors[2];
+        float bonus = total(at.read(r) * at.read(k) * r_k), scale;
+        at.sum_head(bonus);
+        const Vec normed = at.normalised(at.read(y), &scale) * weight + bias;
+        at.write(out, (normed + bonus * at.read(v)) * at.read(g));
+    }
+};
+
+struct Readout7Backward {
+    static constexpr int VECTORS = 3;
+    static constexpr bool GRADIENTS = true;
+    const void *y, *r, *k, *v, *g, *dout;
+    void *dy, *dr, *dk, *dv, *dg;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
+        const Vec &r_k = vectors[0], &weight = vectors[1], &bias = vectors[2];
+        const Vec raw = at.read(y), value = at.read(v), above = at.read(dout), d = above * at.read(g);
+        float bonus, dbonus = total(d * value), mean = total(d * weight), along, scale;
+        {
+            const Vec receptance = at.read(r), key = at.read(k);
+            bonus = total(receptance * key * r_k);
+            at.sum_head(bonus, dbonus, mean);
+            at.write(dr, dbonus * r_k * key);
+            at.write(dk, dbonus * r_k * receptance);
+            at.write(dv, bonus * d);
+            dvectors[0] += dbonus * receptance * key;
+        }
+        const Vec normed = at.normalised(raw, &scale);
+        along = total(d * weight * normed);
+        at.sum_head(along);
+        at.write(dg, above * (normed * weight + bias + bonus * value));
+        at.write(dy, scale * (d * weight - mean / at.shape.N - normed * (along / at.shape.N)));
+        dvectors[1] += d * normed;
+        dvectors[2] += d;
+    }
+};
+
+// group_norm(y) silu(g)
+struct Readout6 {
+    static constexpr int VECTORS = 2;
+    static constexpr bool GRADIENTS = false;
+    const void *y, *g;
+    void* out;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
+        const Vec &weight = vectors[0], &bias = vectors[1], gate = at.read(g);
+        float scale;
+        at.write(out, (at.normalised(at.read(y), &scale) * weight + bias) * gate * sigmoid(gate));
+    }
+};
+
+struct Readout6Backward {
+    static constexpr int VECTORS = 2;
+    static constexpr bool GRADIENTS = true;
+    const void *y, *g, *dout;
+    void *dy, *dg;
+    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
+        const Vec &weight = vectors[0], &bias = vectors[1];
+        const Vec gate = at.read(g), s = sigmoid(gate), above = at.read(dout), d = above * gate * s;
+        float scale;
+        const Vec normed = at.normalised(at.read(y), &scale), dnormed = d * weight;
+        float mean = total(dnormed), along = total(dnormed * normed);
+        at.sum_head(mean, along);
+        mean /= at.shape.N;
+        along /= at.shape.N;
+        at.write(dg, above * (normed * weight + bias) * s * (1 + gate * (1 - s)));
+        at.write(dy, scale * (dnormed - mean - normed * along));
+        dvectors[0] += d * normed;
+        dvectors[1] += d;
+    }
+};
+
+// one after the other, whatever row they are of
+template <class Function> int launch_tokens(const Function& f, const void* const* vectors,
+    int64_t vector_dtypes, void* const* dvectors, float* partial, int64_t tokens, int64_t C, int64_t H,
+    float eps, int dtype, void* stream) {
+    const Vectors values(vectors, vector_dtypes, Function::VECTORS),
+        gradients(dvectors, vector_dtypes, Function::VECTORS);
+    return launch_run(
+        f, Shape(1, tokens, C, H, eps), values, dvectors ? &gradients : nullptr, partial, dtype, stream);
+}
+template <class Function> int launch_each(
+    const Function& f, int64_t tokens, int64_t C, int dtype, void* stream) {
+    return launch_tokens(f, nullptr, 0, nullptr, nullptr, tokens, C, C / WIDTH, 0, dtype, stream);
+}
+
+}  // namespace
+
+// the parts of a sum over B rows of T tokens; functions without a token shift see one row of all tokens
+extern "C" int64_t elementwise_parts(int64_t B, int64_t T) { return Shape(B, T, WIDTH, 1, 0).parts(); }
+
+extern "C" int shift_mix_forward(const void* z, const void* last, const uint8_t* reset,
+    const void* const* vectors, void* const* out, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_shift_forward<false>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
+        Tensors(nullptr, count), Tensors(out, count), Shape::columns(B, T, C), dtype, stream);
+}
+
+// z and last may be null without dvectors
+extern "C" int shift_mix_backward(const void* z, const void* last, const uint8_t* reset,
+    const void* const* vectors, const void* const* dout, void* dz, void* dlast, void* const* dvectors,
+    float* partial, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    const Vectors gradients(dvectors, vector_dtypes, count);
+    const Tensors none(nullptr, count);
+    return launch_shift_backward<false>({z, last, reset, Vectors(vectors, vector_dtypes, count)}, none,
+        Tensors(dout, count), dz, dlast, none, dvectors ? &gradients : nullptr, partial,
+        Shape::columns(B, T, C), dtype, stream);
+}
+
+// out may be m
+extern "C" int shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset,
+    const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_shift_forward<true>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
+        Tensors(m, count), Tensors(out, count), Shape::columns(B, T, C), dtype, stream);
+}
+
+// dm may not be m: a token's share is read where the token before is, too
+extern "C" int shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset,
+    const void* const* vectors, const void* const* m, const void* const* dout, void* dz, void* dlast,
+    void* const* dm, void* const* dvectors, float* partial, int64_t count, int64_t vector_dtypes, int64_t B,
+    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    const Vectors gradients(dvectors, vector_dtypes, count);
+    return launch_shift_backward<true>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
+        Tensors(m, count), Tensors(dout, count), dz, dlast, Tensors(dm, count),
+        dvectors ? &gradients : nullptr, partial, Shape::columns(B, T, C), dtype, stream);
+}
+
+extern "C" int relu_squared_forward(const void* x, void* y, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(ReluSquared{x, y}, B * T, C, dtype, stream);
+}
+
+extern "C" int relu_squared_backward(const void* y, const void* dy, void* dx, int64_t B, int64_t T, int64_t C,
+    int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(ReluSquaredBackward{y, dy, dx}, B * T, C, dtype, stream);
+}
+
+extern "C" int value_residual_forward(const void* v, const void* first, const void* gate, void* y, int64_t B,
+    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(ValueResidual{v, first, gate, y}, B * T, C, dtype, stream);
+}
+
+extern "C" int value_residual_backward(const void* v, const void* first, const void* gate, const void* dy,
+    void* dv, void* dfirst, void* dgate, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(
+        ValueResidualBackward{v, first, gate, dy, dv, dfirst, dgate}, B * T, C, dtype, stream);
+}
+
+// vectors: k_k, k_a
+extern "C" int delta_inputs_forward(const void* k, const void* a, const void* const* vectors, void* key,
+    void* remove, void* replace, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps,
+    int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(DeltaInputs{k, a, key, remove, replace}, vectors, vector_dtypes, nullptr, nullptr,
+        B * T, C, H, eps, dtype, stream);
+}
+
+extern "C" int delta_inputs_backward(const void* k, const void* a, const void* const* vectors,
+    const void* dkey, const void* dremove, const void* dreplace, void* dk, void* da, void* const* dvectors,
+    float* partial, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(DeltaInputsBackward{k, a, dkey, dremove, dreplace, dk, da}, vectors, vector_dtypes,
+        dvectors, partial, B * T, C, H, eps, dtype, stream);
+}
+
+// vectors: r_k, weight, bias
+extern "C" int readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g,
+    const void* const* vectors, void* out, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(Readout7{y, r, k, v, g, out}, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H,
+        eps, dtype, stream);
+}
+
+extern "C" int readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g,
+    const void* const* vectors, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg,
+    void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(Readout7Backward{y, r, k, v, g, dout, dy, dr, dk, dv, dg}, vectors, vector_dtypes,
+        dvectors, partial, B * T, C, H, eps, dtype, stream);
+}
+
+// vectors: weight, bias
+extern "C" int readout6_forward(const void* y, const void* g, const void* const* vectors, void* out,
+    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
+    void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(Readout6{y, g, out}, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H, eps,
+        dtype, stream);
+}
+
+extern "C" int readout6_backward(const void* y, const void* g, const void* const* vectors, const void* dout,
+    void* dy, void* dg, void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_tokens(Readout6Backward{y, g, dout, dy, dg}, vectors, vector_dtypes, dvectors, partial,
+        B * T, C, H, eps, dtype, stream);
+}

@@ -1,0 +1,266 @@
+// The frame of the functions in elementwise.cu: which lane has which channels of which tokens, 16 bytes at a
+// time, sums over a head, and gradients of the model's vectors.
+//
+//     block (tile, columns)     TILE neighbouring tokens, and as many whole heads as 32 lanes hold
+//     warp                      TOKENS of these tokens, one after the other
+//     lane                      WIDTH neighbouring channels of each: 16 bytes, in fp32 twice 16
+//
+// A head has a power of two of lanes, so that shuffles add up over it; those beyond its channels idle. What has
+// no heads has columns of WIDTH channels instead, a lane each. A lane keeps the model's vectors in registers
+// for all of its tokens.
+//
+// A vector's gradient is a sum over all tokens. Each block writes its part, (parts, vectors, C) in fp32, and
+// `add_parts` adds these in one order: the same numbers in every run.
+#pragma once
+#include "launch.h"
+
+namespace {
+
+constexpr int WIDTH = 8, TOKENS = 4, WARPS = 8, THREADS = 32 * WARPS, TILE = TOKENS * WARPS;
+constexpr int MOST_VECTORS = 32;  // two bits of 64 for the dtype of each
+
+// one number of each of a lane's channels, all in fp32
+struct Vec {
+    float x[WIDTH];
+    Vec() = default;
+    __device__ __forceinline__ Vec(float value) {
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) x[e] = value;
+    }
+    __device__ __forceinline__ float& operator[](int e) { return x[e]; }
+    __device__ __forceinline__ float operator[](int e) const { return x[e]; }
+};
+
+template <class F> __device__ __forceinline__ Vec each(F f) {
+    Vec y;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) y[e] = f(e);
+    return y;
+}
+
+__device__ __forceinline__ Vec operator+(const Vec& a, const Vec& b) {
+    return each([&](int e) { return a[e] + b[e]; });
+}
+__device__ __forceinline__ Vec operator-(const Vec& a, const Vec& b) {
+    return each([&](int e) { return a[e] - b[e]; });
+}
+__device__ __forceinline__ Vec operator*(const Vec& a, const Vec& b) {
+    return each([&](int e) { return a[e] * b[e]; });
+}
+__device__ __forceinline__ Vec& operator+=(Vec& a, const Vec& b) { return a = a + b; }
+__device__ __forceinline__ Vec sigmoid(const Vec& a) {
+    return each([&](int e) { return 1.f / (1.f + expf(-a[e])); });
+}
+__device__ __forceinline__ float total(const Vec& a) {
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) sum += a[e];
+    return sum;
+}
+
+template <class T> constexpr int PIECES = WIDTH * sizeof(T) / 16;
+template <class T> union Packed {
+    uint4 pieces[PIECES<T>];
+    T numbers[WIDTH];
+    __device__ Packed() {}
+};
+template <class T> __device__ __forceinline__ Vec read_vec(const T* p) {
+    Packed<T> packed;
+#pragma unroll
+    for (int i = 0; i < PIECES<T>; i++) packed.pieces[i] = reinterpret_cast<const uint4*>(p)[i];
+    return each([&](int e) { return load(&packed.numbers[e]); });
+}
+template <class T> __device__ __forceinline__ void write_vec(T* p, const Vec& x) {
+    Packed<T> packed;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) store(&packed.numbers[e], x[e]);
+#pragma unroll
+    for (int i = 0; i < PIECES<T>; i++) reinterpret_cast<uint4*>(p)[i] = packed.pieces[i];
+}
+
+// (B, T, C) activations of H heads. `lanes` of a head are a power of two.
+struct Shape {
+    int64_t B, T;
+    int C, H, N, lanes;
+    float eps;
+
+    Shape(int64_t B, int64_t T, int64_t C, int64_t H, float eps)
+        : B(B), T(T), C(C), H(H), N(H > 0 ? C / H : 0), lanes(1), eps(eps) {
+        while (lanes * WIDTH < N) lanes *= 2;
+    }
+    static Shape columns(int64_t B, int64_t T, int64_t C) { return Shape(B, T, C, C / WIDTH, 0); }
+
+    bool valid() const {
+        return B > 0 && T > 0 && H > 0 && C == H * N && N > 0 && N % WIDTH == 0 && lanes <= 32;
+    }
+    __host__ __device__ int64_t tiles() const { return (T + TILE - 1) / TILE; }
+    int64_t parts() const { return B * tiles(); }
+    dim3 grid() const {
+        const int heads = 32 / lanes;
+        return dim3((unsigned)parts(), (unsigned)((H + heads - 1) / heads));
+    }
+};
+
+// Vectors of the model, or their gradients: each (C) and of its own dtype, which a base and what is trained
+// of it need not share.
+struct Vectors {
+    const void* numbers[MOST_VECTORS];
+    int64_t dtypes;  // two bits each
+    int count;
+
+    Vectors(const void* const* from, int64_t dtypes, int64_t count) : numbers(), dtypes(dtypes), count(count) {
+        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) numbers[i] = from[i];
+    }
+    __device__ int dtype(int i) const { return (int)(dtypes >> 2 * i) & 3; }
+};
+
+// a lane's channels, and the token that its warp is at
+template <class T> struct Place {
+    const Shape& shape;
+    int channel;     // the first of the lane's
+    bool has;        // whether it has any
+    int64_t b, t;    // the token
+    int64_t here;    // index of its channel in an activation
+
+    __device__ explicit Place(const Shape& shape) : shape(shape) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % shape.lanes * WIDTH;
+        const int head = blockIdx.y * (32 / shape.lanes) + lane / shape.lanes;
+        has = part < shape.N && head < shape.H;
+        channel = head * shape.N + part;
+        b = blockIdx.x / (unsigned)shape.tiles();
+        go_to((int64_t)(blockIdx.x % (unsigned)shape.tiles()) * TILE + warp * TOKENS);
+    }
+    __device__ void go_to(int64_t token) {
+        t = token;
+        here = (b * shape.T + t) * shape.C + channel;
+    }
+    __device__ bool exists() const { return t < shape.T; }
+
+    __device__ Vec read_at(const void* x, int64_t i) const {
+        return has ? read_vec(static_cast<const T*>(x) + i) : Vec(0);
+    }
+    __device__ void write_at(void* x, int64_t i, const Vec& value) const {
+        if (has) write_vec(static_cast<T*>(x) + i, value);
+    }
+    __device__ Vec read(const void* x) const { return read_at(x, here); }
+    __device__ void write(void* x, const Vec& value) const { write_at(x, here, value); }
+    __device__ Vec vector(const Vectors& from, int i) const {
+        if (!has) return Vec(0);
+        switch (from.dtype(i)) {
+            case kFloat32: return read_vec(static_cast<const float*>(from.numbers[i]) + channel);
+            case kBFloat16: return read_vec(static_cast<const __nv_bfloat16*>(from.numbers[i]) + channel);
+            default: return read_vec(static_cast<const __half*>(from.numbers[i]) + channel);
+        }
+    }
+
+    // each of these summed over the head, in all of its lanes
+    template <class... Floats> __device__ void sum_head(Floats&... x) const {
+        for (int lanes = shape.lanes / 2; lanes; lanes /= 2)
+            ((x += __shfl_xor_sync(0xffffffffu, x, lanes)), ...);
+    }
+    // y of this head with mean 0 and variance 1; *scale is 1 / its deviation. A variance that overflows is NaN.
+    __device__ Vec normalised(const Vec& y, float* scale) const {
+        float mean = total(y);
+        sum_head(mean);
+        mean /= shape.N;
+        const Vec centred = has ? y - mean : Vec(0);
+        float variance = total(centred * centred);
+        sum_head(variance);
+        variance /= shape.N;
+        *scale = 1.f / sqrtf(variance + shape.eps) + variance * 0.f;
+        return centred * *scale;
+    }
+
+    // partial[this block][i] = the sum over the block's warps; all of its threads come here
+    __device__ void add_warps(const Vec& sum, float* partial, int i, int count) const {
+        static_assert(WARPS == WIDTH, "a warp adds up one of a lane's channels");
+        __shared__ float shared[WARPS][WIDTH][32];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) shared[warp][e][lane] = sum[e];
+        __syncthreads();
+        float all = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) all += shared[w][warp][lane];
+        if (has) partial[((int64_t)blockIdx.x * count + i) * shape.C + channel + warp] = all;
+    }
+};
+
+// f(place, vectors, sums) for every token; sums are the gradients of the vectors, wanted with SUMS only. With
+// them the vectors are read again for every token: there are no registers for both.
+template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(THREADS, 2)
+    run(Function f, Vectors vectors, float* partial, Shape shape) {
+    constexpr int COUNT = Function::VECTORS;
+    Place<T> at(shape);
+    Vec values[COUNT + 1], sums[COUNT + 1] = {};  // an array has at least one
+    const auto read_vectors = [&] {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) values[i] = at.vector(vectors, i);
+    };
+    read_vectors();
+#pragma unroll 1
+    for (int token = 0; token < TOKENS && at.exists(); token++) {
+        if (SUMS && token) read_vectors();
+        f(at, values, sums);
+        at.go_to(at.t + 1);
+    }
+    if (SUMS)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) at.add_warps(sums[i], partial, i, COUNT);
+}
+
+// A block: 32 neighbouring channels of vector blockIdx.y; every warp takes every WARPS-th part.
+__global__ void add_parts(const float* partial, int64_t parts, int C, Vectors to) {
+    __shared__ float shared[WARPS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.y;
+    const int channel = blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (channel < C)
+        for (int64_t part = warp; part < parts; part += WARPS) sum += partial[(part * to.count + i) * C + channel];
+    shared[warp][lane] = sum;
+    __syncthreads();
+    if (warp || channel >= C) return;
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += shared[w][lane];
+    void* numbers = const_cast<void*>(to.numbers[i]);
+    switch (to.dtype(i)) {
+        case kFloat32: return store(static_cast<float*>(numbers) + channel, sum);
+        case kBFloat16: return store(static_cast<__nv_bfloat16*>(numbers) + channel, sum);
+        default: return store(static_cast<__half*>(numbers) + channel, sum);
+    }
+}
+void launch_add_parts(const float* partial, const Shape& shape, const Vectors& to, void* stream) {
+    const dim3 grid((unsigned)((shape.C + 31) / 32), (unsigned)to.count);
+    LAUNCH(add_parts, grid, THREADS, 0, stream, partial, shape.parts(), shape.C, to);
+}
+
+// launch(T()) with the type of the activations
+template <class Launch> int typed(int dtype, Launch launch) {
+    switch (dtype) {
+        case kFloat32: launch(float()); break;
+        case kBFloat16: launch(__nv_bfloat16()); break;
+        case kFloat16: launch(__half()); break;
+        default: return cudaErrorInvalidValue;
+    }
+    return cudaGetLastError();
+}
+
+// `f` over all tokens, and with `gradients` those of the vectors
+template <class Function> int launch_run(const Function& f, const Shape& shape, const Vectors& vectors,
+    const Vectors* gradients, float* partial, int dtype, void* stream) {
+    if (!shape.valid()) return cudaErrorInvalidValue;
+    return typed(dtype, [&](auto number) {
+        using T = decltype(number);
+        if constexpr (Function::GRADIENTS)
+            if (gradients) {
+                LAUNCH((run<T, true, Function>), shape.grid(), THREADS, 0, stream, f, vectors, partial, shape);
+                launch_add_parts(partial, shape, *gradients, stream);
+                return;
+            }
+        LAUNCH((run<T, false, Function>), shape.grid(), THREADS, 0, stream, f, vectors, partial, shape);
+    });
+}
+
+}  // namespace

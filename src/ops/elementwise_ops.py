@@ -1,0 +1,393 @@
+"""The native elementwise functions as torch.library ops, `rwkv::NAME` and `rwkv::NAME_backward`.
+
+cuda/elementwise_cpu.cpp and cuda/elementwise.cu compute them, each with the C interface that it describes.
+Activations (B, T, C) are contiguous and of one dtype, vectors of the model have any dtype. A backward
+computes again what it needs from the activations that are kept. These are the inputs, of relu_squared the
+output, and of the token shift with fixed mixes none. Gradients of vectors are computed on a GPU only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_miss.gemm import product
+
+from .native import DTYPE_CODES, EXACT_STRIDES, library
+
+ALIGNMENT = 16  # bytes; what a lane of a GPU loads at once
+
+
+def on_gpu(like: Tensor) -> bool:
+    """Whether the functions of the device of `like` are those of cuda/elementwise.cu."""
+    return library(like.device.type).device == "cuda"
+
+
+def call(
+    function: str,
+    like: Tensor,
+    before: Sequence[Tensor | list[Tensor] | None],
+    vectors: Sequence[Tensor],
+    after: Sequence[Tensor | list[Tensor] | None],
+    gradients: Sequence[Tensor] | None = None,
+    heads: int = 1,
+    eps: float = 0.0,
+    count: int | None = None,
+) -> None:
+    """Run a function of the C interface with the sizes and the dtype of `like`, (B, T, C) or (tokens, C).
+
+    Its pointers are `before`, the vectors of the model and `after`. `gradients` of the vectors are for a
+    backward. `count` is that of a token shift's mixes.
+    """
+    device = like.device
+    gpu = on_gpu(like)
+    batch, C = like.shape[0] if like.dim() == 3 else 1, like.shape[-1]
+    T = like.numel() // (batch * C)
+    numbers = [] if count is None else [count]
+    if gpu:
+        pointers = [*before, *([list(vectors)] if vectors else []), *after]
+        if vectors and function.endswith("_backward"):
+            pointers += (
+                [None, None] if gradients is None else [list(gradients), _parts(like, batch, T, gradients)]
+            )
+        if vectors:
+            numbers.append(sum(DTYPE_CODES[v.dtype] << 2 * i for i, v in enumerate(vectors)))
+        pointers = [_aligned(x) for x in pointers]
+        context = (device.index or 0, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else None)
+    else:
+        if gradients is not None:
+            raise ValueError(f"{function}: a CPU's has no gradients of vectors; expected vectors without")
+        pointers = [*before, *(v.reshape(-1).float() for v in vectors), *after]
+        context = (torch.get_num_threads(),)
+    addresses = [_address(function, device, x) for x in pointers]
+    code = _prepared(library(device.type), function, len(addresses), len(numbers), gpu)(
+        *addresses, *numbers, batch, T, C, heads, eps, DTYPE_CODES[like.dtype], *context
+    )
+    if gpu and code:
+        raise RuntimeError(f"{function}: the CUDA kernel could not be started, error {code}")
+
+
+def _prepared(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, gpu: bool):
+    """The C function, which takes plain numbers once it knows their types."""
+    function = getattr(functions, name)
+    if function.argtypes is None:
+        context = [ctypes.c_int, ctypes.c_void_p] if gpu else [ctypes.c_int]
+        sizes = [ctypes.c_int64] * (numbers + 4)
+        function.argtypes = [ctypes.c_void_p] * pointers + sizes + [ctypes.c_float, ctypes.c_int, *context]
+        function.restype = ctypes.c_int if gpu else None
+    return function
+
+
+def _aligned(x: Tensor | list[Tensor] | None):
+    """Where a GPU loads 16 bytes at once: a view may begin between two such places. Outputs are new."""
+    if isinstance(x, list):
+        return [_aligned(t) for t in x]
+    return x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def _address(function: str, device: torch.device, x: Tensor | list[Tensor] | None):
+    if x is None:
+        return None
+    if isinstance(x, list):
+        return (ctypes.c_void_p * len(x))(*[_address(function, device, t) for t in x])
+    if x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one"
+            f" on {device}"
+        )
+    return x.data_ptr()
+
+
+def _parts(like: Tensor, B: int, T: int, gradients: Sequence[Tensor]) -> Tensor:
+    """Working memory for the gradients of vectors."""
+    count = library(like.device.type).elementwise_parts
+    count.argtypes, count.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    return like.new_empty(count(B, T) * len(gradients) * like.shape[-1], dtype=torch.float32)
+
+
+def ready(*activations: Tensor | None) -> list[Tensor | None]:
+    """As the ops take them."""
+    return [None if x is None else x.contiguous() for x in activations]
+
+
+def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
+    """rwkv::name(arguments) -> Tensor[], with its shapes for tracing and for the count of memory."""
+    # not torch.library.custom_op, whose first use imports torch._dynamo: 0.9 s in every process
+    torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=EXACT_STRIDES)
+    torch.library.impl(f"rwkv::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"rwkv::{name}", shapes)
+    return getattr(torch.ops.rwkv, name).default
+
+
+def _define(
+    name: str, activations: int, vectors: int = 0, outputs: int = 1, keeps_output: bool = False
+) -> Callable:
+    """The function (heads, eps, *activations of one shape, *vectors of the model) -> outputs.
+
+    It is made of two ops. Their tensors are, in this order: the inputs; for the backward what is kept, then
+    the outputs' gradients. `trained` asks for the vectors' gradients, too.
+
+    It is an autograd.Function around the ops, not torch.library.register_autograd, which takes half of the
+    43 us of a call (torch 2.13).
+    """
+    kept = outputs if keeps_output else activations + vectors
+
+    def forward_shapes(tensors, heads, eps):
+        return [torch.empty_like(tensors[0]) for _ in range(outputs)]
+
+    def forward(tensors, heads, eps):
+        made = forward_shapes(tensors, heads, eps)
+        _check_sizes(name, tensors)
+        call(
+            f"{name}_forward",
+            tensors[0],
+            tensors[:activations],
+            tensors[activations:],
+            made,
+            None,
+            heads,
+            eps,
+        )
+        return made
+
+    def backward_shapes(tensors, heads, eps, trained):
+        of_vectors = tensors[activations : activations + vectors] if trained else ()
+        return [torch.empty_like(x) for x in (*tensors[:1] * activations, *of_vectors)]
+
+    def backward(tensors, heads, eps, trained):
+        made = backward_shapes(tensors, heads, eps, trained)
+        _check_sizes(name, tensors)
+        after = [*tensors[kept:], *made[:activations]]
+        given, of_vectors = tensors[: kept - vectors], tensors[kept - vectors : kept]
+        gradients = made[activations:] if trained else None
+        call(f"{name}_backward", tensors[0], given, of_vectors, after, gradients, heads, eps)
+        return made
+
+    sizes = "Tensor[] tensors, int heads, float eps"
+    forward_op = _library_op(name, sizes, forward, forward_shapes)
+    backward_op = _library_op(f"{name}_backward", f"{sizes}, bool trained", backward, backward_shapes)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, heads, eps, *tensors):
+            made = forward_op(tensors, heads, eps)
+            ctx.save_for_backward(*(made if keeps_output else tensors))
+            ctx.numbers = heads, eps
+            return made[0] if outputs == 1 else tuple(made)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *gradients):
+            trained = any(ctx.needs_input_grad[2 + activations :])
+            tensors = [*ctx.saved_tensors, *ready(*gradients)]
+            found = backward_op(tensors, *ctx.numbers, trained)
+            return None, None, *found, *([] if trained else [None] * vectors)
+
+    return Differentiable.apply
+
+
+def _check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
+    """A parameter that ZeRO-3 has let go is empty."""
+    shape = tensors[0].shape
+    if any(t.shape != shape and t.numel() != shape[-1] for t in tensors):
+        raise ValueError(
+            f"{name}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of"
+            " its last axis"
+        )
+
+
+relu_squared = _define("relu_squared", 1, keeps_output=True)
+value_residual = _define("value_residual", 3)
+delta_inputs = _define("delta_inputs", 2, 2, outputs=3)
+readout6 = _define("readout6", 2, 2)
+readout7 = _define("readout7", 5, 3)
+
+
+# The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all.
+
+
+def _shift_shapes(z, last, reset, mixes, *_):
+    return [torch.empty_like(z) for _ in mixes]
+
+
+def _check_shift(z, last, reset, mixes):
+    B, T, C = z.shape
+    expected = [(B, C), reset if reset is None else (B, T), [C] * len(mixes)]
+    found = [x if x is None else tuple(x.shape) for x in (last, reset)] + [[mix.numel() for mix in mixes]]
+    if found != expected:
+        raise ValueError(
+            f"shift_mix: last, reset and numbers of the mixes are {found}; expected {expected}, because z is"
+            f" {tuple(z.shape)}"
+        )
+
+
+def _mixes_of(like: Tensor, mixes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The mixes as the C interface has them: a CPU's is one matrix."""
+    return mixes if on_gpu(like) else [torch.stack([mix.reshape(-1).float() for mix in mixes])]
+
+
+def _shift_forward(z, last, reset, mixes):
+    _check_shift(z, last, reset, mixes)
+    out = _shift_shapes(z, last, reset, mixes)
+    call("shift_mix_forward", z, [z, last, reset], _mixes_of(z, mixes), [out], count=len(mixes))
+    return out
+
+
+def _shift_backward_shapes(gradients, z, last, reset, mixes):
+    g = gradients[0]
+    of_mixes = [] if z is None else [torch.empty_like(mix) for mix in mixes]
+    return [torch.empty_like(g), g.new_empty(g.shape[0], g.shape[2]), *of_mixes]
+
+
+def _shift_backward(gradients, z, last, reset, mixes):
+    found, like = _shift_backward_shapes(gradients, z, last, reset, mixes), gradients[0]
+    _check_shift(like, found[1], reset, mixes)
+    inputs = [z, last, reset] if on_gpu(like) else [reset]
+    after, of_mixes = [gradients, *found[:2]], None if z is None else found[2:]
+    call("shift_mix_backward", like, inputs, _mixes_of(like, mixes), after, of_mixes, count=len(mixes))
+    return found
+
+
+_SHIFT = "Tensor z, Tensor last, Tensor? reset, Tensor[] mixes"
+_shift_op = _library_op("shift_mix", _SHIFT, _shift_forward, _shift_shapes)
+_shift_backward_op = _library_op(
+    "shift_mix_backward",
+    "Tensor[] gradients, Tensor? z, Tensor? last, Tensor? reset, Tensor[] mixes",
+    _shift_backward,
+    _shift_backward_shapes,
+)
+
+
+class ShiftMix(torch.autograd.Function):
+    """shift_mix of (z, last, reset, *mixes). It keeps z for the gradients of mixes only."""
+
+    @staticmethod
+    def forward(ctx, z, last, reset, *mixes):
+        kept = (z, last) if any(ctx.needs_input_grad[3:]) else (None, None)
+        ctx.save_for_backward(*kept, reset, *mixes)
+        return tuple(_shift_op(z, last, reset, mixes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        z, last, reset, *mixes = ctx.saved_tensors
+        dz, dlast, *dmixes = _shift_backward_op(ready(*gradients), z, last, reset, mixes)
+        return dz, dlast, None, *(dmixes or [None] * len(mixes))
+
+
+# The shares that every token adds to the mixes, m_i = q_i maps_i, are products. A GPU makes all in one and
+# reads them where it writes the outputs.
+
+
+def _token_forward(z, last, reset, mixes, m):
+    _check_shift(z, last, reset, mixes)
+    out = _shift_shapes(z, last, reset, mixes)
+    after = [list(m.unbind()), out]
+    call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=len(mixes))
+    return out
+
+
+def _token_backward_shapes(z, last, reset, mixes, m, gradients, trained):
+    of_mixes = [torch.empty_like(mix) for mix in mixes] if trained else []
+    return [torch.empty_like(z), torch.empty_like(last), torch.empty_like(m), *of_mixes]
+
+
+def _token_backward(z, last, reset, mixes, m, gradients, trained):
+    found = _token_backward_shapes(z, last, reset, mixes, m, gradients, trained)
+    _check_shift(z, last, reset, mixes)
+    dz, dlast, dm, *of_mixes = found
+    after = [list(m.unbind()), gradients, dz, dlast, list(dm.unbind())]
+    of_mixes = of_mixes if trained else None
+    call("shift_mix_token_backward", z, [z, last, reset], mixes, after, of_mixes, count=len(mixes))
+    return found
+
+
+_token_op = _library_op("shift_mix_token", f"{_SHIFT}, Tensor m", _token_forward, _shift_shapes)
+_token_backward_op = _library_op(
+    "shift_mix_token_backward",
+    f"{_SHIFT}, Tensor m, Tensor[] gradients, bool trained",
+    _token_backward,
+    _token_backward_shapes,
+)
+
+
+def _shares(z: Tensor, q: Tensor, maps: Tensor) -> Tensor:
+    return torch.bmm(q, maps).view(len(maps), *z.shape)
+
+
+class ShiftMixLowRank(torch.autograd.Function):
+    """shift_mix_low_rank of (z, last, q, reset, maps, *mixes) on a GPU."""
+
+    @staticmethod
+    def forward(ctx, z, last, q, reset, maps, *mixes):
+        ctx.save_for_backward(z, last, q, reset, maps, *mixes)
+        return tuple(_token_op(z, last, reset, mixes, _shares(z, q, maps.to(z.dtype))))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        z, last, q, reset, maps, *mixes = ctx.saved_tensors
+        factors = maps.to(z.dtype)
+        trained = any(ctx.needs_input_grad[5:])
+        m, gradients = _shares(z, q, factors), ready(*gradients)
+        dz, dlast, dm, *dmixes = _token_backward_op(z, last, reset, mixes, m, gradients, trained)
+        dm = dm.flatten(1, 2)
+        dmaps = torch.bmm(q.mT, dm).to(maps.dtype) if ctx.needs_input_grad[4] else None
+        return dz, dlast, torch.bmm(dm, factors.mT), None, dmaps, *(dmixes or [None] * len(mixes))
+
+
+def _low_rank_mixes(z, q, maps):
+    return [product(part, map_.t()).view(z.shape) for part, map_ in zip(q, maps, strict=True)]
+
+
+def _low_rank_forward(z, last, q, reset, mixes, maps):
+    _check_shift(z, last, reset, mixes)
+    out = _low_rank_mixes(z, q, maps)
+    call("shift_mix_token_forward", z, [z, last, reset], _mixes_of(z, mixes), [out], count=len(mixes))
+    return out
+
+
+def _low_rank_backward(z, last, q, reset, mixes, maps, gradients):
+    dz, dlast = torch.empty_like(z), torch.empty_like(last)
+    m = _low_rank_mixes(z, q, maps)
+    inputs, after = [z, last, reset], [m, gradients, dz, dlast]
+    call("shift_mix_token_backward", z, inputs, _mixes_of(z, mixes), after, count=len(mixes))
+    # m is its gradient now
+    dq = torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)])
+    return [dz, dlast, dq]
+
+
+_LOW_RANK = "Tensor z, Tensor last, Tensor q, Tensor? reset, Tensor[] mixes, Tensor maps"
+_low_rank_op = _library_op(
+    "shift_mix_low_rank",
+    _LOW_RANK,
+    _low_rank_forward,
+    lambda z, last, q, reset, mixes, maps: _shift_shapes(z, last, reset, mixes),
+)
+_low_rank_backward_op = _library_op(
+    "shift_mix_low_rank_backward",
+    f"{_LOW_RANK}, Tensor[] gradients",
+    _low_rank_backward,
+    lambda z, last, q, *_: [torch.empty_like(z), torch.empty_like(last), q.new_empty(q.shape)],
+)
+
+
+class ShiftMixLowRankCpu(torch.autograd.Function):
+    """shift_mix_low_rank of (z, last, q, reset, maps, *mixes) on a CPU: the outputs lie in m's place."""
+
+    @staticmethod
+    def forward(ctx, z, last, q, reset, maps, *mixes):
+        maps = maps.to(z.dtype)
+        ctx.save_for_backward(z, last, q, reset, maps, *mixes)
+        return tuple(_low_rank_op(z, last, q, reset, mixes, maps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        z, last, q, reset, maps, *mixes = ctx.saved_tensors
+        found = _low_rank_backward_op(z, last, q, reset, mixes, maps, ready(*gradients))
+        return *found, None, None, *[None] * len(mixes)

@@ -1,0 +1,226 @@
+"""The CUDA elementwise functions, run on the CPU through cuda/emulate.h, against the plain forms in float64;
+and what nvcc makes of them.
+"""
+
+import ctypes
+
+import pytest
+import torch
+
+from benchmarks.ptxas_report import compile_report, table
+from src.model import RWKV
+from src.ops import elementwise, elementwise_ops
+from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
+from src.ops.elementwise import ON_GPU
+
+from .conftest import ROOT, close, make_arch, random_tensors
+
+# B, T, C, heads: head sizes 8, 16, 80 (ten of sixteen lanes), 256, 24; blocks of 32 tokens and 256 channels
+SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 37, 160, 2), (1, 33, 512, 2), (1, 70, 264, 11)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Largest errors seen below, against the largest value: fp32 6e-7, bf16 8e-3, fp16 1e-3. Outputs are rounded
+# once, 2^-8 = 4e-3 of a value in bf16; the low-rank mixes before their use, too.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+EPS = 64e-5
+
+# name -> (function of native, activations, vectors, reset; activations; vectors)
+FUNCTIONS = {
+    "shift_mix": (lambda on, z, last, *mixes, reset: elementwise.shift_mix(z, last, reset, mixes, on), 2, 6),
+    "shift_mix of one": (
+        lambda on, z, last, mix, reset: elementwise.shift_mix(z, last, None, [mix], on),
+        2,
+        1,
+    ),
+    "shift_mix_low_rank": (
+        lambda on, z, last, q, maps, *mixes, reset: elementwise.shift_mix_low_rank(
+            z, last, reset, mixes, q, maps, on
+        ),
+        3,
+        6,
+    ),
+    "relu_squared": (lambda on, x, reset: elementwise.relu_squared(x, on), 1, 0),
+    "value_residual": (lambda on, *x, reset: elementwise.value_residual(*x, on), 3, 0),
+    "delta_inputs": (lambda on, *x, heads, reset: elementwise.delta_inputs(*x, heads, on), 2, 2),
+    "readout6": (lambda on, *x, heads, reset: elementwise.readout6(*x, heads, EPS, on), 2, 2),
+    "readout7": (lambda on, *x, reset: elementwise.readout7(*x, EPS, on), 5, 3),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@pytest.fixture
+def gpu(libraries, monkeypatch):
+    """The emulated library in the place of every device's; the names of its functions as they are called."""
+    monkeypatch.setattr(elementwise_ops, "library", lambda device: libraries[7])
+    monkeypatch.setitem(elementwise.ACTIVATION_DTYPES, "cpu", DTYPES)
+    seen, call = [], elementwise_ops.call
+    monkeypatch.setattr(
+        elementwise_ops, "call", lambda name, *args, **kw: (seen.append(name), call(name, *args, **kw))[1]
+    )
+    return seen
+
+
+def inputs(name, sizes):
+    """Activations, then vectors, of numbers that are exact in every dtype; reset; keywords."""
+    B, T, C, heads = sizes
+    generator = torch.Generator().manual_seed(1000 * T + C)
+
+    def x(*shape):
+        return (torch.randn(shape, generator=generator) * 32).round().double() / 32
+
+    _, activations, vectors = FUNCTIONS[name]
+    shapes = [(B, T, C)] * activations + [(1, 1, C)] * vectors
+    if name.startswith("shift_mix"):
+        shapes[1] = (B, C)
+    if name == "shift_mix_low_rank":
+        shapes[2:4] = (5, B * T, 7), (5, 7, C)
+    if name.startswith("readout"):
+        shapes[-2:] = (C,), (C,)
+    if name == "readout7":
+        shapes[5] = (heads, C // heads)
+    # a part of something else, as of a chunk
+    reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3
+    keywords = {"heads": heads} if name in ("delta_inputs", "readout6") else {}
+    return [x(*shape) for shape in shapes], keywords | {"reset": reset}
+
+
+def results(name, sizes, native, dtype, trained, vector_dtype=None):
+    """Outputs, then gradients of activations, and of vectors where they are trained."""
+    function, activations, vectors = FUNCTIONS[name]
+    tensors, keywords = inputs(name, sizes)
+    leaves = [
+        t.to(dtype if i < activations else vector_dtype or dtype, copy=True).requires_grad_(
+            i < activations or trained
+        )
+        for i, t in enumerate(tensors)
+    ]
+    out = function(native, *leaves, **keywords)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16().to(dtype) for y in out]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad(out, wanted, gradients)
+    assert [g.dtype for g in found] == [leaf.dtype for leaf in wanted]
+    return [t.detach() for t in (*out, *found)]
+
+
+@every_function
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_outputs_and_gradients(name, dtype, trained, gpu):
+    """Trained vectors are fp32 in a base of any dtype, frozen ones have its dtype."""
+    if trained and not FUNCTIONS[name][2]:
+        return
+    for sizes in SIZES:
+        want = results(name, sizes, 0, torch.float64, trained)
+        got = results(name, sizes, ON_GPU, dtype, trained, torch.float32 if trained else dtype)
+        for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
+            what = f"{name} {sizes} {dtype}: tensor {i}"
+            # the gradient of `last` is exactly 0 where a document starts in every row
+            close(what, mine, exact, TOLERANCE[dtype]) if exact.any() else torch.testing.assert_close(
+                mine.double(), exact, atol=0, rtol=0
+            )
+    assert len(gpu) == 2 * len(SIZES)
+
+
+@every_function
+def test_the_order_of_threads_does_not_matter(name, gpu, libraries):
+    for sizes in SIZES[2:]:
+        first = results(name, sizes, ON_GPU, torch.float32, True)
+        libraries[7].emulate_order(1)
+        try:
+            second = results(name, sizes, ON_GPU, torch.float32, True)
+        finally:
+            libraries[7].emulate_order(0)
+        assert all(map(torch.equal, first, second)), sizes
+
+
+@every_function
+def test_half_precision_rounds_outputs_only(name, gpu):
+    """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own."""
+    if name == "shift_mix_low_rank":
+        return
+    want = results(name, SIZES[2], ON_GPU, torch.float32, True)
+    for dtype in DTYPES[1:]:
+        got = results(name, SIZES[2], ON_GPU, dtype, True, torch.float32)
+        kept_output = name == "relu_squared"  # its backward reads the rounded output
+        for mine, exact in zip(got[:1] if kept_output else got, want):
+            assert torch.equal(mine, exact.to(mine.dtype))
+
+
+def test_vectors_have_any_dtype_and_their_gradients_the_same(gpu):
+    mixed = [torch.float32, torch.bfloat16, torch.float16]
+    tensors, keywords = inputs("shift_mix", SIZES[2])
+    want = results("shift_mix", SIZES[2], 0, torch.float64, True)
+    leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(tensors, [mixed[1]] * 2 + mixed * 2)]
+    out = FUNCTIONS["shift_mix"][0](ON_GPU, *leaves, **keywords)
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16() for y in out]
+    for mine, leaf, exact in zip(torch.autograd.grad(out, leaves, gradients), leaves, want[6:], strict=True):
+        assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
+        close("gradient", mine, exact, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("count", [9, 32])
+def test_any_number_of_mixes(count, gpu):
+    x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
+    mixes = list(torch.randn(count, 16))
+    want = elementwise.shift_mix(x, x[:, 0], None, mixes, 0)
+    for mine, exact in zip(elementwise.shift_mix(x, x[:, 0], None, mixes, ON_GPU), want, strict=True):
+        close("mix", mine, exact, 2e-6)
+
+
+def test_what_does_not_fit_is_refused(libraries, gpu):
+    for B, T, C, H, dtype in [(1, 1, 12, 1, 0), (1, 1, 264, 1, 0), (1, 0, 64, 1, 0), (1, 1, 64, 1, 3)]:
+        sizes = [*map(ctypes.c_int64, (B, T, C, H)), ctypes.c_float(0), dtype, 0, None]
+        pointers = [None] * 4
+        assert libraries[7].readout6_forward(*pointers, ctypes.c_int64(0), *sizes) == 1
+    with pytest.raises(
+        RuntimeError, match="shift_mix_forward: the CUDA kernel could not be started, error 1"
+    ):
+        x = torch.ones(1, 1, 8)
+        elementwise.shift_mix(x, x[0], None, [x[0, 0]] * 33, ON_GPU)
+
+
+def test_views_that_begin_between_two_loads(gpu):
+    x = torch.arange(17.0)[1:].view(1, 2, 8)
+    assert x.data_ptr() % 16
+    assert torch.equal(elementwise.relu_squared(x, ON_GPU), x * x)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_model_that_trains_whole_has_the_gradients_of_float64(version, gpu):
+    """Every tensor trains, with documents and a state to go on from, on the WKV of the CPU."""
+
+    def run(kernel, dtype):
+        arch = make_arch(version, n_layer=2)
+        model = RWKV(arch, kernel).to(dtype)
+        model.load_state_dict(random_tensors(arch))
+        if kernel == "cpu":
+            model.set_kernel("cuda")
+            for block in model.blocks:
+                block.att.kernel = "cpu"
+        ids = torch.randint(67, (2, 37), generator=torch.Generator().manual_seed(5))
+        reset = torch.zeros(2, 37, dtype=torch.bool)
+        reset[0, 11] = reset[1, 1] = True
+        _, state = model(ids[:, :9])
+        logits, _ = model(ids, state, reset)
+        logits.logsumexp(-1).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    want, got = run("torch", torch.float64), run("cpu", torch.float32)
+    assert want.keys() == got.keys() and {name.rpartition("_")[2] for name in gpu} == {"forward", "backward"}
+    for name, exact in want.items():
+        close(f"v{version} {name}", got[name], exact, 2e-5)
+
+
+def test_nvcc_spills_no_register(record_property):
+    try:
+        find_nvcc()
+    except BuildError:
+        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
+    rows = compile_report(ROOT / "cuda/elementwise.cu", ARCHITECTURES, quick=True)
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    record_property("table", table(rows))
+    for row in rows:
+        # two blocks on a multiprocessor
+        assert row["spill_stores"] == 0 and row["registers"] <= 128 and row["shared"] <= 8 << 10, row
