@@ -105,6 +105,11 @@ def interrupted(arguments: list[str], moment: float) -> str:
     process = start(arguments)
     time.sleep(moment)
     os.killpg(process.pid, signal.SIGINT)
+    return end_of(process)
+
+
+def end_of(process: subprocess.Popen) -> str:
+    """What is wrong with the end of a program that Ctrl-C has reached or is about to; "" if nothing is."""
     try:
         output, error = process.communicate(timeout=GIVEN_UP)
     except subprocess.TimeoutExpired:

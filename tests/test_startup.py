@@ -104,14 +104,35 @@ with one_line_errors():
     )
 
 
-def test_ctrl_c_at_any_moment_of_a_start(tmp_path):
-    """Ten of the moments that `python -m benchmarks.interrupt` has, and two of the library's command."""
-    arguments = interrupt.training(tmp_path)
-    ready = interrupt.seconds_until(arguments, "step 1/")
-    assert interrupt.interrupt_all(arguments, [ready * (0.05 + number / 10) for number in range(10)]) == []
-    arguments, answer = interrupt.PROGRAMS["inspect"]
-    ready = interrupt.seconds_until(arguments, answer)
-    assert interrupt.interrupt_all(arguments, [ready * 0.3, ready * 0.6]) == []
+# sitecustomize.py, which Python imports before a program: Ctrl-C when a module is about to be imported
+AT_IMPORT = """
+import os, signal, sys
+def hook(event, args):
+    if event == "import" and args[0] == os.environ["INTERRUPTED_AT"]:
+        os.killpg(0, signal.SIGINT)
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize(
+    "program, module",
+    [
+        ("train", "torch.nn"),
+        ("train", "torch._dynamo"),  # in the count of a step's memory
+        ("train", "lightning.pytorch"),
+        ("train", "src.training.trainer"),  # all is imported
+        ("inspect", "rwkv_miss.methods.lora"),
+    ],
+)
+def test_ctrl_c_at_any_moment_of_a_start(program, module, tmp_path, monkeypatch):
+    """Some of the moments that `python -m benchmarks.interrupt` has, but by the clock, which other work on
+    the machine moves; signals of later moments are sent in test_run_plan and test_crashes.
+    """
+    arguments = interrupt.training(tmp_path) if program == "train" else interrupt.PROGRAMS[program][0]
+    (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("INTERRUPTED_AT", module)
+    assert interrupt.end_of(interrupt.start(arguments)) == ""
 
 
 @pytest.mark.parametrize(
