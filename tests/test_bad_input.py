@@ -2,9 +2,11 @@
 changed.
 """
 
+import functools
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -18,8 +20,10 @@ from rwkv_miss.__main__ import main as rwkv_miss_main
 from rwkv_miss.adapter import METHODS, adapted_linears
 from scripts import evaluate
 from src.model import RWKV
+from src.training import callbacks
 
 from .conftest import ROOT, make_arch, random_tensors
+from .program import CONTEXT, logged, run
 
 PROGRAMS = {"train": train.main, "merge": rwkv_miss_main, "chat": chat.main, "evaluate": evaluate.main}
 COMMANDS = {"train": ["train.py"], "merge": ["-m", "rwkv_miss"], "chat": ["-m", "demo.chat"]}
@@ -464,40 +468,39 @@ def test_an_output_folder_that_cannot_be_written(refused, folder):
     assert "is an input of the merge" in refused("merge", out=folder / "base.pth")
 
 
-LIMITED = """
-import resource, sys
 def limit(size):
+    """No file of this process grows beyond so many bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-"""
+
+
+def limited_merge(size, flags):
+    limit(size)
+    rwkv_miss_main(flags)
 
 
 def test_a_disk_that_fills_up_during_a_merge(folder, tmp_path):
-    out = tmp_path / "merged.pth"
+    out, log = tmp_path / "merged.pth", tmp_path / "log"
     out.write_bytes(b"previous")
-    code = LIMITED + "from rwkv_miss.__main__ import main; limit(50_000); main()"
-    command = [sys.executable, "-c", code, *flags_of("merge", folder, {"out": out})]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch(
-        r"error: .*merged\.pth was not written: File too large; .*\n", done.stderr
-    ), done.stderr
-    assert os.listdir(tmp_path) == ["merged.pth"] and out.read_bytes() == b"previous"
+    flags = flags_of("merge", folder, {"out": out})
+    process = CONTEXT.Process(target=logged, args=(log, limited_merge, 50_000, flags))
+    process.start()
+    process.join(300)
+    said = log.read_text()
+    assert process.exitcode == 2, said
+    assert re.fullmatch(r"error: .*merged\.pth was not written: File too large; .*\n", said), said
+    assert sorted(os.listdir(tmp_path)) == ["log", "merged.pth"] and out.read_bytes() == b"previous"
 
 
-# the limit, the first argument, comes into force after the first step of the whole run
-FULL = (
-    LIMITED
-    + """
-import train
-from src.training import callbacks
-size, save = int(sys.argv.pop(1)), callbacks.Saver.save
-def save_until_full(self, trainer):
-    if trainer.global_step > 1:
-        limit(size)
-    save(self, trainer)
-callbacks.Saver.save = save_until_full
-train.main()
-"""
-)
+def limit_from_second_step(size, rank):
+    """In a run, before the saving of each step of the whole run but the first."""
+    save = callbacks.Saver.save
+
+    def save_until_full(self, trainer):
+        if trainer.global_step > 1:
+            limit(size)
+        save(self, trainer)
+
+    callbacks.Saver.save = save_until_full
 
 
 def test_a_disk_that_fills_up_during_training(folder, tmp_path):
@@ -510,21 +513,18 @@ def test_a_disk_that_fills_up_during_training(folder, tmp_path):
         {"proj_dir": tmp_path / "run", "micro_bsz": 2, "save_steps": 1, "ctx_len": 24, "peft_config": "r=48"},
     )
 
-    def run(limit, *more):
-        command = [sys.executable, "-c", FULL, str(limit), *flags, *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    def limited(size, *more):
+        return run([*flags, *more], functools.partial(limit_from_second_step, size))
 
-    done = run(20_000)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.count("error: ") == 1 and "adapter.pth was not written: File too large" in done.stderr
+    code, output = limited(20_000)
+    assert code == 2 and "Traceback" not in output, output
+    assert output.count("error: ") == 1 and "adapter.pth was not written: File too large" in output
     # rows longer than ctx_len are no mistake, but their number is told
-    assert re.search(r"warning +1 of 5 documents cut at --ctx_len 24: 1 token lost", done.stdout)
+    assert re.search(r"warning +1 of 5 documents cut at --ctx_len 24: 1 token lost", output)
     adapter, checkpoints = tmp_path / "run" / "adapter.pth", tmp_path / "run" / "checkpoints"
     assert rwkv_miss.read_metadata(adapter)["step"] == 1 and os.listdir(checkpoints) == ["step-00000001.pth"]
     before = contents(checkpoints)
-    done = run(adapter.stat().st_size + 20_000, "--resume=auto")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, (
-        done.stderr
-    )
-    assert "checkpoint" in done.stderr and "resume" in done.stdout
+    code, output = limited(adapter.stat().st_size + 20_000, "--resume=auto")
+    assert code == 2 and "Traceback" not in output and output.count("error: ") == 1, output
+    assert "checkpoint" in output and "resume" in output
     assert contents(checkpoints) == before
