@@ -1,5 +1,6 @@
 """Training as a user runs it: one process, many, interrupted and resumed, all to the same losses."""
 
+import functools
 import json
 import os
 import random
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from src.training.resume import earlier_settings
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
-from .program import losses
+from .program import at_file, interrupt, losses
 
 
 @pytest.fixture(scope="module")
@@ -213,17 +213,11 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
     proj_dir, again = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--epoch_count", "8", *flags]
     train(files, proj_dir, *flags)
-    process = subprocess.Popen(
-        command(files, again, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.time() + 120
-    while time.time() < deadline and not (
-        (again / "metrics.jsonl").exists() and (again / "metrics.jsonl").read_text().count("\n") >= 4
-    ):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)  # Ctrl-C
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and output.count("stopping after this step and saving; ") == 1, output
+    stop = functools.partial(
+        at_file, "metrics.jsonl", 5, again, interrupt
+    )  # its first operation is its creation
+    code, output = program.run(command(files, again, *flags)[2:], stop)
+    assert code == 130 and output.count("stopping after this step and saving; ") == 1, output
     stopped = len(losses(again))
     assert 4 <= stopped < 24 and f"stopped, go on with --resume auto: step {stopped} of 24" in output, output
     assert read_metadata(again / "adapter.pth")["step"] == stopped
@@ -410,7 +404,7 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
         "--epoch_count",
         "2",
         "--strategy",
-        "deepspeed_stage_1",
+        "ddp",
         "--devices",
         "2",
         "--micro_bsz",
