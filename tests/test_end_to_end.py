@@ -1,5 +1,5 @@
 """The product's shape: 12 layers of width 768 over the World vocabulary in bf16, from data file to chat, with
-the commands a user types.
+the commands a user types (forked, but for the last one: test_readme.py starts each program).
 """
 
 import json
@@ -19,6 +19,7 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 
 from .conftest import ROOT, close, make_arch, pypi_rwkv
+from .program import call, succeed
 
 QUESTION = "2 + 3 是多少？🙂"
 PROMPT = f"User: {QUESTION}\n\nAssistant:"
@@ -28,16 +29,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*args):
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return succeed(call([*map(str, args)]))
 
 
 def product_tensors(arch):

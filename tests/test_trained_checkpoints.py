@@ -4,11 +4,8 @@ another runtime.
 
 import concurrent.futures
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 
 import torch
 
@@ -18,14 +15,13 @@ from src.evaluation.accuracy import greedy
 from src.model import RWKV
 from src.model.loss import loss_sum
 
-from .conftest import ROOT, close, pypi_rwkv
+from . import program
+from .conftest import close, pypi_rwkv
 from .test_tokenizer import characters
 
 
 def train(base, folder, texts, tokenizer, **settings):
-    """The adapter that `train.py` makes in `folder` from rows {"text": ...}; models this small run fastest on
-    one thread.
-    """
+    """The adapter that `train.py` makes in `folder` from rows {"text": ...}, on one thread."""
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     settings |= {
@@ -36,15 +32,7 @@ def train(base, folder, texts, tokenizer, **settings):
         "proj_dir": folder / "run",
         "tokenizer": tokenizer,
     }
-    done = subprocess.run(
-        [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    program.succeed(program.run([f"--{name}={value}" for name, value in settings.items()]))
     return folder / "run" / "adapter.pth"
 
 
