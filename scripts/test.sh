@@ -3,4 +3,5 @@
 # Arguments go to pytest: scripts/test.sh -k merge
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
-exec python -m pytest --numprocesses auto --dist loadfile "$@"
+# files go to the workers in the order of tests/conftest.py
+exec python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
