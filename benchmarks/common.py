@@ -113,23 +113,29 @@ def clock_name(threads: int) -> str:
     return "CPU time" if threads == 1 else "wall time"
 
 
-def timed(work: Callable[[], object], threads: int | None = None) -> float:
-    """Seconds of work(): CPU time of one thread, wall time of several. The number is torch's by default."""
+def timed(work: Callable[[], object], threads: int | None = None, device: str = "cpu") -> float:
+    """Seconds of work(): CPU time of one thread, wall time of several, or until a GPU has done all of it. The
+    number of threads is torch's by default.
+    """
     one_thread = (threads or torch.get_num_threads()) == 1
-    clock = time.process_time if one_thread else time.perf_counter
+    clock = time.process_time if one_thread and device == "cpu" else time.perf_counter
     start = clock()
     work()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return clock() - start
 
 
-def fastest_by_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def fastest_by_turns(
+    works: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, float]:
     """Seconds of the fastest round of each. They take turns, so that a slow minute of the machine slows all.
     There is a round more, because the first one warms up.
     """
     seconds = dict.fromkeys(works, float("inf"))
     for _ in range(rounds + 1):
         for name, work in works.items():
-            seconds[name] = min(seconds[name], timed(work))
+            seconds[name] = min(seconds[name], timed(work, device=device))
     return seconds
 
 

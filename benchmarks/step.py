@@ -3,11 +3,12 @@
 Its bare matrix products and HF peft in the same loop run beside it.
 
     python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1]
-    [--rounds 5] [--variants NAME ...] [--memory]
+    [--rounds 5] [--variants NAME ...] [--memory] [--device cuda --dtype bf16 --micro_bsz 8]
 
-A step is forward, loss, backward and AdamW on one row. The variants take turns and the fastest round of each
-counts: CPU time with one thread, wall time with several. `--memory` adds the most memory above the model that
-two steps of each took in a process of their own. The last line is JSON.
+A step is forward, loss, backward and AdamW on micro_bsz rows. The variants take turns and the fastest round
+of each counts: CPU time with one thread, wall time with several and on a GPU. `--memory` adds the most memory
+above the model that two steps of each took in a process of their own. A variant that does not fit in a GPU's
+memory is said so. The last line is JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.gemm import product
+from src.common.device import PRECISIONS
 from src.model import RWKV, default_arch
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
@@ -52,6 +54,7 @@ VARIANTS = {
     "plain, by tokens": "MiSS r, with everything but the adapters in plain torch, WKV token by token",
 }
 KERNELS = {"plain": "torch", "plain, by tokens": "reference"}
+ON_GPU = ("miss", "lora", "peft miss", "peft lora")  # by default
 
 
 def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel: str = "cpu") -> RWKV:
@@ -76,8 +79,8 @@ def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank:
 def build(variant: str, base: RWKV, rank: int) -> RWKV:
     """The model of a variant, on the memory of `base` but for bf16."""
     with torch.device("meta"):
-        model = RWKV(base.arch, KERNELS.get(variant, "cpu"))
-    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
+        model = RWKV(base.arch, KERNELS.get(variant, base.emb.weight.device.type))
+    dtype = torch.bfloat16 if variant == "bf16" else base.emb.weight.dtype
     model.load_state_dict({name: t.to(dtype) for name, t in base.state_dict().items()}, assign=True)
     model.requires_grad_(False)
     if variant.startswith("peft"):
@@ -99,7 +102,8 @@ def add_peft(model: RWKV, variant: str, rank: int) -> None:
     else:
         settings = peft.MissConfig(r=rank)
     settings.target_modules = [name for name in TARGETS if name in str(model.state_dict().keys())]
-    peft.get_peft_model(model, settings)
+    # in the base's dtype, which is fastest: by default peft computes adapters beside bf16 in fp32
+    peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
 def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callable[[], None]:
@@ -167,7 +171,8 @@ def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callab
     """
     weights, all_D = matrices(base), adapters(base, rank)
     widths = {rank}.union(*(w.shape for w in weights))
-    x = {width: torch.randn(tokens, width) for width in widths}
+    x = {width: torch.randn(tokens, width).to(weights[0]) for width in widths}
+    all_D = [D.to(weights[0]) for D in all_D]
 
     def gemms() -> None:
         for w in weights:
@@ -197,30 +202,31 @@ def peak(args, variant: str) -> int:
 def arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_integers(parser, version=7, n_layer=12, n_embd=768, vocab_size=65536, ctx_len=512, rank=64)
-    add_integers(parser, threads=1, rounds=5)
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        default=[name for name in VARIANTS if not name.startswith("plain")],
-    )
+    add_integers(parser, micro_bsz=1, threads=1, rounds=5)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the base and the activations")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="all but the plain ones by default")
     parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    on_cpu = [name for name in VARIANTS if not name.startswith("plain")]
+    args.variants = args.variants or (on_cpu if args.device == "cpu" else ON_GPU)
+    return args
 
 
 def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
     """What a step is compared with: its matrix products in torch and here, and its WKV."""
-    inputs, dy = make(args.version, (1, args.ctx_len, args.n_embd), 64, torch.float32)
-    run = ours(args.version, "cpu")
+    shape, tokens = (args.micro_bsz, args.ctx_len, args.n_embd), args.micro_bsz * args.ctx_len
+    inputs, dy = make(args.version, shape, 64, PRECISIONS[args.dtype], args.device)
+    run = ours(args.version, args.device)
 
     def wkv_of_all_layers() -> None:
         for _ in range(args.n_layer):
             wkv_step(run, inputs, dy)
 
     return {
-        "bare GEMMs, torch": make_gemms(base, args.rank, args.ctx_len, F.linear),
-        "bare GEMMs, ours": make_gemms(base, args.rank, args.ctx_len, product),
+        "bare GEMMs, torch": make_gemms(base, args.rank, tokens, F.linear),
+        "bare GEMMs, ours": make_gemms(base, args.rank, tokens, product),
         "WKV alone": wkv_of_all_layers,
     }
 
@@ -234,17 +240,31 @@ def show(name: str, row: dict, tokens: int) -> None:
     )
 
 
+def fits(variant: str, step: Callable[[], None]) -> bool:
+    """Whether a step fits in the GPU's memory; where it does not, that is said."""
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        print(f"{variant}: the GPU's memory does not suffice")
+        return False
+    return True
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size)
-    ids = torch.randint(args.vocab_size, (1, args.ctx_len + 1))
+    with torch.device(args.device):
+        base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size, args.device)
+        ids = torch.randint(args.vocab_size, (args.micro_bsz, args.ctx_len + 1))
+    base.to(PRECISIONS[args.dtype])
     steps = {variant: make_step(variant, base, args.rank, ids) for variant in args.variants}
+    if args.device == "cuda":
+        steps = {variant: step for variant, step in steps.items() if fits(variant, step)}
     if args.peak:
         print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
         return
-    seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds)
+    seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds, args.device)
     rows = {}
     for name, s in seconds.items():
         row = rows[name] = {
@@ -255,11 +275,11 @@ def main() -> None:
             row["of_miss"] = round(s / seconds["miss"], 3)
         if args.memory and name in VARIANTS:
             row["peak_MB"] = round(peak(args, name) / 1e6)
-        show(name, row, args.ctx_len)
+        show(name, row, len(ids) * args.ctx_len)
     report(
         "step",
         rows=rows,
-        clock=clock_name(args.threads),
+        clock=clock_name(args.threads) if args.device == "cpu" else "wall time",
         **settings_without(args, "peak", "variants", "memory"),
     )
 

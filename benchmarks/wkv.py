@@ -3,12 +3,13 @@
 All forms run together; errors are against float64.
 
     python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10]
-    [--device cpu|cuda] [--kernels cpu torch reference] [--peers]
+    [--device cpu|cuda] [--kernels cpu torch reference] [--peers] [--rwkv_lm FOLDER]
 
 On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is
 measured between its rounds), and its gain from a second thread in wall time, from paired runs. On a GPU: time
 between events. The fastest round counts. Errors are of the first row of the batch. --peers adds
-flash-linear-attention (pip install -e '.[bench]'), which runs on GPUs only. The last line is JSON.
+flash-linear-attention (pip install -e '.[bench]'), --rwkv_lm the kernels of a checkout of RWKV-LM, in bf16;
+both run on GPUs only. The last line is JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from src import ops
 from src.common.device import cpu_features
 from src.ops import build, toolchain
 
+from . import rwkv_lm
 from .common import add_integers, argument_parser, keep_pages, report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
@@ -148,6 +150,7 @@ def arguments() -> argparse.Namespace:
         "--kernels", nargs="+", choices=ops.KERNELS, help="all that run on the device, when not given"
     )
     parser.add_argument("--peers", action="store_true", help="measure flash-linear-attention too")
+    parser.add_argument("--rwkv_lm", type=pathlib.Path, help="a checkout of RWKV-LM, to measure its kernels")
     return parser.parse_args()
 
 
@@ -223,7 +226,7 @@ def main() -> None:
         native = []
     kernels = args.kernels or [*native, *ops.PLAIN]
     peak = fma_probe() if "cpu" in kernels else None
-    others = peers() if args.peers else {6: {}, 7: {}}
+    beside = peers() if args.peers else {6: {}, 7: {}}
 
     print(
         f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8}"
@@ -232,6 +235,8 @@ def main() -> None:
     rows = []
     for title in args.shapes:
         shape = tuple(map(int, title.split(",")))
+        theirs = rwkv_lm.peers(args.rwkv_lm.absolute(), shape[1]) if args.rwkv_lm else {6: {}, 7: {}}
+        others = {version: beside[version] | theirs[version] for version in beside}
         for version in (6, 7):
             found = measure(version, shape, kernels, peak, others, args)
             for row in found:

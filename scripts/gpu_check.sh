@@ -1,47 +1,75 @@
 #!/usr/bin/env bash
 # Check the CUDA kernels on this machine's GPU, and write docs/gpu/CARD-DATE.json.
 # It runs the tests that need a GPU, errors against float64, compute-sanitizer, and the benchmarks.
-# scripts/doctor.py reads the file and says what ran where.
-# It takes less than 10 minutes once .venv is made and the kernels are built.
+# scripts/doctor.py reads the file and says what ran where. At the end a table for the README is printed.
+# It takes 10 minutes once .venv is made and the kernels are built. A step that would take longer is stopped,
+# and the file says so.
+# Usage: bash scripts/gpu_check.sh [RWKV_LM]     RWKV_LM: a checkout of RWKV-LM, to measure its kernels beside ours
 # Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU.
 set -euo pipefail
 if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
     echo "no GPU: nvidia-smi lists none; run this on a machine with an NVIDIA GPU and its driver" >&2
     exit 2
 fi
+rwkv_lm=()
+[ $# = 0 ] || rwkv_lm=(--rwkv_lm "$(realpath "$1")")
 source "$(dirname "$0")/setup.sh" test
 find_nvcc
+
+# another project's kernels, which are measured beside ours where they can be had
+python -c 'import fla' 2>/dev/null || python -m pip install --quiet --editable ".[bench]" || true
+peers=()
+! python -c 'import fla' 2>/dev/null || peers=(--peers)
 
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)"
 if [ -z "$sanitizer" ]; then
     python -m pip install --quiet nvidia-cuda-sanitizer-api
     sanitizer="$(python -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin/compute-sanitizer"))')"
 fi
+ncu="$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | tail -1 || true)"
 
 logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
+steps=9 least=25 deadline=0
 
-# step NAME SECONDS COMMAND...: show and keep what it prints, and its exit code. Go on whatever that is
+# step NAME SECONDS COMMAND...: show and keep what it prints, its exit code and its time. Go on whatever that is.
+# No step is left out: what is left of the 10 minutes is enough for a moment of each.
 step() {
-    local name="$1" limit="$2" code=0
+    local name="$1" limit="$2" code=0 started=$SECONDS left
     shift 2
-    printf '\n== %s\n' "$name: $*"
+    if [ "$deadline" != 0 ]; then
+        steps=$((steps - 1))
+        left=$((deadline - SECONDS - least * steps))
+        limit=$((limit < left ? limit : left))
+    fi
+    printf '\n== %s\n' "$name, at most $limit s: $*"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$logs/$name" || code=$?
-    echo "$code" > "$logs/$name.code"
+    echo "$code $((SECONDS - started)) $limit" > "$logs/$name.code"
 }
 
 # built here, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import native; status = native.status("cuda"); print(status); raise SystemExit(not status.passed)'
-step tests 120 python -m pytest -m gpu
-step numerics 90 python -m benchmarks.gpu_numerics
+deadline=$((SECONDS + 600))
+step numerics 60 python -m benchmarks.gpu_numerics
+step tests 150 python -m pytest -m gpu -rs
 # no cache of memory: with it a write beyond a tensor could land in another tensor's memory, unseen
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+# our kernels only: a kernel's name has that of its file
+ours="$(cd cuda && echo *.cu | sed 's/\.cu/_cu/g; s/ /|/g')"
 for tool in memcheck racecheck; do
-    step "$tool" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 --report-api-errors no python -m benchmarks.gpu_numerics --small
+    step "$tool" 150 "$sanitizer" --tool "$tool" --kernel-name "regex=$ours" --error-exitcode 1 --report-api-errors no python -m benchmarks.gpu_numerics --small
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 # bf16, because tensor cores take it. These shapes do not fit in memory token by token under autograd
-step benchmark 100 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch
-step training 120 python -m benchmarks.sizes
+step wkv 60 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch --rounds 5 "${peers[@]}" "${rwkv_lm[@]}"
+step training 60 python -m benchmarks.step --device cuda --dtype bf16 --n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024
+step decode 60 python -m benchmarks.gpu_decode --layers 12 --rounds 3
+step sizes 50 python -m benchmarks.sizes --ctx_len 4096
+if [ -n "$ncu" ]; then
+    metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active
+    step ncu 40 "$ncu" --csv --metrics "$metrics" --kernel-name-base mangled --kernel-name "regex:$ours" --launch-count 30 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 8,4096,2048 --kernels cuda --rounds 1
+else
+    step ncu 5 echo "not measured: ncu is not installed; it comes with the CUDA toolkit"
+fi
 
 python -m scripts.gpu_record "$logs"

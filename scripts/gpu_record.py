@@ -1,31 +1,62 @@
-"""Write what scripts/gpu_check.sh found to docs/gpu/CARD-DATE.json.
+"""Write what scripts/gpu_check.sh found to docs/gpu/CARD-DATE.json, and print a table of all such files.
 
     python -m scripts.gpu_record FOLDER
+    python -m scripts.gpu_record --table
 
-FOLDER has two files for each step: its output in NAME, and its exit code in NAME.code.
+FOLDER has two files for each step: its output in NAME; in NAME.code its exit code, its seconds, and the
+seconds that it was given. The table is Markdown, for the README.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import datetime
+import io
 import json
 import pathlib
 import re
+import statistics
 import sys
 
-from .doctor import RECORDS, driver_version, run
+from .doctor import RECORDS, driver_version, records, run
+
+BENCHMARKS = ("wkv", "training", "decode", "sizes")
+STOPPED = (124, 137)  # exit codes of `timeout`
+# ncu's metrics, as its own words begin, and what they are here
+METRICS = {
+    "gpu__time_duration": "us",
+    "dram__throughput": "dram_percent",
+    "sm__pipe_tensor": "tensor_percent",
+}
 
 
-def main(folder: pathlib.Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.gpu_record", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", nargs="?", type=pathlib.Path, help="of outputs and exit codes")
+    what.add_argument("--table", action="store_true", help="print the table only")
+    args = parser.parse_args()
+    if args.folder:
+        write_record(args.folder)
+    else:
+        print(table(records()) or "no record yet: bash scripts/gpu_check.sh on a machine with an NVIDIA GPU")
+
+
+def write_record(folder: pathlib.Path) -> None:
+    """Write the file, print the table, and exit with 1 if something failed."""
     import torch
 
     from src.ops import build, toolchain
 
     output = {path.stem: (folder / path.stem).read_text(errors="replace") for path in folder.glob("*.code")}
-    codes = {path.stem: int(path.read_text()) for path in folder.glob("*.code")}
+    ended = {path.stem: [int(word) for word in path.read_text().split()] for path in folder.glob("*.code")}
     numerics = last_json(output["numerics"])
     record = {
         "card": torch.cuda.get_device_name(),
+        "cards": torch.cuda.device_count(),
         "architecture": "{}{}".format(*torch.cuda.get_device_capability()),
         "date": datetime.date.today().isoformat(),
         "commit": run("git", "describe", "--always", "--dirty").strip(),
@@ -33,22 +64,30 @@ def main(folder: pathlib.Path) -> None:
         "driver": driver_version(),
         "torch": torch.__version__,
         "nvcc": toolchain.ask(toolchain.find_nvcc().path).cuda,
+        "seconds": {name: seconds for name, (_, seconds, _) in ended.items()},
         "tests": last_line(output["tests"]),
+        "not_tested": re.findall(r"^SKIPPED .*", output["tests"], re.MULTILINE),
         "errors": numerics.get("errors", {}),
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in ("memcheck", "racecheck")},
-        "failures": (
-            [f"{name}: exit code {code}" for name, code in codes.items() if code]
-            + numerics.get("failures", [])
-        ),
-        "benchmark": last_json(output["benchmark"]),
-        "training": last_json(output["training"]),
+        "failures": [
+            *(problem(name, code, limit) for name, (code, _, limit) in sorted(ended.items()) if code),
+            *numerics.get("failures", []),
+        ],
+        **{name: last_json(output[name]) for name in BENCHMARKS},
+        "ncu": kernel_figures(output["ncu"]) or last_line(output["ncu"]),
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     card = re.sub(r"[^a-z0-9]+", "-", record["card"].lower()).strip("-")
     path = RECORDS / f"{card}-{record['date']}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}: {'; '.join(record['failures']) or 'all passed'}")
+    print(f"\n{table(records())}\n\nwrote {path}: {'; '.join(record['failures']) or 'all passed'}")
     sys.exit(bool(record["failures"]))
+
+
+def problem(name: str, code: int, limit: int) -> str:
+    if code in STOPPED:
+        return f"{name}: stopped after {limit} s"
+    return f"{name}: exit code {code}"
 
 
 def last_line(text: str, having: str = "") -> str:
@@ -63,5 +102,79 @@ def last_json(text: str) -> dict:
     return next((json.loads(line) for line in reversed(text.splitlines()) if line.startswith("{")), {})
 
 
+def kernel_figures(text: str) -> dict[str, dict[str, float]]:
+    """kernel -> medians of its launches, from ncu's CSV.
+
+    Microseconds, and in percent the shares of the memory's bandwidth and of the tensor cores' time.
+    """
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+        figure = next((METRICS[key] for key in METRICS if (row["Metric Name"] or "").startswith(key)), None)
+        try:
+            value = float(row["Metric Value"].replace(",", ""))
+        except (ValueError, AttributeError):  # "n/a"
+            continue
+        if figure == "us":
+            value *= {"nsecond": 1e-3, "ns": 1e-3, "msecond": 1e3, "ms": 1e3}.get(row["Metric Unit"], 1)
+        if figure:
+            found.setdefault(short_name(row["Kernel Name"]), {}).setdefault(figure, []).append(value)
+    return {
+        kernel: {figure: round(statistics.median(values), 1) for figure, values in figures.items()}
+        for kernel, figures in found.items()
+    }
+
+
+def short_name(mangled: str) -> str:
+    """ "wkv7_chunked scan" of a mangled name, which has the name of its file, a hash, and its own."""
+    found = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
+    if not found:
+        return mangled
+    return f"{found[1]} {mangled[found.end() :][: int(found[2])]}"
+
+
+def table(runs: list[dict]) -> str:
+    """A row for each card and date: what passed, the worst errors, and speed. "" without runs."""
+    if not runs:
+        return ""
+    lines = [
+        "| card | checked | worst error, fp32 / bf16 | WKV-7, (8, 4096, 32, 64) | step, 24 x 2048, MiSS"
+        " | beside peft's MiSS | chat, 12 x 2048 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in runs:
+        passed = "failed: " + "; ".join(record["failures"]) if record["failures"] else "all passed"
+        commit = f"{record['date']}, {record['commit']}"
+        lines.append(f"| {record['card']} | {passed} ({commit}) | {' | '.join(figures_of(record))} |")
+    return "\n".join(lines)
+
+
+def figures_of(record: dict) -> list[str]:
+    """The cells of a record's figures; "-" where there is none."""
+    errors = [
+        max((found[dtype] for found in record["errors"].values() if dtype in found), default=None)
+        for dtype in ("float32", "bfloat16")
+    ]
+    wkv = [
+        row["ms"]
+        for row in record.get("wkv", {}).get("rows", [])
+        if row["shape"] == [8, 4096, 2048] and row["op"] == "wkv7" and row["kernel"] == "cuda"
+    ]
+    steps, settings = record.get("training", {}).get("rows", {}), record.get("training", {})
+    tokens = settings.get("micro_bsz", 0) * settings.get("ctx_len", 0)
+    ours, theirs = (steps.get(name, {}).get("seconds") for name in ("miss", "peft miss"))
+    chat = [row["tokens_per_second"] for row in record.get("decode", {}).get("rows", [])]
+    return [
+        " / ".join("-" if error is None else f"{error:.0e}" for error in errors),
+        f"{wkv[0]:.1f} ms" if wkv else "-",
+        f"{1e3 * ours:.0f} ms, {tokens / ours:,.0f} tokens/s" if ours else "-",
+        f"{theirs / ours:.2f} x the time" if ours and theirs else "-",
+        f"{chat[0]:.0f} tokens/s" if chat else "-",
+    ]
+
+
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main()

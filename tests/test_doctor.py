@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -291,7 +292,31 @@ def test_two_cards_are_two_lines_the_newest_first(records):
     assert cards == ["NVIDIA L4", "NVIDIA H100"]
 
 
-def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
+ROWS = [{"shape": [8, 4096, 2048], "op": "wkv7", "kernel": "cuda", "ms": 3.42}]
+STEP = {"micro_bsz": 8, "ctx_len": 1024, "rows": {"miss": {"seconds": 0.2}, "peft miss": {"seconds": 0.5}}}
+STEPS = {
+    "build": ("Status(built=True)\n", 0),
+    "tests": ("..\nSKIPPED [5] tests/test_gpu.py:170: ONE GPU: nothing\n=== 9 passed in 3.1s ===\n", 0),
+    "numerics": (
+        (
+            'wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y:'
+            ' 1e+00"]}\n'
+        ),
+        0,
+    ),
+    "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
+    "racecheck": ("========= COMPUTE-SANITIZER\n", 124),
+    "wkv": ("table\n" + json.dumps({"benchmark": "wkv", "rows": ROWS}) + "\n", 0),
+    "training": (json.dumps(STEP) + "\n", 0),
+    "decode": ('{"rows": [{"name": "base, one CUDA graph a token", "tokens_per_second": 210.4}]}\n', 0),
+    "sizes": ("Traceback\n", 1),
+    "ncu": ("not measured: ncu is not installed\n", 0),
+}
+
+
+@pytest.fixture
+def recorded(records, tmp_path, monkeypatch):
+    """recorded(steps) -> (exit code, the record) of a run of gpu_check with these outputs and exit codes."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
@@ -299,45 +324,67 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_record, "driver_version", lambda: "580.65")
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: toolchain.Nvcc("nvcc"))
     monkeypatch.setattr(toolchain, "ask", lambda path: toolchain.Release("13.0", (90,)))
-    steps = {
-        "build": ("Status(built=True)\n", 0),
-        "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
-        "numerics": (
-            (
-                'wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y:'
-                ' 1e+00"]}\n'
-            ),
-            0,
-        ),
-        "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
-        "racecheck": ("========= COMPUTE-SANITIZER\n", 124),
-        "benchmark": ('table\n{"benchmark": "wkv", "rows": []}\n', 0),
-        "training": ('{"benchmark": "sizes", "rows": []}\n', 0),
-    }
     logs = tmp_path / "logs"
     logs.mkdir()
-    for name, (output, code) in steps.items():
-        (logs / name).write_text(output)
-        (logs / f"{name}.code").write_text(f"{code}\n")
-    with pytest.raises(SystemExit) as stopped:
-        gpu_record.main(logs)
-    assert stopped.value.code == 1 and "racecheck: exit code 124" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*.json")
-    record = json.loads(path.read_text())
-    assert path.name == f"nvidia-h100-80gb-hbm3-{record['date']}.json"
-    assert (
-        record["failures"] == ["racecheck: exit code 124", "wkv7 y: 1e+00"]
-        and record["tests"] == "9 passed in 3.1s"
-    )
+
+    def run(steps):
+        for name, (output, code) in steps.items():
+            (logs / name).write_text(output)
+            (logs / f"{name}.code").write_text(f"{code} 3 80\n")
+        with pytest.raises(SystemExit) as stopped:
+            gpu_record.write_record(logs)
+        (path,) = tmp_path.glob("*.json")
+        record = json.loads(path.read_text())
+        assert path.name == f"nvidia-h100-80gb-hbm3-{record['date']}.json"
+        return stopped.value.code, record
+
+    return run
+
+
+def test_the_record_of_a_run(recorded, capsys):
+    code, record = recorded(STEPS)
+    said = capsys.readouterr().out
+    assert code == 1 and "racecheck: stopped after 80 s" in said
+    failures = ["racecheck: stopped after 80 s", "sizes: exit code 1", "wkv7 y: 1e+00"]
+    assert record["failures"] == failures and record["tests"] == "9 passed in 3.1s"
+    assert record["not_tested"] == ["SKIPPED [5] tests/test_gpu.py:170: ONE GPU: nothing"]
     assert record["sanitizer"] == {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "no verdict"}
-    assert record["benchmark"] == {"benchmark": "wkv", "rows": []} and record["training"] == {
-        "benchmark": "sizes",
-        "rows": [],
-    }
-    assert record["architecture"] == "90"
+    assert record["wkv"] == {"benchmark": "wkv", "rows": ROWS} and record["training"] == STEP
+    assert record["architecture"] == "90" and record["nvcc"] == "13.0" and record["seconds"]["wkv"] == 3
+    assert record["sizes"] == {} and record["ncu"] == "not measured: ncu is not installed"
     assert "failed there: racecheck" in next(
         check.text for check in doctor.evidence() if check.name == "wkv7 cuda"
     )
+    row = said.splitlines()[3]
+    assert row.startswith("| NVIDIA H100 80GB HBM3 | failed: racecheck: stopped after 80 s; sizes")
+    assert row.endswith("| 1e+00 / - | 3.4 ms | 200 ms, 40,960 tokens/s | 2.50 x the time | 210 tokens/s |")
+
+
+def test_a_run_in_which_all_passed(recorded, capsys):
+    good = {name: (output.replace("Traceback", "{}"), 0) for name, (output, _) in STEPS.items()}
+    good["numerics"] = ('{"errors": {"wkv7 cuda": {"float32": 1e-6, "bfloat16": 3e-3}}, "failures": []}', 0)
+    code, record = recorded(good)
+    assert code == 0 and record["failures"] == [] and "| all passed (" in capsys.readouterr().out
+
+
+def test_the_readme_has_the_table_of_all_cards():
+    assert gpu_record.table(doctor.records()) in (ROOT / "README.md").read_text()
+
+
+def test_figures_of_ncu():
+    name = "_ZN47_GLOBAL__N__26f4018f_15_wkv7_chunked_cu_a837933e4scanI13__nv_bfloat16S1_EEvPKT_"
+    rows = [
+        ("gpu__time_duration.sum", "ns", "1,500,000"),
+        ("gpu__time_duration.sum", "us", "1,700.0"),
+        ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "61.25"),
+        ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "%", "n/a"),
+        ("launch__registers", "", "128"),
+    ]
+    lines = ['==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    lines += [f'"{i}","{name}","{metric}","{unit}","{value}"' for i, (metric, unit, value) in enumerate(rows)]
+    found = gpu_record.kernel_figures("\n".join(lines))
+    assert found == {"wkv7_chunked scan": {"us": 1600.0, "dram_percent": 61.2}}
+    assert gpu_record.kernel_figures("==ERROR== ERR_NVGPUCTRPERM") == {}
 
 
 def numerics(monkeypatch, capsys):
@@ -384,29 +431,37 @@ def stub(folder, name, script):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """gpu_check.sh in a checkout whose programs are stubs that write down how they are called."""
-    for folder in ("scripts", "bin"):
+    """check(nvidia-smi, arguments...): gpu_check.sh in a checkout whose programs are stubs that note their
+    arguments.
+    """
+    for folder in ("scripts", "bin", "cuda"):
         (tmp_path / folder).mkdir()
+    for name in ("wkv7.cu", "wkv7_chunked.cu"):
+        (tmp_path / "cuda" / name).touch()
     (tmp_path / "scripts" / "gpu_check.sh").write_text((ROOT / "scripts" / "gpu_check.sh").read_text())
     (tmp_path / "scripts" / "setup.sh").write_text(
         'cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls; find_nvcc() { :; }\n'
     )
     calls = tmp_path / "calls"
     python = (
-        f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) ls $3 >'
-        f" {tmp_path}/logs; cat $3/tests.code ;; esac"
+        f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) cp $3/* {tmp_path}/logs'
+        " ;; esac"
     )
+    (tmp_path / "logs").mkdir()
     stub(tmp_path / "bin", "python", python)
     stub(
         tmp_path / "bin",
         "compute-sanitizer",
         f'echo "sanitizer $@ cache=$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}',
     )
+    stub(tmp_path / "bin", "ncu", f'echo "ncu $@" >> {calls}')
+    # of a long step it is enough to know what it was given
+    stub(tmp_path / "bin", "timeout", 'shift 2; exec "$@"')
 
-    def check(nvidia_smi):
+    def check(nvidia_smi, *arguments):
         stub(tmp_path / "bin", "nvidia-smi", nvidia_smi)
         done = subprocess.run(
-            ["bash", "scripts/gpu_check.sh"],
+            ["bash", "scripts/gpu_check.sh", *arguments],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -432,34 +487,57 @@ def test_gpu_check_without_a_gpu_installs_nothing(checkout, nvidia_smi):
     assert calls == []
 
 
+GPU = "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'"
+
+
 def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
-    done, calls = checkout("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1", "the tests fail, the rest goes on"
-    asked = "\n".join(calls)
-    assert calls[0] == "setup test"
-    benchmark = "-m benchmarks.wkv --device cuda --dtype bfloat16"
-    for call in (
-        "-m pytest -m gpu",
-        "-m benchmarks.gpu_numerics\n",
-        "--tool memcheck",
-        "--tool racecheck",
-        benchmark,
-        "-m benchmarks.sizes",
-    ):
-        assert call in asked
-    assert asked.count("--small cache=1") == 2 and calls[-1].startswith("python -m scripts.gpu_record ")
-    steps = ["benchmark", "build", "memcheck", "numerics", "racecheck", "tests", "training"]
-    assert (tmp_path / "logs").read_text().split() == sorted(steps + [f"{step}.code" for step in steps])
-    assert sum(int(limit) for limit in limits(tmp_path)) <= 10 * 60
+    done, calls = checkout(GPU)
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == "setup test" and calls[-1].startswith("python -m scripts.gpu_record ")
+    ours = "--kernel-name regex=wkv7_cu|wkv7_chunked_cu"
+    for tool in ("memcheck", "racecheck"):
+        (call,) = [line for line in calls if f"--tool {tool} " in line]
+        assert ours in call and "--small cache=1" in call
+    (call,) = [line for line in calls if line.startswith("ncu ")]
+    assert "--kernel-name regex:wkv7_cu|wkv7_chunked_cu" in call and "dram__throughput" in call
+    assert "--peers" in "\n".join(calls) and "--rwkv_lm" not in "\n".join(calls)
+    codes = {path.stem: path.read_text().split() for path in (tmp_path / "logs").glob("*.code")}
+    assert set(codes) == set(STEPS), "what gpu_record reads"
+    assert codes["tests"][0] == "1" and codes["decode"][0] == "0", "the tests fail, the rest goes on"
 
 
-def limits(folder):
-    """The seconds that each step may take, the two sanitizer tools in one line; the build is not counted."""
-    found = [
-        line.split()
-        for line in (folder / "scripts" / "gpu_check.sh").read_text().splitlines()
-        if line.lstrip().startswith("step ")
-    ]
-    return [words[2] for words in found if words[1] != "build"] + [
-        words[2] for words in found if words[1] == '"$tool"'
-    ]
+def test_gpu_check_measures_rwkv_lm_s_kernels_where_it_is_told_their_place(checkout, tmp_path):
+    _, calls = checkout(GPU, "cuda")
+    assert f"--rwkv_lm {tmp_path / 'cuda'}" in next(line for line in calls if "benchmarks.wkv" in line)
+
+
+def test_gpu_check_ends_in_ten_minutes_with_something_of_every_step(checkout, tmp_path):
+    """Each step takes all that it is given, in a shell whose clock stub `timeout` moves on."""
+    script = tmp_path / "scripts" / "gpu_check.sh"
+    clock = "timeout() { SECONDS=$((SECONDS + $2)); return 124; }\n"
+    script.write_text(script.read_text().replace("set -euo pipefail\n", "set -euo pipefail\n" + clock, 1))
+    # in a pipe a function runs in a shell of its own
+    script.write_text(script.read_text().replace("$2));", "$2)); echo $SECONDS > clock;"))
+    script.write_text(
+        script.read_text().replace('    echo "$code', '    SECONDS=$(cat clock)\n    echo "$code')
+    )
+    checkout(GPU)
+    taken = {path.stem: path.read_text().split() for path in (tmp_path / "logs").glob("*.code")}
+    assert {code for code, _, _ in taken.values()} == {"124"} and set(taken) == set(STEPS)
+    seconds = {name: int(seconds) for name, (_, seconds, _) in taken.items() if name != "build"}
+    assert sum(seconds.values()) <= 605 and min(seconds.values()) >= 5, seconds
+
+
+def test_every_command_of_gpu_check_parses(checkout):
+    _, calls = checkout(GPU, "cuda")
+    asked = [re.search(r"-m benchmarks.*?(?= cache=|$)", line) for line in calls]
+    words = [found[0].split() for found in asked if found]
+    assert {name for _, name, *_ in words} >= {f"benchmarks.{name}" for name in ("wkv", "step", "gpu_decode")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parse_commands"],
+        input=json.dumps([[command, True] for command in words]),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert [wrong for wrong, _ in json.loads(done.stdout)] == [""] * len(words), done.stdout
