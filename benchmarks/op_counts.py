@@ -110,6 +110,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "wkv7_backward": ("wkv", _wkv(7, True)),
     "dequantise": ("dequantise", 1),
     "drop": ("elementwise", 1),
+    "softmax_loss_": ("loss", 1),
     **{
         name: ("elementwise", 1)
         for name in (
@@ -184,6 +185,8 @@ def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
         return 2 * written + sum(spanned(x) for x in _tensors(args[1:]))
     if name in SCATTERS:
         return 2 * sum(spanned(x) for x in _tensors(args[1:]) if x.is_floating_point())
+    if name == "softmax_loss_":  # the gradient is written into its first argument
+        return written + sum(map(spanned, _tensors(args))) + args[0].numel() * args[3].itemsize
     read = _tensors((args, {key: x for key, x in kwargs.items() if key != "out"}))
     if name in ("addmm", "addmm_", "baddbmm", "baddbmm_") and kwargs.get("beta", 1) == 0:
         read = read[1:]

@@ -57,11 +57,12 @@ template <class Number> float row_loss(Number* row, long V, long target, float w
 
 }  // namespace
 
-extern "C" void softmax_loss(void* logits, const int64_t* targets, const float* weights, float* loss,
+extern "C" int softmax_loss(void* logits, const int64_t* targets, const float* weights, float* loss,
     int64_t rows, int64_t V, float l2wrap, int dtype, int threads) {
     parallel(rows, threads, [&](long i, int) {
         const float weight = weights ? weights[i] : 1.f;
         auto one = [&](auto* all) { return row_loss(all + i * V, V, targets[i], weight, l2wrap); };
         loss[i] = dtype == kFloat32 ? one(static_cast<float*>(logits)) : one(static_cast<uint16_t*>(logits));
     });
+    return 0;
 }

@@ -204,37 +204,41 @@ def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     @in_own_dtypes
-    def forward(ctx, x, weight, bias, transposed):
-        ctx.x_shape, ctx.transposed = x.shape, transposed
+    def forward(ctx, x, weight, bias, transposed, exact):
+        ctx.x_shape, ctx.transposed, ctx.dtype = x.shape, transposed, x.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, x if weight.requires_grad else None)
         matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
-        y = product(flat_tokens(x), matrix, product_bias(bias, x.dtype))
+        tokens, bias = flat_tokens(x), product_bias(bias, x.dtype)
+        y = product_exact(tokens, matrix) if exact else product(tokens, matrix, bias)
         return y.view(*x.shape[:-1], matrix.shape[0])
 
     @staticmethod
     @in_own_dtypes
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * 4
+            return (None,) * 5
         first_derivative_only(dy)
         weight, x = ctx.saved_tensors
-        dy, dx = flat_tokens(dy), None
+        dy, dx = flat_tokens(dy).to(ctx.dtype), None
         if ctx.needs_input_grad[0]:
             matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed)
             dx = product(dy, matrix.t()).view(ctx.x_shape)
-        return dx, *weight_gradients(ctx, dy, x, weight, ctx.transposed), None
+        return dx, *weight_gradients(ctx, dy, x, weight, ctx.transposed), None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out).
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False, exact: bool = False
+) -> Tensor:
+    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). `exact`: y is as product_exact makes it,
+    without a bias.
 
     Kept for the backward: the weight, and x only where the weight wants a gradient.
 
     A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
     with it.
     """
-    return _Linear.apply(autocast(x), weight, bias, transposed)
+    return _Linear.apply(autocast(x), weight, bias, transposed, exact)
 
 
 def sums_go_on(device: torch.device) -> bool:

@@ -97,10 +97,15 @@ def product_exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, written to `out` (N, out).
+    """x W^T, written to `out` (N, out), which may be fp32 for factors in half precision, as of product_exact.
 
     For results so large that new memory would take a tenth of the product's time.
     """
+    if out.dtype != x.dtype:
+        # a subclass has no numbers: it is counted what a GPU would do
+        if (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
+            return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+        return out.copy_(product(x, weight))
     if not _use_onednn(x, weight):
         return torch.mm(x, weight.t(), out=out)
     for place, part in zip(out.split(WIDE, 1), weight.split(WIDE), strict=True):

@@ -25,16 +25,21 @@ def gradients(loss, leaves):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("rows", [0, 1, 5, 13])
-@pytest.mark.parametrize("trained, native", [(False, False), (True, True), (False, True)])
-def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native):
+@pytest.mark.parametrize(
+    "trained, native, exact",
+    [(False, False, False), (True, True, False), (False, True, False), (True, False, True)],
+)
+def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native, exact):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 31)  # blocks of 5 rows
     torch.manual_seed(0)
     x = torch.randn(rows, 11).to(dtype).requires_grad_()
     weight, targets = torch.randn(31, 11).to(dtype).requires_grad_(trained), torch.randint(31, (rows,))
     leaves = [x, weight] if trained else [x]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    want = gradients(loss_sum(exact[0] @ (exact[1] if trained else weight.double()).t(), targets), exact)
-    got = gradients(head_loss(x, weight, targets, native), leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    want = gradients(
+        loss_sum(doubles[0] @ (doubles[1] if trained else weight.double()).t(), targets), doubles
+    )
+    got = gradients(head_loss(x, weight, targets, native, exact=exact), leaves)
     assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [
         dtype
     ] * len(leaves)
@@ -152,3 +157,18 @@ def test_in_bf16_the_gradients_do_not_depend_on_the_blocks(monkeypatch):
         size = (dx.double() * want[0]).sum() / want[0].square().sum()
         assert abs(size - 1) < 5e-4
         assert (dw.double() - want[1]).norm() < 3e-3 * want[1].norm()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_logits_of_a_gpu_are_in_fp32_and_their_gradients_are_not(dtype):
+    """Here on the CPU, whose product was rounded on its way."""
+    head = Head(11, 31, "torch").to(dtype)
+    head.on_gpu = True
+    x = torch.randn(2, 3, 11, dtype=dtype, requires_grad=True)
+    logits = head(x)
+    assert logits.shape == (2, 3, 31) and logits.dtype == torch.promote_types(dtype, torch.float32)
+    weights = torch.randn_like(logits)
+    found = torch.autograd.grad((logits * weights).sum(), [x, head.weight])
+    want = weights.double() @ head.weight.double(), torch.einsum("btv,btc->vc", weights.double(), x.double())
+    for mine, theirs in zip(found, want, strict=True):
+        assert mine.dtype == dtype and (mine - theirs).norm() <= ROUNDING[dtype] * theirs.norm()

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
 
-from ..ops.elementwise import ON_CPU
-from ..ops.native import DTYPE_CODES, library
+from ..ops.launch_errors import require_started
+from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library
 
 L2WRAP = 1e-4
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
@@ -61,41 +61,59 @@ def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, native: int = 0, weights: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    native: int = 0,
+    weights: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """loss_sum(x W^T, targets, weights): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
 
-    x and the weight have one dtype; the result is in at least fp32. Kept for the backward are the gradients
-    of x and of the weight, of those that want one. `native`, if ON_CPU: the softmax by cuda/loss_cpu.cpp,
-    where x is fp32 or bf16 on the CPU. `weights` are (tokens,) fp32.
+    x and the weight have one dtype; the result is in at least fp32. `exact`: the logits are in at least fp32,
+    too, as the product has summed them up (see gemm.product_exact), and not in the dtype of x. Kept for the
+    backward are the gradients of x and of the weight, of those that want one. With `native`, that of
+    ops.elementwise, the softmax is that of cuda/loss.cu, which wants `exact`, or of cuda/loss_cpu.cpp, of the
+    dtypes that they have. `weights` are (tokens,) fp32.
+
+    A target that is not in the vocabulary is an error on a CPU. On a GPU, where nothing may wait, it makes
+    the native loss NaN.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    native = native == ON_CPU and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return _HeadLoss.apply(x, weight, targets, native, weights)
+    native = native > 0 and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
+    return _HeadLoss.apply(x, weight, targets, native, weights, exact)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, weights: Tensor | None
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        native: bool,
+        weights: Tensor | None,
+        exact: bool,
     ) -> Tensor:
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
-        exact = torch.promote_types(x.dtype, torch.float32)
-        dw = torch.zeros_like(weight, dtype=exact) if need_dw else None
-        loss = torch.zeros((), dtype=exact, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dw = torch.zeros_like(weight, dtype=wide) if need_dw else None
+        loss = torch.zeros((), dtype=wide, device=x.device)
         at_once = max(1, LOGITS_AT_ONCE // len(weight))  # tokens
-        block = x.new_empty(min(at_once, len(x)), len(weight))
+        block = x.new_empty(min(at_once, len(x)), len(weight), dtype=wide if exact else x.dtype)
         softmax_loss = torch.ops.rwkv.softmax_loss_ if native else softmax_loss_
         for start in range(0, len(x), at_once):
             part = slice(start, start + at_once)
             logits = product_into(block[: len(x[part])], x[part], weight)
-            loss += softmax_loss(logits, targets[part], None if weights is None else weights[part]).sum()
+            of_part = None if weights is None else weights[part]
+            loss += softmax_loss(logits, targets[part], of_part, x.dtype).sum()
+            gradient = in_place_of(logits, x.dtype)
             if need_dx:
-                dx[part] = product(logits, weight.t())
+                dx[part] = product(gradient, weight.t())
             if need_dw:
-                dw += product(logits.t(), x[part].t())
+                dw += product(gradient.t(), x[part].t())
         ctx.save_for_backward(dx, dw)
         ctx.dtype = x.dtype
         return loss
@@ -105,13 +123,21 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss: Tensor):
         # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
         dx, dw = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
-def softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def in_place_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers (tokens, V) of a dtype that is not wider, each row in the first bytes of its row of logits."""
+    return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def softmax_loss_(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """The loss of each token of logits (tokens, V) times its weight, if it has one, in at least fp32.
 
-    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term.
+    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term: in their
+    own dtype, or in `dtype` as in_place_of() has it.
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)
@@ -124,17 +150,22 @@ def softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | None = None
     if weights is not None:
         gradient.mul_(weights.unsqueeze(1))
         loss = loss * weights
-    logits.copy_(gradient)
+    dtype = dtype or logits.dtype
+    in_place_of(logits, dtype).copy_(gradient.to(dtype))  # two copies, where they lie over each other
     return loss
 
 
-def _native_softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def _native_softmax_loss_(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     tokens, vocab = logits.shape
+    device, dtype = logits.device.type, dtype or logits.dtype
     loss = logits.new_empty(tokens, dtype=torch.float32)
     in_range = (
         targets.dtype == torch.int64
         and targets.shape == (tokens,)
-        and (not tokens or 0 <= targets.min() <= targets.max() < vocab)
+        # on a GPU this would wait for the answer: there the loss of such a token is NaN
+        and (device == "cuda" or not tokens or 0 <= targets.min() <= targets.max() < vocab)
     )
     if not in_range or not logits.is_contiguous():
         raise ValueError(
@@ -142,23 +173,47 @@ def _native_softmax_loss_(logits: Tensor, targets: Tensor, weights: Tensor | Non
             f" with strides {logits.stride()}; expected contiguous logits, and for each token an int64 target"
             f" from 0 to {vocab - 1}"
         )
+    if (
+        logits.dtype != (torch.float32 if device == "cuda" else dtype)
+        or dtype not in ACTIVATION_DTYPES[device]
+    ):
+        raise ValueError(
+            f"softmax_loss_: logits are {logits.dtype} and their gradient {dtype}; expected fp32 logits on a"
+            " GPU, and one dtype, fp32 or bf16, on a CPU"
+        )
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != (tokens,)):
         raise ValueError(
             f"softmax_loss_: weights are {weights.dtype} {tuple(weights.shape)}; expected torch.float32"
             f" {(tokens,)}"
         )
     given = (logits, targets.contiguous(), None if weights is None else weights.contiguous(), loss)
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given]
-    sizes = [ctypes.c_int64(tokens), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
-    library("cpu").softmax_loss(*pointers, *sizes, DTYPE_CODES[logits.dtype], torch.get_num_threads())
+    require_started("softmax_loss_", launch(library(device), *given, dtype, context(logits)))
     return loss
 
 
+def launch(
+    library: ctypes.CDLL,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    loss: Tensor,
+    dtype: torch.dtype,
+    context: tuple,
+) -> int:
+    """Have a library write loss and gradient of contiguous tensors; 0, or CUDA's error."""
+    pointers = [
+        ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, targets, weights, loss)
+    ]
+    sizes = [*map(ctypes.c_int64, logits.shape), ctypes.c_float(L2WRAP)]
+    return library.softmax_loss(*pointers, *sizes, DTYPE_CODES[dtype], *context)
+
+
 torch.library.define(
-    "rwkv::softmax_loss_", "(Tensor(a!) logits, Tensor targets, Tensor? weights=None) -> Tensor"
+    "rwkv::softmax_loss_",
+    "(Tensor(a!) logits, Tensor targets, Tensor? weights=None, ScalarType? dtype=None) -> Tensor",
 )
-torch.library.impl("rwkv::softmax_loss_", "cpu", _native_softmax_loss_)
+torch.library.impl("rwkv::softmax_loss_", ("cpu", "cuda"), _native_softmax_loss_)
 torch.library.register_fake(
     "rwkv::softmax_loss_",
-    lambda logits, targets, weights=None: logits.new_empty(len(logits), dtype=torch.float32),
+    lambda logits, targets, weights=None, dtype=None: logits.new_empty(len(logits), dtype=torch.float32),
 )

@@ -268,7 +268,7 @@ class RWKV(nn.Module):
     def forward(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token.
+        """ids (B, T) int64 -> logits (B, T, V), and the state after the last token.
 
         `reset` is that of features().
         """

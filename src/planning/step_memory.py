@@ -104,6 +104,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
         model.set_kernel(kernel)
+        model.head.on_gpu = kernel.startswith("cuda") or config.accelerator == "gpu"
         # only the CPU's native WKV runs here; the GPU's takes no more memory
         if kernel.startswith("cuda"):
             for block in model.blocks:
