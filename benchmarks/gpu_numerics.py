@@ -7,7 +7,7 @@ gradient. The cases are lengths around the kernels' chunks, head sizes, scans of
 segments, documents that start inside a row, and decays of exactly 0 and 1. Small cases are compared with the
 recurrence, token by token on the CPU, and large ones with the chunked form in plain torch. The last line is
 JSON. The exit code is 1 if an error is above what the dtype explains, or not finite. --small has few tokens,
-for compute-sanitizer.
+for compute-sanitizer. The elementwise functions have the cases of tests/test_cuda_elementwise.py.
 """
 
 from __future__ import annotations
@@ -116,6 +116,25 @@ def worst_errors(
     return worst
 
 
+def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
+    """name of an elementwise function -> (its largest error against the largest value, what is allowed)."""
+    # tests, because they have every function with its arguments; here, because they need pytest
+    from src.ops.elementwise import ON_GPU
+    from tests import test_cuda_elementwise as cases
+
+    allowed, found = cases.TOLERANCE[DTYPES[dtype]], {}
+    for name in cases.FUNCTIONS:
+        worst = 0.0
+        for sizes in cases.SIZES:
+            want = cases.results(name, sizes, 0, torch.float64, True)
+            got = cases.results(name, sizes, ON_GPU, DTYPES[dtype], True, torch.float32, device)
+            for a, b in zip(got, want, strict=True):
+                value = ((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+                worst = max(worst, value if math.isfinite(value) else math.inf)
+        found[name] = worst, allowed
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="a few tokens only, for compute-sanitizer")
@@ -137,6 +156,12 @@ def main() -> None:
                 for name, value in errors.items():
                     if value > allowed:
                         failures.append(f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}")
+    for dtype in DTYPES if args.device == "cuda" else ():
+        for name, (value, allowed) in elementwise_errors(dtype, args.device).items():
+            print(f"{name:<18} {dtype:<8} {value:.1e}", flush=True)
+            worst.setdefault(name, {})[dtype] = value
+            if value > allowed:
+                failures.append(f"{name} {dtype}: {value:.1e}, allowed {allowed:.0e}")
     for failure in failures:
         print("FAILED", failure)
     print(json.dumps({"errors": worst, "failures": failures}))

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 
+from benchmarks import gpu_numerics
 from benchmarks.ptxas_report import compile_report, table
 from src.model import RWKV
 from src.ops import elementwise, elementwise_ops
@@ -83,12 +84,13 @@ def inputs(name, sizes):
     return [x(*shape) for shape in shapes], keywords | {"reset": reset}
 
 
-def results(name, sizes, native, dtype, trained, vector_dtype=None):
+def results(name, sizes, native, dtype, trained, vector_dtype=None, device="cpu"):
     """Outputs, then gradients of activations, and of vectors where they are trained."""
     function, activations, vectors = FUNCTIONS[name]
     tensors, keywords = inputs(name, sizes)
+    keywords["reset"] = keywords["reset"].to(device)
     leaves = [
-        t.to(dtype if i < activations else vector_dtype or dtype, copy=True).requires_grad_(
+        t.to(device, dtype if i < activations else vector_dtype or dtype, copy=True).requires_grad_(
             i < activations or trained
         )
         for i, t in enumerate(tensors)
@@ -96,7 +98,7 @@ def results(name, sizes, native, dtype, trained, vector_dtype=None):
     out = function(native, *leaves, **keywords)
     out = list(out) if isinstance(out, (list, tuple)) else [out]
     generator = torch.Generator().manual_seed(3)
-    gradients = [torch.randn(y.shape, generator=generator).bfloat16().to(dtype) for y in out]
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16().to(device, dtype) for y in out]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(out, wanted, gradients)
     assert [g.dtype for g in found] == [leaf.dtype for leaf in wanted]
@@ -120,6 +122,13 @@ def test_outputs_and_gradients(name, dtype, trained, gpu):
                 mine.double(), exact, atol=0, rtol=0
             )
     assert len(gpu) == 2 * len(SIZES)
+
+
+def test_what_a_card_is_checked_with(gpu):
+    """benchmarks.gpu_numerics, with the emulation in the place of a GPU."""
+    found = gpu_numerics.elementwise_errors("bfloat16", "cpu")
+    assert set(found) == set(FUNCTIONS) and len(gpu) == 2 * len(FUNCTIONS) * len(SIZES)
+    assert all(1e-4 < value <= allowed for value, allowed in found.values())
 
 
 @every_function

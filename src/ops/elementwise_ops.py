@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product
 
+from .launch_errors import require_started
 from .native import DTYPE_CODES, EXACT_STRIDES, library
 
 ALIGNMENT = 16  # bytes; what a lane of a GPU loads at once
@@ -67,8 +68,8 @@ def call(
     code = _prepared(library(device.type), function, len(addresses), len(numbers), gpu)(
         *addresses, *numbers, batch, T, C, heads, eps, DTYPE_CODES[like.dtype], *context
     )
-    if gpu and code:
-        raise RuntimeError(f"{function}: the CUDA kernel could not be started, error {code}")
+    if gpu:
+        require_started(function, code)
 
 
 def _prepared(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, gpu: bool):
