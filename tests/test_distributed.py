@@ -13,6 +13,7 @@ import torch
 
 import src.distributed.deepspeed_strategy
 from rwkv_miss import read_checkpoint, read_metadata
+from src.common.zero_sizes import SIZES, ZeroSizes
 from src.model import RWKV
 
 from . import program
@@ -111,8 +112,7 @@ def look_inside(rank):
         return out
 
     # as small against this model as the real ones are against a real model
-    src.distributed.deepspeed_strategy.BUCKET = 1000
-    src.distributed.deepspeed_strategy.KEPT_WHOLE = 0
+    SIZES["cpu"] = ZeroSizes(bucket=1000, ahead=1000, live=1000, kept_whole=0)
     src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model = checked_setup
     RWKV.features = checked_features
 

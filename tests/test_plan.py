@@ -251,13 +251,16 @@ def test_what_deepspeed_holds_beside_its_shares():
     assert away == [{"Adam", "gradients"}, {"Adam", "gradients"}, {"Adam", "gradients", "trained", "base"}]
 
 
-def test_stage_3_holds_its_largest_parameter_whole():
-    arch = make_arch(7, **SIZES | {"vocab_size": 65536, "n_embd": 768, "head_size": 64})
+@pytest.mark.parametrize(
+    "accelerator, vocab_size, ahead", [("cpu", 65536, 10_000_000), ("gpu", 262144, 50_000_000)]
+)
+def test_stage_3_holds_its_largest_parameter_whole(accelerator, vocab_size, ahead):
+    arch = make_arch(7, **SIZES | {"vocab_size": vocab_size, "n_embd": 768, "head_size": 64})
     two, three = (
         memory_parts(
             arch,
             Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
-            "gpu",
+            accelerator,
             "torch",
             "bf16",
             16,
@@ -265,7 +268,7 @@ def test_stage_3_holds_its_largest_parameter_whole():
         )["DeepSpeed"]
         for n in "23"
     )
-    assert three - two == 2 * (65536 * 768 + 10_000_000)
+    assert three - two == 2 * (vocab_size * 768 + ahead)
 
 
 def test_stage_3_leaves_no_holes_in_the_heap_of_a_cpu():

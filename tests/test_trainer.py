@@ -1,9 +1,11 @@
 """What a run asks of Lightning's Trainer, by the strategy object that comes of it."""
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from src.config import Config
+from src.distributed.deepspeed_strategy import zero_settings
 from src.training.trainer import make_trainer
 
 
@@ -30,3 +32,21 @@ def test_several_processes_do_not_send_each_other_buffers(strategy_of, strategy)
 
 def test_one_process_has_no_strategy_of_many(strategy_of):
     assert type(strategy_of()[1]) is SingleDeviceStrategy
+
+
+def test_zero_is_set_for_what_connects_the_processes():
+    """NCCL sends beside other work and fetches ahead; gloo does not. The GPU's numbers are DeepSpeed's own,
+    but for what would hold a whole base, or 2 GB of gradients, at once.
+    """
+    gloo, nccl = (zero_settings(3, False, accelerator) for accelerator in ("cpu", "gpu"))
+    theirs = DeepSpeedZeroConfig(stage=3)
+    assert nccl["overlap_comm"] is theirs.overlap_comm is True and gloo["overlap_comm"] is False
+    for name in ("prefetch_bucket_size", "param_persistence_threshold"):
+        assert nccl[f"stage3_{name}"] == getattr(theirs, name) > gloo[f"stage3_{name}"]
+    for name in ("max_live_parameters", "max_reuse_distance"):
+        assert gloo[f"stage3_{name}"] < nccl[f"stage3_{name}"] == 10**8 < getattr(theirs, name)
+    assert nccl["reduce_bucket_size"] == gloo["reduce_bucket_size"] == 10**7
+    assert "stage3_allgather_sequential" not in nccl and gloo.get("stage3_allgather_sequential", True)
+    assert not zero_settings(2, False, "gpu")["overlap_comm"]  # nor has DeepSpeed it there
+    for offload in (False, True):
+        DeepSpeedZeroConfig(**zero_settings(3, offload, "gpu"))

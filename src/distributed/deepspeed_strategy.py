@@ -26,8 +26,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
-KEPT_WHOLE = 10_000  # stage 3 keeps tensors of up to so many elements whole, once they were gathered
+from ..common.zero_sizes import SIZES
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -74,13 +73,14 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
     `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not. Under stage 3 the model may come as
     it lies in its file, mapped and in the file's dtypes. Each process keeps its share of every tensor, with
-    what is frozen in `dtype`. It never holds more than one whole tensor beside the shares.
+    what is frozen in `dtype`. It never holds more than one whole tensor beside the shares. `accelerator` is
+    cpu or gpu.
     """
 
-    def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype):
+    def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype, accelerator: str):
         self.stage, self.dtype = int(name.removesuffix("_offload")[-1]), dtype
         config = {
-            "zero_optimization": _zero_settings(self.stage, name.endswith("_offload")),
+            "zero_optimization": zero_settings(self.stage, name.endswith("_offload"), accelerator),
             "zero_allow_untested_optimizer": True,
             # torch's AdamW runs on the CPU too, and needs no compiler
             "zero_force_ds_cpu_optimizer": False,
@@ -217,27 +217,30 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             p.copy_(whole)
 
 
-def _zero_settings(stage: int, offload: bool) -> dict[str, object]:
+def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, object]:
     """ZeRO's settings, with small buckets.
 
     With the default of 5e8 elements stage 3 gathers a whole frozen base at once.
     """
+    sizes, gloo = SIZES[accelerator], accelerator == "cpu"
     zero: dict[str, object] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": False,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        # as DeepSpeed has it by default; gloo sends nothing beside other work
+        "overlap_comm": stage == 3 and not gloo,
+        "reduce_bucket_size": sizes.bucket,
+        "allgather_bucket_size": sizes.bucket,
     }
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": BUCKET,
-            "stage3_max_live_parameters": BUCKET,
-            "stage3_max_reuse_distance": BUCKET,
-            "stage3_param_persistence_threshold": KEPT_WHOLE,
+            "stage3_prefetch_bucket_size": sizes.ahead,
+            "stage3_max_live_parameters": sizes.live,
+            "stage3_max_reuse_distance": sizes.live,
+            "stage3_param_persistence_threshold": sizes.kept_whole,
         }
-        # not in the oldest versions; with it a tensor comes into its place without a bucket between
-        if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:
+        # Not in the oldest versions. With it a tensor comes into its place without a bucket between, one
+        # after the other; NCCL is faster with few large messages.
+        if gloo and "allgather_sequential" in DeepSpeedZeroConfig.model_fields:
             zero["stage3_allgather_sequential"] = True
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}

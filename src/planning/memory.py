@@ -26,6 +26,7 @@ from rwkv_miss.quantised import empty
 
 from ..common.available_memory import MIB
 from ..common.device import PRECISIONS
+from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..data.batches import Schedule
 from ..model import RWKV
@@ -40,7 +41,6 @@ CACHE_WASTE = 0.1
 # workspace are an assumption.
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
-BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
 
 
@@ -82,12 +82,13 @@ def memory_parts(
         "Adam": shared(8 * trained, 1, offload),
     }
     if stage:
-        parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(BUCKET, trained)
+        sizes = SIZES[accelerator]
+        parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(sizes.bucket, trained)
         if stage == 3 and (world > 1 or offload):
-            # whole at one time are a bucket of parameters and a bucket that is fetched ahead; a parameter
-            # that is larger than a bucket, such as the head, is whole too
+            # whole at one time are the live ones and those that are fetched ahead; a parameter that is
+            # larger, such as the head, is whole too
             largest = max(p.numel() for p in model.parameters())
-            parts["DeepSpeed"] += base_size * min(max(BUCKET, largest) + BUCKET, frozen + trained)
+            parts["DeepSpeed"] += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained + 2 * buffers
     step = step_bytes(arch, config, kernel, precision, row, targets)

@@ -184,7 +184,7 @@ def make_trainer(
         from ..distributed.deepspeed_strategy import AnywhereDeepSpeed
 
         dtype = torch.float32 if config.peft == "none" else PRECISIONS[config.precision]
-        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, dtype)
+        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, dtype, config.accelerator)
     elif strategy == "ddp" or config.world > 1:
         # every rank derives the same, and a method's may be larger than what it trains
         strategy = DDPStrategy(broadcast_buffers=False)
