@@ -17,7 +17,7 @@ with importing():
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
-    from src.common.device import PRECISIONS
+    from src.common.device import PRECISIONS, choose_accelerator, choose_precision
     from src.common.files import write_text
     from src.config import FIELDS
     from src.config.validate import check_bos
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             "questions": len(questions),
             "model": recorded(args.model),
             "adapter": recorded(args.adapter),
+            "precision": None if args.answers else args.precision,
             "answers": args.answers,
             "bos": bos,
             "max_tokens": limit,
@@ -107,6 +108,7 @@ class Answered(NamedTuple):
 
 def ask_model(args: argparse.Namespace) -> Answered:
     """The questions, answered by the model."""
+    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(
         args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
@@ -227,9 +229,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--bos", default="recorded", help=BOS_HELP)
     add(
         "--precision",
-        default="fp32",
+        default="auto",
         choices=("auto", *PRECISIONS),
-        help="of the weights; default %(default)s",
+        help="of the weights. auto: bf16 on a GPU that has it, or fp16; on a CPU fp32. Default %(default)s",
     )
 
 

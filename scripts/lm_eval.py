@@ -20,7 +20,7 @@ with importing():
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.output import require_writable
-    from src.common.device import PRECISIONS
+    from src.common.device import PRECISIONS, choose_accelerator, choose_precision
     from src.common.files import write_text
     from src.config.validate import check_bos
     from src.data.fetch import fetch_data
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 
     manager, tasks = load_tasks(args)
     args.model, args.adapter = local_path(args.model), args.adapter and local_path(args.adapter)
+    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(
         args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
@@ -115,7 +116,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--precision", default="fp32", choices=("auto", *PRECISIONS), help="default %(default)s"
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="of the weights. auto: bf16 on a GPU that has it, or fp16; on a CPU fp32. Default %(default)s",
     )
     parser.add_argument("--out", help="JSON file for results and every sample")
     args = parser.parse_args(argv)

@@ -7,10 +7,12 @@ import json
 import pathlib
 import re
 import shlex
+import sys
 import time
 from fractions import Fraction
 
 import pytest
+import torch
 
 from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
@@ -426,3 +428,18 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == ["score: 75.0%, 3 of 4 answers are right"]
     assert json.loads(lines[-1])["cut"] is None, "of answers made elsewhere it is not known"
+
+
+@pytest.mark.parametrize(
+    "accelerator, asked, wanted",
+    [("gpu", [], "bf16"), ("cpu", [], "fp32"), ("gpu", ["--precision", "fp32"], "fp32")],
+)
+def test_a_gpu_evaluates_in_what_it_trains_and_chats_in(tmp_path, monkeypatch, accelerator, asked, wanted):
+    questions, seen = tmp_path / "questions.jsonl", []
+    questions.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    monkeypatch.setattr(evaluate, "choose_accelerator", lambda asked: accelerator)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(evaluate, "load", lambda *args, precision: seen.append(precision) or sys.exit())
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", str(questions), "--questions", str(questions), *asked])
+    assert seen == [wanted]
