@@ -7,7 +7,8 @@ gradient. The cases are lengths around the kernels' chunks, head sizes, scans of
 segments, documents that start inside a row, and decays of exactly 0 and 1. Small cases are compared with the
 recurrence, token by token on the CPU, and large ones with the chunked form in plain torch. The last line is
 JSON. The exit code is 1 if an error is above what the dtype explains, or not finite. --small has few tokens,
-for compute-sanitizer. The elementwise functions have the cases of tests/test_cuda_elementwise.py.
+for compute-sanitizer. The elementwise functions and the loss have the cases of tests/test_cuda_elementwise.py
+and test_cuda_loss.py.
 """
 
 from __future__ import annotations
@@ -135,6 +136,24 @@ def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]
     return found
 
 
+def loss_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
+    """name -> (the largest relative error (rms) of a loss and of its gradient, what is allowed)."""
+    from src.model.loss import in_place_of
+    from tests import test_cuda_loss as cases
+
+    worst, half = 0.0, DTYPES[dtype]
+    for rows, vocab in cases.SIZES:
+        if vocab == 1:
+            continue  # its gradient is 0 but for L2Wrap's term
+        logits, targets = cases.make(rows, vocab)
+        want = cases.exact(logits, targets)
+        there = logits.to(device)
+        loss = torch.ops.rwkv.softmax_loss_(there, targets.to(device), None, half)
+        for a, b in zip((loss, in_place_of(there, half)), want, strict=True):
+            worst = max(worst, error(a.cpu(), b))
+    return {"loss": (worst, 2 * cases.ERRORS[half])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="a few tokens only, for compute-sanitizer")
@@ -157,9 +176,12 @@ def main() -> None:
                     if value > allowed:
                         failures.append(f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}")
     for dtype in DTYPES if args.device == "cuda" else ():
-        for name, (value, allowed) in elementwise_errors(dtype, args.device).items():
+        found = elementwise_errors(dtype, args.device) | loss_errors(dtype, args.device)
+        for name, (value, allowed) in found.items():
             print(f"{name:<18} {dtype:<8} {value:.1e}", flush=True)
-            worst.setdefault(name, {})[dtype] = value
+            title = "loss" if name == "loss" else "elementwise"
+            errors = worst.setdefault(title, {})
+            errors[dtype] = max(errors.get(dtype, 0.0), value)
             if value > allowed:
                 failures.append(f"{name} {dtype}: {value:.1e}, allowed {allowed:.0e}")
     for failure in failures:

@@ -32,7 +32,7 @@ OPTIONAL = {
     "deepspeed": "only --strategy deepspeed_stage_1, _2 and _3 need it",
     "tokenizers": "only --tokenizer FILE.json needs it",
 }
-CUDA_KERNELS = ("wkv6 cuda", "wkv6 cuda-exact", "wkv7 cuda", "wkv7 cuda-exact")
+CUDA_KERNELS = ("wkv6 cuda", "wkv6 cuda-exact", "wkv7 cuda", "wkv7 cuda-exact", "elementwise", "loss")
 GIB = 2**30
 
 

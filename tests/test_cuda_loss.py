@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import gpu_numerics
 from src.model import loss as losses
 from src.model.loss import head_loss, in_place_of, launch, loss_sum, softmax_loss_
 from src.ops import native
@@ -136,3 +137,9 @@ def test_the_plain_form_leaves_the_gradient_where_the_native_one_does(libraries)
         plain = logits.clone()
         torch.testing.assert_close(softmax_loss_(plain, targets, None, dtype), loss)
         torch.testing.assert_close(in_place_of(plain, dtype), gradient)
+
+
+def test_what_a_card_is_checked_with():
+    """benchmarks.gpu_numerics, with the CPU's native loss in the place of a GPU's."""
+    ((value, allowed),) = gpu_numerics.loss_errors("float32", "cpu").values()
+    assert 1e-9 < value <= allowed
