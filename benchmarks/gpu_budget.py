@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro_bsz", type=int, default=8)
     parser.add_argument("--ctx_len", type=int, default=1024)
     parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--operators", action="store_true", help="list a layer's operators, too")
     parser.add_argument("--bandwidth", type=float, help="bytes a second, of another card")
     parser.add_argument("--flops", type=float, help="floating-point operations a second, of another card")
     return parser.parse_args()
@@ -161,6 +162,12 @@ def report(args: argparse.Namespace) -> dict:
     print(f"{'host':20} {'':8} {'':8} {'':7} {host:7.1f}   {LAUNCH} us a launch")
     print(f"\na layer: {per_layer} launches, {tensors:.1f} elementwise tensors of (B, T, C)")
     print("by kind: " + ", ".join(f"{kind} {count}" for kind, count in sorted(layer["launches"].items())))
+    if args.operators:
+        print(f"\n{'operator':50} {'launches':>8} {'tensors':>8}")
+        moved = layer["bytes of operators"]
+        for name in sorted(moved, key=moved.get, reverse=True):
+            size = moved[name] / (2 * tokens * arch.n_embd)
+            print(f"{name:50} {layer['launches of operators'].get(name, 0):8} {size:8.1f}")
     figures = {
         "model": f"v{arch.version} {arch.n_layer} x {arch.n_embd}",
         "peft": args.peft,

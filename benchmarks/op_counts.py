@@ -200,9 +200,10 @@ def multiply_adds(name: str, args: tuple, result) -> int:
 
 
 class Tally:
-    """Launches, bytes and multiply-adds by kind."""
+    """Launches, bytes and multiply-adds by kind; `operators` has the launches and bytes of each operator."""
 
     def __init__(self):
+        self.operators = {"launches": Counter(), "bytes": Counter()}
         self.launches, self.bytes, self.multiply_adds = Counter(), Counter(), Counter()
 
     def add(
@@ -224,11 +225,15 @@ class Tally:
             self.multiply_adds[kind] += multiply_adds(name, args, result)
         else:
             kind = kind_of(name, ours, in_loss)
+        moved = traffic(name, args, kwargs, result)
         self.launches[kind] += launches
-        self.bytes[kind] += traffic(name, args, kwargs, result)
+        self.bytes[kind] += moved
+        self.operators["launches"][f"{kind}: {name}"] += launches
+        self.operators["bytes"][f"{kind}: {name}"] += moved
 
     def as_dict(self) -> dict[str, dict[str, int]]:
-        return {name: dict(getattr(self, name)) for name in ("launches", "bytes", "multiply_adds")}
+        kinds = {name: dict(getattr(self, name)) for name in ("launches", "bytes", "multiply_adds")}
+        return kinds | {f"{name} of operators": dict(counts) for name, counts in self.operators.items()}
 
 
 def difference(more: dict[str, dict[str, int]], less: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:

@@ -19,8 +19,20 @@ METHODS = (
 )
 VERSIONS = (6, 7)
 LAYERS = ("miss", "none")  # whose layers are counted by kind
-# method, quantised base, --grad_cp
-MEMORY = (("miss", "none", 0), ("miss", "nf4", 1), ("lora", "none", 2), ("none", "none", 0))
+# version, method, quantised base, --grad_cp, --chunk_ctx
+MEMORY = (
+    *((version, "miss", "none", 0, 0) for version in VERSIONS),
+    *((version, "miss", "nf4", 1, 0) for version in VERSIONS),
+    *((version, "lora", "none", 2, 0) for version in VERSIONS),
+    *((version, "none", "none", 0, 0) for version in VERSIONS),
+    (6, "miss", "int8", 2, 0),
+    (7, "dora", "none", 0, 0),
+    (7, "state", "none", 1, 0),
+    (7, "miss", "none", 0, 128),
+)
+STAGES = (1, 2, 3)  # of ZeRO, on RWKV-7
+QUANTS = ("int8", "nf4")  # of the base of a chat on RWKV-7
+MERGED = ("miss", "dora")  # on RWKV-7
 READING = ("decode", "chat", "evaluation", "likelihood")
 # train.py as a whole; the first one evaluates and answers, too
 RUNS = {
@@ -36,14 +48,29 @@ STEP_CASES = [f"step {method} v{version}" for method in METHODS for version in V
 WEIGHTED_CASES = [f"step with weights miss v{version}" for version in VERSIONS]
 LAYER_CASES = [f"layer {peft} v{version}" for peft in LAYERS for version in VERSIONS]
 MEMORY_CASES = [
-    f"memory {peft} {quant} grad_cp {level} v{version}"
-    for peft, quant, level in MEMORY
-    for version in VERSIONS
+    f"memory {peft} {quant} grad_cp {level} chunk_ctx {chunk} v{version}"
+    for version, peft, quant, level, chunk in MEMORY
 ]
 READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
+PROGRAM_CASES = [
+    *(f"chat on {quant}" for quant in QUANTS),
+    "lm_eval",
+    *(f"merge of {peft}" for peft in MERGED),
+]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]
-ALL = STEP_CASES + WEIGHTED_CASES + LAYER_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES
+SEVERAL_CASES = ["two GPUs: ddp", *(f"two GPUs: ZeRO {stage}" for stage in STAGES)]
+ALL = (
+    STEP_CASES
+    + WEIGHTED_CASES
+    + LAYER_CASES
+    + MEMORY_CASES
+    + READING_CASES
+    + PROGRAM_CASES
+    + RUN_CASES
+    + SEARCH_CASES
+    + SEVERAL_CASES
+)
 
 
 def matching(patterns: list[str]) -> list[str]:

@@ -320,6 +320,7 @@ def install() -> None:
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "current_stream": _Stream(),
+        "default_stream": _Stream(),
         "stream": contextlib.nullcontext(),
         "graph": contextlib.nullcontext(),
     }

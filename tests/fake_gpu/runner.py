@@ -33,6 +33,8 @@ from src.training.trainer import FineTuning
 from . import cases
 from .device import FakeGpu, install
 from .micro_batch import batch_on, config_of, layer, small_model_on
+from .programs import harness, merged, quantised_chat
+from .several_gpus import ddp, zero
 
 KIB = 1024
 
@@ -45,10 +47,15 @@ def records(names: list[str]) -> dict[str, dict]:
         *((step, (method, version)) for method in cases.METHODS for version in cases.VERSIONS),
         *((step, ("miss", version, True)) for version in cases.VERSIONS),
         *((layer, (peft, version)) for peft in cases.LAYERS for version in cases.VERSIONS),
-        *((memory, (*settings, version)) for settings in cases.MEMORY for version in cases.VERSIONS),
+        *((memory, settings) for settings in cases.MEMORY),
         *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
+        *((quantised_chat, (quant, 7)) for quant in cases.QUANTS),
+        (harness, (7,)),
+        *((merged, (peft, 7)) for peft in cases.MERGED),
         *((train, (flags,)) for flags in cases.RUNS.values()),
         (search, ()),
+        (ddp, (7,)),
+        *((zero, (stage, 7)) for stage in cases.STAGES),
     ]
     by_name = dict(zip(cases.ALL, work, strict=True))
     found = {}
@@ -82,14 +89,15 @@ def step(method: str, version: int, weighted: bool = False) -> dict:
     }
 
 
-def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
+def memory(version: int, peft: str, quant: str, grad_cp: int, chunk_ctx: int) -> dict:
     """The most that a forward and a backward pass have beside parameters and gradients, and the plan of
     it.
     """
-    config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp)
+    config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp, chunk_ctx=chunk_ctx)
     planned = step_bytes(default_arch(version, 3, 512, 4096, 64), config, "cuda", "bf16", 512, 1024).peak
     with FakeGpu() as gpu:
-        model, batch = small_model_on("cuda:0", version, config, 3, 512, 4096), batch_on("cuda:0", 2, 512)
+        model = small_model_on("cuda:0", version, config, 3, 512, 4096)
+        batch = batch_on("cuda:0", 2, 512, chunk=chunk_ctx)
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated

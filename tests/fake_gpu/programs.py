@@ -1,0 +1,82 @@
+"""Programs beside train.py: a chat on a quantised base, the harness, an adapter and its merge."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import types
+
+import torch
+from torch import nn
+
+import rwkv_miss
+from src.data.tokenizer import load_tokenizer
+from src.inference.cuda_graph import GraphedDecoder
+from src.inference.generate import stream
+from src.inference.load import load
+from src.inference.sampling import Sampling
+from src.model import RWKV, default_arch
+
+from .device import FakeGpu
+from .micro_batch import config_of, small_model_on
+
+TOKENS = list(range(1, 38))
+
+
+def reading(version: int, quant: str = "none") -> RWKV:
+    """A model that answers."""
+    model = small_model_on("cuda:0", version, config_of("state", quant=quant)).requires_grad_(False).eval()
+    for name, tensor in model.named_parameters():
+        assert quant != "none" or tensor.dtype == torch.bfloat16 or "time_state" in name, name
+    return model
+
+
+@torch.no_grad()
+def quantised_chat(quant: str, version: int) -> dict:
+    """A prompt and tokens of an answer, by a model whose weights are expanded for each product."""
+    with FakeGpu() as gpu:
+        decoder = GraphedDecoder(reading(version, quant))
+        gpu.begin()
+        list(stream(decoder, load_tokenizer("bytes", 512), TOKENS, None, Sampling(0.0), 4, stops=()))
+    return gpu.counts()
+
+
+@torch.no_grad()
+def harness(version: int) -> dict:
+    """lm-evaluation-harness: two continuations, a whole text, a greedy answer."""
+    from src.evaluation.lm_eval_model import HarnessModel
+
+    def requests(*arguments):
+        return [types.SimpleNamespace(args=args) for args in arguments]
+
+    with FakeGpu() as gpu:
+        model = HarnessModel(reading(version), load_tokenizer("bytes", 512))
+        gpu.begin()
+        assert len(model.loglikelihood(requests(("the sum of", " two"), ("a", "b")))) == 2
+        assert len(model.loglikelihood_rolling(requests(("a whole text",)))) == 1
+        assert len(model.generate_until(requests(("ask", {"until": ["\n"], "max_gen_toks": 3})))) == 1
+    return gpu.counts()
+
+
+@torch.no_grad()
+def merged(peft: str, version: int) -> dict:
+    """An adapter of a base on the GPU is saved, merged, and both are loaded there: the same tensors."""
+    with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
+        base, adapter, out = (str(pathlib.Path(folder, f"{name}.pth")) for name in ("base", "adapter", "out"))
+        model = RWKV(default_arch(version, 2, 128, 512, 64))
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02)
+        rwkv_miss.write_checkpoint(base, [(k, t.bfloat16()) for k, t in model.state_dict().items()])
+        model = RWKV.load(base, torch.bfloat16, "cuda", "cuda")
+        config_of(peft).adapter.inject(model)
+        assert all(p.device.type == "cuda" for p in model.parameters())
+        rwkv_miss.save_adapter(model, adapter)
+        rwkv_miss.merge_file(base, adapter, out)
+        live, _ = load(base, adapter, "bytes", accelerator="gpu", precision="bf16", wkv="cuda")
+        whole, _ = load(out, None, "bytes", accelerator="gpu", precision="bf16", wkv="cuda")
+        gpu.begin()
+        ids = torch.tensor([TOKENS], device="cuda")
+        one, other = live.next_logits(ids, None)[0], whole.next_logits(ids, None)[0]
+        kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
+        assert kinds[0] == kinds[1], kinds
+    return gpu.counts()

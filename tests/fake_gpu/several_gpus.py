@@ -1,0 +1,149 @@
+"""A step of one of two processes with a GPU each: torch's DDP, and DeepSpeed's stages.
+
+The process group is torch's own fake one: it moves nothing, and every process is told that all is well. So
+this shows how a process comes through a step, not what the processes say to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from src.config import Config
+from src.model.batch_loss import batch_loss
+from src.planning.step import chunks_of
+from src.training.optimizer import parameter_groups
+
+from .device import FakeGpu
+from .micro_batch import batch_on, config_of, small_model_on
+
+PROCESSES = 2
+
+
+class Loss(nn.Module):
+    """The loss of a batch as a module, which is what is wrapped."""
+
+    def __init__(self, version: int, config: Config, device: str):
+        super().__init__()
+        self.model, self.chunks = small_model_on(device, version, config), chunks_of(config)
+
+    def forward(self, batch: dict) -> Tensor:
+        return batch_loss(self.model, batch, self.chunks, batch["width"])
+
+
+def start_processes() -> None:
+    """The process group, which stays: DeepSpeed keeps groups that are made of it."""
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
+
+
+def ddp(version: int) -> dict:
+    """Forward and backward; `reduced` are the gradients that go to the other process."""
+    from torch.nn.parallel import distributed
+
+    reduced = []
+
+    def reduce(_, bucket):
+        buffer = bucket.buffer()
+        reduced.append(f"{buffer.numel()} {buffer.dtype} on {buffer.device}".replace("torch.", ""))
+        done = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    start_processes()
+    device = "cuda:1"
+    with (
+        FakeGpu() as gpu,
+        # the processes compare their parameters' shapes, and the other one is not there
+        mock.patch.object(distributed, "_verify_param_shape_across_processes"),
+    ):
+        module = Loss(version, config_of("miss"), device)
+        batch = batch_on(device, 2, 37)
+        wrapped = distributed.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped.register_comm_hook(None, reduce)
+        gpu.begin()
+        wrapped(batch).backward()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.device == torch.device(device) for p in trained)
+    return gpu.counts() | {"reduced": reduced}
+
+
+def zero(stage: int, version: int) -> dict:
+    """A step of DeepSpeed's engine with the settings of a run."""
+    start_processes()
+    with deepspeed_on_fakes() as deepspeed, FakeGpu() as gpu:
+        from src.distributed.deepspeed_strategy import AnywhereDeepSpeed
+
+        config = AnywhereDeepSpeed(f"deepspeed_stage_{stage}", 2, torch.bfloat16).config
+        module = Loss(version, config_of("miss"), "cuda:0")
+        batch = batch_on("cuda:0", 2, 37)
+        optimizer = torch.optim.AdamW(parameter_groups(module.model, 1e-3, 0.01), lr=1e-3)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=parameters,
+            config=config,
+            dist_init_required=False,
+        )
+        gpu.begin()
+        engine.backward(engine(batch))
+        engine.step()
+    assert engine.skipped_steps == 0
+    return gpu.counts()
+
+
+@contextlib.contextmanager
+def deepspeed_on_fakes():
+    """Context with the module; what it asks of CUDA beside torch's operators is answered here."""
+    with (
+        mock.patch.dict(os.environ, LOCAL_RANK="0"),  # as a launcher sets it
+        mock.patch("torch.cuda.nvtx.range_push"),
+        mock.patch("torch.cuda.nvtx.range_pop"),
+        mock.patch("torch.cuda.Event", Event),
+        mock.patch.object(FakeTensor, "record_stream", lambda tensor, stream: None),
+    ):
+        import deepspeed
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        # a number that is read from the fake GPU is 1: true
+        with (
+            mock.patch.object(stage_1_and_2, "is_invalid_grad_norm", return_value=False),
+            mock.patch.object(stage3, "is_invalid_grad_norm", return_value=False),
+            mock.patch.object(
+                stage_1_and_2.DeepSpeedZeroOptimizer, "has_overflow", lambda self, *args: False
+            ),
+            mock.patch.object(
+                stage3.DeepSpeedZeroOptimizer_Stage3, "has_overflow", lambda self, *args: False
+            ),
+        ):
+            yield deepspeed
+
+
+class Event:
+    """torch.cuda.Event, which is always over."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args) -> None:
+        pass
+
+    def wait(self, *args) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
