@@ -83,14 +83,15 @@ def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
 def segments(B: int, T: int, H: int) -> int:
     """Into how many segments of chunks the tensor-core WKV cuts the time, as Sizes in cuda/chunked.cuh."""
     chunks = -(-T // 16)
-    return -(-chunks // min(chunks, max(16, 1024 // (B * H))))
+    segments = -(-chunks // max(16, 1024 // (B * H)))
+    return -(-chunks // -(-chunks // segments))
 
 
 def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
     def launches(args: tuple) -> int:
         B, T, H, _ = args[0].shape
-        if not args[-1]:  # the recurrence: both sweeps, what finishes them, the decay, for v6 the bonus
-            return {6: 6, 7: 5}[version] if backward else 1
+        if not args[-1]:  # the recurrence: of each 512 tokens both sweeps and what finishes them; the decay,
+            return 4 * -(-T // 512) + {6: 2, 7: 1}[version] if backward else 1  # and for v6 the bonus
         # of each segment prepare and scan, for a backward gradients, too; v6 sums the parts of the bonus
         return segments(B, T, H) * (3 if backward else 2) + (backward and version == 6)
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from src.ops import build, toolchain
 
+from .op_counts import segments
 from .ptxas_report import demangle
 
 CHUNK, WARPS = 16, 4
@@ -219,17 +220,11 @@ def scan_warps(heads: int) -> int:
     return 4 if heads >= 128 else 2 if heads >= 64 else 1
 
 
-def segments(chunks: int, heads: int) -> tuple[int, int]:
-    """(segments, chunks of the first), as Sizes in chunked.cuh chooses them."""
-    most = min(chunks, max(16, 1024 // heads))
-    return -(-chunks // most), most
-
-
 def report(path: pathlib.Path, arch: int, shape: tuple[int, ...], dtype: str) -> list[dict]:
     """One row a kernel of a tensor-core source."""
     B, T, H, _ = shape
     chunks = -(-T // CHUNK)
-    _, segment = segments(chunks, B * H)
+    segment = -(-chunks // segments(B, T, H))
     source, rows = Source(), []
     listed = functions(disassemble(path, arch))
     for function, name in zip(listed, demangle([x.name for x in listed]), strict=True):

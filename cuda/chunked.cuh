@@ -8,8 +8,8 @@
 //                U = W M + Q V       Y = G M + L V       M <- F M + Be^T U + Ke^T V
 //              (without the delta rule there is no U)
 //   scan       from chunk to chunk, M in fp32 registers, a warp for 16 of the 64 values, which never meet;
-//              writes Y, and in bf16 the state before each chunk. The backward has this form too, in the
-//              gradient D of the state after the chunk, dY and dV.
+//              writes Y and, where a backward follows, in bf16 the state before each chunk. The backward has
+//              this form too, in the gradient D of the state after the chunk, dY and dV.
 //   gradients  each chunk by itself: all but dV, out of the inputs, dY, M and D
 // Time goes in segments, so that `scan` and `gradients` find factors and D in L2, and no memory but the
 // states grows with T.
@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(32 * warps, 16 / warps)
             auto* local = (uint4*)&ring[step % STAGES] + threadIdx.x;
 #pragma unroll
             for (int i = 0; i < count; i += 32 * warps)
-                if (i + 32 * warps <= count || i + (int)threadIdx.x < count) copy_async(local + i, source + i);
+                if (i + 32 * warps <= count || i + (int)threadIdx.x < count)
+                    copy_async(local + i, source + i);
             copy_async(&mine[step % STAGES].of[l / 2][l % 2 * 2], row, left > 0);
         }
         copy_commit();  // an empty group at the end keeps the count
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(32 * warps, 16 / warps)
         mma(Y, Vt, operand(f.L[l]));
         for (int i = 0; i < 4; i++) {
             Tile s = to_tile(S[i]);
-            state->tile[n][i][l] = words(s);
+            if (backward || states) state->tile[n][i][l] = words(s);
             if constexpr (Factors::DELTA_RULE) mma(U, s, operand(f.W[i][l]));
             mma(Y, s, operand(f.G[i][l]));
             float4 F = f.F[i * 4 + q];
@@ -253,8 +254,10 @@ struct Sizes {
           T(T),
           H(H),
           heads(B * H),
-          chunks((T + CHUNK - 1) / CHUNK),
-          segment(std::min(chunks, std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads))) {}
+          chunks((T + CHUNK - 1) / CHUNK) {
+        int64_t most = std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads), segments = (chunks + most - 1) / most;
+        segment = (chunks + segments - 1) / segments;  // all of one length, or the last is shorter by a few
+    }
     Segment at(int64_t begin) const {
         return {T, (int)begin, (int)std::min(segment, chunks - begin)};
     }
@@ -281,8 +284,8 @@ bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
     uintptr_t bits = 0;
     for (const void* p : pointers) bits |= (uintptr_t)p;
     constexpr int64_t GRID = 65535;  // the largest y and z
-    return B > 0 && B <= GRID && T > 0 && H > 0 && H <= GRID && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) &&
-           bits % 16 == 0;
+    return B > 0 && B <= GRID && T > 0 && H > 0 && H <= GRID && head_size == N &&
+           (dtype == kBFloat16 || dtype == kFloat16) && bits % 16 == 0;
 }
 
 }  // namespace

@@ -17,8 +17,8 @@
 struct Tile { uint32_t x[4]; };
 struct Sum { float x[8]; };
 // A tile as operand B: the quarters in the order top left, top right, bottom left, bottom right, so that the
-// two registers of an instruction are neighbours, as they must be. From a Tile it takes up to four moves, from
-// memory none.
+// two registers of an instruction are neighbours, as they must be. From a Tile it takes up to four moves,
+// from memory none.
 struct Operand { uint32_t x[4]; };
 // the quarters one after the other, each as 8 rows of 16 bytes: no bank conflicts, neither for rows nor for
 // columns

@@ -244,7 +244,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(In
             sum[c] += __shfl_xor_sync(~0u, sum[c], step);
         }
     if (l < 4)
-        du[(head.index() * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        du[(head.index() * Ms_stride + chunk) * (N / 4) + n * 4 + l] =
+            make_float4(sum[0], sum[1], sum[2], sum[3]);
     const Sum w = to_sum<T>(ws);
     Sum dW;
     for (int i = 0; i < 8; i++) {
@@ -273,13 +274,12 @@ template <class T, bool backward> void run_prepare(
 }
 
 template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
-    State* states, void* stream) {
-    auto* factors = (Factors*)(states + sizes.heads * sizes.chunks);
+    State* states, Factors* factors, void* stream) {
     for (int64_t begin = 0; begin < sizes.chunks; begin += sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, false>(sizes, segment, in, factors, stream);
-        run_scan<T, false>(
-            sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
+        run_scan<T, false>(sizes, segment, factors, in.v, y, begin ? sT : s0, sT,
+            states ? states + begin : nullptr, sizes.chunks, stream);
     }
 }
 
@@ -312,10 +312,15 @@ template <class F> void with_inputs(int dtype, const void* r, const void* k, con
 
 }  // namespace
 
-// in floats: the states before all chunks, then the factors of a segment
+// in floats: the states before all chunks, which only a backward needs (`saved` may be null); and the factors
+// of a segment, while a forward runs
 extern "C" int64_t wkv6_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) {
     Sizes sizes(B, T, H);
-    return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
+    return sizes.heads * sizes.chunks * sizeof(State) / 4;
+}
+extern "C" int64_t wkv6_chunked_forward_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
+    Sizes sizes(B, T, H);
+    return sizes.heads * sizes.segment * sizeof(Factors) / 4;
 }
 // factors and D of a segment, du of all chunks
 extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
@@ -324,13 +329,14 @@ extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
 }
 
 extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v, const void* w,
-    const float* u, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
+    const float* u, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
+    float* scratch, int64_t B,
     int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved})) return cudaErrorInvalidValue;
+    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved, scratch})) return cudaErrorInvalidValue;
     with_inputs(dtype, r, k, v, w, u, reset,
-        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
+        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, (Factors*)scratch, stream); });
     return cudaGetLastError();
 }
 

@@ -6,7 +6,7 @@
 //
 // r, w, k, v, a, b, y (B, T, H, N) in fp32, bf16 or fp16, states fp32 (B, H, N, N) [value, key], N a multiple
 // of 8 up to 256. reset (B, T) uint8 or null: not 0 where a document starts. The forward saves q_t = S_{t-1}
-// a_t in fp32. The backward goes over time twice:
+// a_t in fp32, unless `saved` is null. The backward goes over time twice:
 //     down, with dS:  dS += dy r^T;  dk = dS^T v, db = dS^T q, dv = dS k, e = dS b;
 //                     dS = dS diag(delta) + e a^T
 //     up, with S again, which needs no sum now that q is known:  da_t = S_{t-1}^T e_t, dr_t = S_t^T dy_t
@@ -71,7 +71,7 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) f
         }
         __syncthreads();
         results.flush(y, 0, task.dtype, place, group);
-        results.flush(saved, 1, kFloat32, place, group);
+        if (saved) results.flush(saved, 1, kFloat32, place, group);
     }
     place.template write_state<false>(S, sT);
 }

@@ -293,13 +293,12 @@ template <class T, bool backward> void run_prepare(
 }
 
 template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
-    State* states, void* stream) {
-    auto* factors = (Factors*)(states + sizes.heads * sizes.chunks);
+    State* states, Factors* factors, void* stream) {
     for (int64_t begin = 0; begin < sizes.chunks; begin += sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, false>(sizes, segment, in, factors, stream);
-        run_scan<T, false>(
-            sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
+        run_scan<T, false>(sizes, segment, factors, in.v, y, begin ? sT : s0, sT,
+            states ? states + begin : nullptr, sizes.chunks, stream);
     }
 }
 
@@ -330,10 +329,15 @@ template <class F> void with_inputs(int dtype, const void* r, const void* w, con
 
 }  // namespace
 
-// in floats: the states before all chunks, then the factors of a segment
+// in floats: the states before all chunks, which only a backward needs (`saved` may be null); and the factors
+// of a segment, while a forward runs
 extern "C" int64_t wkv7_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) {
     Sizes sizes(B, T, H);
-    return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
+    return sizes.heads * sizes.chunks * sizeof(State) / 4;
+}
+extern "C" int64_t wkv7_chunked_forward_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
+    Sizes sizes(B, T, H);
+    return sizes.heads * sizes.segment * sizeof(Factors) / 4;
 }
 extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, int, void*) {
     Sizes sizes(B, T, H);
@@ -341,13 +345,14 @@ extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
 }
 
 extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
-    const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
-    int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
+    const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, float* scratch,
+    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved})) return cudaErrorInvalidValue;
+    if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved, scratch}))
+        return cudaErrorInvalidValue;
     with_inputs(dtype, r, w, k, v, a, b, reset,
-        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
+        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, (Factors*)scratch, stream); });
     return cudaGetLastError();
 }
 

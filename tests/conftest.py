@@ -97,6 +97,8 @@ def libraries():
         for size in ("saved", "scratch"):
             if (op, size) != ("wkv6", "saved"):
                 getattr(library, f"{op}_{size}").restype = ctypes.c_int64
+        if op.endswith("chunked"):
+            getattr(library, f"{op}_forward_scratch").restype = ctypes.c_int64
     return {6: library, 7: library}
 
 

@@ -43,14 +43,14 @@ def launch(library, version, x, dy, dsT=None, reset=None, device=0):
 
     y, sT, ds0 = empty(*r.shape, dtype=r.dtype), empty(B, H, N, N), empty(B, H, N, N)
     gradients = [empty(B, H, N) if name == "u" else empty(*r.shape, dtype=r.dtype) for name in NAMES[version]]
-    saved, scratch = (
-        empty(function("saved")(*sizes) + GUARD),
-        empty(function("scratch")(*sizes, 0, None) + GUARD),
-    )
-    saved[-GUARD:] = scratch[-GUARD:] = 7
-    assert call("forward", *inputs, s0, reset, y, sT, saved) == 0
+    saved = empty(function("saved")(*sizes) + GUARD)
+    forward_scratch = empty(function("forward_scratch")(*sizes, 0, None) + GUARD)
+    scratch = empty(function("scratch")(*sizes, 0, None) + GUARD)
+    for memory in (saved, forward_scratch, scratch):
+        memory[-GUARD:] = 7
+    assert call("forward", *inputs, s0, reset, y, sT, saved, forward_scratch) == 0
     assert call("backward", *inputs, s0, reset, saved, dy, dsT, *gradients, ds0, scratch) == 0
-    assert (saved[-GUARD:] == 7).all() and (scratch[-GUARD:] == 7).all()
+    assert all((memory[-GUARD:] == 7).all() for memory in (saved, forward_scratch, scratch))
     found = {"y": y, "sT": sT} | {f"d{name}": t for name, t in zip(NAMES[version], gradients, strict=True)}
     if version == 6:
         found["du"] = found["du"].sum(0)
@@ -127,7 +127,7 @@ def test_kernels_run_on_the_device_that_is_asked_for(libraries, version):
 def test_what_does_not_fit_is_refused(libraries, version):
     forward = getattr(libraries[version], f"wkv{version}_chunked_forward")
     for T, N, dtype, address in [(1, 32, 1, None), (1, 64, 0, None), (0, 64, 1, None), (1, 64, 1, 8)]:
-        pointers = [ctypes.c_void_p(address), *[None] * (10 if version == 7 else 9)]
+        pointers = [ctypes.c_void_p(address), *[None] * (11 if version == 7 else 10)]
         assert forward(*pointers, *map(ctypes.c_int64, (1, T, 1, N)), dtype, 0, None) == 1
 
 

@@ -234,7 +234,12 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
     assert all(t.data_ptr() % 16 for t in shifted), "views that begin between two vectors of 16 bytes"
     for want, got in zip(op(*inputs, None, None, chunked)[:2], op(*shifted, None, None, chunked)[:2]):
         assert torch.equal(got, want)
+    y, state, saved = op(*inputs, None, None, chunked)
+    again = op(*inputs, None, None, chunked, save=False)
+    assert torch.equal(again[0], y) and torch.equal(again[1], state) and not again[2].numel()
     if version == 7 or chunked:
+        with pytest.raises(RuntimeError, match="the forward saved 0 numbers, .* save=True"):
+            getattr(torch.ops.rwkv, f"wkv{version}_backward")(*inputs, None, None, again[2], y, None, chunked)
         for sizes in ((1, 1, 1, 64), (2, 17, 3, 64), (1, 5000, 2, 64), (8, 4096, 32, 64)):
             count = getattr(libraries[version], f"wkv{version}{'_chunked' * chunked}_saved")(
                 *map(ctypes.c_int64, sizes)

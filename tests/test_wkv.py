@@ -10,13 +10,15 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_miss.errors import UserError
 from src import ops
+from src.model.rwkv import RWKV
 from src.ops import build, native, toolchain
 from src.ops.reference import decay6, log_decay7
 
-from .conftest import close
+from .conftest import close, make_arch
 
 NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
 OPS = {6: ops.wkv6, 7: ops.wkv7}
@@ -543,6 +545,52 @@ def test_long_rows(version, decay):
         error = ((got[name].double() - t).norm() / t.norm()).item()
         allowed = 5e-5 if name == "dw" else {6: 2e-6, 7: 1e-6}[version]
         assert error < allowed, f"{name}: {error:.1e}"
+
+
+class Saved(TorchDispatchMode):
+    """The numbers that each forward of WKV saves."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op._opname in ("wkv6", "wkv7"):
+            self.counts.append(result[2].numel())
+        return result
+
+    def __enter__(self):
+        self.counts = []
+        return super().__enter__()
+
+
+@both
+def test_only_what_a_backward_reads_is_saved(version):
+    """The op saves it where the gradient is asked for, and not for a layer that the backward runs again."""
+    x, dy, _ = make(version, 5)
+    run = functools.partial(OPS[version], kernel="cpu")
+    with Saved() as saved:
+        run(**x)
+        with torch.no_grad():
+            run(**{name: t.requires_grad_() for name, t in x.items()})
+        y, _ = run(**x)
+        with ops.nothing_saved():
+            run(**x)
+    numbers = native.saved_floats(version, False, *dy.shape)
+    assert saved.counts == [0, 0, numbers, 0]
+
+    torch.manual_seed(0)
+    model = RWKV(make_arch(version, head_size=8))
+    model.set_kernel("cpu")
+    ids = torch.arange(10).view(2, 5)
+    found, gradients = [], []
+    for model.grad_cp in (0, 1, 2):
+        model.zero_grad()
+        with Saved() as saved:
+            logits, _ = model(ids)
+            logits.square().mean().backward()
+        found.append(saved.counts)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(gradients[1], gradients[0]) and torch.equal(gradients[2], gradients[0])
+    numbers = native.saved_floats(version, False, 2, 5, 6, 8)
+    assert found == [[numbers] * 2, [0, 0, numbers, numbers], [0, 0, numbers, numbers]]
 
 
 @pytest.mark.parametrize("optional", [True, False])

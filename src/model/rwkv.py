@@ -6,6 +6,7 @@ Parameter names are the checkpoint's. What differs between the versions is in rw
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
 from ..config.launcher import is_first_process
+from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
 from .layers import Head, LayerNorm, chosen
@@ -61,6 +63,20 @@ def default_arch(
     )
 
 
+def recomputed(function: Callable, *arguments):
+    """function(*arguments), which the backward runs again in the place of keeping what it saves.
+
+    Without torch's check of both runs: the first one does not even make what only a backward of WKV reads.
+    """
+    return checkpoint(
+        function,
+        *arguments,
+        use_reentrant=False,
+        context_fn=lambda: (nothing_saved(), contextlib.nullcontext()),
+        determinism_check="none",
+    )
+
+
 class Block(nn.Module):
     """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)).
 
@@ -96,7 +112,7 @@ class Block(nn.Module):
             x = self.ln0(x)
         run = self.time_mix
         if recompute:
-            run = functools.partial(checkpoint, self.time_mix, use_reentrant=False)
+            run = functools.partial(recomputed, self.time_mix)
         mixed, v_first, att_x, wkv = run(x, v_first, state.att_x, state.wkv, reset)
         x = x + mixed
         mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
@@ -259,7 +275,7 @@ class RWKV(nn.Module):
             of_these = wanted if layer == len(self.blocks) else None
             recompute = self.grad_cp if torch.is_grad_enabled() else 0
             if recompute == 1:
-                x, v_first, new = checkpoint(block, x, v_first, before, reset, of_these, use_reentrant=False)
+                x, v_first, new = recomputed(block, x, v_first, before, reset, of_these)
             else:
                 x, v_first, new = block(x, v_first, before, reset, of_these, recompute == 2)
             after.append(new)

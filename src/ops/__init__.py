@@ -30,7 +30,7 @@ from rwkv_miss.errors import UserError
 from . import native, quantised  # noqa: F401  (quantised registers its kernel)
 from .chunked6 import chunked6
 from .chunked7 import chunked7
-from .native import nan_passes  # noqa: F401  (for a training's own use)
+from .native import nan_passes, nothing_saved  # noqa: F401  (for a training's own use)
 from .per_document import by_document
 from .reference import recurrent6, recurrent7
 
@@ -225,5 +225,6 @@ def _run_native(
     ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
     chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0])
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
-    y, state, _ = getattr(torch.ops.rwkv, op)(*ready, None if s0 is None else s0.contiguous(), reset, chunked)
+    s0 = None if s0 is None else s0.contiguous()
+    y, state, _ = getattr(torch.ops.rwkv, op)(*ready, s0, reset, chunked, save=native.saves(*ready, s0))
     return y.to(r.dtype), state

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import check
 from .elementwise import serves
 from .elementwise_ops import ready
-from .native import has_tensor_core_form
+from .native import has_tensor_core_form, saves
 
 _ops = torch.ops.rwkv
 
@@ -57,7 +57,8 @@ def mix7(
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
     by_head = _by_head(heads, activations[0])[0]
     chunked = kernel == "cuda" and has_tensor_core_form(by_head)
-    return _Mix7.apply(*ready(*activations, *vectors, s0), reset, heads, eps, chunked)
+    save = saves(*activations, *vectors, s0)
+    return _Mix7.apply(*ready(*activations, *vectors, s0), reset, heads, eps, chunked, save)
 
 
 def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
@@ -67,9 +68,10 @@ def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
 
 class _Mix7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked):
+    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked, save):
         key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        y, state, saved = _ops.wkv7(*_by_head(heads, r, w, key, v, alpha, beta), s0, reset, chunked)
+        inputs = _by_head(heads, r, w, key, v, alpha, beta)
+        y, state, saved = _ops.wkv7(*inputs, s0, reset, chunked, save=save)
         y = y.flatten(-2)
         ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved)
         ctx.heads, ctx.eps, ctx.chunked = heads, eps, chunked
@@ -94,4 +96,4 @@ class _Mix7(torch.autograd.Function):
         )
         activations = dr.add_(read_r), dw, dk, dv.add_(read_v), da, dg
         vectors = [*of_keys, *of_readout] if trained else [None] * 5
-        return *activations, *vectors, None if s0 is None else ds0, None, None, None, None
+        return *activations, *vectors, None if s0 is None else ds0, None, None, None, None, None

@@ -209,14 +209,29 @@ def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) ->
     """How many fp32 numbers a forward keeps for its backward.
 
     The recurrence keeps nothing for v6, and sa_t = S_{t-1} a_t for v7. The tensor-core form (N = 64) keeps
-    the state before every chunk in bf16 and the factors of one segment of chunks, as wkv*_chunked_saved in
-    cuda/ count them.
+    the state before every chunk in bf16, as wkv*_chunked_saved in cuda/ count them.
     """
     if not chunked:
         return B * T * H * N if version == 7 else 0
-    chunks = -(-T // TENSOR_CORE_CHUNK)
-    segment = min(chunks, max(16, 1024 // (B * H)))
-    return B * H * (2048 * chunks + (2368 if version == 7 else 1216) * segment)
+    return B * H * N * N // 2 * -(-T // TENSOR_CORE_CHUNK)
+
+
+_SAVES = [True]  # whether a forward may keep what a backward reads
+
+
+@contextlib.contextmanager
+def nothing_saved():
+    """Context of a forward that will run again before its backward, as activation checkpoints do."""
+    before, _SAVES[0] = _SAVES[0], False
+    try:
+        yield
+    finally:
+        _SAVES[0] = before
+
+
+def saves(*inputs: Tensor | None) -> bool:
+    """Whether a forward has to keep what a backward reads."""
+    return _SAVES[0] and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
@@ -265,8 +280,9 @@ def scratch(symbol: str, like: Tensor) -> Tensor:
 class WkvOp:
     """rwkv::wkv<version> and rwkv::wkv<version>_backward: what runs them, their shapes and the gradient.
 
-    forward: inputs, s0, reset, chunked -> y, final state, saved, which is what the backward needs beside the
-    arguments. backward: inputs, s0, reset, saved, dy, dstate, chunked -> the gradients of inputs and s0.
+    forward: inputs, s0, reset, chunked, save -> y, final state, saved, which is what the backward needs
+    beside the arguments; without `save` it is empty, and there is no backward. backward: inputs, s0, reset,
+    saved, dy, dstate, chunked -> the gradients of inputs and s0.
     """
 
     def __init__(self, version: int):
@@ -274,18 +290,18 @@ class WkvOp:
         self.op = f"wkv{version}"
 
     def symbol(self, chunked: bool, part: str) -> str:
-        """The function of the C interface for "forward", "backward" or "scratch"."""
+        """The function of the C interface for "forward", "backward", "scratch" or "forward_scratch"."""
         return f"{self.op}{'_chunked' * chunked}_{part}"
 
-    def kept(self, saved: Tensor, chunked: bool) -> tuple[Tensor, ...]:
+    def kept(self, saved: Tensor | None, chunked: bool) -> tuple[Tensor | None, ...]:
         """`saved` as the C interface passes it: only where there is something to save."""
         return (saved,) if chunked or self.version == 7 else ()
 
-    def empty_outputs(self, r: Tensor, chunked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_outputs(self, r: Tensor, chunked: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         B, T, H, N = r.shape
         state = r.new_empty(B, H, N, N, dtype=torch.float32)
-        saved = r.new_empty(saved_floats(self.version, chunked, B, T, H, N), dtype=torch.float32)
-        return torch.empty_like(r), state, saved
+        floats = saved_floats(self.version, chunked, B, T, H, N) if save else 0
+        return torch.empty_like(r), state, r.new_empty(floats, dtype=torch.float32)
 
     def empty_gradients(self, r: Tensor) -> list[Tensor]:
         """Of the inputs and of s0; u's has one part for each row."""
@@ -301,11 +317,16 @@ class WkvOp:
         names = (*self.inputs, "s0")
         return tuple(g.sum(0) if name == "u" else g for name, g in zip(names, gradients, strict=True))
 
-    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *arguments, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chunked = arguments
         r = tensors[0]
-        y, state, saved = self.empty_outputs(r, chunked)
-        code = call(self.symbol(chunked, "forward"), r, *tensors, y, state, *self.kept(saved, chunked))
+        # a CPU's kernel writes it in any case
+        y, state, written = self.empty_outputs(r, chunked, save or not r.is_cuda and not chunked)
+        saved = written if save else r.new_empty(0, dtype=torch.float32)
+        given = [*tensors, y, state, *self.kept(written if written.numel() else None, chunked)]
+        if chunked:
+            given.append(scratch(self.symbol(chunked, "forward_scratch"), r))
+        code = call(self.symbol(chunked, "forward"), r, *given)
         if y.is_cuda:
             require_started(self.op, code)
         elif code:
@@ -315,13 +336,18 @@ class WkvOp:
     def backward(self, *arguments) -> tuple[Tensor, ...]:
         *tensors, saved, dy, dstate, chunked = arguments
         r, gradients = tensors[0], self.empty_gradients(tensors[0])
+        if saved.numel() != (floats := saved_floats(self.version, chunked, *r.shape)):
+            raise RuntimeError(
+                f"{self.op}: the forward saved {saved.numel()} numbers, its backward reads {floats}; call the"
+                " forward with save=True"
+            )
         given = (*tensors, *self.kept(saved, chunked), dy, dstate)
         workspace = scratch(self.symbol(chunked, "scratch"), r)
         code = call(self.symbol(chunked, "backward"), r, *given, *gradients, workspace)
         require_started(f"{self.op} backward", code)
         return self.sum_u(gradients)
 
-    def save_for_backward(self, ctx, inputs, output) -> None:
+    def save_for_backward(self, ctx, inputs, keyword_only_inputs, output) -> None:
         *tensors, ctx.chunked = inputs
         ctx.save_for_backward(*tensors, output[2])
         ctx.set_materialize_grads(False)
@@ -335,8 +361,8 @@ class WkvOp:
         *gradients, ds0 = backward(*tensors, saved, dy, dstate, ctx.chunked)
         return *gradients, None if s0 is None else ds0, None, None
 
-    def fake_forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-        return self.empty_outputs(arguments[0], arguments[-1])
+    def fake_forward(self, *arguments, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        return self.empty_outputs(arguments[0], arguments[-1], save)
 
     def fake_backward(self, *arguments) -> tuple[Tensor, ...]:
         return self.sum_u(self.empty_gradients(arguments[0]))
@@ -346,7 +372,8 @@ class WkvOp:
         name, devices = f"rwkv::{self.op}", ("cpu", "cuda")
         given = ", ".join(f"Tensor {x}" for x in self.inputs) + ", Tensor? s0, Tensor? reset"
         outputs = "Tensor y, Tensor state, Tensor saved"
-        torch.library.define(name, f"({given}, bool chunked) -> ({outputs})", tags=EXACT_STRIDES)
+        flags = "bool chunked, *, bool save=True"
+        torch.library.define(name, f"({given}, {flags}) -> ({outputs})", tags=EXACT_STRIDES)
         torch.library.impl(name, devices, self.forward)
         torch.library.register_fake(name, self.fake_forward)
         torch.library.register_autograd(name, self.differentiate, setup_context=self.save_for_backward)
