@@ -450,10 +450,40 @@ def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+class AroundSteps:
+    """What the method of a model's adapted linears does around the optimizer steps of a training.
+
+    The linears are found here and not in each step, which on a GPU would take as long as a layer. So it is
+    made when the adapter is in its place, and not used when that was changed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = list(adapted_linears(model).values())
+
+    def penalty(self, gather: Gather = whole) -> Tensor | None:
+        """What the method adds to the loss of a step, or None."""
+        return type(self.layers[0]).penalty(self.layers, gather) if self.layers else None
+
+    def before(
+        self,
+        step: int,
+        total: int,
+        gradient_of: GradientOf = operator.attrgetter("grad"),
+        gather: Gather = whole,
+    ) -> None:
+        """Show the method the gradients of step `step` (1-based) of `total`, before they are used."""
+        if self.layers:
+            type(self.layers[0]).before_step(self.layers, step, total, gradient_of, gather)
+
+    def after(self, step: int, total: int, gather: Gather = whole) -> None:
+        """Tell the method that step `step` (1-based) of `total` is done."""
+        if self.layers:
+            type(self.layers[0]).after_step(self.layers, step, total, gather)
+
+
 def penalty(model: nn.Module, gather: Gather = whole) -> Tensor | None:
-    """What the method adds to the loss of a step, or None."""
-    layers = list(adapted_linears(model).values())
-    return type(layers[0]).penalty(layers, gather) if layers else None
+    """AroundSteps.penalty() of a model."""
+    return AroundSteps(model).penalty(gather)
 
 
 def before_step(
@@ -463,17 +493,13 @@ def before_step(
     gradient_of: GradientOf = operator.attrgetter("grad"),
     gather: Gather = whole,
 ) -> None:
-    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before they are used."""
-    layers = list(adapted_linears(model).values())
-    if layers:
-        type(layers[0]).before_step(layers, step, total, gradient_of, gather)
+    """AroundSteps.before() of a model."""
+    AroundSteps(model).before(step, total, gradient_of, gather)
 
 
 def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) -> None:
-    """Tell the method that optimizer step `step` (1-based) of `total` is done."""
-    layers = list(adapted_linears(model).values())
-    if layers:
-        type(layers[0]).after_step(layers, step, total, gather)
+    """AroundSteps.after() of a model."""
+    AroundSteps(model).after(step, total, gather)
 
 
 def only_linears_change(model: nn.Module) -> bool:

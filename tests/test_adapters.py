@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears, register
+from rwkv_miss.adapter import METHODS, AdapterLinear, AroundSteps, adapted_linears, register
 from rwkv_miss.functional import add_expanded_, expanded, shard_index, shard_sum
 from rwkv_miss.inject import adapter_tensors, find_linears, layer_tensors
 from rwkv_miss.quantised import quantise_
@@ -757,7 +757,14 @@ def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, mon
     assert rwkv_miss.penalty(model).item() == pytest.approx(float(model[0].rows.square().sum()), rel=1e-6)
     rwkv_miss.before_step(model, 2, 9)
     rwkv_miss.after_step(model, 2, 9)
-    assert model[1].steps == [(2, 9, None), (2, 9)]
+    around = AroundSteps(model)
+    with monkeypatch.context() as patch:
+        # a training looks for the linears once
+        patch.setattr(nn.Module, "named_modules", None)
+        assert torch.equal(around.penalty(), model[0].rows.square().sum())
+        around.before(3, 9)
+        around.after(3, 9)
+    assert model[1].steps == [(2, 9, None), (2, 9), (3, 9, None), (3, 9)]
     rwkv_miss.save_adapter(model, tmp_path / "toy.pth")
     again = copy.deepcopy(base)
     rwkv_miss.load_adapter(again, tmp_path / "toy.pth")

@@ -19,8 +19,8 @@ import types
 import pytest
 import torch
 
-import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
+from rwkv_miss.adapter import AroundSteps
 from src.common.files import write_text
 from src.training import callbacks, rollback, trainer
 from src.training.rollback import LastGood
@@ -149,14 +149,14 @@ def terminate_last_rank(step, rank):
     """The second of two processes, and only it, is asked to end after a step, when the processes have agreed
     on going on.
     """
-    after_step = rwkv_miss.after_step
+    after = AroundSteps.after
 
-    def asked(model, done, *others):
-        after_step(model, done, *others)
+    def asked(self, done, *others):
+        after(self, done, *others)
         if done == step and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    rwkv_miss.after_step = asked
+    AroundSteps.after = asked
 
 
 # resume

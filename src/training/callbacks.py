@@ -151,9 +151,7 @@ class StepReport(Callback):
                 group["lr"] = 0.0
         elif self.at_boundary:
             gradient_of = functools.partial(whole_gradient, trainer)
-            rwkv_miss.before_step(
-                module.model, trainer.global_step + 1, self.total, gradient_of, module.gather
-            )
+            module.around_steps.before(trainer.global_step + 1, self.total, gradient_of, module.gather)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         if not self.at_boundary:
@@ -161,7 +159,7 @@ class StepReport(Callback):
         step = trainer.global_step
         self.unread.append(self._send(trainer, module))
         if module.schedule.step_targets(step - 1):
-            rwkv_miss.after_step(module.model, step, self.total, module.gather)
+            module.around_steps.after(step, self.total, module.gather)
         if not self._read(trainer, module):
             self.last_good.keep(trainer)
 

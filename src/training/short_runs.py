@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-import rwkv_miss
+from rwkv_miss.adapter import AroundSteps
 from rwkv_miss.progress import progress
 
 from .. import ops
@@ -123,7 +123,7 @@ def train(
 ) -> Iterator[float]:
     """Do train.py's optimizer steps with these settings; the loss of each, up to the first not finite."""
     schedule = make_schedule(documents, config, processes.world)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     groups = parameter_groups(
         model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
     )
@@ -134,13 +134,14 @@ def train(
     chunk = chunks_of(config).size
     batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk))
     model.train()
+    shares = schedule.accumulate * processes.world
     with ops.nan_passes():
         for step in range(steps):
             optimizer.zero_grad()
             mine = torch.zeros((), dtype=torch.float64, device=device)
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
-                mine += _backward(model, config, next(batches), schedule.accumulate * processes.world, scaler)
+                mine += _backward(model, config, next(batches), around, shares, scaler)
             loss = float(processes.total(mine))
             if not math.isfinite(loss):
                 yield loss
@@ -149,23 +150,25 @@ def train(
                 if p.grad is not None:
                     p.grad = processes.total(p.grad)
             scaler.unscale_(optimizer)
-            rwkv_miss.before_step(model, step + 1, steps)
+            around.before(step + 1, steps)
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
             rate.step()
-            rwkv_miss.after_step(model, step + 1, steps)
+            around.after(step + 1, steps)
             yield loss
     optimizer.zero_grad()
 
 
-def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> Tensor:
+def _backward(
+    model: RWKV, config: Config, batch: dict, around: AroundSteps, shares: int, scaler: torch.amp.GradScaler
+) -> Tensor:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
     batch = to_device(batch, model.emb.weight.device)
     total = batch_loss(model, batch, chunks_of(config), batch["width"])
     loss = total / (batch["step_weight"] or 1.0)
-    penalty = rwkv_miss.penalty(model)
+    penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
     return loss.detach().double()
 

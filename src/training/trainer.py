@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-import rwkv_miss
+from rwkv_miss.adapter import AroundSteps
 
 from ..common.device import PRECISIONS
 from ..config import Config, accumulation, is_automatic
@@ -85,6 +85,7 @@ class FineTuning(pl.LightningModule):
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
+        self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
@@ -144,7 +145,7 @@ class FineTuning(pl.LightningModule):
         weight = batch["step_weight"] or 1.0
         self.step_loss += loss.detach() / weight
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
-        penalty = rwkv_miss.penalty(self.model, self.gather)
+        penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
 
     def gather(self, parameters: list[nn.Parameter]):
