@@ -7,6 +7,7 @@ import functools
 import platform
 import shutil
 import types
+import warnings
 
 import pytest
 import torch
@@ -249,6 +250,23 @@ def test_gradcheck(version, T):
     """
     x, _, _ = make(version, T, N=2, B=1, H=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(OPS[version], [t.requires_grad_() for t in x.values()], fast_mode=T > 3)
+
+
+def test_one_fp32_input_does_not_keep_a_gpu_from_its_tensor_cores():
+    """A decay that autocast left in fp32. Where r, and so the result, is fp32, the exact kernel is right and
+    its price is told; on a CPU and with cuda-exact all is fp32, as it costs nothing or was asked for.
+    """
+    half = {name: torch.zeros(1, dtype=torch.bfloat16) for name in ("r", "w", "k")}
+    one_exact, result_exact = half | {"w": torch.zeros(1)}, half | {"r": torch.zeros(1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.native_dtype("wkv7", "cuda", half) == torch.bfloat16
+        assert ops.native_dtype("wkv7", "cuda", one_exact) == torch.bfloat16
+        for kernel in ("cpu", "cuda-exact"):
+            assert ops.native_dtype("wkv7", kernel, one_exact) == torch.float32
+            assert ops.native_dtype("wkv7", kernel, result_exact) == torch.float32
+    with pytest.warns(UserWarning, match="r is torch.float32 and w is torch.bfloat16, so that the exact"):
+        assert ops.native_dtype("wkv7", "cuda", result_exact) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

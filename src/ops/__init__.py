@@ -9,7 +9,8 @@ the state before the first token, unless `s0` (B, H, N, N) gives what the rows g
 
 Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64;
 tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
-argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for.
+argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for. With `cuda` inputs
+are cast to r's dtype where that is a half one, because the tensor cores need all of them so.
 
 | kernel     | what runs                                                                  | takes
 |------------|----------------------------------------------------------------------------|----------------
@@ -21,6 +22,8 @@ argument is a ValueError on a CPU only: to look for one, a GPU would have to be 
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -220,11 +223,26 @@ def _run_native(
             " 'torch'"
         )
     activations = {name: x for name, x in inputs.items() if name != "u"}
-    mixed = any(x.dtype != r.dtype for x in activations.values())
-    dtype = torch.float32 if mixed or r.dtype == torch.float16 and kernel == "cpu" else r.dtype
+    dtype = native_dtype(op, kernel, activations)
     ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
     chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0])
     reset = None if reset is None else reset.contiguous().view(torch.uint8)
     s0 = None if s0 is None else s0.contiguous()
     y, state, _ = getattr(torch.ops.rwkv, op)(*ready, s0, reset, chunked, save=native.saves(*ready, s0))
     return y.to(r.dtype), state
+
+
+def native_dtype(op: str, kernel: str, activations: dict[str, Tensor]) -> torch.dtype:
+    """The dtype in which a native kernel gets the activations, r and others, which may be of several."""
+    r = activations["r"].dtype
+    other = next((name for name, x in activations.items() if x.dtype != r), None)
+    if kernel == "cuda" and other and r != torch.float32:
+        # one of them in fp32, as a user's autocast makes it of a decay, would take the exact kernel
+        return r
+    if kernel == "cuda" and other:
+        warnings.warn(
+            f"{op}: r is {r} and {other} is {activations[other].dtype}, so that the exact kernel runs, which"
+            " is about four times slower than the tensor cores; give both in half precision",
+            stacklevel=2,
+        )
+    return torch.float32 if other or r == torch.float16 and kernel == "cpu" else r
