@@ -8,7 +8,7 @@ import torch
 import rwkv_miss
 from rwkv_miss import METHODS, UserError
 from src.data.tokenizer import load_tokenizer
-from src.inference.adapters import Adapter, Adapters, UnmergedLinear
+from src.inference.adapters import NEVER_CAST, Adapter, Adapters, UnmergedLinear
 from src.inference.cpu_decoder import Decoder
 from src.inference.generate import stream
 from src.inference.load import load, load_with
@@ -109,6 +109,40 @@ def test_the_same_text_as_the_merged_file(version, checkpoint, tmp_path):
             )
         )
     assert said[0] == said[1] != said[2] and len(said[0]) > 10
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("dora", {}),
+        ("bat", {}),
+        ("lora", {}),
+        ("miss", {"train_parts": "emb,ln,time,head,state"}),
+        ("miss", {"magnitude": True}),
+    ],
+    ids=str,
+)
+def test_a_gpu_rounds_once_what_every_token_would_round(version, method, options, checkpoint, tmp_path):
+    """Here on the CPU: bf16 activations give the same numbers, bit for bit, and nothing is left to cast."""
+    base = checkpoint(version, **SIZES)
+    adapter = train(base, tmp_path / "a.pth", method, **options)
+    adapters, _ = load_with(base, {"a": adapter}, "bytes", "", "cpu", "bf16", "torch")
+    model, ids, logits = adapters.model, some_ids(RWKV.load(base).arch, 13), {}
+    model.computes_in = torch.bfloat16  # whatever the first weight is
+    for scale in (1, 0.7):
+        for rounds_to in (None, torch.bfloat16):
+            adapters.rounds_to = rounds_to
+            adapters.use(["a"], scale)
+            with torch.no_grad():
+                logits[rounds_to] = model(ids)[0]
+        assert torch.equal(logits[None], logits[torch.bfloat16])
+    model.computes_in = None
+    assert model.dtype == torch.bfloat16
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert all(NEVER_CAST.search(name) for name in wide), wide
+    factors = [linear.low_rank for linear in adapters.linears.values()]
+    assert all(factor.B.dtype == torch.bfloat16 for factor in factors)
 
 
 KINDS = {

@@ -4,11 +4,14 @@ Most methods change a weight by a matrix of low rank: MiSS, LoRA, PiSSA, VeRA an
 are kept here in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
 tensors of their file. The weights that these change are merged in fp32 when the adapter is chosen. A tensor T
 that was trained as a whole, or an initial state, stands for base + scale (T - base).
+
+On a GPU what is chosen is then rounded to the dtype of the activations: once, and not for every token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +29,9 @@ from rwkv_miss.inject import fit_adapter
 from ..model import RWKV
 from ..model.layers import Linear
 
+# what a GPU's kernels read in any dtype: shares of the token shift, vectors between the products, states
+NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weight|ln_x\.bias|time_state)$")
+
 
 class LowRank(NamedTuple):
     """What is added to a weight (out, in): scale B A."""
@@ -34,6 +40,12 @@ class LowRank(NamedTuple):
     A: Tensor | None
     B: Tensor  # (out, r) fp32
     scale: float
+
+    def rounded(self, dtype: torch.dtype) -> LowRank:
+        """The same in the dtype of a product, with the scale in B where the operator would put it there."""
+        if self.A is None:
+            return self._replace(B=self.B.to(dtype))
+        return LowRank(self.A.to(dtype), (self.B * self.scale).to(dtype), 1.0)
 
 
 class UnmergedLinear(Linear):
@@ -91,6 +103,8 @@ class Adapters:
 
     def __init__(self, model: RWKV, files: Mapping[str, Any]):
         self.model, self.scale, self.used = model, 1.0, ()
+        # what a GPU computes every token in. A CPU's decoder takes what is added in fp32
+        self.rounds_to = model.dtype if model.emb.weight.is_cuda else None
         shared: dict[Any, Tensor] = {}
         self.by_name = {name: read(model, path, shared) for name, path in files.items()}
         adapters = self.by_name.values()
@@ -143,11 +157,16 @@ class Adapters:
         for name, linear in self.linears.items():
             factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
             linear.low_rank = together(factors, linear.in_features, scale)
+            if linear.low_rank and self.rounds_to:
+                linear.low_rank = linear.low_rank.rounded(self.rounds_to)
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
                 base = zeros_of(self.model, name) if tensor is None else tensor.detach()
-                put(self.model, name, moved(base, name, changing, scale))
+                value = moved(base, name, changing, scale)
+                if self.rounds_to and not NEVER_CAST.search(name):
+                    value = value.to(self.rounds_to)
+                put(self.model, name, value)
 
 
 def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:

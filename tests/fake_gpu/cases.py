@@ -33,6 +33,7 @@ MEMORY = (
 STAGES = (1, 2, 3)  # of ZeRO, on RWKV-7
 QUANTS = ("int8", "nf4")  # of the base of a chat on RWKV-7
 MERGED = ("miss", "dora")  # on RWKV-7
+BESIDE = ("miss", "dora")  # in a chat on RWKV-7: one runs beside its base, one is merged in memory
 READING = ("decode", "chat", "evaluation", "likelihood")
 # train.py as a whole; the first one evaluates and answers, too
 RUNS = {
@@ -54,6 +55,7 @@ MEMORY_CASES = [
 READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
 PROGRAM_CASES = [
     *(f"chat on {quant}" for quant in QUANTS),
+    *(f"decode with {peft}" for peft in BESIDE),
     "lm_eval",
     *(f"merge of {peft}" for peft in MERGED),
 ]

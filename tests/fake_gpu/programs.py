@@ -11,6 +11,7 @@ from torch import nn
 
 import rwkv_miss
 from src.data.tokenizer import load_tokenizer
+from src.inference.adapters import Adapters
 from src.inference.cuda_graph import GraphedDecoder
 from src.inference.generate import stream
 from src.inference.load import load
@@ -38,6 +39,24 @@ def quantised_chat(quant: str, version: int) -> dict:
         decoder = GraphedDecoder(reading(version, quant))
         gpu.begin()
         list(stream(decoder, load_tokenizer("bytes", 512), TOKENS, None, Sampling(0.0), 4, stops=()))
+    return gpu.counts()
+
+
+@torch.no_grad()
+def decode_adapted(peft: str, version: int) -> dict:
+    """The token that a CUDA graph records, with an adapter of a file, and norms and vectors of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained, adapter = RWKV(default_arch(version, 2, 128, 512, 64)), pathlib.Path(folder, "adapter.pth")
+        for linear in trained.layer_linears().values():
+            nn.init.normal_(linear.weight)  # for DoRA, rows have directions
+        rwkv_miss.inject(trained, peft, rank=8, train_parts="ln,time")
+        rwkv_miss.save_adapter(trained, adapter)
+        with FakeGpu() as gpu:
+            model = reading(version)
+            Adapters(model, {"a": adapter}).use(["a"])
+            decoder = GraphedDecoder(model)
+            gpu.begin()
+            decoder._token()
     return gpu.counts()
 
 

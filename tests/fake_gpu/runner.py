@@ -33,7 +33,7 @@ from src.training.trainer import FineTuning
 from . import cases
 from .device import FakeGpu, install
 from .micro_batch import batch_on, config_of, layer, small_model_on
-from .programs import harness, merged, quantised_chat
+from .programs import decode_adapted, harness, merged, quantised_chat
 from .several_gpus import ddp, zero
 
 KIB = 1024
@@ -50,6 +50,7 @@ def records(names: list[str]) -> dict[str, dict]:
         *((memory, settings) for settings in cases.MEMORY),
         *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
         *((quantised_chat, (quant, 7)) for quant in cases.QUANTS),
+        *((decode_adapted, (peft, 7)) for peft in cases.BESIDE),
         (harness, (7,)),
         *((merged, (peft, 7)) for peft in cases.MERGED),
         *((train, (flags,)) for flags in cases.RUNS.values()),
