@@ -51,7 +51,8 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
 
 
-def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether x W^T is taken by oneDNN here; otherwise it is torch's own product."""
     # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
     return (
         type(x) is Tensor
@@ -66,7 +67,7 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias."""
-    if not _use_onednn(x, weight):
+    if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     if weight.is_contiguous() or weight.shape[1] < 3 * DEEP:
         return _onednn(x, weight, bias)
@@ -106,7 +107,7 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
             return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return out.copy_(product(x, weight))
-    if not _use_onednn(x, weight):
+    if not uses_onednn(x, weight):
         return torch.mm(x, weight.t(), out=out)
     for place, part in zip(out.split(WIDE, 1), weight.split(WIDE), strict=True):
         place.copy_(_onednn(x, part, None))
@@ -115,7 +116,7 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: Tensor) -> Tensor:
     """x W^T + bias + s D in one output: s (N, r), D (r, out)."""
-    if x.dtype.itemsize < 4 or _use_onednn(x, weight):
+    if x.dtype.itemsize < 4 or uses_onednn(x, weight):
         return product_onto(product(s, D.t()), x, weight, bias)
     return F.linear(x, weight, bias).addmm_(s, D)
 
@@ -127,7 +128,7 @@ def product_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     a product afterwards is added to something rounded, and lost where it is below half a step: 71 % of the
     change that a D of size 1e-5 makes.
     """
-    if _use_onednn(x, weight):
+    if uses_onednn(x, weight):
         return _onednn_plus(x, weight, bias, y)
     y.addmm_(x, weight.t())
     return y if bias is None else y.add_(bias)

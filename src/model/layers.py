@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
+from rwkv_miss.gemm import uses_onednn
 
 from ..ops.elementwise import native_functions
 from .loss import head_loss
@@ -67,8 +68,7 @@ def times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Kept for the backward: M, and x only where M is trained.
     """
-    by_onednn = x.device.type == "cpu" and x.dtype == torch.float32
-    if by_onednn or matrix.dtype != x.dtype:
+    if matrix.dtype != x.dtype or uses_onednn(x, matrix.t()):
         return linear(x, matrix, bias, transposed=True)
     # torch's own function keeps as little of such a matrix, and takes half of the time in Python
     tokens = x.flatten(0, -2)
