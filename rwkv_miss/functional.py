@@ -49,7 +49,11 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
         return sums
     if size * rank != width:
         x = F.pad(x, (0, size * rank - width))
-    shards = x.unflatten(-1, (rank, size)).transpose(-1, -2) if contiguous else x.unflatten(-1, (size, rank))
+    leading = x.shape[:-1]
+    if contiguous:
+        shards = x.reshape(*leading, rank, size).transpose(-1, -2)
+    else:
+        shards = x.reshape(*leading, size, rank)
     if not balanced:
         return shards.sum(-2)
     even, odd = shards[..., ::2, :].sum(-2), shards[..., 1::2, :].sum(-2)
@@ -86,6 +90,9 @@ def _columns_of_shards(
     The values have one number where the view has several that are equal.
     """
     width, rank = dx.shape[1], ds.shape[1] - balanced
+    if width % rank == 0 and not (contiguous or balanced):  # the usual case, in the fewest calls
+        yield dx.view(len(dx), width // rank, rank), ds.unsqueeze(1)
+        return
     parts = [(slice(None), ds)]
     if balanced:
         mean = ds[:, rank:] * width**-0.5
@@ -144,18 +151,24 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def in_own_dtypes(function: Function) -> Function:
-    """Decorator for an operator's forward(ctx, x, ...) or backward(ctx, dy): no autocast inside of it.
+def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Tensor:
+    """function.apply(x, *others), with x in the dtype of the caller's autocast, which stays outside."""
+    if not in_autocast(x.device):
+        return function.apply(x, *others)
+    x = autocast(x)
+    with without_autocast(x.device):
+        return function.apply(x, *others)
 
-    backward() may be called inside of one.
-    """
 
-    @functools.wraps(function)
-    def compute(ctx, first, *others):
-        if first is None or not in_autocast(first.device):
-            return function(ctx, first, *others)
-        with without_autocast(first.device):
-            return function(ctx, first, *others)
+def outside_autocast(backward: Function) -> Function:
+    """Decorator for an operator's backward(ctx, dy), which may be called inside somebody's autocast."""
+
+    @functools.wraps(backward)
+    def compute(ctx, dy):
+        if dy is None or not in_autocast(dy.device):
+            return backward(ctx, dy)
+        with without_autocast(dy.device):
+            return backward(ctx, dy)
 
     return compute
 
@@ -185,10 +198,11 @@ def first_derivative_only(dy: Tensor) -> None:
 
 def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a^T b of a (N, r) and b (N, n) as the gradient of a parameter with this dtype; the sums are fp32."""
-    if a.device.type == "cpu":  # the copy of a is small, and a GEMM without it 10 % slower
-        a = a.t().contiguous().t()
+    a_t = a.t()
+    if a.device.type == "cpu":  # the copy is small, and a GEMM without it 10 % slower
+        a_t = a_t.contiguous()
     multiply = product if a.dtype == dtype else product_exact
-    return multiply(a.t(), b.t()).to(dtype)
+    return multiply(a_t, b.t()).to(dtype)
 
 
 def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -203,7 +217,6 @@ def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, transposed, exact):
         ctx.x_shape, ctx.transposed, ctx.dtype = x.shape, transposed, x.dtype
         ctx.set_materialize_grads(False)
@@ -214,7 +227,7 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], matrix.shape[0])
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 5
@@ -238,7 +251,7 @@ def linear(
     A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
     with it.
     """
-    return _Linear.apply(autocast(x), weight, bias, transposed, exact)
+    return call(_Linear, x, weight, bias, transposed, exact)
 
 
 def sums_go_on(device: torch.device) -> bool:
@@ -248,7 +261,6 @@ def sums_go_on(device: torch.device) -> bool:
 
 class _MissLinear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, D, contiguous, balanced, scale):
         tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
         rank = D.shape[0] - balanced
@@ -268,7 +280,7 @@ class _MissLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], len(matrix))
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 7
@@ -311,7 +323,7 @@ def miss_linear(
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
     off where m does not divide out.
     """
-    return _MissLinear.apply(autocast(x), weight, bias, D, contiguous, balanced, scale)
+    return call(_MissLinear, x, weight, bias, D, contiguous, balanced, scale)
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
@@ -345,7 +357,6 @@ def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, A, B, scale, dropout, seed):
         tokens, A_cast, B_scaled = flat_tokens(x), A.to(x.dtype), scaled(B, scale, x.dtype)
         h = product(dropped(tokens, dropout, seed), A_cast)
@@ -358,7 +369,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 8
@@ -399,7 +410,7 @@ def lora_linear(
     The dropped places are drawn again in the backward, which takes less time than to read them from memory
     and no room.
     """
-    return _LoraLinear.apply(autocast(x), weight, bias, A, B, scale, dropout, seed)
+    return call(_LoraLinear, x, weight, bias, A, B, scale, dropout, seed)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
@@ -409,7 +420,6 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 
 class _TimesColumns(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, factor, bias):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if factor.requires_grad else None, factor)
@@ -417,7 +427,7 @@ class _TimesColumns(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return None, None, None
@@ -436,4 +446,4 @@ def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tens
     The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 %
     below, before it is used.
     """
-    return _TimesColumns.apply(autocast(x), factor, bias)
+    return call(_TimesColumns, x, factor, bias)

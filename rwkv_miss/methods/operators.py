@@ -8,11 +8,11 @@ from torch import Tensor
 from ..functional import (
     add_expanded_,
     add_repeated_,
-    autocast,
+    call,
     first_derivative_only,
     flat_tokens,
     gradient_of_factor,
-    in_own_dtypes,
+    outside_autocast,
     product_bias,
     product_matrix,
     shard_sum,
@@ -40,7 +40,6 @@ def output_shard_index(out: int, rank: int, device: torch.device | str | None = 
 
 class _ExpandLinear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, D):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, D)
@@ -54,7 +53,7 @@ class _ExpandLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return None, None, None, None
@@ -75,12 +74,11 @@ def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> 
 
     A shard has neighbouring outputs. Kept for the backward: x.
     """
-    return _ExpandLinear.apply(autocast(x), weight, bias, D)
+    return call(_ExpandLinear, x, weight, bias, D)
 
 
 class _VeraLinear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, A, B, d, b):
         tokens = flat_tokens(x)
         h = product(tokens, A.to(x.dtype).contiguous())
@@ -92,7 +90,7 @@ class _VeraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 7
@@ -116,7 +114,7 @@ def vera_linear(
 
     A (r, in) and B (out, r) have no gradients; d (r), b (out). Kept for the backward: x A^T.
     """
-    return _VeraLinear.apply(autocast(x), weight, bias, A, B, d, b)
+    return call(_VeraLinear, x, weight, bias, A, B, d, b)
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
@@ -140,7 +138,6 @@ def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
 
 class _BatLinear(torch.autograd.Function):
     @staticmethod
-    @in_own_dtypes
     def forward(ctx, x, weight, bias, D, by_row):
         ctx.by_row = by_row
         ctx.set_materialize_grads(False)
@@ -162,7 +159,7 @@ class _BatLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @in_own_dtypes
+    @outside_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 5
@@ -207,4 +204,4 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row
     products of the frozen linear. In half precision either needs the product with dW apart, half a frozen
     linear more.
     """
-    return _BatLinear.apply(autocast(x), weight, bias, D, by_row)
+    return call(_BatLinear, x, weight, bias, D, by_row)
