@@ -57,7 +57,16 @@ def launch(library, version, x, dy, dsT=None, reset=None, device=0):
     return found if s0 is None else found | {"ds0": ds0}
 
 
-def check(libraries, version, state=True, packed=False, dtype=torch.bfloat16, oracle="reference", **shape):
+def check(
+    libraries,
+    version,
+    state=True,
+    packed=False,
+    dtype=torch.bfloat16,
+    oracle="reference",
+    both_orders=True,
+    **shape,
+):
     """Against float64, with an initial state and a gradient of the final one or with neither, one document a
     row or several; and against itself with the threads in the other order.
     """
@@ -79,6 +88,8 @@ def check(libraries, version, state=True, packed=False, dtype=torch.bfloat16, or
         )
     if packed and state:
         assert not got["ds0"][reset[:, 0]].any()
+    if not both_orders:
+        return
     library.emulate_order(1)
     try:
         again = launch(library, version, x, dy, dsT, reset)
@@ -111,8 +122,8 @@ def test_many_heads(libraries, version, H):
 
 @both
 def test_segments_of_time(libraries, version):
-    """64 heads go in segments of 16 chunks."""
-    check(libraries, version, packed=True, oracle="torch", T=260, B=2, H=32)
+    """64 heads go in segments of 16 chunks. The threads' order is tested with fewer of the same chunks."""
+    check(libraries, version, packed=True, oracle="torch", both_orders=False, T=260, B=2, H=32)
 
 
 @both
