@@ -24,14 +24,17 @@ import sys
 
 from tests.fake_gpu import stub
 
-# bytes a second of memory; dense multiply-adds x 2 a second of tensor cores, fp32 sums
+# bytes a second of memory; operations a second of tensor cores, dense, with fp32 sums
 CARDS = {
     "h100": (3.35e12, 989e12, "H100 SXM"),
     "a100": (2.04e12, 312e12, "A100 SXM 80 GB"),
     "4090": (1.008e12, 165e12, "RTX 4090"),
     "3090": (0.936e12, 71e12, "RTX 3090"),
-    "t4": (0.320e12, 65e12, "T4, in fp16"),
+    "t4": (0.320e12, 65e12, "T4"),
 }
+# Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32, which is
+# bound by its multiply-adds: so many for each element of the state and token.
+OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
 PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.34
 LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
 OPTIMIZER_BYTES = (
@@ -59,7 +62,7 @@ RWKV_LM_TENSORS = sum(sum(read_written) for parts in RWKV_LM.values() for read_w
 RWKV_LM_LOGITS = 3
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_budget", description=__doc__.partition("\n\n")[0], allow_abbrev=False
     )
@@ -77,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--operators", action="store_true", help="list a layer's operators, too")
     parser.add_argument("--bandwidth", type=float, help="bytes a second, of another card")
     parser.add_argument("--flops", type=float, help="floating-point operations a second, of another card")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -86,19 +89,23 @@ def main() -> None:
         stub.load()
     except stub.Unavailable as reason:
         sys.exit(f"gpu_budget: {reason}; it counts with torch's wheel for CPUs")
+    from tests.fake_gpu.device import install  # imports torch, which has to come after the stub
+
+    install()
     print(json.dumps(report(args)))
 
 
 def report(args: argparse.Namespace) -> dict:
     """Print the budget; its figures for the last line."""
-    # they import torch, which has to come after the stub
+    import torch
+
     from benchmarks.op_counts import TRAFFIC
     from rwkv_miss.files.checkpoint import Arch, read_checkpoint
     from src.model import default_arch
-    from tests.fake_gpu.device import install
     from tests.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
 
-    install()
+    if args.card == OLD_CARD:
+        torch.cuda.get_device_capability = lambda *_: (7, 5)
     if args.load_model:
         arch = Arch.detect(read_checkpoint(args.load_model))
     else:
@@ -108,7 +115,7 @@ def report(args: argparse.Namespace) -> dict:
     if args.bandwidth or args.flops:
         bandwidth, flops, card = args.bandwidth or bandwidth, args.flops or flops, "another card"
     settings = {"quant": args.quant, "grad_cp": args.grad_cp, "micro_bsz": rows, "ctx_len": width}
-    config = config_of(args.peft, args.r, precision="fp16" if args.card == "t4" else "bf16", **settings)
+    config = config_of(args.peft, args.r, precision="fp16" if args.card == OLD_CARD else "bf16", **settings)
     layer, few = layer_tallied(arch, config, rows, width)
     # a layer of which a model has n_layer, and what it has beside its layers
     whole = {
@@ -145,6 +152,9 @@ def report(args: argparse.Namespace) -> dict:
         part["ms"] = 1e3 * max(
             part["GB"] * 1e9 * seconds_of_bytes / share, part["TFLOP"] * 1e12 / (flops * PRODUCTS)
         )
+    if args.card == OLD_CARD:
+        elements = arch.n_layer * rows * width * arch.dim_att * arch.head_size
+        parts["WKV"]["ms"] = 1e3 * 2 * RECURRENCE[arch.version] * elements / (OLD_FP32 * PRODUCTS)
     gpu = sum(part["ms"] for part in parts.values())
     launches = sum(part["launches"] for part in parts.values())
     host = launches * LAUNCH / 1e3

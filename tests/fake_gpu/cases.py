@@ -58,6 +58,7 @@ PROGRAM_CASES = [
     *(f"decode with {peft}" for peft in BESIDE),
     "lm_eval",
     *(f"merge of {peft}" for peft in MERGED),
+    "gpu_budget",
 ]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pathlib
 import tempfile
 import types
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
+from benchmarks import gpu_budget
 from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import Adapters
 from src.inference.cuda_graph import GraphedDecoder
@@ -99,3 +102,12 @@ def merged(peft: str, version: int) -> dict:
         kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
         assert kinds[0] == kinds[1], kinds
     return gpu.counts()
+
+
+def budget(version: int) -> dict:
+    """benchmarks.gpu_budget of a small model."""
+    sizes = "--n_layer 4 --n_embd 256 --vocab 1024 --micro_bsz 2 --ctx_len 128 --card 4090 --operators"
+    with contextlib.redirect_stdout(io.StringIO()):
+        figures = gpu_budget.report(gpu_budget.parse(["--model", str(version), *sizes.split()]))
+    assert all(part["ms"] >= 0 for part in figures["parts"].values())
+    return {name: figures[name] for name in ("parts", "gpu_ms", "layer")}

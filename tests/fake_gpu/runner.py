@@ -33,7 +33,7 @@ from src.training.trainer import FineTuning
 from . import cases
 from .device import FakeGpu, install
 from .micro_batch import batch_on, config_of, layer, small_model_on
-from .programs import decode_adapted, harness, merged, quantised_chat
+from .programs import budget, decode_adapted, harness, merged, quantised_chat
 from .several_gpus import ddp, zero
 
 KIB = 1024
@@ -53,6 +53,7 @@ def records(names: list[str]) -> dict[str, dict]:
         *((decode_adapted, (peft, 7)) for peft in cases.BESIDE),
         (harness, (7,)),
         *((merged, (peft, 7)) for peft in cases.MERGED),
+        (budget, (7,)),
         *((train, (flags,)) for flags in cases.RUNS.values()),
         (search, ()),
         (ddp, (7,)),

@@ -1,0 +1,77 @@
+"""benchmarks/op_counts.py against counts by hand."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import gpu_budget, op_counts
+
+
+ROW = torch.ones(1, 4)
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self, base=()):
+        super().__init__()
+        self.tally, self.base = op_counts.Tally(), {x.data_ptr() for x in base}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.tally.add(op, args, kwargs or {}, result, of_base=lambda x: x.data_ptr() in self.base)
+        return result
+
+
+def counted(function, base=()):
+    with Counting(base) as mode:
+        function()
+    return mode.tally.as_dict()
+
+
+def test_products_of_the_base_and_others():
+    x, weight, factor = torch.ones(6, 4), torch.ones(4, 8), torch.ones(4, 2)
+    found = counted(lambda: (x @ weight, x @ factor), [weight])
+    assert found["multiply_adds"] == {"product": 6 * 4 * 8, "adapter product": 6 * 4 * 2}
+    assert found["bytes"]["product"] == 4 * (24 + 32 + 48)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "numbers"),
+    [
+        (lambda x: x + 1, "elementwise", 24),
+        (lambda x: x.add_(ROW), "elementwise", 28),
+        (lambda x: x + x[:1].expand(3, 4), "elementwise", 28),
+        (lambda x: x.zero_(), "copy", 12),
+        (lambda x: x[1:].clone(), "copy", 16),
+        (lambda x: x.sum(0), "reduction", 16),
+        (lambda x: x.view(4, 3).t()[1:], None, 0),
+    ],
+)
+def test_bytes(function, kind, numbers):
+    x = torch.ones(3, 4)
+    found = counted(lambda: function(x))
+    assert found["launches"] == ({kind: 1} if kind else {})
+    assert found["bytes"] == ({kind: 4 * numbers} if kind else {})
+
+
+def test_lists_of_tensors():
+    """A launch takes so many tensors, and so many blocks of them."""
+    small, large = torch.empty(10), torch.empty(op_counts.LIST_CHUNK * op_counts.LIST_BLOCKS, device="meta")
+    assert op_counts.list_launches([small], 4) == 1
+    assert op_counts.list_launches([small] * 36, 4) == 1
+    assert op_counts.list_launches([small] * 37, 4) == 2
+    assert op_counts.list_launches([large], 4) == 1
+    assert op_counts.list_launches([large, small], 4) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((1, 37, 2), 1), ((8, 1024, 32), 4), ((4, 600, 32), 3), ((1, 300, 64), 2)]
+)
+def test_segments_of_the_wkv(shape, count):
+    """1024 chunks of all heads together are a segment, and at least 16 of each."""
+    assert op_counts.segments(*shape) == count
+
+
+def test_the_other_trainer():
+    """RWKV-LM's layer: 46 tensors forward, 75 backward."""
+    forward, backward = (sum(map(sum, parts)) for parts in zip(*gpu_budget.RWKV_LM.values(), strict=True))
+    assert (forward, backward) == (46, 75)
