@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_budget, op_counts
 
-
 ROW = torch.ones(1, 4)
 
 
