@@ -278,6 +278,7 @@ def _quiet() -> None:
     # says which process ended when it ends the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")  # what stays in its place
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")

@@ -81,7 +81,7 @@ def zero(stage: int, version: int) -> dict:
     with deepspeed_on_fakes() as deepspeed, FakeGpu() as gpu:
         from src.distributed.deepspeed_strategy import AnywhereDeepSpeed
 
-        config = AnywhereDeepSpeed(f"deepspeed_stage_{stage}", 2, torch.bfloat16).config
+        config = AnywhereDeepSpeed(f"deepspeed_stage_{stage}", 2, torch.bfloat16, "gpu").config
         module = Loss(version, config_of("miss"), "cuda:0")
         batch = batch_on("cuda:0", 2, 37)
         optimizer = torch.optim.AdamW(parameter_groups(module.model, 1e-3, 0.01), lr=1e-3)
