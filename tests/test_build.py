@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -18,20 +19,10 @@ import pytest
 from src.ops import build, toolchain
 
 from .conftest import ROOT
+from .program import CONTEXT
 
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 TITLE = "the test kernels"
-CALL = """
-import pathlib, sys
-sys.path.insert(0, {root!r})
-from src.ops import build, toolchain
-try:
-    sources, headers = [pathlib.Path({source!r})], [pathlib.Path({header!r})]
-    print(build.build("test", {title!r}, 1, sources, headers, {command!r}))
-except toolchain.BuildError as error:
-    print("BuildError", error)
-"""
-
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
 
@@ -65,22 +56,45 @@ class Project:
 
     def start(self):
         """The same call in another process."""
-        code = CALL.format(
-            root=str(ROOT),
-            title=TITLE,
-            source=str(self.source),
-            header=str(self.header),
-            command=self.command,
-        )
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return Elsewhere(self)
 
     def runs(self):
         return len(self.record.read_text().splitlines()) if self.record.exists() else 0
 
     def temporary(self):
         return [path.name for path in self.cache.iterdir() if path.is_dir()]
+
+
+def build_and_print(project, cache, files):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY), number)
+    os.environ["RWKV_KERNEL_CACHE"] = cache
+    try:
+        print(project.build())
+    except toolchain.BuildError as error:
+        print("BuildError", error)
+
+
+class Elsewhere:
+    """A process that builds, with what of subprocess.Popen is used here. It is forked: a start would take
+    seconds, in which others wait for it.
+    """
+
+    def __init__(self, project):
+        files = [tempfile.mkstemp(dir=project.source.parent)[1] for _ in range(2)]
+        self.stdout, self.stderr = map(open, files)
+        arguments = (project, os.environ["RWKV_KERNEL_CACHE"], files)
+        self.process = CONTEXT.Process(target=build_and_print, args=arguments)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it does not end"
+
+    def communicate(self, timeout):
+        self.wait(timeout)
+        return self.stdout.read(), self.stderr.read()
 
 
 @pytest.fixture
@@ -93,7 +107,7 @@ def project(tmp_path, monkeypatch):
     project.hold.unlink(missing_ok=True)  # or the compilers of killed builders would wait for ever
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -101,7 +115,16 @@ def wait_for(condition, seconds=10.0):
 
 
 def first_line(stream):
-    return stream.readline().strip()
+    """The next line of a file that a process writes."""
+    line = ""
+
+    def whole():
+        nonlocal line
+        line += stream.readline()
+        return line.endswith("\n")
+
+    wait_for(whole)
+    return line.strip()
 
 
 def failure(call, *arguments, **keywords):
