@@ -94,7 +94,7 @@ def run(flags, sabotage=None, counted=False):
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(300)
+            process.join(600)
         return ranks[0].exitcode, "".join(log.read_text() for log in logs)
 
 

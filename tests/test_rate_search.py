@@ -3,10 +3,7 @@
 import functools
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
+import threading
 
 import pytest
 import torch
@@ -31,8 +28,8 @@ from src.training.rate_search import (
 from src.training.short_runs import Trial
 
 from . import program
-from .conftest import ROOT, make_arch, random_tensors
-from .program import losses, succeed
+from .conftest import make_arch, random_tensors
+from .program import interrupt, losses, succeed
 
 WRITTEN = (
     "adapter.pth",
@@ -305,19 +302,22 @@ def test_a_short_run_takes_the_first_guess_and_says_so(files, tmp_path):
     assert not (tmp_path / "learning_rate.json").exists()
 
 
+def interrupt_the_second_trial(rank):
+    """Ctrl-C a moment after the first one is told."""
+    text = rate_search.trial_text
+
+    def told(*trial):
+        threading.Timer(0.02, interrupt).start()
+        return text(*trial)
+
+    rate_search.trial_text = told
+
+
 def test_ctrl_c_ends_a_search_at_once(files, tmp_path):
-    words = [sys.executable, "train.py", *flags(files, tmp_path, "--micro_bsz", "64", "--verbose")]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if line.startswith("trial"):
-            break
-    process.send_signal(signal.SIGINT)
-    asked = time.monotonic()
-    rest = process.stdout.read()
-    assert process.wait(60) == 130, "".join(seen) + rest
-    assert time.monotonic() - asked < 10 and "interrupted before the first step" in rest
+    words = flags(files, tmp_path, "--micro_bsz", "64", "--verbose")
+    code, output = program.run(words, interrupt_the_second_trial)
+    assert code == 130 and "interrupted before the first step" in output, output
+    assert output.count("\ntrial      rate ") <= 2, "the search went on"
     assert not any((tmp_path / name).exists() for name in WRITTEN)
 
 
