@@ -145,6 +145,9 @@ def test_documents_are_padded_to_less_than_twice_their_tokens_and_none_is_lost()
         (g.tokens < reset.numel()).sum() for g in long
     )
     assert layout(reset) is plan, "the layers of a model share one"
+    elsewhere = torch.zeros_like(reset)
+    elsewhere.on_cpu = reset  # a GPU's own are not read: it would have to be waited for
+    assert all(torch.equal(a, b) for a, b in zip(layout(elsewhere)[1:], plan[1:], strict=True))
 
 
 def test_a_state_of_another_shape_is_refused():

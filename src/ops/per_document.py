@@ -43,10 +43,18 @@ class Layout(NamedTuple):
 def layout(reset: Tensor) -> Layout:
     """The layout of rows whose documents start where `reset` (B, T) bool is set.
 
-    Token 0 of a row begins a document in any case, a new one or the rest of one.
+    Token 0 of a row begins a document in any case, a new one or the rest of one. A GPU is not waited
+    for where a batch came with its resets on the CPU, as data.batches.to_device() leaves them.
     """
     B, T = reset.shape
-    given = reset.cpu()
+    given = getattr(reset, "on_cpu", None)
+    if given is None:
+        given = reset.cpu()
+
+    def sent(x: Tensor) -> Tensor:
+        # from pinned memory, for which nothing waits
+        return x.pin_memory().to(reset.device, non_blocking=True) if reset.is_cuda else x
+
     begins = given.clone()
     begins[:, 0] = True
     first = begins.flatten().nonzero().flatten()
@@ -62,9 +70,9 @@ def layout(reset: Tensor) -> Layout:
         places[tokens[inside]] = before + inside.flatten().nonzero().flatten()
         before += tokens.numel()
         order.append(chosen)
-        groups.append(Group(*(x.to(reset.device) for x in (tokens, first[chosen] // T, resets[chosen]))))
+        groups.append(Group(*map(sent, (tokens, first[chosen] // T, resets[chosen]))))
     ends = torch.cat(order).argsort()[(first + length) % T == 0]
-    return Layout(groups, places.to(reset.device), ends.to(reset.device))
+    return Layout(groups, sent(places), sent(ends))
 
 
 def by_document(
