@@ -35,7 +35,7 @@ CARDS = {
 # Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32, which is
 # bound by its multiply-adds: so many for each element of the state and token.
 OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
-PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.34
+PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.38
 LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
 OPTIMIZER_BYTES = (
     36  # a trained parameter: the norm reads g; Adam reads p, g, m, v and writes p, m, v, zeros g

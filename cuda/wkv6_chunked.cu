@@ -30,9 +30,9 @@
 // fp32. Relative L2 error against float64 on the same bf16 inputs, T = 4096, any decay: at most 3e-3; writing
 // y in bf16 alone makes 1.7e-3.
 //
-// KB for a chunk of a head, where an input has 2: forward 6 read and 5 written, 7 and 10; backward 6 and 5, 7
-// and 10, 26 and 6. Of these 87, 35 are factors and D, which L2 may keep: 3.5 to 5.9 GB for B, T, H = 8,
-// 4096, 32, of which inputs and results are 1.9. No GPU has run this yet.
+// KB for a chunk of a head, where an input has 2: forward 6 read and 5 written, 7 and 10 (2 if no backward
+// follows); backward 6 and 5, 7 and 10, 26 and 6. Of these 87, 35 are factors and D, which L2 may keep: 3.5
+// to 5.9 GB for B, T, H = 8, 4096, 32, of which inputs and results are 1.9. No GPU has run this yet.
 //
 // u is fp32 (H, 64), du fp32 (B, H, 64), states fp32 (B, H, 64 keys, 64 values); the other layouts are in
 // chunked.cuh.
@@ -334,7 +334,8 @@ extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v,
     int64_t T, int64_t H, int64_t head_size, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved, scratch})) return cudaErrorInvalidValue;
+    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved, scratch}))
+        return cudaErrorInvalidValue;
     with_inputs(dtype, r, k, v, w, u, reset,
         [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, (Factors*)scratch, stream); });
     return cudaGetLastError();

@@ -34,9 +34,9 @@
 // gradients 2.9e-3 to 4.8e-3; writing y in bf16 alone makes 1.7e-3. Where much is written and removed again
 // (alike keys, learning rates and decays near 1), da and db have 1e-2.
 //
-// KB for a chunk of a head, where an input has 2: forward 10 read and 9 written, 11 and 10; backward 10 and
-// 9, 11 and 10, 30 and 10. Of these 120, 53 are factors and D, which L2 may keep: 4.5 to 8 GB for B, T, H =
-// 8, 4096, 32, of which inputs and results are 2.7. No GPU has run this yet.
+// KB for a chunk of a head, where an input has 2: forward 10 read and 9 written, 11 and 10 (2 if no backward
+// follows); backward 10 and 9, 11 and 10, 30 and 10. Of these 120, 53 are factors and D, which L2 may keep:
+// 4.5 to 8 GB for B, T, H = 8, 4096, 32, of which inputs and results are 2.7. No GPU has run this yet.
 //
 // States are fp32 (B, H, 64 values, 64 keys); the other layouts are in chunked.cuh.
 //
