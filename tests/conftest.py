@@ -44,9 +44,9 @@ def pytest_report_header(config):
 # The files that take longest go to the workers first, so that at the end none waits for another one's long
 # file. A list that is out of date costs time and nothing else.
 LONGEST = """
-    fake_gpu crashes validation cuda_kernels batch_loss cuda_chunked trained_checkpoints training distributed
-    processes readme adalora_runs end_to_end defaults hub_runs leading_token convert_layouts export_hf
-    model_files state_tuning rate_search
+    fake_gpu crashes validation cuda_kernels cuda_elementwise batch_loss cuda_chunked trained_checkpoints
+    training distributed processes readme adalora_runs end_to_end defaults methods_training run_plan
+    state_tuning rate_search startup
 """.split()
 
 
