@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_map_only
 
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, elementwise, elementwise_ops, elementwise_reference, toolchain, wkv7
+from src.ops import (
+    build,
+    elementwise,
+    elementwise_ops,
+    elementwise_reference,
+    native,
+    toolchain,
+    wkv7,
+)
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
@@ -510,3 +518,18 @@ def test_a_states_tokens_are_no_view_of_all_tokens():
     _, after = model(torch.zeros(1, 37, dtype=torch.int64))
     sizes = [part.untyped_storage().nbytes() for layer in after for part in (layer.att_x, layer.ffn_x)]
     assert sizes == [48 * 4] * 2 * model.arch.n_layer
+
+
+@pytest.mark.parametrize("wrong", ["", "relu_squared_forward", "readout7_backward", "delta_inputs_backward"])
+def test_the_self_test_sees_a_wrong_function(monkeypatch, wrong):
+    call = elementwise_ops.call
+
+    def broken(name, like, before, vectors, after, *rest, **keywords):
+        call(name, like, before, vectors, after, *rest, **keywords)
+        if name == wrong:
+            outputs = [t for x in after for t in (x if isinstance(x, list) else [x]) if t is not None]
+            outputs[-1].mul_(1.001)
+
+    monkeypatch.setattr(elementwise_ops, "call", broken)
+    (self_error,) = native.ALSO_TESTED
+    assert (self_error("cpu") < native.LARGEST_ERROR[False]) == (not wrong)

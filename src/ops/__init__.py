@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
-from . import native, quantised  # noqa: F401  (quantised registers its kernel)
+from . import elementwise_check, native, quantised  # noqa: F401  (they register a self-test and a kernel)
 from .chunked6 import chunked6
 from .chunked7 import chunked7
 from .native import nan_passes, nothing_saved  # noqa: F401  (for a training's own use)
