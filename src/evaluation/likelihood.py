@@ -68,7 +68,7 @@ def _features(model: RWKV, batch: list[Request]) -> list[Tensor]:
         end = i * longest + len(row)
         wanted += range(end - n, end)
     device = model.emb.weight.device
-    x, _ = model.features(ids.to(device), wanted=torch.tensor(wanted).to(device))
+    x, _ = model.features(ids.to(device), wanted=torch.tensor(wanted, dtype=torch.int64).to(device))
     return list(x.split([n for _, n in batch]))
 
 
