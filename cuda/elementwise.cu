@@ -6,12 +6,12 @@
 // No function goes over time: what token t + 1 gives to the gradient of t is computed where t is. That reads
 // one token in TOKENS twice, from the cache, and lets all tokens run at once.
 //
-// C interface: activations are contiguous (B, T, C) of one dtype, fp32, bf16 or fp16; C and the head size C / H
-// are multiples of 8, a head has at most 256 channels; reset (B, T) is uint8 or null, not 0 where a document
-// starts. Vectors of the model are (C), each of its own dtype: `vectors` are their pointers, `vector_dtypes`
-// has two bits for each. Where `dvectors` is not null a backward also writes their gradients, each in its
-// vector's dtype, and needs `partial`: elementwise_parts(B, T) x vectors x C floats. All pointers to numbers
-// are multiples of 16 bytes. The last arguments and the result are as launch.h says.
+// C interface: activations are contiguous (B, T, C) of one dtype, fp32, bf16 or fp16; C and the head size
+// C / H are multiples of 8, a head has at most 256 channels; reset (B, T) is uint8 or null, not 0 where a
+// document starts. Vectors of the model are (C), each of its own dtype: `vectors` are their pointers,
+// `vector_dtypes` has two bits for each. Where `dvectors` is not null a backward also writes their gradients,
+// each in its vector's dtype, and needs `partial`: elementwise_parts(B, T) x vectors x C floats. All pointers
+// to numbers are multiples of 16 bytes. The last arguments and the result are as launch.h says.
 //
 // A backward launches one kernel, and one more for the gradients of vectors.
 #include "elementwise.cuh"
@@ -202,7 +202,8 @@ struct DeltaInputsBackward {
     static constexpr bool GRADIENTS = true;
     const void *k, *a, *dkey, *dremove, *dreplace;
     void *dk, *da;
-    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
+    template <class At, class V>
+    __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec &k_k = vectors[0], &k_a = vectors[1];
         const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
         const Vec g = at.read(dkey), replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
@@ -239,24 +240,24 @@ struct Readout7Backward {
     static constexpr bool GRADIENTS = true;
     const void *y, *r, *k, *v, *g, *dout;
     void *dy, *dr, *dk, *dv, *dg;
-    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
-        const Vec &r_k = vectors[0], &weight = vectors[1], &bias = vectors[2];
-        const Vec raw = at.read(y), value = at.read(v), above = at.read(dout), d = above * at.read(g);
-        float bonus, dbonus = total(d * value), mean = total(d * weight), along, scale;
+    template <class At, class V>
+    __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
+        const Vec value = at.read(v), above = at.read(dout), d = above * at.read(g);
+        float bonus, dbonus = total(d * value), mean = total(d * vectors[1]), along, scale;
         {
             const Vec receptance = at.read(r), key = at.read(k);
-            bonus = total(receptance * key * r_k);
+            bonus = total(receptance * key * vectors[0]);
             at.sum_head(bonus, dbonus, mean);
-            at.write(dr, dbonus * r_k * key);
-            at.write(dk, dbonus * r_k * receptance);
+            at.write(dr, dbonus * vectors[0] * key);
+            at.write(dk, dbonus * vectors[0] * receptance);
             at.write(dv, bonus * d);
             dvectors[0] += dbonus * receptance * key;
         }
-        const Vec normed = at.normalised(raw, &scale);
-        along = total(d * weight * normed);
+        const Vec normed = at.normalised(at.read(y), &scale);
+        along = total(d * vectors[1] * normed);
         at.sum_head(along);
-        at.write(dg, above * (normed * weight + bias + bonus * value));
-        at.write(dy, scale * (d * weight - mean / at.shape.N - normed * (along / at.shape.N)));
+        at.write(dg, above * (normed * vectors[1] + vectors[2] + bonus * value));
+        at.write(dy, scale * (d * vectors[1] - mean / at.shape.N - normed * (along / at.shape.N)));
         dvectors[1] += d * normed;
         dvectors[2] += d;
     }
@@ -280,7 +281,8 @@ struct Readout6Backward {
     static constexpr bool GRADIENTS = true;
     const void *y, *g, *dout;
     void *dy, *dg;
-    template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec* dvectors) const {
+    template <class At, class V>
+    __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec &weight = vectors[0], &bias = vectors[1];
         const Vec gate = at.read(g), s = sigmoid(gate), above = at.read(dout), d = above * gate * s;
         float scale;
@@ -340,7 +342,8 @@ extern "C" int shift_mix_backward(const void* z, const void* last, const uint8_t
 
 // out may be m
 extern "C" int shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset,
-    const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T,
+    const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t vector_dtypes,
+    int64_t B, int64_t T,
     int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;

@@ -5,78 +5,19 @@
 //     warp                      TOKENS of these tokens, one after the other
 //     lane                      WIDTH neighbouring channels of each: 16 bytes, in fp32 twice 16
 //
-// A head has a power of two of lanes, so that shuffles add up over it; those beyond its channels idle. What has
-// no heads has columns of WIDTH channels instead, a lane each. A lane keeps the model's vectors in registers
-// for all of its tokens.
+// A head has a power of two of lanes, so that shuffles add up over it; those beyond its channels idle. What
+// has no heads has columns of WIDTH channels instead, a lane each. A lane keeps the model's vectors in
+// registers for all of its tokens.
 //
 // A vector's gradient is a sum over all tokens. Each block writes its part, (parts, vectors, C) in fp32, and
 // `add_parts` adds these in one order: the same numbers in every run.
 #pragma once
-#include "launch.h"
+#include "vectors.cuh"
 
 namespace {
 
-constexpr int WIDTH = 8, TOKENS = 4, WARPS = 8, THREADS = 32 * WARPS, TILE = TOKENS * WARPS;
+constexpr int TOKENS = 4, WARPS = 8, THREADS = 32 * WARPS, TILE = TOKENS * WARPS;
 constexpr int MOST_VECTORS = 32;  // two bits of 64 for the dtype of each
-
-// one number of each of a lane's channels, all in fp32
-struct Vec {
-    float x[WIDTH];
-    Vec() = default;
-    __device__ __forceinline__ Vec(float value) {
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) x[e] = value;
-    }
-    __device__ __forceinline__ float& operator[](int e) { return x[e]; }
-    __device__ __forceinline__ float operator[](int e) const { return x[e]; }
-};
-
-template <class F> __device__ __forceinline__ Vec each(F f) {
-    Vec y;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) y[e] = f(e);
-    return y;
-}
-
-__device__ __forceinline__ Vec operator+(const Vec& a, const Vec& b) {
-    return each([&](int e) { return a[e] + b[e]; });
-}
-__device__ __forceinline__ Vec operator-(const Vec& a, const Vec& b) {
-    return each([&](int e) { return a[e] - b[e]; });
-}
-__device__ __forceinline__ Vec operator*(const Vec& a, const Vec& b) {
-    return each([&](int e) { return a[e] * b[e]; });
-}
-__device__ __forceinline__ Vec& operator+=(Vec& a, const Vec& b) { return a = a + b; }
-__device__ __forceinline__ Vec sigmoid(const Vec& a) {
-    return each([&](int e) { return 1.f / (1.f + expf(-a[e])); });
-}
-__device__ __forceinline__ float total(const Vec& a) {
-    float sum = 0;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) sum += a[e];
-    return sum;
-}
-
-template <class T> constexpr int PIECES = WIDTH * sizeof(T) / 16;
-template <class T> union Packed {
-    uint4 pieces[PIECES<T>];
-    T numbers[WIDTH];
-    __device__ Packed() {}
-};
-template <class T> __device__ __forceinline__ Vec read_vec(const T* p) {
-    Packed<T> packed;
-#pragma unroll
-    for (int i = 0; i < PIECES<T>; i++) packed.pieces[i] = reinterpret_cast<const uint4*>(p)[i];
-    return each([&](int e) { return load(&packed.numbers[e]); });
-}
-template <class T> __device__ __forceinline__ void write_vec(T* p, const Vec& x) {
-    Packed<T> packed;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) store(&packed.numbers[e], x[e]);
-#pragma unroll
-    for (int i = 0; i < PIECES<T>; i++) reinterpret_cast<uint4*>(p)[i] = packed.pieces[i];
-}
 
 // (B, T, C) activations of H heads. `lanes` of a head are a power of two.
 struct Shape {
@@ -108,7 +49,8 @@ struct Vectors {
     int64_t dtypes;  // two bits each
     int count;
 
-    Vectors(const void* const* from, int64_t dtypes, int64_t count) : numbers(), dtypes(dtypes), count(count) {
+    Vectors(const void* const* from, int64_t dtypes, int64_t count)
+        : numbers(), dtypes(dtypes), count(count) {
         for (int i = 0; from && i < count && i < MOST_VECTORS; i++) numbers[i] = from[i];
     }
     __device__ int dtype(int i) const { return (int)(dtypes >> 2 * i) & 3; }
@@ -158,7 +100,7 @@ template <class T> struct Place {
         for (int lanes = shape.lanes / 2; lanes; lanes /= 2)
             ((x += __shfl_xor_sync(0xffffffffu, x, lanes)), ...);
     }
-    // y of this head with mean 0 and variance 1; *scale is 1 / its deviation. A variance that overflows is NaN.
+    // y of this head with mean 0 and variance 1; *scale is 1 / its deviation; NaN if the variance overflows
     __device__ Vec normalised(const Vec& y, float* scale) const {
         float mean = total(y);
         sum_head(mean);
@@ -187,22 +129,29 @@ template <class T> struct Place {
     }
 };
 
-// f(place, vectors, sums) for every token; sums are the gradients of the vectors, wanted with SUMS only. With
-// them the vectors are read again for every token: there are no registers for both.
+// vectors of the model that are read where they are used
+template <class T> struct Unread {
+    const Place<T>& at;
+    const Vectors& from;
+    __device__ Vec operator[](int i) const { return at.vector(from, i); }
+};
+
+// f(place, vectors, sums) for every token. The vectors lie in registers; but with SUMS their gradients do,
+// and there is no room for both.
 template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(THREADS, 2)
     run(Function f, Vectors vectors, float* partial, Shape shape) {
     constexpr int COUNT = Function::VECTORS;
     Place<T> at(shape);
     Vec values[COUNT + 1], sums[COUNT + 1] = {};  // an array has at least one
-    const auto read_vectors = [&] {
+    if (!SUMS)
 #pragma unroll
         for (int i = 0; i < COUNT; i++) values[i] = at.vector(vectors, i);
-    };
-    read_vectors();
 #pragma unroll 1
     for (int token = 0; token < TOKENS && at.exists(); token++) {
-        if (SUMS && token) read_vectors();
-        f(at, values, sums);
+        if constexpr (SUMS)
+            f(at, Unread<T>{at, vectors}, sums);
+        else
+            f(at, values, sums);
         at.go_to(at.t + 1);
     }
     if (SUMS)
@@ -217,7 +166,8 @@ __global__ void add_parts(const float* partial, int64_t parts, int C, Vectors to
     const int channel = blockIdx.x * 32 + lane;
     float sum = 0;
     if (channel < C)
-        for (int64_t part = warp; part < parts; part += WARPS) sum += partial[(part * to.count + i) * C + channel];
+        for (int64_t part = warp; part < parts; part += WARPS)
+            sum += partial[(part * to.count + i) * C + channel];
     shared[warp][lane] = sum;
     __syncthreads();
     if (warp || channel >= C) return;
@@ -255,7 +205,8 @@ template <class Function> int launch_run(const Function& f, const Shape& shape, 
         using T = decltype(number);
         if constexpr (Function::GRADIENTS)
             if (gradients) {
-                LAUNCH((run<T, true, Function>), shape.grid(), THREADS, 0, stream, f, vectors, partial, shape);
+                LAUNCH(
+                    (run<T, true, Function>), shape.grid(), THREADS, 0, stream, f, vectors, partial, shape);
                 launch_add_parts(partial, shape, *gradients, stream);
                 return;
             }

@@ -1,57 +1,89 @@
 // Quantised weights (rwkv_miss/quantised.py has the format) expanded to matrices on a GPU: one pass, and no
 // memory beside the result.
 //
-// A warp takes a block of 64 weights: lane l the two numbers 2 l and 2 l + 1, which in nf4 are the halves of
-// byte l. What is read and written lies side by side, so that the time is that of the memory: half a byte or
-// one, and the result.
+// Eight lanes take a block of 64 weights, each lane eight neighbouring numbers: one store of 16 bytes in half
+// precision. In nf4 a byte is two of them. What is read and written lies side by side, so that the time is
+// that of the memory: half a byte or one, and the result. A row of odd width begins between two such stores,
+// so its numbers are stored one by one; and bytes are read two at a time where a row's are no multiple of
+// eight.
 //
 // C interface: quantised (out, bytes of a row), pairs (256, 2) the two numbers of every byte of nf4, weight
 // (out, width); `device` and `stream` as launch.h says.
-#include "launch.h"
+#include "vectors.cuh"
 
 namespace {
 
-constexpr int BLOCK = 64, THREADS = 256, WARPS = THREADS / 32;
+constexpr int BLOCK = 64, LANES = BLOCK / WIDTH, THREADS = 256, BLOCKS = THREADS / LANES;
+
+// the bytes of a lane's numbers; `wide`: they are at a multiple of their size
+template <class Word> struct Codes {
+    union {
+        Word word;
+        uint16_t halves[sizeof(Word) / 2];
+        uint8_t bytes[sizeof(Word)];
+    };
+    __device__ Codes(const uint8_t* from, bool wide) {
+        if (wide) {
+            word = *reinterpret_cast<const Word*>(from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < (int)sizeof(Word) / 2; i++)
+                halves[i] = reinterpret_cast<const uint16_t*>(from)[i];
+        }
+    }
+};
 
 struct Int8 {
-    static constexpr int BYTES = BLOCK;
-    __device__ static float2 decode(const uint8_t* codes, const float*, int lane) {
-        return make_float2((int8_t)codes[2 * lane], (int8_t)codes[2 * lane + 1]);
+    using Word = uint2;
+    __device__ static Vec decode(const Codes<Word>& codes, const float*) {
+        return each([&](int e) { return (float)(int8_t)codes.bytes[e]; });
     }
 };
 
 struct Nf4 {
-    static constexpr int BYTES = BLOCK / 2;
-    __device__ static float2 decode(const uint8_t* codes, const float* pairs, int lane) {
-        const float* pair = pairs + 2 * codes[lane];
-        return make_float2(pair[0], pair[1]);
+    using Word = unsigned;
+    __device__ static Vec decode(const Codes<Word>& codes, const float* pairs) {
+        Vec x;
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; i++) {
+            const float2 pair = reinterpret_cast<const float2*>(pairs)[codes.bytes[i]];
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+        return x;
     }
 };
 
 template <class Kind, class Number> struct Layout : Kind {
     using T = Number;
+    static constexpr int BYTES = LANES * sizeof(typename Kind::Word);
 };
 
-// blocks of the grid: (rows, groups of WARPS blocks of a row)
+// blocks of the grid: (rows, groups of BLOCKS blocks of a row)
 template <class Layout> __global__ void expand(
     const uint8_t* quantised, const float* pairs, void* weight, int64_t width, int64_t blocks) {
     using T = typename Layout::T;
-    const int64_t row = blockIdx.x, block = (int64_t)blockIdx.y * WARPS + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    if (block >= blocks) return;
+    using Word = typename Layout::Word;
+    const int64_t row = blockIdx.x, block = (int64_t)blockIdx.y * BLOCKS + threadIdx.x / LANES;
+    const int lane = threadIdx.x % LANES;
+    const int64_t column = block * BLOCK + lane * WIDTH;
+    if (column >= width) return;
     const uint8_t* codes = quantised + row * blocks * (Layout::BYTES + 2);
     const float scale = load(reinterpret_cast<const __nv_bfloat16*>(codes + blocks * Layout::BYTES) + block);
-    const float2 x = Layout::decode(codes + block * Layout::BYTES, pairs, lane);
-    const int64_t column = block * BLOCK + 2 * lane;
+    const bool wide = reinterpret_cast<uintptr_t>(codes) % sizeof(Word) == 0;
+    const Vec x =
+        Layout::decode(Codes<Word>(codes + block * Layout::BYTES + lane * sizeof(Word), wide), pairs) * scale;
     T* to = static_cast<T*>(weight) + row * width + column;
-    if (column < width) store(to, x.x * scale);
-    if (column + 1 < width) store(to + 1, x.y * scale);
+    if (column + WIDTH <= width && reinterpret_cast<uintptr_t>(to) % 16 == 0) return write_vec(to, x);
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++)
+        if (column + e < width) store(to + e, x[e]);
 }
 
 template <class Layout> int launch(
     const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, void* stream) {
     const int64_t blocks = (width + BLOCK - 1) / BLOCK;
-    const dim3 grid((unsigned)out, (unsigned)((blocks + WARPS - 1) / WARPS));
+    const dim3 grid((unsigned)out, (unsigned)((blocks + BLOCKS - 1) / BLOCKS));
     LAUNCH(expand<Layout>, grid, THREADS, 0, stream, quantised, pairs, weight, width, blocks);
     return cudaGetLastError();
 }

@@ -95,6 +95,7 @@ def shift_mix(
     z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: int
 ) -> Sequence[Tensor]:
     if serves(native, [z, last], mixes):
+        mixes = mixes if native == ON_GPU else [elementwise_ops.stacked(mixes)]
         return elementwise_ops.ShiftMix.apply(*ready(z, last, reset, *mixes))
     return elementwise_reference.shift_mix(z, last, reset, mixes)
 
@@ -103,7 +104,9 @@ def shift_mix_low_rank(
     z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: int
 ) -> Sequence[Tensor]:
     if serves(native, [z, last, q], [*mixes, maps]):
-        function = elementwise_ops.ShiftMixLowRank if native == ON_GPU else elementwise_ops.ShiftMixLowRankCpu
         z, last, reset, *mixes = ready(z, last, reset, *mixes)
-        return function.apply(z, last, q, reset, maps, *mixes)
+        if native == ON_GPU:
+            return elementwise_ops.ShiftMixLowRank.apply(z, last, q, reset, maps, *mixes)
+        mixes, maps = elementwise_ops.stacked(mixes), maps.detach().to(z.dtype)
+        return elementwise_ops.ShiftMixLowRankCpu.apply(z, last, q, reset, maps, mixes)
     return elementwise_reference.shift_mix_low_rank(z, last, reset, mixes, q, maps)

@@ -16,7 +16,7 @@ B, T, C, HEADS, EPS = 2, 37, 128, 2, 64e-5
 
 def self_error(device: str) -> float:
     """The largest relative error (rms) of outputs and gradients in fp32, against plain torch in float64."""
-    return max(_error(name, device) for name in _functions())
+    return native.worst([_error(name, device) for name in _functions()])
 
 
 def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
@@ -66,12 +66,12 @@ def _error(name: str, device: str) -> float:
     numbers = [torch.randn(shape, generator=generator) for shape in shapes]
     reset = torch.arange(T).expand(B, T) == 21
 
-    def results(native: int, move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def results(on: int, move: Callable[[Tensor], Tensor]) -> list[Tensor]:
         leaves = [move(x) for x in numbers]
         for x in leaves[:activations]:
             x.requires_grad_()
         there = reset.to(leaves[0].device)
-        out = function(native, *leaves[:activations], there, *leaves[activations:])
+        out = function(on, *leaves[:activations], there, *leaves[activations:])
         out = [*out] if isinstance(out, (list, tuple)) else [out]
         weights = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y) for y in out]
         gradients = torch.autograd.grad(out, leaves[:activations], weights)
@@ -79,7 +79,7 @@ def _error(name: str, device: str) -> float:
 
     want = results(0, torch.Tensor.double)
     got = results(native_functions(device), lambda x: x.to(device, copy=True))
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
+    return native.worst([((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)])
 
 
 native.ALSO_TESTED.append(self_error)

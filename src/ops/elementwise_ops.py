@@ -62,7 +62,9 @@ def call(
     else:
         if gradients is not None:
             raise ValueError(f"{function}: a CPU's has no gradients of vectors; expected vectors without")
-        pointers = [*before, *(v.reshape(-1).float() for v in vectors), *after]
+        if count is not None and len(vectors) != 1:
+            raise ValueError(f"{function}: there are {len(vectors)} mixes; a CPU's expects stacked(mixes)")
+        pointers = [*before, *(v if v.dtype == torch.float32 else v.float() for v in vectors), *after]
         context = (torch.get_num_threads(),)
     addresses = [_address(function, device, x) for x in pointers]
     code = _prepared(library(device.type), function, len(addresses), len(numbers), gpu)(
@@ -208,33 +210,39 @@ readout6 = _define("readout6", 2, 2)
 readout7 = _define("readout7", 5, 3)
 
 
-# The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all.
+# The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all. The
+# mixes are one matrix in fp32 for a CPU, and vectors as they are for a GPU.
+
+
+def stacked(mixes: Sequence[Tensor]) -> Tensor:
+    """The mixes as a CPU's functions take them."""
+    return torch.stack([mix.detach().reshape(-1).float() for mix in mixes])
+
+
+def _count(z: Tensor, mixes: Sequence[Tensor]) -> int:
+    return sum(mix.numel() for mix in mixes) // z.shape[-1]
 
 
 def _shift_shapes(z, last, reset, mixes, *_):
-    return [torch.empty_like(z) for _ in mixes]
+    return [torch.empty_like(z) for _ in range(_count(z, mixes))]
 
 
 def _check_shift(z, last, reset, mixes):
     B, T, C = z.shape
-    expected = [(B, C), reset if reset is None else (B, T), [C] * len(mixes)]
-    found = [x if x is None else tuple(x.shape) for x in (last, reset)] + [[mix.numel() for mix in mixes]]
-    if found != expected:
+    expected = [(B, C), reset if reset is None else (B, T)]
+    found = [x if x is None else tuple(x.shape) for x in (last, reset)]
+    sizes = [mix.numel() for mix in mixes]
+    if found != expected or any(n == 0 or n % C for n in sizes):
         raise ValueError(
-            f"shift_mix: last, reset and numbers of the mixes are {found}; expected {expected}, because z is"
-            f" {tuple(z.shape)}"
+            f"shift_mix: last and reset are {found}, the mixes have {sizes} numbers; expected {expected} and"
+            f" {C} for each mix, because z is {tuple(z.shape)}"
         )
-
-
-def _mixes_of(like: Tensor, mixes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The mixes as the C interface has them: a CPU's is one matrix."""
-    return mixes if on_gpu(like) else [torch.stack([mix.reshape(-1).float() for mix in mixes])]
 
 
 def _shift_forward(z, last, reset, mixes):
     _check_shift(z, last, reset, mixes)
     out = _shift_shapes(z, last, reset, mixes)
-    call("shift_mix_forward", z, [z, last, reset], _mixes_of(z, mixes), [out], count=len(mixes))
+    call("shift_mix_forward", z, [z, last, reset], mixes, [out], count=len(out))
     return out
 
 
@@ -249,7 +257,7 @@ def _shift_backward(gradients, z, last, reset, mixes):
     _check_shift(like, found[1], reset, mixes)
     inputs = [z, last, reset] if on_gpu(like) else [reset]
     after, of_mixes = [gradients, *found[:2]], None if z is None else found[2:]
-    call("shift_mix_backward", like, inputs, _mixes_of(like, mixes), after, of_mixes, count=len(mixes))
+    call("shift_mix_backward", like, inputs, mixes, after, of_mixes, count=len(gradients))
     return found
 
 
@@ -288,7 +296,7 @@ def _token_forward(z, last, reset, mixes, m):
     _check_shift(z, last, reset, mixes)
     out = _shift_shapes(z, last, reset, mixes)
     after = [list(m.unbind()), out]
-    call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=len(mixes))
+    call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=len(out))
     return out
 
 
@@ -348,7 +356,7 @@ def _low_rank_mixes(z, q, maps):
 def _low_rank_forward(z, last, q, reset, mixes, maps):
     _check_shift(z, last, reset, mixes)
     out = _low_rank_mixes(z, q, maps)
-    call("shift_mix_token_forward", z, [z, last, reset], _mixes_of(z, mixes), [out], count=len(mixes))
+    call("shift_mix_token_forward", z, [z, last, reset], mixes, [out], count=len(out))
     return out
 
 
@@ -356,7 +364,7 @@ def _low_rank_backward(z, last, q, reset, mixes, maps, gradients):
     dz, dlast = torch.empty_like(z), torch.empty_like(last)
     m = _low_rank_mixes(z, q, maps)
     inputs, after = [z, last, reset], [m, gradients, dz, dlast]
-    call("shift_mix_token_backward", z, inputs, _mixes_of(z, mixes), after, count=len(mixes))
+    call("shift_mix_token_backward", z, inputs, mixes, after, count=len(m))
     # m is its gradient now
     dq = torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)])
     return [dz, dlast, dq]
@@ -378,17 +386,16 @@ _low_rank_backward_op = _library_op(
 
 
 class ShiftMixLowRankCpu(torch.autograd.Function):
-    """shift_mix_low_rank of (z, last, q, reset, maps, *mixes) on a CPU: the outputs lie in m's place."""
+    """shift_mix_low_rank of (z, last, q, reset, maps, stacked mixes) on a CPU: outputs lie in m's place."""
 
     @staticmethod
-    def forward(ctx, z, last, q, reset, maps, *mixes):
-        maps = maps.to(z.dtype)
-        ctx.save_for_backward(z, last, q, reset, maps, *mixes)
-        return tuple(_low_rank_op(z, last, q, reset, mixes, maps))
+    def forward(ctx, z, last, q, reset, maps, mixes):
+        ctx.save_for_backward(z, last, q, reset, maps, mixes)
+        return tuple(_low_rank_op(z, last, q, reset, [mixes], maps))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        z, last, q, reset, maps, *mixes = ctx.saved_tensors
-        found = _low_rank_backward_op(z, last, q, reset, mixes, maps, ready(*gradients))
-        return *found, None, None, *[None] * len(mixes)
+        z, last, q, reset, maps, mixes = ctx.saved_tensors
+        found = _low_rank_backward_op(z, last, q, reset, [mixes], maps, ready(*gradients))
+        return *found, None, None, None
