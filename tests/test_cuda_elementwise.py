@@ -235,5 +235,8 @@ def test_nvcc_spills_no_register(record_property):
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     record_property("table", table(rows))
     for row in rows:
-        # two blocks on a multiprocessor
-        assert row["spill_stores"] == 0 and row["registers"] <= 128 and row["shared"] <= 8 << 10, row
+        # Two blocks on a multiprocessor. Training all of RWKV-6 in fp32 takes three numbers more than fit (12
+        # bytes on sm_120); half of the blocks would be a higher price.
+        largest = "shift_backward<float, true, true>"
+        assert row["spill_stores"] <= (16 if row["kernel"] == largest else 0), row
+        assert row["registers"] <= 128 and row["shared"] <= 8 << 10, row
