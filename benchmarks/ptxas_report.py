@@ -6,7 +6,7 @@ It lists every kernel on every architecture. It needs nvcc and no GPU. The last 
 
 --quick makes PTX three times instead of once an architecture: for Turing, which has no bf16 on its tensor
 cores; from Ampere on; and from Blackwell on, whose PTX has pairs of fp32. The figures are the same or nearly
-so. The figures of 8.6 are then those of 8.9, for which ptxas makes the same.
+so.
 
 What ptxas said is kept in the cache of the kernels, so that the same source is not compiled twice.
 """
@@ -67,10 +67,9 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
     """
     nvcc = toolchain.find_nvcc()
     groups = [[arch] for arch in architectures]
-    as_89 = [86] if quick and {86, 89} <= {*architectures} else []
     if quick:
         groups = [
-            [arch for arch in architectures if low <= arch < high and arch not in as_89]
+            [arch for arch in architectures if low <= arch < high]
             for low, high in ((0, 80), (80, 100), (100, 1000))
         ]
     targets = [
@@ -90,8 +89,7 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
             raise RuntimeError(f"{source} does not compile:\n{done.stdout}{done.stderr}")
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(str(kept), done.stdout + done.stderr)
-    rows = [{"file": source.name} | row for row in read(kept.read_text("utf-8"))]
-    return rows + [row | {"arch": arch} for arch in as_89 for row in rows if row["arch"] == 89]
+    return [{"file": source.name} | row for row in read(kept.read_text("utf-8"))]
 
 
 def table(rows: list[dict]) -> str:
