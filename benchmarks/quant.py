@@ -33,7 +33,7 @@ from src.config import Config
 from src.data.batches import trained_tokens
 from src.model import read_model_file
 from src.model.batch_loss import batch_loss
-from src.ops import native
+from src.ops import self_test
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of
 
@@ -203,11 +203,11 @@ def step_seconds(config: Config, model, rows: dict) -> float:
 @contextlib.contextmanager
 def plain_torch():
     """Context in which quantised weights are expanded as where there is no compiler."""
-    status, native.status = native.status, lambda device: native.Status(False, False)
+    status, self_test.status = self_test.status, lambda device: self_test.Status(False, False)
     try:
         yield
     finally:
-        native.status = status
+        self_test.status = status
 
 
 def cost(base, args, precision: str) -> list[dict]:

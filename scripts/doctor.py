@@ -308,23 +308,23 @@ def first_line(*command: str) -> str:
 
 def kernels_of_gpus(torch) -> Iterator[Check]:
     """`kernels` on the first GPU of each kind: what is right on one may be wrong on another."""
-    from src.ops import native
+    from src.ops import self_test
 
     kinds: set[str] = set()
     for i in range(torch.cuda.device_count()):
         with torch.cuda.device(i):
-            if native.card() not in kinds:
-                native.status.cache_clear()
+            if self_test.card() not in kinds:
+                self_test.status.cache_clear()
                 yield from kernels("cuda", f" on GPU {i}" if kinds else "")
-            kinds.add(native.card())
+            kinds.add(self_test.card())
 
 
 def kernels(device: str, where: str = "") -> Iterator[Check]:
     """Whether the native kernels of a device are built and right, and what --wkv auto takes there."""
     from src import ops
-    from src.ops import native
+    from src.ops import self_test
 
-    status = native.status(device)
+    status = self_test.status(device)
     if status.passed:
         yield Check(
             "ok",

@@ -48,7 +48,7 @@ step() {
 }
 
 # built here, so that no later step waits for the compiler
-step build 600 python -c 'from src.ops import native; status = native.status("cuda"); print(status); raise SystemExit(not status.passed)'
+step build 600 python -c 'from src.ops import self_test; status = self_test.status("cuda"); print(status); raise SystemExit(not status.passed)'
 deadline=$((SECONDS + 600))
 step numerics 60 python -m benchmarks.gpu_numerics
 step tests 150 python -m pytest -m gpu -rs

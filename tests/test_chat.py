@@ -25,7 +25,7 @@ from src.inference.conversation_file import load_chat, save_chat
 from src.inference.generate import stream
 from src.inference.load import load_with
 from src.inference.sampling import Sampling
-from src.ops import native
+from src.ops import self_test
 
 from .test_generate import GREEDY, Scripted, letters, mixing_tensors, read_texts  # noqa: F401  (a fixture)
 from .test_live_adapters import train
@@ -38,7 +38,7 @@ TOKENS = 12
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base and adapters of it, by name."""
-    native.status("cpu")  # built here, if it has to be, and not with words in the middle of a chat
+    self_test.status("cpu")  # built here, if it has to be, and not with words in the middle of a chat
     folder = tmp_path_factory.mktemp("chat")
     rwkv_miss.write_checkpoint(folder / "base.pth", mixing_tensors(7).items())
     a, b = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.ptxas_report import compile_report, table
-from src.ops import native
+from src.ops import kernel_errors, native, self_test
 from src.ops.build import ARCHITECTURES, CUDA
 from src.ops.toolchain import BuildError, find_nvcc
 
@@ -226,7 +226,7 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
     it the memory it asks for.
     """
     monkeypatch.setattr(native, "library", lambda device: libraries[version])
-    assert native.self_error(version, "cpu", chunked) < native.LARGEST_ERROR[chunked]
+    assert kernel_errors.wkv_error(version, "cpu", chunked) < self_test.LARGEST_ERROR[chunked]
     x, _, _ = make(version, 37, N=64, B=1, H=1)
     inputs = [x[name] if name == "u" or not chunked else x[name].bfloat16() for name in NAMES[version]]
     op = getattr(torch.ops.rwkv, f"wkv{version}")

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import gpu_numerics
 from scripts import doctor, gpu_record
 from src.common import device
-from src.ops import build, native, toolchain
+from src.ops import build, self_test, toolchain
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -221,14 +221,14 @@ def test_kernels_are_tested_on_each_kind_of_gpu(monkeypatch):
     cuda = types.SimpleNamespace(
         device_count=lambda: 3, device=lambda i: contextlib.nullcontext(current.append(kinds[i]))
     )
-    monkeypatch.setattr(native, "card", lambda: current[-1])
+    monkeypatch.setattr(self_test, "card", lambda: current[-1])
     monkeypatch.setattr(doctor, "kernels", lambda device, where: [(device + where, current[-1])])
     found = list(doctor.kernels_of_gpus(types.SimpleNamespace(cuda=cuda)))
     assert found == [("cuda", "H100"), ("cuda on GPU 2", "T4")]
 
 
 def test_kernels_that_fail_their_self_test(monkeypatch):
-    status = native.Status(
+    status = self_test.Status(
         built=True,
         passed=False,
         path="/cache/wkv_cpu.so",
@@ -236,7 +236,7 @@ def test_kernels_that_fail_their_self_test(monkeypatch):
         error=0.5,
         reason="the self-test fails",
     )
-    monkeypatch.setattr(native, "status", lambda device: status)
+    monkeypatch.setattr(self_test, "status", lambda device: status)
     kernel, auto = doctor.kernels("cpu")
     assert kernel.state == "warn" and "not used: the self-test fails; --wkv torch works" in kernel.text
     assert auto.state == "ok" and auto.text.startswith("torch:")

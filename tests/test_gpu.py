@@ -14,7 +14,7 @@ from rwkv_miss.quantised import CODES, dense, expand, quantise
 from src import ops
 from src.inference.cpu_decoder import fastest
 from src.model import RWKV
-from src.ops import native
+from src.ops import self_test
 
 from .conftest import ROOT, close
 from .test_wkv import DW_TOLERANCE, TOLERANCE, both, documents, make, results
@@ -98,7 +98,7 @@ def test_tokens_of_a_cuda_graph_are_the_models(version, checkpoint):
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantised_weights_are_expanded_to_the_same_numbers(kind, dtype):
-    assert native.status("cuda").passed
+    assert self_test.status("cuda").passed
     for shape in [(5, 131), (300, 1024), (3, 64)]:
         quantised = quantise(torch.randn(shape), kind)
         assert torch.equal(dense(quantised.cuda(), shape[1], dtype).cpu(), expand(quantised, shape[1], dtype))

@@ -20,7 +20,7 @@ from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
 from src.config import Config, parse
 from src.model import RWKV, read_model_file
-from src.ops import native
+from src.ops import native, self_test
 from src.ops import quantised as kernels
 from src.ops.toolchain import BuildError, find_nvcc
 from src.planning import step_memory
@@ -208,7 +208,9 @@ def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
         *((part, torch.float32) for part in parts_of_others(quantised)),
     ]:
         assert torch.equal(dense(weight, 70, dtype), expand(quantised, 70, dtype))
-    monkeypatch.setattr(native, "status", lambda device: native.Status(False, False, reason="no compiler"))
+    monkeypatch.setattr(
+        self_test, "status", lambda device: self_test.Status(False, False, reason="no compiler")
+    )
     assert (
         torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32))
         and len(called) == 2

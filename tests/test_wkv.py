@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv_miss.errors import UserError
 from src import ops
 from src.model.rwkv import RWKV
-from src.ops import build, native, toolchain
+from src.ops import build, native, self_test, toolchain
 from src.ops.reference import decay6, log_decay7
 
 from .conftest import close, make_arch
@@ -382,45 +382,47 @@ def test_choice_when_a_native_kernel_does_not_fit():
 def test_no_compiler_is_one_line_and_the_torch_form(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path))
-    native.library.cache_clear(), native.status.cache_clear()
+    native.library.cache_clear(), self_test.status.cache_clear()
     kernel, reason = ops.choose("auto", "cpu")
     assert kernel == "torch" and "no C++ compiler" in reason and "\n" not in reason
     with pytest.raises(UserError, match="--wkv cpu: no C"):
         ops.choose("cpu", "cpu")
-    native.library.cache_clear(), native.status.cache_clear()
+    native.library.cache_clear(), self_test.status.cache_clear()
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     """The self-test runs once for a library, sees a wrong kernel, and does not forget a verdict."""
     shutil.copy(native.library("cpu").path, tmp_path)  # which nothing has been said of there
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path))
-    native.library.cache_clear(), native.status.cache_clear()
+    native.library.cache_clear(), self_test.status.cache_clear()
     true_call = native.call
     monkeypatch.setattr(
         native,
         "call",
         lambda function, like, *tensors: true_call(function, like, *tensors) or tensors[-1].zero_() is None,
     )
-    status = native.status("cpu")
+    status = self_test.status("cpu")
     assert status.built and not status.passed and "are wrong on this machine" in status.reason
     assert ops.choose("auto", "cpu")[0] == "torch"
     monkeypatch.setattr(native, "call", true_call)
-    native.status.cache_clear()
-    status = native.status("cpu")
+    self_test.status.cache_clear()
+    status = self_test.status("cpu")
     assert status.passed and status.error < 1e-5
-    monkeypatch.setattr(native, "self_test", None)  # a second process finds the verdict beside the library
-    native.status.cache_clear()
-    assert native.status("cpu")[:4:2] == status[:4:2]
+    monkeypatch.setattr(
+        self_test, "largest_error", None
+    )  # a second process finds the verdict beside the library
+    self_test.status.cache_clear()
+    assert self_test.status("cpu")[:4:2] == status[:4:2]
     open(f"{status.path}.tested", "w").close()  # and one that finds it empty tests again
 
-    def self_test(*_):
+    def largest_error(*_):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(native, "self_test", self_test)
-    native.status.cache_clear()
+    monkeypatch.setattr(self_test, "largest_error", largest_error)
+    self_test.status.cache_clear()
     kernel, reason = ops.choose("auto", "cpu")
     assert kernel == "torch" and "do not run on this machine (out of memory); please report it" in reason
-    native.library.cache_clear(), native.status.cache_clear()
+    native.library.cache_clear(), self_test.status.cache_clear()
 
 
 class Cards:
@@ -431,11 +433,11 @@ class Cards:
         kinds = [("NVIDIA T4", (7, 5)), ("NVIDIA H100", (9, 0))]
         library = types.SimpleNamespace(path=str(tmp_path / "wkv_cuda.so"))
         monkeypatch.setattr(native, "library", lambda device: library)
-        monkeypatch.setattr(native, "self_test", self.self_test)
+        monkeypatch.setattr(self_test, "largest_error", self.largest_error)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: kinds[self.current][0])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: kinds[self.current][1])
 
-    def self_test(self, device, chunked):
+    def largest_error(self, device, chunked):
         self.tested.append((self.current, chunked))
         native.require_started("wkv7", self.code)
         return 1e-6
@@ -443,14 +445,14 @@ class Cards:
     def status(self, current, code=0):
         """As a new process on this GPU finds it."""
         self.current, self.code = current, code
-        native.status.cache_clear()
-        return native.status("cuda")
+        self_test.status.cache_clear()
+        return self_test.status("cuda")
 
 
 @pytest.fixture
 def cards(monkeypatch, tmp_path):
     yield Cards(monkeypatch, tmp_path)
-    native.status.cache_clear()
+    self_test.status.cache_clear()
 
 
 def test_each_kind_of_gpu_has_a_self_test_of_its_own(cards):

@@ -25,7 +25,7 @@ from .. import ops
 from ..common.device import multiplies_bf16
 from ..common.formatting import counted
 from ..model import RWKV, LayerState, State
-from ..ops import native
+from ..ops import native, self_test
 from .adapters import LowRank
 from .cuda_graph import GraphedDecoder
 
@@ -323,7 +323,7 @@ def problem(model: RWKV) -> str:
         return "its base is quantised"
     if adapted_linears(model):
         return "its adapter is one in training"
-    return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason
+    return ops.head_size_problem(model.arch.head_size) or self_test.status("cpu").reason
 
 
 def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDecoder, str]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
-from . import elementwise_check, native, quantised  # noqa: F401  (they register a self-test and a kernel)
+from . import native, quantised, self_test  # noqa: F401  (quantised registers a kernel)
 from .chunked6 import chunked6
 from .chunked7 import chunked7
 from .native import nan_passes, nothing_saved  # noqa: F401  (for a training's own use)
@@ -59,7 +59,7 @@ def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
         )
     problem = head_size_problem(head_size)
     if not problem:
-        status = native.status(device)
+        status = self_test.status(device)
         problem = status.reason
     if not problem:
         details = f"self-test error {status.error:.0e}, library {status.path}"

@@ -12,53 +12,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import json
-import math
-import os
-import re
-import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.device import cuda_of_driver
 from .build import cpu_library, cuda_library
-from .launch_errors import LaunchError, require_started
-from .reference import recurrent6, recurrent7
+from .launch_errors import require_started
 from .toolchain import BuildError
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
-# the activations of a device's library
-ACTIVATION_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": tuple(DTYPE_CODES),
-}
+# of the activations, by the device of the library
+ACTIVATION_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPE_CODES)}
 LARGEST_HEAD = 256
 TENSOR_CORE_CHUNK = 16
 # torch.compile may not change the layout of an argument; older versions of torch have the second tag only
 EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
-# Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
-LARGEST_ERROR = {False: 1e-5, True: 2e-2}
-
-
-# functions that give the error of other native functions of a device; who has such puts one here
-ALSO_TESTED: list[Callable[[str], float]] = []
-REPORT = "please report it, and use --wkv torch"
-
-
-class Status(NamedTuple):
-    """What is known of the kernels of a device after a try to build and test them."""
-
-    built: bool
-    passed: bool
-    path: str = ""  # the library
-    seconds: float = 0.0  # that the build and the test took; milliseconds when both are found done
-    error: float | None = None  # the largest relative error of the self-test
-    reason: str = ""  # why they are not to be used, and what to do, in one line
 
 
 def architectures() -> list[str]:
@@ -83,124 +52,6 @@ def library(device: str) -> ctypes.CDLL:
         ) from None
     loaded.path, loaded.device = str(path), device
     return loaded
-
-
-@functools.cache
-def status(device: str) -> Status:
-    """Build the kernels of "cpu" or "cuda" and compare them with the reference.
-
-    A library is built once in its life, and tested once on each kind of GPU: that of this process, which is
-    the current one when this is first called.
-    """
-    started = time.perf_counter()
-    try:
-        path = library(device).path
-    except BuildError as error:
-        return Status(False, False, reason=str(error))
-    kind = card() if device == "cuda" else ""
-    verdict = verdict_file(path, kind)
-    error, problem = read_verdict(verdict), ""
-    if error is None:
-        error, problem = test_forms(device)
-        if not problem:
-            write_verdict(verdict, error, kind)
-    seconds = time.perf_counter() - started
-    reason = f"the {device} kernels {problem}" if problem else ""
-    return Status(True, not problem, path, seconds, error, reason)
-
-
-def card() -> str:
-    """What a self-test on the current GPU is true of: the kind of GPU and its driver."""
-    major, minor = torch.cuda.get_device_capability()
-    driver = str(cuda_of_driver())
-    with contextlib.suppress(OSError, AttributeError), open("/proc/driver/nvidia/version") as file:
-        driver = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.readline())[0]
-    return f"{torch.cuda.get_device_name()}, architecture {major}{minor}, driver {driver}"
-
-
-def test_forms(device: str) -> tuple[float, str]:
-    """(error of the self-test of the kernels of a device, what is wrong with them, or nothing)."""
-    tensor_cores = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    forms = [False, True] if tensor_cores else [False]
-    try:
-        errors = {chunked: self_test(device, chunked) for chunked in forms}
-    except LaunchError as failure:
-        help = ", or use --wkv torch" if failure.of_the_machine else ""
-        return math.nan, f"do not run on this machine: {failure}{help}"
-    except RuntimeError as failure:
-        return math.nan, f"do not run on this machine ({' '.join(str(failure).split())}); {REPORT}"
-    if all(errors[chunked] < LARGEST_ERROR[chunked] for chunked in forms):  # NaN is not smaller
-        return errors[False], ""
-    return max(errors.values()), f"are wrong on this machine (errors of the self-test: {errors}); {REPORT}"
-
-
-def verdict_file(path: str, card: str) -> str:
-    """Where it is kept that a library has passed its self-test, on one kind of GPU or on its CPU."""
-    kind = f".{hashlib.sha256(card.encode()).hexdigest()[:8]}" if card else ""
-    return f"{path}{kind}.tested"
-
-
-def read_verdict(path: str) -> float | None:
-    """The error of a self-test that was passed before. A power cut may have left it empty."""
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        return json.load(file)["error"]
-    return None
-
-
-def write_verdict(path: str, error: float, card: str) -> None:
-    """Let later processes know. A cache that others built may be read-only: each process then tests."""
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        with open(temporary, "w") as file:
-            json.dump({"error": error} | ({"card": card} if card else {}), file)
-        os.replace(temporary, path)
-
-
-def self_test(device: str, chunked: bool) -> float:
-    """The largest relative error (rms) of outputs and gradients of both versions, against the reference.
-
-    The reference computes in float64. Both get 37 tokens with a document that starts among them, two heads of
-    64, an initial state and the gradient of the final one. With the recurrence ALSO_TESTED are tested.
-    """
-    others = [] if chunked else [error_on(device) for error_on in ALSO_TESTED]
-    return worst([self_error(version, device, chunked) for version in INPUTS] + others)
-
-
-def self_error(version: int, device: str, chunked: bool) -> float:
-    dtype = torch.bfloat16 if chunked else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    B, T, H, N = 1, 37, 2, 64
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    x = {name: random(H, N) if name == "u" else random(B, T, H, N).to(dtype) for name in INPUTS[version]}
-    if version == 7:
-        kappa = torch.nn.functional.normalize(x["a"].float(), dim=-1)
-        x |= {"a": (-kappa).to(dtype), "b": (kappa * torch.sigmoid(x["b"].float())).to(dtype)}
-    x["s0"], dstate, dy = random(B, H, N, N), random(B, H, N, N), random(B, T, H, N).to(dtype)
-    reset = torch.arange(T).expand(B, T) == 21
-
-    def results(function, move) -> list[Tensor]:
-        leaves = [move(t).requires_grad_() for t in x.values()]
-        y, state = function(*leaves)
-        gradients = torch.autograd.grad([y, state], leaves, [move(dy), move(dstate)])
-        return [t.detach().cpu().double() for t in (y, state, *gradients)]
-
-    def kernel(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        starts = reset.to(device, torch.uint8).contiguous()
-        y, state, _ = getattr(torch.ops.rwkv, f"wkv{version}")(*leaves, starts, chunked)
-        return y, state
-
-    reference = {6: recurrent6, 7: recurrent7}[version]
-    want = results(lambda *leaves: reference(*leaves, reset), torch.Tensor.double)
-    got = results(kernel, lambda t: t.to(device, copy=True))
-    return worst([((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)])
-
-
-def worst(errors: list[float]) -> float:
-    """The largest; NaN where one is, which max() may pass over."""
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def has_tensor_core_form(r: Tensor) -> bool:

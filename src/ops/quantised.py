@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv_miss.quantised import KINDS, SCALE_BYTES, expand, nf4_pairs, unfilled
 
-from . import native
+from . import native, self_test
 from .launch_errors import require_started
 
 
@@ -24,7 +24,7 @@ def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     device = quantised.device.type
     # a GPU loads a scale at once
     as_made = quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0
-    if dtype not in native.ACTIVATION_DTYPES[device] or not as_made or not native.status(device).passed:
+    if dtype not in native.ACTIVATION_DTYPES[device] or not as_made or not self_test.status(device).passed:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)
     code = launch(native.library(device), quantised, weight, native.context(quantised))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.op_counts import KERNELS, Tally
-from src.ops import native
+from src.ops import self_test
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 HERE = pathlib.Path(__file__).parent
@@ -337,5 +337,5 @@ def install() -> None:
     torch.utils.swap_tensors = _swap
     # torch.tensor(..., device="cuda") is a copy that modes see
     torch._C._set_only_lift_cpu_tensors(True)
-    native.status.cache_clear()
-    native.status = lambda device: native.Status(True, True, "fake.so", 0.0, 1e-6)
+    self_test.status.cache_clear()
+    self_test.status = lambda device: self_test.Status(True, True, "fake.so", 0.0, 1e-6)
