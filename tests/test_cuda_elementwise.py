@@ -14,7 +14,7 @@ from src.model import RWKV
 from src.ops import elementwise, elementwise_ops
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 from src.ops.elementwise import ON_GPU
-from src.ops.native import worst
+from src.ops.kernel_errors import worst
 
 from .conftest import ROOT, close, make_arch, random_tensors
 
