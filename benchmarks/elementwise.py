@@ -78,7 +78,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> lis
     rows, activation = [], torch.randn(shape).to(dtype)
     copy = torch.empty_like(activation)
     for name, (function, inputs, moved) in cases(shape, dtype).items():
-        native, plain = (functools.partial(function, *inputs, native) for native in (True, False))
+        native, plain = (functools.partial(function, *inputs, native) for native in ("cpu", ""))
         out = native()
         gradients = [torch.randn_like(y) for y in (out if isinstance(out, (list, tuple)) else [out])]
         works = {

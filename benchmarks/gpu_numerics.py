@@ -120,7 +120,6 @@ def worst_errors(
 def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
     """name of an elementwise function -> (its largest error against the largest value, what is allowed)."""
     # tests, because they have every function with its arguments; here, because they need pytest
-    from src.ops.elementwise import ON_GPU
     from tests import test_cuda_elementwise as cases
 
     allowed, found = cases.TOLERANCE[DTYPES[dtype]], {}
@@ -128,7 +127,7 @@ def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]
         worst = 0.0
         for sizes in cases.SIZES:
             want = cases.results(name, sizes, 0, torch.float64, True)
-            got = cases.results(name, sizes, ON_GPU, DTYPES[dtype], True, torch.float32, device)
+            got = cases.results(name, sizes, "cuda", DTYPES[dtype], True, torch.float32, device)
             for a, b in zip(got, want, strict=True):
                 value = ((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
                 worst = max(worst, value if math.isfinite(value) else math.inf)

@@ -13,7 +13,6 @@ from benchmarks.ptxas_report import compile_report, table
 from src.model import RWKV
 from src.ops import elementwise, elementwise_ops
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
-from src.ops.elementwise import ON_GPU
 from src.ops.kernel_errors import worst
 
 from .conftest import ROOT, close, make_arch, random_tensors
@@ -116,7 +115,7 @@ def test_outputs_and_gradients(name, dtype, trained, gpu):
         return
     for sizes in SIZES:
         want = results(name, sizes, 0, torch.float64, trained)
-        got = results(name, sizes, ON_GPU, dtype, trained, torch.float32 if trained else dtype)
+        got = results(name, sizes, "cuda", dtype, trained, torch.float32 if trained else dtype)
         for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
             what = f"{name} {sizes} {dtype}: tensor {i}"
             # the gradient of `last` is exactly 0 where a document starts in every row
@@ -136,10 +135,10 @@ def test_what_a_card_is_checked_with(gpu):
 @every_function
 def test_the_order_of_threads_does_not_matter(name, gpu, libraries):
     for sizes in SIZES[2:]:
-        first = results(name, sizes, ON_GPU, torch.float32, True)
+        first = results(name, sizes, "cuda", torch.float32, True)
         libraries[7].emulate_order(1)
         try:
-            second = results(name, sizes, ON_GPU, torch.float32, True)
+            second = results(name, sizes, "cuda", torch.float32, True)
         finally:
             libraries[7].emulate_order(0)
         assert all(map(torch.equal, first, second)), sizes
@@ -150,9 +149,9 @@ def test_half_precision_rounds_outputs_only(name, gpu):
     """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own."""
     if name == "shift_mix_low_rank":
         return
-    want = results(name, SIZES[2], ON_GPU, torch.float32, True)
+    want = results(name, SIZES[2], "cuda", torch.float32, True)
     for dtype in DTYPES[1:]:
-        got = results(name, SIZES[2], ON_GPU, dtype, True, torch.float32)
+        got = results(name, SIZES[2], "cuda", dtype, True, torch.float32)
         kept_output = name == "relu_squared"  # its backward reads the rounded output
         for mine, exact in zip(got[:1] if kept_output else got, want):
             assert torch.equal(mine, exact.to(mine.dtype))
@@ -163,7 +162,7 @@ def test_vectors_have_any_dtype_and_their_gradients_the_same(gpu):
     tensors, keywords = inputs("shift_mix", SIZES[2])
     want = results("shift_mix", SIZES[2], 0, torch.float64, True)
     leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(tensors, [mixed[1]] * 2 + mixed * 2)]
-    out = FUNCTIONS["shift_mix"][0](ON_GPU, *leaves, **keywords)
+    out = FUNCTIONS["shift_mix"][0]("cuda", *leaves, **keywords)
     generator = torch.Generator().manual_seed(3)
     gradients = [torch.randn(y.shape, generator=generator).bfloat16() for y in out]
     for mine, leaf, exact in zip(torch.autograd.grad(out, leaves, gradients), leaves, want[6:], strict=True):
@@ -175,8 +174,8 @@ def test_vectors_have_any_dtype_and_their_gradients_the_same(gpu):
 def test_any_number_of_mixes(count, gpu):
     x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
     mixes = list(torch.randn(count, 16))
-    want = elementwise.shift_mix(x, x[:, 0], None, mixes, 0)
-    for mine, exact in zip(elementwise.shift_mix(x, x[:, 0], None, mixes, ON_GPU), want, strict=True):
+    want = elementwise.shift_mix(x, x[:, 0], None, mixes, "")
+    for mine, exact in zip(elementwise.shift_mix(x, x[:, 0], None, mixes, "cuda"), want, strict=True):
         close("mix", mine, exact, 2e-6)
 
 
@@ -187,7 +186,7 @@ def test_what_does_not_fit_is_refused(libraries, gpu):
         assert libraries[7].readout6_forward(*pointers, ctypes.c_int64(0), *sizes) == 1
     with pytest.raises(RuntimeError, match="shift_mix_forward: a CUDA kernel did not start, error 1:"):
         x = torch.ones(1, 1, 8)
-        elementwise.shift_mix(x, x[0], None, [x[0, 0]] * 33, ON_GPU)
+        elementwise.shift_mix(x, x[0], None, [x[0, 0]] * 33, "cuda")
 
 
 def test_a_nan_fails_a_self_test():
@@ -197,7 +196,7 @@ def test_a_nan_fails_a_self_test():
 def test_views_that_begin_between_two_loads(gpu):
     x = torch.arange(17.0)[1:].view(1, 2, 8)
     assert x.data_ptr() % 16
-    assert torch.equal(elementwise.relu_squared(x, ON_GPU), x * x)
+    assert torch.equal(elementwise.relu_squared(x, "cuda"), x * x)
 
 
 @pytest.mark.parametrize("version", [6, 7])

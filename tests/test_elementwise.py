@@ -116,8 +116,8 @@ def compare(what, mine, exact, tolerance):
 def check(name, sizes, dtype):
     function, activations, _ = cases(*sizes)[name]
     want, got = (
-        results(function, activations, torch.float64, False),
-        results(function, activations, dtype, True),
+        results(function, activations, torch.float64, ""),
+        results(function, activations, dtype, "cpu"),
     )
     for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
         assert mine.dtype == dtype
@@ -153,7 +153,7 @@ def test_any_number_of_threads_gives_the_same(name):
         one, three = [], []
         for threads, into in ((1, one), (3, three)):
             torch.set_num_threads(threads)
-            into += results(function, activations, dtype, True)
+            into += results(function, activations, dtype, "cpu")
         torch.set_num_threads(1)
         assert all(map(torch.equal, one, three))
 
@@ -186,12 +186,12 @@ def test_narrower_vectors(flags, monkeypatch):
 def test_strides_do_not_matter(name):
     """Activations and gradients that are parts of something else."""
     function, activations, _ = cases(2, 15, 48, 3)[name]
-    want = results(function, activations, torch.float32, True)
+    want = results(function, activations, torch.float32, "cpu")
     apart = [
         torch.stack([t.float(), torch.full_like(t, torch.nan).float()], -1)[..., 0].requires_grad_()
         for t in activations
     ]
-    out = function(*apart, True)
+    out = function(*apart, "cpu")
     out = list(out) if isinstance(out, (list, tuple)) else [out]
     generator = torch.Generator().manual_seed(3)
     gradients = [torch.randn(y.shape, generator=generator).bfloat16().float() for y in out]
@@ -210,7 +210,7 @@ def test_a_part_of_the_outputs_may_be_left_unused(name):
         (out[-1] if isinstance(out, (list, tuple)) else out).square().sum().backward()
         return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
 
-    for mine, exact in zip(gradients(torch.float32, True), gradients(torch.float64, False), strict=True):
+    for mine, exact in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, ""), strict=True):
         compare(name, mine, exact, TOLERANCE[torch.float32])
 
 
@@ -222,7 +222,7 @@ def test_nothing_more_is_kept_than_stated(name):
     function, activations, stated = cases(2, 15, 48, 3)[name]
     leaves, kept = [t.float().requires_grad_() for t in activations], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = function(*leaves, True)
+        out = function(*leaves, "cpu")
     allowed = {(out if i == "output" else leaves[i]).data_ptr() for i in stated}
     large = {t.data_ptr() for t in kept if t.numel() > 6 * 48 and t.shape != (5, 7, 48)}
     assert large | {t.data_ptr() for t in kept if t.data_ptr() in allowed} == allowed
@@ -232,7 +232,7 @@ def test_nothing_more_is_kept_than_stated(name):
 def test_the_ops_keep_the_rules_of_torch_library(name, monkeypatch):
     function, activations, _ = cases(2, 5, 24, 3)[name]
     with Recorder() as recorder:
-        outputs = function(*[t.float().requires_grad_() for t in activations], True)
+        outputs = function(*[t.float().requires_grad_() for t in activations], "cpu")
         sum(y.sum() for y in (outputs if isinstance(outputs, tuple) else [outputs])).backward()
     assert len(recorder.calls) == 2
     for op, arguments in recorder.calls:
@@ -268,17 +268,17 @@ def test_the_op_takes_no_other_sizes():
         ValueError,
         match="delta_inputs: arguments are .*0.* expected one shape, and vectors of its last axis",
     ):
-        elementwise.delta_inputs(x, x, none, torch.ones(16), 2, True)
+        elementwise.delta_inputs(x, x, none, torch.ones(16), 2, "cpu")
     with pytest.raises(ValueError, match="shift_mix: last and reset are .* because z is"):
-        elementwise.shift_mix(x, torch.randn(1, 16), None, [none], True)
+        elementwise.shift_mix(x, torch.randn(1, 16), None, [none], "cpu")
 
 
 def test_tokens_without_a_batch():
     """As the last layer's channel mix has them."""
     x = torch.randn(7, 24)
     got, want = (
-        results(elementwise.relu_squared, [x], torch.float32, True),
-        results(elementwise.relu_squared, [x], torch.float64, False),
+        results(elementwise.relu_squared, [x], torch.float32, "cpu"),
+        results(elementwise.relu_squared, [x], torch.float64, ""),
     )
     for mine, exact in zip(got, want, strict=True):
         close("tokens", mine, exact, TOLERANCE[torch.float32])
@@ -286,12 +286,12 @@ def test_tokens_without_a_batch():
 
 def test_what_is_not_finite_goes_on():
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e-30, 3.0]).view(1, 1, 8)
-    assert torch.equal(elementwise.relu_squared(x, True).isnan(), x.isnan())
+    assert torch.equal(elementwise.relu_squared(x, "cpu").isnan(), x.isnan())
     assert (
-        elementwise.relu_squared(x, True)[0, 0, 1:].tolist()
+        elementwise.relu_squared(x, "cpu")[0, 0, 1:].tolist()
         == elementwise_reference.relu_squared(x)[0, 0, 1:].tolist()
     )
-    gated = elementwise.value_residual(torch.zeros_like(x), torch.ones_like(x), x, True)[0, 0]  # sigmoid(x)
+    gated = elementwise.value_residual(torch.zeros_like(x), torch.ones_like(x), x, "cpu")[0, 0]  # sigmoid(x)
     assert gated[0].isnan() and gated[1:].tolist() == pytest.approx(
         torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37
     )
@@ -304,7 +304,7 @@ def test_a_variance_that_overflows_is_nan():
         (elementwise.readout7, (ones.view(1, 8), ones, ones)),
     ):
         activations = [y] * (2 if function is elementwise.readout6 else 5)
-        for on in (True, False):
+        for on in ("cpu", ""):
             assert function(*activations, *others, EPS, on).isnan().all()
 
 
@@ -320,8 +320,8 @@ def test_a_key_of_zero_has_no_direction():
         return elementwise.delta_inputs(k, a, ones, ones, 2, on)
 
     for mine, exact in zip(
-        results(function, [k, a], torch.float32, True),
-        results(function, [k, a], torch.float64, False),
+        results(function, [k, a], torch.float32, "cpu"),
+        results(function, [k, a], torch.float64, ""),
         strict=True,
     ):
         close("key of zero", mine, exact, 2e-6)
@@ -330,17 +330,17 @@ def test_a_key_of_zero_has_no_direction():
 def test_the_plain_form_runs_where_the_native_one_does_not_serve(calls):
     x, last, mix = torch.randn(1, 3, 16), torch.randn(1, 16), torch.randn(1, 1, 16)
     with torch.no_grad():
-        elementwise.shift_mix(x, last, None, [mix.clone().requires_grad_()], True)
+        elementwise.shift_mix(x, last, None, [mix.clone().requires_grad_()], "cpu")
     assert calls == ["shift_mix_forward"]
     calls.clear()
     trained = mix.clone().requires_grad_()
-    elementwise.shift_mix(x, last, None, [trained], True)[0].sum().backward()
+    elementwise.shift_mix(x, last, None, [trained], "cpu")[0].sum().backward()
     assert trained.grad.any()
     for other in (x.double(), x.half(), x[..., :15], x.to("meta"), x[:, :0]):
-        elementwise.relu_squared(other, True)
-    elementwise.relu_squared(x, False)
-    elementwise.value_residual(x, x, x.bfloat16(), True)
-    elementwise.delta_inputs(x, x, mix, mix, 4, True)  # head size 4
+        elementwise.relu_squared(other, "cpu")
+    elementwise.relu_squared(x, "")
+    elementwise.value_residual(x, x, x.bfloat16(), "cpu")
+    elementwise.delta_inputs(x, x, mix, mix, 4, "cpu")  # head size 4
     assert not calls
 
 
@@ -372,19 +372,19 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
 
     def whole(*leaves):
         s0, reset, initial_state = beginning(leaves)
-        assert mix7_serves(leaves[:6], vectors, reset, initial_state, True)
+        assert mix7_serves(leaves[:6], vectors, reset, initial_state, "cpu")
         return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state, "cpu")
 
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
-        k, alpha, beta = elementwise.delta_inputs(k, a, *vectors[:2], heads, True)
+        k, alpha, beta = elementwise.delta_inputs(k, a, *vectors[:2], heads, "cpu")
         y, last = wkv7(
             *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, alpha, beta)),
             *beginning(leaves)[:2],
             "cpu",
             beginning(leaves)[2],
         )
-        return elementwise.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, True), last
+        return elementwise.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, "cpu"), last
 
     found = {}
     for function in (whole, parts):
@@ -410,9 +410,9 @@ def test_mix7_leaves_documents_that_start_from_a_state_to_the_three_functions():
     activations = [torch.zeros(2, 5, 24)] * 6
     vectors = [torch.ones(24), torch.ones(24), torch.ones(3, 8), torch.ones(24), torch.ones(24)]
     reset, initial_state = torch.zeros(2, 5, dtype=torch.bool), torch.zeros(3, 8, 8)
-    assert mix7_serves(activations, vectors, reset, None, True)
-    assert mix7_serves(activations, vectors, None, initial_state, True)
-    assert not mix7_serves(activations, vectors, reset, initial_state, True)
+    assert mix7_serves(activations, vectors, reset, None, "cpu")
+    assert mix7_serves(activations, vectors, None, initial_state, "cpu")
+    assert not mix7_serves(activations, vectors, reset, initial_state, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -118,4 +118,5 @@ class Head(Linear):
             return linear(x, self.weight, exact=on_gpu)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return head_loss(x, self.weight.to(x.dtype), targets, self.native, weights, exact=on_gpu)
+        native = self.native != ""
+        return head_loss(x, self.weight.to(x.dtype), targets, native, weights, exact=on_gpu)

@@ -64,7 +64,7 @@ def head_loss(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    native: int = 0,
+    native: bool = False,
     weights: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
@@ -72,16 +72,16 @@ def head_loss(
 
     x and the weight have one dtype; the result is in at least fp32. `exact`: the logits are in at least fp32,
     too, as the product has summed them up (see gemm.product_exact), and not in the dtype of x. Kept for the
-    backward are the gradients of x and of the weight, of those that want one. With `native`, that of
-    ops.elementwise, the softmax is that of cuda/loss.cu, which wants `exact`, or of cuda/loss_cpu.cpp, of the
-    dtypes that they have. `weights` are (tokens,) fp32.
+    backward are the gradients of x and of the weight, of those that want one. With `native` the softmax is
+    that of cuda/loss.cu, which wants `exact`, or of cuda/loss_cpu.cpp, for the dtypes that these take.
+    `weights` are (tokens,) fp32.
 
     A target that is not in the vocabulary is an error on a CPU. On a GPU, where nothing may wait, it makes
     the native loss NaN.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    native = native > 0 and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
+    native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
     return _HeadLoss.apply(x, weight, targets, native, weights, exact)
 
 

@@ -33,13 +33,12 @@ from rwkv_miss.errors import UserError
 from . import native, quantised, self_test  # noqa: F401  (quantised registers a kernel)
 from .chunked6 import chunked6
 from .chunked7 import chunked7
-from .native import nan_passes, nothing_saved  # noqa: F401  (for a training's own use)
+from .native import NATIVE, nan_passes, nothing_saved  # noqa: F401  (the two are for a training's own use)
 from .per_document import by_document
 from .reference import recurrent6, recurrent7
 
 # (tensors of one dtype, fp32 or float64, contiguous or not; then state and resets) -> (y, state)
 PLAIN = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
-NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # the device type of a native kernel
 KERNELS = (*NATIVE, *PLAIN)
 
 

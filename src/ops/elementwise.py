@@ -13,52 +13,49 @@ from torch import Tensor
 
 from . import elementwise_ops, elementwise_reference
 from .elementwise_ops import ready
-from .native import ACTIVATION_DTYPES, LARGEST_HEAD
-
-# Whose native functions run: a GPU's also have gradients of the model's vectors. A plan counts a GPU's on
-# tensors without memory, which torch takes for a CPU's.
-ON_CPU, ON_GPU = 1, 2
+from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
 
-def native_functions(kernel: str) -> int:
-    """Whose native functions run beside a kernel of src.ops: ON_CPU, ON_GPU or 0, nobody's."""
-    return {"cpu": ON_CPU, "cuda": ON_GPU, "cuda-exact": ON_GPU}.get(kernel, 0)
+def native_functions(kernel: str) -> str:
+    """The device whose native functions run beside a kernel of src.ops, "cpu" or "cuda"; "" for none."""
+    return NATIVE.get(kernel, "")
 
 
 def serves(
-    native: int, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
+    native: str, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
 ) -> bool:
-    """Whether the native code computes this.
+    """Whether the native code of the device `native` computes this.
 
-    It does in the dtypes of its device and in multiples of 8 channels; on a CPU without gradients for
-    vectors.
+    It does in multiples of 8 channels, and in the dtypes that the library has where the tensors are; on a CPU
+    without gradients for vectors. `native` is not read from the tensors: a plan counts a GPU's step on
+    tensors that torch takes for a CPU's.
     """
     x = activations[0]
     return (
-        native > 0
+        native != ""
         and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
         and all(other.dtype == x.dtype for other in activations)
         and x.shape[-1] % 8 == head_size % 8 == 0
         and head_size <= LARGEST_HEAD
         and x.numel() > 0
-        and (native == ON_GPU or not (torch.is_grad_enabled() and any(v.requires_grad for v in vectors)))
+        and (native == "cuda" or not (torch.is_grad_enabled() and any(v.requires_grad for v in vectors)))
     )
 
 
-def relu_squared(x: Tensor, native: int) -> Tensor:
+def relu_squared(x: Tensor, native: str) -> Tensor:
     if serves(native, [x]):
         return elementwise_ops.relu_squared(1, 0.0, *ready(x))
     return elementwise_reference.relu_squared(x)
 
 
-def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: int) -> Tensor:
+def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: str) -> Tensor:
     if serves(native, [v, v_first, gate]):
         return elementwise_ops.value_residual(1, 0.0, *ready(v, v_first, gate))
     return elementwise_reference.value_residual(v, v_first, gate)
 
 
 def delta_inputs(
-    k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int, native: int
+    k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int, native: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if serves(native, [k, a], [k_k, k_a], k.shape[-1] // heads):
         return elementwise_ops.delta_inputs(heads, 0.0, *ready(k, a, k_k, k_a))
@@ -66,7 +63,7 @@ def delta_inputs(
 
 
 def readout6(
-    y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: int
+    y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: str
 ) -> Tensor:
     if serves(native, [y, g], [weight, bias], y.shape[-1] // heads):
         return elementwise_ops.readout6(heads, eps, *ready(y, g, weight, bias))
@@ -83,7 +80,7 @@ def readout7(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    native: int,
+    native: str,
 ) -> Tensor:
     heads, head_size = r_k.shape
     if serves(native, [y, r, k, v, g], [r_k, weight, bias], head_size):
@@ -92,20 +89,20 @@ def readout7(
 
 
 def shift_mix(
-    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: int
+    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: str
 ) -> Sequence[Tensor]:
     if serves(native, [z, last], mixes):
-        mixes = mixes if native == ON_GPU else [elementwise_ops.stacked(mixes)]
+        mixes = mixes if native == "cuda" else [elementwise_ops.stacked(mixes)]
         return elementwise_ops.ShiftMix.apply(*ready(z, last, reset, *mixes))
     return elementwise_reference.shift_mix(z, last, reset, mixes)
 
 
 def shift_mix_low_rank(
-    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: int
+    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: str
 ) -> Sequence[Tensor]:
     if serves(native, [z, last, q], [*mixes, maps]):
         z, last, reset, *mixes = ready(z, last, reset, *mixes)
-        if native == ON_GPU:
+        if native == "cuda":
             return elementwise_ops.ShiftMixLowRank.apply(z, last, q, reset, maps, *mixes)
         mixes, maps = elementwise_ops.stacked(mixes), maps.detach().to(z.dtype)
         return elementwise_ops.ShiftMixLowRankCpu.apply(z, last, q, reset, maps, mixes)

@@ -23,7 +23,7 @@ def mix7_serves(
     vectors: tuple[Tensor, ...],
     reset: Tensor | None,
     initial_state: Tensor | None,
-    native: int,
+    native: str,
 ) -> bool:
     """Whether mix7 computes this.
 

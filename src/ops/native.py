@@ -21,6 +21,7 @@ from .launch_errors import require_started
 from .toolchain import BuildError
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
+NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # kernel -> the device type of its library
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
 # of the activations, by the device of the library
 ACTIVATION_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPE_CODES)}
