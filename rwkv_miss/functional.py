@@ -91,7 +91,7 @@ def _columns_of_shards(
     """
     width, rank = dx.shape[1], ds.shape[1] - balanced
     if width % rank == 0 and not (contiguous or balanced):  # the usual case, in the fewest calls
-        yield dx.view(len(dx), width // rank, rank), ds.unsqueeze(1)
+        yield dx.view(-1, width // rank, rank), ds.unsqueeze(1)
         return
     parts = [(slice(None), ds)]
     if balanced:
@@ -125,7 +125,7 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
 
 def expanded(ds: Tensor, width: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
     """The transpose of shard_sum, (N, r or r + 1) -> (N, width): each number is written once."""
-    dx = ds.new_empty(len(ds), width)
+    dx = ds.new_empty(ds.shape[0], width)
     for part, values in _columns_of_shards(dx, ds, contiguous, balanced):
         part.copy_(values)
     return dx
@@ -136,7 +136,8 @@ def in_autocast(device: torch.device) -> bool:
 
     torch.is_autocast_enabled() fails for types that have none, such as meta.
     """
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    has_autocast = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return has_autocast and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -160,12 +161,22 @@ def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Te
         return function.apply(x, *others)
 
 
-def outside_autocast(backward: Function) -> Function:
-    """Decorator for an operator's backward(ctx, dy), which may be called inside somebody's autocast."""
+def first_derivative(backward: Function) -> Function:
+    """Decorator for an operator's backward(ctx, dy), which may be called inside somebody's autocast.
+
+    Where there is no dy it is not called. RuntimeError where somebody differentiates it: its products have no
+    derivative.
+    """
 
     @functools.wraps(backward)
     def compute(ctx, dy):
-        if dy is None or not in_autocast(dy.device):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the adapters' operators have no second derivative; leave out create_graph=True"
+            )
+        if not in_autocast(dy.device):
             return backward(ctx, dy)
         with without_autocast(dy.device):
             return backward(ctx, dy)
@@ -190,12 +201,6 @@ def weight_gradients(
     return dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def first_derivative_only(dy: Tensor) -> None:
-    """RuntimeError where somebody differentiates a backward: its products have no derivative."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("the adapters' operators have no second derivative; leave out create_graph=True")
-
-
 def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a^T b of a (N, r) and b (N, n) as the gradient of a parameter with this dtype; the sums are fp32."""
     a_t = a.t()
@@ -207,7 +212,9 @@ def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """The weight (out, in) in the dtype of a product; `transposed`: it is (in, out)."""
-    return weight.t().to(dtype) if transposed else dense(weight, width, dtype).to(dtype)
+    if transposed:
+        return weight.t().to(dtype)
+    return weight if weight.dtype == dtype else dense(weight, width, dtype).to(dtype)
 
 
 def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -227,11 +234,8 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], matrix.shape[0])
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 5
-        first_derivative_only(dy)
         weight, x = ctx.saved_tensors
         dy, dx = flat_tokens(dy).to(ctx.dtype), None
         if ctx.needs_input_grad[0]:
@@ -261,30 +265,28 @@ def sums_go_on(device: torch.device) -> bool:
 
 class _MissLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, D, contiguous, balanced, scale):
+    def forward(ctx, x, weight, bias, D, shards):
+        contiguous, balanced, scale = shards
         tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
-        rank = D.shape[0] - balanced
+        rank, out = D.shape[0] - balanced, weight.shape[0]
         s = shard_sum(tokens, rank, contiguous, balanced)
         if scale != 1:
             s[:, :rank].mul_(scale)
-        ctx.x_shape, ctx.shards, ctx.dtype = x.shape, (contiguous, balanced, scale), D.dtype
+        ctx.x_shape, ctx.shards, ctx.dtype = x.shape, shards, D.dtype
         ctx.set_materialize_grads(False)
         # of D the cast copy, which is a launch less in the backward, and far smaller than S
         ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
         matrix = product_matrix(weight, x.shape[-1], x.dtype)
-        if D.shape[1] == len(matrix):
+        if D.shape[1] == out:
             y = product_plus(tokens, matrix, bias, s, D_cast)
         else:
-            repeated = product(s, D_cast.t()).repeat(1, -(-len(matrix) // D.shape[1]))[:, : len(matrix)]
+            repeated = product(s, D_cast.t()).repeat(1, -(-out // D.shape[1]))[:, :out]
             y = product_onto(repeated.contiguous(), tokens, matrix, bias)
-        return y.view(*x.shape[:-1], len(matrix))
+        return y.view(*x.shape[:-1], out)
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 7
-        first_derivative_only(dy)
         s, weight, D, x = ctx.saved_tensors
         contiguous, balanced, scale = ctx.shards
         dy, dx, dD = flat_tokens(dy), None, None
@@ -292,7 +294,7 @@ class _MissLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ds = product(part, D)
             if scale != 1:
-                ds[:, : len(D) - balanced].mul_(scale)
+                ds[:, : D.shape[0] - balanced].mul_(scale)
             width = ctx.x_shape[-1]
             matrix = product_matrix(weight, width, dy.dtype).t()
             if sums_go_on(dy.device):  # dx is not read and written again
@@ -303,7 +305,7 @@ class _MissLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
             dD = gradient_of_factor(s, part, ctx.dtype)
-        return dx, *weight_gradients(ctx, dy, x, weight), dD, None, None, None
+        return dx, *weight_gradients(ctx, dy, x, weight), dD, None
 
 
 def miss_linear(
@@ -323,7 +325,7 @@ def miss_linear(
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
     off where m does not divide out.
     """
-    return call(_MissLinear, x, weight, bias, D, contiguous, balanced, scale)
+    return call(_MissLinear, x, weight, bias, D, (contiguous, balanced, scale))
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
@@ -369,11 +371,8 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 8
-        first_derivative_only(dy)
         x, h, weight, A, B_scaled, seed = ctx.saved_tensors
         dy, dx, dA, dB = flat_tokens(dy), None, None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
@@ -427,11 +426,8 @@ class _TimesColumns(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return None, None, None
-        first_derivative_only(dy)
         (x, factor), dx, dfactor = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
             dx = _times(dy, factor)

@@ -58,8 +58,8 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.backends.mkldnn.enabled
         and x.numel() * weight.shape[0] >= SMALL
+        and torch.backends.mkldnn.enabled
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and _has_onednn()
     )

@@ -9,10 +9,9 @@ from ..functional import (
     add_expanded_,
     add_repeated_,
     call,
-    first_derivative_only,
+    first_derivative,
     flat_tokens,
     gradient_of_factor,
-    outside_autocast,
     product_bias,
     product_matrix,
     shard_sum,
@@ -53,11 +52,8 @@ class _ExpandLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return None, None, None, None
-        first_derivative_only(dy)
         x, weight, D = ctx.saved_tensors
         dy, dx, dD = flat_tokens(dy), None, None
         dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
@@ -90,11 +86,8 @@ class _VeraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 7
-        first_derivative_only(dy)
         h, weight, A, B, d, b, x = ctx.saved_tensors
         dy, dx = flat_tokens(dy), None
         if ctx.needs_input_grad[0]:
@@ -159,11 +152,8 @@ class _BatLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @outside_autocast
+    @first_derivative
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 5
-        first_derivative_only(dy)
         x, weight, kept = ctx.saved_tensors
         dy, tokens, dx, dweight, dD = flat_tokens(dy), flat_tokens(x), None, None, None
         matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
