@@ -37,9 +37,8 @@ CARDS = {
 OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
 PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.38
 LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
-OPTIMIZER_BYTES = (
-    36  # a trained parameter: the norm reads g; Adam reads p, g, m, v and writes p, m, v, zeros g
-)
+# of a trained parameter: the norm reads g, Adam reads p, g, m, v and writes p, m, v, and g is set to zero
+OPTIMIZER_BYTES = 36
 
 # RWKV-7's layer in RWKV-LM's train_temp, in tensors of (B, T, C) in bf16: (read, written) forward, backward.
 # Counted from its published kernels, full training's sums over tokens left out. The feed-forward's inner

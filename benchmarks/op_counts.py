@@ -58,7 +58,6 @@ MULTIPLE = {
     "native_group_norm_backward": 3,
     "embedding_dense_backward": 3,
     "nonzero": 3,
-    "index_put_": 1,
 }
 
 # aten/src/ATen/native/cuda/MultiTensorApply.cuh: what one launch takes of lists of tensors, by their number

@@ -18,8 +18,9 @@
 
 namespace {
 
-// ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B,
-// T, C) ----
+// ---- token shift ----
+
+// out_i = z + (z_before - z) mix_i, with mix_i (C); PER_TOKEN: with mix_i + m_i, m_i (B, T, C)
 
 struct Shift {
     const void *z, *last;
@@ -343,8 +344,7 @@ extern "C" int shift_mix_backward(const void* z, const void* last, const uint8_t
 // out may be m
 extern "C" int shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset,
     const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t vector_dtypes,
-    int64_t B, int64_t T,
-    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_shift_forward<true>({z, last, reset, Vectors(vectors, vector_dtypes, count)},

@@ -37,11 +37,6 @@ __device__ __forceinline__ Softmax joined(Softmax a, Softmax b) {
     return {top, first ? a.where : b.where, a.total * expf(a.top - top) + b.total * expf(b.top - top)};
 }
 
-template <class Gradient, int V> struct Layout {
-    using G = Gradient;
-    static constexpr int VECTOR = V;  // numbers of a load
-};
-
 // a thread's logits of a part of the row that begins at `start`; -inf behind the end
 template <int VECTOR> __device__ __forceinline__ void read(
     float (&x)[AT_ONCE], const float* row, int64_t start, int64_t V) {
@@ -76,11 +71,10 @@ template <class G, int VECTOR> __device__ __forceinline__ void write(
     }
 }
 
-// blocks of the grid: rows
-template <class Layout> __global__ void __launch_bounds__(THREADS) softmax(float* logits, const int64_t* targets,
-    const float* weights, float* loss, int64_t V, float l2wrap) {
-    using G = typename Layout::G;
-    constexpr int VECTOR = Layout::VECTOR, PART = THREADS * AT_ONCE;
+// blocks of the grid: rows; G is the gradient's type, VECTOR the numbers of a load
+template <class G, int VECTOR> __global__ void __launch_bounds__(THREADS) softmax(float* logits,
+    const int64_t* targets, const float* weights, float* loss, int64_t V, float l2wrap) {
+    constexpr int PART = THREADS * AT_ONCE;
     __shared__ Softmax of_warps[WARPS];
     float* row = logits + blockIdx.x * V;
     const int64_t target = targets[blockIdx.x];
@@ -143,9 +137,9 @@ template <class G> int launch(float* logits, const int64_t* targets, const float
     int64_t rows, int64_t V, float l2wrap, void* stream) {
     const dim3 grid((unsigned)rows);
     if (V % 4 || (uintptr_t)logits % 16) {
-        LAUNCH((softmax<Layout<G, 1>>), grid, THREADS, 0, stream, logits, targets, weights, loss, V, l2wrap);
+        LAUNCH((softmax<G, 1>), grid, THREADS, 0, stream, logits, targets, weights, loss, V, l2wrap);
     } else {
-        LAUNCH((softmax<Layout<G, 4>>), grid, THREADS, 0, stream, logits, targets, weights, loss, V, l2wrap);
+        LAUNCH((softmax<G, 4>), grid, THREADS, 0, stream, logits, targets, weights, loss, V, l2wrap);
     }
     return cudaGetLastError();
 }

@@ -114,7 +114,7 @@ def test_outputs_and_gradients(name, dtype, trained, gpu):
     if trained and not FUNCTIONS[name][2]:
         return
     for sizes in SIZES:
-        want = results(name, sizes, 0, torch.float64, trained)
+        want = results(name, sizes, "", torch.float64, trained)
         got = results(name, sizes, "cuda", dtype, trained, torch.float32 if trained else dtype)
         for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
             what = f"{name} {sizes} {dtype}: tensor {i}"
@@ -160,7 +160,7 @@ def test_half_precision_rounds_outputs_only(name, gpu):
 def test_vectors_have_any_dtype_and_their_gradients_the_same(gpu):
     mixed = [torch.float32, torch.bfloat16, torch.float16]
     tensors, keywords = inputs("shift_mix", SIZES[2])
-    want = results("shift_mix", SIZES[2], 0, torch.float64, True)
+    want = results("shift_mix", SIZES[2], "", torch.float64, True)
     leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(tensors, [mixed[1]] * 2 + mixed * 2)]
     out = FUNCTIONS["shift_mix"][0]("cuda", *leaves, **keywords)
     generator = torch.Generator().manual_seed(3)

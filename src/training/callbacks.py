@@ -51,14 +51,14 @@ def scalar(number: Tensor | float, device: torch.device) -> Tensor:
 class Done:
     """An optimizer step that was made and is not yet reported.
 
-    `undone_by`: the step whose state was put in the place of this one's.
+    `rolled_back_to`: the step whose state was put in the place of this one's.
     """
 
     step: int
     begin: Moment
     end: Moment
     numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient
-    undone_by: int | None = None
+    rolled_back_to: int | None = None
 
 
 class StepReport(Callback):
@@ -202,17 +202,17 @@ class StepReport(Callback):
         loss, going_on, norm = done.numbers.read()
         # what is undone was made from a bad state, and its loss tells nothing of the one that is back
         went_back = False
-        if module.schedule.step_targets(step - 1) and done.undone_by is None:
-            done.undone_by = self.last_good.judge(trainer, step, loss, norm)
-            went_back = done.undone_by is not None
+        if module.schedule.step_targets(step - 1) and done.rolled_back_to is None:
+            done.rolled_back_to = self.last_good.judge(trainer, step, loss, norm)
+            went_back = done.rolled_back_to is not None
             for later in self.unread:
-                later.undone_by = done.undone_by
+                later.rolled_back_to = done.rolled_back_to
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
             line = self._line(module, step, loss, done.end.seconds_since(done.begin))
-            if done.undone_by is not None:
-                line["rolled_back_to"] = done.undone_by
+            if done.rolled_back_to is not None:
+                line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)
             self._remark(line, loss)
             shown = ("loss", "lr", "tokens_per_second")
