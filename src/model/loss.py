@@ -12,12 +12,11 @@ import ctypes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
 
 from ..ops.launch_errors import require_started
-from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library
+from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library, once_differentiable
 
 L2WRAP = 1e-4
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product

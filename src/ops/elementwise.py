@@ -31,14 +31,16 @@ def serves(
     tensors that torch takes for a CPU's.
     """
     x = activations[0]
+    for other in activations[1:]:
+        if other.dtype != x.dtype:
+            return False
     return (
         native != ""
         and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
-        and all(other.dtype == x.dtype for other in activations)
         and x.shape[-1] % 8 == head_size % 8 == 0
         and head_size <= LARGEST_HEAD
         and x.numel() > 0
-        and (native == "cuda" or not (torch.is_grad_enabled() and any(v.requires_grad for v in vectors)))
+        and (native == "cuda" or not (any([v.requires_grad for v in vectors]) and torch.is_grad_enabled()))
     )
 
 

@@ -13,14 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product
 
 from .launch_errors import require_started
-from .native import DTYPE_CODES, EXACT_STRIDES, library
-
-ALIGNMENT = 16  # bytes; what a lane of a GPU loads at once
+from .native import DTYPE_CODES, EXACT_STRIDES, addresses, library, once_differentiable
 
 
 def on_gpu(like: Tensor) -> bool:
@@ -46,8 +43,7 @@ def call(
     """
     device = like.device
     gpu = on_gpu(like)
-    batch, C = like.shape[0] if like.dim() == 3 else 1, like.shape[-1]
-    T = like.numel() // (batch * C)
+    batch, T, C = like.shape if like.dim() == 3 else (1, like.numel() // like.shape[-1], like.shape[-1])
     numbers = [] if count is None else [count]
     if gpu:
         pointers = [*before, *([list(vectors)] if vectors else []), *after]
@@ -57,18 +53,26 @@ def call(
             )
         if vectors:
             numbers.append(sum(DTYPE_CODES[v.dtype] << 2 * i for i, v in enumerate(vectors)))
-        pointers = [_aligned(x) for x in pointers]
         context = (device.index or 0, torch.cuda.current_stream(device).cuda_stream if like.is_cuda else None)
     else:
         if gradients is not None:
             raise ValueError(f"{function}: a CPU's has no gradients of vectors; expected vectors without")
         if count is not None and len(vectors) != 1:
             raise ValueError(f"{function}: there are {len(vectors)} mixes; a CPU's expects stacked(mixes)")
-        pointers = [*before, *(v if v.dtype == torch.float32 else v.float() for v in vectors), *after]
+        vectors = [v if v.dtype == torch.float32 else v.float() for v in vectors]
+        pointers = [*before, *vectors, *after]
         context = (torch.get_num_threads(),)
-    addresses = [_address(function, device, x) for x in pointers]
-    code = _prepared(library(device.type), function, len(addresses), len(numbers), gpu)(
-        *addresses, *numbers, batch, T, C, heads, eps, DTYPE_CODES[like.dtype], *context
+    copies: list[Tensor] = []
+    code = _prepared(library(device.type), function, len(pointers), len(numbers), gpu)(
+        *addresses(function, device, pointers, copies),
+        *numbers,
+        batch,
+        T,
+        C,
+        heads,
+        eps,
+        DTYPE_CODES[like.dtype],
+        *context,
     )
     if gpu:
         require_started(function, code)
@@ -83,26 +87,6 @@ def _prepared(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, gp
         function.argtypes = [ctypes.c_void_p] * pointers + sizes + [ctypes.c_float, ctypes.c_int, *context]
         function.restype = ctypes.c_int if gpu else None
     return function
-
-
-def _aligned(x: Tensor | list[Tensor] | None):
-    """Where a GPU loads 16 bytes at once: a view may begin between two such places. Outputs are new."""
-    if isinstance(x, list):
-        return [_aligned(t) for t in x]
-    return x if x is None or x.data_ptr() % ALIGNMENT == 0 else x.clone()
-
-
-def _address(function: str, device: torch.device, x: Tensor | list[Tensor] | None):
-    if x is None:
-        return None
-    if isinstance(x, list):
-        return (ctypes.c_void_p * len(x))(*[_address(function, device, t) for t in x])
-    if x.device != device or not x.is_contiguous():
-        raise ValueError(
-            f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one"
-            f" on {device}"
-        )
-    return x.data_ptr()
 
 
 def _parts(like: Tensor, B: int, T: int, gradients: Sequence[Tensor]) -> Tensor:
@@ -196,11 +180,12 @@ def _define(
 def _check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
     """A parameter that ZeRO-3 has let go is empty."""
     shape = tensors[0].shape
-    if any(t.shape != shape and t.numel() != shape[-1] for t in tensors):
-        raise ValueError(
-            f"{name}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of"
-            " its last axis"
-        )
+    for x in tensors:
+        if x.shape != shape and x.numel() != shape[-1]:
+            raise ValueError(
+                f"{name}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors"
+                " of its last axis"
+            )
 
 
 relu_squared = _define("relu_squared", 1, keeps_output=True)
@@ -216,11 +201,11 @@ readout7 = _define("readout7", 5, 3)
 
 def stacked(mixes: Sequence[Tensor]) -> Tensor:
     """The mixes as a CPU's functions take them."""
-    return torch.stack([mix.detach().reshape(-1).float() for mix in mixes])
+    return torch.stack(mixes).float().view(len(mixes), -1)
 
 
 def _count(z: Tensor, mixes: Sequence[Tensor]) -> int:
-    return sum(mix.numel() for mix in mixes) // z.shape[-1]
+    return sum([mix.numel() for mix in mixes]) // z.shape[-1]
 
 
 def _shift_shapes(z, last, reset, mixes, *_):
@@ -230,9 +215,10 @@ def _shift_shapes(z, last, reset, mixes, *_):
 def _check_shift(z, last, reset, mixes):
     B, T, C = z.shape
     expected = [(B, C), reset if reset is None else (B, T)]
-    found = [x if x is None else tuple(x.shape) for x in (last, reset)]
+    found = [last.shape, reset if reset is None else reset.shape]
     sizes = [mix.numel() for mix in mixes]
-    if found != expected or any(n == 0 or n % C for n in sizes):
+    if found != expected or 0 in sizes or any([n % C for n in sizes]):
+        found = [x if x is None else tuple(x) for x in found]
         raise ValueError(
             f"shift_mix: last and reset are {found}, the mixes have {sizes} numbers; expected {expected} and"
             f" {C} for each mix, because z is {tuple(z.shape)}"

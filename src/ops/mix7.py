@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import check
 from .elementwise import serves
 from .elementwise_ops import ready
-from .native import has_tensor_core_form, saves
+from .native import has_tensor_core_form, once_differentiable, saves
 
 _ops = torch.ops.rwkv
 

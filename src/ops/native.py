@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import function as torch_function
 
 from .build import cpu_library, cuda_library
 from .launch_errors import require_started
@@ -27,6 +29,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the 
 ACTIVATION_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPE_CODES)}
 LARGEST_HEAD = 256
 TENSOR_CORE_CHUNK = 16
+ALIGNMENT = 16  # bytes; what a lane of a GPU loads at once
 # torch.compile may not change the layout of an argument; older versions of torch have the second tag only
 EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 
@@ -95,29 +98,67 @@ def saves(*inputs: Tensor | None) -> bool:
     return _SAVES[0] and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator of this name, which takes 10 calls to turn gradients off, only where they are on.
+
+    In a backward they are, where somebody asked for create_graph.
+    """
+    checked = torch_function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        return (checked if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return run
+
+
 def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
-    for x in tensors:
-        if x is not None and (x.device != like.device or not x.is_contiguous()):
-            raise ValueError(
-                f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous"
-                f" one on {like.device}"
-            )
+    copies: list[Tensor] = []
+    pointers = addresses(function, like.device, tensors, copies)
     if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
         raise ValueError(
             f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a"
             f" multiple of 8 up to {LARGEST_HEAD}"
         )
-    # vectors of 16 bytes are loaded; a view may begin between two
-    tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     return getattr(library(like.device.type), function)(
-        *pointers, *sizes(like), DTYPE_CODES[like.dtype], *context(like)
+        *map(ctypes.c_void_p, pointers), *sizes(like), DTYPE_CODES[like.dtype], *context(like)
     )
 
 
-def sizes(like: Tensor) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(n) for n in like.shape]
+def addresses(
+    function: str,
+    device: torch.device,
+    tensors: Sequence[Tensor | list[Tensor] | None],
+    copies: list[Tensor],
+) -> list:
+    """Where tensors begin; of a list the addresses as an array of C, of None nothing. In as few calls as go.
+
+    A kernel loads 16 bytes at once, and a view may begin between two such places: then it is the address of a
+    copy, which `copies` keeps until the kernel was called. Outputs are new, and none of them is such a view.
+    Raises ValueError with the first one that is not contiguous, or on another device.
+    """
+    places: list = list(tensors)
+    for i, x in enumerate(tensors):
+        if x is None:
+            continue
+        if type(x) is list:
+            places[i] = (ctypes.c_void_p * len(x))(*addresses(function, device, x, copies))
+            continue
+        if x.device != device or not x.is_contiguous():
+            raise ValueError(
+                f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous"
+                f" one on {device}"
+            )
+        places[i] = x.data_ptr()
+        if places[i] % ALIGNMENT:
+            copies.append(x.clone())
+            places[i] = copies[-1].data_ptr()
+    return places
+
+
+def sizes(like: Tensor) -> Iterable[ctypes.c_int64]:
+    return map(ctypes.c_int64, like.shape)
 
 
 def context(like: Tensor) -> tuple:
