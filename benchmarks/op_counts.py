@@ -127,7 +127,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     },
     **{
         f"{name}_backward": ("elementwise", _with_gradients_of_vectors)
-        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token")
+        for name in ("delta_inputs", "readout6", "readout7", "shift_mix_token", "mix7_readout", "mix7_inputs")
     },
     # it has z where the mixes train
     "shift_mix_backward": ("elementwise", lambda args: 1 + (args[1] is not None)),
@@ -187,6 +187,8 @@ def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
         return 2 * sum(spanned(x) for x in _tensors(args[1:]) if x.is_floating_point())
     if name == "softmax_loss_":  # the gradient is written into its first argument
         return written + sum(map(spanned, _tensors(args))) + args[0].numel() * args[3].itemsize
+    if name == "mix7_inputs_backward":  # its first two arguments are written, too
+        written += spanned(args[0]) + spanned(args[1])
     read = _tensors((args, {key: x for key, x in kwargs.items() if key != "out"}))
     if name in ("addmm", "addmm_", "baddbmm", "baddbmm_") and kwargs.get("beta", 1) == 0:
         read = read[1:]

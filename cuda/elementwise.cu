@@ -134,7 +134,7 @@ template <bool PER_TOKEN> int launch_shift_backward(const Shift& in, const Tenso
 
 struct ReluSquared {
     static constexpr int VECTORS = 0;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void* x;
     void* y;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
@@ -145,7 +145,7 @@ struct ReluSquared {
 
 struct ReluSquaredBackward {
     static constexpr int VECTORS = 0;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *y, *dy;
     void* dx;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
@@ -156,7 +156,7 @@ struct ReluSquaredBackward {
 
 struct ValueResidual {
     static constexpr int VECTORS = 0;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *v, *first, *gate;
     void* y;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
@@ -167,7 +167,7 @@ struct ValueResidual {
 
 struct ValueResidualBackward {
     static constexpr int VECTORS = 0;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *v, *first, *gate, *dy;
     void *dv, *dfirst, *dgate;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
@@ -183,7 +183,7 @@ struct ValueResidualBackward {
 // kappa = normalize(k k_k), s = sigmoid(a): k (1 + (s - 1) k_a), -kappa, kappa s
 struct DeltaInputs {
     static constexpr int VECTORS = 2;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *k, *a;
     void *key, *remove, *replace;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
@@ -198,16 +198,34 @@ struct DeltaInputs {
     }
 };
 
-struct DeltaInputsBackward {
-    static constexpr int VECTORS = 2;
-    static constexpr bool GRADIENTS = true;
+// What of the readout's backward is left for the kernel after the recurrence's backward: `sums` (tokens, H, 2)
+// of every head are r . k r_k, which v was multiplied by, and the gradient of that. dr, dv and dkey then get
+// their second part where they are read anyway, and that part is never written or rounded.
+struct OfReadout {
+    const void *r, *g, *dout;
+    const float* sums;
+    void *dr, *dv;
+};
+
+// READ: k_k, k_a, r_k are the vectors, and dr and dv are completed in place
+template <bool READ> struct DeltaInputsBackward {
+    static constexpr int VECTORS = READ ? 3 : 2;
+    static constexpr int TRAINABLE = 2;
     const void *k, *a, *dkey, *dremove, *dreplace;
     void *dk, *da;
+    OfReadout of;
     template <class At, class V>
     __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec &k_k = vectors[0], &k_a = vectors[1];
         const Vec own = at.read(k), s = sigmoid(at.read(a)), u = own * k_k;
-        const Vec g = at.read(dkey), replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
+        Vec g = at.read(dkey);
+        if constexpr (READ) {
+            const Vec scaled = at.head_number(of.sums, 1) * vectors[2];
+            g += scaled * at.read(of.r);
+            at.write(of.dr, at.read(of.dr) + scaled * own * (1 + (s - 1) * k_a));
+            at.write(of.dv, at.read(of.dv) + at.head_number(of.sums, 0) * at.read(of.dout) * at.read(of.g));
+        }
+        const Vec replaced = at.read(dreplace), dkappa = replaced * s - at.read(dremove);
         float squares = total(u * u), dots = total(u * dkappa);
         at.sum_head(squares, dots);
         const float norm = sqrtf(squares), scale = 1 / fmaxf(norm, 1e-12f);
@@ -224,7 +242,7 @@ struct DeltaInputsBackward {
 // (group_norm(y) + (r . k r_k) v) g
 struct Readout7 {
     static constexpr int VECTORS = 3;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *y, *r, *k, *v, *g;
     void* out;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
@@ -236,11 +254,13 @@ struct Readout7 {
     }
 };
 
-struct Readout7Backward {
+// WHOLE: dr, dk and dv, too; otherwise the `sums` of OfReadout
+template <bool WHOLE> struct Readout7Backward {
     static constexpr int VECTORS = 3;
-    static constexpr bool GRADIENTS = true;
+    static constexpr int TRAINABLE = 3;
     const void *y, *r, *k, *v, *g, *dout;
     void *dy, *dr, *dk, *dv, *dg;
+    float* sums;
     template <class At, class V>
     __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
         const Vec value = at.read(v), above = at.read(dout), d = above * at.read(g);
@@ -249,9 +269,13 @@ struct Readout7Backward {
             const Vec receptance = at.read(r), key = at.read(k);
             bonus = total(receptance * key * vectors[0]);
             at.sum_head(bonus, dbonus, mean);
-            at.write(dr, dbonus * vectors[0] * key);
-            at.write(dk, dbonus * vectors[0] * receptance);
-            at.write(dv, bonus * d);
+            if constexpr (WHOLE) {
+                at.write(dr, dbonus * vectors[0] * key);
+                at.write(dk, dbonus * vectors[0] * receptance);
+                at.write(dv, bonus * d);
+            } else {
+                at.write_head(sums, bonus, dbonus);
+            }
             dvectors[0] += dbonus * receptance * key;
         }
         const Vec normed = at.normalised(at.read(y), &scale);
@@ -267,7 +291,7 @@ struct Readout7Backward {
 // group_norm(y) silu(g)
 struct Readout6 {
     static constexpr int VECTORS = 2;
-    static constexpr bool GRADIENTS = false;
+    static constexpr int TRAINABLE = 0;
     const void *y, *g;
     void* out;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
@@ -279,7 +303,7 @@ struct Readout6 {
 
 struct Readout6Backward {
     static constexpr int VECTORS = 2;
-    static constexpr bool GRADIENTS = true;
+    static constexpr int TRAINABLE = 2;
     const void *y, *g, *dout;
     void *dy, *dg;
     template <class At, class V>
@@ -304,7 +328,7 @@ template <class Function> int launch_tokens(const Function& f, const void* const
     int64_t vector_dtypes, void* const* dvectors, float* partial, int64_t tokens, int64_t C, int64_t H,
     float eps, int dtype, void* stream) {
     const Vectors values(vectors, vector_dtypes, Function::VECTORS),
-        gradients(dvectors, vector_dtypes, Function::VECTORS);
+        gradients(dvectors, vector_dtypes, Function::TRAINABLE);
     return launch_run(
         f, Shape(1, tokens, C, H, eps), values, dvectors ? &gradients : nullptr, partial, dtype, stream);
 }
@@ -410,8 +434,8 @@ extern "C" int delta_inputs_backward(const void* k, const void* a, const void* c
     int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(DeltaInputsBackward{k, a, dkey, dremove, dreplace, dk, da}, vectors, vector_dtypes,
-        dvectors, partial, B * T, C, H, eps, dtype, stream);
+    return launch_tokens(DeltaInputsBackward<false>{k, a, dkey, dremove, dreplace, dk, da, {}}, vectors,
+        vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // vectors: r_k, weight, bias
@@ -430,8 +454,34 @@ extern "C" int readout7_backward(const void* y, const void* r, const void* k, co
     float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(Readout7Backward{y, r, k, v, g, dout, dy, dr, dk, dv, dg}, vectors, vector_dtypes,
-        dvectors, partial, B * T, C, H, eps, dtype, stream);
+    return launch_tokens(Readout7Backward<true>{y, r, k, v, g, dout, dy, dr, dk, dv, dg, nullptr}, vectors,
+        vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
+}
+
+// Both backwards around that of the recurrence, mix7 as one function: first readout7's, without dr, dk and
+// dv. sums: (tokens, H, 2) floats
+extern "C" int mix7_readout_backward(const void* y, const void* r, const void* k, const void* v,
+    const void* g, const void* const* vectors, const void* dout, void* dy, void* dg, float* sums,
+    void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    const Readout7Backward<false> f{y, r, k, v, g, dout, dy, nullptr, nullptr, nullptr, dg, sums};
+    return launch_tokens(
+        f, vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
+}
+
+// then delta_inputs', which completes dr and dv in place. vectors: k_k, k_a, r_k; dvectors: of the first two
+extern "C" int mix7_inputs_backward(const void* k, const void* a, const void* r, const void* g,
+    const void* const* vectors, const void* dout, const float* sums, const void* dkey, const void* dremove,
+    const void* dreplace, void* dr, void* dv, void* dk, void* da, void* const* dvectors, float* partial,
+    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
+    void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    const OfReadout of{r, g, dout, sums, dr, dv};
+    return launch_tokens(DeltaInputsBackward<true>{k, a, dkey, dremove, dreplace, dk, da, of}, vectors,
+        vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // vectors: weight, bias

@@ -95,6 +95,19 @@ template <class T> struct Place {
         }
     }
 
+    // two numbers of the head: x (tokens, H, 2), read by all of its lanes and written by the first
+    __device__ float* of_head(float* x) const {
+        return x + 2 * ((b * shape.T + t) * shape.H + channel / shape.N);
+    }
+    __device__ float head_number(const float* x, int i) const {
+        return has ? of_head(const_cast<float*>(x))[i] : 0;
+    }
+    __device__ void write_head(float* x, float first, float second) const {
+        if (!has || channel % shape.N) return;
+        of_head(x)[0] = first;
+        of_head(x)[1] = second;
+    }
+
     // each of these summed over the head, in all of its lanes
     template <class... Floats> __device__ void sum_head(Floats&... x) const {
         for (int lanes = shape.lanes / 2; lanes; lanes /= 2)
@@ -136,13 +149,13 @@ template <class T> struct Unread {
     __device__ Vec operator[](int i) const { return at.vector(from, i); }
 };
 
-// f(place, vectors, sums) for every token. The vectors lie in registers; but with SUMS their gradients do,
+// f(place, vectors, sums) for every token; the first TRAINABLE vectors have gradients. The vectors lie in registers; but with SUMS their gradients do,
 // and there is no room for both.
 template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(THREADS, 2)
     run(Function f, Vectors vectors, float* partial, Shape shape) {
-    constexpr int COUNT = Function::VECTORS;
+    constexpr int COUNT = Function::VECTORS, TRAINABLE = Function::TRAINABLE;
     Place<T> at(shape);
-    Vec values[COUNT + 1], sums[COUNT + 1] = {};  // an array has at least one
+    Vec values[COUNT + 1], sums[TRAINABLE + 1] = {};  // an array has at least one
     if (!SUMS)
 #pragma unroll
         for (int i = 0; i < COUNT; i++) values[i] = at.vector(vectors, i);
@@ -156,7 +169,7 @@ template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(
     }
     if (SUMS)
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) at.add_warps(sums[i], partial, i, COUNT);
+        for (int i = 0; i < TRAINABLE; i++) at.add_warps(sums[i], partial, i, TRAINABLE);
 }
 
 // A block: 32 neighbouring channels of vector blockIdx.y; every warp takes every WARPS-th part.
@@ -203,7 +216,7 @@ template <class Function> int launch_run(const Function& f, const Shape& shape, 
     if (!shape.valid()) return cudaErrorInvalidValue;
     return typed(dtype, [&](auto number) {
         using T = decltype(number);
-        if constexpr (Function::GRADIENTS)
+        if constexpr (Function::TRAINABLE > 0)
             if (gradients) {
                 LAUNCH(
                     (run<T, true, Function>), shape.grid(), THREADS, 0, stream, f, vectors, partial, shape);

@@ -11,9 +11,10 @@ import torch
 from benchmarks import gpu_numerics
 from benchmarks.ptxas_report import compile_report, table
 from src.model import RWKV
-from src.ops import elementwise, elementwise_ops
+from src.ops import elementwise, elementwise_ops, wkv7
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 from src.ops.kernel_errors import worst
+from src.ops.mix7 import mix7, mix7_serves
 
 from .conftest import ROOT, close, make_arch, random_tensors
 
@@ -197,6 +198,40 @@ def test_views_that_begin_between_two_loads(gpu):
     x = torch.arange(17.0)[1:].view(1, 2, 8)
     assert x.data_ptr() % 16
     assert torch.equal(elementwise.relu_squared(x, "cuda"), x * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_mix7_has_the_gradients_of_float64(dtype, trained, gpu):
+    """Around the recurrence of the CPU: what the readout gives to r, k and v is added by the last kernel."""
+    generator = torch.Generator().manual_seed(7)
+
+    def run(on, dtype, kernel, numbers, heads):
+        leaves = [x.to(dtype).requires_grad_() for x in numbers[:6]]
+        vectors = [x.to(dtype if on else torch.float64).requires_grad_(trained) for x in numbers[6:11]]
+        if on:
+            assert mix7_serves(leaves, vectors, None, None, on)
+            y, state = mix7(leaves, vectors, EPS, None, None, None, kernel, on)
+        else:
+            r, w, k, v, a, g = leaves
+            key, alpha, beta = elementwise.delta_inputs(k, a, *vectors[:2], heads, "")
+            inputs = [x.unflatten(-1, (heads, -1)) for x in (r, w, key, v, alpha, beta)]
+            y, state = wkv7(*inputs, None, None, kernel, None)
+            y = elementwise.readout7(y.flatten(-2), r, key, v, g, *vectors[2:], EPS, "")
+        dy, dstate = numbers[11].to(y.dtype), numbers[12].to(state.dtype)
+        return torch.autograd.grad([y, state], [*leaves, *(vectors if trained else ())], [dy, dstate])
+
+    for B, T, C, heads in [(2, 17, 160, 2), (1, 5, 24, 3), (1, 34, 264, 11)]:
+        N = C // heads
+        shapes = [(B, T, C)] * 6 + [(1, 1, C), (1, 1, C), (heads, N), (C,), (C,), (B, T, C)]
+        numbers = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, (B, heads, N, N))]
+        gpu.clear()
+        got = run("cuda", dtype, "cpu", numbers, heads)
+        assert {"mix7_readout_backward", "mix7_inputs_backward"} <= {*gpu} and len(gpu) == 5
+        want = run("", torch.float64, "torch", numbers, heads)
+        for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
+            tolerance = 5e-6 if dtype == torch.float32 else 3e-2
+            close(f"mix7 {B, T, C, heads} {dtype}: gradient {i}", mine, exact, tolerance)
 
 
 @pytest.mark.parametrize("version", [6, 7])

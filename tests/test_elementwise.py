@@ -373,7 +373,7 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
     def whole(*leaves):
         s0, reset, initial_state = beginning(leaves)
         assert mix7_serves(leaves[:6], vectors, reset, initial_state, "cpu")
-        return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state, "cpu")
+        return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state, "cpu", "cpu")
 
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
@@ -444,6 +444,7 @@ def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
             vectors,
             EPS,
             *(arguments[name] for name in ("s0", "reset", "initial_state")),
+            "cpu",
             "cpu",
         )
     assert re.search(found, str(error.value)) and not calls

@@ -147,7 +147,8 @@ class TimeMix(nn.Module):
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
         if mix7_serves(activations, vectors, reset, initial_state, self.native):
             # the three steps below in one native function, which keeps less for the backward
-            y, state = mix7(activations, vectors, self.ln_x.eps, state, reset, initial_state, self.kernel)
+            eps, how = self.ln_x.eps, (self.kernel, self.native)
+            y, state = mix7(activations, vectors, eps, state, reset, initial_state, *how)
         else:
             # delta inputs, a after its sigmoid: kappa = normalise(k k_k), alpha = -kappa, beta = kappa a,
             # k <- k (1 + (a - 1) k_a)

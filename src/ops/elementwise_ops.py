@@ -195,6 +195,65 @@ readout6 = _define("readout6", 2, 2)
 readout7 = _define("readout7", 5, 3)
 
 
+# The backwards around the recurrence's in mix7, on a GPU: what its r, k and v get from the readout is added
+# where the second one reads their gradients. Between them goes (tokens, heads, 2) in fp32.
+
+
+def _mix7_readout_shapes(tensors, heads, eps, trained):
+    y, *_, r_k, weight, bias, _ = tensors
+    of_vectors = [torch.empty_like(x) for x in (r_k, weight, bias)] if trained else []
+    sums = y.new_empty(y.numel() // y.shape[-1], heads, 2, dtype=torch.float32)
+    return [torch.empty_like(y), torch.empty_like(y), sums, *of_vectors]
+
+
+def _mix7_readout(tensors, heads, eps, trained):
+    made = _mix7_readout_shapes(tensors, heads, eps, trained)
+    _check_sizes("mix7", tensors)
+    given, vectors, after = tensors[:5], tensors[5:8], [*tensors[8:], *made[:3]]
+    call(
+        "mix7_readout_backward",
+        tensors[0],
+        given,
+        vectors,
+        after,
+        made[3:] if trained else None,
+        heads,
+        eps,
+    )
+    return made
+
+
+_library_op(
+    "mix7_readout_backward",
+    "Tensor[] tensors, int heads, float eps, bool trained",
+    _mix7_readout,
+    _mix7_readout_shapes,
+)
+
+
+def _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained):
+    return [torch.empty_like(x) for x in (*tensors[:2], *(tensors[4:6] if trained else ()))]
+
+
+def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
+    made = _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained)
+    _check_sizes("mix7", [dr, dv, *tensors])
+    dout, *of_recurrence = tensors[7:]
+    after = [dout, sums, *of_recurrence, dr, dv, *made[:2]]
+    of_vectors = made[2:] if trained else None
+    call("mix7_inputs_backward", dr, tensors[:4], tensors[4:7], after, of_vectors, heads)
+    return made
+
+
+# of k, a, r, g, k_k, k_a, r_k, dout, dkey, dalpha, dbeta: dk, da and the gradients of k_k and k_a
+_library_op(
+    "mix7_inputs_backward",
+    "Tensor(a!) dr, Tensor(b!) dv, Tensor sums, Tensor[] tensors, int heads, bool trained",
+    _mix7_inputs,
+    _mix7_inputs_shapes,
+)
+
+
 # The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all. The
 # mixes are one matrix in fp32 for a CPU, and vectors as they are for a GPU.
 

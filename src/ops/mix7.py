@@ -1,7 +1,8 @@
 """RWKV-7's state with what enters and what reads it: delta_inputs, wkv7 and readout7 as one native function.
 
 It keeps its inputs, y and what the recurrence keeps. The three functions by themselves also keep the key,
-alpha and beta, which are made again here for the backward. One call also costs less than three.
+alpha and beta, which are made again here for the backward. One call also costs less than three. On a GPU the
+backwards of the two others are made for each other: see elementwise_ops.py.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def mix7(
     reset: Tensor | None,
     initial_state: Tensor | None,
     kernel: str,
+    native: str,
 ) -> tuple[Tensor, Tensor]:
     """(readout (B, T, C), final state) of a time mix.
 
     activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). vectors: k_k, k_a, r_k,
     weight and bias of ln_x, with shapes as in elementwise_reference. s0, reset and initial_state are as in
-    wkv7, which `kernel` runs: a native one. Raises ValueError.
+    wkv7, which `kernel` runs: a native one. `native` is that of mix7_serves. Raises ValueError.
     """
     _, _, r_k, *_ = vectors
     heads = len(r_k)
@@ -57,7 +59,7 @@ def mix7(
     by_head = _by_head(heads, activations[0])[0]
     chunked = kernel == "cuda" and has_tensor_core_form(by_head)
     save = saves(*activations, *vectors, s0)
-    return _Mix7.apply(*ready(*activations, *vectors, s0), reset, heads, eps, chunked, save)
+    return _Mix7.apply(*ready(*activations, *vectors, s0), reset, heads, eps, chunked, save, native)
 
 
 def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
@@ -67,13 +69,15 @@ def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
 
 class _Mix7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked, save):
+    def forward(
+        ctx, r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, heads, eps, chunked, save, native
+    ):
         key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
         inputs = _by_head(heads, r, w, key, v, alpha, beta)
         y, state, saved = _ops.wkv7(*inputs, s0, reset, chunked, save=save)
         y = y.flatten(-2)
         ctx.save_for_backward(r, w, k, v, a, g, k_k, k_a, r_k, weight, bias, s0, reset, y, saved)
-        ctx.heads, ctx.eps, ctx.chunked = heads, eps, chunked
+        ctx.heads, ctx.eps, ctx.chunked, ctx.native = heads, eps, chunked, native
         ctx.set_materialize_grads(False)
         return _ops.readout7([y, r, key, v, g, r_k, weight, bias], heads, eps)[0], state
 
@@ -84,15 +88,22 @@ class _Mix7(torch.autograd.Function):
         heads, eps, trained = ctx.heads, ctx.eps, any(ctx.needs_input_grad[6:11])
         dout, dstate = ready(torch.zeros_like(y) if dout is None else dout, dstate)
         key, alpha, beta = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        dy, read_r, read_k, read_v, dg, *of_readout = _ops.readout7_backward(
-            [y, r, key, v, g, r_k, weight, bias, dout], heads, eps, trained
-        )
+        of_read = [y, r, key, v, g, r_k, weight, bias, dout]
+        if ctx.native == "cuda":
+            dy, dg, sums, *of_readout = _ops.mix7_readout_backward(of_read, heads, eps, trained)
+        else:
+            dy, read_r, read_k, read_v, dg, *of_readout = _ops.readout7_backward(of_read, heads, eps, trained)
         inputs = _by_head(heads, r, w, key, v, alpha, beta)
         *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, *_by_head(heads, dy), dstate, ctx.chunked)
         dr, dw, dkey, dv, dalpha, dbeta = (x.flatten(-2) for x in found)
-        dk, da, *of_keys = _ops.delta_inputs_backward(
-            [k, a, k_k, k_a, dkey.add_(read_k), dalpha, dbeta], heads, 0.0, trained
-        )
-        activations = dr.add_(read_r), dw, dk, dv.add_(read_v), da, dg
+        if ctx.native == "cuda":
+            tensors = [k, a, r, g, k_k, k_a, r_k, dout, dkey, dalpha, dbeta]
+            dk, da, *of_keys = _ops.mix7_inputs_backward(dr, dv, sums, tensors, heads, trained)
+        else:
+            tensors = [k, a, k_k, k_a, dkey.add_(read_k), dalpha, dbeta]
+            dk, da, *of_keys = _ops.delta_inputs_backward(tensors, heads, 0.0, trained)
+            dr.add_(read_r)
+            dv.add_(read_v)
+        activations = dr, dw, dk, dv, da, dg
         vectors = [*of_keys, *of_readout] if trained else [None] * 5
-        return *activations, *vectors, None if s0 is None else ds0, None, None, None, None, None
+        return *activations, *vectors, None if s0 is None else ds0, *[None] * 6
