@@ -266,11 +266,17 @@ class _Stream:
 
 
 class _Event:
-    def __init__(self, enable_timing=False):
+    def __init__(self, *args, **kwargs):
         pass
 
-    def record(self) -> None:
+    def record(self, stream=None) -> None:
         pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         _wait_of_program("event")

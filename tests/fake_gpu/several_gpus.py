@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from src.config import Config
@@ -107,8 +106,6 @@ def deepspeed_on_fakes():
         mock.patch.dict(os.environ, LOCAL_RANK="0"),  # as a launcher sets it
         mock.patch("torch.cuda.nvtx.range_push"),
         mock.patch("torch.cuda.nvtx.range_pop"),
-        mock.patch("torch.cuda.Event", Event),
-        mock.patch.object(FakeTensor, "record_stream", lambda tensor, stream: None),
     ):
         import deepspeed
         from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -125,25 +122,3 @@ def deepspeed_on_fakes():
             ),
         ):
             yield deepspeed
-
-
-class Event:
-    """torch.cuda.Event, which is always over."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def record(self, *args) -> None:
-        pass
-
-    def wait(self, *args) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other) -> float:
-        return 0.0
