@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import rwkv_miss
-from rwkv_miss.adapter import only_linears_change
+from rwkv_miss.adapter import AdapterLinear, only_linears_change
 from rwkv_miss.files.model_files import read_tensors
 
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence, sections
@@ -68,12 +68,8 @@ class Forgetting(Callback):
     def _base_head(self, module) -> Callable[[Tensor], Tensor]:
         """(T, C) -> the base's logits (T, V)."""
         if self.before is None:
-
-            def head(x: Tensor) -> Tensor:
-                with rwkv_miss.disabled(module.model):
-                    return module.model.head(x)
-
-            return head
+            head = module.model.head
+            return head.base_forward if isinstance(head, AdapterLinear) else head
         weight = read_tensors(self.base_file)["head.weight"].to(module.device, module.model.dtype)
         return lambda x: F.linear(x, weight)
 
