@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemm import product, product_exact, product_onto, product_plus
+from .gemm import product, product_exact, product_onto, product_plus, product_transposed
 from .quantised import dense
 
 Function = Callable[..., Any]
@@ -206,8 +206,9 @@ def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     a_t = a.t()
     if a.device.type == "cpu":  # the copy is small, and a GEMM without it 10 % slower
         a_t = a_t.contiguous()
-    multiply = product if a.dtype == dtype else product_exact
-    return multiply(a_t, b.t()).to(dtype)
+    if a.dtype == dtype:
+        return product_transposed(a_t, b)
+    return product_exact(a_t, b.t()).to(dtype)
 
 
 def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -240,7 +241,7 @@ class _Linear(torch.autograd.Function):
         dy, dx = flat_tokens(dy).to(ctx.dtype), None
         if ctx.needs_input_grad[0]:
             matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed)
-            dx = product(dy, matrix.t()).view(ctx.x_shape)
+            dx = product_transposed(dy, matrix).view(ctx.x_shape)
         return dx, *weight_gradients(ctx, dy, x, weight, ctx.transposed), None, None
 
 
@@ -296,11 +297,11 @@ class _MissLinear(torch.autograd.Function):
             if scale != 1:
                 ds[:, : D.shape[0] - balanced].mul_(scale)
             width = ctx.x_shape[-1]
-            matrix = product_matrix(weight, width, dy.dtype).t()
+            matrix = product_matrix(weight, width, dy.dtype)
             if sums_go_on(dy.device):  # dx is not read and written again
-                dx = product_onto(expanded(ds, width, contiguous, balanced), dy, matrix)
+                dx = product_onto(expanded(ds, width, contiguous, balanced), dy, matrix.t())
             else:
-                dx = product(dy, matrix)
+                dx = product_transposed(dy, matrix)
                 add_expanded_(dx, ds, contiguous, balanced)
             dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:

@@ -51,14 +51,17 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
 
 
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether x W^T is taken by oneDNN here; otherwise it is torch's own product."""
+def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
+    """Whether x W^T is taken by oneDNN here; otherwise it is torch's own product.
+
+    `transposed`: the weight is W^T, (in, out).
+    """
     # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() * weight.shape[0] >= SMALL
+        and x.numel() * weight.shape[transposed] >= SMALL
         and torch.backends.mkldnn.enabled
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and _has_onednn()
@@ -76,6 +79,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for part in others:
         y = _onednn_plus(*part, None, y)
     return y
+
+
+def product_transposed(x: Tensor, matrix: Tensor) -> Tensor:
+    """product(x, matrix.t()) for a matrix (in, out), without the two views that torch would make of it."""
+    return product(x, matrix.t()) if uses_onednn(x, matrix, transposed=True) else torch.mm(x, matrix)
 
 
 @functools.cache

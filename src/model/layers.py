@@ -68,7 +68,7 @@ def times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Kept for the backward: M, and x only where M is trained.
     """
-    if matrix.dtype != x.dtype or uses_onednn(x, matrix.t()):
+    if matrix.dtype != x.dtype or uses_onednn(x, matrix, transposed=True):
         return linear(x, matrix, bias, transposed=True)
     # torch's own function keeps as little of such a matrix, and takes half of the time in Python
     tokens = x.flatten(0, -2)
