@@ -36,6 +36,7 @@ CARDS = {
 # bound by its multiply-adds: so many for each element of the state and token.
 OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
 PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.38
+HEAD_SIZE = 64  # of all released models
 LAUNCH = 10  # microseconds of Python and torch for a launch, forward and backward; seen on CPUs
 # of a trained parameter: the norm reads g, Adam reads p, g, m, v and writes p, m, v, and g is set to zero
 OPTIMIZER_BYTES = 36
@@ -61,6 +62,20 @@ RWKV_LM_TENSORS = sum(sum(read_written) for parts in RWKV_LM.values() for read_w
 RWKV_LM_LOGITS = 3
 
 
+def positive(text: str) -> float:
+    """A flag's number above zero."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+    return number
+
+
+def size(text: str) -> int:
+    """A flag's whole number above zero."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
+    return number
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_budget", description=__doc__.partition("\n\n")[0], allow_abbrev=False
@@ -68,17 +83,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load_model", help="a .pth, whose sizes are taken")
     parser.add_argument("--model", type=int, choices=(6, 7), default=7, help="version, without --load_model")
     for name, default in {"n_layer": 24, "n_embd": 2048, "vocab": 65536}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=size, default=default)
     parser.add_argument("--peft", default="miss")
-    parser.add_argument("--r", type=int, default=64)
-    parser.add_argument("--quant", default="none")
-    parser.add_argument("--grad_cp", type=int, default=0)
-    parser.add_argument("--micro_bsz", type=int, default=8)
-    parser.add_argument("--ctx_len", type=int, default=1024)
-    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--r", type=size, default=64, help="rank of the adapters")
+    parser.add_argument("--quant", choices=("none", "int8", "nf4"), default="none")
+    parser.add_argument("--grad_cp", type=int, choices=(0, 1, 2), default=0)
+    parser.add_argument("--micro_bsz", type=size, default=8)
+    parser.add_argument("--ctx_len", type=size, default=1024)
+    parser.add_argument("--card", choices=CARDS, default="h100", help="another: --bandwidth and --flops")
     parser.add_argument("--operators", action="store_true", help="list a layer's operators, too")
-    parser.add_argument("--bandwidth", type=float, help="bytes a second, of another card")
-    parser.add_argument("--flops", type=float, help="floating-point operations a second, of another card")
+    parser.add_argument("--bandwidth", type=positive, help="bytes a second, of another card")
+    parser.add_argument("--flops", type=positive, help="floating-point operations a second, of another card")
     return parser.parse_args(argv)
 
 
@@ -88,10 +103,12 @@ def main() -> None:
         stub.load()
     except stub.Unavailable as reason:
         sys.exit(f"gpu_budget: {reason}; it counts with torch's wheel for CPUs")
+    from rwkv_miss.errors import one_line_errors
     from tests.fake_gpu.device import install  # imports torch, which has to come after the stub
 
     install()
-    print(json.dumps(report(args)))
+    with one_line_errors():
+        print(json.dumps(report(args)))
 
 
 def report(args: argparse.Namespace) -> dict:
@@ -99,6 +116,7 @@ def report(args: argparse.Namespace) -> dict:
     import torch
 
     from benchmarks.op_counts import TRAFFIC
+    from rwkv_miss.errors import UserError
     from rwkv_miss.files.checkpoint import Arch, read_checkpoint
     from src.model import default_arch
     from tests.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
@@ -108,7 +126,9 @@ def report(args: argparse.Namespace) -> dict:
     if args.load_model:
         arch = Arch.detect(read_checkpoint(args.load_model))
     else:
-        arch = default_arch(args.model, args.n_layer, args.n_embd, args.vocab, 64)
+        if args.n_embd % HEAD_SIZE:
+            raise UserError(f"--n_embd {args.n_embd} has to be a multiple of {HEAD_SIZE}, the head size")
+        arch = default_arch(args.model, args.n_layer, args.n_embd, args.vocab, HEAD_SIZE)
     rows, width = args.micro_bsz, args.ctx_len
     bandwidth, flops, card = CARDS[args.card]
     if args.bandwidth or args.flops:

@@ -74,3 +74,12 @@ def test_the_other_trainer():
     """RWKV-LM's layer: 46 tensors forward, 75 backward."""
     forward, backward = (sum(map(sum, parts)) for parts in zip(*gpu_budget.RWKV_LM.values(), strict=True))
     assert (forward, backward) == (46, 75)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--ctx_len 0", "--n_layer -1", "--bandwidth -1", "--flops nan", "--grad_cp 3", "--quant int4"]
+)
+def test_a_budget_takes_no_senseless_number(flag, capsys):
+    with pytest.raises(SystemExit):
+        gpu_budget.parse(flag.split())
+    assert flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
