@@ -115,6 +115,8 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
         name: ("elementwise", 1)
         for name in (
             "relu_squared",
+            "gated",
+            "gated_backward",
             "value_residual",
             "delta_inputs",
             "readout6",

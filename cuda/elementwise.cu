@@ -154,6 +154,28 @@ struct ReluSquaredBackward {
     }
 };
 
+struct Gated {
+    static constexpr int VECTORS = 0;
+    static constexpr int TRAINABLE = 0;
+    const void *x, *gate;
+    void* y;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        at.write(y, at.read(x) * sigmoid(at.read(gate)));
+    }
+};
+
+struct GatedBackward {
+    static constexpr int VECTORS = 0;
+    static constexpr int TRAINABLE = 0;
+    const void *x, *gate, *dy;
+    void *dx, *dgate;
+    template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
+        const Vec s = sigmoid(at.read(gate)), d = at.read(dy) * s;
+        at.write(dgate, d * (1 - s) * at.read(x));
+        at.write(dx, d);
+    }
+};
+
 struct ValueResidual {
     static constexpr int VECTORS = 0;
     static constexpr int TRAINABLE = 0;
@@ -400,6 +422,20 @@ extern "C" int relu_squared_backward(const void* y, const void* dy, void* dx, in
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_each(ReluSquaredBackward{y, dy, dx}, B * T, C, dtype, stream);
+}
+
+extern "C" int gated_forward(const void* x, const void* gate, void* y, int64_t B, int64_t T, int64_t C,
+    int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(Gated{x, gate, y}, B * T, C, dtype, stream);
+}
+
+extern "C" int gated_backward(const void* x, const void* gate, const void* dy, void* dx, void* dgate,
+    int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_each(GatedBackward{x, gate, dy, dx, dgate}, B * T, C, dtype, stream);
 }
 
 extern "C" int value_residual_forward(const void* v, const void* first, const void* gate, void* y, int64_t B,

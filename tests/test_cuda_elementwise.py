@@ -42,6 +42,7 @@ FUNCTIONS = {
         6,
     ),
     "relu_squared": (lambda on, x, reset: elementwise.relu_squared(x, on), 1, 0),
+    "gated": (lambda on, x, gate, reset: elementwise.gated(x, gate, on), 2, 0),
     "value_residual": (lambda on, *x, reset: elementwise.value_residual(*x, on), 3, 0),
     "delta_inputs": (lambda on, *x, heads, reset: elementwise.delta_inputs(*x, heads, on), 2, 2),
     "readout6": (lambda on, *x, heads, reset: elementwise.readout6(*x, heads, EPS, on), 2, 2),

@@ -13,6 +13,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv6
 from ..ops.elementwise import (
+    gated,
     native_functions,
     readout6,
     relu_squared,
@@ -163,7 +164,8 @@ class ChannelMix(nn.Module):
         """
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
-        return torch.sigmoid(self.receptance(chosen(x_r, wanted))) * self.value(k), last_token(z)
+        gate = self.receptance(chosen(x_r, wanted))
+        return gated(self.value(k), gate, self.native), last_token(z)
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

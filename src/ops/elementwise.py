@@ -50,6 +50,13 @@ def relu_squared(x: Tensor, native: str) -> Tensor:
     return elementwise_reference.relu_squared(x)
 
 
+def gated(x: Tensor, gate: Tensor, native: str) -> Tensor:
+    # a CPU has none: torch's own there
+    if native == "cuda" and serves(native, [x, gate]):
+        return elementwise_ops.gated(1, 0.0, *ready(x, gate))
+    return elementwise_reference.gated(x, gate)
+
+
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: str) -> Tensor:
     if serves(native, [v, v_first, gate]):
         return elementwise_ops.value_residual(1, 0.0, *ready(v, v_first, gate))

@@ -189,6 +189,7 @@ def _check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 relu_squared = _define("relu_squared", 1, keeps_output=True)
+gated = _define("gated", 2)
 value_residual = _define("value_residual", 3)
 delta_inputs = _define("delta_inputs", 2, 2, outputs=3)
 readout6 = _define("readout6", 2, 2)

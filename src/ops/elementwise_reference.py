@@ -34,6 +34,11 @@ def shift_mix_low_rank(
     return [z + d * (mix.to(z.dtype).view(-1) + m[i].view(z.shape)) for i, mix in enumerate(mixes)]
 
 
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """sigmoid(gate) x."""
+    return torch.sigmoid(gate) * x
+
+
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor) -> Tensor:
     """v + (v_first - v) sigmoid(gate)."""
     return v + (v_first - v) * torch.sigmoid(gate)

@@ -93,6 +93,7 @@ def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
             2,
             [(5, 7, WIDTH), *[channels] * 5],
         ),
+        "gated": (lambda on, x, gate, _: elementwise.gated(x, gate, on), 2, []),
         "value_residual": (
             lambda on, v, first, gate, _: elementwise.value_residual(v, first, gate, on),
             3,
