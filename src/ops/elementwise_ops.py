@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rwkv_miss.gemm import product
+from rwkv_miss.gemm import product, product_transposed
 
 from .launch_errors import require_started
 from .native import DTYPE_CODES, EXACT_STRIDES, addresses, library, once_differentiable
@@ -396,7 +396,7 @@ class ShiftMixLowRank(torch.autograd.Function):
 
 
 def _low_rank_mixes(z, q, maps):
-    return [product(part, map_.t()).view(z.shape) for part, map_ in zip(q, maps, strict=True)]
+    return [product_transposed(part, map_).view(z.shape) for part, map_ in zip(q, maps, strict=True)]
 
 
 def _low_rank_forward(z, last, q, reset, mixes, maps):

@@ -95,7 +95,7 @@ def nothing_saved():
 
 def saves(*inputs: Tensor | None) -> bool:
     """Whether a forward has to keep what a backward reads."""
-    return _SAVES[0] and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _SAVES[0] and torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -216,8 +216,10 @@ class WkvOp:
 
     def sum_u(self, gradients: list[Tensor]) -> tuple[Tensor, ...]:
         """The gradients with the parts of u's added up."""
-        names = (*self.inputs, "s0")
-        return tuple(g.sum(0) if name == "u" else g for name, g in zip(names, gradients, strict=True))
+        if "u" in self.inputs:
+            u = self.inputs.index("u")
+            gradients[u] = gradients[u].sum(0)
+        return tuple(gradients)
 
     def forward(self, *arguments, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chunked = arguments
