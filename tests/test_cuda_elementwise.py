@@ -29,6 +29,11 @@ EPS = 64e-5
 # name -> (function of native, activations, vectors, reset; activations; vectors)
 FUNCTIONS = {
     "shift_mix": (lambda on, z, last, *mixes, reset: elementwise.shift_mix(z, last, reset, mixes, on), 2, 6),
+    "shift_mix, some twice": (
+        lambda on, z, last, *mixes, reset: elementwise.shift_mix(z, last, reset, mixes, on, [1, 0]),
+        2,
+        3,
+    ),
     "shift_mix of one": (
         lambda on, z, last, mix, reset: elementwise.shift_mix(z, last, None, [mix], on),
         2,

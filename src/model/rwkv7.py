@@ -121,10 +121,11 @@ class TimeMix(nn.Module):
         """r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before their sigmoid."""
         # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, mixes, self.native)
+        again = [3] if self.layer > 0 else []
+        x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = shift_mix(z, last, reset, mixes, self.native, again)
         v = self.value(x_v)
         if self.layer > 0:
-            v = value_residual(v, v_first, low_rank(x_v, self.v1, self.v2, self.v0), self.native)
+            v = value_residual(v, v_first, low_rank(*x_v_again, self.v1, self.v2, self.v0), self.native)
         w = low_rank(x_w, self.w1, self.w2, self.w0, torch.tanh)
         a = low_rank(x_a, self.a1, self.a2, self.a0)
         g = low_rank(x_g, self.g1, self.g2, act=torch.sigmoid)

@@ -98,12 +98,23 @@ def readout7(
 
 
 def shift_mix(
-    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: str
+    z: Tensor,
+    last: Tensor,
+    reset: Tensor | None,
+    mixes: list[Tensor],
+    native: str,
+    again: Sequence[int] = (),
 ) -> Sequence[Tensor]:
-    if serves(native, [z, last], mixes):
-        mixes = mixes if native == "cuda" else [elementwise_ops.stacked(mixes)]
-        return elementwise_ops.ShiftMix.apply(*ready(z, last, reset, *mixes))
-    return elementwise_reference.shift_mix(z, last, reset, mixes)
+    """The outputs, and those with the numbers `again` once more, for a second use of each: a GPU adds up the
+    gradients of both where it reads them.
+    """
+    if not serves(native, [z, last], mixes):
+        out = elementwise_reference.shift_mix(z, last, reset, mixes)
+    elif native == "cuda":
+        return elementwise_ops.ShiftMix.apply(again, *ready(z, last, reset, *mixes))
+    else:
+        out = elementwise_ops.ShiftMix.apply((), *ready(z, last, reset, elementwise_ops.stacked(mixes)))
+    return *out, *(out[i] for i in again)
 
 
 def shift_mix_low_rank(

@@ -318,20 +318,28 @@ _shift_backward_op = _library_op(
 
 
 class ShiftMix(torch.autograd.Function):
-    """shift_mix of (z, last, reset, *mixes). It keeps z for the gradients of mixes only."""
+    """shift_mix of (z, last, reset, *mixes). It keeps z for the gradients of mixes only.
+
+    The outputs with the numbers `again` are there twice. For the backward each of these is one more output.
+    """
 
     @staticmethod
-    def forward(ctx, z, last, reset, *mixes):
-        kept = (z, last) if any(ctx.needs_input_grad[3:]) else (None, None)
+    def forward(ctx, again, z, last, reset, *mixes):
+        kept = (z, last) if any(ctx.needs_input_grad[4:]) else (None, None)
         ctx.save_for_backward(*kept, reset, *mixes)
-        return tuple(_shift_op(z, last, reset, mixes))
+        ctx.again = again
+        out = _shift_op(z, last, reset, mixes)
+        return *out, *(out[i].detach() for i in again)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
         z, last, reset, *mixes = ctx.saved_tensors
-        dz, dlast, *dmixes = _shift_backward_op(ready(*gradients), z, last, reset, mixes)
-        return dz, dlast, None, *(dmixes or [None] * len(mixes))
+        of_outputs = [*mixes, *(mixes[i] for i in ctx.again)]
+        dz, dlast, *dmixes = _shift_backward_op(ready(*gradients), z, last, reset, of_outputs)
+        for i, second in zip(ctx.again, dmixes[len(mixes) :]):
+            dmixes[i] += second
+        return None, dz, dlast, None, *(dmixes[: len(mixes)] or [None] * len(mixes))
 
 
 # The shares that every token adds to the mixes, m_i = q_i maps_i, are products. A GPU makes all in one and
