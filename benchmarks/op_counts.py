@@ -111,6 +111,8 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "dequantise": ("dequantise", 1),
     "drop": ("elementwise", 1),
     "softmax_loss_": ("loss", 1),
+    "add_layer_norm": ("norm", 1),
+    "add_layer_norm_backward": ("norm", _with_gradients_of_vectors),
     **{
         name: ("elementwise", 1)
         for name in (

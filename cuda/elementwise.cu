@@ -14,7 +14,7 @@
 // to numbers are multiples of 16 bytes. The last arguments and the result are as launch.h says.
 //
 // A backward launches one kernel, and one more for the gradients of vectors.
-#include "elementwise.cuh"
+#include "add_layer_norm.cuh"
 
 namespace {
 
@@ -537,4 +537,39 @@ extern "C" int readout6_backward(const void* y, const void* g, const void* const
     if (on.error) return on.error;
     return launch_tokens(Readout6Backward{y, g, dout, dy, dg}, vectors, vector_dtypes, dvectors, partial,
         B * T, C, H, eps, dtype, stream);
+}
+
+// sum = x + mixed, and its LayerNorm. vectors: weight, bias; C is at most 8192
+extern "C" int add_layer_norm_forward(const void* x, const void* mixed, const void* const* vectors, void* sum,
+    void* normed, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!fits_block(B * T, C)) return cudaErrorInvalidValue;
+    return typed(dtype, [&](auto number) {
+        LAUNCH((add_layer_norm<decltype(number)>), dim3((unsigned)(B * T)), threads_of(C), 0, stream, x,
+            mixed, Vectors(vectors, vector_dtypes, 2), sum, normed, (int)C, eps);
+    });
+}
+
+// dx is the gradient of x and that of mixed; dsum may be null
+extern "C" int add_layer_norm_backward(const void* sum, const void* dnormed, const void* dsum,
+    const void* const* vectors, void* dx, void* const* dvectors, float* partial, int64_t vector_dtypes,
+    int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    if (!fits_block(B * T, C)) return cudaErrorInvalidValue;
+    const Vectors values(vectors, vector_dtypes, 2), gradients(dvectors, vector_dtypes, 2);
+    const Shape shape = Shape::columns(1, B * T, C);
+    return typed(dtype, [&](auto number) {
+        using N = decltype(number);
+        if (dvectors) {
+            LAUNCH((add_layer_norm_grad<N, true>), dim3((unsigned)shape.parts()), threads_of(C), 0, stream,
+                sum, dnormed, dsum, values, dx, partial, shape.T, shape.C, eps);
+            launch_add_parts(partial, shape, gradients, stream);
+        } else {
+            LAUNCH((add_layer_norm_grad<N, false>), dim3((unsigned)shape.T), threads_of(C), 0, stream, sum,
+                dnormed, dsum, values, dx, partial, shape.T, shape.C, eps);
+        }
+    });
 }

@@ -54,7 +54,19 @@ struct Vectors {
         for (int i = 0; from && i < count && i < MOST_VECTORS; i++) numbers[i] = from[i];
     }
     __device__ int dtype(int i) const { return (int)(dtypes >> 2 * i) & 3; }
+    __device__ Vec read(int i, int channel) const {
+        switch (dtype(i)) {
+            case kFloat32: return read_vec(static_cast<const float*>(numbers[i]) + channel);
+            case kBFloat16: return read_vec(static_cast<const __nv_bfloat16*>(numbers[i]) + channel);
+            default: return read_vec(static_cast<const __half*>(numbers[i]) + channel);
+        }
+    }
 };
+
+// 1 / the deviation; NaN if the variance overflows
+__device__ __forceinline__ float inverse_deviation(float variance, float eps) {
+    return 1.f / sqrtf(variance + eps) + variance * 0.f;
+}
 
 // a lane's channels, and the token that its warp is at
 template <class T> struct Place {
@@ -87,12 +99,7 @@ template <class T> struct Place {
     __device__ Vec read(const void* x) const { return read_at(x, here); }
     __device__ void write(void* x, const Vec& value) const { write_at(x, here, value); }
     __device__ Vec vector(const Vectors& from, int i) const {
-        if (!has) return Vec(0);
-        switch (from.dtype(i)) {
-            case kFloat32: return read_vec(static_cast<const float*>(from.numbers[i]) + channel);
-            case kBFloat16: return read_vec(static_cast<const __nv_bfloat16*>(from.numbers[i]) + channel);
-            default: return read_vec(static_cast<const __half*>(from.numbers[i]) + channel);
-        }
+        return has ? from.read(i, channel) : Vec(0);
     }
 
     // two numbers of the head: x (tokens, H, 2), read by all of its lanes and written by the first
@@ -113,7 +120,7 @@ template <class T> struct Place {
         for (int lanes = shape.lanes / 2; lanes; lanes /= 2)
             ((x += __shfl_xor_sync(0xffffffffu, x, lanes)), ...);
     }
-    // y of this head with mean 0 and variance 1; *scale is 1 / its deviation; NaN if the variance overflows
+    // y of this head with mean 0 and variance 1; *scale is 1 / its deviation
     __device__ Vec normalised(const Vec& y, float* scale) const {
         float mean = total(y);
         sum_head(mean);
@@ -122,7 +129,7 @@ template <class T> struct Place {
         float variance = total(centred * centred);
         sum_head(variance);
         variance /= shape.N;
-        *scale = 1.f / sqrtf(variance + shape.eps) + variance * 0.f;
+        *scale = inverse_deviation(variance, shape.eps);
         return centred * *scale;
     }
 

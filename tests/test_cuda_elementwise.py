@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from benchmarks import gpu_numerics
 from benchmarks.ptxas_report import compile_report, table
@@ -52,6 +53,7 @@ FUNCTIONS = {
     "delta_inputs": (lambda on, *x, heads, reset: elementwise.delta_inputs(*x, heads, on), 2, 2),
     "readout6": (lambda on, *x, heads, reset: elementwise.readout6(*x, heads, EPS, on), 2, 2),
     "readout7": (lambda on, *x, reset: elementwise.readout7(*x, EPS, on), 5, 3),
+    "add_layer_norm": (lambda on, *x, reset: elementwise.add_layer_norm(*x, EPS, on), 2, 2),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -82,7 +84,7 @@ def inputs(name, sizes):
         shapes[1] = (B, C)
     if name == "shift_mix_low_rank":
         shapes[2:4] = (5, B * T, 7), (5, 7, C)
-    if name.startswith("readout"):
+    if name.startswith(("readout", "add_layer_norm")):
         shapes[-2:] = (C,), (C,)
     if name == "readout7":
         shapes[5] = (heads, C // heads)
@@ -177,6 +179,39 @@ def test_vectors_have_any_dtype_and_their_gradients_the_same(gpu):
         close("gradient", mine, exact, TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("width", [8, 2056, 8192])
+@pytest.mark.parametrize("of_sum", [True, False])
+def test_add_layer_norm_of_any_width(width, of_sum, gpu, monkeypatch):
+    """One lane to 32 warps; with and without a gradient of the sum. What is not written is NaN."""
+    monkeypatch.setattr(
+        elementwise_ops.torch, "empty_like", lambda x, **kw: torch.full(x.shape, math.nan, dtype=x.dtype)
+    )
+    generator = torch.Generator().manual_seed(width)
+    shapes = [(35, width)] * 2 + [(width,)] * 2 + [(35, width)] * 2
+    # a mean far from 0: the squares are those of what is left without it
+    numbers = [torch.randn(shape, generator=generator) + 30 * (i == 0) for i, shape in enumerate(shapes)]
+
+    def run(native, dtype):
+        *leaves, dtotal, dnormed = [x.to(dtype, copy=True).requires_grad_() for x in numbers]
+        total, normed = elementwise.add_layer_norm(*leaves, EPS, native)
+        out, gradients = ([total, normed], [dtotal, dnormed]) if of_sum else ([normed], [dnormed])
+        return [*out, *torch.autograd.grad(out, leaves, gradients)]
+
+    for i, (mine, exact) in enumerate(zip(run("cuda", torch.float32), run("", torch.float64), strict=True)):
+        close(f"tensor {i}", mine, exact, 1e-5)
+    assert gpu == ["add_layer_norm_forward", "add_layer_norm_backward"]
+
+
+def test_a_wider_layer_norm_is_torchs(gpu):
+    x, vector = torch.randn(1, 2, 8200), torch.ones(8200)
+    total, normed = elementwise.add_layer_norm(x, x, vector, vector, EPS, "cuda")
+    assert (
+        not gpu
+        and torch.equal(total, 2 * x)
+        and torch.equal(normed, functional.layer_norm(2 * x, [8200], vector, vector, EPS))
+    )
+
+
 @pytest.mark.parametrize("count", [9, 32])
 def test_any_number_of_mixes(count, gpu):
     x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
@@ -191,6 +226,9 @@ def test_what_does_not_fit_is_refused(libraries, gpu):
         sizes = [*map(ctypes.c_int64, (B, T, C, H)), ctypes.c_float(0), dtype, 0, None]
         pointers = [None] * 4
         assert libraries[7].readout6_forward(*pointers, ctypes.c_int64(0), *sizes) == 1
+    sizes = [ctypes.c_int64(n) for n in (1, 1, 8200, 1)]
+    refused = [ctypes.c_int64(0), *sizes, ctypes.c_float(0), 0, 0, None]
+    assert libraries[7].add_layer_norm_forward(*[None] * 5, *refused) == 1
     with pytest.raises(RuntimeError, match="shift_mix_forward: a CUDA kernel did not start, error 1:"):
         x = torch.ones(1, 1, 8)
         elementwise.shift_mix(x, x[0], None, [x[0, 0]] * 33, "cuda")

@@ -227,7 +227,7 @@ def test_nothing_is_kept_or_computed_below_the_lowest_adapted_layer(version, ker
     rwkv_miss.inject(model, "miss", names, rank=4)
     kept, below = [], []
     model.blocks[1].register_forward_pre_hook(
-        lambda module, args: below.extend([*kept, *(x for x in args[:2] if getattr(x, "requires_grad", 0))])
+        lambda module, args: below.extend([*kept, *(x for x in args[:3] if getattr(x, "requires_grad", 0))])
     )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x, _ = model.features(torch.arange(12)[None])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 from rwkv_miss.gemm import uses_onednn
 
-from ..ops.elementwise import native_functions
+from ..ops.elementwise import add_layer_norm, native_functions
+from ..ops.elementwise_reference import layer_norm
 from .loss import head_loss
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
@@ -77,12 +77,19 @@ def times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm in the dtype of its input, whatever that of its weights."""
+    """nn.LayerNorm in the dtype of its input, whatever that of its weights.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-        )
+    With `addend`, of the shape of x, it is (x + addend, the norm of this sum).
+    """
+
+    def __init__(self, width: int, kernel: str):
+        super().__init__(width)
+        self.native = native_functions(kernel)
+
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if addend is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, addend, self.weight, self.bias, self.eps, self.native)
 
 
 class Linear(nn.Linear):

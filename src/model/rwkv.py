@@ -80,46 +80,51 @@ def recomputed(function: Callable, *arguments):
 class Block(nn.Module):
     """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)).
 
-    The first one also normalises the embedding (ln0).
+    The first one also normalises the embedding (ln0). What the channel mix gives is handed on beside x, since
+    the next norm adds it: a GPU does both in one kernel.
     """
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
         version = VERSIONS[arch.version]
         if layer == 0:
-            self.ln0 = LayerNorm(arch.n_embd)
-        self.ln1 = LayerNorm(arch.n_embd)
-        self.ln2 = LayerNorm(arch.n_embd)
+            self.ln0 = LayerNorm(arch.n_embd, kernel)
+        self.ln1 = LayerNorm(arch.n_embd, kernel)
+        self.ln2 = LayerNorm(arch.n_embd, kernel)
         self.att = version.TimeMix(arch, layer, kernel)
         self.ffn = version.ChannelMix(arch, layer, kernel)
 
     def forward(
         self,
         x: Tensor,
+        mixed: Tensor | None,
         v_first: Tensor | None,
         state: LayerState,
         reset: Tensor | None,
         wanted: Tensor | None = None,
         recompute: bool = False,
-    ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C), v_first and the state after the layer.
+    ) -> tuple[Tensor, Tensor, Tensor | None, LayerState]:
+        """x and what is still to be added to it, (B, T, C) both, v_first and the state after the layer.
 
-        v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (n,) int64
-        the channel mix is computed for these tokens only, and the new x is theirs, (n, C); the state is
-        whole. With `recompute` nothing of the time mix is kept for the backward but its input.
+        The input is x + mixed, or x where mixed is None. v_first (B, T, A) is layer 0's value in v7, None
+        before layer 0 and in v6. With `wanted` (n,) int64 the channel mix is computed for these tokens only,
+        and the new x and mixed are theirs, (n, C); the state is whole. With `recompute` nothing of the time
+        mix is kept for the backward but its inputs.
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         run = self.time_mix
         if recompute:
             run = functools.partial(recomputed, self.time_mix)
-        mixed, v_first, att_x, wkv = run(x, v_first, state.att_x, state.wkv, reset)
-        x = x + mixed
-        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
-        return chosen(x, wanted) + mixed, v_first, LayerState(att_x, wkv, ffn_x)
+        x, mixed, v_first, att_x, wkv = run(x, mixed, v_first, state.att_x, state.wkv, reset)
+        x, z = self.ln2(x, mixed)
+        mixed, ffn_x = self.ffn(z, state.ffn_x, reset, wanted)
+        return chosen(x, wanted), mixed, v_first, LayerState(att_x, wkv, ffn_x)
 
-    def time_mix(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        return self.att(self.ln1(x), *others)
+    def time_mix(self, x: Tensor, mixed: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        """x with `mixed` added, and what the time mix returns."""
+        x, z = (x, self.ln1(x)) if mixed is None else self.ln1(x, mixed)
+        return x, *self.att(z, *others)
 
 
 class RWKV(nn.Module):
@@ -138,7 +143,7 @@ class RWKV(nn.Module):
         self.base_identity: Identity | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
-        self.ln_out = LayerNorm(arch.n_embd)
+        self.ln_out = LayerNorm(arch.n_embd, kernel)
         self.head = Head(arch.n_embd, arch.vocab_size, kernel)
         self._init_weights()
 
@@ -205,7 +210,9 @@ class RWKV(nn.Module):
         native = native_functions(kernel)
         for block in self.blocks:
             block.att.kernel = kernel
-            block.att.native = block.ffn.native = self.head.native = native
+        for module in self.modules():
+            if hasattr(module, "native"):
+                module.native = native
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,16 +277,19 @@ class RWKV(nn.Module):
         """
         if state is None:
             state = self.initial_state(len(ids))
-        x, v_first, after = self.emb(ids).to(state[0].att_x.dtype), None, []
+        x, mixed, v_first, after = self.emb(ids).to(state[0].att_x.dtype), None, None, []
         for layer, (block, before) in enumerate(zip(self.blocks, state, strict=True), 1):
             of_these = wanted if layer == len(self.blocks) else None
             recompute = self.grad_cp if torch.is_grad_enabled() else 0
+            if recompute and mixed is not None:
+                x, mixed = x + mixed, None  # what is recomputed keeps its inputs: one in the place of two
             if recompute == 1:
-                x, v_first, new = recomputed(block, x, v_first, before, reset, of_these)
+                x, mixed, v_first, new = recomputed(block, x, mixed, v_first, before, reset, of_these)
             else:
-                x, v_first, new = block(x, v_first, before, reset, of_these, recompute == 2)
+                x, mixed, v_first, new = block(x, mixed, v_first, before, reset, of_these, recompute == 2)
             after.append(new)
-        return self.ln_out(x), after
+        _, x = self.ln_out(x, mixed)
+        return x, after
 
     def forward(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import elementwise_ops, elementwise_reference
+from .add_layer_norm import LARGEST_NORM, AddLayerNorm
 from .elementwise_ops import ready
 from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
@@ -127,3 +128,12 @@ def shift_mix_low_rank(
         mixes, maps = elementwise_ops.stacked(mixes), maps.detach().to(z.dtype)
         return elementwise_ops.ShiftMixLowRankCpu.apply(z, last, q, reset, maps, mixes)
     return elementwise_reference.shift_mix_low_rank(z, last, reset, mixes, q, maps)
+
+
+def add_layer_norm(
+    x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, eps: float, native: str
+) -> tuple[Tensor, Tensor]:
+    # there is none for a CPU, where torch's own is
+    if native == "cuda" and x.shape[-1] <= LARGEST_NORM and serves(native, [x, mixed], [weight, bias]):
+        return AddLayerNorm.apply(*ready(x, mixed, weight, bias), eps)
+    return elementwise_reference.add_layer_norm(x, mixed, weight, bias, eps)

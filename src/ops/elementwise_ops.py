@@ -101,7 +101,7 @@ def ready(*activations: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in activations]
 
 
-def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
+def library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
     """rwkv::name(arguments) -> Tensor[], with its shapes for tracing and for the count of memory."""
     # not torch.library.custom_op, whose first use imports torch._dynamo: 0.9 s in every process
     torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=EXACT_STRIDES)
@@ -128,7 +128,7 @@ def _define(
 
     def forward(tensors, heads, eps):
         made = forward_shapes(tensors, heads, eps)
-        _check_sizes(name, tensors)
+        check_sizes(name, tensors)
         call(
             f"{name}_forward",
             tensors[0],
@@ -147,7 +147,7 @@ def _define(
 
     def backward(tensors, heads, eps, trained):
         made = backward_shapes(tensors, heads, eps, trained)
-        _check_sizes(name, tensors)
+        check_sizes(name, tensors)
         after = [*tensors[kept:], *made[:activations]]
         given, of_vectors = tensors[: kept - vectors], tensors[kept - vectors : kept]
         gradients = made[activations:] if trained else None
@@ -155,8 +155,8 @@ def _define(
         return made
 
     sizes = "Tensor[] tensors, int heads, float eps"
-    forward_op = _library_op(name, sizes, forward, forward_shapes)
-    backward_op = _library_op(f"{name}_backward", f"{sizes}, bool trained", backward, backward_shapes)
+    forward_op = library_op(name, sizes, forward, forward_shapes)
+    backward_op = library_op(f"{name}_backward", f"{sizes}, bool trained", backward, backward_shapes)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -177,7 +177,7 @@ def _define(
     return Differentiable.apply
 
 
-def _check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
+def check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
     """A parameter that ZeRO-3 has let go is empty."""
     shape = tensors[0].shape
     for x in tensors:
@@ -209,7 +209,7 @@ def _mix7_readout_shapes(tensors, heads, eps, trained):
 
 def _mix7_readout(tensors, heads, eps, trained):
     made = _mix7_readout_shapes(tensors, heads, eps, trained)
-    _check_sizes("mix7", tensors)
+    check_sizes("mix7", tensors)
     given, vectors, after = tensors[:5], tensors[5:8], [*tensors[8:], *made[:3]]
     call(
         "mix7_readout_backward",
@@ -224,7 +224,7 @@ def _mix7_readout(tensors, heads, eps, trained):
     return made
 
 
-_library_op(
+library_op(
     "mix7_readout_backward",
     "Tensor[] tensors, int heads, float eps, bool trained",
     _mix7_readout,
@@ -238,7 +238,7 @@ def _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained):
 
 def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
     made = _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained)
-    _check_sizes("mix7", [dr, dv, *tensors])
+    check_sizes("mix7", [dr, dv, *tensors])
     dout, *of_recurrence = tensors[7:]
     after = [dout, sums, *of_recurrence, dr, dv, *made[:2]]
     of_vectors = made[2:] if trained else None
@@ -247,7 +247,7 @@ def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
 
 
 # of k, a, r, g, k_k, k_a, r_k, dout, dkey, dalpha, dbeta: dk, da and the gradients of k_k and k_a
-_library_op(
+library_op(
     "mix7_inputs_backward",
     "Tensor(a!) dr, Tensor(b!) dv, Tensor sums, Tensor[] tensors, int heads, bool trained",
     _mix7_inputs,
@@ -308,8 +308,8 @@ def _shift_backward(gradients, z, last, reset, mixes):
 
 
 _SHIFT = "Tensor z, Tensor last, Tensor? reset, Tensor[] mixes"
-_shift_op = _library_op("shift_mix", _SHIFT, _shift_forward, _shift_shapes)
-_shift_backward_op = _library_op(
+_shift_op = library_op("shift_mix", _SHIFT, _shift_forward, _shift_shapes)
+_shift_backward_op = library_op(
     "shift_mix_backward",
     "Tensor[] gradients, Tensor? z, Tensor? last, Tensor? reset, Tensor[] mixes",
     _shift_backward,
@@ -369,8 +369,8 @@ def _token_backward(z, last, reset, mixes, m, gradients, trained):
     return found
 
 
-_token_op = _library_op("shift_mix_token", f"{_SHIFT}, Tensor m", _token_forward, _shift_shapes)
-_token_backward_op = _library_op(
+_token_op = library_op("shift_mix_token", f"{_SHIFT}, Tensor m", _token_forward, _shift_shapes)
+_token_backward_op = library_op(
     "shift_mix_token_backward",
     f"{_SHIFT}, Tensor m, Tensor[] gradients, bool trained",
     _token_backward,
@@ -425,13 +425,13 @@ def _low_rank_backward(z, last, q, reset, mixes, maps, gradients):
 
 
 _LOW_RANK = "Tensor z, Tensor last, Tensor q, Tensor? reset, Tensor[] mixes, Tensor maps"
-_low_rank_op = _library_op(
+_low_rank_op = library_op(
     "shift_mix_low_rank",
     _LOW_RANK,
     _low_rank_forward,
     lambda z, last, q, reset, mixes, maps: _shift_shapes(z, last, reset, mixes),
 )
-_low_rank_backward_op = _library_op(
+_low_rank_backward_op = library_op(
     "shift_mix_low_rank_backward",
     f"{_LOW_RANK}, Tensor[] gradients",
     _low_rank_backward,

@@ -84,3 +84,15 @@ def readout6(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps
 
 def relu_squared(x: Tensor) -> Tensor:
     return torch.relu(x) ** 2
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + mixed, and its LayerNorm."""
+    x = x + mixed
+    return x, layer_norm(x, weight, bias, eps)

@@ -114,6 +114,11 @@ def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
             5,
             [heads, channels, channels],
         ),
+        "add_layer_norm": (
+            lambda on, x, mixed, _, *v: elementwise.add_layer_norm(x, mixed, *v, EPS, on),
+            2,
+            [channels] * 2,
+        ),
         "relu_squared": (lambda on, x, _: elementwise.relu_squared(x, on), 1, []),
     }
 
