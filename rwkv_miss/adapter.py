@@ -457,7 +457,7 @@ class AroundSteps:
     made when the adapter is in its place, and not used when that was changed.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.layers = list(adapted_linears(model).values())
 
     def penalty(self, gather: Gather = whole) -> Tensor | None:

@@ -112,7 +112,7 @@ def test_a_chat_on_a_gpu_takes_the_graph_or_the_model_where_it_fails():
     assert isinstance(answers, GraphedDecoder) and answers.graph is not None
     assert how == "one CUDA graph a token"
     # a number for Python waits for the device
-    model.ln_out.register_forward_hook(lambda layer, inputs, x: x * float(x.isfinite().all()))
+    model.head.register_forward_hook(lambda layer, inputs, x: x * float(x.isfinite().all()))
     answers, how = cpu_decoder.fastest(model)
     assert answers is model
     assert how.endswith("as a CUDA graph does not work: operation not permitted when stream is capturing")
@@ -126,7 +126,7 @@ def test_a_graph_with_other_numbers_is_refused():
         calls.append(1)
         return x * 1.1 if len(calls) == 4 else x  # after a prompt, the model's token, and the one to warm up
 
-    model.ln_out.register_forward_hook(other_when_recorded)
+    model.head.register_forward_hook(other_when_recorded)
     with pytest.raises(RuntimeError, match="of the largest one off"):
         GraphedDecoder(model).check()
     assert len(calls) == 4

@@ -71,10 +71,16 @@ def _lora(N: int, k: int, d: int, rank: int) -> Cost:
     return Cost(6 * N * rank * (k + d), N * (k + rank), rank * (k + d))
 
 
+def _scaled_lora(N: int, k: int, d: int, rank: int) -> Cost:
+    # kept beside the parameter: B times the factor, made once for forward and backward
+    lora = _lora(N, k, d, rank)
+    return Cost(lora.flops, lora.saved + rank * d, lora.parameters)
+
+
 def _dora(N: int, k: int, d: int, rank: int) -> Cost:
     # W A^T, A A^T and B (A A^T), whatever N is
     lora, norms = (
-        _lora(N, k, d, rank),
+        _scaled_lora(N, k, d, rank),
         2 * rank * (k * d + rank * (k + d)),
     )
     return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
@@ -110,13 +116,13 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "miss": _miss,
     "mora": _mora,
     "bat": _bat,
-    "lora": _lora,
+    "lora": _scaled_lora,
     "pissa": _lora,
     "dora": _dora,
     "adalora": _adalora,
     "prolora": _prolora,
     "mos": _mos,
-    "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), N * rank, rank * d),
+    "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), (N + d) * rank, rank * d),
     "vera": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d) + 4 * d * rank, N * rank, rank + d),
 }
 

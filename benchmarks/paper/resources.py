@@ -95,7 +95,7 @@ def copy_of(base: RWKV) -> RWKV:
 
 def make_step(model: RWKV, settings: Settings) -> Callable[[], None]:
     ids = torch.randint(model.arch.vocab_size, (1, settings.ctx_len + 1), device=settings.device)
-    step = training_step(model, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+    step = training_step(model, ids, torch.arange(settings.ctx_len, device=settings.device))
     return step if settings.device == "cpu" else lambda: (step(), torch.cuda.synchronize())
 
 

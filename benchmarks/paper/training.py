@@ -176,7 +176,9 @@ def _whole_lines(text: str):
 
 def untouched(task: Task) -> list[float | None]:
     """Of the base: held-out loss, share of right tokens, share of right answers."""
-    config = Config(load_model=str(task.base), peft="none", micro_bsz=16, ctx_len=task.width)
+    config = Config(
+        load_model=str(task.base), peft="none", precision="fp32", micro_bsz=16, ctx_len=task.width
+    )
     model = build_model(config, task.arch, "torch", torch.float32)
     return [
         held_out_loss(model, config, task.held_out),
@@ -196,6 +198,7 @@ def _train(run: Run, task: Task) -> Outcome:
         lr_init=run.lr,
         warmup_steps=0,
         random_seed=run.seed,
+        precision="fp32",
     )
     torch.manual_seed(run.seed)
     model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
