@@ -17,13 +17,16 @@ import torch
 from src.data.batches import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss
 
-from .common import add_integers, argument_parser, report, settings_without
+from .common import argument_parser, report, settings_without
+from .gpu_budget import size
 from .step import random_model
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_integers(parser, version=7, n_layer=12, n_embd=64, tokens=16, rank=8, rounds=30)
+    parser.add_argument("--version", type=int, choices=(6, 7), default=7)
+    for name, default in {"n_layer": 12, "n_embd": 64, "tokens": 16, "rank": 8, "rounds": 30}.items():
+        parser.add_argument(f"--{name}", type=size, default=default)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = random_model(args.version, args.n_layer, args.n_embd, 256, args.rank)
