@@ -36,13 +36,12 @@ from src.evaluation.accuracy import (
 from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.generate import stream
-from src.inference.sampling import Sampling, sample
+from src.inference.sampling import GREEDY, Row, Sampling, choose
 from src.model import RWKV, LayerState
 
 from .conftest import ROOT, close, make_arch, random_tensors
 from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer
 
-GREEDY = Sampling(temperature=0)
 STOP = DEFAULT.stops[0]
 
 
@@ -149,9 +148,16 @@ PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 LOGITS = PROBABILITIES.log() + 7
 
 
+def sample(logits, sampling, generator=None):
+    (drawn,) = choose(logits[None], [Row(sampling, generator=generator)])
+    if drawn.error:
+        raise drawn.error
+    return drawn.token
+
+
 def frequencies(sampling, count=3000):
     generator = torch.Generator().manual_seed(0)
-    tokens = [sample(LOGITS, sampling, {}, generator) for _ in range(count)]
+    tokens = [sample(LOGITS, sampling, generator) for _ in range(count)]
     return torch.tensor([tokens.count(i) / count for i in range(4)])
 
 
@@ -193,7 +199,7 @@ def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
         least, most = (set(order[before < top_p + rounding].tolist()) for rounding in (-1e-6, 1e-6))
         generator = torch.Generator().manual_seed(1)
         # so hot that the kept ones are alike
-        drawn = {sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)}
+        drawn = {sample(logits, Sampling(1e4, top_p), generator) for _ in range(250)}
         # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected,
         # of more more
         assert drawn <= most and (
@@ -206,7 +212,7 @@ def test_choosing_a_token_leaves_the_number_of_threads_alone(monkeypatch):
     monkeypatch.setattr(
         torch, "set_num_threads", lambda count: pytest.fail(f"the process was given {count} threads")
     )
-    assert sample(LOGITS, Sampling(0.5, 0.8), {1: 1.0}, torch.Generator().manual_seed(0)) in (1, 3)
+    assert sample(LOGITS, Sampling(0.5, 0.8), torch.Generator().manual_seed(0)) in (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +221,15 @@ def test_choosing_a_token_leaves_the_number_of_threads_alone(monkeypatch):
 def test_logits_of_a_model_that_overflows_are_an_error(sampling):
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match=f"{bad}.*overflows"):
-            sample(torch.tensor([0.0, bad, 1.0]), sampling, {})
-    assert sample(torch.tensor([0.0, -torch.inf]), sampling, {}) == 0, "a token without a chance is none"
+            sample(torch.tensor([0.0, bad, 1.0]), sampling)
+    assert sample(torch.tensor([0.0, -torch.inf]), sampling) == 0, "a token without a chance is none"
 
 
 def test_a_seed_repeats_the_answer_and_another_does_not():
     draw = []
     for seed in (1, 1, 2):
         generator = torch.Generator().manual_seed(seed)
-        draw.append([sample(LOGITS, Sampling(1, 1), {}, generator) for _ in range(40)])
+        draw.append([sample(LOGITS, Sampling(1, 1), generator) for _ in range(40)])
     assert draw[0] == draw[1] != draw[2]
 
 

@@ -13,7 +13,7 @@ from ..data.rwkv_template import DEFAULT
 from ..model import RWKV, State
 from ..ops.native import nan_passes
 from .cpu_decoder import Decoder
-from .sampling import Sampling, sample
+from .sampling import FadedCounts, Row, Sampling, choose
 
 
 @torch.no_grad()
@@ -34,17 +34,18 @@ def stream(
     """
     feed = functools.partial(_feed, model, tokenizer)
     logits, state = feed(ids, state)
-    decoder, states, seen = tokenizer.decoder(), _States(state), {}
+    decoder, states, seen = tokenizer.decoder(), _States(state), FadedCounts(sampling)
     text, emitted = "", 0
     produced: list[int] = []
 
     for _ in range(max_tokens):
-        token = sample(logits, sampling, seen, generator)
+        token, *_, error = choose(logits[None], [Row(sampling, seen, generator)])[0]
+        if error:
+            raise error
         produced.append(token)
         if _ends_document(produced, tokenizer.eod):
             break
-        seen = {i: count * sampling.penalty_decay for i, count in seen.items()}
-        seen[token] = seen.get(token, 0.0) + 1
+        seen.add(token)
         text += decoder.push(token)
         before = before_stops(text, stops)
         if len(before) < len(text):
@@ -68,7 +69,7 @@ def stream(
 def _feed(model: RWKV | Decoder, tokenizer, tokens: list[int], before: State | None) -> tuple[Tensor, State]:
     """(logits of the token after these, the state after them)."""
     ids = torch.tensor([tokens], device=model.emb.weight.device)
-    # sample() names a model that overflows, by its logits
+    # choose() names a model that overflows, by its logits
     with nan_passes():
         logits, after = model.next_logits(ids, before)
     # a padded model has ids that no text stands for

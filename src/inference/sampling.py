@@ -1,9 +1,15 @@
-"""How the next token is chosen: temperature, top-p, top-k, penalties."""
+"""How the next tokens of many answers are chosen: temperature, top-p, top-k, penalties, and logprobs.
+
+NumPy is used, because it stays in the calling thread: torch's other threads, once woken, spin for a while on
+the cores that the decoder needs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +40,15 @@ class Sampling:
     def __str__(self) -> str:
         return ", ".join(f"{field.name} {getattr(self, field.name):g}" for field in dataclasses.fields(self))
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on how often the answer holds it."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
     def check(self) -> None:
         """UserError for a number that is out of its range."""
         for name, fits, expected in (
@@ -42,11 +57,13 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("penalty_decay", 0 <= self.penalty_decay <= 1, "0 to 1"),
         ):
             if not fits:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
+GREEDY = Sampling(temperature=0)
 # as the releases of the G1 models recommend, for answers that begin with thoughts and with empty ones
 OPEN_THINK = Sampling(0.96, 0.76, 32, presence_penalty=1.0, frequency_penalty=0.1, penalty_decay=0.988)
 FAKE_THINK = Sampling(1.0, 0.28, 32)
@@ -59,57 +76,143 @@ def recommended(opening: str) -> Sampling | None:
     return FAKE_THINK if opening else None
 
 
-def sample(
-    logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None
-) -> int:
-    """One token id from logits (V,); UserError if a logit is NaN or +inf.
+class FadedCounts:
+    """How often an answer holds each token: an occurrence fades by penalty_decay with every token after it.
 
-    `seen` holds the faded number of occurrences of each token of the answer. NumPy is used, because it stays
-    in the calling thread: torch's other threads, once woken, spin for a while on the cores that the decoder
-    needs.
+    It counts only where the sampling has penalties. `ids` (n,) int64 and `counts` (n,) float64 are views,
+    valid until the next token.
     """
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self._places: dict[int, int] = {}
+        self._ids, self._counts = np.empty(64, np.int64), np.empty(64)
+
+    def add(self, token: int) -> None:
+        """The answer's next token."""
+        if not self.sampling.penalises:
+            return
+        self.counts[:] *= self.sampling.penalty_decay
+        new = len(self._places)
+        place = self._places.setdefault(token, new)
+        if place == new:
+            if new == len(self._ids):
+                self._ids, self._counts = np.resize(self._ids, 2 * new), np.resize(self._counts, 2 * new)
+            self._ids[new], self._counts[new] = token, 0.0
+        self._counts[place] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts[: len(self._places)]
+
+    def penalties(self) -> np.ndarray:
+        """(n,) fp32: by how much the logits of `ids` are lowered."""
+        sampling = self.sampling
+        return sampling.presence_penalty + sampling.frequency_penalty * self.counts.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one row's token is chosen.
+
+    `seen`: the answer so far; None is an empty one. `generator` gives one number a token, where the sampling
+    is not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest.
+    """
+
+    sampling: Sampling
+    seen: FadedCounts | None = None
+    generator: torch.Generator | None = None
+    logprobs: int | None = None
+
+
+class Drawn(NamedTuple):
+    """A row's token, or the error in its place.
+
+    `logprob` is ln p of the token, `likeliest` holds (token, ln p), the likeliest first. p is the raw
+    distribution's, before penalties and temperature.
+    """
+
+    token: int | None
+    logprob: float | None = None
+    likeliest: list[tuple[int, float]] = []
+    error: UserError | None = None
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+    """One token for each row of logits (B, V), which may be a part of a larger tensor.
+
+    A row whose largest logit is not finite has an error and disturbs no other. Raises ValueError where there
+    is not a Row for each.
+    """
+    if logits.dim() != 2 or len(logits) != len(rows):
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
     values = logits.detach().float().cpu().numpy()
-    if seen and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = np.array(list(seen.values()), dtype=np.float32)
-        values = values.copy()
-        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if not np.isfinite(values.max()):
-        raise UserError(
-            f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}"
-        )
-    if sampling.temperature < 1e-5:
-        return int(values.argmax())
-    order, probabilities = _likeliest(values, sampling)
+    uniform = [0.0 if row.sampling.greedy else _uniform(row.generator) for row in rows]
+    return [_choose_one(*given) for given in zip(values, rows, uniform)]
+
+
+def _uniform(generator: torch.Generator | None) -> float:
+    return torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
+def _choose_one(raw: np.ndarray, row: Row, uniform: float) -> Drawn:
+    values = raw
+    if row.seen and len(row.seen.ids):
+        values = raw.copy()
+        values[row.seen.ids] -= row.seen.penalties()
+    if not np.isfinite(largest := values.max()):
+        return Drawn(None, error=_overflow(largest))
+    token = int(values.argmax()) if row.sampling.greedy else _draw(values, row.sampling, uniform)
+    if row.logprobs is None:
+        return Drawn(token)
+    shifted = raw.astype(np.float64) - raw.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    likeliest = [(int(i), float(logprobs[i])) for i in _largest(raw, row.logprobs)]
+    return Drawn(token, float(logprobs[token]), likeliest)
+
+
+def _overflow(largest: float) -> UserError:
+    return UserError(f"the largest logit is {largest}, expected a finite number: the model overflows{ADVICE}")
+
+
+def _draw(values: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """The token that a number of [0, 1) stands for, the likeliest tokens first."""
+    order, weights, total = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
-    before = probabilities.cumsum(dtype=np.float64) - probabilities
-    kept = order[: max(1, int((before < sampling.top_p).sum()))]
+    before = weights.cumsum(dtype=np.float64) - weights
+    kept = order[: max(1, int((before < sampling.top_p * total).sum()))]
     shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
-    drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * shares[-1]
-    return int(kept[np.searchsorted(shares, drawn, side="right")])
+    # rounding may make the product the whole sum: the last one's share has no end
+    return int(kept[np.searchsorted(shares[:-1], uniform * shares[-1], side="right")])
 
 
-def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities of the likeliest tokens in their order: top_k, or enough to reach top_p.
+def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray, float]:
+    """(ids, weights, total weight) of the likeliest tokens in their order: top_k, or enough to reach top_p.
 
     Of 65536 tokens 256 are most often enough. Sorting all takes longer than computing a small model's logits.
     """
     if sampling.top_k:
         order = _largest(logits, sampling.top_k)
         weights = np.exp(logits[order] - logits[order[0]])
-        return order, weights / weights.sum(dtype=np.float64)
+        return order, weights, weights.sum(dtype=np.float64)
     weights = np.exp(logits - logits.max())
     total = weights.sum(dtype=np.float64)
     for count in (256, 4096, len(logits)):
         order = _largest(logits, count)
-        probabilities = weights[order] / total
-        if probabilities.sum() >= sampling.top_p:
+        if weights[order].sum(dtype=np.float64) >= sampling.top_p * total:
             break
-    return order, probabilities
+    return order, weights[order], total
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest values, or of all, the largest first."""
+    """Indices of the `count` largest values, or of all, the largest first; of equal ones the first."""
     found = np.arange(len(values))
+    if not count:
+        return found[:0]
     if count < len(values):
-        found = np.argpartition(values, -count)[-count:]
-    return found[np.argsort(-values[found])]
+        found = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return found[np.argsort(-values[found], kind="stable")][:count]
