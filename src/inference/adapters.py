@@ -11,7 +11,9 @@ On a GPU what is chosen is then rounded to the dtype of the activations: once, a
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,17 +22,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import METHODS, put_linears
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.functional import lora_linear, miss_linear, shard_index
 from rwkv_miss.inject import fit_adapter
+from rwkv_miss.merging.members import is_state
 
-from ..model import RWKV
+from ..model import RWKV, State
 from ..model.layers import Linear
 
 # what a GPU's kernels read in any dtype: shares of the token shift, vectors between the products, states
 NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weight|ln_x\.bias|time_state)$")
+
+
+class Applied(NamedTuple):
+    """The adapters of one row of a batch, by their names, each times `scale`."""
+
+    names: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+# a row that asks for no adapter has what Adapters.use() chose for the whole model
+BASE = Applied()
 
 
 class LowRank(NamedTuple):
@@ -83,6 +97,10 @@ class Adapter:
         """The names of the model's tensors that have another value with it."""
         return [*(f"{name}.weight" for name in self.merging), *self.whole]
 
+    def merged_only(self) -> list[str]:
+        """Those of replaced() that cannot differ by row: an initial state can, since each row has its own."""
+        return [name for name in self.replaced() if not is_state(name)]
+
     def value(self, name: str, base: Tensor) -> Tensor:
         """The value of one of replaced(), in fp32, given the base's."""
         exact = torch.promote_types(base.dtype, torch.float32)
@@ -121,11 +139,7 @@ class Adapters:
         Without names it is the base, bit for bit. Decoders keep copies of the model's tensors: call their
         refresh() after this. UserError for unknown names.
         """
-        for name in names:
-            if name not in self.by_name:
-                raise UserError(
-                    f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}"
-                )
+        self._check_names(names)
         self._leave()  # first, so that two merged weights never take memory at once
         try:
             self._enter([self.by_name[name] for name in names], float(scale))
@@ -133,6 +147,86 @@ class Adapters:
             self._leave()
             raise
         self.used, self.scale = tuple(names), float(scale)
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.by_name:
+                raise UserError(
+                    f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}"
+                )
+
+    def check(self, applied: Applied) -> None:
+        """UserError for adapters that a row cannot have while others have other ones.
+
+        Those are unknown ones, and ones that change a weight by more than factors, such as DoRA's.
+        """
+        self._check_names(applied.names)
+        if len({*applied.names}) < len(applied.names):
+            raise UserError(
+                f"adapters {'+'.join(applied.names)}: one is named twice; a scale makes it stronger"
+            )
+        if not math.isfinite(applied.scale):
+            raise UserError(f"the scale of {'+'.join(applied.names)} is {applied.scale}, expected a number")
+        for name in applied.names:
+            self._refuse_merged(name, f"adapter {name!r} has no form that differs by row")
+        for name in self.used if applied.names else ():
+            self._refuse_merged(
+                name, f"a row cannot have {'+'.join(applied.names)} while the whole model has {name!r}"
+            )
+
+    def _refuse_merged(self, name: str, what: str) -> None:
+        """UserError, beginning with `what`, where the adapter is one that is merged when it is chosen."""
+        adapter = self.by_name[name]
+        if not (merged := adapter.merged_only()):
+            return
+        method, base = adapter.metadata["method"], self.model.base_identity
+        files = {"base": base.path if base and base.path else "BASE.pth", "adapter": str(adapter.path)}
+        flags = " ".join(f"--{flag} {shlex.quote(path)}" for flag, path in files.items())
+        raise UserError(
+            f"{what}: {method} has other values of {listed(merged, 3)}; merge it and load the result as a"
+            f" model: python -m rwkv_miss merge {flags} --out merged.pth"
+        )
+
+    def factors(self, applied: Applied) -> dict[str, LowRank]:
+        """What a row's adapters add to the model's linears, by their names, in fp32.
+
+        For BASE it is that of use(), beside the tensors that use() has put into the model. Of one adapter
+        they are the adapter's own tensors, of several they are new ones. UserErrors of check().
+        """
+        self.check(applied)
+        names, scale = applied if applied.names else (self.used, self.scale)
+        return self._factors([self.by_name[name] for name in names], scale)
+
+    def _factors(self, chosen: list[Adapter], scale: float) -> dict[str, LowRank]:
+        found = {}
+        for name, linear in self.linears.items():
+            factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
+            if change := together(factors, linear.in_features, scale):
+                found[name] = change
+        return found
+
+    @torch.no_grad()
+    def start(self, applied: Applied) -> State | None:
+        """The state of one row before its first token, of a `state` adapter.
+
+        None where the adapters have none: the row starts as the model does. UserErrors of check().
+        """
+        self.check(applied)
+        adapters = [self.by_name[name] for name in applied.names]
+        if not any(is_state(name) for adapter in adapters for name in adapter.whole):
+            return None
+        start = []
+        for layer, before in enumerate(self.model.initial_state(1)):
+            name = f"blocks.{layer}.att.time_state"
+            changing = [adapter for adapter in adapters if name in adapter.whole]
+            wkv = None
+            if changing:
+                base = self.base[name]
+                base = zeros_of(self.model, name) if base is None else base.detach()
+                wkv = moved(base, name, changing, applied.scale).unsqueeze(0)
+                wkv = wkv.mT.contiguous() if self.model.arch.version == 6 else wkv
+            start.append(before._replace(wkv=wkv))
+        return start
 
     def identity(self, rule: str = "fingerprint") -> dict[str, Any]:
         """What the model is beside its base, by a rule of Identity.
@@ -154,11 +248,8 @@ class Adapters:
         self.used = ()
 
     def _enter(self, chosen: list[Adapter], scale: float) -> None:
-        for name, linear in self.linears.items():
-            factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
-            linear.low_rank = together(factors, linear.in_features, scale)
-            if linear.low_rank and self.rounds_to:
-                linear.low_rank = linear.low_rank.rounded(self.rounds_to)
+        for name, change in self._factors(chosen, scale).items():
+            self.linears[name].low_rank = change.rounded(self.rounds_to) if self.rounds_to else change
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
