@@ -37,6 +37,7 @@ with importing():
     )
     from src.evaluation.code_scoring import passed, read_problems
     from src.evaluation.guessing import doubt_of_answers
+    from src.evaluation.mathematics import require_math_verify
     from src.evaluation.scoring import SCORES
     from src.inference.load import load
 
@@ -190,9 +191,10 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         default="exact",
         choices=(*SCORES, "code"),
         help=(
-            "an answer is right if it is, as a whole, the right one (exact), ends in the same number (number:"
-            " GSM8K), has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests"
-            " (code: HumanEval, MBPP); default %(default)s"
+            "an answer is right if it is, as a whole, the right one (exact), ends in the same number"
+            " (number: GSM8K), has an equal \\boxed{} result (boxed: MATH), has equal mathematics by the"
+            " package math-verify (math_verify: MATH-500), or is a program that passes the tests (code:"
+            " HumanEval, MBPP); default %(default)s"
         ),
     )
     add(
@@ -282,6 +284,8 @@ def check(args: argparse.Namespace) -> None:
             " no sandbox: add --run_code, best in a container. --save FILE without it keeps the answers,"
             " which --answers FILE then scores there"
         )
+    if args.score == "math_verify":
+        require_math_verify()
     if args.save:
         require_writable(args.save)
 
@@ -291,11 +295,11 @@ def questions_of(args, template) -> list[Question]:
     if args.score == "code":
         return read_problems(args.questions, template)
     questions = read_questions(args.questions, template, Reading.of(args))
-    _, find, what = SCORES[args.score]
+    score = SCORES[args.score]
     for question in questions:
-        if find(question.right) is None:
+        if score.result_of_right(question.right) is None:
             raise UserError(
-                f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: "
+                f"--score {args.score}: a right answer has no {score.wanted.removeprefix('a ')}: "
                 f"{question.right[-200:]!r} (of {question.prompt[:80]!r})"
             )
     return questions
@@ -334,8 +338,7 @@ def judged(score: str, answers: list[str], questions: list[Question]) -> list[bo
     pairs = [(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
     if score == "code":
         return passed([problem.program(answer) for answer, problem in pairs])
-    agree, _, _ = SCORES[score]
-    return [agree(answer, right) for answer, right in pairs]
+    return [SCORES[score].agree(answer, right) for answer, right in pairs]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from src.data.formats import read_records
 from src.data.loss_mask import record_segments
 from src.data.rwkv_template import DEFAULT
 from src.evaluation.code_scoring import Problem, code_of, passed, read_problems
-from src.evaluation.scoring import final_number, normalised, numbers, result, same_number, same_result
+from src.evaluation.scoring import SCORES, final_number, normalised, numbers, result, same_number, same_result
 
 from . import program
 from .conftest import ROOT
@@ -158,6 +158,35 @@ def test_results_that_are_written_differently(one, other):
 )
 def test_results_that_are_equal_numbers(one, other, equal):
     assert same_result(rf"\boxed{{{one}}}", rf"\boxed{{{other}}}") == equal
+
+
+@pytest.mark.parametrize(
+    "answer,right,equal",
+    [
+        (r"so it is $\boxed{0.75}$.", r"\frac{3}{4}", True),
+        (r"the answer is $(3, \pi/2)$", r"\left( 3, \frac{\pi}{2} \right)", True),
+        (r"\boxed{1 + x^2}", "x^2+1", True),
+        (r"\boxed{7}", r"It is $\boxed{7}$.", True),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+        (r"\boxed{x^2}", "x^3", False),
+        (r"\boxed{(2, 1)}", "(1, 2)", False),
+        (r"\boxed{7", "8", False),
+        ("no result", "7", False),
+        ("", "7", False),
+    ],
+)
+def test_mathematics_is_judged_by_math_verify(answer, right, equal):
+    pytest.importorskip("math_verify", reason="math-verify IS ABSENT: pip install 'math-verify>=0.9'")
+    score = SCORES["math_verify"]
+    assert score.agree(answer, right) == equal
+    assert score.result_of_right(right) is not None and score.result("no result") is None
+
+
+def test_without_math_verify_the_command_that_installs_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    flags = ["--answers", tmp_path / "a.jsonl", "--questions", tmp_path / "q.jsonl"]
+    _, error = evaluated(capsys, *flags, "--score", "math_verify")
+    assert "pip install 'math-verify>=0.9'" in error and error.count("\n") == 1
 
 
 HUMANEVAL = {

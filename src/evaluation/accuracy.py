@@ -20,7 +20,7 @@ from ..data.templates import answer_text
 from ..model import RWKV, LayerState, State
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
-LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by score
+LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
 
 
 class Question(NamedTuple):

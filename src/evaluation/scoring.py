@@ -1,11 +1,14 @@
-"""Whether an answer is right: as it stands, by its final number (GSM8K), or by its boxed result (MATH)."""
+"""Whether an answer is right: as it stands, by its final number (GSM8K), or by its result (MATH)."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from fractions import Fraction
+from typing import NamedTuple
+
+from .mathematics import mathematics, right_mathematics, same_mathematics
 
 CONCLUSION = re.compile(r"####|answer is:?", re.IGNORECASE)  # GSM8K's solutions, MetaMathQA's
 # whole part, numerator, denominator; without braces these are one digit
@@ -132,19 +135,33 @@ def value(text: str) -> Fraction | None:
     return None
 
 
+def canonical(text: str) -> Fraction | str | None:
+    """The result of a text, equal for equal results: a number, or else its normalised text."""
+    found = result(text)
+    if found is None:
+        return None
+    found = normalised(found)
+    number = value(found)
+    return found if number is None else number
+
+
 def same_result(answer: str, right: str) -> bool:
     """MATH: the normalised results are the same text, or equal numbers."""
-    found, wanted = result(answer), result(right)
-    if found is None or wanted is None:
-        return False
-    found, wanted = normalised(found), normalised(wanted)
-    number = value(found)
-    return found == wanted or number is not None and number == value(wanted)
+    return (found := canonical(answer)) is not None and found == canonical(right)
 
 
-# name -> whether (answer, right) agree, and what a right answer must have
-SCORES: dict[str, tuple[Callable[[str, str], bool], Callable[[str], object | None], str]] = {
-    "exact": (operator.eq, str, "text"),
-    "number": (same_number, final_number, "a number"),
-    "boxed": (same_result, result, "a \\boxed{...} or `answer is`"),
+class Score(NamedTuple):
+    """When an answer is right."""
+
+    agree: Callable[[str, str], bool]  # whether (answer, right) say the same
+    result: Callable[[str], Hashable | None]  # what an answer says, alike for like results; None: nothing
+    result_of_right: Callable[[str], object | None]  # the same of a right answer
+    wanted: str  # what a right answer must have
+
+
+SCORES = {
+    "exact": Score(operator.eq, str, str, "text"),
+    "number": Score(same_number, final_number, final_number, "a number"),
+    "boxed": Score(same_result, canonical, canonical, "a \\boxed{...} or `answer is`"),
+    "math_verify": Score(same_mathematics, mathematics, right_mathematics, "mathematics"),
 }
