@@ -1,0 +1,59 @@
+"""From an answer's tokens to its text: whole characters, the end of document, texts that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..data.chat_template import before_stops
+
+
+class AnswerText:
+    """The text of an answer that grows token by token.
+
+    `shown` is the text so far, in whole characters. What may be the beginning of a stop is in `held`, until
+    it is known to be none. `is_whole` tells whether the tokens end where a character ends.
+    """
+
+    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+        self.eod, self.decoder, self.stops = tokenizer.eod, tokenizer.decoder(), stops
+        self.tokens: list[int] = []
+        self.shown, self.held = "", ""
+        self.ended = ""  # what ended it: document, stop, or nothing so far
+
+    @property
+    def length(self) -> int:
+        """Characters, those that are held back included."""
+        return len(self.shown) + len(self.held)
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.decoder.pending
+
+    def push(self, token: int) -> None:
+        """One token more. An end of document, or a stop, is not in the text."""
+        self.tokens.append(token)
+        if ends_document(self.tokens, self.eod):
+            self.ended = "document"
+            return self.close()
+        text = self.held + self.decoder.push(token)
+        before = before_stops(text, self.stops)
+        safe = len(before) - overlap(before, self.stops)
+        self.shown, self.held = self.shown + before[:safe], before[safe:]
+        if len(before) < len(text):
+            self.ended = "stop"
+            self.close()
+
+    def close(self) -> None:
+        """The answer ends here: what was held back is text."""
+        self.shown, self.held = self.shown + self.held, ""
+
+
+def ends_document(tokens: list[int], eod: tuple[int, ...]) -> bool:
+    """Whether the last tokens are the end of document, which begins at a multiple of its length."""
+    return len(tokens) % len(eod) == 0 and tuple(tokens[-len(eod) :]) == eod
+
+
+def overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a beginning of a stop: what must be held back."""
+    longest = min(len(text), max(map(len, stops), default=0))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

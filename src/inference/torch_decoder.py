@@ -1,0 +1,119 @@
+"""Answers of many rows at once in torch: any RWKV on any device, also one in training with its adapters.
+
+A decoder keeps the states of its rows, and computes the next token of all of them together. The native one
+(cpu_decoder.py) and the one of CUDA graphs (cuda_graph.py) have the same methods; decoders.py chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model import RWKV, LayerState, State
+from ..ops.native import nan_passes
+from .adapters import BASE, Adapters, Applied
+
+
+class TorchDecoder:
+    """The model's own forward over `rows` states.
+
+    Rows with another adapter than BASE need `adapters`. The model is used as it is: the caller has it in eval
+    mode, and under ZeRO-3 every process makes the same calls.
+    """
+
+    def __init__(self, model: RWKV, rows: int, adapters: Adapters | None = None):
+        self.model, self.rows, self.adapters = model, rows, adapters
+        arch, device, dtype = model.arch, model.emb.weight.device, model.dtype
+        width = torch.zeros(arch.n_layer, rows, arch.n_embd, device=device, dtype=dtype)
+        heads = arch.n_head, arch.head_size, arch.head_size
+        exact = torch.promote_types(dtype, torch.float32)
+        wkv = torch.zeros(arch.n_layer, rows, *heads, device=device, dtype=exact)
+        self.states = LayerState(width, wkv, width.clone())  # of all layers, (L, rows, ...)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
+        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
+
+        The given state stays as it is; None is the one that the model's documents start from.
+        """
+        if state is not None:
+            dtype = self.model.dtype
+            state = [
+                layer._replace(att_x=layer.att_x.to(dtype), ffn_x=layer.ffn_x.to(dtype)) for layer in state
+            ]
+        with self._with(applied):
+            return self._next(ids, state)
+
+    def put(self, row: int, state: State) -> None:
+        """Copy a state of one row into `row`."""
+        for layer, parts in enumerate(state):
+            for own, part in zip(self.states, parts, strict=True):
+                own[layer, row].copy_(part[0])
+
+    def take(self, row: int) -> State:
+        """A copy of a row's state."""
+        return self._layers([part[:, row : row + 1].clone() for part in self.states])
+
+    def move(self, source: int, target: int) -> None:
+        """Put the state of row `source` into row `target` too."""
+        for part in self.states:
+            part[:, target].copy_(part[:, source])
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
+        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
+        ids = torch.tensor(tokens, dtype=torch.int64)[:, None]
+        groups: dict[Applied, list[int]] = {}
+        for row, one in enumerate(applied):
+            groups.setdefault(one, []).append(row)
+        if len(groups) == 1:
+            return self._step(ids, slice(len(tokens)), applied[0])
+        logits = [(rows, self._step(ids[rows], rows, one)) for one, rows in groups.items()]
+        together = torch.empty(len(tokens), logits[0][1].shape[1], device=logits[0][1].device)
+        for rows, of_group in logits:
+            together[rows] = of_group
+        return together
+
+    def _step(self, ids: Tensor, rows: slice | list[int], applied: Applied) -> Tensor:
+        """The next token (B, 1) of these rows, which have the same adapter."""
+        before = self._layers([part[:, rows] for part in self.states])
+        with self._with(applied):
+            logits, after = self._next(ids, before)
+        for own, parts in zip(self.states, zip(*after, strict=True), strict=True):
+            own[:, rows] = torch.stack(parts).to(own.dtype)
+        return logits
+
+    def _next(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
+        # the engine names a model that overflows, by its logits
+        with nan_passes():
+            logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state)
+        return logits.float(), after
+
+    @contextlib.contextmanager
+    def _with(self, applied: Applied) -> Iterator[None]:
+        """The model's linears have these adapters beside them for so long."""
+        if applied == BASE:
+            yield
+            return
+        factors, linears = self.adapters.factors(applied), self.adapters.linears
+        before = {name: linear.low_rank for name, linear in linears.items()}
+        try:
+            for name, linear in linears.items():
+                linear.low_rank = factors.get(name)
+            yield
+        finally:
+            for name, linear in linears.items():
+                linear.low_rank = before[name]
+
+    def _layers(self, parts: list[Tensor]) -> State:
+        """Parts of a state with all layers, (L, B, ...) -> a state."""
+        return [LayerState(*of_layer) for of_layer in zip(*(part.unbind() for part in parts), strict=True)]
+
+    def refresh(self) -> None:
+        """Take over what changed of the model: nothing is kept of it here."""
+
+    def close(self) -> None:
+        """Free what the decoder holds: nothing but tensors."""
