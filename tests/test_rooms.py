@@ -17,6 +17,7 @@ ORDER = {
     "distributed": {"common", "config"},
     "planning": {"common", "config", "ops", "model", "data"},
     "inference": {"common", "config", "ops", "model", "data"},
+    "serving": {"common", "data", "inference"},
     "evaluation": {"common", "config", "ops", "model", "data", "inference"},
     "export": {"common", "config", "ops", "model", "data"},
     "training": {

@@ -45,6 +45,14 @@ def _available() -> int:
         return _total()
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds, the files that it has mapped included; 0 where nobody says."""
+    try:
+        return _status("/proc/self/status", "VmRSS")
+    except OSError:
+        return 0
+
+
 def _resident() -> int:
     try:
         return _status("/proc/self/status", "RssAnon")
@@ -77,8 +85,8 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
     return 1 << 62
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "24GB", "24GiB", "800MB" or a number.
+def parse_size(text: str, flag: str = "--memory") -> int:
+    """Bytes of "24GB", "24GiB", "800MB" or a number, which a flag was given.
 
     GPUs are sold in GiB that are called GB, so both mean 2^30.
     """
@@ -91,5 +99,5 @@ def parse_size(text: str) -> int:
         if not MIB <= size < 1 << 60:
             raise ValueError
     except ValueError:
-        raise UserError(f"--memory {text}: expected a size such as 24GB or 800MB") from None
+        raise UserError(f"{flag} {text}: expected a size such as 24GB or 800MB") from None
     return int(size)

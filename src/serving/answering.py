@@ -1,0 +1,186 @@
+"""From a request that may be answered to its reply: who may run, who has to wait, and who has left."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rwkv_miss.errors import UserError
+
+from .choices import ChatChoices, TextChoices
+from .errors import Refused, failed
+from .limits import Limits
+from .metrics import Metrics
+from .objects import Envelope, TokenNames, usage_object
+from .reading import Asked
+from .replies import EventStream, ignored_header, json_reply, until_gone
+from .served import ServedModels
+from .worker import Job, Piece, Worker
+
+GONE = 499  # what logs elsewhere have for a client who left; nobody reads it
+
+
+class Desk:
+    """Takes requests, as many as may wait, and counts what happens to them. It belongs to the event loop."""
+
+    def __init__(self, worker: Worker, served: ServedModels, names: TokenNames, limits: Limits):
+        self.worker, self.served, self.names, self.limits = worker, served, names, limits
+        self.rows = worker.engine.decoder.rows
+        self.metrics = Metrics()
+        self.running: set[Run] = set()
+        self.open = 0  # answers that are not finished
+        self.closing = False
+
+    @property
+    def waiting(self) -> int:
+        """Answers that have no row yet."""
+        return max(0, self.open - self.rows)
+
+    async def begin(self, asked: Asked) -> Run:
+        """Hand a request to the engine. Refused where too many wait, or the engine refuses it."""
+        answers = sum(request.n for request in asked.requests)
+        if self.closing:
+            raise Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "10"})
+        if self.worker.broken:
+            raise Refused(503, self.worker.broken, code="broken")
+        # one that finds an idle server may be larger than what may wait
+        if self.open and self.open + answers > self.rows + self.limits.waiting:
+            raise Refused(
+                429,
+                f"{self.waiting} answers wait already, and this server lets {self.limits.waiting} wait; try"
+                " again later",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(self._seconds_to_wait())},
+            )
+        run = Run(self, asked, answers)
+        try:
+            run.job = await self.worker.submit(asked.requests)
+        except UserError as error:
+            raise Refused(400, str(error), code="invalid_value") from None
+        except RuntimeError as error:
+            raise failed(str(error)) from None
+        finally:
+            if run.job is None:
+                run.close()
+        return run
+
+    def _seconds_to_wait(self) -> int:
+        """How long it may take until a row is free, from how long requests took so far."""
+        whole = self.metrics.whole
+        mean = whole.total / max(1, sum(whole.counts))
+        return min(60, max(1, math.ceil(mean * self.waiting / self.rows)))
+
+    def stop_all(self) -> None:
+        """End the answers that still run: their clients are told."""
+        for run in self.running:
+            if run.job:
+                run.job.end()
+
+
+class Run:
+    """A request from begin() to its end, which is close()."""
+
+    def __init__(self, desk: Desk, asked: Asked, answers: int):
+        self.desk, self.asked = desk, asked
+        self.entries = desk.served.held(asked.requests[0].applied)
+        self.job: Job | None = None
+        self.left = answers  # that are not finished
+        self.began, self.first_token = time.monotonic(), 0.0
+        self.tokens = 0
+        self.cached = [0] * len(asked.requests)
+        self.closed = False
+        desk.open += answers
+        desk.running.add(self)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes of the answers. Raises Refused where one of them fails."""
+        metrics = self.desk.metrics
+        assert self.job
+        async for pieces in self.job.pieces():
+            for piece in pieces:
+                if piece.tokens and not self.first_token:
+                    self.first_token = time.monotonic() - self.began
+                    metrics.first_token.add(self.first_token)
+                self.tokens += piece.tokens
+                metrics.answer_tokens += piece.tokens
+                place = piece.index // self.asked.requests[0].n
+                self.cached[place] = max(self.cached[place], piece.cached_tokens)
+                if piece.finish:
+                    self.left -= 1
+                    self.desk.open -= 1
+                if piece.finish == "error":
+                    raise failed(piece.error)
+                if piece.finish == "cancelled":
+                    raise Refused(503, "the server stopped before the answer was complete", code="stopping")
+                yield piece
+        metrics.whole.add(time.monotonic() - self.began)
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(request.tokens) for request in self.asked.requests)
+        return usage_object(prompt, self.tokens, sum(self.cached))
+
+    def close(self) -> None:
+        """Free what the request holds. It may be called twice."""
+        if self.closed:
+            return
+        self.closed = True
+        desk = self.desk
+        if self.job:
+            self.job.cancel()
+            desk.metrics.prompt_tokens += sum(len(request.tokens) for request in self.asked.requests)
+            desk.metrics.cached_tokens += sum(self.cached)
+        desk.open -= self.left
+        desk.running.discard(self)
+        desk.served.release(self.entries, desk.worker)
+
+
+async def reply(desk: Desk, request: Request, asked: Asked, choices: ChatChoices | TextChoices) -> Response:
+    """The reply to a request: a stream, or the whole when it is there. Raises Refused."""
+    run = await desk.begin(asked)
+    envelope = Envelope(choices.prefix, choices.kind, asked.model)
+    headers = ignored_header(asked.ignored)
+    if asked.stream:
+        return EventStream(_events(run, choices, envelope), headers, run.close, desk.metrics.left)
+    gone = asyncio.create_task(until_gone(request))
+    work = asyncio.create_task(_collected(run, choices))
+    try:
+        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            desk.metrics.left()
+            return Response(status_code=GONE)
+        return json_reply(envelope.whole(work.result(), run.usage()), headers=headers)
+    finally:
+        gone.cancel()
+        work.cancel()
+        await asyncio.wait({gone, work})
+        run.close()
+
+
+async def _collected(run: Run, choices: ChatChoices | TextChoices) -> list[dict[str, Any]]:
+    async for piece in run.pieces():
+        for _ in choices.push(piece):
+            pass
+    return choices.whole()
+
+
+async def _events(
+    run: Run, choices: ChatChoices | TextChoices, envelope: Envelope
+) -> AsyncGenerator[dict[str, Any], None]:
+    says_usage = run.asked.usage
+    try:
+        for choice in choices.first():
+            yield envelope.chunk([choice], None, says_usage)
+        async for piece in run.pieces():
+            for choice in choices.push(piece):
+                yield envelope.chunk([choice], None, says_usage)
+    except Refused as refused:  # the status was sent long ago
+        yield refused.as_object()
+        return
+    if says_usage:
+        yield envelope.chunk([], run.usage(), says_usage)

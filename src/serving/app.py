@@ -1,0 +1,216 @@
+"""The routes: which address answers what."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from rwkv_miss.version import VERSION
+
+from ..data.rwkv_template import MODES
+from .answering import Desk, reply
+from .choices import ChatChoices, TextChoices
+from .errors import Refused, failed, wrong
+from .fields import Fields, read_object
+from .guard import Guard, GuardMiddleware
+from .modes import efforts_of, modes_of
+from .reading import Asked, Reader, read_chat, read_completion
+from .replies import error_reply, json_reply, read_body
+
+PAGE = pathlib.Path(__file__).parent / "page"
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+# the page loads its own files and talks with its own server, and with nobody else
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'"
+    " data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Routes:
+    """What every address does. `describe` is what the operator chose, for /v1/server."""
+
+    def __init__(self, desk: Desk, reader: Reader, describe: dict[str, Any]):
+        self.desk, self.reader, self.describe = desk, reader, describe
+        self.created = int(time.time())
+        # one thread: a client with large requests does not take all cores from the engine
+        self.readers = concurrent.futures.ThreadPoolExecutor(1, "reader")
+
+    def all(self) -> list[Route]:
+        return [
+            self._route("/health", self.health),
+            self._route("/metrics", self.metrics),
+            self._route("/v1/models", self.models),
+            self._route("/v1/models/{name:path}", self.model),
+            self._route("/v1/server", self.server),
+            self._route("/v1/chat/completions", self.chat, "POST"),
+            self._route("/v1/completions", self.completions, "POST"),
+            self._route("/v1/adapters", self.adapters),
+            self._route("/v1/adapters", self.add_adapter, "POST"),
+            self._route("/v1/adapters/{name}", self.drop_adapter, "DELETE"),
+            self._route("/", self.page),
+            self._route("/page/{name}", self.page),
+        ]
+
+    def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET"):
+        """A route whose refusals become error objects, and which is counted."""
+
+        async def answered(request: Request) -> Response:
+            try:
+                response = await endpoint(request)
+            except Refused as refused:
+                response = error_reply(refused)
+            self.desk.metrics.requests[path, response.status_code] += 1
+            return response
+
+        return Route(path, answered, methods=[method])
+
+    async def health(self, request: Request) -> Response:
+        desk = self.desk
+        status = "broken" if desk.worker.broken else "stopping" if desk.closing else "ok"
+        return json_reply({"status": status}, 200 if status == "ok" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        desk = self.desk
+        text = desk.metrics.text(
+            [
+                ("answers_running", "Answers that have a row.", desk.open - desk.waiting),
+                ("answers_waiting", "Answers that wait for a row.", desk.waiting),
+                ("rows", "Answers that the server writes at once.", desk.rows),
+                ("engine_steps", "Steps of the engine so far.", desk.worker.steps),
+                ("adapters", "Adapters that are loaded.", len(desk.served.entries)),
+            ]
+        )
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def models(self, request: Request) -> Response:
+        data = [self._model(name) for name in self.desk.served.models()]
+        return json_reply({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.desk.served.models():
+            known = ", ".join(self.desk.served.models())
+            raise Refused(
+                404, f"there is no model {name[:80]!r}; there are {known}", "model", "model_not_found"
+            )
+        return json_reply(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "rwkv-miss"}
+
+    async def server(self, request: Request) -> Response:
+        served = self.desk.served
+        template = served.template
+        return json_reply(
+            {
+                "model": served.name,
+                "version": VERSION,
+                "adapters": [entry.description for entry in served.entries.values()],
+                "default_scale": served.scale,
+                "adapter_dir": served.folder is not None,
+                "template": template.name,
+                "modes": modes_of(template),
+                "reasoning_efforts": efforts_of(template),
+                "sampling": self._sampling(template.opening),
+                "sampling_of_mode": {
+                    mode: self._sampling(MODES[mode].opening) for mode in modes_of(template)
+                },
+                "max_tokens": self.reader.defaults.max_tokens,
+                "limits": dataclasses.asdict(self.desk.limits),
+                **self.describe,
+            }
+        )
+
+    def _sampling(self, opening: str) -> dict[str, float]:
+        return dataclasses.asdict(self.reader.defaults.sampling_of(opening))
+
+    async def chat(self, request: Request) -> Response:
+        asked = await self._asked(request, read_chat)
+        return await reply(self.desk, request, asked, ChatChoices(asked, self.desk.names))
+
+    async def completions(self, request: Request) -> Response:
+        asked = await self._asked(request, read_completion)
+        return await reply(self.desk, request, asked, TextChoices(asked, self.desk.names))
+
+    async def _asked(self, request: Request, read: Callable[[Reader, dict], Asked]) -> Any:
+        """What the body of a request asks for. Long texts become tokens without stopping anybody."""
+        body = await read_body(request, self.desk.limits)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.readers, lambda: read(self.reader, read_object(body)))
+
+    async def adapters(self, request: Request) -> Response:
+        entries = self.desk.served.entries.values()
+        return json_reply({"object": "list", "data": [entry.description for entry in entries]})
+
+    async def add_adapter(self, request: Request) -> Response:
+        fields = Fields(read_object(await read_body(request, self.desk.limits)))
+        name, file = fields.text("name"), fields.text("file")
+        for field, value in (("name", name), ("file", file)):
+            if not value:
+                raise wrong(field, "is missing")
+        entry = await self.desk.served.add(name, file, self.desk.worker)
+        return json_reply(entry.description)
+
+    async def drop_adapter(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self.desk.served.drop(name, self.desk.worker)
+        return json_reply({"name": name, "deleted": True})
+
+    async def page(self, request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        found = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
+        if name not in found:
+            raise Refused(404, "there is no such file", code="not_found")
+        return FileResponse(found[name], headers=PAGE_HEADERS, media_type=KINDS[found[name].suffix])
+
+
+def make_app(routes: Routes, guard: Guard) -> Starlette:
+    """The application. Nothing of it runs before a server does."""
+    middleware = [Middleware(GuardMiddleware, guard=guard)]
+    if guard.origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=sorted(guard.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        yield
+        routes.readers.shutdown(wait=False)
+
+    return Starlette(
+        routes=routes.all(),
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, Exception: _bug},
+        lifespan=lifespan,
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """An address that does not exist, or not with this method."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:80]!r}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    refused = Refused(error.status_code, f"{where}: {error.detail}", code=code, headers=error.headers)
+    return error_reply(refused)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return error_reply(failed("this is a bug of the server; its operator has the traceback"))

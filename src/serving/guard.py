@@ -1,0 +1,109 @@
+"""Who may ask: the key, the Host that was asked for, and the page that a browser asks from.
+
+A page of another site can make its visitor's browser send requests to 127.0.0.1, and by DNS rebinding even
+read what comes back. So a server that is bound to the own machine answers only to that machine's names, and
+a request with another site's Origin is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from .errors import Refused
+from .replies import error_reply
+
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+# what a browser fetches before anybody could type a key into the page, and what watches the process
+OPEN_PATHS = ("/", "/health", "/favicon.ico")
+OPEN_FOLDER = "/page/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """`hosts`: the names by which the server may be asked for; None: any. `origins`: other sites that may."""
+
+    key: str = ""
+    hosts: frozenset[str] | None = None
+    origins: frozenset[str] = frozenset()
+
+    def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+        """Raises Refused."""
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.hosts is not None and host_name(host) not in self.hosts:
+            raise Refused(
+                403,
+                f"this server does not answer to the host {host[:80]!r}; ask for one of"
+                f" {', '.join(sorted(self.hosts))}, or start it with --allow_host",
+                code="host_not_allowed",
+            )
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin not in self.origins and urlsplit_host(origin) != host.lower():
+            raise Refused(
+                403,
+                f"requests from pages of {origin[:80]!r} are not answered; --cors_origin allows them",
+                code="origin_not_allowed",
+            )
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        # a browser asks whether it may ask without the key
+        if not self.key or method == "OPTIONS" or is_open and method in ("GET", "HEAD"):
+            return
+        scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer" or not same(given.strip(), self.key):
+            raise Refused(
+                401,
+                "the API key is wrong, or there is none; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def same(given: str, key: str) -> bool:
+    """Whether they are equal, in a time that does not depend on where they differ."""
+    digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, key))
+    return hmac.compare_digest(*digests)
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def urlsplit_host(origin: str) -> str:
+    """What the Host header of a page of this origin is; "" for none, such as a file's."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def is_own_machine(host: str) -> bool:
+    """Whether only the own machine can reach a server that is bound to this host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class GuardMiddleware:
+    """Answers in the application's place where the guard refuses."""
+
+    def __init__(self, app, guard: Guard):
+        self.app, self.guard = app, guard
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            try:
+                self.guard.check(scope["method"], scope["path"], dict(scope["headers"]))
+            except Refused as refused:
+                await error_reply(refused)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

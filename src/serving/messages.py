@@ -1,0 +1,93 @@
+"""The messages of a chat request, as the templates take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+from ..data.chat_template import thoughts_of
+from ..data.tool_styles import read_call
+from .errors import Refused
+from .fields import Fields
+
+# OpenAI's newer name of the system's role
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """The conversation: {"role", "content": text} and what else an answer or a result has. Raises Refused."""
+    given = fields.objects("messages", 1)
+    if given is None:
+        raise fields.refuse("messages", None, "a list of at least one message")
+    return [_message(Fields(message, f"messages[{i}].")) for i, message in enumerate(given)]
+
+
+def without_thoughts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, for a mode that has no place for the thoughts of earlier answers."""
+    plain = []
+    for message in messages:
+        if message["role"] == "assistant":
+            _, content = thoughts_of(message)
+            message = {key: value for key, value in message.items() if key != "reasoning_content"}
+            message["content"] = content
+        plain.append(message)
+    return plain
+
+
+def _message(fields: Fields) -> dict[str, Any]:
+    role = fields.choice("role", ROLES)
+    if role is None:
+        raise fields.refuse("role", None, f"one of {', '.join(ROLES)}")
+    role = ROLES[role]
+    content = _content(fields, required=role != "assistant")
+    message: dict[str, Any] = {"role": role, "content": content}
+    if role == "assistant":
+        thoughts = fields.text("reasoning_content") or fields.text("reasoning")
+        if thoughts and not content.lstrip().startswith("<think>"):
+            message["reasoning_content"] = thoughts
+        if calls := _calls(fields):
+            message["tool_calls"] = calls
+    elif role == "tool" and (identity := fields.text("tool_call_id")) is not None:
+        message["tool_call_id"] = identity
+    return message
+
+
+def _content(fields: Fields, required: bool) -> str:
+    """The text of a message, also where it comes in parts."""
+    value = fields.take("content")
+    if value is None and not required:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise fields.refuse("content", value, "a text, or a list of parts")
+    texts = []
+    for i, part in enumerate(value):
+        if not isinstance(part, dict):
+            raise fields.refuse(f"content[{i}]", part, 'a part such as {"type": "text", "text": "..."}')
+        inner = Fields(part, f"{fields.within}content[{i}].")
+        kind = inner.text("type", "text")
+        if kind not in ("text", "input_text", "output_text"):
+            raise inner.refuse("type", kind, "text: this model reads nothing else")
+        text = inner.text("text")
+        if text is None:
+            raise inner.refuse("text", None, "a text")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _calls(fields: Fields) -> list[dict[str, Any]]:
+    calls = fields.objects("tool_calls") or []
+    for i, call in enumerate(calls):
+        try:
+            read_call(call)
+        except UserError as error:
+            raise Refused(400, str(error), f"{fields.within}tool_calls[{i}]", "invalid_value") from None
+    return calls

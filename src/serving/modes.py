@@ -1,0 +1,86 @@
+"""How a request chooses whether and how long the model thinks: forms of RWKV's template."""
+
+from __future__ import annotations
+
+from ..data.chat_template import Template, begins_thoughts
+from ..data.rwkv_template import FLOWERS, MODES, RwkvTemplate
+from .errors import wrong
+from .fields import Fields
+
+# OpenAI's names, and which length each asks for; "" is no thoughts
+EFFORTS = {
+    "none": "",
+    "minimal": "short",
+    "low": "short",
+    "medium": "normal",
+    "high": "long",
+    "xhigh": "long",
+}
+# rwkv_lightning's names
+THINK_TYPES = {
+    "fast": "fake-think-compact",
+    "free": "think",
+    "preferChinese": "think-chinese",
+    "en": "think-normal",
+    "enShort": "think-short",
+    "enLong": "think-long",
+}
+
+
+def modes_of(template: Template) -> list[str]:
+    """What `think_mode` may be; nothing with a Jinja template, which has one form."""
+    return list(MODES) if isinstance(template, RwkvTemplate) else []
+
+
+def efforts_of(template: Template) -> list[str]:
+    """What `reasoning_effort` may be."""
+    if not isinstance(template, RwkvTemplate):
+        return []
+    return [effort for effort in EFFORTS if mode_of_effort(template, effort)]
+
+
+def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
+    """The mode that an effort asks for, of the template's family; "" where the family has none.
+
+    A model that was not asked to think has the same form for none. Flowers know thoughts of one length.
+    """
+    length = EFFORTS[effort]
+    if template.form is FLOWERS:
+        return {"": "flower-fake-think", "normal": "flower"}.get(length, "")
+    if not length:
+        thinks = begins_thoughts(template.opening)
+        return "fake-think-compact" if thinks else template.name
+    mode = f"think-{length}"
+    return f"{mode}-2025" if template.name.endswith("-2025") else mode
+
+
+def read_mode(fields: Fields, template: Template) -> Template:
+    """The template in the form that a request asks for. Refused where it has no such form, or for two."""
+    effort = fields.choice("reasoning_effort", EFFORTS)
+    mode = fields.text("think_mode")
+    kind = fields.choice("think_type", THINK_TYPES)
+    given = [
+        name
+        for name, value in (("reasoning_effort", effort), ("think_mode", mode), ("think_type", kind))
+        if value is not None
+    ]
+    if not given:
+        return template
+    if len(given) > 1:
+        raise wrong(given[1], f"{given[0]} says it already; give one of the two")
+    if not isinstance(template, RwkvTemplate):
+        raise wrong(given[0], f"the template is Jinja ({template.name}), which has one form; leave it out")
+    if mode is not None:
+        chosen = mode
+        if mode not in MODES:
+            raise wrong("think_mode", f"got {mode[:60]!r}, expected one of {', '.join(MODES)}")
+    elif kind is not None:
+        chosen = THINK_TYPES[kind]
+    else:
+        chosen = mode_of_effort(template, effort)
+        if not chosen:
+            known = ", ".join(efforts_of(template))
+            raise wrong(
+                "reasoning_effort", f"template {template.name} has no form for {effort}; it has {known}"
+            )
+    return RwkvTemplate(chosen, template.tools.name)

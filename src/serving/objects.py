@@ -1,0 +1,108 @@
+"""OpenAI's objects: what an answer is in JSON, whole or in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.tokenizer import ByteTokenizer, Tokenizer
+from .chat_text import Delta
+
+
+class Envelope:
+    """What all objects of one request have in common. `kind` is the one of them that is whole."""
+
+    def __init__(self, prefix: str, kind: str, model: str):
+        self.kind = kind
+        self.common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[dict], usage: dict) -> dict[str, Any]:
+        return {"object": self.kind, **self.common, "choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[dict], usage: dict | None, says_usage: bool) -> dict[str, Any]:
+        """A part of a stream; all parts have a usage where the last one tells it."""
+        kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
+        told = {"usage": usage} if says_usage else {}
+        return {"object": kind, **self.common, "choices": choices, **told}
+
+
+def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def message_object(delta: Delta) -> dict[str, Any]:
+    """A whole answer of a chat."""
+    message: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
+    if delta.thoughts:
+        message["reasoning_content"] = delta.thoughts
+    if delta.calls:
+        message["content"] = delta.content or None
+        message["tool_calls"] = calls_object(delta.calls)
+    return message
+
+
+def delta_object(delta: Delta) -> dict[str, Any]:
+    """A part of an answer of a chat; {} where it has nothing."""
+    parts: dict[str, Any] = {}
+    if delta.thoughts:
+        parts["reasoning_content"] = delta.thoughts
+    if delta.content:
+        parts["content"] = delta.content
+    if delta.calls:
+        calls = calls_object(delta.calls)
+        parts["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+    return parts
+
+
+def calls_object(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"id": f"call_{secrets.token_hex(12)}", **call} for call in calls]
+
+
+class TokenNames:
+    """Tokens as OpenAI's objects show them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def bytes_of(self, token: int) -> list[int]:
+        """The token's own bytes, which may be half a character."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return list(self.tokenizer.table[token])
+        return list(self.text(token).encode("utf-8"))
+
+    def chat(self, drawn: Sequence[Any]) -> dict[str, Any]:
+        """The `logprobs` of a chat's answer; `drawn` are sampling.Drawn."""
+        content = []
+        for one in drawn:
+            top = [self._named(token, value) for token, value in one.likeliest]
+            content.append({**self._named(one.token, one.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def completion(self, drawn: Sequence[tuple[int, Any]], offset: int) -> dict[str, Any]:
+        """The `logprobs` of a completion; `drawn` are (begin, drawn), `offset` is where the text begins."""
+        return {
+            "tokens": [self.text(one.token) for _, one in drawn],
+            "token_logprobs": [_finite(one.logprob) for _, one in drawn],
+            "top_logprobs": [
+                {self.text(token): _finite(value) for token, value in one.likeliest} for _, one in drawn
+            ],
+            "text_offset": [offset + begin for begin, _ in drawn],
+        }
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.text(token), "logprob": _finite(logprob), "bytes": self.bytes_of(token)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no -inf; OpenAI writes this for what is as good as impossible."""
+    return max(float(logprob), -9999.0)

@@ -1,0 +1,282 @@
+"""What a request asks for, in the engine's terms: its fields, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rwkv_miss.errors import UserError
+
+from ..common.formatting import counted, short
+from ..data.chat_template import Template
+from ..data.leading_token import with_leading
+from ..data.rwkv_template import RwkvTemplate
+from ..inference.adapters import Applied
+from ..inference.engine import Request
+from ..inference.sampling import Sampling, recommended
+from .errors import Refused, wrong
+from .fields import LARGEST_SEED, Fields
+from .limits import Limits
+from .messages import read_messages, without_thoughts
+from .modes import read_mode
+from .tools import Tools, read_tools
+
+MOST_LOGPROBS = 20
+MOST_STOPS, LONGEST_STOP = 16, 500
+# rwkv_lightning's names of sampling fields
+OTHER_NAMES = {
+    "presence_penalty": "alpha_presence",
+    "frequency_penalty": "alpha_frequency",
+    "penalty_decay": "alpha_decay",
+}
+
+
+class Chosen(NamedTuple):
+    """The model that a request names: base, or base with adapters."""
+
+    id: str
+    applied: Applied
+    template: Template
+    bos: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say otherwise."""
+
+    max_tokens: int = 1024
+    system: str = ""
+    sampling: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of Sampling
+    seed: int | None = None  # None: another one for every request
+
+    def sampling_of(self, opening: str) -> Sampling:
+        """For answers with this opening: what the operator chose, else what is recommended for it."""
+        return dataclasses.replace(recommended(opening) or Sampling(), **self.sampling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads requests for one server. `find(fields)` is the model that one names."""
+
+    tokenizer: Any
+    find: Callable[[Fields], Chosen]
+    limits: Limits
+    defaults: Defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that may be answered."""
+
+    model: str
+    requests: list[Request]
+    stream: bool
+    usage: bool  # whether a stream ends with it
+    ignored: list[str]  # fields that nobody has read
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedChat(Asked):
+    template: Template
+    tools: Tools
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedText(Asked):
+    echoes: list[str]  # what the answers to each prompt begin with
+
+
+def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
+    """A request to /v1/chat/completions. Raises Refused."""
+    fields = Fields(body)
+    chosen = reader.find(fields)
+    template = read_mode(fields, chosen.template)
+    tools = read_tools(fields, template)
+    messages = read_messages(fields)
+    _refuse_formats(fields)
+    tokens = _chat_tokens(reader, chosen, template, tools, messages)
+    wants_logprobs = fields.flag("logprobs")
+    top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    if top is not None and not wants_logprobs:
+        raise wrong("top_logprobs", "needs logprobs: true")
+    request = _request(
+        reader,
+        fields,
+        reader.defaults.sampling_of(template.opening),
+        tokens=tokens,
+        applied=chosen.applied,
+        stops=template.stops,
+        logprobs=(top or 0) if wants_logprobs else None,
+    )
+    stream, usage = _streaming(fields)
+    return AskedChat(chosen.id, [request], stream, usage, fields.ignored(), template, tools)
+
+
+def read_completion(reader: Reader, body: dict[str, Any]) -> AskedText:
+    """A request to /v1/completions. Raises Refused."""
+    fields = Fields(body)
+    chosen = reader.find(fields)
+    prompts = _prompts(reader, fields, chosen)
+    logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
+    echo = fields.flag("echo")
+    if echo and logprobs is not None:
+        raise wrong("echo", "the log-probabilities of a prompt are not given; leave out echo, or logprobs")
+    if fields.text("suffix"):
+        raise wrong("suffix", "this model writes on, and fills no gap; leave it out")
+    fields.integer("best_of", 1, 1)
+    _refuse_formats(fields)
+    requests = [
+        _request(
+            reader,
+            fields,
+            reader.defaults.sampling_of(""),
+            tokens=tokens,
+            applied=chosen.applied,
+            stops=(),
+            logprobs=logprobs,
+            prompts=len(prompts),
+        )
+        for _, tokens in prompts
+    ]
+    stream, usage = _streaming(fields)
+    echoes = [text if echo else "" for text, _ in prompts]
+    return AskedText(chosen.id, requests, stream, usage, fields.ignored(), echoes)
+
+
+def _chat_tokens(
+    reader: Reader, chosen: Chosen, template: Template, tools: Tools, messages: list[dict]
+) -> list[int]:
+    if reader.defaults.system and all(message["role"] != "system" for message in messages):
+        messages = [{"role": "system", "content": reader.defaults.system}, *messages]
+    if isinstance(template, RwkvTemplate) and "</think" in template.opening:
+        messages = without_thoughts(messages)
+    try:
+        pieces = [text for text, _ in template.segments(messages, tools.described or None, ask=True)]
+        if tools.begun:
+            pieces.append(tools.begun)
+        ids = [token for piece in pieces for token in reader.tokenizer.encode(piece)]
+    except UserError as error:
+        raise wrong("messages", str(error)) from None
+    return _checked(reader, with_leading(ids, chosen.bos), "messages")
+
+
+def _checked(reader: Reader, tokens: list[int], param: str) -> list[int]:
+    if len(tokens) > reader.limits.prompt_tokens:
+        raise Refused(
+            400,
+            f"{param}: {counted(len(tokens), 'token')}, and this server reads at most"
+            f" {reader.limits.prompt_tokens:,}",
+            param,
+            "context_length_exceeded",
+        )
+    return tokens
+
+
+def _prompts(reader: Reader, fields: Fields, chosen: Chosen) -> list[tuple[str, list[int]]]:
+    """(text, tokens) of each prompt. Ids are taken as they are."""
+    value = fields.take("prompt")
+    expected = "a text, a list of texts, ids, or a list of lists of ids"
+    if value is None or value == "" or value == []:
+        value = [list(reader.tokenizer.eod)]  # as in OpenAI's API: a new document
+    if isinstance(value, str) or isinstance(value, list) and all(_is_id(token) for token in value):
+        value = [value]
+    if not isinstance(value, list):
+        raise fields.refuse("prompt", value, expected)
+    prompts = []
+    for prompt in value:
+        try:
+            if isinstance(prompt, str):
+                text, ids = prompt, with_leading(reader.tokenizer.encode(prompt), chosen.bos)
+            elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
+                text, ids = reader.tokenizer.decode(prompt), list(prompt)
+            else:
+                raise fields.refuse("prompt", value, expected)
+        except UserError as error:
+            raise wrong("prompt", str(error)) from None
+        prompts.append((text, _checked(reader, ids or list(reader.tokenizer.eod), "prompt")))
+    return prompts
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _request(
+    reader: Reader, fields: Fields, sampling: Sampling, stops: tuple[str, ...], prompts: int = 1, **given
+) -> Request:
+    """The engine's request, from the fields that both APIs have."""
+    limits = reader.limits
+    n = fields.integer("n", 1, limits.answers, 1)
+    if n * prompts > limits.answers:
+        raise wrong("n", f"{n} answers of {prompts} prompts; this server gives {limits.answers} to a request")
+    short_name, long_name = (
+        fields.integer(name, 1, limits.answer_tokens) for name in ("max_tokens", "max_completion_tokens")
+    )
+    most = short_name if long_name is None else long_name
+    seed = fields.integer("seed", -LARGEST_SEED, LARGEST_SEED - 1, reader.defaults.seed)
+    return Request(
+        max_tokens=min(reader.defaults.max_tokens, limits.answer_tokens) if most is None else most,
+        sampling=_sampling(fields, sampling),
+        seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
+        stops=(*stops, *_stops(fields)),
+        n=n,
+        **given,
+    )
+
+
+def _sampling(fields: Fields, default: Sampling) -> Sampling:
+    ranges = {
+        "temperature": (0, 100),
+        "top_p": (0, 1),
+        "presence_penalty": (-100, 100),
+        "frequency_penalty": (-100, 100),
+        "penalty_decay": (0, 1),
+    }
+    given: dict[str, float] = {}
+    for name, (low, high) in ranges.items():
+        for spelling in filter(None, (OTHER_NAMES.get(name), name)):
+            value = fields.number(spelling, low, high)
+            if value is not None:
+                given[name] = value
+    if "top_p" in given:
+        given["top_p"] = max(given["top_p"], 1e-6)  # 0 leaves the likeliest token, as 1e-6 does
+    top_k = fields.integer("top_k", -1, 1 << 31)
+    if top_k is not None:
+        given["top_k"] = max(top_k, 0)  # -1 is all tokens elsewhere
+    return dataclasses.replace(default, **given)
+
+
+def _stops(fields: Fields) -> list[str]:
+    value = fields.take("stop")
+    stops = [value] if isinstance(value, str) else ([] if value is None else value)
+    fits = isinstance(stops, list) and len(stops) <= MOST_STOPS
+    if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
+        raise fields.refuse(
+            "stop",
+            value,
+            f"a text, or at most {MOST_STOPS} of them, each of 1 to {LONGEST_STOP} characters",
+        )
+    return stops
+
+
+def _streaming(fields: Fields) -> tuple[bool, bool]:
+    """(stream, whether it ends with the usage)."""
+    stream = fields.flag("stream")
+    options = fields.inner("stream_options")
+    if options and not stream:
+        raise wrong("stream_options", "needs stream: true")
+    return stream, bool(options and options.flag("include_usage"))
+
+
+def _refuse_formats(fields: Fields) -> None:
+    """Refused for what would silently give another answer than the one that was asked for."""
+    response_format = fields.inner("response_format")
+    if response_format and (kind := response_format.text("type", "text")) != "text":
+        raise wrong("response_format", f"type {short(kind)}: this server writes text only")
+    if fields.take("logit_bias"):
+        raise wrong("logit_bias", "is not possible here; leave it out")
+    modalities = fields.take("modalities")
+    if modalities not in (None, ["text"]):
+        raise wrong("modalities", f"got {short(modalities)}: this model writes text only")

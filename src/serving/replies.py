@@ -1,0 +1,128 @@
+"""What goes back to a client: JSON objects, errors, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .errors import Refused
+from .limits import Limits
+
+QUIET_SECONDS = 15.0  # after which a stream says that it is still there
+MOST_NAMED = 20
+
+
+def dumped(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumped(value), status, dict(headers or {}), "application/json")
+
+
+def error_reply(refused: Refused) -> Response:
+    return json_reply(refused.as_object(), refused.status, refused.headers)
+
+
+def ignored_header(names: list[str]) -> dict[str, str]:
+    """The warning of fields that nobody has read."""
+    if not names:
+        return {}
+    shown = [name.encode("ascii", "backslashreplace").decode()[:40] for name in names[:MOST_NAMED]]
+    shown = ["".join(c if c.isprintable() and c != "," else "?" for c in name) for name in shown]
+    return {"X-Ignored-Fields": ", ".join(shown)}
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a request. Refused where it is too large, or does not come."""
+    too_large = Refused(
+        413,
+        f"the request is larger than the {limits.body_bytes:,} bytes that this server reads",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
+        raise too_large
+    body = bytearray()
+
+    async def read() -> None:
+        async for part in request.stream():
+            body.extend(part)
+            if len(body) > limits.body_bytes:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), limits.receiving)
+    except asyncio.TimeoutError:
+        raise Refused(
+            408,
+            f"the request did not arrive within {limits.receiving:g} seconds",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from None
+    return bytes(body)
+
+
+async def until_gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, each a JSON object, and [DONE] at the end. It ends where the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[Any, None],
+        headers: Mapping[str, str],
+        at_end: Callable[[], None],
+        at_leaving: Callable[[], None],
+    ):
+        """`at_end` is called in any case, `at_leaving` where the client leaves before the end."""
+        self.events, self.at_end, self.at_leaving = events, at_end, at_leaving
+        self.status_code, self.background, self.body = 200, None, b""
+        self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Response counts its body, and this one has no length
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def part(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        gone = asyncio.create_task(until_gone(Request(scope, receive)))
+        coming: asyncio.Task | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(self.events))
+                await asyncio.wait({coming, gone}, timeout=QUIET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    self.at_leaving()
+                    return
+                if not coming.done():
+                    await part(b": still here\n\n")
+                    continue
+                try:
+                    event = coming.result()
+                except StopAsyncIteration:
+                    await part(b"data: [DONE]\n\n", False)
+                    return
+                coming = None
+                await part(b"data: " + dumped(event) + b"\n\n")
+        finally:
+            gone.cancel()
+            if coming:
+                coming.cancel()
+                await asyncio.wait({coming})
+            self.at_end()
+            await self.events.aclose()

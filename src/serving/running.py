@@ -1,0 +1,129 @@
+"""uvicorn for one application: connections that say nothing are closed, and the end is orderly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .answering import Desk
+from .errors import Refused
+from .replies import error_reply
+
+KEEP_ALIVE = 15  # seconds that a connection may stay without a request
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with a time for the head of every request, and error objects where there are too many."""
+
+    receiving = 30.0
+    most = 256
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.most:
+            self.app = _too_many
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        """Have a time for the head of a request, as long as none is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete or self.transport.is_closing():
+            self._unwatch()
+        elif self.timer is None:
+            self.timer = self.loop.call_later(self.receiving, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+
+async def _too_many(scope, receive, send) -> None:
+    refused = Refused(
+        503,
+        "the server has too many connections; try again later",
+        code="too_many_connections",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+    await error_reply(refused)(scope, receive, send)
+
+
+class Server(uvicorn.Server):
+    """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds."""
+
+    def __init__(self, app, desk: Desk, host: str, port: int, said: Callable[[int], None]):
+        """`said` is called with the port as soon as the server listens."""
+        limits = desk.limits
+        connection = type(
+            "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
+        )
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                http=connection,
+                ws="none",
+                lifespan="on",
+                loop="asyncio",
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                # after `finishing` every answer is ended; this is for clients who do not take theirs
+                timeout_graceful_shutdown=int(limits.finishing) + 5,
+            )
+        )
+        self.desk, self.said = desk, said
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.said(self.servers[0].sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets=None) -> None:
+        self.desk.closing = True
+        loop = asyncio.get_running_loop()
+        end = loop.call_later(self.desk.limits.finishing, self.desk.stop_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Both signals end the server in order; uvicorn would raise them once more at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame) -> None:
+        """The second signal ends the answers, too."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True

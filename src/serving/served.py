@@ -1,0 +1,197 @@
+"""The models that clients may name: the base, and the base with adapters, which come and go."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_metadata
+
+from ..common.formatting import short
+from ..data.chat_template import Template
+from ..inference.adapters import Adapters, Applied
+from .errors import Refused, wrong
+from .fields import Fields
+from .reading import Chosen
+from .worker import Worker
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# what is said of every file that may not be named, whether it exists or not
+OUTSIDE = "expected the name of a .pth below the server's --adapter_dir"
+
+
+@dataclasses.dataclass
+class Entry:
+    """An adapter under the name that clients know."""
+
+    name: str
+    internal: str  # its name in the engine, which no other adapter ever had
+    template: Template
+    bos: tuple[int, ...]
+    description: dict[str, Any]
+    users: int = 0  # requests that run with it
+    dropped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """How a model is asked, by what its files record: the adapters' files at these paths, then the base."""
+
+    template: Callable[[list[str]], Template]
+    bos: Callable[[list[str]], tuple[int, ...]]
+    tokenizer: str  # the name of the one that everything is read with
+
+
+class ServedModels:
+    """Belongs to the event loop; what changes the engine's adapters is done in the worker's thread."""
+
+    def __init__(self, name: str, adapters: Adapters, records: Records, scale: float, folder: str | None):
+        self.name, self.adapters, self.records, self.scale = name, adapters, records, scale
+        self.folder = os.path.realpath(folder) if folder else None
+        self.template, self.bos = records.template([]), records.bos([])
+        self.entries: dict[str, Entry] = {}
+        self.used_names: set[str] = set()
+        for internal, adapter in adapters.by_name.items():
+            adapters.check(Applied((internal,)))
+            self.entries[internal] = self._entry(internal, internal, adapter.path)
+            self.used_names.add(internal)
+
+    def _entry(self, name: str, internal: str, path: str) -> Entry:
+        metadata = read_metadata(path) or {}
+        rank = (metadata.get("options") or {}).get("rank")
+        described = {"name": name, "model": f"{self.name}:{name}", "method": metadata.get("method")}
+        if rank is not None:
+            described["rank"] = rank
+        return Entry(name, internal, self.records.template([path]), self.records.bos([path]), described)
+
+    def models(self) -> list[str]:
+        return [self.name, *(f"{self.name}:{name}" for name in self.entries)]
+
+    def find(self, fields: Fields) -> Chosen:
+        """The model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
+        model = fields.text("model") or self.name
+        given = fields.text("adapter_id") or ""
+        scale = fields.number("adapter_scale", -100, 100, self.scale)
+        base, colon, named = model.partition(":")
+        if base != self.name or colon and not named:
+            raise self._unknown("model", model)
+        if named and given and named != given:
+            raise wrong("adapter_id", f"got {short(given)}, and model names {short(named)}; give one of them")
+        names = (named or given).split("+") if named or given else []
+        entries = []
+        for name in names:
+            if name not in self.entries:
+                raise self._unknown("model" if named else "adapter_id", model if named else name)
+            entries.append(self.entries[name])
+        if len({*names}) < len(names):
+            raise wrong("model" if named else "adapter_id", f"{'+'.join(names)} names one adapter twice")
+        if not entries:
+            return Chosen(self.name, Applied(), self.template, self.bos)
+        applied = Applied(tuple(entry.internal for entry in entries), scale)
+        return Chosen(f"{self.name}:{'+'.join(names)}", applied, entries[0].template, entries[0].bos)
+
+    def _unknown(self, param: str, name: str) -> Refused:
+        known = ", ".join(self.models())
+        return Refused(
+            404, f"{param}: there is no {short(name)}; there are {known}", param, "model_not_found"
+        )
+
+    def held(self, applied: Applied) -> list[Entry]:
+        """The adapters of a request that begins to run; release() gives them back."""
+        found = [self.entries[name] for name in self.entries if self.entries[name].internal in applied.names]
+        if len(found) < len(applied.names):
+            raise Refused(404, "the adapter was just dropped", "model", "model_not_found")
+        for entry in found:
+            entry.users += 1
+        return found
+
+    def release(self, entries: list[Entry], worker: Worker) -> None:
+        for entry in entries:
+            entry.users -= 1
+            self._leave_if_unused(entry, worker)
+
+    async def add(self, name: str, file: str, worker: Worker) -> Entry:
+        """Load an adapter while others answer. Raises Refused."""
+        if not self.folder:
+            raise Refused(403, "this server was started without --adapter_dir, so it loads no adapters")
+        if not NAME.fullmatch(name):
+            raise wrong("name", f"got {short(name)}, expected up to 64 letters, digits and . _ -")
+        if name in self.entries:
+            raise Refused(409, f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first", "name")
+        path = inside(self.folder, file)
+        internal = next(label for label in _labels(name) if label not in self.used_names)
+        self.used_names.add(internal)
+
+        def load() -> Entry:
+            self._check_tokenizer(path, file)
+            entry = self._entry(name, internal, path)
+            self.adapters.add(internal, path)
+            try:
+                self.adapters.check(Applied((internal,)))
+                worker.engine.refresh()
+            except BaseException:
+                self.adapters.remove(internal)
+                raise
+            return entry
+
+        try:
+            entry = await worker.call(load)
+        except UserError as error:
+            # messages name the file by its path, which is none of the client's business
+            raise wrong("file", str(error).replace(path, file)) from None
+        self.entries[name] = entry
+        return entry
+
+    def _check_tokenizer(self, path: str, file: str) -> None:
+        recorded = (read_metadata(path) or {}).get("tokenizer")
+        if recorded and os.path.basename(str(recorded)) != os.path.basename(self.records.tokenizer):
+            raise UserError(
+                f"{file} was trained with the tokenizer {short(recorded)}, and this server has"
+                f" {os.path.basename(self.records.tokenizer)}"
+            )
+
+    def drop(self, name: str, worker: Worker) -> None:
+        """Take an adapter's name away; the adapter goes when the last request with it has ended."""
+        entry = self.entries.pop(name, None)
+        if entry is None:
+            raise Refused(404, f"there is no adapter {short(name)}", "name", "model_not_found")
+        entry.dropped = True
+        self._leave_if_unused(entry, worker)
+
+    def _leave_if_unused(self, entry: Entry, worker: Worker) -> None:
+        if entry.dropped and not entry.users:
+
+            def leave() -> None:
+                self.adapters.remove(entry.internal)
+                worker.engine.refresh()
+
+            worker.post(leave)
+
+
+def _labels(name: str) -> Iterator[str]:
+    """name, name@2, name@3, ..."""
+    yield name
+    number = 2
+    while True:
+        yield f"{name}@{number}"
+        number += 1
+
+
+def inside(folder: str, file: str) -> str:
+    """The real path of a file below `folder`, itself a real path. Refused for every other one, in the same
+    words whether it exists or not.
+    """
+    refused = wrong("file", f"got {short(file)}, {OUTSIDE}")
+    if not file or "\0" in file or os.path.isabs(file):
+        raise refused
+    try:
+        path = os.path.realpath(os.path.join(folder, file))
+        if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+            raise refused
+    except (OSError, ValueError):
+        raise refused from None
+    return path

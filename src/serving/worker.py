@@ -1,0 +1,203 @@
+"""The one thread that runs the engine, and how the server's event loop talks with it.
+
+The engine is not for two threads. What the loop wants goes through a queue; what the engine gives comes back
+by loop.call_soon_threadsafe. An idle engine waits at the queue and takes no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+from ..inference.engine import Answer, Engine, Request
+
+
+class Piece(NamedTuple):
+    """What one answer of a job has more than before."""
+
+    index: int  # of the answer, over all requests of the job
+    text: str
+    tokens: int
+    drawn: Sequence[Any]  # of the new tokens, where log-probabilities were asked for
+    finish: str  # "" while it goes on
+    error: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Job:
+    """Requests that one client has made together. It belongs to the event loop."""
+
+    def __init__(self, worker: Worker, requests: Sequence[Request]):
+        self.worker, self.requests = worker, requests
+        self.loop = asyncio.get_running_loop()
+        self.unfinished = sum(request.n for request in requests)
+        self.arrived: asyncio.Queue[list[Piece]] = asyncio.Queue()
+        self.answers: list[Answer] = []  # the worker's
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What has come, until all answers are finished."""
+        while self.unfinished:
+            pieces = await self.arrived.get()
+            while not self.arrived.empty():
+                pieces = [*pieces, *self.arrived.get_nowait()]
+            self.unfinished -= sum(bool(piece.finish) for piece in pieces)
+            yield pieces
+
+    def cancel(self) -> None:
+        """Free the rows of what is not finished. Nothing more comes."""
+        if self.unfinished:
+            self.unfinished = 0
+            self.worker.post(lambda: self.worker.forget(self, "cancelled"))
+
+    def end(self) -> None:
+        """Finish the answers as they are: a client who listens is told "cancelled"."""
+        self.worker.post(lambda: self.worker.forget(self, "cancelled"))
+
+
+class _Followed(NamedTuple):
+    job: Job
+    index: int
+    answer: Answer
+
+
+class Worker:
+    """Runs an engine in a thread of its own, from start() until close()."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.followed: dict[int, _Followed] = {}  # by id() of the answer
+        self.sent: dict[int, tuple[int, int]] = {}  # characters and tokens that a job has of an answer
+        self.broken = ""  # what went wrong in the engine itself
+        self.steps = 0
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """End the thread, after what it is doing."""
+        self.post(None)
+        self.thread.join()
+
+    def post(self, work: Callable[[], None] | None) -> None:
+        """Have something done between two steps."""
+        self.inbox.put(work)
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """What work() returns or raises, between two steps."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return await asyncio.wrap_future(future)
+
+    async def submit(self, requests: Sequence[Request]) -> Job:
+        """UserError where the engine refuses one of them; then none of them runs."""
+        job = Job(self, requests)
+        await self.call(lambda: self._submit(job))
+        return job
+
+    def _submit(self, job: Job) -> None:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        try:
+            for request in job.requests:
+                job.answers += self.engine.submit(request)
+        except BaseException:
+            for answer in job.answers:
+                self.engine.cancel(answer)
+            raise
+        for index, answer in enumerate(job.answers):
+            self.followed[id(answer)] = _Followed(job, index, answer)
+            self.sent[id(answer)] = 0, 0
+
+    def forget(self, job: Job, finish: str, error: str = "") -> None:
+        """End what is left of a job, in the worker's thread."""
+        ended = []
+        for index, answer in enumerate(job.answers):
+            if self.followed.pop(id(answer), None):
+                self.sent.pop(id(answer))
+                self.engine.cancel(answer)
+                ended.append(Piece(index, "", 0, (), finish, error, answer.prompt_tokens, 0))
+        self._deliver(job, ended)
+
+    def _run(self) -> None:
+        while True:
+            wait = self.engine.idle or bool(self.broken)
+            try:
+                work = self.inbox.get(block=wait)
+            except queue.Empty:
+                self._step()
+                continue
+            if work is None:
+                return
+            work()
+
+    def _step(self) -> None:
+        try:
+            changed = self.engine.step()
+        except Exception as error:  # a bug, or memory ran out: nobody may wait for ever
+            self._break(error)
+            return
+        self.steps += 1
+        by_job: dict[int, tuple[Job, list[Piece]]] = {}
+        for answer in changed:
+            found = self.followed.get(id(answer))
+            if found:
+                by_job.setdefault(id(found.job), (found.job, []))[1].append(self._piece(found))
+        for job, pieces in by_job.values():
+            self._deliver(job, pieces)
+
+    def _piece(self, found: _Followed) -> Piece:
+        answer, key = found.answer, id(found.answer)
+        characters, tokens = self.sent[key]
+        finish, error = answer.finish, str(answer.error or "")
+        piece = Piece(
+            found.index,
+            answer.text[characters:],
+            len(answer.tokens) - tokens,
+            tuple(answer.logprobs[tokens:]) if answer.logprobs else (),
+            finish,
+            error,
+            answer.prompt_tokens,
+            answer.cached_tokens,
+        )
+        self.sent[key] = len(answer.text), len(answer.tokens)
+        if finish:
+            del self.followed[key], self.sent[key]
+        return piece
+
+    def _break(self, error: Exception) -> None:
+        """All that runs ends with an error; so does all that comes."""
+        traceback.print_exc()
+        self.broken = f"the engine stopped: {type(error).__name__}; start the server again"
+        for job in {id(found.job): found.job for found in self.followed.values()}.values():
+            pieces = [
+                Piece(index, "", 0, (), "error", self.broken, 0, 0)
+                for index, answer in enumerate(job.answers)
+                if id(answer) in self.followed
+            ]
+            self._deliver(job, pieces)
+        self.followed.clear()
+        self.sent.clear()
+
+    @staticmethod
+    def _deliver(job: Job, pieces: list[Piece]) -> None:
+        if not pieces:
+            return
+        try:
+            job.loop.call_soon_threadsafe(job.arrived.put_nowait, pieces)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            pass

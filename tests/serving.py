@@ -1,0 +1,112 @@
+"""A server of this process on a free port of 127.0.0.1, and a decoder that says what it is told."""
+
+import contextlib
+import threading
+import types
+
+import torch
+
+from src.data.rwkv_template import RwkvTemplate
+from src.data.tokenizer import load_tokenizer
+from src.inference.engine import Engine
+from src.serving.assemble import assemble
+from src.serving.guard import Guard
+from src.serving.limits import Limits
+from src.serving.reading import Defaults
+from src.serving.running import Server
+from src.serving.served import Records, ServedModels
+
+LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
+
+
+class Scripted:
+    """Stands in for a decoder: to a prompt, every row says `script`, one byte after another, and then the end
+    of document. `prompts` are the texts that were read.
+    """
+
+    def __init__(self, rows=4, script="Hello."):
+        self.rows, self.script, self.prompts = rows, script, []
+        self.model = types.SimpleNamespace(arch=types.SimpleNamespace(vocab_size=256))
+        self.adapters = None
+        self.states = [None] * rows
+
+    def _logits(self, state):
+        said, place = state
+        logits = torch.zeros(1, 256)
+        logits[0, said[place] if place < len(said) else 0] = 9
+        return logits
+
+    def read(self, ids, state, applied=None):
+        text = bytes(ids[0].tolist()).decode()
+        self.prompts.append((state[2] if state else "") + text)
+        said = self.script.encode()
+        return self._logits((said, 0)), (said, 0, self.prompts[-1])
+
+    def put(self, row, state):
+        self.states[row] = state[:2]
+
+    def move(self, source, target):
+        self.states[target] = self.states[source]
+
+    def step(self, tokens, applied):
+        rows = range(len(tokens))
+        for row in rows:
+            said, place = self.states[row]
+            self.states[row] = said, place + 1
+        return torch.cat([self._logits(self.states[row]) for row in rows])
+
+    def refresh(self):
+        pass
+
+
+def no_adapters():
+    """Stands in for adapters.Adapters."""
+    return types.SimpleNamespace(by_name={}, check=lambda applied: None)
+
+
+def records(tokenizer, template=None, bos=()):
+    chosen = template or RwkvTemplate("rwkv", "json")
+    return Records(lambda paths: chosen, lambda paths: bos, tokenizer.name)
+
+
+def scripted(script="Hello.", template=None, rows=4, **options):
+    """running() with a Scripted decoder."""
+    tokenizer = load_tokenizer("bytes", 256)
+    decoder = Scripted(rows, script)
+    engine = Engine(decoder, tokenizer, chunk=64, reads_first=False)
+    served = ServedModels("tiny", no_adapters(), records(tokenizer, template), 1.0, None)
+    return running(engine, served, **options)
+
+
+@contextlib.contextmanager
+def running(engine, served, limits=None, defaults=None, guard=LOCAL):
+    """A server in a thread: .url, .desk, .engine, .stop(). At the end no row is taken and nobody waits."""
+    limits = limits or Limits(finishing=5)
+    defaults = defaults or Defaults(64, "", {"temperature": 0.0}, 0)
+    app, desk = assemble(engine, served, defaults, limits, guard)
+    ready, ports = threading.Event(), []
+
+    def said(port):
+        ports.append(port)
+        ready.set()
+
+    server = Server(app, desk, "127.0.0.1", 0, said)
+    thread = threading.Thread(target=server.run, daemon=True)
+    desk.worker.start()
+    thread.start()
+    assert ready.wait(20), "the server did not start"
+
+    def stop():
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server does not end"
+
+    found = types.SimpleNamespace(
+        url=f"http://127.0.0.1:{ports[0]}", port=ports[0], desk=desk, engine=engine, server=server, stop=stop
+    )
+    try:
+        yield found
+    finally:
+        stop()
+        desk.worker.close()
+    assert (desk.open, desk.running, desk.worker.followed, engine.idle) == (0, set(), {}, True)

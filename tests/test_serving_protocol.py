@@ -1,0 +1,448 @@
+"""What a request asks for and what is refused, and how an answer's text becomes thoughts, content and calls:
+without a network.
+"""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip(
+    "starlette", reason="NO starlette (pip install starlette uvicorn): the server is not tested"
+)
+
+from src.data.rwkv_template import MODES, RwkvTemplate
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
+from src.inference.adapters import Applied
+from src.inference.sampling import FAKE_THINK, OPEN_THINK, Sampling
+from src.serving.chat_text import ChatText
+from src.serving.errors import Refused
+from src.serving.fields import read_object
+from src.serving.guard import Guard, host_name, is_own_machine
+from src.serving.limits import Limits
+from src.serving.modes import efforts_of
+from src.serving.reading import Chosen, Defaults, Reader, read_chat, read_completion
+from src.serving.served import inside
+from src.serving.tools import NO_TOOLS, Tools
+
+from .test_templates import CHATML
+
+TOKENIZER = load_tokenizer("bytes", 256)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+OTHER = {"type": "function", "function": {"name": "time"}}
+HI = [{"role": "user", "content": "hi"}]
+
+
+def reader(template=None, bos=(), limits=None, **defaults):
+    template = template or RwkvTemplate("rwkv", "json")
+
+    def find(fields):
+        return Chosen(fields.text("model") or "tiny", Applied(), template, bos)
+
+    return Reader(TOKENIZER, find, limits or Limits(), Defaults(**defaults))
+
+
+def chat(template=None, messages=HI, defaults=None, **fields):
+    """What a chat request asks for."""
+    return read_chat(reader(template, **(defaults or {})), {"messages": messages, **fields})
+
+
+def prompt_of(asked):
+    return TOKENIZER.decode(asked.requests[0].tokens)
+
+
+def refused(body, read=read_chat, **options):
+    """(status, field) of a refusal."""
+    with pytest.raises(Refused) as caught:
+        read(reader(**options), body)
+    assert caught.value.as_object()["error"]["message"]
+    return caught.value.status, caught.value.param
+
+
+def test_a_conversation_is_written_as_the_template_has_it():
+    messages = [
+        {"role": "developer", "content": "Be\n\nbrief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "1, 2", "refusal": None},
+        {"role": "user", "content": "more", "name": "me"},
+    ]
+    asked = chat(messages=messages, defaults={"bos": (0,)})
+    assert prompt_of(asked) == (
+        "\0System: Be\nbrief.\n\nUser: one\ntwo\n\nAssistant: 1, 2\n\nUser: more\n\nAssistant:"
+    )
+    assert asked.requests[0].stops == ("\n\nUser:",) and not asked.ignored
+
+
+def test_the_operators_system_turn_gives_way_to_the_clients():
+    assert prompt_of(chat(defaults={"system": "S"})) == "System: S\n\nUser: hi\n\nAssistant:"
+    own = [{"role": "system", "content": "T"}, *HI]
+    assert prompt_of(chat(messages=own, defaults={"system": "S"})).startswith("System: T\n\nUser: hi")
+
+
+@pytest.mark.parametrize(
+    "fields, end",
+    [
+        ({"reasoning_effort": "none"}, "User: hi\n\nAssistant:"),
+        ({"reasoning_effort": "low"}, "User: hi (think a bit)\n\nAssistant: <think"),
+        ({"reasoning_effort": "medium"}, "User: hi (think)\n\nAssistant: <think"),
+        ({"reasoning_effort": "high"}, "User: hi (think a lot)\n\nAssistant: <think"),
+        ({"think_mode": "think"}, "User: hi\n\nAssistant: <think"),
+        ({"think_mode": "flower"}, "User✿hi✿\nBot✿<think"),
+        ({"think_type": "fast"}, "User: hi\n\nAssistant: <think></think"),
+        ({"think_type": "preferChinese"}, "User: hi\n\nAssistant: <think>嗯"),
+    ],
+)
+def test_a_request_chooses_whether_the_model_thinks(fields, end):
+    assert prompt_of(chat(**fields)) == end
+
+
+def test_efforts_keep_to_the_family_of_the_template():
+    def end(name, effort):
+        return prompt_of(chat(RwkvTemplate(name), reasoning_effort=effort))
+
+    assert end("think", "none") == "User: hi\n\nAssistant: <think></think"
+    assert end("think-normal-2025", "high") == "User: hi think a lot\n\nAssistant: <think"
+    assert end("flower", "none").endswith("Bot✿<think></think")
+    assert end("flower-fake-think", "medium").endswith("Bot✿<think")
+    assert efforts_of(RwkvTemplate("flower")) == ["none", "medium"]
+    body = {"messages": HI, "reasoning_effort": "high"}
+    assert refused(body, template=RwkvTemplate("flower")) == (400, "reasoning_effort")
+    jinja = load_template(CHATML)
+    assert refused(body, template=jinja) == (400, "reasoning_effort") and efforts_of(jinja) == []
+    assert refused({**body, "think_mode": "think"}) == (400, "think_mode")
+
+
+def test_thoughts_of_earlier_answers_are_left_out_where_a_mode_has_no_place_for_them():
+    messages = [*HI, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}, *HI]
+    inline = [*HI, {"role": "assistant", "content": "<think>hm</think>yes"}, *HI]
+    for given in (messages, inline):
+        kept = prompt_of(chat(messages=given, think_mode="think"))
+        assert "Assistant: <think>\nhm\n</think>\nyes\n\nUser" in kept
+        plain = prompt_of(chat(messages=given, think_mode="fake-think-compact"))
+        assert "Assistant: <think></think>\nyes\n\nUser" in plain and "hm" not in plain
+
+
+def test_sampling_is_what_is_recommended_then_the_operators_then_the_requests():
+    assert chat().requests[0].sampling == Sampling()
+    assert chat(think_mode="think").requests[0].sampling == OPEN_THINK
+    assert chat(think_type="fast").requests[0].sampling == FAKE_THINK
+    operator = {"sampling": {"temperature": 0.5}}
+    got = chat(think_mode="think", defaults=operator).requests[0].sampling
+    assert (got.temperature, got.top_k) == (0.5, OPEN_THINK.top_k)
+    asked = chat(
+        temperature=2, top_p=0, top_k=-1, presence_penalty=-1, alpha_frequency=0.25, penalty_decay=0.9
+    )
+    assert asked.requests[0].sampling == Sampling(2.0, 1e-6, 0, -1.0, 0.25, 0.9)
+
+
+def test_what_else_a_request_says_reaches_the_engine():
+    asked = chat(
+        n=3, seed=7, max_tokens=9, max_completion_tokens=5, stop="END", logprobs=True, top_logprobs=2
+    )
+    request = asked.requests[0]
+    assert (request.n, request.seed, request.max_tokens, request.logprobs) == (3, 7, 5, 2)
+    assert request.stops == ("\n\nUser:", "END")
+    assert chat(stop=["a", "b"]).requests[0].stops[1:] == ("a", "b")
+    assert chat().requests[0].max_tokens == Defaults().max_tokens
+    assert len({chat().requests[0].seed for _ in range(9)}) == 9
+    assert chat(defaults={"seed": 3}).requests[0].seed == 3
+    asked = chat(stream=True, stream_options={"include_usage": True}, user="me", frobnicate=1, logit_bias={})
+    assert (asked.stream, asked.usage, asked.ignored) == (True, True, ["frobnicate"])
+
+
+@pytest.mark.parametrize(
+    "fields, field",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": ["hi"]}, "messages"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HI, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"presence_penalty": 1e9}, "presence_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
+        ({"n": 1000}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 99}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": {}}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"think_mode": "nothing"}, "think_mode"),
+        ({"think_type": "slow"}, "think_type"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": {}}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "required", "think_mode": "think"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+    ],
+)
+def test_a_wrong_field_is_named(fields, field):
+    assert refused({"messages": HI, **fields}) == (400, field)
+
+
+def test_a_prompt_has_a_limit():
+    assert refused({"messages": HI}, limits=Limits(prompt_tokens=19)) == (400, "messages")
+    assert refused({"prompt": "x" * 21}, read_completion, limits=Limits(prompt_tokens=20)) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"a": NaN}', b"1" * 9999]
+)
+def test_what_is_no_json_object_is_refused(body):
+    with pytest.raises(Refused) as caught:
+        read_object(body)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def complete(body, **options):
+    asked = read_completion(reader(**options), body)
+    return [list(request.tokens) for request in asked.requests], asked
+
+
+def test_prompts_of_completions():
+    a, b = [97], [98]
+    assert complete({"prompt": "a"})[0] == [a]
+    assert complete({"prompt": ["a", "b"]})[0] == [a, b] == complete({"prompt": [a, b]})[0]
+    assert complete({"prompt": a})[0] == [a]
+    assert complete({"prompt": "a"}, bos=(0,))[0] == [[0, 97]] and complete({"prompt": a}, bos=(0,))[0] == [a]
+    for empty in ({}, {"prompt": ""}, {"prompt": []}, {"prompt": [""]}):
+        assert complete(empty)[0] == [[0]]
+    _, asked = complete({"prompt": ["a", "b"], "echo": True, "n": 2, "stop": "."})
+    assert asked.echoes == ["a", "b"] and asked.requests[1].stops == (".",)
+
+
+@pytest.mark.parametrize(
+    "fields, field",
+    [
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": [None]}, "prompt"),
+        ({"prompt": [[]]}, None),
+        ({"prompt": [[300]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[True]]}, "prompt"),
+        ({"prompt": ["x"] * 20, "n": 2}, "n"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"logprobs": True}, "logprobs"),
+    ],
+)
+def test_a_wrong_field_of_a_completion_is_named(fields, field):
+    body = {"prompt": "x", **fields}
+    if field is None:  # a document that begins
+        assert complete(body)[0] == [[0]]
+    else:
+        assert refused(body, read_completion) == (400, field)
+
+
+def test_tools_are_described_and_calls_may_be_begun():
+    described = prompt_of(chat(tools=[TOOL, OTHER]))
+    assert described.startswith('System: Tools:\n[\n{"name":"weather"') and described.endswith("Assistant:")
+    assert prompt_of(chat(tools=[TOOL], tool_choice="none")) == "User: hi\n\nAssistant:"
+    assert prompt_of(chat(tools=[TOOL], tool_choice="required")).endswith("Assistant: ```json")
+    named = {"type": "function", "function": {"name": "time"}}
+    begun = prompt_of(chat(tools=[TOOL, OTHER], tool_choice=named))
+    assert begun.endswith('Assistant: ```json\n{"name":"time","arguments":')
+    empty = prompt_of(chat(tools=[TOOL], tool_choice="required", think_mode="fake-think-compact"))
+    assert empty.endswith("Assistant: <think></think>\n```json")
+
+
+def test_the_results_of_tools_follow_their_calls():
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    text = prompt_of(chat(messages=messages, tools=[TOOL]))
+    assert text.endswith(
+        'Assistant: ```json\n{"name":"weather","arguments":{"city":"Paris"}}\n```\n\n'
+        "User: Function output:\nrain\n\nAssistant:"
+    )
+    messages[-1]["tool_call_id"] = "c2"
+    assert refused({"messages": messages, "tools": [TOOL]}) == (400, "messages")
+
+
+def pieces_of(text, template, tools, cuts):
+    """(thoughts, content, calls) of an answer that comes cut at these places."""
+    said = ChatText(template, tools)
+    bounds = [0, *sorted(cuts), len(text)]
+    deltas = [said.push(text[begin:end]) for begin, end in zip(bounds, bounds[1:])] + [said.finish()]
+    return (
+        "".join(delta.thoughts for delta in deltas),
+        "".join(delta.content for delta in deltas),
+        [json.loads(call["function"]["arguments"]) for delta in deltas for call in delta.calls],
+    )
+
+
+CALL = '```json\n{"name": "weather", "arguments": {"city": "Rom"}}\n```'
+
+
+@pytest.mark.parametrize(
+    "mode, generated, expected",
+    [
+        ("rwkv", "  Hi  there. \n", ("", "Hi  there.", [])),
+        ("rwkv", " <think>\nhm\n</think>\n\nYes", ("hm", "Yes", [])),
+        ("rwkv", " <thin ice", ("", "<thin ice", [])),
+        ("rwkv", "", ("", "", [])),
+        ("think", ">\nhm <b> </thin\n</think>\nYes", ("hm <b> </thin", "Yes", [])),
+        ("think", ">\nnever ends </th", ("never ends </th", "", [])),
+        ("think", "ing", ("ing", "", [])),
+        ("think-chinese", "，好\n</think>\n是", ("嗯，好", "是", [])),
+        ("fake-think", ">\nYes", ("", "Yes", [])),
+        ("fake-think-compact", "\nYes > no", ("", "Yes > no", [])),
+        ("flower", ">\nhm</think>Yes", ("hm", "Yes", [])),
+        ("rwkv", f"Let me see.\n{CALL}", ("", "Let me see.", [{"city": "Rom"}])),
+        ("rwkv", f" {CALL}\n{CALL}\n", ("", "", [{"city": "Rom"}] * 2)),
+        ("rwkv", f"{CALL}\nand so on", ("", f"{CALL}\nand so on", [])),
+        ("rwkv", "``` and ```js", ("", "``` and ```js", [])),
+        ("rwkv", "```json\n{}\n``` no, ", ("", "```json\n{}\n``` no,", [])),
+        ("think", f">\nA call?\n{CALL}\n</think>\n{CALL}", (f"A call?\n{CALL}", "", [{"city": "Rom"}])),
+    ],
+)
+def test_thoughts_content_and_calls_are_the_same_however_the_text_is_cut(mode, generated, expected):
+    template, tools = RwkvTemplate(mode, "json"), Tools([TOOL], "", True)
+    assert pieces_of(generated, template, tools, range(1, len(generated))) == expected
+    random.seed(1)
+    for _ in range(20):
+        cuts = random.sample(range(len(generated) + 1), min(3, len(generated)))
+        assert pieces_of(generated, template, tools, cuts) == expected
+    if not expected[2]:
+        assert pieces_of(generated, template, NO_TOOLS, []) == expected
+
+
+def test_a_begun_call_is_part_of_the_answer():
+    asked = chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})
+    assert pieces_of('{"city":"Rom"}}\n```', asked.template, asked.tools, [3]) == ("", "", [{"city": "Rom"}])
+    alone = asked.tools._replace(begun="", parallel=False)
+    assert pieces_of(f"{CALL}\n{CALL}", asked.template, alone, []) == ("", "", [{"city": "Rom"}])
+
+
+@pytest.mark.parametrize("style", ["json", "signatures", "markdown", "hermes"])
+def test_calls_of_every_style_are_found(style):
+    template = RwkvTemplate("rwkv", style)
+    call = {"function": {"name": "weather", "arguments": {"city": "Rom"}}}
+    text = f"So:\n{template.tools.calls([call, call])}"
+    expected = "", "So:", [{"city": "Rom"}] * 2
+    assert pieces_of(text, template, Tools([TOOL], "", True), range(1, len(text))) == expected
+    jinja = load_template(CHATML)
+    assert pieces_of(text, jinja, Tools([TOOL], "", True), range(1, len(text))) == expected
+
+
+def test_every_mode_has_a_form():
+    for mode in MODES:
+        assert chat(think_mode=mode).template.name == mode
+
+
+@pytest.mark.parametrize(
+    "headers, guard, status",
+    [
+        ({"host": "127.0.0.1:8000"}, Guard("", frozenset({"127.0.0.1"})), None),
+        ({"host": "evil.example"}, Guard("", frozenset({"127.0.0.1"})), 403),
+        ({}, Guard("", frozenset({"127.0.0.1"})), 403),
+        ({"host": "evil.example"}, Guard("k" * 9), 401),
+        ({"host": "a", "authorization": "Bearer kk"}, Guard("kk"), None),
+        ({"host": "a", "authorization": "bearer  kk "}, Guard("kk"), None),
+        ({"host": "a", "authorization": "Basic kk"}, Guard("kk"), 401),
+        ({"host": "a", "authorization": "Bearer k"}, Guard("kk"), 401),
+        ({"host": "a", "authorization": "Bearer \xff"}, Guard("kk"), 401),
+        ({"host": "a:1", "origin": "http://a:1"}, Guard(), None),
+        ({"host": "a:1", "origin": "http://b:1"}, Guard(), 403),
+        ({"host": "a:1", "origin": "null"}, Guard(), 403),
+        ({"host": "a:1", "origin": "http://["}, Guard(), 403),
+        ({"host": "a:1", "origin": "http://b:1"}, Guard("", None, frozenset({"http://b:1"})), None),
+    ],
+)
+def test_who_may_ask(headers, guard, status):
+    raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    if status is None:
+        guard.check("POST", "/v1/models", raw)
+        return
+    with pytest.raises(Refused) as caught:
+        guard.check("POST", "/v1/models", raw)
+    assert caught.value.status == status
+
+
+def test_the_page_and_the_health_need_no_key():
+    for path in ("/", "/page/app.js", "/health"):
+        Guard("kk").check("GET", path, {b"host": b"a"})
+        with pytest.raises(Refused):
+            Guard("kk").check("POST", path, {b"host": b"a"})
+
+
+def test_hosts():
+    assert [host_name(host) for host in ("A:80", "[::1]:8000", "::1", "b")] == ["a", "::1", "", "b"]
+    own = {
+        host: is_own_machine(host) for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9", "0.0.0.0", "::")
+    }
+    assert list(own.values()) == [True] * 4 + [False] * 2
+
+
+def test_only_files_below_the_folder_can_be_named(tmp_path):
+    folder, outside = tmp_path / "adapters", tmp_path / "secret.pth"
+    (folder / "sub").mkdir(parents=True)
+    for path in (folder / "a.pth", folder / "sub" / "b.pth", outside):
+        path.write_bytes(b"x")
+    (folder / "out.pth").symlink_to(outside)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "in.pth").symlink_to(folder / "a.pth")
+    root = str(folder.resolve())
+    assert inside(root, "a.pth") == f"{root}/a.pth" == inside(root, "in.pth") == inside(root, "sub/../a.pth")
+    assert inside(root, "sub/b.pth") == f"{root}/sub/b.pth"
+    messages = set()
+    for name in (
+        "../secret.pth",
+        "../absent.pth",
+        "out.pth",
+        "up/secret.pth",
+        str(outside),
+        f"{root}/a.pth",
+        "sub",
+        ".",
+        "a.pth\0",
+        "absent.pth",
+        "x" * 9999,
+        "hf://a/b",
+    ):
+        with pytest.raises(Refused) as caught:
+            inside(root, name)
+        assert (caught.value.status, caught.value.param) == (400, "file")
+        messages.add(caught.value.message.partition(", expected")[2])
+    assert len(messages) == 1  # no word tells whether a file outside exists
