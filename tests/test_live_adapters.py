@@ -8,7 +8,7 @@ import torch
 import rwkv_miss
 from rwkv_miss import METHODS, UserError
 from src.data.tokenizer import load_tokenizer
-from src.inference.adapters import BASE, NEVER_CAST, Adapter, Adapters, Applied, UnmergedLinear
+from src.inference.adapters import NEVER_CAST, Adapter, Adapters, UnmergedLinear
 from src.inference.cpu_decoder import Decoder
 from src.inference.generate import stream
 from src.inference.load import load, load_with
@@ -132,7 +132,10 @@ def test_a_gpu_rounds_once_what_every_token_would_round(version, method, options
     model.computes_in = torch.bfloat16  # whatever the first weight is
     for scale in (1, 0.7):
         for rounds_to in (None, torch.bfloat16):
-            adapters.rounds_to = rounds_to
+            adapters.rounds_to = rounds_to  # what is read from now on is rounded to it
+            adapters.use()
+            adapters.drop("a")
+            adapters.add("a", adapter)
             adapters.use(["a"], scale)
             with torch.no_grad():
                 logits[rounds_to] = model(ids)[0]
@@ -141,8 +144,10 @@ def test_a_gpu_rounds_once_what_every_token_would_round(version, method, options
     assert model.dtype == torch.bfloat16
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert all(NEVER_CAST.search(name) for name in wide), wide
-    factors = [linear.low_rank for linear in adapters.linears.values()]
-    assert all(factor.B.dtype == torch.bfloat16 for factor in factors)
+    columns = [linear.columns for linear in adapters.linears.values() if linear.columns]
+    assert all(one.B.dtype == torch.bfloat16 for one in columns) and bool(columns) == (
+        method in ("lora", "miss") and not options.get("magnitude")
+    )
 
 
 KINDS = {
@@ -411,84 +416,3 @@ def test_a_stopped_refresh_is_finished_before_the_next_token(checkpoint, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         decoder.refresh()
     assert torch.equal(one_by_one(decoder, ids)[0], want)
-
-
-@pytest.fixture
-def several(checkpoint, tmp_path):
-    """version -> (path of a base, its Adapters), of every kind."""
-
-    def make(version, **sizes):
-        base = checkpoint(version, **{**SIZES, **sizes})
-        files = {
-            name: train(base, tmp_path / f"{name}.pth", seed=i, **kind)
-            for i, (name, kind) in enumerate(ROWS.items())
-        }
-        return base, load_with(base, files, "bytes", accelerator="cpu")[0]
-
-    return make
-
-
-ROWS = {
-    "miss": dict(method="miss", targets=["receptance", "key", "value", "output", "head"]),
-    "other": dict(method="miss", rank=7),
-    "vera": dict(method="vera"),
-    "lora": dict(method="lora", rank=3, targets=["key", "head"], train_parts="state"),
-    "state": dict(method="state"),
-    "dora": dict(method="dora"),
-    "norms": dict(method="miss", train_parts="ln"),
-}
-
-
-REFUSED = {
-    Applied(("god",)): "no adapter 'god'; there are: miss, ",
-    Applied(("miss", "miss")): r"miss\+miss: one is named twice",
-    Applied(("miss",), float("nan")): "the scale of miss is nan",
-    Applied(("miss", "dora")): "'dora' has no form that differs by row: dora has other values of blocks.0",
-    Applied(("norms",)): r"ln0.*and 13 more; .* merge --base \S*v7\S*.pth --adapter \S*norms.pth --out ",
-}
-
-
-def test_what_cannot_differ_by_row_is_refused(several):
-    _, adapters = several(7)
-    for applied, why in REFUSED.items():
-        for refusing in (adapters.check, adapters.factors, adapters.start):
-            with pytest.raises(UserError, match=why):
-                refusing(applied)
-    adapters.use(["dora"])
-    adapters.check(BASE)
-    with pytest.raises(UserError, match="cannot have miss while the whole model has 'dora'.* merge --base "):
-        adapters.check(Applied(("miss",)))
-
-
-def test_factors_of_a_row_are_those_that_use_chooses(several):
-    _, adapters = several(6)
-    for applied in (Applied(("miss",), 0.3), Applied(("other", "vera", "lora"), -2.0)):
-        rows = adapters.factors(applied)
-        assert adapters.factors(BASE) == {}
-        adapters.use(*applied)
-        in_use = {name: linear.low_rank for name, linear in adapters.linears.items() if linear.low_rank}
-        assert rows.keys() == in_use.keys() == adapters.factors(BASE).keys()
-        for name, (A, B, scale) in rows.items():
-            assert scale == applied.scale == in_use[name].scale and torch.equal(B, in_use[name].B)
-            assert (A is None and in_use[name].A is None) or torch.equal(A, in_use[name].A)
-        adapters.use()
-
-
-@pytest.mark.parametrize("version", [6, 7])
-def test_a_row_starts_from_the_states_of_its_adapters(version, several):
-    """Of one, of two together and of one beside factors; the others' rows start as the model does."""
-    _, adapters = several(version, n_embd=32)
-    ids = some_ids(adapters.model.arch, 7)
-    for names in (["state"], ["state", "lora"]):
-        start = adapters.start(Applied(tuple(names), 0.6))
-        adapters.use(names, 0.6)
-        want = logits_of(adapters.model, ids)
-        for name, tensor in adapters.base.items():
-            if name.endswith("time_state"):
-                assert tensor is None and adapters.model.get_parameter(name) is not None
-                adapters.model.get_submodule(name.rpartition(".")[0]).time_state = None
-        assert (logits_of(adapters.model, ids) - want).abs().max() > 1e-4
-        with torch.no_grad():
-            close("logits", adapters.model(ids, start)[0], want, 1e-6)
-        adapters.use()
-    assert adapters.start(BASE) is None and adapters.start(Applied(("miss",))) is None

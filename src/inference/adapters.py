@@ -10,76 +10,34 @@ On a GPU what is chosen is then rounded to the dtype of the activations: once, a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import METHODS, put_linears
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.functional import lora_linear, miss_linear, shard_index
 from rwkv_miss.inject import fit_adapter
 from rwkv_miss.merging.members import is_state
 
 from ..model import RWKV, State
-from ..model.layers import Linear
+from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
+from .unmerged_linear import Columns, LowRank, UnmergedLinear, side_by_side, strided_shards, together
+
+MIXES = 8  # of rows, that are remembered: a step's and those of prompts that are read beside it
 
 # what a GPU's kernels read in any dtype: shares of the token shift, vectors between the products, states
 NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weight|ln_x\.bias|time_state)$")
-
-
-class Applied(NamedTuple):
-    """The adapters of one row of a batch, by their names, each times `scale`."""
-
-    names: tuple[str, ...] = ()
-    scale: float = 1.0
-
-
-# a row that asks for no adapter has what Adapters.use() chose for the whole model
-BASE = Applied()
-
-
-class LowRank(NamedTuple):
-    """What is added to a weight (out, in): scale B A."""
-
-    # (r, in) fp32; None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
-    A: Tensor | None
-    B: Tensor  # (out, r) fp32
-    scale: float
-
-    def rounded(self, dtype: torch.dtype) -> LowRank:
-        """The same in the dtype of a product, with the scale in B where the operator would put it there."""
-        if self.A is None:
-            return self._replace(B=self.B.to(dtype))
-        return LowRank(self.A.to(dtype), (self.B * self.scale).to(dtype), 1.0)
-
-
-class UnmergedLinear(Linear):
-    """A linear of the model with what an adapter adds, or nothing, beside its weight."""
-
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.low_rank: LowRank | None = None
-        self.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.low_rank is None:
-            return super().forward(x)
-        weight = self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight
-        A, B, scale = self.low_rank
-        if A is None:
-            return miss_linear(x, weight, None, B.t(), scale=scale)
-        return lora_linear(x, weight, None, A, B, scale)
 
 
 @dataclasses.dataclass
@@ -92,6 +50,11 @@ class Adapter:
     factors: dict[str, LowRank]  # of linears
     merging: dict[str, dict[str, Tensor]]  # the file's tensors of linears that have no factors
     whole: dict[str, Tensor]  # tensors that were trained as a whole
+
+    @functools.cached_property
+    def columns(self) -> dict[str, Columns]:
+        """The factors as linears take them when no other adapter is beside this one; they are not copied."""
+        return {name: side_by_side([factor]) for name, factor in self.factors.items()}
 
     def replaced(self) -> list[str]:
         """The names of the model's tensors that have another value with it."""
@@ -123,14 +86,48 @@ class Adapters:
         self.model, self.scale, self.used = model, 1.0, ()
         # what a GPU computes every token in. A CPU's decoder takes what is added in fp32
         self.rounds_to = model.dtype if model.emb.weight.is_cuda else None
-        shared: dict[Any, Tensor] = {}
-        self.by_name = {name: read(model, path, shared) for name, path in files.items()}
-        adapters = self.by_name.values()
+        self.random_factors: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+        self.by_name: dict[str, Adapter] = {}
         # the base's tensors, for when no adapter replaces them
-        self.base = {name: find(model, name) for adapter in adapters for name in adapter.replaced()}
-        names = {name for adapter in adapters for name in adapter.factors}
-        self.linears = {name: UnmergedLinear(model.get_submodule(name)) for name in names}
-        put_linears(model, self.linears)
+        self.base: dict[str, nn.Parameter | None] = {}
+        self.linears: dict[str, UnmergedLinear] = {}
+        self.stack = Stack({})
+        self.mixes: dict[tuple[Applied, ...], Mix] = {}
+        adapters = {name: self._read(path) for name, path in files.items()}
+        for name, adapter in adapters.items():
+            self._put_beside(name, adapter)
+
+    def add(self, name: str, path: Any) -> None:
+        """Read one more adapter; it is not in use yet. Decoders need refresh() after it.
+
+        UserError for a name that is taken, and as in the beginning for the file: then nothing is changed.
+        """
+        if name in self.by_name:
+            raise UserError(f"there is an adapter {name!r} already, {self.by_name[name].path}; drop it first")
+        self._put_beside(name, self._read(path))
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter. UserError for an unknown one, and for one that use() has chosen."""
+        self._check_names([name])
+        if name in self.used:
+            raise UserError(f"the model has adapter {name!r} in use; choose another one before it is dropped")
+        del self.by_name[name]
+        self.stack.forget(name)
+        self.mixes.clear()
+
+    def _read(self, path: Any) -> Adapter:
+        return read(self.model, path, self.random_factors, self.rounds_to or torch.float32)
+
+    def _put_beside(self, name: str, adapter: Adapter) -> None:
+        """Make room for what an adapter changes, which is nothing yet."""
+        for tensor in adapter.replaced():
+            if tensor not in self.base:
+                self.base[tensor] = find(self.model, tensor)
+        new = [linear for linear in adapter.factors if linear not in self.linears]
+        linears = {linear: UnmergedLinear(self.model.get_submodule(linear)) for linear in new}
+        put_linears(self.model, linears)
+        self.linears.update(linears)
+        self.by_name[name] = adapter
 
     @torch.no_grad()
     def use(self, names: Sequence[str] = (), scale: float = 1.0) -> None:
@@ -143,10 +140,73 @@ class Adapters:
         self._leave()  # first, so that two merged weights never take memory at once
         try:
             self._enter([self.by_name[name] for name in names], float(scale))
+            self.used, self.scale = tuple(names), float(scale)
+            self._show(self.mix([BASE]))
         except BaseException:  # Ctrl-C, or memory ran out, with some of the weights merged
             self._leave()
             raise
-        self.used, self.scale = tuple(names), float(scale)
+
+    @contextlib.contextmanager
+    def rows(self, applied: Sequence[Applied]) -> Iterator[None]:
+        """Context in which row b of the model's input has the adapters applied[b].
+
+        It has one for every row of the ids, (B, T) of features(), or one for all of them. UserErrors of
+        check().
+        """
+        self._show(self.mix(applied))
+        try:
+            yield
+        finally:
+            self._show(self.mix([BASE]))
+
+    def mix(self, applied: Sequence[Applied]) -> Mix:
+        """What the linears need for rows with these adapters. UserErrors of check()."""
+        key = tuple(applied)
+        if key not in self.mixes:
+            names = self._names_of(key)
+            if len(names) > 1:
+                stack, of_rows = self.stacked(key)
+                columns = stack.columns
+            else:
+                columns = self.by_name[names[0]].columns if names else {}
+                of_rows = scales(self._as_named(key), names)
+            if len(self.mixes) == MIXES:
+                self.mixes.clear()
+            self.mixes[key] = Mix(columns, shares(columns, of_rows, self.model.emb.weight.device))
+        return self.mixes[key]
+
+    def stacked(self, applied: Sequence[Applied]) -> tuple[Stack, Tensor]:
+        """(a stack that has the adapters of these rows, their scales (B, adapters of the stack)).
+
+        It is the stack of before where that has them, or has room for them. UserErrors of check().
+        """
+        needed = self._names_of([*applied, BASE])
+        missing = [name for name in needed if name not in self.stack.names]
+        if missing:
+            self.mixes.clear()
+        if not all(self.stack.take_in(name, self.by_name[name].factors, {*needed}) for name in missing):
+            # twice as much room as before, which is filled: there are few moments when it grows
+            room = 1 << (len(needed) - 1).bit_length()
+            others = [name for name in (*self.stack.names, *self.by_name) if name in self.by_name]
+            kept = [name for name in dict.fromkeys([*needed, *others]) if self.by_name[name].factors]
+            self.stack = Stack({name: self.by_name[name].factors for name in kept[:room]})
+        return self.stack, scales(self._as_named(applied), self.stack.names)
+
+    def _as_named(self, applied: Sequence[Applied]) -> list[Applied]:
+        """With what use() chose in the place of BASE."""
+        return [one if one.names else Applied(self.used, self.scale) for one in applied]
+
+    def _names_of(self, applied: Sequence[Applied]) -> list[str]:
+        """The adapters with factors that these rows have."""
+        for one in {*applied}:
+            self.check(one)
+        named = dict.fromkeys(name for one in self._as_named(applied) for name in one.names)
+        return [name for name in named if self.by_name[name].factors]
+
+    def _show(self, mix: Mix) -> None:
+        for name, linear in self.linears.items():
+            columns = linear.columns = mix.columns.get(name)
+            linear.shares = None if columns is None else mix.shares[columns.owners]
 
     def _check_names(self, names: Sequence[str]) -> None:
         for name in names:
@@ -188,7 +248,7 @@ class Adapters:
         )
 
     def factors(self, applied: Applied) -> dict[str, LowRank]:
-        """What a row's adapters add to the model's linears, by their names, in fp32.
+        """What a row's adapters add to the model's linears, by their names: fp32, on a GPU in its dtype.
 
         For BASE it is that of use(), beside the tensors that use() has put into the model. Of one adapter
         they are the adapter's own tensors, of several they are new ones. UserErrors of check().
@@ -241,15 +301,16 @@ class Adapters:
         return any(identity == self.identity(rule) for rule in ("fingerprint", "sampled"))
 
     def _leave(self) -> None:
+        self.mixes.clear()
         for linear in self.linears.values():
-            linear.low_rank = None
+            linear.low_rank = linear.columns = None
         for name, tensor in self.base.items():
             put(self.model, name, tensor)
         self.used = ()
 
     def _enter(self, chosen: list[Adapter], scale: float) -> None:
         for name, change in self._factors(chosen, scale).items():
-            self.linears[name].low_rank = change.rounded(self.rounds_to) if self.rounds_to else change
+            self.linears[name].low_rank = change
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
@@ -267,10 +328,11 @@ def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
+def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dtype) -> Adapter:
     """An adapter file for a model, with its factors on the model's device. UserErrors of load_adapter.
 
-    Equal factors A are kept once, in `shared`; all of VeRA's of one width are equal.
+    The factors are rounded to `dtype`. Equal factors A are kept once, in `shared`; all of VeRA's of one width
+    are equal.
     """
     with torch.device("meta"):
         shapes = RWKV(model.arch)
@@ -287,34 +349,16 @@ def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
         if factors is None:
             adapter.merging[name] = own
             continue
-        A, B = (factor.detach().float().contiguous() for factor in factors)
-        is_miss = torch.equal(A, strided_shards(*A.shape, A.device))
+        A, B = (factor.detach().to(dtype).contiguous() for factor in factors)
+        is_miss = torch.equal(A, strided_shards(*A.shape, A.device).to(dtype))
         adapter.factors[name] = LowRank(None if is_miss else kept_once(A, shared), B, 1.0)
     return adapter
 
 
-def strided_shards(rank: int, width: int, device) -> Tensor:
-    """MiSS's A (r, in), of ones and zeros."""
-    return F.one_hot(shard_index(width, rank, device=device), rank).t().float()
-
-
-def kept_once(A: Tensor, shared: dict[Any, Tensor]) -> Tensor:
+def kept_once(A: Tensor, shared: MutableMapping[Any, Tensor]) -> Tensor:
     """The tensor equal to A that is in `shared` already, else A, which is put there."""
-    first = shared.setdefault((A.shape, hash(A.cpu().numpy().tobytes())), A)
+    first = shared.setdefault((A.shape, hash(A.float().cpu().numpy().tobytes())), A)
     return first if torch.equal(first, A) else A
-
-
-def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None:
-    """What several adapters add to a weight (out, in = width), times `scale`."""
-    if not changes:
-        return None
-    if len(changes) == 1:
-        return changes[0]._replace(scale=scale)
-    A = []
-    for change in changes:
-        rank = change.B.shape[1]
-        A.append(strided_shards(rank, width, change.B.device) if change.A is None else change.A)
-    return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
 
 
 def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:

@@ -7,7 +7,7 @@ A decoder keeps the states of its rows, and computes the next token of all of th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TorchDecoder:
             state = [
                 layer._replace(att_x=layer.att_x.to(dtype), ffn_x=layer.ffn_x.to(dtype)) for layer in state
             ]
-        with self._with(applied):
+        with self._with([applied]):
             return self._next(ids, state)
 
     def put(self, row: int, state: State) -> None:
@@ -65,25 +65,12 @@ class TorchDecoder:
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
         """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
-        ids = torch.tensor(tokens, dtype=torch.int64)[:, None]
-        groups: dict[Applied, list[int]] = {}
-        for row, one in enumerate(applied):
-            groups.setdefault(one, []).append(row)
-        if len(groups) == 1:
-            return self._step(ids, slice(len(tokens)), applied[0])
-        logits = [(rows, self._step(ids[rows], rows, one)) for one, rows in groups.items()]
-        together = torch.empty(len(tokens), logits[0][1].shape[1], device=logits[0][1].device)
-        for rows, of_group in logits:
-            together[rows] = of_group
-        return together
-
-    def _step(self, ids: Tensor, rows: slice | list[int], applied: Applied) -> Tensor:
-        """The next token (B, 1) of these rows, which have the same adapter."""
-        before = self._layers([part[:, rows] for part in self.states])
+        ids, count = torch.tensor(tokens, dtype=torch.int64)[:, None], len(tokens)
+        before = self._layers([part[:, :count] for part in self.states])
         with self._with(applied):
             logits, after = self._next(ids, before)
         for own, parts in zip(self.states, zip(*after, strict=True), strict=True):
-            own[:, rows] = torch.stack(parts).to(own.dtype)
+            torch.stack(parts, out=own[:, :count])
         return logits
 
     def _next(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -92,21 +79,8 @@ class TorchDecoder:
             logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state)
         return logits.float(), after
 
-    @contextlib.contextmanager
-    def _with(self, applied: Applied) -> Iterator[None]:
-        """The model's linears have these adapters beside them for so long."""
-        if applied == BASE:
-            yield
-            return
-        factors, linears = self.adapters.factors(applied), self.adapters.linears
-        before = {name: linear.low_rank for name, linear in linears.items()}
-        try:
-            for name, linear in linears.items():
-                linear.low_rank = factors.get(name)
-            yield
-        finally:
-            for name, linear in linears.items():
-                linear.low_rank = before[name]
+    def _with(self, applied: Sequence[Applied]) -> contextlib.AbstractContextManager[None]:
+        return self.adapters.rows(applied) if self.adapters else contextlib.nullcontext()
 
     def _layers(self, parts: list[Tensor]) -> State:
         """Parts of a state with all layers, (L, B, ...) -> a state."""

@@ -1,0 +1,134 @@
+"""A linear with adapters beside its weight, for rows of a batch that have different ones of them.
+
+The factors of all adapters that the batch has lie side by side, as columns of one B and rows of one A. Every
+row computes what all of them add, with each times the row's share: the adapter's scale, or 0. So a mix of any
+methods and ranks is two products more, and each factor is read once for the batch. (Gathering each row's own
+factors would read, write and read them again for every row.) MiSS needs no A: its shard sums are made once
+for each rank.
+
+The rows that have no adapter add zeros: they get the base's numbers. Other rows' adapters change a row only
+by the order in which its own products are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_miss.functional import flat_tokens, linear, product_matrix, shard_index, shard_sum
+from rwkv_miss.gemm import product, product_exact, product_plus
+
+from ..model.layers import Head, Linear
+
+
+class LowRank(NamedTuple):
+    """What is added to a weight (out, in): scale B A."""
+
+    A: Tensor | None  # (r, in); None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
+    B: Tensor  # (out, r)
+    scale: float
+
+
+# whose the columns are: (the adapter's place among those of the batch, how many), one after another
+Owners = tuple[tuple[int, int], ...]
+
+
+class Columns(NamedTuple):
+    """The factors of several adapters of one linear: a token's x adds (h * shares) B^T.
+
+    h (R,) are the shard sums of x for each of `ranks`, then A x.
+    """
+
+    ranks: tuple[int, ...]  # of the adapters that have no A
+    A: Tensor | None  # (R - sum of the ranks, in), of the others
+    B: Tensor  # (out, R)
+    owners: Owners
+
+    def place(self, owner: int) -> tuple[slice, slice | None]:
+        """(its columns of B, its rows of A)."""
+        start = 0
+        for other, count in self.owners:
+            if other == owner:
+                break
+            start += count
+        first = start - sum(self.ranks)
+        return slice(start, start + count), slice(first, first + count) if first >= 0 else None
+
+
+def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
+    """The columns of adapters of one linear; None for those that leave it alone. One alone is not copied."""
+    have = [(place, factor) for place, factor in enumerate(factors) if factor is not None]
+    # MiSS first; sorted() keeps the order of the others
+    have = sorted(have, key=lambda one: one[1].A is not None)
+    if not have:
+        return None
+    A = [factor.A for _, factor in have if factor.A is not None]
+    B = [factor.B for _, factor in have]
+    return Columns(
+        tuple(factor.B.shape[1] for _, factor in have if factor.A is None),
+        None if not A else A[0] if len(A) == 1 else torch.cat(A),
+        B[0] if len(B) == 1 else torch.cat(B, 1),
+        tuple((place, factor.B.shape[1]) for place, factor in have),
+    )
+
+
+class UnmergedLinear(Linear):
+    """A linear of the model with what adapters add, or nothing, beside its weight."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.is_head = isinstance(linear, Head)
+        # what use() chose, for the CPU's decoder
+        self.low_rank: LowRank | None = None
+        self.columns: Columns | None = None
+        # (B, R) fp32 for an x (B, T, in), or (B, in) of one token of every row; (1, R) for any x
+        self.shares: Tensor | None = None
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = self.is_head and x.is_cuda  # as in Head
+        if self.columns is None:
+            return linear(x, self.weight, exact=exact)
+        tokens, h, B = flat_tokens(x), self._inner(x), self.columns.B.to(x.dtype)
+        weight = product_matrix(self.weight, x.shape[-1], x.dtype)
+        if exact:
+            y = product_exact(tokens, weight).add_(product_exact(h, B))
+        else:
+            y = product_plus(tokens, weight, None, h, B.t())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """(tokens, R): the shard sums and A x, each times the row's share of its adapter."""
+        tokens, (ranks, A, *_) = flat_tokens(x), self.columns
+        sums = {rank: shard_sum(tokens, rank) for rank in ranks}
+        parts = [sums[rank] for rank in ranks]
+        if A is not None:
+            parts.append(product(tokens, A.to(x.dtype)))
+        h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        # in place, fp32 shares leave h in the dtype of x, rounded once
+        h.view(*x.shape[:-1], -1).mul_(self.shares if x.dim() == 2 else self.shares.unsqueeze(1))
+        return h
+
+
+def strided_shards(rank: int, width: int, device) -> Tensor:
+    """MiSS's A (r, in), of ones and zeros."""
+    return F.one_hot(shard_index(width, rank, device=device), rank).t().float()
+
+
+def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None:
+    """What several adapters add to a weight (out, in = width), times `scale`."""
+    if not changes:
+        return None
+    if len(changes) == 1:
+        return changes[0]._replace(scale=scale)
+    A = []
+    for change in changes:
+        rank = change.B.shape[1]
+        A.append(strided_shards(rank, width, change.B.device) if change.A is None else change.A)
+    return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
