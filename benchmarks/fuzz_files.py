@@ -37,8 +37,10 @@ from src.export import TextSettings, export
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
+from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.sampling import Sampling
+from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, default_arch, read_model_file
 
 from . import fuzz
@@ -211,7 +213,8 @@ def make_trainers_file(folder: pathlib.Path) -> None:
 
 def chat(folder: pathlib.Path) -> tuple[Conversation, Adapters]:
     adapters, tokenizer = load_with(folder / "base.pth", {}, "bytes", accelerator="cpu", wkv="torch")
-    return Conversation(adapters.model, tokenizer, Sampling(temperature=0)), adapters
+    engine = Engine(TorchDecoder(adapters.model, 1, adapters), tokenizer)
+    return Conversation(engine, Sampling(temperature=0)), adapters
 
 
 def make_chat(folder: pathlib.Path) -> None:

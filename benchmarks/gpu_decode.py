@@ -21,8 +21,9 @@ from rwkv_miss import inject, save_adapter
 from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.common.device import PRECISIONS
-from src.inference.adapters import Adapters
-from src.inference.cpu_decoder import fastest
+from src.inference.adapters import BASE, Adapters
+from src.inference.decoders import fastest
+from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
 
 from .common import add_integers, argument_parser, report
@@ -58,10 +59,11 @@ def contenders(folder: pathlib.Path, args):
         elif name != "base":
             write_adapter(folder / name, base, name, args.rank if name == "miss" else args.rank // 2)
             Adapters(model, {name: folder / name}).use([name])
-        decoder, how = (model, "launches") if name == "peft lora" else fastest(model)
-        if decoder is not model:
+        launches = TorchDecoder(model, 1)
+        decoder, how = (launches, "launches") if name == "peft lora" else fastest(model)
+        if not isinstance(decoder, TorchDecoder):
             yield f"{name}, {how}", decoder
-        yield f"{name}, launches", model
+        yield f"{name}, launches", launches
 
 
 def seconds(work, device: str) -> float:
@@ -76,12 +78,12 @@ def measure(decoder, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[fl
     """Seconds of the fastest round: of a token, and of reading the prompt."""
     device, found = prompt.device.type, []
     for _ in range(rounds + 1):
-        whole = seconds(lambda: decoder.next_logits(prompt), device)
-        _, state = decoder.next_logits(prompt)
+        whole = seconds(lambda: decoder.read(prompt, None), device)
+        decoder.put(0, decoder.read(prompt, None)[1])
 
-        def answer(state=state) -> None:
-            for i in range(tokens):
-                _, state = decoder.next_logits(prompt[:, i : i + 1], state)
+        def answer() -> None:
+            for token in range(tokens):
+                decoder.step([token], [BASE])
 
         found.append((seconds(answer, device) / tokens, whole))
     one, whole = zip(*found[1:])
@@ -113,7 +115,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, decoder in contenders(pathlib.Path(folder), args):
-            model = decoder if isinstance(decoder, RWKV) else decoder.model
+            model = decoder.model
             prompt = torch.arange(args.prompt, device=args.device)[None] % model.arch.vocab_size
             one, whole = measure(decoder, prompt, args.tokens, args.rounds)
             read = sum(p.nbytes for key, p in model.named_parameters() if key != "emb.weight")

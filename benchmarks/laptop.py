@@ -28,7 +28,8 @@ import time
 
 import torch
 
-from src.inference.cpu_decoder import fastest
+from src.inference.adapters import BASE
+from src.inference.decoders import fastest
 from src.inference.load import load
 
 from .common import report, write_random_base
@@ -106,12 +107,13 @@ def figures(metrics: list[dict], summary: dict, plan: dict) -> dict:
 def chat(base: pathlib.Path, int8: bool, tokens: int) -> float:
     """Tokens a second of a greedy answer after a prompt."""
     model, _ = load(base)
-    engine, _ = fastest(model, int8)
-    logits, state = engine.next_logits(torch.arange(1, PROMPT + 1)[None])
+    decoder, _ = fastest(model, int8=int8)
+    logits, state = decoder.read(torch.arange(1, PROMPT + 1)[None], None)
+    decoder.put(0, state)
     seconds = []
     for _ in range(tokens):
         start = time.perf_counter()
-        logits, state = engine.next_logits(logits.argmax(-1)[:, None], state)
+        logits = decoder.step(logits.argmax(-1).tolist(), [BASE])
         seconds.append(time.perf_counter() - start)
     return round(1 / statistics.median(seconds), 1)
 

@@ -31,10 +31,13 @@ with importing():
     from src.data.templates import add_template_flags, choose_template, recorded_template
     from src.data.tool_styles import read_tools
     from src.inference.conversation import Conversation
-    from src.inference.cpu_decoder import fastest
+    from src.inference.decoders import fastest
+    from src.inference.engine import Engine, Request
     from src.inference.generate import stream
     from src.inference.load import load_with, refuse_folders
     from src.inference.sampling import Sampling
+
+CHUNK = 1024  # tokens of a prompt that are read at once
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -208,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
             args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
         )
         adapters.use(list(args.adapter)[:1], args.scale)
-        model, how = fastest(adapters.model, args.quant == "int8")
+        decoder, how = fastest(adapters.model, adapters, int8=args.quant == "int8")
+        engine = Engine(decoder, tokenizer, chunk=CHUNK)
 
         def template_of(paths: list):
             return recorded_template(args.template, tokenizer, *paths, args.model, tool_style=args.tool_style)
@@ -218,9 +222,8 @@ def main(argv: list[str] | None = None) -> None:
 
         used = list(args.adapter.values())[:1]
         template, bos = template_of(used), bos_of(used)
-        conversation = Conversation(
-            model, tokenizer, sampling_of(args), args.seed, args.system, template, bos
-        )
+        conversation = Conversation(engine, sampling_of(args), template, args.system, bos)
+        conversation.generator.manual_seed(args.seed)
         chat = Chat(conversation, adapters, template_of, args.max_tokens, args.seed, bos_of)
         if tools:
             conversation.use_tools(tools)
@@ -236,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.raw and (known := modes_note(args.model, conversation.template)):
             print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
         if args.raw:
-            ids, generator = with_leading(tokenizer.encode(args.prompt), bos), conversation.generator
-            show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, (), generator))
+            ids = with_leading(tokenizer.encode(args.prompt), bos)
+            show(stream(engine, Request(ids, args.max_tokens, conversation.sampling, args.seed)))
         elif args.compare:
             print(chat.compared(args.prompt))
         elif args.prompt:

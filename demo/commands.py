@@ -21,8 +21,6 @@ from src.evaluation.guessing import ENOUGH, doubt_of_text
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
-from src.inference.cpu_decoder import Decoder
-from src.inference.cuda_graph import GraphedDecoder
 from src.inference.sampling import recommended
 
 NO_ADAPTER = "none"
@@ -148,8 +146,7 @@ class Chat:
         finally:  # Ctrl-C may have stopped the change and left no adapter in use
             if (self.adapters.used, self.adapters.scale) != before:
                 self.conversation.read_again()
-                if isinstance(self.conversation.model, (Decoder, GraphedDecoder)):
-                    self.conversation.model.refresh()
+                self.conversation.engine.refresh()
 
     def switch(self, names: tuple[str, ...], scale: float) -> None:
         if (names, scale) != (self.adapters.used, self.adapters.scale):

@@ -17,17 +17,19 @@ from demo.columns import cells, side_by_side
 from demo.commands import named_mode
 from rwkv_miss import UserError
 from src.data import rwkv_template
+from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import guessing
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
-from src.inference.generate import stream
+from src.inference.engine import Engine
 from src.inference.load import load_with
-from src.inference.sampling import Sampling
+from src.inference.sampling import GREEDY, Sampling
 from src.ops import self_test
 
-from .test_generate import GREEDY, Scripted, letters, mixing_tensors, read_texts  # noqa: F401  (a fixture)
+from .answering import Scripted, engine_of, greedy_text, scripted
+from .test_generate import letters, mixing_tensors, read_texts  # noqa: F401  (a fixture)
 from .test_live_adapters import train
 from .test_templates import CHATML
 from .test_tool_styles import WEATHER, call
@@ -93,7 +95,7 @@ def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # no
         files.base, {name: getattr(files, name) for name in names}, letters, accelerator="cpu"
     )
     adapters.use(names, scale)
-    conversation = Conversation(adapters.model, tokenizer, sampling)
+    conversation = Conversation(engine_of(adapters.model, tokenizer), sampling)
     return ["".join(conversation.answer(question, TOKENS)) + "\n" for question in questions]
 
 
@@ -159,7 +161,7 @@ def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files
         f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{second[:-1]}\n\nUser: and"
         " now?\n\nAssistant:"
     )
-    whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
+    whole = greedy_text(engine_of(adapters.model, tokenizer), asked, TOKENS, stops=DEFAULT.stops)
     assert third.rstrip("\n") == whole.rstrip("\n") and third != second
 
 
@@ -224,13 +226,13 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
         f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{other[:-1]}\n\nUser:"
         " what\n\nAssistant:"
     )
-    whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
+    whole = greedy_text(engine_of(adapters.model, tokenizer), asked, TOKENS, stops=DEFAULT.stops)
     assert last.rstrip("\n") == whole.rstrip("\n")
 
 
 def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, letters, monkeypatch):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
-    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+    conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
     talk = commands.Chat(conversation, adapters, None, TOKENS, 0, lambda paths: ())
     talk.take("hello?")
     kept = conversation.turns[:], conversation.state
@@ -393,7 +395,7 @@ def test_each_adapter_is_asked_in_its_own_template(typed, asked, files, tmp_path
 def test_another_form_of_turns_is_read_from_the_beginning():
     """After a change to flowers nothing of the plain form may be left, and back again."""
     tokenizer = load_tokenizer("bytes", 256)
-    conversation = Conversation(None, tokenizer, GREEDY)
+    conversation = Conversation(scripted(tokenizer), GREEDY)
     read = []
     for name, said in (
         ("rwkv", " b"),
@@ -402,7 +404,7 @@ def test_another_form_of_turns_is_read_from_the_beginning():
         ("rwkv", " h"),
     ):
         conversation.template = load_template(name)
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode(said), 0])
+        conversation.engine = scripted(tokenizer, [*tokenizer.encode(said), 0])
         list(conversation.answer("q"))
         read.append(bytes(conversation.state).decode())
     plain, flower = "User: q\n\nAssistant:", "User✿q✿\nBot✿<think"
@@ -410,17 +412,17 @@ def test_another_form_of_turns_is_read_from_the_beginning():
     assert read[1] == f"{flower}></think>\nb✿\n{flower}></think>\nd"
     assert read[2] == f"{read[1]}✿\n{flower}>\n</think>\nf"
     assert read[3] == "\n\n".join(f"{plain} {letter}" for letter in "bdfh")
-    conversation.model = Scripted(tokenizer, [*tokenizer.encode(" <think> never"), 0])
+    conversation.engine = scripted(tokenizer, [*tokenizer.encode(" <think> never"), 0])
     list(conversation.answer("q"))
     conversation.template = load_template("flower")
     with pytest.raises(UserError, match="can't be written in template flower: .* never closes it"):
         list(conversation.answer("q"))
     conversation.undo()
-    conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\n</think>\ni"), 0])
+    conversation.engine = scripted(tokenizer, [*tokenizer.encode(">\n</think>\ni"), 0])
     list(conversation.answer("q"))
     assert bytes(conversation.state).decode().endswith(f"h✿\n{flower}>\n</think>\ni")
     conversation.reset()
-    conversation.model = Scripted(tokenizer, [*tokenizer.encode(">\nhm</think>a✿\nUser"), 0])
+    conversation.engine = scripted(tokenizer, [*tokenizer.encode(">\nhm</think>a✿\nUser"), 0])
     assert "".join(conversation.answer("q")) == ">\nhm</think>a"
 
 
@@ -507,12 +509,13 @@ def test_columns_hold_wide_characters_and_long_words():
 def test_a_saved_chat_goes_on_as_if_it_had_not_stopped(sampling, files, letters, tmp_path):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {"a": files.a}, letters, accelerator="cpu")
     adapters.use(["a"], 0.7)
-    conversation = Conversation(adapters.model, tokenizer, sampling, seed=3, system="be brief")
+    conversation = Conversation(engine_of(adapters.model, tokenizer), sampling, system="be brief")
+    conversation.generator.manual_seed(3)
     said = ["".join(conversation.answer(text, TOKENS)) for text in ("hello", "why")]
     save_chat(conversation, adapters, tmp_path / "chat.pth")
     state, messages = conversation.state, conversation.messages
     want = ["".join(conversation.answer(text, TOKENS)) for text in ("so?", "then")]
-    other = Conversation(adapters.model, tokenizer, sampling, seed=9)
+    other = Conversation(engine_of(adapters.model, tokenizer), sampling)
     assert load_chat(other, adapters, tmp_path / "chat.pth")
     assert (
         all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new))
@@ -567,9 +570,9 @@ def test_save_and_load_in_the_chat(typed, tmp_path):
 
 def test_the_template_is_saved(typed, files, letters, tmp_path):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
-    conversation = Conversation(adapters.model, tokenizer, GREEDY, template=load_template(CHATML))
+    conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY, template=load_template(CHATML))
     save_chat(conversation, adapters, tmp_path / "chat.pth")
-    other = Conversation(adapters.model, tokenizer, GREEDY)
+    other = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
     load_chat(other, adapters, tmp_path / "chat.pth")
     assert other.template.record == CHATML and other.turns == []
 
@@ -597,7 +600,7 @@ def test_a_file_that_is_no_saved_chat_is_not_replaced(typed, files, tmp_path):
 def saved(files, letters, tmp_path_factory):  # noqa: F811
     """(path, conversation, adapters) of a chat with one turn, on a file of its own."""
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
-    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+    conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
     "".join(conversation.answer("hello", 3))
     path = tmp_path_factory.mktemp("saved") / "chat.pth"
     save_chat(conversation, adapters, path)
@@ -663,7 +666,7 @@ def test_tools_and_calls_are_in_a_saved_chat(saved, tmp_path):
     path, conversation, adapters = saved
     turn = {"messages": [{"role": "user", "content": "x"}, ANSWER], "pieces": ["x"], "whole": True}
     changed(path, tmp_path / "chat.pth", tools=[WEATHER], turns=[turn])
-    other = Conversation(conversation.model, conversation.tokenizer, GREEDY)
+    other = Conversation(conversation.engine, GREEDY)
     load_chat(other, adapters, tmp_path / "chat.pth")
     assert other.tools == [WEATHER] and other.calls == ANSWER["tool_calls"]
     save_chat(other, adapters, tmp_path / "again.pth")
@@ -707,24 +710,24 @@ class Stopped(Scripted):
         super().__init__(tokenizer, tokens)
         self.at = at
 
-    def next_logits(self, ids, state):
+    def logits(self):
         self.at -= 1
         if self.at < 0:
             raise KeyboardInterrupt
-        return super().next_logits(ids, state)
+        return super().logits()
 
 
 @pytest.mark.parametrize("at, kept", [(0, ""), (4, " yes")])
 def test_a_stopped_answer_is_what_was_said_of_it(at, kept):
     """Nothing said: no turn. The next answer reads what the state does not hold."""
     tokenizer = load_tokenizer("bytes", 256)
-    conversation = Conversation(Scripted(tokenizer, b" first\0"), tokenizer, GREEDY)
+    conversation = Conversation(scripted(tokenizer, b" first\0"), GREEDY)
     "".join(conversation.answer("1"))
-    conversation.model = Stopped(tokenizer, b" yes, and", at)
+    conversation.engine = Engine(Stopped(tokenizer, b" yes, and", at), tokenizer)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.answer("2"))
     assert [m["content"] for m in conversation.messages[2:]] == (["2", kept.strip()] if kept else [])
-    conversation.model = Scripted(tokenizer, b" third\0")
+    conversation.engine = scripted(tokenizer, b" third\0")
     "".join(conversation.answer("3"))
     stopped = f"\n\nUser: 2\n\nAssistant:{kept}" if kept else ""
     assert (
@@ -734,7 +737,7 @@ def test_a_stopped_answer_is_what_was_said_of_it(at, kept):
     conversation.undo()
     assert tokenizer.decode(conversation.unread()[0]) == "User: 1\n\nAssistant: first"
     conversation.undo()
-    conversation.model = Scripted(tokenizer, b" x\0")
+    conversation.engine = scripted(tokenizer, b" x\0")
     "".join(conversation.answer("4"))
     first = "User: 1\n\nAssistant: first\n\n" if kept else ""
     assert tokenizer.decode(conversation.state) == f"{first}User: 4\n\nAssistant: x"
@@ -775,10 +778,10 @@ def test_a_template_that_writes_the_conversation_anew_is_read_whole():
     """Also after an undo and with a state forgotten: the pieces of earlier turns are then not read twice."""
     tokenizer = load_tokenizer("bytes", 256)
     template = load_template(ANEW)
-    conversation = Conversation(None, tokenizer, GREEDY, template=template)
+    conversation = Conversation(scripted(tokenizer), GREEDY, template=template)
 
     def ask(text, said):
-        conversation.model = Scripted(tokenizer, said + b"\0")
+        conversation.engine = scripted(tokenizer, said + b"\0")
         "".join(conversation.answer(text))
         return tokenizer.decode(conversation.state)
 

@@ -13,8 +13,10 @@ from src.data.templates import load_template
 from src.data.tool_styles import STYLES, read_tools
 from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
+from src.inference.sampling import GREEDY
 
-from .test_generate import GREEDY, Scripted, named, read_texts, without_adapters
+from .answering import Scripted, scripted
+from .test_generate import named, read_texts, without_adapters
 from .test_templates import CHATML
 from .test_tool_styles import WEATHER, call
 
@@ -26,7 +28,7 @@ def talk(monkeypatch):
     def make(template):
         texts = read_texts(monkeypatch)
         tokenizer = named("bytes")
-        conversation = Conversation(None, tokenizer, GREEDY, template=template)
+        conversation = Conversation(scripted(tokenizer), GREEDY, template=template)
         made = Chat(
             conversation,
             without_adapters(None),
@@ -38,7 +40,7 @@ def talk(monkeypatch):
         made.tokenizer_judged = True
 
         def then_say(text):
-            conversation.model = Scripted(tokenizer, [*tokenizer.encode(text), *tokenizer.eod])
+            conversation.engine = scripted(tokenizer, [*tokenizer.encode(text), *tokenizer.eod])
 
         return made, then_say, texts
 
@@ -212,7 +214,7 @@ def test_one_prompt_with_tools(weather, monkeypatch, capsys):
         "load_with",
         lambda path, *_: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
     )
-    monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
+    monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, "as the script says"))
     # any file does for a model that is a stand-in
     flags = ["--model", str(weather), "--tokenizer", "bytes", "--prompt", "q", "--tools", str(weather)]
     chat.main([*flags, "--temperature", "0", "--template", "rwkv"])

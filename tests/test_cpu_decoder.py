@@ -18,10 +18,12 @@ from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src.data.tokenizer import load_tokenizer
 from src.inference import cpu_decoder
-from src.inference.cpu_decoder import Decoder, fastest, int8_rows
-from src.inference.generate import stream
+from src.inference.cpu_decoder import Decoder, int8_rows
+from src.inference.decoders import OneByOne, fastest
+from src.inference.engine import Engine, Request
 from src.inference.load import load
 from src.inference.sampling import Sampling
+from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, LayerState
 
 from .conftest import close, make_arch, random_tensors
@@ -265,11 +267,11 @@ def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_pa
     decoder, how = fastest(model)
     ids = some_ids(model.arch, 19)
     with torch.no_grad():
-        close("logits", one_by_one(decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
+        close("logits", one_by_one(decoder.decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
     assert (
         model.emb.weight.dtype == torch.bfloat16
         and not adapted_linears(model)
-        and isinstance(decoder, Decoder)
+        and isinstance(decoder, OneByOne)
     )
     assert (
         load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype
@@ -294,21 +296,11 @@ def test_a_stream_says_the_same_with_and_without_it(version):
     tensors["head.weight"][0] -= 1  # the end of document
     model, tokenizer = model_of(arch, tensors, torch.float32), load_tokenizer("bytes", 257)
     for sampling in (Sampling(temperature=0), Sampling(1, 0.9, frequency_penalty=0.3)):
-        said = [
-            list(
-                stream(
-                    asked,
-                    tokenizer,
-                    tokenizer.encode("hello"),
-                    None,
-                    sampling,
-                    60,
-                    (),
-                    torch.Generator().manual_seed(1),
-                )
-            )
-            for asked in (model, Decoder(model))
-        ]
+        request = Request(tokenizer.encode("hello"), 60, sampling, seed=2)
+        said = []
+        for decoder in (TorchDecoder(model, 1), fastest(model)[0]):
+            (answer,) = next(Engine(decoder, tokenizer).run([request]))
+            said.append(answer.text)
         assert said[0] == said[1] and len("".join(said[0])) > 10
 
 
@@ -326,7 +318,7 @@ def test_what_has_no_decoder_answers_in_torch():
         (RWKV(arch, "cpu").half(), "float16"),
     ):
         asked, how = fastest(model)
-        assert asked is model and why in how
+        assert isinstance(asked, TorchDecoder) and why in how
         with pytest.raises(UserError, match=f"--quant int8.*{why}"):
             fastest(model, int8=True)
         with pytest.raises(ValueError, match=why):

@@ -35,10 +35,13 @@ from src.evaluation.accuracy import (
 )
 from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
+from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.inference.sampling import GREEDY, Row, Sampling, choose
+from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, LayerState
 
+from .answering import Scripted, engine_of, greedy_text, run, scripted
 from .conftest import ROOT, close, make_arch, random_tensors
 from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer
 
@@ -94,28 +97,12 @@ def read_texts(monkeypatch):
     """A list that gets each text that a conversation's model reads before it answers."""
     texts = []
 
-    def noted(model, tokenizer, ids, *rest):
-        texts.append(tokenizer.decode(ids))
-        return stream(model, tokenizer, ids, *rest)
+    def noted(engine, request):
+        texts.append(engine.tokenizer.decode(request.tokens))
+        return stream(engine, request)
 
     monkeypatch.setattr(conversation_module, "stream", noted)
     return texts
-
-
-class Scripted:
-    """Stands in for the model: says the given tokens one after another. Its state is the list of all tokens
-    it was fed.
-    """
-
-    def __init__(self, tokenizer, tokens):
-        self.emb = types.SimpleNamespace(weight=torch.zeros(1))
-        self.size, self.tokens = tokenizer.vocab_size, iter(tokens)
-
-    def next_logits(self, ids, state):
-        logits = torch.zeros(1, self.size + 1)
-        logits[:, next(self.tokens, 0)] = 1
-        logits[:, self.size] = 2  # an id of a padded model, for which there is no text
-        return logits, [*(state or []), *ids[0].tolist()]
 
 
 def without_adapters(model):
@@ -123,21 +110,13 @@ def without_adapters(model):
     return types.SimpleNamespace(model=model, use=lambda names, scale: None, scale=1.0)
 
 
-def run(generator):
-    """(pieces, return value) of a generator."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as end:
-            return pieces, end.value
-
-
 def say(tokenizer, tokens, max_tokens=1000, stops=(STOP,)):
     """What the stream makes of these tokens: (pieces, bytes of the state after the prompt)."""
     ids = tokenizer.encode("Q")
-    pieces, state = run(stream(Scripted(tokenizer, tokens), tokenizer, ids, None, GREEDY, max_tokens, stops))
-    assert state[: len(ids)] == ids and "" not in pieces
+    request = Request(ids, max_tokens, stops=stops, keep_state=True)
+    pieces, answer = run(stream(scripted(tokenizer, tokens), request))
+    state = answer.state
+    assert "".join(pieces) == answer.text and state[: len(ids)] == ids and "" not in pieces
     return pieces, tokenizer.decode(state[len(ids) :])
 
 
@@ -236,11 +215,12 @@ def test_a_seed_repeats_the_answer_and_another_does_not():
 class Constant(Scripted):
     """Always the same logits."""
 
-    def __init__(self, logits):
-        self.emb, self.logits = types.SimpleNamespace(weight=torch.zeros(1)), logits
+    def __init__(self, tokenizer, logits):
+        super().__init__(tokenizer)
+        self.constant = logits
 
-    def next_logits(self, ids, state):
-        return self.logits[None], [*(state or []), *ids[0].tolist()]
+    def logits(self):
+        return self.constant[None]
 
 
 @pytest.mark.parametrize(
@@ -261,8 +241,8 @@ def test_penalties_are_the_plain_formula(letters, presence, frequency, decay):
         expected.append(max(range(len(penalised)), key=penalised.__getitem__))
     assert len(set(expected)) > 5
     sampling = Sampling(0, presence_penalty=presence, frequency_penalty=frequency, penalty_decay=decay)
-    _, state = run(stream(Constant(logits), tokenizer, [1], None, sampling, 60, stops=()))
-    assert state[1:] == expected
+    (answer,) = next(Engine(Constant(tokenizer, logits), tokenizer).run([Request([1], 60, sampling)]))
+    assert answer.tokens == expected
 
 
 # where an answer ends
@@ -319,8 +299,9 @@ def test_a_token_that_begins_before_the_stop_is_taken_back_from_the_state(crossi
     ids = crossing.encode("Q")
     owners = {piece: token for token, piece in crossing.table.items()}
     tokens = [*crossing.encode("好"), owners[b".\n\n"], *crossing.encode("User:")]
-    pieces, state = run(stream(Scripted(crossing, tokens), crossing, ids, None, GREEDY, 99))
-    assert "".join(pieces) == "好." and state == [*ids, *crossing.encode("好.")]
+    request = Request(ids, 99, stops=DEFAULT.stops, keep_state=True)
+    pieces, answer = run(stream(scripted(crossing, tokens), request))
+    assert "".join(pieces) == "好." and answer.state == [*ids, *crossing.encode("好.")]
 
 
 PARTS = ["a", "é", "你", "🙂", "，", ".", " ", "\n", "\n\n", "\n\nU", "\n\nUser", STOP, "Us", "er:", "User:"]
@@ -384,9 +365,11 @@ def test_the_end_of_utf16_is_an_aligned_pair_of_zeros():
 def test_a_chat_feeds_the_tokens_that_training_saw(kind, tmp_path):
     turns = [user("1\n\n2"), assistant("x\n\ny"), user(" é🙂"), assistant("."), user("3"), assistant("z")]
     tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
-    conversation = Conversation(None, tokenizer, GREEDY, system="s\n\n\nt ")
+    conversation = Conversation(scripted(tokenizer), GREEDY, system="s\n\n\nt ")
     for question, answer in zip(turns[::2], turns[1::2]):
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode(" " + answer["content"]), *tokenizer.eod])
+        conversation.engine = scripted(
+            tokenizer, [*tokenizer.encode(" " + answer["content"]), *tokenizer.eod]
+        )
         assert "".join(conversation.answer(question["content"])) == " " + answer["content"]
     trained = encode(render([{"role": "system", "content": "s\n\n\nt "}, *turns]), tokenizer)
     assert [*conversation.state, *tokenizer.eod] == trained.ids.tolist()
@@ -407,7 +390,7 @@ def close_states(got, want):
 
 def test_turns_on_a_kept_state_are_the_whole_dialogue_at_once(model, letters):
     tokenizer = load_tokenizer(letters, 67)
-    conversation = Conversation(model, tokenizer, Sampling(1, 1), seed=5, system="be brief")
+    conversation = Conversation(engine_of(model, tokenizer), Sampling(1, 1), system="be brief")
     dialogue = "System: be brief\n\n"
     for i, question in enumerate(["hello", "why? 12", "a\n\n\nb"]):
         answer = "".join(conversation.answer(question, max_tokens=17 + i))
@@ -428,25 +411,26 @@ def test_the_state_after_a_stop_is_that_of_the_shown_text(model, letters):
     tokenizer = load_tokenizer(letters, 67)
     forced = iter(tokenizer.encode(" no." + STOP))
 
-    class Forced:
-        emb = model.emb
-
-        def next_logits(self, ids, state):
-            logits, state = model.next_logits(ids, state)
-            logits[:, next(forced)] += 100
+    class Forced(TorchDecoder):
+        def _next(self, ids, state):
+            logits, state = super()._next(ids, state)
+            logits[:, next(forced, 0)] += 100
             return logits, state
 
-    pieces, state = run(stream(Forced(), tokenizer, tokenizer.encode("User: q"), None, GREEDY, 99))
-    assert "".join(pieces) == " no."
+    request = Request(tokenizer.encode("User: q"), 99, stops=DEFAULT.stops, keep_state=True)
+    (answer,) = next(Engine(Forced(model, 1), tokenizer).run([request]))
+    assert answer.text == " no." and answer.finish == "stop"
     with torch.no_grad():
-        close_states(state, model(torch.tensor([tokenizer.encode("User: q no.")]))[1])
+        close_states(answer.state, model(torch.tensor([tokenizer.encode("User: q no.")]))[1])
 
 
 class ScriptedBatch(Scripted):
-    """With a state as a model's, which answers made together are put into."""
+    """Stands in for the model, with a state as a model's, which answers made together are put into."""
+
+    emb = types.SimpleNamespace(weight=torch.zeros(1))
 
     def next_logits(self, ids, state=None):
-        return super().next_logits(ids, None)[0], [LayerState(*[torch.zeros(1, 1)] * 3)]
+        return self.logits(), [LayerState(*[torch.zeros(1, 1)] * 3)]
 
 
 def test_an_answer_in_utf16_ends_at_a_whole_unit():
@@ -493,7 +477,7 @@ def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
     tokenizer = load_tokenizer(letters, 67)
     prompts = [f"User: {text}\n\nAssistant:" for text in ("a", "bc", "d", "efg", "hi!", "j")]
     encoded = [tokenizer.encode(text) for text in prompts]
-    single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ()))[0]).strip() for ids in encoded]
+    single = [greedy_text(engine_of(model, tokenizer), text, 15).strip() for text in prompts]
     made = greedy(model, tokenizer, encoded, 15, batch=2)
     assert [answer.text.strip() for answer in made] == single and len(set(single)) > 3
     questions = [
@@ -633,7 +617,7 @@ def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n \nagain\n"))
     chat.main(["--model", str(files[0]), "--tokenizer", letters, "--max_tokens", "12", "--temperature", "0"])
     out, err = capsys.readouterr()
-    conversation = Conversation(RWKV.load(files[0]), load_tokenizer(letters, 67), GREEDY)
+    conversation = Conversation(engine_of(RWKV.load(files[0]), load_tokenizer(letters, 67)), GREEDY)
     assert (
         out
         == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
@@ -660,7 +644,7 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == answer(capsys, *flags)
     text = done.stdout.removesuffix("\n")
-    conversation = Conversation(RWKV.load(files[2]), load_tokenizer(letters, 67), GREEDY)
+    conversation = Conversation(engine_of(RWKV.load(files[2]), load_tokenizer(letters, 67)), GREEDY)
     assert text == "".join(conversation.answer("hello?", 20)).lstrip(" ")
 
 
@@ -670,7 +654,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
         monkeypatch.setattr(
             chat, "load_with", lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer)
         )
-        monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, ""))
+        monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, ""))
         assert (
             answer(capsys, "--model", __file__, "--template", "rwkv", "--prompt", "q", "--temperature", 0)
             == shown

@@ -12,7 +12,8 @@ import torch
 from rwkv_miss import load_adapter
 from rwkv_miss.quantised import CODES, dense, expand, quantise
 from src import ops
-from src.inference.cpu_decoder import fastest
+from src.inference.adapters import Applied
+from src.inference.decoders import fastest
 from src.model import RWKV
 from src.ops import self_test
 
@@ -87,11 +88,11 @@ def test_tokens_of_a_cuda_graph_are_the_models(version, checkpoint):
     assert how == "one CUDA graph a token"
     ids = torch.arange(9, device="cuda")[None] % 60
     _, state = model.next_logits(ids)
-    other = state
+    decoder.put(0, state)
     for token in (5, 17, 5):
         step = torch.tensor([[token]], device="cuda")
         want, state = model.next_logits(step, state)
-        got, other = decoder.next_logits(step, other)
+        got = decoder.step([token], [Applied()])
         close("logits", got, want, 1e-4)
 
 

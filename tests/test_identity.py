@@ -20,10 +20,11 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat
 from src.inference.load import load_with
-from src.inference.sampling import Sampling
+from src.inference.sampling import GREEDY
 from src.model import RWKV
 
 from . import program
+from .answering import engine_of
 from .conftest import make_arch, random_tensors
 from .program import losses, succeed
 from .test_checkpoint import assorted
@@ -316,7 +317,7 @@ def test_its_saved_chat_goes_on(earlier, capsys):
     def go_on(base, adapter=earlier / "run/adapter.pth"):
         adapters, tokenizer = load_with(base, {"a": adapter} if adapter else {}, "bytes", accelerator="cpu")
         adapters.use(list(adapters.by_name))
-        conversation = Conversation(adapters.model, tokenizer, Sampling(temperature=0))
+        conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
         return load_chat(conversation, adapters, path), conversation
 
     used, conversation = go_on(earlier / "base.pth")

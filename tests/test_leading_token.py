@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 
 import rwkv_miss
 from demo import chat
@@ -27,16 +26,19 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import Question, read_questions
 from src.export import TextSettings, export, gguf_reader
+from src.inference.adapters import BASE
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
+from src.inference.engine import Engine
 from src.inference.load import load_with
-from src.inference.sampling import Sampling
+from src.inference.sampling import GREEDY
 from src.model import RWKV
 from src.planning.job import read_data
 from src.training import document_text, plan_text
 from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 
+from .answering import Scripted, engine_of
 from .conftest import make_arch, random_tensors
 
 WORLD = load_tokenizer("world", 65536)
@@ -46,18 +48,18 @@ EARLIER = pathlib.Path(__file__).parent / "written_by_587ce99"
 FLOWER = 10060  # an id of World with a text
 SETTINGS = {"none": (), "auto": (0,), str(FLOWER): (FLOWER,)}
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}
-GREEDY = Sampling(temperature=0)
 
 
-class Listener:
-    """Stands in for the model: ends its answer at once, and keeps what it was fed."""
+class Listener(Scripted):
+    """Ends its answers at once, and keeps what it was fed in `fed`."""
 
     def __init__(self):
-        self.emb = types.SimpleNamespace(weight=torch.zeros(1))
-        self.logits = torch.nn.functional.one_hot(torch.tensor([0]), 65536).float()
+        super().__init__(WORLD)
+        self.fed = []
 
-    def next_logits(self, ids, state):
-        return self.logits, [*(state or []), *ids[0].tolist()]
+    def read(self, ids, state, applied=BASE):
+        self.fed += ids[0].tolist()
+        return super().read(ids, state, applied)
 
 
 @pytest.mark.parametrize("spec, bos", SETTINGS.items())
@@ -66,7 +68,7 @@ def test_training_chat_and_evaluation_begin_alike(spec, bos, tmp_path):
     [(ids, _)] = Encoder(WORLD, bos=leading_token(spec, WORLD)).encode(ROW)
     prompt = [*bos, *WORLD.encode("User: hi\n\nAssistant:")]
     assert ids.tolist() == [*prompt, *WORLD.encode(" you"), 0]
-    conversation = Conversation(Listener(), WORLD, GREEDY, bos=bos)
+    conversation = Conversation(Engine(Listener(), WORLD), GREEDY, bos=bos)
     assert list(conversation.answer("hi")) == [] and conversation.state == prompt
     list(conversation.answer("more"))
     more = WORLD.encode("\n\n") + WORLD.encode("User: more\n\nAssistant:")
@@ -217,7 +219,7 @@ def test_a_saved_chat_goes_on_with_its_own(adapted, tmp_path):
 
     def conversation(bos):
         adapters, tokenizer = load_with(base, {}, "bytes", accelerator="cpu", wkv="torch")
-        return Conversation(adapters.model, tokenizer, GREEDY, bos=bos), adapters
+        return Conversation(engine_of(adapters.model, tokenizer), GREEDY, bos=bos), adapters
 
     first, adapters = conversation((33,))
     list(first.answer("a", 2))
@@ -373,14 +375,10 @@ def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
 @pytest.mark.parametrize("flags, bos", [((), (0,)), (("--bos", "none"), ()), (("--bos", "10060"), (FLOWER,))])
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, monkeypatch):
-    model = Listener()
-    fed = []
-    monkeypatch.setattr(
-        model, "next_logits", lambda ids, state: (fed.extend(ids[0].tolist()), (model.logits, []))[1]
-    )
-    adapters = types.SimpleNamespace(model=model, use=lambda names, scale: None, scale=1.0)
+    decoder = Listener()
+    adapters = types.SimpleNamespace(model=None, use=lambda names, scale: None, scale=1.0)
     monkeypatch.setattr(chat, "load_with", lambda path, *_: (adapters, WORLD))
-    monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as it listens"))
+    monkeypatch.setattr(chat, "fastest", lambda *_, **options: (decoder, "as it listens"))
     chat.main(
         [
             "--model",
@@ -393,7 +391,7 @@ def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, mon
             *flags,
         ]
     )
-    assert fed == [*bos, *WORLD.encode("hi" if raw else "User: hi\n\nAssistant:")]
+    assert decoder.fed == [*bos, *WORLD.encode("hi" if raw else "User: hi\n\nAssistant:")]
     with pytest.raises(SystemExit):
         chat.main(["--model", "m.pth", "--bos", "begin"])
 
@@ -407,7 +405,7 @@ def test_another_adapter_has_another(adapted):
     """Its own, or none, and a saved conversation keeps what it began with."""
     base, adapter = adapted("a.pth", tokenizer="bytes", bos=[33])
     adapters, tokenizer = load_with(base, {"a": adapter}, "bytes", accelerator="cpu", wkv="torch")
-    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+    conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
 
     def bos_of(paths):
         return leading_token("recorded", tokenizer, *paths, base)

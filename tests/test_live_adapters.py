@@ -10,11 +10,12 @@ from rwkv_miss import METHODS, UserError
 from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import NEVER_CAST, Adapter, Adapters, UnmergedLinear
 from src.inference.cpu_decoder import Decoder
-from src.inference.generate import stream
+from src.inference.decoders import fastest
+from src.inference.engine import Engine
 from src.inference.load import load, load_with
-from src.inference.sampling import Sampling
 from src.model import RWKV, LayerState
 
+from .answering import greedy_text
 from .conftest import close, make_arch, random_tensors
 from .test_cpu_decoder import TOLERANCE, one_by_one, some_ids
 
@@ -95,19 +96,7 @@ def test_the_same_text_as_the_merged_file(version, checkpoint, tmp_path):
         load(tmp_path / "merged.pth", None, "bytes")[0],
         load(base, None, "bytes")[0],
     ):
-        said.append(
-            "".join(
-                stream(
-                    Decoder(model),
-                    tokenizer,
-                    tokenizer.encode("hello?"),
-                    None,
-                    Sampling(temperature=0),
-                    40,
-                    (),
-                )
-            )
-        )
+        said.append(greedy_text(Engine(fastest(model)[0], tokenizer), "hello?", 40))
     assert said[0] == said[1] != said[2] and len(said[0]) > 10
 
 

@@ -15,10 +15,11 @@ from src.data.tokenizer import load_tokenizer
 from src.evaluation import likelihood
 from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
+from src.inference.engine import Request
 from src.inference.generate import stream
-from src.inference.sampling import Sampling
 from src.model import RWKV
 
+from .answering import engine_of
 from .conftest import make_arch, pypi_rwkv, random_tensors
 
 # the tests that need the harness import it: it takes three seconds, also where tests are only collected
@@ -208,20 +209,8 @@ def test_answers_end_where_they_should(model, letters):
     harness = harness_model(model, letters)
     prompts = ["a", "What is it?", "bc", "", "What else? "]
     plain = harness.generate_until([request(text, {"max_gen_toks": 30}) for text in prompts])
-    alone = [
-        "".join(
-            stream(
-                harness.model,
-                harness.tokenizer,
-                harness.tokenizer.encode(text) or [0],
-                None,
-                Sampling(temperature=0),
-                30,
-                (),
-            )
-        )
-        for text in prompts
-    ]
+    engine = engine_of(harness.model, harness.tokenizer)
+    alone = ["".join(stream(engine, Request(harness.tokenizer.encode(text) or [0], 30))) for text in prompts]
     assert plain == alone and len(set(plain)) > 2
     stops = [plain[0][4:7], plain[1][9:11], "never said"]
     stopped = harness.generate_until(

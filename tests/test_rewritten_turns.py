@@ -21,10 +21,12 @@ from src.data.token_cache import tokenise
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import read_questions
 from src.inference.conversation import Conversation
+from src.inference.sampling import GREEDY
 from src.training import plan_text
 
+from .answering import scripted
 from .test_data import assistant, user, whole_blank_line_tokenizer
-from .test_generate import GREEDY, Scripted, named
+from .test_generate import named
 from .test_templates import CHATML, MARKED, reference, shown, system, thinking
 
 # G1's: earlier answers have no thoughts, and what asks ends inside the tag
@@ -148,10 +150,10 @@ def test_a_chat_asks_in_the_tokens_of_the_training(name, kind, tmp_path):
         encoded = Encoder(tokenizer, template).encode({"messages": messages})
         assert len(encoded) == (3 if name in FORGETFUL else 1)
         system_words = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        conversation = Conversation(None, tokenizer, GREEDY, system=system_words, template=template)
+        conversation = Conversation(scripted(tokenizer), GREEDY, system=system_words, template=template)
         for number, (before, asked, text) in enumerate(said_turns(plain, messages)):
             said, end = text.removesuffix(template.turn_end), tokenizer.encode(template.turn_end)
-            conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + template.stops[0])])
+            conversation.engine = scripted(tokenizer, [*tokenizer.encode(said + template.stops[0])])
             assert "".join(conversation.answer(before[-2]["content"])) == said
             ids, weights = encoded[number if name in FORGETFUL else 0]
             read = conversation.state
@@ -316,9 +318,9 @@ def test_the_prompt_is_cut_where_a_token_of_what_asks_ends(name):
     assert text.endswith(prompt) and tokenizer.decode(ids[start:-1].tolist()) == f"{answer}\n\n"
     assert template.documents(PLAIN)[2][0].text.startswith(text)
     # a chat asks in the words of the template, and so does a question
-    conversation = Conversation(None, tokenizer, GREEDY, system="s é", template=template)
+    conversation = Conversation(scripted(tokenizer), GREEDY, system="s é", template=template)
     for turn in PLAIN[1::2]:
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode("></think>x"), *tokenizer.eod])
+        conversation.engine = scripted(tokenizer, [*tokenizer.encode("></think>x"), *tokenizer.eod])
         list(conversation.answer(turn["content"]))
         assert conversation.messages[-1]["content"] == template.opening + "></think>x"
     read = tokenizer.decode(conversation.state)

@@ -16,7 +16,7 @@ from rwkv_miss.__main__ import describe
 from src.data.batches import trained_tokens
 from src.inference.conversation import Conversation
 from src.inference.load import load
-from src.inference.sampling import Sampling
+from src.inference.sampling import GREEDY
 from src.model import RWKV
 from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
@@ -25,6 +25,7 @@ from src.ops.per_document import layout
 from src.training.optimizer import parameter_groups
 
 from . import program
+from .answering import engine_of
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
 from .program import losses
 
@@ -450,8 +451,7 @@ def test_a_new_conversation_starts_from_the_state(version, tmp_path, capsys):
     assert said[0] == said[1] != said[2]
     model, tokenizer = load(base, tmp_path / "a.pth", letters(tmp_path), wkv="torch")
     answers = [
-        "".join(Conversation(model, tokenizer, Sampling(temperature=0)).answer("hello?", 30))
-        for _ in range(2)
+        "".join(Conversation(engine_of(model, tokenizer), GREEDY).answer("hello?", 30)) for _ in range(2)
     ]
     assert answers[0] == answers[1] and answers[0].lstrip(" ") == said[0].removesuffix("\n")
 

@@ -27,11 +27,13 @@ from src.data.templates import (
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import read_questions
 from src.inference.conversation import Conversation
+from src.inference.sampling import GREEDY
 from src.model import RWKV
 
+from .answering import Scripted, scripted
 from .conftest import make_arch, random_tensors
 from .test_data import assistant, user, whole_blank_line_tokenizer
-from .test_generate import GREEDY, Scripted, named, without_adapters
+from .test_generate import named, without_adapters
 
 
 def system(text):
@@ -484,13 +486,13 @@ def test_files_that_are_none(tmp_path):
 def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
     tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
     template = load_template(TEMPLATES.get(name, name), tokenizer.decode(tokenizer.eod))
-    conversation = Conversation(None, tokenizer, GREEDY, system="s é", template=template)
+    conversation = Conversation(scripted(tokenizer), GREEDY, system="s é", template=template)
     for question, answer in (
         itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
     ):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
         ending = template.stops[0] if name in TEMPLATES else template.turn_end
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
+        conversation.engine = scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})
     rest = tokenizer.encode(template.turn_end)
@@ -507,9 +509,9 @@ def test_a_chat_reads_all_again_where_earlier_turns_change():
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
         " endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    conversation = Conversation(None, tokenizer, GREEDY, template=template)
+    conversation = Conversation(scripted(tokenizer), GREEDY, template=template)
     for question, said in (("a", "b"), ("c", "d"), ("e", "f")):
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode(f"{said};[user]more"), *tokenizer.eod])
+        conversation.engine = scripted(tokenizer, [*tokenizer.encode(f"{said};[user]more"), *tokenizer.eod])
         assert "".join(conversation.answer(question)) == said
     assert (
         bytes(conversation.state).decode() == "[user]a;[assistant]-;[user]c;[assistant]-;[user]e;[assistant]f"
@@ -546,7 +548,7 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         monkeypatch.setattr(
             chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
         )
-        monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
+        monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
     assert (

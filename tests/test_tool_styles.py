@@ -15,8 +15,10 @@ from src.data.tool_styles import STYLES, in_order_of_calls, read_call
 from src.evaluation.accuracy import read_questions
 from src.export.tool_jinja import tool_jinja
 from src.inference.conversation import Conversation
+from src.inference.sampling import GREEDY
 
-from .test_generate import GREEDY, Scripted, named
+from .answering import scripted
+from .test_generate import named
 from .test_templates import shown
 
 TICKS = "```"
@@ -428,7 +430,7 @@ def test_what_ends_an_answer():
 @pytest.mark.parametrize("kind", ["world", "bytes"])
 def test_a_chat_with_tools_feeds_the_tokens_of_the_training(kind, name, style):
     tokenizer, template = named(kind), RwkvTemplate(name, style)
-    conversation = Conversation(None, tokenizer, GREEDY, system=TALK[0]["content"], template=template)
+    conversation = Conversation(scripted(tokenizer), GREEDY, system=TALK[0]["content"], template=template)
     conversation.use_tools(NOW)
     answers = [text for text, weight in template.segments(TALK, NOW) if weight]
     answers = [text for text in answers if text not in ("\n\n", "\n", "✿")]
@@ -437,7 +439,7 @@ def test_a_chat_with_tools_feeds_the_tokens_of_the_training(kind, name, style):
     for new, answer, after in zip(
         (in_order[1:2], in_order[3:5], in_order[6:7]), answers, follow, strict=True
     ):
-        conversation.model = Scripted(tokenizer, [*tokenizer.encode(answer + after), *tokenizer.eod])
+        conversation.engine = scripted(tokenizer, [*tokenizer.encode(answer + after), *tokenizer.eod])
         assert "".join(conversation.answer(new)) == answer
     calls = [{"type": "function", "function": call["function"]} for call in TALK[2]["tool_calls"]]
     assert conversation.turns[0].messages[-1]["tool_calls"] == calls

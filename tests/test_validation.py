@@ -26,8 +26,6 @@ from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import shortened
-from src.inference.generate import stream
-from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.training import callbacks, run_card, validation
 from src.training.forgetting import sections
@@ -36,6 +34,7 @@ from src.training.run_card import card, draw_losses
 from src.training.validation_log import is_over
 
 from . import program
+from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors
 from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
 
@@ -144,16 +143,8 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
             sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
             and sample["right"] == answer["content"].strip()
         )
-        pieces = stream(
-            model,
-            BYTES,
-            list(sample["prompt"].encode()),
-            None,
-            Sampling(temperature=0),
-            validation.SAMPLE_TOKENS,
-            stops=(),
-        )
-        assert shortened("".join(pieces).strip() + "\ufffd", 300) == sample["answer"]
+        text = greedy_text(engine_of(model, BYTES), sample["prompt"], validation.SAMPLE_TOKENS)
+        assert shortened(text.strip() + "\ufffd", 300) == sample["answer"]
     said = (
         "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training,"
         " every 4 steps and at its end; "

@@ -13,8 +13,8 @@ from rwkv_miss.errors import UserError
 from ..data.chat_template import Segment, Template
 from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT, RwkvTemplate
-from ..model import RWKV, State
-from .cpu_decoder import Decoder
+from ..model import State
+from .engine import Answer, Engine, Request
 from .generate import stream
 from .sampling import Sampling
 
@@ -33,25 +33,26 @@ class Conversation:
     """A chat whose state is kept between turns, so that every turn costs only its own tokens.
 
     `state` is the state after the first `read` of the `turns`. The other turns are read before the next
-    answer.
+    answer. `bos` are the ids that it begins with. `generator` gives every answer its seed.
     """
 
     def __init__(
         self,
-        model: RWKV | Decoder,
-        tokenizer,
+        engine: Engine,
         sampling: Sampling,
-        seed: int = 0,
-        system: str = "",
         template: Template = DEFAULT,
+        system: str = "",
         bos: tuple[int, ...] = (),
     ):
-        self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
-        self.bos = bos  # what the conversation begins with
-        self.generator = torch.Generator().manual_seed(seed)
-        self.system = system
+        self.engine, self.sampling, self.template = engine, sampling, template
+        self.system, self.bos = system, bos
+        self.generator = torch.Generator().manual_seed(0)
         self.tools: list[dict] = []
         self.reset()
+
+    @property
+    def tokenizer(self):
+        return self.engine.tokenizer
 
     def reset(self) -> None:
         """Begin anew; only the random numbers go on."""
@@ -120,25 +121,24 @@ class Conversation:
         if before is None:
             ids = with_leading(ids, self.bos)
         said: list[str] = []
-        answers = stream(
-            self.model,
-            self.tokenizer,
+        request = Request(
             ids,
-            before,
-            self.sampling,
             max_tokens,
-            self.template.stops,
-            self.generator,
+            self.sampling,
+            seed=int(torch.randint(2**63 - 1, (), generator=self.generator)),
+            stops=self.template.stops,
+            start=before,
+            keep_state=True,
         )
         try:
-            state = yield from _noted(answers, said)
+            answer = yield from _noted(stream(self.engine, request), said)
         except (KeyboardInterrupt, GeneratorExit):
             if said:
                 self._add(new, pieces, whole, "".join(said))
             raise
-        self._add(new, pieces, whole, "".join(said))
+        self._add(new, pieces, whole, answer.text)
         self.earlier = self.state, self.read
-        self.state, self.read = state, len(self.turns)
+        self.state, self.read = answer.state, len(self.turns)
 
     def _anew(self, new: list[dict]) -> list[str]:
         """The pieces of the whole conversation. UserError for turns that the template has no form for."""
@@ -171,7 +171,7 @@ def turns_alike(one: Template, other: Template) -> bool:
     return forms[0] == forms[1]
 
 
-def _noted(pieces: Generator[str, None, State], into: list[str]) -> Generator[str, None, State]:
+def _noted(pieces: Generator[str, None, Answer], into: list[str]) -> Generator[str, None, Answer]:
     """The same pieces and the same return value, with a copy of each piece."""
     while True:
         try:

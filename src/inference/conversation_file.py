@@ -27,7 +27,6 @@ from ..data.tool_styles import read_function
 from ..model import LayerState, State
 from .adapters import Adapters
 from .conversation import Conversation, Turn
-from .cpu_decoder import Decoder
 
 CHAT_FORMAT = "rwkv-miss chat"
 # the metadata beside format, format_version and bos, which older files lack
@@ -110,11 +109,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     conversation.turns = turns
     if state is None or not adapters.is_recorded(metadata["weights"]):
         return False
-    dtype = torch.float32 if isinstance(conversation.model, Decoder) else model.dtype
-    conversation.state = [
-        layer._replace(att_x=layer.att_x.to(dtype), ffn_x=layer.ffn_x.to(dtype)) for layer in state
-    ]
-    conversation.read = read
+    conversation.state, conversation.read = state, read
     return True
 
 

@@ -23,11 +23,9 @@ from rwkv_miss.errors import UserError
 
 from .. import ops
 from ..common.device import multiplies_bf16
-from ..common.formatting import counted
 from ..model import RWKV, LayerState, State
 from ..ops import native, self_test
 from .adapters import LowRank
-from .cuda_graph import GraphedDecoder
 
 MODEL = (
     "emb.weight",
@@ -324,30 +322,3 @@ def problem(model: RWKV) -> str:
     if adapted_linears(model):
         return "its adapter is one in training"
     return ops.head_size_problem(model.arch.head_size) or self_test.status("cpu").reason
-
-
-def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDecoder, str]:
-    """(the fastest that answers for the model, what it is in words): a decoder, or the model itself.
-
-    UserError if int8 is asked for where the CPU's decoder does not run.
-    """
-    if found := problem(model):
-        if int8:
-            raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
-        if model.blocks[0].att.kernel.startswith("cuda"):
-            graphed = GraphedDecoder(model)
-            try:
-                graphed.check()
-                return graphed, "one CUDA graph a token"
-            except RuntimeError as error:
-                found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
-        return model, f"token by token in torch, as {found}"
-    decoder = Decoder(model, int8)
-    weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
-    reading = str(decoder.reading).removeprefix("torch.")
-    return decoder, f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
-
-
-def _dtypes_of_matrices(model: RWKV) -> list[str]:
-    matrices = [p for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2]
-    return sorted({str(p.dtype).removeprefix("torch.") for p in matrices})

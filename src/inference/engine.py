@@ -23,6 +23,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..model import State
+from ..ops.native import nan_passes
 from .adapters import BASE, Applied
 from .answer_text import AnswerText
 from .prefix_cache import PrefixCache
@@ -163,18 +164,16 @@ class Engine:
         self.cache.clear()
 
     def step(self) -> list[Answer]:
-        """One turn: prompts are read, as reads_first has it, then every row gets a token.
-
-        Returns the answers that changed.
+        """One turn: a token for every row, then prompts are read, as reads_first has it, into rows that are
+        free. Returns the answers that changed.
         """
-        changed: dict[int, Answer] = {}
-        while self.prompts and len(self.rows) < self.decoder.rows:
-            for answer in self._read_chunk(self.prompts[0]):
-                changed[id(answer)] = answer
-            if not self.reads_first:
-                break
-        for answer in self._next_tokens():
-            changed[id(answer)] = answer
+        with nan_passes():  # choose() names a model that overflows, by its logits
+            changed = {id(answer): answer for answer in self._next_tokens()}
+            while self.prompts and len(self.rows) < self.decoder.rows:
+                for answer in self._read_chunk(self.prompts[0]):
+                    changed[id(answer)] = answer
+                if not self.reads_first:
+                    break
         return list(changed.values())
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:

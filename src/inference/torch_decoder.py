@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..model import RWKV, LayerState, State
-from ..ops.native import nan_passes
 from .adapters import BASE, Adapters, Applied
 
 
@@ -74,9 +73,7 @@ class TorchDecoder:
         return logits
 
     def _next(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        # the engine names a model that overflows, by its logits
-        with nan_passes():
-            logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state)
+        logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state)
         return logits.float(), after
 
     def _with(self, applied: Sequence[Applied]) -> contextlib.AbstractContextManager[None]:

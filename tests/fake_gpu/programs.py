@@ -16,9 +16,10 @@ from benchmarks import gpu_budget
 from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import Adapters
 from src.inference.cuda_graph import GraphedDecoder
+from src.inference.decoders import OneByOne
+from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.inference.load import load
-from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
 
 from .device import FakeGpu
@@ -41,7 +42,7 @@ def quantised_chat(quant: str, version: int) -> dict:
     with FakeGpu() as gpu:
         decoder = GraphedDecoder(reading(version, quant))
         gpu.begin()
-        list(stream(decoder, load_tokenizer("bytes", 512), TOKENS, None, Sampling(0.0), 4, stops=()))
+        list(stream(Engine(OneByOne(decoder, 1), load_tokenizer("bytes", 512)), Request(TOKENS, 4)))
     return gpu.counts()
 
 

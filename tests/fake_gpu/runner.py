@@ -18,8 +18,9 @@ from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.cuda_graph import GraphedDecoder
+from src.inference.decoders import OneByOne
+from src.inference.engine import Engine, Request
 from src.inference.generate import stream
-from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.planning.defaults import SHORTEST_SEARCHED
@@ -129,11 +130,7 @@ def chat(version: int) -> dict:
     with FakeGpu() as gpu:
         decoder = GraphedDecoder(reading(version))
         gpu.begin()
-        list(
-            stream(
-                decoder, load_tokenizer("bytes", 512), list(range(1, 38)), None, Sampling(0.0), 4, stops=()
-            )
-        )
+        list(stream(Engine(OneByOne(decoder, 1), load_tokenizer("bytes", 512)), Request(range(1, 38), 4)))
     return gpu.counts()
 
 
