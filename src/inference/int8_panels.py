@@ -1,0 +1,62 @@
+"""Matrices in int8 panels, the form in which the CPU's VNNI instructions multiply them.
+
+The format and the kernel are cuda/int8_panels.h: a scale in bf16 for each row and 64 columns, 8.25 bits a
+weight, and activations in int8 with a scale for each 32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..ops import native
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def instruction_is_there() -> bool:
+    """Whether this CPU multiplies bytes. Others compute the same numbers, slowly."""
+    return bool(native.library("cpu").panels_fast())
+
+
+def packed_bytes(rows: int, columns: int) -> int:
+    """Of a packed matrix."""
+    size = native.library("cpu").panels_bytes
+    size.restype = ctypes.c_int64
+    return size(ctypes.c_int64(rows), ctypes.c_int64(columns))
+
+
+def pack(weight: Tensor, out: Tensor, threads: int) -> None:
+    """weight (rows, columns) fp32 or bf16 -> out (packed_bytes,) uint8."""
+    rows, columns = weight.shape
+    native.library("cpu").panels_pack(
+        ctypes.c_int64(DTYPES[weight.dtype]),
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(threads),
+    )
+
+
+def multiply(packed: Tensor, rows: int, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """x (B, columns) fp32 @ the rows [first, last) of the matrix, transposed: y (B, rows), zero elsewhere.
+
+    What the decoder does, by itself: for tests. `first` is a multiple of 16, and so is `last` unless it is
+    the number of rows.
+    """
+    B, columns = x.shape
+    y = torch.zeros(B, rows)
+    native.library("cpu").panels_multiply(
+        ctypes.c_void_p(packed.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(B),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(first),
+        ctypes.c_int64(rows if last is None else last),
+    )
+    return y
