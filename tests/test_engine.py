@@ -9,6 +9,7 @@ import torch
 
 from rwkv_miss import UserError
 from src.data.tokenizer import load_tokenizer
+from src.inference import decoders
 from src.inference.engine import Engine, Request
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
@@ -141,3 +142,20 @@ def test_a_row_that_overflows_ends_with_an_error_and_the_others_go_on():
     (broken,) = answers[1]
     assert broken.finish == "error" and "overflows" in str(broken.error)
     assert [said(answers[0]), said(answers[2])] == [said(alone(first)), said(alone(second))]
+
+
+class Clocked:
+    """A decoder that reads a token in 2 ms of a clock of its own."""
+
+    def __init__(self, monkeypatch):
+        self.model, self.now = tiny(7), 0.0
+        monkeypatch.setattr(decoders.time, "perf_counter", lambda: self.now)
+
+    def read(self, ids, state):
+        self.now += 0.002 * ids.shape[1]
+        return torch.zeros(1, 1), None
+
+
+@pytest.mark.parametrize("seconds, expected", [(0.06, 16), (0.0641, 32), (0.3, 128), (1e-9, 16), (99, 4096)])
+def test_a_chunk_is_the_largest_that_is_read_in_time(seconds, expected, monkeypatch):
+    assert decoders.measured_chunk(Clocked(monkeypatch), seconds) == expected
