@@ -23,7 +23,6 @@ from src.model.rwkv import VERSIONS
 from src.ops import build
 
 ROOT = pathlib.Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
 
 # small tensors: a second thread costs more than it brings, also in the processes that tests start
 torch.set_num_threads(1)
@@ -32,11 +31,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--data",
+        type=pathlib.Path,
+        default=ROOT.parent / "shared" / "data",
+        help="the folder of the golden files (default: ../shared/data)",
+    )
+
+
 def pytest_report_header(config):
+    data = config.getoption("data")
     files = (
-        f"golden files: {DATA}"
-        if DATA.is_dir()
-        else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
+        f"golden files: {data}"
+        if data.is_dir()
+        else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
     )
     return [files, "all tests take about 13 minutes on two idle cores"]
 
@@ -51,12 +60,8 @@ LONGEST = """
 
 
 def pytest_collection_modifyitems(items):
-    """`-m data` selects the tests that read ../shared/data."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
-    for item in items:
-        if "data_dir" in item.fixturenames:
-            item.add_marker("data")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -67,11 +72,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
-def data_dir():
-    """../shared/data, or a loud skip."""
-    if not DATA.is_dir():
-        pytest.skip("GOLDEN FILES ABSENT: no ../shared/data beside the checkout")
-    return DATA
+def data_dir(request):
+    """The folder of the golden files, or a loud skip."""
+    data = request.config.getoption("data").absolute()
+    if not data.is_dir():
+        pytest.skip(f"GOLDEN FILES ABSENT: no folder {data}")
+    return data
 
 
 @pytest.fixture(scope="session")
