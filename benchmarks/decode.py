@@ -78,7 +78,7 @@ class Ours:
     def start(self, threads: int) -> None:
         torch.set_num_threads(threads)
         if threads not in self.decoders:
-            self.decoders[threads] = Decoder(self.model, self.int8)
+            self.decoders[threads] = Decoder(self.model, int8=self.int8)
         self.decoder, self.state = self.decoders[threads], None
 
     def feed(self, tokens: list[int]) -> torch.Tensor:

@@ -1,114 +1,75 @@
-// One token through a whole RWKV-6 or RWKV-7 on a CPU: weights in fp32, bf16 or int8 where they lie,
-// everything else in fp32.
+// One token of each of some rows through a whole RWKV-6 or RWKV-7 on a CPU: weights in fp32, bf16 or int8
+// where they lie, everything else in fp32.
 //
-// A layer is a few products with matrices and little else, and the products are bound by the memory. Every
-// thread takes its own rows of each matrix, or its own heads; what all of them need (norms, mixes) each works
-// out for itself; between two products they wait for each other, 5 times in a layer of v7, 7 times in one of
-// v6, and before each product that an adapter has a part in, of whose A x they have made rows each. No sum
-// depends on the number of threads.
+// A layer is a few products with matrices and little else. Every thread takes its own rows of each matrix,
+// for all rows of activations, so that a weight is read once; of norms and mixes its own rows of activations,
+// and of the recurrence its own pairs of row and head. Between these they wait for each other, 8 times in a
+// layer of v7, 11 times in one of v6, and before each product that an adapter has a part in, for its A x. No
+// sum depends on the number of threads, nor on the number of rows.
 //
 // State of a layer, as in src/model/rwkv.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key],
-// ffn_x (C). It is read in one place and written in another, so that the caller may keep what there was.
+// ffn_x (C). It is read in one place and written in another, which may be the same.
 //
 //   decode_open(version, sizes, matrices, count, threads)
-//       sizes: L, C, A, H, N, F, V; matrices: Model, then Layer6 or Layer7 for every layer
-//   decode_step(decoder, token, before, after, logits)
-//       before, after: att_x, wkv, ffn_x of every layer; 1 if a logit is not finite
+//       sizes: L, C, A, H, N, F, V and the most rows; matrices: Model, then Layer6 or Layer7 for every layer
+//   decode_step(decoder, count, tokens, tables, strengths, before, after, logits)
+//       of each of `count` rows its token, the number of its adapter's table, or -1, and the adapter's
+//       strength; before, after: att_x, wkv, ffn_x of every layer of every row; logits (count, V); 1 if a
+//       logit is not finite
 //   decode_replace(decoder, place, matrix)
 //       the matrix at that place of `matrices` is another one from now on
+//   decode_table(decoder, table, changes)
+//       what an adapter adds to each of `matrices`
 //   decode_close(decoder)
 #include "decode_cpu.h"
 
+#include <memory>
+
+#include "decode_threads.h"
+
 namespace {
 
-constexpr float RATE = 0.60653066f;       // exp(-1/2)
-constexpr float LAYER_EPS = 1e-5f, GROUP_EPS = 64e-5f;  // src/model/layers.py
-// of an input of a low-rank map, whose products are added up in this order by any number of threads
-constexpr long CHANNELS = 256;
-
-struct Model {
-    Matrix emb, ln0_weight, ln0_bias, ln_out_weight, ln_out_bias, head;
+// What an adapter adds to a matrix: scale * B A. A (rank, columns); B transposed, (rank, rows); fp32.
+// Without A it is MiSS's, whose A x are the sums of strided shards, x[j] + x[j + rank] + ... Rank 0: nothing.
+struct Change {
+    int64_t rank;
+    double scale;
+    const float *A, *B;
 };
-struct Layer6 {
-    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, maa_x, maa[5], decay, bonus,
-        ffn_maa_k, ffn_maa_r;
-    Matrix maa_w1, maa_w2, decay_w1, decay_w2, receptance, key, value, gate, output, ffn_key, ffn_receptance,
-        ffn_value;
-};
-struct Layer7 {
-    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, x_r, x_w, x_k, x_v, x_a, x_g,
-        k_k, k_a, r_k, w0, a0, v0, ffn_x_k;
-    Matrix w1, w2, a1, a2, v1, v2, g1, g2, receptance, key, value, output, ffn_key, ffn_value;
-};
-
-template <int W> inline Vec<W> hyperbolic_tangent(Vec<W> x) {
-    const Vec<W> s = x * x, size = choose<W>(x < 0.f, -x, x);
-    Vec<W> p = s * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes tanhf
-    p = p * s - 5.37397155531e-2f;
-    p = p * s + 1.33314422036e-1f;
-    p = p * s - 3.33332819422e-1f;
-    return choose<W>(size < 0.625f, x + x * s * p, 1.f - 2.f / (exponential<W>(2.f * x) + 1.f));
+Matrix fp32_matrix(const float* data, long rows, long columns) {
+    return {data, nullptr, rows, columns, kFp32};
 }
 
-// f(i) for every vector of W numbers of n
-template <int W = WIDTH, class F> inline void each(long n, F f) {
-    for (long i = 0; i < n; i += W) f(i);
-}
-
-inline void layer_norm(const float* x, long n, const Matrix& weight, const Matrix& bias, float* out) {
-    const auto [mean, scale] = n % WIDTH ? moments<1>(x, n, LAYER_EPS) : moments<WIDTH>(x, n, LAYER_EPS);
-    const float m = mean, s = scale;
-    each(n, [&](long i) {
-        store<WIDTH>(out + i,
-            (load<WIDTH>(x + i) - m) * s * load<WIDTH>(weight.vector() + i) + load<WIDTH>(bias.vector() + i));
-    });
-}
-
-// y of a head -> its group norm
-template <int W> inline void group_norm(float* y, long N, const float* weight, const float* bias) {
-    const auto [mean, scale] = moments<W>(y, N, GROUP_EPS);
-    const float m = mean, s = scale;
-    each<W>(N,
-        [&](long n) { store<W>(y + n, (load<W>(y + n) - m) * s * load<W>(weight + n) + load<W>(bias + n)); });
-}
-
-// One head of v6: k, w, r, v (N) and the bonus u; y, and the state after the token.
-template <int W> void recur6(const float* r, const float* k, const float* v, const float* decay,
-    const float* u, const float* before, float* after, float* y, long N) {
-    each<W>(N, [&](long i) { store<W>(y + i, Vec<W>{}); });
-    for (long j = 0; j < N; j++) {
-        const float d = decay[j], rj = r[j], kj = k[j], now = u[j] * k[j];
-        each<W>(N, [&](long i) {
-            const Vec<W> s = load<W>(before + j * N + i), vi = load<W>(v + i);
-            store<W>(y + i, load<W>(y + i) + rj * (s + now * vi));
-            store<W>(after + j * N + i, s * d + kj * vi);
-        });
+// A vector for each row.
+struct Batch {
+    std::vector<float*> rows;
+    std::shared_ptr<Buffer> memory;
+    Batch() = default;
+    // not a multiple of 4096 bytes from one another, which would share few lines of a cache
+    Batch(long count, long n) {
+        const long stride = padded(n) + 16;
+        memory = std::make_shared<Buffer>(count * stride);
+        std::fill(memory->data, memory->data + count * stride, 0.f);
+        for (long b = 0; b < count; b++) rows.push_back(memory->data + b * stride);
     }
-}
+    float* operator[](long b) const { return rows[b]; }
+    float* const* data() const { return rows.data(); }
+};
 
-// One head of v7, whose rows are values: their sums over the keys, sa = S a and y = S r, are made for W rows
-// at a time.
-template <int W> void recur7(const float* r, const float* d, const float* k, const float* v, const float* a,
-    const float* b, const float* before, float* after, float* y, long N) {
-    for (long i = 0; i < N; i += W) {
-        Vec<W> sums[W] = {};
-        for (int n = 0; n < W; n++)
-            each<W>(N, [&](long j) { sums[n] += load<W>(before + (i + n) * N + j) * load<W>(a + j); });
-        const Vec<W> sa = row_sums<W>(sums);
-        Vec<W> out[W] = {};
-        for (int n = 0; n < W; n++)
-            each<W>(N, [&](long j) {
-                const Vec<W> s = load<W>(before + (i + n) * N + j) * load<W>(d + j) + sa[n] * load<W>(b + j) +
-                                 v[i + n] * load<W>(k + j);
-                store<W>(after + (i + n) * N + j, s);
-                out[n] += s * load<W>(r + j);
-            });
-        store<W>(y + i, row_sums<W>(out));
-    }
-}
+// The input of a product: as it is, in the order of the weights, and A x of adapters.
+struct Site {
+    Batch plain, ready, inner;
+    long n;
+};
+
+// Rows that have the same adapter.
+struct Group {
+    const std::vector<Change>* changes;
+    std::vector<long> rows;
+};
 
 struct Decoder {
-    Decoder(long version, const int64_t* sizes, const Matrix* matrices, int threads)
+    Decoder(long version, const int64_t* sizes, const Matrix* matrices, long count, int threads)
         : version(version),
           L(sizes[0]),
           C(sizes[1]),
@@ -117,305 +78,484 @@ struct Decoder {
           N(sizes[4]),
           F(sizes[5]),
           V(sizes[6]),
+          room(sizes[7]),
+          all(matrices, matrices + count),
           pool(threads) {
-        memcpy(&model, matrices, sizeof model);
-        const Matrix* own = matrices + sizeof model / sizeof(Matrix);
-        if (version == 6) layers6.resize(L), memcpy(layers6.data(), own, sizeof(Layer6) * L);
-        else layers7.resize(L), memcpy(layers7.data(), own, sizeof(Layer7) * L);
-        for (auto& layer : layers6) rank = std::max({rank, layer.maa_w1.columns, layer.decay_w1.columns});
-        for (auto& layer : layers7)
-            rank = std::max({rank, layer.w1.columns, layer.a1.columns, layer.v1.columns, layer.g1.columns});
+        model = reinterpret_cast<const Model*>(all.data());
+        layers6 = reinterpret_cast<const Layer6*>(model + 1);
+        layers7 = reinterpret_cast<const Layer7*>(model + 1);
+        long rank = 1;
+        for (long l = 0; l < L; l++)
+            if (version == 6) rank = std::max({rank, layers6[l].maa_w1.columns, layers6[l].decay_w1.columns});
+            else
+                rank = std::max({rank, layers7[l].w1.columns, layers7[l].a1.columns, layers7[l].v1.columns,
+                    layers7[l].g1.columns});
         parts = (C + CHANNELS - 1) / CHANNELS;
-        auto vector = [&](long n) { return buffer(padded(n)); };
-        x = vector(C), r = vector(A), k = vector(A), v = vector(A), g = vector(A), first = vector(A),
-        w = vector(A), p = vector(A), q = vector(A);
-        y = vector(A), h = vector(F), gates = vector(C), partial = buffer(5 * parts * padded(rank));
-        for (auto& m : mixed) m = vector(C);
-        for (int t = 0; t < threads; t++)
-            own_.push_back(
-                {vector(C), vector(C), vector(C), vector(std::max({C, A, F})), buffer(5 * padded(rank))});
+        auto batch = [&](long n) { return Batch(room, n); };
+        for (Site* site : {&for_r, &for_k, &for_v, &for_g, &for_ffn_k, &for_ffn_r, &for_head})
+            *site = {batch(C), batch(C), batch(0), C};
+        for_output = {batch(A), batch(A), batch(0), A};
+        for_ffn_value = {batch(F), batch(F), batch(0), F};
+        for (Batch* vector : {&x, &z, &last, &gates, &added, &mix_w, &mix_a, &mix_g}) *vector = batch(C);
+        for (Batch* vector : {&r, &k, &v, &g, &first, &w, &p, &q}) *vector = batch(A);
+        for (long item = 0; item < 4 * parts; item++) partial.push_back(batch(rank));
+        for (int t = 0; t < threads; t++) {
+            own_.emplace_back();
+            for (int map = 0; map < 4; map++) own_[t].inner.push_back(batch(rank));
+        }
     }
 
     void replace(long place, const Matrix& matrix) {
         std::lock_guard<std::mutex> one_at_a_time(busy);
-        constexpr long first = sizeof model / sizeof(Matrix);
-        Matrix* layers = version == 6 ? &layers6[0].ln1_weight : &layers7[0].ln1_weight;
-        (place < first ? &model.emb + place : layers + place - first)[0] = matrix;
+        all[place] = matrix;
     }
 
-    int step(long token, const float* const* before, float* const* after, float* logits) {
+    void table(size_t number, const Change* changes) {
         std::lock_guard<std::mutex> one_at_a_time(busy);
+        if (tables.size() <= number) tables.resize(number + 1);
+        tables[number].assign(changes, changes + all.size());
+        for (const Change& change : tables[number]) widest = std::max<long>(widest, change.rank);
+    }
+
+    int step(long count, const int64_t* tokens, const int64_t* numbers, const float* strengths,
+        const float* const* before, float* const* after, float* logits) {
+        std::lock_guard<std::mutex> one_at_a_time(busy);
+        B = count, strength = strengths;
+        group(numbers);
+        std::vector<float*> rows_of_logits;
+        for (long b = 0; b < B; b++) rows_of_logits.push_back(logits + b * V);
         std::atomic<bool> finite{true};
         pool.run([&](int thread) {
-            const Own& own = own_[thread];
-            if (thread == 0) embed(token);
-            pool.barrier();
+            Own& own = own_[thread];
+            for_rows(thread, [&](long b) { embed(tokens[b], b); });
             for (long l = 0; l < L; l++) {
-                const State state{before + 3 * l, after + 3 * l};
+                const State state{before, after, l, L};
                 if (version == 6) layer6(layers6[l], state, own, thread);
                 else layer7(layers7[l], l, state, own, thread);
             }
-            layer_norm(x, C, model.ln_out_weight, model.ln_out_bias, own.z);
-            if (narrow(model.head, own.z, thread)) pool.barrier();
-            float bad = 0;
-            rows(model.head, own.z, C, own, thread,
-                [&](long row, float logit) { logits[row] = logit, bad += logit * 0.f; });
-            if (bad != 0) finite = false;
+            for_rows(thread, [&](long b) {
+                layer_norm(x[b], C, model->ln_out_weight, model->ln_out_bias, for_head.plain[b]);
+                prepared(model->head, for_head, b);
+            });
+            pool.barrier();
+            narrow(own, thread, {{&model->head, &for_head}});
+            const auto [begin, end] = rows(model->head, for_head, own, thread, rows_of_logits.data());
+            if (!all_finite(rows_of_logits, begin, end)) finite = false;
         });
         return finite ? 0 : 1;
     }
 
 private:
-    // What a thread has for itself: the input of the layer's half, the one of the token before, a mix of the
-    // two, one in the order of the weights, and the inner activations of the low-rank maps
+    // What a thread has for itself: the inner activations of the low-rank maps, and room for the rows of a
+    // group
     struct Own {
-        float *z, *last, *mix, *spread, *inner;
+        std::vector<Batch> inner;
+        std::vector<float*> from, to;
     };
     struct State {
-        const float* const* before;
-        float* const* after;
+        const float* const* before_;
+        float* const* after_;
+        long l, L;
+        const float* before(long b, int part) const { return before_[(b * L + l) * 3 + part]; }
+        float* after(long b, int part) const { return after_[(b * L + l) * 3 + part]; }
     };
 
-    float* buffer(long floats) {
-        buffers.emplace_back(new Buffer(floats));
-        std::fill(buffers.back()->data, buffers.back()->data + floats, 0.f);
-        return buffers.back()->data;
+    void group(const int64_t* numbers) {
+        groups.clear();
+        for (long b = 0; b < B; b++) {
+            if (numbers[b] < 0) continue;
+            const auto* changes = &tables[numbers[b]];
+            auto found = std::find_if(
+                groups.begin(), groups.end(), [&](const Group& group) { return group.changes == changes; });
+            if (found == groups.end()) found = groups.insert(found, {changes, {}});
+            found->rows.push_back(b);
+        }
+        if (groups.empty() || room_of_inner >= widest) return;
+        for (Site* site : {&for_r, &for_k, &for_v, &for_g, &for_output, &for_ffn_k, &for_ffn_r,
+                 &for_ffn_value, &for_head})
+            site->inner = Batch(room, widest);
+        room_of_inner = widest;
     }
 
-    void embed(long token) {
-        float* z = own_[0].z;
+    // work(b) for the thread's rows of activations
+    template <class Work> void for_rows(int thread, Work work) {
+        const auto [begin, end] = share(B, thread, pool.threads);
+        for (long b = begin; b < end; b++) work(b);
+    }
+    // the thread's part of n numbers, in whole pieces
+    std::pair<long, long> range(long n, int thread, long piece = 16) {
+        const auto [begin, end] = share((n + piece - 1) / piece, thread, pool.threads);
+        return {begin * piece, std::min(end * piece, n)};
+    }
+
+    bool all_finite(const std::vector<float*>& logits, long begin, long end) {
+        Vec<WIDTH> bad = {};
+        float rest = 0;
+        for (const float* row : logits) {
+            long i = begin;
+            for (; i + WIDTH <= end; i += WIDTH) bad += load<WIDTH>(row + i) * 0.f;
+            for (; i < end; i++) rest += row[i] * 0.f;
+        }
+        return sum<WIDTH>(bad) + rest == 0;
+    }
+
+    void embed(long token, long b) {
+        float* own = z[b];
         for (long c = 0; c < C; c++)
-            z[c] = model.emb.type == kFp32
-                       ? model.emb.vector()[token * C + c]
-                       : value(static_cast<const uint16_t*>(model.emb.data) + token * C + c);
-        layer_norm(z, C, model.ln0_weight, model.ln0_bias, x);
+            own[c] = model->emb.type == kFp32
+                         ? model->emb.vector()[token * C + c]
+                         : value(static_cast<const uint16_t*>(model->emb.data) + token * C + c);
+        layer_norm(own, C, model->ln0_weight, model->ln0_bias, x[b]);
     }
 
-    // A x of the adapter beside a matrix, if there is one, whose rows the threads share out: they wait for
-    // each other before rows()
-    bool narrow(const Matrix& matrix, const float* input, int thread) {
-        if (!matrix.rank) return false;
-        const auto [begin, end] = share(matrix.rank, thread, pool.threads);
-        multiply_A(matrix, input, begin, end);
-        return true;
+    // row b of a site, which is there, for the product with a matrix
+    void prepared(const Matrix& matrix, const Site& site, long b) {
+        prepare(matrix.type, site.plain[b], site.n, 0, site.n, input(site), b);
     }
-    // emit(row, product) for the thread's rows of a matrix with a vector of n numbers
-    template <class Emit>
-    void rows(const Matrix& matrix, const float* input, long n, const Own& own, int thread, Emit emit) {
-        spread(matrix.type, input, n, own.spread);
-        const auto [begin, end] = share(matrix.rows, thread, pool.threads);
-        multiply_rows(matrix, own.spread, begin, end, emit);
-    }
-    void rows(const Matrix& matrix, const float* input, long n, const Own& own, int thread, float* out) {
-        rows(matrix, input, n, own, thread, [out](long row, float product) { out[row] = product; });
+    Input input(const Site& site) { return {site.ready.data(), B}; }
+
+    // the rows of a group, of a batch
+    static float* const* chosen(const Group& group, const Batch& batch, std::vector<float*>& to) {
+        to.clear();
+        for (long b : group.rows) to.push_back(batch[b]);
+        return to.data();
     }
 
-    // x after its norm, the state it leaves, and the one that the token before left
-    void enter(const Matrix& weight, const Matrix& bias, const float* before, float* after, const Own& own,
-        int thread) {
-        layer_norm(x, C, weight, bias, own.z);
-        memcpy(own.last, before, sizeof(float) * C);
-        if (thread == 0) memcpy(after, own.z, sizeof(float) * C);
+    struct Product {
+        const Matrix* matrix;
+        const Site* site;
+    };
+    // strength * A x of the adapters beside matrices, for the rows that have one; the threads share it out,
+    // and wait for each other if there was any
+    void narrow(Own& own, int thread, std::initializer_list<Product> products) {
+        bool any = false;
+        long item = 0;
+        for (const auto& [matrix, site] : products)
+            for (const Group& group : groups) {
+                const Change& change = (*group.changes)[matrix - all.data()];
+                if (!change.rank) continue;
+                any = true;
+                const float scale = static_cast<float>(change.scale);
+                if (change.A) {
+                    const auto [begin, end] = range(change.rank, thread);
+                    const Input plain{chosen(group, site->plain, own.from), static_cast<long>(group.rows.size())};
+                    multiply(fp32_matrix(change.A, change.rank, site->n), plain, begin, end,
+                        chosen(group, site->inner, own.to));
+                    for (long b : group.rows)
+                        for (long j = begin; j < end; j++) site->inner[b][j] *= scale * strength[b];
+                    continue;
+                }
+                for (long b : group.rows)
+                    if (item++ % pool.threads == thread)
+                        sum_shards(site->plain[b], site->n, change.rank, scale * strength[b], site->inner[b]);
+            }
+        if (any) pool.barrier();
     }
-    const float* mix(const Matrix& share, const Own& own) {
+    // out[j] = strength * (x[j] + x[j + rank] + ...)
+    static void sum_shards(const float* x, long n, long rank, float strength, float* out) {
+        std::fill(out, out + rank, 0.f);
+        for (long start = 0; start < n; start += rank)
+            for (long j = 0; j < std::min(rank, n - start); j++) out[j] += x[start + j];
+        for (long j = 0; j < rank; j++) out[j] *= strength;
+    }
+
+    // out[b] = the product of a matrix, with what adapters add, in the thread's rows of it
+    std::pair<long, long> rows(const Matrix& matrix, const Site& site, Own& own, int thread,
+        float* const* out, long piece = 16) {
+        const auto [begin, end] = range(matrix.rows, thread, piece);
+        if (begin == end) return {begin, end};
+        multiply(matrix, input(site), begin, end, out);
+        for (const Group& group : groups) {
+            const Change& change = (*group.changes)[&matrix - all.data()];
+            if (!change.rank) continue;
+            const float* const* inner = chosen(group, site.inner, own.from);
+            add_columns(fp32_matrix(change.B, change.rank, matrix.rows), inner, group.rows.size(), 0,
+                change.rank, begin, end, [&] {
+                    own.to.clear();
+                    for (long b : group.rows) own.to.push_back(out[b]);
+                    return own.to.data();
+                }());
+        }
+        return {begin, end};
+    }
+
+    // z = x of a row after its norm, the state it leaves, and `last`, the one that the token before left
+    void enter(const Matrix& weight, const Matrix& bias, State state, int part, long b) {
+        layer_norm(x[b], C, weight, bias, z[b]);
+        memcpy(last[b], state.before(b, part), sizeof(float) * C);
+        memcpy(state.after(b, part), z[b], sizeof(float) * C);
+    }
+    void mix(const Matrix& share, long b, float* out) {
         each(C, [&](long c) {
-            const auto z = load<WIDTH>(own.z + c);
-            store<WIDTH>(own.mix + c, z + (load<WIDTH>(own.last + c) - z) * load<WIDTH>(share.vector() + c));
+            const auto now = load<WIDTH>(z[b] + c);
+            store<WIDTH>(out + c, now + (load<WIDTH>(last[b] + c) - now) * load<WIDTH>(share.vector() + c));
         });
-        return own.mix;
+    }
+    void mix(const Matrix& share, long b, const Site& site, const Matrix& matrix) {
+        mix(share, b, site.plain[b]);
+        prepared(matrix, site, b);
     }
 
-    // The first half of low-rank map `map` of `maps`, input() @ matrix: parts of the sum over the channels,
+    // The first half of low-rank map `map` of `maps`, input @ matrix: parts of the sum over the channels,
     // which the threads share out
-    template <class Input> void shrink(const Matrix& matrix, int map, int maps, Input input, int thread) {
+    void shrink(const Matrix& matrix, int map, int maps, const Batch& input, int thread) {
         const auto [begin, end] = share(maps * parts, thread, pool.threads);
         const long from = std::max(begin, map * parts), to = std::min(end, (map + 1) * parts);
-        if (from >= to) return;
-        const float* vector = input();
         for (long item = from; item < to; item++) {
-            float* out = partial + item * padded(rank);
-            std::fill(out, out + padded(rank), 0.f);
+            const Batch& out = partial[item];
+            for (long b = 0; b < B; b++) std::fill(out[b], out[b] + padded(matrix.columns), 0.f);
             const long channel = (item - map * parts) * CHANNELS;
-            add_columns(matrix, vector, channel, std::min(channel + CHANNELS, C), 0, matrix.columns, out);
+            add_columns(matrix, input.data(), B, channel, std::min(channel + CHANNELS, C), 0, matrix.columns,
+                out.data());
         }
     }
     // ... and the parts added up, through the activation between the halves
     template <class Activation>
-    const float* inner(int map, long width, const Own& own, Activation activation) {
-        float* out = own.inner + map * padded(rank);
-        each(width, [&](long i) {
-            Vec<WIDTH> sum = {};
-            for (long part = map * parts; part < (map + 1) * parts; part++)
-                sum += load<WIDTH>(partial + part * padded(rank) + i);
-            store<WIDTH>(out + i, activation(sum));
-        });
+    const Batch& inner(int map, long width, const Own& own, Activation activation) {
+        const Batch& out = own.inner[map];
+        for (long b = 0; b < B; b++)
+            each(width, [&](long i) {
+                Vec<WIDTH> sum = {};
+                for (long part = map * parts; part < (map + 1) * parts; part++)
+                    sum += load<WIDTH>(partial[part][b] + i);
+                store<WIDTH>(out[b] + i, activation(sum));
+            });
         return out;
     }
     // The second half for channels [from, to): base + inner @ matrix
-    void widen_out(
-        const Matrix& matrix, const float* inner, const float* base, long from, long to, float* out) {
-        for (long c = from; c < to; c++) out[c] = base ? base[c] : 0.f;
-        add_columns(matrix, inner, 0, matrix.rows, from, to, out);
+    void widen_out(const Matrix& matrix, const Batch& inner, const float* base, long from, long to,
+        const Batch& out) {
+        for (long b = 0; b < B; b++)
+            for (long c = from; c < to; c++) out[b][c] = base ? base[c] : 0.f;
+        add_columns(matrix, inner.data(), B, 0, matrix.rows, from, to, out.data());
     }
 
-    template <class Work> void heads(int thread, Work work) {
-        const auto [begin, end] = share(H, thread, pool.threads);
-        for (long head = begin; head < end; head++) work(head);
-    }
-
-    void add_to_x(const Matrix& matrix, const float* input, long n, const Own& own, int thread) {
-        if (narrow(matrix, input, thread)) pool.barrier();
-        rows(matrix, input, n, own, thread, [this](long row, float product) { x[row] += product; });
+    // work(b, c) for the thread's pairs of a row and a head, whose channels begin at c and whose output is
+    // then prepared for the product with a matrix
+    template <class Work> void heads(const Matrix& output, int thread, Work work) {
+        const auto [begin, end] = share(B * H, thread, pool.threads);
+        const bool in_pieces = N % unit(output.type) == 0;
+        for (long pair = begin; pair < end; pair++) {
+            const long b = pair / H, c = pair % H * N;
+            work(b, c);
+            if (in_pieces) prepare(output.type, for_output.plain[b], A, c, c + N, input(for_output), b);
+        }
+        pool.barrier();
+        if (in_pieces) return;
+        for_rows(thread, [&](long b) { prepared(output, for_output, b); });
         pool.barrier();
     }
-    void relu_squared(const Matrix& matrix, const float* input, const Own& own, int thread) {
-        rows(matrix, input, C, own, thread,
-            [this](long row, float product) { h[row] = product > 0 ? product * product : product * 0.f; });
+
+    void add_to_x(const Matrix& matrix, const Site& site, Own& own, int thread, bool gated = false) {
+        narrow(own, thread, {{&matrix, &site}});
+        const auto [begin, end] = rows(matrix, site, own, thread, added.data());
+        for (long b = 0; b < B; b++)
+            for (long c = begin; c < end; c += WIDTH) {
+                auto change = load<WIDTH>(added[b] + c);
+                if (gated) change *= sigmoid<WIDTH>(load<WIDTH>(gates[b] + c));
+                store<WIDTH>(x[b] + c, load<WIDTH>(x[b] + c) + change);
+            }
+        pool.barrier();
+    }
+    void relu_squared(const Matrix& matrix, const Matrix& next, Own& own, int thread) {
+        const auto [begin, end] =
+            rows(matrix, for_ffn_k, own, thread, for_ffn_value.plain.data(), std::max(16L, unit(next.type)));
+        if (begin == end) return;
+        for (long b = 0; b < B; b++) {
+            float* h = for_ffn_value.plain[b];
+            for (long i = begin; i < end; i += WIDTH) {
+                const auto product = load<WIDTH>(h + i);
+                store<WIDTH>(h + i, choose<WIDTH>(product > 0.f, product * product, product * 0.f));
+            }
+            prepare(next.type, h, F, begin, end, input(for_ffn_value), b);
+        }
     }
 
-    void layer7(const Layer7& layer, long l, State state, const Own& own, int thread) {
-        enter(layer.ln1_weight, layer.ln1_bias, state.before[0], state.after[0], own, thread);
+    void layer7(const Layer7& layer, long l, State state, Own& own, int thread) {
+        for_rows(thread, [&](long b) {
+            enter(layer.ln1_weight, layer.ln1_bias, state, 0, b);
+            mix(layer.x_r, b, for_r, layer.receptance);
+            mix(layer.x_k, b, for_k, layer.key);
+            mix(layer.x_v, b, for_v, layer.value);
+            mix(layer.x_w, b, mix_w[b]);
+            mix(layer.x_a, b, mix_a[b]);
+            mix(layer.x_g, b, mix_g[b]);
+        });
+        pool.barrier();
+        narrow(own, thread,
+            {{&layer.receptance, &for_r}, {&layer.key, &for_k}, {&layer.value, &for_v}});
+        rows(layer.receptance, for_r, own, thread, r.data());
+        rows(layer.key, for_k, own, thread, k.data());
+        rows(layer.value, for_v, own, thread, v.data());
         const int maps = l ? 4 : 3;
-        bool adapted = narrow(layer.receptance, mix(layer.x_r, own), thread);
-        adapted |= narrow(layer.key, mix(layer.x_k, own), thread);
-        adapted |= narrow(layer.value, mix(layer.x_v, own), thread);
-        if (adapted) pool.barrier();
-        rows(layer.receptance, mix(layer.x_r, own), C, own, thread, r);
-        rows(layer.key, mix(layer.x_k, own), C, own, thread, k);
-        rows(layer.value, mix(layer.x_v, own), C, own, thread, v);
-        shrink(layer.w1, 0, maps, [&] { return mix(layer.x_w, own); }, thread);
-        shrink(layer.a1, 1, maps, [&] { return mix(layer.x_a, own); }, thread);
-        shrink(layer.g1, 2, maps, [&] { return mix(layer.x_g, own); }, thread);
-        if (l) shrink(layer.v1, 3, maps, [&] { return mix(layer.x_v, own); }, thread);
+        shrink(layer.w1, 0, maps, mix_w, thread);
+        shrink(layer.a1, 1, maps, mix_a, thread);
+        shrink(layer.g1, 2, maps, mix_g, thread);
+        if (l) shrink(layer.v1, 3, maps, for_v.plain, thread);
         pool.barrier();
 
-        const auto [begin, end] = share(H, thread, pool.threads);
-        const long from = begin * N, to = end * N;
+        const auto [from, to] = range(A, thread);
         auto plain = [](Vec<WIDTH> s) { return s; };
         widen_out(layer.w2, inner(0, layer.w1.columns, own, hyperbolic_tangent<WIDTH>), layer.w0.vector(),
             from, to, w);
         widen_out(layer.a2, inner(1, layer.a1.columns, own, plain), layer.a0.vector(), from, to, p);
         widen_out(layer.g2, inner(2, layer.g1.columns, own, sigmoid<WIDTH>), nullptr, from, to, g);
         if (l) widen_out(layer.v2, inner(3, layer.v1.columns, own, plain), layer.v0.vector(), from, to, q);
-        for (long head = begin; head < end; head++) {
-            if (N % WIDTH) head7<NARROW>(layer, l, head * N, state);
-            else head7<WIDTH>(layer, l, head * N, state);
-        }
         pool.barrier();
-        add_to_x(layer.output, y, A, own, thread);
+        heads(layer.output, thread, [&](long b, long c) {
+            if (N % WIDTH) head7<NARROW>(layer, l, b, c, state);
+            else head7<WIDTH>(layer, l, b, c, state);
+        });
+        add_to_x(layer.output, for_output, own, thread);
 
-        enter(layer.ln2_weight, layer.ln2_bias, state.before[2], state.after[2], own, thread);
-        const float* mixed_k = mix(layer.ffn_x_k, own);
-        if (narrow(layer.ffn_key, mixed_k, thread)) pool.barrier();
-        relu_squared(layer.ffn_key, mixed_k, own, thread);
+        for_rows(thread, [&](long b) {
+            enter(layer.ln2_weight, layer.ln2_bias, state, 2, b);
+            mix(layer.ffn_x_k, b, for_ffn_k, layer.ffn_key);
+        });
         pool.barrier();
-        add_to_x(layer.ffn_value, h, F, own, thread);
+        narrow(own, thread, {{&layer.ffn_key, &for_ffn_k}});
+        relu_squared(layer.ffn_key, layer.ffn_value, own, thread);
+        pool.barrier();
+        add_to_x(layer.ffn_value, for_ffn_value, own, thread);
     }
 
-    // The head whose channels begin at c
-    template <int W> void head7(const Layer7& layer, long l, long c, State state) {
+    // The head of row `row` whose channels begin at c
+    template <int W> void head7(const Layer7& layer, long l, long row, long c, State state) {
         float decay[256], minus[256], b[256];
+        float *r = this->r[row] + c, *k = this->k[row] + c, *v = this->v[row] + c, *y = for_output.plain[row] + c;
+        const float *w = this->w[row] + c, *p = this->p[row] + c, *q = this->q[row] + c, *g = this->g[row] + c;
+        float* first = this->first[row] + c;
         Vec<W> square = {}, bonus = {};
         each<W>(N, [&](long n) {
-            auto at = [&](const float* t) { return load<W>(t + c + n); };
-            if (l) store<W>(v + c + n, at(v) + (at(first) - at(v)) * sigmoid<W>(at(q)));
-            else store<W>(first + c + n, at(v));
-            const Vec<W> kappa = at(k) * at(layer.k_k.vector()), a = sigmoid<W>(at(p)),
-                         key = at(k) * (1.f + (a - 1.f) * at(layer.k_a.vector()));
+            auto at = [&](const float* t) { return load<W>(t + n); };
+            auto own = [&](const Matrix& vector) { return load<W>(vector.vector() + c + n); };
+            if (l) store<W>(v + n, at(v) + (at(first) - at(v)) * sigmoid<W>(at(q)));
+            else store<W>(first + n, at(v));
+            const Vec<W> kappa = at(k) * own(layer.k_k), a = sigmoid<W>(at(p)),
+                         key = at(k) * (1.f + (a - 1.f) * own(layer.k_a));
             square += kappa * kappa;
-            bonus += at(r) * key * at(layer.r_k.vector());
+            bonus += at(r) * key * own(layer.r_k);
             store<W>(minus + n, -kappa);
             store<W>(b + n, kappa * a);
             store<W>(decay + n, exponential<W>(-RATE * sigmoid<W>(at(w))));
-            store<W>(k + c + n, key);
+            store<W>(k + n, key);
         });
         const float scale = 1.f / std::max(std::sqrt(sum<W>(square)), 1e-12f), weight = sum<W>(bonus);
         each<W>(N, [&](long n) {
             store<W>(minus + n, load<W>(minus + n) * scale), store<W>(b + n, load<W>(b + n) * scale);
         });
-        recur7<W>(
-            r + c, decay, k + c, v + c, minus, b, state.before[1] + c * N, state.after[1] + c * N, y + c, N);
-        group_norm<W>(y + c, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
+        recur7<W>(r, decay, k, v, minus, b, state.before(row, 1) + c * N, state.after(row, 1) + c * N, y, N);
+        group_norm<W>(y, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
         each<W>(N, [&](long n) {
-            auto at = [&](const float* t) { return load<W>(t + c + n); };
-            store<W>(y + c + n, (at(y) + weight * at(v)) * at(g));
+            auto at = [&](const float* t) { return load<W>(t + n); };
+            store<W>(y + n, (at(y) + weight * at(v)) * at(g));
         });
     }
 
-    void layer6(const Layer6& layer, State state, const Own& own, int thread) {
-        enter(layer.ln1_weight, layer.ln1_bias, state.before[0], state.after[0], own, thread);
-        shrink(layer.maa_w1, 0, 1, [&] { return mix(layer.maa_x, own); }, thread);
+    void layer6(const Layer6& layer, State state, Own& own, int thread) {
+        for_rows(thread, [&](long b) {
+            enter(layer.ln1_weight, layer.ln1_bias, state, 0, b);
+            mix(layer.maa_x, b, mix_a[b]);
+        });
+        pool.barrier();
+        shrink(layer.maa_w1, 0, 1, mix_a, thread);
+        pool.barrier();
+        mix6(layer, own, thread);
         pool.barrier();
 
-        const float* inside = inner(0, layer.maa_w1.columns, own, hyperbolic_tangent<WIDTH>);
-        const long rank = layer.maa_w2.rows / 5;
-        const auto [begin, end] = share(padded(C) / WIDTH, thread, pool.threads);
-        const long from = begin * WIDTH, to = std::min(end * WIDTH, C);
-        for (int m = 0; m < 5; m++) {
-            for (long c = from; c < to; c++) mixed[m][c] = layer.maa[m].vector()[c];
-            add_columns(layer.maa_w2, inside, m * rank, (m + 1) * rank, from, to, mixed[m]);
-            for (long c = from; c < to; c++) mixed[m][c] = own.z[c] + (own.last[c] - own.z[c]) * mixed[m][c];
-        }
+        narrow(own, thread,
+            {{&layer.key, &for_k}, {&layer.value, &for_v}, {&layer.receptance, &for_r},
+                {&layer.gate, &for_g}});
+        shrink(layer.decay_w1, 0, 1, mix_w, thread);
+        rows(layer.key, for_k, own, thread, k.data());
+        rows(layer.value, for_v, own, thread, v.data());
+        rows(layer.receptance, for_r, own, thread, r.data());
+        rows(layer.gate, for_g, own, thread, g.data());
         pool.barrier();
 
-        // the mixes in the order of the rows of maa_w2: w, k, v, r, g
-        bool adapted = narrow(layer.key, mixed[1], thread);
-        adapted |= narrow(layer.value, mixed[2], thread);
-        adapted |= narrow(layer.receptance, mixed[3], thread);
-        adapted |= narrow(layer.gate, mixed[4], thread);
-        if (adapted) pool.barrier();
-        shrink(layer.decay_w1, 0, 1, [&] { return mixed[0]; }, thread);
-        rows(layer.key, mixed[1], C, own, thread, k);
-        rows(layer.value, mixed[2], C, own, thread, v);
-        rows(layer.receptance, mixed[3], C, own, thread, r);
-        rows(layer.gate, mixed[4], C, own, thread, g);
-        pool.barrier();
-
-        const auto [head, last] = share(H, thread, pool.threads);
+        const auto [from, to] = range(A, thread);
         widen_out(layer.decay_w2, inner(0, layer.decay_w1.columns, own, hyperbolic_tangent<WIDTH>),
-            layer.decay.vector(), head * N, last * N, w);
-        for (long c = head * N; c < last * N; c += N) {
-            if (N % WIDTH) head6<NARROW>(layer, c, state);
-            else head6<WIDTH>(layer, c, state);
-        }
+            layer.decay.vector(), from, to, w);
         pool.barrier();
-        add_to_x(layer.output, y, A, own, thread);
+        heads(layer.output, thread, [&](long b, long c) {
+            if (N % WIDTH) head6<NARROW>(layer, b, c, state);
+            else head6<WIDTH>(layer, b, c, state);
+        });
+        add_to_x(layer.output, for_output, own, thread);
 
-        enter(layer.ln2_weight, layer.ln2_bias, state.before[2], state.after[2], own, thread);
-        adapted = narrow(layer.ffn_key, mix(layer.ffn_maa_k, own), thread);
-        adapted |= narrow(layer.ffn_receptance, mix(layer.ffn_maa_r, own), thread);
-        if (adapted) pool.barrier();
-        relu_squared(layer.ffn_key, mix(layer.ffn_maa_k, own), own, thread);
-        rows(layer.ffn_receptance, mix(layer.ffn_maa_r, own), C, own, thread, gates);
+        for_rows(thread, [&](long b) {
+            enter(layer.ln2_weight, layer.ln2_bias, state, 2, b);
+            mix(layer.ffn_maa_k, b, for_ffn_k, layer.ffn_key);
+            mix(layer.ffn_maa_r, b, for_ffn_r, layer.ffn_receptance);
+        });
         pool.barrier();
-        each(C, [&](long c) { store<WIDTH>(own.mix + c, sigmoid<WIDTH>(load<WIDTH>(gates + c))); });
-        if (narrow(layer.ffn_value, h, thread)) pool.barrier();
-        rows(layer.ffn_value, h, F, own, thread,
-            [&](long row, float product) { x[row] += own.mix[row] * product; });
+        narrow(own, thread, {{&layer.ffn_key, &for_ffn_k}, {&layer.ffn_receptance, &for_ffn_r}});
+        relu_squared(layer.ffn_key, layer.ffn_value, own, thread);
+        rows(layer.ffn_receptance, for_ffn_r, own, thread, gates.data());
         pool.barrier();
+        add_to_x(layer.ffn_value, for_ffn_value, own, thread, true);
     }
 
-    template <int W> void head6(const Layer6& layer, long c, State state) {
+    // The five mixes of v6, whose shares depend on the token, in the thread's channels
+    void mix6(const Layer6& layer, Own& own, int thread) {
+        const Batch& inside = inner(0, layer.maa_w1.columns, own, hyperbolic_tangent<WIDTH>);
+        const long rank = layer.maa_w2.rows / 5;
+        // in the order of the rows of maa_w2: w, k, v, r, g
+        const Site* sites[] = {nullptr, &for_k, &for_v, &for_r, &for_g};
+        const Matrix* products[] = {nullptr, &layer.key, &layer.value, &layer.receptance, &layer.gate};
+        long piece = 16;
+        for (int m = 1; m < 5; m++) piece = std::max(piece, unit(products[m]->type));
+        const auto [from, to] = range(C, thread, piece);
+        if (from == to) return;
+        for (int m = 0; m < 5; m++) {
+            const Batch& out = m ? sites[m]->plain : mix_w;
+            for (long b = 0; b < B; b++)
+                std::copy(layer.maa[m].vector() + from, layer.maa[m].vector() + to, out[b] + from);
+            add_columns(layer.maa_w2, inside.data(), B, m * rank, (m + 1) * rank, from, to, out.data());
+            for (long b = 0; b < B; b++) {
+                for (long c = from; c < to; c += WIDTH) {
+                    const auto now = load<WIDTH>(z[b] + c);
+                    store<WIDTH>(
+                        out[b] + c, now + (load<WIDTH>(last[b] + c) - now) * load<WIDTH>(out[b] + c));
+                }
+                if (m) prepare(products[m]->type, out[b], C, from, to, input(*sites[m]), b);
+            }
+        }
+    }
+
+    template <int W> void head6(const Layer6& layer, long row, long c, State state) {
         float decay[256];
-        each<W>(N, [&](long n) { store<W>(decay + n, exponential<W>(-exponential<W>(load<W>(w + c + n)))); });
-        recur6<W>(r + c, k + c, v + c, decay, layer.bonus.vector() + c, state.before[1] + c * N,
-            state.after[1] + c * N, y + c, N);
-        group_norm<W>(y + c, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
+        float* y = for_output.plain[row] + c;
         each<W>(N, [&](long n) {
-            const Vec<W> gate = load<W>(g + c + n);
-            store<W>(y + c + n, load<W>(y + c + n) * gate * sigmoid<W>(gate));
+            store<W>(decay + n, exponential<W>(-exponential<W>(load<W>(w[row] + c + n))));
+        });
+        recur6<W>(r[row] + c, k[row] + c, v[row] + c, decay, layer.bonus.vector() + c,
+            state.before(row, 1) + c * N, state.after(row, 1) + c * N, y, N);
+        group_norm<W>(y, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
+        each<W>(N, [&](long n) {
+            const Vec<W> gate = load<W>(g[row] + c + n);
+            store<W>(y + n, load<W>(y + n) * gate * sigmoid<W>(gate));
         });
     }
 
-    const long version, L, C, A, H, N, F, V;
-    long rank = 1, parts = 0;
-    Model model;
-    std::vector<Layer6> layers6;
-    std::vector<Layer7> layers7;
-    std::vector<std::unique_ptr<Buffer>> buffers;
-    // of all threads: the residual stream, the vectors of the time mix, the channel mix's, and the parts of
-    // the low-rank maps
-    float *x, *r, *k, *v, *g, *first, *w, *p, *q, *y, *h, *gates, *partial, *mixed[5];
+    const long version, L, C, A, H, N, F, V, room;
+    std::vector<Matrix> all;
+    const Model* model;
+    const Layer6* layers6;
+    const Layer7* layers7;
+    long parts = 0;
+    // by number; of a change's place in a table, the place of its matrix in `all`
+    std::vector<std::vector<Change>> tables;
+    long widest = 0, room_of_inner = 0;
+    // of this step
+    long B = 0;
+    const float* strength = nullptr;
+    std::vector<Group> groups;
+    // of all threads: the residual stream, the inputs of products, the vectors of the time mix, the channel
+    // mix's, and the parts of the low-rank maps
+    Batch x, z, last, mix_w, mix_a, mix_g, r, k, v, g, first, w, p, q, gates, added;
+    Site for_r, for_k, for_v, for_g, for_output, for_ffn_k, for_ffn_r, for_ffn_value, for_head;
+    std::vector<Batch> partial;
     std::vector<Own> own_;
     std::mutex busy;
     Pool pool;
@@ -431,16 +571,20 @@ void* decode_open(
     if (count * static_cast<int64_t>(sizeof(Matrix)) !=
         static_cast<int64_t>(sizeof(Model)) + sizes[0] * layer)
         return nullptr;
-    return new Decoder(version, sizes, matrices, static_cast<int>(threads));
+    return new Decoder(version, sizes, matrices, count, static_cast<int>(threads));
 }
 
-int decode_step(
-    void* decoder, int64_t token, const float* const* before, float* const* after, float* logits) {
-    return static_cast<Decoder*>(decoder)->step(token, before, after, logits);
+int decode_step(void* decoder, int64_t count, const int64_t* tokens, const int64_t* tables,
+    const float* strengths, const float* const* before, float* const* after, float* logits) {
+    return static_cast<Decoder*>(decoder)->step(count, tokens, tables, strengths, before, after, logits);
 }
 
 void decode_replace(void* decoder, int64_t place, const Matrix* matrix) {
     static_cast<Decoder*>(decoder)->replace(place, *matrix);
+}
+
+void decode_table(void* decoder, int64_t table, const Change* changes) {
+    static_cast<Decoder*>(decoder)->table(table, changes);
 }
 
 void decode_close(void* decoder) { delete static_cast<Decoder*>(decoder); }

@@ -18,8 +18,9 @@ from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src.data.tokenizer import load_tokenizer
 from src.inference import cpu_decoder
+from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.cpu_decoder import Decoder, int8_rows
-from src.inference.decoders import OneByOne, fastest
+from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
 from src.inference.load import load
 from src.inference.sampling import Sampling
@@ -181,7 +182,7 @@ def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
     results = []
     for threads in (1, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        decoder = Decoder(model, int8)
+        decoder = Decoder(model, int8=int8)
         results.append(one_by_one(decoder, some_ids(arch, 9)))
         decoder.close()
     for logits, state in results[1:]:
@@ -267,11 +268,11 @@ def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_pa
     decoder, how = fastest(model)
     ids = some_ids(model.arch, 19)
     with torch.no_grad():
-        close("logits", one_by_one(decoder.decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
+        close("logits", one_by_one(decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
     assert (
         model.emb.weight.dtype == torch.bfloat16
         and not adapted_linears(model)
-        and isinstance(decoder, OneByOne)
+        and isinstance(decoder, Decoder)
     )
     assert (
         load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype
@@ -431,3 +432,176 @@ def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
         )
         answers.append(capsys.readouterr().out)
     assert answers[0][:20] == answers[1][:20] != ""
+
+
+ROWS_OF = (1, 2, 3, 5, 16, 17)
+
+
+def rows_in_step(decoder, starts, tokens, applied, count):
+    """(logits (T, count, V), states) of the first rows after tokens (T, rows), each from its start."""
+    for row, start in enumerate(starts[:count]):
+        decoder.put(row, start)
+    logits = [decoder.step(each[:count].tolist(), applied[:count]) for each in tokens]
+    return torch.stack(logits), [decoder.take(row) for row in range(count)]
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, int8",
+    [
+        (SIZES[2], torch.bfloat16, False),
+        (SIZES[3], torch.float32, False),
+        (
+            dict(version=7, n_layer=2, n_embd=328, head_size=8, dim_ffn=523, vocab_size=77),
+            torch.bfloat16,
+            False,
+        ),
+        (
+            dict(version=7, n_layer=2, n_embd=144, head_size=48, dim_ffn=211, vocab_size=65),
+            torch.float32,
+            True,
+        ),
+        (
+            dict(version=6, n_layer=2, n_embd=136, head_size=8, dim_ffn=77, vocab_size=19),
+            torch.bfloat16,
+            True,
+        ),
+        (SIZES[6], torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_a_row_has_the_same_bits_in_any_company(sizes, dtype, int8, monkeypatch):
+    """Alone, beside 1 to 16 others, with one thread and two: logits and states."""
+    arch = make(**sizes)
+    model = model_of(arch, {name: t.to(dtype) for name, t in random_tensors(arch).items()}, dtype)
+    tokens = some_ids(arch, 3 * max(ROWS_OF)).view(3, -1)
+    alone = None
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        decoder = Decoder(model, max(ROWS_OF), int8=int8)
+        if alone is None:
+            starts = [decoder.read(some_ids(arch, 1, seed), None)[1] for seed in range(max(ROWS_OF))]
+            alone = [
+                rows_in_step(decoder, [start], tokens[:, row : row + 1], [BASE], 1)
+                for row, start in enumerate(starts)
+            ]
+        for count in ROWS_OF:
+            logits, states = rows_in_step(decoder, starts, tokens, [BASE] * count, count)
+            for row, (want, (want_state,)) in enumerate(alone[:count]):
+                assert torch.equal(logits[:, row], want[:, 0]), f"row {row} of {count}, {threads} threads"
+                assert equal_states(states[row], want_state), f"row {row} of {count}, {threads} threads"
+        decoder.close()
+
+
+def equal_states(got, want):
+    return all(torch.equal(a, b) for old, new in zip(got, want) for a, b in zip(old, new))
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_steps_of_rows_are_the_models(version):
+    """Rows with tokens and states of their own against the model in float64; rows move."""
+    arch = make(version, n_embd=72, head_size=8, vocab_size=101)
+    tensors = random_tensors(arch)
+    ids = torch.cat([some_ids(arch, 12, seed) for seed in range(5)])
+    exact = model_of(arch, tensors, torch.float64)
+    decoder = Decoder(model_of(arch, tensors, torch.float32), 6)
+    for row in range(5):
+        decoder.put(row, decoder.read(ids[row : row + 1, :4], None)[1])
+    for t in range(4, 12):
+        if t == 8:  # the first row ends, the last one moves into its place
+            decoder.move(4, 0)
+            ids = ids[[4, 1, 2, 3]]
+        logits = decoder.step(ids[:, t].tolist(), [BASE] * len(ids))
+    want, states = exact(ids)
+    close("logits", logits, want[:, -1], TOLERANCE)
+    for row in range(4):
+        taken = decoder.take(row)
+        close_states(
+            taken, [LayerState(*(part[row : row + 1] for part in layer)) for layer in states], TOLERANCE
+        )
+    again = decoder.take(0)
+    decoder.step(ids[:, 0].tolist(), [BASE] * 4)
+    assert equal_states(taken, decoder.take(3)) is False and equal_states(again, decoder.take(0)) is False
+
+
+def adapters_of(path, tmp_path, methods):
+    """A bf16 model with a random adapter of each method, (name, method, rank)."""
+    files = {}
+    for name, method, rank in methods:
+        trained = RWKV.load(path)
+        rwkv_miss.inject(trained, method, rank=rank)
+        torch.manual_seed(len(files))
+        for p in (p for p in trained.parameters() if p.requires_grad):
+            p.data += 0.05 * torch.randn_like(p)
+        files[name] = tmp_path / f"{name}.pth"
+        rwkv_miss.save_adapter(trained, files[name])
+    model = RWKV.load(path, kernel="cpu").eval().requires_grad_(False)
+    return Adapters(model, files)
+
+
+@pytest.mark.parametrize("version, int8", [(7, False), (6, True)])
+def test_every_row_has_its_own_adapter(version, int8, checkpoint, tmp_path, monkeypatch):
+    """Several adapters in one batch, of one method and rank and of others, at strengths of their own: each
+    row's bits are those of the row alone, and the numbers those of Adapters.use.
+    """
+    adapters = adapters_of(
+        checkpoint(version, torch.bfloat16, n_embd=72, head_size=8),
+        tmp_path,
+        [("a", "miss", 5), ("b", "miss", 5), ("c", "miss", 32), ("d", "lora", 20)],
+    )
+    choices = [(), ("a",), ("b",), ("a",), ("c",), ("d",), (), ("b",), ("d",), ("a", "d"), ("a",)]
+    applied = [Applied(names, 0.5 + 0.25 * row) if names else BASE for row, names in enumerate(choices)]
+    tokens = some_ids(adapters.model.arch, 3 * len(applied)).view(3, -1)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        decoder = Decoder(adapters.model, len(applied), adapters, int8)
+        start = adapters.model.initial_state(1)
+        logits, _ = rows_in_step(decoder, [start] * len(applied), tokens, applied, len(applied))
+        for row, one in enumerate(applied):
+            want, _ = rows_in_step(decoder, [start], tokens[:, row : row + 1], [one], 1)
+            assert torch.equal(logits[:, row], want[:, 0]), f"row {row}, {one}, {threads} threads"
+            if threads == 1:
+                adapters.use(one.names, one.scale)
+                decoder.refresh()
+                used, state = one_by_one(decoder, tokens[None, :, row])
+                assert torch.equal(used, want[:, 0]), one
+                adapters.use()
+                decoder.refresh()
+                base, _ = one_by_one(decoder, tokens[None, :, row])
+                assert torch.equal(used, base) == (one == BASE)
+        decoder.close()
+
+
+def test_a_row_that_overflows_spoils_no_other(checkpoint, tmp_path):
+    adapters = adapters_of(checkpoint(7, torch.bfloat16), tmp_path, [("a", "miss", 4)])
+    decoder = Decoder(adapters.model, 3, adapters)
+    loud = Applied(("a",), 1e38)
+    logits = decoder.step([1, 2, 3], [BASE, loud, BASE])
+    assert not logits[1].isfinite().all()
+    decoder = Decoder(adapters.model, 3, adapters)
+    assert torch.equal(decoder.step([1, 9, 3], [BASE] * 3)[[0, 2]], logits[[0, 2]])
+
+
+def test_rows_that_are_not_there_are_errors():
+    decoder = Decoder(RWKV(make(7), "cpu"), 2)
+    state = decoder.take(1)
+    for tokens, applied in (([], []), ([1, 2, 3], [BASE] * 3), ([1, 2], [BASE])):
+        with pytest.raises(ValueError, match=f"{len(tokens)} tokens? for .*from 1 to 2"):
+            decoder.step(tokens, applied)
+    with pytest.raises(IndexError, match="token 67"):
+        decoder.step([1, 67], [BASE] * 2)
+    for call in (
+        lambda: decoder.put(2, state),
+        lambda: decoder.take(-1),
+        lambda: decoder.move(0, 2),
+        lambda: decoder.move(2, 0),
+    ):
+        with pytest.raises(ValueError, match="expected one of the decoder's 2"):
+            call()
+    with pytest.raises(ValueError, match="has 1 layers"):
+        decoder.put(0, state[:1])
+    with pytest.raises(ValueError, match="0 rows"):
+        Decoder(decoder.model, 0)
+    decoder.close()
+    for call in (lambda: decoder.step([1], [BASE]), lambda: decoder.put(0, state), lambda: decoder.take(0)):
+        with pytest.raises(ValueError, match="closed"):
+            call()

@@ -240,7 +240,7 @@ def test_the_decoder_loses_nothing_of_an_adapter(
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         adapters.use()
-        decoder = Decoder(adapters.model, int8)
+        decoder = Decoder(adapters.model, int8=int8)
         if int8 and threads == 1:
             for name, tensors in decoder.kept.items():
                 if len(tensors) == 2:

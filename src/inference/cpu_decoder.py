@@ -1,8 +1,7 @@
-"""One token after another on the CPU: a `Decoder` runs each single token in one native call.
+"""One token after another of some rows on the CPU: a `Decoder` runs one of each row in one native call.
 
-The native code is cuda/decode_cpu.cpp. A decoder is called as the model is, `logits, state =
-decoder.next_logits(ids, state)`, and its states are the model's. So a prompt is read with matrix products,
-and the answer is written by the native code.
+The native code is cuda/decode_cpu.cpp. Weights are read once for all rows. What a row gets has the same bits
+whatever the other rows are, and whatever the number of threads is. A prompt is read with matrix products.
 
 Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. What an adapter
 (adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
@@ -12,7 +11,9 @@ weights are bf16 and the CPU multiplies in it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,12 @@ from rwkv_miss.errors import UserError
 
 from .. import ops
 from ..common.device import multiplies_bf16
+from ..common.formatting import counted
 from ..model import RWKV, LayerState, State
 from ..ops import native, self_test
-from .adapters import LowRank
+from ..ops.native import nan_passes
+from .adapters import BASE, Adapters, Applied
+from .unmerged_linear import LowRank
 
 MODEL = (
     "emb.weight",
@@ -69,14 +73,23 @@ LANES = 16  # vectors are padded to a multiple of this, a whole number of any CP
 
 
 class Matrix(ctypes.Structure):
-    """Matrix of cuda/decode_cpu.h."""
+    """Matrix of cuda/decode_products.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "type", "rank")),
-        *((name, ctypes.c_void_p) for name in ("A", "B", "inner")),
-        ("strength", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "type")),
+    ]
+
+
+class Change(ctypes.Structure):
+    """Change of cuda/decode_cpu.cpp."""
+
+    _fields_ = [
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("A", ctypes.c_void_p),
+        ("B", ctypes.c_void_p),
     ]
 
 
@@ -98,40 +111,44 @@ def int8_rows(weight: Tensor) -> Int8Rows:
 
 
 class Decoder:
-    """A model that reads prompts as before, and runs single tokens in the native code.
+    """The states of `rows` rows, and the native code that computes their next tokens.
 
-    `int8`: single tokens use the large matrices quantised. It works on one token at a time, with as many
-    threads as torch has. Some of the model's matrices are shared with it. Others, and all vectors, are copies
-    that are made here. So when the model gets other tensors, as from Adapters.use, refresh() must be called.
-    Raises ValueError where problem() finds one.
+    `int8`: single tokens use the large matrices quantised. There are as many threads as torch has. Some of
+    the model's matrices are shared with it. Others, and all vectors, are copies that are made here. So when
+    the model gets other tensors, as from Adapters.use, refresh() must be called. Rows with another adapter
+    than BASE need `adapters`. Raises ValueError where problem() finds one.
     """
 
-    def __init__(self, model: RWKV, int8: bool = False):
+    def __init__(self, model: RWKV, rows: int = 1, adapters: Adapters | None = None, int8: bool = False):
         if found := problem(model):
             raise ValueError(f"no decoder for this model: {found}")
-        self.model, self.int8, self.threads = model, int8, torch.get_num_threads()
+        if rows < 1:
+            raise ValueError(f"a decoder for {rows} rows, expected at least one")
+        self.model, self.rows, self.adapters, self.int8 = model, rows, adapters, int8
+        self.threads = torch.get_num_threads()
         arch = self.arch = model.arch
-        self.state_shapes = LayerState(
-            (1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd)
+        heads = arch.n_head, arch.head_size, arch.head_size
+        self.state_shapes = LayerState((1, arch.n_embd), (1, *heads), (1, arch.n_embd))
+        # of all layers, (rows, L, ...)
+        self.states = LayerState(
+            *(torch.zeros(rows, arch.n_layer, *shape[1:]) for shape in self.state_shapes)
         )
+        self.places = _addresses(part for row in zip(*self.states) for layer in zip(*row) for part in layer)
         self.names = [
             *MODEL,
             *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]),
         ]
-        self.sources = [self._source(name) for name in self.names]
-        # the tensors that the native code points to, of the model and of adapters
+        # the tensors that the native code points to: of the model, and of the adapters of its tables
         self.kept: dict[str, list[Tensor]] = {}
-        self.beside: dict[str, list[Tensor]] = {}
-        self.matrices: list[Matrix] = []
-        for name, (tensor, low_rank) in zip(self.names, self.sources, strict=True):
-            matrix = self._matrix(name, tensor)
-            self._put_beside(name, matrix, low_rank)
-            self.matrices.append(matrix)
+        self.beside: dict[tuple[str, ...], list[Tensor]] = {}
+        self.tables: dict[tuple[str, ...], int] = {}
+        self.sources = [self._source(name) for name in self.names]
+        self.matrices = [self._matrix(name, tensor) for name, tensor in zip(self.names, self.sources)]
         library = native.library("cpu")
         self.handle = self._open(library)
         self.fresh = True
         self.run, self.replace = library.decode_step, library.decode_replace
-        self.close_native = library.decode_close
+        self.put_table, self.close_native = library.decode_table, library.decode_close
 
     def _open(self, library: ctypes.CDLL) -> ctypes.c_void_p:
         """What the native code knows the model by."""
@@ -144,6 +161,7 @@ class Decoder:
             arch.head_size,
             arch.dim_ffn,
             arch.vocab_size,
+            self.rows,
         )
         library.decode_open.restype = ctypes.c_void_p
         handle = library.decode_open(
@@ -171,14 +189,15 @@ class Decoder:
         self._check_open()
         # where this is interrupted, it is done again before the next token
         self.fresh = False
+        self.tables.clear()  # each is made again when a row asks for it
+        self.beside.clear()
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
-            tensor, low_rank = self._source(name)
-            if tensor is before[0] and low_rank is before[1]:
+            tensor = self._source(name)
+            if tensor is before:
                 continue
-            matrix = self.matrices[place] if tensor is before[0] else self._matrix(name, tensor)
-            self._put_beside(name, matrix, low_rank)
+            matrix = self._matrix(name, tensor)
             self.replace(self.handle, ctypes.c_int64(place), ctypes.byref(matrix))
-            self.matrices[place], self.sources[place] = matrix, (tensor, low_rank)
+            self.matrices[place], self.sources[place] = matrix, tensor
         self.fresh = True
 
     @property
@@ -195,11 +214,10 @@ class Decoder:
         if getattr(self, "handle", None):
             self.close()
 
-    def _source(self, name: str) -> tuple[Tensor | None, LowRank | None]:
-        """The model's parameter of that name, and what an adapter adds to it."""
+    def _source(self, name: str) -> Tensor | None:
+        """The model's parameter of that name."""
         owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        return getattr(module, leaf, None), getattr(module, "low_rank", None) if leaf == "weight" else None
+        return getattr(self.model.get_submodule(owner), leaf, None)
 
     def _matrix(self, name: str, tensor: Tensor | None) -> Matrix:
         """A parameter as the native code reads it; all zero where the model has none of that name."""
@@ -223,23 +241,37 @@ class Decoder:
             tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype]
         )
 
-    def _put_beside(self, name: str, matrix: Matrix, low_rank: LowRank | None) -> None:
-        """What an adapter adds to a matrix, or nothing."""
-        if low_rank is None:
-            matrix.rank, self.beside[name] = 0, []
-            return
-        A, B, matrix.strength = low_rank
-        matrix.rank = B.shape[1]
-        inner = torch.empty(matrix.rank)
-        matrix.A, matrix.B, matrix.inner = None if A is None else A.data_ptr(), B.data_ptr(), inner.data_ptr()
-        self.beside[name] = [B, inner] if A is None else [B, inner, A]
+    def _table(self, names: tuple[str, ...]) -> int:
+        """The number of the native table of what adapters add to the matrices; -1 where they add nothing."""
+        if names in self.tables:
+            return self.tables[names]
+        changes = (Change * len(self.names))()
+        kept = self.beside[names] = []
+        for name, low_rank in self._factors(names).items():
+            A, B = low_rank.A, low_rank.B.t().contiguous()
+            changes[self.names.index(f"{name}.weight")] = Change(
+                len(B), low_rank.scale, None if A is None else A.data_ptr(), B.data_ptr()
+            )
+            kept += [B] if A is None else [A, B]
+        number = len(self.beside) - 1 if kept else -1
+        if kept:
+            self.put_table(self.handle, ctypes.c_int64(number), changes)
+        self.tables[names] = number
+        return number
+
+    def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
+        """What these adapters add to linears; without names, what Adapters.use() has put beside them."""
+        if names:
+            return self.adapters.factors(Applied(names))
+        changed = ((name, getattr(module, "low_rank", None)) for name, module in self.model.named_modules())
+        return {name: low_rank for name, low_rank in changed if low_rank is not None}
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
         """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
 
-        The given state stays as it is. Raises ValueError for other shapes and after close(), UserError where
-        logits are not finite, IndexError for a token that is not in the vocabulary.
+        The given state stays as it is; None is the one that the model's documents start from. Raises
+        ValueError for other shapes and after close(), IndexError for a token that is not in the vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -251,8 +283,79 @@ class Decoder:
             state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
             # the native code does the last token; of the others only the state is wanted
             prompt = ids[:, :-1]
-            _, state = self.model.features(prompt, state, wanted=prompt.new_empty(0))
-        return self._step(int(ids[0, -1]), state)
+            with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
+                _, state = self.model.features(prompt, state, wanted=prompt.new_empty(0))
+        before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
+        after = LayerState(*(torch.empty(1, self.arch.n_layer, *shape[1:]) for shape in self.state_shapes))
+        after = [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
+        logits = self._run([int(ids[0, -1])], [applied], _addresses(before), _addresses(sum(after, ())))
+        return logits, after
+
+    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """What read() gives; UserError where logits are not finite."""
+        logits, state = self.read(ids, state)
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the logits after token {int(ids[0, -1])} are not finite: the model overflows{ADVICE}"
+            )
+        return logits, state
+
+    @torch.no_grad()
+    def put(self, row: int, state: State) -> None:
+        """Copy a state of one row into `row`."""
+        self._check_row(row)
+        self._check_state(state)
+        for layer, parts in enumerate(state):
+            for own, part in zip(self.states, parts):
+                own[row, layer].copy_(self._ready(part, layer).view_as(own[row, layer]))
+
+    def take(self, row: int) -> State:
+        """A copy of a row's state."""
+        self._check_row(row)
+        parts = [part[row : row + 1].clone().unbind(1) for part in self.states]
+        return [LayerState(*of_layer) for of_layer in zip(*parts)]
+
+    def move(self, source: int, target: int) -> None:
+        """Put the state of row `source` into row `target` too."""
+        self._check_row(source)
+        self._check_row(target)
+        for part in self.states:
+            part[target].copy_(part[source])
+
+    def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
+        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place.
+
+        A row that overflows has logits that are not finite, and the others are as they are without it. Raises
+        ValueError for more tokens than rows and after close(), IndexError as read() does.
+        """
+        self._check_open()
+        if not 1 <= len(tokens) <= self.rows or len(tokens) != len(applied):
+            raise ValueError(
+                f"{counted(len(tokens), 'token')} for {counted(len(applied), 'adapter choice')}, expected as"
+                f" many of both, from 1 to {self.rows}"
+            )
+        if not self.fresh:
+            self.refresh()
+        return self._run(tokens, applied, self.places, self.places)
+
+    def _run(self, tokens, applied, before: ctypes.Array, after: ctypes.Array) -> Tensor:
+        for token in tokens:
+            if not 0 <= token < self.arch.vocab_size:
+                raise IndexError(f"token {token} is not in the vocabulary of {self.arch.vocab_size}")
+        count = len(tokens)
+        tables = [self._table(one.names) for one in applied]
+        logits = torch.empty(count, self.arch.vocab_size)
+        self.run(
+            self.handle,
+            ctypes.c_int64(count),
+            (ctypes.c_int64 * count)(*tokens),
+            (ctypes.c_int64 * count)(*tables),
+            (ctypes.c_float * count)(*[one.scale for one in applied]),
+            before,
+            after,
+            ctypes.c_void_p(logits.data_ptr()),
+        )
+        return logits
 
     def _check_open(self) -> None:
         if not self.handle:
@@ -265,6 +368,14 @@ class Decoder:
                 f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at"
                 " least one token"
             )
+        self._check_state(state)
+
+    def _check_row(self, row: int) -> None:
+        self._check_open()
+        if not 0 <= row < self.rows:
+            raise ValueError(f"row {row}, expected one of the decoder's {self.rows}, from 0 on")
+
+    def _check_state(self, state: State) -> None:
         if len(state) != self.arch.n_layer:
             raise ValueError(
                 f"the state has {len(state)} layers, expected {self.arch.n_layer} for {self.arch.describe()}"
@@ -280,26 +391,6 @@ class Decoder:
                         f" {self.arch.describe()}"
                     )
 
-    def _step(self, token: int, state: State) -> tuple[Tensor, State]:
-        arch = self.arch
-        if not 0 <= token < arch.vocab_size:
-            raise IndexError(f"token {token} is not in the vocabulary of {arch.vocab_size}")
-        before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
-        att_x, ffn_x = torch.empty(2, arch.n_layer, 1, arch.n_embd)
-        wkv = torch.empty(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size)
-        after = [LayerState(*parts) for parts in zip(att_x.unbind(), wkv.unbind(), ffn_x.unbind())]
-        logits = torch.empty(1, arch.vocab_size)
-        pointers = ctypes.c_void_p * len(before)
-        if self.run(
-            self.handle,
-            ctypes.c_int64(token),
-            pointers(*[part.data_ptr() for part in before]),
-            pointers(*[part.data_ptr() for layer in after for part in layer]),
-            ctypes.c_void_p(logits.data_ptr()),
-        ):
-            raise UserError(f"the logits after token {token} are not finite: the model overflows{ADVICE}")
-        return logits, after
-
     def _ready(self, part: Tensor | None, layer: int) -> Tensor:
         """A part of a state as the native code reads it; None is the WKV state that documents start from."""
         if part is None:
@@ -307,6 +398,11 @@ class Decoder:
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
         return part.to("cpu", torch.float32).contiguous()
+
+
+def _addresses(tensors: Iterable[Tensor]) -> ctypes.Array:
+    found = [tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def problem(model: RWKV) -> str:

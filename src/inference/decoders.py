@@ -24,10 +24,10 @@ CHUNKS = [2**i for i in range(4, 13)]  # tokens
 class OneByOne:
     """Rows of a decoder that knows one at a time, with the adapters that Adapters.use() chose."""
 
-    def __init__(self, decoder: Decoder | GraphedDecoder, rows: int, adapters: Adapters | None = None):
+    def __init__(self, decoder: GraphedDecoder, rows: int, adapters: Adapters | None = None):
         self.decoder, self.rows, self.adapters, self.model = decoder, rows, adapters, decoder.model
         self.states: list[State | None] = [None] * rows
-        self.refresh, self.close = decoder.refresh, getattr(decoder, "close", lambda: None)
+        self.refresh, self.close = decoder.refresh, lambda: None
 
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
         if applied != BASE:
@@ -54,7 +54,7 @@ class OneByOne:
 
 def fastest(
     model: RWKV, adapters: Adapters | None = None, rows: int = 1, int8: bool = False
-) -> tuple[OneByOne | TorchDecoder, str]:
+) -> tuple[Decoder | OneByOne | TorchDecoder, str]:
     """(the fastest decoder that answers for the model, what it is in words).
 
     `rows` are the answers that it makes at once; `adapters` is what their requests choose from. UserError if
@@ -71,11 +71,10 @@ def fastest(
             except RuntimeError as error:
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return TorchDecoder(model, rows, adapters), f"token by token in torch, as {found}"
-    decoder = Decoder(model, int8)
+    decoder = Decoder(model, rows, adapters, int8)
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
     reading = str(decoder.reading).removeprefix("torch.")
-    words = f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
-    return OneByOne(decoder, rows, adapters), words
+    return decoder, f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
 
 
 def _dtypes_of_matrices(model: RWKV) -> list[str]:

@@ -112,7 +112,7 @@ class UnmergedLinear(Linear):
             parts.append(product(tokens, A.to(x.dtype)))
         h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         # in place, fp32 shares leave h in the dtype of x, rounded once
-        h.view(*x.shape[:-1], -1).mul_(self.shares if x.dim() == 2 else self.shares.unsqueeze(1))
+        h.view(*x.shape[:-1], h.shape[1]).mul_(self.shares if x.dim() == 2 else self.shares.unsqueeze(1))
         return h
 
 
