@@ -1,19 +1,20 @@
-"""Measure tokens a second of a chat on a GPU, and of reading a prompt, with adapters beside the base.
+"""Measure tokens a second of answers on a GPU, of one row and of many, with adapters beside the base.
 
     python -m benchmarks.gpu_decode [--version 7] [--layers 24] [--width 2048] [--rank 64] [--prompt 1024]
-    [--tokens 64] [--rounds 5] [--device cuda] [--dtype bf16]
+    [--tokens 64] [--rounds 5] [--rows 1 8 32] [--device cuda] [--dtype bf16]
 
-A random base with the World vocabulary's size, alone, with MiSS and with LoRA (half the rank) beside it as
-`demo.chat` has them, and with peft's LoRA. A token is recorded as one CUDA graph where that works, and is
-measured without a graph, too; peft's only so. The fastest round counts. The share is the bytes of all
-weights but the embedding over a token's time, of the bandwidth that a copy of the head reaches. The last line
-is JSON.
+A random base with the World vocabulary's size, alone, with MiSS and with LoRA (half the rank) beside it, with
+rows of which each has one of two by MiSS and two by LoRA ("mixed"), and with peft's LoRA. A token of all rows
+is recorded as one CUDA graph where that works, and is measured without a graph, too; peft's only so. The
+fastest round counts. The share is the bytes of all weights but the embedding over a token's time, of the
+bandwidth that a copy of the head reaches. The last line is JSON.
 """
 
 import argparse
 import pathlib
 import tempfile
 import time
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ from rwkv_miss import inject, save_adapter
 from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.common.device import PRECISIONS
-from src.inference.adapters import BASE, Adapters
+from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.decoders import fastest
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
@@ -29,6 +30,9 @@ from src.model import RWKV
 from .common import add_integers, argument_parser, report
 from .decode import write_base
 from .step import add_peft
+
+# what the rows of "mixed" have, in turns
+OF_MIXED = [("miss",), ("lora",), ("miss2",), ("lora2",)]
 
 
 def write_adapter(path, base, method: str, rank: int) -> None:
@@ -47,23 +51,34 @@ def load(base, args) -> RWKV:
     return RWKV.load(base, PRECISIONS[args.dtype], args.device, kernel).eval()
 
 
+class Contender(NamedTuple):
+    name: str
+    decoder: Any
+    applied: list[Applied]  # of each row
+
+
 def contenders(folder: pathlib.Path, args):
-    """(name, what answers for it), one after another."""
+    """One after another."""
     base = folder / "base.pth"
     write_base(base, args.version, args.layers, args.width)
-    for name in ("base", "miss", "lora", "peft lora"):
-        model = load(base, args)
-        if name == "peft lora":
-            add_peft(model, name, args.rank)
-            model.to(args.device)
-        elif name != "base":
-            write_adapter(folder / name, base, name, args.rank if name == "miss" else args.rank // 2)
-            Adapters(model, {name: folder / name}).use([name])
-        launches = TorchDecoder(model, 1)
-        decoder, how = (launches, "launches") if name == "peft lora" else fastest(model)
-        if not isinstance(decoder, TorchDecoder):
-            yield f"{name}, {how}", decoder
-        yield f"{name}, launches", launches
+    files = {name: folder / name for name in ("miss", "miss2", "lora", "lora2")}
+    for name, path in files.items():
+        method = name.removesuffix("2")
+        write_adapter(path, base, method, args.rank if method == "miss" else args.rank // 2)
+    adapters = Adapters(load(base, args), files)
+    for name, beside in {"base": [()], "miss": [("miss",)], "lora": [("lora",)], "mixed": OF_MIXED}.items():
+        for rows in args.rows:
+            applied = [Applied(beside[row % len(beside)]) for row in range(rows)]
+            decoder, how = fastest(adapters.model, adapters, rows)
+            if type(decoder) is not TorchDecoder:
+                yield Contender(f"{name}, {how}", decoder, applied)
+            decoder.close()
+            yield Contender(f"{name}, launches", TorchDecoder(adapters.model, rows, adapters), applied)
+    model = load(base, args)
+    add_peft(model, "peft lora", args.rank)
+    model.to(args.device)
+    for rows in args.rows:
+        yield Contender("peft lora, launches", TorchDecoder(model, rows), [BASE] * rows)
 
 
 def seconds(work, device: str) -> float:
@@ -74,16 +89,19 @@ def seconds(work, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(decoder, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[float, float]:
-    """Seconds of the fastest round: of a token, and of reading the prompt."""
+def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[float, float]:
+    """Seconds of the fastest round: of a token of all rows, and of reading the prompt for one of them."""
+    _, decoder, applied = contender
     device, found = prompt.device.type, []
     for _ in range(rounds + 1):
-        whole = seconds(lambda: decoder.read(prompt, None), device)
-        decoder.put(0, decoder.read(prompt, None)[1])
+        whole = seconds(lambda: decoder.read(prompt, None, applied[0]), device)
+        _, state = decoder.read(prompt, None, applied[0])
+        for row in range(len(applied)):
+            decoder.put(row, state)
 
         def answer() -> None:
             for token in range(tokens):
-                decoder.step([token], [BASE])
+                decoder.step([token] * len(applied), applied)
 
         found.append((seconds(answer, device) / tokens, whole))
     one, whole = zip(*found[1:])
@@ -104,6 +122,7 @@ def arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--version", type=int, default=7, choices=(6, 7))
     add_integers(parser, layers=24, width=2048, rank=64, prompt=1024, tokens=64, rounds=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="answers at once")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bf16", choices=PRECISIONS)
     return parser.parse_args()
@@ -114,14 +133,15 @@ def main() -> None:
     args = arguments()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, decoder in contenders(pathlib.Path(folder), args):
-            model = decoder.model
+        for contender in contenders(pathlib.Path(folder), args):
+            model, count = contender.decoder.model, len(contender.applied)
             prompt = torch.arange(args.prompt, device=args.device)[None] % model.arch.vocab_size
-            one, whole = measure(decoder, prompt, args.tokens, args.rounds)
+            one, whole = measure(contender, prompt, args.tokens, args.rounds)
             read = sum(p.nbytes for key, p in model.named_parameters() if key != "emb.weight")
             row = {
-                "name": name,
-                "tokens_per_second": round(1 / one, 1),
+                "name": contender.name,
+                "rows": count,
+                "tokens_per_second": round(count / one, 1),
                 "of_bandwidth": round(read / one / bandwidth(model.head.weight, args.rounds), 3),
                 "prompt_tokens_per_second": round(args.prompt / whole),
             }

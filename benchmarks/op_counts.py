@@ -46,7 +46,7 @@ NORMS = ("native_layer_norm", "native_group_norm")
 REDUCTIONS = set(
     "sum mean max min amax amin argmax argmin any all norm linalg_vector_norm cumsum prod nansum".split()
 )
-COPIES = set("_to_copy copy_ clone cat stack repeat constant_pad_nd flip roll".split())
+COPIES = set("_to_copy copy_ _foreach_copy_ clone cat stack repeat constant_pad_nd flip roll".split())
 GATHERS = set("index embedding gather index_select take nonzero".split())
 SCATTERS = set(
     "index_put index_put_ _index_put_impl_ index_add_ scatter scatter_ embedding_dense_backward".split()
@@ -142,14 +142,14 @@ def kind_of(name: str, ours: bool, in_loss: bool) -> str:
     """The kind of an operator that is no product; `in_loss`: src/model/loss.py calls it."""
     if ours:
         kind = KERNELS[name][0]
+    elif name in COPIES | GATHERS | SCATTERS | FILLS:
+        kind = "copy"
     elif name.startswith(("_foreach", "_fused")):
         kind = "optimizer"
     elif name.startswith(NORMS):
         kind = "norm"
     elif name in REDUCTIONS:
         kind = "reduction"
-    elif name in COPIES | GATHERS | SCATTERS | FILLS:
-        kind = "copy"
     else:
         kind = "elementwise"
     return "loss" if in_loss and kind in TRAFFIC else kind

@@ -37,13 +37,16 @@ def scales(applied: Sequence[Applied], names: Sequence[str | None]) -> Tensor:
     return torch.tensor([[one.scale if name in one.names else 0.0 for name in names] for one in applied])
 
 
+def columns_of(owners: Owners, of_rows: Tensor) -> Tensor:
+    """Scales (B, adapters) -> (B, R), of every column."""
+    return of_rows[:, [place for place, count in owners for _ in range(count)]]
+
+
 def shares(columns: Mapping[str, Columns], of_rows: Tensor, device: torch.device) -> dict[Owners, Tensor]:
-    """Scales (B, adapters) -> (B, R) of every column, once for all linears with the same columns."""
-    found = {}
-    for owners in {one.owners for one in columns.values()}:
-        places = [place for place, count in owners for _ in range(count)]
-        found[owners] = of_rows[:, places].to(device)
-    return found
+    """Scales (B, adapters) -> (B, R), once for all linears with the same columns."""
+    return {
+        owners: columns_of(owners, of_rows).to(device) for owners in {one.owners for one in columns.values()}
+    }
 
 
 def form(factors: Factors) -> dict[str, tuple[bool, int]]:

@@ -146,14 +146,18 @@ class Adapters:
             self._leave()
             raise
 
-    @contextlib.contextmanager
-    def rows(self, applied: Sequence[Applied]) -> Iterator[None]:
+    def rows(self, applied: Sequence[Applied]) -> contextlib.AbstractContextManager[None]:
         """Context in which row b of the model's input has the adapters applied[b].
 
-        It has one for every row of the ids, (B, T) of features(), or one for all of them. UserErrors of
+        `applied` has one for every row of the ids (B, T) of features(), or one for all of them. UserErrors of
         check().
         """
-        self._show(self.mix(applied))
+        return self.showing(self.mix(applied))
+
+    @contextlib.contextmanager
+    def showing(self, mix: Mix) -> Iterator[None]:
+        """Context in which the linears have this beside them."""
+        self._show(mix)
         try:
             yield
         finally:

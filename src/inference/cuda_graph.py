@@ -1,86 +1,155 @@
-"""One token after another on a GPU: a `GraphedDecoder` records a token's launches once and replays them.
+"""Tokens of many rows at once on a GPU: a `GraphedDecoder` records a token's launches once and replays them.
 
-This is a CUDA graph. A token of a small model is hundreds of launches of a few microseconds each. The CPU
-cannot launch them as fast as the GPU runs them. A decoder is called as the model is, `logits, state =
-decoder.next_logits(ids, state)`, and its states are the model's. Not run on a GPU yet.
+These are CUDA graphs, of 1, 2, 4, ... rows. A token of a small model is hundreds of launches of a few
+microseconds each. The CPU cannot launch them as fast as the GPU runs them. Prompts are read by the model.
+
+A graph holds addresses: of the weights, of the rows' states, of the adapters that lie side by side
+(adapter_stack.py) and of each row's shares of them. All but the weights are written to between two tokens, so
+any mix of rows and adapters is the same graph. Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..model import RWKV, LayerState, State
+from ..model import RWKV
+from .adapter_stack import Applied, Mix, Owners, Stack, columns_of
+from .adapters import Adapters
+from .torch_decoder import TorchDecoder
 
 # error, as a share of the largest logit; the graph has the same operations, but may add in another order
 ALLOWED = 1e-2
 
 
-class GraphedDecoder:
-    """A model on a GPU that reads prompts as before and replays a recorded graph for every single token.
+class Recorded(NamedTuple):
+    """The graph of a token of some rows."""
 
-    It works on one sequence at a time. The graph holds the addresses of the weights. When the model gets
-    other tensors, as from Adapters.use, refresh() has the graph recorded again.
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # (rows, V), where a replay writes them
+
+
+class GraphedDecoder(TorchDecoder):
+    """A model on a GPU that replays a recorded graph for every token of its rows.
+
+    The graph for twice as many rows is recorded when it is first needed; one that is too large serves too. So
+    a step may spoil the states of rows B and beyond: what is put there comes after it. Where rows have
+    adapters it is another graph, with room for those of adapters.stack. RuntimeError where recording fails,
+    or gives other logits than the model's.
     """
 
-    def __init__(self, model: RWKV):
-        self.model = model
-        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.emb.weight.device)
-        self.refresh()
+    def __init__(self, model: RWKV, rows: int, adapters: Adapters | None = None):
+        super().__init__(model, rows, adapters)
+        self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.emb.weight.device)
+        self._forget()
+
+    def _forget(self) -> None:
+        # kept, so that no other tensor gets the address of one of them: refresh() compares
+        self.weights = [p.detach() for p in self.model.parameters()]
+        self.graphs: dict[tuple[int, bool], Recorded] = {}  # (rows, whether they have adapters)
+        self.stack: Stack | None = None
+        self.shares: dict[Owners, Tensor] = {}
+        self.written: Tensor | None = None  # the scales that the shares are of
 
     def refresh(self) -> None:
-        """Drop the graph, and with it the weights that it holds; the next single token records another."""
-        arch, weight = self.model.arch, self.model.emb.weight
-        width = torch.zeros(arch.n_layer, 1, arch.n_embd, dtype=self.model.dtype, device=weight.device)
-        wkv = torch.zeros(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size, device=weight.device)
-        self.before = [width, wkv, width.clone()]  # the parts of a state, of all layers
-        self.graph: torch.cuda.CUDAGraph | None = None
+        """Drop the graphs, and with them the weights that they hold, where the model has other ones now.
 
-    @property
-    def emb(self):
-        return self.model.emb
+        Rows keep their states, unless the model has another dtype.
+        """
+        now = list(self.model.parameters())
+        same = len(now) == len(self.weights) and all(map(_is_same, now, self.weights))
+        if same and self.adapters is not None:  # without them nobody knows what the linears have beside them
+            return
+        if self.model.dtype != self.states.att_x.dtype:
+            self.states = self._zeros()
+        self._forget()
+
+    def close(self) -> None:
+        """Free the graphs' memory."""
+        self._forget()
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) after the last token, and the state after it.
-
-        The given state stays as it is.
-        """
-        if ids.shape != (1, 1) or state is None:
-            return self.model.next_logits(ids, state)
-        self.ids.copy_(ids)
-        for static, parts in zip(self.before, zip(*state, strict=True), strict=True):
-            static.copy_(torch.stack(parts))
-        if self.graph is None:
-            self._record()
-        self.graph.replay()
-        logits, *after = (t.clone() for t in self.result)
-        return logits, [LayerState(*parts) for parts in zip(*after, strict=True)]
+    def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
+        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
+        count = len(tokens)
+        self.ids[:count].copy_(torch.tensor(tokens, dtype=torch.int64)[:, None])
+        with_adapters = self.adapters is not None and self._put_shares(applied)
+        graph, logits = self._graph(count, with_adapters)
+        graph.replay()
+        return logits[:count].to(torch.float32, copy=True)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Record the graph; RuntimeError where that fails, or where its logits are not the model's."""
-        first = torch.ones_like(self.ids)
-        _, state = self.model.next_logits(self.ids.clone())
-        want, got = self.model.next_logits(first, state)[0].float(), self.next_logits(first, state)[0].float()
-        error = float((got - want).abs().max() / want.abs().max())
-        if not error < ALLOWED:
-            raise RuntimeError(f"its logits are {error:.0e} of the largest one off")
+        """Record the smallest and the largest graph; RuntimeError where that fails."""
+        for count in (1, self.rows):
+            self._graph(count, False)
 
-    def _record(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # what libraries allocate and choose on their first call must not be in the graph
-        with torch.cuda.stream(stream):
-            self._token()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self._token()
+    def _put_shares(self, applied: Sequence[Applied]) -> bool:
+        """Write the rows' shares to where graphs read them; False where no row has an adapter's factors."""
+        stack, of_rows = self.adapters.stacked(applied)
+        if not of_rows.any():
+            return False
+        if stack is not self.stack:
+            self.graphs = {key: recorded for key, recorded in self.graphs.items() if not key[1]}
+            self.stack, device = stack, self.ids.device
+            self.shares = {
+                owners: torch.zeros(self.rows, sum(count for _, count in owners), device=device)
+                for owners in {columns.owners for columns in stack.columns.values()}
+            }
+            self.written = None
+        if self.written is None or not torch.equal(of_rows, self.written):
+            for owners, static in self.shares.items():
+                static[: len(of_rows)].copy_(columns_of(owners, of_rows))
+            self.written = of_rows
+        return True
 
-    def _token(self) -> list[Tensor]:
-        """[logits (1, V), the parts of the state after self.ids, of all layers]."""
-        x, state = self.model.features(
-            self.ids, [LayerState(*parts) for parts in zip(*self.before, strict=True)]
+    def _graph(self, count: int, with_adapters: bool) -> Recorded:
+        """The graph of the fewest rows that are at least `count`."""
+        key = min(self.rows, 1 << (count - 1).bit_length()), with_adapters
+        if key not in self.graphs:
+            self.graphs[key] = self._record(*key)
+        return self.graphs[key]
+
+    def _record(self, count: int, with_adapters: bool) -> Recorded:
+        before = [part[:, :count].clone() for part in self.states]
+
+        def restore() -> None:
+            for part, values in zip(self.states, before, strict=True):
+                part[:, :count].copy_(values)
+
+        with self._showing(count, with_adapters):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # what libraries allocate and choose on their first call must not be in the graph
+            with torch.cuda.stream(stream):
+                want = self._move_on(self.ids[:count])
+            torch.cuda.current_stream().wait_stream(stream)
+            restore()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._move_on(self.ids[:count])
+        graph.replay()
+        restore()
+        # a row that overflows is its own affair
+        got, want = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (logits, want))
+        error = (got - want).abs().max() / want.abs().max()
+        if not bool(error <= ALLOWED):
+            raise RuntimeError(f"for {count} rows its logits are {float(error):.0e} of the largest one off")
+        return Recorded(graph, logits)
+
+    def _showing(self, count: int, with_adapters: bool) -> contextlib.AbstractContextManager[None]:
+        """Context in which the linears have what the graph of so many rows reads."""
+        if self.adapters is None:
+            return contextlib.nullcontext()
+        columns = self.stack.columns if with_adapters else {}
+        return self.adapters.showing(
+            Mix(columns, {owners: static[:count] for owners, static in self.shares.items()})
         )
-        return [self.model.head(x[:, -1]), *(torch.stack(parts) for parts in zip(*state, strict=True))]
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    return now.data_ptr() == before.data_ptr() and now.dtype == before.dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,80 +11,38 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..common.formatting import counted
-from ..model import RWKV, State
-from .adapters import BASE, Adapters, Applied
+from ..model import RWKV
+from .adapters import Adapters
 from .cpu_decoder import Decoder, problem
 from .cuda_graph import GraphedDecoder
-from .huge_pages import move_weights
 from .torch_decoder import TorchDecoder
 
 CHUNKS = [2**i for i in range(4, 13)]  # tokens
 
 
-class OneByOne:
-    """Rows of a decoder that knows one at a time, with the adapters that Adapters.use() chose."""
-
-    def __init__(self, decoder: GraphedDecoder, rows: int, adapters: Adapters | None = None):
-        self.decoder, self.rows, self.adapters, self.model = decoder, rows, adapters, decoder.model
-        self.states: list[State | None] = [None] * rows
-        self.refresh, self.close = decoder.refresh, lambda: None
-
-    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
-        if applied != BASE:
-            raise UserError("this decoder has no adapters by row yet")
-        logits, state = self.decoder.next_logits(ids.to(self.model.emb.weight.device), state)
-        return logits.float(), state
-
-    def put(self, row: int, state: State) -> None:
-        self.states[row] = state
-
-    def take(self, row: int) -> State:
-        return self.states[row]
-
-    def move(self, source: int, target: int) -> None:
-        self.states[target] = self.states[source]
-
-    def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        logits = []
-        for row, token in enumerate(tokens):
-            of_row, self.states[row] = self.read(torch.tensor([[token]]), self.states[row], applied[row])
-            logits.append(of_row)
-        return torch.cat(logits)
-
-
 def fastest(
-    model: RWKV,
-    adapters: Adapters | None = None,
-    rows: int = 1,
-    int8: bool = False,
-    huge_pages: str = "no",
-) -> tuple[Decoder | OneByOne | TorchDecoder, str]:
+    model: RWKV, adapters: Adapters | None = None, rows: int = 1, int8: bool = False
+) -> tuple[Decoder | TorchDecoder, str]:
     """(the fastest decoder that answers for the model, what it is in words).
 
-    `rows` are the answers that it makes at once; `adapters` is what their requests choose from. `huge_pages`:
-    yes, no or auto (huge_pages.py), for the CPU's own decoder; the model's matrices then lie in other memory.
-    UserError if int8 or yes is asked for where that decoder does not run.
+    `rows` are the answers that it makes at once; `adapters` is what their requests choose from. UserError if
+    int8 is asked for where the CPU's own decoder does not run.
     """
     if found := problem(model):
-        for flag, given in (("--quant int8", int8), ("--huge_pages yes", huge_pages == "yes")):
-            if given:
-                raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {found}")
+        if int8:
+            raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
         if model.blocks[0].att.kernel.startswith("cuda"):
-            graphed = GraphedDecoder(model)
+            graphed = GraphedDecoder(model, rows, adapters)
             try:
                 graphed.check()
-                return OneByOne(graphed, rows, adapters), "one CUDA graph a token"
+                return graphed, "one CUDA graph a token"
             except RuntimeError as error:
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return TorchDecoder(model, rows, adapters), f"token by token in torch, as {found}"
-    # the base's, which an adapter may stand in for
-    matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
-    _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
     decoder = Decoder(model, rows, adapters, int8)
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
     reading = str(decoder.reading).removeprefix("torch.")
-    words = [f"{weights} weights", pages, f"prompts in {reading}", counted(decoder.threads, "thread")]
-    return decoder, ", ".join(filter(None, words))
+    return decoder, f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
 
 
 def _dtypes_of_matrices(model: RWKV) -> list[str]:

@@ -25,12 +25,16 @@ class TorchDecoder:
 
     def __init__(self, model: RWKV, rows: int, adapters: Adapters | None = None):
         self.model, self.rows, self.adapters = model, rows, adapters
-        arch, device, dtype = model.arch, model.emb.weight.device, model.dtype
+        self.states = self._zeros()
+
+    def _zeros(self) -> LayerState:
+        """The states of all rows; each part has all layers, (L, rows, ...)."""
+        arch, rows, device, dtype = self.model.arch, self.rows, self.model.emb.weight.device, self.model.dtype
         width = torch.zeros(arch.n_layer, rows, arch.n_embd, device=device, dtype=dtype)
         heads = arch.n_head, arch.head_size, arch.head_size
         exact = torch.promote_types(dtype, torch.float32)
         wkv = torch.zeros(arch.n_layer, rows, *heads, device=device, dtype=exact)
-        self.states = LayerState(width, wkv, width.clone())  # of all layers, (L, rows, ...)
+        return LayerState(width, wkv, width.clone())
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
@@ -64,12 +68,16 @@ class TorchDecoder:
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
         """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
-        ids, count = torch.tensor(tokens, dtype=torch.int64)[:, None], len(tokens)
-        before = self._layers([part[:, :count] for part in self.states])
         with self._with(applied):
-            logits, after = self._next(ids, before)
-        for own, parts in zip(self.states, zip(*after, strict=True), strict=True):
-            torch.stack(parts, out=own[:, :count])
+            return self._move_on(torch.tensor(tokens, dtype=torch.int64)[:, None])
+
+    def _move_on(self, ids: Tensor) -> Tensor:
+        """The next token (B, 1) of the first rows -> logits (B, V)."""
+        before = self._layers([part[:, : len(ids)] for part in self.states])
+        logits, after = self._next(ids, before)
+        for part in LayerState._fields:
+            own, new = ([getattr(layer, part) for layer in state] for state in (before, after))
+            torch._foreach_copy_(own, new)  # a GPU launches once for all layers
         return logits
 
     def _next(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:

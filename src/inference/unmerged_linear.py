@@ -106,7 +106,7 @@ class UnmergedLinear(Linear):
     def _inner(self, x: Tensor) -> Tensor:
         """(tokens, R): the shard sums and A x, each times the row's share of its adapter."""
         tokens, (ranks, A, *_) = flat_tokens(x), self.columns
-        sums = {rank: shard_sum(tokens, rank) for rank in ranks}
+        sums = {rank: shard_sum(tokens, rank) for rank in {*ranks}}
         parts = [sums[rank] for rank in ranks]
         if A is not None:
             parts.append(product(tokens, A.to(x.dtype)))

@@ -34,7 +34,7 @@ STAGES = (1, 2, 3)  # of ZeRO, on RWKV-7
 QUANTS = ("int8", "nf4")  # of the base of a chat on RWKV-7
 MERGED = ("miss", "dora")  # on RWKV-7
 BESIDE = ("miss", "dora")  # in a chat on RWKV-7: one runs beside its base, one is merged in memory
-READING = ("decode", "chat", "evaluation", "likelihood")
+READING = ("decode", "decode 8 rows with adapters", "chat", "evaluation", "likelihood")
 # train.py as a whole; the first one evaluates and answers, too
 RUNS = {
     "bf16": "--precision bf16 --eval_samples 1",

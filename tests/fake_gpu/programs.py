@@ -14,9 +14,8 @@ from torch import nn
 import rwkv_miss
 from benchmarks import gpu_budget
 from src.data.tokenizer import load_tokenizer
-from src.inference.adapters import Adapters
+from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.cuda_graph import GraphedDecoder
-from src.inference.decoders import OneByOne
 from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.inference.load import load
@@ -40,28 +39,71 @@ def reading(version: int, quant: str = "none") -> RWKV:
 def quantised_chat(quant: str, version: int) -> dict:
     """A prompt and tokens of an answer, by a model whose weights are expanded for each product."""
     with FakeGpu() as gpu:
-        decoder = GraphedDecoder(reading(version, quant))
+        decoder = GraphedDecoder(reading(version, quant), 1)
         gpu.begin()
-        list(stream(Engine(OneByOne(decoder, 1), load_tokenizer("bytes", 512)), Request(TOKENS, 4)))
+        list(stream(Engine(decoder, load_tokenizer("bytes", 512)), Request(TOKENS, 4)))
     return gpu.counts()
+
+
+def write_adapter(folder: str, name: str, version: int, peft: str, **options) -> pathlib.Path:
+    """A file of an adapter of a model as reading() has it, without numbers that matter."""
+    trained, path = RWKV(default_arch(version, 2, 128, 512, 64)), pathlib.Path(folder, f"{name}.pth")
+    for linear in trained.layer_linears().values():
+        nn.init.normal_(linear.weight)  # for DoRA, rows have directions
+    rwkv_miss.inject(trained, peft, **options)
+    rwkv_miss.save_adapter(trained, path)
+    return path
+
+
+def recorded_token(gpu: FakeGpu, decoder: GraphedDecoder, rows: int) -> dict:
+    """What the graph of a token does, with adapters beside the linears where the decoder has some."""
+    with decoder._showing(rows, decoder.stack is not None):
+        gpu.begin()
+        decoder._move_on(decoder.ids[:rows])
+        return gpu.counts()
 
 
 @torch.no_grad()
 def decode_adapted(peft: str, version: int) -> dict:
     """The token that a CUDA graph records, with an adapter of a file, and norms and vectors of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        trained, adapter = RWKV(default_arch(version, 2, 128, 512, 64)), pathlib.Path(folder, "adapter.pth")
-        for linear in trained.layer_linears().values():
-            nn.init.normal_(linear.weight)  # for DoRA, rows have directions
-        rwkv_miss.inject(trained, peft, rank=8, train_parts="ln,time")
-        rwkv_miss.save_adapter(trained, adapter)
+        adapter = write_adapter(folder, "a", version, peft, rank=8, train_parts="ln,time")
         with FakeGpu() as gpu:
-            model = reading(version)
-            Adapters(model, {"a": adapter}).use(["a"])
-            decoder = GraphedDecoder(model)
-            gpu.begin()
-            decoder._token()
-    return gpu.counts()
+            adapters = Adapters(reading(version), {"a": adapter})
+            adapters.use(["a"])
+            decoder = GraphedDecoder(adapters.model, 1, adapters)
+            decoder.step([1], [BASE])
+            return recorded_token(gpu, decoder, 1)
+
+
+@torch.no_grad()
+def decode_rows(version: int) -> dict:
+    """A token of 8 rows with three adapters, of two ranks, or none: what its graph does, and what a step does
+    beside it, where the rows have the adapters that they had, and other ones.
+
+    All by MiSS: whether an A is MiSS's is asked of its numbers, and here any would be.
+    """
+    ranks = {"a": 8, "b": 8, "c": 4, "d": 8, "e": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: write_adapter(folder, name, version, "miss", rank=rank) for name, rank in ranks.items()
+        }
+        with FakeGpu() as gpu:
+            adapters = Adapters(reading(version), files)
+            decoder = GraphedDecoder(adapters.model, 8, adapters)
+            mix = [Applied((name,)) for name in "abc"] * 2
+            found = {}
+            for what, applied in {
+                "first step": mix,
+                "step": mix,
+                "step of another mix": [*mix[1:], BASE],
+                "step of another adapter": [Applied(("e",)), *mix[1:3]] * 2,
+            }.items():
+                gpu.begin()
+                decoder.step([1] * 6, applied)
+                found[what] = gpu.counts()
+            del found["first step"]
+            return found | {"graph": recorded_token(gpu, decoder, 8)}
 
 
 @torch.no_grad()

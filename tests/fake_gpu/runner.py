@@ -18,7 +18,6 @@ from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.cuda_graph import GraphedDecoder
-from src.inference.decoders import OneByOne
 from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.model import RWKV, default_arch
@@ -34,7 +33,7 @@ from src.training.trainer import FineTuning
 from . import cases
 from .device import FakeGpu, install
 from .micro_batch import batch_on, config_of, layer, small_model_on
-from .programs import budget, decode_adapted, harness, merged, quantised_chat
+from .programs import budget, decode_adapted, decode_rows, harness, merged, quantised_chat
 from .several_gpus import ddp, zero
 
 KIB = 1024
@@ -119,18 +118,18 @@ def reading(version: int) -> RWKV:
 def decode(version: int) -> dict:
     """The token that src/inference/cuda_graph.py has a CUDA graph record."""
     with FakeGpu() as gpu:
-        decoder = GraphedDecoder(reading(version))
+        decoder = GraphedDecoder(reading(version), 1)
         gpu.begin()
-        decoder._token()
+        decoder._move_on(decoder.ids)
     return gpu.counts()
 
 
 def chat(version: int) -> dict:
     """A prompt, and the tokens of an answer one after another."""
     with FakeGpu() as gpu:
-        decoder = GraphedDecoder(reading(version))
+        decoder = GraphedDecoder(reading(version), 1)
         gpu.begin()
-        list(stream(Engine(OneByOne(decoder, 1), load_tokenizer("bytes", 512)), Request(range(1, 38), 4)))
+        list(stream(Engine(decoder, load_tokenizer("bytes", 512)), Request(range(1, 38), 4)))
     return gpu.counts()
 
 
@@ -152,7 +151,13 @@ def likelihood(version: int) -> dict:
     return gpu.counts()
 
 
-READING = {"decode": decode, "chat": chat, "evaluation": evaluation, "likelihood": likelihood}
+READING = {
+    "decode": decode,
+    "decode 8 rows with adapters": decode_rows,
+    "chat": chat,
+    "evaluation": evaluation,
+    "likelihood": likelihood,
+}
 
 
 def write_files(folder: pathlib.Path, n_layer: int) -> list[str]:
