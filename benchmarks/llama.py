@@ -6,8 +6,9 @@ The download is 11 MB. It takes some seconds, and is for Linux on x86-64.
 
 llama.cpp is called through its C interface, without a compiler or its headers. The structures that it takes
 and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
-expects less than it is given reads the beginning. The only fields set are the first three of the context's
-parameters, and it is asked afterwards whether it took them.
+expects less than it is given reads the beginning. The only fields set are the first four of the context's
+parameters, and it is asked afterwards whether it took them. A batch of several sequences is the one structure
+that is built here (Batch); tests compare its logits with those of each sequence alone.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ class Opaque(ctypes.Structure):
     _fields_ = [("words", ctypes.c_uint64 * 64)]
 
 
+class Batch(ctypes.Structure):
+    """llama_batch: of each token its id, its place, its sequences, and whether its logits are wanted."""
+
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
+    ]
+
+
 class Message(ctypes.Structure):
     _fields_ = [("role", ctypes.c_char_p), ("content", ctypes.c_char_p)]
 
@@ -60,11 +70,13 @@ SIGNATURES = {
     "llama_n_ctx": (ctypes.c_uint32, ctypes.c_void_p),
     "llama_n_batch": (ctypes.c_uint32, ctypes.c_void_p),
     "llama_n_ubatch": (ctypes.c_uint32, ctypes.c_void_p),
+    "llama_n_seq_max": (ctypes.c_uint32, ctypes.c_void_p),
     "llama_set_n_threads": (None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
     "llama_get_memory": (ctypes.c_void_p, ctypes.c_void_p),
     "llama_memory_clear": (None, ctypes.c_void_p, ctypes.c_bool),
     "llama_batch_get_one": (Opaque, ctypes.c_void_p, ctypes.c_int32),
     "llama_decode": (ctypes.c_int32, ctypes.c_void_p, Opaque),
+    "llama_get_logits": (ctypes.c_void_p, ctypes.c_void_p),
     "llama_get_logits_ith": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
     "llama_model_get_vocab": (ctypes.c_void_p, ctypes.c_void_p),
     "llama_vocab_n_tokens": (ctypes.c_int32, ctypes.c_void_p),
@@ -123,9 +135,12 @@ def load_library(folder=FOLDER) -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file, loaded. RuntimeError where llama.cpp refuses it."""
+    """A GGUF file, loaded, with room for some sequences, each of tokens / sequences, a multiple of 256.
 
-    def __init__(self, library: ctypes.CDLL, path, tokens: int = 4096):
+    RuntimeError where llama.cpp refuses it.
+    """
+
+    def __init__(self, library: ctypes.CDLL, path, tokens: int = 4096, sequences: int = 1):
         self.library = library
         self.model = library.llama_model_load_from_file(
             str(path).encode(), library.llama_model_default_params()
@@ -133,15 +148,13 @@ class Llama:
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         parameters = library.llama_context_default_params()
-        # n_ctx, n_batch, n_ubatch
-        ctypes.memmove(parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12)
+        wanted = {"ctx": tokens, "batch": tokens, "ubatch": tokens, "seq_max": sequences}
+        ctypes.memmove(parameters.words, (ctypes.c_uint32 * 4)(*wanted.values()), 16)
         self.context = library.llama_init_from_model(self.model, parameters)
-        took = self.context and [
-            getattr(library, f"llama_n_{name}")(self.context) for name in ("ctx", "batch", "ubatch")
-        ]
-        if took != [tokens] * 3:
+        took = self.context and {name: getattr(library, f"llama_n_{name}")(self.context) for name in wanted}
+        if took != wanted:
             raise RuntimeError(
-                f"llama.cpp has sizes {took}, expected {tokens} three times: is its structure another one?"
+                f"llama.cpp has sizes {took}, expected {wanted}: is its structure another one?"
             )
         self.vocab = library.llama_model_get_vocab(self.model)
         self.vocab_size = library.llama_vocab_n_tokens(self.vocab)
@@ -155,6 +168,7 @@ class Llama:
         """Forget all tokens."""
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.steps = 0
 
     def feed(self, tokens: list[int]) -> Tensor:
         """Logits (V,) after the last of the tokens."""
@@ -164,6 +178,28 @@ class Llama:
         logits = torch.empty(self.vocab_size)
         ctypes.memmove(logits.data_ptr(), self.library.llama_get_logits_ith(self.context, -1), logits.nbytes)
         return logits
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """The next token of sequences 0 ... n - 1 -> logits (n, V), valid until the next call.
+
+        All of them go on from start() together.
+        """
+        n = len(tokens)
+        ids, places, ones, numbers = (
+            (ctypes.c_int32 * n)(*part) for part in (tokens, [self.steps] * n, [1] * n, range(n))
+        )
+        sequences = (ctypes.c_void_p * n)(*[ctypes.addressof(numbers) + 4 * i for i in range(n)])
+        wanted = (ctypes.c_int8 * n)(*[1] * n)
+        arrays = (ids, None, places, ones, sequences, wanted)
+        batch, given = Batch(n, *[part and ctypes.addressof(part) for part in arrays]), Opaque()
+        ctypes.memmove(given.words, ctypes.byref(batch), ctypes.sizeof(batch))
+        if self.library.llama_decode(self.context, given):
+            raise RuntimeError(f"llama.cpp does not take a token of {n} sequences")
+        self.steps += 1
+        logits = (ctypes.c_float * (n * self.vocab_size)).from_address(
+            self.library.llama_get_logits(self.context)
+        )
+        return torch.frombuffer(logits, dtype=torch.float32).view(n, -1)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` also finds control tokens in it, as chat programs ask for."""

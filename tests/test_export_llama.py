@@ -93,6 +93,21 @@ def test_random_models(tmp_path, library, version, sizes):
         assert kl < divergence and same >= agreement, f"{kind}: KL {kl:.1e}, {same:.0%}"
 
 
+def test_a_batch_of_sequences_is_each_of_them(tmp_path, library):
+    """As benchmarks.decode_batches measures it."""
+    path = tmp_path / "m.pth"
+    write_checkpoint(path, random_tensors(odd(7)).items())
+    export(path, tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
+    batch = llama.Llama(library, tmp_path / "m.gguf", 1024, sequences=4)
+    alone = llama.Llama(library, tmp_path / "m.gguf")
+    ids = torch.randint(200, (6, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    together = [batch.step(tokens).clone() for tokens in ids]
+    for i in range(3):
+        alone.start(1)
+        for step, tokens in enumerate(ids):
+            close("logits", together[step][i], alone.feed([tokens[i]]), EXACT)
+
+
 def test_a_model_of_bytes_end_to_end(tmp_path, library):
     path = tmp_path / "m.pth"
     write_checkpoint(
