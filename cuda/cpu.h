@@ -78,6 +78,16 @@ template <int W> inline Vec<W> read(const uint16_t* p) { return widen<W>(p); }
 template <int W> inline void write(float* p, Vec<W> x) { store<W>(p, x); }
 template <int W> inline void write(uint16_t* p, Vec<W> x) { narrow<W>(p, x); }
 
+// W numbers of a row of V from i on; those behind the end are -inf
+template <int W = WIDTH, class Number> inline Vec<W> numbers(const Number* row, long i, long V) {
+    if (i + W <= V) return read<W>(row + i);
+    Number part[W];
+    Vec<W> x = fill<W>(-INFINITY);
+    memcpy(part, row + i, (V - i) * sizeof(Number));
+    for (long l = 0; l < V - i; l++) x[l] = read<1>(part + l)[0];
+    return x;
+}
+
 // exp(x) to 1.5 ulp; 0 below -87.3, where fp32 has no normal numbers, and exp(88) above 88
 template <int W> inline Vec<W> exponential(Vec<W> x) {
     typedef Vec<W> V;
@@ -167,14 +177,19 @@ template <int W, int D> struct Second {
     constexpr int operator()(int l) const { return l & D ? W + l : l + D; }
 };
 
-// lane i of the result is the sum of the lanes of rows[i]
-template <int W, int D = W / 2> inline Vec<W> row_sums(Vec<W>* rows) {
+// lane i of the result is what the lanes of rows[i] are together, by join(vector, vector)
+template <int W, int D = W / 2, class Join> inline Vec<W> joined_rows(Vec<W>* rows, Join join) {
     for (int i = 0; i < D; i++) {
         Vec<W> x = rows[i], y = rows[i + D];
-        rows[i] = shuffle<W>(x, y, Own<W, D>{}) + shuffle<W>(x, y, Other<W, D>{});
+        rows[i] = join(shuffle<W>(x, y, Own<W, D>{}), shuffle<W>(x, y, Other<W, D>{}));
     }
-    if constexpr (D > 1) return row_sums<W, D / 2>(rows);
+    if constexpr (D > 1) return joined_rows<W, D / 2>(rows, join);
     return rows[0];
+}
+
+// lane i of the result is the sum of the lanes of rows[i]
+template <int W> inline Vec<W> row_sums(Vec<W>* rows) {
+    return joined_rows<W>(rows, [](Vec<W> x, Vec<W> y) { return x + y; });
 }
 
 // W rows of W lanes, transposed in place

@@ -11,16 +11,6 @@ namespace {
 constexpr int W = WIDTH;
 typedef Lanes<W>::I Index;
 
-// W numbers of a row of V from i on; those behind the end are -inf
-template <class Number> inline Vec<W> numbers(const Number* row, long i, long V) {
-    if (i + W <= V) return read<W>(row + i);
-    Number part[W];
-    Vec<W> x = fill<W>(-INFINITY);
-    memcpy(part, row + i, (V - i) * sizeof(Number));
-    for (long l = 0; l < V - i; l++) x[l] = read<1>(part + l)[0];
-    return x;
-}
-
 template <class Number> float row_loss(Number* row, long V, long target, float weight, float l2wrap) {
     Vec<W> top = fill<W>(-INFINITY);
     Index where{}, lane{};

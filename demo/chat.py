@@ -135,6 +135,14 @@ def add_device(add: Callable) -> None:
         " with those of --precision. It is not the int8 of train.py's --quant, which has a scale for each 64"
         " weights",
     )
+    add(
+        "--huge_pages",
+        default="auto",
+        choices=("auto", "yes", "no"),
+        help="answer from a copy of the weights in memory pages of 2 MB, on a CPU, where Linux has them: up"
+        " to 1.6 times as fast. It takes memory of its own where the weights are mapped from the file; auto:"
+        " at most a third of what is free",
+    )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
 
 
@@ -211,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
             args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
         )
         adapters.use(list(args.adapter)[:1], args.scale)
-        decoder, how = fastest(adapters.model, adapters, int8=args.quant == "int8")
+        int8 = args.quant == "int8"
+        decoder, how = fastest(adapters.model, adapters, int8=int8, huge_pages=args.huge_pages)
         engine = Engine(decoder, tokenizer, chunk=CHUNK)
 
         def template_of(paths: list):

@@ -409,6 +409,7 @@ def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
         ([], "bfloat16 weights"),
         (["--quant", "int8"], "int8 weights"),
         (["--precision", "fp32"], "float32 weights"),
+        (["--huge_pages", "yes"], "KiB copied, "),
         (["--wkv", "torch"], "in torch"),
     ):
         chat.main(["--model", str(path), "--tokenizer", "bytes", "--accelerator", "cpu", *flags])

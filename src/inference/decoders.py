@@ -15,22 +15,29 @@ from ..model import RWKV
 from .adapters import Adapters
 from .cpu_decoder import Decoder, problem
 from .cuda_graph import GraphedDecoder
+from .huge_pages import move_weights
 from .torch_decoder import TorchDecoder
 
 CHUNKS = [2**i for i in range(4, 13)]  # tokens
 
 
 def fastest(
-    model: RWKV, adapters: Adapters | None = None, rows: int = 1, int8: bool = False
+    model: RWKV,
+    adapters: Adapters | None = None,
+    rows: int = 1,
+    int8: bool = False,
+    huge_pages: str = "no",
 ) -> tuple[Decoder | TorchDecoder, str]:
     """(the fastest decoder that answers for the model, what it is in words).
 
-    `rows` are the answers that it makes at once; `adapters` is what their requests choose from. UserError if
-    int8 is asked for where the CPU's own decoder does not run.
+    `rows` are the answers that it makes at once; `adapters` is what their requests choose from. `huge_pages`:
+    yes, no or auto (huge_pages.py), for the CPU's own decoder; the model's matrices then lie in other memory.
+    UserError if int8 or yes is asked for where that decoder does not run.
     """
     if found := problem(model):
-        if int8:
-            raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
+        for flag, given in (("--quant int8", int8), ("--huge_pages yes", huge_pages == "yes")):
+            if given:
+                raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {found}")
         if model.blocks[0].att.kernel.startswith("cuda"):
             graphed = GraphedDecoder(model, rows, adapters)
             try:
@@ -39,10 +46,14 @@ def fastest(
             except RuntimeError as error:
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return TorchDecoder(model, rows, adapters), f"token by token in torch, as {found}"
+    # the base's, which an adapter may stand in for
+    matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
+    _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
     decoder = Decoder(model, rows, adapters, int8)
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
     reading = str(decoder.reading).removeprefix("torch.")
-    return decoder, f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
+    words = [f"{weights} weights", pages, f"prompts in {reading}", counted(decoder.threads, "thread")]
+    return decoder, ", ".join(filter(None, words))
 
 
 def _dtypes_of_matrices(model: RWKV) -> list[str]:

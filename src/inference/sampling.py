@@ -1,11 +1,13 @@
 """How the next tokens of many answers are chosen: temperature, top-p, top-k, penalties, and logprobs.
 
-NumPy is used, because it stays in the calling thread: torch's other threads, once woken, spin for a while on
-the cores that the decoder needs.
+The native code (cuda/sampling_cpu.cpp) takes all rows in one call. Where it does not run NumPy does the same,
+row by row; it is the reference. Neither wakes torch's other threads, which would spin for a while on the
+cores that the decoder needs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..data.chat_template import begins_thoughts
+from ..ops import native, self_test
 from .cpu_decoder import ADVICE
 
 
@@ -142,21 +145,92 @@ class Drawn(NamedTuple):
     error: UserError | None = None
 
 
-def choose(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+def choose(logits: Tensor, rows: Sequence[Row], threads: int = 1) -> list[Drawn]:
     """One token for each row of logits (B, V), which may be a part of a larger tensor.
 
-    A row whose largest logit is not finite has an error and disturbs no other. Raises ValueError where there
-    is not a Row for each.
+    A row whose largest logit is not finite has an error and disturbs no other. What is drawn for a row
+    depends on nothing but the row. Raises ValueError where there is not a Row for each.
     """
-    if logits.dim() != 2 or len(logits) != len(rows):
+    if logits.dim() != 2 or len(logits) != len(rows) or not logits.numel():
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
-    values = logits.detach().float().cpu().numpy()
+    logits = logits.detach().float().cpu()
     uniform = [0.0 if row.sampling.greedy else _uniform(row.generator) for row in rows]
-    return [_choose_one(*given) for given in zip(values, rows, uniform)]
+    by = choose_numpy if self_test.status("cpu").reason else choose_native
+    return by(logits, rows, uniform, threads)
 
 
 def _uniform(generator: torch.Generator | None) -> float:
     return torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
+def _overflow(largest: float) -> UserError:
+    return UserError(f"the largest logit is {largest}, expected a finite number: the model overflows{ADVICE}")
+
+
+class Choice(ctypes.Structure):
+    """Choice of cuda/sampling_cpu.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "uniform")),
+        *((name, ctypes.c_int64) for name in ("top_k", "penalised", "logprobs")),
+        *((name, ctypes.c_void_p) for name in ("ids", "penalties", "likeliest", "likeliest_logprobs")),
+        ("logprob", ctypes.c_double),
+        ("token", ctypes.c_int64),
+        ("largest", ctypes.c_float),
+    ]
+
+
+def choose_native(
+    logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
+) -> list[Drawn]:
+    """choose() by the native code, with a number of [0, 1) for each row. logits (B, V) fp32 on the CPU."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    vocabulary = logits.shape[1]
+    choices = (Choice * len(rows))()
+    arrays = [_fill(choice, *given, vocabulary) for choice, *given in zip(choices, rows, uniform)]
+    native.library("cpu").choose_tokens(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        ctypes.c_int64(vocabulary),
+        choices,
+        ctypes.c_int64(len(rows)),
+        ctypes.c_int(threads),
+    )
+    return [_drawn(*given) for given in zip(choices, rows, arrays)]
+
+
+def _fill(choice: Choice, row: Row, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
+    """What the native code is told of a row; returns the arrays that it points to: penalties, ids, ln p."""
+    sampling, seen = row.sampling, row.seen
+    choice.temperature = 0.0 if sampling.greedy else sampling.temperature
+    choice.top_p, choice.top_k, choice.uniform = sampling.top_p, min(sampling.top_k, vocabulary), uniform
+    penalties = ids = logprobs = np.empty(0)
+    if seen and len(seen.ids):
+        penalties = seen.penalties()
+        choice.penalised, choice.ids = len(penalties), seen.ids.ctypes.data
+        choice.penalties = penalties.ctypes.data
+    choice.logprobs = -1 if row.logprobs is None else min(row.logprobs, vocabulary)
+    if row.logprobs:
+        ids, logprobs = np.empty(choice.logprobs, np.int64), np.empty(choice.logprobs)
+        choice.likeliest, choice.likeliest_logprobs = ids.ctypes.data, logprobs.ctypes.data
+    return penalties, ids, logprobs
+
+
+def _drawn(choice: Choice, row: Row, arrays: tuple[np.ndarray, ...]) -> Drawn:
+    if choice.token < 0:
+        return Drawn(None, error=_overflow(choice.largest))
+    if row.logprobs is None:
+        return Drawn(choice.token)
+    _, ids, logprobs = arrays
+    return Drawn(choice.token, choice.logprob, list(zip(ids.tolist(), logprobs.tolist())))
+
+
+def choose_numpy(
+    logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
+) -> list[Drawn]:
+    """As choose_native(), in one thread of NumPy."""
+    return [_choose_one(*given) for given in zip(logits.numpy(), rows, uniform)]
 
 
 def _choose_one(raw: np.ndarray, row: Row, uniform: float) -> Drawn:
@@ -180,12 +254,12 @@ def _overflow(largest: float) -> UserError:
 
 
 def _draw(values: np.ndarray, sampling: Sampling, uniform: float) -> int:
-    """The token that a number of [0, 1) stands for, the likeliest tokens first."""
+    """The token that a number of [0, 1) stands for, in the order of the ids."""
     order, weights, total = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
     before = weights.cumsum(dtype=np.float64) - weights
-    kept = order[: max(1, int((before < sampling.top_p * total).sum()))]
-    shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
+    kept = np.sort(order[: max(1, int((before < sampling.top_p * total).sum()))])
+    shares = np.exp((values[kept].astype(np.float64) - values.max()) / sampling.temperature).cumsum()
     # rounding may make the product the whole sum: the last one's share has no end
     return int(kept[np.searchsorted(shares[:-1], uniform * shares[-1], side="right")])
 

@@ -1,0 +1,133 @@
+"""Memory in pages of 2 MB, in which a CPU's decoder reads its weights faster.
+
+Every token reads all weights once, so the CPU walks through as many pages as they have. With 2 MB pages it
+looks up 512 times fewer of them. Weights that are mapped from a file stay in pages of 4 KB: it takes a copy,
+in memory that can't be dropped when another program needs it. Linux gives such pages to a region that asks
+for them (`transparent_hugepage` is `madvise` or `always`), as far as it has any.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..common.available_memory import GIB, free_memory
+from ..common.formatting import size_text
+
+PAGE, LINE = 2 << 20, 64
+SWITCH = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
+class Region:
+    """Anonymous memory for tensors, in huge pages where `huge` and the system has them.
+
+    It lives as long as one of its tensors does.
+    """
+
+    def __init__(self, size: int, huge: bool = True):
+        self.size, self.used, self.huge = size, 0, huge
+        # shared memory, Python's default, has huge pages only by a switch of its own
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        whole = mmap.mmap(-1, size + PAGE, flags)
+        self.memory = torch.frombuffer(whole, dtype=torch.uint8)
+        self.start = -self.memory.data_ptr() % PAGE
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                whole.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without them
+                self.huge = False
+
+    def take(self, size: int) -> Tensor:
+        """The next `size` bytes, uint8, from a multiple of 64 bytes on."""
+        begin = self.start + self.used
+        self.used += rounded(size)
+        if self.used > self.size:
+            raise ValueError(f"the region has {self.size} bytes, {self.used} are asked for")
+        return self.memory[begin : begin + size]
+
+    def huge_bytes(self) -> int:
+        """How much of it lies in huge pages now."""
+        begin = self.memory.data_ptr() + self.start
+        return huge_bytes(begin, begin + self.size)
+
+    def describe(self) -> str:
+        """ "258 MiB copied, 256 MiB of it in 2 MB pages"; why there are none."""
+        if not (found := self.huge_bytes()):
+            why = f" ({problem() or 'the system had none of 2 MB left'})" if self.huge else ""
+            return f"{size_text(self.used)} copied, in 4 KB pages{why}"
+        return f"{size_text(self.used)} copied, {size_text(min(found, self.used))} of it in 2 MB pages"
+
+
+def rounded(size: int) -> int:
+    """Bytes of whole cache lines."""
+    return -(-size // LINE) * LINE
+
+
+def problem() -> str:
+    """Why this system gives no huge pages; "" where it does."""
+    try:
+        with open(SWITCH) as file:
+            chosen = file.read().partition("[")[2].partition("]")[0]
+    except OSError:
+        return "this system has none"
+    return f"{SWITCH} is never" if chosen == "never" else ""
+
+
+def huge_bytes(begin: int, end: int, smaps: str = "/proc/self/smaps") -> int:
+    """Bytes in huge pages of this process's mappings between two addresses, at most end - begin."""
+    total, inside = 0, False
+    try:
+        with open(smaps) as file:
+            for line in file:
+                first, _, rest = line.partition(" ")
+                if not first.endswith(":"):  # a mapping's first line: "7f12-7f34 rw-p ..."
+                    low, high = (int(address, 16) for address in first.split("-"))
+                    inside = low < end and high > begin
+                elif inside and first == "AnonHugePages:":
+                    total += int(rest.split()[0]) << 10
+    except OSError:
+        return 0
+    return min(total, end - begin)
+
+
+def wanted(asked: str, size: int) -> bool:
+    """Whether to copy `size` bytes: `asked` is yes, no or auto, which takes no more than a third of the free
+    memory, and leaves a GiB of it.
+    """
+    if asked != "auto":
+        return asked == "yes"
+    return not problem() and max(3 * size, size + GIB) <= free_memory("cpu")
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that a region needs for these tensors."""
+    return sum(rounded(tensor.nbytes) for tensor in tensors)
+
+
+def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> tuple[Region | None, str]:
+    """(the region that the matrices by these names are in from now on, what is to be said about it).
+
+    Those that every token reads: all but the embedding. `asked` is yes, no or auto.
+    """
+    matrices = [p for name, p in weights.items() if p is not None and p.dim() > 1 and name != "emb.weight"]
+    size = size_of(matrices)
+    if asked == "no":
+        return None, ""
+    if not wanted(asked, size):
+        return None, f"in 4 KB pages ({problem() or f'those of 2 MB need a copy, {size_text(size)}'})"
+    region = move(matrices)
+    return region, region.describe()
+
+
+def move(parameters: list[nn.Parameter]) -> Region:
+    """Put the parameters' numbers into a region, one after the other: the parameters stay the same objects,
+    and what they had is freed where nothing else has it.
+    """
+    region = Region(size_of(parameters))
+    for parameter in parameters:
+        place = region.take(parameter.nbytes).view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter.detach())
+    return region
