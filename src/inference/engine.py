@@ -11,12 +11,8 @@ Nothing here looks at a clock. So processes that call step() alike stay together
 from __future__ import annotations
 
 import collections
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,50 +20,11 @@ from rwkv_miss.errors import UserError
 
 from ..model import State
 from ..ops.native import nan_passes
-from .adapters import BASE, Applied
-from .answer_text import AnswerText
-from .prefix_cache import PrefixCache
-from .sampling import GREEDY, Drawn, FadedCounts, Row, Sampling, choose
-
-Finish = Literal["", "stop", "length", "cancelled", "error"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be answered, and how."""
-
-    tokens: Sequence[int]  # the prompt's, its leading token included; at least one
-    max_tokens: int = 512
-    sampling: Sampling = GREEDY
-    seed: int = 0  # answer i of n draws its own random numbers, which (seed, i) alone decides
-    stops: Sequence[str] = ()
-    applied: Applied = BASE
-    start: State | None = None  # the state before the prompt; None: the adapter's, or the model's own
-    n: int = 1  # answers of this prompt, which is read once
-    logprobs: int | None = None  # k: ln p of each token, and the k likeliest with theirs
-    keep_state: bool = False  # whether Answer.state is wanted
-    characters: float = math.inf  # an answer ends as soon as it has more
-
-
-@dataclasses.dataclass(eq=False)
-class Answer:
-    """One of a request's answers, which grows with the steps of the engine until it has a `finish`."""
-
-    request: Request
-    index: int
-    # what was drawn, also an end of document, and what a stop cut off
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""  # whole characters; what may be the beginning of a stop comes when it is known to be none
-    finish: Finish = ""  # stop: end of document or a text of stops; length: max_tokens or characters
-    error: UserError | None = None
-    # of each token, where the request asks for it: see sampling.py
-    logprobs: list[Drawn] = dataclasses.field(default_factory=list)
-    cached_tokens: int = 0  # of the prompt, whose state was at hand
-    state: State | None = None  # with keep_state, at the end: it has read exactly the prompt and the text
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.tokens)
+from .adapters import BASE
+from .prefix_cache import Kind, PrefixCache
+from .request import Answer, Request
+from .running import Running
+from .sampling import choose
 
 
 class _Prompt:
@@ -76,6 +33,7 @@ class _Prompt:
     def __init__(self, request: Request):
         self.request = request
         self.answers = collections.deque(Answer(request, i) for i in range(request.n))
+        self.kind = Kind(request.applied, request.start)
         self.read = 0  # tokens
         self.state: State | None = None
         self.logits: Tensor | None = None  # (1, V) after the tokens read
@@ -85,38 +43,13 @@ class _Prompt:
         return self.read == len(self.request.tokens)
 
 
-class _Running:
-    """An answer that has a row of the decoder. The row's state has read all tokens but the last one."""
-
-    def __init__(self, answer: Answer, tokenizer):
-        request = answer.request
-        self.answer, self.text = answer, AnswerText(tokenizer, request.stops)
-        answer.tokens = self.text.tokens
-        generator = torch.Generator().manual_seed(seed_of(request.seed, answer.index))
-        self.drawing = Row(request.sampling, FadedCounts(request.sampling), generator, request.logprobs)
-        # with keep_state, what the end may go back to: characters -> (tokens that were read, the state)
-        self.states: dict[int, tuple[int, State]] = {}
-
-    def forget_states(self) -> None:
-        """Drop the states that an answer of at least the text shown so far does not go back to."""
-        text = self.text
-        if text.is_whole and not text.held:
-            self.states.clear()
-        oldest = max((known for known in self.states if known <= len(text.shown)), default=0)
-        self.states = {known: kept for known, kept in self.states.items() if known >= oldest}
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of answer `index` to a request with this seed."""
-    return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1, np.uint64)[0])
-
-
 class Engine:
     """Requests in, answers out, over the rows of a decoder (decoders.py).
 
     `chunk`: tokens of a prompt that are read at once. `reads_first`: a step reads prompts until all rows are
-    taken, which answers most in a given time; else it reads at most one chunk, and nobody waits longer than
-    that for the next token. `cache_bytes` are for states of prompts (prefix_cache.py).
+    taken, which answers most in a given time; else it reads at most one chunk, of one prompt after the other,
+    and nobody waits longer than that for the next token. `cache_bytes` are for states of prompts
+    (prefix_cache.py).
     """
 
     def __init__(self, decoder, tokenizer, chunk: int = 256, reads_first: bool = True, cache_bytes: int = 0):
@@ -124,7 +57,7 @@ class Engine:
         self.chunk, self.reads_first = chunk, reads_first
         self.cache = PrefixCache(cache_bytes)
         self.prompts: collections.deque[_Prompt] = collections.deque()
-        self.rows: list[_Running] = []  # row 0, 1, ... of the decoder
+        self.rows: list[Running] = []  # row 0, 1, ... of the decoder
 
     @property
     def waiting(self) -> int:
@@ -170,9 +103,11 @@ class Engine:
         with nan_passes():  # choose() names a model that overflows, by its logits
             changed = {id(answer): answer for answer in self._next_tokens()}
             while self.prompts and len(self.rows) < self.decoder.rows:
-                for answer in self._read_chunk(self.prompts[0]):
+                prompt = self.prompts[0]
+                for answer in self._read_chunk(prompt):
                     changed[id(answer)] = answer
                 if not self.reads_first:
+                    self._pass_on(prompt)
                     break
         return list(changed.values())
 
@@ -181,7 +116,7 @@ class Engine:
 
         Requests are taken as rows get free. UserError for one that can't be answered; it ends the others.
         """
-        coming, open_ones = iter(requests), {}
+        coming, unfinished = iter(requests), {}  # id of an answer -> all that its request gets
         more = True
         try:
             while True:
@@ -190,30 +125,21 @@ class Engine:
                         more = False
                         break
                     answers = self.submit(request)
-                    open_ones[id(answers[0].request)] = answers
-                if not open_ones:
+                    unfinished.update({id(answer): answers for answer in answers})
+                if not unfinished:
                     return
                 for answer in self.step():
-                    key = id(answer.request)
-                    if key in open_ones and all(one.finish for one in open_ones[key]):
-                        yield open_ones.pop(key)
+                    answers = unfinished.get(id(answer))
+                    if answers and all(one.finish for one in answers):
+                        for one in answers:
+                            del unfinished[id(one)]
+                        yield answers
         finally:
-            for answers in open_ones.values():
-                for answer in answers:
-                    self.cancel(answer)
+            for answer in [answer for answers in unfinished.values() for answer in answers]:
+                self.cancel(answer)
 
     def _check(self, request: Request) -> None:
-        request.sampling.check()
-        vocab, tokens = self.decoder.model.arch.vocab_size, request.tokens
-        if not len(tokens):
-            raise UserError("the prompt has no token; give some text, or a leading token")
-        if outside := [token for token in tokens if not 0 <= token < vocab]:
-            raise UserError(f"token {outside[0]} is not in the vocabulary of {vocab:,} tokens")
-        for name, least in (("max_tokens", 1), ("n", 1)):
-            if getattr(request, name) < least:
-                raise UserError(f"{name} {getattr(request, name)}: expected {least} or more")
-        if "" in request.stops:
-            raise UserError("a stop is empty; give a text that ends answers, or none")
+        request.check(self.decoder.model.arch.vocab_size)
         if request.applied != BASE:
             if self.decoder.adapters is None:
                 raise UserError(f"adapter {'+'.join(request.applied.names)}: no adapter was loaded")
@@ -236,26 +162,43 @@ class Engine:
             self.prompts.remove(prompt)
         return changed
 
+    def _pass_on(self, prompt: _Prompt) -> None:
+        """The next chunk is that of another prompt, so that a short one does not wait for a long one's end.
+
+        As many take turns as there are rows: each of them has a state.
+        """
+        if not prompt.is_read and prompt in self.prompts:
+            self.prompts.remove(prompt)
+            self.prompts.insert(self.decoder.rows - 1, prompt)
+
     def _read(self, prompt: _Prompt) -> None:
-        request, length = prompt.request, len(prompt.request.tokens)
-        of_request = request.applied, request.start, request.tokens
+        tokens = prompt.request.tokens
         if not prompt.read:
-            lengths = [*range(self.chunk, length, self.chunk), length] if self.cache.limit else []
-            read, found = self.cache.longest(*of_request, lengths)
-            if found is not None:
-                prompt.read, prompt.state, prompt.logits = read, found.state, found.logits
-                for answer in prompt.answers:
-                    answer.cached_tokens = read
-                if prompt.is_read:
-                    return
-            else:
-                prompt.state = self._start(request)
-        end = min(length, prompt.read + self.chunk)
-        ids = torch.tensor([list(request.tokens[prompt.read : end])], dtype=torch.int64)
-        prompt.logits, prompt.state = self.decoder.read(ids, prompt.state, request.applied)
+            self._begin(prompt)
+            if prompt.is_read:
+                return
+        end = min(len(tokens), (prompt.read // self.chunk + 1) * self.chunk)
+        ids = torch.tensor([list(tokens[prompt.read : end])], dtype=torch.int64)
+        prompt.logits, prompt.state = self.decoder.read(ids, prompt.state, prompt.request.applied)
         prompt.read = end
         if self.cache.limit:
-            self.cache.add(*of_request[:2], request.tokens[:end], prompt.state, prompt.logits)
+            self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
+
+    def _begin(self, prompt: _Prompt) -> None:
+        """From what the cache has of the prompt, or from the state before it."""
+        prompt.state = self._start(prompt.request)
+        if not self.cache.limit:
+            return
+        tokens, kinds = prompt.request.tokens, [prompt.kind]
+        if prompt.request.continues:
+            kinds.append(prompt.kind._replace(after_answer=True))
+        lengths = [*range(self.chunk, len(tokens), self.chunk), len(tokens)]
+        for kind in kinds:
+            read, found = self.cache.longest(kind, tokens, lengths)
+            if read > prompt.read:
+                prompt.kind, prompt.read, prompt.state, prompt.logits = kind, read, found.state, found.logits
+        for answer in prompt.answers:
+            answer.cached_tokens = prompt.read
 
     def _start(self, request: Request) -> State | None:
         """The state before the prompt; None: the model's own."""
@@ -271,7 +214,7 @@ class Engine:
 
     def _seat(self, prompt: _Prompt) -> Answer:
         """Give the prompt's first answer the next row, and draw its first token."""
-        running = _Running(prompt.answers[0], self.tokenizer)
+        running = Running(prompt.answers[0], self.tokenizer)
         self.rows.append(running)
         self.decoder.put(len(self.rows) - 1, prompt.state)
         self._take_tokens([len(self.rows) - 1], prompt.logits)
@@ -298,47 +241,21 @@ class Engine:
         logits = logits[:, : self.tokenizer.vocab_size]
         drawn = choose(logits, [self.rows[row].drawing for row in rows])
         for row, one in zip(rows, drawn, strict=True):
-            self._take_token(row, one)
+            running = self.rows[row]
+            answer = running.answer
+            try:
+                running.take(one, self.decoder, row)
+            except UserError as error:
+                answer.finish, answer.error = "error", error
+            if answer.finish and answer.request.continues and answer.state is not None:
+                self._keep(running)
         self._leave([row for row in rows if self.rows[row].answer.finish])
 
-    def _take_token(self, row: int, drawn: Drawn) -> None:
-        running = self.rows[row]
-        answer, text, request = running.answer, running.text, running.answer.request
-        if drawn.error:
-            answer.finish, answer.error = "error", drawn.error
-            return
-        running.drawing.seen.add(drawn.token)
-        if request.logprobs is not None:
-            answer.logprobs.append(drawn)
-        # where the row's state is in the text, if it has read whole characters
-        read = (text.length, len(text.tokens)) if text.is_whole else None
-        text.push(drawn.token)
-        if text.ended:
-            answer.finish = "stop"
-        elif len(text.tokens) >= request.max_tokens or text.length > request.characters:
-            answer.finish = "length"
-            text.close()
-        answer.text = text.shown
-        if request.keep_state:
-            if read is not None and (answer.finish or text.held or not text.is_whole):
-                running.states[read[0]] = read[1], self.decoder.take(row)
-            if answer.finish:
-                self._finish_state(running)
-            else:
-                running.forget_states()
-
-    def _finish_state(self, running: _Running) -> None:
-        """Put the state that has read exactly the prompt and the text into the answer."""
-        answer, text = running.answer, running.text
-        characters = max(known for known in running.states if known <= len(text.shown))
-        tokens, answer.state = running.states[characters]
-        if text.is_whole and not text.ended:
-            rest = text.tokens[tokens:]
-        else:  # a token that the end cuts was read, or is not to be: what is left of it has others
-            rest = self.tokenizer.encode(text.shown[characters:])
-        if rest:
-            ids = torch.tensor([rest], dtype=torch.int64)
-            answer.state = self.decoder.read(ids, answer.state, answer.request.applied)[1]
+    def _keep(self, running: Running) -> None:
+        """Put the state after an answer into the cache, for the next turn of its conversation."""
+        request = running.answer.request
+        kind = Kind(request.applied, request.start, after_answer=True)
+        self.cache.add(kind, [*request.tokens, *running.read], running.answer.state, None)
 
     def _leave(self, rows: Iterable[int]) -> None:
         """Free rows. The last ones move into their places, so that rows 0 to B - 1 are in use."""

@@ -1,7 +1,8 @@
 """States of prompts that were read, for prompts that begin alike.
 
 An RNN's state is all that is left of a prompt, of one size whatever the prompt's length. A prompt that goes
-on from a kept state has the bits that it has without, where both are read in the same chunks (engine.py).
+on from a kept state has the bits that it has without, where both are read in the same chunks (engine.py). The
+states after answers are kept apart: theirs are the bits of single tokens.
 """
 
 from __future__ import annotations
@@ -22,48 +23,63 @@ class Read(NamedTuple):
     """What is kept of tokens that were read."""
 
     state: State
-    logits: Tensor  # (1, V) after the last token
+    logits: Tensor | None  # (1, V) after the last token; None after an answer
     start: State | None  # the state before the tokens: kept, so that no other one gets its id()
     size: int  # bytes
 
 
-class PrefixCache:
-    """(adapters, start, tokens) -> state, in at most `limit` bytes: those that were used last.
+class Kind(NamedTuple):
+    """What states must have in common to stand for each other.
 
-    Two start states are the same where they are one object; None is the adapter's, or the model's own. Of the
-    tokens a digest of 32 bytes is kept, and nothing of their text.
+    Two start states are the same where they are one object; None is the adapter's, or the model's own.
     """
+
+    applied: Applied
+    start: State | None
+    after_answer: bool = False  # some of the tokens were read one by one
+
+
+class Key(NamedTuple):
+    """A kind, and a number of tokens. Of their text nothing is kept."""
+
+    applied: Applied
+    start: int | None
+    after_answer: bool
+    length: int
+    digest: bytes
+
+
+class PrefixCache:
+    """Kind and tokens -> state, in at most `limit` bytes: those that were used last."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
-        self.entries: OrderedDict[tuple, Read] = OrderedDict()  # the one used last is at the end
+        self.entries: OrderedDict[Key, Read] = OrderedDict()  # the one used last is at the end
 
-    def longest(
-        self, applied: Applied, start: State | None, tokens: Sequence[int], lengths: Iterable[int]
-    ) -> tuple[int, Read | None]:
+    def longest(self, kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> tuple[int, Read | None]:
         """(number of tokens, what is kept of them) of the longest beginning; (0, None) where none is kept.
 
-        Only the given lengths are looked up.
+        Only the given lengths are looked up; after answers those that are kept.
         """
-        digests = _digests(tokens, lengths)
-        for length in sorted(digests, reverse=True):
-            key = _key(applied, start, digests[length])
-            if key in self.entries:
+        if kind.after_answer:
+            lengths = {key.length for key in self.entries if key.after_answer and key.length <= len(tokens)}
+        for key in reversed(_keys(kind, tokens, lengths)):
+            found = self.entries.get(key)
+            # the whole prompt is of use only with the logits after it
+            if found and (key.length < len(tokens) or found.logits is not None):
                 self.entries.move_to_end(key)
-                return length, self.entries[key]
+                return key.length, found
         return 0, None
 
-    def add(
-        self, applied: Applied, start: State | None, tokens: Sequence[int], state: State, logits: Tensor
-    ) -> None:
+    def add(self, kind: Kind, tokens: Sequence[int], state: State, logits: Tensor | None) -> None:
         """Keep the state after all these tokens; what was not used for longest makes room for it."""
-        tensors = [logits, *(part for layer in state for part in layer)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        kept = [part for layer in state for part in layer] + ([] if logits is None else [logits])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if size > self.limit:
             return
-        key = _key(applied, start, _digests(tokens, [len(tokens)])[len(tokens)])
+        (key,) = _keys(kind, tokens, [len(tokens)])
         self._drop(key)
-        self.entries[key] = Read(state, logits, start, size)
+        self.entries[key] = Read(state, logits, kind.start, size)
         self.size += size
         while self.size > self.limit:
             self._drop(next(iter(self.entries)))
@@ -73,19 +89,17 @@ class PrefixCache:
         self.entries.clear()
         self.size = 0
 
-    def _drop(self, key: tuple) -> None:
+    def _drop(self, key: Key) -> None:
         if (entry := self.entries.pop(key, None)) is not None:
             self.size -= entry.size
 
 
-def _key(applied: Applied, start: State | None, digest: bytes) -> tuple:
-    return applied, None if start is None else id(start), digest
-
-
-def _digests(tokens: Sequence[int], lengths: Iterable[int]) -> dict[int, bytes]:
-    """Length -> digest of so many first tokens."""
-    found, digest, before = {}, hashlib.blake2b(digest_size=32), 0
-    for length in sorted({*lengths}):
+def _keys(kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> list[Key]:
+    """Those of so many first tokens each, the shortest first."""
+    start = None if kind.start is None else id(kind.start)
+    keys, digest, before = [], hashlib.blake2b(digest_size=32), 0
+    for length in sorted(lengths):
         digest.update(array.array("q", tokens[before:length]).tobytes())
-        found[length], before = digest.copy().digest(), length
-    return found
+        keys.append(Key(kind.applied, start, kind.after_answer, length, digest.digest()))
+        before = length
+    return keys
