@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from benchmarks import gpu_numerics
-from benchmarks.ptxas_report import compile_report, table
+from benchmarks.ptxas_report import GENERATIONS, compile_report, table
 from src.model import RWKV
 from src.ops import elementwise, elementwise_ops, wkv7
-from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
+from src.ops.build import BuildError, find_nvcc
 from src.ops.kernel_errors import worst
 from src.ops.mix7 import mix7, mix7_serves
 
@@ -309,8 +309,8 @@ def test_nvcc_spills_no_register(record_property):
         find_nvcc()
     except BuildError:
         pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(ROOT / "cuda/elementwise.cu", ARCHITECTURES, quick=True)
-    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    rows = compile_report(ROOT / "cuda/elementwise.cu", GENERATIONS, quick=True)
+    assert {row["arch"] for row in rows} == set(GENERATIONS)
     record_property("table", table(rows))
     for row in rows:
         # Two blocks on a multiprocessor. Training all of RWKV-6 in fp32 takes three numbers more than fit (12
