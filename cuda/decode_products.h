@@ -5,10 +5,10 @@
 #pragma once
 #include "cpu.h"
 
-enum Type : int64_t { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
+enum Type : int64_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kPanels = 3 };
 
-// A matrix as it lies in a tensor, row by row; int8 ones have a scale for each row. Vectors are fp32 with
-// zeros up to whole lanes.
+// A matrix as it lies in a tensor, row by row; int8 ones have a scale for each row. Panels are those of
+// int8_panels.h. Vectors are fp32 with zeros up to whole lanes.
 struct Matrix {
     const void* data;
     const float* scale;
@@ -16,7 +16,9 @@ struct Matrix {
     const float* vector() const { return static_cast<const float*>(data); }
 };
 
-// Activations of `count` rows in the order of prepare() for one type of weights.
+// Activations of `count` rows in the order of prepare() for one type of weights. The rows lie in one piece
+// with room for padded(n) + 16 numbers each: those for panels, which take less, are side by side from rows[0]
+// on.
 struct Input {
     float* const* rows;
     long count;

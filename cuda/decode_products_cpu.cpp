@@ -19,6 +19,8 @@
 // once for each.
 #include "decode_products.h"
 
+#include "int8_panels.h"
+
 namespace {
 
 constexpr int W = WIDTH;
@@ -303,19 +305,27 @@ template <class T> void add_columns_as(const Matrix& matrix, const float* const*
 
 }  // namespace
 
-long unit(int64_t) { return 1; }
+long unit(int64_t type) { return type == kPanels ? panels::BLOCK : 1; }
+
+static panels::Record* records(const Input& input) {
+    return reinterpret_cast<panels::Record*>(input.rows[0]);
+}
 
 void prepare(int64_t type, const float* x, long n, long from, long to, const Input& input, long row) {
     float* out = input.rows[row];
     if (type == kFp32) spread<1>(x, n, from, to, out);
     else if (type == kBf16) spread<2>(x, n, from, to, out);
-    else spread<4>(x, n, from, to, out);
+    else if (type == kInt8) spread<4>(x, n, from, to, out);
+    else panels::prepare(x, n, from, to, row, input.count, records(input));
 }
 
 void multiply(const Matrix& matrix, const Input& input, long first, long last, float* const* out) {
     if (matrix.type == kFp32) multiply_as<float>(matrix, input, first, last, out);
     else if (matrix.type == kBf16) multiply_as<uint16_t>(matrix, input, first, last, out);
-    else multiply_as<int8_t>(matrix, input, first, last, out);
+    else if (matrix.type == kInt8) multiply_as<int8_t>(matrix, input, first, last, out);
+    else
+        panels::multiply(static_cast<const uint8_t*>(matrix.data), matrix.columns, records(input),
+            input.count, first, last, out);
 }
 
 void add_columns(const Matrix& matrix, const float* const* x, long count, long first, long last, long from,

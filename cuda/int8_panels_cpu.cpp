@@ -2,8 +2,9 @@
 //
 // A tile is a panel and up to 16 rows of activations, whose integer sums stay in registers for a part of a
 // block. On a Xeon with VNNI (family 6, model 85) all matrices of RWKV-7 12 x 768 take 12.8 ms for one row,
-// which is what reading them takes there, 14.6 ms for 8 and 19.6 ms for 16. Panels of 32 rows: 13.0, 14.8 and
-// 23.6 ms.
+// which is what reading them takes there, 14.6 ms for 8 and 19.6 ms for 16; a row's activations 0.12 ms.
+// Panels of 32 rows took 13.0, 14.8 and 23.6 ms; activations that lay [BLOCK / 4][B][4] 1.1 times as long for
+// 16 rows, and their quantising twice.
 //
 //   panels_fast()
 //       1 where the CPU has the instruction; others work out the same numbers, slowly
@@ -28,6 +29,7 @@ constexpr int MOST = REGISTERS == 32 && VECTORS == 1 ? 16 : 4;
 constexpr float SMALLEST = 1e-30f;
 
 using Ints = Lanes<W>::I;
+using Unsigned = Lanes<W>::U;
 
 // sums + the four products of bytes in each lane; w without a sign, x with one
 #if defined(__AVX512VNNI__)
@@ -50,6 +52,32 @@ inline Ints add_products(Ints sums, Ints w, Ints x) {
 }
 #endif
 
+inline float largest(Vec<W> x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x));
+#else
+    float most = x[0];
+    for (int lane = 1; lane < W; lane++) most = std::max(most, x[lane]);
+    return most;
+#endif
+}
+inline uint32_t total(Unsigned x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x));
+#else
+    uint32_t sum = 0;
+    for (int lane = 0; lane < W; lane++) sum += x[lane];
+    return sum;
+#endif
+}
+inline void store_bytes(int8_t* p, Unsigned x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#else
+    for (int lane = 0; lane < W; lane++) p[lane] = static_cast<int8_t>(x[lane]);
+#endif
+}
+
 // The scale with which the largest of n numbers becomes 127 or -127; NaN where one is not finite.
 inline float scale_of(const float* x, long n) {
     Vec<W> top = {}, bad = {};
@@ -58,27 +86,25 @@ inline float scale_of(const float* x, long n) {
         top = choose<W>(size > top, size, top);
         bad += v * 0.f;
     }
-    float most = 0;
-    for (int lane = 0; lane < W; lane++) most = std::max(most, top[lane]);
+    const float most = largest(top);
     return (most < 127 * SMALLEST ? 0.f : most / 127) + sum<W>(bad);
 }
 
-// round(x / scale) of n numbers, and the sum of them
-inline int32_t round_to_bytes(const float* x, long n, float scale, int8_t* out) {
+// round(x / scale) of n numbers, and the sum of them; anything where the scale is NaN
+inline uint32_t round_to_bytes(const float* x, long n, float scale, int8_t* out) {
     const float inverse = scale >= SMALLEST ? 1 / scale : 0.f;
     // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
     const float shift = 12582912.f;
-    int32_t total = 0;
+    Unsigned sums = {};
     for (long i = 0; i < n; i += W) {
         const Vec<W> shifted = load<W>(x + i) * inverse + shift;
-        Ints bits;
+        Unsigned bits;
         memcpy(&bits, &shifted, sizeof bits);
-        typedef int8_t Bytes __attribute__((vector_size(W)));
-        const Bytes bytes = __builtin_convertvector(bits, Bytes);
-        memcpy(out + i, &bytes, sizeof bytes);
+        bits -= 0x4b400000u;
+        store_bytes(out + i, bits);
+        sums += bits;
     }
-    for (long i = 0; i < n; i++) total += out[i];
-    return total;
+    return total(sums);
 }
 
 inline float number(const float* p) { return *p; }
@@ -118,7 +144,8 @@ void pack(const Number* weights, long rows, long columns, uint8_t* matrix, int t
 
 // A panel and the activations of some rows: `activations`, `out` begin at the first of them.
 struct Tile {
-    const uint8_t *panel, *activations;
+    const uint8_t* panel;
+    const Record* activations;
     long columns, B;
     float* const* out;
     long row, rows;  // of the matrix: the panel's first one, and how many of the panel's are wanted
@@ -128,30 +155,30 @@ struct Tile {
 template <int T> void multiply(Tile tile) {
     Vec<W> totals[VECTORS][T] = {};
     for (long from = 0; from < tile.columns; from += BLOCK) {
-        const int32_t* quads = reinterpret_cast<const int32_t*>(tile.activations);
-        const float* scales = reinterpret_cast<const float*>(tile.activations + tile.B * BLOCK);
         const uint16_t* weight_scales = reinterpret_cast<const uint16_t*>(tile.panel + ROWS * BLOCK);
-        for (int part = 0; part < PARTS; part++, scales += 2 * tile.B) {
-            const int32_t* starts = reinterpret_cast<const int32_t*>(scales + tile.B);
+        for (int part = 0; part < PARTS; part++) {
             Ints sums[VECTORS][T];
             for (int v = 0; v < VECTORS; v++)
-                for (int t = 0; t < T; t++) sums[v][t] = Ints{} + starts[t];
-            for (int i = 0; i < PART / 4; i++, quads += tile.B)
+                for (int t = 0; t < T; t++) sums[v][t] = Ints{} + tile.activations[t].starts[part];
+            for (int i = part * PART; i < (part + 1) * PART; i += 4)
                 for (int v = 0; v < VECTORS; v++, tile.panel += sizeof(Ints)) {
                     Ints weights;
                     memcpy(&weights, tile.panel, sizeof weights);
                     __builtin_prefetch(tile.panel + AHEAD_BYTES, 0, 2);
-                    for (int t = 0; t < T; t++)
-                        sums[v][t] = add_products(sums[v][t], weights, Ints{} + quads[t]);
+                    for (int t = 0; t < T; t++) {
+                        int32_t four;
+                        memcpy(&four, tile.activations[t].bytes + i, sizeof four);
+                        sums[v][t] = add_products(sums[v][t], weights, Ints{} + four);
+                    }
                 }
             for (int v = 0; v < VECTORS; v++)
                 for (int t = 0; t < T; t++)
-                    totals[v][t] += __builtin_convertvector(sums[v][t], Vec<W>) * scales[t] *
-                                    widen<W>(weight_scales + v * W);
+                    totals[v][t] += __builtin_convertvector(sums[v][t], Vec<W>) *
+                                    tile.activations[t].scales[part] * widen<W>(weight_scales + v * W);
         }
         __builtin_prefetch(tile.panel + AHEAD_BYTES, 0, 2);
         tile.panel += ROWS * 2;
-        tile.activations += activation_bytes(tile.B, BLOCK);
+        tile.activations += tile.B;
     }
     for (int v = 0; v < VECTORS; v++)
         for (int t = 0; t < T; t++) {
@@ -169,31 +196,27 @@ template <int T> void multiply(const Tile& tile, long left) {
 
 }  // namespace
 
-void prepare(const float* x, long n, long from, long to, long row, long B, uint8_t* activations) {
+void prepare(const float* x, long n, long from, long to, long row, long B, Record* activations) {
     for (long start = from; start < to; start += BLOCK) {
-        uint8_t* block = activations + activation_bytes(B, start);
-        float* scales = reinterpret_cast<float*>(block + B * BLOCK) + row;
+        Record& record = activations[start / BLOCK * B + row];
         float padded[BLOCK] = {};
         const float* numbers = x + start;
         if (start + BLOCK > n) std::copy(numbers, x + n, padded), numbers = padded;
-        int8_t bytes[BLOCK];
-        for (long part = 0; part < BLOCK; part += PART, scales += 2 * B) {
-            scales[0] = scale_of(numbers + part, PART);
-            const int32_t first = -128 * round_to_bytes(numbers + part, PART, scales[0], bytes + part);
-            memcpy(scales + B, &first, sizeof first);
+        for (int part = 0; part < PARTS; part++) {
+            const float* of_part = numbers + part * PART;
+            const float scale = record.scales[part] = scale_of(of_part, PART);
+            record.starts[part] = -128u * round_to_bytes(of_part, PART, scale, record.bytes + part * PART);
         }
-        for (long i = 0; i < BLOCK / 4; i++) memcpy(block + (i * B + row) * 4, bytes + 4 * i, 4);
     }
 }
 
-void multiply(const uint8_t* matrix, long columns, const uint8_t* activations, long B, long first, long last,
+void multiply(const uint8_t* matrix, long columns, const Record* activations, long B, long first, long last,
     float* const* out) {
     for (long row = first; row < last; row += ROWS) {
         const uint8_t* panel = matrix + matrix_bytes(row, columns);
         const long rows = std::min(ROWS, last - row);
-        // a row of activations has 4 bytes of each group, and 4 of the scales
         for (long b = 0; b < B; b += MOST)
-            multiply<MOST>({panel, activations + 4 * b, columns, B, out + b, row, rows}, B - b);
+            multiply<MOST>({panel, activations + b, columns, B, out + b, row, rows}, B - b);
     }
 }
 
@@ -214,14 +237,13 @@ void panels_pack(int64_t dtype, const void* weights, int64_t rows, int64_t colum
 
 void panels_multiply(const uint8_t* matrix, int64_t rows, int64_t columns, const float* x, int64_t B,
     float* y, int64_t first, int64_t last) {
-    const Buffer activations(panels::activation_bytes(B, columns) / sizeof(float));
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(activations.data);
+    std::vector<panels::Record> activations(B * panels::blocks(columns));
     std::vector<float*> out(B);
     for (int64_t b = 0; b < B; b++) {
-        panels::prepare(x + b * columns, columns, 0, columns, b, B, bytes);
+        panels::prepare(x + b * columns, columns, 0, columns, b, B, activations.data());
         out[b] = y + b * rows;
     }
-    panels::multiply(matrix, columns, bytes, B, first, last, out.data());
+    panels::multiply(matrix, columns, activations.data(), B, first, last, out.data());
 }
 
 }

@@ -5,8 +5,9 @@ whatever the other rows are, and whatever the number of threads is. A prompt is 
 
 Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. What an adapter
 (adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
-weights, as released files have them, give what fp32 ones do. A longer prompt is read in bf16 where the
-weights are bf16 and the CPU multiplies in it.
+weights, as released files have them, give what fp32 ones do. For products in int8 activations are rounded,
+too, where the CPU multiplies bytes. A longer prompt is read in bf16 where the weights are bf16 and the CPU
+multiplies in it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from ..common.formatting import counted
 from ..model import RWKV, LayerState, State
 from ..ops import native, self_test
 from ..ops.native import nan_passes
+from . import int8_panels
 from .adapters import BASE, Adapters, Applied
+from .huge_pages import Region, rounded
 from .unmerged_linear import LowRank
 
 MODEL = (
@@ -68,6 +71,7 @@ LAYER = {
     ),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+PANELS = 3
 ADVICE = "; the file may be damaged, or an adapter's scale too large"
 LANES = 16  # vectors are padded to a multiple of this, a whole number of any CPU's SIMD lanes
 
@@ -113,13 +117,21 @@ def int8_rows(weight: Tensor) -> Int8Rows:
 class Decoder:
     """The states of `rows` rows, and the native code that computes their next tokens.
 
-    `int8`: single tokens use the large matrices quantised. There are as many threads as torch has. Some of
-    the model's matrices are shared with it. Others, and all vectors, are copies that are made here. So when
-    the model gets other tensors, as from Adapters.use, refresh() must be called. Rows with another adapter
-    than BASE need `adapters`. Raises ValueError where problem() finds one.
+    `int8`: single tokens use the large matrices quantised, in panels (int8_panels.py) where the CPU
+    multiplies bytes; `huge_pages` asks for pages of 2 MB for these. There are as many threads as torch has.
+    Some of the model's matrices are shared with it. Others, and all vectors, are copies that are made here.
+    So when the model gets other tensors, as from Adapters.use, refresh() must be called. Rows with another
+    adapter than BASE need `adapters`. Raises ValueError where problem() finds one.
     """
 
-    def __init__(self, model: RWKV, rows: int = 1, adapters: Adapters | None = None, int8: bool = False):
+    def __init__(
+        self,
+        model: RWKV,
+        rows: int = 1,
+        adapters: Adapters | None = None,
+        int8: bool = False,
+        huge_pages: bool = True,
+    ):
         if found := problem(model):
             raise ValueError(f"no decoder for this model: {found}")
         if rows < 1:
@@ -143,6 +155,8 @@ class Decoder:
         self.beside: dict[tuple[str, ...], list[Tensor]] = {}
         self.tables: dict[tuple[str, ...], int] = {}
         self.sources = [self._source(name) for name in self.names]
+        self.panels: dict[str, Tensor] = {}
+        self.region = self._make_room(huge_pages) if int8 and int8_panels.instruction_is_there() else None
         self.matrices = [self._matrix(name, tensor) for name, tensor in zip(self.names, self.sources)]
         library = native.library("cpu")
         self.handle = self._open(library)
@@ -177,6 +191,17 @@ class Decoder:
                 " cuda/decode_cpu.cpp"
             )
         return ctypes.c_void_p(handle)
+
+    def _make_room(self, huge: bool) -> Region:
+        """A region with a place for each packed matrix; a matrix that takes another's place has its shape."""
+        sizes = {
+            name: int8_panels.packed_bytes(*tensor.shape)
+            for name, tensor in zip(self.names, self.sources)
+            if tensor is not None and _is_quantised(name, tensor)
+        }
+        region = Region(sum(map(rounded, sizes.values())), huge)
+        self.panels = {name: region.take(size) for name, size in sizes.items()}
+        return region
 
     @property
     def reading(self) -> torch.dtype:
@@ -233,9 +258,12 @@ class Decoder:
             tensor = padded
         else:
             rows, columns = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
-            if self.int8 and leaf == "weight" and name != "emb.weight":
-                tensor, scale = int8_rows(tensor)
             tensor = (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
+            if (packed := self.panels.get(name)) is not None:
+                int8_panels.pack(tensor, packed, self.threads)
+                return Matrix(packed.data_ptr(), None, rows, columns, PANELS)
+            if self.int8 and _is_quantised(name, tensor):
+                tensor, scale = int8_rows(tensor)
         self.kept[name] = [tensor] if scale is None else [tensor, scale]
         return Matrix(
             tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype]
@@ -398,6 +426,10 @@ class Decoder:
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
         return part.to("cpu", torch.float32).contiguous()
+
+
+def _is_quantised(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".weight") and name != "emb.weight" and tensor.dim() == 2
 
 
 def _addresses(tensors: Iterable[Tensor]) -> ctypes.Array:

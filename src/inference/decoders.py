@@ -49,7 +49,9 @@ def fastest(
     # the base's, which an adapter may stand in for
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
     _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
-    decoder = Decoder(model, rows, adapters, int8)
+    decoder = Decoder(model, rows, adapters, int8, huge_pages != "no")
+    if decoder.region:
+        pages = decoder.region.describe()
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
     reading = str(decoder.reading).removeprefix("torch.")
     words = [f"{weights} weights", pages, f"prompts in {reading}", counted(decoder.threads, "thread")]
