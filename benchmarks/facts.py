@@ -37,7 +37,8 @@ from src.common.files import append_line, write_text
 from src.common.formatting import counted
 from src.config import parse
 from src.data.templates import recorded_template
-from src.evaluation.accuracy import Question, answers_to
+from src.evaluation.answering import Asking, answers_to, engine_for
+from src.evaluation.questions import Question
 from src.inference.load import load
 
 from .common import argument_parser, as_flags, environment, report
@@ -156,8 +157,9 @@ def shares(args, method: str, output: str, facts: Facts) -> dict[str, float]:
     limit = 2 * len(tokenizer.encode(ANSWER.format(facts.names[0], max(THINGS, key=len))))
     found = {}
     for measure, questions in facts.asked(template).items():
-        answers = answers_to(model, tokenizer, questions, limit, template)
-        right = [is_right(answer.text, question) for answer, question in zip(answers, questions, strict=True)]
+        engine = engine_for(model, tokenizer, len(questions))
+        answers = answers_to(engine, questions, Asking(limit, template))
+        right = [is_right(own.text, question) for (own,), question in zip(answers, questions, strict=True)]
         found[measure] = round(sum(right) / len(right), 4)
     return found
 

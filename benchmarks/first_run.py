@@ -42,7 +42,8 @@ from src.data.dataset import load as load_documents
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
 from src.data.templates import recorded_template
-from src.evaluation.accuracy import answer_limit, exact_accuracy, read_questions
+from src.evaluation.answering import Asking, exact_accuracy
+from src.evaluation.questions import answer_limit, read_questions
 from src.inference.load import load
 from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
@@ -270,7 +271,7 @@ def judge(task: Task, method: str, trained: str) -> float:
         return test_loss(task, model, tokenizer, template)
     questions = read_questions(task.test, template)
     limit = answer_limit("exact", tokenizer, questions)
-    return exact_accuracy(model, tokenizer, questions, limit, template)[0]
+    return exact_accuracy(model, tokenizer, questions, Asking(limit, template))[0]
 
 
 def test_loss(task: Task, model, tokenizer, template: Template) -> float:

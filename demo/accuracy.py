@@ -16,7 +16,8 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.data.leading_token import leading_token
     from src.data.templates import recorded_template
-    from src.evaluation.accuracy import exact_accuracy, read_questions
+    from src.evaluation.answering import Asking, exact_accuracy
+    from src.evaluation.questions import read_questions
     from src.inference.load import load
 
 
@@ -36,9 +37,10 @@ def main() -> None:
         template = recorded_template("auto", tokenizer, args.merged)
         bos = leading_token("recorded", tokenizer, args.merged)
         questions = read_questions(args.questions, template)
-        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template, bos)
+        asking = Asking(args.max_tokens, template, bos)
+        after, answers = exact_accuracy(merged, tokenizer, questions, asking)
         base, tokenizer = load(args.base, precision="fp32")
-        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template, bos)
+        before, wrong = exact_accuracy(base, tokenizer, questions, asking)
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")

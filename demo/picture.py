@@ -29,7 +29,8 @@ with importing():
     from src.common.files import write_bytes
     from src.data.leading_token import leading_token
     from src.data.templates import recorded_template
-    from src.evaluation.accuracy import Question, exact_accuracy, read_questions
+    from src.evaluation.answering import Asking, exact_accuracy
+    from src.evaluation.questions import Question, read_questions
     from src.inference.load import load
 
 DEMO = "bash demo/demo-training-miss.sh"
@@ -48,7 +49,7 @@ def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, 
     template = recorded_template("auto", tokenizer, model)
     bos = leading_token("recorded", tokenizer, model)
     questions = read_questions(questions_file, template)
-    return questions, *exact_accuracy(network, tokenizer, questions, 64, template, bos)
+    return questions, *exact_accuracy(network, tokenizer, questions, Asking(64, template, bos))
 
 
 def examples(

@@ -10,7 +10,7 @@ from benchmarks import facts, laptop
 from benchmarks.common import cpu, environment, machine_line
 from benchmarks.first_run_table import case, table
 from src.data.rwkv_template import DEFAULT
-from src.evaluation.accuracy import Question
+from src.evaluation.questions import Question
 
 from .conftest import ROOT
 

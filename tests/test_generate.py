@@ -4,7 +4,6 @@ more and no less.
 
 import functools
 import io
-import json
 import random
 import string
 import subprocess
@@ -16,32 +15,19 @@ import torch
 
 import rwkv_miss
 from demo import chat
-from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from scripts.evaluate import first_answers
 from src.data.chat_template import before_stops
-from src.data.formats import Reading
 from src.data.rwkv_template import DEFAULT
-from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import (
-    Question,
-    answer_limit,
-    answers_to,
-    exact_accuracy,
-    greedy,
-    read_questions,
-    shortened,
-)
 from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.inference.sampling import GREEDY, Row, Sampling, choose
 from src.inference.torch_decoder import TorchDecoder
-from src.model import RWKV, LayerState
+from src.model import RWKV
 
-from .answering import Scripted, engine_of, greedy_text, run, scripted
+from .answering import Scripted, engine_of, run, scripted
 from .conftest import ROOT, close, make_arch, random_tensors
 from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer
 
@@ -422,131 +408,6 @@ def test_the_state_after_a_stop_is_that_of_the_shown_text(model, letters):
     assert answer.text == " no." and answer.finish == "stop"
     with torch.no_grad():
         close_states(answer.state, model(torch.tensor([tokenizer.encode("User: q no.")]))[1])
-
-
-class ScriptedBatch(Scripted):
-    """Stands in for the model, with a state as a model's, which answers made together are put into."""
-
-    emb = types.SimpleNamespace(weight=torch.zeros(1))
-
-    def next_logits(self, ids, state=None):
-        return self.logits(), [LayerState(*[torch.zeros(1, 1)] * 3)]
-
-
-def test_an_answer_in_utf16_ends_at_a_whole_unit():
-    """The end of document, U+0000, and not two zeros of neighbouring characters."""
-    tokenizer = load_tokenizer("utf16", 256)
-    model = ScriptedBatch(tokenizer, [*tokenizer.encode("aĀb"), *tokenizer.eod, *tokenizer.encode("more")])
-    assert greedy(model, tokenizer, [tokenizer.encode("q")], 20) == [("aĀb", False)]
-
-
-def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    turns = [
-        {"role": "user", "content": "2+2"},
-        {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "},
-    ]
-    rows.write_text(json.dumps({"messages": turns}) + '\n{"question": "q", "answer": "a"}\n')
-    assert read_questions(rows) == [
-        (["User: 2+2\n\nAssistant:"], "4", ""),
-        (["User: q\n\nAssistant:"], "a", ""),
-    ]
-    rows.write_text('{"this": "q", "that": "a"}\n')
-    with pytest.raises(UserError, match="--sft_field"):
-        read_questions(rows)
-    assert read_questions(rows, reading=Reading(("this", "that"))) == [(["User: q\n\nAssistant:"], "a", "")]
-    assert read_questions(rows, load_template("think"), Reading(("this", "that")))[0].opening == " <think"
-    rows.write_text('{"prompt": "q,", "completion": " a"}\n{"prompt": "q: <think>", "completion": "a"}\n')
-    # which stand as they are, whatever the template
-    assert read_questions(rows, load_template("think")) == [
-        (["q,"], "a", ""),
-        (["q: <think>"], "a", "<think>"),
-    ]
-    rows.write_text('{"text": "q"}\n')
-    with pytest.raises(
-        UserError,
-        match=(
-            "rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its"
-            " completion; got text"
-        ),
-    ):
-        read_questions(rows)
-
-
-def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
-    tokenizer = load_tokenizer(letters, 67)
-    prompts = [f"User: {text}\n\nAssistant:" for text in ("a", "bc", "d", "efg", "hi!", "j")]
-    encoded = [tokenizer.encode(text) for text in prompts]
-    single = [greedy_text(engine_of(model, tokenizer), text, 15).strip() for text in prompts]
-    made = greedy(model, tokenizer, encoded, 15, batch=2)
-    assert [answer.text.strip() for answer in made] == single and len(set(single)) > 3
-    questions = [
-        Question([text], answer if i % 3 else "another")
-        for i, (text, answer) in enumerate(zip(prompts, single))
-    ]
-    assert exact_accuracy(model, tokenizer, questions, 15) == (4 / 6, single)
-
-
-@pytest.mark.parametrize("limit,cut", [(6, False), (4, True)])
-def test_who_reaches_the_limit_is_cut_and_who_ends_there_is_not(limit, cut):
-    tokenizer = load_tokenizer("utf16", 256)
-    scripted = ScriptedBatch(tokenizer, [*tokenizer.encode("ab"), *tokenizer.eod])
-    assert answers_to(scripted, tokenizer, [Question(["q"], "ab")], limit) == [("ab", cut)]
-
-
-def test_a_sample_answer_is_cut_between_characters():
-    """🎉 takes four of the tokens: neither a limit of tokens nor one of characters leaves a part of it."""
-    tokenizer = load_tokenizer("bytes", 256)
-    said = [*"ab🎉🎉🎉".encode(), *tokenizer.eod]
-
-    def sample(tokens, characters):
-        model = ScriptedBatch(tokenizer, said)
-        ((text, _),) = greedy(model, tokenizer, [[65]], tokens, characters=characters)
-        return shortened(text, characters), sum(1 for _ in model.tokens)
-
-    assert sample(99, 300) == ("ab🎉🎉🎉", 0)
-    assert sample(99, 4) == ("ab🎉…", 4), "what is not shown is not made"
-    assert sample(9, 300)[0] == "ab🎉…" and sample(10, 300)[0] == "ab🎉🎉"
-
-
-def test_a_right_answer_that_the_tokenizer_has_no_tokens_for_ends_no_evaluation(letters):
-    """A vocabulary of its own may lack the space before an answer, or a character of it."""
-    tokenizer = load_tokenizer(letters, 67)
-    with pytest.raises(UserError, match="has no token for"):
-        tokenizer.encode("a/b")
-    questions = [Question(["hello"], "a/b"), Question(["hello"], "a")]
-    assert answer_limit("exact", tokenizer, questions) == 3 + 16
-    assert first_answers(tokenizer, questions) == [] and len(first_answers(tokenizer, questions[1:])) == 1
-
-
-def test_the_limit_follows_the_task():
-    tokenizer = load_tokenizer("utf16", 256)
-    questions = [Question(["q"], "four"), Question(["q"], "x" * 40)]
-    assert answer_limit("exact", tokenizer, questions) == 80 + 20 + 16
-    assert [answer_limit(score, tokenizer, questions) for score in ("number", "boxed", "code")] == [
-        512,
-        512,
-        1024,
-    ]
-    thinking = [question._replace(opening=load_template("think").opening) for question in questions]
-    assert {answer_limit(score, tokenizer, thinking) for score in ("exact", "number", "code")} == {2048}
-    closed = [question._replace(opening=load_template("fake-think").opening) for question in questions]
-    assert answer_limit("number", tokenizer, closed) == 512
-
-
-@pytest.mark.parametrize(
-    "question,said",
-    [
-        (Question(["q"], "4", " <think"), ">\nhm\n</think>\n4"),
-        (Question(["q <think"], "4", "<think"), ">\nhm\n</think>\n4"),
-        (Question(["q"], "4"), "4"),
-    ],
-    ids=["by the template", "a prompt that begins thoughts", "a prompt as it stands"],
-)
-def test_an_answer_begins_with_what_its_prompt_opened(question, said):
-    tokenizer = load_tokenizer("utf16", 256)
-    scripted = ScriptedBatch(tokenizer, [*tokenizer.encode(said), *tokenizer.eod])
-    assert answers_to(scripted, tokenizer, [question], 99, load_template("think")) == [("4", False)]
 
 
 # the program

@@ -13,7 +13,6 @@ from scripts import lm_eval as program
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import likelihood
-from src.evaluation.accuracy import greedy
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.engine import Request
 from src.inference.generate import stream
@@ -223,23 +222,20 @@ def test_answers_end_where_they_should(model, letters):
         [request("a", {"until": stops[0], "max_gen_toks": 30}), request("a", {"max_gen_toks": 3})]
     )
     assert mixed == [stopped[0], plain[0][:3]]
-    with pytest.raises(rwkv_miss.UserError, match="samples its answers"):
-        harness.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
 
 
-def test_complete_answers_are_not_computed_on(model, letters, monkeypatch):
-    tokenizer, rows = load_tokenizer(letters, 257), []
-    next_logits = RWKV.next_logits
-    monkeypatch.setattr(
-        RWKV,
-        "next_logits",
-        lambda self, ids, state=None: rows.append(len(ids)) or next_logits(self, ids, state),
+def test_sampled_answers_are_those_of_their_seed_and_place(harness):
+    warm = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 20}
+    sampled, other, greedy = harness.generate_until(
+        [request("a", warm), request("a", warm), request("a", {**warm, "do_sample": False})]
     )
-    prompts = [tokenizer.encode(text) for text in ("one", "two", "six")]
-    texts = [answer.text for answer in greedy(model, tokenizer, prompts, 12)]
-    rows.clear()
-    assert greedy(model, tokenizer, prompts, 12, stops=[texts[0][2:5]])[0].text == texts[0][:2]
-    assert rows[0] == 3 and rows[-1] < 3
+    assert len({sampled, other, greedy}) == 3
+    assert harness.generate_until([request("a", warm), request("a", warm | {"top_k": 1})]) == [
+        sampled,
+        greedy,
+    ]
+    harness.seed = 1
+    assert harness.generate_until([request("a", warm)]) != [sampled]
 
 
 def test_a_conversation_is_asked_in_the_models_template(model):

@@ -19,7 +19,7 @@ from src.data.held_out import hold_out, questions
 from src.data.templates import load_template
 from src.data.token_cache import tokenise
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import read_questions
+from src.evaluation.questions import read_questions
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
 from src.training import plan_text

@@ -9,11 +9,13 @@ import re
 import shlex
 import sys
 import time
+import types
 from fractions import Fraction
 
 import pytest
 import torch
 
+import rwkv_miss
 from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
@@ -304,7 +306,8 @@ def test_the_commands_of_the_recipes_are_understood(words, tmp_path, monkeypatch
         with pytest.raises(UserError, match="glue has no folder CoLA"):
             paper.main([*words[3:], *(["--data", "glue", "--tasks", "cola"] if "--tiny" in words else [])])
     else:
-        assert {"scripts.evaluate": evaluate, "scripts.lm_eval": lm_eval}[words[2]].arguments(words[3:])
+        programs = {"scripts.evaluate": lambda flags: evaluate.arguments(flags, "")}
+        assert (programs | {"scripts.lm_eval": lm_eval.arguments})[words[2]](words[3:])
 
 
 def evaluated(capsys, *flags):
@@ -365,8 +368,20 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
         (["--answers", "a", "--run_code"], "--run_code is for --score code"),
         (["--answers", "a", "--score", "code"], "in no sandbox: add --run_code"),
         (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
-        (["--answers", "a", "--adapter", "b"], "--adapter belongs to a --model"),
+        (["--answers", "a", "--adapter", "b"], "--adapter b belongs to a --model"),
         (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
+        (
+            ["--model", "m", "--samples", "4"],
+            "--samples 4 with --temperature 0: greedy answers are all alike",
+        ),
+        (["--model", "m", "--top_k", "4"], "--top_k 4 with --temperature 0: greedy answers sample nothing"),
+        (["--model", "m", "--temperature", "nan"], "temperature nan: expected 0 or more"),
+        (["--model", "m", "--preset", "math50"], "invalid choice: 'math50'"),
+        (["--answers", "a", "--temperature", "1"], "--temperature 1.0 belongs to a --model"),
+        (
+            ["--answers", "{folder}/samples.jsonl"],
+            "has 3 answers, --questions has 2 questions with 2 answers each",
+        ),
         (["--answers", "nowhere.jsonl", "--score", "number"], "nowhere.jsonl can't be read"),
         (
             ["--answers", "{folder}/one.jsonl", "--score", "number"],
@@ -380,10 +395,56 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
 )
 def test_mistakes_are_explained(tmp_path, flags, message, capsys):
     (tmp_path / "one.jsonl").write_text('{"answer": "7"}\n')
+    samples = [{"question": i, "sample": j, "answer": "7"} for i, j in ((0, 0), (0, 1), (1, 0))]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "q", "answer": "7"}\n{"question": "p", "answer": "8"}\n')
     _, error = evaluated(capsys, "--questions", questions, *(flag.format(folder=tmp_path) for flag in flags))
     assert re.search(message, error), error
+
+
+def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", types.ModuleType("math_verify"))
+    given = ["--model", "m", "--questions", "q", "--preset", "math500"]
+    args = evaluate.arguments(given, "")
+    assert (args.samples, args.max_tokens, args.score) == (4, 1500, "math_verify")
+    assert (args.temperature, args.top_p, args.top_k) == (1.0, 0.28, 32)
+    assert args.sft_field == "problem,answer"
+    other = evaluate.arguments([*given, "--samples", "2", "--score", "boxed"], "")
+    assert (other.samples, other.score, other.top_k) == (2, "boxed", 32)
+
+
+def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeypatch):
+    """The same command again asks nothing and says the same; another model is refused before it is read."""
+    questions, kept = tmp_path / "questions.jsonl", tmp_path / "kept.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": p, "completion": "7"}) + "\n" for p in "abc"))
+    base = checkpoint(7, vocab_size=256)
+    flags = ["--tokenizer", "bytes", "--questions", questions, "--score", "number", "--max_tokens", 8]
+    flags += ["--samples", 3, "--temperature", 2, "--top_k", 200, "--save", kept]
+    found, _ = evaluated(capsys, "--model", base, *flags)
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert rows[0].keys() == {"evaluation"}
+    numbered = [(row["question"], row["sample"]) for row in rows[1:]]
+    assert (
+        numbered == [(i, j) for i in range(3) for j in range(3)] and len({r["answer"] for r in rows[1:]}) > 5
+    )
+    right = [same_number(row["answer"], "7") for row in rows[1:]]
+    assert found["accuracy"] == found["pass@1"] == sum(right) / 9 and "majority" in found
+    assert found["pass@3"] == sum(any(right[i : i + 3]) for i in (0, 3, 6)) / 3
+    assert (found["samples"], found["temperature"], found["top_k"], found["seed"]) == (3, 2.0, 200, 0)
+    before = kept.read_bytes()
+    assert evaluated(capsys, "--model", base, *flags)[0] == found and kept.read_bytes() == before
+    scored, _ = evaluated(capsys, "--answers", kept, *flags[2:6])
+    assert scored["pass@3"] == found["pass@3"] and scored["samples"] == 3
+    for more, message in (
+        (["--seed", 1], "its seed is 0, and here it is 1"),
+        (["--max_tokens", 9], "max_tokens"),
+    ):
+        assert message in evaluated(capsys, "--model", base, *flags, *more)[1]
+    tensors = rwkv_miss.read_checkpoint(base)
+    rwkv_miss.write_checkpoint(base, ((name, tensor * 2) for name, tensor in tensors.items()))
+    monkeypatch.setattr(evaluate, "load", None)
+    assert "is of another evaluation: its model is" in evaluated(capsys, "--model", base, *flags)[1]
 
 
 def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
@@ -437,13 +498,14 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert evaluated(capsys, "--model", base, "--tokenizer", "bytes", *flags)[0]["accuracy"] == 0
     found, _ = evaluated(capsys, "--model", merged, *flags, "--save", kept)
     assert found["questions"] == 4 and found["score"] == "number" and found["accuracy"] == 0.75
-    saved = [json.loads(line) for line in kept.read_text().splitlines()]
+    saved = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
     assert saved[0]["prompt"] == prompt and [row["answer"] for row in saved] == answers
     assert (found["max_tokens"], found["cut"]) == (60, 0)
     again, _ = evaluated(capsys, "--answers", kept, *flags[:4])
     assert again["accuracy"] == 0.75
     # without a limit by the user it is that of the task, far beyond these answers
     assert evaluated(capsys, "--model", merged, *flags[:4])[0] == found | {"max_tokens": 512}
+    kept.unlink()
     evaluate.main(["--model", str(merged), "--max_tokens", "9", "--save", str(kept), *map(str, flags[:4])])
     told = capsys.readouterr()
     assert "4 answers (100.0%) reach the limit of 9 tokens" in told.out

@@ -25,7 +25,7 @@ from src.data.templates import (
     recorded_template,
 )
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import read_questions
+from src.evaluation.questions import read_questions
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
 from src.model import RWKV

@@ -11,7 +11,8 @@ import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import greedy
+from src.evaluation.answering import Asking, answers_to, engine_for
+from src.evaluation.questions import Question
 from src.model import RWKV
 from src.model.loss import loss_sum
 
@@ -90,8 +91,9 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
     tokenizer = load_tokenizer(tokenizer_file, 12)
 
     def answers(model):
-        prompts = [tokenizer.encode(f"{question},") for question in QUESTIONS]
-        return [answer.text.strip() for answer in greedy(model, tokenizer, prompts, 14)]
+        asked = [Question([f"{question},"], "") for question in QUESTIONS]
+        answers = answers_to(engine_for(model, tokenizer, len(asked)), asked, Asking(14))
+        return [answer.text for (answer,) in answers]
 
     def run(seed):
         texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]

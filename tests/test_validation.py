@@ -25,12 +25,12 @@ from src.config import Config, parse
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import shortened
 from src.model import RWKV
 from src.training import callbacks, run_card, validation
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
 from src.training.run_card import card, draw_losses
+from src.training.validation import shortened
 from src.training.validation_log import is_over
 
 from . import program

@@ -13,13 +13,16 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
 
 from ..data.chat_template import Template
 from ..data.formats import read_records
 from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
+from ..inference.engine import Request, seed_of
+from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
-from .accuracy import greedy
+from .answering import completed, engine_for
 from .likelihood import log_likelihoods
 
 MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harness's own models
@@ -29,12 +32,21 @@ class HarnessModel(LM):
     """Scores and generates for the harness. There is no longest context: the state carries all of it.
 
     Every text begins with the ids `bos`. Without them a text with nothing before it is scored after the end
-    of a document, which is what stands before a text in RWKV's training data.
+    of a document, which is what stands before a text in RWKV's training data. Sampled answers draw from
+    `seed` and the place of their request.
     """
 
-    def __init__(self, model: RWKV, tokenizer, template: Template = DEFAULT, bos: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer,
+        template: Template = DEFAULT,
+        bos: tuple[int, ...] = (),
+        seed: int = 0,
+    ):
         super().__init__()
-        self.model, self.tokenizer, self.template, self.bos = model, tokenizer, template, bos
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.bos, self.seed = bos, seed
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(ln p(continuation | context), whether greedy decoding gives it) of each request.
@@ -49,22 +61,27 @@ class HarnessModel(LM):
         return [total for total, _ in log_likelihoods(self.model, pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The greedy answer to each request, without the text that ended it.
+        """The answer to each request, without the text that ended it.
 
-        A request is (context, {"until": texts, "max_gen_toks": number}).
+        A request is (context, {"until": texts, "max_gen_toks": number}), greedy unless it has "do_sample".
         """
-        # requests with the same stops and the same limit are answered together
-        groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
-        for i, request in enumerate(requests):
-            _, options = request.args
-            groups.setdefault(_stops_and_limit(options), []).append(i)
-        answers = [""] * len(requests)
-        for (stops, limit), members in groups.items():
-            prompts = [self._begun(self.tokenizer.encode(requests[i].args[0])) for i in members]
-            made = greedy(self.model, self.tokenizer, prompts, limit, stops=stops)
-            for i, answer in zip(members, made, strict=True):
-                answers[i] = answer.text
+        asked = [self._request(*request.args, place) for place, request in enumerate(requests)]
+        answers = [""] * len(asked)
+        engine = engine_for(self.model, self.tokenizer, len(asked))
+        with Progress("answering", len(asked), "answers") as bar:
+            for place, answer in completed(engine, asked, bar):
+                answers[place] = answer.text
         return answers
+
+    def _request(self, context: str, options: dict[str, Any], place: int) -> Request:
+        until = options.get("until") or []
+        return Request(
+            self._begun(self.tokenizer.encode(context)),
+            options.get("max_gen_toks", MAX_TOKENS),
+            _sampling(options),
+            seed_of(self.seed, place),
+            (until,) if isinstance(until, str) else tuple(until),
+        )
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -95,16 +112,11 @@ class HarnessModel(LM):
         return with_leading(ids, self.bos) or list(self.tokenizer.eod)
 
 
-def _stops_and_limit(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    """What ends the answer to a request. UserError for one whose answer is sampled."""
-    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-        raise UserError(
-            f"the task samples its answers ({options}), they are greedy here; use a task with"
-            " do_sample: false"
-        )
-    until = options.get("until") or []
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    return stops, options.get("max_gen_toks", MAX_TOKENS)
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """How a request's answer is sampled. Hugging Face's names, whose defaults are 1, 1 and no top_k."""
+    if not options.get("do_sample"):
+        return GREEDY
+    return Sampling(options.get("temperature", 1.0), options.get("top_p", 1.0), options.get("top_k") or 0)
 
 
 class Lambada(ConfigurableTask):

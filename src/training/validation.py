@@ -21,7 +21,10 @@ from ..data.dataset import Documents
 from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
 from ..data.leading_token import without_leading
-from ..evaluation.accuracy import greedy, shortened
+from ..evaluation.answering import completed
+from ..inference.engine import Answer, Engine, Request
+from ..inference.torch_decoder import TorchDecoder
+from ..model import RWKV
 from .callbacks import StepReport
 from .validation_log import BEST, VALIDATION, best, describe, is_over
 
@@ -81,20 +84,12 @@ class Watch(Callback):
             loss = validation_loss(trainer, self.batches, lambda: self.report.stop and may_stop)
             if loss is None:
                 return False
-            prompts = [question.prompt for question in self.questions]
-            answers = greedy(
-                module.model,
-                self.encoder.tokenizer,
-                prompts,
-                SAMPLE_TOKENS,
-                characters=SAMPLE_CHARACTERS,
-                shown=is_first_process(),
-            )
+            answers = self._answers(module.model)
         decode = self.encoder.tokenizer.decode
         samples = [
             {
                 "prompt": decode(without_leading(question.prompt, self.encoder.bos)),
-                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS),
+                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.finish == "length"),
                 "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
             }
             for question, answer in zip(self.questions, answers, strict=True)
@@ -118,6 +113,19 @@ class Watch(Callback):
             say("\n".join(describe(self.history, module.total_steps)))
         return True
 
+    def _answers(self, model: RWKV) -> list[Answer]:
+        """The greedy answers to the questions. Every rank makes all of them, in step."""
+        if not self.questions:
+            return []
+        engine = Engine(TorchDecoder(model, len(self.questions)), self.encoder.tokenizer)
+        requests = [
+            Request(question.prompt, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS)
+            for question in self.questions
+        ]
+        with Progress("answering", len(requests), "questions", is_first_process()) as bar:
+            answers = dict(completed(engine, requests, bar))
+        return [answers[place] for place in range(len(requests))]
+
     def _save(self, trainer, loss: float) -> None:
         """The best state so far, whole under its name or not at all; all ranks fail together."""
         error = None
@@ -127,6 +135,17 @@ class Watch(Callback):
             error = str(caught)
         if error := trainer.strategy.broadcast(error):
             raise UserError(f"{error}; free some space and go on with --resume auto")
+
+
+def shortened(text: str, characters: int, cut: bool = False) -> str:
+    """A text of at most so many characters. A longer one ends in "…", and so does one that is `cut` already.
+
+    Half a character, as a limit of tokens leaves it, is left out.
+    """
+    whole = text.rstrip("\ufffd")
+    if whole == text and len(text) <= characters and not cut:
+        return text
+    return f"{whole[: characters - 1]}…"
 
 
 @contextlib.contextmanager

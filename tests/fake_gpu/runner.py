@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import rwkv_miss
+from rwkv_miss.progress import Progress
 from src import config as configuration
 from src import run
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.accuracy import greedy
+from src.evaluation.answering import completed, engine_for
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.cuda_graph import GraphedDecoder
 from src.inference.engine import Engine, Request
@@ -138,7 +139,9 @@ def evaluation(version: int) -> dict:
     with FakeGpu() as gpu:
         model = reading(version)
         gpu.begin()
-        greedy(model, load_tokenizer("bytes", 512), [list(range(1, 38)), list(range(1, 21))], 4)
+        requests = [Request(list(range(1, length)), 4) for length in (38, 21)]
+        engine = engine_for(model, load_tokenizer("bytes", 512), len(requests))
+        assert len(list(completed(engine, requests, Progress("answering")))) == 2
     return gpu.counts()
 
 

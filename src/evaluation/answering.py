@@ -1,0 +1,141 @@
+"""Answers of a model to many questions, through the engine (inference/engine.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
+
+from ..common.available_memory import free_memory
+from ..data.chat_template import Template
+from ..data.rwkv_template import DEFAULT
+from ..data.templates import answer_text
+from ..inference import engine as inference
+from ..inference.decoders import fastest
+from ..inference.engine import Engine, Request, seed_of
+from ..inference.sampling import GREEDY, Sampling
+from ..model import RWKV
+from .answers_file import AnswersFile
+from .questions import Answer, Question
+
+# Rows of the engine. A CPU computes at its peak from 16 rows on, and more rows read more states. A GPU's
+# weights take as long for 256 rows as for one.
+ROWS = {"cpu": 32, "gpu": 256}
+STATES = 3  # of a row while a step is made: the old one, the new one, and a copy in between
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How questions are asked. The template is the one that they are written in."""
+
+    max_tokens: int
+    template: Template = DEFAULT
+    bos: tuple[int, ...] = ()  # the ids that every prompt begins with
+    sampling: Sampling = GREEDY
+    samples: int = 1  # answers to each question
+    seed: int = 0
+
+
+def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
+    """How many of so many answers are made at once: `batch`, else what ROWS and half of the memory allow.
+
+    UserError where the states of `batch` answers do not fit into the memory.
+    """
+    accelerator = "gpu" if model.emb.weight.is_cuda else "cpu"
+    rows = min(answers, batch or ROWS[accelerator])
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    left, a_row = free_memory(accelerator) - weights, STATES * state_bytes(model)
+    if batch and rows * a_row > left:
+        raise UserError(
+            f"--batch {batch}: the states of {rows} answers take {rows * a_row / 1e9:.1f} GB, and"
+            f" {max(left, 0) / 1e9:.1f} GB of memory are free beside the model; leave it out, or give at most"
+            f" {max(left // a_row, 1)}"
+        )
+    return rows if batch else max(1, min(rows, left // 2 // a_row))
+
+
+def state_bytes(model: RWKV) -> int:
+    """Bytes of the state of one answer."""
+    arch = model.arch
+    wkv = arch.n_head * arch.head_size**2 * 4
+    return arch.n_layer * (wkv + 2 * arch.n_embd * model.dtype.itemsize)
+
+
+def engine_for(model: RWKV, tokenizer, answers: int, batch: int | None = None) -> Engine:
+    """An engine for so many answers, of which rows_for() are made at once."""
+    decoder, _ = fastest(model, rows=rows_for(model, answers, batch))
+    return Engine(decoder, tokenizer)
+
+
+def answers_to(
+    engine: Engine, questions: Sequence[Question], asking: Asking, kept: AnswersFile | None = None
+) -> list[list[Answer]]:
+    """What the model answers to each question, without thoughts: asking.samples answers each.
+
+    An answer depends on its question, its place in the list, the number of the sample and asking.seed, and
+    not on what is answered beside it. What `kept` has already is not asked again; what comes is added to it.
+    """
+    keys = [(i, sample) for i in range(len(questions)) for sample in range(asking.samples)]
+    given = {key: kept.answers[key] for key in keys if key in kept.answers} if kept else {}
+    open_ones = sorted({i for i, sample in keys if (i, sample) not in given})
+    requests = [
+        Request(
+            questions[i].ids(engine.tokenizer, asking.bos),
+            asking.max_tokens,
+            asking.sampling,
+            seed_of(asking.seed, i),
+            asking.template.stops,
+            n=asking.samples,
+        )
+        for i in open_ones
+    ]
+    known = {(place, sample) for place, i in enumerate(open_ones) for sample in range(asking.samples)}
+    known = {(place, sample) for place, sample in known if (open_ones[place], sample) in given}
+    with Progress("answering", len(keys), "answers", done=len(given)) as bar:
+        for place, answer in completed(engine, requests, bar, known):
+            question, key = questions[open_ones[place]], (open_ones[place], answer.index)
+            text = answer_text(answer.text, asking.template, question.opening)
+            given[key] = Answer(text, answer.finish == "length")
+            if kept:
+                kept.add(*key, question.prompt, given[key])
+    if kept:
+        kept.finish()
+    return [[given[i, sample] for sample in range(asking.samples)] for i in range(len(questions))]
+
+
+def completed(
+    engine: Engine, requests: Sequence[Request], bar: Progress, known: Collection[tuple[int, int]] = ()
+) -> Iterator[tuple[int, inference.Answer]]:
+    """(place of the request, one of its answers) as soon as it is complete. The bar counts answers.
+
+    `known` are (place, index) of answers that are not needed. UserError where the model overflows.
+    """
+    places: dict[inference.Answer, int] = {}
+    for place, request in enumerate(requests):
+        for answer in engine.submit(request):
+            places[answer] = place
+            if (place, answer.index) in known:
+                engine.cancel(answer)
+    tokens, begun = 0, time.monotonic()
+    while not engine.idle:
+        for answer in engine.step():
+            tokens += 1
+            if answer.error:
+                raise answer.error
+            if answer.finish:
+                bar.update(1)
+                yield places.pop(answer), answer
+        bar.update(0, f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s")
+
+
+def exact_accuracy(
+    model: RWKV, tokenizer, questions: Sequence[Question], asking: Asking
+) -> tuple[float, list[str]]:
+    """(share of answers that are right as a whole, the answers)."""
+    given = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
+    answers = [answer.text for answer, *_ in given]
+    right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))
+    return right / len(questions), answers

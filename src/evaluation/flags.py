@@ -1,0 +1,218 @@
+"""The flags of scripts.evaluate, and which of them go together."""
+
+from __future__ import annotations
+
+import argparse
+
+from rwkv_miss.errors import Parser, UserError
+from rwkv_miss.files.output import require_writable
+
+from ..common.device import PRECISIONS
+from ..config import FIELDS
+from ..config.validate import check_bos
+from ..data.leading_token import HELP as BOS_HELP
+from ..data.templates import add_template_flags
+from ..inference.sampling import Sampling
+from .mathematics import require_math_verify
+from .presets import PRESETS
+from .questions import LIMITS, THOUGHTS
+from .scoring import SCORES
+
+
+def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """The flags. UserError for those that do not go together, before a model is loaded."""
+    parser = Parser(prog="python -m scripts.evaluate", description=description)
+    add_model(parser)
+    add_questions(parser)
+    add_answers(parser)
+    add_sampling(parser)
+    args = parser.parse_args(argv)
+    if args.preset:  # its values are defaults, before which what is given goes
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
+    add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
+    add(
+        "--tokenizer",
+        default="auto",
+        help=(
+            "auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
+            "default %(default)s"
+        ),
+    )
+    add(
+        "--eod",
+        default="",
+        help=(
+            "text of the end-of-document token, where a tokenizer file does not tell; "
+            "default: as the tokenizer says"
+        ),
+    )
+    add_template_flags(add)
+    add("--bos", default="recorded", help=BOS_HELP)
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="of the weights. auto: bf16 on a GPU that has it, or fp16; on a CPU fp32. Default %(default)s",
+    )
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--questions",
+        required=True,
+        help=(
+            "questions and right answers, in any format of train.py's --data_file; "
+            "with --score code HumanEval or MBPP"
+        ),
+    )
+    for name in ("sft_field", "sft_split"):
+        default = FIELDS[name].default
+        text = f"{FIELDS[name].metadata['help']}; default {default!r}"
+        add(f"--{name}", default=default, help=text.replace("%", "%%"))
+    add(
+        "--score",
+        default="exact",
+        choices=(*SCORES, "code"),
+        help=(
+            "an answer is right if it is, as a whole, the right one (exact), ends in the same number"
+            " (number: GSM8K), has an equal \\boxed{} result (boxed: MATH), has equal mathematics by the"
+            " package math-verify (math_verify: MATH-500), or is a program that passes the tests (code:"
+            " HumanEval, MBPP); default %(default)s"
+        ),
+    )
+    add(
+        "--run_code",
+        action="store_true",
+        help=(
+            "with --score code: run the model's programs on this machine, with limits of time and memory but"
+            " in no sandbox; default: only keep the answers"
+        ),
+    )
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
+    add(
+        "--max_tokens",
+        type=int,
+        help=(
+            "the longest answer, in tokens. Default: for exact a quarter more than the longest right answer,"
+            f" and 16; {limits}; {THOUGHTS} where a template begins thoughts"
+        ),
+    )
+    add(
+        "--batch",
+        type=int,
+        help="answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer where the memory is small",
+    )
+    add("--show", type=int, default=5, help="answers to print; default %(default)s")
+    add(
+        "--save",
+        help=(
+            "write prompts and answers to this JSONL file as they come; the same command goes on after a"
+            " stop. Default: they are not kept"
+        ),
+    )
+    add("--answers", help="score the answers of such a file, in the place of a --model")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--samples",
+        type=int,
+        default=1,
+        help=(
+            "answers to each question, for pass@k and the majority; needs a --temperature; default"
+            " %(default)s"
+        ),
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of the sampling; default %(default)s, the likeliest token each time",
+    )
+    add("--top_p", type=float, default=1.0, help="sample from this share of the probability [%(default)s]")
+    add("--top_k", type=int, default=0, help="sample from so many tokens; 0: from all [%(default)s]")
+    add("--seed", type=int, default=0, help="of the samples; default %(default)s")
+    described = [
+        f"{name}: {', '.join(f'{flag} {value}' for flag, value in flags.items())}"
+        for name, flags in PRESETS.items()
+    ]
+    add("--preset", choices=PRESETS, help=f"a published protocol. {'; '.join(described)}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for flags that are out of range or do not go together."""
+    for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0), ("samples", 1), ("seed", 0)):
+        given = getattr(args, name)
+        if given is not None and given < least:
+            expected = "must be at least 1" if least else "must not be negative"
+            raise UserError(f"--{name} {given}: {expected}")
+    if bool(args.model) == bool(args.answers):
+        raise UserError(
+            "give --model, which answers the questions, or --answers, a file of answers"
+            + (", not both" if args.model else "")
+        )
+    check_bos(args.bos)
+    check_answers(args)
+    check_sampling(args)
+    if args.run_code and args.score != "code":
+        raise UserError(f"--run_code is for --score code; --score {args.score} runs nothing")
+    if args.score == "code" and not args.run_code and (args.answers or not args.save):
+        raise UserError(
+            "--score code runs what the model wrote, on this machine, with limits of time and memory but in"
+            " no sandbox: add --run_code, best in a container. --save FILE without it keeps the answers,"
+            " which --answers FILE then scores there"
+        )
+    if args.score == "math_verify":
+        require_math_verify()
+    if args.save:
+        require_writable(args.save)
+
+
+def check_answers(args: argparse.Namespace) -> None:
+    """UserError where --answers is beside flags that ask a model."""
+    if args.model:
+        return
+    asking = {"adapter": None, "bos": "recorded", "save": None}
+    if not args.preset:  # which may tell how to score answers, too
+        asking |= {"samples": 1, "temperature": 0.0}
+    for name, without in asking.items():
+        if (given := getattr(args, name)) != without:
+            raise UserError(f"--{name} {given} belongs to a --model; --answers has the answers already")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """UserError for a sampling that is none."""
+    sampling = Sampling(**sampling_of(args))
+    sampling.check()
+    if not sampling.greedy:
+        return
+    if args.samples > 1:
+        raise UserError(
+            f"--samples {args.samples} with --temperature {args.temperature:g}: greedy answers are all alike;"
+            " give a --temperature above 0, such as 1"
+        )
+    for name, without in (("top_p", 1.0), ("top_k", 0)):
+        if (given := getattr(args, name)) != without:
+            raise UserError(
+                f"--{name} {given} with --temperature {args.temperature:g}: greedy answers sample nothing;"
+                " give a --temperature above 0, such as 1"
+            )
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, float]:
+    """The sampling of the flags, by the names of Sampling."""
+    return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
