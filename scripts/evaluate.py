@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.identity import Identity
@@ -27,9 +27,10 @@ with importing():
     from src.evaluation.answering import Asking, answers_to, engine_for
     from src.evaluation.answers_file import AnswersFile, digest, read_answers, require_unstarted_or_same
     from src.evaluation.code_scoring import passed, read_problems
-    from src.evaluation.flags import arguments, sampling_of
+    from src.evaluation.flags import add_flags, check, sampling_of
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.many_samples import Scores, scores_of
+    from src.evaluation.presets import PRESETS
     from src.evaluation.questions import Answer, Question, answer_limit, read_questions
     from src.evaluation.scoring import SCORES
     from src.inference.load import load
@@ -41,7 +42,7 @@ WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the l
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
-        args = arguments(argv, __doc__)
+        args = arguments(argv)
         name_local_files(args)
         asked = ask_model(args) if args.model else read_answered(args)
         flat = [answer for answers in asked.answers for answer in answers]
@@ -77,6 +78,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.model and args.temperature:
             summary |= {**sampling_of(args), "seed": args.seed}
         print(json.dumps(summary))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags. UserError for those that do not go together, before a model is loaded."""
+    parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.preset:  # its values are defaults, before which what is given goes
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
+    check(args)
+    return args
 
 
 def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> None:

@@ -306,8 +306,7 @@ def test_the_commands_of_the_recipes_are_understood(words, tmp_path, monkeypatch
         with pytest.raises(UserError, match="glue has no folder CoLA"):
             paper.main([*words[3:], *(["--data", "glue", "--tasks", "cola"] if "--tiny" in words else [])])
     else:
-        programs = {"scripts.evaluate": lambda flags: evaluate.arguments(flags, "")}
-        assert (programs | {"scripts.lm_eval": lm_eval.arguments})[words[2]](words[3:])
+        assert {"scripts.evaluate": evaluate, "scripts.lm_eval": lm_eval}[words[2]].arguments(words[3:])
 
 
 def evaluated(capsys, *flags):
@@ -406,11 +405,11 @@ def test_mistakes_are_explained(tmp_path, flags, message, capsys):
 def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", types.ModuleType("math_verify"))
     given = ["--model", "m", "--questions", "q", "--preset", "math500"]
-    args = evaluate.arguments(given, "")
+    args = evaluate.arguments(given)
     assert (args.samples, args.max_tokens, args.score) == (4, 1500, "math_verify")
     assert (args.temperature, args.top_p, args.top_k) == (1.0, 0.28, 32)
     assert args.sft_field == "problem,answer"
-    other = evaluate.arguments([*given, "--samples", "2", "--score", "boxed"], "")
+    other = evaluate.arguments([*given, "--samples", "2", "--score", "boxed"])
     assert (other.samples, other.score, other.top_k) == (2, "boxed", 32)
 
 

@@ -19,19 +19,12 @@ from .questions import LIMITS, THOUGHTS
 from .scoring import SCORES
 
 
-def arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """The flags. UserError for those that do not go together, before a model is loaded."""
-    parser = Parser(prog="python -m scripts.evaluate", description=description)
+def add_flags(parser: Parser) -> None:
+    """All of them."""
     add_model(parser)
     add_questions(parser)
     add_answers(parser)
     add_sampling(parser)
-    args = parser.parse_args(argv)
-    if args.preset:  # its values are defaults, before which what is given goes
-        parser.set_defaults(**PRESETS[args.preset])
-        args = parser.parse_args(argv)
-    check(args)
-    return args
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
