@@ -6,6 +6,8 @@ import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
+
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
@@ -13,9 +15,10 @@ from ..common.available_memory import free_memory
 from ..data.chat_template import Template
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
-from ..inference import engine as inference
+from ..inference import request as inference
 from ..inference.decoders import fastest
-from ..inference.engine import Engine, Request, seed_of
+from ..inference.engine import Engine
+from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
 from .answers_file import AnswersFile
@@ -62,6 +65,11 @@ def state_bytes(model: RWKV) -> int:
     arch = model.arch
     wkv = arch.n_head * arch.head_size**2 * 4
     return arch.n_layer * (wkv + 2 * arch.n_embd * model.dtype.itemsize)
+
+
+def seed_of(seed: int, place: int) -> int:
+    """The seed of what is asked in this place; the engine makes one of it for each answer."""
+    return int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0])
 
 
 def engine_for(model: RWKV, tokenizer, answers: int, batch: int | None = None) -> Engine:

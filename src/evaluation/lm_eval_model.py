@@ -19,10 +19,10 @@ from ..data.chat_template import Template
 from ..data.formats import read_records
 from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
-from ..inference.engine import Request, seed_of
+from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
-from .answering import completed, engine_for
+from .answering import completed, engine_for, seed_of
 from .likelihood import log_likelihoods
 
 MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harness's own models

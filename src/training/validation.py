@@ -22,7 +22,8 @@ from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
 from ..data.leading_token import without_leading
 from ..evaluation.answering import completed
-from ..inference.engine import Answer, Engine, Request
+from ..inference.engine import Engine
+from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
 from .callbacks import StepReport
