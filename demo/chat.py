@@ -43,7 +43,9 @@ CHUNK = 1024  # tokens of a prompt that are read at once
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.chat", description=__doc__)
     add_files(parser.add_argument)
+    add_conversation(parser.add_argument)
     add_text(parser.add_argument)
+    add_prompt(parser.add_argument)
     add_sampling(parser.add_argument)
     add_device(parser.add_argument)
     args = parser.parse_args(argv)
@@ -53,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_files(add: Callable) -> None:
-    """What answers, and where a conversation goes on."""
+    """What answers."""
     add(
         "--model",
         required=True,
@@ -65,7 +67,7 @@ def add_files(add: Callable) -> None:
         default=[],
         metavar="[NAME=]FILE",
         help="adapter .pth trained on that base, or a name of the hub as above, by its file's name"
-        " unless NAME is given; the first of several answers, /adapter NAME chooses",
+        " unless NAME is given; a chat begins with the first of several, a server's requests choose",
     )
     add(
         "--scale",
@@ -73,6 +75,10 @@ def add_files(add: Callable) -> None:
         default=1.0,
         help="what the adapter changes is multiplied by this; 1: as it was trained",
     )
+
+
+def add_conversation(add: Callable) -> None:
+    """What a chat does with several answers, and where it goes on."""
     add(
         "--compare",
         action="store_true",
@@ -91,9 +97,13 @@ def add_text(add: Callable) -> None:
     add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
     add_template_flags(add)
     add("--bos", default="recorded", help=BOS_HELP)
+    add("--system", default="", help="text of a System: turn before the chat")
+
+
+def add_prompt(add: Callable) -> None:
+    """What is asked, where it is not typed."""
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
-    add("--system", default="", help="text of a System: turn before the chat")
     add(
         "--tools", metavar="FILE", help="JSON file with the tools that the model may call, as in OpenAI's API"
     )

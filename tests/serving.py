@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 import types
 
 import torch
@@ -21,11 +22,11 @@ LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
 
 class Scripted:
     """Stands in for a decoder: to a prompt, every row says `script`, one byte after another, and then the end
-    of document. `prompts` are the texts that were read.
+    of document. `prompts` are the texts that were read. A step takes `pause` seconds.
     """
 
-    def __init__(self, rows=4, script="Hello."):
-        self.rows, self.script, self.prompts = rows, script, []
+    def __init__(self, rows=4, script="Hello.", pause=0.0):
+        self.rows, self.script, self.pause, self.prompts = rows, script, pause, []
         self.model = types.SimpleNamespace(arch=types.SimpleNamespace(vocab_size=256))
         self.adapters = None
         self.states = [None] * rows
@@ -49,6 +50,7 @@ class Scripted:
         self.states[target] = self.states[source]
 
     def step(self, tokens, applied):
+        time.sleep(self.pause)
         rows = range(len(tokens))
         for row in rows:
             said, place = self.states[row]
@@ -69,10 +71,10 @@ def records(tokenizer, template=None, bos=()):
     return Records(lambda paths: chosen, lambda paths: bos, tokenizer.name)
 
 
-def scripted(script="Hello.", template=None, rows=4, **options):
+def scripted(script="Hello.", template=None, rows=4, pause=0.0, **options):
     """running() with a Scripted decoder."""
     tokenizer = load_tokenizer("bytes", 256)
-    decoder = Scripted(rows, script)
+    decoder = Scripted(rows, script, pause)
     engine = Engine(decoder, tokenizer, chunk=64, reads_first=False)
     served = ServedModels("tiny", no_adapters(), records(tokenizer, template), 1.0, None)
     return running(engine, served, **options)

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from .errors import Refused
@@ -15,6 +15,7 @@ from .limits import Limits
 
 QUIET_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_NAMED = 20
+DROPPED = 4  # times the largest body: what of one that is too large is read to its end
 
 
 def dumped(value: Any) -> bytes:
@@ -40,33 +41,37 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request. Refused where it is too large, or does not come."""
-    too_large = Refused(
-        413,
-        f"the request is larger than the {limits.body_bytes:,} bytes that this server reads",
-        code="request_too_large",
-        headers={"Connection": "close"},
-    )
+    """The body of a request. Refused where it is too large, or does not come.
+
+    Some of what is too large is read and dropped: a client who is still sending would not see the reply.
+    """
+    close = {"Connection": "close"}
+    too_large = f"the request is larger than the {limits.body_bytes:,} bytes that this server reads"
+    refused = Refused(413, too_large, code="request_too_large", headers=close)
+    most = DROPPED * limits.body_bytes
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
-        raise too_large
-    body = bytearray()
+    if declared.isdecimal() and int(declared[:20]) > most:
+        raise refused
+    body, size = bytearray(), 0
 
     async def read() -> None:
+        nonlocal size
         async for part in request.stream():
-            body.extend(part)
-            if len(body) > limits.body_bytes:
-                raise too_large
+            size += len(part)
+            if size > most:
+                return
+            if size <= limits.body_bytes:
+                body.extend(part)
 
     try:
         await asyncio.wait_for(read(), limits.receiving)
     except asyncio.TimeoutError:
-        raise Refused(
-            408,
-            f"the request did not arrive within {limits.receiving:g} seconds",
-            code="request_timeout",
-            headers={"Connection": "close"},
-        ) from None
+        late = f"the request did not arrive within {limits.receiving:g} seconds"
+        raise Refused(408, late, code="request_timeout", headers=close) from None
+    except ClientDisconnect:
+        raise Refused(400, "the client left before its request was complete") from None
+    if size > limits.body_bytes:
+        raise refused
     return bytes(body)
 
 

@@ -134,17 +134,23 @@ class ServedModels:
                 self.adapters.check(Applied((internal,)))
                 worker.engine.refresh()
             except BaseException:
-                self.adapters.remove(internal)
+                self.adapters.drop(internal)
                 raise
             return entry
 
         try:
             entry = await worker.call(load)
         except UserError as error:
-            # messages name the file by its path, which is none of the client's business
-            raise wrong("file", str(error).replace(path, file)) from None
+            raise wrong("file", self._without_paths(str(error), path, file)) from None
         self.entries[name] = entry
         return entry
+
+    def _without_paths(self, message: str, path: str, file: str) -> str:
+        """What an error says, without the server's folders, which are none of a client's business."""
+        identity = self.adapters.model.base_identity
+        base = str(identity.path) if identity and identity.path else ""
+        message = message.replace(path, file)
+        return message.replace(base, os.path.basename(base)) if base else message
 
     def _check_tokenizer(self, path: str, file: str) -> None:
         recorded = (read_metadata(path) or {}).get("tokenizer")
@@ -166,7 +172,7 @@ class ServedModels:
         if entry.dropped and not entry.users:
 
             def leave() -> None:
-                self.adapters.remove(entry.internal)
+                self.adapters.drop(entry.internal)
                 worker.engine.refresh()
 
             worker.post(leave)

@@ -1,0 +1,186 @@
+"""Damaged requests to a server: python -m benchmarks.serve_fuzz --requests 10000
+
+Each is a request of one of its addresses with something changed: a field's value, a byte, a header, its
+length, or its end, which does not come. Whatever comes, the server has to answer with a client's error or an
+answer, print no traceback, and have no row taken at the end. Exit code 1 where it does not.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import json
+import random
+import socket
+import sys
+import time
+
+from .common import add_integers, argument_parser, report, settings_without
+
+JUNK = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 1e308, -0.5, "", "x", "\0", "\ud800", "é✿",
+    "x" * 5000, [], [[]], [None], {}, {"a": {}}, [1, "a", {}], "<think>", "```json", "base:nobody",
+]  # fmt: skip
+PART = 1000  # requests that are made at once, and told of
+BODIES = [
+    (
+        "/v1/chat/completions",
+        {
+            "model": "MODEL",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "What is the weather?"}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "c", "content": "rain"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "tool_choice": "auto",
+            "reasoning_effort": "none",
+            "temperature": 1,
+            "top_p": 0.5,
+            "n": 2,
+            "seed": 1,
+            "stop": ["a", "b"],
+            "max_tokens": 4,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "response_format": {"type": "text"},
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": 4,
+            "adapter_id": "",
+            "adapter_scale": 1.0,
+            "think_mode": "think",
+        },
+    ),
+    (
+        "/v1/completions",
+        {"model": "MODEL", "prompt": ["a", "b"], "max_tokens": 3, "echo": False, "logprobs": 1, "stop": None},
+    ),
+    ("/v1/adapters", {"name": "new", "file": "new.pth"}),
+]
+
+
+def mutated(rng: random.Random, model: str) -> bytes:
+    """The bytes of a request, damaged somewhere."""
+    path, body = rng.choice(BODIES)
+    body = json.loads(json.dumps(body).replace("MODEL", model))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 5))):
+        _change(rng, body)
+    data = bytearray(json.dumps(body).encode())
+    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+        _damage(rng, data)
+    length = len(data) + rng.choice((0,) * 12 + (-5, 7))
+    method = rng.choice(("POST",) * 12 + ("GET", "DELETE", "PUT", "\xff"))
+    path = rng.choice(
+        (path,) * 12 + ("/v1/adapters/x", "/v1/nothing", "/page/../app.py", "/v1/models/%2e%2e")
+    )
+    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    lines += [f"Content-Length: {length}", *rng.choice(([],) * 12 + HEADERS)]
+    head = bytearray("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    if rng.random() < 0.1:
+        _damage(rng, head)
+    raw = bytes(head + data)
+    return raw[: rng.randrange(len(raw))] if rng.random() < 0.1 else raw
+
+
+HEADERS = (
+    ["Transfer-Encoding: chunked"],
+    ["Content-Length: 3"],
+    ["Host: evil.example"],
+    ["Origin: http://evil.example"],
+    ["Expect: 100-continue"],
+    ["Upgrade: websocket", "Connection: Upgrade"],
+    ["X: " + "y" * 100_000],
+)
+
+
+def _change(rng: random.Random, value) -> None:
+    """Put junk into an object or a list, at some depth."""
+    places = list(value) if isinstance(value, dict) else list(range(len(value)))
+    if not places:
+        return
+    place = rng.choice(places)
+    if isinstance(value[place], (dict, list)) and rng.random() < 0.6:
+        return _change(rng, value[place])
+    if isinstance(value, dict) and rng.random() < 0.2:
+        value[rng.choice(("extra", "functions", "suffix", "best_of", "logit_bias"))] = rng.choice(JUNK)
+    elif isinstance(value, dict) and rng.random() < 0.2:
+        del value[place]
+    else:
+        value[place] = rng.choice(JUNK)
+
+
+def _damage(rng: random.Random, data: bytearray) -> None:
+    place = rng.randrange(len(data) + 1)
+    kind = rng.randrange(3)
+    if kind == 0:
+        data[place:place] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
+    elif kind == 1:
+        del data[place : place + rng.randrange(1, 30)]
+    elif place < len(data):
+        data[place] = rng.randrange(256)
+
+
+def sent(address: tuple[str, int], raw: bytes, patience: float = 0.3) -> str:
+    """The status of the reply; "" where the server waits for more, or closes without a word.
+
+    It hangs up after `patience` seconds without anything new, or as soon as it has the reply's head.
+    """
+    with socket.create_connection(address, timeout=20) as client:
+        client.settimeout(patience)
+        reply = b""
+        try:
+            client.sendall(raw)
+            while b"\r\n\r\n" not in reply and (part := client.recv(65536)):
+                reply += part
+        except OSError:  # nothing comes, or the connection was reset
+            pass
+    words = reply.partition(b"\r\n")[0].split()
+    return words[1].decode("latin-1") if len(words) > 1 else ""
+
+
+def main() -> None:
+    from .serve_load import served_model
+
+    parser = argument_parser(__doc__)
+    add_integers(parser, requests=10_000, seed=0)
+    args = parser.parse_args()
+    statuses: collections.Counter[str] = collections.Counter()
+    rng, began = random.Random(args.seed), time.monotonic()
+    with served_model(layers=2, width=64, adapters=1, max_tokens=8) as server:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for number in range(0, args.requests, PART):
+                part = [mutated(rng, server.model) for _ in range(min(PART, args.requests - number))]
+                statuses.update(pool.map(lambda raw: sent(server.address, raw), part))
+                print(f"{number + len(part)} requests, {dict(statuses)}", flush=True)
+        left = server.settled()
+        printed = server.printed()
+    bad = {status: count for status, count in statuses.items() if status[:1] == "5" and status != "503"}
+    tracebacks = printed.count("Traceback")
+    report(
+        "serve_fuzz",
+        **settings_without(args),
+        statuses=dict(sorted(statuses.items())),
+        rows_taken_at_the_end=left,
+        tracebacks=tracebacks,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    if bad or left or tracebacks:
+        sys.exit(printed[-4000:] or f"the server answered with an error of its own: {bad}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Many clients of a server at once, for minutes: python -m benchmarks.serve_load --seconds 180
+
+A random model with random adapters answers requests that are known: each was asked alone before, and every
+answer has to be the same, character by character. Meanwhile somebody sends prompts of --long tokens, and the
+longest time that a stream waits between two of its pieces is measured. The server's memory is read four times
+a minute. Exit code 1 where an answer differs or is lost, a row stays taken, or memory grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import torch
+
+import rwkv_miss
+from src.model import RWKV
+
+from .common import add_integers, argument_parser, as_flags, report, settings_without, write_random_base
+
+START_SECONDS = 600  # until a server listens, whose kernels may have to be built
+MOST_GROWTH = 1.03  # of memory, from the first quarter of the time to the end
+WORDS = "the model reads a prompt and writes an answer while others wait for their next token".split()
+
+
+@dataclasses.dataclass
+class Server:
+    """A server in a process of its own."""
+
+    address: tuple[str, int]
+    model: str
+    log: pathlib.Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address[0]}:{self.address[1]}"
+
+    def metrics(self) -> dict[str, float]:
+        import httpx
+
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        pairs = (line.split() for line in lines if line.startswith("rwkv_"))
+        return {name: float(value) for name, value in pairs}
+
+    def settled(self, seconds: float = 60) -> int:
+        """The answers that still run or wait after so many seconds without clients."""
+        end = time.monotonic() + seconds
+        while True:
+            metrics = self.metrics()
+            left = int(metrics["rwkv_answers_running"] + metrics["rwkv_answers_waiting"])
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.1)
+
+    def printed(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def served_model(layers: int, width: int, adapters: int, **flags) -> Iterator[Server]:
+    """A server of a random model with random MiSS adapters a0, a1, ..., that ends with the context."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_random_base(folder / "model.pth", 7, layers, width, tokenizer="")
+        for number in range(adapters):
+            write_random_adapter(folder, f"a{number}", number)
+        given = [f"--adapter=a{number}={folder}/a{number}.pth" for number in range(adapters)]
+        flags = {"model": folder / "model.pth", "port": 0, "seed": 0, **flags}
+        command = [sys.executable, "-m", "demo.serve", *as_flags(**flags), *given]
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(command, stderr=log, stdout=log)
+        try:
+            yield Server(_address(folder / "log", process), "model", folder / "log")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def write_random_adapter(folder: pathlib.Path, name: str, seed: int) -> None:
+    model = RWKV.load(folder / "model.pth")
+    rwkv_miss.inject(model, "miss", rank=8)
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.02 * torch.randn_like(p)
+    rwkv_miss.save_adapter(model, folder / f"{name}.pth")
+
+
+def _address(log: pathlib.Path, process: subprocess.Popen) -> tuple[str, int]:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if found := re.search(r"http://([\d.]+):(\d+)/v1", log.read_text()):
+            return found[1], int(found[2])
+        time.sleep(0.1)
+    raise SystemExit(f"the server did not start:\n{log.read_text()}")
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the clients have seen."""
+
+    answers: int = 0
+    different: int = 0
+    lost: int = 0
+    tokens: int = 0
+    first: list[float] = dataclasses.field(default_factory=list)
+    pauses: list[float] = dataclasses.field(default_factory=list)  # the longest of each answer
+    memory: list[float] = dataclasses.field(default_factory=list)
+
+
+def requests_of(server: Server, adapters: int, count: int, tokens: int) -> list[dict]:
+    """Different requests to the base and the adapters, greedy and drawn."""
+    rng = random.Random(1)
+    models = [server.model, *(f"{server.model}:a{number}" for number in range(adapters))]
+    return [
+        {
+            "model": models[number % len(models)],
+            "messages": [{"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.randrange(5, 120)))}],
+            "max_tokens": rng.randrange(tokens // 2, tokens + 1),
+            "temperature": number % 2,
+            "top_p": 0.9,
+            "seed": number,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for number in range(count)
+    ]
+
+
+async def asked(client, body: dict) -> AsyncIterator[tuple[float, str, int]]:
+    """(seconds since the last one, new text, tokens or 0) of a stream."""
+    before = time.monotonic()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        reply.raise_for_status()
+        async for line in reply.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise OSError(event["error"]["message"])
+            tokens = (event.get("usage") or {}).get("completion_tokens", 0)
+            delta = event["choices"][0]["delta"] if event["choices"] else {}
+            text = delta.get("content") or delta.get("reasoning_content") or ""
+            if text or tokens:
+                now = time.monotonic()
+                yield now - before, text, tokens
+                before = now
+
+
+async def one_client(client, bodies: list[dict], alone: list[str], end: float, seen: Seen, seed: int) -> None:
+    """Ask again and again until the end."""
+    rng = random.Random(seed)
+    while time.monotonic() < end:
+        number = rng.randrange(len(bodies))
+        text, waits, tokens = "", [], 0
+        try:
+            async for wait, new, counted in asked(client, bodies[number]):
+                waits.append(wait)
+                text, tokens = text + new, tokens + counted
+        except OSError:
+            seen.lost += 1
+            continue
+        seen.answers += 1
+        seen.different += text != alone[number]
+        seen.tokens += tokens
+        seen.first.append(waits[0])
+        seen.pauses.append(max(waits[1:], default=0.0))
+
+
+async def long_prompts(client, tokens: int, every: float, end: float) -> None:
+    """Send a prompt that takes long to read, now and then."""
+    rng = random.Random(2)
+    while time.monotonic() < end:
+        body = {"prompt": [rng.randrange(1, 60_000) for _ in range(tokens)], "max_tokens": 1}
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+        await asyncio.sleep(every)
+
+
+async def load(server: Server, args, bodies: list[dict]) -> Seen:
+    import httpx
+
+    seen, alone = Seen(), []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
+        for body in bodies:
+            alone.append("".join([text async for _, text, _ in asked(client, body)]))
+        print(f"{len(bodies)} requests were asked alone", flush=True)
+        end = time.monotonic() + args.seconds
+        tasks = [
+            asyncio.create_task(one_client(client, bodies, alone, end, seen, seed))
+            for seed in range(args.clients)
+        ]
+        if args.long:
+            tasks.append(asyncio.create_task(long_prompts(client, args.long, 5, end)))
+        while time.monotonic() < end:
+            await asyncio.sleep(min(15, args.seconds / 8))
+            metrics = await asyncio.to_thread(server.metrics)
+            seen.memory.append(metrics["rwkv_resident_memory_bytes"])
+            print(f"{seen.answers} answers, {seen.memory[-1] / 2**20:.0f} MiB", flush=True)
+        await asyncio.gather(*tasks)
+    return seen
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    add_integers(parser, seconds=180, clients=64, adapters=4, rows=16, long=8192, requests=40, tokens=48)
+    add_integers(parser, layers=6, width=256)
+    args = parser.parse_args()
+    flags = {"rows": args.rows, "cache": "32MB"}
+    with served_model(args.layers, args.width, args.adapters, **flags) as server:
+        bodies = requests_of(server, args.adapters, args.requests, args.tokens)
+        seen = asyncio.run(load(server, args, bodies))
+        left, printed = server.settled(), server.printed()
+    quarter = seen.memory[len(seen.memory) // 4]
+    growth = seen.memory[-1] / quarter
+    report(
+        "serve_load",
+        **settings_without(args),
+        answers=seen.answers,
+        different=seen.different,
+        lost=seen.lost,
+        rows_taken_at_the_end=left,
+        tokens_per_second=round(seen.tokens / args.seconds, 1),
+        first_token_seconds=[round(statistics.median(seen.first), 3), round(max(seen.first), 3)],
+        longest_pause_seconds=round(max(seen.pauses), 3),
+        median_longest_pause_seconds=round(statistics.median(seen.pauses), 3),
+        memory_mib=[round(size / 2**20) for size in seen.memory],
+        memory_growth=round(growth, 4),
+    )
+    if seen.different or seen.lost or left or growth > MOST_GROWTH or "Traceback" in printed:
+        sys.exit(printed[-4000:])
+
+
+if __name__ == "__main__":
+    main()

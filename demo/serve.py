@@ -1,0 +1,293 @@
+"""An OpenAI-compatible server for a model file, or for a base and its adapters, unmerged.
+
+python -m demo.serve --model merged.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.serve")
+
+from src.common.startup import importing, naming_missing_packages
+
+with importing():
+    from demo.chat import add_device, add_files, add_sampling, add_text, named
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from rwkv_miss.files.hub import local_path
+    from src.common.available_memory import parse_size, resident
+    from src.common.formatting import counted, size_text
+    from src.config.validate import check_bos
+    from src.data.leading_token import leading_token
+    from src.data.released import modes_note
+    from src.data.templates import choose_template, recorded_template
+    from src.inference.decoders import fastest, measured_chunk
+    from src.inference.engine import Engine
+    from src.inference.load import load_with, refuse_folders
+    from src.inference.sampling import Sampling
+    from src.serving.limits import Limits
+
+PACKAGES = ("starlette", "uvicorn")
+SECONDS = 0.06  # that reading a chunk of a prompt may take, while others wait for their next token
+SIZES = {"limit_body": "body_bytes"}
+COUNTS = {
+    "limit_prompt": "prompt_tokens",
+    "limit_answer": "answer_tokens",
+    "limit_answers": "answers",
+    "limit_waiting": "waiting",
+    "limit_connections": "connections",
+}
+TIMES = {"limit_receiving": "receiving", "limit_finishing": "finishing"}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m demo.serve", description=__doc__)
+    add_address(parser.add_argument)
+    add_files(parser.add_argument)
+    add_text(parser.add_argument)
+    add_sampling(without_defaults(parser.add_argument))
+    add_device(parser.add_argument)
+    add_engine(parser.add_argument)
+    add_limits(parser.add_argument)
+    args = parser.parse_args(argv)
+    args.adapter = named(args.adapter)
+    check(args)
+    return args
+
+
+def add_address(add: Callable) -> None:
+    """Where it listens, and who may ask."""
+    add("--host", default="127.0.0.1", help="address to listen at; default %(default)s, this machine only")
+    add("--port", type=int, default=8000, help="port to listen at; 0: a free one; default %(default)s")
+    add("--api_key", default="", help="what clients have to send; needed where others can reach the --host")
+    add("--api_key_file", metavar="FILE", help="a file with the key, which command lines then do not show")
+    add(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that this machine is asked by, such as a proxy's",
+    )
+    add(
+        "--cors_origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a site, such as https://chat.example.org, whose pages may ask from a browser; without it: none",
+    )
+    add("--name", help="what clients call the base; its file's name without suffix unless given")
+    add(
+        "--adapter_dir",
+        metavar="FOLDER",
+        help="folder whose adapters clients may load with POST /v1/adapters; without it: none",
+    )
+
+
+def add_engine(add: Callable) -> None:
+    """How many answers are written at once, and what is kept."""
+    add("--rows", type=int, default=16, help="answers that are written at once; default %(default)s")
+    add("--cache", default="1GB", help="memory for states of prompts; 0: none; default %(default)s")
+    add(
+        "--chunk",
+        type=int,
+        default=0,
+        help="tokens of a prompt that are read at once; 0: as many as take 60 ms, measured at the start",
+    )
+
+
+def add_limits(add: Callable) -> None:
+    """How much clients may ask for."""
+    default = Limits()
+    add(
+        "--limit_body",
+        default=size_text(default.body_bytes).replace(" ", "").replace(".00", ""),
+        help="the largest request; default %(default)s",
+    )
+    helps = {
+        "limit_prompt": "the longest prompt, in tokens",
+        "limit_answer": "the longest answer, in tokens",
+        "limit_answers": "the most answers to one request",
+        "limit_waiting": "the most answers that may wait; others are told to try again",
+        "limit_connections": "the most connections",
+    }
+    for flag, text in helps.items():
+        add(
+            f"--{flag}", type=int, default=getattr(default, COUNTS[flag]), help=f"{text}; default %(default)s"
+        )
+    helps = {
+        "limit_receiving": "seconds until a request has arrived",
+        "limit_finishing": "seconds that running answers have after SIGTERM",
+    }
+    for flag, text in helps.items():
+        add(
+            f"--{flag}",
+            type=float,
+            default=getattr(default, TIMES[flag]),
+            help=f"{text}; default %(default)s",
+        )
+
+
+def without_defaults(add: Callable) -> Callable:
+    """`add` for flags whose absence means what is recommended for a request's think mode."""
+
+    def add_one(*names: str, **options) -> None:
+        if names == ("--max_tokens",):
+            options["default"] = 1024
+            return add(*names, **options)
+        text = options["help"].partition("; default")[0]
+        whose = "another one for every request" if names == ("--seed",) else "as recommended for the template"
+        return add(*names, **{**options, "default": None, "help": f"{text}; default: {whose}"})
+
+    return add_one
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for values and pairs of flags that make no sense."""
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"the server needs {' and '.join(absent)}, not installed for {sys.executable}: pip install"
+            f" {' '.join(PACKAGES)}"
+        )
+    least = {"rows": 1, "port": 0, "chunk": 0, "max_tokens": 1, **dict.fromkeys(COUNTS, 1)}
+    least["limit_waiting"] = 0
+    for flag, low in least.items():
+        if getattr(args, flag) < low:
+            raise UserError(f"--{flag} {getattr(args, flag)}: expected {low} or more")
+    if args.port > 65535:
+        raise UserError(f"--port {args.port}: expected at most 65535")
+    for flag in TIMES:
+        if not 0 < getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag} {getattr(args, flag)}: expected more than 0 seconds")
+    if not math.isfinite(args.scale):
+        raise UserError(f"--scale {args.scale}: expected a finite number")
+    if args.seed is not None and not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
+    dataclasses.replace(Sampling(), **chosen_sampling(args)).check()
+    check_bos(args.bos)
+    if args.adapter_dir and not os.path.isdir(args.adapter_dir):
+        raise UserError(f"--adapter_dir {args.adapter_dir} is no folder")
+    if any(set(name) & set(":+") for name in args.adapter):
+        raise UserError("the name of an adapter may have no : and no +, which part names in requests")
+    check_key(args)
+
+
+def check_key(args: argparse.Namespace) -> None:
+    """The key of --api_key_file becomes --api_key. UserError where there has to be one."""
+    from src.serving.guard import is_own_machine
+
+    if args.api_key and args.api_key_file:
+        raise UserError("--api_key and --api_key_file both give the key; drop one of them")
+    if args.api_key_file:
+        try:
+            with open(args.api_key_file, encoding="utf-8") as file:
+                args.api_key = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api_key_file {args.api_key_file} can't be read: {error}") from None
+        if not args.api_key:
+            raise UserError(f"--api_key_file {args.api_key_file} is empty")
+    if args.api_key and not (
+        args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key
+    ):
+        raise UserError("the API key may have ASCII characters without spaces only: it is sent in a header")
+    if not args.api_key and not is_own_machine(args.host):
+        raise UserError(
+            f"--host {args.host} can be reached from other machines: give a key with --api_key_file FILE, or"
+            " leave --host out"
+        )
+
+
+def chosen_sampling(args: argparse.Namespace) -> dict[str, float]:
+    """The fields of Sampling that the command line says."""
+    names = (field.name for field in dataclasses.fields(Sampling))
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    names = {**COUNTS, **TIMES}
+    given = {field: getattr(args, flag) for flag, field in names.items()}
+    return Limits(body_bytes=parse_size(args.limit_body, "--limit_body"), **given)
+
+
+def load(args: argparse.Namespace) -> tuple:
+    """(engine, served models, what answers in words). UserError for files that do not fit."""
+    from src.serving.served import Records, ServedModels
+
+    choose_template(args.template, args.tool_style, None, None)
+    refuse_folders(args.adapter)
+    cache = 0 if args.cache.strip() == "0" else parse_size(args.cache, "--cache")
+    args.model = local_path(args.model)
+    files = {name: local_path(path) for name, path in args.adapter.items()}
+    adapters, tokenizer = load_with(
+        args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
+    )
+
+    def template_of(paths: list):
+        return recorded_template(args.template, tokenizer, *paths, args.model, tool_style=args.tool_style)
+
+    def bos_of(paths: list):
+        return leading_token(args.bos, tokenizer, *paths, args.model)
+
+    name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
+    records = Records(template_of, bos_of, tokenizer.name)
+    served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
+    decoder, how = fastest(
+        adapters.model, adapters, args.rows, args.quant == "int8", huge_pages=args.huge_pages
+    )
+    chunk = args.chunk or measured_chunk(decoder, SECONDS)
+    engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
+    return engine, served, how
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors(), naming_missing_packages():
+        args = parse(argv)
+        limits = limits_of(args)
+        engine, served, how = load(args)
+        serve(args, limits, engine, served, how)
+
+
+def serve(args: argparse.Namespace, limits: Limits, engine: Engine, served, how: str) -> None:
+    """Answer until a signal ends the server."""
+    from src.serving.assemble import assemble
+    from src.serving.guard import OWN_NAMES, Guard, is_own_machine
+    from src.serving.reading import Defaults
+    from src.serving.running import Server
+
+    own = is_own_machine(args.host)
+    hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
+    origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)
+    defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
+    app, desk = assemble(
+        engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
+    )
+
+    def said(port: int) -> None:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(
+            f"{', '.join(served.models())} at http://{host}:{port}/v1; {how}; {counted(args.rows, 'row')},"
+            f" prompts in chunks of {counted(engine.chunk, 'token')}; {size_text(resident())} of memory."
+            " Ctrl-C ends the server.",
+            file=sys.stderr,
+            flush=True,
+        )
+        if known := modes_note(args.model, served.template):
+            print(f"note: {known}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
+
+    desk.worker.start()
+    try:
+        server = Server(app, desk, args.host, args.port, said)
+        server.run()
+    finally:
+        desk.worker.close()
+
+
+if __name__ == "__main__":
+    main()

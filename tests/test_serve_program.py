@@ -1,0 +1,78 @@
+"""python -m demo.serve: its flags, and its life as a process."""
+
+import os
+import re
+import signal
+
+import pytest
+
+pytest.importorskip("starlette", reason="NO starlette (the extra test has it): the server is not tested")
+pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the server is not tested")
+pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the server is not tested")
+
+import httpx
+
+import rwkv_miss
+from demo import serve
+from rwkv_miss import UserError
+
+from .program import CONTEXT, _program, logged
+from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
+from .test_serving_abuse import HI, until
+
+
+def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  # noqa: F811
+    rwkv_miss.write_checkpoint(tmp_path / "tiny.pth", mixing_tensors(7).items())
+    (tmp_path / "key").write_text("secret\n")
+    words = ["-m", "demo.serve", "--model", str(tmp_path / "tiny.pth"), "--tokenizer", letters, "--port", "0"]
+    words += ["--api_key_file", str(tmp_path / "key"), "--rows", "2", "--cache", "1MB", "--chunk", "16"]
+    log = tmp_path / "log"
+    process = CONTEXT.Process(target=logged, args=(log, _program, os.getcwd(), words))
+    process.start()
+    try:
+        until(lambda: log.exists() and "Ctrl-C ends the server" in log.read_text(), 60)
+        url = re.search(r"tiny at (http://\S+)/v1;", log.read_text())[1]
+        headers = {"Authorization": "Bearer secret"}
+        body = {"messages": HI, "temperature": 0, "max_tokens": 5}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 5
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == 0, log.read_text()
+    finally:
+        process.kill()
+    said = log.read_text()
+    assert "of memory" in said and "secret" not in said and "hi" not in said.split("Ctrl-C ends")[1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
+        (["--rows", "0"], "--rows 0: expected 1 or more"),
+        (["--port", "70000"], "--port 70000"),
+        (["--limit_waiting", "-1"], "--limit_waiting -1"),
+        (["--limit_finishing", "0"], "--limit_finishing 0"),
+        (["--api_key", "two words"], "without spaces"),
+        (["--api_key", "a", "--api_key_file", "b"], "drop one of them"),
+        (["--api_key_file", "/nowhere"], "can't be read"),
+        (["--adapter_dir", "/nowhere"], "is no folder"),
+        (["--adapter", "a:b=x.pth"], "may have no : and no"),
+        (["--temperature", "-1"], "temperature -1"),
+        (["--rowz", "3"], "did you mean --rows"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        serve.parse(["--model", "x.pth", *flags])
+
+
+def test_the_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(serve, "PACKAGES", ("starlette", "uvicorn_which_is_absent"))
+    with pytest.raises(UserError, match="needs uvicorn_which_is_absent, .*pip install starlette"):
+        serve.parse(["--model", "x.pth"])
+
+
+def test_other_machines_may_ask_with_a_key():
+    assert serve.parse(["--model", "x.pth", "--host", "0.0.0.0", "--api_key", "k"]).api_key == "k"

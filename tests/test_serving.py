@@ -1,0 +1,360 @@
+"""The server as its clients know it: OpenAI's package, curl, lm-evaluation-harness, many at once, adapters
+that come and go.
+"""
+
+import asyncio
+import importlib.util
+import json
+import shutil
+import string
+import subprocess
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="NO starlette (the extra test has it): the server is not tested")
+pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the server is not tested")
+pytest.importorskip("openai", reason="NO openai (the extra test has it): the server is not tested")
+pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the server is not tested")
+
+import httpx
+import openai
+
+import rwkv_miss
+from src.data.rwkv_template import RwkvTemplate
+from src.inference.engine import Engine
+from src.inference.load import load_with
+from src.inference.torch_decoder import TorchDecoder
+from src.ops import self_test
+from src.serving.guard import Guard
+from src.serving.limits import Limits
+from src.serving.reading import Defaults, Reader, read_chat
+from src.serving.served import ServedModels
+
+from .serving import records, running, scripted
+from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
+from .test_live_adapters import train
+from .test_serving_protocol import TOOL
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def client_of(server, key="any"):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base and adapters of it in a folder, with one that lies outside."""
+    self_test.status("cpu")
+    folder = tmp_path_factory.mktemp("serving")
+    (folder / "adapters").mkdir()
+    rwkv_miss.write_checkpoint(folder / "tiny.pth", mixing_tensors(7).items())
+    for place, method, seed in (
+        ("a.pth", "miss", 1),
+        ("b.pth", "miss", 2),
+        ("c.pth", "lora", 3),
+        ("adapters/d.pth", "miss", 4),
+        ("adapters/dora.pth", "dora", 5),
+    ):
+        train(folder / "tiny.pth", folder / place, method, seed)
+    return folder
+
+
+def loaded(files, letters, rows, folder=None):  # noqa: F811
+    """(engine, served models) with adapters a, b and c."""
+    paths = {name: str(files / f"{name}.pth") for name in "abc"}
+    adapters, tokenizer = load_with(str(files / "tiny.pth"), paths, letters, accelerator="cpu")
+    decoder = TorchDecoder(adapters.model, rows, adapters)
+    engine = Engine(decoder, tokenizer, chunk=16, reads_first=False, cache_bytes=1 << 20)
+    return engine, ServedModels("tiny", adapters, records(tokenizer), 1.0, folder)
+
+
+def test_openai_lists_the_models_and_gets_an_answer():
+    with scripted("Hello there.") as server:
+        client = client_of(server)
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny").owned_by == "rwkv-miss"
+        answer = client.chat.completions.create(model="tiny", messages=HI, n=2)
+        assert [choice.message.content for choice in answer.choices] == ["Hello there."] * 2
+        assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+        usage = answer.usage
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (20, 26, 46)
+        assert server.engine.decoder.prompts == ["User: hi\n\nAssistant:"]
+        cut = client.chat.completions.create(model="tiny", messages=HI, max_tokens=3).choices[0]
+        assert (cut.message.content, cut.finish_reason) == ("Hel", "length")
+        stopped = client.chat.completions.create(model="tiny", messages=HI, stop=[" the"]).choices[0]
+        assert (stopped.message.content, stopped.finish_reason) == ("Hello", "stop")
+
+
+def test_a_stream_is_the_whole_answer_in_pieces():
+    with scripted("<think>\nhm\n</think>\nHello there.") as server:
+        client = client_of(server)
+        options = {"stream": True, "stream_options": {"include_usage": True}, "n": 2}
+        chunks = list(client.chat.completions.create(model="tiny", messages=HI, **options))
+        assert chunks[-1].usage.completion_tokens == 2 * 33 and chunks[-1].choices == []
+        assert all(chunk.usage is None for chunk in chunks[:-1]) and len({chunk.id for chunk in chunks}) == 1
+        for index in range(2):
+            deltas = [c for chunk in chunks for c in chunk.choices if c.index == index]
+            assert deltas[0].delta.role == "assistant"
+            assert "".join(c.delta.content or "" for c in deltas) == "Hello there."
+            thoughts = (getattr(c.delta, "reasoning_content", None) or "" for c in deltas)
+            assert "".join(thoughts) == "hm"
+            assert [c.finish_reason for c in deltas if c.finish_reason] == ["stop"]
+        whole = client.chat.completions.create(model="tiny", messages=HI).choices[0].message
+        assert (whole.content, whole.reasoning_content) == ("Hello there.", "hm")
+        raw = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI, "stream": True}).text
+        assert raw.endswith("data: [DONE]\n\n") and '"usage"' not in raw
+
+
+def test_log_probabilities_in_the_forms_of_both_apis():
+    with scripted("é.") as server:
+        client = client_of(server)
+        options = {"logprobs": True, "top_logprobs": 2}
+        found = (
+            client.chat.completions.create(model="tiny", messages=HI, **options).choices[0].logprobs.content
+        )
+        assert [one.bytes for one in found] == [[0xC3], [0xA9], [0x2E]]
+        assert all(one.top_logprobs[0].logprob == one.logprob < 0 for one in found)
+        assert all(len(one.top_logprobs) == 2 for one in found)
+        streamed = client.chat.completions.create(model="tiny", messages=HI, stream=True, **options)
+        streamed = [
+            one for chunk in streamed for c in chunk.choices if c.logprobs for one in c.logprobs.content
+        ]
+        assert [one.logprob for one in streamed] == [one.logprob for one in found]
+        completion = client.completions.create(model="tiny", prompt="Q", logprobs=1, echo=False)
+        assert completion.choices[0].logprobs.text_offset == [0, 0, 1]
+        assert completion.choices[0].logprobs.token_logprobs == [one.logprob for one in found]
+        # what a stop cuts off has none
+        stopped = client.completions.create(model="tiny", prompt="Q", logprobs=1, stop=".").choices[0]
+        assert stopped.text == "é" and len(stopped.logprobs.tokens) == 2
+
+
+def test_completions():
+    with scripted("Yes.") as server:
+        client = client_of(server)
+        answer = client.completions.create(model="tiny", prompt=["one", "two"], n=2, echo=True)
+        texts = [choice.text for choice in answer.choices]
+        assert texts == ["oneYes.", "oneYes.", "twoYes.", "twoYes."]
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        chunks = list(client.completions.create(model="tiny", prompt="Q", stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "Yes."
+        assert chunks[-1].choices[0].finish_reason == "stop" and server.engine.decoder.prompts[-1] == "Q"
+
+
+CALL = '```json\n{"name": "weather", "arguments": {"city": "Rom"}}\n```'
+
+
+@pytest.mark.parametrize("style", ["json", "hermes"])
+def test_tools_are_called_and_answered(style):
+    template = RwkvTemplate("rwkv", style)
+    script = "I look.\n" + template.tools.calls([{"name": "weather", "arguments": {"city": "Rom"}}])
+    with scripted(script, template) as server:
+        client = client_of(server)
+        options = {"model": "tiny", "tools": [TOOL], "max_tokens": 200}
+        answer = client.chat.completions.create(messages=HI, **options).choices[0]
+        call = answer.message.tool_calls[0]
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", "I look.")
+        assert (call.type, call.function.name) == ("function", "weather")
+        assert json.loads(call.function.arguments) == {"city": "Rom"}
+        result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        client.chat.completions.create(messages=[*HI, answer.message, result], **options)
+        written = template.segments(
+            [*HI, answer.message.model_dump(exclude_none=True), result], [TOOL], ask=True
+        )
+        assert server.engine.decoder.prompts[-1] == "".join(text for text, _ in written)
+        chunks = list(client.chat.completions.create(messages=HI, stream=True, **options))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert "".join(delta.content or "" for delta in deltas) == "I look."
+        assert len([call for delta in deltas for call in delta.tool_calls or ()]) == 1
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        plain = client.chat.completions.create(messages=HI, tool_choice="none", **options).choices[0]
+        assert plain.finish_reason == "stop" and plain.message.content == script
+
+
+def test_errors_are_openais():
+    limits = Limits(body_bytes=1000, finishing=5)
+    with scripted(limits=limits, guard=Guard("secret")) as server:
+        client = client_of(server, "secret")
+        ask = client.chat.completions.create
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client_of(server, "wrong").chat.completions.create(model="tiny", messages=HI)
+        assert caught.value.code == "invalid_api_key"
+        for model in ("gpt-4", "tiny:nobody", "tiny:"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                ask(model=model, messages=HI)
+            assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(model="tiny", messages=HI, temperature=-1)
+        assert caught.value.param == "temperature"
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(model="tiny", messages=HI, response_format={"type": "json_object"})
+        assert caught.value.param == "response_format"
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(model="tiny", messages=[{"role": "user", "content": "x" * 2000}])
+        assert caught.value.status_code == 413 and caught.value.code == "request_too_large"
+        key = {"Authorization": "Bearer secret"}
+        reply = httpx.get(f"{server.url}/v1/chat/completions", headers=key)
+        assert reply.status_code == 405 and reply.json()["error"]["code"] == "method_not_allowed"
+        reply = httpx.post(
+            f"{server.url}/v1/chat/completions", headers=key, json={"messages": HI, "zeal": 1, "a\nb": 2}
+        )
+        assert reply.status_code == 200 and reply.headers["x-ignored-fields"] == "a?b, zeal"
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        lines = httpx.get(f"{server.url}/metrics", headers=key).text.splitlines()
+        assert 'rwkv_requests_total{route="/v1/chat/completions",status="200"} 1' in lines
+        assert 'rwkv_requests_total{route="/v1/chat/completions",status="400"} 2' in lines
+        assert "rwkv_answer_tokens_total 7" in lines and "rwkv_answers_running 0" in lines
+
+
+def test_a_page_of_another_site_gets_nothing():
+    with scripted() as server:
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            reply = httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json={"messages": HI})
+            assert reply.status_code == 403 and "access-control-allow-origin" not in reply.headers
+        page = httpx.get(server.url)
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        assert httpx.get(f"{server.url}/page/../app.py").status_code == 404
+        assert httpx.get(f"{server.url}/page/..%2fapp.py").status_code == 404
+    allowed = Guard("", None, frozenset({"http://chat.example"}))
+    with scripted(guard=allowed) as server:
+        reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://chat.example"})
+        assert reply.headers["access-control-allow-origin"] == "http://chat.example"
+
+
+def test_curl_streams(tmp_path):
+    if not shutil.which("curl"):
+        pytest.skip("NO curl ON PATH: the server is not tested with it")
+    with scripted("Hello.") as server:
+        command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-d"]
+        body = json.dumps({"messages": HI, "stream": True})
+        out = subprocess.run([*command, body], capture_output=True, text=True, timeout=30).stdout
+        events = [line.removeprefix("data: ") for line in out.splitlines() if line]
+        assert events[-1] == "[DONE]"
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
+        assert "".join(delta.get("content", "") for delta in deltas) == "Hello."
+
+
+def test_the_harness_asks_it():
+    if not all(map(importlib.util.find_spec, ("lm_eval", "tenacity"))):
+        pytest.skip("lm_eval[api] IS ABSENT: that lm-evaluation-harness can use the server is not tested")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    with scripted("So it is 42.\n\nQ") as server:
+        model = LocalChatCompletion(
+            base_url=f"{server.url}/v1/chat/completions", model="tiny", num_concurrent=2, max_retries=1
+        )
+        questions = [
+            model.apply_chat_template([{"role": "user", "content": word}]) for word in ("one", "two")
+        ]
+        wanted = {"until": ["\n\n"], "max_gen_toks": 50, "do_sample": False}
+        instances = [
+            Instance("generate_until", {}, (question, wanted), i) for i, question in enumerate(questions)
+        ]
+        assert model.generate_until(instances) == ["So it is 42."] * 2
+        assert sorted(server.engine.decoder.prompts) == [
+            f"User: {word}\n\nAssistant:" for word in ("one", "two")
+        ]
+
+
+def bodies():
+    """32 requests: four models, several answers, streams, greedy and drawn."""
+    for i, letter in enumerate(string.ascii_letters[:32]):
+        body = {
+            "model": ("tiny", "tiny:a", "tiny:b", "tiny:c")[i % 4],
+            "messages": [{"role": "user", "content": f"tell me {letter * (1 + i)}, please"}],
+            "max_tokens": 4 + i % 12,
+            "seed": i,
+            "temperature": (0, 1)[i // 4 % 2],
+            "stream": bool(i % 3),
+            "n": 1 + i % 2,
+        }
+        yield body, {"adapter_scale": 0.5} if i % 8 == 5 else {}
+
+
+def test_every_one_of_many_clients_gets_the_answer_that_it_gets_alone(files, letters):  # noqa: F811
+    engine, served = loaded(files, letters, 1)
+    reader = Reader(engine.tokenizer, served.find, Limits(), Defaults(sampling={"top_p": 1.0}))
+    expected = []
+    for body, extra in bodies():
+        asked = read_chat(reader, {**body, **extra})
+        expected.append([answer.text.strip() for answer in next(engine.run(asked.requests))])
+    assert len({text for texts in expected for text in texts}) > 30
+
+    async def ask(client, body, extra):
+        answer = await client.chat.completions.create(**body, extra_body=extra)
+        if not body["stream"]:
+            return [choice.message.content for choice in answer.choices]
+        texts = [""] * body["n"]
+        async for chunk in answer:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        return texts
+
+    async def all_at_once(url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, *one) for one in bodies()))
+
+    engine, served = loaded(files, letters, 8)
+    with running(engine, served, defaults=reader.defaults) as server:
+        assert asyncio.run(all_at_once(server.url)) == expected
+        assert server.desk.metrics.answer_tokens > 200
+
+
+def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
+    engine, served = loaded(files, letters, 4, str(files / "adapters"))
+    with running(engine, served) as server:
+        client = client_of(server)
+
+        def said(model="tiny", **extra):
+            answer = client.chat.completions.create(model=model, messages=HI, extra_body=extra)
+            return answer.choices[0].message.content
+
+        def post(name, file):
+            return httpx.post(f"{server.url}/v1/adapters", json={"name": name, "file": file})
+
+        base = said()
+        stream = client.chat.completions.create(model="tiny:a", messages=HI, max_tokens=400, stream=True)
+        next(stream)
+        assert post("d", "d.pth").json() == {
+            "name": "d", "model": "tiny:d", "method": "miss", "rank": 4,
+        }  # fmt: skip
+        assert [model.id for model in client.models.list()] == ["tiny", *(f"tiny:{name}" for name in "abcd")]
+        tuned = said("tiny:d")
+        assert tuned != base == said(adapter_id="d", adapter_scale=0) == said()
+        assert said(adapter_id="d") == tuned and said(adapter_id="d", adapter_scale=0.5) not in (base,)
+        assert said("tiny:a+d") not in (tuned, said("tiny:a"))
+        refusals = {
+            ("d", "d.pth"): 409,
+            ("e", "../a.pth"): 400,
+            ("e", "absent.pth"): 400,
+            ("e", "dora.pth"): 400,
+            ("a:b", "d.pth"): 400,
+            ("", "d.pth"): 400,
+        }
+        for given, status in refusals.items():
+            reply = post(*given)
+            assert reply.status_code == status and str(files) not in reply.text, reply.text
+        assert httpx.delete(f"{server.url}/v1/adapters/d").json() == {"name": "d", "deleted": True}
+        assert httpx.delete(f"{server.url}/v1/adapters/d").status_code == 404
+        with pytest.raises(openai.NotFoundError):
+            said("tiny:d")
+        # one that is in use goes when the answer is complete
+        assert httpx.delete(f"{server.url}/v1/adapters/a").status_code == 200
+        assert post("a", "d.pth").status_code == 200 and said("tiny:a") == tuned
+        assert sum(bool(chunk.choices[0].delta.content) for chunk in stream) > 50
+        deadline = time.monotonic() + 10
+        while set(served.adapters.by_name) != {"b", "c", "a@2"} and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert set(served.adapters.by_name) == {"b", "c", "a@2"} and said() == base
+
+
+def test_without_a_folder_no_adapter_is_loaded(files, letters):  # noqa: F811
+    engine, served = loaded(files, letters, 1)
+    with running(engine, served) as server:
+        reply = httpx.post(f"{server.url}/v1/adapters", json={"name": "d", "file": "d.pth"})
+        assert reply.status_code == 403
+        info = httpx.get(f"{server.url}/v1/server").json()
+        assert info["adapter_dir"] is False and [one["name"] for one in info["adapters"]] == ["a", "b", "c"]
