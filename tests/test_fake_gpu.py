@@ -76,6 +76,13 @@ def test_a_token_can_be_captured(case, found):
     assert found[case]["launches"] and not found[case]["waits"] and not found[case]["copies"]
 
 
+@pytest.mark.parametrize("case", [case for case in cases.READING_CASES if "8 rows" in case])
+def test_beside_a_graph_a_token_sends_its_tokens_and_the_shares_of_another_mix(case, found):
+    for what, sent in {"step": 1, "step of another mix": 2, "step of another adapter": 2}.items():
+        assert sum(found[case][what]["waits"].values()) == sent
+    assert found[case]["step"]["launches"]["total"] == 1, "the logits are copied"
+
+
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_launches_of_a_layer(case, found):
     """The WKV counts as its two calls: how often each launches depends on rows, tokens and heads."""

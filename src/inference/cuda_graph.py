@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..model import RWKV
-from .adapter_stack import Applied, Mix, Owners, Stack, columns_of
+from .adapter_stack import BASE, Applied, Mix, Owners, Stack, columns_of
 from .adapters import Adapters
 from .torch_decoder import TorchDecoder
 
@@ -84,9 +84,9 @@ class GraphedDecoder(TorchDecoder):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Record the smallest and the largest graph; RuntimeError where that fails."""
+        """Record the smallest and the largest graph of BASE; RuntimeError where that fails."""
         for count in (1, self.rows):
-            self._graph(count, False)
+            self._graph(count, self.adapters is not None and self._put_shares([BASE] * count))
 
     def _put_shares(self, applied: Sequence[Applied]) -> bool:
         """Write the rows' shares to where graphs read them; False where no row has an adapter's factors."""

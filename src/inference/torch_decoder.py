@@ -52,9 +52,8 @@ class TorchDecoder:
 
     def put(self, row: int, state: State) -> None:
         """Copy a state of one row into `row`."""
-        for layer, parts in enumerate(state):
-            for own, part in zip(self.states, parts, strict=True):
-                own[layer, row].copy_(part[0])
+        for own, parts in zip(self.states, zip(*state, strict=True), strict=True):
+            torch._foreach_copy_([of_layer[row] for of_layer in own], [part[0] for part in parts])
 
     def take(self, row: int) -> State:
         """A copy of a row's state."""
