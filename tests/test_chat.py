@@ -330,7 +330,7 @@ def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
     """And neither it nor a name that does not exist costs the state."""
     out, err = typed(["hello?", "/scale 1e38", "why", "/scale 1", "/adapter c", "why", "/adapter c", "so"])
     assert (
-        "error: the logits after token" in err[1]
+        "error: the largest logit is nan" in err[1]
         and "an adapter's scale too large" in err[1]
         and len(answers(out)) == 4
     )
