@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable
 
@@ -250,11 +251,15 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
         limits = limits_of(args)
-        engine, served, how = load(args)
-        serve(args, limits, engine, served, how)
+        from src.serving.running import bound
+
+        listener = bound(args.host, args.port)  # before a model is read in vain
+        serve(args, limits, listener, *load(args))
 
 
-def serve(args: argparse.Namespace, limits: Limits, engine: Engine, served, how: str) -> None:
+def serve(
+    args: argparse.Namespace, limits: Limits, listener: socket.socket, engine: Engine, served, how: str
+) -> None:
     """Answer until a signal ends the server."""
     from src.serving.assemble import assemble
     from src.serving.guard import OWN_NAMES, Guard, is_own_machine
@@ -269,7 +274,8 @@ def serve(args: argparse.Namespace, limits: Limits, engine: Engine, served, how:
         engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
     )
 
-    def said(port: int) -> None:
+    def said() -> None:
+        port = listener.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(
             f"{', '.join(served.models())} at http://{host}:{port}/v1; {how}; {counted(args.rows, 'row')},"
@@ -283,7 +289,7 @@ def serve(args: argparse.Namespace, limits: Limits, engine: Engine, served, how:
 
     desk.worker.start()
     try:
-        server = Server(app, desk, args.host, args.port, said)
+        server = Server(app, desk, listener, said)
         server.run()
     finally:
         desk.worker.close()

@@ -14,7 +14,7 @@ from src.serving.assemble import assemble
 from src.serving.guard import Guard
 from src.serving.limits import Limits
 from src.serving.reading import Defaults
-from src.serving.running import Server
+from src.serving.running import Server, bound
 from src.serving.served import Records, ServedModels
 
 LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
@@ -86,13 +86,9 @@ def running(engine, served, limits=None, defaults=None, guard=LOCAL):
     limits = limits or Limits(finishing=5)
     defaults = defaults or Defaults(64, "", {"temperature": 0.0}, 0)
     app, desk = assemble(engine, served, defaults, limits, guard)
-    ready, ports = threading.Event(), []
-
-    def said(port):
-        ports.append(port)
-        ready.set()
-
-    server = Server(app, desk, "127.0.0.1", 0, said)
+    ready, listener = threading.Event(), bound("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = Server(app, desk, listener, ready.set)
     thread = threading.Thread(target=server.run, daemon=True)
     desk.worker.start()
     thread.start()
@@ -104,7 +100,7 @@ def running(engine, served, limits=None, defaults=None, guard=LOCAL):
         assert not thread.is_alive(), "the server does not end"
 
     found = types.SimpleNamespace(
-        url=f"http://127.0.0.1:{ports[0]}", port=ports[0], desk=desk, engine=engine, server=server, stop=stop
+        url=f"http://127.0.0.1:{port}", port=port, desk=desk, engine=engine, server=server, stop=stop
     )
     try:
         yield found

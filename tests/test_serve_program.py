@@ -15,6 +15,7 @@ import httpx
 import rwkv_miss
 from demo import serve
 from rwkv_miss import UserError
+from src.serving.running import bound
 
 from .program import CONTEXT, _program, logged
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
@@ -76,3 +77,13 @@ def test_the_packages_that_are_missing_are_named(monkeypatch):
 
 def test_other_machines_may_ask_with_a_key():
     assert serve.parse(["--model", "x.pth", "--host", "0.0.0.0", "--api_key", "k"]).api_key == "k"
+
+
+def test_a_port_that_is_taken_is_named():
+    with bound("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} can't be listened at"):
+            bound("127.0.0.1", port)
+    with pytest.raises(UserError, match="--host nowhere.invalid"):
+        bound("nowhere.invalid", 1)

@@ -22,9 +22,9 @@ import openai
 
 import rwkv_miss
 from src.data.rwkv_template import RwkvTemplate
+from src.inference.decoders import fastest
 from src.inference.engine import Engine
 from src.inference.load import load_with
-from src.inference.torch_decoder import TorchDecoder
 from src.ops import self_test
 from src.serving.guard import Guard
 from src.serving.limits import Limits
@@ -65,7 +65,7 @@ def loaded(files, letters, rows, folder=None):  # noqa: F811
     """(engine, served models) with adapters a, b and c."""
     paths = {name: str(files / f"{name}.pth") for name in "abc"}
     adapters, tokenizer = load_with(str(files / "tiny.pth"), paths, letters, accelerator="cpu")
-    decoder = TorchDecoder(adapters.model, rows, adapters)
+    decoder, _ = fastest(adapters.model, adapters, rows)
     engine = Engine(decoder, tokenizer, chunk=16, reads_first=False, cache_bytes=1 << 20)
     return engine, ServedModels("tiny", adapters, records(tokenizer), 1.0, folder)
 

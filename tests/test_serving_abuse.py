@@ -95,6 +95,19 @@ def test_connections_are_limited_and_silent_ones_are_closed():
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_a_client_who_takes_nothing_is_left():
+    with scripted(ENDLESS, limits=Limits(receiving=0.3, finishing=5)) as server:
+        server.server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            client.connect(("127.0.0.1", server.port))
+            data = json.dumps({"messages": HI, "max_tokens": 400, "stream": True, "logprobs": True})
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length:"
+            client.sendall(f"{head} {len(data)}\r\n\r\n{data}".encode())
+            until(lambda: server.desk.metrics.gone == 1)
+            until(lambda: server.desk.open == 0 and not server.server.server_state.connections)
+
+
 def test_a_body_that_is_too_large_is_not_kept():
     with scripted(limits=Limits(body_bytes=1000, finishing=5)) as server:
         url = f"{server.url}/v1/completions"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rwkv_miss.errors import UserError
 
 from .answering import Desk
 from .errors import Refused
@@ -19,7 +22,10 @@ KEEP_ALIVE = 15  # seconds that a connection may stay without a request
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a time for the head of every request, and error objects where there are too many."""
+    """uvicorn's, with a time for the head of every request, and one for a client to take what it is sent.
+
+    Where there are too many connections a new one gets an error object.
+    """
 
     receiving = 30.0
     most = 256
@@ -27,6 +33,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         self.timer: asyncio.TimerHandle | None = None
+        self.stalled: asyncio.TimerHandle | None = None
         if len(self.connections) > self.most:
             self.app = _too_many
         self._watch()
@@ -42,6 +49,20 @@ class Connection(H11Protocol):
     def connection_lost(self, exc) -> None:
         super().connection_lost(exc)
         self._unwatch()
+        self._resumed()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(self.receiving, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resumed()
+
+    def _resumed(self) -> None:
+        if self.stalled:
+            self.stalled.cancel()
+            self.stalled = None
 
     def _watch(self) -> None:
         """Have a time for the head of a request, as long as none is being answered."""
@@ -66,11 +87,30 @@ async def _too_many(scope, receive, send) -> None:
     await error_reply(refused)(scope, receive, send)
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet. UserError where that is not possible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port} can't be listened at: {error.strerror}; choose another --port, or 0"
+            " for a free one"
+        ) from None
+    return listener
+
+
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds."""
 
-    def __init__(self, app, desk: Desk, host: str, port: int, said: Callable[[int], None]):
-        """`said` is called with the port as soon as the server listens."""
+    def __init__(self, app, desk: Desk, listener: socket.socket, said: Callable[[], None]):
+        """`said` is called as soon as the server answers."""
         limits = desk.limits
         connection = type(
             "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
@@ -78,8 +118,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 http=connection,
                 ws="none",
                 lifespan="on",
@@ -92,12 +130,15 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.finishing) + 5,
             )
         )
-        self.desk, self.said = desk, said
+        self.desk, self.listener, self.said = desk, listener, said
+
+    def run(self, sockets=None) -> None:
+        super().run([self.listener])
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.said(self.servers[0].sockets[0].getsockname()[1])
+            self.said()
 
     async def shutdown(self, sockets=None) -> None:
         self.desk.closing = True
