@@ -5,10 +5,11 @@
 #pragma once
 #include "cpu.h"
 
-enum Type : int64_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kPanels = 3 };
+enum Type : int64_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kPanels = 3, kBf16Pairs = 4, kBf16Single = 5 };
 
 // A matrix as it lies in a tensor, row by row; int8 ones have a scale for each row. Panels are those of
-// int8_panels.h. Vectors are fp32 with zeros up to whole lanes.
+// int8_panels.h. Pairs and single are bf16, for activations in two parts or one (bf16_products.h). Vectors
+// are fp32 with zeros up to whole lanes.
 struct Matrix {
     const void* data;
     const float* scale;

@@ -19,6 +19,7 @@
 // once for each.
 #include "decode_products.h"
 
+#include "bf16_products.h"
 #include "int8_panels.h"
 
 namespace {
@@ -307,6 +308,8 @@ template <class T> void add_columns_as(const Matrix& matrix, const float* const*
 
 long unit(int64_t type) { return type == kPanels ? panels::BLOCK : 1; }
 
+static int bf16_parts(int64_t type) { return type == kBf16Pairs ? 2 : 1; }
+
 static panels::Record* records(const Input& input) {
     return reinterpret_cast<panels::Record*>(input.rows[0]);
 }
@@ -316,6 +319,7 @@ void prepare(int64_t type, const float* x, long n, long from, long to, const Inp
     if (type == kFp32) spread<1>(x, n, from, to, out);
     else if (type == kBf16) spread<2>(x, n, from, to, out);
     else if (type == kInt8) spread<4>(x, n, from, to, out);
+    else if (type != kPanels) bf16::prepare(x, n, from, to, bf16_parts(type), out);
     else panels::prepare(x, n, from, to, row, input.count, records(input));
 }
 
@@ -323,9 +327,12 @@ void multiply(const Matrix& matrix, const Input& input, long first, long last, f
     if (matrix.type == kFp32) multiply_as<float>(matrix, input, first, last, out);
     else if (matrix.type == kBf16) multiply_as<uint16_t>(matrix, input, first, last, out);
     else if (matrix.type == kInt8) multiply_as<int8_t>(matrix, input, first, last, out);
-    else
+    else if (matrix.type == kPanels)
         panels::multiply(static_cast<const uint8_t*>(matrix.data), matrix.columns, records(input),
             input.count, first, last, out);
+    else
+        bf16::multiply(static_cast<const uint16_t*>(matrix.data), matrix.columns, input.rows,
+            bf16_parts(matrix.type), input.count, first, last, out);
 }
 
 void add_columns(const Matrix& matrix, const float* const* x, long count, long first, long last, long from,

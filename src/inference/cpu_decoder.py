@@ -29,7 +29,7 @@ from ..common.formatting import counted
 from ..model import RWKV, LayerState, State
 from ..ops import native, self_test
 from ..ops.native import nan_passes
-from . import int8_panels
+from . import bf16_products, int8_panels
 from .adapters import BASE, Adapters, Applied
 from .huge_pages import Region, rounded
 from .unmerged_linear import LowRank
@@ -71,7 +71,7 @@ LAYER = {
     ),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-PANELS = 3
+PANELS, BF16_PAIRS, BF16_SINGLE = 3, 4, 5
 ADVICE = "; the file may be damaged, or an adapter's scale too large"
 LANES = 16  # vectors are padded to a multiple of this, a whole number of any CPU's SIMD lanes
 
@@ -118,10 +118,12 @@ class Decoder:
     """The states of `rows` rows, and the native code that computes their next tokens.
 
     `int8`: single tokens use the large matrices quantised, in panels (int8_panels.py) where the CPU
-    multiplies bytes; `huge_pages` asks for pages of 2 MB for these. There are as many threads as torch has.
-    Some of the model's matrices are shared with it. Others, and all vectors, are copies that are made here.
-    So when the model gets other tensors, as from Adapters.use, refresh() must be called. Rows with another
-    adapter than BASE need `adapters`. Raises ValueError where problem() finds one.
+    multiplies bytes; `huge_pages` asks for pages of 2 MB for these. `bf16_activations`: where the CPU has
+    instructions for it, activations are rounded to bf16 for products with bf16 weights; else they are split
+    into two parts there, which is almost exact. There are as many threads as torch has. Some of the model's
+    matrices are shared with it. Others, and all vectors, are copies that are made here. So when the model
+    gets other tensors, as from Adapters.use, refresh() must be called. Rows with another adapter than BASE
+    need `adapters`. Raises ValueError where problem() finds one.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Decoder:
         adapters: Adapters | None = None,
         int8: bool = False,
         huge_pages: bool = True,
+        bf16_activations: bool = False,
     ):
         if found := problem(model):
             raise ValueError(f"no decoder for this model: {found}")
@@ -155,6 +158,9 @@ class Decoder:
         self.beside: dict[tuple[str, ...], list[Tensor]] = {}
         self.tables: dict[tuple[str, ...], int] = {}
         self.sources = [self._source(name) for name in self.names]
+        self.bf16_type = TYPES[torch.bfloat16]
+        if bf16_products.instruction_is_there():
+            self.bf16_type = BF16_SINGLE if bf16_activations else BF16_PAIRS
         self.panels: dict[str, Tensor] = {}
         self.region = self._make_room(huge_pages) if int8 and int8_panels.instruction_is_there() else None
         self.matrices = [self._matrix(name, tensor) for name, tensor in zip(self.names, self.sources)]
@@ -197,7 +203,7 @@ class Decoder:
         sizes = {
             name: int8_panels.packed_bytes(*tensor.shape)
             for name, tensor in zip(self.names, self.sources)
-            if tensor is not None and _is_quantised(name, tensor)
+            if tensor is not None and _is_multiplied(name, tensor)
         }
         region = Region(sum(map(rounded, sizes.values())), huge)
         self.panels = {name: region.take(size) for name, size in sizes.items()}
@@ -262,12 +268,13 @@ class Decoder:
             if (packed := self.panels.get(name)) is not None:
                 int8_panels.pack(tensor, packed, self.threads)
                 return Matrix(packed.data_ptr(), None, rows, columns, PANELS)
-            if self.int8 and _is_quantised(name, tensor):
+            if self.int8 and _is_multiplied(name, tensor):
                 tensor, scale = int8_rows(tensor)
         self.kept[name] = [tensor] if scale is None else [tensor, scale]
-        return Matrix(
-            tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype]
-        )
+        kind = TYPES[tensor.dtype]
+        if tensor.dtype == torch.bfloat16 and _is_multiplied(name, tensor):
+            kind = self.bf16_type
+        return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, kind)
 
     def _table(self, names: tuple[str, ...]) -> int:
         """The number of the native table of what adapters add to the matrices; -1 where they add nothing."""
@@ -428,7 +435,8 @@ class Decoder:
         return part.to("cpu", torch.float32).contiguous()
 
 
-def _is_quantised(name: str, tensor: Tensor) -> bool:
+def _is_multiplied(name: str, tensor: Tensor) -> bool:
+    """Whether it is one of the large matrices: not the embedding, whose rows are looked up."""
     return name.endswith(".weight") and name != "emb.weight" and tensor.dim() == 2
 
 
