@@ -353,7 +353,8 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
         if factors is None:
             adapter.merging[name] = own
             continue
-        A, B = (factor.detach().to(dtype).contiguous() for factor in factors)
+        A, B = (factor.detach().to(dtype) for factor in factors)
+        A, B = A.contiguous(), B.t().contiguous().t()
         is_miss = torch.equal(A, strided_shards(*A.shape, A.device).to(dtype))
         adapter.factors[name] = LowRank(None if is_miss else kept_once(A, shared), B, 1.0)
     return adapter

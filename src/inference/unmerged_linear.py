@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
     """What is added to a weight (out, in): scale B A."""
 
     A: Tensor | None  # (r, in); None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
-    B: Tensor  # (out, r)
+    B: Tensor  # (out, r), a view of a contiguous (r, out)
     scale: float
 
 
@@ -45,7 +45,7 @@ class Columns(NamedTuple):
 
     ranks: tuple[int, ...]  # of the adapters that have no A
     A: Tensor | None  # (R - sum of the ranks, in), of the others
-    B: Tensor  # (out, R)
+    B: Tensor  # (out, R), a view of a contiguous (R, out)
     owners: Owners
 
     def place(self, owner: int) -> tuple[slice, slice | None]:
@@ -71,7 +71,7 @@ def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
     return Columns(
         tuple(factor.B.shape[1] for _, factor in have if factor.A is None),
         None if not A else A[0] if len(A) == 1 else torch.cat(A),
-        B[0] if len(B) == 1 else torch.cat(B, 1),
+        B[0] if len(B) == 1 else columns_together(B),
         tuple((place, factor.B.shape[1]) for place, factor in have),
     )
 
@@ -131,4 +131,9 @@ def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None
     for change in changes:
         rank = change.B.shape[1]
         A.append(strided_shards(rank, width, change.B.device) if change.A is None else change.A)
-    return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
+    return LowRank(torch.cat(A), columns_together([change.B for change in changes]), scale)
+
+
+def columns_together(parts: Sequence[Tensor]) -> Tensor:
+    """B's (out, r) -> (out, sum of r), in memory as they are: column by column."""
+    return torch.cat([B.t() for B in parts]).t()
