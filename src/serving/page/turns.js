@@ -1,0 +1,121 @@
+// The conversation as it is seen. Whoever makes it says what edit and retry do.
+
+import { state } from "./store.js";
+import { copyButton, make, showText } from "./text.js";
+import { word } from "./words.js";
+
+/** Build all turns anew in `log`. Returns the views of the last turn's answers, which may still grow. */
+export function showTurns(log, actions, busy) {
+  let views = [];
+  const sections = state.turns.map((turn, i) => {
+    const last = i === state.turns.length - 1;
+    views = turn.answers.map((answer) => answerView(answer, last ? actions.retry : null, busy));
+    const answers = make("div", { className: "answers" }, ...views.map((view) => view.element));
+    return make("section", { className: "turn" }, questionView(turn, i, actions, busy), answers);
+  });
+  log.replaceChildren(...sections);
+  return views;
+}
+
+function questionView(turn, i, actions, busy) {
+  const text = make("p", { className: "said", textContent: turn.text });
+  const edit = make("button", { type: "button", className: "quiet", textContent: word("edit"), disabled: busy });
+  const view = make("div", { className: "question" }, make("h2", { className: "unseen", textContent: word("you") }));
+  view.append(text, make("div", { className: "foot" }, edit));
+  edit.addEventListener("click", () => {
+    const form = editForm(turn.text, (changed) => actions.edit(i, changed), () => {
+      form.replaceWith(view);
+      edit.focus();
+    });
+    view.replaceWith(form);
+    const area = form.querySelector("textarea");
+    grow(area);
+    area.focus();
+  });
+  return view;
+}
+
+function editForm(text, saved, cancelled) {
+  const area = make("textarea", { value: text, ariaLabel: word("message") });
+  const save = make("button", { className: "main", textContent: word("save") });
+  const cancel = make("button", { type: "button", textContent: word("cancel") });
+  const form = make("form", { className: "edit" }, area, make("div", { className: "row" }, save, cancel));
+  area.addEventListener("input", () => grow(area));
+  onEnter(area, () => form.requestSubmit());
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (area.value.trim()) saved(area.value);
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing) return;
+    event.stopPropagation();
+    cancelled();
+  });
+  cancel.addEventListener("click", cancelled);
+  return form;
+}
+
+function answerView(answer, retry, busy) {
+  const label = make("h2", { className: "label", textContent: answer.label });
+  const summary = make("summary");
+  const thoughts = make("div", { className: "text" });
+  const fold = make("details", { className: "thoughts" }, summary, thoughts);
+  const body = make("div", { className: "text" });
+  const note = make("p", { className: "note" });
+  const foot = make("div", { className: "foot" }, copyButton(() => answer.content));
+  if (retry) {
+    const again = make("button", { type: "button", className: "quiet", textContent: word("retry"), disabled: busy });
+    again.addEventListener("click", retry);
+    foot.append(again);
+  }
+  const figures = make("span", { className: "figures" });
+  foot.append(figures);
+  const element = make("article", { className: "answer" }, label, fold, body, note, foot);
+
+  function update() {
+    element.setAttribute("aria-busy", String(answer.running));
+    element.classList.toggle("running", answer.running);
+    fold.hidden = !answer.thoughts.trim();
+    summary.textContent = word(answer.running && !answer.content ? "thinking" : "thoughts");
+    showText(thoughts, answer.thoughts);
+    showText(body, answer.content);
+    note.textContent = noteOf(answer);
+    note.classList.toggle("error", Boolean(answer.error));
+    note.hidden = !note.textContent;
+    foot.hidden = answer.running;
+    figures.textContent = figuresOf(answer);
+  }
+  update();
+  return { element, update };
+}
+
+function noteOf(answer) {
+  if (answer.error) return answer.error;
+  if (answer.running) return "";
+  if (answer.finish === "stopped") return word("stopped");
+  if (answer.finish === "length") return word("cut");
+  return answer.content.trim() ? "" : word("empty");
+}
+
+function figuresOf({ tokens, speed, first }) {
+  const parts = [];
+  if (tokens) parts.push(word("tokens", { count: tokens }));
+  if (speed) parts.push(word("speed", { speed: speed < 10 ? speed.toFixed(1) : Math.round(speed) }));
+  if (first) parts.push(word("first", { seconds: first.toFixed(2) }));
+  return parts.join(" · ");
+}
+
+/** As high as its text, as far as the style sheet allows. */
+export function grow(area) {
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + 2}px`;
+}
+
+/** Enter does `act`, except within an input method, where it ends a word. */
+export function onEnter(area, act) {
+  area.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    act();
+  });
+}
