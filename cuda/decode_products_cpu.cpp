@@ -127,45 +127,65 @@ struct Ahead {
     }
 };
 
+inline Lanes<W>::U lanes_at(const void* p) {
+    Lanes<W>::U lanes;
+    memcpy(&lanes, p, sizeof lanes);
+    in_register(lanes);
+    return lanes;
+}
+
 // The accumulators [FIRST, FIRST + COUNT) of R weight rows of n numbers with X rows of activations: sums[a]
-// of weight row r and activations t is at [a][r * X + t].
+// of weight row r and activations t is at [a][r * X + t]. The loops over what is in registers are unrolled by
+// hand, else gcc 12 keeps it in memory.
 template <class T, int R, int X, int FIRST, int COUNT>
 inline void accumulate(
     const T* weights, const float* const* x, long n, Ahead& ahead, Vec<W> (&sums)[COUNT][R * X]) {
     constexpr int share = sizeof(float) / sizeof(T), together = 4 / share, last = FIRST + COUNT;
-    for (auto& of : sums)
-        for (auto& sum : of) sum = Vec<W>{};
+    Vec<W> own[COUNT * R * X];
+#pragma GCC unroll 16
+    for (auto& sum : own) sum = Vec<W>{};
     const float* from[X];
     for (int t = 0; t < X; t++) from[t] = x[t];
     // block b of those that are added up side by side
-    auto block = [&](long i, int b) {
+    auto block = [&](long i, int b) __attribute__((always_inline)) {
         if ((b + 1) * share <= FIRST || b * share >= last) return;
         Lanes<W>::U lanes[R];
-        for (int r = 0; r < R; r++) {
-            memcpy(&lanes[r], weights + r * n + i, sizeof lanes[r]);
-            in_register(lanes[r]);
-        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) lanes[r] = lanes_at(weights + r * n + i);
+#pragma GCC unroll 16
         for (int p = 0; p < share; p++) {
             const int a = b * share + p;
             if (a < FIRST || a >= last) continue;
             Vec<W> wide[R];
+#pragma GCC unroll 16
             for (int r = 0; r < R; r++) wide[r] = part(weights, lanes[r], p);
+#pragma GCC unroll 16
             for (int t = 0; t < X; t++) {
                 const Vec<W> activations = load<W>(from[t] + i + p * W);
-                for (int r = 0; r < R; r++) sums[a - FIRST][r * X + t] += wide[r] * activations;
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++)
+                    own[(a - FIRST) * R * X + r * X + t] += wide[r] * activations;
             }
         }
     };
     long i = 0;
+    Ahead lines = ahead;  // in registers
     for (; i + 4 * W <= n; i += 4 * W) {
-        ahead.step();
+        lines.step();
+#pragma GCC unroll 16
         for (int b = 0; b < together; b++) block(i + b * share * W, b);
     }
     for (; i + share * W <= n; i += share * W) block(i, 0);
+    ahead = lines;
+    memcpy(sums, own, sizeof sums);
     if (FIRST) return;
     for (; i < n; i++)
         for (int r = 0; r < R; r++)
-            for (int t = 0; t < X; t++) sums[0][r * X + t][0] += value(weights + r * n + i) * from[t][i];
+            for (int t = 0; t < X; t++) {
+                float& sum = reinterpret_cast<float*>(&sums[0][r * X + t])[0];
+                // rounded once, as gcc would in some tiles and not in others
+                sum = __builtin_fmaf(value(weights + r * n + i), from[t][i], sum);
+            }
 }
 
 // W sums whose sum is the product, for each of R weight rows and X rows of activations
