@@ -205,6 +205,7 @@ def test_errors_are_openais():
         lines = httpx.get(f"{server.url}/metrics", headers=key).text.splitlines()
         assert 'rwkv_requests_total{route="/v1/chat/completions",status="200"} 1' in lines
         assert 'rwkv_requests_total{route="/v1/chat/completions",status="400"} 2' in lines
+        assert 'rwkv_requests_total{route="refused",status="401"} 2' in lines
         assert "rwkv_answer_tokens_total 7" in lines and "rwkv_answers_running 0" in lines
 
 

@@ -183,7 +183,12 @@ class Routes:
 
 def make_app(routes: Routes, guard: Guard) -> Starlette:
     """The application. Nothing of it runs before a server does."""
-    middleware = [Middleware(GuardMiddleware, guard=guard)]
+    requests = routes.desk.metrics.requests
+
+    def refused(status: int) -> None:
+        requests["refused", status] += 1  # whatever the address, which a stranger may have made up
+
+    middleware = [Middleware(GuardMiddleware, guard=guard, refused=refused)]
     if guard.origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=sorted(guard.origins), allow_methods=["*"], allow_headers=["*"]

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from .errors import Refused
@@ -41,7 +42,7 @@ class Guard:
                 code="host_not_allowed",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin not in self.origins and urlsplit_host(origin) != host.lower():
+        if origin and origin not in self.origins and host_of_origin(origin) != host.lower():
             raise Refused(
                 403,
                 f"requests from pages of {origin[:80]!r} are not answered; --cors_origin allows them",
@@ -75,7 +76,7 @@ def host_name(host: str) -> str:
     return host.partition(":")[0]
 
 
-def urlsplit_host(origin: str) -> str:
+def host_of_origin(origin: str) -> str:
     """What the Host header of a page of this origin is; "" for none, such as a file's."""
     try:
         return urlsplit(origin).netloc.lower()
@@ -94,16 +95,17 @@ def is_own_machine(host: str) -> bool:
 
 
 class GuardMiddleware:
-    """Answers in the application's place where the guard refuses."""
+    """Answers in the application's place where the guard refuses; `refused` is called with the status."""
 
-    def __init__(self, app, guard: Guard):
-        self.app, self.guard = app, guard
+    def __init__(self, app, guard: Guard, refused: Callable[[int], None]):
+        self.app, self.guard, self.refused = app, guard, refused
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http":
             try:
                 self.guard.check(scope["method"], scope["path"], dict(scope["headers"]))
             except Refused as refused:
+                self.refused(refused.status)
                 await error_reply(refused)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

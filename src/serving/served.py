@@ -69,7 +69,8 @@ class ServedModels:
         return Entry(name, internal, self.records.template([path]), self.records.bos([path]), described)
 
     def models(self) -> list[str]:
-        return [self.name, *(f"{self.name}:{name}" for name in self.entries)]
+        # a list of them first: requests are read in another thread
+        return [self.name, *(f"{self.name}:{name}" for name in list(self.entries))]
 
     def find(self, fields: Fields) -> Chosen:
         """The model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
