@@ -31,6 +31,9 @@ class Scripted:
     def read(self, ids, state, applied=BASE):
         return self.logits(), [*(state or []), *ids[0].tolist()]
 
+    def state_after(self, ids, state, applied=BASE):
+        return [*(state or []), *ids[0].tolist()]
+
     def put(self, row, state):
         self.state = list(state)
 

@@ -43,6 +43,9 @@ class Scripted:
         said = self.script.encode()
         return self._logits((said, 0)), (said, 0, self.prompts[-1])
 
+    def state_after(self, ids, state, applied=None):
+        return self.read(ids, state, applied)[1]
+
     def put(self, row, state):
         self.states[row] = state[:2]
 

@@ -48,11 +48,12 @@ class Toy:
         self.read_tokens = []  # of each call
 
     def read(self, ids, state, applied=BASE):
-        number = int(state[0].att_x) if state else 0
+        state = self.state_after(ids, state, applied)
+        return self.table[int(state[0].att_x)][None], state
+
+    def state_after(self, ids, state, applied=BASE):
         self.read_tokens.append(ids.shape[1])
-        for token in ids[0].tolist():
-            number = after(number, token, applied)
-        return self.table[number][None], toy_state(number)
+        return toy_state(self._fed(int(state[0].att_x) if state else 0, ids[0].tolist(), applied))
 
     def put(self, row, state):
         self.states[row] = int(state[0].att_x)

@@ -313,18 +313,30 @@ class Decoder:
         self._check(ids, state)
         if not self.fresh:
             self.refresh()
-        if ids.shape[1] > 1:
-            to = self.reading
-            state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
-            # the native code does the last token; of the others only the state is wanted
-            prompt = ids[:, :-1]
-            with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
-                _, state = self.model.features(prompt, state, wanted=prompt.new_empty(0))
+        if ids.shape[1] > 1:  # the native code does the last token
+            state = self._read_many(ids[:, :-1], state, applied)
         before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
         after = LayerState(*(torch.empty(1, self.arch.n_layer, *shape[1:]) for shape in self.state_shapes))
         after = [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
         logits = self._run([int(ids[0, -1])], [applied], _addresses(before), _addresses(sum(after, ())))
         return logits, after
+
+    @torch.no_grad()
+    def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
+        """As read(), where no logits are wanted: of a chunk that others follow. Its state has the dtype of
+        `reading`.
+        """
+        if state is None:
+            state = self.model.initial_state(1)
+        self._check(ids, state)
+        return self._read_many(ids, state, applied)
+
+    def _read_many(self, ids: Tensor, state: State, applied: Applied) -> State:
+        """The state after tokens that are read with products of matrices, all at once."""
+        to = self.reading
+        state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
+        with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
+            return self.model.features(ids, state, wanted=ids.new_empty(0))[1]
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What read() gives; UserError where logits are not finite."""

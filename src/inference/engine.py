@@ -36,7 +36,7 @@ class _Prompt:
         self.kind = Kind(request.applied, request.start)
         self.read = 0  # tokens
         self.state: State | None = None
-        self.logits: Tensor | None = None  # (1, V) after the tokens read
+        self.logits: Tensor | None = None  # (1, V), once all is read
 
     @property
     def is_read(self) -> bool:
@@ -179,7 +179,11 @@ class Engine:
                 return
         end = min(len(tokens), (prompt.read // self.chunk + 1) * self.chunk)
         ids = torch.tensor([list(tokens[prompt.read : end])], dtype=torch.int64)
-        prompt.logits, prompt.state = self.decoder.read(ids, prompt.state, prompt.request.applied)
+        before, applied = prompt.state, prompt.request.applied
+        if end == len(tokens):
+            prompt.logits, prompt.state = self.decoder.read(ids, before, applied)
+        else:
+            prompt.state = self.decoder.state_after(ids, before, applied)
         prompt.read = end
         if self.cache.limit:
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)

@@ -23,7 +23,7 @@ class Read(NamedTuple):
     """What is kept of tokens that were read."""
 
     state: State
-    logits: Tensor | None  # (1, V) after the last token; None after an answer
+    logits: Tensor | None  # (1, V) after a whole prompt; None where others go on from it
     start: State | None  # the state before the tokens: kept, so that no other one gets its id()
     size: int  # bytes
 
@@ -45,6 +45,7 @@ class Key(NamedTuple):
     applied: Applied
     start: int | None
     after_answer: bool
+    whole: bool  # a prompt with the logits after it, not the beginning of others
     length: int
     digest: bytes
 
@@ -64,11 +65,10 @@ class PrefixCache:
         if kind.after_answer:
             lengths = {key.length for key in self.entries if key.after_answer and key.length <= len(tokens)}
         for key in reversed(_keys(kind, tokens, lengths)):
-            found = self.entries.get(key)
-            # the whole prompt is of use only with the logits after it
-            if found and (key.length < len(tokens) or found.logits is not None):
+            key = key._replace(whole=key.length == len(tokens))
+            if key in self.entries:
                 self.entries.move_to_end(key)
-                return key.length, found
+                return key.length, self.entries[key]
         return 0, None
 
     def add(self, kind: Kind, tokens: Sequence[int], state: State, logits: Tensor | None) -> None:
@@ -78,6 +78,7 @@ class PrefixCache:
         if size > self.limit:
             return
         (key,) = _keys(kind, tokens, [len(tokens)])
+        key = key._replace(whole=logits is not None)
         self._drop(key)
         self.entries[key] = Read(state, logits, kind.start, size)
         self.size += size
@@ -100,6 +101,6 @@ def _keys(kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> list[Key
     keys, digest, before = [], hashlib.blake2b(digest_size=32), 0
     for length in sorted(lengths):
         digest.update(array.array("q", tokens[before:length]).tobytes())
-        keys.append(Key(kind.applied, start, kind.after_answer, length, digest.digest()))
+        keys.append(Key(kind.applied, start, kind.after_answer, False, length, digest.digest()))
         before = length
     return keys

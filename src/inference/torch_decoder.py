@@ -42,13 +42,23 @@ class TorchDecoder:
 
         The given state stays as it is; None is the one that the model's documents start from.
         """
-        if state is not None:
-            dtype = self.model.dtype
-            state = [
-                layer._replace(att_x=layer.att_x.to(dtype), ffn_x=layer.ffn_x.to(dtype)) for layer in state
-            ]
         with self._with([applied]):
-            return self._next(ids, state)
+            return self._next(ids, self._ready(state))
+
+    @torch.no_grad()
+    def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
+        """As read(), where no logits are wanted: of a chunk that others follow."""
+        ids = ids.to(self.model.emb.weight.device)
+        last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
+        with self._with([applied]):
+            return self.model.features(ids, self._ready(state), wanted=last)[1]
+
+    def _ready(self, state: State | None) -> State | None:
+        """A state in the dtype of the model's activations."""
+        if state is None:
+            return None
+        to = self.model.dtype
+        return [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
 
     def put(self, row: int, state: State) -> None:
         """Copy a state of one row into `row`."""
