@@ -21,131 +21,20 @@ FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches t
 """
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import importlib.util
-import os
 import pathlib
 import tempfile
 
 import torch
 
-from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_checkpoint
-from rwkv_miss.adapter import adapted_linears
-from src import ops
-from src.common.device import cpu_features
-from src.export import TextSettings, export
-from src.inference.adapters import Adapters
-from src.inference.cpu_decoder import Decoder
-from src.model import RWKV, default_arch
-from src.ops import build, toolchain
-
 from . import llama
 from .common import add_integers, argument_parser, report, timed
+from .decode_contenders import Adapted, Ours, Package, llama_contenders, write_adapter, write_base
+from .decode_limits import Limits
 
 TOKENS = 10  # of a round
-
-
-def write_base(path, version: int, layers: int, width: int) -> None:
-    """A random bf16 checkpoint in which every part of the model shows in the logits."""
-    torch.manual_seed(0)
-    tensors = {}
-    for name, p in RWKV(default_arch(version, layers, width)).state_dict().items():
-        noise = torch.randn(p.shape)
-        if name == "emb.weight":
-            p = noise
-        elif p.squeeze().dim() < 2:
-            p = p + 0.05 * noise
-        elif name.endswith(".weight"):
-            p = noise / p.shape[-1] ** 0.5
-        else:
-            p = p + 0.1 * noise
-        tensors[name] = p.bfloat16()
-    write_checkpoint(path, tensors.items())
-
-
-class Ours:
-    def __init__(self, path, dtype: torch.dtype, int8: bool = False):
-        self.model = RWKV.load(path, dtype, kernel=ops.choose("cpu", "cpu")[0]).eval()
-        self.int8, self.decoders = int8, {}
-        self.bytes = 0
-        for name, p in self.model.named_parameters():
-            quantised = int8 and name.endswith(".weight") and p.numel() > 1e5
-            if name != "emb.weight":
-                self.bytes += p.numel() if quantised else p.nbytes
-
-    def start(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        if threads not in self.decoders:
-            self.decoders[threads] = Decoder(self.model, int8=self.int8)
-        self.decoder, self.state = self.decoders[threads], None
-
-    def feed(self, tokens: list[int]) -> torch.Tensor:
-        logits, self.state = self.decoder.next_logits(torch.tensor([tokens]), self.state)
-        return logits[0]
-
-
-class Adapted(Ours):
-    """A bf16 base with an adapter beside it, or merged in fp32."""
-
-    def __init__(self, path, adapter, merged: bool):
-        super().__init__(path, torch.bfloat16)
-        adapters = Adapters(self.model, {"miss": adapter})
-        if not merged:
-            self.bytes += sum(change.B.nbytes for change in adapters.by_name["miss"].factors.values())
-            adapters.use(["miss"])
-            return
-        merge_file(path, adapter, f"{adapter}.merged", "fp32")
-        weights = read_checkpoint(f"{adapter}.merged")
-        for name, linear in adapters.linears.items():
-            linear.weight = torch.nn.Parameter(weights[f"{name}.weight"].clone(), requires_grad=False)
-            self.bytes += linear.weight.numel() * 2
-
-
-def write_adapter(path, base, rank: int) -> None:
-    """A random MiSS adapter of a base."""
-    model = RWKV.load(base)
-    inject(model, "miss", rank=rank)
-    for layer in adapted_linears(model).values():
-        torch.nn.init.normal_(layer.miss, std=0.01)
-    save_adapter(model, path)
-
-
-class Package:
-    """The package `rwkv`, with TorchScript. It chooses the version by the environment when it is imported."""
-
-    def __init__(self, path, strategy: str, version: int):
-        os.environ |= {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
-        from rwkv.model import RWKV as Model
-
-        self.model, self.version = Model(str(path).removesuffix(".pth"), strategy), version
-
-    def start(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.state = self.model.generate_zero_state() if self.version == 7 else None
-
-    def feed(self, tokens: list[int]) -> torch.Tensor:
-        single = len(tokens) == 1 and self.version == 7
-        logits, self.state = self.model.forward(tokens[0] if single else tokens, self.state)
-        return logits
-
-
-def native() -> ctypes.CDLL:
-    """The library of decode_peers.cpp."""
-    source = pathlib.Path(__file__).with_name("decode_peers.cpp")
-    command = [toolchain.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
-    path = build.build(
-        "decode_peers",
-        "the decoder's peers",
-        3,
-        [source],
-        build.headers(),
-        command,
-        ["-pthread"],
-        cpu_features(),
-    )
-    return ctypes.CDLL(str(path))
 
 
 def one_by_one(contender, ids: list[int]) -> list[torch.Tensor]:
@@ -214,15 +103,7 @@ def make_contenders(path: pathlib.Path, args) -> dict:
             contenders[f"rwkv {kind}"] = Package(path, f"cpu {kind}", args.version)
     else:
         print("the package rwkv is absent: not measured")
-    if args.llama.exists():
-        llama_cpp = llama.load_library(args.llama)
-        for kind in ("F32", "BF16", "Q8_0"):
-            file = str(path.with_name(f"{kind}.gguf"))
-            export(path, file, "gguf", kind, settings=TextSettings("none"))
-            contenders[f"llama {kind}"] = llama.Llama(llama_cpp, file)
-    else:
-        print(f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it")
-    return contenders
+    return contenders | llama_contenders(args.llama, path, ("F32", "BF16", "Q8_0"))
 
 
 def all_divergences(contenders: dict, ids: list[int]) -> dict[str, dict[str, float]]:
@@ -234,18 +115,6 @@ def all_divergences(contenders: dict, ids: list[int]) -> dict[str, dict[str, flo
             exact[reference] = one_by_one(contenders[reference], ids)
         found[name] = divergences(contender, exact[reference], ids)
     return found
-
-
-class Memory:
-    """Reading a large buffer, as a bound for the decoders: they read every weight for every token."""
-
-    def __init__(self):
-        self.buffer = torch.ones(300_000_000 // 4)
-        self.library = native()
-
-    def read_seconds(self, threads: int) -> float:
-        pointer, size = ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_int64(self.buffer.nbytes)
-        return timed(lambda: self.library.read_bytes(pointer, size, ctypes.c_int64(threads)), threads)
 
 
 def feed_each(contender, tokens: list[int]) -> None:
@@ -262,7 +131,7 @@ class Fastest:
     prompt: dict[str, float]
 
 
-def fastest(contenders: dict, memory: Memory, threads: int, prompt: list[int], rounds: int) -> Fastest:
+def fastest(contenders: dict, memory: Limits, threads: int, prompt: list[int], rounds: int) -> Fastest:
     never = float("inf")
     found = Fastest(never, dict.fromkeys(contenders, never), dict.fromkeys(contenders, never))
     for _ in range(rounds):
@@ -289,7 +158,7 @@ def show(row: dict) -> None:
     )
 
 
-def measure(contenders: dict, memory: Memory, args) -> list[dict]:
+def measure(contenders: dict, memory: Limits, args) -> list[dict]:
     prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     divergence = all_divergences(contenders, prompt[:128])
     rows = []
@@ -315,7 +184,7 @@ def measure(contenders: dict, memory: Memory, args) -> list[dict]:
 
 def main() -> None:
     args = arguments()
-    memory = Memory()
+    memory = Limits()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = pathlib.Path(folder, "base.pth")
         write_base(path, args.version, args.layers, args.width)

@@ -1,0 +1,115 @@
+"""What benchmarks.decode and benchmarks.decode_batches measure: our decoder, `rwkv`, llama.cpp; one base."""
+
+import os
+import pathlib
+
+import torch
+
+from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_checkpoint
+from rwkv_miss.adapter import adapted_linears
+from src import ops
+from src.export import TextSettings, export
+from src.inference.adapters import Adapters
+from src.inference.cpu_decoder import Decoder
+from src.model import RWKV, default_arch
+
+from . import llama
+
+
+def write_base(path, version: int, layers: int, width: int) -> None:
+    """A random bf16 checkpoint in which every part of the model shows in the logits."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, p in RWKV(default_arch(version, layers, width)).state_dict().items():
+        noise = torch.randn(p.shape)
+        if name == "emb.weight":
+            p = noise
+        elif p.squeeze().dim() < 2:
+            p = p + 0.05 * noise
+        elif name.endswith(".weight"):
+            p = noise / p.shape[-1] ** 0.5
+        else:
+            p = p + 0.1 * noise
+        tensors[name] = p.bfloat16()
+    write_checkpoint(path, tensors.items())
+
+
+class Ours:
+    def __init__(self, path, dtype: torch.dtype, int8: bool = False):
+        self.model = RWKV.load(path, dtype, kernel=ops.choose("cpu", "cpu")[0]).eval()
+        self.int8, self.decoders = int8, {}
+        self.bytes = 0
+        for name, p in self.model.named_parameters():
+            quantised = int8 and name.endswith(".weight") and p.numel() > 1e5
+            if name != "emb.weight":
+                self.bytes += p.numel() if quantised else p.nbytes
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if threads not in self.decoders:
+            self.decoders[threads] = Decoder(self.model, int8=self.int8)
+        self.decoder, self.state = self.decoders[threads], None
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        logits, self.state = self.decoder.next_logits(torch.tensor([tokens]), self.state)
+        return logits[0]
+
+
+class Adapted(Ours):
+    """A bf16 base with an adapter beside it, or merged in fp32."""
+
+    def __init__(self, path, adapter, merged: bool):
+        super().__init__(path, torch.bfloat16)
+        adapters = Adapters(self.model, {"miss": adapter})
+        if not merged:
+            self.bytes += sum(change.B.nbytes for change in adapters.by_name["miss"].factors.values())
+            adapters.use(["miss"])
+            return
+        merge_file(path, adapter, f"{adapter}.merged", "fp32")
+        weights = read_checkpoint(f"{adapter}.merged")
+        for name, linear in adapters.linears.items():
+            linear.weight = torch.nn.Parameter(weights[f"{name}.weight"].clone(), requires_grad=False)
+            self.bytes += linear.weight.numel() * 2
+
+
+def write_adapter(path, base, rank: int) -> None:
+    """A random MiSS adapter of a base."""
+    model = RWKV.load(base)
+    inject(model, "miss", rank=rank)
+    for layer in adapted_linears(model).values():
+        torch.nn.init.normal_(layer.miss, std=0.01)
+    save_adapter(model, path)
+
+
+class Package:
+    """The package `rwkv`, with TorchScript. It chooses the version by the environment when it is imported."""
+
+    def __init__(self, path, strategy: str, version: int):
+        os.environ |= {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+        from rwkv.model import RWKV as Model
+
+        self.model, self.version = Model(str(path).removesuffix(".pth"), strategy), version
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.state = self.model.generate_zero_state() if self.version == 7 else None
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        single = len(tokens) == 1 and self.version == 7
+        logits, self.state = self.model.forward(tokens[0] if single else tokens, self.state)
+        return logits
+
+
+def llama_contenders(
+    folder: pathlib.Path, base: pathlib.Path, kinds, sequences: int = 1
+) -> dict[str, llama.Llama]:
+    """llama.cpp with the base in these kinds of weights; nothing, which is said, where it is absent."""
+    if not folder.exists():
+        print(f"llama.cpp is not measured: {folder} is not there; python -m benchmarks.llama fetches it")
+        return {}
+    library, found = llama.load_library(folder), {}
+    for kind in kinds:
+        file = str(base.with_name(f"{kind}.gguf"))
+        export(base, file, "gguf", kind, settings=TextSettings("none"))
+        found[f"llama {kind}"] = llama.Llama(library, file, sequences=sequences)
+    return found
