@@ -7,10 +7,10 @@ row, and llama.cpp with as many sequences in one llama_decode.
     [--threads 1 2] [--rounds 8] [--huge_pages no yes] [--adapters 4] [--miss 64] [--llama FOLDER]
 
 A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds
-alternate between the contenders, and the fastest counts. bf16 weights meet exact activations, int8 ones those
-that the CPU multiplies fastest. Every step computes the logits of all rows. The choice of the tokens is
-measured by itself, for the most rows up to 16: on the model's own logits, which are flat, and on four times
-them, which are about as peaked as those of a trained model.
+alternate between the contenders, and the fastest counts. bf16 weights meet exact activations, and such in
+bf16 where the CPU multiplies these; int8 ones those that the CPU multiplies fastest. Every step computes the
+logits of all rows. The choice of the tokens is measured by itself, for the most rows up to 16: on the model's
+own logits, which are flat, and on four times them, which are about as peaked as those of a trained model.
 
 The share of the bandwidth is that of one row, of the peak that of the most rows up to 16, where one
 multiply-add for each weight and row counts, in fp32 for bf16 weights and in int8 for int8 ones. The last line
@@ -25,8 +25,11 @@ import tempfile
 import torch
 
 from src import ops
+from src.inference import bf16_products
 from src.inference.adapters import BASE, Adapters, Applied
+from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
+from src.inference.huge_pages import move_weights
 from src.inference.sampling import GREEDY, OPEN_THINK, FadedCounts, Row, Sampling, choose
 from src.model import RWKV
 
@@ -46,23 +49,27 @@ SEEN = 400  # tokens of an answer, for penalties
 
 
 class Rows:
-    """Our decoder, for some numbers of threads."""
+    """Our decoder of one kind, "bf16", "bf16 act." or "int8", for some numbers of threads."""
 
-    def __init__(
-        self, path, most: int, int8: bool = False, huge_pages: str = "no", adapters: dict | None = None
-    ):
+    def __init__(self, path, kind: str, most: int, huge_pages: str, adapters: dict | None = None):
         self.model = RWKV.load(path, torch.bfloat16, kernel=ops.choose("cpu", "cpu")[0]).eval()
         self.adapters = Adapters(self.model, adapters) if adapters else None
         self.applied = [Applied((name,)) for name in adapters or ()] or [BASE]
-        self.make = functools.partial(fastest, self.model, self.adapters, most, int8, huge_pages)
-        self.int8, self.threads = int8, 0
+        self.kind, self.most, self.huge_pages, self.threads = kind, most, huge_pages, 0
 
     def start(self, threads: int) -> None:
         torch.set_num_threads(threads)
         if threads != self.threads:
-            self.threads, (self.decoder, self.words) = threads, self.make()
+            self.threads, (self.decoder, self.words) = threads, self._make()
         for row in range(self.decoder.rows):
             self.decoder.put(row, self.model.initial_state(1))
+
+    def _make(self) -> tuple[Decoder, str]:
+        if self.kind != "bf16 act.":
+            int8 = self.kind == "int8"
+            return fastest(self.model, self.adapters, self.most, int8, self.huge_pages)
+        _, pages = move_weights(dict(self.model.named_parameters()), self.huge_pages)
+        return Decoder(self.model, self.most, bf16_activations=True), f"activations in bf16, {pages}"
 
     def step(self, tokens: list[int]) -> torch.Tensor:
         applied = [self.applied[row % len(self.applied)] for row in range(len(tokens))]
@@ -76,9 +83,9 @@ class Rows:
     @property
     def bytes(self) -> int:
         """What a step reads of the weights."""
-        packed = self.decoder.panels
+        packed = self.decoder.panels if self.kind == "int8" else {}
         whole = {name: p for name, p in self.model.named_parameters() if name != "emb.weight"}
-        if self.int8 and not packed:
+        if self.kind == "int8" and not packed:
             return sum(p.numel() if p.dim() > 1 else p.nbytes for p in whole.values())
         return sum(packed[name].nbytes if name in packed else p.nbytes for name, p in whole.items())
 
@@ -103,16 +110,17 @@ def arguments() -> argparse.Namespace:
 
 def make_contenders(path: pathlib.Path, args) -> dict:
     most, found = max(args.rows), {}
+    kinds = ("bf16", "bf16 act.", "int8") if bf16_products.instruction_is_there() else ("bf16", "int8")
     for pages in args.huge_pages:
         size = {"no": "4 KB", "yes": "2 MB"}[pages]
-        found[f"ours bf16, {size}"] = Rows(path, most, huge_pages=pages)
-        found[f"ours int8, {size}"] = Rows(path, most, True, pages)
+        for kind in kinds:
+            found[f"ours {kind}, {size}"] = Rows(path, kind, most, pages)
     if args.adapters:
         files = {f"a{i}": str(path.with_name(f"a{i}.pth")) for i in range(args.adapters)}
         for file in files.values():
             write_adapter(file, path, args.miss)
         pages = args.huge_pages[0]
-        found[f"bf16 + {args.adapters} miss"] = Rows(path, most, huge_pages=pages, adapters=files)
+        found[f"bf16 + {args.adapters} miss"] = Rows(path, "bf16", most, pages, files)
     # llama.cpp divides its context among the sequences, in pieces of 256
     room = 1 << (most - 1).bit_length()
     return found | llama_contenders(args.llama, path, ("BF16", "Q8_0"), sequences=room)
@@ -183,7 +191,8 @@ def shares(contenders: dict, seconds: dict, can: dict, many: int) -> dict[str, d
     found = {}
     for name, contender in contenders.items():
         if isinstance(contender, Rows):
-            peak = can["int8"] if contender.int8 and can["int8"] else can["fp32"]
+            kind = {"bf16": "fp32", "bf16 act.": "bf16", "int8": "int8"}[contender.kind]
+            peak = can[kind] or can["fp32"]
             found[name] = {"peak": round(contender.weights * many / seconds[name][many] / peak, 3)}
             if 1 in seconds[name]:
                 found[name]["bandwidth"] = round(contender.bytes / seconds[name][1] / can["read"], 3)

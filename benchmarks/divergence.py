@@ -29,7 +29,7 @@ from src.model import RWKV
 
 from . import llama
 from .common import add_integers, argument_parser, report
-from .decode import write_base
+from .decode_contenders import write_base
 
 # name -> (int8, whether the CPU's instructions for bytes and for bf16 are used, one part)
 FORMS = {

@@ -28,7 +28,7 @@ from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
 
 from .common import add_integers, argument_parser, report
-from .decode import write_base
+from .decode_contenders import write_base
 from .step import add_peft
 
 # what the rows of "mixed" have, in turns
