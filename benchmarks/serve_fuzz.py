@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import copy
 import json
 import random
 import socket
@@ -77,10 +78,10 @@ def mutated(rng: random.Random, model: str) -> bytes:
     """The bytes of a request, damaged somewhere."""
     path, body = rng.choice(BODIES)
     body = json.loads(json.dumps(body).replace("MODEL", model))
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 5))):
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5))):
         _change(rng, body)
     data = bytearray(json.dumps(body).encode())
-    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+    for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 3))):
         _damage(rng, data)
     length = len(data) + rng.choice((0,) * 12 + (-5, 7))
     method = rng.choice(("POST",) * 12 + ("GET", "DELETE", "PUT", "\xff"))
@@ -116,11 +117,13 @@ def _change(rng: random.Random, value) -> None:
     if isinstance(value[place], (dict, list)) and rng.random() < 0.6:
         return _change(rng, value[place])
     if isinstance(value, dict) and rng.random() < 0.2:
-        value[rng.choice(("extra", "functions", "suffix", "best_of", "logit_bias"))] = rng.choice(JUNK)
+        value[rng.choice(("extra", "functions", "suffix", "best_of", "logit_bias"))] = copy.deepcopy(
+            rng.choice(JUNK)
+        )
     elif isinstance(value, dict) and rng.random() < 0.2:
         del value[place]
     else:
-        value[place] = rng.choice(JUNK)
+        value[place] = copy.deepcopy(rng.choice(JUNK))
 
 
 def _damage(rng: random.Random, data: bytearray) -> None:
