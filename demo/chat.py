@@ -153,6 +153,13 @@ def add_device(add: Callable) -> None:
         " to 1.6 times as fast. It takes memory of its own where the weights are mapped from the file; auto:"
         " at most a third of what is free",
     )
+    add(
+        "--activations",
+        default="exact",
+        choices=("exact", "bf16"),
+        help="bf16: those of an answer's products with bf16 weights are rounded, on a CPU with avx512_bf16;"
+        " default %(default)s",
+    )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
 
 
@@ -230,7 +237,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         adapters.use(list(args.adapter)[:1], args.scale)
         int8 = args.quant == "int8"
-        decoder, how = fastest(adapters.model, adapters, int8=int8, huge_pages=args.huge_pages)
+        decoder, how = fastest(
+            adapters.model,
+            adapters,
+            int8=int8,
+            huge_pages=args.huge_pages,
+            bf16_activations=args.activations == "bf16",
+        )
         engine = Engine(decoder, tokenizer, chunk=CHUNK)
 
         def template_of(paths: list):

@@ -17,7 +17,7 @@ from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src.data.tokenizer import load_tokenizer
-from src.inference import cpu_decoder, int8_panels
+from src.inference import bf16_products, cpu_decoder, int8_panels
 from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.cpu_decoder import Decoder, int8_rows
 from src.inference.decoders import fastest
@@ -197,6 +197,27 @@ def test_int8_is_as_close_as_llama_cpps_q8_0(data_dir, monkeypatch):
     want, got = (one_by_one(Decoder(model, int8=int8), ids)[0] for int8 in (False, True))
     found = kl_div(got.log_softmax(-1), want.log_softmax(-1), reduction="batchmean", log_target=True)
     assert 0 < found < 7.5e-5
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_bf16_weights_have_activations_in_two_parts_or_one(version, monkeypatch):
+    """As on a CPU with instructions for bf16. Two parts keep the tolerance of fp32, one is off by up to 2^-8
+    of each activation. Without the instructions one part is an error.
+    """
+    arch = make(version, n_embd=72, head_size=8, vocab_size=101)
+    tensors = {name: t.bfloat16() for name, t in random_tensors(arch).items()}
+    model, ids = model_of(arch, tensors, torch.bfloat16), some_ids(arch, 19)
+    want, _ = one_by_one(model_of(arch, tensors, torch.float64), ids)
+    monkeypatch.setattr(bf16_products, "instruction_is_there", lambda: False)
+    plain, _ = one_by_one(Decoder(model), ids)
+    with pytest.raises(UserError, match="--activations bf16: this CPU has no"):
+        fastest(model, bf16_activations=True)
+    monkeypatch.setattr(bf16_products, "instruction_is_there", lambda: True)
+    pairs, _ = one_by_one(fastest(model)[0], ids)
+    close("two parts", pairs, want, TOLERANCE)
+    assert not torch.equal(pairs, plain), "the instructions' products were not used"
+    single, _ = one_by_one(fastest(model, bf16_activations=True)[0], ids)
+    assert 2e-4 < (single - want).abs().max() / want.abs().max() < 0.03
 
 
 def test_a_row_of_zeros_is_zeros_in_int8():

@@ -12,6 +12,7 @@ from rwkv_miss.errors import UserError
 
 from ..common.formatting import counted
 from ..model import RWKV
+from . import bf16_products
 from .adapters import Adapters
 from .cpu_decoder import Decoder, problem
 from .cuda_graph import GraphedDecoder
@@ -27,15 +28,23 @@ def fastest(
     rows: int = 1,
     int8: bool = False,
     huge_pages: str = "no",
+    bf16_activations: bool = False,
 ) -> tuple[Decoder | TorchDecoder, str]:
     """(the fastest decoder that answers for the model, what it is in words).
 
     `rows` are the answers that it makes at once; `adapters` is what their requests choose from. `huge_pages`:
     yes, no or auto (huge_pages.py), for the CPU's own decoder; the model's matrices then lie in other memory.
-    UserError if int8 or yes is asked for where that decoder does not run.
+    `bf16_activations`: rounded for its products with bf16 weights, which is faster for 8 rows and more.
+    UserError if int8, yes or bf16 activations are asked for where that decoder does not run, or the CPU has
+    no instructions for the last.
     """
+    asked = {
+        "--quant int8": int8,
+        "--huge_pages yes": huge_pages == "yes",
+        "--activations bf16": bf16_activations,
+    }
     if found := problem(model):
-        for flag, given in (("--quant int8", int8), ("--huge_pages yes", huge_pages == "yes")):
+        for flag, given in asked.items():
             if given:
                 raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {found}")
         if model.blocks[0].att.kernel.startswith("cuda"):
@@ -46,10 +55,14 @@ def fastest(
             except RuntimeError as error:
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return TorchDecoder(model, rows, adapters), f"token by token in torch, as {found}"
+    if bf16_activations and not bf16_products.instruction_is_there():
+        raise UserError(
+            "--activations bf16: this CPU has no instructions for it (avx512_bf16); drop the flag"
+        )
     # the base's, which an adapter may stand in for
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
     _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
-    decoder = Decoder(model, rows, adapters, int8, huge_pages != "no")
+    decoder = Decoder(model, rows, adapters, int8, huge_pages != "no", bf16_activations)
     if decoder.region:
         pages = decoder.region.describe()
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))

@@ -77,7 +77,9 @@ def test_forms(device: str) -> tuple[float, str]:
     tensor_cores = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     forms = [False, True] if tensor_cores else [False]
     try:
-        errors = {chunked: largest_error(device, chunked) for chunked in forms}
+        # also where the first to ask is a program that has turned gradients off
+        with torch.inference_mode(False), torch.enable_grad():
+            errors = {chunked: largest_error(device, chunked) for chunked in forms}
     except LaunchError as failure:
         help = ", or use --wkv torch" if failure.of_the_machine else ""
         return math.nan, f"do not run on this machine: {failure}{help}"
