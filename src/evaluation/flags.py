@@ -198,7 +198,7 @@ def check_sampling(args: argparse.Namespace) -> None:
             f"--samples {args.samples} with --temperature {args.temperature:g}: greedy answers are all alike;"
             " give a --temperature above 0, such as 1"
         )
-    for name, without in (("top_p", 1.0), ("top_k", 0)):
+    for name, without in (("top_p", 1.0), ("top_k", 0), ("seed", 0)):
         if (given := getattr(args, name)) != without:
             raise UserError(
                 f"--{name} {given} with --temperature {args.temperature:g}: greedy answers sample nothing;"
