@@ -1,0 +1,373 @@
+"""The chat page in a real Chromium: what a reader sees, and what must not happen.
+
+Playwright drives it, because it presses keys and clicks as a person does; it starts the browser of the
+system, and none of its own.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import time
+
+import pytest
+
+pytest.importorskip("starlette", reason="NO starlette (the extra test has it): the chat page is not tested")
+pytest.importorskip("uvicorn", reason="NO uvicorn (the extra test has it): the chat page is not tested")
+pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the chat page is not tested")
+pytest.importorskip("playwright", reason="NO playwright (the extra test has it): the chat page is not tested")
+
+import httpx
+from playwright.sync_api import expect, sync_playwright
+
+import rwkv_miss
+from src.inference.engine import Engine
+from src.inference.load import load_with
+from src.inference.torch_decoder import TorchDecoder
+from src.serving.app import PAGE
+from src.serving.guard import Guard
+from src.serving.limits import Limits
+from src.serving.reading import Defaults
+from src.serving.served import ServedModels
+
+from .serving import records, running, scripted
+from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
+from .test_live_adapters import train
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LONG = Defaults(2000, "", {"temperature": 0.0}, 0)
+ANSWER = ".turn:last-child .answer"
+DONE = f"{ANSWER}:not(.running)"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("NO chromium ON PATH (apt-get install chromium): the chat page is not tested")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, server, **context):
+    """A page of the server. At the end: no error in it, nothing its policy stopped, no foreign request."""
+    context = browser.new_context(**{"locale": "en-US", **context})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    requests, errors = [], []
+    context.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
+    page.goto(server.url)
+    page.wait_for_selector("body.ready")
+    yield page
+    assert {url for url in requests if not url.startswith(f"{server.url}/")} == set()
+    # that a request was refused is what some of the tests are about
+    assert [error for error in errors if "Failed to load resource" not in error] == []
+    context.close()
+
+
+def ask(page, text):
+    page.fill("#draft", text)
+    page.press("#draft", "Enter")
+    page.wait_for_selector(DONE)
+
+
+def begun(page):
+    """Some of the answer that is being written."""
+    page.wait_for_selector(f"{ANSWER}.running > .text > p")
+    return page.text_content(f"{ANSWER}.running > .text > p")
+
+
+def prompts(server):
+    """What the model has read, each prompt once."""
+    return [text for text in server.engine.decoder.prompts if text.endswith("Assistant:")]
+
+
+def eventually(holds, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(browser):
+    said = "Good morning.\nIt rains, and it will rain all day."
+    with scripted(said, defaults=LONG) as server, opened(browser, server) as page:
+        server.engine.decoder.pause = 0.05
+        page.fill("#draft", "hi")
+        page.press("#draft", "Enter")
+        part = begun(page)
+        assert said.startswith(part) and part != said
+        assert page.get_attribute(ANSWER, "aria-busy") == "true"
+        server.engine.decoder.pause = 0
+        page.wait_for_selector(DONE)
+        assert page.inner_text(f"{DONE} .text >> nth=1") == said
+        figures = page.inner_text(f"{DONE} .figures")
+        assert re.fullmatch(rf"{len(said) + 1} tokens · [\d.]+ tokens/s · first after \d+\.\d\d s", figures)
+
+        ask(page, "and then?")
+        first = "User: hi\n\nAssistant:"
+        second = f"{first} {said}\n\nUser: and then?\n\nAssistant:"
+        assert prompts(server) == [first, second]
+        page.click("text=Retry")
+        eventually(lambda: len(prompts(server)) == 3)
+        page.wait_for_selector(DONE)
+        page.reload()
+        page.wait_for_selector("body.ready")
+        assert page.locator(".said").all_inner_texts() == ["hi", "and then?"]
+        assert page.inner_text(f"{DONE} .text >> nth=1") == said
+
+        page.click("text=Edit >> nth=0")
+        page.fill(".edit textarea", "hello <b>you</b>")
+        page.press(".edit textarea", "Enter")
+        eventually(lambda: len(prompts(server)) == 4)
+        page.wait_for_selector(DONE)
+        assert prompts(server)[2:] == [second, "User: hello <b>you</b>\n\nAssistant:"]
+        assert page.locator(".said").all_inner_texts() == ["hello <b>you</b>"]
+        page.click("#new")
+        assert page.locator(".turn").count() == 0
+
+
+def with_adapters(folder, letters):  # noqa: F811
+    """(engine, served models): a base that says something, with adapters a and b."""
+    rwkv_miss.write_checkpoint(folder / "tiny.pth", mixing_tensors(7).items())
+    paths = {}
+    for seed, name in enumerate("ab"):
+        paths[name] = str(train(folder / "tiny.pth", folder / f"{name}.pth", "miss", seed))
+    adapters, tokenizer = load_with(str(folder / "tiny.pth"), paths, letters, accelerator="cpu")
+    engine = Engine(TorchDecoder(adapters.model, 4, adapters), tokenizer, chunk=16, reads_first=False)
+    return engine, ServedModels("tiny", adapters, records(tokenizer), 1.0, None)
+
+
+def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: F811
+    defaults = Defaults(12, "", {"temperature": 1.0, "top_p": 1.0}, 5)
+    engine, served = with_adapters(tmp_path, letters)
+    with running(engine, served, defaults=defaults) as server, opened(browser, server) as page:
+        bodies = []
+        page.on("request", lambda request: bodies.append(request.post_data) if request.post_data else None)
+        page.select_option("#adapter-0", "a")
+        page.fill("#scale-0", "0.5")
+        page.check("#compare")
+        assert page.input_value("#adapter-1") == ""  # the base, beside an adapter
+        page.select_option("#adapter-1", "b")
+        for text in ("one", "two"):
+            ask(page, text)
+            page.wait_for_selector(f"{ANSWER}.running", state="detached")
+        labels = page.locator(f"{ANSWER} .label").all_inner_texts()
+        assert labels == ["a × 0.5", "b × 1"]
+        shown = page.locator(f"{ANSWER} > .text").all_text_contents()
+        assert shown[0] != shown[1]
+        asked = sorted(map(json.loads, bodies[-2:]), key=lambda body: body["adapter_id"])
+        assert [body["adapter_id"] for body in asked] == ["a", "b"]
+        assert [body.get("adapter_scale") for body in asked] == [0.5, None]
+        assert asked[0]["seed"] == asked[1]["seed"]
+        for body, text in zip(asked, shown):
+            whole = {**body, "stream": False, "stream_options": None}
+            reply = httpx.post(f"{server.url}/v1/chat/completions", json=whole).json()
+            assert reply["choices"][0]["message"]["content"].split() == text.split()
+            assert [message["content"] for message in body["messages"]][::2] == ["one", "two"]
+        assert asked[0]["messages"][1] != asked[1]["messages"][1]
+
+
+def test_what_is_typed_into_the_settings_is_asked_for(browser):
+    with scripted("Hello.") as server, opened(browser, server) as page:
+        bodies = []
+        page.on("request", lambda request: bodies.append(request.post_data) if request.post_data else None)
+        assert not page.is_visible("#adapter-0") and not page.is_visible("#compare")  # there is no adapter
+        page.click("#show-settings")
+        assert page.get_attribute("#temperature", "placeholder") == "0"
+        typed = {"temperature": 0.3, "top_p": 0.9, "top_k": 7, "presence_penalty": 0.2, "seed": 9}
+        typed |= {"frequency_penalty": 0.1, "penalty_decay": 0.99, "max_tokens": 3}
+        for name, value in typed.items():
+            page.fill(f"#{name}", str(value))
+        page.fill("#system", "Be brief.")
+        page.select_option("#mode", "fake-think-compact")
+        ask(page, "hi")
+        body = json.loads(bodies[-1])
+        assert {name: body[name] for name in typed} == typed
+        assert body["think_mode"] == "fake-think-compact"
+        assert prompts(server) == [] and server.engine.decoder.prompts == [
+            "System: Be brief.\n\nUser: hi\n\nAssistant: <think></think"
+        ]
+        expect(page.locator(f"{DONE} .note")).to_have_text("Cut off at max tokens.")
+        page.click("#reset")
+        assert page.get_attribute("#top_p", "placeholder") == "0.7"
+        ask(page, "again")
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        body = json.loads(bodies[-1])
+        assert body.pop("messages")[-1] == {"role": "user", "content": "again"}
+        assert body == {"model": "tiny", **options}
+
+
+def test_stop_in_the_middle_frees_the_row_and_keeps_what_was_said(browser):
+    said = "on and on " * 100
+    with scripted(said, pause=0.01, defaults=LONG) as server, opened(browser, server) as page:
+        for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("#stop")):
+            page.fill("#draft", "talk")
+            page.press("#draft", "Enter")
+            begun(page)
+            assert server.desk.open == 1
+            stop()
+            eventually(lambda: server.desk.open == 0 and not server.desk.running)
+            expect(page.locator(f"{DONE} .note")).to_have_text("Stopped.")
+            assert said.startswith(page.text_content(f"{DONE} > .text").rstrip())
+        assert server.desk.metrics.gone == 2
+
+
+def test_markup_in_an_answer_is_text(browser):
+    evil = "<script>window.hacked = 1</script><img src=/x onerror='window.hacked = 2'><a href=//e.org>x</a>"
+    fence = f"```html\n{evil}\n\n  end\n```"
+    said = f"<think>\n{evil}\n</think>\n{evil}\n\nand `{evil}`\n{fence}\n```\nopen {evil}"
+    with scripted(said, defaults=LONG) as server, opened(browser, server) as page:
+        ask(page, evil)
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("#log :is(script, img, a, b, iframe, svg, style)").count() == 0
+        assert page.text_content(".said") == evil
+        assert page.locator(".thoughts").get_attribute("open") is None
+        page.click(".thoughts summary")
+        assert page.inner_text(".thoughts .text") == evil
+        assert page.locator(f"{DONE} > .text > p").all_text_contents() == [evil, f"and {evil}"]
+        codes = page.locator(f"{DONE} > .text pre code").all_text_contents()
+        assert codes == [f"{evil}\n\n  end", f"open {evil}"]
+        assert page.inner_text(".code-head span >> nth=0") == "html"
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.click(".code button >> nth=0")
+        expect(page.locator(".code button >> nth=0")).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == codes[0]
+    scripts = "".join(path.read_text() for path in PAGE.glob("*.js"))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", scripts)
+
+
+def luminance(page, selector, kind):
+    red, green, blue, *_ = map(
+        float, re.findall(r"[\d.]+", page.eval_on_selector(selector, f"e => getComputedStyle(e).{kind}"))
+    )
+    parts = (part / 255 for part in (red, green, blue))
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(map(lambda weight, part: weight * part, (0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(page, selector, ground="body"):
+    """As WCAG has it."""
+    bright = luminance(page, selector, "color"), luminance(page, ground, "backgroundColor")
+    return (max(bright) + 0.05) / (min(bright) + 0.05)
+
+
+def test_a_phone_a_dark_room_and_chinese(browser):
+    said = "w" * 300 + "\n\n```\n" + "c" * 300 + "\n```"
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with scripted(said, defaults=LONG) as server:
+        with opened(browser, server, locale="zh-CN", color_scheme="dark", **phone) as page:
+            ask(page, "你好" + "w" * 200)
+            assert page.evaluate("document.documentElement.lang") == "zh-CN"
+            assert page.inner_text("#send") == "发送"
+            wide = "document.documentElement.scrollWidth"
+            assert page.evaluate(wide) == 360
+            assert luminance(page, "body", "backgroundColor") < 0.02
+            for selector in (f"{DONE} p", ".figures", ".label", ".foot button"):
+                assert contrast(page, selector) > 4.5, selector
+            page.click("#show-settings")
+            assert page.evaluate(wide) == 360 and not page.is_visible("#draft")
+            page.click("#show-settings")
+            page.click("#language")
+            assert page.inner_text("#send") == "Send" and page.inner_text("text=Retry")
+            page.reload()
+            page.wait_for_selector("body.ready")
+            assert page.inner_text("#send") == "Send"  # as it was chosen, not as the browser says
+            page.emulate_media(color_scheme="light")
+            assert luminance(page, "body", "backgroundColor") > 0.9
+            for selector in (f"{DONE} p", ".figures", ".label", ".foot button"):
+                assert contrast(page, selector) > 4.5, selector
+            english, chinese = page.evaluate("import('/page/words.js').then(m => m.languages)")
+            assert english.keys() == chinese.keys()
+            for name, text in english.items():
+                assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name]))
+
+
+def test_it_is_used_with_the_keyboard_alone(browser):
+    with scripted("Yes.", defaults=LONG) as server, opened(browser, server) as page:
+        focused = "(document.activeElement.id || document.activeElement.textContent)"
+        assert page.evaluate(focused) == "draft"
+        page.keyboard.type("one")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("two")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(DONE)
+        assert page.text_content(".said") == "one\ntwo"
+        assert page.evaluate(focused) == "draft"
+        order = []
+        for _ in range(3):
+            page.keyboard.press("Shift+Tab")
+            order.append(page.evaluate(focused))
+        assert order == ["Retry", "Copy", "Edit"]
+        assert page.eval_on_selector(":focus", "e => getComputedStyle(e).outlineStyle") == "solid"
+        page.keyboard.press("Enter")
+        page.keyboard.type(" three")
+        page.keyboard.press("Escape")  # nothing changes
+        assert page.evaluate(focused) == "Edit" and page.text_content(".said") == "one\ntwo"
+        page.keyboard.press("Enter")
+        page.keyboard.press("Control+A")
+        page.keyboard.type("four")
+        page.keyboard.press("Enter")
+        eventually(lambda: len(prompts(server)) == 2)
+        page.wait_for_selector(DONE)
+        for _ in range(3):
+            page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate(focused) == "show-settings"
+        page.keyboard.press("Space")
+        assert page.is_visible("#system")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("#system") and page.evaluate(focused) == "show-settings"
+        # every control has a name
+        named = "e => Boolean(e.labels?.length || e.ariaLabel || e.textContent.trim())"
+        for control in page.locator("button, input, select, textarea").all():
+            assert control.evaluate(named), control.evaluate("e => e.outerHTML")
+        # Enter within an input method ends a word and sends nothing
+        page.fill("#draft", "ni")
+        enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true})"
+        page.eval_on_selector("#draft", f"e => e.dispatchEvent({enter})")
+        assert page.input_value("#draft") == "ni" and page.locator(".turn").count() == 1
+
+
+def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
+    limits = Limits(waiting=0, finishing=5)
+    options = {"rows": 1, "limits": limits, "guard": Guard("secret"), "defaults": LONG}
+    with scripted("Hello.", **options) as server, opened(browser, server) as page:
+        for key in ("wrong", "secret"):
+            assert page.is_visible("#key-form")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector("#key-form", state="hidden")
+        page.reload()
+        page.wait_for_selector("body.ready")
+        assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
+        ask(page, "hi")
+        assert page.text_content(f"{DONE} > .text") == "Hello."
+        # another client has the only row
+        server.engine.decoder.pause = 0.3
+        headers = {"Authorization": "Bearer secret"}
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", headers=headers, json=body):
+            ask(page, "more")
+            note = page.locator(f"{DONE} .note.error")
+            expect(note).to_have_text(re.compile(r"The server is busy\. Try again in \d+ s\."))
+        server.engine.decoder.pause = 0
+        eventually(lambda: server.desk.open == 0)
+        page.click("text=Retry")
+        expect(page.locator(f"{DONE} > .text")).to_have_text("Hello.")
+        page.click("#show-settings")
+        page.fill("#top_k", "0.5")
+        ask(page, "wrong")
+        expect(page.locator(f"{DONE} .note.error")).to_have_text(
+            re.compile("The server refused: top_k: got 0.5")
+        )
+        server.stop()
+        page.fill("#top_k", "")
+        ask(page, "gone")
+        expect(page.locator(f"{DONE} .note.error")).to_have_text(
+            "The server can't be reached. Does it still run?"
+        )
