@@ -111,5 +111,5 @@ def llama_contenders(
     for kind in kinds:
         file = str(base.with_name(f"{kind}.gguf"))
         export(base, file, "gguf", kind, settings=TextSettings("none"))
-        found[f"llama {kind}"] = llama.Llama(library, file, sequences=sequences)
+        found[f"llama {kind}"] = llama.Llama(library, file, max(4096, 256 * sequences), sequences)
     return found
