@@ -31,7 +31,8 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     process = CONTEXT.Process(target=logged, args=(log, _program, os.getcwd(), words))
     process.start()
     try:
-        until(lambda: log.exists() and "Ctrl-C ends the server" in log.read_text(), 60)
+        # a busy machine may have the kernels to build, too
+        until(lambda: not process.is_alive() or log.exists() and "ends the server" in log.read_text(), 400)
         url = re.search(r"tiny at (http://\S+)/v1;", log.read_text())[1]
         headers = {"Authorization": "Bearer secret"}
         body = {"messages": HI, "temperature": 0, "max_tokens": 5}
