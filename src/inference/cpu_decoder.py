@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.errors import UserError
 
 from .. import ops
 from ..common.device import multiplies_bf16
@@ -43,7 +42,7 @@ MODEL = (
     "head.weight",
 )
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
-# the members of Layer6 and Layer7 of cuda/decode_cpu.cpp
+# the members of Layer6 and Layer7 of cuda/decode_cpu.h
 LAYER = {
     6: (
         *NORMS,
@@ -72,7 +71,6 @@ LAYER = {
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PANELS, BF16_PAIRS, BF16_SINGLE = 3, 4, 5
-ADVICE = "; the file may be damaged, or an adapter's scale too large"
 LANES = 16  # vectors are padded to a multiple of this, a whole number of any CPU's SIMD lanes
 
 
@@ -87,7 +85,7 @@ class Matrix(ctypes.Structure):
 
 
 class Change(ctypes.Structure):
-    """Change of cuda/decode_cpu.cpp."""
+    """Change of cuda/decode_parts.h."""
 
     _fields_ = [
         ("rank", ctypes.c_int64),
@@ -231,10 +229,6 @@ class Decoder:
             self.matrices[place], self.sources[place] = matrix, tensor
         self.fresh = True
 
-    @property
-    def emb(self):
-        return self.model.emb
-
     def close(self) -> None:
         """End the threads."""
         if self.handle:
@@ -305,8 +299,9 @@ class Decoder:
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
         """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
 
-        The given state stays as it is; None is the one that the model's documents start from. Raises
-        ValueError for other shapes and after close(), IndexError for a token that is not in the vocabulary.
+        The given state stays as it is; None is the one that the model's documents start from. A model that
+        overflows has logits that are not finite. Raises ValueError for other shapes and after close(),
+        IndexError for a token that is not in the vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -323,8 +318,9 @@ class Decoder:
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """As read(), where no logits are wanted: of a chunk that others follow. Its state has the dtype of
-        `reading`.
+        """As read(), where no logits are wanted: of a chunk that others follow.
+
+        The state has the dtype of `reading`.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -337,15 +333,6 @@ class Decoder:
         state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
         with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
             return self.model.features(ids, state, wanted=ids.new_empty(0))[1]
-
-    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """What read() gives; UserError where logits are not finite."""
-        logits, state = self.read(ids, state)
-        if not logits.isfinite().all():
-            raise UserError(
-                f"the logits after token {int(ids[0, -1])} are not finite: the model overflows{ADVICE}"
-            )
-        return logits, state
 
     @torch.no_grad()
     def put(self, row: int, state: State) -> None:

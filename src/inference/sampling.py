@@ -21,7 +21,6 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import begins_thoughts
 from ..ops import native, self_test
-from .cpu_decoder import ADVICE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +163,10 @@ def _uniform(generator: torch.Generator | None) -> float:
 
 
 def _overflow(largest: float) -> UserError:
-    return UserError(f"the largest logit is {largest}, expected a finite number: the model overflows{ADVICE}")
+    return UserError(
+        f"the largest logit is {largest}, expected a finite number: the model overflows; the file may be"
+        " damaged, or an adapter's scale too large"
+    )
 
 
 class Choice(ctypes.Structure):
@@ -247,10 +249,6 @@ def _choose_one(raw: np.ndarray, row: Row, uniform: float) -> Drawn:
     logprobs = shifted - np.log(np.exp(shifted).sum())
     likeliest = [(int(i), float(logprobs[i])) for i in _largest(raw, row.logprobs)]
     return Drawn(token, float(logprobs[token]), likeliest)
-
-
-def _overflow(largest: float) -> UserError:
-    return UserError(f"the largest logit is {largest}, expected a finite number: the model overflows{ADVICE}")
 
 
 def _draw(values: np.ndarray, sampling: Sampling, uniform: float) -> int:
