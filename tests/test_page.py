@@ -21,6 +21,7 @@ import httpx
 from playwright.sync_api import expect, sync_playwright
 
 import rwkv_miss
+from demo import page_picture
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.torch_decoder import TorchDecoder
@@ -148,6 +149,7 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
     with running(engine, served, defaults=defaults) as server, opened(browser, server) as page:
         bodies = []
         page.on("request", lambda request: bodies.append(request.post_data) if request.post_data else None)
+        page.evaluate("() => { Math.random = () => 0.3 }")  # the seed of both sides
         page.select_option("#adapter-0", "a")
         page.fill("#scale-0", "0.5")
         page.check("#compare")
@@ -170,6 +172,17 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
             assert reply["choices"][0]["message"]["content"].split() == text.split()
             assert [message["content"] for message in body["messages"]][::2] == ["one", "two"]
         assert asked[0]["messages"][1] != asked[1]["messages"][1]
+        page.click("#new")
+        assert page_picture.after_questions(page).startswith(b"\x89PNG")
+        assert page.locator(".said").all_inner_texts() == list(page_picture.QUESTIONS)
+        assert page.locator(".answer").count() == 4
+
+
+def test_the_picture_needs_the_demo_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["page_picture", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        page_picture.main()
+    assert f"{page_picture.DEMO} trains it" in capsys.readouterr().err
 
 
 def test_what_is_typed_into_the_settings_is_asked_for(browser):

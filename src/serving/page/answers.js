@@ -52,8 +52,8 @@ function messagesOf(side, last) {
   const messages = [];
   if (state.system.trim()) messages.push({ role: "system", content: state.system });
   for (const { text, answers } of state.turns.slice(0, last)) {
-    const { content, thoughts } = answers[side] ?? answers[0];
-    if (!content && !thoughts) continue; // it failed, so that the model never took this turn
+    const { content, thoughts, finish, error } = answers[side] ?? answers[0];
+    if (!content && !thoughts && (error || finish === "stopped")) continue; // as if it was never asked
     const answer = { role: "assistant", content };
     if (thoughts) answer.reasoning_content = thoughts;
     messages.push({ role: "user", content: text }, answer);
