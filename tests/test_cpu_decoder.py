@@ -19,7 +19,8 @@ from rwkv_miss.adapter import adapted_linears
 from src.data.tokenizer import load_tokenizer
 from src.inference import bf16_products, cpu_decoder, int8_panels
 from src.inference.adapters import BASE, Adapters, Applied
-from src.inference.cpu_decoder import Decoder, int8_rows
+from src.inference.cpu_decoder import Decoder
+from src.inference.decoder_tensors import int8_rows
 from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
 from src.inference.load import load

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,58 +29,19 @@ from ..ops import native, self_test
 from ..ops.native import nan_passes
 from . import bf16_products, int8_panels
 from .adapters import BASE, Adapters, Applied
+from .decoder_tensors import (
+    BF16_PAIRS,
+    BF16_SINGLE,
+    LANES,
+    PANELS,
+    TYPES,
+    Matrix,
+    int8_rows,
+    is_multiplied,
+    names_in_order,
+)
 from .huge_pages import Region, rounded
 from .unmerged_linear import LowRank
-
-MODEL = (
-    "emb.weight",
-    "blocks.0.ln0.weight",
-    "blocks.0.ln0.bias",
-    "ln_out.weight",
-    "ln_out.bias",
-    "head.weight",
-)
-NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
-# the members of Layer6 and Layer7 of cuda/decode_cpu.h
-LAYER = {
-    6: (
-        *NORMS,
-        *(f"att.time_maa_{name}" for name in "xwkvrg"),
-        "att.time_decay",
-        "att.time_faaaa",
-        "ffn.time_maa_k",
-        "ffn.time_maa_r",
-        "att.time_maa_w1",
-        "att.time_maa_w2",
-        "att.time_decay_w1",
-        "att.time_decay_w2",
-        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")),
-        *(f"ffn.{name}.weight" for name in ("key", "receptance", "value")),
-    ),
-    7: (
-        *NORMS,
-        *(f"att.x_{name}" for name in "rwkvag"),
-        *(f"att.{name}" for name in ("k_k", "k_a", "r_k", "w0", "a0", "v0")),
-        "ffn.x_k",
-        *(f"att.{name}{i}" for name in "wavg" for i in (1, 2)),
-        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")),
-        "ffn.key.weight",
-        "ffn.value.weight",
-    ),
-}
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-PANELS, BF16_PAIRS, BF16_SINGLE = 3, 4, 5
-LANES = 16  # vectors are padded to a multiple of this, a whole number of any CPU's SIMD lanes
-
-
-class Matrix(ctypes.Structure):
-    """Matrix of cuda/decode_products.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "type")),
-    ]
 
 
 class Change(ctypes.Structure):
@@ -93,23 +53,6 @@ class Change(ctypes.Structure):
         ("A", ctypes.c_void_p),
         ("B", ctypes.c_void_p),
     ]
-
-
-class Int8Rows(NamedTuple):
-    """weight (out, in) = values (out, in) int8 * scale (out,) fp32."""
-
-    values: Tensor
-    scale: Tensor
-
-
-def int8_rows(weight: Tensor) -> Int8Rows:
-    """Symmetric int8 with one scale for each row: the row's largest magnitude / 127.
-
-    rwkv_miss/quantised.py has a scale for each 64 weights.
-    """
-    weight = weight.float()
-    scale = weight.abs().amax(1) / 127
-    return Int8Rows((weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale)
 
 
 class Decoder:
@@ -147,10 +90,7 @@ class Decoder:
             *(torch.zeros(rows, arch.n_layer, *shape[1:]) for shape in self.state_shapes)
         )
         self.places = _addresses(part for row in zip(*self.states) for layer in zip(*row) for part in layer)
-        self.names = [
-            *MODEL,
-            *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]),
-        ]
+        self.names = names_in_order(arch)
         # the tensors that the native code points to: of the model, and of the adapters of its tables
         self.kept: dict[str, list[Tensor]] = {}
         self.beside: dict[tuple[str, ...], list[Tensor]] = {}
@@ -191,8 +131,8 @@ class Decoder:
         )
         if not handle:
             raise RuntimeError(
-                f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of"
-                " cuda/decode_cpu.cpp"
+                f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER of"
+                " decoder_tensors.py is not that of cuda/decode_cpu.h"
             )
         return ctypes.c_void_p(handle)
 
@@ -201,7 +141,7 @@ class Decoder:
         sizes = {
             name: int8_panels.packed_bytes(*tensor.shape)
             for name, tensor in zip(self.names, self.sources)
-            if tensor is not None and _is_multiplied(name, tensor)
+            if tensor is not None and is_multiplied(name, tensor)
         }
         region = Region(sum(map(rounded, sizes.values())), huge)
         self.panels = {name: region.take(size) for name, size in sizes.items()}
@@ -262,11 +202,11 @@ class Decoder:
             if (packed := self.panels.get(name)) is not None:
                 int8_panels.pack(tensor, packed, self.threads)
                 return Matrix(packed.data_ptr(), None, rows, columns, PANELS)
-            if self.int8 and _is_multiplied(name, tensor):
+            if self.int8 and is_multiplied(name, tensor):
                 tensor, scale = int8_rows(tensor)
         self.kept[name] = [tensor] if scale is None else [tensor, scale]
         kind = TYPES[tensor.dtype]
-        if tensor.dtype == torch.bfloat16 and _is_multiplied(name, tensor):
+        if tensor.dtype == torch.bfloat16 and is_multiplied(name, tensor):
             kind = self.bf16_type
         return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, kind)
 
@@ -432,11 +372,6 @@ class Decoder:
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
         return part.to("cpu", torch.float32).contiguous()
-
-
-def _is_multiplied(name: str, tensor: Tensor) -> bool:
-    """Whether it is one of the large matrices: not the embedding, whose rows are looked up."""
-    return name.endswith(".weight") and name != "emb.weight" and tensor.dim() == 2
 
 
 def _addresses(tensors: Iterable[Tensor]) -> ctypes.Array:
