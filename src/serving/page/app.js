@@ -15,7 +15,8 @@ let views = [];
 
 const actions = {
   retry: () => answerLast(),
-  edit(i, text) {
+  async edit(i, text) {
+    if (!(await mayAsk())) return;
     state.turns.length = i + 1;
     state.turns[i].text = text;
     answerLast();
@@ -50,9 +51,16 @@ function isAtEnd() {
   return window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 80;
 }
 
+/** Whether a question can be asked now. A server that was away may be back. */
+async function mayAsk() {
+  if (!server) await meetServer();
+  return server !== null && running === null;
+}
+
 async function send() {
-  const text = draft.value;
-  if (!text.trim() || running || !server) return;
+  if (!draft.value.trim() || !(await mayAsk())) return;
+  const text = draft.value; // that of now: the wait for the server may have been long
+  if (!text.trim()) return;
   state.turns.push({ text, answers: [] });
   draft.value = state.draft = "";
   grow(draft);
@@ -61,7 +69,7 @@ async function send() {
 
 /** Ask, of one side or of both, for the answers to the last turn. */
 async function answerLast() {
-  if (running) return;
+  if (!(await mayAsk())) return;
   const controller = (running = new AbortController());
   const last = state.turns.length - 1;
   const sides = state.compare ? [0, 1] : [0];
@@ -77,7 +85,7 @@ async function answerLast() {
     sides.map((side) => fill(answers[side], requests[side], controller.signal, () => changed(side))),
   );
   running = null;
-  tell(answers.some((answer) => answer.error) ? "" : word("answered"));
+  tell(controller.signal.aborted ? word("stopped") : word("answered"));
   const atEnd = isAtEnd();
   show();
   if (atEnd) scrollToEnd();

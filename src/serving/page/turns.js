@@ -4,22 +4,38 @@ import { state } from "./store.js";
 import { copyButton, make, showText } from "./text.js";
 import { word } from "./words.js";
 
-/** Build all turns anew in `log`. Returns the views of the last turn's answers, which may still grow. */
+const shown = new WeakMap(); // what was made for a turn, and of what
+
+/** Show all turns in `log`. Returns the views of the last turn's answers, which may still grow.
+ *
+ * What is there and has not changed stays: who listens to the page does not hear it again. */
 export function showTurns(log, actions, busy) {
-  let views = [];
-  const sections = state.turns.map((turn, i) => {
-    const last = i === state.turns.length - 1;
-    views = turn.answers.map((answer) => answerView(answer, last ? actions.retry : null, busy));
-    const answers = make("div", { className: "answers" }, ...views.map((view) => view.element));
-    return make("section", { className: "turn" }, questionView(turn, i, actions, busy), answers);
+  const made = state.turns.map((turn, i) => turnView(turn, i, actions));
+  made.forEach(({ section }, i) => {
+    const old = log.children[i];
+    if (!old) log.append(section);
+    else if (old !== section) old.replaceWith(section);
   });
-  log.replaceChildren(...sections);
-  return views;
+  while (log.children.length > made.length) log.lastChild.remove();
+  for (const button of log.querySelectorAll(".asks")) button.disabled = busy;
+  return made.at(-1)?.views ?? [];
 }
 
-function questionView(turn, i, actions, busy) {
+function turnView(turn, i, actions) {
+  const { text, answers } = turn;
+  const old = shown.get(turn);
+  if (old && old.text === text && old.answers === answers && old.language === state.language) return old;
+  const views = answers.map((answer) => answerView(answer, actions.retry));
+  const side = make("div", { className: "answers" }, ...views.map((view) => view.element));
+  const section = make("section", { className: "turn" }, questionView(turn, i, actions), side);
+  const made = { text, answers, language: state.language, section, views };
+  shown.set(turn, made);
+  return made;
+}
+
+function questionView(turn, i, actions) {
   const text = make("p", { className: "said", textContent: turn.text });
-  const edit = make("button", { type: "button", className: "quiet", textContent: word("edit"), disabled: busy });
+  const edit = make("button", { type: "button", className: "quiet asks", textContent: word("edit") });
   const view = make("div", { className: "question" }, make("h2", { className: "unseen", textContent: word("you") }));
   view.append(text, make("div", { className: "foot" }, edit));
   edit.addEventListener("click", () => {
@@ -37,7 +53,7 @@ function questionView(turn, i, actions, busy) {
 
 function editForm(text, saved, cancelled) {
   const area = make("textarea", { value: text, ariaLabel: word("message") });
-  const save = make("button", { className: "main", textContent: word("save") });
+  const save = make("button", { className: "main asks", textContent: word("save") });
   const cancel = make("button", { type: "button", textContent: word("cancel") });
   const form = make("form", { className: "edit" }, area, make("div", { className: "row" }, save, cancel));
   area.addEventListener("input", () => grow(area));
@@ -55,21 +71,17 @@ function editForm(text, saved, cancelled) {
   return form;
 }
 
-function answerView(answer, retry, busy) {
+function answerView(answer, retry) {
   const label = make("h2", { className: "label", textContent: answer.label });
   const summary = make("summary");
   const thoughts = make("div", { className: "text" });
   const fold = make("details", { className: "thoughts" }, summary, thoughts);
   const body = make("div", { className: "text" });
   const note = make("p", { className: "note" });
-  const foot = make("div", { className: "foot" }, copyButton(() => answer.content));
-  if (retry) {
-    const again = make("button", { type: "button", className: "quiet", textContent: word("retry"), disabled: busy });
-    again.addEventListener("click", retry);
-    foot.append(again);
-  }
+  const again = make("button", { type: "button", className: "quiet asks again", textContent: word("retry") });
+  again.addEventListener("click", retry);
   const figures = make("span", { className: "figures" });
-  foot.append(figures);
+  const foot = make("div", { className: "foot" }, copyButton(() => answer.content), again, figures);
   const element = make("article", { className: "answer" }, label, fold, body, note, foot);
 
   function update() {
