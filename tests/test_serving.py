@@ -352,6 +352,22 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         assert set(served.adapters.by_name) == {"b", "c", "a@2"} and said() == base
 
 
+def test_of_many_who_load_a_name_at_once_one_does(files, letters):  # noqa: F811
+    engine, served = loaded(files, letters, 1, str(files / "adapters"))
+    with running(engine, served) as server:
+
+        async def all_at_once():
+            async with httpx.AsyncClient() as client:
+                posts = [
+                    client.post(f"{server.url}/v1/adapters", json={"name": "d", "file": "d.pth"})
+                    for _ in range(6)
+                ]
+                return [reply.status_code for reply in await asyncio.gather(*posts)]
+
+        assert sorted(asyncio.run(all_at_once())) == [200, *[409] * 5]
+        assert set(served.adapters.by_name) == {"a", "b", "c", "d"}
+
+
 def test_without_a_folder_no_adapter_is_loaded(files, letters):  # noqa: F811
     engine, served = loaded(files, letters, 1)
     with running(engine, served) as server:

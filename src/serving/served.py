@@ -55,6 +55,7 @@ class ServedModels:
         self.template, self.bos = records.template([]), records.bos([])
         self.entries: dict[str, Entry] = {}
         self.used_names: set[str] = set()
+        self.coming: set[str] = set()  # names of adapters that are being loaded
         for internal, adapter in adapters.by_name.items():
             adapters.check(Applied((internal,)))
             self.entries[internal] = self._entry(internal, internal, adapter.path)
@@ -123,9 +124,10 @@ class ServedModels:
             raise wrong("name", f"got {short(name)}, expected up to 64 letters, digits and . _ -")
         if name in self.entries:
             raise Refused(409, f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first", "name")
+        if name in self.coming:
+            raise Refused(409, f"name: an adapter {name} is being loaded; wait for it", "name")
         path = inside(self.folder, file)
         internal = next(label for label in _labels(name) if label not in self.used_names)
-        self.used_names.add(internal)
 
         def load() -> Entry:
             self._check_tokenizer(path, file)
@@ -139,10 +141,14 @@ class ServedModels:
                 raise
             return entry
 
+        self.coming.add(name)
         try:
             entry = await worker.call(load)
         except UserError as error:
             raise wrong("file", self._without_paths(str(error), path, file)) from None
+        finally:
+            self.coming.discard(name)
+        self.used_names.add(internal)
         self.entries[name] = entry
         return entry
 
