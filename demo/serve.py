@@ -219,7 +219,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 def load(args: argparse.Namespace) -> tuple:
     """(engine, served models, what answers in words). UserError for files that do not fit."""
-    from src.serving.served import Records, ServedModels
+    from src.serving.served_models import Records, ServedModels
 
     choose_template(args.template, args.tool_style, None, None)
     refuse_folders(args.adapter)
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
         limits = limits_of(args)
-        from src.serving.running import bound
+        from src.serving.uvicorn_server import bound
 
         listener = bound(args.host, args.port)  # before a model is read in vain
         serve(args, limits, listener, *load(args))
@@ -261,16 +261,16 @@ def serve(
     args: argparse.Namespace, limits: Limits, listener: socket.socket, engine: Engine, served, how: str
 ) -> None:
     """Answer until a signal ends the server."""
-    from src.serving.assemble import assemble
+    from src.serving.app import assemble
     from src.serving.guard import OWN_NAMES, Guard, is_own_machine
-    from src.serving.reading import Defaults
-    from src.serving.running import Server
+    from src.serving.request_parsing import Defaults
+    from src.serving.uvicorn_server import Server
 
     own = is_own_machine(args.host)
     hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
     origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)
     defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
-    app, desk = assemble(
+    app, dispatcher = assemble(
         engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
     )
 
@@ -287,12 +287,12 @@ def serve(
         if known := modes_note(args.model, served.template):
             print(f"note: {known}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
 
-    desk.worker.start()
+    dispatcher.worker.start()
     try:
-        server = Server(app, desk, listener, said)
+        server = Server(app, dispatcher, listener, said)
         server.run()
     finally:
-        desk.worker.close()
+        dispatcher.worker.close()
 
 
 if __name__ == "__main__":

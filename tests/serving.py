@@ -10,12 +10,12 @@ import torch
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tokenizer import load_tokenizer
 from src.inference.engine import Engine
-from src.serving.assemble import assemble
+from src.serving.app import assemble
 from src.serving.guard import Guard
 from src.serving.limits import Limits
-from src.serving.reading import Defaults
-from src.serving.running import Server, bound
-from src.serving.served import Records, ServedModels
+from src.serving.request_parsing import Defaults
+from src.serving.served_models import Records, ServedModels
+from src.serving.uvicorn_server import Server, bound
 
 LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
 
@@ -85,15 +85,18 @@ def scripted(script="Hello.", template=None, rows=4, pause=0.0, **options):
 
 @contextlib.contextmanager
 def running(engine, served, limits=None, defaults=None, guard=LOCAL):
-    """A server in a thread: .url, .desk, .engine, .stop(). At the end no row is taken and nobody waits."""
+    """A server in a thread: .url, .dispatcher, .engine, .stop().
+
+    At the end no row is taken and nobody waits.
+    """
     limits = limits or Limits(finishing=5)
     defaults = defaults or Defaults(64, "", {"temperature": 0.0}, 0)
-    app, desk = assemble(engine, served, defaults, limits, guard)
+    app, dispatcher = assemble(engine, served, defaults, limits, guard)
     ready, listener = threading.Event(), bound("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = Server(app, desk, listener, ready.set)
+    server = Server(app, dispatcher, listener, ready.set)
     thread = threading.Thread(target=server.run, daemon=True)
-    desk.worker.start()
+    dispatcher.worker.start()
     thread.start()
     assert ready.wait(20), "the server did not start"
 
@@ -103,11 +106,21 @@ def running(engine, served, limits=None, defaults=None, guard=LOCAL):
         assert not thread.is_alive(), "the server does not end"
 
     found = types.SimpleNamespace(
-        url=f"http://127.0.0.1:{port}", port=port, desk=desk, engine=engine, server=server, stop=stop
+        url=f"http://127.0.0.1:{port}",
+        port=port,
+        dispatcher=dispatcher,
+        engine=engine,
+        server=server,
+        stop=stop,
     )
     try:
         yield found
     finally:
         stop()
-        desk.worker.close()
-    assert (desk.open, desk.running, desk.worker.followed, engine.idle) == (0, set(), {}, True)
+        dispatcher.worker.close()
+    assert (dispatcher.open, dispatcher.running, dispatcher.worker.followed, engine.idle) == (
+        0,
+        set(),
+        {},
+        True,
+    )

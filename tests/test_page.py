@@ -28,8 +28,8 @@ from src.inference.torch_decoder import TorchDecoder
 from src.serving.app import PAGE
 from src.serving.guard import Guard
 from src.serving.limits import Limits
-from src.serving.reading import Defaults
-from src.serving.served import ServedModels
+from src.serving.request_parsing import Defaults
+from src.serving.served_models import ServedModels
 
 from .serving import records, running, scripted
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
@@ -225,12 +225,12 @@ def test_stop_in_the_middle_frees_the_row_and_keeps_what_was_said(browser):
             page.fill("#draft", "talk")
             page.press("#draft", "Enter")
             begun(page)
-            assert server.desk.open == 1
+            assert server.dispatcher.open == 1
             stop()
-            eventually(lambda: server.desk.open == 0 and not server.desk.running)
+            eventually(lambda: server.dispatcher.open == 0 and not server.dispatcher.running)
             expect(page.locator(f"{DONE} .note")).to_have_text("Stopped.")
             assert said.startswith(page.text_content(f"{DONE} > .text").rstrip())
-        assert server.desk.metrics.gone == 2
+        assert server.dispatcher.metrics.gone == 2
 
 
 def test_markup_in_an_answer_is_text(browser):
@@ -297,7 +297,7 @@ def test_a_phone_a_dark_room_and_chinese(browser):
             assert luminance(page, "body", "backgroundColor") > 0.9
             for selector in (f"{DONE} p", ".figures", ".label", ".foot button"):
                 assert contrast(page, selector) > 4.5, selector
-            english, chinese = page.evaluate("import('/page/words.js').then(m => m.languages)")
+            english, chinese = page.evaluate("import('/page/translations.js').then(m => m.languages)")
             assert english.keys() == chinese.keys()
             for name, text in english.items():
                 assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese[name]))
@@ -372,7 +372,7 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
             note = page.locator(f"{DONE} .note.error")
             expect(note).to_have_text(re.compile(r"The server is busy\. Try again in \d+ s\."))
         server.engine.decoder.pause = 0
-        eventually(lambda: server.desk.open == 0)
+        eventually(lambda: server.dispatcher.open == 0)
         page.click("text=Retry >> visible=true")
         expect(page.locator(f"{DONE} > .text")).to_have_text("Hello.")
         page.click("#show-settings")

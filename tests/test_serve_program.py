@@ -15,7 +15,7 @@ import httpx
 import rwkv_miss
 from demo import serve
 from rwkv_miss import UserError
-from src.serving.running import bound
+from src.serving.uvicorn_server import bound
 
 from .program import CONTEXT, _program, logged
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)

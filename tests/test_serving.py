@@ -28,8 +28,8 @@ from src.inference.load import load_with
 from src.ops import self_test
 from src.serving.guard import Guard
 from src.serving.limits import Limits
-from src.serving.reading import Defaults, Reader, read_chat
-from src.serving.served import ServedModels
+from src.serving.request_parsing import Defaults, Reader, read_chat
+from src.serving.served_models import ServedModels
 
 from .serving import records, running, scripted
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
@@ -301,7 +301,7 @@ def test_every_one_of_many_clients_gets_the_answer_that_it_gets_alone(files, let
     engine, served = loaded(files, letters, 8)
     with running(engine, served, defaults=reader.defaults) as server:
         assert asyncio.run(all_at_once(server.url)) == expected
-        assert server.desk.metrics.answer_tokens > 200
+        assert server.dispatcher.metrics.answer_tokens > 200
 
 
 def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811

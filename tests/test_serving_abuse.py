@@ -54,10 +54,10 @@ def test_a_client_who_leaves_frees_its_row(stream):
         waiting = opened(server, LONG)
         until(lambda: server.engine.waiting == 1)
         waiting.close()
-        until(lambda: (server.engine.waiting, server.desk.open) == (0, 1))
+        until(lambda: (server.engine.waiting, server.dispatcher.open) == (0, 1))
         running.close()
-        until(lambda: server.engine.idle and not server.desk.running and server.desk.open == 0)
-        assert server.desk.metrics.gone == 2
+        until(lambda: server.engine.idle and not server.dispatcher.running and server.dispatcher.open == 0)
+        assert server.dispatcher.metrics.gone == 2
         reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Q", "max_tokens": 4})
         assert reply.json()["choices"][0]["text"] == "word"
 
@@ -71,7 +71,7 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again():
         assert reply.json()["error"]["code"] == "rate_limit_exceeded"
         for client in clients:
             client.close()
-        until(lambda: server.engine.idle and server.desk.open == 0)
+        until(lambda: server.engine.idle and server.dispatcher.open == 0)
         assert httpx.post(f"{server.url}/v1/completions", json={"max_tokens": 1}).status_code == 200
         # an idle server takes a request that is larger than what may wait
         reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": ["x"] * 5, "max_tokens": 1})
@@ -104,8 +104,8 @@ def test_a_client_who_takes_nothing_is_left():
             data = json.dumps({"messages": HI, "max_tokens": 400, "stream": True, "logprobs": True})
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length:"
             client.sendall(f"{head} {len(data)}\r\n\r\n{data}".encode())
-            until(lambda: server.desk.metrics.gone == 1)
-            until(lambda: server.desk.open == 0 and not server.server.server_state.connections)
+            until(lambda: server.dispatcher.metrics.gone == 1)
+            until(lambda: server.dispatcher.open == 0 and not server.server.server_state.connections)
 
 
 def test_a_body_that_is_too_large_is_not_kept():
@@ -129,7 +129,7 @@ def test_300_damaged_requests_leave_nothing_behind(caplog, capfd):
         requests = [mutated(rng, "tiny") for _ in range(300)]
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             statuses = list(pool.map(lambda raw: sent(address, raw), requests))
-        until(lambda: server.engine.idle and not server.desk.running)
+        until(lambda: server.engine.idle and not server.dispatcher.running)
         assert httpx.get(f"{server.url}/health").status_code == 200
     known = {"", "100", "200", "400", "403", "404", "405", "408", "413"}
     assert set(statuses) <= known and statuses.count("200") > 9 and statuses.count("400") > 100

@@ -21,9 +21,9 @@ from src.serving.errors import Refused
 from src.serving.fields import read_object
 from src.serving.guard import Guard, host_name, is_own_machine
 from src.serving.limits import Limits
-from src.serving.modes import efforts_of
-from src.serving.reading import Chosen, Defaults, Reader, read_chat, read_completion
-from src.serving.served import inside
+from src.serving.request_parsing import Chosen, Defaults, Reader, read_chat, read_completion
+from src.serving.served_models import inside
+from src.serving.think_modes import efforts_of
 from src.serving.tools import NO_TOOLS, Tools
 
 from .test_templates import CHATML

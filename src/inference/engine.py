@@ -23,7 +23,7 @@ from ..ops.native import nan_passes
 from .adapters import BASE
 from .prefix_cache import Kind, PrefixCache
 from .request import Answer, Request
-from .running import Running
+from .running_answer import RunningAnswer
 from .sampling import choose
 
 
@@ -57,7 +57,7 @@ class Engine:
         self.chunk, self.reads_first = chunk, reads_first
         self.cache = PrefixCache(cache_bytes)
         self.prompts: collections.deque[_Prompt] = collections.deque()
-        self.rows: list[Running] = []  # row 0, 1, ... of the decoder
+        self.rows: list[RunningAnswer] = []  # row 0, 1, ... of the decoder
 
     @property
     def waiting(self) -> int:
@@ -218,7 +218,7 @@ class Engine:
 
     def _seat(self, prompt: _Prompt) -> Answer:
         """Give the prompt's first answer the next row, and draw its first token."""
-        running = Running(prompt.answers[0], self.tokenizer)
+        running = RunningAnswer(prompt.answers[0], self.tokenizer)
         self.rows.append(running)
         self.decoder.put(len(self.rows) - 1, prompt.state)
         self._take_tokens([len(self.rows) - 1], prompt.logits)
@@ -255,7 +255,7 @@ class Engine:
                 self._keep(running)
         self._leave([row for row in rows if self.rows[row].answer.finish])
 
-    def _keep(self, running: Running) -> None:
+    def _keep(self, running: RunningAnswer) -> None:
         """Put the state after an answer into the cache, for the next turn of its conversation."""
         request = running.answer.request
         kind = Kind(request.applied, request.start, after_answer=True)

@@ -22,14 +22,19 @@ from starlette.routing import Route
 from rwkv_miss.version import VERSION
 
 from ..data.rwkv_template import MODES
-from .answering import Desk, reply
-from .choices import ChatChoices, TextChoices
+from ..inference.engine import Engine
+from .dispatcher import Dispatcher, reply
 from .errors import Refused, failed, wrong
 from .fields import Fields, read_object
 from .guard import Guard, GuardMiddleware
-from .modes import efforts_of, modes_of
-from .reading import Asked, Reader, read_chat, read_completion
+from .limits import Limits
+from .openai_choices import ChatChoices, TextChoices
+from .openai_objects import TokenNames
 from .replies import error_reply, json_reply, read_body
+from .request_parsing import Asked, Defaults, Reader, read_chat, read_completion
+from .served_models import ServedModels
+from .think_modes import efforts_of, modes_of
+from .worker import Worker
 
 PAGE = pathlib.Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -46,8 +51,8 @@ PAGE_HEADERS = {
 class Routes:
     """What every address does. `describe` is what the operator chose, for /v1/server."""
 
-    def __init__(self, desk: Desk, reader: Reader, describe: dict[str, Any]):
-        self.desk, self.reader, self.describe = desk, reader, describe
+    def __init__(self, dispatcher: Dispatcher, reader: Reader, describe: dict[str, Any]):
+        self.dispatcher, self.reader, self.describe = dispatcher, reader, describe
         self.created = int(time.time())
         # one thread: a client with large requests does not take all cores from the engine
         self.readers = concurrent.futures.ThreadPoolExecutor(1, "reader")
@@ -76,37 +81,37 @@ class Routes:
                 response = await endpoint(request)
             except Refused as refused:
                 response = error_reply(refused)
-            self.desk.metrics.requests[path, response.status_code] += 1
+            self.dispatcher.metrics.requests[path, response.status_code] += 1
             return response
 
         return Route(path, answered, methods=[method])
 
     async def health(self, request: Request) -> Response:
-        desk = self.desk
-        status = "broken" if desk.worker.broken else "stopping" if desk.closing else "ok"
+        dispatcher = self.dispatcher
+        status = "broken" if dispatcher.worker.broken else "stopping" if dispatcher.closing else "ok"
         return json_reply({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
-        desk = self.desk
-        text = desk.metrics.text(
+        dispatcher = self.dispatcher
+        text = dispatcher.metrics.text(
             [
-                ("answers_running", "Answers that have a row.", desk.open - desk.waiting),
-                ("answers_waiting", "Answers that wait for a row.", desk.waiting),
-                ("rows", "Answers that the server writes at once.", desk.rows),
-                ("engine_steps", "Steps of the engine so far.", desk.worker.steps),
-                ("adapters", "Adapters that are loaded.", len(desk.served.entries)),
+                ("answers_running", "Answers that have a row.", dispatcher.open - dispatcher.waiting),
+                ("answers_waiting", "Answers that wait for a row.", dispatcher.waiting),
+                ("rows", "Answers that the server writes at once.", dispatcher.rows),
+                ("engine_steps", "Steps of the engine so far.", dispatcher.worker.steps),
+                ("adapters", "Adapters that are loaded.", len(dispatcher.served.entries)),
             ]
         )
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        data = [self._model(name) for name in self.desk.served.models()]
+        data = [self._model(name) for name in self.dispatcher.served.models()]
         return json_reply({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self.desk.served.models():
-            known = ", ".join(self.desk.served.models())
+        if name not in self.dispatcher.served.models():
+            known = ", ".join(self.dispatcher.served.models())
             raise Refused(
                 404, f"there is no model {name[:80]!r}; there are {known}", "model", "model_not_found"
             )
@@ -116,7 +121,7 @@ class Routes:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "rwkv-miss"}
 
     async def server(self, request: Request) -> Response:
-        served = self.desk.served
+        served = self.dispatcher.served
         template = served.template
         return json_reply(
             {
@@ -133,7 +138,7 @@ class Routes:
                     mode: self._sampling(MODES[mode].opening) for mode in modes_of(template)
                 },
                 "max_tokens": self.reader.defaults.max_tokens,
-                "limits": dataclasses.asdict(self.desk.limits),
+                "limits": dataclasses.asdict(self.dispatcher.limits),
                 **self.describe,
             }
         )
@@ -143,34 +148,34 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         asked = await self._asked(request, read_chat)
-        return await reply(self.desk, request, asked, ChatChoices(asked, self.desk.names))
+        return await reply(self.dispatcher, request, asked, ChatChoices(asked, self.dispatcher.names))
 
     async def completions(self, request: Request) -> Response:
         asked = await self._asked(request, read_completion)
-        return await reply(self.desk, request, asked, TextChoices(asked, self.desk.names))
+        return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
 
     async def _asked(self, request: Request, read: Callable[[Reader, dict], Asked]) -> Any:
         """What the body of a request asks for. Long texts become tokens without stopping anybody."""
-        body = await read_body(request, self.desk.limits)
+        body = await read_body(request, self.dispatcher.limits)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, lambda: read(self.reader, read_object(body)))
 
     async def adapters(self, request: Request) -> Response:
-        entries = self.desk.served.entries.values()
+        entries = self.dispatcher.served.entries.values()
         return json_reply({"object": "list", "data": [entry.description for entry in entries]})
 
     async def add_adapter(self, request: Request) -> Response:
-        fields = Fields(read_object(await read_body(request, self.desk.limits)))
+        fields = Fields(read_object(await read_body(request, self.dispatcher.limits)))
         name, file = fields.text("name"), fields.text("file")
         for field, value in (("name", name), ("file", file)):
             if not value:
                 raise wrong(field, "is missing")
-        entry = await self.desk.served.add(name, file, self.desk.worker)
+        entry = await self.dispatcher.served.add(name, file, self.dispatcher.worker)
         return json_reply(entry.description)
 
     async def drop_adapter(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self.desk.served.drop(name, self.desk.worker)
+        self.dispatcher.served.drop(name, self.dispatcher.worker)
         return json_reply({"name": name, "deleted": True})
 
     async def page(self, request: Request) -> Response:
@@ -181,9 +186,21 @@ class Routes:
         return FileResponse(found[name], headers=PAGE_HEADERS, media_type=KINDS[found[name].suffix])
 
 
+def assemble(
+    engine: Engine, served: ServedModels, defaults: Defaults, limits: Limits, guard: Guard, **describe: Any
+) -> tuple[Starlette, Dispatcher]:
+    """A server's parts put together: (the application, its dispatcher).
+
+    The dispatcher's worker is to be started. `describe` is told by /v1/server.
+    """
+    dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
+    reader = Reader(engine.tokenizer, served.find, limits, defaults)
+    return make_app(Routes(dispatcher, reader, describe), guard), dispatcher
+
+
 def make_app(routes: Routes, guard: Guard) -> Starlette:
     """The application. Nothing of it runs before a server does."""
-    requests = routes.desk.metrics.requests
+    requests = routes.dispatcher.metrics.requests
 
     def refused(status: int) -> None:
         requests["refused", status] += 1  # whatever the address, which a stranger may have made up

@@ -1,7 +1,7 @@
 // What is asked of the server, and its errors in words.
 
 import { readKey } from "./store.js";
-import { word } from "./words.js";
+import { word } from "./translations.js";
 
 export class ServerError extends Error {
   constructor(message, status = 0) {

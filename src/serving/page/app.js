@@ -5,7 +5,7 @@ import { fill, newAnswer, requestOf } from "./answers.js";
 import { listenToSettings, showSettings } from "./settings.js";
 import { keepKey, restore, save, state } from "./store.js";
 import { grow, onEnter, showTurns } from "./turns.js";
-import { useLanguage, word } from "./words.js";
+import { useLanguage, word } from "./translations.js";
 
 const byId = (id) => document.getElementById(id);
 const [log, draft, problem, settings] = ["log", "draft", "problem", "settings"].map(byId);

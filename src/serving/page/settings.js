@@ -3,7 +3,7 @@
 import { NUMBERS } from "./answers.js";
 import { save, state } from "./store.js";
 import { make } from "./text.js";
-import { word } from "./words.js";
+import { word } from "./translations.js";
 
 const byId = (id) => document.getElementById(id);
 

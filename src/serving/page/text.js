@@ -1,6 +1,6 @@
 // An answer's text as nodes of the page. Text becomes text: nothing of it is ever read as HTML.
 
-import { word } from "./words.js";
+import { word } from "./translations.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
 

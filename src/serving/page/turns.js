@@ -2,7 +2,7 @@
 
 import { state } from "./store.js";
 import { copyButton, make, showText } from "./text.js";
-import { word } from "./words.js";
+import { word } from "./translations.js";
 
 const shown = new WeakMap(); // what was made for a turn, and of what
 

@@ -10,7 +10,7 @@ from .request import Answer
 from .sampling import Drawn, FadedCounts, Row
 
 
-class Running:
+class RunningAnswer:
     """An answer that has a row. The row's state has read the prompt and all its tokens but the last one.
 
     A wanted state has read exactly the prompt and the text. The row's own state goes beyond that where a stop

@@ -16,7 +16,7 @@ from ..data.chat_template import Template
 from ..inference.adapters import Adapters, Applied
 from .errors import Refused, wrong
 from .fields import Fields
-from .reading import Chosen
+from .request_parsing import Chosen
 from .worker import Worker
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

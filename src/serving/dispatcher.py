@@ -13,20 +13,20 @@ from starlette.responses import Response
 
 from rwkv_miss.errors import UserError
 
-from .choices import ChatChoices, TextChoices
 from .errors import Refused, failed
 from .limits import Limits
 from .metrics import Metrics
-from .objects import Envelope, TokenNames, usage_object
-from .reading import Asked
+from .openai_choices import ChatChoices, TextChoices
+from .openai_objects import Envelope, TokenNames, usage_object
 from .replies import EventStream, ignored_header, json_reply, until_gone
-from .served import ServedModels
+from .request_parsing import Asked
+from .served_models import ServedModels
 from .worker import Job, Piece, Worker
 
 GONE = 499  # what logs elsewhere have for a client who left; nobody reads it
 
 
-class Desk:
+class Dispatcher:
     """Takes requests, as many as may wait, and counts what happens to them. It belongs to the event loop."""
 
     def __init__(self, worker: Worker, served: ServedModels, names: TokenNames, limits: Limits):
@@ -86,21 +86,21 @@ class Desk:
 class Run:
     """A request from begin() to its end, which is close()."""
 
-    def __init__(self, desk: Desk, asked: Asked, answers: int):
-        self.desk, self.asked = desk, asked
-        self.entries = desk.served.held(asked.requests[0].applied)
+    def __init__(self, dispatcher: Dispatcher, asked: Asked, answers: int):
+        self.dispatcher, self.asked = dispatcher, asked
+        self.entries = dispatcher.served.held(asked.requests[0].applied)
         self.job: Job | None = None
         self.left = answers  # that are not finished
         self.began, self.first_token = time.monotonic(), 0.0
         self.tokens = 0
         self.cached = [0] * len(asked.requests)
         self.closed = False
-        desk.open += answers
-        desk.running.add(self)
+        dispatcher.open += answers
+        dispatcher.running.add(self)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What comes of the answers. Raises Refused where one of them fails."""
-        metrics = self.desk.metrics
+        metrics = self.dispatcher.metrics
         assert self.job
         async for pieces in self.job.pieces():
             for piece in pieces:
@@ -113,7 +113,7 @@ class Run:
                 self.cached[place] = max(self.cached[place], piece.cached_tokens)
                 if piece.finish:
                     self.left -= 1
-                    self.desk.open -= 1
+                    self.dispatcher.open -= 1
                 if piece.finish == "error":
                     raise failed(piece.error)
                 if piece.finish == "cancelled":
@@ -130,29 +130,31 @@ class Run:
         if self.closed:
             return
         self.closed = True
-        desk = self.desk
+        dispatcher = self.dispatcher
         if self.job:
             self.job.cancel()
-            desk.metrics.prompt_tokens += sum(len(request.tokens) for request in self.asked.requests)
-            desk.metrics.cached_tokens += sum(self.cached)
-        desk.open -= self.left
-        desk.running.discard(self)
-        desk.served.release(self.entries, desk.worker)
+            dispatcher.metrics.prompt_tokens += sum(len(request.tokens) for request in self.asked.requests)
+            dispatcher.metrics.cached_tokens += sum(self.cached)
+        dispatcher.open -= self.left
+        dispatcher.running.discard(self)
+        dispatcher.served.release(self.entries, dispatcher.worker)
 
 
-async def reply(desk: Desk, request: Request, asked: Asked, choices: ChatChoices | TextChoices) -> Response:
+async def reply(
+    dispatcher: Dispatcher, request: Request, asked: Asked, choices: ChatChoices | TextChoices
+) -> Response:
     """The reply to a request: a stream, or the whole when it is there. Raises Refused."""
-    run = await desk.begin(asked)
+    run = await dispatcher.begin(asked)
     envelope = Envelope(choices.prefix, choices.kind, asked.model)
     headers = ignored_header(asked.ignored)
     if asked.stream:
-        return EventStream(_events(run, choices, envelope), headers, run.close, desk.metrics.left)
+        return EventStream(_events(run, choices, envelope), headers, run.close, dispatcher.metrics.left)
     gone = asyncio.create_task(until_gone(request))
     work = asyncio.create_task(_collected(run, choices))
     try:
         await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            desk.metrics.left()
+            dispatcher.metrics.left()
             return Response(status_code=GONE)
         return json_reply(envelope.whole(work.result(), run.usage()), headers=headers)
     finally:

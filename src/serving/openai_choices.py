@@ -7,8 +7,8 @@ from typing import Any
 
 from ..data.tokenizer import Tokenizer
 from .chat_text import ChatText, Delta
-from .objects import TokenNames, delta_object, message_object
-from .reading import AskedChat, AskedText
+from .openai_objects import TokenNames, delta_object, message_object
+from .request_parsing import AskedChat, AskedText
 from .worker import Piece
 
 

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rwkv_miss.errors import UserError
 
-from .answering import Desk
+from .dispatcher import Dispatcher
 from .errors import Refused
 from .replies import error_reply
 
@@ -109,9 +109,9 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds."""
 
-    def __init__(self, app, desk: Desk, listener: socket.socket, said: Callable[[], None]):
+    def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, said: Callable[[], None]):
         """`said` is called as soon as the server answers."""
-        limits = desk.limits
+        limits = dispatcher.limits
         connection = type(
             "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
         )
@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.finishing) + 5,
             )
         )
-        self.desk, self.listener, self.said = desk, listener, said
+        self.dispatcher, self.listener, self.said = dispatcher, listener, said
 
     def run(self, sockets=None) -> None:
         super().run([self.listener])
@@ -141,9 +141,9 @@ class Server(uvicorn.Server):
             self.said()
 
     async def shutdown(self, sockets=None) -> None:
-        self.desk.closing = True
+        self.dispatcher.closing = True
         loop = asyncio.get_running_loop()
-        end = loop.call_later(self.desk.limits.finishing, self.desk.stop_all)
+        end = loop.call_later(self.dispatcher.limits.finishing, self.dispatcher.stop_all)
         try:
             await super().shutdown(sockets)
         finally:

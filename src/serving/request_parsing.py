@@ -20,7 +20,7 @@ from .errors import Refused, wrong
 from .fields import LARGEST_SEED, Fields
 from .limits import Limits
 from .messages import read_messages, without_thoughts
-from .modes import read_mode
+from .think_modes import read_mode
 from .tools import Tools, read_tools
 
 MOST_LOGPROBS = 20
