@@ -20,15 +20,22 @@ if not __package__:  # started by its path, from which src is not found
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from demo.chat import add_device, add_files, add_sampling, add_text, named
+    from demo.flags import (
+        Recorded,
+        add_device,
+        add_files,
+        add_sampling,
+        add_text,
+        check_shared,
+        decoder_options,
+        named,
+    )
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
     from src.common.available_memory import parse_size, resident
     from src.common.formatting import counted, size_text
-    from src.config.validate import check_bos
-    from src.data.leading_token import leading_token
     from src.data.released import modes_note
-    from src.data.templates import choose_template, recorded_template
+    from src.data.templates import choose_template
     from src.inference.decoders import fastest, measured_chunk
     from src.inference.engine import Engine
     from src.inference.load import load_with, refuse_folders
@@ -53,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_address(parser.add_argument)
     add_files(parser.add_argument)
     add_text(parser.add_argument)
-    add_sampling(without_defaults(parser.add_argument))
+    add_sampling(parser.add_argument, max_tokens=1024, recommended=True)
     add_device(parser.add_argument)
     add_engine(parser.add_argument)
     add_limits(parser.add_argument)
@@ -135,20 +142,6 @@ def add_limits(add: Callable) -> None:
         )
 
 
-def without_defaults(add: Callable) -> Callable:
-    """`add` for flags whose absence means what is recommended for a request's think mode."""
-
-    def add_one(*names: str, **options) -> None:
-        if names == ("--max_tokens",):
-            options["default"] = 1024
-            return add(*names, **options)
-        text = options["help"].partition("; default")[0]
-        whose = "another one for every request" if names == ("--seed",) else "as recommended for the template"
-        return add(*names, **{**options, "default": None, "help": f"{text}; default: {whose}"})
-
-    return add_one
-
-
 def check(args: argparse.Namespace) -> None:
     """UserError for values and pairs of flags that make no sense."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -157,7 +150,8 @@ def check(args: argparse.Namespace) -> None:
             f"the server needs {' and '.join(absent)}, not installed for {sys.executable}: pip install"
             f" {' '.join(PACKAGES)}"
         )
-    least = {"rows": 1, "port": 0, "chunk": 0, "max_tokens": 1, **dict.fromkeys(COUNTS, 1)}
+    check_shared(args)
+    least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}
     least["limit_waiting"] = 0
     for flag, low in least.items():
         if getattr(args, flag) < low:
@@ -167,12 +161,7 @@ def check(args: argparse.Namespace) -> None:
     for flag in TIMES:
         if not 0 < getattr(args, flag) < math.inf:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected more than 0 seconds")
-    if not math.isfinite(args.scale):
-        raise UserError(f"--scale {args.scale}: expected a finite number")
-    if args.seed is not None and not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
     dataclasses.replace(Sampling(), **chosen_sampling(args)).check()
-    check_bos(args.bos)
     if args.adapter_dir and not os.path.isdir(args.adapter_dir):
         raise UserError(f"--adapter_dir {args.adapter_dir} is no folder")
     if any(set(name) & set(":+") for name in args.adapter):
@@ -230,18 +219,11 @@ def load(args: argparse.Namespace) -> tuple:
         args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
     )
 
-    def template_of(paths: list):
-        return recorded_template(args.template, tokenizer, *paths, args.model, tool_style=args.tool_style)
-
-    def bos_of(paths: list):
-        return leading_token(args.bos, tokenizer, *paths, args.model)
-
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
-    records = Records(template_of, bos_of, tokenizer.name)
+    recorded = Recorded(args, tokenizer)
+    records = Records(recorded.template, recorded.bos, tokenizer.name)
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
-    decoder, how = fastest(
-        adapters.model, adapters, args.rows, args.quant == "int8", huge_pages=args.huge_pages
-    )
+    decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
     chunk = args.chunk or measured_chunk(decoder, SECONDS)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
     return engine, served, how

@@ -15,6 +15,7 @@ import rwkv_miss
 from demo import chat, commands
 from demo.columns import cells, side_by_side
 from demo.commands import named_mode
+from demo.flags import named
 from rwkv_miss import UserError
 from src.data import rwkv_template
 from src.data.rwkv_template import DEFAULT
@@ -823,7 +824,7 @@ def test_adapters_are_named_by_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.pth").touch()
     given = ["x=run/adapter.pth", "run/other.pth", "a=b.pth", "runs/lr=1/third.pth"]
-    assert chat.named(given) == {
+    assert named(given) == {
         "x": "run/adapter.pth",
         "other": "run/other.pth",
         "a=b": "a=b.pth",

@@ -1,0 +1,185 @@
+"""The flags that demo.chat and demo.serve have in common, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from demo.commands import NO_ADAPTER
+from rwkv_miss.errors import UserError
+from src.common.device import PRECISIONS
+from src.config.validate import check_bos
+from src.data.chat_template import Template
+from src.data.leading_token import HELP as BOS_HELP
+from src.data.leading_token import leading_token
+from src.data.templates import add_template_flags, recorded_template
+from src.data.tokenizer import Tokenizer
+from src.inference.sampling import Sampling
+
+
+def add_files(add: Callable) -> None:
+    """What answers."""
+    add(
+        "--model",
+        required=True,
+        help="base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION], or a Hugging Face folder",
+    )
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="adapter .pth trained on that base, or a name of the hub as above, by its file's name"
+        " unless NAME is given; a chat begins with the first of several, a server's requests choose",
+    )
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="what the adapter changes is multiplied by this; 1: as it was trained",
+    )
+
+
+def add_text(add: Callable) -> None:
+    """From a prompt to tokens."""
+    add(
+        "--tokenizer",
+        default="auto",
+        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file",
+    )
+    add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    add_template_flags(add)
+    add("--bos", default="recorded", help=BOS_HELP)
+    add("--system", default="", help="text of a System: turn before the chat")
+
+
+def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False) -> None:
+    """How an answer's tokens are drawn, and how many.
+
+    `recommended`: what is not given is None, and the program takes what is recommended for the template.
+    """
+    add(
+        "--max_tokens",
+        type=int,
+        default=max_tokens,
+        help="the longest answer, in tokens; default %(default)s",
+    )
+    helps = {
+        "temperature": "how freely tokens are drawn; 0: always the likeliest one",
+        "top_p": "draw among the likeliest tokens that have this share together; 1: among all",
+        "top_k": "draw among so many of the likeliest tokens; 0: among all",
+        "presence_penalty": "lowers the logit of a token that the answer holds already",
+        "frequency_penalty": "lowers it once for each time that the answer holds the token",
+    }
+    said = "as recommended for the template" if recommended else "%(default)s"
+    for name, text in helps.items():
+        default = getattr(Sampling, name)
+        add(
+            f"--{name}",
+            type=type(default),
+            default=None if recommended else default,
+            help=f"{text}; default {said}",
+        )
+    seed, said = (None, "another one for every request") if recommended else (0, "%(default)s")
+    add("--seed", type=int, default=seed, help=f"of the random numbers; default {said}")
+
+
+def add_device(add: Callable) -> None:
+    """Where it is computed, in which numbers."""
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32"
+        " with --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"
+        " their prompts are read in bf16 where the CPU has instructions for it: faster, with logits about"
+        " 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32",
+    )
+    add(
+        "--quant",
+        default="none",
+        choices=("none", "int8"),
+        help="int8: answer from weights of one byte, on a CPU; prompts are read with those of --precision."
+        " The bytes are made at the start, and are others than those of train.py's --quant",
+    )
+    add(
+        "--huge_pages",
+        default="auto",
+        choices=("auto", "yes", "no"),
+        help="answer from a copy of the weights in memory pages of 2 MB, on a CPU, where Linux has them: up"
+        " to 1.6 times as fast. It takes memory of its own where the weights are mapped from the file; auto:"
+        " at most a third of what is free",
+    )
+    add(
+        "--activations",
+        default="exact",
+        choices=("exact", "bf16"),
+        help="bf16: those of an answer's products with bf16 weights are rounded, on a CPU with avx512_bf16:"
+        " a divergence of 5e-6 nats where it was measured; default %(default)s",
+    )
+    add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
+
+
+def named(given: list[str]) -> dict[str, str]:
+    """name -> file of NAME=FILE and bare files, which have their file's name without suffix."""
+    files: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or os.sep in name or os.path.exists(text):
+            name, path = os.path.splitext(os.path.basename(text))[0], text
+        if not name or name == NO_ADAPTER or "+" in name or name.split() != [name]:
+            raise UserError(
+                f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter"
+                f" NAME={path}"
+            )
+        if name in files:
+            raise UserError(
+                f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name:"
+                f" --adapter NAME={path}"
+            )
+        files[name] = path
+    return files
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """UserError for values of these flags that make no sense; the sampling is each program's own."""
+    if args.max_tokens < 1:
+        raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
+    check_bos(args.bos)
+    if not math.isfinite(args.scale):
+        raise UserError(f"--scale {args.scale}: expected a finite number")
+    if args.seed is not None and not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
+
+
+def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of add_device() tell decoders.fastest()."""
+    return {
+        "int8": args.quant == "int8",
+        "huge_pages": args.huge_pages,
+        "bf16_activations": args.activations == "bf16",
+    }
+
+
+class Recorded:
+    """How a model is asked: what the flags of add_text() say, else what files record.
+
+    The files are adapters', the first one with a record counts, and then the model's.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer):
+        self.args, self.tokenizer = args, tokenizer
+
+    def template(self, paths: list[str]) -> Template:
+        args = self.args
+        return recorded_template(
+            args.template, self.tokenizer, *paths, args.model, tool_style=args.tool_style
+        )
+
+    def bos(self, paths: list[str]) -> tuple[int, ...]:
+        """The ids that every text begins with."""
+        return leading_token(self.args.bos, self.tokenizer, *paths, self.args.model)
