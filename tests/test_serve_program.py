@@ -70,6 +70,20 @@ def test_flags_that_make_no_sense_are_refused(flags, words):
         serve.parse(["--model", "x.pth", *flags])
 
 
+def test_the_decoder_is_the_one_that_the_flags_ask_for(tmp_path, letters, monkeypatch):  # noqa: F811
+    rwkv_miss.write_checkpoint(tmp_path / "tiny.pth", mixing_tensors(7).items())
+
+    def fastest(model, adapters, rows, **options):
+        raise UserError(f"asked for {rows} rows, {options}")
+
+    monkeypatch.setattr(serve, "fastest", fastest)
+    words = ["--model", str(tmp_path / "tiny.pth"), "--tokenizer", letters, "--rows", "3"]
+    words += ["--quant", "int8", "--huge_pages", "no", "--activations", "bf16"]
+    asked = {"int8": True, "huge_pages": "no", "bf16_activations": True}
+    with pytest.raises(UserError, match=re.escape(f"asked for 3 rows, {asked}")):
+        serve.load(serve.parse(words))
+
+
 def test_the_packages_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(serve, "PACKAGES", ("starlette", "uvicorn_which_is_absent"))
     with pytest.raises(UserError, match="needs uvicorn_which_is_absent, .*pip install starlette"):
