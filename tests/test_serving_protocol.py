@@ -71,6 +71,19 @@ def refused(body, read=read_chat, **options):
     return caught.value.status, caught.value.param
 
 
+def test_only_an_answer_that_need_not_repeat_goes_on_after_the_one_before():
+    (sampled,) = chat(temperature=1).requests
+    assert sampled.continues
+    for exact in (
+        chat(temperature=0),
+        chat(temperature=1, seed=0),
+        chat(temperature=1, defaults={"seed": 3}),
+        read_completion(reader(), {"prompt": "hi", "temperature": 1}),
+    ):
+        (request,) = exact.requests
+        assert not request.continues
+
+
 def test_a_conversation_is_written_as_the_template_has_it():
     messages = [
         {"role": "developer", "content": "Be\n\nbrief."},

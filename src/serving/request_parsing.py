@@ -110,6 +110,10 @@ def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
         stops=template.stops,
         logprobs=(top or 0) if wants_logprobs else None,
     )
+    # an answer that has to come out the same again reads all of its prompt, in chunks
+    seeded = fields.take("seed") is not None or reader.defaults.seed is not None
+    if not request.sampling.greedy and not seeded:
+        request = dataclasses.replace(request, continues=True)
     stream, usage = _streaming(fields)
     return AskedChat(chosen.id, [request], stream, usage, fields.ignored(), template, tools)
 
