@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.tokenizer import ByteTokenizer, Tokenizer
+from ..data.tokenizer import BROKEN, ByteTokenizer, Tokenizer
 from .chat_text import Delta
 
 
@@ -74,6 +74,13 @@ class TokenNames:
     def text(self, token: int) -> str:
         return self.tokenizer.decode([token])
 
+    def name(self, token: int) -> str:
+        """The token's text, or its bytes where it is no whole characters: then others have the same text."""
+        text = self.text(token)
+        if BROKEN not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes_of(token))
+
     def bytes_of(self, token: int) -> list[int]:
         """The token's own bytes, which may be half a character."""
         if isinstance(self.tokenizer, ByteTokenizer):
@@ -91,10 +98,10 @@ class TokenNames:
     def completion(self, drawn: Sequence[tuple[int, Any]], offset: int) -> dict[str, Any]:
         """The `logprobs` of a completion; `drawn` are (begin, drawn), `offset` is where the text begins."""
         return {
-            "tokens": [self.text(one.token) for _, one in drawn],
+            "tokens": [self.name(one.token) for _, one in drawn],
             "token_logprobs": [_finite(one.logprob) for _, one in drawn],
             "top_logprobs": [
-                {self.text(token): _finite(value) for token, value in one.likeliest} for _, one in drawn
+                {self.name(token): _finite(value) for token, value in one.likeliest} for _, one in drawn
             ],
             "text_offset": [offset + begin for begin, _ in drawn],
         }
