@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m demo.serve")
@@ -206,8 +207,16 @@ def limits_of(args: argparse.Namespace) -> Limits:
     return Limits(body_bytes=parse_size(args.limit_body, "--limit_body"), **given)
 
 
-def load(args: argparse.Namespace) -> tuple:
-    """(engine, served models, what answers in words). UserError for files that do not fit."""
+class Loaded(NamedTuple):
+    """What answers."""
+
+    engine: Engine
+    served: Any  # served_models.ServedModels, which needs the packages of the server
+    how: str  # which decoder it is, in words
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Read the model and its adapters. UserError for files that do not fit."""
     from src.serving.served_models import Records, ServedModels
 
     choose_template(args.template, args.tool_style, None, None)
@@ -218,7 +227,6 @@ def load(args: argparse.Namespace) -> tuple:
     adapters, tokenizer = load_with(
         args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
     )
-
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
     recorded = Recorded(args, tokenizer)
     records = Records(recorded.template, recorded.bos, tokenizer.name)
@@ -226,7 +234,7 @@ def load(args: argparse.Namespace) -> tuple:
     decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
     chunk = args.chunk or measured_chunk(decoder, SECONDS)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
-    return engine, served, how
+    return Loaded(engine, served, how)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,18 +244,17 @@ def main(argv: list[str] | None = None) -> None:
         from src.serving.uvicorn_server import bound
 
         listener = bound(args.host, args.port)  # before a model is read in vain
-        serve(args, limits, listener, *load(args))
+        serve(args, limits, listener, load(args))
 
 
-def serve(
-    args: argparse.Namespace, limits: Limits, listener: socket.socket, engine: Engine, served, how: str
-) -> None:
+def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loaded: Loaded) -> None:
     """Answer until a signal ends the server."""
     from src.serving.app import assemble
     from src.serving.guard import OWN_NAMES, Guard, is_own_machine
     from src.serving.request_parsing import Defaults
     from src.serving.uvicorn_server import Server
 
+    engine, served, how = loaded
     own = is_own_machine(args.host)
     hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
     origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)

@@ -20,10 +20,12 @@ with importing():
     from rwkv_miss.files.identity import Identity
     from rwkv_miss.progress import progress
     from src.common.device import choose_accelerator, choose_precision
+    from src.data.chat_template import Template
     from src.data.fetch import fetch_data
     from src.data.formats import Reading
     from src.data.leading_token import leading_token, text_of
     from src.data.templates import choose_template, recorded_template
+    from src.data.tokenizer import Tokenizer
     from src.evaluation.answering import Asking, answers_to, engine_for
     from src.evaluation.answers_file import AnswersFile, digest, read_answers, require_unstarted_or_same
     from src.evaluation.code_scoring import passed, read_problems
@@ -184,7 +186,7 @@ def read_answered(args: argparse.Namespace) -> Answered:
 
 
 def first_answers(
-    tokenizer, questions: list[Question], bos: tuple[int, ...] = ()
+    tokenizer: Tokenizer, questions: list[Question], bos: tuple[int, ...] = ()
 ) -> list[tuple[list[int], list[int]]]:
     """Ids of the first prompts and their right answers. An empty list where one of them has no tokens."""
     first = questions[:DOUBTED]
@@ -212,7 +214,7 @@ def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
         )
 
 
-def questions_of(args, template) -> list[Question]:
+def questions_of(args: argparse.Namespace, template: Template) -> list[Question]:
     """The questions of the file. UserError for a right answer that the score can't read."""
     if args.score == "code":
         return read_problems(args.questions, template)

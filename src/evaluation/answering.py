@@ -15,9 +15,10 @@ from ..common.available_memory import free_memory
 from ..data.chat_template import Template
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
-from ..inference import request as inference
+from ..data.tokenizer import Tokenizer
 from ..inference.decoders import fastest
 from ..inference.engine import Engine
+from ..inference.request import Answer as EngineAnswer
 from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
@@ -72,7 +73,7 @@ def seed_of(seed: int, place: int) -> int:
     return int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0])
 
 
-def engine_for(model: RWKV, tokenizer, answers: int, batch: int | None = None) -> Engine:
+def engine_for(model: RWKV, tokenizer: Tokenizer, answers: int, batch: int | None = None) -> Engine:
     """An engine for so many answers, of which rows_for() are made at once."""
     decoder, _ = fastest(model, rows=rows_for(model, answers, batch))
     return Engine(decoder, tokenizer)
@@ -100,8 +101,8 @@ def answers_to(
         )
         for i in open_ones
     ]
-    known = {(place, sample) for place, i in enumerate(open_ones) for sample in range(asking.samples)}
-    known = {(place, sample) for place, sample in known if (open_ones[place], sample) in given}
+    places = {i: place for place, i in enumerate(open_ones)}
+    known = {(places[i], sample) for i, sample in given if i in places}
     with Progress("answering", len(keys), "answers", done=len(given)) as bar:
         for place, answer in completed(engine, requests, bar, known):
             question, key = questions[open_ones[place]], (open_ones[place], answer.index)
@@ -116,12 +117,12 @@ def answers_to(
 
 def completed(
     engine: Engine, requests: Sequence[Request], bar: Progress, known: Collection[tuple[int, int]] = ()
-) -> Iterator[tuple[int, inference.Answer]]:
+) -> Iterator[tuple[int, EngineAnswer]]:
     """(place of the request, one of its answers) as soon as it is complete. The bar counts answers.
 
     `known` are (place, index) of answers that are not needed. UserError where the model overflows.
     """
-    places: dict[inference.Answer, int] = {}
+    places: dict[EngineAnswer, int] = {}
     for place, request in enumerate(requests):
         for answer in engine.submit(request):
             places[answer] = place
@@ -140,7 +141,7 @@ def completed(
 
 
 def exact_accuracy(
-    model: RWKV, tokenizer, questions: Sequence[Question], asking: Asking
+    model: RWKV, tokenizer: Tokenizer, questions: Sequence[Question], asking: Asking
 ) -> tuple[float, list[str]]:
     """(share of answers that are right as a whole, the answers)."""
     given = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)

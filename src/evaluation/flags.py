@@ -28,6 +28,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """What answers, and how it is asked."""
     add = parser.add_argument
     add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
     add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
@@ -58,6 +59,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
+    """What is asked, and when an answer is right."""
     add = parser.add_argument
     add(
         "--questions",
@@ -93,6 +95,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
+    """How long answers are, how many are made at once, and where they are kept."""
     add = parser.add_argument
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
     add(
@@ -120,6 +123,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How many answers to each question, and how they are drawn."""
     add = parser.add_argument
     add(
         "--samples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from ..data.formats import BY_NAME, Reading, read_records
 from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
+from ..data.tokenizer import Tokenizer
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
@@ -28,7 +30,7 @@ class Question(NamedTuple):
     def prompt(self) -> str:
         return "".join(self.pieces)
 
-    def ids(self, tokenizer, bos: tuple[int, ...] = ()) -> list[int]:
+    def ids(self, tokenizer: Tokenizer, bos: tuple[int, ...] = ()) -> list[int]:
         """The tokens of the prompt, after its leading token."""
         tokens: list[int] = []
         for piece in self.pieces:
@@ -43,7 +45,9 @@ class Answer(NamedTuple):
     cut: bool | None  # whether it reached the limit of tokens before its end; None where that is not known
 
 
-def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
+def read_questions(
+    path: str | os.PathLike, template: Template = DEFAULT, reading: Reading = BY_NAME
+) -> list[Question]:
     """The question of every row.
 
     Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
@@ -91,7 +95,7 @@ def _of_messages(row: dict[str, Any], template: Template) -> Question:
     return Question(pieces, right, template.opening)
 
 
-def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
+def answer_limit(score: str, tokenizer: Tokenizer, questions: Sequence[Question]) -> int:
     """The tokens that an answer may have where the user does not say.
 
     For `exact` the longest right answer, a quarter more, and 16: a longer answer is wrong anyway.
@@ -104,7 +108,7 @@ def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
     return longest + longest // 4 + 16
 
 
-def _length(tokenizer, text: str) -> int:
+def _length(tokenizer: Tokenizer, text: str) -> int:
     """Tokens of a text. Where the tokenizer has no tokens for it, no answer can be right; then its bytes."""
     try:
         return len(tokenizer.encode(text))

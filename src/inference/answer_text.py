@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..data.chat_template import before_stops
+from ..data.tokenizer import Tokenizer
 
 
 class AnswerText:
@@ -14,7 +15,7 @@ class AnswerText:
     it is known to be none. `is_whole` tells whether the tokens end where a character ends.
     """
 
-    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.eod, self.decoder, self.stops = tokenizer.eod, tokenizer.decoder(), stops
         self.tokens: list[int] = []
         self.shown, self.held = "", ""

@@ -13,6 +13,7 @@ from rwkv_miss.errors import UserError
 from ..data.chat_template import Segment, Template
 from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT, RwkvTemplate
+from ..data.tokenizer import Tokenizer
 from ..model import State
 from .engine import Answer, Engine, Request
 from .generate import stream
@@ -51,7 +52,7 @@ class Conversation:
         self.reset()
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
 
     def reset(self) -> None:

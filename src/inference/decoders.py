@@ -17,6 +17,7 @@ from .adapters import Adapters
 from .cpu_decoder import Decoder, problem
 from .cuda_graph import GraphedDecoder
 from .huge_pages import move_weights
+from .row_decoder import RowDecoder
 from .torch_decoder import TorchDecoder
 
 CHUNKS = [2**i for i in range(4, 13)]  # tokens
@@ -29,7 +30,7 @@ def fastest(
     int8: bool = False,
     huge_pages: str = "no",
     bf16_activations: bool = False,
-) -> tuple[Decoder | TorchDecoder, str]:
+) -> tuple[RowDecoder, str]:
     """(the fastest decoder that answers for the model, what it is in words).
 
     `rows` are the answers that it makes at once; `adapters` is what their requests choose from. `huge_pages`:
@@ -76,7 +77,7 @@ def _dtypes_of_matrices(model: RWKV) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in matrices})
 
 
-def measured_chunk(decoder, seconds: float = 0.06) -> int:
+def measured_chunk(decoder: RowDecoder, seconds: float = 0.06) -> int:
     """The most tokens, a power of two, that the decoder reads within so many seconds here and now.
 
     At least 16, also where these take longer. It is measured on prompts of 16, 32, ... tokens, three times
@@ -93,7 +94,7 @@ def measured_chunk(decoder, seconds: float = 0.06) -> int:
     return best
 
 
-def _seconds(decoder, ids: Tensor) -> float:
+def _seconds(decoder: RowDecoder, ids: Tensor) -> float:
     """Of one chunk. The logits are read, so that a GPU is through with it."""
     start = time.perf_counter()
     decoder.read(ids, None)[0].cpu()

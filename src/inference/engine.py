@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
+from ..data.tokenizer import Tokenizer
 from ..model import State
 from ..ops.native import nan_passes
 from .adapters import BASE
 from .prefix_cache import Kind, PrefixCache
 from .request import Answer, Request
+from .row_decoder import RowDecoder
 from .running_answer import RunningAnswer
 from .sampling import choose
 
@@ -44,7 +46,7 @@ class _Prompt:
 
 
 class Engine:
-    """Requests in, answers out, over the rows of a decoder (decoders.py).
+    """Requests in, answers out, over the rows of a decoder (row_decoder.py).
 
     `chunk`: tokens of a prompt that are read at once. `reads_first`: a step reads prompts until all rows are
     taken, which answers most in a given time; else it reads at most one chunk, of one prompt after the other,
@@ -52,7 +54,14 @@ class Engine:
     (prefix_cache.py).
     """
 
-    def __init__(self, decoder, tokenizer, chunk: int = 256, reads_first: bool = True, cache_bytes: int = 0):
+    def __init__(
+        self,
+        decoder: RowDecoder,
+        tokenizer: Tokenizer,
+        chunk: int = 256,
+        reads_first: bool = True,
+        cache_bytes: int = 0,
+    ):
         self.decoder, self.tokenizer = decoder, tokenizer
         self.chunk, self.reads_first = chunk, reads_first
         self.cache = PrefixCache(cache_bytes)

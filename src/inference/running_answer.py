@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..data.tokenizer import Tokenizer
 from ..model import State
 from .answer_text import AnswerText
 from .request import Answer
+from .row_decoder import RowDecoder
 from .sampling import Drawn, FadedCounts, Row
 
 
@@ -18,7 +20,7 @@ class RunningAnswer:
     text -> (tokens read, the state after them).
     """
 
-    def __init__(self, answer: Answer, tokenizer):
+    def __init__(self, answer: Answer, tokenizer: Tokenizer):
         request = answer.request
         self.answer, self.tokenizer = answer, tokenizer
         self.text = AnswerText(tokenizer, request.stops)
@@ -29,7 +31,7 @@ class RunningAnswer:
         self.states: dict[int, tuple[int, State]] = {}
         self.read: list[int] = []  # the tokens of the answer that the final state has read
 
-    def take(self, drawn: Drawn, decoder, row: int) -> None:
+    def take(self, drawn: Drawn, decoder: RowDecoder, row: int) -> None:
         """The next token. UserError for one that the tokenizer has no text for."""
         answer, text, request = self.answer, self.text, self.answer.request
         if drawn.error:
@@ -63,7 +65,7 @@ class RunningAnswer:
         oldest = max((known for known in self.states if known <= len(text.shown)), default=0)
         self.states = {known: kept for known, kept in self.states.items() if known >= oldest}
 
-    def _finish_state(self, decoder) -> None:
+    def _finish_state(self, decoder: RowDecoder) -> None:
         """Put the state that has read exactly the prompt and the text into the answer."""
         text = self.text
         characters = max(known for known in self.states if known <= len(text.shown))

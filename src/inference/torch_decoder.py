@@ -1,7 +1,7 @@
 """Answers of many rows at once in torch: any RWKV on any device, also one in training with its adapters.
 
-A decoder keeps the states of its rows, and computes the next token of all of them together. The native one
-(cpu_decoder.py) and the one of CUDA graphs (cuda_graph.py) have the same methods; decoders.py chooses.
+It is a RowDecoder (row_decoder.py), as the native one (cpu_decoder.py) and the one of CUDA graphs
+(cuda_graph.py) are; decoders.py chooses.
 """
 
 from __future__ import annotations
