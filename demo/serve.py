@@ -263,7 +263,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
         engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
     )
 
-    def said() -> None:
+    def say_where() -> None:
         port = listener.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(
@@ -278,7 +278,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
 
     dispatcher.worker.start()
     try:
-        server = Server(app, dispatcher, listener, said)
+        server = Server(app, dispatcher, listener, say_where)
         server.run()
     finally:
         dispatcher.worker.close()

@@ -613,7 +613,7 @@ def test_every_row_has_its_own_adapter(version, int8, checkpoint, tmp_path, monk
     tokens = some_ids(adapters.model.arch, 3 * len(applied)).view(3, -1)
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        decoder = Decoder(adapters.model, len(applied), adapters, int8)
+        decoder = Decoder(adapters.model, len(applied), adapters, int8=int8)
         start = adapters.model.initial_state(1)
         logits, _ = rows_in_step(decoder, [start] * len(applied), tokens, applied, len(applied))
         for row, one in enumerate(applied):

@@ -72,6 +72,7 @@ class Decoder:
         model: RWKV,
         rows: int = 1,
         adapters: Adapters | None = None,
+        *,
         int8: bool = False,
         huge_pages: bool = True,
         bf16_activations: bool = False,

@@ -27,6 +27,7 @@ def fastest(
     model: RWKV,
     adapters: Adapters | None = None,
     rows: int = 1,
+    *,
     int8: bool = False,
     huge_pages: str = "no",
     bf16_activations: bool = False,
@@ -63,7 +64,14 @@ def fastest(
     # the base's, which an adapter may stand in for
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
     _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
-    decoder = Decoder(model, rows, adapters, int8, huge_pages != "no", bf16_activations)
+    decoder = Decoder(
+        model,
+        rows,
+        adapters,
+        int8=int8,
+        huge_pages=huge_pages != "no",
+        bf16_activations=bf16_activations,
+    )
     if decoder.region:
         pages = decoder.region.describe()
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))

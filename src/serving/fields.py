@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 from ..common.formatting import short
@@ -92,7 +93,7 @@ class Fields:
             raise self.refuse(name, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def choice(self, name: str, choices, default: str | None = None) -> str | None:
+    def choice(self, name: str, choices: Collection[str], default: str | None = None) -> str | None:
         value = self.text(name, default)
         if value is not None and value not in choices:
             raise self.refuse(name, value, f"one of {', '.join(choices)}")

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import threading
+import types
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -30,7 +31,7 @@ class Connection(H11Protocol):
     receiving = 30.0
     most = 256
 
-    def connection_made(self, transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.timer: asyncio.TimerHandle | None = None
         self.stalled: asyncio.TimerHandle | None = None
@@ -46,7 +47,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
-    def connection_lost(self, exc) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unwatch()
         self._resumed()
@@ -109,8 +110,8 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds."""
 
-    def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, said: Callable[[], None]):
-        """`said` is called as soon as the server answers."""
+    def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, when_ready: Callable[[], None]):
+        """`when_ready` is called as soon as the server answers."""
         limits = dispatcher.limits
         connection = type(
             "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
@@ -130,17 +131,17 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.finishing) + 5,
             )
         )
-        self.dispatcher, self.listener, self.said = dispatcher, listener, said
+        self.dispatcher, self.listener, self.when_ready = dispatcher, listener, when_ready
 
-    def run(self, sockets=None) -> None:
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run([self.listener])
 
-    async def startup(self, sockets=None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.said()
+            self.when_ready()
 
-    async def shutdown(self, sockets=None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.dispatcher.closing = True
         loop = asyncio.get_running_loop()
         end = loop.call_later(self.dispatcher.limits.finishing, self.dispatcher.stop_all)
@@ -163,7 +164,7 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame) -> None:
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """The second signal ends the answers, too."""
         if self.should_exit:
             self.force_exit = True
