@@ -150,6 +150,7 @@ def ask_model(args: argparse.Namespace) -> Answered:
     kept = None
     if args.save:
         about |= {"questions": digest(questions), "bos": list(bos), "max_tokens": limit}
+        about["tokenizer"] = tokenizer.name
         kept = AnswersFile(args.save, about)
         if kept.answers:
             print(f"{len(kept.answers):,} answers are in {args.save} already")

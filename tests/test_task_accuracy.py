@@ -438,6 +438,7 @@ def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeyp
     for more, message in (
         (["--seed", 1], "its seed is 0, and here it is 1"),
         (["--max_tokens", 9], "max_tokens"),
+        (["--tokenizer", "utf16"], 'its tokenizer is "bytes", and here it is "utf16"'),
     ):
         assert message in evaluated(capsys, "--model", base, *flags, *more)[1]
     tensors = rwkv_miss.read_checkpoint(base)
