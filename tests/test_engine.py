@@ -107,6 +107,7 @@ def test_senseless_requests_are_refused_before_anything_runs():
         (Request([5], n=0), "n 0"),
         (Request([5], max_tokens=0), "max_tokens 0"),
         (Request([5], stops=("",)), "stop is empty"),
+        (Request([5], logprobs=-1), "logprobs -1: expected 0 or more"),
         (Request([5], sampling=Sampling(-1)), "temperature -1"),
     ):
         with pytest.raises(UserError, match=words):

@@ -45,9 +45,10 @@ class Request:
             raise UserError("the prompt has no token; give some text, or a leading token")
         if outside := [token for token in self.tokens if not 0 <= token < vocab_size]:
             raise UserError(f"token {outside[0]} is not in the vocabulary of {vocab_size:,} tokens")
-        for name, least in (("max_tokens", 1), ("n", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)}: expected {least} or more")
+        for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0)):
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise UserError(f"{name} {given}: expected {least} or more")
         if "" in self.stops:
             raise UserError("a stop is empty; give a text that ends answers, or none")
 
