@@ -45,7 +45,6 @@ with importing():
 
 PACKAGES = ("starlette", "uvicorn")
 SECONDS = 0.06  # that reading a chunk of a prompt may take, while others wait for their next token
-SIZES = {"limit_body": "body_bytes"}
 COUNTS = {
     "limit_prompt": "prompt_tokens",
     "limit_answer": "answer_tokens",

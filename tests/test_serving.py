@@ -316,8 +316,8 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
             answer = client.chat.completions.create(model=model, messages=HI, extra_body=extra)
             return answer.choices[0].message.content
 
-        def post(name, file):
-            return httpx.post(f"{server.url}/v1/adapters", json={"name": name, "file": file})
+        def post(name, file, **extra):
+            return httpx.post(f"{server.url}/v1/adapters", json={"name": name, "file": file, **extra})
 
         base = said()
         stream = client.chat.completions.create(model="tiny:a", messages=HI, max_tokens=400, stream=True)
@@ -347,7 +347,9 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
             said("tiny:d")
         # one that is in use goes when the answer is complete
         assert httpx.delete(f"{server.url}/v1/adapters/a").status_code == 200
-        assert post("a", "d.pth").status_code == 200 and said("tiny:a") == tuned
+        reply = post("a", "d.pth", weight=3)
+        assert reply.status_code == 200 and reply.headers["X-Ignored-Fields"] == "weight"
+        assert said("tiny:a") == tuned
         assert sum(bool(chunk.choices[0].delta.content) for chunk in stream) > 50
         deadline = time.monotonic() + 10
         while set(served.adapters.by_name) != {"b", "c", "a@2"} and time.monotonic() < deadline:

@@ -99,5 +99,5 @@ def parse_size(text: str, flag: str = "--memory") -> int:
         if not MIB <= size < 1 << 60:
             raise ValueError
     except ValueError:
-        raise UserError(f"{flag} {text}: expected a size such as 24GB or 800MB") from None
+        raise UserError(f"{flag} {text}: expected a size such as 24GB or 800MB, at least 1MB") from None
     return int(size)

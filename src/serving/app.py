@@ -30,7 +30,7 @@ from .guard import Guard, GuardMiddleware
 from .limits import Limits
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
-from .replies import error_reply, json_reply, read_body
+from .replies import error_reply, ignored_header, json_reply, read_body
 from .request_parsing import Asked, Defaults, Reader, read_chat, read_completion
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
@@ -171,7 +171,7 @@ class Routes:
             if not value:
                 raise wrong(field, "is missing")
         entry = await self.dispatcher.served.add(name, file, self.dispatcher.worker)
-        return json_reply(entry.description)
+        return json_reply(entry.description, headers=ignored_header(fields.ignored()))
 
     async def drop_adapter(self, request: Request) -> Response:
         name = request.path_params["name"]
