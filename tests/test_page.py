@@ -353,11 +353,22 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
     limits = Limits(waiting=0, finishing=5)
     options = {"rows": 1, "limits": limits, "guard": Guard("secret"), "defaults": LONG}
     with scripted("Hello.", **options) as server, opened(browser, server) as page:
-        for key in ("wrong", "secret"):
-            assert page.is_visible("#key-form")
-            page.fill("#key", key)
-            page.press("#key", "Enter")
+        assert page.is_visible("#key-form") and not page.is_visible("#problem")
+        assert page.is_disabled("#send")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        expect(page.locator("#problem")).to_have_text("The key is wrong.")
+        page.click("#language")
+        expect(page.locator("#problem")).to_have_text("密钥不正确。")
+        page.click("#language")
+        page.fill("#draft", "kept")
+        page.press("#draft", "Enter")
+        expect(page.locator("#key")).to_be_focused()
+        assert page.input_value("#draft") == "kept" and page.locator(".turn").count() == 0
+        page.fill("#key", "secret")
+        page.press("#key", "Enter")
         page.wait_for_selector("#key-form", state="hidden")
+        assert page.is_enabled("#send") and not page.is_visible("#problem")
         page.reload()
         page.wait_for_selector("body.ready")
         assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0

@@ -3,7 +3,7 @@
 import { describeServer } from "./api.js";
 import { fill, newAnswer, requestOf } from "./answers.js";
 import { listenToSettings, showSettings } from "./settings.js";
-import { keepKey, restore, save, state } from "./store.js";
+import { keepKey, readKey, restore, save, state } from "./store.js";
 import { grow, onEnter, showTurns } from "./turns.js";
 import { useLanguage, word } from "./translations.js";
 
@@ -29,6 +29,7 @@ function show() {
   document.body.classList.toggle("comparing", state.compare || state.turns.some((turn) => turn.answers.length > 1));
   byId("welcome").hidden = state.turns.length > 0;
   byId("send").hidden = running !== null;
+  byId("send").disabled = keyIsMissing();
   byId("stop").hidden = running === null;
   if (!save()) complain(word("full"));
 }
@@ -53,8 +54,8 @@ function isAtEnd() {
 
 /** Whether a question can be asked now. A server that was away may be back. */
 async function mayAsk() {
-  if (!server) await meetServer();
-  return server !== null && running === null;
+  if (!server || keyIsMissing()) await meetServer();
+  return server !== null && !keyIsMissing() && running === null;
 }
 
 async function send() {
@@ -116,6 +117,7 @@ async function meetServer() {
     return;
   }
   byId("key-form").hidden = true;
+  byId("send").disabled = false;
   complain("");
   if (JSON.stringify(found) === JSON.stringify(server)) return; // what is being typed stays
   server = found;
@@ -127,7 +129,18 @@ async function meetServer() {
 
 function askForKey() {
   byId("key-form").hidden = false;
+  byId("send").disabled = true;
+  complain(aboutKey());
   byId("key").focus();
+}
+
+function keyIsMissing() {
+  return !byId("key-form").hidden;
+}
+
+/** What is wrong with the key that was given, while another one is asked for. */
+function aboutKey() {
+  return keyIsMissing() && readKey() ? word("wrong_key") : "";
 }
 
 function toggleSettings(open) {
@@ -172,7 +185,7 @@ function listen() {
     byId("key").value = "";
     complain("");
     await meetServer();
-    if (server) draft.focus();
+    if (!keyIsMissing()) draft.focus();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
@@ -192,7 +205,7 @@ function speak() {
   useLanguage(state.language);
   byId("language").lang = state.language === "zh" ? "en" : "zh";
   byId("language").textContent = word("language");
-  complain("");
+  complain(aboutKey());
   show();
   if (server) showSettings(server);
 }
@@ -200,7 +213,7 @@ function speak() {
 restore();
 listen();
 listenToSettings(() => server, () => {
-  showSettings(server);
+  if (server) showSettings(server);
   show();
 });
 speak();

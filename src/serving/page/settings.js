@@ -75,7 +75,7 @@ export function listenToSettings(server, changed) {
     state.compare = event.target.checked;
     // the base beside an adapter is what one most often wants to see
     const [first, second] = state.sides;
-    const other = server().adapters[0];
+    const other = server()?.adapters[0];
     if (state.compare && other && first.adapter === second.adapter) {
       second.adapter = first.adapter ? "" : other.name;
     }

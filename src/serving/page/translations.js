@@ -14,7 +14,7 @@ const ENGLISH = {
   keys: "Enter sends, Shift+Enter begins a line, Esc stops.",
   needs_key: "This server wants its API key. It is kept until this tab is closed.",
   use_key: "Use it",
-  wrong_key: "This key is not the server's.",
+  wrong_key: "The key is wrong.",
   system: "System prompt",
   mode: "Thinking",
   mode_default: "Default",
