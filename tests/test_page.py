@@ -135,11 +135,11 @@ def test_a_conversation_streams_is_asked_again_is_edited_and_survives_a_reload(b
         assert page.locator(".turn").count() == 0
 
 
-def with_adapters(folder, letters):  # noqa: F811
-    """(engine, served models): a base that says something, with adapters a and b."""
+def with_adapters(folder, letters, names="ab"):  # noqa: F811
+    """(engine, served models): a base that says something, with these adapters."""
     rwkv_miss.write_checkpoint(folder / "tiny.pth", mixing_tensors(7).items())
     paths = {}
-    for seed, name in enumerate("ab"):
+    for seed, name in enumerate(names):
         paths[name] = str(train(folder / "tiny.pth", folder / f"{name}.pth", "miss", seed))
     adapters, tokenizer = load_with(str(folder / "tiny.pth"), paths, letters, accelerator="cpu")
     engine = Engine(TorchDecoder(adapters.model, 4, adapters), tokenizer, chunk=16, reads_first=False)
@@ -162,7 +162,7 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
             ask(page, text)
             page.wait_for_selector(f"{ANSWER}.running", state="detached")
         labels = page.locator(f"{ANSWER} .label").all_inner_texts()
-        assert labels == ["a × 0.5", "b × 1"]
+        assert labels == ["a × 0.5", "b"]
         shown = page.locator(f"{ANSWER} > .text").all_text_contents()
         assert shown[0] != shown[1]
         asked = sorted(map(json.loads, bodies[-2:]), key=lambda body: body["adapter_id"])
@@ -179,6 +179,20 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
         assert page_picture.after_questions(page).startswith(b"\x89PNG")
         assert page.locator(".said").all_inner_texts() == list(page_picture.QUESTIONS)
         assert page.locator(".answer").count() == 4
+
+
+def test_the_only_adapter_is_chosen_at_first(browser, tmp_path, letters):  # noqa: F811
+    engine, served = with_adapters(tmp_path, letters, "a")
+    with running(engine, served, defaults=LONG) as server, opened(browser, server) as page:
+        assert page.input_value("#adapter-0") == "a"
+        assert page.inner_text("#side-0 label") == "Scale" and page.is_visible("#scale-0")
+        page.check("#compare")
+        assert page.input_value("#adapter-1") == ""
+        page.select_option("#adapter-0", "")
+        assert not page.is_visible("#side-0 label")
+        page.reload()
+        page.wait_for_selector("body.ready")
+        assert page.input_value("#adapter-0") == ""  # as it was chosen
 
 
 def test_the_picture_needs_the_demo_run(tmp_path, monkeypatch, capsys):

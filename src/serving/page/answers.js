@@ -18,10 +18,11 @@ export const NUMBERS = [
 export function newAnswer(server, side) {
   const { adapter, scale } = state.sides[side];
   const given = adapter && scale !== "" ? Number(scale) : null;
+  const times = given ?? server.default_scale;
   return {
     adapter,
     scale: given,
-    label: adapter ? `${adapter} × ${given ?? server.default_scale}` : server.model,
+    label: adapter ? adapter + (times === 1 ? "" : ` × ${times}`) : server.model,
     content: "",
     thoughts: "",
     finish: "",

@@ -27,6 +27,8 @@ export function showSettings(server) {
 function showSide(server, side, i) {
   const label = word(i ? "second_adapter" : "adapter");
   const names = server.adapters.map((adapter) => adapter.name);
+  // whoever serves one adapter wants to hear it
+  side.adapter ??= i === 0 && names.length === 1 ? names[0] : "";
   if (!names.includes(side.adapter)) side.adapter = "";
   const adapter = make("select", { id: `adapter-${i}`, ariaLabel: label });
   adapter.append(make("option", { value: "", textContent: word("base") }));
@@ -40,17 +42,17 @@ function showSide(server, side, i) {
     placeholder: server.default_scale,
     ariaLabel: `${label}: ${word("scale")}`,
   });
-  scale.hidden = !side.adapter;
+  const named = make("label", { className: "scale", hidden: !side.adapter }, word("scale"), scale);
   adapter.addEventListener("change", () => {
     side.adapter = adapter.value;
-    scale.hidden = !side.adapter;
+    named.hidden = !side.adapter;
     save();
   });
   scale.addEventListener("input", () => {
     side.scale = scale.value;
     save();
   });
-  byId(`side-${i}`).replaceChildren(adapter, scale);
+  byId(`side-${i}`).replaceChildren(adapter, named);
 }
 
 function numberRow(server, { name, ...range }) {

@@ -10,8 +10,8 @@ export const state = {
   language: navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en",
   compare: false,
   sides: [
-    { adapter: "", scale: "" },
-    { adapter: "", scale: "" },
+    { adapter: null, scale: "" }, // null: not chosen yet; "" is the base
+    { adapter: null, scale: "" },
   ],
   system: "",
   mode: "",
