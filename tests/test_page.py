@@ -301,7 +301,9 @@ def test_a_phone_a_dark_room_and_chinese(browser):
                 assert contrast(page, selector) > 4.5, selector
             page.click("#show-settings")
             assert page.evaluate(wide) == 360 and not page.is_visible("#draft")
-            page.click("#show-settings")
+            page.click("#close-settings")
+            assert page.is_visible("#draft")
+            assert re.fullmatch(r"模板 rwkv。rwkv-miss [\w.+]+。", page.text_content("#about"))
             page.click("#language")
             assert page.inner_text("#send") == "Send" and page.inner_text("text=Retry")
             page.reload()
@@ -388,6 +390,8 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
         assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
         ask(page, "hi")
         assert page.text_content(f"{DONE} > .text") == "Hello."
+        figures = page.inner_text(f"{DONE} .figures")
+        assert re.fullmatch(r"7 tokens · first after [\d.]+ s", figures)  # too few for a speed
         # another client has the only row
         server.engine.decoder.pause = 0.3
         headers = {"Authorization": "Bearer secret"}
@@ -402,13 +406,24 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
         expect(page.locator(f"{DONE} > .text")).to_have_text("Hello.")
         page.click("#show-settings")
         page.fill("#top_k", "0.5")
+        page.click("#close-settings")
+        page.fill("#draft", "wrong")
+        page.press("#draft", "Enter")
+        expect(page.locator("#top_k")).to_be_focused()  # the browser says there what is wrong with it
+        page.click("text=Retry >> visible=true")
+        assert page.input_value("#draft") == "wrong" and page.locator(".turn").count() == 2
+        expect(page.locator(f"{DONE} > .text")).to_have_text("Hello.")
+        page.eval_on_selector("#top_k", "e => { e.step = 'any' }")  # the server knows better than the page
         ask(page, "wrong")
         expect(page.locator(f"{DONE} .note.error")).to_have_text(
             re.compile("The server refused: top_k: got 0.5")
         )
         server.stop()
         page.fill("#top_k", "")
-        ask(page, "gone")
+        page.click("text=Edit >> nth=-1")  # what failed is asked in other words
+        page.fill(".edit textarea", "gone")
+        page.press(".edit textarea", "Enter")
+        expect(page.locator(".said >> nth=-1")).to_have_text("gone")
         expect(page.locator(f"{DONE} .note.error")).to_have_text(
             "The server can't be reached. Does it still run?"
         )

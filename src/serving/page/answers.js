@@ -3,15 +3,16 @@
 import { streamAnswer } from "./api.js";
 import { state } from "./store.js";
 
+// a step is the finest that is taken
 export const NUMBERS = [
-  { name: "temperature", step: 0.05, min: 0 },
-  { name: "top_p", step: 0.05, min: 0, max: 1 },
+  { name: "temperature", step: 0.01, min: 0, max: 100 },
+  { name: "top_p", step: 0.01, min: 0, max: 1 },
   { name: "top_k", step: 1, min: 0 },
-  { name: "presence_penalty", step: 0.1 },
-  { name: "frequency_penalty", step: 0.1 },
+  { name: "presence_penalty", step: 0.01, min: -100, max: 100 },
+  { name: "frequency_penalty", step: 0.01, min: -100, max: 100 },
   { name: "penalty_decay", step: 0.001, min: 0, max: 1 },
   { name: "max_tokens", step: 1, min: 1 },
-  { name: "seed", step: 1 },
+  { name: "seed", step: 1, min: -Number.MAX_SAFE_INTEGER, max: Number.MAX_SAFE_INTEGER },
 ];
 
 /** An answer that has not begun, of this side with its settings of now. */

@@ -2,7 +2,7 @@
 
 import { describeServer } from "./api.js";
 import { fill, newAnswer, requestOf } from "./answers.js";
-import { listenToSettings, showSettings } from "./settings.js";
+import { listenToSettings, showSettings, wrongNumber } from "./settings.js";
 import { keepKey, readKey, restore, save, state } from "./store.js";
 import { grow, onEnter, showTurns } from "./turns.js";
 import { useLanguage, word } from "./translations.js";
@@ -52,10 +52,10 @@ function isAtEnd() {
   return window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 80;
 }
 
-/** Whether a question can be asked now. A server that was away may be back. */
+/** Whether a question can be asked now, with these settings. A server that was away may be back. */
 async function mayAsk() {
   if (!server || keyIsMissing()) await meetServer();
-  return server !== null && !keyIsMissing() && running === null;
+  return server !== null && !keyIsMissing() && running === null && settingsAreRight();
 }
 
 async function send() {
@@ -151,6 +151,20 @@ function toggleSettings(open) {
   if (open && getComputedStyle(document.querySelector("main")).display === "none") window.scrollTo(0, 0);
 }
 
+function closeSettings() {
+  toggleSettings(false);
+  byId("show-settings").focus();
+}
+
+/** Whether all numbers can be asked for. The browser says in words what is wrong with the first that can't. */
+function settingsAreRight() {
+  const wrong = wrongNumber();
+  if (!wrong) return true;
+  if (settings.contains(wrong)) toggleSettings(true);
+  wrong.reportValidity();
+  return false;
+}
+
 function listen() {
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -187,13 +201,11 @@ function listen() {
     await meetServer();
     if (!keyIsMissing()) draft.focus();
   });
+  byId("close-settings").addEventListener("click", closeSettings);
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     if (running) running.abort();
-    else if (!settings.hidden) {
-      toggleSettings(false);
-      byId("show-settings").focus();
-    }
+    else if (!settings.hidden) closeSettings();
   });
   document.addEventListener("visibilitychange", () => {
     if (document.visibilityState === "visible" && !running) meetServer(); // adapters come and go

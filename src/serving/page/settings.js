@@ -37,7 +37,9 @@ function showSide(server, side, i) {
   const scale = make("input", {
     id: `scale-${i}`,
     type: "number",
-    step: 0.1,
+    step: 0.01,
+    min: -100,
+    max: 100,
     value: side.scale,
     placeholder: server.default_scale,
     ariaLabel: `${label}: ${word("scale")}`,
@@ -58,6 +60,7 @@ function showSide(server, side, i) {
 function numberRow(server, { name, ...range }) {
   const input = make("input", { id: name, type: "number", value: state.numbers[name] ?? "", ...range });
   input.placeholder = defaultOf(server, name);
+  if (name === "max_tokens") input.max = server.limits.answer_tokens;
   input.addEventListener("input", () => {
     state.numbers[name] = input.value;
     save();
@@ -69,6 +72,12 @@ function defaultOf(server, name) {
   if (name === "seed") return word("any_seed");
   if (name === "max_tokens") return server.max_tokens;
   return (server.sampling_of_mode[state.mode] ?? server.sampling)[name];
+}
+
+/** The first input whose number the server would refuse, of those that count now. */
+export function wrongNumber() {
+  const inputs = document.querySelectorAll("#numbers input, .side:not([hidden]) .scale:not([hidden]) input");
+  return [...inputs].find((input) => !input.validity.valid);
 }
 
 /** Set up what never changes. `server()` is what was last heard of the server. */

@@ -19,6 +19,7 @@ const ENGLISH = {
   mode: "Thinking",
   mode_default: "Default",
   defaults: "Empty fields take the server's default, shown in grey.",
+  close: "Close",
   reset: "Back to defaults",
   adapter: "Adapter",
   second_adapter: "Second adapter",
@@ -57,7 +58,7 @@ const ENGLISH = {
   broken: "The connection ended before the answer did.",
   refused: "The server refused: {message}",
   full: "This conversation is too long to survive a reload.",
-  about: "{template} template, {device}. rwkv-miss {version}.",
+  about: "{template} template. rwkv-miss {version}.",
 };
 
 const CHINESE = {
@@ -79,6 +80,7 @@ const CHINESE = {
   mode: "思考模式",
   mode_default: "默认",
   defaults: "留空则用服务器的默认值（灰色）。",
+  close: "关闭",
   reset: "恢复默认",
   adapter: "适配器",
   second_adapter: "第二个适配器",
@@ -117,7 +119,7 @@ const CHINESE = {
   broken: "回答未完成，连接已断开。",
   refused: "服务器拒绝了请求：{message}",
   full: "对话太长，刷新页面后无法保留。",
-  about: "模板 {template}，{device}。rwkv-miss {version}。",
+  about: "模板 {template}。rwkv-miss {version}。",
 };
 
 let chosen = ENGLISH;

@@ -109,10 +109,11 @@ function noteOf(answer) {
   return answer.content.trim() ? "" : word("empty");
 }
 
+/** The speed of fewer than 20 tokens would be chance. */
 function figuresOf({ tokens, speed, first }) {
   const parts = [];
   if (tokens) parts.push(word("tokens", { count: tokens }));
-  if (speed) parts.push(word("speed", { speed: speed < 10 ? speed.toFixed(1) : Math.round(speed) }));
+  if (speed && tokens >= 20) parts.push(word("speed", { speed: speed < 10 ? speed.toFixed(1) : Math.round(speed) }));
   if (first) parts.push(word("first", { seconds: first.toFixed(2) }));
   return parts.join(" · ");
 }
