@@ -406,7 +406,7 @@ def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
         expect(page.locator(f"{DONE} > .text")).to_have_text("Hello.")
         page.click("#show-settings")
         page.fill("#top_k", "0.5")
-        page.click("#close-settings")
+        page.click("#show-settings")
         page.fill("#draft", "wrong")
         page.press("#draft", "Enter")
         expect(page.locator("#top_k")).to_be_focused()  # the browser says there what is wrong with it
