@@ -264,9 +264,12 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
 
     def say_where() -> None:
         port = listener.getsockname()[1]
-        host = f"[{args.host}]" if ":" in args.host else args.host
+        # all addresses of the machine are none that a browser can open
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+        host = f"[{name}]" if ":" in name else name
         print(
-            f"{', '.join(served.models())} at http://{host}:{port}/v1; {how}; {counted(args.rows, 'row')},"
+            f"chat page: http://{host}:{port}\nOpenAI's API: http://{host}:{port}/v1, models"
+            f" {', '.join(served.models())}\n{how}; {counted(args.rows, 'row')},"
             f" prompts in chunks of {counted(engine.chunk, 'token')}; {size_text(resident())} of memory."
             " Ctrl-C ends the server.",
             file=sys.stderr,

@@ -109,9 +109,15 @@ class Progress:
                 parts.append(f"{duration_text(max(self.total - self.done, 0) / rate)} left")
         if self.note:
             parts.append(self.note)
-        bar = f" [{'#' * int(BAR * share):<{BAR}}]" if self.terminal and self.total else ":"
-        percent = f" {share:4.0%}," if self.total else ""
-        return f"{self.what}{bar}{percent} {', '.join(parts)}"
+        percent = f"{share:4.0%}, " if self.total else ""
+        rest = f" {percent}{', '.join(parts)}"
+        if not (self.terminal and self.total):
+            return f"{self.what}:{rest}"
+        # numbers go before the bar where the terminal is narrow
+        room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
+        if room <= 0:
+            return f"{self.what}: {rest.lstrip()}"
+        return f"{self.what} [{'#' * int(room * share):<{room}}]{rest}"
 
     def close(self) -> None:
         """No more of it: the terminal's line is empty again."""
@@ -153,8 +159,13 @@ def clear() -> None:
 
 def draw(text: str) -> None:
     """A whole line of the terminal but its last column, after which some terminals begin another line."""
-    width = max(shutil.get_terminal_size().columns - 1, 1)
+    width = line_width()
     print("\r" + text[:width].ljust(width), end="", file=sys.stderr, flush=True)
+
+
+def line_width() -> int:
+    """Columns that a line of the terminal may have."""
+    return max(shutil.get_terminal_size().columns - 1, 1)
 
 
 def duration_text(seconds: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -124,6 +125,7 @@ def examine() -> Iterator[Check]:
             " then pip install --force-reinstall torch",
         )
     yield from tools()
+    yield server()
     yield from kernels("cpu")
     if torch.cuda.is_available():
         yield from kernels_of_gpus(torch)
@@ -170,6 +172,14 @@ def packages() -> Iterator[Check]:
             yield Check("missing", name, f"{version} is too old, {minimum} or newer is needed; {fix}", needed)
         else:
             yield Check("ok", name, f"{version} (>={minimum})")
+
+
+def server() -> Check:
+    """What only demo.serve needs."""
+    absent = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
+    if absent:
+        return Check("missing", "server", f"only demo.serve needs it: pip install {' '.join(absent)}")
+    return Check("ok", "server", "demo.serve has starlette and uvicorn")
 
 
 def numbers(version: str) -> list[int]:

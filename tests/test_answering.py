@@ -124,8 +124,8 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same_file(model, tmp_path, m
     [
         ('{"evaluation": {"model": "m", "seed": 1}}\n', "its seed is 1, and here it is 0; give another name"),
         ('{"evaluation": {"model": "other", "seed": 0}}\n', 'its model is "other", and here it is "m"'),
-        ('{"answer": "7"}\n', "holds no answers of an evaluation that could go on"),
-        ("no JSON\n", "holds no answers of an evaluation that could go on"),
+        ('{"answer": "7"}\n', "no file of answers that --save began .a line has no 'evaluation'"),
+        ("no JSON\n", "no file of answers that --save began .Expecting value"),
     ],
 )
 def test_a_file_of_another_evaluation_is_left_alone(tmp_path, content, message):

@@ -64,6 +64,15 @@ def test_a_terminal_sees_a_bar_and_keeps_nothing_of_it():
     assert last_lines(seen) == ["done"]
 
 
+def test_in_a_narrow_terminal_the_bar_makes_room_for_the_numbers(monkeypatch):
+    bar = Progress("answering", 3000, "answers")
+    bar.terminal, bar.done, bar.note = True, 463, "1,200 tokens/s"
+    for columns, shown in ((200, "[###                 ]"), (92, "[#        ]"), (80, "answering: 15%")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = bar.text(14)
+        assert len(text) < columns and shown in text and text.endswith("77 s left, 1,200 tokens/s")
+
+
 def test_an_error_does_not_hang_on_the_end_of_a_bar():
     code, seen = on_a_terminal("fail")
     assert code == 2 and "counting [" in seen and last_lines(seen) == ["error: two"]

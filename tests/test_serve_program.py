@@ -33,7 +33,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     try:
         # a busy machine may have the kernels to build, too
         until(lambda: not process.is_alive() or log.exists() and "ends the server" in log.read_text(), 400)
-        url = re.search(r"tiny at (http://\S+)/v1;", log.read_text())[1]
+        url = re.search(r"API: (http://\S+)/v1, models tiny", log.read_text())[1]
         headers = {"Authorization": "Bearer secret"}
         body = {"messages": HI, "temperature": 0, "max_tokens": 5}
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)

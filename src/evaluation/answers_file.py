@@ -81,9 +81,13 @@ def _read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
         return first[HEAD], rows, not rest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--save {path} is there and holds no answers of an evaluation that could go on"
-            f" ({type(error).__name__}: {error}); give another name, or delete it"
+            f"--save {path} is there and is no file of answers that --save began ({_seen(error)}); give"
+            " another name, or delete it"
         ) from None
+
+
+def _seen(error: Exception) -> str:
+    return f"a line has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def require_same(path: str, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:
