@@ -9,7 +9,7 @@ from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_c
 from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.export import TextSettings, export
-from src.inference.adapters import Adapters
+from src.inference.adapters import BASE, Adapters
 from src.inference.cpu_decoder import Decoder
 from src.model import RWKV, default_arch
 
@@ -48,10 +48,16 @@ class Ours:
         torch.set_num_threads(threads)
         if threads not in self.decoders:
             self.decoders[threads] = Decoder(self.model, int8=self.int8)
-        self.decoder, self.state = self.decoders[threads], None
+        self.decoder, self.begun = self.decoders[threads], False
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
-        logits, self.state = self.decoder.next_logits(torch.tensor([tokens]), self.state)
+        if self.begun and len(tokens) == 1:
+            return self.decoder.step(tokens, [BASE])[0]
+        logits, state = self.decoder.read(
+            torch.tensor([tokens]), self.decoder.take(0) if self.begun else None
+        )
+        self.decoder.put(0, state)
+        self.begun = True
         return logits[0]
 
 

@@ -78,7 +78,7 @@ def one_by_one(feed, sequences: list[list[int]]) -> Tensor:
 
 def of_decoder(decoder: Decoder, sequences) -> Tensor:
     def feed(token, state):
-        logits, state = decoder.next_logits(torch.tensor([[token]]), state)
+        logits, state = decoder.read(torch.tensor([[token]]), state)
         return logits[0], state
 
     return one_by_one(feed, sequences)
