@@ -78,6 +78,8 @@ def opt(
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 PUBLISHED = "the published rate of --peft"  # begins the reason of such a rate
+# on preferences; --loss has sft, the usual one, beside them
+LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
 
 
@@ -172,6 +174,58 @@ class Config:
         "auto",
         "folder for tokenised data. auto: rwkv-miss/data in the user's cache folder. none: tokenise"
         " every time",
+    )
+
+    loss: str = opt(
+        "sft",
+        "what is minimised. sft: the cross entropy of the trained tokens. dpo, ipo, orpo or simpo: a"
+        " preference between two answers, for rows with chosen and rejected. kto: the same for single"
+        " answers, with label true or false. docs/preferences.md says which is for what",
+        choices=("sft", *LOSSES),
+    )
+    beta: float = opt(
+        0.0,
+        "how closely the model is held to the reference; with simpo the scale of the reward. 0: as in the"
+        " loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has --orpo_lambda",
+        automatic=True,
+        low=0,
+        high=1e30,
+    )
+    sft_weight: float = opt(
+        -1.0,
+        "the weight of the cross entropy of the chosen answer, per token, beside the preference. Without it"
+        " dpo, ipo and simpo may lose the right answers while their accuracy rises. -1: 1, and 0 for kto",
+        automatic=True,
+        low=-1,
+        high=1e30,
+    )
+    loss_average: str = opt(
+        "sum",
+        "what dpo compares. sum: the log-probability of an answer, as in the paper. mean: that divided by"
+        " its tokens. ipo, orpo and simpo always take the mean, and kto the sum",
+        choices=("sum", "mean"),
+    )
+    label_smoothing: float = opt(
+        0.0,
+        "for dpo and simpo: the share of pairs whose answers are taken to be the wrong way round",
+        low=0,
+        below=0.5,
+    )
+    simpo_gamma: float = opt(
+        1.0,
+        "simpo: by how much the reward of the chosen answer should be above the other's",
+        low=0,
+        high=1e30,
+    )
+    orpo_lambda: float = opt(
+        0.1, "orpo: the weight of the odds ratio beside the cross entropy", low=0, high=1e30
+    )
+    desirable_weight: float = opt(1.0, "kto: the weight of the answers with label true", low=0, high=1e30)
+    undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
+    reference: str = opt(
+        "",
+        "the model that dpo, ipo and kto compare with, of any size: a file, a folder or a name of the hub, as"
+        " for --load_model. Empty: the base, with the adapter off",
     )
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")

@@ -13,7 +13,12 @@ from ..config import Config
 from ..config.launcher import is_first_process
 from .formats.sources import Reading, sources, weighted_paths
 
-KINDS = {"load_model": hub_names.MODEL, "data_file": hub_names.DATA, "eval_file": hub_names.DATA}
+KINDS = {
+    "load_model": hub_names.MODEL,
+    "reference": hub_names.MODEL,
+    "data_file": hub_names.DATA,
+    "eval_file": hub_names.DATA,
+}
 
 
 def fetch_inputs(config: Config, recorded: Config | None = None) -> None:

@@ -47,7 +47,22 @@ def read_base(config: Config, origins: dict[str, str]):
         config.adapter.inject(model)
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
     check_parts("--lr_map", config.lr_map, trained)
+    if config.reference:
+        check_reference(config, arch)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
+
+
+def check_reference(config: Config, arch: Arch) -> None:
+    """A UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
+    tensors = read_model_file(config.reference)
+    other = Arch.detect(tensors)
+    if other.vocab_size != arch.vocab_size:
+        raise UserError(
+            f"--reference {config.reference} has a vocabulary of {other.vocab_size} tokens,"
+            f" {config.load_model} one of {arch.vocab_size}; give a model with the same vocabulary"
+        )
+    with torch.device("meta"):
+        RWKV(other).check(tensors, config.reference)
 
 
 def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Template:

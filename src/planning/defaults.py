@@ -20,6 +20,8 @@ SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 ROWS = 8  # rows in a step
 STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
+# of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
+BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
 RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
 HELD_OUT = 100  # documents that are held out
 FEW = 0.05  # the largest share of the documents that is held out
@@ -37,6 +39,19 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
     if is_automatic(config, name):
         setattr(config, name, value)
         origins[name] = f"{CHOSEN}: {reason}"
+
+
+def choose_loss(config: Config, origins: dict[str, str]) -> None:
+    """Fill in beta and sft_weight of a loss on preferences; under --loss sft nothing reads them."""
+    if config.loss in BETAS:
+        choose(config, origins, "beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
+    if config.loss == "kto":
+        choose(config, origins, "sft_weight", 0.0, "the answers of kto are judged one by one")
+    elif config.loss == "orpo":
+        choose(config, origins, "sft_weight", 1.0, "a part of --loss orpo")
+    elif config.loss != "sft":
+        reason = "keeps the right answers likely, which the preference alone does not"
+        choose(config, origins, "sft_weight", 1.0, reason)
 
 
 def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:

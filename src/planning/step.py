@@ -7,11 +7,29 @@ import torch
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..model.batch_loss import Chunks
+from ..model.preference_loss import PreferenceLoss
 
 
 def chunks_of(config: Config) -> Chunks:
     """How rows are cut into chunks."""
     return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
+
+
+def preference_of(config: Config) -> PreferenceLoss | None:
+    """The loss on preferences, once its settings are filled in; None with --loss sft."""
+    if config.loss == "sft":
+        return None
+    return PreferenceLoss(
+        config.loss,
+        beta=config.beta,
+        sft_weight=config.sft_weight,
+        average=config.loss_average == "mean",
+        label_smoothing=config.label_smoothing,
+        gamma=config.simpo_gamma,
+        orpo_lambda=config.orpo_lambda,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
 
 
 def dtype_of(config: Config) -> torch.dtype | None:

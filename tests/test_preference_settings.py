@@ -1,0 +1,128 @@
+"""Settings of the losses on preferences: which belong together, what is chosen, what a resumed run keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rwkv_miss.errors import UserError
+from src.config import Config, is_automatic, parse, save
+from src.config.parse import read_yaml
+from src.config.schema import FIELDS, LOSSES
+from src.config.validate import OF_LOSSES
+from src.planning.base_model import check_reference
+from src.planning.defaults import choose_loss
+from src.planning.step import preference_of
+from src.training.resume import MAY_CHANGE, inherit
+
+from .conftest import make_arch, random_tensors
+
+REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+# no default of any setting
+GIVEN = {
+    "beta": "0.25",
+    "sft_weight": "0.5",
+    "loss_average": "mean",
+    "label_smoothing": "0.125",
+    "simpo_gamma": "1.5",
+    "orpo_lambda": "0.25",
+    "desirable_weight": "2",
+    "undesirable_weight": "3",
+    "reference": "other.pth",
+}
+
+
+def mistake(*flags):
+    with pytest.raises(UserError) as caught:
+        parse([*REQUIRED, *flags])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", OF_LOSSES)
+@pytest.mark.parametrize("loss", ["sft", *LOSSES])
+def test_a_setting_belongs_to_its_losses_and_is_an_error_elsewhere(name, loss):
+    flags = ("--loss", loss, f"--{name}", GIVEN[name])
+    if loss in OF_LOSSES[name][0] and (loss, name) != ("orpo", "sft_weight"):
+        assert str(getattr(parse([*REQUIRED, *flags])[0], name)).removesuffix(".0") == GIVEN[name]
+    else:
+        said = mistake(*flags)
+        assert said.startswith(f"--{name} {GIVEN[name]}") and f"has no meaning with --loss {loss}" in said
+
+
+def test_what_other_projects_call_it_is_said():
+    assert "orpo weighs its odds ratio with --orpo_lambda" in mistake("--loss", "orpo", "--beta", "0.1")
+    assert "ipo, orpo and simpo always take the mean" in mistake("--loss", "ipo", "--loss_average", "mean")
+
+
+@pytest.mark.parametrize("flags", ["--loss_mask all", "--prompt_weight 0.5", "--think_weight 0"])
+def test_the_tokens_of_a_preference_are_whole_answers(flags):
+    assert "which compares whole answers" in mistake("--loss", "simpo", *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
+        ("--sft_weight -0.5", "--sft_weight -0.5: must be a weight, 0 or more"),
+        ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
+        ("--loss tdpo", "expected one of sft, dpo, ipo, orpo, simpo, kto"),
+    ],
+)
+def test_mistakes_are_explained(flags, words):
+    assert words in mistake("--loss", "dpo", *flags.split())
+
+
+@pytest.mark.parametrize(
+    "loss, beta, sft_weight",
+    [("dpo", 0.1, 1), ("ipo", 0.1, 1), ("simpo", 2, 1), ("orpo", 0, 1), ("kto", 0.1, 0), ("sft", 0, -1)],
+)
+def test_what_is_chosen_is_saved_and_read_again(loss, beta, sft_weight, tmp_path):
+    config, origins = parse([*REQUIRED, "--loss", loss])
+    choose_loss(config, origins)
+    assert (config.beta, config.sft_weight) == (beta, sft_weight)
+    assert origins["sft_weight"].startswith("chosen: ") == (loss != "sft")
+    save(config, origins, str(tmp_path / "config.yaml"))
+    assert Config(**read_yaml(str(tmp_path / "config.yaml"))) == config
+    again, origins = parse(["--config", str(tmp_path / "config.yaml")])
+    choose_loss(again, origins)
+    assert again == config
+
+
+def test_what_is_given_stays():
+    config, origins = parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"])
+    choose_loss(config, origins)
+    assert (config.beta, config.sft_weight) == (0.5, 0) and not is_automatic(config, "sft_weight")
+
+
+def test_a_run_that_goes_on_keeps_its_loss():
+    """No setting of a loss may change: it is what the steps so far have minimised, and the later ones would
+    minimise another.
+    """
+    assert not MAY_CHANGE & {"loss", *OF_LOSSES}
+    before = parse([*REQUIRED, "--loss", "simpo", "--beta", "3", "--sft_weight", "0.5"])[0]
+    config, origins = parse([*REQUIRED, "--loss", "simpo"])
+    inherit(config, origins, before)
+    choose_loss(config, origins)
+    assert (config.beta, config.sft_weight) == (3, 0.5) and "so far" in origins["beta"]
+
+
+def test_the_loss_has_all_its_settings():
+    assert preference_of(Config()) is None
+    given = {name: FIELDS[name].default.__class__(text) for name, text in GIVEN.items()}
+    loss = preference_of(Config(loss="dpo", **given))
+    assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
+    assert {name for name in LOSSES if preference_of(Config(loss=name)).needs_reference} == {
+        *OF_LOSSES["reference"][0]
+    }
+    assert [name for name in LOSSES if not preference_of(Config(loss=name)).paired] == ["kto"]
+
+
+def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
+    base = make_arch(7)
+    path = str(tmp_path / "other.pth")
+    config = Config(load_model="base.pth", reference=path)
+    torch.save(random_tensors(make_arch(6, vocab_size=base.vocab_size)), path)
+    check_reference(config, base)  # of another version and size
+    torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
+    with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
+        check_reference(config, base)
