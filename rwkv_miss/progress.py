@@ -98,26 +98,33 @@ class Progress:
 
     def text(self, elapsed: float) -> str:
         """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
+        share = min(self.done / self.total, 1) if self.total else 0
+        rest = self._numbers(elapsed, share)
+        if not (self.terminal and self.total):
+            return f"{self.what}:{rest}"
+        # numbers go before the bar where the terminal is narrow, and the note before the rate
+        room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
+        if room > 0:
+            return f"{self.what} [{'#' * int(room * share):<{room}}]{rest}"
+        text = f"{self.what}: {rest.lstrip()}"
+        if self.note and len(text) > line_width():
+            text = f"{self.what}: {self._numbers(elapsed, share, with_rate=False).lstrip()}"
+        return text
+
+    def _numbers(self, elapsed: float, share: float, with_rate: bool = True) -> str:
         whole = f"{self.done:,.0f} of {self.total:,.0f}" if self.total else f"{self.done:,.0f}"
         parts = [f"{whole} {self.unit}".strip()]
-        share = min(self.done / self.total, 1) if self.total else 0
         new = self.done - self.first
         if new and elapsed:
             rate = new / elapsed
-            parts.append(f"{rate:,.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
+            if with_rate:
+                parts.append(f"{rate:,.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
             if self.total:
                 parts.append(f"{duration_text(max(self.total - self.done, 0) / rate)} left")
         if self.note:
             parts.append(self.note)
         percent = f"{share:4.0%}, " if self.total else ""
-        rest = f" {percent}{', '.join(parts)}"
-        if not (self.terminal and self.total):
-            return f"{self.what}:{rest}"
-        # numbers go before the bar where the terminal is narrow
-        room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
-        if room <= 0:
-            return f"{self.what}: {rest.lstrip()}"
-        return f"{self.what} [{'#' * int(room * share):<{room}}]{rest}"
+        return f" {percent}{', '.join(parts)}"
 
     def close(self) -> None:
         """No more of it: the terminal's line is empty again."""

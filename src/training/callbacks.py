@@ -29,6 +29,7 @@ from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
 from .late_reading import Moment, Numbers
 from .loggers import Writer
+from .preference_log import UnlearningWatch, fields, is_preference, numbers, short, words
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
@@ -93,7 +94,9 @@ class StepReport(Callback):
         self.bar = Progress("training", self.total, "steps", shown, done=trainer.global_step, delay=0)
         if self.rank_zero:
             # a resumed run does the steps after its checkpoint again
-            write_lines(self.path, read_lines(self.path, trainer.global_step))
+            before = read_lines(self.path, trainer.global_step)
+            write_lines(self.path, before)
+            self.unlearning = UnlearningWatch(module.config, before)
         self.last_good.start(trainer)
         self.begun = self.last_line = time.perf_counter()
         self.steps_here = 0
@@ -210,22 +213,22 @@ class StepReport(Callback):
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, step, loss, done.end.seconds_since(done.begin))
+            line = self._line(module, step, loss, done.end.seconds_since(done.begin), {})
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)
             self._remark(line, loss)
             shown = ("loss", "lr", "tokens_per_second")
-            numbers = {f"train/{name}": line[name] for name in shown if line[name] is not None}
+            values = {f"train/{name}": line[name] for name in shown if line[name] is not None}
             for writer in self.writers:
-                writer.numbers(step, numbers)
+                writer.numbers(step, values | numbers("train", line))
             self._show(line, loss, time.perf_counter())
         # not self.stop, which a signal may just have set on this rank alone
         trainer.should_stop = trainer.should_stop or round(going_on * trainer.world_size) < trainer.world_size
         return went_back
 
-    def _line(self, module, step: int, loss: float, seconds: float) -> dict:
-        """A step's line of metrics.jsonl."""
+    def _line(self, module, step: int, loss: float, seconds: float, metrics: dict[str, float]) -> dict:
+        """A step's line of metrics.jsonl. `metrics`: of a preference, beside the loss."""
         tokens, targets = module.schedule.step_tokens(step - 1), module.schedule.step_targets(step - 1)
         return {
             "step": step,
@@ -235,25 +238,33 @@ class StepReport(Callback):
             "trained_tokens": targets,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            **fields(module.schedule.step_weight(step - 1), metrics),
         }
 
     def _remark(self, line: dict, loss: float) -> None:
         """Say what is odd about a step."""
         step = line["step"]
+        # of a preference the loss has no relation to the vocabulary, the cross entropy of its answers has
+        nats = line.get("nll") if is_preference(line) else loss
         if not line["trained_tokens"]:
             say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
-        elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
-            say(doubt)
+        elif step == 1 and self.tokenizer and nats is not None:
+            if doubt := worse_than_guessing(nats, self.tokenizer):
+                say(doubt)
+        if warning := self.unlearning.after(line):
+            say(warning)
 
     def _show(self, line: dict, loss: float, now: float) -> None:
         """The bar, and now and then a line where there is none."""
         step = line["step"]
         shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
-        said = f"{shown} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        said = f"{shown}{words(line)} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        # a bar in 80 columns has room for what is watched
+        noted = short(line) if is_preference(line) else said
         if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
             self.bar.warm_up()
             self.begun = now
-        self.bar.update(min(self.steps_here, 1), said)
+        self.bar.update(min(self.steps_here, 1), noted)
         self.steps_here += 1
         due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
         if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):

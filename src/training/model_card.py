@@ -18,7 +18,10 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
-from .run_card import CURVE, table
+from .curves import CURVE, PREFERENCE_CURVES
+from .preference_log import is_preference, value_text
+from .preference_text import describe_loss
+from .run_card import named, table
 from .validation_log import best, loss_text
 
 README = "README.md"
@@ -60,6 +63,7 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         "## What was measured",
         table(["", ""], _measured(summary, history)),
         f"![training and validation loss over the steps]({CURVE})",
+        *_curves(metrics),
         "## How to use it",
         _usage(_base(config, metadata), name, is_adapter),
     ]
@@ -129,6 +133,7 @@ def _trained(
         if config.peft != "none"
         else "full training",
         "whole tensors": config.train_parts,
+        "loss": describe_loss(config) if config.loss != "sft" else "",
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"
         f" {sum(line['trained_tokens'] for line in metrics):,} of them trained",
@@ -161,9 +166,18 @@ def _measured(summary: dict, history: list[dict]) -> list[list[str]]:
         rows.append([f"held-out loss at step {last['step']}", loss_text(last)])
         if top and top is not last:
             rows.append([f"held-out loss, best, step {top['step']}", loss_text(top)])
+        for metric, title in named(last):
+            values = [value_text(metric, line.get(metric)) for line in (first, last)]
+            rows.append([f"held-out {title}", " to ".join(values)])
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base, nats per token, on a fixed text", f"{moved:.4f}"])
     return rows
+
+
+def _curves(metrics: list[dict]) -> list[str]:
+    if not is_preference(metrics[-1]):
+        return []
+    return [f"![rewards, accuracies, log p and KL over the steps]({PREFERENCE_CURVES})"]
 
 
 def _usage(base: str, name: str, is_adapter: bool) -> str:

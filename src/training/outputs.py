@@ -22,10 +22,12 @@ from ..common.files import read_lines, write_text
 from ..config import Config
 from ..data.encode import Encoder
 from ..model import RWKV
+from .curves import CURVE, PREFERENCE_CURVES, draw_losses, draw_preferences
 from .model_card import write_model_card
-from .run_card import CARD, CURVE, card, draw_losses
+from .preference_log import first_and_last, is_preference, of_line, words
+from .run_card import CARD, card
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
-from .validation_log import BEST, VALIDATION, is_over, loss_text
+from .validation_log import BEST, VALIDATION, best, is_over, loss_text
 from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
@@ -128,6 +130,8 @@ def finish(
         )
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
+    if is_preference(metrics[-1]):
+        draw_preferences(metrics, history, os.path.join(config.proj_dir, PREFERENCE_CURVES))
     summary = {
         "version": VERSION,
         "commit": commit() or None,
@@ -139,6 +143,7 @@ def finish(
         **(measured or {}),
         "output": output_path(config),
         **_validation_summary(config, history),
+        **_preference_summary(metrics, history),
     }
     state = _state(config, step, total_steps, history)
     doubted = None
@@ -163,6 +168,18 @@ def _validation_summary(config: Config, history: list[dict]) -> dict:
     if os.path.exists(top):
         kept = rwkv_miss.read_metadata(top)
         summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
+    return summary
+
+
+def _preference_summary(metrics: list[dict], history: list[dict]) -> dict:
+    """What run.json says of the metrics of a preference: first and last steps, and the evaluations."""
+    if not is_preference(metrics[-1]):
+        return {}
+    first, last = first_and_last(metrics)
+    summary = {"metrics_first": first, "metrics_last": last}
+    if history:
+        evaluated = {"first": history[0], "last": history[-1], "best": best(history)}
+        summary |= {f"validation_metrics_{name}": of_line(line) for name, line in evaluated.items() if line}
     return summary
 
 
@@ -193,6 +210,9 @@ def _last_words(
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, loss {summary['loss_first']:.4f} to"
         f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
     ]
+    if history and (known := words(history[-1])):
+        before = words(history[0]).removeprefix(", ")
+        lines.append(f"held out:  {known.removeprefix(', ')}; before training {before}")
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     if doubted:

@@ -1,18 +1,19 @@
-"""What a run leaves for people: the curves as an image, and run_card.md."""
+"""What a run leaves for people: run_card.md."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 
-from ..common.files import write_bytes
 from ..config import Config, command
+from .curves import CURVE, PREFERENCE_CURVES
+from .preference_log import NAMES, first_and_last, is_preference, value_text
+from .preference_text import loss_unit
 from .rate_search import recorded_search, search_table
 from .validation_log import best, loss_text
 from .verdict import Doubt
 
-CARD, CURVE = "run_card.md", "loss.png"
+CARD = "run_card.md"
 NOT_MEASURED = "not measured: the run was killed after its last step"
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
@@ -50,8 +51,9 @@ def card(
         *_rate_search(config),
         "## Curves",
         f"![training and validation loss over the steps]({CURVE})",
+        *_preferences(metrics),
         "## Held-out documents",
-        *_validation(summary, history),
+        *_validation(config, summary, history),
         "## Forgetting",
         *_forgetting(config, summary),
     ]
@@ -70,7 +72,32 @@ def _rate_search(config: Config) -> list[str]:
     return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
 
 
-def _validation(summary: dict, history: list[dict]) -> list[str]:
+def _preferences(metrics: list[dict]) -> list[str]:
+    """What a preference has beside its loss; nothing for supervised training."""
+    if not is_preference(metrics[-1]):
+        return []
+    first, last = first_and_last(metrics)
+    rows = [
+        [title, *(value_text(name, part.get(name)) for part in (first, last))] for name, title in named(last)
+    ]
+    return [
+        f"![rewards, accuracies, log p and KL over the steps]({PREFERENCE_CURVES})",
+        "## Preferences, of the training data",
+        table(["", "mean of the first tenth of the steps", "of the last tenth"], rows),
+        (
+            "An accuracy is the share of pairs whose chosen answer wins: by its reward, which is against the"
+            " reference, or, raw, by its own log p. A high one alone proves nothing: the chosen answers"
+            " should not get less likely."
+        ),
+    ]
+
+
+def named(line: dict) -> list[tuple[str, str]]:
+    """(name, title) of the metrics that a line has."""
+    return [(name, title) for name, title in NAMES.items() if name in line]
+
+
+def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]:
     if not history:
         return [
             "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that"
@@ -80,7 +107,10 @@ def _validation(summary: dict, history: list[dict]) -> list[str]:
     losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
         losses[f"best, step {top['step']}"] = top
-    parts = [table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
+    rows = [[f"loss, {loss_unit(config)}", *map(loss_text, losses.values())]]
+    for name, title in named(last):
+        rows.append([title, *(value_text(name, line.get(name)) for line in losses.values())])
+    parts = [table(["", *losses], rows)]
     if "best" in summary:
         parts.append(
             f"`{summary['best']}` is the state of step {summary['best_step']}, loss"
@@ -121,7 +151,7 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     if first is not None and last is not None:
         moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
         parts.append(
-            f"Beside it stands what was learned: on held-out documents the loss {moved} nats per token."
+            f"Beside it stands what was learned: on held-out documents the loss {moved}, {loss_unit(config)}."
         )
     return parts
 
@@ -148,32 +178,3 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def _as_it_is(text: str) -> str:
     """A block of code by indentation, which no text can end; control characters become their pictures."""
     return "\n".join(f"    {line}" for line in text.translate(PICTURES).split("\n"))
-
-
-def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
-    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    losses = [line["loss"] for line in metrics]
-    window = max(1, len(losses) // 20)
-    windows = [losses[max(0, end - window) : end] for end in range(1, len(losses) + 1)]
-    mean = [sum(part) / len(part) for part in windows]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    steps = [line["step"] for line in metrics]
-    axes.plot(steps, losses, alpha=0.35, label="loss")
-    axes.plot(steps, mean, label=f"mean of {window} steps")
-    finite = [line for line in history if line["loss"] is not None]
-    if finite:
-        # two points are no curve
-        marks = "o-" if len(finite) > 2 else "o"
-        evaluated, losses = [line["step"] for line in finite], [line["loss"] for line in finite]
-        axes.plot(evaluated, losses, marks, label="validation loss")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_bytes(path, image.getvalue())

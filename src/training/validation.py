@@ -27,6 +27,7 @@ from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
 from .callbacks import StepReport
+from .preference_log import fields, numbers
 from .validation_log import BEST, VALIDATION, best, describe, is_over
 
 
@@ -99,6 +100,7 @@ class Watch(Callback):
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "tokens": self.documents.targets,
+            **fields(self.documents.weight, {}),
             "samples": samples,
         }
         self.history.append(line)
@@ -108,7 +110,7 @@ class Watch(Callback):
             append_line(self.path, line)
             for writer in self.report.writers:
                 if line["loss"] is not None:
-                    writer.numbers(step, {"validation/loss": loss})
+                    writer.numbers(step, {"validation/loss": loss} | numbers("validation", line))
                 if samples:
                     writer.samples(step, samples)
             say("\n".join(describe(self.history, module.total_steps)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .preference_log import words
+
 VALIDATION, BEST = "validation.jsonl", "best.pth"
 
 
@@ -49,7 +51,7 @@ def describe(history: list[dict], total: int) -> list[str]:
     elif top is not None:
         beside = f", best {top['loss']:.4f} at step {top['step']}"
     return [
-        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}",
+        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}{words(line)}",
         *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"]),
     ]
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from ..config import Config
 from ..config.schema import PUBLISHED
 from ..planning.defaults import CHOSEN
+from .preference_log import (
+    accuracy,
+    against_unlearning,
+    held_out_unlearning,
+    percent,
+    unlearning,
+)
+from .preference_text import held_out_units
 from .validation_log import all_right, answers_as_before, evaluation_at, loss_text
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
@@ -32,39 +41,49 @@ def doubt(
         before, after = evaluation_at(history, 0), evaluation_at(history, step)
         if not (before and after):
             return None
-        known = of_evaluations(before, after)
+        known = of_evaluations(before, after, held_out_units(config))
         improving = step == history[-1]["step"] and not is_worse(before, after)
         fell = _fall(*first_and_last(metrics))
         if is_worse(before, after) and fell >= LITTLE:
             known.append(
                 f"the training loss fell by {_percent(fell)}: what was learnt is no help on other documents"
             )
+        lost = held_out_unlearning(before, after)
     else:
         known = of_training(metrics)
-    if not known:
+        lost = unlearning(config, metrics)
+    if not (known or lost):
         return None
-    advice = other_settings(config, improving) if searched else other_rate(config, origin, improving)
+    tries = [against_unlearning(config)] if lost else []
+    if known:
+        tries.append(other_settings(config, improving) if searched else other_rate(config, origin, improving))
+    known += [lost] if lost else []
+    advice = "; or ".join(tries)
     if not history:
         advice += "; --eval_split 0.1 holds documents out, which tell more"
     return Doubt(known, advice)
 
 
-def of_evaluations(before: dict, after: dict) -> list[str]:
-    """What two evaluations say against a run: the loss, and the sample answers."""
+def of_evaluations(before: dict, after: dict, documents: str) -> list[str]:
+    """What two evaluations of these documents say against a run: the loss, accuracy and sample answers."""
     said = []
     losses = f"from {loss_text(before)} to {loss_text(after)}"
     fell = _fall(before["loss"], after["loss"]) if before["loss"] and after["loss"] else 0.0
     if after["loss"] is None:
-        said.append("the run has not learnt: the loss on held-out documents is not finite")
+        said.append(f"the run has not learnt: the loss on {documents} is not finite")
     elif is_worse(before, after):
-        said.append(f"the run has not learnt: the loss on held-out documents rose {losses}")
+        said.append(f"the run has not learnt: the loss on {documents} rose {losses}")
     elif before["loss"] is not None and fell < LITTLE:
         said.append(
-            f"the run has learnt next to nothing: the loss on held-out documents fell by {_percent(fell)},"
-            f" {losses}"
+            f"the run has learnt next to nothing: the loss on {documents} fell by {_percent(fell)}, {losses}"
+        )
+    if is_chance(after):
+        said.append(
+            f"the chosen answer wins in {percent(accuracy(after))} of {after['units']:,} {documents}, which"
+            " may be chance"
         )
     if answers_as_before(before, after):
-        loss = f", although the loss on held-out documents fell by {_percent(fell)}" if fell >= LITTLE else ""
+        loss = f", although the loss on {documents} fell by {_percent(fell)}" if fell >= LITTLE else ""
         said.append(f"the sample answers are those of before the training{loss}")
     elif said and all_right(before):
         said.append(
@@ -78,6 +97,12 @@ def is_worse(before: dict, after: dict) -> bool:
     if after["loss"] is None:
         return True
     return before["loss"] is not None and after["loss"] > before["loss"]
+
+
+def is_chance(line: dict) -> bool:
+    """Whether an accuracy may be that of a coin: at most two standard errors above a half."""
+    share = accuracy(line)
+    return share is not None and share <= 0.5 + 1 / math.sqrt(line["units"])
 
 
 def of_training(metrics: list[dict]) -> list[str]:

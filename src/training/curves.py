@@ -1,0 +1,97 @@
+"""The curves of a run as images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from ..common.files import write_bytes
+from .preference_log import is_preference
+
+CURVE, PREFERENCE_CURVES = "loss.png", "preferences.png"
+# the panels beside the loss: title, names in the files
+PANELS = (
+    ("rewards", ("reward_chosen", "reward_rejected", "margin")),
+    ("accuracy", ("reward_accuracy", "raw_accuracy")),
+    ("log p of an answer (nats)", ("logp_chosen", "logp_rejected")),
+    ("nats per token", ("nll", "kl")),
+)
+
+
+def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
+    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    steps, losses = _known(metrics, "loss")
+    axes.plot(steps, losses, alpha=0.35, label="loss")
+    axes.plot(steps, running_mean(losses), label=f"mean of {window_of(losses)} steps")
+    evaluated, losses = _known(history, "loss")
+    if evaluated:
+        axes.plot(evaluated, losses, _marks(evaluated), label="validation loss")
+    unit = "a pair or answer" if is_preference(metrics[0]) else "nats per token"
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
+    axes.legend()
+    _write(plt, figure, path)
+
+
+def draw_preferences(metrics: list[dict], history: list[dict], path: str) -> None:
+    """A PNG of what a preference has beside its loss: running means over the steps, evaluations as marks."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for axes, (title, names) in zip(panels.flat, PANELS, strict=True):
+        for number, name in enumerate(names):
+            steps, values = _known(metrics, name)
+            if not steps:
+                continue
+            label = name.replace("_", " ")
+            axes.plot(steps, running_mean(values), color=f"C{number}", label=label)
+            evaluated, values = _known(history, name)
+            if evaluated:
+                marks = _marks(evaluated)
+                axes.plot(evaluated, values, marks, color=f"C{number}", alpha=0.6, label=f"{label}, held out")
+        axes.set(title=title)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    for axes in panels[-1]:
+        axes.set(xlabel="optimizer step")
+    _write(plt, figure, path)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those before it, of a window at most."""
+    window = window_of(values)
+    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def window_of(values: Sequence[float]) -> int:
+    """The steps that a running mean is taken over."""
+    return max(1, len(values) // 20)
+
+
+def _known(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the lines that have it."""
+    known = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in known], [line[name] for line in known]
+
+
+def _marks(evaluated: list[int]) -> str:
+    # two points are no curve
+    return "o-" if len(evaluated) > 2 else "o"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _write(plt, figure, path: str) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_bytes(path, image.getvalue())

@@ -1,0 +1,69 @@
+"""What the plan and the cards say of a loss on preferences."""
+
+from __future__ import annotations
+
+import os
+
+from rwkv_miss.files.hub_names import recorded
+
+from ..config import Config
+from ..planning.step import preference_of
+
+
+def loss_unit(config: Config) -> str:
+    """What a loss is the mean of: "nats per token", or "per pair"."""
+    return "nats per token" if config.loss == "sft" else f"per {unit_of(config)}"
+
+
+def unit_of(config: Config) -> str:
+    """What a row of the data is: "document", "pair" or, under KTO, "answer"."""
+    return {"sft": "document", "kto": "answer"}.get(config.loss, "pair")
+
+
+def held_out_units(config: Config) -> str:
+    """The plural of unit_of(), of what is not trained on."""
+    return f"held-out {unit_of(config)}s"
+
+
+def describe_loss(config: Config) -> str:
+    """The loss with its settings and what it compares with.
+
+    "dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base, adapter off"
+    """
+    loss = preference_of(config)
+    said = [loss.kind]
+    if loss.kind != "orpo":
+        said.append(f"beta {loss.beta:g}")
+    if loss.kind == "dpo":
+        said.append("log p per token" if loss.average else "log p summed")
+    if loss.kind == "simpo":
+        said.append(f"gamma {loss.gamma:g}")
+    if loss.kind == "orpo":
+        said.append(f"lambda {loss.orpo_lambda:g}")
+    if loss.label_smoothing:
+        said.append(f"label smoothing {loss.label_smoothing:g}")
+    if loss.kind == "kto":
+        said.append(f"weights {loss.desirable_weight:g} and {loss.undesirable_weight:g}")
+    said.append(
+        f"with {loss.sft_weight:g} x the NLL of the chosen answer" if loss.sft_weight else "without NLL"
+    )
+    return f"{', '.join(said)}; {describe_reference(config)}"
+
+
+def describe_reference(config: Config) -> str:
+    """Which model a loss compares with."""
+    if not preference_of(config).needs_reference:
+        return "no reference"
+    if config.reference:
+        return f"reference: {os.path.basename(recorded(config.reference).rstrip('/'))}"
+    return "reference: the base" + (", adapter off" if config.peft != "none" else "")
+
+
+def loss_warnings(config: Config) -> list[str]:
+    """What of the loss is probably not meant so."""
+    if config.loss in ("dpo", "ipo", "simpo") and not config.sft_weight:
+        return [
+            f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {config.loss} may lose them"
+            " while its accuracy rises; watch log p of the chosen, and right answers"
+        ]
+    return []

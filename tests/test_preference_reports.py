@@ -1,0 +1,260 @@
+"""What a run on preferences says of itself: its lines, bar, curves, cards, warnings and verdict."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+
+from rwkv_miss.progress import Progress
+from src.config import Config
+from src.training import curves, preference_log, preference_text, run_card, verdict
+from src.training.callbacks import StepReport
+from src.training.preference_log import UnlearningWatch, fields, numbers, unlearning
+from src.training.validation_log import describe
+
+DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
+METRICS = {
+    "nll": 1.25,
+    "logp_chosen": -30.0,
+    "logp_rejected": -34.5,
+    "reward_chosen": 0.75,
+    "reward_rejected": -0.5,
+    "margin": 1.25,
+    "reward_accuracy": 0.9375,
+    "raw_accuracy": 0.5,
+    "kl": 0.02,
+}
+
+
+def line(step, loss=0.5, units=16, **changed):
+    """A line of metrics.jsonl."""
+    spent = {"lr": 1e-3, "tokens": 500, "trained_tokens": 320, "seconds": 0.5, "tokens_per_second": 1000.0}
+    return {"step": step, "loss": loss, **spent, **fields(units, METRICS | changed)}
+
+
+def evaluation(step, loss=0.5, answer=None, units=100, **changed):
+    """A line of validation.jsonl."""
+    samples = [{"prompt": "2+2?", "answer": answer or str(step), "right": "4"}]
+    return {"step": step, "loss": loss, "samples": samples, **fields(units, METRICS | changed)}
+
+
+def evaluations():
+    """The best one is not the last."""
+    return [
+        evaluation(0, 0.69, margin=0.0),
+        evaluation(10, 0.2, margin=3.0),
+        evaluation(20, 0.3, margin=2.5),
+    ]
+
+
+def drift(count, chosen, accuracy, seed=0):
+    """Steps whose chosen answers move by so many nats in all, noisily, while the accuracy goes from 60 %."""
+    noise = random.Random(seed)
+    return [
+        line(
+            step,
+            reward_chosen=0.1 * (chosen * step / count + noise.gauss(0, 0.3)),
+            reward_accuracy=0.6 + (accuracy - 0.6) * step / count,
+            logp_chosen=noise.gauss(-30, 8),
+        )
+        for step in range(1, count + 1)
+    ]
+
+
+def test_a_line_has_the_metrics_and_what_is_not_finite_is_null():
+    found = fields(16.0, METRICS | {"logp_chosen": math.nan})
+    assert found == {"units": 16} | METRICS | {"logp_chosen": None} and isinstance(found["units"], int)
+    assert fields(320.0, {}) == {} and numbers("train", {"step": 1, "loss": 1.0, "lr": 0.1}) == {}
+    sent = numbers("validation", {"step": 1, "loss": 1.0} | found)
+    assert sent == {f"validation/{name}": value for name, value in METRICS.items() if name != "logp_chosen"}
+
+
+@pytest.mark.parametrize("total", [150, 1000, 9999])
+def test_the_bar_shows_loss_accuracy_and_margin_in_80_columns(monkeypatch, total, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = StepReport("", total, 0.0, None, [])
+    report.bar = Progress("training", total, "steps", shown=False)
+    report.bar.terminal, report.steps_here = True, 1
+    report.begun = report.last_line = 0.0
+    report.bar.done = total // 2
+    report.bar.first = 1
+    report._show(line(total // 2 + 1), 0.5, 1.0)
+    text = report.bar.text(0.2 * total)
+    assert len(text) <= 79 and text.endswith(" left, loss 0.5 acc 94% margin 1.2"), text
+    report._show(line(total, reward_accuracy=1.0, margin=-12.34, loss=None), math.nan, 1e9)
+    text = report.bar.text(0.2 * total)
+    assert len(text) <= 79 and text.endswith("no loss acc 100% margin -12"), text
+    *_, said = capsys.readouterr().out.splitlines()
+    numbers = "loss nan, accuracy 100 %, margin -12.3, log p of the chosen -30.0 lr 1.00e-03 1000 tokens/s"
+    assert said.startswith(f"step {total}/{total} {numbers}")
+
+
+def test_an_evaluation_is_told_with_its_accuracy():
+    said, sample = describe([evaluation(0, 0.7), evaluation(9, 0.25)], 20)
+    assert said == (
+        "step 9/20 validation loss 0.2500, the best so far, accuracy 93.8 %, margin 1.25, log p of the chosen"
+        " -30.0"
+    )
+    raw = {name: value for name, value in METRICS.items() if name not in ("reward_accuracy", "kl")}
+    assert preference_log.words(fields(3, raw)).startswith(", accuracy 50 %, ")
+
+
+def test_a_fall_of_the_right_answers_is_warned_of_once():
+    watch = UnlearningWatch(DPO, [])
+    said = [(each["step"], watch.after(each)) for each in drift(100, -12.0, 0.98)]
+    [(step, text)] = [(step, text) for step, text in said if text]
+    assert 20 <= step < 60, "while the run can still be stopped"
+    assert "log p of the chosen answers fell by" in text and "from steps 1 to 10 to steps" in text
+    assert "--sft_weight above 1" in text and "--beta than 0.1" in text and "--lr_init than 0.002" in text
+    without = dataclasses.replace(DPO, sft_weight=0.0)
+    told = [*filter(None, map(UnlearningWatch(without, []).after, drift(100, -12.0, 0.98)))]
+    assert len(told) == 1 and "Try --sft_weight 1, or" in told[0]
+    # a run that goes on has said it already, or has it to say yet
+    lines = drift(100, -12.0, 0.98)
+    assert UnlearningWatch(DPO, lines[:step]).after(lines[step]) is None
+    assert any(map(UnlearningWatch(DPO, lines[: step - 2]).after, lines[step - 2 :]))
+
+
+def test_other_falls_are_not_warned_of():
+    """Likely right answers, an accuracy that stays, less than a nat, and what is only noise."""
+    for case in ((100, 4.0, 0.98), (100, -12.0, 0.6), (100, -0.5, 0.98), (19, -50.0, 0.98)):
+        case = drift(*case)
+        assert not any(map(UnlearningWatch(DPO, []).after, case))
+    alone = Config(load_model="base.pth", loss="simpo", beta=2.0, sft_weight=1.0)
+    for seed in range(20):  # batches differ by 8 nats
+        lines = [
+            {name: value for name, value in each.items() if name not in ("kl", "reward_accuracy")}
+            | {"raw_accuracy": each["reward_accuracy"]}
+            for each in drift(60, -40.0, 0.98, seed)
+        ]
+        assert unlearning(alone, lines) is None
+
+
+def test_an_averaged_reward_counts_for_the_whole_answer():
+    """-1.5 nats a token, of which an answer has 10."""
+    mean = dataclasses.replace(DPO, loss_average="mean")
+    assert unlearning(DPO, drift(60, -0.9, 0.98, 3)) is None
+    assert "fell by 7." in unlearning(mean, drift(60, -0.9, 0.98, 3))
+
+
+def test_the_pictures_hold_every_metric(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+
+    def noted(self, xs, ys, *args, **options):
+        drawn[options["label"]] = (list(xs), list(ys))
+        return plot(self, xs, ys, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    metrics = [line(step, margin=step / 10) for step in range(1, 9)] + [line(9, margin=math.nan)]
+    history = [evaluation(0, margin=0.0), evaluation(9, margin=2.0)]
+    curves.draw_losses(metrics, history, str(tmp_path / "loss.png"))
+    curves.draw_preferences(metrics, history, str(tmp_path / "preferences.png"))
+    titles = {name.replace("_", " ") for name in METRICS}
+    losses = {"loss", "mean of 1 steps", "validation loss"}
+    assert set(drawn) == titles | {f"{title}, held out" for title in titles} | losses
+    assert drawn["margin"] == ([*range(1, 9)], [step / 10 for step in range(1, 9)])
+    assert drawn["margin, held out"] == ([0, 9], [0.0, 2.0])
+    assert (tmp_path / "preferences.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_card_has_the_metrics_first_last_and_best():
+    metrics = [line(step, margin=step / 10) for step in range(1, 21)]
+    history = evaluations()
+    summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.7, "loss_last": 0.3, "output": "a.pth"}
+    text = run_card.card(DPO, ["a plan"], summary, metrics, history, None)
+    for words in (
+        "| margin of the rewards | 0.1500 | 1.9500 |",  # of steps 1 and 2, of 19 and 20
+        "|  | before, step 0 | after, step 20 | best, step 10 |",
+        "| loss, per pair | 0.6900 | 0.3000 | 0.2000 |",
+        "| margin of the rewards | 0.0000 | 2.5000 | 3.0000 |",
+        "| reward accuracy | 93.8 % | 93.8 % | 93.8 % |",
+        "](loss.png)",
+        "](preferences.png)",
+    ):
+        assert words in text, text
+    assert "loss, nats" not in text
+    assert "preferences.png" not in run_card.card(
+        Config(load_model="b.pth"), [], summary, [{"seconds": 1, "tokens": 1, "trained_tokens": 1}], [], None
+    )
+
+
+def doubted(before, after, config=DPO):
+    metrics = [line(1, 0.7), line(2, 0.3)]
+    return verdict.doubt(config, "command line", False, after["step"], metrics, [before, after])
+
+
+def test_the_verdict_looks_at_accuracy_and_at_the_right_answers():
+    start = evaluation(0, math.log(2), reward_accuracy=0.0, logp_chosen=-30.0)
+    assert doubted(start, evaluation(9, 0.3)) is None
+    chance = doubted(start, evaluation(9, 0.6, reward_accuracy=0.59))
+    assert chance.known == ["the chosen answer wins in 59 % of 100 held-out pairs, which may be chance"]
+    assert doubted(start, evaluation(9, 0.6, reward_accuracy=0.59, units=1000)) is None
+    lost = doubted(start, evaluation(9, 0.3, logp_chosen=-37.5))
+    assert "from -30.0 to -37.5 nats an answer, although the accuracy is 93.8 %" in lost.known[0]
+    assert lost.advice.startswith("--sft_weight above 1, or a larger --beta than 0.1, or a lower --lr_init")
+    same = doubted(start, evaluation(9, 0.3, answer="0"))
+    assert "the sample answers are those of before the training" in same.known[0]
+    worse = doubted(start, evaluation(9, 0.9))
+    assert "the loss on held-out pairs rose from 0.6931 to 0.9000" in worse.known[0]
+
+
+NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapter off"
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({}, f"dpo, beta 0.1, log p summed, {NLL}; {BASE}"),
+        (
+            {"loss_average": "mean", "label_smoothing": 0.1, "sft_weight": 0.0},
+            f"dpo, beta 0.1, log p per token, label smoothing 0.1, without NLL; {BASE}",
+        ),
+        (
+            {"loss": "ipo", "peft": "none", "peft_config": {}},
+            f"ipo, beta 0.1, {NLL}; reference: the base",
+        ),
+        ({"loss": "simpo", "beta": 2.0}, f"simpo, beta 2, gamma 1, {NLL}; no reference"),
+        ({"loss": "orpo"}, f"orpo, lambda 0.1, {NLL}; no reference"),
+        (
+            {"loss": "kto", "sft_weight": 0.0, "reference": "a/b.pth"},
+            "kto, beta 0.1, weights 1 and 1, without NLL; reference: b.pth",
+        ),
+    ],
+)
+def test_the_loss_in_words(settings, words):
+    config = dataclasses.replace(DPO, **settings)
+    assert preference_text.describe_loss(config) == words
+    warned = preference_text.loss_warnings(config)
+    assert len(warned) == (config.sft_weight == 0 and config.loss == "dpo")
+
+
+def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
+    """IPO begins at 25 with beta 0.1, which is more than ln 65536."""
+
+    class Tokenizer:
+        name, vocab_size = "bytes", 257
+
+    report = StepReport("", 9, 0.0, None, [], Tokenizer())
+    report.unlearning = UnlearningWatch(DPO, [])
+    report._remark(line(1, 25.0), 25.0)
+    assert capsys.readouterr().out == ""
+    report._remark(line(1, 25.0, nll=11.0), 25.0)
+    assert "worse than guessing" in capsys.readouterr().out
+    report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
+    assert "worse than guessing" in capsys.readouterr().out
+
+
+def test_run_json_has_the_metrics(tmp_path):
+    from src.training.outputs import _preference_summary
+
+    history = evaluations()
+    found = _preference_summary([line(step, margin=step / 10) for step in range(1, 21)], history)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["metrics_first"]["margin"], found["metrics_last"]["margin"]) == pytest.approx((0.15, 1.95))
+    names = ("first", "last", "best")
+    assert [found[f"validation_metrics_{name}"]["margin"] for name in names] == [0.0, 2.5, 3.0]
+    assert _preference_summary([{"step": 1, "loss": 1.0}], []) == {}
