@@ -1,13 +1,85 @@
-"""The losses on preferences between answers, of the log-probabilities of their tokens."""
+"""The losses on preferences between answers, of the log-probabilities of their tokens.
+
+In the formulas c is the chosen answer, r the rejected one, p(y) the probability that the model gives to an
+answer y, ref(y) what the reference model gives to it, |y| the number of its tokens, the end among them, and
+s the logistic function. A is the number of answers of a batch, n that of their tokens.
+
+All of it is computed in float64, which costs nothing beside the model. Policy and reference are subtracted
+token by token and summed up after that: where they are equal the sum is 0 in every bit, in whatever order a
+device adds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What is summed up over the answers of micro-batches and processes; means() makes the metrics of it.
+METRICS = (
+    "chosen",  # answers
+    "rejected",
+    "pairs",  # units of two answers
+    "singles",  # units of one answer
+    "nll",  # per token, of the chosen answers
+    "logp_chosen",
+    "logp_rejected",
+    "reward_chosen",
+    "reward_rejected",
+    "reward_right",  # units
+    "raw_right",  # pairs
+    "tokens",  # that have a reference
+    "kl",  # summed over these
+    "baseline",  # one of each single
+)
+
+# the highest mean log-probability of an answer with odds: nearer to 0 fp32 has none
+NEAREST = -(2.0**-24)
+
+
+class Answers(NamedTuple):
+    """What the losses take of the answers of a batch; all (A,) float64."""
+
+    logp: Tensor  # ln p, summed over the tokens
+    ratio: Tensor  # ln p - ln ref, summed; without a reference ln p
+    tokens: Tensor  # how many these are
+
+    @classmethod
+    def of(cls, log_probs: Tensor, batch: Mapping[str, Any]) -> Answers:
+        """Of log_probs (n,) and a batch of collate_preferences()."""
+        answer, empty = batch["answer"], log_probs.new_zeros(len(batch["chosen"]), dtype=torch.float64)
+        log_probs, reference = log_probs.double(), batch["reference"]
+
+        def summed(values: Tensor) -> Tensor:
+            return empty.index_add(0, answer, values)
+
+        logp = summed(log_probs)
+        ratio = logp if reference is None else summed(log_probs - reference)
+        return cls(logp, ratio, summed(torch.ones_like(log_probs)))
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss on preferences with its settings."""
+    """A loss on preferences with its settings.
+
+    | kind  | loss of a unit, with b for beta                                          | arXiv      |
+    |-------|-------------------------------------------------------------------------|------------|
+    | dpo   | -ln s(b (ln p(c) - ln ref(c) - (ln p(r) - ln ref(r))))                  | 2305.18290 |
+    | ipo   | ((ln p(c) - ln ref(c))/|c| - (ln p(r) - ln ref(r))/|r| - 1/(2 b))^2     | 2310.12036 |
+    | simpo | -ln s(b (ln p(c)/|c| - ln p(r)/|r|) - gamma)                            | 2405.14734 |
+    | orpo  | -lambda ln s(ln odds(c) - ln odds(r)), odds(y) = p / (1 - p) of         | 2403.07691 |
+    |       | ln p = ln p(y)/|y|                                                      |            |
+    | kto   | w s(-b (ln p(y) - ln ref(y) - baseline)) of a desirable answer, and     | 2402.01306 |
+    |       | w s(b (ln p(y) - ln ref(y) - baseline)) of an undesirable one           |            |
+
+    To each comes sft_weight times the cross entropy of the chosen answer, -ln p(c)/|c|. With `average` dpo
+    has the means of ipo. `label_smoothing` is that of smoothed().
+    """
 
     kind: str  # dpo, ipo, orpo, simpo or kto
     beta: float
@@ -28,3 +100,150 @@ class PreferenceLoss:
     def paired(self) -> bool:
         """Whether a unit is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"
+
+    def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """(the loss summed over the units of a batch, the sums of METRICS (len(METRICS),)), both float64.
+
+        log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_preferences(): answer
+        (n,) says whose they are, chosen (A,) which answers are; of pairs these are 2i, and 2i + 1 the
+        rejected ones. Each answer has a token. `reference` (n,) are ln ref, for losses that need it. kto
+        reads `baseline`, a number that is the same for all units of a step. A batch without units has the
+        loss 0, with a graph.
+        """
+        answers, chosen = Answers.of(log_probs, batch), batch["chosen"]
+        if self.needs_reference and batch["reference"] is None and len(chosen):
+            raise ValueError(f"{self.kind}: the batch has no `reference`, the reference's log-probabilities")
+        cross_entropy = -answers.logp / answers.tokens
+        if self.paired:
+            losses, cross_entropy = self._pair_losses(answers), cross_entropy[0::2]
+        else:
+            losses = self._single_losses(answers, chosen, batch["baseline"])
+            cross_entropy = torch.where(chosen, cross_entropy, 0.0)
+        loss = losses.sum()
+        if self.sft_weight:
+            loss = loss + self.sft_weight * cross_entropy.sum()
+        with torch.no_grad():
+            return loss, self._metric_sums(answers, log_probs, batch)
+
+    def scores(self, answers: Answers) -> Tensor:
+        """What the loss compares: (A,), the sum or the mean of ln p, or of ln p - ln ref."""
+        scores = answers.ratio if self.needs_reference else answers.logp
+        averaged = self.kind in ("ipo", "simpo", "orpo") or self.average
+        return scores / answers.tokens if averaged else scores
+
+    def _pair_losses(self, answers: Answers) -> Tensor:
+        """The loss of each pair, (A / 2,)."""
+        scores = self.scores(answers)
+        chosen, rejected = scores[0::2], scores[1::2]
+        if self.kind == "ipo":
+            return (chosen - rejected - 1 / (2 * self.beta)).square()
+        if self.kind == "orpo":
+            return -self.orpo_lambda * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+        margin = self.beta * (chosen - rejected)
+        if self.kind == "simpo":
+            margin = margin - self.gamma
+        return smoothed(margin, self.label_smoothing)
+
+    def _single_losses(self, answers: Answers, desirable: Tensor, baseline: Tensor | float) -> Tensor:
+        """The loss of each answer, (A,). A desirable one is better the further it is above the baseline."""
+        reward = self.beta * (self.scores(answers) - baseline)
+        weight = torch.full_like(reward, self.undesirable_weight)
+        weight = weight.masked_fill(desirable, self.desirable_weight)
+        return weight * torch.sigmoid(torch.where(desirable, -reward, reward))  # 1 - s(x) = s(-x)
+
+    def _metric_sums(self, answers: Answers, log_probs: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        chosen, reference = batch["chosen"], batch["reference"]
+        rewards = (self.orpo_lambda if self.kind == "orpo" else self.beta) * self.scores(answers)
+        baseline = 0.0
+        if self.paired:
+            right = rewards[0::2] > rewards[1::2]
+            raw_right = answers.logp[0::2] > answers.logp[1::2]
+        else:
+            baseline = batch["baseline"]
+            above = rewards - self.beta * baseline
+            right, raw_right = torch.where(chosen, above, -above) > 0, chosen[:0]
+
+        def of(side: Tensor, values: Tensor) -> Tensor:
+            return torch.where(side, values, 0.0)
+
+        units = len(chosen) // 2 if self.paired else len(chosen)
+        sums = {
+            "chosen": chosen,
+            "rejected": ~chosen,
+            "pairs": units if self.paired else 0,
+            "singles": 0 if self.paired else units,
+            "nll": of(chosen, -answers.logp / answers.tokens),
+            "logp_chosen": of(chosen, answers.logp),
+            "logp_rejected": of(~chosen, answers.logp),
+            "reward_chosen": of(chosen, rewards),
+            "reward_rejected": of(~chosen, rewards),
+            "reward_right": right,
+            "raw_right": raw_right,
+            "tokens": 0 if reference is None else len(log_probs),
+            "kl": 0 if reference is None else (log_probs.double() - reference).square() / 2,
+            "baseline": 0 if self.paired else units * baseline,
+        }
+        values = [
+            torch.as_tensor(sums[name], dtype=torch.float64, device=log_probs.device) for name in METRICS
+        ]
+        return torch.stack([value.sum() for value in values])
+
+
+def smoothed(margin: Tensor, smoothing: float) -> Tensor:
+    """-ln s(margin), where a share of the pairs is taken to be the wrong way round.
+
+    -(1 - e) ln s(x) - e ln s(-x), the conservative DPO of https://ericmitchell.ai/cdpo.pdf.
+    """
+    loss = -F.logsigmoid(margin)
+    return (1 - smoothing) * loss - smoothing * F.logsigmoid(-margin) if smoothing else loss
+
+
+def log_odds(logp: Tensor) -> Tensor:
+    """ln(p / (1 - p)) of ln p in float64, finite, and with a finite gradient, at p = 1 too."""
+    # the gradient passes by the bound: an answer that is too likely has the largest one
+    logp = logp + (logp.clamp(max=NEAREST) - logp).detach()
+    # of two ways to ln(1 - p) the one that loses no digits
+    near_one = torch.log(-torch.expm1(logp))
+    return logp - torch.where(logp > -math.log(2), near_one, torch.log1p(-torch.exp(logp)))
+
+
+def means(sums: Sequence[float]) -> dict[str, float]:
+    """The metrics by name, of the sums of METRICS over what is looked at; NaN for the mean of nothing.
+
+    | name                            | mean of what                                              |
+    |---------------------------------|-----------------------------------------------------------|
+    | nll                             | the cross entropy of the chosen answers, per token        |
+    | logp_chosen, logp_rejected      | ln p, summed over an answer                               |
+    | reward_chosen, reward_rejected  | beta (orpo: lambda) times what the loss compares, scores()|
+    | margin                          | the difference of these two                               |
+    | reward_accuracy                 | pairs whose chosen answer has the higher reward; of kto,  |
+    |                                 | answers that are on their side of the baseline            |
+    | raw_accuracy, not of kto        | pairs whose chosen answer has the higher ln p, summed     |
+    | kl, with a reference            | (ln p - ln ref)^2 / 2 over the tokens of all answers      |
+    | baseline, of kto                | the baseline                                              |
+
+    A tie is wrong.
+    """
+    of = dict(zip(METRICS, sums, strict=True))
+
+    def mean(name: str, count: str) -> float:
+        return of[name] / of[count] if of[count] else math.nan
+
+    reward = {side: mean(f"reward_{side}", side) for side in ("chosen", "rejected")}
+    units = of["pairs"] + of["singles"]
+    found = {
+        "nll": mean("nll", "chosen"),
+        "logp_chosen": mean("logp_chosen", "chosen"),
+        "logp_rejected": mean("logp_rejected", "rejected"),
+        "reward_chosen": reward["chosen"],
+        "reward_rejected": reward["rejected"],
+        "margin": reward["chosen"] - reward["rejected"],
+        "reward_accuracy": of["reward_right"] / units if units else math.nan,
+    }
+    if of["pairs"]:
+        found["raw_accuracy"] = mean("raw_right", "pairs")
+    if of["tokens"]:
+        found["kl"] = mean("kl", "tokens")
+    if of["singles"]:
+        found["baseline"] = mean("baseline", "singles")
+    return found

@@ -1,0 +1,266 @@
+"""The losses on preferences against their formulas, written out for one answer after the other in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from src.model.preference_loss import METRICS, PreferenceLoss, log_odds, means
+
+LOSS = PreferenceLoss(
+    "dpo",
+    beta=0.3,
+    sft_weight=0.0,
+    average=False,
+    label_smoothing=0.0,
+    gamma=0.7,
+    orpo_lambda=0.4,
+    desirable_weight=1.3,
+    undesirable_weight=0.6,
+)
+KINDS = {
+    "dpo": LOSS,
+    "dpo of means": dataclasses.replace(LOSS, average=True),
+    "cdpo": dataclasses.replace(LOSS, label_smoothing=0.1),
+    "ipo": dataclasses.replace(LOSS, kind="ipo"),
+    "orpo": dataclasses.replace(LOSS, kind="orpo", sft_weight=1.0),
+    "simpo": dataclasses.replace(LOSS, kind="simpo", beta=2.0),
+    "smoothed simpo": dataclasses.replace(LOSS, kind="simpo", label_smoothing=0.2),
+    "kto": dataclasses.replace(LOSS, kind="kto"),
+}
+LN2 = torch.tensor(2.0).log().item()  # in fp32
+
+
+def make_batch(units, paired, seed=0, dtype=torch.float32):
+    """(log_probs, batch): answers of 1 to 13 tokens; those of different answers stand among each other."""
+    random = torch.Generator().manual_seed(seed)
+    answers = 2 * units if paired else units
+    counts = torch.randint(1, 14, (answers,), generator=random)
+    answer = torch.repeat_interleave(torch.arange(answers), counts)
+    answer = answer[torch.randperm(len(answer), generator=random)]
+    log_probs = -3 * torch.rand(len(answer), generator=random)
+    reference = log_probs + torch.randn(len(answer), generator=random)
+    chosen = torch.arange(answers) % 2 == 0 if paired else torch.rand(answers, generator=random) < 0.5
+    batch = {"answer": answer, "chosen": chosen, "reference": reference.to(dtype), "baseline": 0.25}
+    return log_probs.to(dtype).requires_grad_(), batch
+
+
+def sigmoid(x):
+    return 1 / (1 + (-x).exp())
+
+
+def by_the_formula(loss, log_probs, batch):
+    """(loss, means) with the numbers of one answer after the other; no index_add, logsigmoid or log1p."""
+    log_probs, reference = log_probs.double(), batch["reference"].double()
+    logp, ref, size = [], [], []
+    for i in range(len(batch["chosen"])):
+        mine = batch["answer"] == i
+        logp.append(log_probs[mine].sum())
+        ref.append(reference[mine].sum())
+        size.append(int(mine.sum()))
+    ratio = [a - b for a, b in zip(logp, ref, strict=True)]
+    mean = [a / n for a, n in zip(logp, size, strict=True)]
+    mean_ratio = [a / n for a, n in zip(ratio, size, strict=True)]
+    score = {"dpo": mean_ratio if loss.average else ratio, "ipo": mean_ratio, "kto": ratio}.get(
+        loss.kind, mean
+    )
+    chosen = [i for i, is_chosen in enumerate(batch["chosen"]) if is_chosen]
+    rejected = [i for i, is_chosen in enumerate(batch["chosen"]) if not is_chosen]
+    total = loss.sft_weight * -sum(mean[i] for i in chosen)
+    smoothing = loss.label_smoothing
+    right = 0
+    for c, r in zip(chosen, rejected, strict=True) if loss.paired else ():
+        right += int(score[c] > score[r])
+        apart = score[c] - score[r]
+        if loss.kind == "ipo":
+            total = total + (apart - 0.5 / loss.beta) ** 2
+        elif loss.kind == "orpo":
+            odds = [mean[i].exp() / (1 - mean[i].exp()) for i in (c, r)]
+            total = total - loss.orpo_lambda * sigmoid((odds[0] / odds[1]).log()).log()
+        else:
+            apart = loss.beta * apart - (loss.gamma if loss.kind == "simpo" else 0)
+            total = total - (1 - smoothing) * sigmoid(apart).log() - smoothing * sigmoid(-apart).log()
+    for i, is_chosen in enumerate(batch["chosen"]) if not loss.paired else ():
+        above = score[i] - batch["baseline"]
+        right += int((above > 0) == is_chosen)
+        weight = loss.desirable_weight if is_chosen else loss.undesirable_weight
+        total = total + weight * (1 - sigmoid(loss.beta * (above if is_chosen else -above)))
+
+    def of(numbers, which, factor=1.0):
+        return factor * sum(numbers[i].item() for i in which) / len(which) if which else math.nan
+
+    scale = loss.orpo_lambda if loss.kind == "orpo" else loss.beta
+    found = {
+        "nll": of(mean, chosen, -1),
+        "logp_chosen": of(logp, chosen),
+        "logp_rejected": of(logp, rejected),
+        "reward_chosen": of(score, chosen, scale),
+        "reward_rejected": of(score, rejected, scale),
+        "margin": of(score, chosen, scale) - of(score, rejected, scale),
+        "reward_accuracy": right / (len(chosen) if loss.paired else len(size)),
+        "kl": ((log_probs - reference) ** 2 / 2).mean().item(),
+    }
+    if loss.paired:
+        raw = [logp[c] > logp[r] for c, r in zip(chosen, rejected, strict=True)]
+        found["raw_accuracy"] = sum(map(int, raw)) / len(raw)
+    else:
+        found["baseline"] = batch["baseline"]
+    return total, found
+
+
+@pytest.mark.parametrize("sft_weight", [None, 0.7])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("units", [1, 5, 17])
+def test_losses_gradients_and_metrics_are_the_formulas(name, units, sft_weight):
+    loss = KINDS[name] if sft_weight is None else dataclasses.replace(KINDS[name], sft_weight=sft_weight)
+    log_probs, batch = make_batch(units, loss.paired, seed=units)
+    got, sums = loss(log_probs, batch)
+    (gradient,) = torch.autograd.grad(got, log_probs)
+    exact = log_probs.detach().double().requires_grad_()
+    wanted, metrics = by_the_formula(loss, exact, batch)
+    (wanted_gradient,) = torch.autograd.grad(wanted, exact)
+    assert got.dtype == torch.float64 and gradient.dtype == torch.float32
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert (gradient - wanted_gradient).norm() <= 1e-7 * wanted_gradient.norm()
+    assert wanted_gradient.norm() > 0.01, "there is something to compare"
+    found = means(sums.tolist())
+    assert not sums.requires_grad and sums.shape == (len(METRICS),) and sums.dtype == torch.float64
+    assert found == pytest.approx(metrics, rel=1e-12, nan_ok=True) and found.keys() == metrics.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_may_be_cut_anywhere(name):
+    """Losses and sums of parts add up to those of the whole."""
+    loss = KINDS[name]
+    log_probs, batch = make_batch(7, loss.paired, seed=3)
+    whole, whole_sums = loss(log_probs, batch)
+    size, losses, sums = 2 if loss.paired else 1, [], []
+    for begin, end in ((0, 2 * size), (2 * size, 2 * size), (2 * size, 7 * size)):
+        of = (batch["answer"] >= begin) & (batch["answer"] < end)
+        part = {
+            "answer": batch["answer"][of] - begin,
+            "chosen": batch["chosen"][begin:end],
+            "reference": batch["reference"][of],
+            "baseline": batch["baseline"],
+        }
+        one, metrics = loss(log_probs[of], part)
+        losses.append(one)
+        sums.append(metrics)
+    assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-13)
+    torch.testing.assert_close(sum(sums), whole_sums, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_without_units_has_no_loss_but_a_graph(name):
+    log_probs = torch.zeros(0, requires_grad=True)
+    batch = {
+        "answer": torch.zeros(0, dtype=torch.int64),
+        "chosen": torch.zeros(0, dtype=torch.bool),
+        "reference": None,
+        "baseline": torch.zeros(()),
+    }
+    for sft_weight in (0.0, 1.0):
+        loss, sums = dataclasses.replace(KINDS[name], sft_weight=sft_weight)(log_probs, batch)
+        loss.backward()
+        assert loss.item() == 0 and not sums.any() and log_probs.grad.shape == (0,)
+    assert all(math.isnan(value) for value in means(sums.tolist()).values())
+
+
+@pytest.mark.parametrize("units", range(1, 130, 16))
+def test_the_first_step_of_dpo_is_ln_2_in_every_bit(units):
+    """Whatever the answers, in whatever order their tokens come; and kto is half its weights."""
+    log_probs, batch = make_batch(units, True, seed=units)
+    batch["reference"] = log_probs.detach()
+    for name in ("dpo", "dpo of means", "cdpo"):
+        loss, sums = KINDS[name](log_probs, batch)
+        assert (loss / units).float().item() == LN2
+        found = means(sums.tolist())
+        assert (found["margin"], found["reward_accuracy"], found["kl"]) == (0, 0, 0), "a tie is wrong"
+    log_probs, batch = make_batch(units, False, seed=units)
+    batch |= {"reference": log_probs.detach(), "baseline": torch.zeros(())}
+    desirable = int(batch["chosen"].sum())
+    wanted = 0.5 * (LOSS.desirable_weight * desirable + LOSS.undesirable_weight * (units - desirable))
+    assert KINDS["kto"](log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
+
+
+def test_a_small_beta_is_a_sum_of_log_ratios():
+    """-ln s(b m) = ln 2 - b m / 2 + (b m)^2 / 8 - ..."""
+    log_probs, batch = make_batch(9, True)
+    ratio = (log_probs - batch["reference"]).detach().double()
+    sides = torch.where(batch["answer"] % 2 == 0, 1.0, -1.0).double()
+    for beta in (1e-3, 1e-5):
+        loss = dataclasses.replace(LOSS, beta=beta)(log_probs, batch)[0]
+        (gradient,) = torch.autograd.grad(loss, log_probs)
+        wanted = 9 * math.log(2) - beta / 2 * (ratio * sides).sum().item()
+        assert loss.item() == pytest.approx(wanted, abs=200 * beta**2)
+        torch.testing.assert_close(gradient.double(), -beta / 2 * sides, rtol=100 * beta, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_ipo_is_least_where_the_means_are_apart_by_half_over_beta(beta):
+    loss = dataclasses.replace(KINDS["ipo"], beta=beta)
+    batch = {"answer": torch.tensor([0, 0, 1]), "chosen": torch.tensor([True, False])}
+    batch["reference"] = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
+    apart = torch.tensor(0.5 / beta, dtype=torch.float64)
+    log_probs = (batch["reference"] + torch.stack([apart, apart, 0 * apart])).requires_grad_()
+    least = loss(log_probs, batch)[0]
+    assert least.item() == pytest.approx(0, abs=1e-20)
+    assert torch.autograd.grad(least, log_probs)[0].abs().max() < 1e-12
+    for shift in (-0.1, 0.1):
+        moved = log_probs.detach() + shift * torch.tensor([1.0, 1.0, 0.0])
+        assert loss(moved, batch)[0].item() == pytest.approx(0.01)
+
+
+def test_the_baseline_of_kto_decides_where_an_answer_stands():
+    """A higher one makes good answers worse and bad ones better, with the same gradients to all of them."""
+    log_probs, batch = make_batch(21, False)
+    losses, right = [], []
+    for baseline in (0.0, 1.0, 40.0):
+        loss, sums = KINDS["kto"](log_probs, batch | {"baseline": torch.tensor(baseline)})
+        losses.append(loss.item())
+        right.append(means(sums.tolist())["reward_accuracy"])
+        assert means(sums.tolist())["baseline"] == baseline
+    bad = 1 - batch["chosen"].double().mean()
+    assert right[-1] == bad, "no answer is above a baseline of 40"
+    lower = LOSS.desirable_weight * int(batch["chosen"].sum())
+    assert losses[-1] == pytest.approx(lower, abs=1e-3) and losses[0] != losses[1]
+    # 1 - s(b (r - z)) of a good answer alone, by hand
+    one = {"answer": torch.tensor([0]), "chosen": torch.tensor([True]), "reference": torch.tensor([-2.0])}
+    got = KINDS["kto"](torch.tensor([-1.0]), one | {"baseline": 0.25})[0].item()
+    assert got == pytest.approx(1.3 * (1 - 1 / (1 + math.exp(-0.3 * 0.75))), rel=1e-14)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("gap", [0.0, 1e-8, 1e3, 1e6])
+def test_losses_and_gradients_are_finite_however_sure_a_model_is(name, gap):
+    """p = 1 and p = 0, of either answer; every gradient still points to the chosen answer."""
+    loss = KINDS[name]
+    batch = {"answer": torch.tensor([0, 1]), "chosen": torch.tensor([True, False])}
+    batch |= {"reference": torch.tensor([-1.0, -1.0]), "baseline": 0.0}
+    for values in ([0.0, -gap], [-gap, 0.0]):
+        log_probs = torch.tensor(values, requires_grad=True)
+        value = loss(log_probs, batch)[0]
+        (gradient,) = torch.autograd.grad(value, log_probs)
+        assert value.isfinite() and gradient.isfinite().all()
+        if "ipo" not in name and loss.label_smoothing == 0:
+            assert gradient[0] <= 0 <= gradient[1]
+
+
+def test_the_odds_keep_their_digits_on_both_sides():
+    p = torch.tensor([1e-30, 1e-9, 0.3, 0.5, 0.7, 1 - 2**-20], dtype=torch.float64)
+    logp = p.log().requires_grad_()
+    odds = log_odds(logp)
+    torch.testing.assert_close(odds, p.log() - torch.log1p(-p), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(odds.sum(), logp)[0], 1 / (1 - p), rtol=1e-9, atol=0)
+    certain = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    assert log_odds(certain + torch.tensor([0.0, 1e-7])).tolist() == pytest.approx([24 * math.log(2)] * 2)
+    assert torch.autograd.grad(log_odds(certain).sum(), certain)[0].tolist() == pytest.approx([2**24] * 2)
+
+
+def test_a_missing_reference_is_said():
+    log_probs, batch = make_batch(2, True)
+    with pytest.raises(ValueError, match="dpo: the batch has no `reference`"):
+        LOSS(log_probs, batch | {"reference": None})
+    found = means(KINDS["simpo"](log_probs, batch | {"reference": None})[1].tolist())
+    assert "kl" not in found and found["nll"] > 0
