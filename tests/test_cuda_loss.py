@@ -26,9 +26,9 @@ def emulated(libraries, logits, targets, weights=None, dtype=torch.float32):
 def test_the_head_makes_its_products_with_the_gradient_in_the_place_of_the_logits(
     libraries, monkeypatch, dtype, trained
 ):
-    def kernel(logits, targets, weights, dtype):
+    def kernel(logits, targets, weights, dtype, l2wrap):
         loss = torch.empty(len(logits))
-        assert launch(libraries[7], logits, targets, weights, loss, dtype, (0, None)) == 0
+        assert launch(libraries[7], logits, targets, weights, loss, dtype, (0, None), l2wrap) == 0
         return loss
 
     monkeypatch.setattr(losses, "softmax_loss_", kernel)

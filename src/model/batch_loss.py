@@ -1,9 +1,10 @@
 """The loss of a batch. Its rows are run whole, or in chunks, so that rows of any length fit into memory.
 
-A chunk is a function (state before, parameters) -> (its share of the loss, state after). The forward keeps
-the state before each chunk and nothing else. The backward walks the chunks from the last to the first,
-recomputes each from its state, and hands the gradient of that state on to the chunk before. This is the
-gradient of the whole row: the same numbers in the same operations, summed in another order.
+A chunk is a function (state before, parameters) -> (its result, state after). The result is its share of the
+loss, or a number for each of its trained tokens (log_probs.py). The forward keeps the state before each chunk
+and nothing else. The backward walks the chunks from the last to the first, recomputes each from its state,
+and hands the gradient of that state on to the chunk before. This is the gradient of the whole row: the same
+numbers in the same operations, summed in another order.
 
 For autograd the batch is one function of the parameters, which get their gradients once, however many chunks
 there are. So DDP's and ZeRO's reductions take place once in a backward.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +61,10 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
     return batch * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
+# (model, a part of the rows, the state before it) -> (its loss or a number for each token, the state after)
+Part = Callable[[RWKV, dict, State | None], tuple[Tensor, State]]
+
+
 def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """The weighted loss of the trained tokens of a batch, summed.
 
@@ -67,18 +72,27 @@ def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tens
     model's trained parameters. `width` is the length by which the chunks are counted, if it is not that of
     the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
     """
+    return run_rows(model, batch, chunks, width, part_loss)
+
+
+def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
+    """What `part` gives for the rows of a batch, whole or in chunks.
+
+    A scalar of each chunk is summed; numbers (n,) of each chunk's trained tokens are put one after the other.
+    `batch`, `width` and the gradients are as for batch_loss().
+    """
     if batch["chunk"] != chunks.size:
         raise ValueError(
-            f"batch_loss: the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size};"
-            " give collate() the chunk"
+            f"the batch was made for chunks of {batch['chunk']} tokens, expected {chunks.size}; give"
+            " collate() the chunk"
         )
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
-        return part_loss(model, batch, None)[0]
-    walk = _Walk(model, batch, chunks, count, torch.initial_seed())
+        return part(model, batch, None)[0]
+    walk = _Walk(model, batch, chunks, count, torch.initial_seed(), part)
     if not torch.is_grad_enabled():
         return walk.forward()[0]
-    return _BatchLoss.apply(walk, *(p for p in model.parameters() if p.requires_grad))
+    return _InChunks.apply(walk, *(p for p in model.parameters() if p.requires_grad))
 
 
 def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
@@ -96,16 +110,20 @@ def cut(batch: dict, chunk: int) -> dict:
 
     Where these rows have ended and those of another rank have not, it is one token without loss.
     """
-    size, ends = batch["chunk"], batch["ends"]
-    start, stop = ((0, *ends)[min(i, len(ends))] for i in (chunk, chunk + 1))
-    part = {}
+    size, tokens, part = batch["chunk"], trained_of(batch, chunk), {}
     for name in ("where", "targets", "weights"):
-        part[name] = None if batch[name] is None else batch[name][start:stop]
-    if chunk >= len(ends):
+        part[name] = None if batch[name] is None else batch[name][tokens]
+    if chunk >= len(batch["ends"]):
         return part | {"ids": batch["ids"][:, :1], "reset": None}
     for name in ("ids", "reset"):
         part[name] = None if batch[name] is None else batch[name][:, chunk * size : (chunk + 1) * size]
     return part
+
+
+def trained_of(batch: dict, chunk: int) -> slice:
+    """Which of the batch's trained tokens are those of a chunk."""
+    ends = batch["ends"]
+    return slice(*((0, *ends)[min(i, len(ends))] for i in (chunk, chunk + 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,30 +135,31 @@ class _Walk:
     chunks: Chunks
     count: int
     seed: int
+    part: Part
 
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
-        """(loss of chunk i, state after it). What is random in a chunk (dropout) is a function of its place:
-        recomputing draws the same.
+        """(result of chunk i, state after it). What is random in a chunk (dropout) is a function of its
+        place: recomputing draws the same.
         """
         ids = self.batch["ids"]
         part = cut(self.batch, i)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
             torch.manual_seed((self.seed + i) % 2**63)
-            return part_loss(self.model, part, state)
+            return self.part(self.model, part, state)
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """(loss of all chunks, the kept states but the initial one, as tensors one after the other)."""
-        total, state, kept = 0.0, None, []
+        """(result of all chunks, the kept states but the initial one, as tensors one after the other)."""
+        results, state, kept = [], None, []
         for i in range(self.count):
             if i and i % self.chunks.stride(self.count) == 0:
                 kept += _flat(state)
-            loss, state = self.run(i, state)
+            result, state = self.run(i, state)
             state = _own(state)
-            total = total + loss
-        return total, kept
+            results.append(result)
+        return torch.cat(results) if results[0].dim() else sum(results), kept
 
     def backward(
-        self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dloss: Tensor
+        self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dresult: Tensor
     ) -> list[Tensor | None]:
         """The gradients of the parameters; None for one that no chunk uses."""
         gradients: list[Tensor | None] = [None] * len(parameters)
@@ -153,7 +172,8 @@ class _Walk:
             for i in range(first, min(first + stride, self.count) - 1):
                 states.append(_own(self.run(i, states[-1])[1]))
             for i in reversed(range(first, first + len(states))):
-                new, dstate = self.chunk_backward(i, states.pop(), parameters, dloss, dstate)
+                of_chunk = dresult[trained_of(self.batch, i)] if dresult.dim() else dresult
+                new, dstate = self.chunk_backward(i, states.pop(), parameters, of_chunk, dstate)
                 gradients = [_added(a, b) for a, b in zip(gradients, new, strict=True)]
         return gradients
 
@@ -162,20 +182,21 @@ class _Walk:
         i: int,
         state: State | None,
         parameters: Sequence[Tensor],
-        dloss: Tensor,
+        dresult: Tensor,
         dafter: list[Tensor | None],
     ):
         """(gradients of the parameters by chunk i, gradient of the state before it).
 
-        `dafter` is the gradient of the state after it. Each is empty where no gradient crosses.
+        `dresult` is the gradient of its result, `dafter` that of the state after it. The gradient of a state
+        is empty where none crosses.
         """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
         with torch.enable_grad():
-            loss, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
+            result, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
         ends = [
             (x, dx)
-            for x, dx in ((loss, dloss), *zip(_flat(after), dafter))
+            for x, dx in ((result, dresult), *zip(_flat(after), dafter))
             if dx is not None and x.requires_grad
         ]
         if not ends:  # a tuned initial state is all that is trained, and nothing of it gets here
@@ -186,20 +207,20 @@ class _Walk:
         return found[: len(parameters)], list(found[len(parameters) :])
 
 
-class _BatchLoss(torch.autograd.Function):
-    """The loss of a walk as one function of the trained parameters."""
+class _InChunks(torch.autograd.Function):
+    """The result of a walk as one function of the trained parameters."""
 
     @staticmethod
     def forward(ctx, walk: _Walk, *parameters: Tensor) -> Tensor:
         ctx.walk, ctx.parameters = walk, parameters
-        total, kept = walk.forward()
-        ctx.save_for_backward(*kept)  # freed with the graph, also while the loss lives on
-        return total
+        result, kept = walk.forward()
+        ctx.save_for_backward(*kept)  # freed with the graph, also while the result lives on
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor):
-        return None, *ctx.walk.backward(ctx.saved_tensors, ctx.parameters, dloss)
+    def backward(ctx, dresult: Tensor):
+        return None, *ctx.walk.backward(ctx.saved_tensors, ctx.parameters, dresult)
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

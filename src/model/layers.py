@@ -13,7 +13,7 @@ from rwkv_miss.gemm import uses_onednn
 
 from ..ops.elementwise import add_layer_norm, native_functions
 from ..ops.elementwise_reference import layer_norm
-from .loss import head_loss
+from .loss import head_log_probs, head_loss
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
@@ -107,8 +107,8 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The map to the vocabulary: logits.
 
-    With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed, which
-    never holds all logits.
+    With targets (tokens,) for x (tokens, C), and perhaps weights (tokens,), it is their loss, summed; with
+    `each` it is ln p of each target, (tokens,). Neither ever holds all logits.
 
     On a GPU logits are fp32 from the product on: rounded to bf16, those of 16 to 32 would have steps of
     0.125. On a CPU they have the dtype of x, since nothing there hands out the sums of a product in bf16.
@@ -119,11 +119,19 @@ class Head(Linear):
         self.native = native_functions(kernel)
         self.on_gpu = False  # true for the plan, which counts a GPU's step on tensors of the CPU
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        each: bool = False,
+    ) -> Tensor:
         on_gpu = self.on_gpu or x.is_cuda
         if targets is None:
             return linear(x, self.weight, exact=on_gpu)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         native = self.native != ""
+        if each:
+            return head_log_probs(x, self.weight, targets, native, exact=on_gpu)
         return head_loss(x, self.weight.to(x.dtype), targets, native, weights, exact=on_gpu)

@@ -1,13 +1,16 @@
-"""The training loss: a sum over the trained tokens, with RWKV-LM's L2Wrap.
+"""The training loss, a sum over the trained tokens with RWKV-LM's L2Wrap, and ln p of each token.
 
-`loss_sum` says what it is, of logits. `head_loss` is the same of the head's input: the logits exist for a few
-tokens at a time. The gradients of input and weight are made with them, because the loss is one number whose
-own gradient only scales them.
+`loss_sum` says what the loss is, of logits. `head_loss` is the same of the head's input: the logits exist for
+a few tokens at a time. The gradients of input and weight are made with them, because the loss is one number
+whose own gradient only scales them. `head_log_probs` has a number for each token, whose gradient scales that
+of the input, too. That of a weight is a sum over the tokens: for it the logits are made a second time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +87,59 @@ def head_loss(
     return _HeadLoss.apply(x, weight, targets, native, weights, exact)
 
 
+def head_log_probs(
+    x: Tensor, weight: Tensor, targets: Tensor, native: bool = False, exact: bool = False
+) -> Tensor:
+    """ln p of each target: x (tokens, C), weight (V, C), targets (tokens,) int64 -> (tokens,).
+
+    Dtypes and settings are those of head_loss, but that the weight may have another dtype, of which its
+    gradient is. There is no term of L2Wrap. Kept for the backward is the gradient of x, or x where the weight
+    is trained.
+    """
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+    native = native and x.dtype in ACTIVATION_DTYPES.get(x.device.type, ())
+    return _HeadLogProbs.apply(x, weight, targets, native, exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The losses of x W^T, as many tokens at a time as LOGITS_AT_ONCE allows. Fields are as for head_loss."""
+
+    x: Tensor
+    weight: Tensor
+    targets: Tensor
+    weights: Tensor | None
+    native: bool
+    exact: bool
+    l2wrap: float = L2WRAP
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of the losses."""
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    def losses(self, dx: Tensor | None, dw: Tensor | None) -> Iterator[Tensor]:
+        """The loss of each token, a block at a time.
+
+        The gradients of their sum are written to `dx` and added to `dw`, where these are not None.
+        """
+        x, vocab = self.x, len(self.weight)
+        at_once = max(1, LOGITS_AT_ONCE // vocab)  # tokens
+        block = x.new_empty(min(at_once, len(x)), vocab, dtype=self.wide if self.exact else x.dtype)
+        softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
+        for start in range(0, len(x), at_once):
+            part = slice(start, start + at_once)
+            logits = product_into(block[: len(x[part])], x[part], self.weight)
+            of_part = None if self.weights is None else self.weights[part]
+            yield softmax_loss(logits, self.targets[part], of_part, x.dtype, self.l2wrap)
+            gradient = in_place_of(logits, x.dtype)
+            if dx is not None:
+                dx[part] = product(gradient, self.weight.t())
+            if dw is not None:
+                dw += product(gradient.t(), x[part].t())
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,24 +151,13 @@ class _HeadLoss(torch.autograd.Function):
         weights: Tensor | None,
         exact: bool,
     ) -> Tensor:
+        blocks = _Blocks(x, weight, targets, weights, native, exact)
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dw = torch.zeros_like(weight, dtype=wide) if need_dw else None
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        at_once = max(1, LOGITS_AT_ONCE // len(weight))  # tokens
-        block = x.new_empty(min(at_once, len(x)), len(weight), dtype=wide if exact else x.dtype)
-        softmax_loss = torch.ops.rwkv.softmax_loss_ if native else softmax_loss_
-        for start in range(0, len(x), at_once):
-            part = slice(start, start + at_once)
-            logits = product_into(block[: len(x[part])], x[part], weight)
-            of_part = None if weights is None else weights[part]
-            loss += softmax_loss(logits, targets[part], of_part, x.dtype).sum()
-            gradient = in_place_of(logits, x.dtype)
-            if need_dx:
-                dx[part] = product(gradient, weight.t())
-            if need_dw:
-                dw += product(gradient.t(), x[part].t())
+        dw = torch.zeros_like(weight, dtype=blocks.wide) if need_dw else None
+        loss = torch.zeros((), dtype=blocks.wide, device=x.device)
+        for losses in blocks.losses(dx, dw):
+            loss += losses.sum()
         ctx.save_for_backward(dx, dw)
         ctx.dtype = x.dtype
         return loss
@@ -125,18 +170,56 @@ class _HeadLoss(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, exact: bool) -> Tensor:
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        blocks = _Blocks(x, weight.to(x.dtype), targets, None, native, exact, l2wrap=0.0)
+        dx = torch.empty_like(x) if need_dx and not need_dw else None
+        found = [-losses for losses in blocks.losses(dx, None)]
+        ctx.save_for_backward(*((x, weight, targets) if need_dw else (dx,)))
+        ctx.native, ctx.exact = native, exact
+        return torch.cat(found) if found else torch.zeros(0, dtype=blocks.wide, device=x.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        if not need_dw:
+            (dx,) = ctx.saved_tensors
+            return (dx.to(dout.dtype) * -dout.unsqueeze(1)).to(dx.dtype), None, None, None, None
+        x, weight, targets = ctx.saved_tensors
+        dx = torch.zeros_like(x) if need_dx else None
+        dw = torch.zeros_like(weight, dtype=dout.dtype)
+        if len(x):
+            # at most 1 in the softmax: fp16 holds no more than 65504, and loses what is small
+            largest = dout.abs().max().clamp(min=torch.finfo(dout.dtype).tiny)
+            blocks = _Blocks(
+                x, weight.to(x.dtype), targets, -dout / largest, ctx.native, ctx.exact, l2wrap=0.0
+            )
+            for _ in blocks.losses(dx, dw):
+                pass
+            dx = None if dx is None else (dx.to(dout.dtype) * largest).to(x.dtype)
+            dw *= largest
+        return dx, dw.to(weight.dtype), None, None, None
+
+
 def in_place_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers (tokens, V) of a dtype that is not wider, each row in the first bytes of its row of logits."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
 def softmax_loss_(
-    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    l2wrap: float = L2WRAP,
 ) -> Tensor:
     """The loss of each token of logits (tokens, V) times its weight, if it has one, in at least fp32.
 
-    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term: in their
-    own dtype, or in `dtype` as in_place_of() has it.
+    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term of this
+    factor: in their own dtype, or in `dtype` as in_place_of() has it.
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)
@@ -144,7 +227,7 @@ def softmax_loss_(
     own = exact.gather(1, targets)
     gradient = exact.sub_(top) if exact is logits else exact - top
     total = gradient.exp_().sum(-1, keepdim=True)
-    gradient.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, L2WRAP * top)
+    gradient.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, l2wrap * top)
     loss = (total.log() + top - own).squeeze(1)
     if weights is not None:
         gradient.mul_(weights.unsqueeze(1))
@@ -155,7 +238,11 @@ def softmax_loss_(
 
 
 def _native_softmax_loss_(
-    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    l2wrap: float = L2WRAP,
 ) -> Tensor:
     tokens, vocab = logits.shape
     device, dtype = logits.device.type, dtype or logits.dtype
@@ -186,7 +273,7 @@ def _native_softmax_loss_(
             f" {(tokens,)}"
         )
     given = (logits, targets.contiguous(), None if weights is None else weights.contiguous(), loss)
-    require_started("softmax_loss_", launch(library(device), *given, dtype, context(logits)))
+    require_started("softmax_loss_", launch(library(device), *given, dtype, context(logits), l2wrap))
     return loss
 
 
@@ -198,21 +285,23 @@ def launch(
     loss: Tensor,
     dtype: torch.dtype,
     context: tuple,
+    l2wrap: float = L2WRAP,
 ) -> int:
     """Have a library write loss and gradient of contiguous tensors; 0, or CUDA's error."""
     pointers = [
         ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, targets, weights, loss)
     ]
-    sizes = [*map(ctypes.c_int64, logits.shape), ctypes.c_float(L2WRAP)]
+    sizes = [*map(ctypes.c_int64, logits.shape), ctypes.c_float(l2wrap)]
     return library.softmax_loss(*pointers, *sizes, DTYPE_CODES[dtype], *context)
 
 
 torch.library.define(
     "rwkv::softmax_loss_",
-    "(Tensor(a!) logits, Tensor targets, Tensor? weights=None, ScalarType? dtype=None) -> Tensor",
+    "(Tensor(a!) logits, Tensor targets, Tensor? weights=None, ScalarType? dtype=None,"
+    f" float l2wrap={L2WRAP}) -> Tensor",
 )
 torch.library.impl("rwkv::softmax_loss_", ("cpu", "cuda"), _native_softmax_loss_)
 torch.library.register_fake(
     "rwkv::softmax_loss_",
-    lambda logits, targets, weights=None, dtype=None: logits.new_empty(len(logits), dtype=torch.float32),
+    lambda logits, *others: logits.new_empty(len(logits), dtype=torch.float32),
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -308,17 +309,36 @@ class RWKV(nn.Module):
         """
         if isinstance(self.head, Head):
             return self.head(x, targets, weights)
-        # an adapted head gives logits only: some tokens' at a time, which the backward makes again
+        return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
+
+    def log_probs(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (tokens, C) from features(), targets (tokens,) int64 -> ln p of each, (tokens,), at least fp32.
+
+        It never holds all logits.
+        """
+        if isinstance(self.head, Head):
+            return self.head(x, targets, each=True)
+        return torch.cat(self._in_blocks(self._log_probs_of, x, targets))
+
+    def _in_blocks(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
+        """function(*inputs) for some tokens of the inputs at a time, which the backward computes again.
+
+        It is for an adapted head, which gives logits only.
+        """
         at_once = max(1, LOGITS_AT_ONCE // self.arch.vocab_size)
-        inputs = [x, targets] if weights is None else [x, targets, weights]
-        parts = [
-            checkpoint(self._loss_of, *part, use_reentrant=False)
-            for part in zip(*(tensor.split(at_once) for tensor in inputs), strict=True)
+        given = [x for x in inputs if x is not None]
+        return [
+            checkpoint(function, *part, use_reentrant=False)
+            for part in zip(*(x.split(at_once) for x in given), strict=True)
         ]
-        return torch.stack(parts).sum()
 
     def _loss_of(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         return loss_sum(self.head(x), targets, weights)
+
+    def _log_probs_of(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(x)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -F.cross_entropy(exact, targets, reduction="none")
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state.
