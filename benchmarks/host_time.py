@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss
 
 from .common import argument_parser, report, settings_without

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from src.common.device import peak_memory
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss, state_bytes
 
 from .common import add_integers, argument_parser, as_flags, report, same_flags, settings_without

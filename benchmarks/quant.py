@@ -30,7 +30,7 @@ from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
 from src.common.device import PRECISIONS
 from src.config import Config
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model import read_model_file
 from src.model.batch_loss import batch_loss
 from src.ops import self_test

@@ -24,7 +24,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import add_expanded_, shard_sum
 from rwkv_miss.gemm import product
 from src import ops
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import Chunks, batch_loss
 

@@ -38,7 +38,7 @@ with importing():
     from src.config.validate import check_data
     from src.data.batches import pack
     from src.data.dataset import Document, Documents, Loaded, fit
-    from src.data.encode import Encoder, Tokens
+    from src.data.encode import Encoder, Tokens, tokens_of
     from src.data.fetch import fetch_inputs
     from src.data.formats import Reading, Report, printable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
@@ -134,9 +134,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
         for where, row in read_source(source, Report("skip"), reading, encoder.tokenizer.eod):
             with contextlib.suppress(UserError):
                 lint.compare(where, row)
-    ids, weights = (np.concatenate(arrays) for arrays in zip(*lint.documents))
-    ends = np.cumsum([len(ids) for ids, _ in lint.documents])
-    tokens = Tokens(ids, weights, ends, np.array(lint.texts), np.array(lint.begins))
+    tokens = tokens_of(lint.documents, lint.texts, lint.begins, lint.labels, lint.places)
     return lint, report, tokens, tokens.documents_of(np.concatenate(chosen))
 
 
@@ -284,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             show_forms(config, encoder, plain)
             return 0
         lint, report, tokens, chosen = inspect(config, encoder)
-        loaded = Loaded(config.data_file, encoder, [tokens], [chosen])
+        loaded = Loaded(config.data_file, encoder, [tokens], [chosen], [""])
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
         documents = fit([tokens], [chosen], config.ctx_len)
         figures = statistics(config, tokens, documents)

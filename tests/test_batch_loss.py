@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model import RWKV
 from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum

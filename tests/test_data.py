@@ -19,8 +19,9 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from src.config import Config
 from src.data import batches as rows_and_steps
 from src.data import dataset
-from src.data.batches import Batches, Schedule, collate, pack, trained_tokens
+from src.data.batches import Batches, Schedule, pack
 from src.data.chat_template import Segment
+from src.data.collate import collate, trained_tokens
 from src.data.dataset import Document, Documents, load_documents
 from src.data.encode import Encoder
 from src.data.rwkv_template import DEFAULT

@@ -18,7 +18,8 @@ from src import ops
 from src.common import available_memory
 from src.common.available_memory import GIB, parse_size
 from src.config import Config
-from src.data.batches import collate, make_schedule
+from src.data.batches import make_schedule
+from src.data.collate import collate
 from src.data.dataset import Document, Documents
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base

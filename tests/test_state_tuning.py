@@ -13,7 +13,7 @@ import torch
 import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.inference.conversation import Conversation
 from src.inference.load import load
 from src.inference.sampling import GREEDY

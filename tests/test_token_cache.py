@@ -371,7 +371,13 @@ def test_what_is_kept_of_a_document_is_little(encoder):
     lengths = np.random.default_rng(0).integers(20, 40, count)
     ids = np.zeros(int(lengths.sum()), np.int32)
     tokens = Tokens(
-        ids, np.ones(len(ids), bool), np.cumsum(lengths), np.zeros(count, bool), np.ones(count, bool)
+        ids,
+        np.ones(len(ids), bool),
+        np.cumsum(lengths),
+        np.zeros(count, bool),
+        np.ones(count, bool),
+        np.zeros(count, np.int8),
+        np.zeros(count, np.int32),
     )
     tracemalloc.start()
     try:
@@ -396,7 +402,7 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
     lengths = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 50, 1, 1]
     texts = np.array([i % 3 != 1 for i in range(len(lengths))])
     ids = np.arange(sum(lengths), dtype=np.int32)
-    tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts, np.ones(len(texts), bool))
+    tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts, *[np.ones(len(texts), bool)] * 3)
     documents = fit(tokens, ctx_len)
     seen = list(itertools.chain.from_iterable(row.ids[1:].tolist() for row in documents))
     wanted, cut, lost = [], 0, 0
@@ -419,7 +425,7 @@ def test_rows_of_several_files_in_any_order():
         Tokens(
             np.arange(9, dtype=np.int32) + 10 * i,
             np.arange(9) % 2 == i,
-            *[np.array([n]) for n in (9, True, True)],
+            *[np.array([n]) for n in (9, True, True, 0, 1)],
         )
         for i in range(2)
     ]

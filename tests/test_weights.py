@@ -10,7 +10,7 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config, settle
 from src.config.validate import check_data
-from src.data.batches import collate
+from src.data.collate import collate
 from src.data.dataset import Document, Documents, load
 from src.data.encode import Encoder
 from src.data.held_out import questions

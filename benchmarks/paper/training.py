@@ -21,7 +21,7 @@ from rwkv_miss import UserError
 from src import ops
 from src.common.files import append_line, write_lines
 from src.config import Config
-from src.data.batches import collate
+from src.data.collate import collate
 from src.data.dataset import Documents
 from src.model import RWKV
 from src.planning.base_model import build_model

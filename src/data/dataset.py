@@ -15,53 +15,12 @@ from rwkv_miss.progress import progress
 from ..config.launcher import is_first_process
 from .chat_template import Template
 from .encode import Encoder, Tokens
-from .formats import BY_NAME, Reading, Report, sample, sources
+from .file_documents import Document, FileDocuments, joined
+from .formats import BY_NAME, PAIRS, SFT, Reading, Report, sample, sources
 from .loss_mask import trains_by_marker
+from .preferences import Preferences, fit_units
 from .rwkv_template import DEFAULT
 from .token_cache import tokenise
-
-
-@dataclasses.dataclass
-class Document:
-    """The tokens of a document; token i is a target where weights[i] is not 0.
-
-    Token 0 is never one, because nothing stands before it.
-    """
-
-    ids: np.ndarray  # (n,) int32
-    weights: np.ndarray  # (n,) float32
-
-    @property
-    def targets(self) -> int:
-        return int(np.count_nonzero(self.weights[1:]))
-
-    @property
-    def weight(self) -> float:
-        """The sum of its targets' weights."""
-        return float(self.weights[1:].sum(dtype=np.float64))
-
-
-class FileDocuments(Sequence):
-    """Documents that are parts of flat arrays.
-
-    Document i is lengths[i] tokens of files[of[i]], from starts[i] on. of: (n,) integers. starts: (n,) int64.
-    lengths: (n,) int32. There may be 10^8 documents, so that numbers have the bytes they need and are no
-    objects.
-    """
-
-    def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-        self.files, self.of, self.starts, self.lengths = files, of, starts, lengths
-
-    def __len__(self) -> int:
-        return len(self.of)
-
-    def __getitem__(self, i: int) -> Document:
-        start = int(self.starts[i])
-        tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
-        return Document(tokens.ids[part], tokens.weights[part])
-
-    def take(self, chosen: np.ndarray) -> FileDocuments:
-        return FileDocuments(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])
 
 
 @dataclasses.dataclass
@@ -190,11 +149,17 @@ class Loaded:
     encoder: Encoder
     files: list[Tokens]
     chosen: list[np.ndarray]
+    names: list[str]  # of the places in each file, such as "data.jsonl, line"
+    rows: str = SFT  # what the files were read as, one of formats.ROWS
 
     @property
     def longest(self) -> int:
-        """Inputs of the longest document."""
-        return int(max(lengths.max(initial=1) for lengths in self._lengths())) - 1
+        """Inputs of the longest document, or of the longest pair."""
+        if self.rows == PAIRS:
+            inputs = [(lengths - 1).reshape(-1, 2).sum(1) for lengths in self._lengths()]
+        else:
+            inputs = [lengths - 1 for lengths in self._lengths()]
+        return int(max(of_file.max(initial=0) for of_file in inputs))
 
     @property
     def texts(self) -> int:
@@ -227,6 +192,17 @@ class Loaded:
                 " --loss_mask takes assistant, all, or a text in the rows"
             )
         return documents.learnable()
+
+    def preferences(self, ctx_len: int) -> Preferences:
+        """The pairs, or the labelled answers, that fit into rows of ctx_len tokens; longer ones are left out.
+
+        Raises UserError where none fits.
+        """
+        return fit_units(self.files, self.chosen, self.names, ctx_len, self.rows == PAIRS)
+
+    def units(self, ctx_len: int) -> Documents | Preferences:
+        """What a run on these rows trains on."""
+        return self.documents(ctx_len) if self.rows == SFT else self.preferences(ctx_len)
 
     def _marker_is_absent(self) -> bool:
         """Whether --loss_mask is a marker and nothing is trained but the ends of documents."""
@@ -263,7 +239,8 @@ def load(
         tokens.documents_of(sample(tokens.records, source.weight, seed, i))
         for i, (tokens, source) in enumerate(zip(files, found))
     ]
-    return Loaded(str(data_file), encoder, files, chosen)
+    names = [report.files[source.path].place for source in found]
+    return Loaded(str(data_file), encoder, files, chosen, names, reading.rows)
 
 
 def load_documents(
@@ -277,12 +254,9 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
     limit = ctx_len + 1
     pairs = list(zip(files, chosen))
-    numbers = np.arange(len(files), dtype=np.min_scalar_type(len(files)))
-    file = np.repeat(numbers, [len(documents) for documents in chosen])
-    ends = np.concatenate([tokens.ends[documents] for tokens, documents in pairs])
-    starts = np.concatenate([np.append(0, tokens.ends[:-1])[documents] for tokens, documents in pairs])
+    whole = joined(files, chosen)
+    file, starts, lengths = whole.of, whole.starts, whole.lengths
     texts = np.concatenate([tokens.texts[documents] for tokens, documents in pairs])
-    lengths = ends - starts
     too_long = lengths > limit
     cut, split = too_long & ~texts, too_long & texts
     lost = np.where(cut, lengths - limit, 0).astype(np.int32) if cut.any() else None
@@ -295,7 +269,8 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     of = np.repeat(np.arange(len(lengths)), counts)  # the document that each part comes from
     number_in_document = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
     begins = starts[of] + number_in_document * ctx_len
-    parts = FileDocuments(files, file[of], begins, np.minimum(ends[of] - begins, limit).astype(np.int32))
+    rest = (starts + lengths)[of] - begins
+    parts = FileDocuments(files, file[of], begins, np.minimum(rest, limit).astype(np.int32))
     text = np.where(counts > 1, np.arange(len(counts)), -1).astype(np.int32)[of]
     return Documents(
         parts,

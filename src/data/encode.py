@@ -11,6 +11,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 
 from .chat_template import Segment, Template
+from .encode_answers import answers_segments, compared
 from .formats import WrongSetting
 from .leading_token import begins_with
 from .loss_mask import marked_spans, record_segments, trains_by_marker
@@ -28,6 +29,8 @@ class Tokens:
     ends: np.ndarray  # (n,) int64: where each document ends
     texts: np.ndarray  # (n,) bool: whether it is running text and not a conversation
     begins: np.ndarray  # (n,) bool: whether it is the first document of its record
+    labels: np.ndarray  # (n,) int8: 1 an answer that is preferred, -1 one that is not, 0 no such document
+    places: np.ndarray  # (n,) int32: the number of its record's line or row
 
     @property
     def records(self) -> int:
@@ -41,6 +44,25 @@ class Tokens:
         counts = np.diff(firsts, append=len(self.begins))[records]
         number_in_record = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(firsts[records], counts) + number_in_record
+
+
+def tokens_of(
+    documents: list[tuple[np.ndarray, np.ndarray]],
+    texts: list[bool],
+    begins: list[bool],
+    labels: list[int],
+    places: list[int],
+) -> Tokens:
+    """Tokens of documents (ids, weights), with what it has of each of them."""
+    return Tokens(
+        np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)]),
+        np.concatenate([np.zeros(0, np.float32), *(weights for _, weights in documents)]),
+        np.cumsum([len(ids) for ids, _ in documents], dtype=np.int64),
+        np.array(texts, dtype=bool),
+        np.array(begins, dtype=bool),
+        np.array(labels, dtype=np.int8),
+        np.array(places, dtype=np.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +99,9 @@ class Encoder:
                 )
             weights, is_answer = self._weights_of_ids(ids)
             return [self._whole(ids, weights, is_answer)]
+        if "chosen" in record or "label" in record:
+            segments = answers_segments(record, self.template, self.token_end)
+            return compared([self.encode_segments(of_one) for of_one in segments], self.template.name)
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 

@@ -18,8 +18,10 @@ from .batches import pack
 from .dataset import Document, Documents
 from .encode import Encoder
 from .leading_token import begins_with
+from .preferences import Preference, Preferences
 
-Batch = list[list[Document]]  # rows of documents
+Units = Documents | Preferences
+Batch = list[list[Document]] | list[list[Preference]]  # rows
 EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
 FORWARD = 1 / 3  # the time of a token without a backward pass, as a share of a trained token's time
 SAMPLE_CHARACTERS = 300  # characters of a sample answer that are kept
@@ -29,19 +31,17 @@ SAMPLE_TOKENS = 300  # the most tokens of a sample answer; a character may take 
 USUAL_SAMPLE_TOKENS = 100
 
 
-def hold_out(
-    config: Config, documents: Documents, load: Callable[[str], Documents]
-) -> tuple[Documents, Documents]:
-    """(documents to train on, documents held out).
+def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> tuple[Units, Units]:
+    """(documents to train on, documents held out); they may be preferences.
 
     Held out are the documents of --eval_file, or the share --eval_split of `documents`; without either, none.
     --eval_split keeps the documents of one conversation together. A document that is in both, word for word,
-    is held out. The choice depends on the documents' own content and the seed, so that it is the same in
-    every process and in a resumed run. Raises UserError where either side would be left without a trained
-    token.
+    is held out. Of preferences the prompt decides, so that those with one prompt stay together. The
+    choice depends on the documents' own content and the seed, so that it is the same in every process and in
+    a resumed run. Raises UserError where either side would be left without a trained token.
     """
     if not config.eval_file and config.eval_split <= 0:
-        return documents, Documents([])
+        return documents, documents.take(np.zeros(0, np.int64))
     keys = _keys(documents, config.random_seed)
     if config.eval_file:
         source, held = config.eval_file, load(config.eval_file)
@@ -67,15 +67,16 @@ def hold_out(
     return rest, held
 
 
-def _keys(documents: Documents, seed: int) -> np.ndarray:
-    """(n,) keys of 16 bytes: equal for documents of equal text, and random otherwise."""
+def _keys(documents: Units, seed: int, by: str = "held_out_by") -> np.ndarray:
+    """(n,) keys of 16 bytes: equal for documents in which the tokens `by` are equal, and random otherwise."""
     key = seed.to_bytes(8, "little")
     watched = progress(documents, "choosing held-out documents", unit="documents", shown=is_first_process())
-    digests = (hashlib.blake2b(document.ids, digest_size=16, key=key).digest() for document in watched)
+    parts = (np.ascontiguousarray(getattr(document, by)) for document in watched)
+    digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in parts)
     return np.fromiter(digests, "S16", len(documents))
 
 
-def _conversation_keys(keys: np.ndarray, documents: Documents) -> np.ndarray:
+def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
     """The keys of documents, where those of one conversation have one key in common."""
     if documents.conversation is None:
         return keys
@@ -93,19 +94,19 @@ def evaluations(config: Config, steps: int) -> int:
     return 2 + ((steps - 1) // config.eval_steps if config.eval_steps > 0 else 0)
 
 
-def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:
+def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
     """The places of the documents with a trained token, in an order that depends on their content alone."""
     places = np.flatnonzero(held_out.target_counts)
-    return places[np.argsort(_keys(held_out.take(places), seed), kind="stable")]
+    return places[np.argsort(_keys(held_out.take(places), seed, "content"), kind="stable")]
 
 
-def affordable(held_out: Documents, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
+def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
     """How many documents, from the first in `order`, each of so many evaluations may read; at least one."""
     budget = EVALUATION * trained_tokens / (FORWARD * evaluations)
     return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
 
 
-def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
+def evaluation_batches(held_out: Units, config: Config) -> list[Batch]:
     """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
     lengths = (held_out.lengths - 1).tolist()
     packed = pack(lengths, config.ctx_len, config.random_seed)
@@ -122,12 +123,15 @@ class Question:
     answer: list[int]
 
 
-def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Question]:
+def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
     """What samples are made for: the first `count` documents, up to their last answer.
 
-    Of a conversation that is several documents it is the first. Of a document that is trained as a whole but
-    for its leading token, the first half is the prompt. The encoder is the one that made the documents.
+    Of a conversation that is several documents it is the first. Of preferences they are preferred answers, a
+    prompt each. Of a document that is trained as a whole but for its leading token, the first half is the
+    prompt. The encoder is the one that made the documents.
     """
+    if isinstance(held_out, Preferences):
+        held_out = Documents(_preferred(held_out, count))
     eod = tuple(encoder.tokenizer.eod)
     found: list[Question] = []
     conversations: set[int] = set()
@@ -151,3 +155,14 @@ def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Questio
             found.append(Question(ids[:start], ids[start:last]))
             conversations |= {conversation} - {-1}
     return found
+
+
+def _preferred(held_out: Preferences, count: int) -> list[Document]:
+    """The first `count` answers to prefer, each to another prompt."""
+    found: dict[bytes, Document] = {}
+    for unit in held_out:
+        if len(found) == count:
+            break
+        if unit.chosen[0]:
+            found.setdefault(unit.prompt.tobytes(), unit.answers[0])
+    return list(found.values())

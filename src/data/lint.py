@@ -12,6 +12,8 @@ import numpy as np
 from ..common.formatting import counted
 from .chat_template import begins_thoughts, thoughts_of, weight_of
 from .encode import Encoder
+from .encode_answers import labels_of
+from .formats import place_of
 from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
@@ -83,6 +85,8 @@ class Lint:
         self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, weights)
         self.texts: list[bool] = []
         self.begins: list[bool] = []
+        self.labels: list[int] = []
+        self.places: list[int] = []
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
 
@@ -96,6 +100,8 @@ class Lint:
         self.documents += documents
         self.texts += [self.encoder.is_text(record)] * len(documents)
         self.begins += [True] + [False] * (len(documents) - 1)
+        self.labels += labels_of(record, len(documents))
+        self.places += [place_of(where)[1]] * len(documents)
         names = [*_odd_words(record, self.encoder)]
         if _key(documents) in self.seen:
             names.append("duplicate")

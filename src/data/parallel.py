@@ -19,8 +19,9 @@ import numpy as np
 
 from rwkv_miss.errors import UserError
 
-from .encode import Encoder, Tokens
-from .formats import Reading, Source, read_record
+from .encode import Encoder, Tokens, tokens_of
+from .encode_answers import labels_of
+from .formats import LeftOut, Reading, Source, place_of, read_record
 from .formats.report import Kind
 
 
@@ -31,6 +32,8 @@ class Part:
     tokens: Tokens
     kinds: collections.Counter[Kind]  # how many records of each kind
     bad: list[tuple[str, UserError]]  # where a bad record stands, and why it is bad
+    left_out: list[tuple[str, LeftOut]]  # where a record stands that teaches nothing, and why it does not
+    place: str  # what the places of the records begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +52,28 @@ class Converter:
         encoded: list[tuple[np.ndarray, np.ndarray]] = []
         texts: list[bool] = []
         begins: list[bool] = []
+        labels: list[int] = []
+        places: list[int] = []
         bad: list[tuple[str, UserError]] = []
+        left_out: list[tuple[str, LeftOut]] = []
         kinds: collections.Counter[Kind] = collections.Counter()
         for where, raw in records:
             try:
                 kind, record = read_record(raw, self.source, self.reading)
                 kinds[kind] += 1
                 documents = self.encoder.encode(record)
+            except LeftOut as reason:
+                left_out.append((where, reason))
             except UserError as error:
                 bad.append((where, error))
             else:
                 encoded += documents
                 texts += [self.encoder.is_text(record)] * len(documents)
                 begins += [True] + [False] * (len(documents) - 1)
-        ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
-        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
-        weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights in encoded)])
-        tokens = Tokens(ids, weights, ends, np.array(texts, dtype=bool), np.array(begins, dtype=bool))
-        return Part(tokens, kinds, bad)
+                labels += labels_of(record, len(documents))
+                places += [place_of(where)[1]] * len(documents)
+        tokens = tokens_of(encoded, texts, begins, labels, places)
+        return Part(tokens, kinds, bad, left_out, place_of(records[0][0])[0])
 
 
 def available_cores() -> int:

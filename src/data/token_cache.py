@@ -154,12 +154,16 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
         for part in parts:
             for where, reason in part.bad:
                 report.refuse(source.path, where, reason)
+            for where, left_out in part.left_out:
+                found.leave_out(where, left_out)
+            found.place = found.place or part.place
             found.kinds.update(part.kinds)
             documents += len(part.tokens.ends)
             yield part.tokens
     report.require_records(source)
     if not documents:
-        raise UserError(f"{source.path}: no row can be used, such as {found.reasons[0]}")
+        reason = (*found.reasons, *found.left_out)[0]
+        raise UserError(f"{source.path}: no row can be used, such as {reason}")
 
 
 def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -184,6 +188,8 @@ def _joined(parts: list[Tokens]) -> Tokens:
         ends=np.concatenate([part.ends for part in parts]),
         texts=np.concatenate([part.texts for part in parts]),
         begins=np.concatenate([part.begins for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        places=np.concatenate([part.places for part in parts]),
     )
 
 
@@ -213,10 +219,13 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
             ends=_mapped(entry / "ends", np.int64),
             texts=_mapped(entry / "texts", np.bool_),
             begins=_mapped(entry / "begins", np.bool_),
+            labels=_mapped(entry / "labels", np.int8),
+            places=_mapped(entry / "places", np.int32),
         )
         if not len(tokens.ids) == len(tokens.weights) == tokens.ends[-1]:
             return None
-        if not len(tokens.ends) == len(tokens.texts) == len(tokens.begins):
+        per_document = (tokens.texts, tokens.begins, tokens.labels, tokens.places)
+        if any(len(array) != len(tokens.ends) for array in per_document):
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # when it was last used

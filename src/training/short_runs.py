@@ -19,9 +19,11 @@ from rwkv_miss.progress import progress
 
 from .. import ops
 from ..config import Config
-from ..data.batches import Batches, collate, make_schedule, to_device
+from ..data.batches import Batches, make_schedule
+from ..data.collate import to_device
 from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
+from ..data.preference_batches import collator
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of
@@ -179,8 +181,9 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: P
     model.eval()
     device, chunks = model.emb.weight.device, chunks_of(config)
     batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
+    collate = collator(held_out, chunks.size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
         for rows in progress(batches, "validation", unit="batches", shown=processes.world == 1):
-            total += batch_loss(model, to_device(collate(rows, 1, chunks.size), device), chunks)
+            total += batch_loss(model, to_device(collate(rows, 1), device), chunks)
     return float(processes.total(total)) / held_out.weight

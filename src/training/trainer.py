@@ -29,7 +29,8 @@ from rwkv_miss.adapter import AroundSteps
 from ..common.device import PRECISIONS
 from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
-from ..data.batches import Batches, make_schedule, to_device
+from ..data.batches import Batches, make_schedule
+from ..data.collate import to_device
 from ..data.dataset import Documents
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface

@@ -16,11 +16,11 @@ from rwkv_miss.progress import Progress, say
 
 from ..common.files import append_line, write_lines
 from ..config.launcher import is_first_process
-from ..data.batches import collate
 from ..data.dataset import Documents
 from ..data.encode import Encoder
-from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
+from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, Units, evaluation_batches, questions
 from ..data.leading_token import without_leading
+from ..data.preference_batches import collator
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
 from ..inference.request import Answer, Request
@@ -83,7 +83,8 @@ class Watch(Callback):
         step = trainer.global_step
         with undisturbed(trainer):
             may_stop = step < module.total_steps
-            loss = validation_loss(trainer, self.batches, lambda: self.report.stop and may_stop)
+            is_stopped = lambda: self.report.stop and may_stop  # noqa: E731
+            loss = validation_loss(trainer, self.documents, self.batches, is_stopped)
             if loss is None:
                 return False
             answers = self._answers(module.model)
@@ -170,9 +171,9 @@ def undisturbed(trainer):
 
 
 def validation_loss(
-    trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
+    trainer, held_out: Units, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """The mean loss over all trained tokens of the batches, weighted, in nats.
+    """The mean loss over all trained tokens of the batches of `held_out`, weighted, in nats.
 
     Every rank takes part and gets the same number. None where on some rank is_stopped() between two batches.
     Packing and the number of processes do not change the result: rows don't see each other, each batch is
@@ -180,6 +181,7 @@ def validation_loss(
     order.
     """
     strategy, world = trainer.strategy, trainer.world_size
+    collate = collator(held_out, trainer.lightning_module.chunks.size)
     documents = [document for rows in batches for document in itertools.chain(*rows)]
     weight = math.fsum(document.weight for document in documents)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
@@ -191,8 +193,8 @@ def validation_loss(
             # a rank without a batch takes one without a target: all of them must do the same operations
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
-            width = sum(len(document.ids) - 1 for document in batches[first][0])
-            batch = collate(mine, weight, trainer.lightning_module.chunks.size) | {"width": width}
+            width = sum(document.inputs for document in batches[first][0])
+            batch = collate(mine, weight) | {"width": width}
             total += strategy.validation_step(strategy.batch_to_device(batch), first)
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
     return float(strategy.reduce(total, reduce_op="sum")) / weight

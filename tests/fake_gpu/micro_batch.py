@@ -13,7 +13,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 from src.common.device import PRECISIONS
 from src.config import Config
-from src.data.batches import to_device, trained_tokens
+from src.data.collate import to_device, trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors

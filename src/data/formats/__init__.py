@@ -6,20 +6,33 @@ A record has one of these forms, whatever the file looked like:
     {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]}
     {"prompt": str, "completion": str}    a text, of which the completion is trained
     {"ids": int32 array (n,)}             the tokens of a document without its end
+
+Pairs of answers, and answers with a label, have one of these; "chosen", "rejected" and "completion" are texts
+where there is a "prompt", and turns that follow "messages" else:
+
+    {"prompt": str or "messages": [...], "chosen": ..., "rejected": ...}
+    {"prompt": str or "messages": [...], "completion": ..., "label": bool}
 """
 
+from .layouts import LABELS, PAIRS, ROWS, SFT
 from .records import read_record, read_records, read_source
-from .report import Found, Report, WrongSetting, printable
+from .report import Found, LeftOut, Report, WrongSetting, place_of, printable
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [
     "BINIDX",
     "BY_NAME",
     "Found",
+    "LABELS",
+    "LeftOut",
+    "PAIRS",
+    "ROWS",
     "Reading",
     "Report",
+    "SFT",
     "Source",
     "WrongSetting",
+    "place_of",
     "printable",
     "read_record",
     "read_records",

@@ -10,7 +10,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
-from .layouts import has_layout
+from .layouts import has_layout, is_pair
 from .text import BOM, Position, Record, open_text, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -88,7 +88,8 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
     members = list(scanner.items("{}"))
     end = scanner.place
     arrays = {name: place for name, place, value in members if _is_list_of_objects(value)}
-    if len(arrays) != 1 or has_layout(name for name, _, _ in members):
+    names = [name for name, _, _ in members]
+    if len(arrays) != 1 or has_layout(names) or is_pair(names):
         yield start, _object([(name, value) for name, _, value in members])
         return
     (scanner.place,) = arrays.values()

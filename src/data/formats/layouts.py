@@ -30,6 +30,12 @@ CONTEXTS = ("input", "context")  # beside an instruction
 SYSTEMS = ("system", "system_prompt")
 LARGEST_WEIGHT = 100  # of a message in the loss
 CONVERSATIONS = ("messages", "conversations", "conversation")
+# what the rows of a file are read as
+SFT, PAIRS, LABELS = ROWS = ("sft", "pairs", "labels")
+# of pairs of answers and of labelled ones: preference_layouts.py
+CHOSEN = ("chosen", "chosen_response")
+REJECTED = ("rejected", "reject", "rejected_response")
+LABEL = "label"
 
 EXPECTED = (
     'expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ...,'
@@ -71,25 +77,46 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     Names are compared without case.
     """
     if fields:
-        missing = [name for name in fields if name not in columns]
-        if missing:
-            raise UserError(
-                f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}"
-            )
+        check_fields(fields, columns)
         return _chosen(fields)
     # with all columns a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
-        raise UserError(f"{EXPECTED}; got keys {_shown(columns)}")
+        raise UserError(f"{EXPECTED}{_hint(columns)}; got keys {shown(columns)}")
     if len(found) > 1:
         choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
-        raise UserError(f"the row has several layouts, choose one with {choices}; got keys {_shown(columns)}")
+        raise UserError(f"the row has several layouts, choose one with {choices}; got keys {shown(columns)}")
     return _chosen(found[0], tuple(name for name in columns if name not in found[0]))
+
+
+def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
+    """UserError where a record lacks a column of --sft_field."""
+    missing = [name for name in fields if name not in columns]
+    if missing:
+        raise UserError(
+            f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {shown(columns)}"
+        )
+
+
+def _hint(columns: tuple[str, ...]) -> str:
+    """What to do with a row that is no row of --loss sft."""
+    if not is_pair(columns):
+        return ""
+    return (
+        "; a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto, and"
+        " --sft_field prompt,chosen trains on the chosen ones alone"
+    )
 
 
 def has_layout(columns: Iterable[str]) -> bool:
     """Whether the names alone say how such records are read."""
     return bool(_candidates(tuple(columns)))
+
+
+def is_pair(columns: Iterable[str]) -> bool:
+    """Whether these are the columns of a pair of answers."""
+    names = {name.strip().lower() for name in columns}
+    return not names.isdisjoint(CHOSEN) and not names.isdisjoint(REJECTED)
 
 
 def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -147,11 +174,11 @@ def _whole(record: dict, column: str, system: str | None, tools: str | None) -> 
     if system and record[system] and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": text(record[system], system)})
     if tools and record[tools]:
-        return {"messages": turns, "tools": _tools(record[tools], tools)}
+        return {"messages": turns, "tools": tools_of(record[tools], tools)}
     return {"messages": turns}
 
 
-def _tools(value: Any, column: str) -> list[dict[str, Any]]:
+def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
     """Descriptions of tools, as they are or as JSON in a text."""
     if isinstance(value, str):
         try:
@@ -185,13 +212,13 @@ def _question(
         {"role": "assistant", "content": said(record[answer], answer)},
     ]
     if history and record[history]:
-        turns = _pairs(record[history], history) + turns
+        turns = earlier_turns(record[history], history) + turns
     if system and record[system]:
         turns.insert(0, {"role": "system", "content": text(record[system], system)})
     return {"messages": turns}
 
 
-def _pairs(value: Any, column: str) -> list[dict[str, str]]:
+def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
     """Earlier turns as [[question, answer], ...]."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
@@ -203,14 +230,19 @@ def _pairs(value: Any, column: str) -> list[dict[str, str]]:
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:
+    """turns_of() a conversation that the assistant ends."""
+    return turns_of(value, column, last_is_answer=True)
+
+
+def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict[str, Any]]:
     """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings.
 
-    What else a turn has stays in it.
+    What else a turn has stays in it. `last_is_answer`: the last one must be the assistant's.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
     turns = [turn for item in value for turn in _turns(item)]
-    if turns[-1]["role"] != "assistant":
+    if last_is_answer and turns[-1]["role"] != "assistant":
         raise UserError(
             f"the last message is from {turns[-1]['role']}; expected the assistant's answer, which is trained"
         )
@@ -295,5 +327,5 @@ def text(value: Any, column: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def _shown(columns: tuple[str, ...]) -> str:
+def shown(columns: tuple[str, ...]) -> str:
     return short(sorted(columns))

@@ -7,8 +7,9 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from .layouts import TOKENS, canonical
-from .report import Kind, Report
+from .layouts import SFT, TOKENS, Layout, canonical
+from .preference_layouts import preference
+from .report import Kind, LeftOut, Report
 from .sources import BINIDX, BY_NAME, Reading, Source, sources
 
 
@@ -33,6 +34,9 @@ def read_source(
     for where, raw in source.watched(eod, "reading"):
         try:
             kind, record = read_record(raw, source, reading)
+        except LeftOut as left_out:
+            found.leave_out(where, left_out)
+            continue
         except UserError as error:
             report.refuse(source.path, where, error)
             continue
@@ -49,5 +53,12 @@ def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[
     parsed = source.parse(raw)
     if isinstance(parsed, UserError):
         raise parsed
-    layout, record = (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)
+    layout, record = _understood(parsed, source, reading)
     return (layout.name, layout.used, tuple(parsed)), record
+
+
+def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, dict[str, Any]]:
+    """How a record is read, and what it becomes."""
+    if reading.rows != SFT:
+        return preference(parsed, reading.fields, reading.rows)
+    return (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)

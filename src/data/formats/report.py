@@ -21,14 +21,25 @@ class WrongSetting(UserError):
     """A setting does not suit the data. The record itself is right, so leaving it out would mend nothing."""
 
 
+class LeftOut(UserError):
+    """A row of preferences is as it should be and teaches nothing: it is counted and left out."""
+
+
 @dataclasses.dataclass
 class Found:
     """What reading one source found."""
 
     format: str
+    place: str = ""  # what the places of its records begin with, such as "data.jsonl, line"
     kinds: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
     bad: int = 0  # records that can't be used
     reasons: list[str] = dataclasses.field(default_factory=list)  # of the first bad ones
+    # of rows that teach nothing: reason -> how many, and where the first of them are
+    left_out: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
+
+    def leave_out(self, where: str, reason: LeftOut) -> None:
+        count, places = self.left_out.get(str(reason), (0, []))
+        self.left_out[str(reason)] = (count + 1, [*places, where][:SHOWN])
 
     def refuse(self, reason: str) -> None:
         self.bad += 1
@@ -56,9 +67,11 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         return {
             "format": self.format,
+            "place": self.place,
             "kinds": [[*kind, count] for kind, count in self.kinds.items()],
             "bad": self.bad,
             "reasons": self.reasons,
+            "left_out": self.left_out,
         }
 
     @classmethod
@@ -66,7 +79,8 @@ class Found:
         kinds: collections.Counter[Kind] = collections.Counter()
         for name, used, columns, count in record["kinds"]:
             kinds[name, tuple(used), tuple(columns)] = count
-        return cls(record["format"], kinds, record["bad"], record["reasons"])
+        left_out = {reason: (count, places) for reason, (count, places) in record["left_out"].items()}
+        return cls(record["format"], record["place"], kinds, record["bad"], record["reasons"], left_out)
 
 
 @dataclasses.dataclass
@@ -90,6 +104,8 @@ class Report:
             what = ""
             if found.bad:
                 what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}"
+            for reason, (count, places) in found.left_out.items():
+                what = f" that can be used: {reason} in {counted(count, 'row')}, such as {places[0]}"
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
@@ -113,7 +129,16 @@ class Report:
                 " such as:"
             )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        return [printable(line) for line in lines]
+        return [printable(line) for line in lines + self.left_out_lines()]
+
+    def left_out_lines(self) -> list[str]:
+        """Lines about rows that teach nothing."""
+        return [
+            f"left out   {counted(count, 'row')}, in which {reason}: {', '.join(places)}"
+            + (" ..." if count > len(places) else "")
+            for found in self.files.values()
+            for reason, (count, places) in found.left_out.items()
+        ]
 
     def source_lines(self) -> list[str]:
         """Lines about what was read, and notes about it."""
@@ -123,6 +148,12 @@ class Report:
             named = ", ".join(f"{count} {name}" for name, count in formats.items())
             lines.append(f"format     {len(self.files)} files in all: {named}")
         return [printable(line) for line in lines + self.notes]
+
+
+def place_of(where: str) -> tuple[str, int]:
+    """("data.jsonl, line", 7) of "data.jsonl, line 7"."""
+    place, _, number = where.rpartition(" ")
+    return place, int(number)
 
 
 def printable(line: str) -> str:

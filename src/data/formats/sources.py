@@ -18,7 +18,7 @@ from rwkv_miss.progress import Progress
 
 from ...config.launcher import is_first_process
 from . import binidx, json_text, tables, text
-from .layouts import has_layout
+from .layouts import LABELS, PAIRS, SFT, has_layout, is_pair
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without records
@@ -38,11 +38,13 @@ class Reading:
 
     fields: tuple[str, ...] = ()  # --sft_field: the columns to use where their names do not tell
     split: str = "train"  # --sft_split: of data sets that have several
+    rows: str = SFT  # what the rows are, one of ROWS
 
     @classmethod
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
-        return cls(tuple(filter(None, names)), config.sft_split)
+        rows = {"sft": SFT, "kto": LABELS}.get(getattr(config, "loss", SFT), PAIRS)
+        return cls(tuple(filter(None, names)), config.sft_split, rows)
 
 
 BY_NAME = Reading()
@@ -285,7 +287,7 @@ def _json_format(
     """
     record = json_text.parse_json(first) if first.startswith("{") else None
     is_object = isinstance(record, dict)
-    is_known = is_object and bool(fields or has_layout(record))
+    is_known = is_object and bool(fields or has_layout(record) or is_pair(record))
     if suffix == ".txt" and not is_known:  # a text may begin with a bracket
         return None
     if is_object:
@@ -304,7 +306,7 @@ def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
     split = {mark: _names(header, mark) for mark in DELIMITERS}
 
     def is_known(names: list[str]) -> bool:
-        return set(fields) <= set(names) if fields else has_layout(names)
+        return set(fields) <= set(names) if fields else has_layout(names) or is_pair(names)
 
     known = [mark for mark, names in split.items() if is_known(names)]
     if suffix in (".csv", ".tsv"):

@@ -1,0 +1,81 @@
+"""Rows of documents -> the tensors of a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .file_documents import Document
+
+
+def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> dict:
+    """The batch of these rows, padded on the right to the longest.
+
+    ids: (B, T) int64. reset: (B, T) bool, true where a document starts inside a row; None if none does. What
+    trained_tokens() says of the tokens with a loss, for chunks of so many tokens. step_weight: the sum of the
+    weights of the whole step. Without rows, which a short step has, it is one row without loss, so that every
+    rank runs the same operations.
+    """
+    width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
+    ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
+    targets = np.zeros_like(ids)
+    weights = np.zeros(ids.shape, dtype=np.float32)
+    reset = np.zeros(ids.shape, dtype=bool)
+    for i, row in enumerate(rows):
+        start = 0
+        for document in row:
+            part = slice(start, start := start + len(document.ids) - 1)
+            ids[i, part] = document.ids[:-1]
+            targets[i, part] = document.ids[1:]
+            weights[i, part] = document.weights[1:]
+            reset[i, part][:1] = part.start > 0
+    return {
+        "ids": torch.from_numpy(ids),
+        "reset": torch.from_numpy(reset) if reset.any() else None,
+        **trained_tokens(targets, weights, chunk),
+        "step_weight": step_weight,
+    }
+
+
+def trained_tokens(
+    targets: np.ndarray, weights: np.ndarray, chunk: int = 0, beside: dict[str, np.ndarray] | None = None
+) -> dict:
+    """Where the tokens with a loss are, of targets (B, T) int64 and their weights (B, T), 0 for no loss.
+
+    They are indices that are known before the device has the batch: a mask there would make the CPU wait for
+    the number of its tokens. They go through the chunks of `chunk` tokens of every row (0: the rows are
+    whole) one after the other, and through the rows of each.
+
+    where: (n,) int64, each one's place among the B times so many tokens of its chunk. targets: (n,) int64.
+    weights: (n,) float32, None where all are 1. ends: how many tokens there are to the end of each chunk.
+    And (n,) of each of the arrays (B, T) in `beside`.
+    """
+    rows, columns = weights.nonzero()
+    width = weights.shape[1]
+    size = chunk or width
+    parts = columns // size
+    order = np.argsort(parts, kind="stable")
+    rows, columns, parts = rows[order], columns[order], parts[order]
+    kept = weights[rows, columns].astype(np.float32)
+    where = rows * np.minimum(size, width - parts * size) + columns % size
+    return {
+        "where": torch.from_numpy(where),
+        "targets": torch.from_numpy(targets[rows, columns]),
+        "weights": None if (kept == 1).all() else torch.from_numpy(kept),
+        "ends": tuple(np.bincount(parts, minlength=-(-width // size)).cumsum().tolist()),
+        "chunk": chunk,
+        **{name: torch.from_numpy(values[rows, columns]) for name, values in (beside or {}).items()},
+    }
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch on a device. A GPU copies it from pinned memory, for which nothing waits."""
+    moved = dict(batch)
+    for name, value in batch.items():
+        if torch.is_tensor(value):
+            value = value.pin_memory() if device.type == "cuda" else value
+            moved[name] = value.to(device, non_blocking=True)
+    if device.type == "cuda" and batch.get("reset") is not None:
+        # for ops.per_document, which needs the places of the documents before it can give the GPU its work
+        moved["reset"].on_cpu = batch["reset"]
+    return moved

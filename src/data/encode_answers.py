@@ -1,0 +1,73 @@
+"""A pair of answers becomes two documents, a labelled answer one, of which the answers alone are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from .chat_template import Segment, Template, TokenEnd
+from .formats import LeftOut
+
+EQUAL = "both answers are the same"
+Document = tuple[np.ndarray, np.ndarray]  # ids (n,) int32, weights (n,) float32
+
+
+def labels_of(record: dict[str, Any], documents: int) -> list[int]:
+    """Tokens.labels of a record's documents."""
+    if "chosen" in record:
+        return [1, -1]
+    if "label" in record:
+        return [1 if record["label"] else -1]
+    return [0] * documents
+
+
+def answers_segments(record: dict[str, Any], template: Template, token_end: TokenEnd) -> list[list[Segment]]:
+    """The segments of the documents of a pair, chosen and rejected, or of a labelled answer."""
+    names = ("completion",) if "label" in record else ("chosen", "rejected")
+    return [_segments(record, record[name], template, token_end) for name in names]
+
+
+def _segments(record: dict[str, Any], answer: Any, template: Template, token_end: TokenEnd) -> list[Segment]:
+    """Prompt and answer."""
+    if "prompt" in record:
+        return [Segment(record["prompt"], 0.0), Segment(answer, 1.0)]
+    # what the assistant said before is what both answers go on from
+    before = [_as_context(message) for message in record["messages"]]
+    *earlier, last = template.documents([*before, *answer], record.get("tools"), token_end)
+    if any(segment.weight for document in earlier for segment in document):
+        raise UserError(
+            f"{template.name} writes the turns of this answer otherwise when others follow, so that it is no"
+            " single document; give its last message alone, and the others in messages"
+        )
+    return last
+
+
+def _as_context(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
+
+
+def compared(documents: list[Document], template: str) -> list[Document]:
+    """The documents of a pair or a labelled answer, with the weight 1 on what is compared and 0 elsewhere.
+
+    Those of a pair have the same tokens before the first trained one. A template may write more before one
+    answer than before the other, such as an opened <think>. That belongs to the answers then. Raises LeftOut
+    for two equal answers.
+    """
+    documents = [(ids, (weights != 0).astype(np.float32)) for ids, weights in documents]
+    if len(documents) == 1:
+        return documents
+    (chosen, _), (rejected, _) = documents
+    if np.array_equal(chosen, rejected):
+        raise LeftOut(EQUAL)
+    begins = [int(np.argmax(weights)) for _, weights in documents]
+    if not np.array_equal(chosen[: min(begins)], rejected[: min(begins)]):
+        raise UserError(
+            f"{template} writes the messages before the answer otherwise for the chosen one than for the"
+            " rejected one, so that they can't be compared; choose another --template"
+        )
+    for begin, (_, weights) in zip(begins, documents):
+        weights[min(begins) : begin] = 1
+    return documents

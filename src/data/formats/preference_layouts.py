@@ -1,0 +1,344 @@
+"""What the columns of pairs of answers and of labelled answers mean, for the losses of preferences.
+
+They become one of these forms. "chosen", "rejected" and "completion" are texts where there is a "prompt", and
+else the turns that follow "messages", of which the last is the assistant's.
+
+    {"prompt": str, "chosen": str, "rejected": str}
+    {"messages": [...], "tools": [...], "chosen": [...], "rejected": [...]}
+    {"prompt": str, "completion": str, "label": bool}
+    {"messages": [...], "tools": [...], "completion": [...], "label": bool}
+
+Texts under the names of TRL, prompt with chosen and rejected or with completion, go on from the prompt as
+they are. Under other names, and RWKV-LM-RLHF's prompt, chosen, reject, they are a question and its answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from rwkv_miss.errors import UserError
+
+from ...common.formatting import short
+from .layouts import (
+    ANSWERS,
+    CHOSEN,
+    CONTEXTS,
+    CONVERSATIONS,
+    LABEL,
+    LABELS,
+    PAIRS,
+    QUESTIONS,
+    REJECTED,
+    SYSTEMS,
+    Layout,
+    check_fields,
+    earlier_turns,
+    has_layout,
+    said,
+    shown,
+    text,
+    tools_of,
+    turns_of,
+)
+from .report import LeftOut
+
+EMPTY = "an answer is empty"
+EXPECTED = {
+    PAIRS: (
+        'expected a pair of answers: {"prompt": ..., "chosen": ..., "rejected": ...}, with {"messages":'
+        ' [...]} or a question in place of the prompt, or whole conversations as {"chosen": [...],'
+        ' "rejected": [...]}; --sft_field prompt,chosen,rejected names other columns'
+    ),
+    LABELS: (
+        'expected an answer with a label, {"prompt": ..., "completion": ..., "label": true}, with'
+        ' {"messages": [...]} or a question in place of the prompt, or a pair {"prompt": ..., "chosen": ...,'
+        ' "rejected": ...}; --sft_field prompt,completion,label names other columns'
+    ),
+}
+ASSISTANT = "\n\nAssistant:"  # ends the prompt in texts that hold a whole chat
+
+
+class Columns(NamedTuple):
+    """Which columns of a record are what."""
+
+    asked: tuple[str, ...]  # a text, a conversation, or instruction and input; () where it is in the answers
+    answers: tuple[str, ...]  # chosen and rejected, or one
+    label: str | None
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+
+    @property
+    def whole(self) -> Columns:
+        """The same for answers that are whole conversations."""
+        return self._replace(asked=(), history=None)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        names = (*self.asked, *self.answers, self.label, self.system, self.history, self.tools)
+        return tuple(filter(None, names))
+
+    @property
+    def name(self) -> str:
+        answers = " / ".join(self.answers) + (f" + {self.label}" if self.label else "")
+        return f"{' + '.join(self.asked)} -> {answers}" if self.asked else answers
+
+
+def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
+    """layouts.canonical() of a pair or a labelled answer.
+
+    `rows` is PAIRS, or LABELS, which takes pairs too. Raises LeftOut where an answer is empty.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{EXPECTED[rows]}; got {type(record).__name__}")
+    present = tuple(name for name, value in record.items() if value is not None)
+    is_label = bool(fields) and rows == LABELS and _is_label(record.get(fields[-1]))
+    columns = find_columns(tuple(record), present, fields, rows, is_label)
+    if columns.asked and _holds_prompt(record[columns.answers[0]]):
+        _check_beginning(record, columns)
+        columns = columns.whole
+    layout = Layout(columns.name, columns.used, functools.partial(_convert, columns=columns))
+    return layout, layout.convert(record)
+
+
+@functools.lru_cache(maxsize=1024)
+def find_columns(
+    names: tuple[str, ...], present: tuple[str, ...], fields: tuple[str, ...], rows: str, is_label: bool
+) -> Columns:
+    """The columns of a record with these names, of which `present` hold a value.
+
+    `fields` are those of --sft_field; `is_label`: the last of them holds a label.
+    """
+    by_name = {name.strip().lower(): name for name in names}
+    if fields:
+        check_fields(fields, names)
+        count = 1 if is_label else 2
+        *asked, first, second = (None, *fields) if len(fields) == 1 else fields
+        if first is None:
+            raise UserError(f"--sft_field {fields[0]}: one column is no pair of answers. {EXPECTED[rows]}")
+        answers, label = ((first,), second) if is_label else ((first, second), None)
+        return _with_others(Columns(tuple(asked), answers[:count], label), by_name)
+    chosen, rejected = _first(CHOSEN, by_name), _first(REJECTED, by_name)
+    if chosen and rejected:
+        return _with_others(Columns(_asked(by_name, present, ()), (chosen, rejected), None), by_name)
+    if chosen or rejected:
+        absent, wanted = ("rejected", REJECTED) if chosen else ("chosen", CHOSEN)
+        raise UserError(
+            f"the row has {chosen or rejected!r} and no {absent} answer; a pair needs both, the other one as"
+            f" {' or '.join(wanted)}; got keys {shown(names)}"
+        )
+    label = by_name.get(LABEL)
+    completion = _only([by_name[name] for name in ANSWERS if by_name.get(name) in present], names)
+    if not label or rows == PAIRS:
+        raise UserError(_wrong_row(rows, label, completion, present, names))
+    asked = _asked(by_name, present, () if completion else QUESTIONS)
+    if completion is None:
+        # the answer is the end of a conversation
+        if not asked:
+            raise UserError(f"{EXPECTED[rows]}; got keys {shown(names)}")
+        return _with_others(Columns((), asked, label), by_name)
+    if not asked:
+        raise UserError(f"{EXPECTED[rows]}; got keys {shown(names)}")
+    return _with_others(Columns(asked, (completion,), label), by_name)
+
+
+def _asked(by_name: dict[str, str], present: tuple[str, ...], but: Iterable[str]) -> tuple[str, ...]:
+    """The columns of what is asked, without those named `but`; () for none."""
+    found = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if by_name.get(name) in present]
+    found = [name for name in found if name.strip().lower() not in but]
+    instruction = by_name.get("instruction")
+    context = [by_name[name] for name in CONTEXTS if by_name.get(name) in present and instruction in found]
+    asked = _only([name for name in found if name not in context], tuple(by_name.values()))
+    if asked is None:
+        return ()
+    return (asked, *context[:1]) if asked == instruction else (asked,)
+
+
+def _only(found: list[str], names: tuple[str, ...]) -> str | None:
+    """The one column that is found, None for none."""
+    if len(found) > 1:
+        raise UserError(
+            f"the row has several columns for one thing, {', '.join(found)}; choose with --sft_field, such as"
+            f" prompt,chosen,rejected or prompt,completion,label; got keys {shown(names)}"
+        )
+    return found[0] if found else None
+
+
+def _with_others(columns: Columns, by_name: dict[str, str]) -> Columns:
+    """With the columns for a system prompt, earlier turns and tools."""
+    used = columns.used
+    beside = {lower: name for lower, name in by_name.items() if name not in used}
+    return columns._replace(
+        system=_first(SYSTEMS, beside), history=beside.get("history"), tools=beside.get("tools")
+    )
+
+
+def _first(wanted: Iterable[str], by_name: dict[str, str]) -> str | None:
+    return next((by_name[name] for name in wanted if name in by_name), None)
+
+
+def _wrong_row(
+    rows: str, label: str | None, completion: str | None, present: tuple[str, ...], names: tuple[str, ...]
+) -> str:
+    """What is wrong with a row that has no answers of this kind, and what to do."""
+    if label and completion:
+        hint = "; a row of one answer with a label is for --loss kto"
+    elif has_layout(present):
+        hint = "; the row has one answer, on which --loss sft trains"
+    else:
+        hint = ""
+    return f"{EXPECTED[rows]}{hint}; got keys {shown(names)}"
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool) or isinstance(value, str) and value.strip().lower() in ("true", "false")
+
+
+def _label(value: Any, column: str) -> bool:
+    if not _is_label(value):
+        raise UserError(
+            f"{column} must be true for an answer to prefer and false for one to avoid, got {short(value)}"
+        )
+    return value if isinstance(value, bool) else value.strip().lower() == "true"
+
+
+def _holds_prompt(answer: Any) -> bool:
+    """Whether an answer is a whole conversation, as it does not begin with the assistant's turn."""
+    if not isinstance(answer, list) or not answer:
+        return False
+    return turns_of(answer[:1], "")[0]["role"] != "assistant"
+
+
+def _check_beginning(record: dict, columns: Columns) -> None:
+    """UserError where a prompt of several turns is another one than that of the whole conversations."""
+    asked, answer = record[columns.asked[0]], columns.answers[0]
+    if isinstance(asked, list) and record[answer][: len(asked)] != asked:
+        raise UserError(
+            f"{answer} begins with a message that is not the assistant's, so it is a whole conversation, and"
+            f" {columns.asked[0]} is not its beginning; give the answer alone, or leave"
+            f" {columns.asked[0]} out"
+        )
+
+
+def _convert(record: dict, columns: Columns) -> dict[str, Any]:
+    """The record in its form."""
+    label = {} if columns.label is None else {"label": _label(record[columns.label], columns.label)}
+    names = ("completion",) if columns.label else ("chosen", "rejected")
+    values = [record[column] for column in columns.answers]
+    if all(isinstance(value, str) for value in values):
+        texts = _texts(record, columns)
+        if texts is not None:
+            prompt, answers = texts
+            if not all(answer.strip() for answer in answers):
+                raise LeftOut(EMPTY)
+            return {"prompt": prompt, **dict(zip(names, answers)), **label}
+    answers = [_answer(value, column) for value, column in zip(values, columns.answers)]
+    if columns.asked:
+        turns = _question(record, columns)
+    else:
+        turns, answers = _parted(answers, columns)
+    for answer in answers:
+        _check_answer(answer)
+    if columns.system and record[columns.system] and (not turns or turns[0]["role"] != "system"):
+        turns = [{"role": "system", "content": text(record[columns.system], columns.system)}, *turns]
+    tools = columns.tools and record[columns.tools]
+    told = {"tools": tools_of(tools, columns.tools)} if tools else {}
+    return {"messages": turns, **told, **dict(zip(names, answers)), **label}
+
+
+def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
+    """(prompt, answers) of texts that are no turns; None where they are turns."""
+    answers = [text(record[column], column, may_be_empty=True) for column in columns.answers]
+    if not columns.asked:
+        if len(answers) == 1:
+            raise UserError(
+                f"{columns.answers[0]} is a text, in which nothing tells the prompt from the answer; give"
+                " messages, or the prompt in a column of its own"
+            )
+        return _parted_texts(answers, columns)
+    beside = any(name and record[name] for name in (columns.system, columns.history, columns.tools))
+    names = [name.strip().lower() for name in (*columns.asked, columns.answers[-1])]
+    prompt = record[columns.asked[0]]
+    if names[:-1] != ["prompt"] or names[-1] == "reject" or beside or not isinstance(prompt, str):
+        return None
+    return text(prompt, columns.asked[0]), answers
+
+
+def _parted_texts(answers: list[str], columns: Columns) -> tuple[str, list[str]]:
+    """(the common beginning, the answers) of two texts: up to `Assistant:`, or the last whole word."""
+    common = os.path.commonprefix(answers)
+    end = common.rfind(ASSISTANT)
+    if end >= 0:
+        end += len(ASSISTANT)
+    else:
+        end = max(common.rfind(" ", 0, -1), common.rfind("\n", 0, -1))
+    if end <= 0:
+        raise UserError(_NOT_SHARED.format(*columns.answers))
+    return common[:end], [answer[end:] for answer in answers]
+
+
+_NOT_SHARED = "{} and {} do not share their beginning; both must answer the same prompt"
+
+
+def _answer(value: Any, column: str) -> list[dict[str, Any]]:
+    """The turns of an answer, or of a whole conversation."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        return turns_of(value, column, last_is_answer=True)
+    if value is None:
+        raise UserError(f"{column} must be a text or a list of messages, got null")
+    return [{"role": "assistant", "content": "" if value == "" else said(value, column)}]
+
+
+def _question(record: dict, columns: Columns) -> list[dict[str, Any]]:
+    """The turns before the answers."""
+    asked, *context = columns.asked
+    value = record[asked]
+    if isinstance(value, list):
+        turns = turns_of(value, asked)
+        if turns[-1]["role"] == "assistant":
+            raise UserError(f"{asked} ends with the assistant's message; expected what both answers answer")
+    else:
+        words = said(value, asked)
+        for column in context:
+            if record[column] not in (None, ""):
+                words += "\n" + said(record[column], column)
+        turns = [{"role": "user", "content": words}]
+    if columns.history and record[columns.history]:
+        turns = [*earlier_turns(record[columns.history], columns.history), *turns]
+    return turns
+
+
+def _parted(conversations: list[list[dict]], columns: Columns) -> tuple[list[dict], list[list[dict]]]:
+    """(the turns before the answers, the answers) of whole conversations."""
+    if len(conversations) == 1:
+        [turns] = conversations
+        common = max((i + 1 for i, turn in enumerate(turns) if turn["role"] != "assistant"), default=0)
+    else:
+        shortest = min(map(len, conversations))
+        pairs = zip(*conversations)
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
+        common = min(alike, shortest - 1)
+    others = {turns[common]["role"] for turns in conversations} - {"assistant"}
+    if not common or others:
+        part = f"; they part at message {common + 1}, which is the {min(others)}'s" if others else ""
+        raise UserError(_NOT_SHARED.format(*columns.answers, columns.answers[0]) + part)
+    return conversations[0][:common], [turns[common:] for turns in conversations]
+
+
+def _check_answer(turns: list[dict[str, Any]]) -> None:
+    """LeftOut where the last turn says nothing; UserError for an answer with a weight of its own."""
+    for turn in turns:
+        if turn["role"] == "assistant" and turn.get("weight", 1) != 1:
+            raise UserError(
+                f"a compared answer has the weight {turn['weight']}; all of it is compared, so leave it out"
+            )
+    last = turns[-1]
+    if not last["content"].strip() and not any(
+        last.get(name) for name in ("tool_calls", "reasoning_content", "reasoning")
+    ):
+        raise LeftOut(EMPTY)

@@ -1,0 +1,295 @@
+"""Preferences: pairs of a chosen and a rejected answer, or single answers with a label, as flat arrays.
+
+A *unit* of a preference loss is a pair, or under KTO one answer. It lies in one row: each of its answers is a
+document of its own, prompt + answer + end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.progress import progress
+
+from ..common.formatting import counted
+from ..config.launcher import is_first_process
+from .encode import Tokens
+from .file_documents import Document, joined
+
+NAMED = 3  # so many units that were left out are named
+
+
+@dataclasses.dataclass
+class Preference:
+    """One unit. Of a pair the chosen answer comes first, and both have the same tokens before the first
+    trained one.
+    """
+
+    answers: list[Document]
+    chosen: list[bool]
+    # ln p of the trained tokens of each answer by the reference model, (targets,) float32
+    reference: list[np.ndarray] | None = None
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The tokens before the first trained one, (p,) int32 with p >= 1."""
+        return self.answers[0].ids[: prompt_length(self.answers[0])]
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that it takes of a row."""
+        return sum(answer.inputs for answer in self.answers)
+
+    @property
+    def targets(self) -> int:
+        return sum(answer.targets for answer in self.answers)
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    @property
+    def content(self) -> np.ndarray:
+        """What tells it from others, (n,) int32: its tokens, with the length and the label of each answer."""
+        marks = [[len(answer.ids), chosen] for answer, chosen in zip(self.answers, self.chosen)]
+        parts = [part for answer, mark in zip(self.answers, marks) for part in (mark, answer.ids)]
+        return np.concatenate(parts).astype(np.int32)
+
+    @property
+    def held_out_by(self) -> np.ndarray:
+        """Units with equal ones of these are held out together."""
+        return self.prompt
+
+
+def prompt_length(answer: Document) -> int:
+    """The place of the first trained token, which is never the first token."""
+    return 1 + int(np.argmax(answer.weights[1:] != 0))
+
+
+class Answers(Protocol):
+    """Documents that are answers."""
+
+    lengths: np.ndarray  # (n,) int32
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Document: ...
+
+    def take(self, chosen: np.ndarray) -> Answers: ...
+
+
+@dataclasses.dataclass
+class Preferences(Sequence):
+    """The units of a run; it stands where Documents does. There may be 10^6 of them, so they are no objects.
+
+    Nothing of a unit is ever cut off.
+    """
+
+    answers: Answers  # of all units, one unit after another
+    chosen: np.ndarray  # (A,) bool: whether each answer is one to prefer
+    paired: bool  # a unit is two answers, chosen and rejected; else it is one
+    ctx_len: int  # tokens that a unit may take of a row
+    too_long: int = 0  # units that were left out because they take more
+    too_long_places: tuple[str, ...] = ()  # where the first of them are
+    reference: np.ndarray | None = None  # ln p of trained tokens by the reference model, (N,) float32
+    reference_starts: np.ndarray | None = None  # (A,) int64: where those of each answer begin
+
+    # what Documents has beside
+    conversation: ClassVar[None] = None
+    cut: ClassVar[int] = 0
+    cut_tokens: ClassVar[int] = 0
+    split: ClassVar[int] = 0
+    untrained: ClassVar[int] = 0
+    rewritten: ClassVar[tuple[int, int]] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Answers of a unit."""
+        return 2 if self.paired else 1
+
+    def __len__(self) -> int:
+        return len(self.chosen) // self.size
+
+    def __getitem__(self, i: int) -> Preference:
+        i = range(len(self))[i]
+        places = range(i * self.size, (i + 1) * self.size)
+        answers = [self.answers[place] for place in places]
+        reference = None
+        if self.reference is not None:
+            starts = [int(self.reference_starts[place]) for place in places]
+            reference = [self.reference[at : at + a.targets] for at, a in zip(starts, answers)]
+        return Preference(answers, [bool(self.chosen[place]) for place in places], reference)
+
+    def take(self, chosen: np.ndarray) -> Preferences:
+        """The units at these places."""
+        places = (np.asarray(chosen, np.int64)[:, None] * self.size + np.arange(self.size)).ravel()
+        starts = None if self.reference is None else self.reference_starts[places]
+        return dataclasses.replace(
+            self, answers=self.answers.take(places), chosen=self.chosen[places], reference_starts=starts
+        )
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """One more than the tokens that each unit takes of a row, (U,) int32."""
+        return (self._of_units(self.answers.lengths - 1) + 1).astype(np.int32)
+
+    @functools.cached_property
+    def target_counts(self) -> np.ndarray:
+        """Trained tokens of each unit, (U,) int32."""
+        return self._of_units(self._counted[0]).astype(np.int32)
+
+    @functools.cached_property
+    def weight_sums(self) -> np.ndarray:
+        """A step's loss is divided by its units: 1 for each, (U,) float64."""
+        return np.ones(len(self))
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each answer before its first trained one, (A,) int32."""
+        return self._counted[1]
+
+    @functools.cached_property
+    def _counted(self) -> tuple[np.ndarray, np.ndarray]:
+        targets, prompts = np.empty(len(self.answers), np.int32), np.empty(len(self.answers), np.int32)
+        for i, answer in enumerate(self._watched("counting trained tokens")):
+            targets[i], prompts[i] = answer.targets, prompt_length(answer)
+        return targets, prompts
+
+    def _of_units(self, values: np.ndarray) -> np.ndarray:
+        """The sum over the answers of each unit."""
+        return values.reshape(-1, self.size).sum(1)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, of which of them are trained, and of the labels."""
+        digest = hashlib.sha256(b"pairs" if self.paired else b"labels")
+        digest.update(np.ascontiguousarray(self.chosen))
+        for answer in self._watched("hashing the tokens"):
+            digest.update(np.int64(len(answer.ids)))
+            digest.update(answer.ids)
+            digest.update(answer.weights != 0)
+        return digest.hexdigest()
+
+    def _watched(self, doing: str) -> Iterable[Document]:
+        return progress(self.answers, doing, unit="answers", shown=is_first_process())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.answers.lengths.sum(dtype=np.int64))
+
+    @property
+    def targets(self) -> int:
+        return int(self.target_counts.sum(dtype=np.int64))
+
+    @property
+    def weight(self) -> float:
+        """The units."""
+        return float(len(self))
+
+    def with_reference(self, values: np.ndarray) -> Preferences:
+        """With ln p of every trained token by the reference model, (targets,) float32: unit by unit, answer
+        by answer.
+        """
+        if values.shape != (self.targets,):
+            raise ValueError(f"reference: expected ({self.targets},) values, got {values.shape}")
+        ends = np.cumsum(self._counted[0], dtype=np.int64)
+        return dataclasses.replace(self, reference=values, reference_starts=ends - self._counted[0])
+
+    def mismatched(self) -> Preferences:
+        """The prompts with answers of other units, which KTO's baseline is taken from.
+
+        Unit i is the prompt of unit i with another unit's answer, which loses its end where both have more
+        than ctx_len tokens. It is the answer to another prompt, except where more than half of all units ask
+        the same. It depends on the data alone.
+        """
+        if self.paired:
+            raise ValueError("mismatched(): expected single answers, got pairs")
+        prompts = self.prompt_lengths
+        of = _answers_of_others(self.answers, prompts)
+        rest = self.answers.lengths[of] - prompts[of]
+        lengths = prompts + np.minimum(rest, self.ctx_len + 1 - prompts)
+        mixed = MixedDocuments(self.answers, prompts, self.answers.take(of), prompts[of], lengths)
+        return Preferences(mixed, self.chosen, False, self.ctx_len)
+
+
+def _answers_of_others(answers: Answers, prompts: np.ndarray) -> np.ndarray:
+    """For each answer the place of one to another prompt, (A,) int64; every one is taken once."""
+    digests = (
+        hashlib.blake2b(answer.ids[:end], digest_size=16).digest() for answer, end in zip(answers, prompts)
+    )
+    keys = np.fromiter(digests, "S16", len(answers))
+    # Answers to one prompt stand together in this order, and there are never more than the largest group of
+    # them. So who takes the answer so many places further on leaves its group.
+    order = np.argsort(keys, kind="stable")
+    _, counts = np.unique(keys, return_counts=True)
+    of = np.empty(len(order), np.int64)
+    of[order] = np.roll(order, -int(counts.max(initial=0)))
+    return of
+
+
+@dataclasses.dataclass
+class MixedDocuments(Sequence):
+    """Document i is the first prompt_lengths[i] tokens of prompts[i], and those of answers[i] from begins[i]
+    on, lengths[i] tokens in all.
+    """
+
+    prompts: Answers
+    prompt_lengths: np.ndarray  # (n,) int32
+    answers: Answers
+    begins: np.ndarray  # (n,) int32
+    lengths: np.ndarray  # (n,) int32
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Document:
+        prompt, answer = self.prompts[i], self.answers[i]
+        end, begin = int(self.prompt_lengths[i]), int(self.begins[i])
+        last = begin + int(self.lengths[i]) - end
+        return Document(
+            np.concatenate([prompt.ids[:end], answer.ids[begin:last]]),
+            np.concatenate([prompt.weights[:end], answer.weights[begin:last]]),
+        )
+
+    def take(self, chosen: np.ndarray) -> MixedDocuments:
+        return MixedDocuments(
+            self.prompts.take(chosen),
+            self.prompt_lengths[chosen],
+            self.answers.take(chosen),
+            self.begins[chosen],
+            self.lengths[chosen],
+        )
+
+
+def fit_units(
+    files: list[Tokens], chosen: list[np.ndarray], names: list[str], ctx_len: int, paired: bool
+) -> Preferences:
+    """The units that fit into rows of ctx_len tokens, from the chosen documents of each file.
+
+    `names` are of the files, for what is left out. Raises UserError where nothing fits.
+    """
+    answers = joined(files, chosen)
+    labels = np.concatenate([tokens.labels[documents] for tokens, documents in zip(files, chosen)])
+    whole = Preferences(answers, labels > 0, paired, ctx_len)
+    long = whole.lengths - 1 > ctx_len
+    if not long.any():
+        return whole
+    rows = np.concatenate([tokens.places[documents] for tokens, documents in zip(files, chosen)])
+    firsts = np.flatnonzero(long)[:NAMED] * whole.size
+    places = tuple(f"{names[answers.of[i]]} {rows[i]}" for i in firsts)
+    if long.all():
+        shortest = int(whole.lengths.min()) - 1
+        what = "both answers of a pair lie in one row" if paired else "an answer lies in one row"
+        raise UserError(
+            f"{places[0]}: all {counted(len(whole), 'unit')} have more tokens than --ctx_len {ctx_len};"
+            f" {what}, and the shortest takes {shortest}; raise it"
+        )
+    return dataclasses.replace(
+        whole.take(np.flatnonzero(~long)), too_long=int(long.sum()), too_long_places=places
+    )
