@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rwkv_miss
-from src.data.batches import trained_tokens
+from src.data.collate import trained_tokens
 from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.batch_loss import Chunks
