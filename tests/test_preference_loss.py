@@ -1,12 +1,15 @@
 """The losses on preferences against their formulas, written out for one answer after the other in float64."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
 from src.model.preference_loss import METRICS, PreferenceLoss, log_odds, means
+
+from .conftest import ROOT
 
 LOSS = PreferenceLoss(
     "dpo",
@@ -264,3 +267,53 @@ def test_a_missing_reference_is_said():
         LOSS(log_probs, batch | {"reference": None})
     found = means(KINDS["simpo"](log_probs, batch | {"reference": None})[1].tolist())
     assert "kl" not in found and found["nll"] > 0
+
+
+def test_two_answers_that_are_as_likely_are_no_right_pair():
+    batch = {"answer": torch.tensor([0, 1, 1, 2, 3]), "chosen": torch.arange(4) % 2 == 0, "reference": None}
+    found = means(KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist())
+    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.5)
+    found = means(KINDS["simpo"](torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist())
+    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.0)
+
+
+# TRL's own losses; benchmarks/trl_fixtures.py has written them
+TRL = json.loads((ROOT / "tests/fixtures/preference_losses.json").read_text(encoding="utf-8"))
+OF_TRL = [
+    pytest.param(case, name, id=f"{name}, {len(case['chosen'])} answers")
+    for case in TRL["cases"]
+    for name in case["losses"]
+]
+
+
+def flat(answers):
+    return torch.tensor([number for answer in answers for number in answer], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case, name", OF_TRL)
+def test_losses_and_gradients_are_those_of_trl(case, name):
+    """To 1e-6; TRL's are means over the batch. Its ORPO computes the odds in fp32."""
+    settings, loss, gradient = case["losses"][name].values()
+    neutral = dict.fromkeys((field.name for field in dataclasses.fields(PreferenceLoss)), 0)
+    ours = PreferenceLoss(**neutral | {"average": False} | settings)
+    counts = torch.tensor([len(answer) for answer in case["log_probs"]])
+    batch = {"answer": torch.repeat_interleave(counts), "chosen": torch.tensor(case["chosen"])}
+    batch |= {"reference": flat(case["reference"]).float(), "baseline": case.get("baseline")}
+    log_probs = flat(case["log_probs"]).float().requires_grad_()
+    mean = ours(log_probs, batch)[0] / (len(counts) // 2 if ours.paired else len(counts))
+    (got,) = torch.autograd.grad(mean, log_probs)
+    wanted = flat(gradient)
+    assert mean.item() == pytest.approx(loss, rel=1e-6)
+    assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_the_baseline_is_that_of_trl():
+    """The mean of the mismatched ratios, which is not below 0."""
+    baselines = [case["baseline"] for case in TRL["cases"] if "baseline" in case]
+    ratios = [
+        (flat(case["mismatched"]) - flat(case["mismatched_reference"])).sum().item() / len(case["chosen"])
+        for case in TRL["cases"]
+        if "baseline" in case
+    ]
+    assert min(ratios) < 0 < max(ratios)
+    assert baselines == pytest.approx([max(ratio, 0) for ratio in ratios], abs=1e-12)

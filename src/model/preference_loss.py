@@ -202,9 +202,7 @@ def log_odds(logp: Tensor) -> Tensor:
     """ln(p / (1 - p)) of ln p in float64, finite, and with a finite gradient, at p = 1 too."""
     # the gradient passes by the bound: an answer that is too likely has the largest one
     logp = logp + (logp.clamp(max=NEAREST) - logp).detach()
-    # of two ways to ln(1 - p) the one that loses no digits
-    near_one = torch.log(-torch.expm1(logp))
-    return logp - torch.where(logp > -math.log(2), near_one, torch.log1p(-torch.exp(logp)))
+    return logp - torch.log(-torch.expm1(logp))
 
 
 def means(sums: Sequence[float]) -> dict[str, float]:
