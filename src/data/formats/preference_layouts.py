@@ -72,11 +72,6 @@ class Columns(NamedTuple):
     tools: str | None = None
 
     @property
-    def whole(self) -> Columns:
-        """The same for answers that are whole conversations."""
-        return self._replace(asked=(), history=None)
-
-    @property
     def used(self) -> tuple[str, ...]:
         names = (*self.asked, *self.answers, self.label, self.system, self.history, self.tools)
         return tuple(filter(None, names))
@@ -95,35 +90,36 @@ def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tu
     if not isinstance(record, dict):
         raise UserError(f"{EXPECTED[rows]}; got {type(record).__name__}")
     present = tuple(name for name, value in record.items() if value is not None)
+    names = tuple(record)
+    present = tuple(name for name, value in record.items() if value is not None)
     is_label = bool(fields) and rows == LABELS and _is_label(record.get(fields[-1]))
-    columns = find_columns(tuple(record), present, fields, rows, is_label)
-    if columns.asked and _holds_prompt(record[columns.answers[0]]):
-        _check_beginning(record, columns)
-        columns = columns.whole
+    answers, label = find_answers(names, present, fields, rows, is_label)
+    is_whole = _holds_prompt(record[answers[0]])
+    columns = find_columns(names, present, fields, answers, label, is_whole)
+    if is_whole:
+        _check_beginnings(record, answers[0])
     layout = Layout(columns.name, columns.used, functools.partial(_convert, columns=columns))
     return layout, layout.convert(record)
 
 
 @functools.lru_cache(maxsize=1024)
-def find_columns(
+def find_answers(
     names: tuple[str, ...], present: tuple[str, ...], fields: tuple[str, ...], rows: str, is_label: bool
-) -> Columns:
-    """The columns of a record with these names, of which `present` hold a value.
+) -> tuple[tuple[str, ...], str | None]:
+    """(the columns of the answers, that of the label) of a record with these names.
 
-    `fields` are those of --sft_field; `is_label`: the last of them holds a label.
+    `present` of them hold a value. `fields` are those of --sft_field; `is_label`: the last of them holds a
+    label.
     """
-    by_name = {name.strip().lower(): name for name in names}
     if fields:
         check_fields(fields, names)
-        count = 1 if is_label else 2
-        *asked, first, second = (None, *fields) if len(fields) == 1 else fields
-        if first is None:
+        if len(fields) == 1:
             raise UserError(f"--sft_field {fields[0]}: one column is no pair of answers. {EXPECTED[rows]}")
-        answers, label = ((first,), second) if is_label else ((first, second), None)
-        return _with_others(Columns(tuple(asked), answers[:count], label), by_name)
+        return ((fields[-2],), fields[-1]) if is_label else (fields[-2:], None)
+    by_name = _by_name(names)
     chosen, rejected = _first(CHOSEN, by_name), _first(REJECTED, by_name)
     if chosen and rejected:
-        return _with_others(Columns(_asked(by_name, present, ()), (chosen, rejected), None), by_name)
+        return (chosen, rejected), None
     if chosen or rejected:
         absent, wanted = ("rejected", REJECTED) if chosen else ("chosen", CHOSEN)
         raise UserError(
@@ -134,21 +130,44 @@ def find_columns(
     completion = _only([by_name[name] for name in ANSWERS if by_name.get(name) in present], names)
     if not label or rows == PAIRS:
         raise UserError(_wrong_row(rows, label, completion, present, names))
-    asked = _asked(by_name, present, () if completion else QUESTIONS)
-    if completion is None:
-        # the answer is the end of a conversation
-        if not asked:
-            raise UserError(f"{EXPECTED[rows]}; got keys {shown(names)}")
-        return _with_others(Columns((), asked, label), by_name)
-    if not asked:
+    # without a completion the answer is the end of a conversation
+    answer = completion or _only([by_name[name] for name in CONVERSATIONS if name in by_name], names)
+    if answer is None:
         raise UserError(f"{EXPECTED[rows]}; got keys {shown(names)}")
-    return _with_others(Columns(asked, (completion,), label), by_name)
+    return (answer,), label
 
 
-def _asked(by_name: dict[str, str], present: tuple[str, ...], but: Iterable[str]) -> tuple[str, ...]:
-    """The columns of what is asked, without those named `but`; () for none."""
+@functools.lru_cache(maxsize=1024)
+def find_columns(
+    names: tuple[str, ...],
+    present: tuple[str, ...],
+    fields: tuple[str, ...],
+    answers: tuple[str, ...],
+    label: str | None,
+    is_whole: bool,
+) -> Columns:
+    """The columns of a record whose answers and label are known; `is_whole`: the prompt is in the answers."""
+    by_name = _by_name(names)
+    if is_whole:
+        asked: tuple[str, ...] = ()
+    elif fields:
+        asked = fields[:-2]
+    else:
+        asked = _asked({lower: name for lower, name in by_name.items() if name not in answers}, present)
+        if label and not asked and answers[0].strip().lower() not in CONVERSATIONS:
+            raise UserError(f"{EXPECTED[LABELS]}; got keys {shown(names)}")
+    beside = {lower: name for lower, name in by_name.items() if name not in (*asked, *answers, label)}
+    history = None if is_whole else beside.get("history")
+    return Columns(asked, answers, label, _first(SYSTEMS, beside), history, beside.get("tools"))
+
+
+def _by_name(names: tuple[str, ...]) -> dict[str, str]:
+    return {name.strip().lower(): name for name in names}
+
+
+def _asked(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of what is asked; () for none."""
     found = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if by_name.get(name) in present]
-    found = [name for name in found if name.strip().lower() not in but]
     instruction = by_name.get("instruction")
     context = [by_name[name] for name in CONTEXTS if by_name.get(name) in present and instruction in found]
     asked = _only([name for name in found if name not in context], tuple(by_name.values()))
@@ -165,15 +184,6 @@ def _only(found: list[str], names: tuple[str, ...]) -> str | None:
             f" prompt,chosen,rejected or prompt,completion,label; got keys {shown(names)}"
         )
     return found[0] if found else None
-
-
-def _with_others(columns: Columns, by_name: dict[str, str]) -> Columns:
-    """With the columns for a system prompt, earlier turns and tools."""
-    used = columns.used
-    beside = {lower: name for lower, name in by_name.items() if name not in used}
-    return columns._replace(
-        system=_first(SYSTEMS, beside), history=beside.get("history"), tools=beside.get("tools")
-    )
 
 
 def _first(wanted: Iterable[str], by_name: dict[str, str]) -> str | None:
@@ -212,15 +222,15 @@ def _holds_prompt(answer: Any) -> bool:
     return turns_of(answer[:1], "")[0]["role"] != "assistant"
 
 
-def _check_beginning(record: dict, columns: Columns) -> None:
-    """UserError where a prompt of several turns is another one than that of the whole conversations."""
-    asked, answer = record[columns.asked[0]], columns.answers[0]
-    if isinstance(asked, list) and record[answer][: len(asked)] != asked:
-        raise UserError(
-            f"{answer} begins with a message that is not the assistant's, so it is a whole conversation, and"
-            f" {columns.asked[0]} is not its beginning; give the answer alone, or leave"
-            f" {columns.asked[0]} out"
-        )
+def _check_beginnings(record: dict, answer: str) -> None:
+    """UserError where the turns in another column are not those that a whole conversation begins with."""
+    for name, value in record.items():
+        is_asked = name != answer and name.strip().lower() in (*CONVERSATIONS, *QUESTIONS)
+        if is_asked and isinstance(value, list) and record[answer][: len(value)] != value:
+            raise UserError(
+                f"{answer} begins with a message that is not the assistant's, so it is a whole conversation,"
+                f" and {name} is not its beginning; give the answer alone, or leave {name} out"
+            )
 
 
 def _convert(record: dict, columns: Columns) -> dict[str, Any]:
@@ -274,7 +284,8 @@ def _parted_texts(answers: list[str], columns: Columns) -> tuple[str, list[str]]
     if end >= 0:
         end += len(ASSISTANT)
     else:
-        end = max(common.rfind(" ", 0, -1), common.rfind("\n", 0, -1))
+        last = min(map(len, answers)) - 1  # an answer has a character at least
+        end = max(common.rfind(" ", 0, last), common.rfind("\n", 0, last))
     if end <= 0:
         raise UserError(_NOT_SHARED.format(*columns.answers))
     return common[:end], [answer[end:] for answer in answers]
@@ -290,7 +301,7 @@ def _answer(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
         return turns_of(value, column, last_is_answer=True)
     if value is None:
-        raise UserError(f"{column} must be a text or a list of messages, got null")
+        raise UserError(f"{column} must be a text or a list of messages, got None")
     return [{"role": "assistant", "content": "" if value == "" else said(value, column)}]
 
 

@@ -1,0 +1,320 @@
+"""Pairs of answers and labelled answers: every layout becomes one of four forms, and a wrong row is named
+with its file, its line, and what to do.
+"""
+
+import gzip
+import json
+
+import pytest
+
+from rwkv_miss import UserError
+from src.config import Config
+from src.data.formats import LABELS, PAIRS, SFT, Reading, Report, read_records, sources
+
+from .test_data import assistant, user
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """read(rows or text, reading, ...) -> (records, report)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(rows, kind=PAIRS, name="data.jsonl", fields="", on_bad_row="stop"):
+        if not isinstance(rows, str):
+            rows = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(rows)
+        report = Report(on_bad_row)
+        reading = Reading(tuple(filter(None, fields.split(","))), rows=kind)
+        return [record for _, record in read_records(name, report, reading)], report
+
+    return run
+
+
+ASKED = [user("2+2?")]
+YES, NO = [assistant("4")], [assistant("5")]
+CHAT = {"messages": ASKED, "chosen": YES, "rejected": NO}
+RAW = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+SYSTEM = {"role": "system", "content": "s"}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "4"}
+FORMS = [
+    ("TRL's texts", RAW, RAW),
+    ("TRL's conversations", {"prompt": ASKED, "chosen": YES, "rejected": NO}, CHAT),
+    ("TRL's implicit conversations", {"chosen": ASKED + YES, "rejected": ASKED + NO}, CHAT),
+    (
+        "UltraFeedback",
+        {"prompt": "2+2?", "chosen": ASKED + YES, "rejected": ASKED + NO, "messages": ASKED + YES},
+        CHAT,
+    ),
+    (
+        "TRL's implicit texts",
+        {"chosen": "So 2+2 is 4", "rejected": "So 2+2 is 55"},
+        {"prompt": "So 2+2 is", "chosen": " 4", "rejected": " 55"},
+    ),
+    (
+        "hh-rlhf",
+        {"chosen": "\n\nHuman: a\n\nAssistant: No x", "rejected": "\n\nHuman: a\n\nAssistant: No y"},
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " No x", "rejected": " No y"},
+    ),
+    ("messages, texts", {"messages": ASKED, "chosen": "4", "rejected": "5"}, CHAT),
+    (
+        "one message each",
+        {
+            "conversations": [{"from": "human", "value": "2+2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+        CHAT,
+    ),
+    ("a text and messages", {"prompt": "2+2?", "chosen": YES, "rejected": "5"}, CHAT),
+    ("numbers", {"question": "2+2?", "chosen": 4, "rejected": 5}, CHAT),
+    ("RWKV-LM-RLHF", {"prompt": "2+2?", "chosen": "4", "reject": "5"}, CHAT),
+    (
+        "orca_dpo_pairs",
+        {"system": "s", "question": "2+2?", "chosen": "4", "rejected": "5"},
+        {**CHAT, "messages": [SYSTEM, *ASKED]},
+    ),
+    (
+        "a system column beside a prompt",
+        {"system": "s", "prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {**CHAT, "messages": [SYSTEM, *ASKED]},
+    ),
+    (
+        "instruction, input",
+        {"instruction": "Add", "input": "2+2", "chosen_response": "4", "rejected_response": "5"},
+        {**CHAT, "messages": [user("Add\n2+2")]},
+    ),
+    (
+        "history",
+        {"query": "2+2?", "history": [["a", "b"]], "chosen": "4", "rejected": "5"},
+        {**CHAT, "messages": [user("a"), assistant("b"), *ASKED]},
+    ),
+    (
+        "several turns",
+        {"messages": [user("a"), assistant("b"), *ASKED], "chosen": "4", "rejected": "5"},
+        {**CHAT, "messages": [user("a"), assistant("b"), *ASKED]},
+    ),
+    (
+        "tools",
+        {"messages": ASKED, "tools": json.dumps(TOOLS), "chosen": [CALL, RESULT, *YES], "rejected": NO},
+        {"messages": ASKED, "tools": TOOLS, "chosen": [CALL, RESULT, *YES], "rejected": NO},
+    ),
+    ("implicit, equal answers", {"chosen": ASKED + YES, "rejected": ASKED + YES}, {**CHAT, "rejected": YES}),
+    (
+        "implicit, one goes on",
+        {"chosen": ASKED + YES, "rejected": ASKED + YES + ASKED + NO},
+        {**CHAT, "rejected": YES + ASKED + NO},
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", [PAIRS, LABELS])
+@pytest.mark.parametrize(("row", "wanted"), [form[1:] for form in FORMS], ids=[form[0] for form in FORMS])
+def test_pairs(read, row, wanted, kind):
+    assert read([row], kind)[0] == [wanted]
+    # names of columns in any case, other columns, and nulls in place of absent ones
+    odd = {name.title(): value for name, value in row.items()} | {"id": 7, "history": row.get("history")}
+    if "history" not in row:
+        assert read([odd], kind)[0] == [wanted]
+
+
+GOOD = {"messages": ASKED, "completion": YES, "label": True}
+LABELLED = [
+    (
+        "TRL's texts",
+        {"prompt": "2+2=", "completion": "4", "label": False},
+        {"prompt": "2+2=", "completion": "4", "label": False},
+    ),
+    ("TRL's conversations", {"prompt": ASKED, "completion": YES, "label": True}, GOOD),
+    ("messages", {"messages": ASKED, "completion": "4", "label": True}, GOOD),
+    (
+        "a question",
+        {"question": "2+2?", "answer": "4", "label": True, "system": "s"},
+        {**GOOD, "messages": [SYSTEM, *ASKED]},
+    ),
+    (
+        "a whole conversation",
+        {"messages": [user("a"), assistant("b"), *ASKED, CALL, RESULT, *YES], "label": True},
+        {**GOOD, "messages": [user("a"), assistant("b"), *ASKED, CALL, RESULT]},
+    ),
+    (
+        "words in a table",
+        {"prompt": "2+2=", "completion": "4", "label": "False"},
+        {"prompt": "2+2=", "completion": "4", "label": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted"), [f[1:] for f in LABELLED], ids=[f[0] for f in LABELLED])
+def test_labelled_answers(read, row, wanted):
+    assert read([row], LABELS)[0] == [wanted]
+
+
+def test_columns_can_be_named(read):
+    row = {"q": "2+2?", "good": "4", "bad": "5", "ok": True, "label": 3}
+    assert read([row], fields="q,good,bad")[0] == [CHAT]
+    assert read([row], LABELS, fields="q,good,bad")[0] == [CHAT]
+    assert read([row], LABELS, fields="q,good,ok")[0] == [GOOD]
+    assert read([{**RAW, "messages": ASKED}], fields="prompt,chosen,rejected")[0] == [RAW]
+    whole = {"w": ASKED + YES, "l": ASKED + NO}
+    assert read([whole], fields="w,l")[0] == [CHAT]
+
+
+def test_files_of_every_format(read, tmp_path):
+    csv = "prompt,chosen,reject\n2+2?,4,5\n2+2?,4,5\n"
+    assert read(csv, name="a.csv")[0] == [CHAT, CHAT]
+    assert read(csv.replace(",", "\t"), name="a.txt")[0] == [CHAT, CHAT]
+    assert read("prompt,completion,label\n2+2=,4,True\n", LABELS, name="l.csv")[0][0]["label"] is True
+    assert read(json.dumps([RAW, RAW]), name="a.json")[0] == [RAW, RAW]
+    assert read(json.dumps(RAW, indent=1), name="one.json")[0] == [RAW]
+    implicit = {"chosen": ASKED + YES, "rejected": ASKED + NO}
+    assert read(json.dumps(implicit, indent=1), name="two.json")[0] == [CHAT]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(RAW).encode()))
+    found = [record for _, record in read_records("b.jsonl.gz", reading=Reading(rows=PAIRS))]
+    assert found == [RAW]
+
+
+def test_tables_of_other_programs(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="PARQUET IS NOT TESTED: pip install pyarrow")
+    import pyarrow.parquet
+
+    rows = [{"chosen": ASKED + YES, "rejected": ASKED + NO}] * 2
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    found = list(read_records(tmp_path / "p.parquet", reading=Reading(rows=PAIRS)))
+    assert [record for _, record in found] == [CHAT, CHAT] and found[1][0].endswith("p.parquet, row 2")
+
+
+def test_the_loss_says_what_rows_are():
+    assert [Reading.of(Config(loss=loss)).rows for loss in ("sft", "dpo", "orpo", "kto")] == [
+        SFT,
+        PAIRS,
+        PAIRS,
+        LABELS,
+    ]
+
+
+BAD = [
+    (PAIRS, {"prompt": "a", "chosen": "b"}, "'chosen' and no rejected answer", "rejected or reject or"),
+    (PAIRS, {"prompt": "a", "reject": "b"}, "'reject' and no chosen answer", "chosen or chosen_response"),
+    (PAIRS, {"prompt": "a", "chosen": "b", "rejected": None}, "rejected must be", "got None"),
+    (PAIRS, {"prompt": ASKED, "chosen": None, "rejected": NO}, "chosen must be a text or a list", "None"),
+    (PAIRS, {"prompt": None, "chosen": "b", "rejected": "c"}, "do not share their beginning", "same prompt"),
+    (PAIRS, {"prompt": ASKED, "chosen": YES + ASKED, "rejected": NO}, "the last message is from user", ""),
+    (PAIRS, {"prompt": ASKED + YES, "chosen": YES, "rejected": NO}, "prompt ends with the assistant's", ""),
+    (
+        PAIRS,
+        {"chosen": ASKED + YES, "rejected": [user("3+3?"), *NO]},
+        "do not share their beginning",
+        "message 1",
+    ),
+    (
+        PAIRS,
+        {"chosen": ASKED + YES + [user("a")] + NO, "rejected": ASKED + YES + [user("b")] + NO},
+        "part at message 3",
+        "user's",
+    ),
+    (
+        PAIRS,
+        {"prompt": [SYSTEM], "chosen": ASKED + YES, "rejected": ASKED + NO},
+        "prompt is not its beginning",
+        "",
+    ),
+    (
+        PAIRS,
+        {"prompt": ASKED, "chosen": [{**YES[0], "weight": 0}], "rejected": NO},
+        "has the weight 0",
+        "leave it out",
+    ),
+    (
+        PAIRS,
+        {"prompt": ASKED, "chosen": [{"role": "wizard", "content": "x"}], "rejected": NO},
+        "a message must be",
+        "wizard",
+    ),
+    (PAIRS, {"prompt": "a", "chosen": ["b"], "rejected": "c"}, "a message must be", ""),
+    (
+        PAIRS,
+        {"prompt": "a", "chosen": True, "rejected": "c"},
+        "chosen must be a non-empty string, got True",
+        "",
+    ),
+    (PAIRS, {"prompt": "", "chosen": "b", "rejected": "c"}, "prompt must be a non-empty string", ""),
+    (
+        PAIRS,
+        {"prompt": "a", "messages": ASKED, "chosen": "b", "rejected": "c"},
+        "several columns for one thing, messages, prompt",
+        "--sft_field",
+    ),
+    (PAIRS, {"messages": ASKED + YES}, "--loss sft trains", "expected a pair"),
+    (PAIRS, {"text": "a"}, "--loss sft trains", "expected a pair"),
+    (PAIRS, {"prompt": "a", "completion": "b", "label": True}, "is for --loss kto", "expected a pair"),
+    (PAIRS, {"a": 1}, "expected a pair", "got keys"),
+    (PAIRS, ["a"], "expected a pair", "got list"),
+    (LABELS, {"prompt": "a", "completion": "b"}, "--loss sft trains", '"label": true'),
+    (LABELS, {"prompt": "a", "completion": "b", "label": 1}, "label must be true", "got 1"),
+    (LABELS, {"prompt": "a", "completion": "b", "label": None}, "label must be true", "got None"),
+    (LABELS, {"prompt": "a", "completion": "b", "label": "good"}, "label must be true", "'good'"),
+    (LABELS, {"prompt": "a", "label": True}, "expected an answer with a label", ""),
+    (LABELS, {"text": "a", "label": True}, "expected an answer with a label", ""),
+    (LABELS, {"completion": "a", "label": True}, "expected an answer with a label", ""),
+    (LABELS, {"messages": "a b", "label": True}, "nothing tells the prompt from the answer", ""),
+    (LABELS, {"messages": YES, "label": True}, "do not share", ""),
+    (SFT, RAW, "is for --loss dpo, ipo, orpo, simpo or kto", "--sft_field prompt,chosen"),
+    (SFT, {"prompt": ASKED, "chosen": YES, "reject": NO}, "is for --loss dpo", "expected one of"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "wrong", "todo"), BAD, ids=range(len(BAD)))
+def test_a_wrong_row_is_named_with_what_to_do(read, kind, row, wrong, todo):
+    good = {PAIRS: RAW, LABELS: {"prompt": "a", "completion": "b", "label": True}, SFT: {"text": "x"}}[kind]
+    with pytest.raises(UserError) as error:
+        read([good, row], kind)
+    message = str(error.value)
+    assert message.startswith("data.jsonl, line 2: ") and wrong in message and todo in message
+    assert "\n" not in message and len(message) < 600
+    # and with --on_bad_row skip the others are used
+    records, report = read([good, row, good], kind, on_bad_row="skip")
+    assert records == [good, good] and report.bad == 1 and wrong in report.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (PAIRS, {"prompt": "a", "chosen": "b", "rejected": ""}),
+        (PAIRS, {"prompt": "a", "chosen": " \n", "rejected": "b"}),
+        (PAIRS, {"prompt": ASKED, "chosen": YES, "rejected": [assistant("")]}),
+        (PAIRS, {"question": "a", "chosen": "", "rejected": "b"}),
+        (PAIRS, {"chosen": "a\n\nAssistant:", "rejected": "a\n\nAssistant: b"}),
+        (LABELS, {"prompt": "a", "completion": "", "label": False}),
+    ],
+)
+def test_an_empty_answer_is_left_out_and_named(read, kind, row):
+    good = {"prompt": "a", "completion": "b", "label": True} if kind == LABELS else RAW
+    records, report = read([row, good, row], kind)
+    assert records == [good] and report.bad == 0
+    assert (
+        report.lines()[-1]
+        == "left out   2 rows, in which an answer is empty: data.jsonl, line 1, data.jsonl, line 3"
+    )
+    with pytest.raises(
+        UserError, match="holds no rows that can be used: an answer is empty in 1 row, such as"
+    ):
+        read([row], kind)
+
+
+def test_thoughts_and_calls_are_no_empty_answers(read):
+    rows = [{"prompt": ASKED, "chosen": [CALL], "rejected": [{**NO[0], "content": "", "reasoning": "hm"}]}]
+    assert len(read(rows)[0]) == 1
+
+
+@pytest.mark.parametrize("fields", ["prompt", "prompt,chosen,worse"])
+def test_wrong_names_of_columns(read, fields):
+    with pytest.raises(UserError, match=f"--sft_field {fields}: "):
+        read([RAW], fields=fields)
+
+
+def test_formats_are_told_by_the_columns_of_pairs(tmp_path):
+    (tmp_path / "a.txt").write_text("prompt\tchosen\treject\na\tb\tc\n")
+    (tmp_path / "b.txt").write_text(json.dumps({"chosen": "a b", "rejected": "a c"}))
+    assert [sources(str(tmp_path / name))[0].format for name in ("a.txt", "b.txt")] == ["TSV", "JSONL"]
