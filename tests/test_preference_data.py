@@ -26,7 +26,7 @@ from src.data.templates import load_template
 
 from .test_data import assistant, user
 from .test_generate import named
-from .test_rewritten_turns import FORGETFUL, LASTING
+from .test_rewritten_turns import COLON, FORGETFUL, LASTING, g1
 from .test_templates import thinking
 
 BYTES = named("bytes")
@@ -89,10 +89,14 @@ def test_a_pair_is_what_a_conversation_with_each_answer_is(name):
 THOUGHTFUL = [name for name in SOURCES if "fake" not in name and name not in LASTING]
 
 
-@pytest.mark.parametrize("name", THOUGHTFUL)
+# asks with <think, which it does not write before an answer without thoughts
+ASKS_OTHERWISE = g1(COLON, "<think", "")
+
+
+@pytest.mark.parametrize("name", [*THOUGHTFUL, "asks otherwise"])
 def test_thoughts_of_one_answer_alone_belong_to_the_answers(name):
     """A template may open <think> before one answer only, or cut the prompt at another place."""
-    encoder = Encoder(BYTES, load_template(SOURCES[name]))
+    encoder = Encoder(BYTES, load_template(SOURCES.get(name, ASKS_OTHERWISE)))
     thoughts = "嗯，hm" if name == "think-chinese" else "hm"
     answers = {"chosen": [thinking(thoughts, "<a")], "rejected": [assistant("b")]}
     for record in (answers, dict(zip(answers, reversed(answers.values())))):
