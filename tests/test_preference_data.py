@@ -400,7 +400,7 @@ def loop(rows):
 
 
 def contexts(batch):
-    """(answer, all tokens that were read, target) of the trained tokens, from the tensors of a batch alone."""
+    """(answer, all tokens that were read, target) of each trained token, from a batch's tensors alone."""
     ids, reset = batch["ids"], batch["reset"]
     width, chunk = ids.shape[1], batch["chunk"] or ids.shape[1]
     found = []
