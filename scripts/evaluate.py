@@ -14,29 +14,38 @@ from typing import Any, NamedTuple
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
+    from rwkv_miss import Arch
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.identity import Identity
     from rwkv_miss.progress import progress
     from src.common.device import choose_accelerator, choose_precision
+    from src.common.files import write_lines
+    from src.config import Config
     from src.data.chat_template import Template
+    from src.data.encode import Encoder
     from src.data.fetch import fetch_data
     from src.data.formats import Reading
     from src.data.leading_token import leading_token, text_of
+    from src.data.preferences import Preferences
+    from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.templates import choose_template, recorded_template
     from src.data.tokenizer import Tokenizer
     from src.evaluation.answering import Asking, answers_to, engine_for
     from src.evaluation.answers_file import AnswersFile, digest, read_answers, require_unstarted_or_same
     from src.evaluation.code_scoring import passed, read_problems
-    from src.evaluation.flags import add_flags, check, sampling_of
+    from src.evaluation.flags import BETA, add_flags, check, sampling_of
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.many_samples import Scores, scores_of
+    from src.evaluation.preferences import Compared, read_preferences
     from src.evaluation.presets import PRESETS
     from src.evaluation.questions import Answer, Question, answer_limit, read_questions
     from src.evaluation.scoring import SCORES
-    from src.inference.load import load
+    from src.inference.load import load, load_with
     from src.inference.sampling import Sampling
+    from src.model import RWKV, read_model_file
+    from src.planning.base_model import check_reference
 
 DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
 WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the limit
@@ -46,40 +55,107 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
         name_local_files(args)
-        asked = ask_model(args) if args.model else read_answered(args)
-        flat = [answer for answers in asked.answers for answer in answers]
-        cut = None
-        if all(answer.cut is not None for answer in flat):
-            cut = sum(answer.cut for answer in flat)
-        if args.score == "code" and not args.run_code:
-            tell_cut(cut, len(flat), asked.limit)
-            print(
-                f"{len(flat)} answers are in {args.save}, not scored: --answers {args.save} --score code"
-                " --run_code runs them"
-            )
-            return
-        right = judged(args.score, asked)
-        show(args, asked, right)
+        if args.preferences:
+            evaluate_preferences(args)
+        else:
+            evaluate_questions(args)
+
+
+def evaluate_questions(args: argparse.Namespace) -> None:
+    """Print how many answers are right."""
+    args.adapter = next(iter(args.adapter), None)  # check() has seen to it that there is no other
+    asked = ask_model(args) if args.model else read_answered(args)
+    flat = [answer for answers in asked.answers for answer in answers]
+    cut = None
+    if all(answer.cut is not None for answer in flat):
+        cut = sum(answer.cut for answer in flat)
+    if args.score == "code" and not args.run_code:
         tell_cut(cut, len(flat), asked.limit)
-        scores = scores_of(right, results(args.score, asked))
-        tell_scores(scores, right)
-        summary = {
-            "accuracy": scores.accuracy,
-            "score": args.score,
-            "questions": len(asked.questions),
-            "model": recorded(args.model),
-            "adapter": recorded(args.adapter),
-            "precision": None if args.answers else args.precision,
-            "answers": args.answers,
-            "bos": asked.bos,
-            "max_tokens": asked.limit,
-            "cut": cut,
-        }
-        if len(right[0]) > 1:
-            summary |= {"samples": len(right[0]), **scores.record()}
-        if args.model and args.temperature:
-            summary |= {**sampling_of(args), "seed": args.seed}
-        print(json.dumps(summary))
+        print(
+            f"{len(flat)} answers are in {args.save}, not scored: --answers {args.save} --score code"
+            " --run_code runs them"
+        )
+        return
+    right = judged(args.score, asked)
+    show(args, asked, right)
+    tell_cut(cut, len(flat), asked.limit)
+    scores = scores_of(right, results(args.score, asked))
+    tell_scores(scores, right)
+    summary = {
+        "accuracy": scores.accuracy,
+        "score": args.score,
+        "questions": len(asked.questions),
+        "model": recorded(args.model),
+        "adapter": recorded(args.adapter),
+        "precision": None if args.answers else args.precision,
+        "answers": args.answers,
+        "bos": asked.bos,
+        "max_tokens": asked.limit,
+        "cut": cut,
+    }
+    if len(right[0]) > 1:
+        summary |= {"samples": len(right[0]), **scores.record()}
+    if args.model and args.temperature:
+        summary |= {**sampling_of(args), "seed": args.seed}
+    print(json.dumps(summary))
+
+
+def evaluate_preferences(args: argparse.Namespace) -> None:
+    """Print how likely the model, or each of the adapters, finds the answers of pairs."""
+    args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
+    encoder = encoder_for(args)
+    data = read_preferences(args.preferences, encoder, Reading.of(args))
+    files = {path: path for path in args.adapter}
+    adapters, _ = load_with(args.model, files, args.tokenizer, args.eod, precision=args.precision)
+    compared = beside_reference(args, data, adapters.model)
+    rows = []
+    for adapter in args.adapter or [None]:
+        adapters.use([adapter] if adapter else [])
+        found = compared.measure(adapters.model, args.beta or BETA)
+        about = {"model": recorded(args.model), "adapter": recorded(adapter)}
+        counts = ", ".join(f"{count:,} {name}" for name, count in found.counts.items())
+        worst = found.worst(args.show, encoder.tokenizer)
+        print("\n".join([*worst, f"{adapter or args.model}: {counts}", *found.lines()]))
+        rows += [about | row for row in found.rows(encoder.tokenizer, range(len(data)))]
+        summary = {"preferences": args.preferences, **found.counts, **about, "precision": args.precision}
+        summary |= {"bos": list(encoder.bos), "reference": None}
+        if compared.data.reference is not None:
+            summary |= {"reference": recorded(args.reference or args.model), "beta": args.beta or BETA}
+        print(json.dumps(summary | found.figures))
+    if args.save:
+        write_lines(args.save, rows)
+
+
+def encoder_for(args: argparse.Namespace) -> Encoder:
+    """How the rows become tokens: as the adapters record it, else the model. No weight is read."""
+    arch = Arch.detect(read_model_file(args.model))
+    if args.reference:
+        check_reference(Config(load_model=args.model, reference=args.reference), arch)
+    chosen = {}
+    for adapter in args.adapter or [None]:
+        files = [path for path in (adapter, args.model) if path]
+        tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
+        template = recorded_template(args.template, tokenizer, *files, tool_style=args.tool_style)
+        bos = leading_token(args.bos, tokenizer, *files)
+        chosen[tokenizer.name, template.record, bos] = Encoder(tokenizer, template, bos=bos)
+    if len(chosen) > 1:
+        told = " and ".join(f"{name}, {template[:40]!r}, {bos}" for name, template, bos in chosen)
+        raise UserError(
+            f"the adapters record different tokenizers, templates or leading tokens ({told}); give"
+            " --tokenizer, --template and --bos, or measure them one by one"
+        )
+    return next(iter(chosen.values()))
+
+
+def beside_reference(args: argparse.Namespace, data: Preferences, base: RWKV) -> Compared:
+    """The data with ln p by the reference: another model, or the base that has adapters, now without them."""
+    if args.reference:
+        model, _ = load(args.reference, None, args.tokenizer, args.eod, precision=args.precision)
+        return Compared.with_reference(data, model)
+    if args.adapter:
+        return Compared.with_reference(data, base)
+    print("there is no --reference FILE and no --adapter of the model: log p alone, and no rewards")
+    return Compared(data)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -113,10 +189,13 @@ def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
 
 def name_local_files(args: argparse.Namespace) -> None:
     """Have the flags name local files."""
-    args.questions = fetch_data(args.questions)
-    for name in ("model", "adapter"):
+    for name in ("questions", "preferences"):
+        if given := getattr(args, name):
+            setattr(args, name, fetch_data(given))
+    for name in ("model", "reference"):
         if given := getattr(args, name):
             setattr(args, name, local_path(given))
+    args.adapter = [local_path(given) for given in args.adapter]
 
 
 class Answered(NamedTuple):

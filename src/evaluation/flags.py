@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+from collections.abc import Callable
+from typing import Any
 
 from rwkv_miss.errors import Parser, UserError
 from rwkv_miss.files.output import require_writable
@@ -18,6 +22,10 @@ from .presets import PRESETS
 from .questions import LIMITS, THOUGHTS
 from .scoring import SCORES
 
+BETA = 0.1  # of rewards, as in the papers of DPO, IPO and KTO
+# what --preferences takes of the other flags
+WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "save", "show")
+
 
 def add_flags(parser: Parser) -> None:
     """All of them."""
@@ -25,13 +33,22 @@ def add_flags(parser: Parser) -> None:
     add_questions(parser)
     add_answers(parser)
     add_sampling(parser)
+    add_preferences(parser)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What answers, and how it is asked."""
     add = parser.add_argument
     add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
-    add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        help=(
+            "an adapter .pth of that base, used beside it; with --preferences several may be given, each of"
+            " which is measured by itself; default: none"
+        ),
+    )
     add(
         "--tokenizer",
         default="auto",
@@ -63,7 +80,6 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--questions",
-        required=True,
         help=(
             "questions and right answers, in any format of train.py's --data_file; "
             "with --score code HumanEval or MBPP"
@@ -111,12 +127,17 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer where the memory is small",
     )
-    add("--show", type=int, default=5, help="answers to print; default %(default)s")
+    add(
+        "--show",
+        type=int,
+        default=5,
+        help="answers to print, or with --preferences wrong pairs, the worst first; default %(default)s",
+    )
     add(
         "--save",
         help=(
             "write prompts and answers to this JSONL file as they come; the same command goes on after a"
-            " stop. Default: they are not kept"
+            " stop. With --preferences: all pairs with their log p, at the end. Default: they are not kept"
         ),
     )
     add("--answers", help="score the answers of such a file, in the place of a --model")
@@ -150,13 +171,88 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=PRESETS, help=f"a published protocol. {'; '.join(described)}")
 
 
+def add_preferences(parser: argparse.ArgumentParser) -> None:
+    """Pairs of answers in the place of questions, and what the model is compared with."""
+    add = parser.add_argument
+    add(
+        "--preferences",
+        help=(
+            "in the place of --questions: pairs of a chosen and a rejected answer, or answers with a label,"
+            " as train.py --loss takes them. Measured is how likely the model finds each"
+        ),
+    )
+    add(
+        "--reference",
+        help=(
+            "the model that rewards are measured against. Default: with an --adapter the base without it,"
+            " else none, and there are no rewards"
+        ),
+    )
+    add(
+        "--beta",
+        type=float,
+        help=f"rewards are beta times the difference of the log p; default {BETA:g}",
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """UserError for flags that are out of range or do not go together."""
+    if bool(args.questions) == bool(args.preferences):
+        raise UserError(
+            "give --questions, which the model answers, or --preferences, pairs of answers"
+            + (", not both" if args.questions else "")
+        )
+    if args.preferences:
+        check_preferences(args)
+    else:
+        check_questions(args)
+
+
+def check_preferences(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go with --preferences."""
+    if not args.model:
+        raise UserError("--preferences needs a --model, which says how likely it finds each answer")
+    for name, unused in without(add_questions, add_answers, add_sampling).items():
+        if name not in WITH_PREFERENCES and (given := getattr(args, name)) != unused:
+            raise UserError(
+                f"--{name} {given} belongs to --questions; with --preferences nothing is answered"
+            )
+    if args.beta is not None and not 0 < args.beta < math.inf:
+        raise UserError(f"--beta {args.beta:g}: expected a number above 0, such as {BETA:g}")
+    if args.beta is not None and not (args.reference or args.adapter):
+        raise UserError(
+            f"--beta {args.beta:g} multiplies rewards, and there are none without a reference: give the"
+            " --reference FILE, or the --model as the base and the trained one as its --adapter"
+        )
+    if len({*args.adapter}) < len(args.adapter):
+        raise UserError(f"--adapter is given twice with one file: {' '.join(args.adapter)}")
+    check_bos(args.bos)
+    check_number("show", args.show, 0)
+    if args.save:
+        if os.path.exists(args.save):
+            raise UserError(f"--save {args.save} is there already; give another name, or delete it")
+        require_writable(args.save)
+
+
+def without(*add_flags: Callable[[Parser], None]) -> dict[str, Any]:
+    """What flags are where none of them is given, by name."""
+    parser = Parser()
+    for add_some in add_flags:
+        add_some(parser)
+    return vars(parser.parse_args([]))
+
+
+def check_questions(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go with --questions."""
+    for name in ("reference", "beta"):
+        if (given := getattr(args, name)) is not None:
+            raise UserError(f"--{name} {given} belongs to --preferences")
+    if len(args.adapter) > 1:
+        raise UserError(
+            "several --adapter go with --preferences; of --questions one adapter answers at a time"
+        )
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0), ("samples", 1), ("seed", 0)):
-        given = getattr(args, name)
-        if given is not None and given < least:
-            expected = "must be at least 1" if least else "must not be negative"
-            raise UserError(f"--{name} {given}: {expected}")
+        check_number(name, getattr(args, name), least)
     if bool(args.model) == bool(args.answers):
         raise UserError(
             "give --model, which answers the questions, or --answers, a file of answers"
@@ -179,16 +275,24 @@ def check(args: argparse.Namespace) -> None:
         require_writable(args.save)
 
 
+def check_number(name: str, given: int | None, least: int) -> None:
+    """UserError for a number below the least."""
+    if given is not None and given < least:
+        expected = "must be at least 1" if least else "must not be negative"
+        raise UserError(f"--{name} {given}: {expected}")
+
+
 def check_answers(args: argparse.Namespace) -> None:
     """UserError where --answers is beside flags that ask a model."""
     if args.model:
         return
-    asking = {"adapter": None, "bos": "recorded", "save": None}
+    asking = {"adapter": [], "bos": "recorded", "save": None}
     if not args.preset:  # which may tell how to score answers, too
         asking |= {"samples": 1, "temperature": 0.0}
     for name, without in asking.items():
         if (given := getattr(args, name)) != without:
-            raise UserError(f"--{name} {given} belongs to a --model; --answers has the answers already")
+            shown = given[0] if isinstance(given, list) else given
+            raise UserError(f"--{name} {shown} belongs to a --model; --answers has the answers already")
 
 
 def check_sampling(args: argparse.Namespace) -> None:

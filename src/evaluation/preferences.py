@@ -1,0 +1,253 @@
+"""How likely a model finds each answer of preference data, and how that compares with a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwkv_miss.progress import Progress
+
+from ..data.collate import to_device
+from ..data.dataset import load
+from ..data.encode import Encoder
+from ..data.formats import LABELS, PAIRS, Reading, Report, read_records
+from ..data.preference_batches import collate_preferences
+from ..data.preferences import Preferences
+from ..data.tokenizer import Tokenizer
+from ..model import RWKV
+from ..model.batch_loss import Chunks
+from ..model.log_probs import token_log_probs
+from ..model.preference_loss import METRICS, PreferenceLoss, means
+
+TOKENS = 1 << 13  # in one pass, padding included
+CHUNK = 1 << 11  # tokens of a longer row at once
+LONGEST = 1 << 30  # tokens of a row: memory does not depend on it
+# what means() says of rewards, which are measured against a reference
+OF_REWARDS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "kl", "baseline")
+
+# of Measured.lines(): what a figure is, its name, and that of the reference's
+TABLE = (
+    ("log p of the chosen answers", "logp_chosen", "reference_logp_chosen"),
+    ("log p of the rejected answers", "logp_rejected", "reference_logp_rejected"),
+    ("NLL of the chosen answers, per token", "nll"),
+    ("raw accuracy", "raw_accuracy", "reference_raw_accuracy"),
+    ("raw accuracy, by means per token", "raw_accuracy_per_token"),
+    ("reward of the chosen answers", "reward_chosen"),
+    ("reward of the rejected answers", "reward_rejected"),
+    ("margin", "margin"),
+    ("reward accuracy", "reward_accuracy"),
+    ("reward accuracy, by means per token", "reward_accuracy_per_token"),
+    ("KL to the reference, per token", "kl"),
+    ("KTO's baseline", "baseline"),
+)
+WIDTH = max(len(text) for text, *_ in TABLE)
+
+
+def read_preferences(path: str, encoder: Encoder, reading: Reading) -> Preferences:
+    """The pairs of a file, or its answers with labels, by what its first row is; prints what is left out.
+
+    UserError for a row that is neither.
+    """
+    labels = dataclasses.replace(reading, rows=LABELS)
+    first = next((record for _, record in read_records(path, Report(), labels)), {})
+    rows = LABELS if "label" in first else PAIRS
+    report = Report()
+    data = load(path, encoder, reading=dataclasses.replace(reading, rows=rows), report=report)
+    for line in report.lines():
+        print(line)
+    return data.preferences(LONGEST)
+
+
+@torch.no_grad()
+def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
+    """ln p of every trained token, unit by unit and answer by answer: (data.targets,) float32."""
+    device = model.emb.weight.device
+    counts = data.target_counts
+    ends = np.cumsum(counts, dtype=np.int64)
+    found = np.empty(data.targets, np.float32)
+    with Progress(doing, len(data), "pairs" if data.paired else "answers") as bar:
+        for places in batches(data.lengths - 1):
+            chunk = CHUNK if data.lengths[places[-1]] > TOKENS else 0
+            batch = collate_preferences([[data[i]] for i in places], len(places), chunk)
+            values = token_log_probs(model, to_device(batch, device), Chunks(chunk)).float().cpu()
+            for i, part in zip(places, values.split([int(counts[i]) for i in places]), strict=True):
+                found[ends[i] - counts[i] : ends[i]] = part.numpy()
+            bar.update(len(places))
+    return found
+
+
+def batches(lengths: np.ndarray) -> list[list[int]]:
+    """Places of units in ascending length, cut so that a batch padded to its longest has at most TOKENS.
+
+    A longer unit is alone, so that the order of its tokens is that of their chunks.
+    """
+    found: list[list[int]] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if not found or (len(found[-1]) + 1) * int(lengths[place]) > TOKENS:
+            found.append([])
+        found[-1].append(place)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a model's log-probabilities say of preference data.
+
+    `figures` are the metrics of a training with these data held out. Those whose names end in _per_token
+    compare means over the tokens of an answer where the others compare sums. Those that begin with reference_
+    are the reference's own. Without a reference there are no figures of rewards.
+
+    Of each answer, in the order of the data: trained tokens, ln p, ln p by the reference.
+    """
+
+    data: Preferences
+    figures: dict[str, float]
+    tokens: np.ndarray  # (A,) int64
+    log_p: np.ndarray  # (A,) float64
+    reference: np.ndarray | None  # (A,) float64
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many pairs there are, or how many answers of each label."""
+        if self.data.paired:
+            return {"pairs": len(self.data)}
+        chosen = int(np.count_nonzero(self.data.chosen))
+        return {"chosen": chosen, "rejected": len(self.data) - chosen}
+
+    def lines(self) -> list[str]:
+        """The figures as a table."""
+        lines = [] if self.reference is None else [f"{'':{WIDTH}}{'model':>11}{'reference':>11}"]
+        for text, *names in TABLE:
+            values = [
+                f"{self.figures[name]:.1%}" if "accuracy" in name else f"{self.figures[name]:.4f}"
+                for name in names
+                if name in self.figures
+            ]
+            if values:
+                lines.append(f"{text:{WIDTH}}" + "".join(f"{value:>11}" for value in values))
+        return lines
+
+    def worst(self, count: int, tokenizer: Tokenizer) -> list[str]:
+        """The pairs that are furthest on the wrong side, at most so many, with by how much."""
+        if not self.data.paired:
+            return []
+        values = self.log_p if self.reference is None else self.log_p - self.reference
+        margins = values[0::2] - values[1::2]
+        wrong = np.argsort(margins, kind="stable")[:count]
+        rows = list(self.rows(tokenizer, [int(i) for i in wrong if margins[i] <= 0]))
+        return [
+            f"{margins[i]:.4f}: {row['prompt'][-80:]!r} -> {row['chosen']!r}, not {row['rejected']!r}"
+            for i, row in zip(wrong, rows)
+        ]
+
+    def rows(self, tokenizer: Tokenizer, places: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The texts and numbers of the units at these places."""
+        for i in places:
+            unit = self.data[i]
+            row: dict[str, Any] = {"prompt": tokenizer.decode(unit.prompt.tolist())}
+            for place, (answer, chosen) in enumerate(zip(unit.answers, unit.chosen, strict=True)):
+                name, number = "chosen" if chosen else "rejected", i * self.data.size + place
+                row[name] = tokenizer.decode(answer.ids[len(unit.prompt) :].tolist())
+                row[f"tokens_{name}"] = int(self.tokens[number])
+                row[f"logp_{name}"] = float(self.log_p[number])
+                if self.reference is not None:
+                    row[f"reference_{name}"] = float(self.reference[number])
+            yield row
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Preference data with ln p by a reference, or without. `others` are KTO's prompts with other answers."""
+
+    data: Preferences
+    others: Preferences | None = None
+
+    @classmethod
+    def with_reference(cls, data: Preferences, model: RWKV) -> Compared:
+        """`model` is the reference."""
+
+        def beside(units: Preferences) -> Preferences:
+            return units.with_reference(log_probs(model, units, "reference"))
+
+        return cls(beside(data), None if data.paired else beside(data.mismatched()))
+
+    def measure(self, model: RWKV, beta: float) -> Measured:
+        """What the model's log-probabilities say; rewards are `beta` times the ratio."""
+        log_p = log_probs(model, self.data, "log p")
+        baseline = 0.0
+        if self.others:
+            ratio = log_probs(model, self.others, "KTO's baseline").astype(np.float64) - self.others.reference
+            baseline = max(0.0, float(ratio.sum()) / len(self.others))
+        return measured(self.data, log_p, beta, baseline)
+
+
+def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float = 0.0) -> Measured:
+    """What ln p of every trained token says, (data.targets,) float32. `baseline` is KTO's."""
+    sums = np.zeros(len(METRICS))
+    answers, end = [], 0  # (trained tokens, ln p, ln p by the reference)
+    # without a reference all rewards are 0, and are not told
+    compared = data.with_reference(np.zeros_like(log_p)) if data.reference is None else data
+    loss = loss_for(data, beta)
+    for unit in compared:
+        start, end = end, end + unit.targets
+        batch = collate_preferences([[unit]], 1.0) | {"baseline": baseline}
+        sums += loss(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
+        for answer, reference in zip(unit.answers, unit.reference, strict=True):
+            part = slice(start, start := start + answer.targets)
+            totals = [values.sum(dtype=np.float64) for values in (log_p[part], reference)]
+            answers.append((answer.targets, *totals))
+    figures = {name: value for name, value in means(sums.tolist()).items() if math.isfinite(value)}
+    if data.reference is None:
+        figures = {name: value for name, value in figures.items() if name not in OF_REWARDS}
+    tokens, totals, references = map(np.array, zip(*answers, strict=True))
+    result = Measured(data, figures, tokens, totals, None if data.reference is None else references)
+    figures |= _reference_figures(result) | _figures_per_token(result)
+    return result
+
+
+def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
+    """Whose metrics are taken: DPO's, or without pairs KTO's, whose rewards are the same."""
+    return PreferenceLoss(
+        kind="dpo" if data.paired else "kto",
+        beta=beta,
+        sft_weight=0.0,
+        average=False,
+        label_smoothing=0.0,
+        gamma=0.0,
+        orpo_lambda=0.0,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+    )
+
+
+def _reference_figures(found: Measured) -> dict[str, float]:
+    """The reference's own log p of the answers."""
+    if found.reference is None:
+        return {}
+    chosen = found.data.chosen
+    values = {"chosen": found.reference[chosen], "rejected": found.reference[~chosen]}
+    figures = {f"reference_logp_{name}": float(log_p.mean()) for name, log_p in values.items() if len(log_p)}
+    if found.data.paired:
+        figures["reference_raw_accuracy"] = _share_above(found.reference)
+    return figures
+
+
+def _figures_per_token(found: Measured) -> dict[str, float]:
+    """The accuracies of pairs by the means over the tokens of an answer."""
+    if not found.data.paired:
+        return {}
+    figures = {"raw_accuracy_per_token": _share_above(found.log_p / found.tokens)}
+    if found.reference is not None:
+        ratios = (found.log_p - found.reference) / found.tokens
+        figures["reward_accuracy_per_token"] = _share_above(ratios)
+    return figures
+
+
+def _share_above(values: np.ndarray) -> float:
+    """The share of pairs whose chosen answer has the larger value (A,); ties are wrong."""
+    return float((values[0::2] > values[1::2]).mean())
