@@ -126,3 +126,57 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
     with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
         check_reference(config, base)
+
+
+# the flags of other trainers
+
+
+@pytest.mark.parametrize(
+    "flags, today",
+    [
+        (
+            "--dpo 1 --dpo_beta 0.02",
+            {"loss": "dpo", "loss_average": "mean", "beta": 0.02, "sft_weight": 0.1},
+        ),
+        ("--dpo --dpo_alpha 0", {"loss": "dpo", "loss_average": "mean", "beta": 0.01, "sft_weight": 0}),
+        ("--orpo 1 --orpo_mode 0 --orpo_alpha 0.006", {"loss": "orpo", "orpo_lambda": 0.006}),
+        ("--orpo 1", {"loss": "orpo", "orpo_lambda": 0.01}),
+        ("--simpo 1 --simpo_alpha 0.3", {"loss": "simpo", "beta": 0.01, "simpo_gamma": 0}),
+        ("--simpo 1 --simpo_gamma=0.5 --simpo_beta 2", {"loss": "simpo", "beta": 2, "simpo_gamma": 0.5}),
+        ("--dpo 0 --orpo 0 --wpo 0 --rlhf_max_corpus_len 512", {}),
+        ("--loss dpo --dpo_beta 0.05", {"loss": "dpo", "beta": 0.05}),
+        ("--loss_type sigmoid --rpo_alpha 0.2", {"loss": "dpo", "sft_weight": 0.2}),
+        ("--loss_type=sigmoid_norm", {"loss": "dpo", "loss_average": "mean"}),
+        ("--pref_loss ipo --pref_beta 0.3 --pref_ftx 1", {"loss": "ipo", "beta": 0.3, "sft_weight": 1}),
+        ("--loss_type kto --ref_model other.pth", {"loss": "kto", "reference": "other.pth"}),
+    ],
+)
+def test_what_other_trainers_call_it(flags, today):
+    plain = dataclasses.asdict(parse(REQUIRED)[0])
+    assert dataclasses.asdict(parse([*REQUIRED, *flags.split()])[0]) == plain | today
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--dpo 1 --rlhf_train_file trainset.save", "--rlhf_train_file trainset.save is a file of tokens"),
+        ("--dpo_train_file trainset.save", "give the CSV that it was made of"),
+        ("--wpo 1", "use --loss dpo or simpo"),
+        ("--dpo 1 --simpo 1", "--dpo and --simpo were given; choose one --loss"),
+        ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto are here"),
+        ("--orpo 1 --dpo_beta 0.1", "--beta 0.1 has no meaning with --loss orpo"),
+    ],
+)
+def test_what_other_trainers_have_and_we_have_not(flags, words):
+    assert words in mistake(*flags.split())
+
+
+def test_a_translated_loss_leaves_a_note(capsys):
+    parse([*REQUIRED, "--dpo", "1", "--rlhf_max_corpus_len", "512"])
+    notes = capsys.readouterr().out
+    assert "--dpo is --loss dpo --loss_average mean --beta 0.01 --sft_weight 0.1, as in RWKV-LM-RLHF" in notes
+    assert "note: --rlhf_max_corpus_len is ignored: --ctx_len bounds a row" in notes
+    parse([*REQUIRED, "--loss", "simpo", "--simpo_beta", "2"])
+    assert "note: --simpo_beta is --beta\n" in capsys.readouterr().out
+    parse([*REQUIRED, "--loss_type", "sigmoid"])
+    assert "note: --loss_type sigmoid is --loss dpo\n" in capsys.readouterr().out

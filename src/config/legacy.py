@@ -17,6 +17,8 @@ from typing import Any
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import EARLIER, HERMES
 
+from . import preference_flags
+
 # any value
 DROPPED = {
     "data_type": "the format is read from the file",
@@ -94,6 +96,7 @@ NAMES = {
     *LORA_FLAGS,
     *STAGE_FLAGS,
     *RANK_FLAGS,
+    *preference_flags.NAMES,
     "emb",
     "state_tune",
 }
@@ -388,7 +391,17 @@ def _kernel(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
 
 
 # each gives flags of today for what it knows of the old and of the other words
-TRANSLATIONS = (_method, _train_type, _stage, _epoch_save, _warm_up, _loss_mask, _quant, _kernel)
+TRANSLATIONS = (
+    _method,
+    _train_type,
+    _stage,
+    _epoch_save,
+    _warm_up,
+    _loss_mask,
+    _quant,
+    _kernel,
+    preference_flags.preference,
+)
 
 
 # settings that a run's config.yaml has, and what people write by hand has not

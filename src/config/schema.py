@@ -187,6 +187,7 @@ class Config:
         0.0,
         "how closely the model is held to the reference; with simpo the scale of the reward. 0: as in the"
         " loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has --orpo_lambda",
+        alias=("pref_beta",),
         automatic=True,
         low=0,
         high=1e30,
@@ -195,6 +196,7 @@ class Config:
         -1.0,
         "the weight of the cross entropy of the chosen answer, per token, beside the preference. Without it"
         " dpo, ipo and simpo may lose the right answers while their accuracy rises. -1: 1, and 0 for kto",
+        alias=("rpo_alpha", "pref_ftx"),
         automatic=True,
         low=-1,
         high=1e30,
@@ -226,6 +228,7 @@ class Config:
         "",
         "the model that dpo, ipo and kto compare with, of any size: a file, a folder or a name of the hub, as"
         " for --load_model. Empty: the base, with the adapter off",
+        alias=("ref_model",),
     )
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
