@@ -19,7 +19,7 @@ from .config import Config, save
 from .config.launcher import is_first_process
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
-from .planning.base_model import build_model, read_base, template_of_run
+from .planning.base_model import build_model, read_base, reference_of, template_of_run
 from .planning.job import (
     Job,
     check_data_files,
@@ -108,7 +108,11 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
     over = first_step >= job.steps or is_over(history, config.early_stop)
     if resume_from:
-        check_inputs(resume_from, inputs(model, data.documents, data.held_out), model.base_identity)
+        check_inputs(
+            resume_from,
+            inputs(model, data.documents, data.held_out, reference_of(config)),
+            model.base_identity,
+        )
     plan = []
     if is_first_process():
         short = plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))
@@ -144,7 +148,7 @@ def put_best_back(config: Config, history: list[dict]) -> None:
 def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come."""
     from .training.forgetting import Forgetting
-    from .training.trainer import FineTuning, make_trainer
+    from .training.trainer import FineTuning, ReferenceAtStart, make_trainer
 
     config = job.config
     if is_first_process():
@@ -155,11 +159,20 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
     module = FineTuning(
-        job.model, config, job.data.documents, job.data.held_out, job.steps, first_step, RateSearch(job).run
+        job.model,
+        config,
+        job.data.documents,
+        job.data.held_out,
+        job.steps,
+        first_step,
+        RateSearch(job).run,
+        job.evaluated,
     )
     report, *watch, saver = reporters(job, started, history, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
-    trainer = make_trainer(config, job.steps, [report, *watch, forgetting, saver], first_step)
+    trainer = make_trainer(
+        config, job.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
+    )
     begun = time.perf_counter()
     do_steps(trainer, module, report)
     if trainer.is_global_zero:
@@ -206,7 +219,7 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
     trained_with = job.tokenizer if config.load_model else None
     report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
     write = writer(config, job.model, job.data.encoder)
-    watch = Watch(folder, history, job.evaluated, job.data.encoder, write, report)
+    watch = Watch(folder, history, job.data.encoder, write, report)
     saver = Saver(
         checkpoints,
         output_path(config),

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import random
-import types
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from src.data.held_out import evaluation_batches, hold_out, questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.planning.job import read_data
-from src.training.validation import undisturbed
+from src.training.objective import undisturbed
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -136,11 +135,7 @@ def test_a_look_at_the_model_leaves_no_trace():
     state = torch.get_rng_state()
     with (
         pytest.raises(ZeroDivisionError),
-        undisturbed(
-            types.SimpleNamespace(
-                strategy=types.SimpleNamespace(model=model, root_device=torch.device("cpu"))
-            )
-        ),
+        undisturbed(model, torch.device("cpu")),
     ):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)

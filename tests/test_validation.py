@@ -27,10 +27,9 @@ from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.training import callbacks, run_card, validation
-from src.training.curves import draw_losses
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
-from src.training.run_card import card
+from src.training.run_card import card, draw_losses
 from src.training.validation import shortened
 from src.training.validation_log import is_over
 
@@ -228,10 +227,10 @@ def scripted(losses, rank):
     """Validation losses by step, each of which takes an hour."""
     clock, hours = time.perf_counter, 0
 
-    def loss(trainer, documents, batches, is_stopped):
+    def loss(trainer, documents, is_stopped):
         nonlocal hours
         hours += 1
-        return losses[trainer.global_step]
+        return losses[trainer.global_step], {}
 
     validation.validation_loss = loss
     time.perf_counter = lambda: clock() + 3600 * hours
@@ -552,7 +551,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
         f" {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
     )
     assert (
-        f"| loss, nats per token | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
+        f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
         in text
     )
     assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
@@ -608,7 +607,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         "after:\n\n    (nothing)\n",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
-        "| loss, nats per token | 2.0000 | not finite |",
+        "| loss per token, nats | 2.0000 | not finite |",
         "| peak memory | not measured",
         "The tokenizer has no tokens for the fixed text",
     ):
@@ -862,7 +861,7 @@ def test_a_kl_has_words_beside_it():
         "| Code | 0.0500 | +5.1 % | moderate |",
         "| Arithmetic | 0.5000 | 1.65 times | large |",
         "| all | 1.5000 | 4.48 times | very large",
-        "the loss fell by 0.7500, nats per token",
+        "the loss fell by 0.7500 nats per token",
     ):
         assert line in text
 

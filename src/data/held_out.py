@@ -106,13 +106,20 @@ def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evalua
     return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
 
 
-def evaluation_batches(held_out: Units, config: Config) -> list[Batch]:
-    """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
+def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:
+    """Batches of micro_bsz packed rows, the longest first, which is where memory would run out.
+
+    A row is the places of its documents.
+    """
     lengths = (held_out.lengths - 1).tolist()
     packed = pack(lengths, config.ctx_len, config.random_seed)
     rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
-    filled = [[held_out[i] for i in row] for row in rows]
-    return [filled[at : at + config.micro_bsz] for at in range(0, len(filled), config.micro_bsz)]
+    return [rows[at : at + config.micro_bsz] for at in range(0, len(rows), config.micro_bsz)]
+
+
+def evaluation_batches(held_out: Units, config: Config) -> list[Batch]:
+    """The documents of evaluation_rows()."""
+    return [[[held_out[i] for i in row] for row in rows] for rows in evaluation_rows(held_out, config)]
 
 
 @dataclasses.dataclass(frozen=True)

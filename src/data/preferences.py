@@ -99,6 +99,8 @@ class Preferences(Sequence):
     too_long_places: tuple[str, ...] = ()  # where the first of them are
     reference: np.ndarray | None = None  # ln p of trained tokens by the reference model, (N,) float32
     reference_starts: np.ndarray | None = None  # (A,) int64: where those of each answer begin
+    # under KTO the mismatched() units of these, at the same places, with their reference
+    others: Preferences | None = None
 
     # what Documents has beside
     conversation: ClassVar[None] = None
@@ -131,7 +133,11 @@ class Preferences(Sequence):
         places = (np.asarray(chosen, np.int64)[:, None] * self.size + np.arange(self.size)).ravel()
         starts = None if self.reference is None else self.reference_starts[places]
         return dataclasses.replace(
-            self, answers=self.answers.take(places), chosen=self.chosen[places], reference_starts=starts
+            self,
+            answers=self.answers.take(places),
+            chosen=self.chosen[places],
+            reference_starts=starts,
+            others=None if self.others is None else self.others.take(chosen),
         )
 
     @functools.cached_property

@@ -11,9 +11,12 @@ import rwkv_miss
 from rwkv_miss.adapter import check_parts
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.identity import Identity
 from rwkv_miss.inject import adapter_tensors
 
+from ..common.device import PRECISIONS
 from ..config import Config
+from ..config.launcher import is_first_process
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
 from ..data.recorded_tokenizer import recorded_tokenizer
@@ -99,10 +102,9 @@ def build_model(
 ) -> RWKV:
     """The model with its adapter, before the first step. `resume_from` is the checkpoint to go on from."""
     if config.load_model:
-        # full training keeps fp32, because everything is trained
-        base_dtype = dtype if config.adapter else torch.float32
-        # as in the file: ZeRO-3 converts each tensor when it shares it out, and quantise() what it leaves
-        if config.strategy.startswith("deepspeed_stage_3") or config.quant != "none":
+        base_dtype = dtype_of_base(config, dtype)
+        # as in the file: ZeRO-3 converts each tensor when it shares it out
+        if config.strategy.startswith("deepspeed_stage_3"):
             base_dtype = None
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
@@ -113,3 +115,28 @@ def build_model(
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model
+
+
+def dtype_of_base(config: Config, dtype: torch.dtype) -> torch.dtype | None:
+    """In which a base is read: full training keeps fp32, because everything is trained.
+
+    None: that of the file, as quantise() converts what it leaves.
+    """
+    if config.quant != "none":
+        return None
+    return dtype if config.adapter else torch.float32
+
+
+def reference_of(config: Config) -> Identity | None:
+    """Who the model of --reference is; None where the base itself is the reference."""
+    return Identity(config.reference, shown=is_first_process()) if config.reference else None
+
+
+def build_reference(config: Config, kernel: str) -> RWKV:
+    """The model of --reference, which computes as the base without its adapter does."""
+    dtype = PRECISIONS[config.precision]
+    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=kernel)
+    model.computes_in = dtype_of(config)
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
+    return model.requires_grad_(False).eval()

@@ -40,6 +40,7 @@ from .defaults import (
     choose,
     choose_batch,
     choose_length,
+    choose_loss,
     first_guess,
     held_out_share,
     row_length,
@@ -187,7 +188,10 @@ def check_data_files(config: Config) -> None:
 
 
 def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, template: Template) -> Data:
-    """Read the data, and fill in the length of rows and the share that is held out."""
+    """Read the data, and fill in what the loss has of its own, the length of rows and the share that is held
+    out.
+    """
+    choose_loss(config, origins)
     reading = Reading.of(config)
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = leading_token(config.bos, tokenizer, config.load_model)
@@ -198,9 +202,9 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
 
     loaded = tokens(config.data_file)
     choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx, loaded.texts))
-    documents = loaded.documents(config.ctx_len)
+    documents = loaded.units(config.ctx_len)
     choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
-    train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))
+    train, held_out = hold_out(config, documents, lambda path: tokens(path).units(config.ctx_len))
     if config.eval_file and (both := len(documents) - len(train)):
         found.notes.append(
             f"left out   {counted(both, 'document')} of {config.data_file}, word for word in"

@@ -27,6 +27,7 @@ from ..common.files import append_line, read_lines, write_lines
 from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
+from ..model.preference_loss import means
 from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .preference_log import UnlearningWatch, fields, is_preference, numbers, short, words
@@ -58,7 +59,7 @@ class Done:
     step: int
     begin: Moment
     end: Moment
-    numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient
+    numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient, sums of metrics
     rolled_back_to: int | None = None
 
 
@@ -172,10 +173,12 @@ class StepReport(Callback):
         # not finite
         mine = [module.step_loss, float(not self.stop) / trainer.world_size, gradient_norm(trainer)]
         numbers = torch.stack([scalar(number, module.device) for number in mine])
+        if module.step_metrics is not None:
+            numbers = torch.cat([numbers, module.step_metrics.float()])
         if trainer.world_size > 1:
             # not by the strategy, which has the ranks wait for each other first
             torch.distributed.all_reduce(numbers)
-        module.step_loss = 0.0
+        module.step_loss, module.step_metrics = 0.0, None
         begin, self.begin = self.begin, Moment(module.device)
         return Done(trainer.global_step, begin, self.begin, Numbers(numbers))
 
@@ -202,7 +205,7 @@ class StepReport(Callback):
     def _judge(self, trainer, module, done: Done) -> bool:
         """Report a step; whether the run went back."""
         step = done.step
-        loss, going_on, norm = done.numbers.read()
+        loss, going_on, norm, *sums = done.numbers.read()
         # what is undone was made from a bad state, and its loss tells nothing of the one that is back
         went_back = False
         if module.schedule.step_targets(step - 1) and done.rolled_back_to is None:
@@ -213,7 +216,9 @@ class StepReport(Callback):
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, step, loss, done.end.seconds_since(done.begin), {})
+            line = self._line(
+                module, step, loss, done.end.seconds_since(done.begin), means(sums) if sums else {}
+            )
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)

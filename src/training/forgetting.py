@@ -14,7 +14,7 @@ from rwkv_miss.adapter import AdapterLinear, only_linears_change
 from rwkv_miss.files.model_files import read_tensors
 
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence, sections
-from .validation import undisturbed
+from .objective import undisturbed
 
 
 class Forgetting(Callback):
@@ -36,13 +36,13 @@ class Forgetting(Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         if self.base_file and not only_linears_change(module.model):
-            with undisturbed(trainer):
+            with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
                 self.before = self._features(module)
 
     def on_train_end(self, trainer, module) -> None:
         if not self.base_file or not self.is_complete(trainer.global_step):
             return
-        with undisturbed(trainer):
+        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
             before = self.before
             if before is None:
                 with rwkv_miss.disabled(module.model):

@@ -64,7 +64,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(job, cost),
-        f"sample     {short_sample(job.data.documents[0], job.tokenizer)}",
+        f"sample     {short_sample(first_of(job.data.documents), job.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
@@ -83,6 +83,11 @@ def released_modes(config: Config, template: Template) -> list[str]:
     """The line about the modes of a released G1 model; none for any other base."""
     known = modes_note(config.load_model, template)
     return [f"template   {known}"] if known else []
+
+
+def first_of(documents):
+    """The first document; of pairs the first one's chosen answer."""
+    return getattr(documents[0], "answers", documents)[0]
 
 
 def details(job: Job) -> list[str]:
@@ -112,7 +117,7 @@ def details(job: Job) -> list[str]:
         f"template   {template_text(job.template)}, loss on {mask(config)}"
         f"{asks_otherwise(job.template)}; {describe_leading(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
-        sample(documents[0], job.tokenizer),
+        sample(first_of(documents), job.tokenizer),
         *chosen(config, job.origins),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from rwkv_miss.adapter import LONG_RUN, METHODS
 from rwkv_miss.errors import UserError
@@ -28,8 +27,9 @@ from ..data.dataset import Documents
 from ..data.held_out import affordable, in_hash_order
 from ..planning.defaults import CHOSEN, first_guess, search_size
 from ..planning.job import Job
+from .process_group import Processes, processes_of
 from .run_folder import CONFIG, RATE_SEARCH
-from .short_runs import Processes, Trial, put_back, train, trial_of
+from .short_runs import Trial, put_back, train, trial_of
 
 BAR = 20  # characters of the longest bar
 
@@ -133,7 +133,7 @@ class RateSearch:
     """
 
     def __init__(self, job: Job):
-        self.config, self.origins, self.evaluated = job.config, job.origins, job.evaluated
+        self.config, self.origins = job.config, job.origins
         self.guess = first_guess(job.config, job.model.arch)
         self.size = search_size(job.steps)
         self.part = METHODS[self.config.peft].long_run if self.config.adapter else LONG_RUN
@@ -143,8 +143,7 @@ class RateSearch:
         trainer = module.trainer
         if trainer.strategy.root_device.type == "cuda":
             module.model.to(trainer.strategy.root_device)
-        processes = Processes(trainer.world_size, trainer.global_rank, total(trainer.strategy))
-        found = self._search(module, processes, trainer.is_global_zero)
+        found = self._search(module, processes_of(trainer), trainer.is_global_zero)
         self.config.lr_init = trainer.strategy.broadcast(found.rate)
         self.origins["lr_init"] = f"{CHOSEN}: {reason(found)}"
         if trainer.is_global_zero:
@@ -157,7 +156,7 @@ class RateSearch:
     def _search(self, module, processes: Processes, shown: bool) -> Found:
         """Do the trials."""
         model, config, size = module.model, self.config, self.size
-        documents, loss_of = self._deciding(module), "held-out" if self.evaluated else "training"
+        documents, loss_of = self._deciding(module), "held-out" if module.evaluated else "training"
         done: list[Trial] = []
         begun = time.perf_counter()
         with Progress("searching the learning rate", size.trials * size.steps, "steps", shown) as bar:
@@ -182,19 +181,14 @@ class RateSearch:
 
     def _deciding(self, module) -> Documents:
         """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
-        schedule, size = module.schedule, self.size
-        if not self.evaluated:
+        schedule, size, evaluated = module.schedule, self.size, module.evaluated
+        if not evaluated:
             rows = [schedule.rows[row] for row in schedule.step_rows(size.steps)]
             return module.documents.take(np.sort([i for row in rows for i in row]))
         tokens = sum(schedule.step_tokens(step) for step in range(size.steps)) * size.trials
-        order = in_hash_order(self.evaluated, self.config.random_seed)
-        count = affordable(self.evaluated, order, tokens, size.trials + 1)
-        return self.evaluated.take(np.sort(order[:count]))
-
-
-def total(strategy) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The sum of a tensor over all processes of a strategy."""
-    return lambda tensor: strategy.reduce(tensor, reduce_op="sum")
+        order = in_hash_order(evaluated, self.config.random_seed)
+        count = affordable(evaluated, order, tokens, size.trials + 1)
+        return evaluated.take(np.sort(order[:count]))
 
 
 def as_json(found: Found) -> dict:

@@ -130,10 +130,16 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     return paths[-1]
 
 
-def inputs(model: RWKV, documents: Documents, held_out: Documents) -> dict[str, str | None]:
-    """Hashes of what a resumed run must find unchanged."""
+def inputs(
+    model: RWKV, documents: Documents, held_out: Documents, reference: Identity | None = None
+) -> dict[str, str | None]:
+    """Hashes of what a resumed run must find unchanged. `reference` is who the model of --reference is."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}
-    return hashes | ({"held-out data": held_out.digest} if held_out else {})
+    if held_out:
+        hashes["held-out data"] = held_out.digest
+    if reference:
+        hashes["model of --reference"] = reference.fingerprint
+    return hashes
 
 
 def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None) -> None:

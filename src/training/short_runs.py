@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,23 +26,14 @@ from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
 from ..data.preference_batches import collator
 from ..model import RWKV
-from ..model.batch_loss import batch_loss
-from ..planning.step import chunks_of
+from ..model.log_probs import token_log_probs
+from ..planning.step import chunks_of, preference_of
+from .kto_baseline import StepBaseline, baseline
+from .objective import objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
+from .process_group import ALONE, Processes
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Those that share the rows: their number, which of them this is, and the sum of a tensor over all."""
-
-    world: int = 1
-    rank: int = 0
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-
-ALONE = Processes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +125,26 @@ def train(
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    chunk = chunks_of(config).size
-    batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk))
+    chunk, preference = chunks_of(config).size, preference_of(config)
+    shared = False
+    batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk, shared=shared))
+    baselines = None
+    if preference and not preference.paired:
+        log_probs = functools.partial(_log_probs, model, config)
+        baselines = StepBaseline(documents.others, schedule, range(steps), chunk, log_probs, processes)
     model.train()
     shares = schedule.accumulate * processes.world
     with ops.nan_passes():
         for step in range(steps):
             optimizer.zero_grad()
             mine = torch.zeros((), dtype=torch.float64, device=device)
+            beside = {}
+            if baselines:
+                with undisturbed(model, device):
+                    beside = {"baseline": baselines.next(device)}
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
-                mine += _backward(model, config, next(batches), around, shares, scaler)
+                mine += _backward(model, config, next(batches) | beside, around, shares, scaler)
             loss = float(processes.total(mine))
             if not math.isfinite(loss):
                 yield loss
@@ -168,7 +169,7 @@ def _backward(
 ) -> Tensor:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
     batch = to_device(batch, model.emb.weight.device)
-    total = batch_loss(model, batch, chunks_of(config), batch["width"])
+    total, _ = objective(model, batch, chunks_of(config), preference_of(config))
     loss = total / (batch["step_weight"] or 1.0)
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
@@ -177,13 +178,31 @@ def _backward(
 
 @torch.no_grad()
 def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: Processes = ALONE) -> float:
-    """The loss over the trained tokens of the documents, nats per token of weight 1."""
+    """The loss over the trained tokens of the documents, nats per token of weight 1; of preferences over the
+    units.
+    """
     model.eval()
-    device, chunks = model.emb.weight.device, chunks_of(config)
-    batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
-    collate = collator(held_out, chunks.size)
+    device, chunks, preference = model.emb.weight.device, chunks_of(config), preference_of(config)
+
+    shared = False
+
+    def batches(documents: Documents) -> Iterator[dict]:
+        collate = collator(documents, chunks.size, shared)
+        mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
+        for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
+            batch = collate(rows, 1)
+            yield to_device(batch | {"width": batch["ids"].shape[1]}, device)
+
     total = torch.zeros((), dtype=torch.float64, device=device)
+    beside = {}
     with ops.nan_passes():
-        for rows in progress(batches, "validation", unit="batches", shown=processes.world == 1):
-            total += batch_loss(model, to_device(collate(rows, 1), device), chunks)
+        if preference and not preference.paired:
+            log_probs = functools.partial(_log_probs, model, config)
+            beside = {"baseline": baseline(batches(held_out.others), device, log_probs, processes)}
+        for batch in batches(held_out):
+            total += objective(model, batch | beside, chunks, preference)[0]
     return float(processes.total(total)) / held_out.weight
+
+
+def _log_probs(model: RWKV, config: Config, batch: dict) -> Tensor:
+    return token_log_probs(model, batch, chunks_of(config), batch["width"])

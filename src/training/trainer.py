@@ -35,9 +35,14 @@ from ..data.dataset import Documents
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
 from ..model import RWKV
-from ..model.batch_loss import batch_loss
-from ..planning.step import chunks_of
+from ..model.log_probs import token_log_probs
+from ..planning.base_model import reference_of
+from ..planning.step import chunks_of, preference_of
+from .kto_baseline import StepBaseline
+from .objective import objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
+from .process_group import processes_of
+from .reference import ReferencePass
 from .resume import inputs
 
 
@@ -65,10 +70,12 @@ class ScaledFp16(MixedPrecision):
 
 
 class FineTuning(pl.LightningModule):
-    """The loss of an optimizer step is the mean over all its trained tokens, weighted.
+    """The loss of an optimizer step is the mean over all its trained tokens, weighted, or over its units of a
+    preference.
 
-    It does not depend on how they fall into micro-batches and ranks. `find_rate` fills in config.lr_init
-    where that is open. Then the processes know each other, and each has the whole model.
+    It does not depend on how they fall into micro-batches and ranks. `evaluated` are those of the held-out
+    documents whose loss is taken. `find_rate` fills in config.lr_init where that is open. Then the processes
+    know each other, and each has the whole model.
     """
 
     def __init__(
@@ -80,14 +87,19 @@ class FineTuning(pl.LightningModule):
         total_steps: int,
         first_step: int = 0,
         find_rate: Callable[[FineTuning], None] | None = None,
+        evaluated: Documents | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
         self.documents, self.held_out = documents, held_out
+        self.evaluated = held_out if evaluated is None else evaluated
+        self.preference, self.reference = preference_of(config), reference_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
+        self.step_metrics: Tensor | None = None  # of the same, with a preference
+        self.baselines: StepBaseline | None = None
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
@@ -95,7 +107,11 @@ class FineTuning(pl.LightningModule):
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
+        self.shared = False
         config = self.config
+        # stage 3 has the model's parts in the processes later, see ReferenceAtStart
+        if not config.strategy.startswith("deepspeed_stage_3"):
+            self.read_reference()
         if self.find_rate and is_automatic(config, "lr_init"):
             self.find_rate(self)
         self.lr, self.lr_factor = config.lr_init, learning_rate_factor(config, self.total_steps)
@@ -104,7 +120,38 @@ class FineTuning(pl.LightningModule):
             self.model, self.lr, config.weight_decay, state_learning_rate(config), config.lr_map
         )
 
+    def read_reference(self) -> None:
+        """Give the documents the values of the reference, where the loss needs them.
+
+        The model is as it is before step 1, also in a run that goes on: the state of a checkpoint comes
+        later.
+        """
+        if self.preference is None or not self.preference.needs_reference:
+            return
+        strategy = self.trainer.strategy
+        with undisturbed(strategy.model, strategy.root_device):
+            reference = ReferencePass(
+                self.config,
+                self.shared,
+                self.model,
+                self.reference,
+                strategy.predict_step,
+                processes_of(self.trainer),
+                strategy.root_device,
+            )
+            self.documents = reference.training(self.documents, self.schedule, self.total_steps)
+            self.evaluated = reference.held_out(self.evaluated)
+
     def train_dataloader(self) -> Batches:
+        if self.preference and not self.preference.paired:
+            self.baselines = StepBaseline(
+                self.documents.others,
+                self.schedule,
+                range(self.first_step, self.total_steps),
+                self.chunks.size,
+                self.trainer.strategy.predict_step,
+                processes_of(self.trainer),
+            )
         return Batches(
             self.documents,
             self.schedule,
@@ -112,6 +159,7 @@ class FineTuning(pl.LightningModule):
             self.trainer.global_rank,
             self.first_step,
             self.chunks.size,
+            self.shared,
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
@@ -133,6 +181,9 @@ class FineTuning(pl.LightningModule):
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
+        if self.baselines and index % self.accumulate == 0:
+            with undisturbed(self.trainer.strategy.model, self.device):
+                self.baseline = self.baselines.next(self.device)
         torch.manual_seed(
             self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
         )
@@ -142,9 +193,11 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        loss = self.batch_loss(batch)
+        loss, metrics = self.batch_loss(batch | {"baseline": self.baseline} if self.baselines else batch)
         weight = batch["step_weight"] or 1.0
         self.step_loss += loss.detach() / weight
+        if self.preference:
+            self.step_metrics = metrics if self.step_metrics is None else self.step_metrics + metrics
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
@@ -153,20 +206,29 @@ class FineTuning(pl.LightningModule):
         """Context in which every rank sees the parameters whole."""
         return whole_parameters(self.trainer, parameters)
 
-    def validation_step(self, batch: dict, index: int) -> Tensor:
-        """The loss over a batch of held-out rows, summed; validation.validation_loss() asks for it."""
+    def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
+        """objective() of a batch of held-out rows; validation.validation_loss() asks for it."""
         return self.batch_loss(batch)
 
-    def batch_loss(self, batch: dict) -> Tensor:
-        """The loss over the trained tokens of a batch, summed.
+    def batch_loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """objective() of a batch."""
+        return objective(self.model, batch, self.chunks, self.preference)
 
-        The batch's `width` is the length of the longest row that any rank has in its batch.
-        """
-        return batch_loss(self.model, batch, self.chunks, batch["width"])
+    def predict_step(self, batch: dict) -> Tensor:
+        """ln p of the trained tokens of a batch."""
+        return token_log_probs(self.model, batch, self.chunks, batch["width"])
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
-        return inputs(self.model, self.documents, self.held_out)
+        return inputs(self.model, self.documents, self.held_out, self.reference)
+
+
+class ReferenceAtStart(pl.Callback):
+    """Under stage 3 the reference is asked when the model is shared out, and before a checkpoint is in it."""
+
+    def on_fit_start(self, trainer, module) -> None:
+        if module.config.strategy.startswith("deepspeed_stage_3"):
+            module.read_reference()
 
 
 def make_trainer(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, say
 
 from ..common.files import append_line, write_lines
 from ..config.launcher import is_first_process
-from ..data.dataset import Documents
 from ..data.encode import Encoder
-from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, Units, evaluation_batches, questions
+from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Units, evaluation_batches, questions
 from ..data.leading_token import without_leading
 from ..data.preference_batches import collator
 from ..evaluation.answering import completed
@@ -26,13 +24,17 @@ from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
+from ..model.preference_loss import means
 from .callbacks import StepReport
+from .kto_baseline import baseline
+from .objective import undisturbed
 from .preference_log import fields, numbers
+from .process_group import processes_of
 from .validation_log import BEST, VALIDATION, best, describe, is_over
 
 
 class Watch(Callback):
-    """Evaluates `documents` before the first step, every `eval_steps` and after the last; one JSON line each.
+    """Evaluates held-out documents before the first step, every `eval_steps` and after the last: a JSON line.
 
     `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is
     the best one, and whether the run is over, are functions of it. `write` puts the trained tensors into a
@@ -43,17 +45,15 @@ class Watch(Callback):
         self,
         folder: str,
         history: list[dict],
-        documents: Documents,
         encoder: Encoder,
         write,
         report: StepReport,
     ):
         self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
-        self.history, self.documents, self.encoder = history, documents, encoder
+        self.history, self.encoder = history, encoder
         self.write, self.report = write, report
 
     def on_train_start(self, trainer, module) -> None:
-        self.batches = evaluation_batches(self.documents, module.config)
         self.questions = questions(module.held_out, module.config.eval_samples, self.encoder)
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
@@ -81,12 +81,12 @@ class Watch(Callback):
         A run that is asked to stop leaves it to the run that goes on, except after its last step.
         """
         step = trainer.global_step
-        with undisturbed(trainer):
+        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
             may_stop = step < module.total_steps
-            is_stopped = lambda: self.report.stop and may_stop  # noqa: E731
-            loss = validation_loss(trainer, self.documents, self.batches, is_stopped)
-            if loss is None:
+            found = validation_loss(trainer, module.evaluated, lambda: self.report.stop and may_stop)
+            if found is None:
                 return False
+            loss, metrics = found
             answers = self._answers(module.model)
         decode = self.encoder.tokenizer.decode
         samples = [
@@ -100,8 +100,8 @@ class Watch(Callback):
         line = {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
-            "tokens": self.documents.targets,
-            **fields(self.documents.weight, {}),
+            "tokens": module.evaluated.targets,
+            **fields(module.evaluated.weight, metrics),
             "samples": samples,
         }
         self.history.append(line)
@@ -152,49 +152,55 @@ def shortened(text: str, characters: int, cut: bool = False) -> str:
     return f"{whole[: characters - 1]}…"
 
 
-@contextlib.contextmanager
-def undisturbed(trainer):
-    """Context for a look at the model during its training: without dropout and gradients.
-
-    Afterwards everything is as before, the random numbers too.
-    """
-    modes = {module: module.training for module in trainer.strategy.model.modules()}
-    gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(gpus):
-        for module in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
 def validation_loss(
-    trainer, held_out: Units, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
-) -> float | None:
-    """The mean loss over all trained tokens of the batches of `held_out`, weighted, in nats.
+    trainer, documents: Units, is_stopped: Callable[[], bool] = lambda: False
+) -> tuple[float, dict[str, float]] | None:
+    """(mean loss over all trained tokens of the documents, weighted, in nats, or over their units; the other
+    means of a preference).
 
-    Every rank takes part and gets the same number. None where on some rank is_stopped() between two batches.
+    Every rank takes part and gets the same numbers. None where on some rank is_stopped() between two batches.
     Packing and the number of processes do not change the result: rows don't see each other, each batch is
     computed by one process, and float64 has room enough for fp32 sums to be added without rounding, in any
     order.
     """
-    strategy, world = trainer.strategy, trainer.world_size
-    collate = collator(held_out, trainer.lightning_module.chunks.size)
-    documents = [document for rows in batches for document in itertools.chain(*rows)]
+    strategy, preference = trainer.strategy, trainer.lightning_module.preference
+    processes, device = processes_of(trainer), strategy.root_device
     weight = math.fsum(document.weight for document in documents)
-    total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums: Tensor | None = None
+    beside = {}
+    try:
+        if preference and not preference.paired:
+            others = _batches(trainer, documents.others, weight, is_stopped)
+            beside = {"baseline": baseline(others, device, strategy.predict_step, processes)}
+        for turn, batch in enumerate(_batches(trainer, documents, weight, is_stopped)):
+            loss, metrics = strategy.validation_step(batch | beside, turn)
+            total += loss
+            if preference:
+                sums = metrics if sums is None else sums + metrics
+    except _Stopped:
+        return None
+    loss = float(processes.total(total)) / weight
+    return loss, {} if sums is None else means(processes.total(sums).tolist())
+
+
+class _Stopped(Exception):
+    """A rank was asked to stop between two batches; all of them raise it."""
+
+
+def _batches(trainer, documents: Units, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
+    """The batches of this rank, as many as every other one has, on its device."""
+    strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
+    batches = evaluation_batches(documents, module.config)
+    collate = collator(documents, module.chunks.size, module.shared)
     with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
             stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
             if strategy.reduce(stopped, reduce_op="sum"):
-                return None
+                raise _Stopped
             # a rank without a batch takes one without a target: all of them must do the same operations
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
             width = sum(document.inputs for document in batches[first][0])
-            batch = collate(mine, weight) | {"width": width}
-            total += strategy.validation_step(strategy.batch_to_device(batch), first)
+            yield strategy.batch_to_device(collate(mine, weight) | {"width": width})
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
-    return float(strategy.reduce(total, reduce_op="sum")) / weight

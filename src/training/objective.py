@@ -1,0 +1,51 @@
+"""What a training makes small: the one place that the steps, the evaluations and the trials ask for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..model import RWKV
+from ..model.batch_loss import Chunks, batch_loss
+from ..model.log_probs import token_log_probs
+from ..model.preference_loss import PreferenceLoss
+
+
+def objective(
+    model: RWKV, batch: dict, chunks: Chunks, preference: PreferenceLoss | None
+) -> tuple[Tensor, Tensor]:
+    """(loss of a batch, summed over what its step's weight counts; sums of the metrics beside it).
+
+    Without `preference` it is the weighted cross entropy over the trained tokens, and there are no metrics.
+    With it the loss is over the units, and the sums are float64, as preference_loss.means() takes them. The
+    batch's `width` is the length of the longest row that any rank has in its batch.
+    """
+    if preference is None:
+        return batch_loss(model, batch, chunks, batch["width"]), no_metrics(batch["ids"].device)
+    return preference(token_log_probs(model, batch, chunks, batch["width"]), batch)
+
+
+def no_metrics(device: torch.device) -> Tensor:
+    """The metrics of a supervised training."""
+    return torch.zeros(0, dtype=torch.float64, device=device)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context for a look at a model during its training: without dropout and gradients.
+
+    Afterwards everything is as before, the random numbers too.
+    """
+    modes = {module: module.training for module in model.modules()}
+    gpus = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(gpus):
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode

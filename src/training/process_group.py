@@ -1,0 +1,30 @@
+"""The processes of a run, for what they do together outside Lightning's steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Those that share the rows: their number, which of them this is, and the sum of a tensor over all."""
+
+    world: int = 1
+    rank: int = 0
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+ALONE = Processes()
+
+
+def processes_of(trainer: pl.Trainer) -> Processes:
+    """Those of a trainer that know each other already."""
+
+    def total(tensor: Tensor) -> Tensor:
+        return trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    return Processes(trainer.world_size, trainer.global_rank, total)

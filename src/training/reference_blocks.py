@@ -1,0 +1,88 @@
+"""The values of a reference pass on disk, in blocks that each appear whole, so that a killed pass goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.output import write_bytes
+from rwkv_miss.progress import print_notes
+
+from ..ops.build import locked
+
+PAUSE, PAUSE_SHARE = 10.0, 0.05  # seconds between two blocks, and in a long pass the share of its time
+
+
+class Blocks:
+    """float32 numbers one after another in the files of a folder. A file's name is how many are before it.
+
+    One process writes. The others, and one whose folder is None, keep nothing.
+    """
+
+    def __init__(self, folder: pathlib.Path | None):
+        self.folder = folder
+        self.waiting: list[np.ndarray] = []
+        self.written = 0
+        self.begun = self.last = time.monotonic()
+
+    def read(self) -> np.ndarray:
+        """All that is there, (n,) float32. What is added comes after it."""
+        parts = [np.empty(0, np.float32)]
+        while self.folder is not None and self._path.exists():
+            part = np.fromfile(self._path, np.float32)
+            if not len(part):  # the machine went down
+                break
+            parts.append(part)
+            self.written += len(part)
+        return np.concatenate(parts)
+
+    def add(self, values: np.ndarray) -> None:
+        """More of them, which are written now and then."""
+        self.waiting.append(values)
+        now = time.monotonic()
+        if now - self.last > max(PAUSE, PAUSE_SHARE * (now - self.begun)):
+            self.write()
+            self.last = now
+
+    def write(self) -> None:
+        """Write what is not on the disk yet. Where that fails, a note says so, and no more is kept."""
+        values = np.concatenate([np.empty(0, np.float32), *self.waiting])
+        self.waiting.clear()
+        if self.folder is None or not len(values):
+            return
+        try:
+            write_bytes(self._path, values.astype(np.float32).tobytes())
+            self.written += len(values)
+        except (OSError, UserError) as error:
+            print_notes([f"the values of the reference are not kept any further: {error}"])
+            self.folder = None
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return self.folder / f"{self.written:012d}"
+
+
+@contextlib.contextmanager
+def blocks_in(folder: pathlib.Path, is_writer: bool) -> Iterator[Blocks]:
+    """The blocks of a folder. The process that writes holds it, and another run with the same one waits."""
+    with contextlib.ExitStack() as stack:
+        place = None
+        if is_writer:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / "lock", "the values of the reference"))
+                os.utime(folder)  # when it was last used
+                for left in folder.glob("*.tmp"):  # of a killed pass
+                    left.unlink()
+                place = folder
+            except OSError as error:
+                print_notes([f"the values of the reference can't be kept in {folder} ({error})"])
+        blocks = Blocks(place)
+        yield blocks
+        blocks.write()

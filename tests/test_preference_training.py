@@ -1,0 +1,266 @@
+"""Runs on preferences: the first loss; rows, micro-batches, processes and a kill change nothing."""
+
+import functools
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import src.training.reference
+import src.training.reference_blocks
+from rwkv_miss import read_checkpoint
+from src.model import RWKV
+
+from . import program
+from .conftest import close, make_arch, random_tensors
+from .program import at_file, kill, succeed
+
+UNITS = 12  # pairs or answers to train on, of which a step has 4
+LN_2 = float(-F.logsigmoid(torch.zeros(())))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base and another model, whose width the rank does not divide, and pairs and labelled answers."""
+    folder = tmp_path_factory.mktemp("preferences")
+    arch = make_arch(7, vocab_size=256, n_embd=40, head_size=8)
+    for seed, name in enumerate(("base", "other")):
+        torch.save(random_tensors(arch, seed=seed), folder / f"{name}.pth")
+    rng = random.Random(0)
+
+    def text():
+        return "".join(rng.choices("abc d", k=rng.choice([1, 2, 3, 5, 17])))
+
+    for name, count in (("rows", UNITS), ("held", 5)):
+        prompts = [name[0] + text() for _ in range(count)]
+        pairs = [{"prompt": p, "chosen": text() + "!", "rejected": text() + "?"} for p in prompts]
+        answers = [{"prompt": p, "completion": text(), "label": i % 3 > 0} for i, p in enumerate(prompts)]
+        for kind, rows in (("pairs", pairs), ("answers", answers)):
+            (folder / f"{kind}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags_of(files, proj_dir, *flags):
+    given = dict(itertools.zip_longest(flags[::2], flags[1::2]))
+    kind = "answers" if given.get("--loss") == "kto" else "pairs"
+    own = {
+        "--load_model": files / "base.pth",
+        "--data_file": files / f"{kind}-rows.jsonl",
+        "--proj_dir": proj_dir,
+        "--tokenizer": "bytes",
+        "--accelerator": "cpu",
+        "--loss": "dpo",
+        "--lr_init": "1e-2",
+        "--adam_eps": "1e-3",  # keeps Adam from blowing up a gradient near zero
+        "--peft_config": "r=7",
+        "--packing": "0",
+        "--ctx_len": "128",
+        "--micro_bsz": "4",
+        "--epoch_count": "1",
+        "--data_cache": proj_dir.parent / "cache",
+    }
+    return [str(word) for pair in (own | given).items() for word in pair]
+
+
+def start(files, proj_dir, *flags, sabotage=None):
+    return succeed(program.run(flags_of(files, proj_dir, *flags), sabotage))
+
+
+def lines(proj_dir, name="metrics.jsonl"):
+    """Every step's loss and metrics."""
+    timing = ("seconds", "tokens_per_second")
+    found = [json.loads(line) for line in (proj_dir / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timing} for line in found]
+
+
+def same_lines(got, want, rel=1e-5):
+    assert len(got) == len(want) > 0
+    for ours, theirs in zip(got, want):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            # differences of sums over tokens have their rounding errors, not their own
+            assert ours[name] == pytest.approx(value, rel=rel, abs=1e-4 if rel else 0), name
+
+
+def same_adapters(ours, theirs, ratio=1e-4):
+    ours, theirs = (read_checkpoint(path / "adapter.pth") for path in (ours, theirs))
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        if ratio:
+            close(name, ours[name], tensor, ratio)
+        else:
+            assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_the_first_loss_is_ln_2_in_every_bit(files, tmp_path, kernel):
+    """Of 4 pairs in rows that several share; held-out ones too."""
+    held = ["--eval_file", files / "pairs-held.jsonl", "--eval_samples", "0", "--eval_docs", "4"]
+    start(files, tmp_path / "run", "--sft_weight", "0", "--wkv", kernel, "--packing", "1", "--ctx_len", "300",
+          "--micro_bsz", "1", *held)  # fmt: skip
+    first, before = lines(tmp_path / "run")[0], lines(tmp_path / "run", "validation.jsonl")[0]
+    units = first["units"]
+    assert first["loss"] == pytest.approx(LN_2, rel=0 if math.log2(units).is_integer() else 1e-6)
+    assert before["loss"] == LN_2
+    for line in (first, before):
+        assert line["margin"] == line["reward_chosen"] == line["reward_rejected"] == line["kl"] == 0.0
+        assert line["reward_accuracy"] == 0.0, "ties are wrong"
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """loss -> the folder of a run of three steps on four units each, in one process; each is made once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(loss):
+        held = files / f"{'answers' if loss == 'kto' else 'pairs'}-held.jsonl"
+        start(files, folder / loss, "--loss", loss, "--eval_file", held, "--eval_samples", "0")
+        return folder / loss
+
+    return run
+
+
+def evaluated(files, loss):
+    held = files / f"{'answers' if loss == 'kto' else 'pairs'}-held.jsonl"
+    return ["--loss", loss, "--eval_file", held, "--eval_samples", "0"]
+
+
+def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
+    same_lines(lines(proj_dir), lines(want), rel)
+    same_lines(lines(proj_dir, "validation.jsonl"), lines(want, "validation.jsonl"), rel)
+    same_adapters(proj_dir, want, ratio)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_micro_batches_make_the_same_steps(files, tmp_path, whole, loss):
+    batch = ["--micro_bsz", "1", "--accumulate_grad_batches", "4"]
+    start(files, tmp_path / "run", *evaluated(files, loss), *batch)
+    same_runs(tmp_path / "run", whole(loss))
+
+
+@pytest.mark.parametrize(
+    "loss, strategy",
+    [("dpo", "ddp"), ("dpo", "deepspeed_stage_3"), ("kto", "ddp"), ("kto", "deepspeed_stage_2"),
+     ("kto", "deepspeed_stage_3"), ("orpo", "deepspeed_stage_2")],
+)  # fmt: skip
+def test_two_processes_make_the_same_steps(files, tmp_path, whole, loss, strategy):
+    two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
+    start(files, tmp_path / "run", *evaluated(files, loss), *two)
+    same_runs(tmp_path / "run", whole(loss))
+
+
+def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
+    """All pairs in every step, alone in their rows, or packed."""
+    for name, packing, ctx_len in (("alone", "0", "128"), ("packed", "1", "200")):
+        start(files, tmp_path / name, "--packing", packing, "--ctx_len", ctx_len, "--micro_bsz", str(UNITS),
+              "--epoch_count", "3")  # fmt: skip
+    rows = [len(set(line["tokens"] for line in lines(tmp_path / name))) for name in ("alone", "packed")]
+    assert rows == [1, 1], "every step has all of them"
+    same_lines(lines(tmp_path / "packed"), lines(tmp_path / "alone"))
+
+
+def test_rows_in_chunks_make_the_same_steps(files, tmp_path, whole):
+    start(files, tmp_path / "run", *evaluated(files, "dpo"), "--chunk_ctx", "16")
+    same_runs(tmp_path / "run", whole("dpo"))
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
+    """After its second checkpoint, and under kto, whose baseline is of the step."""
+    for loss in ("dpo", "kto"):
+        proj_dir = tmp_path / loss
+        flags = [*evaluated(files, loss), "--save_steps", "1"]
+        killed = functools.partial(at_file, "checkpoints/step-00000002", 2, proj_dir, kill)
+        code, _ = program.run(flags_of(files, proj_dir, *flags), killed)
+        assert code == -9
+        start(files, proj_dir, *flags, "--resume", "auto")
+        same_runs(proj_dir, whole(loss), rel=0, ratio=0)
+
+
+def counting(path, die_at, rank):
+    """Every block at once; a line for every turn that is read, and death in turn `die_at`."""
+    src.training.reference_blocks.PAUSE = src.training.reference_blocks.PAUSE_SHARE = -1.0
+    read = src.training.reference.ReferencePass._read
+
+    def counted(self, *args):
+        with open(path, "a") as file:
+            file.write("read\n")
+        if len(path.read_text().splitlines()) == die_at:
+            kill()
+        return read(self, *args)
+
+    src.training.reference.ReferencePass._read = counted
+
+
+@pytest.mark.parametrize("cache", ["none", "folder"])
+def test_a_pass_of_the_reference_goes_on_where_it_was_killed(files, tmp_path, whole, cache):
+    """3 turns of the training data and 2 of the held-out ones; another run with the same takes them all."""
+    read, proj_dir = tmp_path / "read", tmp_path / "run"
+    flags = [*evaluated(files, "dpo"), "--data_cache", cache if cache == "none" else tmp_path / cache]
+    code, _ = program.run(flags_of(files, proj_dir, *flags), functools.partial(counting, read, 3))
+    assert code == -9 and not (proj_dir / "metrics.jsonl").exists()
+    start(files, proj_dir, *flags, sabotage=functools.partial(counting, read, 0))
+    # the one that it died in, and the one before, whose values were on their way
+    assert len(read.read_text().splitlines()) == 3 + 2 + 2
+    same_runs(proj_dir, whole("dpo"), rel=0, ratio=0)
+    if cache == "folder":
+        start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1))
+        assert len(read.read_text().splitlines()) == 7
+        same_runs(tmp_path / "again", whole("dpo"), rel=0, ratio=0)
+
+
+def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):
+    start(files, tmp_path / "run", *evaluated(files, "dpo"), "--reference", files / "base.pth")
+    same_runs(tmp_path / "run", whole("dpo"), rel=0, ratio=0)
+
+
+def log_p(path, prompt, answer):
+    """ln p of an answer's tokens, by the whole logits in float64."""
+    model = RWKV.load(path, torch.float64)
+    ids = torch.tensor([list(f"User: {prompt}\n\nAssistant: {answer}".encode()) + [0]])
+    with torch.no_grad():
+        table = F.log_softmax(model(ids[:, :-1])[0], -1)
+    found = table.gather(-1, ids[:, 1:, None])[0, :, 0]
+    return found[-len(answer) - 1 :]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
+    """It is the formula's, in float64, over all pairs."""
+    flags = ["--micro_bsz", str(UNITS), "--reference", files / "other.pth", "--strategy", strategy]
+    start(files, tmp_path / "run", *flags)
+    margins, nll = [], []
+    for row in map(json.loads, (files / "pairs-rows.jsonl").read_text().splitlines()):
+        base, other = (
+            [log_p(files / f"{name}.pth", row["prompt"], row[side]) for side in ("chosen", "rejected")]
+            for name in ("base", "other")
+        )
+        margins.append(sum((-1) ** i * float((b - o).sum()) for i, (b, o) in enumerate(zip(base, other))))
+        nll.append(-float(base[0].mean()))
+    want = sum(math.log1p(math.exp(-0.1 * m)) + n for m, n in zip(margins, nll)) / UNITS
+    first = lines(tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(want, rel=1e-5)
+    assert first["margin"] == pytest.approx(0.1 * sum(margins) / UNITS, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [["--peft", "none", "--lr_init", "1e-4"], ["--peft", "state"]])
+def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_path, method):
+    """Also in a run that goes on, and one that has lost the values."""
+    flags = ["--peft_config", "{}", *method, "--save_steps", "1", "--sft_weight", "0", "--data_cache", "none"]
+    start(files, tmp_path / "run", *flags)
+    first = lines(tmp_path / "run")[0]
+    assert first["loss"] == LN_2 and first["kl"] == 0.0 and lines(tmp_path / "run")[1]["kl"] > 0
+    proj_dir = tmp_path / "killed"
+    code, _ = program.run(
+        flags_of(files, proj_dir, *flags),
+        functools.partial(at_file, "checkpoints/step-00000002", 2, proj_dir, kill),
+    )
+    assert code == -9
+    for kept in (proj_dir / "reference").rglob("0*"):
+        kept.unlink()
+    start(files, proj_dir, *flags, "--resume", "auto")
+    same_lines(lines(proj_dir), lines(tmp_path / "run"), rel=0)
