@@ -1,6 +1,7 @@
 """The log-probabilities of a batch's trained tokens, of which preference losses are made.
 
-Rows are run whole or in chunks, by what runs them for the training loss (batch_loss.py).
+Rows are run whole or in chunks, by what runs them for the training loss (batch_loss.py). Or the prompts of
+the batch are read once, and the answers go on from the states after them.
 """
 
 from __future__ import annotations
@@ -8,16 +9,26 @@ from __future__ import annotations
 from torch import Tensor
 
 from .batch_loss import Chunks, run_rows
-from .rwkv import RWKV, State
+from .rwkv import RWKV, LayerState, State
 
 
 def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """ln p of each trained token, (n,) in at least fp32, in the order of batch["targets"].
 
-    `batch`, `chunks` and `width` are as for batch_loss(). The batch's weights are not read. The result is
-    differentiable in the model's trained parameters; a gradient of it costs the second half of a step.
+    `batch`, `chunks` and `width` are as for batch_loss(); its weights are not read. A batch with "prompts"
+    (P, S) int64 has them read once: its rows "ids" are answers, and row i goes on from the state after prompt
+    prompt_of[i], so its first token is the prompt's last. Prompts are padded on the left, and "prompt_reset"
+    (P, S) bool is true where a padded one begins. Such rows are whole.
+
+    The result is differentiable in the model's trained parameters, through the states after prompts, too.
+    Equal rows without shared prompts give the same numbers, but where there is dropout: answers that share a
+    prompt share what is dropped of it.
     """
-    return run_rows(model, batch, chunks, width, part_log_probs)
+    if "prompts" not in batch:
+        return run_rows(model, batch, chunks, width, part_log_probs)
+    if chunks.size:
+        raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
+    return part_log_probs(model, batch, after_prompts(model, batch))[0]
 
 
 def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
@@ -27,3 +38,11 @@ def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor
     """
     x, state = model.features(part["ids"], state, part["reset"], part["where"])
     return model.log_probs(x, part["targets"]), state
+
+
+def after_prompts(model: RWKV, batch: dict) -> State:
+    """The state before each row of a batch with "prompts": the one after its prompt, with its gradient."""
+    prompts, of = batch["prompts"], batch["prompt_of"]
+    nothing = of.new_empty(0)  # no output is wanted, and the last layer computes none
+    _, state = model.features(prompts, None, batch["prompt_reset"], nothing)
+    return [LayerState(*(t.index_select(0, of) for t in layer)) for layer in state]
