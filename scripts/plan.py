@@ -55,6 +55,7 @@ with importing():
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
     from src.training import plan_text
+    from src.training.preference_text import loss_line, loss_warnings
     from src.training.resume import earlier_settings, inherit, keep_rows_per_step
 
 
@@ -166,12 +167,16 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
     print(f"trained    {plan_text.trained(config, found.model)}")
     print(*data.found.lines(), *plan_text.data(config, data.documents, found.schedule), sep="\n")
     print(plan_text.steps(config, found.schedule, found.steps))
+    for line in loss_line(config, data.documents, found.schedule):
+        print(line)
     print(plan_text.evaluation(config, len(found.evaluated), len(data.held_out), found.steps, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
     print(*plan_text.chosen(config, origins), sep="\n")
+    for line in loss_warnings(config):
+        print(f"warning    {line}")
     print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, estimated")
     for name, size in found.memory.items():
         print(f"           {name:<12} {size_text(size):>10}")
@@ -200,6 +205,7 @@ def for_machines(found: Plan) -> dict[str, object]:
         "tokens_per_second": found.speed.tokens,
         "seconds": found.cost.seconds or None,
         "evaluation_seconds": found.cost.evaluation_seconds or None,
+        "reference_seconds": found.cost.reference_seconds or None,
         "evaluated_documents": len(found.evaluated),
         "speed_from": found.speed.source,
     }
@@ -246,12 +252,11 @@ def recorded_speed(path: str) -> float:
 def describe_time(cost: Cost, speed: Speed) -> str:
     if not speed.tokens:
         return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
-    evaluation = (
-        f", {duration_text(cost.evaluation_seconds)} of evaluation" if cost.evaluation_seconds else ""
-    )
+    parts = {"evaluation": cost.evaluation_seconds, "the reference": cost.reference_seconds}
+    beside = "".join(f", {duration_text(seconds)} of {part}" for part, seconds in parts.items() if seconds)
     return (
         f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"
-        f" {speed.tokens:,.0f} tokens/s{evaluation} ({speed.source})"
+        f" {speed.tokens:,.0f} tokens/s{beside} ({speed.source})"
     )
 
 

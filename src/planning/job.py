@@ -46,7 +46,8 @@ from .defaults import (
     row_length,
     search_size,
 )
-from .memory import USABLE, largest_batch, memory_parts, needed
+from .memory import USABLE, largest_batch, memory_parts, needed, reference_arch
+from .step import preference_of
 from .throughput import Speed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
@@ -112,6 +113,7 @@ class Cost:
     seconds: float  # of the whole run; 0 where no speed is known
     evaluation_seconds: float  # of these, what the evaluations take with sample answers
     search_seconds: float  # of these, what the search for a learning rate takes at most
+    reference_seconds: float  # of these, what the pass of the reference takes, where none is kept already
 
 
 def run_cost(
@@ -125,22 +127,44 @@ def run_cost(
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
     memory = needed(estimate(config, arch, schedule), config, device.accelerator)
-    tokens = trained_tokens(config, schedule)
-    times = evaluations(config, steps_of(config, schedule)) if evaluated else 0
-    read = FORWARD * times * float((evaluated.lengths - 1).sum())
+    tokens, steps = trained_tokens(config, schedule), steps_of(config, schedule)
+    times = evaluations(config, steps) if evaluated else 0
+    held_out_tokens = float((evaluated.lengths - 1).sum())
+    read = FORWARD * times * held_out_tokens * readings(config)
+    training = tokens * (1 + FORWARD * (readings(config) - 1))
     asked = questions(data.held_out, config.eval_samples, data.encoder) if times else []
-    seconds = evaluation_seconds = search_seconds = 0.0
+    seconds = evaluation_seconds = search_seconds = reference_seconds = 0.0
     if speed.tokens:
         prompts = FORWARD * times * sum(len(question.prompt) for question in asked)
         answers = times * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
         evaluation_seconds = (read + prompts) / speed.tokens + answers
         if is_automatic(config, "lr_init"):
-            size, steps = search_size(steps_of(config, schedule)), steps_of(config, schedule)
+            size = search_size(steps)
             share = size.trials * size.steps / steps
-            search_seconds = (1 + EVALUATION) * share * tokens / speed.tokens
-        seconds = tokens / speed.tokens + evaluation_seconds + search_seconds
+            search_seconds = (1 + EVALUATION) * share * training / speed.tokens
+        once = tokens * min(1.0, schedule.steps_per_pass / steps)
+        reference_seconds = reference_work(config, arch, once + held_out_tokens) / speed.tokens
+        seconds = training / speed.tokens + evaluation_seconds + search_seconds + reference_seconds
     room = USABLE * memory_of(device, config.world)
-    return Cost(memory, room, tokens, read / tokens, seconds, evaluation_seconds, search_seconds)
+    parts = (evaluation_seconds, search_seconds, reference_seconds)
+    return Cost(memory, room, tokens, read / training, seconds, *parts)
+
+
+def readings(config: Config) -> int:
+    """How often a unit is looked at: under kto once more with another prompt, for the baseline."""
+    return 2 if config.loss == "kto" else 1
+
+
+def reference_work(config: Config, arch: Arch, tokens: float) -> float:
+    """The pass of the reference over so many tokens, as tokens of the training."""
+    loss = preference_of(config)
+    if loss is None or not loss.needs_reference:
+        return 0.0
+    size = 1.0
+    if config.reference:
+        other = reference_arch(config)
+        size = other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
+    return FORWARD * size * readings(config) * tokens
 
 
 def device_here(config: Config, head_size: int) -> Device:

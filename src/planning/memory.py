@@ -10,6 +10,7 @@
 | rollback    | 24 a trained parameter: two copies of it and its moments       | LastGood, on the CPU
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
+| reference   | what the pass of --reference needs beyond all above            | reference_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
 
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 import heapq
 
+import torch
+
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
@@ -29,7 +32,7 @@ from ..common.device import PRECISIONS
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..data.batches import Schedule
-from ..model import RWKV
+from ..model import RWKV, read_model_file
 from .step_memory import StepBytes, model_on_meta, step_bytes
 
 # glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
@@ -99,8 +102,31 @@ def memory_parts(
         "working": max(step.peak - step.activations, 0),
         "allocator": waste,
     }
+    if config.reference:
+        # the pass is over before there are gradients, moments, copies and a step
+        rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
+        of_pass = reference_bytes(config, kernel, precision, accelerator, row, targets)
+        parts["reference"] = max(0.0, of_pass - rest)
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
+
+
+def reference_bytes(
+    config: Config, kernel: str, precision: str, accelerator: str, row: int, targets: int
+) -> float:
+    """Bytes of the model of --reference and of its pass without gradients."""
+    arch = reference_arch(config)
+    with torch.device("meta"):
+        model = RWKV(arch)
+    size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
+    held = size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
+    forward = step_bytes(arch, config, kernel, precision, row, targets, backward=False)
+    return held + forward.peak + allocator_waste(forward, accelerator)
+
+
+def reference_arch(config: Config) -> Arch:
+    """The sizes of the model of --reference."""
+    return Arch.detect(read_model_file(config.reference))
 
 
 def saved_by_quant(model: RWKV, quant: str, size: int) -> int:

@@ -24,8 +24,9 @@ from ..common.device import PRECISIONS
 from ..config import Config
 from ..model import RWKV
 from ..model.batch_loss import batch_loss, state_bytes
+from ..model.log_probs import token_log_probs
 from ..model.rwkv import replace_tensors
-from .step import chunks_of
+from .step import chunks_of, preference_of
 
 # glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
 # back when it is freed.
@@ -54,10 +55,18 @@ def model_on_meta(arch: Arch, config: Config) -> RWKV:
     return model
 
 
-def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
+def step_bytes(
+    arch: Arch,
+    config: Config,
+    kernel: str,
+    precision: str,
+    row: int,
+    targets: int,
+    backward: bool = True,
+) -> StepBytes:
     """The bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in all.
 
-    `kernel` and `precision` are not auto.
+    `kernel` and `precision` are not auto. Without `backward` it is a look at the batch without gradients.
     """
     chunks = chunks_of(config)
     whole = row
@@ -66,7 +75,8 @@ def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int
         targets = max(1, targets * row // whole)
 
     def count(layers: int) -> StepBytes:
-        return _count(dataclasses.replace(arch, n_layer=layers), config, kernel, precision, row, targets)
+        fewer = dataclasses.replace(arch, n_layer=layers)
+        return _count(fewer, config, kernel, precision, row, targets, backward)
 
     step = count(min(arch.n_layer, LAYERS))
     if arch.n_layer > LAYERS:
@@ -79,7 +89,15 @@ def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int
     return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
 
 
-def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
+def _count(
+    arch: Arch,
+    config: Config,
+    kernel: str,
+    precision: str,
+    row: int,
+    targets: int,
+    backward: bool = True,
+) -> StepBytes:
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
     half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
     full = config.peft == "none"
@@ -117,16 +135,34 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         known += [p.grad for p in model.parameters()]
         with Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live:
             activations = live.after(model, "features")
-            batch_loss(model, batch, chunks_of(config)).backward()
+            with torch.set_grad_enabled(backward):
+                loss = _loss(model, batch, config)
+            if backward:
+                loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
 
 
+def _loss(model: RWKV, batch: dict, config: Config) -> Tensor:
+    """What a step takes the gradient of."""
+    chunks, preference = chunks_of(config), preference_of(config)
+    if preference is None:
+        return batch_loss(model, batch, chunks)
+    return preference(token_log_probs(model, batch, chunks), batch)[0]
+
+
 def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
-    """As data/batches.collate() makes it, with equal shares of the trained tokens in equal chunks."""
+    """As the run's own batches are made, with equal shares of the trained tokens in equal chunks."""
     size, rows = config.chunk_ctx or row, config.micro_bsz
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
     trained = torch.zeros(sum(counts), dtype=torch.int64)
+    beside = {}
+    if config.loss != "sft":
+        # how many answers there are is not known; what there is of each is a few numbers
+        answers = torch.arange(2 * rows) % 2 == 0
+        reference = torch.zeros(sum(counts)) if preference_of(config).needs_reference else None
+        beside = {"answer": trained, "chosen": answers, "reference": reference, "baseline": 0.0}
     return {
+        **beside,
         "ids": torch.zeros(rows, row, dtype=torch.int64),
         "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
         "where": trained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..data.dataset import Document
 from ..data.leading_token import begins_with
+from ..data.preferences import Preference, prompt_length
 
 SAMPLE = 80  # characters of each part of short_sample()
 
@@ -36,6 +37,42 @@ def short_sample(row: Document, tokenizer) -> str:
         shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
     alike = set(row.weights.tolist()) <= {0.0, largest}
     return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
+
+
+def short_unit(unit: Document | Preference, tokenizer) -> str:
+    """short_sample() of a document or of a preference: its prompt, and what is compared, on one line."""
+    if isinstance(unit, Document):
+        return short_sample(unit, tokenizer)
+    shown, ends = "", []
+    for answer in unit.answers:
+        begin = prompt_length(answer)
+        prompt, compared = (
+            Document(answer.ids[part], answer.weights[part]) for part in (slice(0, begin), slice(begin, None))
+        )
+        line = one_line(prompt, tokenizer)
+        shown = line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
+        line = one_line(compared, tokenizer)
+        ends.append(f"«{line if len(line) <= SAMPLE else f'{line[:SAMPLE]} ...'}»")
+    if len(ends) == 1:
+        return f"{shown}{ends[0]} ({'to be' if unit.chosen[0] else 'not to be'} preferred)"
+    return f"{shown}{ends[0]} rather than {ends[1]}"
+
+
+def one_line(row: Document, tokenizer) -> str:
+    """All of a document on one line."""
+    return "⏎".join("".join(part for part, _ in parts_of(row, tokenizer)).splitlines())
+
+
+def unit_sample(unit: Document | Preference, tokenizer) -> str:
+    """sample() of a document, or of each answer of a preference."""
+    if isinstance(unit, Document):
+        return sample(unit, tokenizer)
+    names = {True: "chosen", False: "rejected"}
+    shown = [
+        f"    {names[chosen]}:\n{sample(answer, tokenizer)}"
+        for answer, chosen in zip(unit.answers, unit.chosen)
+    ]
+    return "\n".join(shown)
 
 
 def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:

@@ -26,9 +26,10 @@ from ..planning.defaults import CHOSEN, search_size
 from ..planning.job import Cost, Data, Job, steps_of
 from ..planning.launches import slow_line
 from ..planning.step import chunks_of
-from .document_text import sample, short_sample
+from .document_text import short_unit, unit_sample
 from .loggers import describe_writers, places_to_watch
 from .optimizer import learning_rate_factor, state_learning_rate
+from .preference_text import left_out, loss_line, loss_warnings, too_long_text, unit_of
 from .run_card import CARD
 from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
@@ -56,6 +57,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         documents_line(config, job.data),
         *released_modes(config, job.template),
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
+        *loss_line(config, job.data.documents, job.schedule),
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps, job.origins)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
@@ -64,7 +66,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(job, cost),
-        f"sample     {short_sample(first_of(job.data.documents), job.tokenizer)}",
+        f"sample     {short_unit(job.data.documents[0], job.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
@@ -83,11 +85,6 @@ def released_modes(config: Config, template: Template) -> list[str]:
     """The line about the modes of a released G1 model; none for any other base."""
     known = modes_note(config.load_model, template)
     return [f"template   {known}"] if known else []
-
-
-def first_of(documents):
-    """The first document; of pairs the first one's chosen answer."""
-    return getattr(documents[0], "answers", documents)[0]
 
 
 def details(job: Job) -> list[str]:
@@ -114,10 +111,10 @@ def details(job: Job) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {template_text(job.template)}, loss on {mask(config)}"
+        f"template   {template_text(job.template)}, loss on {trained_part(config)}"
         f"{asks_otherwise(job.template)}; {describe_leading(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
-        sample(first_of(documents), job.tokenizer),
+        unit_sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
@@ -135,10 +132,13 @@ def documents_line(config: Config, found: Data) -> str:
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
     leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
+    trained = f"{documents.targets:,} of them trained{weighing(documents)}: {mask(config)}"
+    if config.loss != "sft":
+        trained = f"{documents.targets:,} of them in answers"
     line = (
-        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}"
-        f"{several}, {counted(documents.tokens, 'token')}, {documents.targets:,} of them trained"
-        f"{weighing(documents)}: {mask(config)} (template {encoder.template.name}{leading})"
+        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), unit_of(config))}"
+        f"{several}, {counted(documents.tokens, 'token')}, {trained} (template"
+        f" {encoder.template.name}{leading}){left_out(config, found)}"
     )
     return line.encode("utf-8", "backslashreplace").decode()
 
@@ -146,7 +146,7 @@ def documents_line(config: Config, found: Data) -> str:
 def rows(config: Config, schedule: Schedule) -> str:
     """How documents lie in rows."""
     if not config.packing:
-        return f"rows of up to {counted(max(schedule.lengths), 'token')}, a document in each"
+        return f"rows of up to {counted(max(schedule.lengths), 'token')}, a {unit_of(config)} in each"
     return f"rows of {config.ctx_len} tokens, {fullness(config, schedule):.0%} full"
 
 
@@ -202,7 +202,11 @@ def needs(cost: Cost, where: str) -> str:
     memory = f"about {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"
-    parts = {"evaluation": cost.evaluation_seconds, "the search for the rate": cost.search_seconds}
+    parts = {
+        "evaluation": cost.evaluation_seconds,
+        "the search for the rate": cost.search_seconds,
+        "the reference": cost.reference_seconds,
+    }
     named = [f"{duration_text(seconds)} for {part}" for part, seconds in parts.items() if seconds]
     of_that = f", of which {' and '.join(named)}" if named else ""
     return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}"
@@ -212,8 +216,8 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
     if not held:
         return (
-            "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell"
-            " what the run is worth)"
+            f"evaluation none: no {unit_of(config)}s are held out (--eval_file FILE or --eval_split 0.05"
+            " would tell what the run is worth)"
         )
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps > 0 else ""
     stop = ""
@@ -221,7 +225,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
     return (
-        f"evaluation loss on {evaluated:,} of {counted(held, 'held-out document')}{asked}, "
+        f"evaluation loss on {evaluated:,} of {counted(held, f'held-out {unit_of(config)}')}{asked}, "
         f"{evaluations(config, total)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
@@ -230,7 +234,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
 def warnings(job: Job, cost: Cost) -> list[str]:
     """What of the data, the device or the settings is probably not meant so."""
     config, device, documents = job.config, job.device, job.data.documents
-    texts = list(cut_warnings(config, documents))
+    texts = [*cut_warnings(config, documents), *loss_warnings(config)]
     if bad := job.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
@@ -267,10 +271,10 @@ def training(config: Config, model: RWKV) -> str:
 
 def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
-    lines = [
-        f"data       {counted(len(documents), 'document')}, {counted(documents.tokens, 'token')}, loss on"
-        f" {documents.targets:,}"
-    ]
+    count = counted(len(documents), unit_of(config))
+    lines = [f"data       {count}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
+    if too_long := too_long_text(config, documents):
+        lines.append(f"left out   {too_long}")
     if config.packing:
         lines.append(
             f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
@@ -371,14 +375,20 @@ def mask(settings: Config | Encoder) -> str:
     return names.get(settings.loss_mask, f"what follows {settings.loss_mask!r}") + thoughts + prompts
 
 
+def trained_part(config: Config) -> str:
+    """mask(), and of a preference the answers."""
+    return mask(config) if config.loss == "sft" else "the answers that are compared"
+
+
 def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[str]:
     """Line of the details about the documents that are not trained on, if there are any."""
     if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    source, taken = recorded(config.eval_file or config.data_file), counted(len(evaluated), "document")
+    unit = unit_of(config)
+    source, taken = recorded(config.eval_file or config.data_file), counted(len(evaluated), unit)
     return [
-        f"held out   {counted(len(held_out), 'document')} of {source}{cut}; "
+        f"held out   {counted(len(held_out), unit)} of {source}{cut}; "
         f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
     ]
 

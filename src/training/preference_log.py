@@ -17,7 +17,7 @@ NAMES = {
     "logp_chosen": "log p of the chosen answer, nats",
     "logp_rejected": "log p of the rejected answer, nats",
     "nll": "NLL of the chosen answer, nats per token",
-    "kl": "KL to the reference, nats per token",
+    "kl": "KL to the reference on the answers, nats per token, estimated",
     "baseline": "KTO's baseline, nats",
 }
 ACCURACIES = ("reward_accuracy", "raw_accuracy")

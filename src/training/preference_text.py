@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from rwkv_miss.files.hub_names import recorded
 
+from ..common.formatting import counted
 from ..config import Config
+from ..data.batches import Schedule
+from ..data.preferences import Preferences
+from ..planning.job import Data
 from ..planning.step import preference_of
 
 
@@ -57,6 +62,50 @@ def describe_reference(config: Config) -> str:
     if config.reference:
         return f"reference: {os.path.basename(recorded(config.reference).rstrip('/'))}"
     return "reference: the base" + (", adapter off" if config.peft != "none" else "")
+
+
+def loss_line(config: Config, documents: Preferences, schedule: Schedule) -> list[str]:
+    """The line of the plan about a loss on preferences; none for supervised training."""
+    if config.loss == "sft":
+        return []
+    units = len(documents) / schedule.steps_per_pass
+    said = describe_loss(config)
+    if preference_of(config).needs_reference:
+        said += f", read once before step 1 and kept in {kept_in(config)}"
+    return [f"loss       {said}; about {counted(round(units), unit_of(config))} in a step"]
+
+
+def kept_in(config: Config) -> str:
+    """Where the values of the reference are."""
+    return config.proj_dir if config.data_cache == "none" else "--data_cache"
+
+
+def left_out(config: Config, found: Data) -> str:
+    """What of the rows teaches nothing or does not fit, for the end of a line; nothing where all do."""
+    if config.loss == "sft":
+        return ""
+    parts = [too_long_text(config, found.documents)]
+    for file in found.found.files.values():
+        for reason, (count, places) in file.left_out.items():
+            parts.append(f"{counted(count, 'row')} in which {reason}: {places_text(count, places)}")
+    told = "; ".join(filter(None, parts))
+    return f"; left out: {told}" if told else ""
+
+
+def too_long_text(config: Config, documents: Preferences) -> str:
+    """The units that --ctx_len leaves out, and where the first of them are; nothing where all fit."""
+    if config.loss == "sft" or not documents.too_long:
+        return ""
+    places = places_text(documents.too_long, documents.too_long_places)
+    return (
+        f"{counted(documents.too_long, unit_of(config))} of more than --ctx_len {config.ctx_len} tokens, both"
+        f" answers counted: {places}"
+    )
+
+
+def places_text(count: int, places: Sequence[str]) -> str:
+    """Where the first of so many things are."""
+    return ", ".join(places) + (" ..." if count > len(places) else "")
 
 
 def loss_warnings(config: Config) -> list[str]:

@@ -1,0 +1,178 @@
+"""The plan of a run on preferences: what it says of the data and the loss, its time, and its memory."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from scripts import plan
+from src.config import Config
+from src.data.dataset import load
+from src.data.encode import Encoder
+from src.data.formats import PAIRS, Reading, Report
+from src.data.preference_batches import collate_preferences
+from src.data.tokenizer import load_tokenizer
+from src.model import RWKV
+from src.model.log_probs import token_log_probs
+from src.planning import memory
+from src.planning.base_model import build_model
+from src.planning.step import chunks_of, preference_of
+from src.planning.step_memory import Live, step_bytes
+from src.training.document_text import short_unit, unit_sample
+
+from .conftest import make_arch
+from .test_plan import SIZES
+
+BYTES = Encoder(load_tokenizer("bytes", 256))
+
+ROWS = [
+    {"prompt": f"q{i}:", "chosen": "yes" * (i % 3 + 1), "rejected": "no" * (i % 4 + 1)} for i in range(40)
+]
+
+
+@pytest.fixture
+def flags(checkpoint, tmp_path):
+    equal, empty, long = (
+        ROWS[0] | {"rejected": "yes"},
+        ROWS[0] | {"chosen": ""},
+        ROWS[0] | {"prompt": "q" * 30},
+    )
+    data, base = tmp_path / "pairs.jsonl", checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, equal, empty, long]))
+    given = {
+        "load_model": base,
+        "data_file": data,
+        "proj_dir": tmp_path / "run",
+        "tokenizer": "bytes",
+        "ctx_len": 48,
+        "micro_bsz": 2,
+        "accumulate_grad_batches": 1,
+        "epoch_count": 3,
+        "eval_split": 0.1,
+        "eval_samples": 0,
+        "eval_steps": 0,
+        "lr_init": 0.001,
+        "tokens_per_second": 10,
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def planned(flags, capsys):
+    assert plan.plan(*plan.parse([*flags, "--json"])) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    return "\n".join(shown), json.loads(last)
+
+
+def test_the_plan_names_the_loss_and_what_is_left_out(flags, capsys, tmp_path):
+    shown, _ = planned([*flags, "--loss", "dpo"], capsys)
+    data = tmp_path / "pairs.jsonl"
+    for words in (
+        "data       36 pairs, ",
+        f"left out   1 row, in which both answers are the same: {data}, line 41\n",
+        f"left out   1 row, in which an answer is empty: {data}, line 42\n",
+        f"left out   1 pair of more than --ctx_len 48 tokens, both answers counted: {data}, line 43\n",
+        "loss       dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base,"
+        " adapter off, read once before step 1 and kept in --data_cache; about ",
+        "evaluation loss on 4 of 4 held-out pairs",
+    ):
+        assert words in shown, shown
+    assert "--sft_weight 0: nothing" not in shown
+    shown, _ = planned([*flags, "--loss", "simpo", "--sft_weight", "0", "--data_cache", "none"], capsys)
+    assert "; no reference; about" in shown
+    assert "warning    --sft_weight 0: nothing keeps the chosen answers likely, and --loss simpo may" in shown
+
+
+def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
+    of = {loss: planned([*flags, "--loss", loss], capsys)[1] for loss in ("dpo", "simpo", "kto")}
+    tokens = of["simpo"]["tokens"]  # of 3 passes
+    held_out = of["simpo"]["evaluation_seconds"] * 10 * 3 / 2  # two evaluations of a third of the work
+    assert of["simpo"]["reference_seconds"] is None
+    assert of["simpo"]["seconds"] == pytest.approx(tokens / 10 + of["simpo"]["evaluation_seconds"])
+    assert of["dpo"]["reference_seconds"] == pytest.approx((tokens / 3 + held_out) / 3 / 10)
+    assert of["dpo"]["seconds"] == pytest.approx(of["simpo"]["seconds"] + of["dpo"]["reference_seconds"])
+    # every unit is read with another prompt, too: by the reference, and before each step
+    kto = of["kto"]
+    assert kto["seconds"] == pytest.approx(
+        kto["tokens"] / 10 * 4 / 3 + kto["reference_seconds"] + kto["evaluation_seconds"]
+    )
+    larger = checkpoint(7, name="larger.pth", n_layer=4, n_embd=64, head_size=16, vocab_size=256)
+    shown, other = planned([*flags, "--loss", "dpo", "--reference", str(larger)], capsys)
+    assert other["reference_seconds"] == pytest.approx(8 * of["dpo"]["reference_seconds"])
+    assert "; reference: larger.pth, read once" in shown and " of the reference (as given)" in shown
+    # its parameters, but for what the step needs and the pass does not
+    size = 4 * sum(p.numel() for p in RWKV.load(larger).parameters())
+    beside = sum(other["memory"][name] for name in ("gradients", "Adam", "rollback", "activations"))
+    assert size - beside - other["memory"]["working"] < other["memory"]["reference"] + 1e6
+    assert "reference" not in of["dpo"]["memory"]
+
+
+def units_of(tmp_path, rows):
+    file = tmp_path / "units.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = Report("stop")
+    return load(str(file), BYTES, "none", Reading(rows=PAIRS), report, 1).preferences(999)
+
+
+def test_a_pair_is_shown_with_what_is_compared(tmp_path):
+    [unit] = units_of(tmp_path, [{"prompt": "ask\n" + "q" * 90, "chosen": " yes", "rejected": " no" * 40}])
+    shown = short_unit(unit, BYTES.tokenizer)
+    assert shown == f"... {'q' * 80}« yes␀» rather than «{' no' * 26} n ...»"
+    text = unit_sample(unit, BYTES.tokenizer)
+    assert text.splitlines()[0] == "    chosen:" and "    rejected:" in text and "« yes␀»" in text
+    single = dataclasses.replace(unit, answers=unit.answers[:1], chosen=[False])
+    assert short_unit(single, BYTES.tokenizer).endswith("« yes␀» (not to be preferred)")
+
+
+@pytest.mark.parametrize(
+    "loss, peft, grad_cp, chunk, kernel",
+    [
+        ("dpo", "miss", 0, 0, "torch"),
+        ("simpo", "none", 0, 0, "cpu"),
+        ("dpo", "miss", 2, 16, "cpu"),
+    ],
+)
+def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad_cp, chunk, kernel):
+    config = Config(
+        load_model=str(checkpoint(7, **SIZES)),
+        loss=loss,
+        beta=0.1,
+        sft_weight=1.0,
+        peft=peft,
+        peft_config={} if peft == "none" else {"r": 5},
+        grad_cp=grad_cp,
+        chunk_ctx=chunk,
+        micro_bsz=2,
+        precision="fp32",
+    )
+    # two rows of 37 tokens
+    texts = [{"prompt": "!" * 7, "chosen": "#" * (19 - 7), "rejected": "$" * (18 - 7)}] * 2
+    units = units_of(tmp_path, texts)
+    assert units.lengths.tolist() == [38, 38]
+    reference = torch.zeros(units.targets).numpy()
+    units = units.with_reference(reference) if preference_of(config).needs_reference else units
+    batch = collate_preferences([[units[0]], [units[1]]], 2.0, chunk)
+    model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
+    model.grad_cp = grad_cp
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
+    with Live(known) as live:
+        kept = live.after(model, "features")
+        log_probs = token_log_probs(model, batch, chunks_of(config))
+        loss, _ = preference_of(config)(log_probs, batch)
+        loss.backward()
+        del log_probs, loss
+    step = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch["targets"]))
+    # the chunks have unequal shares of the answers
+    assert step.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
+    assert step.peak == pytest.approx(live.peak, rel=0.01)
+
+
+def test_the_pass_without_gradients_needs_less():
+    config = Config(load_model="x", loss="dpo", beta=0.1, sft_weight=1.0, micro_bsz=2, peft_config={"r": 5})
+    arch = make_arch(7, **SIZES)
+    step, look = (step_bytes(arch, config, "cpu", "fp32", 37, 40, backward) for backward in (True, False))
+    assert look.peak < step.peak / 2 and look.activations < step.activations / 4
+    assert memory.allocator_waste(look, "cpu") < memory.allocator_waste(step, "cpu")
