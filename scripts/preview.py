@@ -31,18 +31,21 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
+    from scripts.preview_answers import answer_figures, answer_lines
     from scripts.preview_forms import forms
+    from scripts.preview_samples import sample_lines, shown
     from src.common.formatting import counted
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
     from src.config.validate import check_data
     from src.data.batches import pack
-    from src.data.dataset import Document, Documents, Loaded, fit
-    from src.data.encode import Encoder, Tokens, tokens_of
+    from src.data.dataset import Documents, Loaded, fit
+    from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
-    from src.data.formats import Reading, Report, printable, read_source, sample, sources
+    from src.data.formats import SFT, LeftOut, Reading, Report, printable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
     from src.data.lint import Lint
+    from src.data.preferences import Preferences
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.released import modes_note
     from src.data.rwkv_template import RwkvTemplate
@@ -50,18 +53,10 @@ with importing():
     from src.data.tokenizer import Tokenizer, load_tokenizer
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
-    from src.training import document_text, plan_text
+    from src.training import plan_text
 
 OWN = ("samples", "plain", "json", "strict")
-# two shades each, as parameters of the escape sequence
-TRAINED, NOT_TRAINED, LIGHT, HEAVY = (
-    ("30;42", "30;102"),
-    ("90", "37"),
-    ("30;43", "30;103"),
-    ("30;45", "30;105"),
-)
 SHOWN_WEIGHTS = 6  # of more different ones only the range is told
-SHOWN_TOKENS = 600
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
@@ -108,25 +103,28 @@ def tokenizer_of(config: Config) -> Tokenizer:
     )
 
 
-def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.ndarray]:
-    """Read everything: findings, what the files are, the tokens of all rows that can be used, each once, and
-    which of them a pass sees.
-    """
-    lint, report, reading = Lint(encoder, longest_uncut(config)), Report("skip"), Reading.of(config)
-    chosen = []
+def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
+    """Read everything: findings, what the files are, and the rows that can be used."""
+    reading, report = Reading.of(config), Report("skip")
+    lint = Lint(encoder, longest_uncut(config), reading.rows)
+    loaded = Loaded(config.data_file, encoder, [], [], [], reading.rows)
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):
-        before = sum(lint.begins)
         for where, row in read_source(source, report, reading, encoder.tokenizer.eod):
             try:
                 lint.look(where, row)
+            except LeftOut as reason:
+                report.files[source.path].leave_out(where, reason)
             except UserError as error:
                 report.refuse(source.path, where, error)
-        chosen.append(before + sample(sum(lint.begins) - before, source.weight, config.random_seed, number))
-    if not lint.documents:
-        raise UserError(
-            f"{config.data_file}: no row can be used, such as"
-            f" {next(found.reasons[0] for found in report.files.values())}"
-        )
+        if lint.documents:
+            tokens = lint.tokens()
+            seen = sample(tokens.records, source.weight, config.random_seed, number)
+            loaded.files.append(tokens)
+            loaded.chosen.append(tokens.documents_of(seen))
+            loaded.names.append(report.files[source.path].place)
+    if not loaded.files:
+        reasons = [reason for found in report.files.values() for reason in (*found.reasons, *found.left_out)]
+        raise UserError(f"{config.data_file}: no row can be used, such as {reasons[0]}")
     for found in report.files.values():
         if found.bad:
             lint.note("bad row", found.reasons[0], found.bad)
@@ -134,20 +132,20 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
         for where, row in read_source(source, Report("skip"), reading, encoder.tokenizer.eod):
             with contextlib.suppress(UserError):
                 lint.compare(where, row)
-    tokens = tokens_of(lint.documents, lint.texts, lint.begins, lint.labels, lint.places)
-    return lint, report, tokens, tokens.documents_of(np.concatenate(chosen))
+    return lint, report, loaded
 
 
-def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
+def statistics(config: Config, loaded: Loaded, documents: Documents | Preferences) -> dict:
     """Figures about the data, by name."""
-    lengths = np.diff(tokens.ends, prepend=0)
+    lengths = np.concatenate([np.diff(tokens.ends, prepend=0) for tokens in loaded.files])
+    weights = weights_of(loaded.files)
     inputs = (documents.lengths - 1).tolist()
     rows = len(pack(inputs, config.ctx_len, config.random_seed)) if config.packing else len(inputs)
     return {
-        "rows": tokens.records,
+        "rows": sum(tokens.records for tokens in loaded.files),
         "tokens": int(lengths.sum()),
-        "trained": int(np.count_nonzero(tokens.weights)),
-        "weights": weights_of(tokens),
+        "trained": sum(weights.values()),
+        "weights": weights,
         "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
         "documents": len(inputs),
         "rewritten": documents.rewritten[0],
@@ -160,13 +158,14 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     }
 
 
-def weights_of(tokens: Tokens) -> dict[str, int]:
+def weights_of(files: list[Tokens]) -> dict[str, int]:
     """How many tokens have each weight in the loss; 0 is left out."""
-    weights, counts = np.unique(tokens.weights, return_counts=True)
     found: collections.Counter[str] = collections.Counter()
-    for weight, count in zip(weights.tolist(), counts.tolist()):
-        if weight:
-            found[f"{weight:g}"] += count
+    for tokens in files:
+        weights, counts = np.unique(tokens.weights, return_counts=True)
+        for weight, count in zip(weights.tolist(), counts.tolist()):
+            if weight:
+                found[f"{weight:g}"] += count
     return dict(found)
 
 
@@ -182,7 +181,12 @@ def weights_line(weights: dict[str, int]) -> list[str]:
 
 
 def overview(
-    config: Config, encoder: Encoder, documents: Documents, figures: dict, lint: Lint, report: Report
+    config: Config,
+    encoder: Encoder,
+    documents: Documents | Preferences,
+    figures: dict,
+    lint: Lint,
+    report: Report,
 ) -> list[str]:
     """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
     length = figures["lengths"]
@@ -211,45 +215,9 @@ def overview(
             f"           {counted(figures['cut'], 'conversation')} of more tokens, cut:"
             f" {counted(figures['cut_tokens'], 'token')} lost"
         )
+    lines += answer_lines(figures, documents, report)
     lines += [f"finding    {printable(str(finding))}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
-
-
-def coloured(row: Document, tokenizer: Tokenizer) -> str:
-    """A document with its tokens told apart: trained ones on green, with a weight below 1 on yellow, above on
-    magenta.
-    """
-    pieces, decoder, shade = [], tokenizer.decoder(), 0
-    if document_text.begins_silently(row, tokenizer):
-        pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
-    ended = len(row.ids) - (
-        len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
-    )
-    for token, weight in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
-        # a token that is part of a character is shown with the one that completes it
-        if text := decoder.push(token):
-            colour, shade = colours_of(weight)[shade], 1 - shade
-            # the terminal would fill the rest of a line with the background
-            pieces.append(
-                "\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n"))
-            )
-    if len(row.ids) > SHOWN_TOKENS:
-        pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
-    elif ended < len(row.ids):
-        pieces.append(f"{decoder.flush()}\x1b[{colours_of(row.weights[-1])[shade]}m␃\x1b[0m")
-    return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
-
-
-def colours_of(weight: float) -> tuple[str, str]:
-    """The two shades of tokens with this weight in the loss."""
-    if weight in (0, 1):
-        return TRAINED if weight else NOT_TRAINED
-    return LIGHT if weight < 1 else HEAVY
-
-
-def shown(row: Document, tokenizer: Tokenizer, plain: bool) -> str:
-    """A document as text: with what is trained in marks if `plain`, else coloured()."""
-    return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer)
 
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
@@ -281,11 +249,13 @@ def main(argv: list[str] | None = None) -> int:
         if not config.data_file:
             show_forms(config, encoder, plain)
             return 0
-        lint, report, tokens, chosen = inspect(config, encoder)
-        loaded = Loaded(config.data_file, encoder, [tokens], [chosen], [""])
+        lint, report, loaded = inspect(config, encoder)
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
-        documents = fit([tokens], [chosen], config.ctx_len)
-        figures = statistics(config, tokens, documents)
+        if loaded.rows == SFT:
+            documents = fit(loaded.files, loaded.chosen, config.ctx_len)
+        else:
+            documents = loaded.preferences(config.ctx_len)
+        figures = statistics(config, loaded, documents) | answer_figures(documents, report)
         if args.json:
             print(
                 json.dumps(
@@ -294,12 +264,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             print("\n".join(overview(config, encoder, documents, figures, lint, report)))
-            for i in np.unique(
-                np.linspace(0, len(documents) - 1, min(args.samples, len(documents))).astype(int)
-            ):
-                row = documents[int(i)]
-                print(f"document {i + 1} of {len(documents)}, {len(row.ids)} tokens, {row.targets} trained:")
-                print(shown(row, tokenizer, plain))
+            count = min(args.samples, len(documents))
+            for i in np.unique(np.linspace(0, len(documents) - 1, count).astype(int)).tolist():
+                print("\n".join(sample_lines(documents, i, tokenizer, plain)))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))
 

@@ -30,6 +30,14 @@ def answers_segments(record: dict[str, Any], template: Template, token_end: Toke
     return [_segments(record, record[name], template, token_end) for name in names]
 
 
+def conversations(record: dict[str, Any]) -> list[tuple[list[dict], list[dict]]]:
+    """(turns that are context alone, the turns after them) of each conversation in a record."""
+    if "messages" not in record:
+        return []
+    answers = [record[name] for name in ("chosen", "rejected", "completion") if name in record]
+    return [(record["messages"], turns) for turns in answers] or [([], record["messages"])]
+
+
 def _segments(record: dict[str, Any], answer: Any, template: Template, token_end: TokenEnd) -> list[Segment]:
     """Prompt and answer."""
     if "prompt" in record:

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..common.formatting import counted
 from .chat_template import begins_thoughts, thoughts_of, weight_of
-from .encode import Encoder
-from .encode_answers import labels_of
-from .formats import place_of
+from .encode import Encoder, Tokens, tokens_of
+from .encode_answers import conversations, labels_of
+from .formats import PAIRS, SFT, place_of
 from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
@@ -57,9 +57,17 @@ MEANINGS = {
     "only the end": "nothing is trained but the end of the document",
     "cut": "a conversation is longer than --ctx_len and loses its end",
     "no target": "no token within --ctx_len is trained, so it teaches nothing",
+    "too long": (
+        "a pair, or an answer with a label, takes more tokens than --ctx_len of a row, and is left out; both"
+        " answers of a pair lie in one row"
+    ),
     "duplicate": "a copy of an earlier row",
+    "contradiction": "an earlier row prefers the other answer to the same prompt",
     "held out": "a held-out row is in the training data too, word for word, and is left out there",
-    "known prompt": "a held-out row asks what a row of the training data asks, word for word",
+    "known prompt": (
+        "a held-out row asks what a row of the training data asks, word for word; of preferences such rows are"
+        " left out there"
+    ),
 }
 
 
@@ -78,8 +86,8 @@ class Finding:
 class Lint:
     """Collects findings record by record."""
 
-    def __init__(self, encoder: Encoder, ctx_len: float):
-        self.encoder, self.ctx_len = encoder, ctx_len
+    def __init__(self, encoder: Encoder, ctx_len: float, rows: str = SFT):
+        self.encoder, self.ctx_len, self.rows = encoder, ctx_len, rows
         self.found: dict[str, Finding] = {}
         # what Tokens has of each document, in order
         self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, weights)
@@ -94,22 +102,39 @@ class Lint:
         finding = self.found.setdefault(name, Finding(name, 0, where))
         finding.count += count
 
+    def tokens(self) -> Tokens:
+        """The documents of the records looked at since the last call."""
+        tokens = tokens_of(self.documents, self.texts, self.begins, self.labels, self.places)
+        for of_each in (self.documents, self.texts, self.begins, self.labels, self.places):
+            of_each.clear()
+        return tokens
+
     def look(self, where: str, record: dict) -> None:
         """Encode a record and note what is odd about it. Raises UserError for one that cannot be encoded."""
         documents = self.encoder.encode(record)
+        labels = labels_of(record, len(documents))
         self.documents += documents
         self.texts += [self.encoder.is_text(record)] * len(documents)
         self.begins += [True] + [False] * (len(documents) - 1)
-        self.labels += labels_of(record, len(documents))
+        self.labels += labels
         self.places += [place_of(where)[1]] * len(documents)
         names = [*_odd_words(record, self.encoder)]
-        if _key(documents) in self.seen:
+        if _key(documents, labels) in self.seen:
             names.append("duplicate")
+        if any(labels):
+            if _opposite(documents, labels) in self.seen:
+                names.append("contradiction")
+            if self.rows == PAIRS:
+                inputs = sum(len(ids) - 1 for ids, _ in documents)
+            else:
+                inputs = max(len(ids) - 1 for ids, _ in documents)
+            if inputs > self.ctx_len:
+                names.append("too long")
         for ids, weights in documents:
             names += self._odd_tokens(record, ids, weights)
         for name in dict.fromkeys(names):
             self.note(name, where)
-        self.seen.add(_key(documents))
+        self.seen.add(_key(documents, labels))
         self.prompts.add(self._prompt_key(*documents[0]))
 
     def _odd_tokens(self, record: dict, ids: np.ndarray, weights: np.ndarray) -> Iterator[str]:
@@ -117,7 +142,7 @@ class Lint:
             yield "broken text"
         if np.count_nonzero(self.encoder.answers(weights)) <= len(self.encoder.tokenizer.eod):
             yield "only the end"
-        if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
+        if self.rows == SFT and len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
             yield "cut"
             if not weights[1 : int(self.ctx_len) + 1].any():
                 yield "no target"
@@ -125,7 +150,7 @@ class Lint:
     def compare(self, where: str, record: dict) -> None:
         """Note whether a record of the held-out data is among the records looked at."""
         documents = self.encoder.encode(record)
-        if _key(documents) in self.seen:
+        if _key(documents, labels_of(record, len(documents))) in self.seen:
             self.note("held out", where)
         elif self._prompt_key(*documents[0]) in self.prompts:
             self.note("known prompt", where)
@@ -144,20 +169,24 @@ class Lint:
 
 def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
     """Names of what is odd about the words of a record."""
-    if "prompt" in record and not record["completion"].strip():
+    if isinstance(record.get("completion"), str) and not record["completion"].strip():
         yield "empty answer"
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
-    for i, message in enumerate(record.get("messages", ())):
+    for context, turns in conversations(record):
+        yield from _odd_turns([*context, *turns], len(context), record, encoder)
+
+
+def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder) -> Iterator[str]:
+    """What is odd about turns, of which those from number `first` on are trained where they are answers."""
+    for i, message in enumerate(messages):
         content = message.get("content") or ""
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and i >= first:
             yield from _odd_answer(message, content, encoder)
             # an answer without a weight teaches no thoughts anyway
-            if weight_of(message) and encoder.template.drops_thoughts(
-                record["messages"][: i + 1], record.get("tools")
-            ):
+            if weight_of(message) and encoder.template.drops_thoughts(messages[: i + 1], record.get("tools")):
                 yield "lost thoughts"
-        elif isinstance(encoder.template, RwkvTemplate):
+        elif message["role"] != "assistant" and isinstance(encoder.template, RwkvTemplate):
             if "\n\n" in content.replace("\r\n", "\n").strip():
                 yield "blank line"
             if encoder.template.form.end and encoder.template.form.end in content:
@@ -193,8 +222,15 @@ def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
         yield "no thoughts"
 
 
-def _key(documents: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
-    return _hash(np.concatenate([ids for ids, _ in documents]))
+def _key(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> bytes:
+    return _hash(np.concatenate([*(ids for ids, _ in documents), np.array(labels, np.int32)]))
+
+
+def _opposite(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> bytes:
+    """The key of a row that prefers the other answer."""
+    if len(documents) == 2:
+        return _key(documents[::-1], labels)
+    return _key(documents, [-label for label in labels])
 
 
 def _hash(ids: np.ndarray) -> bytes:

@@ -156,6 +156,11 @@ class Preferences(Sequence):
         return np.ones(len(self))
 
     @property
+    def answer_targets(self) -> np.ndarray:
+        """Trained tokens of each answer, (A,) int32."""
+        return self._counted[0]
+
+    @property
     def prompt_lengths(self) -> np.ndarray:
         """Tokens of each answer before its first trained one, (A,) int32."""
         return self._counted[1]

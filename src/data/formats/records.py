@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 
 from .layouts import SFT, TOKENS, Layout, canonical
 from .preference_layouts import preference
-from .report import Kind, LeftOut, Report
+from .report import Kind, LeftOut, Report, place_of
 from .sources import BINIDX, BY_NAME, Reading, Source, sources
 
 
@@ -41,6 +41,7 @@ def read_source(
             report.refuse(source.path, where, error)
             continue
         found.kinds[kind] += 1
+        found.place = place_of(where)[0]
         yield where, record
     report.require_records(source)
 

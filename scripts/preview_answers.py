@@ -1,0 +1,66 @@
+"""What scripts.preview tells of pairs and labelled answers as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from src.common.formatting import counted
+from src.data.dataset import Documents
+from src.data.formats import Report
+from src.data.preferences import Preferences
+
+
+def answer_figures(units: Documents | Preferences, report: Report) -> dict:
+    """Figures about preferences, by name; none for other documents.
+
+    The lengths of answers are medians in tokens, with the end.
+    """
+    if not isinstance(units, Preferences):
+        return {}
+    compared = units.answer_targets
+    chosen, rejected = compared[units.chosen], compared[~units.chosen]
+    left_out: dict[str, int] = {}
+    for found in report.files.values():
+        for reason, (count, _) in found.left_out.items():
+            left_out[reason] = left_out.get(reason, 0) + count
+    figures = {
+        "chosen": len(chosen),
+        "rejected": len(rejected),
+        "chosen_length": float(np.median(chosen)) if len(chosen) else None,
+        "rejected_length": float(np.median(rejected)) if len(rejected) else None,
+        "too_long": units.too_long,
+        "left_out": left_out,
+    }
+    if units.paired:
+        figures["chosen_longer"] = float((chosen > rejected).mean())
+        figures["rejected_longer"] = float((chosen < rejected).mean())
+    return figures
+
+
+def answer_lines(figures: dict, units: Documents | Preferences, report: Report) -> list[str]:
+    """Lines about answer_figures()."""
+    if not isinstance(units, Preferences):
+        return []
+    if units.paired:
+        lines = [
+            f"pairs      {len(units):,}; tokens of an answer in the median: chosen"
+            f" {figures['chosen_length']:g}, rejected {figures['rejected_length']:g}; the chosen one is longer"
+            f" in {figures['chosen_longer']:.0%}, shorter in {figures['rejected_longer']:.0%}"
+        ]
+    else:
+        told = (
+            f"{figures[name]:,} {label}"
+            + (f", {figures[f'{name}_length']:g} tokens" if figures[name] else "")
+            for name, label in (("chosen", "to prefer"), ("rejected", "to avoid"))
+        )
+        lines = [f"answers    {'; '.join(told)} in the median"]
+    lines += report.left_out_lines()
+    if units.too_long:
+        places = ", ".join(units.too_long_places) + (
+            " ..." if units.too_long > len(units.too_long_places) else ""
+        )
+        lines.append(
+            f"left out   {counted(units.too_long, 'pair' if units.paired else 'answer')} of more than --ctx_len"
+            f" tokens: {places}"
+        )
+    return lines

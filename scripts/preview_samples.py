@@ -1,0 +1,86 @@
+"""What scripts.preview shows of the data: documents, and pairs or answers of preferences, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from src.common.formatting import counted
+from src.data.dataset import Document, Documents
+from src.data.preferences import Preference, Preferences, prompt_length
+from src.data.tokenizer import Tokenizer
+from src.training import document_text
+
+Shades = tuple[str, str]
+# two shades each, as parameters of the escape sequence
+TRAINED, NOT_TRAINED, LIGHT, HEAVY, AVOIDED = (
+    ("30;42", "30;102"),
+    ("90", "37"),
+    ("30;43", "30;103"),
+    ("30;45", "30;105"),
+    ("30;41", "30;101"),
+)
+SHOWN_TOKENS = 600
+
+
+def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> str:
+    """A document with its tokens told apart: trained ones on green or `trained`, with a weight below 1 on
+    yellow, above on magenta.
+    """
+    pieces, decoder, shade = [], tokenizer.decoder(), 0
+    if document_text.begins_silently(row, tokenizer):
+        pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
+    ended = len(row.ids) - (
+        len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
+    )
+    for token, weight in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.weights.tolist()):
+        # a token that is part of a character is shown with the one that completes it
+        if text := decoder.push(token):
+            colour, shade = colours_of(weight, trained)[shade], 1 - shade
+            # the terminal would fill the rest of a line with the background
+            pieces.append(
+                "\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n"))
+            )
+    if len(row.ids) > SHOWN_TOKENS:
+        pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
+    elif ended < len(row.ids):
+        pieces.append(f"{decoder.flush()}\x1b[{colours_of(row.weights[-1], trained)[shade]}m␃\x1b[0m")
+    return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
+
+
+def colours_of(weight: float, trained: Shades) -> Shades:
+    """The two shades of tokens with this weight in the loss."""
+    if weight in (0, 1):
+        return trained if weight else NOT_TRAINED
+    return LIGHT if weight < 1 else HEAVY
+
+
+def shown(row: Document, tokenizer: Tokenizer, plain: bool, trained: Shades = TRAINED) -> str:
+    """A document as text: with what is trained in marks if `plain`, else coloured()."""
+    return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer, trained)
+
+
+def sample_lines(documents: Documents | Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
+    """Document or unit i, with a line about it."""
+    row = documents[i]
+    if isinstance(row, Preference):
+        return _unit_lines(documents, i, tokenizer, plain)
+    about = f"document {i + 1} of {len(documents)}, {len(row.ids)} tokens, {row.targets} trained:"
+    return [about, shown(row, tokenizer, plain)]
+
+
+def _unit_lines(units: Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
+    """The prompt of a unit, and what is compared of each of its answers."""
+    unit = units[i]
+    kind = "pair" if units.paired else "answer"
+    lines = [f"{kind} {i + 1} of {len(units)}, {unit.inputs} tokens of a row; the prompt:"]
+    prompt = Document(unit.prompt, np.zeros(len(unit.prompt), np.float32))
+    lines.append(shown(prompt, tokenizer, plain))
+    for answer, is_chosen in zip(unit.answers, unit.chosen):
+        begin = prompt_length(answer)
+        words = "chosen" if is_chosen else "rejected"
+        if not units.paired:
+            words = f"completion, label {str(is_chosen).lower()}"
+        lines.append(f"  {words}, {counted(answer.targets, 'token')} compared:")
+        after = Document(answer.ids[begin:], answer.weights[begin:])
+        lines.append(shown(after, tokenizer, plain, TRAINED if is_chosen else AVOIDED))
+    return lines
