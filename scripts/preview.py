@@ -190,10 +190,11 @@ def overview(
 ) -> list[str]:
     """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
     length = figures["lengths"]
+    trained = "the answers" if isinstance(documents, Preferences) else plan_text.mask(encoder)
     lines = [
         *report.source_lines(),  # lint has the bad rows
         (
-            f"template   {encoder.template.name}, loss on {plan_text.mask(encoder)}; tokenizer"
+            f"template   {encoder.template.name}, loss on {trained}; tokenizer"
             f" {encoder.tokenizer.name}; {describe_leading(encoder.bos)}"
         ),
         (
@@ -202,7 +203,7 @@ def overview(
             f" from {length['0%']:,} to {length['100%']:,}"
         ),
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
-        + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
+        + (f"; each in a row of its own would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
     lines[-1:-1] = weights_line(figures["weights"])
     lines += [f"           {text}" for text in plan_text.rewritten(documents)]

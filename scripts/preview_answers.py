@@ -41,26 +41,27 @@ def answer_lines(figures: dict, units: Documents | Preferences, report: Report) 
     """Lines about answer_figures()."""
     if not isinstance(units, Preferences):
         return []
-    if units.paired:
-        lines = [
-            f"pairs      {len(units):,}; tokens of an answer in the median: chosen"
-            f" {figures['chosen_length']:g}, rejected {figures['rejected_length']:g}; the chosen one is longer"
-            f" in {figures['chosen_longer']:.0%}, shorter in {figures['rejected_longer']:.0%}"
-        ]
-    else:
-        told = (
-            f"{figures[name]:,} {label}"
-            + (f", {figures[f'{name}_length']:g} tokens" if figures[name] else "")
-            for name, label in (("chosen", "to prefer"), ("rejected", "to avoid"))
-        )
-        lines = [f"answers    {'; '.join(told)} in the median"]
-    lines += report.left_out_lines()
+    lines = [_compared(figures, units), *report.left_out_lines()]
     if units.too_long:
-        places = ", ".join(units.too_long_places) + (
-            " ..." if units.too_long > len(units.too_long_places) else ""
-        )
+        more = " ..." if units.too_long > len(units.too_long_places) else ""
+        what = counted(units.too_long, "pair" if units.paired else "answer")
         lines.append(
-            f"left out   {counted(units.too_long, 'pair' if units.paired else 'answer')} of more than --ctx_len"
-            f" tokens: {places}"
+            f"left out   {what} of more than --ctx_len tokens: {', '.join(units.too_long_places)}{more}"
         )
     return lines
+
+
+def _compared(figures: dict, units: Preferences) -> str:
+    """The line about how many answers there are, and how long they are."""
+    if units.paired:
+        return (
+            f"pairs      {len(units):,}; a chosen answer has {figures['chosen_length']:g} tokens in the"
+            f" median, a rejected one {figures['rejected_length']:g}; the chosen one is longer in"
+            f" {figures['chosen_longer']:.0%} of the pairs, shorter in {figures['rejected_longer']:.0%}"
+        )
+    told = [
+        f"{figures[name]:,} {label}, of {figures[f'{name}_length']:g} tokens in the median"
+        for name, label in (("chosen", "to prefer"), ("rejected", "to avoid"))
+        if figures[name]
+    ]
+    return f"answers    {'; '.join(told)}"

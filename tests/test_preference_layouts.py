@@ -161,6 +161,21 @@ def test_columns_can_be_named(read):
     assert read([whole], fields="w,l")[0] == [CHAT]
 
 
+def test_supervised_training_on_the_chosen_answers(read):
+    """--sft_field prompt,chosen writes them as a loss on preferences does."""
+    conversation = {"messages": ASKED + YES}
+    for row, fields, wanted in (
+        (RAW, "prompt,chosen", {"prompt": "2+2=", "completion": "4"}),
+        ({"prompt": "2+2?", "chosen": "4", "reject": "5"}, "prompt,chosen", conversation),
+        ({"question": "2+2?", "chosen": "4", "rejected": "5"}, "question,chosen", conversation),
+        (CHAT, "messages,chosen", conversation),
+        ({"prompt": ASKED, "chosen": "4", "rejected": "5"}, "prompt,chosen", conversation),
+        ({"prompt": "2+2?", "chosen": YES, "rejected": NO}, "prompt,chosen", conversation),
+        ({"chosen": ASKED + YES, "rejected": ASKED + NO}, "chosen", conversation),
+    ):
+        assert read([row], SFT, fields=fields)[0] == [wanted]
+
+
 def test_files_of_every_format(read, tmp_path):
     csv = "prompt,chosen,reject\n2+2?,4,5\n2+2?,4,5\n"
     assert read(csv, name="a.csv")[0] == [CHAT, CHAT]

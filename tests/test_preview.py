@@ -149,6 +149,7 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
+    together |= {"too long", "contradiction"}  # of preferences, below
     # asked otherwise is in test_rewritten_turns.py
     assert set(MEANINGS) - tested == {*together, "asked otherwise", "lost thoughts"}
 
@@ -357,3 +358,84 @@ def test_rows_are_as_long_as_a_run_would_choose(show):
     assert "ctx_len    4096:" in output and "finding    cut" in output
     _, output = show([*GOOD, *long], "--chunk_ctx", "64")
     assert "ctx_len    8192:" in output and "finding    cut" not in output
+
+
+# preferences
+
+PAIRS = [
+    {"messages": [user("a"), assistant("b"), user("c")], "chosen": "d", "rejected": "e e"},
+    {"messages": [user("f")], "chosen": "same", "rejected": "same"},
+    {"messages": [user("f")], "chosen": "", "rejected": "g"},
+    {"messages": [user("c")], "chosen": "hh", "rejected": "i"},
+    {"messages": [user("c")], "chosen": "i", "rejected": "hh"},
+    {"messages": [user("x" * 90)], "chosen": "j", "rejected": "k"},
+    {"messages": [user("c")], "chosen": "i", "rejected": "hh"},
+    {"prompt": "no answer"},
+]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_what_is_found_in_preferences(show, loss):
+    code, output = show(PAIRS, "--json", "--loss", loss, "--ctx_len", "90")
+    found = json.loads(output)
+    assert found["left_out"] == {"both answers are the same": 1, "an answer is empty": 1} and code == 0
+    assert found["too_long"] == (1 if loss == "dpo" else 2) and found["rows"] == 5
+    assert (found["chosen"], found["rejected"], found["documents"]) == (4, 4, 4 if loss == "dpo" else 8)
+    assert found["chosen_length"] == 3.0 and found["rejected_length"] == 4.0  # with a space and the end
+    assert found.get("chosen_longer") == (0.25 if loss == "dpo" else None)
+    wanted = {"bad row": (1, 8), "too long": (1, 6), "contradiction": (2, 5), "duplicate": (1, 7)}
+    assert {f["name"]: f["count"] for f in found["findings"]} == {name: n for name, (n, _) in wanted.items()}
+    for finding in found["findings"]:
+        assert f"data.jsonl, line {wanted[finding['name']][1]}" in finding["first"]
+
+
+def test_a_held_out_pair_has_a_prompt_of_its_own(show):
+    held = [
+        PAIRS[0],
+        {**PAIRS[3], "rejected": "other"},
+        {"messages": [user("new")], "chosen": "1", "rejected": "2"},
+    ]
+    _, output = show([PAIRS[0], PAIRS[3]], "--json", "--loss", "dpo", held=held)
+    assert {f["name"]: f["count"] for f in json.loads(output)["findings"]} == {
+        "held out": 1,
+        "known prompt": 1,
+    }
+
+
+def test_a_pair_is_shown_with_what_is_compared(show):
+    code, output = show(PAIRS[:6], "--plain", "--samples", "1", "--loss", "dpo", "--ctx_len", "90")
+    assert code == 0
+    shown = """\
+pair 1 of 3, 90 tokens of a row; the prompt:
+    | User: a
+    | 
+    | Assistant: b
+    | 
+    | User: c
+    | 
+    | Assistant:
+  chosen, 3 tokens compared:
+    |« d␀»
+  rejected, 5 tokens compared:
+    |« e e␀»
+"""
+    assert shown.replace("|«", "| «") in output
+    for line in (
+        "pairs      3; a chosen answer has 3 tokens in the median, a rejected one 4; the chosen one is longer"
+        " in 33% of the pairs, shorter in 67%",
+        "left out   1 row, in which an answer is empty: ",
+        "left out   1 pair of more than --ctx_len tokens: ",
+        "template   rwkv, loss on the answers;",
+    ):
+        assert f"\n{line}" in output
+    _, output = show([{"prompt": "a", "completion": "b", "label": False}], "--samples", "1", "--loss", "kto")
+    assert "answer 1 of 1, 2 tokens of a row; the prompt:\n    | a\n" in output
+    assert "\n  completion, label false, 2 tokens compared:\n" in output
+    assert "\nanswers    1 to avoid, of 2 tokens in the median\n" in output
+
+
+def test_a_pair_under_sft_says_what_to_do(show, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        show(PAIRS[:1])
+    assert stopped.value.code == 2
+    assert "is for --loss dpo, ipo, orpo, simpo or kto" in capsys.readouterr().err

@@ -65,8 +65,8 @@ MEANINGS = {
     "contradiction": "an earlier row prefers the other answer to the same prompt",
     "held out": "a held-out row is in the training data too, word for word, and is left out there",
     "known prompt": (
-        "a held-out row asks what a row of the training data asks, word for word; of preferences such rows are"
-        " left out there"
+        "a held-out row asks what a row of the training data asks, word for word; of preferences these"
+        " rows of the training data are left out"
     ),
 }
 

@@ -35,6 +35,7 @@ SFT, PAIRS, LABELS = ROWS = ("sft", "pairs", "labels")
 # of pairs of answers and of labelled ones: preference_layouts.py
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "reject", "rejected_response")
+RLHF_REJECTED = "reject"  # of RWKV-LM-RLHF, whose prompts are questions
 LABEL = "label"
 
 EXPECTED = (
@@ -67,7 +68,12 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
         raise UserError(f"{EXPECTED}; got {type(record).__name__}")
     present = tuple(name for name, value in record.items() if value is not None)
     layout = find_layout(present, fields, tuple(record))
-    return layout, layout.convert(record)
+    try:
+        return layout, layout.convert(record)
+    except UserError as error:
+        if not fields and (hint := _hint(present)):
+            raise UserError(f"{error}{hint}") from None
+        raise
 
 
 @functools.lru_cache(maxsize=1024)
@@ -78,7 +84,8 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     """
     if fields:
         check_fields(fields, columns)
-        return _chosen(fields)
+        names = {name.strip().lower() for name in columns}
+        return _chosen(fields, is_raw=RLHF_REJECTED not in names)
     # with all columns a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
@@ -133,8 +140,10 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     return found
 
 
-def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
+def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool = False) -> Layout:
     """The layout that these columns make by their number.
+
+    `is_raw`: a prompt with a chosen answer is a text that goes on, as in pairs.
 
     1 is a text or conversation, 2 are question and answer, 3 have an input between them. A system prompt,
     earlier turns and tools are taken from the other columns.
@@ -150,7 +159,7 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
         used = (*names, *filter(None, (system, tools)))
         convert = functools.partial(_whole, column=names[0], system=system, tools=tools)
         return Layout(" + ".join(used), used, convert)
-    if lower == ("prompt", "completion"):
+    if lower == ("prompt", "completion") or is_raw and lower == ("prompt", "chosen"):
         convert = functools.partial(_continuation, prompt=names[0], completion=names[1])
         return Layout(" + ".join(names), names, convert)
     if len(names) in (2, 3):
@@ -193,16 +202,32 @@ def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
-    # turns on both sides
-    if isinstance(record[prompt], list) and isinstance(record[completion], list):
-        return {"messages": messages([*record[prompt], *record[completion]], f"{prompt} + {completion}")}
+    if turns := _turns_of_both(record, prompt, completion):
+        return {"messages": turns}
     return {"prompt": said(record[prompt], prompt), "completion": said(record[completion], completion)}
+
+
+def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, Any]]:
+    """The conversation of a question and its answer where one has turns; none where both are texts."""
+
+    def is_turns(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+    if not is_turns(record[question]) and not is_turns(record[answer]):
+        return []
+    turns: list[dict] = []
+    for column, role in ((question, "user"), (answer, "assistant")):
+        value = record[column]
+        turns += value if is_turns(value) else [{"role": role, "content": said(value, column)}]
+    return messages(turns, f"{question} + {answer}")
 
 
 def _question(
     record: dict, names: tuple[str, ...], system: str | None, history: str | None
 ) -> dict[str, Any]:
     question, *context, answer = names
+    if not context and (turns := _turns_of_both(record, question, answer)):
+        return {"messages": turns}
     asked = said(record[question], question)
     for column in context:
         if record[column] not in (None, ""):

@@ -32,6 +32,7 @@ from .layouts import (
     PAIRS,
     QUESTIONS,
     REJECTED,
+    RLHF_REJECTED,
     SYSTEMS,
     Layout,
     check_fields,
@@ -272,7 +273,7 @@ def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
     beside = any(name and record[name] for name in (columns.system, columns.history, columns.tools))
     names = [name.strip().lower() for name in (*columns.asked, columns.answers[-1])]
     prompt = record[columns.asked[0]]
-    if names[:-1] != ["prompt"] or names[-1] == "reject" or beside or not isinstance(prompt, str):
+    if names[:-1] != ["prompt"] or names[-1] == RLHF_REJECTED or beside or not isinstance(prompt, str):
         return None
     return text(prompt, columns.asked[0]), answers
 

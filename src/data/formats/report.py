@@ -151,9 +151,9 @@ class Report:
 
 
 def place_of(where: str) -> tuple[str, int]:
-    """("data.jsonl, line", 7) of "data.jsonl, line 7"."""
+    """("data.jsonl, line", 7) of "data.jsonl, line 7"; a plain text has no number."""
     place, _, number = where.rpartition(" ")
-    return place, int(number)
+    return (place, int(number)) if number.isdecimal() else (where, 0)
 
 
 def printable(line: str) -> str:
