@@ -52,6 +52,7 @@ with importing():
     )
     from src.training import plan_text
     from src.training.optimizer import state_learning_rate
+    from src.training.reference import with_reference_alone
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials
     from src.training.validation_log import BEST
@@ -159,10 +160,11 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
         f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
         f" {counted(schedule.rows_per_step, 'row')} each"
     )
-    before = loss_before(model, config, data.held_out)
+    documents, held_out = with_reference_alone(model, config, data.documents, data.held_out, schedule, steps)
+    before = loss_before(model, config, held_out)
     show_header(ours.setting, before)
     done = []
-    for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
+    for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
         done.append(trial)
         print(line(trial, before), flush=True)
     shortened = given.epoch_steps if not ours.steps and steps_of(config, schedule) <= STEPS else 0

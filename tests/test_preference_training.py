@@ -82,8 +82,9 @@ def same_lines(got, want, rel=1e-5):
     for ours, theirs in zip(got, want):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            # differences of sums over tokens have their rounding errors, not their own
-            assert ours[name] == pytest.approx(value, rel=rel, abs=1e-4 if rel else 0), name
+            # differences of sums over tokens have the rounding errors of the sums. None: no such answer
+            same = value if value is None else pytest.approx(value, rel=rel, abs=1e-4 if rel else 0)
+            assert ours[name] == same, name
 
 
 def same_adapters(ours, theirs, ratio=1e-4):
@@ -98,14 +99,12 @@ def same_adapters(ours, theirs, ratio=1e-4):
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch"])
 def test_the_first_loss_is_ln_2_in_every_bit(files, tmp_path, kernel):
-    """Of 4 pairs in rows that several share; held-out ones too."""
-    held = ["--eval_file", files / "pairs-held.jsonl", "--eval_samples", "0", "--eval_docs", "4"]
+    """In rows that several pairs share; held-out ones too."""
+    held = ["--eval_file", files / "pairs-held.jsonl", "--eval_samples", "0"]
     start(files, tmp_path / "run", "--sft_weight", "0", "--wkv", kernel, "--packing", "1", "--ctx_len", "300",
           "--micro_bsz", "1", *held)  # fmt: skip
     first, before = lines(tmp_path / "run")[0], lines(tmp_path / "run", "validation.jsonl")[0]
-    units = first["units"]
-    assert first["loss"] == pytest.approx(LN_2, rel=0 if math.log2(units).is_integer() else 1e-6)
-    assert before["loss"] == LN_2
+    assert first["loss"] == LN_2 and before["loss"] == math.log(2)  # the steps' losses are fp32
     for line in (first, before):
         assert line["margin"] == line["reward_chosen"] == line["reward_rejected"] == line["kl"] == 0.0
         assert line["reward_accuracy"] == 0.0, "ties are wrong"

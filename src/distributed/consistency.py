@@ -19,6 +19,7 @@ from ..config import FIELDS, Config
 # settings that may differ between machines; of the paths among them the contents are compared
 OF_A_MACHINE = {
     "load_model",
+    "reference",
     "data_file",
     "eval_file",
     "proj_dir",

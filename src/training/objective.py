@@ -13,6 +13,8 @@ from ..model.batch_loss import Chunks, batch_loss
 from ..model.log_probs import token_log_probs
 from ..model.preference_loss import PreferenceLoss
 
+NO_METRICS = torch.zeros(0, dtype=torch.float64)
+
 
 def objective(
     model: RWKV, batch: dict, chunks: Chunks, preference: PreferenceLoss | None
@@ -24,13 +26,8 @@ def objective(
     batch's `width` is the length of the longest row that any rank has in its batch.
     """
     if preference is None:
-        return batch_loss(model, batch, chunks, batch["width"]), no_metrics(batch["ids"].device)
+        return batch_loss(model, batch, chunks, batch["width"]), NO_METRICS
     return preference(token_log_probs(model, batch, chunks, batch["width"]), batch)
-
-
-def no_metrics(device: torch.device) -> Tensor:
-    """The metrics of a supervised training."""
-    return torch.zeros(0, dtype=torch.float64, device=device)
 
 
 @contextlib.contextmanager

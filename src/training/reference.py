@@ -26,19 +26,22 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.progress import Progress
 
+from .. import ops
 from ..config import Config, accumulation
 from ..data.batches import Schedule
 from ..data.collate import to_device
+from ..data.dataset import Documents
 from ..data.held_out import evaluation_rows
 from ..data.preference_batches import collator
 from ..data.preferences import Preferences
 from ..data.token_cache import cache_folder
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..planning.base_model import build_reference
-from ..planning.step import chunks_of
+from ..planning.base_model import build_reference, reference_of
+from ..planning.step import chunks_of, preference_of
 from .late_reading import Numbers
-from .process_group import Processes
+from .objective import undisturbed
+from .process_group import ALONE, Processes
 from .reference_blocks import Blocks, blocks_in
 
 VERSION = 1  # a change of the code that changes the values raises it
@@ -213,6 +216,23 @@ class ReferencePass:
         if config.data_cache == "none":
             return pathlib.Path(config.proj_dir, FOLDER, digest)
         return cache_folder(config.data_cache) / digest
+
+
+def with_reference_alone(
+    model: RWKV, config: Config, documents: Documents, held_out: Documents, schedule: Schedule, steps: int
+) -> tuple[Documents, Documents]:
+    """Both with the values of the reference where the loss needs them, in one process without a trainer."""
+    preference = preference_of(config)
+    if preference is None or not preference.needs_reference:
+        return documents, held_out
+    chunks, device = chunks_of(config), model.emb.weight.device
+
+    def log_probs(batch: dict) -> Tensor:
+        return token_log_probs(model, batch, chunks, batch["width"])
+
+    with undisturbed(model, device), ops.nan_passes():
+        reference = ReferencePass(config, False, model, reference_of(config), log_probs, ALONE, device)
+        return reference.training(documents, schedule, steps), reference.held_out(held_out)
 
 
 class _Reading:

@@ -184,10 +184,8 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: P
     model.eval()
     device, chunks, preference = model.emb.weight.device, chunks_of(config), preference_of(config)
 
-    shared = False
-
     def batches(documents: Documents) -> Iterator[dict]:
-        collate = collator(documents, chunks.size, shared)
+        collate = collator(documents, chunks.size)
         mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
             batch = collate(rows, 1)
