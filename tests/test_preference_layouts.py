@@ -4,14 +4,20 @@ with its file, its line, and what to do.
 
 import gzip
 import json
+import random
 
 import pytest
 
 from rwkv_miss import UserError
 from src.config import Config
+from src.data.encode import Encoder
 from src.data.formats import LABELS, PAIRS, SFT, Reading, Report, read_records, sources
+from src.data.formats.preference_layouts import preference
 
 from .test_data import assistant, user
+from .test_generate import named
+
+BYTES = named("bytes")
 
 
 @pytest.fixture
@@ -198,6 +204,31 @@ def test_tables_of_other_programs(tmp_path):
     pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     found = list(read_records(tmp_path / "p.parquet", reading=Reading(rows=PAIRS)))
     assert [record for _, record in found] == [CHAT, CHAT] and found[1][0].endswith("p.parquet, row 2")
+
+
+def test_any_row_is_used_or_refused():
+    """Nothing but a UserError for rows with wrong values in any place, and pairs that are pairs."""
+    rng = random.Random(0)
+    texts = ("", "a", "b c", "x\n\nAssistant: y", "\0", "\ud800", " ")
+    values = (None, True, 0, 1.5, float("inf"), -(10**400), {}, [], ["a"], [[]], {"role": "assistant"})
+    turns = (user("q"), *YES, CALL, RESULT, SYSTEM, {"role": "x"}, {"from": "gpt", "value": "v"})
+    rows = [row for _, row, _ in (*FORMS, *LABELLED)]
+    names = sorted({name for row in rows for name in row})
+    used = 0
+    for _ in range(3000):
+        row = dict(rng.choice(rows))
+        for name in rng.sample(names, rng.randint(0, 2)):
+            row[name] = rng.choice((rng.choice(texts), rng.choice(values), rng.choices(turns, k=2)))
+        fields = tuple(rng.sample(names, rng.randint(1, 3))) if rng.random() < 0.1 else ()
+        try:
+            _, record = preference(row, fields, rng.choice((PAIRS, LABELS)))
+            documents = Encoder(BYTES).encode(record)
+        except UserError:
+            continue
+        used += 1
+        begins = {int(weights.argmax()) for _, weights in documents}
+        assert len(begins) == 1 and min(begins) > 0 and len(documents) == (2 if "chosen" in record else 1)
+    assert used > 500
 
 
 def test_the_loss_says_what_rows_are():

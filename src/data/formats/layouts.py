@@ -330,7 +330,8 @@ def _joined(parts: list) -> str:
 
 def said(value: Any, column: str) -> str:
     """text() of what is asked or answered, which may also be a number; as text that is 4, 2.5 or 1e+22."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)  # of any size
+    if is_integer or isinstance(value, float) and math.isfinite(value):
         return repr(value)
     return text(value, column)
 
