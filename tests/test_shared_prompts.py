@@ -1,18 +1,23 @@
 """A prompt that is read once for both answers: ln p and gradients are those of separate rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import rwkv_miss
 from rwkv_miss import METHODS
+from src.config import Config
+from src.data.batches import make_schedule
 from src.data.file_documents import Document
 from src.data.preference_batches import collate_preferences
-from src.data.preferences import Preference
+from src.data.preferences import Preference, Preferences
 from src.model import RWKV, log_probs
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
+from src.planning.step import prompt_reading, tokens_of_layouts
 
 from .conftest import close, make_arch, random_tensors
 from .test_batch_loss import make_model
@@ -209,3 +214,65 @@ def test_chunks_and_shared_prompts_are_refused_together():
     batch = collate_preferences(make_rows(), 1.0, shared=True)
     with pytest.raises(ValueError, match="shared by whole rows, not by chunks of 8"):
         token_log_probs(make_model(7), batch, Chunks(8))
+
+
+class Answers(list):
+    """Documents as Preferences wants them."""
+
+    @property
+    def lengths(self):
+        return np.array([len(answer.ids) for answer in self], np.int32)
+
+
+def data_of(*sizes):
+    """Preferences of these pairs, and their schedule of micro-batches of 3 rows."""
+    units = [unit for row in make_rows([sizes]) for unit in row]
+    answers = Answers(answer for unit in units for answer in unit.answers)
+    preferences = Preferences(answers, np.tile([True, False], len(units)), True, 1024)
+    config = Config(loss="dpo", ctx_len=1024, micro_bsz=3, accumulate_grad_batches=2, accelerator="cpu")
+    return preferences, config, make_schedule(preferences, config, 2)
+
+
+def test_the_plan_counts_what_the_batches_hold():
+    rng = np.random.default_rng(2)
+    preferences, _, schedule = data_of(*(rng.integers(1, 150, 3).tolist() for _ in range(41)))
+    tokens = {False: [], True: []}
+    for group in range(schedule.steps_per_pass * 4):
+        step, (micro, rank) = group // 4, divmod(group % 4, 2)
+        rows = schedule.micro_rows(step, micro, rank)
+        units = [[preferences[i] for i in schedule.rows[row]] for row in rows]
+        for shared in tokens:
+            batch = collate_preferences(units, 1.0, shared=shared)
+            if rows:
+                read = batch["prompts"].numel() if shared else 0
+                tokens[shared].append(batch["ids"].numel() + read)
+    assert tokens_of_layouts(preferences, schedule) == (np.mean(tokens[False]), np.mean(tokens[True]))
+
+
+@pytest.mark.parametrize(
+    "sizes, width, shared",
+    [
+        ([(128, 64, 64)] * 40, 96, True),
+        ([(512, 256, 256)] * 8, 768, True),
+        ([(32, 16, 16)] * 3, 96, False),  # the second pass is dearer
+        ([(8, 200, 200)] * 20, 768, False),  # answers are all there is
+        ([(300, 9, 9)] + [(20, 30, 30)] * 20, 768, False),  # one long prompt pads the others
+    ],
+)
+def test_prompts_are_shared_where_that_is_faster(sizes, width, shared):
+    preferences, config, schedule = data_of(*sizes)
+    arch = make_arch(7, n_embd=width, head_size=32)
+    found = prompt_reading(config, preferences, schedule, arch)
+    assert found.shared == shared
+    words = "read once for both answers: " if shared else "after its own prompt: a prompt read once would"
+    assert words in found.words
+    chunks = prompt_reading(dataclasses.replace(config, chunk_ctx=64), preferences, schedule, arch)
+    assert not chunks.shared and chunks.words.endswith("rows run in chunks")
+
+
+def test_single_answers_and_documents_share_no_prompts():
+    preferences, config, schedule = data_of((512, 256, 256))
+    for loss, paired in (("kto", False), ("sft", True)):
+        given = dataclasses.replace(config, loss=loss), dataclasses.replace(preferences, paired=paired)
+        found = prompt_reading(*given, schedule, make_arch(7))
+        assert not found.shared and not found.words

@@ -1,13 +1,27 @@
-"""The settings of a step as the model takes them: rows in chunks, and the dtype of its activations."""
+"""The settings of a step as the model takes them: chunks, the loss, the dtype, and how prompts are read."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
+
+from rwkv_miss.files.checkpoint import Arch
 
 from ..common.device import PRECISIONS
 from ..config import Config
+from ..data.batches import Schedule
+from ..data.preferences import Preferences
 from ..model.batch_loss import Chunks
 from ..model.preference_loss import PreferenceLoss
+
+# What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
+# for a token, and as long for what comes with each operator. The CPU's number is that of
+# benchmarks.shared_prompt for width 96; the GPU's is an estimate from its launches.
+PASS = {"cpu": 32_000, "gpu": 2_000_000}
+GAIN = 1.05  # prompts are shared where that is faster by so much at least
+STEPS = 32  # so many steps of the first pass are looked at
 
 
 def chunks_of(config: Config) -> Chunks:
@@ -39,3 +53,55 @@ def dtype_of(config: Config) -> torch.dtype | None:
     fp32 from some on a GPU, so that all after them is fp32.
     """
     return PRECISIONS[config.precision] if config.peft == "none" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReading:
+    """Whether a pair's prompt is read once for both of its answers, and why, for the plan ("": no pairs)."""
+
+    shared: bool = False
+    words: str = ""
+
+
+def prompt_reading(config: Config, preferences: Preferences, schedule: Schedule, arch: Arch) -> PromptReading:
+    """How prompts are read in a run.
+
+    Shared prompts are read in a pass of their own, and both they and the answers are padded to the longest of
+    the micro-batch. Separate rows are packed and need one pass. The result depends on the settings, the data
+    and the model's width alone, so that every rank and every resume has the same.
+    """
+    if config.loss == "sft" or not preferences.paired:
+        return PromptReading()
+    if config.chunk_ctx:
+        return PromptReading(words="each answer is read after its own prompt: rows run in chunks")
+    separate, shared = tokens_of_layouts(preferences, schedule)
+    second = PASS["gpu" if config.accelerator == "gpu" else "cpu"] / arch.n_embd
+    if separate + second > GAIN * (shared + 2 * second):
+        return PromptReading(
+            True,
+            f"a prompt is read once for both answers: {shared:,.0f} tokens a micro-batch in the place of"
+            f" {separate:,.0f}, padding included",
+        )
+    return PromptReading(
+        words=f"each answer is read after its own prompt: a prompt read once would make {shared:,.0f} tokens"
+        f" of the {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}"
+    )
+
+
+def tokens_of_layouts(preferences: Preferences, schedule: Schedule) -> tuple[float, float]:
+    """Tokens of the mean micro-batch, padding included: of separate rows, and with shared prompts."""
+    prompts, answers = preferences.prompt_lengths, preferences.answers.lengths - preferences.prompt_lengths
+    separate, shared, count = 0, 0, 0
+    step_count = schedule.steps_per_pass
+    for step in np.unique(np.linspace(0, step_count - 1, min(STEPS, step_count)).astype(int)).tolist():
+        for group in range(schedule.accumulate * schedule.world):
+            rows = schedule.micro_rows(step, *divmod(group, schedule.world))
+            if not rows:
+                continue
+            pairs = np.array([unit for row in rows for unit in schedule.rows[row]])
+            separate += len(rows) * max(schedule.lengths[row] for row in rows)
+            # an answer's row begins with the last token of its prompt, and ends before its own last one
+            longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())
+            shared += len(pairs) * (max(1, prompts[2 * pairs].max() - 1) + 2 * longest)
+            count += 1
+    return separate / count, shared / count
