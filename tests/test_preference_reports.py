@@ -167,10 +167,10 @@ def test_the_card_has_the_metrics_first_last_and_best():
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.7, "loss_last": 0.3, "output": "a.pth"}
     text = run_card.card(DPO, ["a plan"], summary, metrics, history, None)
     for words in (
-        "| margin of the rewards | 0.1500 | 1.9500 |",  # of steps 1 and 2, of 19 and 20
+        "| margin of the rewards | 0.15 | 1.95 |",  # of steps 1 and 2, of 19 and 20
         "|  | before, step 0 | after, step 20 | best, step 10 |",
         "| loss, per pair | 0.6900 | 0.3000 | 0.2000 |",
-        "| margin of the rewards | 0.0000 | 2.5000 | 3.0000 |",
+        "| margin of the rewards | 0 | 2.5 | 3 |",
         "| reward accuracy | 93.8 % | 93.8 % | 93.8 % |",
         "](loss.png)",
         "](preferences.png)",
@@ -243,7 +243,7 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
     report._remark(line(1, 25.0), 25.0)
     assert capsys.readouterr().out == ""
     report._remark(line(1, 25.0, nll=11.0), 25.0)
-    assert "worse than guessing" in capsys.readouterr().out
+    assert "the loss of the chosen answers is 11.00, worse than guessing" in capsys.readouterr().out
     report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
     assert "worse than guessing" in capsys.readouterr().out
 

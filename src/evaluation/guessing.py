@@ -18,16 +18,16 @@ MARGIN = 0.5  # nats
 ENOUGH = 32  # tokens that can tell
 
 
-def worse_than_guessing(loss: float, tokenizer: Tokenizer) -> str | None:
+def worse_than_guessing(loss: float, tokenizer: Tokenizer, name: str = "the loss") -> str | None:
     """The warning about a trained model whose loss, in nats a token, is above that of guessing; else None.
 
-    Guessing has ln(vocabulary). The loss may be above it by MARGIN.
+    Guessing has ln(vocabulary). The loss may be above it by MARGIN. `name` is what it is called.
     """
     guess = math.log(tokenizer.vocab_size)
     if loss <= guess + MARGIN:
         return None
     return (
-        f"WARNING: the loss is {loss:.2f}, worse than guessing: any of the tokenizer's"
+        f"WARNING: {name} is {loss:.2f}, worse than guessing: any of the tokenizer's"
         f" {tokenizer.vocab_size:,} ids alike gives {guess:.2f}.\nWas the model trained with another"
         f" tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model?"
     )

@@ -11,6 +11,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
+from .step import unit_of
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 # how the reason of a rate begins that no search has found
@@ -64,13 +65,13 @@ def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
     return {"rank": rank}, reason
 
 
-def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
-    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, unbounded with chunks.
+def row_length(longest: int, chunk_ctx: int, texts: int = 0, unit: str = "document") -> tuple[int, str]:
+    """(ctx_len, why) for units of at most `longest` inputs: a power of two, unbounded with chunks.
 
     `texts` are the inputs of all documents where they are running text, which loses nothing when it is cut;
     else 0.
     """
-    length, reason = SHORTEST, f"the longest document has {counted(longest, 'token')}"
+    length, reason = SHORTEST, f"the longest {unit} has {counted(longest, 'token')}"
     while length < longest:
         length *= 2
     if length > LONGEST and not chunk_ctx:
@@ -93,9 +94,9 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and config.eval_steps <= 0:
-        return 0.0, f"{counted(documents, 'document')}, too few to leave some out"
+        return 0.0, f"{counted(documents, unit_of(config))}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
-    return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
+    return share, f"{counted(max(1, round(share * documents)), unit_of(config))} of {documents:,}"
 
 
 def passes(steps: int, held_out: bool) -> tuple[int, str]:

@@ -47,7 +47,7 @@ from .defaults import (
     search_size,
 )
 from .memory import USABLE, largest_batch, memory_parts, needed, reference_arch
-from .step import preference_of
+from .step import preference_of, unit_of
 from .throughput import Speed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
@@ -225,13 +225,15 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
         return load(path, encoder, config.data_cache, reading, found, config.random_seed)
 
     loaded = tokens(config.data_file)
-    choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx, loaded.texts))
+    length = row_length(loaded.longest, config.chunk_ctx, loaded.texts, unit_of(config))
+    choose(config, origins, "ctx_len", *length)
     documents = loaded.units(config.ctx_len)
     choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
     train, held_out = hold_out(config, documents, lambda path: tokens(path).units(config.ctx_len))
     if config.eval_file and (both := len(documents) - len(train)):
+        alike = "word for word" if config.loss == "sft" else "whose prompts are"
         found.notes.append(
-            f"left out   {counted(both, 'document')} of {config.data_file}, word for word in"
+            f"left out   {counted(both, unit_of(config))} of {config.data_file}, {alike} in"
             f" {config.eval_file} too"
         )
     return Data(train, held_out, found, encoder)
@@ -259,13 +261,13 @@ def choose_evaluation(
     # a run of an older release, which had no such choice, took all of them
     if before and is_automatic(before, "eval_docs"):
         choose(config, origins, "eval_docs", len(order), "as the run has it so far")
-    times = evaluations(config, steps_of(config, schedule))
+    times = evaluations(config, steps_of(config, schedule)) * readings(config)
     fits = affordable(held_out, order, trained_tokens(config, schedule), times)
     if fits < len(order):
-        of_all = counted(len(order), "held-out document")
+        of_all = counted(len(order), f"held-out {unit_of(config)}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
-        reason = "all held-out documents take less than a tenth of the run"
+        reason = f"all held-out {unit_of(config)}s take less than a tenth of the run"
     choose(config, origins, "eval_docs", min(fits, len(order)), reason)
     return held_out.take(np.sort(order[: config.eval_docs]))
 

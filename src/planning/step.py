@@ -46,6 +46,11 @@ def preference_of(config: Config) -> PreferenceLoss | None:
     )
 
 
+def unit_of(config: Config) -> str:
+    """What a training example is called: "document", of a preference "pair" or, under kto, "answer"."""
+    return {"sft": "document", "kto": "answer"}.get(config.loss, "pair")
+
+
 def dtype_of(config: Config) -> torch.dtype | None:
     """The dtype that full training computes in, on parameters in fp32. None: an adapter's, that of the base.
 

@@ -250,11 +250,13 @@ class StepReport(Callback):
         """Say what is odd about a step."""
         step = line["step"]
         # of a preference the loss has no relation to the vocabulary, the cross entropy of its answers has
-        nats = line.get("nll") if is_preference(line) else loss
+        nats, name = loss, "the loss"
+        if is_preference(line):
+            nats, name = line.get("nll"), "the loss of the chosen answers"
         if not line["trained_tokens"]:
             say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
         elif step == 1 and self.tokenizer and nats is not None:
-            if doubt := worse_than_guessing(nats, self.tokenizer):
+            if doubt := worse_than_guessing(nats, self.tokenizer, name):
                 say(doubt)
         if warning := self.unlearning.after(line):
             say(warning)

@@ -25,11 +25,11 @@ from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
 from ..planning.job import Cost, Data, Job, steps_of
 from ..planning.launches import slow_line
-from ..planning.step import chunks_of
+from ..planning.step import chunks_of, unit_of
 from .document_text import short_unit, unit_sample
 from .loggers import describe_writers, places_to_watch
 from .optimizer import learning_rate_factor, state_learning_rate
-from .preference_text import left_out, loss_line, loss_warnings, too_long_text, unit_of
+from .preference_text import left_out, loss_line, loss_warnings, too_long_text
 from .run_card import CARD
 from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 

@@ -72,7 +72,7 @@ def value_text(name: str, value: float | None) -> str:
     """A metric in a table."""
     if value is None:
         return "not known"
-    return percent(value) if name in ACCURACIES else f"{value:.4f}"
+    return percent(value) if name in ACCURACIES else f"{value:.4g}"
 
 
 def percent(share: float) -> str:

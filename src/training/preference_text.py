@@ -12,17 +12,12 @@ from ..config import Config
 from ..data.batches import Schedule
 from ..data.preferences import Preferences
 from ..planning.job import Data
-from ..planning.step import preference_of
+from ..planning.step import preference_of, unit_of
 
 
 def loss_unit(config: Config) -> str:
     """What a loss is the mean of: "nats per token", or "per pair"."""
     return "nats per token" if config.loss == "sft" else f"per {unit_of(config)}"
-
-
-def unit_of(config: Config) -> str:
-    """What a row of the data is: "document", "pair" or, under KTO, "answer"."""
-    return {"sft": "document", "kto": "answer"}.get(config.loss, "pair")
 
 
 def held_out_units(config: Config) -> str:

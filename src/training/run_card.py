@@ -8,7 +8,7 @@ import os
 from ..config import Config, command
 from .curves import CURVE, PREFERENCE_CURVES
 from .preference_log import NAMES, first_and_last, is_preference, value_text
-from .preference_text import loss_unit
+from .preference_text import held_out_units, loss_unit
 from .rate_search import recorded_search, search_table
 from .validation_log import best, loss_text
 from .verdict import Doubt
@@ -52,7 +52,7 @@ def card(
         "## Curves",
         f"![training and validation loss over the steps]({CURVE})",
         *_preferences(metrics),
-        "## Held-out documents",
+        f"## {held_out_units(config).capitalize()}",
         *_validation(config, summary, history),
         "## Forgetting",
         *_forgetting(config, summary),
@@ -151,7 +151,8 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     if first is not None and last is not None:
         moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
         parts.append(
-            f"Beside it stands what was learned: on held-out documents the loss {moved}, {loss_unit(config)}."
+            f"Beside it stands what was learned: on {held_out_units(config)} the loss {moved},"
+            f" {loss_unit(config)}."
         )
     return parts
 
