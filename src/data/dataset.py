@@ -124,6 +124,14 @@ class Documents(Sequence):
             digest.update(trained if np.array_equal(document.weights, trained) else document.weights)
         return digest.hexdigest()
 
+    def contents(self) -> Iterable[np.ndarray]:
+        """What tells each document from others, (n,) int32."""
+        return (document.ids for document in self.items)
+
+    def held_out_by(self) -> Iterable[np.ndarray]:
+        """contents(), as equal documents are held out together."""
+        return self.contents()
+
     def _watched(self, doing: str) -> Iterable[Document]:
         return progress(self.items, doing, unit="documents", shown=is_first_process())
 

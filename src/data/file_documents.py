@@ -9,6 +9,8 @@ import numpy as np
 
 from .encode import Tokens
 
+BLOCK = 1 << 16  # documents that are looked at together
+
 
 @dataclasses.dataclass
 class Document:
@@ -34,16 +36,6 @@ class Document:
         """The sum of its targets' weights."""
         return float(self.weights[1:].sum(dtype=np.float64))
 
-    @property
-    def content(self) -> np.ndarray:
-        """What tells it from others, (n,) int32."""
-        return self.ids
-
-    @property
-    def held_out_by(self) -> np.ndarray:
-        """Documents with equal ones of these are held out together."""
-        return self.ids
-
 
 class FileDocuments(Sequence):
     """Documents that are parts of flat arrays.
@@ -63,6 +55,29 @@ class FileDocuments(Sequence):
         start = int(self.starts[i])
         tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
         return Document(tokens.ids[part], tokens.weights[part])
+
+    def trained(self) -> tuple[np.ndarray, np.ndarray]:
+        """(how many trained tokens each has, the place of the first of them), (n,) int32.
+
+        Token 0 counts as none. The place means nothing where there is none.
+        """
+        counts, places = np.zeros(len(self), np.int32), np.zeros(len(self), np.int32)
+        for number, tokens in enumerate(self.files):
+            mine = np.flatnonzero(self.of == number)
+            mine = mine[np.argsort(self.starts[mine], kind="stable")]
+            for at in range(0, len(mine), BLOCK):
+                block = mine[at : at + BLOCK]
+                begins, ends = self.starts[block] + 1, self.starts[block] + self.lengths[block]
+                first = int(begins[0])
+                trained = np.append(np.flatnonzero(tokens.weights[first : int(ends.max())]) + first, first)
+                before = np.searchsorted(trained[:-1], begins)
+                counts[block] = np.searchsorted(trained[:-1], ends) - before
+                places[block] = trained[before] - self.starts[block]
+        return counts, places
+
+    def parts(self, begins: np.ndarray, lengths: np.ndarray) -> FileDocuments:
+        """Of each document so many tokens, (n,), from its token `begins` on, (n,)."""
+        return FileDocuments(self.files, self.of, self.starts + begins, lengths)
 
     def take(self, chosen: np.ndarray) -> FileDocuments:
         return FileDocuments(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])

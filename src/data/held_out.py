@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -42,10 +42,10 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, documents.take(np.zeros(0, np.int64))
-    keys = _keys(documents, config.random_seed)
+    keys = _keys(documents.held_out_by(), len(documents), config.random_seed)
     if config.eval_file:
         source, held = config.eval_file, load(config.eval_file)
-        is_held = np.isin(keys, _keys(held, config.random_seed))
+        is_held = np.isin(keys, _keys(held.held_out_by(), len(held), config.random_seed))
     else:
         source = f"--eval_split {config.eval_split} of {config.data_file}"
         of_conversations = _conversation_keys(keys, documents)
@@ -67,13 +67,14 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     return rest, held
 
 
-def _keys(documents: Units, seed: int, by: str = "held_out_by") -> np.ndarray:
-    """(n,) keys of 16 bytes: equal for documents in which the tokens `by` are equal, and random otherwise."""
+def _keys(parts: Iterable[np.ndarray], count: int, seed: int) -> np.ndarray:
+    """(n,) keys of 16 bytes for `count` parts: equal for equal tokens, and random otherwise."""
     key = seed.to_bytes(8, "little")
-    watched = progress(documents, "choosing held-out documents", unit="documents", shown=is_first_process())
-    parts = (np.ascontiguousarray(getattr(document, by)) for document in watched)
-    digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in parts)
-    return np.fromiter(digests, "S16", len(documents))
+    watched = progress(
+        parts, "choosing held-out documents", count, unit="documents", shown=is_first_process()
+    )
+    digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in watched)
+    return np.fromiter(digests, "S16", count)
 
 
 def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
@@ -97,7 +98,8 @@ def evaluations(config: Config, steps: int) -> int:
 def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
     """The places of the documents with a trained token, in an order that depends on their content alone."""
     places = np.flatnonzero(held_out.target_counts)
-    return places[np.argsort(_keys(held_out.take(places), seed, "content"), kind="stable")]
+    keys = _keys(held_out.take(places).contents(), len(places), seed)
+    return places[np.argsort(keys, kind="stable")]
 
 
 def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from rwkv_miss.progress import progress
 from ..common.formatting import counted
 from ..config.launcher import is_first_process
 from .encode import Tokens
-from .file_documents import Document, joined
+from .file_documents import Document, FileDocuments, joined
 
 NAMED = 3  # so many units that were left out are named
 
@@ -61,27 +61,10 @@ class Preference:
         parts = [part for answer, mark in zip(self.answers, marks) for part in (mark, answer.ids)]
         return np.concatenate(parts).astype(np.int32)
 
-    @property
-    def held_out_by(self) -> np.ndarray:
-        """Units with equal ones of these are held out together."""
-        return self.prompt
-
 
 def prompt_length(answer: Document) -> int:
     """The place of the first trained token, which is never the first token."""
     return 1 + int(np.argmax(answer.weights[1:] != 0))
-
-
-class Answers(Protocol):
-    """Documents that are answers."""
-
-    lengths: np.ndarray  # (n,) int32
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Document: ...
-
-    def take(self, chosen: np.ndarray) -> Answers: ...
 
 
 @dataclasses.dataclass
@@ -91,7 +74,7 @@ class Preferences(Sequence):
     Nothing of a unit is ever cut off.
     """
 
-    answers: Answers  # of all units, one unit after another
+    answers: FileDocuments | MixedDocuments  # of all units, one unit after another
     chosen: np.ndarray  # (A,) bool: whether each answer is one to prefer
     paired: bool  # a unit is two answers, chosen and rejected; else it is one
     ctx_len: int  # tokens that a unit may take of a row
@@ -167,10 +150,16 @@ class Preferences(Sequence):
 
     @functools.cached_property
     def _counted(self) -> tuple[np.ndarray, np.ndarray]:
-        targets, prompts = np.empty(len(self.answers), np.int32), np.empty(len(self.answers), np.int32)
-        for i, answer in enumerate(self._watched("counting trained tokens")):
-            targets[i], prompts[i] = answer.targets, prompt_length(answer)
-        return targets, prompts
+        return self.answers.trained()
+
+    def contents(self) -> Iterable[np.ndarray]:
+        """What tells each unit from others, (n,) int32."""
+        return (unit.content for unit in self)
+
+    def held_out_by(self) -> Iterable[np.ndarray]:
+        """The prompts: units with equal ones are held out together."""
+        firsts = range(0, len(self.answers), self.size)
+        return (self.answers[i].ids[: self.prompt_lengths[i]] for i in firsts)
 
     def _of_units(self, values: np.ndarray) -> np.ndarray:
         """The sum over the answers of each unit."""
@@ -181,14 +170,11 @@ class Preferences(Sequence):
         """SHA-256 of the tokens, of which of them are trained, and of the labels."""
         digest = hashlib.sha256(b"pairs" if self.paired else b"labels")
         digest.update(np.ascontiguousarray(self.chosen))
-        for answer in self._watched("hashing the tokens"):
-            digest.update(np.int64(len(answer.ids)))
+        digest.update(self.answers.lengths.astype(np.int64))
+        for answer in progress(self.answers, "hashing the tokens", unit="answers", shown=is_first_process()):
             digest.update(answer.ids)
             digest.update(answer.weights != 0)
         return digest.hexdigest()
-
-    def _watched(self, doing: str) -> Iterable[Document]:
-        return progress(self.answers, doing, unit="answers", shown=is_first_process())
 
     @property
     def tokens(self) -> int:
@@ -223,13 +209,13 @@ class Preferences(Sequence):
             raise ValueError("mismatched(): expected single answers, got pairs")
         prompts = self.prompt_lengths
         of = _answers_of_others(self.answers, prompts)
-        rest = self.answers.lengths[of] - prompts[of]
-        lengths = prompts + np.minimum(rest, self.ctx_len + 1 - prompts)
-        mixed = MixedDocuments(self.answers, prompts, self.answers.take(of), prompts[of], lengths)
-        return Preferences(mixed, self.chosen, False, self.ctx_len)
+        rest = np.minimum(self.answers.lengths[of] - prompts[of], self.ctx_len + 1 - prompts)
+        # with the token before it, which the prompt's last one stands in for
+        answers = self.answers.take(of).parts(prompts[of] - 1, rest + 1)
+        return Preferences(MixedDocuments(self.answers, prompts, answers), self.chosen, False, self.ctx_len)
 
 
-def _answers_of_others(answers: Answers, prompts: np.ndarray) -> np.ndarray:
+def _answers_of_others(answers: FileDocuments, prompts: np.ndarray) -> np.ndarray:
     """For each answer the place of one to another prompt, (A,) int64; every one is taken once."""
     digests = (
         hashlib.blake2b(answer.ids[:end], digest_size=16).digest() for answer, end in zip(answers, prompts)
@@ -246,36 +232,36 @@ def _answers_of_others(answers: Answers, prompts: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass
 class MixedDocuments(Sequence):
-    """Document i is the first prompt_lengths[i] tokens of prompts[i], and those of answers[i] from begins[i]
-    on, lengths[i] tokens in all.
+    """Document i is the first prompt_lengths[i] tokens of prompts[i], and those of answers[i] but its first,
+    in whose place the last token of the prompt stands.
     """
 
-    prompts: Answers
+    prompts: FileDocuments
     prompt_lengths: np.ndarray  # (n,) int32
-    answers: Answers
-    begins: np.ndarray  # (n,) int32
-    lengths: np.ndarray  # (n,) int32
+    answers: FileDocuments
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.prompt_lengths)
 
     def __getitem__(self, i: int) -> Document:
-        prompt, answer = self.prompts[i], self.answers[i]
-        end, begin = int(self.prompt_lengths[i]), int(self.begins[i])
-        last = begin + int(self.lengths[i]) - end
+        prompt, answer, end = self.prompts[i], self.answers[i], int(self.prompt_lengths[i])
         return Document(
-            np.concatenate([prompt.ids[:end], answer.ids[begin:last]]),
-            np.concatenate([prompt.weights[:end], answer.weights[begin:last]]),
+            np.concatenate([prompt.ids[:end], answer.ids[1:]]),
+            np.concatenate([prompt.weights[:end], answer.weights[1:]]),
         )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.prompt_lengths + self.answers.lengths - 1
 
     def take(self, chosen: np.ndarray) -> MixedDocuments:
         return MixedDocuments(
-            self.prompts.take(chosen),
-            self.prompt_lengths[chosen],
-            self.answers.take(chosen),
-            self.begins[chosen],
-            self.lengths[chosen],
+            self.prompts.take(chosen), self.prompt_lengths[chosen], self.answers.take(chosen)
         )
+
+    def trained(self) -> tuple[np.ndarray, np.ndarray]:
+        """FileDocuments.trained()."""
+        return self.answers.trained()[0], self.prompt_lengths
 
 
 def fit_units(
