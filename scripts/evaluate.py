@@ -113,9 +113,8 @@ def evaluate_preferences(args: argparse.Namespace) -> None:
         adapters.use([adapter] if adapter else [])
         found = compared.measure(adapters.model, args.beta or BETA)
         about = {"model": recorded(args.model), "adapter": recorded(adapter)}
-        counts = ", ".join(f"{count:,} {name}" for name, count in found.counts.items())
         worst = found.worst(args.show, encoder.tokenizer)
-        print("\n".join([*worst, f"{adapter or args.model}: {counts}", *found.lines()]))
+        print("\n".join([*worst, f"{adapter or args.model}: {found.counted}", *found.lines()]))
         rows += [about | row for row in found.rows(encoder.tokenizer, range(len(data)))]
         summary = {"preferences": args.preferences, **found.counts, **about, "precision": args.precision}
         summary |= {"bos": list(encoder.bos), "reference": None}

@@ -12,6 +12,7 @@ import torch
 
 from rwkv_miss.progress import Progress
 
+from ..common.formatting import counted
 from ..data.collate import to_device
 from ..data.dataset import load
 from ..data.encode import Encoder
@@ -118,6 +119,13 @@ class Measured:
             return {"pairs": len(self.data)}
         chosen = int(np.count_nonzero(self.data.chosen))
         return {"chosen": chosen, "rejected": len(self.data) - chosen}
+
+    @property
+    def counted(self) -> str:
+        """The counts in words."""
+        if self.data.paired:
+            return counted(len(self.data), "pair")
+        return ", ".join(f"{counted(count, f'{name} answer')}" for name, count in self.counts.items())
 
     def lines(self) -> list[str]:
         """The figures as a table."""
