@@ -17,7 +17,7 @@ from src.model import RWKV
 
 from . import program
 from .conftest import close, make_arch, random_tensors
-from .program import at_file, kill, succeed
+from .program import at_file, call, kill, succeed
 
 UNITS = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))
@@ -117,8 +117,7 @@ def whole(files, tmp_path_factory):
 
     @functools.cache
     def run(loss):
-        held = files / f"{'answers' if loss == 'kto' else 'pairs'}-held.jsonl"
-        start(files, folder / loss, "--loss", loss, "--eval_file", held, "--eval_samples", "0")
+        start(files, folder / loss, *evaluated(files, loss))
         return folder / loss
 
     return run
@@ -126,13 +125,28 @@ def whole(files, tmp_path_factory):
 
 def evaluated(files, loss):
     held = files / f"{'answers' if loss == 'kto' else 'pairs'}-held.jsonl"
-    return ["--loss", loss, "--eval_file", held, "--eval_samples", "0"]
+    return ["--loss", loss, "--eval_file", held, "--eval_docs", "5", "--eval_samples", "0"]
 
 
 def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
     same_lines(lines(proj_dir), lines(want), rel)
     same_lines(lines(proj_dir, "validation.jsonl"), lines(want, "validation.jsonl"), rel)
     same_adapters(proj_dir, want, ratio)
+
+
+@pytest.mark.parametrize("loss, rows", [("dpo", "pairs"), ("kto", "answers")])
+def test_scripts_evaluate_says_the_same_of_the_held_out_data(files, whole, loss, rows):
+    """Its own batches, and the adapter beside the base or off, where the training has what it stored."""
+    run = whole(loss)
+    wanted = lines(run, "validation.jsonl")[-1]
+    assert wanted["units"] == 5, "all of them"
+    flags = ["--model", files / "base.pth", "--adapter", run / "adapter.pth"]
+    flags += ["--preferences", files / f"{rows}-held.jsonl"]
+    found = json.loads(succeed(call(["-m", "scripts.evaluate", *map(str, flags)])).splitlines()[-1])
+    names = wanted.keys() - {"step", "loss", "tokens", "units", "samples"}
+    assert {"nll", "logp_chosen", "logp_rejected", "margin", "reward_accuracy", "kl"} <= names
+    for name in names:
+        assert found[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6), name
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
