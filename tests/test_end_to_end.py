@@ -113,6 +113,7 @@ def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
     assert {t.dtype for t in read_checkpoint(product.base).values()} == {torch.bfloat16}
     assert {t.dtype for t in tensors.values()} == {torch.float32} and all(t.any() for t in tensors.values())
     assert len(tensors) == {6: 96, 7: 72}[product.version]
+    assert (product.run / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_merged_file_keeps_keys_order_and_shapes_and_gives_the_same_logits_in_the_rwkv_package(product):
