@@ -2,10 +2,8 @@
 another runtime.
 """
 
-import concurrent.futures
 import json
 import random
-import statistics
 
 import torch
 
@@ -70,7 +68,7 @@ def strings(lengths, count, seed):
     return ["".join(rng.choices("0123456789", k=rng.choice(lengths))) for _ in range(count)]
 
 
-STEPS = 1000
+STEPS = 500
 QUESTIONS = [question for length in (3, 8, 13) for question in strings([length], 100, length)]
 
 
@@ -95,47 +93,42 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
         answers = answers_to(engine_for(model, tokenizer, len(asked)), asked, Asking(14))
         return [answer.text for (answer,) in answers]
 
-    def run(seed):
-        texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]
-        return train(
-            base,
-            tmp_path / f"seed{seed}",
-            texts,
-            tokenizer_file,
-            peft_config="r=8",
-            micro_bsz=16,
-            ctx_len=32,
-            lr_init=1e-2,
-            warmup_steps=100,
-            beta2=0.95,
-            random_seed=seed,
-        )
+    texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100)]
+    adapter = train(
+        base,
+        tmp_path / "digits",
+        texts,
+        tokenizer_file,
+        peft_config="r=8",
+        micro_bsz=16,
+        ctx_len=32,
+        lr_init=1e-2,
+        warmup_steps=100,
+        beta2=0.95,
+        random_seed=0,
+    )
+    metadata, live = read_metadata(adapter), adapted(base, adapter)
+    assert (metadata["trainable"], metadata["step"]) == (9216, STEPS)
+    said = answers(live)
+    before, after = digit_accuracy(answers(RWKV.load(base))), digit_accuracy(said)
+    print(f"digit accuracy {before:.1%} untouched, {after:.1%} after MiSS")
+    # 67 % were seen, and 41 % after 300 steps
+    assert before < 0.15 and after >= 0.5
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        adapters = list(pool.map(run, range(3)))
-    assert {read_metadata(adapter)["trainable"] for adapter in adapters} == {9216}
-    assert {read_metadata(adapter)["step"] for adapter in adapters} == {STEPS}
-    untouched = digit_accuracy(answers(RWKV.load(base)))
-    accuracies = [digit_accuracy(answers(adapted(base, adapter))) for adapter in adapters]
-    print(f"digit accuracy {untouched:.1%} untouched, {', '.join(f'{a:.1%}' for a in accuracies)} after MiSS")
-    assert untouched < 0.15
-    assert statistics.median(accuracies) >= 0.60, accuracies
-
-    merge_file(base, adapters[0], tmp_path / "merged.pth", "fp32")
-    live = adapted(base, adapters[0])
+    merge_file(base, adapter, tmp_path / "merged.pth", "fp32")
     package = same_logits(
         tmp_path / "merged.pth",
         live,
         tokenizer.encode("".join(f"{q},{changed(q)}#" for q in QUESTIONS[::30])),
     )
-    for question, answer in list(zip(QUESTIONS, answers(live), strict=True))[::10]:
+    for question, answer in list(zip(QUESTIONS, said, strict=True))[::10]:
         logits, state = package(tokenizer.encode(f"{question},"))
-        said = ""
-        while not said.endswith("#") and len(said) < 14:
+        theirs = ""
+        while not theirs.endswith("#") and len(theirs) < 14:
             token = int(logits[-1].argmax())
-            said += tokenizer.decode([token])
+            theirs += tokenizer.decode([token])
             logits, state = package([token], state)
-        assert said.removesuffix("#") == answer
+        assert theirs.removesuffix("#") == answer
 
 
 @torch.no_grad()
@@ -150,7 +143,7 @@ def test_miss_teaches_an_english_rwkv6_shakespeare(data_dir, tmp_path):
     base = data_dir / "real/rwkv6-3m-utf16.pth"
     text = (data_dir / "tinyshakespeare.txt").read_text()
     pieces = [text[i : i + 200] for i in range(0, len(text) - 200, 200)]
-    seen, heldout = pieces[:4800:30], pieces[-20:]
+    seen, heldout = pieces[:4800:60], pieces[-20:]
     adapter = train(
         base,
         tmp_path / "shakespeare",
