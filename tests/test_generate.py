@@ -522,12 +522,15 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
         )
 
 
-def test_chat_merge_and_evaluation_import_no_trainer():
+def test_chat_merge_and_evaluation_import_no_trainer_and_no_compiler(checkpoint):
+    """Nor is torch's compiler imported to load a model, as for random numbers on meta, which takes 2 s."""
     code = (
-        "import sys, demo.chat, demo.accuracy, rwkv_miss.__main__, scripts.evaluate; print({'lightning',"
-        " 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
+        "import sys, demo.chat, demo.accuracy, rwkv_miss.__main__, scripts.evaluate, src.model;"
+        " [src.model.RWKV.load(path) for path in sys.argv[1:]]; print({'lightning', 'pytorch_lightning',"
+        " 'deepspeed', 'matplotlib', 'train', 'src.run', 'torch._dynamo'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, checkpoint(6), checkpoint(7)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
 

@@ -100,8 +100,20 @@ class Linear(nn.Linear):
 
     is_linear = True  # an adapter may take its place
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where there is nothing to draw torch imports its compiler for it, 2 s
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing where there is nothing to draw, as Linear."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Head(Linear):

@@ -28,7 +28,7 @@ from ..config.launcher import is_first_process
 from ..ops import nothing_saved
 from ..ops.elementwise import native_functions
 from . import rwkv6, rwkv7
-from .layers import Head, LayerNorm, chosen
+from .layers import Embedding, Head, LayerNorm, chosen
 from .loss import LOGITS_AT_ONCE, loss_sum
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
@@ -142,11 +142,12 @@ class RWKV(nn.Module):
         self.computes_in: torch.dtype | None = None  # the activations' dtype, where the linears have another
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
-        self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
+        self.emb = Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd, kernel)
         self.head = Head(arch.n_embd, arch.vocab_size, kernel)
-        self._init_weights()
+        if not self.head.weight.is_meta:
+            self._init_weights()
 
     @torch.no_grad()
     def _init_weights(self) -> None:

@@ -61,7 +61,8 @@ class TimeMix(nn.Module):
         self.output = Linear(A, C, bias=False)  # (C, A)
         self.ln_x = nn.GroupNorm(H, A, eps=GROUP_NORM_EPS)  # (A), (A), applied in the readout
         self.time_state = time_state(arch)  # (H, N, N) or None
-        self._init_weights(arch)
+        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+            self._init_weights(arch)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch) -> None:
@@ -142,7 +143,8 @@ class ChannelMix(nn.Module):
         self.key = Linear(C, F, bias=False)  # (F, C)
         self.receptance = Linear(C, C, bias=False)  # (C, C)
         self.value = Linear(F, C, bias=False)  # (C, F)
-        self._init_weights(arch, layer)
+        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+            self._init_weights(arch, layer)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch, layer: int) -> None:

@@ -73,7 +73,8 @@ class TimeMix(nn.Module):
         self.output = Linear(C, C, bias=False)  # (C, C)
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)  # (C), (C), applied in the readout
         self.time_state = time_state(arch)  # (H, N, N) or None
-        self._init_weights(arch)
+        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+            self._init_weights(arch)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch) -> None:
@@ -179,7 +180,8 @@ class ChannelMix(nn.Module):
         self.x_k = parameter(1, 1, C)  # token shift: the share of the token before
         self.key = Linear(C, F, bias=False)  # (F, C)
         self.value = Linear(F, C, bias=False)  # (C, F)
-        self._init_weights(arch, layer)
+        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+            self._init_weights(arch, layer)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch, layer: int) -> None:
