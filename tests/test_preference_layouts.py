@@ -297,6 +297,7 @@ BAD = [
     (PAIRS, {"prompt": "a", "completion": "b", "label": True}, "is for --loss kto", "expected a pair"),
     (PAIRS, {"a": 1}, "expected a pair", "got keys"),
     (PAIRS, ["a"], "expected a pair", "got list"),
+    (PAIRS, {"ids": [1]}, "nothing tells a prompt from an answer in tokens", "give text"),
     (LABELS, {"prompt": "a", "completion": "b"}, "--loss sft trains", '"label": true'),
     (LABELS, {"prompt": "a", "completion": "b", "label": 1}, "label must be true", "got 1"),
     (LABELS, {"prompt": "a", "completion": "b", "label": None}, "label must be true", "got None"),
@@ -347,6 +348,15 @@ def test_an_empty_answer_is_left_out_and_named(read, kind, row):
         UserError, match="holds no rows that can be used: an answer is empty in 1 row, such as"
     ):
         read([row], kind)
+
+
+def test_an_empty_cell_is_an_empty_answer(read):
+    records, report = read("prompt,chosen,reject\n2+2?,4,5\n2+2?,4,\n2+2?,,5\n", name="a.csv")
+    assert records == [CHAT] and report.bad == 0
+    assert "left out   2 rows, in which an answer is empty" in report.lines()[-1]
+    lines = "prompt,completion,label\na,,true\na,b,\na,b,true\n"
+    records, report = read(lines, LABELS, "a.csv", on_bad_row="skip")
+    assert len(records) == report.bad == 1 and [*report.files["a.csv"].left_out] == ["an answer is empty"]
 
 
 def test_thoughts_and_calls_are_no_empty_answers(read):

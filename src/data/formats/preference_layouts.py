@@ -34,6 +34,7 @@ from .layouts import (
     REJECTED,
     RLHF_REJECTED,
     SYSTEMS,
+    TOKENS,
     Layout,
     check_fields,
     earlier_turns,
@@ -81,6 +82,15 @@ class Columns(NamedTuple):
     def name(self) -> str:
         answers = " / ".join(self.answers) + (f" + {self.label}" if self.label else "")
         return f"{' + '.join(self.asked)} -> {answers}" if self.asked else answers
+
+
+def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none."""
+    answers = {*CHOSEN, *REJECTED, "completion"}
+    return {
+        name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
+        for name, value in record.items()
+    }
 
 
 def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
@@ -196,12 +206,14 @@ def _wrong_row(
 ) -> str:
     """What is wrong with a row that has no answers of this kind, and what to do."""
     if label and completion:
-        hint = "; a row of one answer with a label is for --loss kto"
+        hint = "a row of one answer with a label is for --loss kto; "
     elif has_layout(present):
-        hint = "; the row has one answer, on which --loss sft trains"
+        hint = "the row has one answer, on which --loss sft trains; "
+    elif names == TOKENS.used:
+        hint = "nothing tells a prompt from an answer in tokens; give text; "
     else:
         hint = ""
-    return f"{EXPECTED[rows]}{hint}; got keys {shown(names)}"
+    return f"{hint}{EXPECTED[rows]}; got keys {shown(names)}"
 
 
 def _is_label(value: Any) -> bool:

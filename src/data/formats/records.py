@@ -8,9 +8,9 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .layouts import SFT, TOKENS, Layout, canonical
-from .preference_layouts import preference
+from .preference_layouts import preference, with_empty_cells
 from .report import Kind, LeftOut, Report, place_of
-from .sources import BINIDX, BY_NAME, Reading, Source, sources
+from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
 
 
 def read_records(
@@ -61,5 +61,7 @@ def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[
 def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, dict[str, Any]]:
     """How a record is read, and what it becomes."""
     if reading.rows != SFT:
+        if source.format in DELIMITERS.values():
+            parsed = with_empty_cells(parsed, reading.fields)
         return preference(parsed, reading.fields, reading.rows)
     return (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)
