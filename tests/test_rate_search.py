@@ -1,9 +1,12 @@
 """The search for a learning rate: it finds the valley, and it changes nothing of the run."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
 import threading
+import types
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ import yaml
 from rwkv_miss import METHODS, UserError
 from src.config import Config, parse
 from src.planning import job
-from src.planning.defaults import first_guess, search_size
+from src.planning.defaults import SearchSize, first_guess, judged_by, search_size
 from src.planning.job import Device, no_search
 from src.training import rate_search
 from src.training.rate_search import (
+    RateSearch,
     as_json,
     bottom_of,
     enclose,
@@ -25,7 +29,7 @@ from src.training.rate_search import (
     rung,
     search_table,
 )
-from src.training.short_runs import Trial
+from src.training.short_runs import ALONE, Trial
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -338,3 +342,48 @@ def test_words_for_rates():
         parse([*base, "--lr_init", "much"])
     with pytest.raises(UserError, match="--lr_init -1"):
         parse([*base, "--lr_init", "-1"])
+
+
+@pytest.mark.parametrize(
+    "kind, sft_weight, judged", [("dpo", 0.0, 1.0), ("simpo", 0.1, 1.0), ("ipo", 2.0, 2.0)]
+)
+def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
+    """A preference alone is the smaller the higher the rate, also where they get lost."""
+    config = Config(loss=kind, sft_weight=sft_weight, lr_init=0.125, beta=0.5)
+    assert judged_by(config) == dataclasses.replace(config, sft_weight=judged)
+    assert judged_by(Config()) == Config(), "supervised training has nothing else"
+
+
+def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch):
+    """What a trial trains is the run's, what is looked at after it has the cross entropy."""
+    trained, judged = [], []
+
+    def train(model, config, documents, steps, processes):
+        trained.append(config.sft_weight)
+        yield 1.0
+
+    def trial_of(model, config, rate, losses, documents, processes):
+        judged.append(config.sft_weight)
+        return Trial(rate, losses, valley(1e-3)(rate) if rate else 3.0)
+
+    monkeypatch.setattr(rate_search, "train", train)
+    monkeypatch.setattr(rate_search, "trial_of", trial_of)
+    monkeypatch.setattr(rate_search, "put_back", lambda model: contextlib.nullcontext())
+    search = object.__new__(RateSearch)
+    search.config, search.part = Config(loss="dpo", sft_weight=0.0), 0.7
+    search.guess, search.size = 1e-3, SearchSize(7, 10)
+    monkeypatch.setattr(search, "_deciding", lambda module: [])
+    module = types.SimpleNamespace(model=None, documents=[], evaluated=[1])
+    found = search._search(module, ALONE, False)
+    assert set(trained) == {0.0} and set(judged) == {1.0} and len(judged) == len(trained) + 1
+    assert "Held-out dpo and cross-entropy loss 3.0000, after 10 steps" in search_table(as_json(found))[0]
+
+
+def test_a_preference_alone_begins_lower():
+    arch, alone = (
+        make_arch(7),
+        Config(load_model="base.pth", loss="dpo", sft_weight=0.0, peft_config={"r": 4}),
+    )
+    guess = first_guess(dataclasses.replace(alone, loss="sft"), arch)
+    assert first_guess(dataclasses.replace(alone, sft_weight=1.0), arch) == guess
+    assert first_guess(alone, arch) == pytest.approx(guess / 20, rel=0.05)

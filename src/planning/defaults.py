@@ -19,6 +19,9 @@ GUESSED = "a first guess from method, rank and widths"
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 ROWS = 8  # rows in a step
+# the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
+# 1/10 and 1/30 were measured on small models (docs/preferences.md)
+PREFERENCE_RATE = 1 / 20
 STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 # of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
@@ -53,6 +56,17 @@ def choose_loss(config: Config, origins: dict[str, str]) -> None:
     elif config.loss != "sft":
         reason = "keeps the right answers likely, which the preference alone does not"
         choose(config, origins, "sft_weight", 1.0, reason)
+
+
+def judged_by(config: Config) -> Config:
+    """The settings whose loss decides between rates: the run's, with the cross entropy of the chosen answers
+    at least at weight 1.
+
+    A preference alone is the smaller the higher the rate, also where the right answers get lost.
+    """
+    if config.loss == "sft" or config.sft_weight >= 1:
+        return config
+    return dataclasses.replace(config, sft_weight=1.0)
 
 
 def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
@@ -253,7 +267,10 @@ def search_size(steps: int) -> SearchSize | None:
 
 
 def first_guess(config: Config, arch: Arch) -> float:
-    """A learning rate of two digits from method, rank and widths. A new model gets the published one."""
+    """A learning rate of two digits from method, rank and widths. A new model gets the published one.
+
+    A preference alone gets a smaller one than what has the cross entropy of the right answers in it.
+    """
     if config.peft != "none":
         method = METHODS[config.peft]
         options = method.Options.parse(dict(config.adapter.options))
@@ -262,4 +279,6 @@ def first_guess(config: Config, arch: Arch) -> float:
         rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum of its inputs
     else:
         rate = config.published_rate
+    if config.loss != "sft" and config.sft_weight == 0:
+        rate *= PREFERENCE_RATE
     return float(f"{rate:.2g}")

@@ -25,7 +25,7 @@ from ..common.formatting import counted
 from ..config import save
 from ..data.dataset import Documents
 from ..data.held_out import affordable, in_hash_order
-from ..planning.defaults import CHOSEN, first_guess, search_size
+from ..planning.defaults import CHOSEN, first_guess, judged_by, search_size
 from ..planning.job import Job
 from .process_group import Processes, processes_of
 from .run_folder import CONFIG, RATE_SEARCH
@@ -46,7 +46,7 @@ class Found:
     before: float | None  # the loss before any training; None where it is not finite
     steps: int  # of each trial
     seconds: float  # of the whole search
-    loss_of: str  # "held-out" documents, or "training" rows
+    loss_of: str  # "held-out" documents, or "training" rows; of a preference alone also what is added
     trials: list[Trial]  # in the order of their rates
 
 
@@ -128,8 +128,8 @@ def found_of(
 class RateSearch:
     """Finds the rate of a run inside its trainer, when its processes know each other.
 
-    The loss on held-out documents decides. Where none are held out, it is that of the rows of the step after
-    a trial's last one.
+    The loss on held-out documents decides, that of judged_by(). Where none are held out, it is that of the
+    rows of the step after a trial's last one.
     """
 
     def __init__(self, job: Job):
@@ -157,6 +157,8 @@ class RateSearch:
         """Do the trials."""
         model, config, size = module.model, self.config, self.size
         documents, loss_of = self._deciding(module), "held-out" if module.evaluated else "training"
+        if judged_by(config) is not config:
+            loss_of += f" {config.loss} and cross-entropy"
         done: list[Trial] = []
         begun = time.perf_counter()
         with Progress("searching the learning rate", size.trials * size.steps, "steps", shown) as bar:
@@ -168,15 +170,16 @@ class RateSearch:
                     for loss in train(model, tried, module.documents, size.steps, processes):
                         losses.append(loss)
                         bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
-                    done.append(trial_of(model, tried, rate, losses, documents, processes))
+                    done.append(trial_of(model, judged_by(tried), rate, losses, documents, processes))
                 if config.verbose and shown:
                     say(trial_text(done[-1], loss_of))
                 return math.inf if done[-1].deciding_loss is None else done[-1].deciding_loss
 
             with put_back(model):
-                before = trial_of(model, config, 0.0, [0.0], documents, processes).deciding_loss
+                start = trial_of(model, judged_by(config), 0.0, [0.0], documents, processes)
             tried = enclose(loss_at, self.guess, size.trials)
         seconds = time.perf_counter() - begun
+        before = start.deciding_loss
         return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
 
     def _deciding(self, module) -> Documents:
