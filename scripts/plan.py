@@ -55,7 +55,7 @@ with importing():
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
     from src.training import plan_text
-    from src.training.preference_text import loss_line, loss_warnings
+    from src.training.preference_text import loss_lines, loss_warnings
     from src.training.resume import earlier_settings, inherit, keep_rows_per_step
 
 
@@ -145,10 +145,10 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     choose_rate(config, origins, arch, device, schedule)
 
     def fits(changed: Config) -> bool:
-        size = needed(estimate(changed, arch, schedule), changed, device.accelerator)
+        size = needed(estimate(changed, arch, schedule, data.documents), changed, device.accelerator)
         return size <= USABLE * device.memory
 
-    memory = estimate(config, arch, schedule)
+    memory = estimate(config, arch, schedule, data.documents)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
@@ -167,7 +167,7 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
     print(f"trained    {plan_text.trained(config, found.model)}")
     print(*data.found.lines(), *plan_text.data(config, data.documents, found.schedule), sep="\n")
     print(plan_text.steps(config, found.schedule, found.steps))
-    for line in loss_line(config, data.documents, found.schedule):
+    for line in loss_lines(config, data.documents, found.schedule, arch):
         print(line)
     print(plan_text.evaluation(config, len(found.evaluated), len(data.held_out), found.steps, cost))
     print(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from src.data.preference_batches import collate_preferences
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.model.log_probs import token_log_probs
-from src.planning import memory
+from src.planning import memory, step
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of, preference_of
-from src.planning.step_memory import Live, step_bytes
+from src.planning.step_memory import Live, SharedPrompts, step_bytes
 from src.training.document_text import short_unit, unit_sample
 
 from .conftest import make_arch
@@ -107,6 +108,23 @@ def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
     assert "reference" not in of["dpo"]["memory"]
 
 
+def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, monkeypatch, tmp_path):
+    rows = [row | {"prompt": "p" * (10 + i % 3)} for i, row in enumerate(ROWS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown, alone = planned([*flags, "--loss", "simpo"], capsys)
+    assert "prompts    each answer is read after its own prompt: a prompt read once would make " in shown
+    monkeypatch.setattr(step, "PASS", {"cpu": 0, "gpu": 0})
+    shown, once = planned([*flags, "--loss", "simpo"], capsys)
+    found = re.search(
+        r"prompts    a prompt is read once for both answers: (\d+) tokens .* place of (\d+),", shown
+    )
+    shared, separate = map(int, found.groups())
+    assert 0.4 < shared / separate < 0.95
+    # both are rounded
+    assert once["seconds"] == pytest.approx(alone["seconds"] * shared / separate, rel=0.03)
+    assert once["memory"]["activations"] < 0.95 * alone["memory"]["activations"]
+
+
 def units_of(tmp_path, rows):
     file = tmp_path / "units.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,11 +146,13 @@ def test_a_pair_is_shown_with_what_is_compared(tmp_path):
     "loss, peft, grad_cp, chunk, kernel",
     [
         ("dpo", "miss", 0, 0, "torch"),
+        ("dpo", "miss", 0, "shared", "cpu"),
         ("simpo", "none", 0, 0, "cpu"),
         ("dpo", "miss", 2, 16, "cpu"),
     ],
 )
 def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad_cp, chunk, kernel):
+    shared, chunk = (SharedPrompts(2, 6, 13), 0) if chunk == "shared" else (None, chunk)
     config = Config(
         load_model=str(checkpoint(7, **SIZES)),
         loss=loss,
@@ -147,11 +167,13 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     )
     # two rows of 37 tokens
     texts = [{"prompt": "!" * 7, "chosen": "#" * (19 - 7), "rejected": "$" * (18 - 7)}] * 2
+    if shared:
+        texts[1] = texts[1] | {"prompt": "!" * 4}
     units = units_of(tmp_path, texts)
-    assert units.lengths.tolist() == [38, 38]
+    assert shared or units.lengths.tolist() == [38, 38]
     reference = torch.zeros(units.targets).numpy()
     units = units.with_reference(reference) if preference_of(config).needs_reference else units
-    batch = collate_preferences([[units[0]], [units[1]]], 2.0, chunk)
+    batch = collate_preferences([[units[0]], [units[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp
     for p in model.parameters():
@@ -164,15 +186,17 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
         loss, _ = preference_of(config)(log_probs, batch)
         loss.backward()
         del log_probs, loss
-    step = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch["targets"]))
+    planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch["targets"]), shared)
     # the chunks have unequal shares of the answers
-    assert step.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
-    assert step.peak == pytest.approx(live.peak, rel=0.01)
+    assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
+    assert planned.peak == pytest.approx(live.peak, rel=0.01)
 
 
 def test_the_pass_without_gradients_needs_less():
     config = Config(load_model="x", loss="dpo", beta=0.1, sft_weight=1.0, micro_bsz=2, peft_config={"r": 5})
     arch = make_arch(7, **SIZES)
-    step, look = (step_bytes(arch, config, "cpu", "fp32", 37, 40, backward) for backward in (True, False))
-    assert look.peak < step.peak / 2 and look.activations < step.activations / 4
-    assert memory.allocator_waste(look, "cpu") < memory.allocator_waste(step, "cpu")
+    whole, look = (
+        step_bytes(arch, config, "cpu", "fp32", 37, 40, None, backward) for backward in (True, False)
+    )
+    assert look.peak < whole.peak / 2 and look.activations < whole.activations / 4
+    assert memory.allocator_waste(look, "cpu") < memory.allocator_waste(whole, "cpu")

@@ -33,6 +33,7 @@ from ..data.held_out import (
     questions,
 )
 from ..data.leading_token import leading_token
+from ..data.preferences import Preferences
 from ..data.tokenizer import Tokenizer
 from ..model import RWKV
 from .defaults import (
@@ -46,8 +47,8 @@ from .defaults import (
     row_length,
     search_size,
 )
-from .memory import USABLE, largest_batch, memory_parts, needed, reference_arch
-from .step import preference_of, unit_of
+from .memory import USABLE, largest_batch, largest_shared, memory_parts, needed, reference_arch
+from .step import preference_of, prompt_reading, tokens_of_layouts, unit_of
 from .throughput import Speed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
@@ -126,12 +127,13 @@ def run_cost(
     speed: Speed,
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
-    memory = needed(estimate(config, arch, schedule), config, device.accelerator)
+    memory = needed(estimate(config, arch, schedule, data.documents), config, device.accelerator)
     tokens, steps = trained_tokens(config, schedule), steps_of(config, schedule)
     times = evaluations(config, steps) if evaluated else 0
-    held_out_tokens = float((evaluated.lengths - 1).sum())
+    share = share_read(config, arch, schedule, data.documents)
+    held_out_tokens = float((evaluated.lengths - 1).sum()) * share
     read = FORWARD * times * held_out_tokens * readings(config)
-    training = tokens * (1 + FORWARD * (readings(config) - 1))
+    training = tokens * share * (1 + FORWARD * (readings(config) - 1))
     asked = questions(data.held_out, config.eval_samples, data.encoder) if times else []
     seconds = evaluation_seconds = search_seconds = reference_seconds = 0.0
     if speed.tokens:
@@ -140,14 +142,22 @@ def run_cost(
         evaluation_seconds = (read + prompts) / speed.tokens + answers
         if is_automatic(config, "lr_init"):
             size = search_size(steps)
-            share = size.trials * size.steps / steps
-            search_seconds = (1 + EVALUATION) * share * training / speed.tokens
-        once = tokens * min(1.0, schedule.steps_per_pass / steps)
+            part = size.trials * size.steps / steps
+            search_seconds = (1 + EVALUATION) * part * training / speed.tokens
+        once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
         reference_seconds = reference_work(config, arch, once + held_out_tokens) / speed.tokens
         seconds = training / speed.tokens + evaluation_seconds + search_seconds + reference_seconds
     room = USABLE * memory_of(device, config.world)
     parts = (evaluation_seconds, search_seconds, reference_seconds)
     return Cost(memory, room, tokens, read / training, seconds, *parts)
+
+
+def share_read(config: Config, arch: Arch, schedule: Schedule, documents: Documents | Preferences) -> float:
+    """The part of the tokens that is read; less than all where the prompts of pairs are read once."""
+    if not prompt_reading(config, documents, schedule, arch).shared:
+        return 1.0
+    separate, shared = tokens_of_layouts(documents, schedule)
+    return shared / separate
 
 
 def readings(config: Config) -> int:
@@ -272,10 +282,20 @@ def choose_evaluation(
     return held_out.take(np.sort(order[: config.eval_docs]))
 
 
-def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:
-    """Bytes by part on one device. The batch's size is that of `config`, not of the schedule."""
+def estimate(
+    config: Config, arch: Arch, schedule: Schedule, documents: Documents | Preferences | None = None
+) -> dict[str, float]:
+    """Bytes by part on one device. The batch's size is that of `config`, not of the schedule.
+
+    Without the documents it is that of separate rows, also for pairs whose prompts are read once.
+    """
     row, targets = largest_batch(schedule, config)
-    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, row, targets)
+    shared = None
+    if config.loss != "sft" and documents is not None:
+        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+        if prompt_reading(config, documents, sized, arch).shared:
+            shared = largest_shared(documents, sized)
+    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, row, targets, shared)
 
 
 def memory_of(device: Device, world: int) -> int:
@@ -295,7 +315,7 @@ def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Devi
     one_by_one = make_schedule(data.documents, single_rows, config.world)
 
     def bytes_needed(tried: Config) -> float:
-        return needed(estimate(tried, arch, one_by_one), tried, device.accelerator)
+        return needed(estimate(tried, arch, one_by_one, data.documents), tried, device.accelerator)
 
     room = USABLE * memory_of(device, config.world)
     choose_batch(config, origins, len(one_by_one.rows), bytes_needed, room)

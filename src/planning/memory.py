@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 
+import numpy as np
 import torch
 
 from rwkv_miss.files.checkpoint import Arch
@@ -32,8 +33,9 @@ from ..common.device import PRECISIONS
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.preferences import Preferences
 from ..model import RWKV, read_model_file
-from .step_memory import StepBytes, model_on_meta, step_bytes
+from .step_memory import SharedPrompts, StepBytes, model_on_meta, step_bytes
 
 # glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
 # of up to 32 MiB: 0.4 to 0.9 was seen with glibc 2.41 (benchmarks/memory.py).
@@ -44,6 +46,7 @@ CACHE_WASTE = 0.1
 # workspace are an assumption.
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
+LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
 
 
@@ -54,12 +57,41 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
     return row, max(1, min(sum(most), row * config.micro_bsz))
 
 
+def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompts:
+    """The micro-batch of the first pass that has most tokens where prompts are read once.
+
+    Of a long pass LOOKED_AT steps are looked at.
+    """
+    prompts = preferences.prompt_lengths
+    answers = preferences.answers.lengths - prompts
+    most = SharedPrompts(0, 0, 0)
+    count = schedule.steps_per_pass
+    for step in np.unique(np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(int)).tolist():
+        for group in range(schedule.accumulate * schedule.world):
+            rows = schedule.micro_rows(step, *divmod(group, schedule.world))
+            pairs = np.array([unit for row in rows for unit in schedule.rows[row]], np.int64)
+            if not len(pairs):
+                continue
+            longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())
+            prompt = max(1, prompts[2 * pairs].max() - 1)
+            found = SharedPrompts(len(pairs), int(prompt), int(longest))
+            most = max(most, found, key=lambda sizes: sizes.tokens)
+    return most
+
+
 def memory_parts(
-    arch: Arch, config: Config, accelerator: str, kernel: str, precision: str, row: int, targets: int
+    arch: Arch,
+    config: Config,
+    accelerator: str,
+    kernel: str,
+    precision: str,
+    row: int,
+    targets: int,
+    prompts: SharedPrompts | None = None,
 ) -> dict[str, float]:
     """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
-    `targets` are the trained tokens of a micro-batch.
+    `targets` are the trained tokens of a micro-batch, and `prompts` its sizes where prompts are read once.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -94,7 +126,7 @@ def memory_parts(
             parts["DeepSpeed"] += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained + 2 * buffers
-    step = step_bytes(arch, config, kernel, precision, row, targets)
+    step = step_bytes(arch, config, kernel, precision, row, targets, prompts)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
     parts |= {

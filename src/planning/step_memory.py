@@ -46,6 +46,19 @@ class StepBytes:
     large: float  # most that live in larger blocks
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedPrompts:
+    """The sizes of a micro-batch in which prompts of pairs are read once, padding included."""
+
+    pairs: int
+    prompt: int  # tokens of the longest, without its last one
+    answer: int  # inputs of the longest, of which the last token of its prompt is the first
+
+    @property
+    def tokens(self) -> int:
+        return self.pairs * (self.prompt + 2 * self.answer)
+
+
 def model_on_meta(arch: Arch, config: Config) -> RWKV:
     """The model with what is trained, as shapes alone."""
     with torch.device("meta"):
@@ -62,11 +75,13 @@ def step_bytes(
     precision: str,
     row: int,
     targets: int,
+    shared: SharedPrompts | None = None,
     backward: bool = True,
 ) -> StepBytes:
     """The bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in all.
 
-    `kernel` and `precision` are not auto. Without `backward` it is a look at the batch without gradients.
+    `kernel` and `precision` are not auto. With `shared` the batch has its sizes, in the place of the rows'.
+    Without `backward` it is a look at the batch without gradients.
     """
     chunks = chunks_of(config)
     whole = row
@@ -76,7 +91,7 @@ def step_bytes(
 
     def count(layers: int) -> StepBytes:
         fewer = dataclasses.replace(arch, n_layer=layers)
-        return _count(fewer, config, kernel, precision, row, targets, backward)
+        return _count(fewer, config, kernel, precision, row, targets, shared, backward)
 
     step = count(min(arch.n_layer, LAYERS))
     if arch.n_layer > LAYERS:
@@ -96,6 +111,7 @@ def _count(
     precision: str,
     row: int,
     targets: int,
+    shared: SharedPrompts | None = None,
     backward: bool = True,
 ) -> StepBytes:
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
@@ -131,6 +147,8 @@ def _count(
         # These places are not known here, so whole rows are counted, without the copies and the padding.
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
         batch = _batch(config, row, targets, config.packing and not has_states)
+        if shared:
+            batch |= _shared_batch(shared, not has_states)
         known = [*batch.values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
         with Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live:
@@ -170,6 +188,19 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
         "weights": None,
         "ends": tuple(itertools.accumulate(counts)),
         "chunk": config.chunk_ctx,
+    }
+
+
+def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
+    """What of a batch is another with shared prompts, see data/preference_batches.py."""
+    rows = 2 * shared.pairs
+    starts = torch.zeros(shared.pairs, shared.prompt, dtype=torch.bool)
+    return {
+        "ids": torch.zeros(rows, shared.answer, dtype=torch.int64),
+        "reset": None,
+        "prompts": torch.zeros(shared.pairs, shared.prompt, dtype=torch.int64),
+        "prompt_reset": starts if packed and shared.pairs > 1 else None,
+        "prompt_of": torch.zeros(rows, dtype=torch.int64),
     }
 
 

@@ -29,7 +29,7 @@ from ..planning.step import chunks_of, unit_of
 from .document_text import short_unit, unit_sample
 from .loggers import describe_writers, places_to_watch
 from .optimizer import learning_rate_factor, state_learning_rate
-from .preference_text import left_out, loss_line, loss_warnings, too_long_text
+from .preference_text import left_out, loss_lines, loss_warnings, too_long_text
 from .run_card import CARD
 from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
@@ -57,7 +57,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         documents_line(config, job.data),
         *released_modes(config, job.template),
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
-        *loss_line(config, job.data.documents, job.schedule),
+        *loss_lines(config, job.data.documents, job.schedule, job.model.arch),
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps, job.origins)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",

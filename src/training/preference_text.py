@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.formatting import counted
@@ -12,7 +13,7 @@ from ..config import Config
 from ..data.batches import Schedule
 from ..data.preferences import Preferences
 from ..planning.job import Data
-from ..planning.step import preference_of, unit_of
+from ..planning.step import preference_of, prompt_reading, unit_of
 
 
 def loss_unit(config: Config) -> str:
@@ -59,15 +60,21 @@ def describe_reference(config: Config) -> str:
     return "reference: the base" + (", adapter off" if config.peft != "none" else "")
 
 
-def loss_line(config: Config, documents: Preferences, schedule: Schedule) -> list[str]:
-    """The line of the plan about a loss on preferences; none for supervised training."""
+def loss_lines(config: Config, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
+    """The lines of the plan about a loss on preferences and how prompts are read; none for supervised
+    training.
+    """
     if config.loss == "sft":
         return []
     units = len(documents) / schedule.steps_per_pass
     said = describe_loss(config)
     if preference_of(config).needs_reference:
         said += f", read once before step 1 and kept in {kept_in(config)}"
-    return [f"loss       {said}; about {counted(round(units), unit_of(config))} in a step"]
+    prompts = prompt_reading(config, documents, schedule, arch).words
+    return [
+        f"loss       {said}; about {counted(round(units), unit_of(config))} in a step",
+        *([f"prompts    {prompts}"] if prompts else []),
+    ]
 
 
 def kept_in(config: Config) -> str:
