@@ -68,7 +68,7 @@ Part = Callable[[RWKV, dict, State | None], tuple[Tensor, State]]
 def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
     """The weighted loss of the trained tokens of a batch, summed.
 
-    `batch` is what data/batches.collate() makes for chunks of this size. The result is differentiable in the
+    `batch` is what data/collate.collate() makes for chunks of this size. The result is differentiable in the
     model's trained parameters. `width` is the length by which the chunks are counted, if it is not that of
     the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
     """

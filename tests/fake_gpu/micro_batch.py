@@ -63,7 +63,7 @@ def small_model_on(
 
 
 def batch_on(device: str, rows: int, width: int, weighted: bool = False, chunk: int = 0) -> dict:
-    """As src.data.batches.collate makes it, of tokens that are all trained."""
+    """As src.data.collate.collate makes it, of tokens that are all trained."""
     ids = torch.zeros(rows, width, dtype=torch.int64)
     trained = trained_tokens(ids.numpy(), np.full(ids.shape, 0.5 if weighted else 1), chunk)
     batch = {"ids": ids, "reset": torch.zeros(rows, width, dtype=torch.bool), **trained, "width": width}
