@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from src.model import RWKV
 
 from . import program
 from .conftest import close, make_arch, random_tensors
-from .program import at_file, call, kill, succeed
+from .program import at_file, call, interrupt, kill, succeed
 
 UNITS = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))
@@ -194,34 +195,37 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
         same_runs(proj_dir, whole(loss), rel=0, ratio=0)
 
 
-def counting(path, die_at, rank):
-    """Every block at once; a line for every turn that is read, and death in turn `die_at`."""
+def counting(path, turn, end, rank):
+    """Every block at once; a line for every turn that is read, and end() before turn `turn` is read."""
     src.training.reference_blocks.PAUSE = src.training.reference_blocks.PAUSE_SHARE = -1.0
     read = src.training.reference.ReferencePass._read
 
     def counted(self, *args):
         with open(path, "a") as file:
             file.write("read\n")
-        if len(path.read_text().splitlines()) == die_at:
-            kill()
+        if len(path.read_text().splitlines()) == turn:
+            end()
         return read(self, *args)
 
     src.training.reference.ReferencePass._read = counted
 
 
-@pytest.mark.parametrize("cache", ["none", "folder"])
-def test_a_pass_of_the_reference_goes_on_where_it_was_killed(files, tmp_path, whole, cache):
-    """3 turns of the training data and 2 of the held-out ones; another run with the same takes them all."""
+@pytest.mark.parametrize("cache, end, code", [("none", kill, -9), ("folder", interrupt, 130)])
+def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, cache, end, code):
+    """3 turns of the training data and 2 of the held-out ones; another run with the same takes them all.
+
+    Ctrl-C and a kill are alike.
+    """
     read, proj_dir = tmp_path / "read", tmp_path / "run"
     flags = [*evaluated(files, "dpo"), "--data_cache", cache if cache == "none" else tmp_path / cache]
-    code, _ = program.run(flags_of(files, proj_dir, *flags), functools.partial(counting, read, 3))
-    assert code == -9 and not (proj_dir / "metrics.jsonl").exists()
-    start(files, proj_dir, *flags, sabotage=functools.partial(counting, read, 0))
+    ended, _ = program.run(flags_of(files, proj_dir, *flags), functools.partial(counting, read, 3, end))
+    assert ended == code and not (proj_dir / "metrics.jsonl").exists()
+    start(files, proj_dir, *flags, sabotage=functools.partial(counting, read, 0, end))
     # the one that it died in, and the one before, whose values were on their way
     assert len(read.read_text().splitlines()) == 3 + 2 + 2
     same_runs(proj_dir, whole("dpo"), rel=0, ratio=0)
     if cache == "folder":
-        start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1))
+        start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1, end))
         assert len(read.read_text().splitlines()) == 7
         same_runs(tmp_path / "again", whole("dpo"), rel=0, ratio=0)
 
@@ -239,6 +243,16 @@ def log_p(path, prompt, answer):
         table = F.log_softmax(model(ids[:, :-1])[0], -1)
     found = table.gather(-1, ids[:, 1:, None])[0, :, 0]
     return found[-len(answer) - 1 :]
+
+
+def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
+    reference, proj_dir = tmp_path / "reference.pth", tmp_path / "run"
+    shutil.copy(files / "other.pth", reference)
+    flags = flags_of(files, proj_dir, "--reference", reference, "--epoch_steps", "1")
+    succeed(program.run(flags))
+    shutil.copy(files / "base.pth", reference)
+    code, output = program.run([*flags, "--resume", "auto", "--epoch_count", "2"])
+    assert code == 2 and "the model of --reference is not the one that the run began with" in output
 
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])

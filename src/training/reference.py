@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.progress import Progress
+from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from .. import ops
 from ..config import Config, accumulation
@@ -37,6 +38,7 @@ from ..data.preferences import Preferences
 from ..data.token_cache import cache_folder
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
+from ..ops.build import announce
 from ..planning.base_model import build_reference, reference_of
 from ..planning.step import chunks_of, preference_of
 from .late_reading import Numbers
@@ -131,6 +133,7 @@ class ReferencePass:
 
     def _with_values(self, documents: Preferences, turns: Turns, what: str) -> Preferences:
         folder, first = self._folder(documents), self.processes.rank == 0
+        begun = time.perf_counter()
         with blocks_in(folder, first) as blocks, self._model() as log_probs:
             reading = _Reading(documents, self._known(blocks), blocks)
             units = sum(len(row) for turn in range(turns.count) for rows in turns.rows(turn) for row in rows)
@@ -147,6 +150,10 @@ class ReferencePass:
                 f" finite for {what}; look for what is odd in them or in the model, or choose another"
                 " --precision"
             )
+        seconds = time.perf_counter() - begun
+        if first and blocks.folder and seconds > DELAY:
+            took = f"the reference read {what} in {duration_text(seconds)}"
+            announce(f"{took}; its values are kept in {folder} for later runs")
         return documents.with_reference(values)
 
     def _known(self, blocks: Blocks) -> np.ndarray:
