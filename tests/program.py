@@ -52,7 +52,7 @@ def logged(log, work, *args):
     work(*args)
 
 
-def _few_bytes(*_):
+def _few_bytes(*_, **__):
     return StepBytes(1e6, 1e6, 1e6, 0)
 
 

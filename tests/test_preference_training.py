@@ -276,11 +276,11 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
 
 @pytest.mark.parametrize("method", [["--peft", "none", "--lr_init", "1e-4"], ["--peft", "state"]])
 def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_path, method):
-    """Also in a run that goes on, and one that has lost the values."""
+    """Also in a run that goes on and has lost the values. A trained head rounds otherwise with a gradient."""
     flags = ["--peft_config", "{}", *method, "--save_steps", "1", "--sft_weight", "0", "--data_cache", "none"]
     start(files, tmp_path / "run", *flags)
-    first = lines(tmp_path / "run")[0]
-    assert first["loss"] == LN_2 and first["kl"] == 0.0 and lines(tmp_path / "run")[1]["kl"] > 0
+    first, second, _ = lines(tmp_path / "run")
+    assert first["loss"] == pytest.approx(LN_2, rel=1e-6) and first["kl"] < 1e-10 < second["kl"]
     proj_dir = tmp_path / "killed"
     code, _ = program.run(
         flags_of(files, proj_dir, *flags),
