@@ -15,6 +15,8 @@ import src.training.reference
 import src.training.reference_blocks
 from rwkv_miss import read_checkpoint
 from src.model import RWKV
+from src.planning.step import PromptReading
+from src.training import trainer
 
 from . import program
 from .conftest import close, make_arch, random_tensors
@@ -118,7 +120,8 @@ def whole(files, tmp_path_factory):
 
     @functools.cache
     def run(loss):
-        start(files, folder / loss, *evaluated(files, loss))
+        apart = functools.partial(read_prompts, False)
+        start(files, folder / loss, *evaluated(files, loss), sabotage=apart)
         return folder / loss
 
     return run
@@ -178,6 +181,21 @@ def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
     same_lines(lines(tmp_path / "packed"), lines(tmp_path / "alone"))
 
 
+def read_prompts(once, rank):
+    trainer.prompt_reading = lambda *_: PromptReading(once)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+def test_prompts_that_are_read_once_make_the_same_steps(files, tmp_path, whole, strategy):
+    """Two processes share the pairs, too. In the run that is compared each answer has its own prompt."""
+    two = [] if strategy == "auto" else ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
+    once = functools.partial(read_prompts, True)
+    start(files, tmp_path / "run", *evaluated(files, "dpo"), *two, sabotage=once)
+    same_runs(tmp_path / "run", whole("dpo"))
+    first = lines(tmp_path / "run")[0]
+    assert first["margin"] == first["kl"] == 0, "the reference read them in the same way"
+
+
 def test_rows_in_chunks_make_the_same_steps(files, tmp_path, whole):
     start(files, tmp_path / "run", *evaluated(files, "dpo"), "--chunk_ctx", "16")
     same_runs(tmp_path / "run", whole("dpo"))
@@ -212,7 +230,7 @@ def counting(path, turn, end, rank):
 
 @pytest.mark.parametrize("cache, end, code", [("none", kill, -9), ("folder", interrupt, 130)])
 def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, cache, end, code):
-    """3 turns of the training data and 2 of the held-out ones; another run with the same takes them all.
+    """3 turns of the training data and one of the held-out ones; another run with the same takes them all.
 
     Ctrl-C and a kill are alike.
     """
@@ -222,11 +240,11 @@ def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, 
     assert ended == code and not (proj_dir / "metrics.jsonl").exists()
     start(files, proj_dir, *flags, sabotage=functools.partial(counting, read, 0, end))
     # the one that it died in, and the one before, whose values were on their way
-    assert len(read.read_text().splitlines()) == 3 + 2 + 2
+    assert len(read.read_text().splitlines()) == 3 + 2 + 1
     same_runs(proj_dir, whole("dpo"), rel=0, ratio=0)
     if cache == "folder":
         start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1, end))
-        assert len(read.read_text().splitlines()) == 7
+        assert len(read.read_text().splitlines()) == 6
         same_runs(tmp_path / "again", whole("dpo"), rel=0, ratio=0)
 
 
@@ -238,7 +256,7 @@ def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):
 def log_p(path, prompt, answer):
     """ln p of an answer's tokens, by the whole logits in float64."""
     model = RWKV.load(path, torch.float64)
-    ids = torch.tensor([list(f"User: {prompt}\n\nAssistant: {answer}".encode()) + [0]])
+    ids = torch.tensor([list(f"{prompt}{answer}".encode()) + [0]])
     with torch.no_grad():
         table = F.log_softmax(model(ids[:, :-1])[0], -1)
     found = table.gather(-1, ids[:, 1:, None])[0, :, 0]

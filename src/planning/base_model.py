@@ -132,10 +132,10 @@ def reference_of(config: Config) -> Identity | None:
     return Identity(config.reference, shown=is_first_process()) if config.reference else None
 
 
-def build_reference(config: Config, kernel: str) -> RWKV:
+def build_reference(config: Config) -> RWKV:
     """The model of --reference, which computes as the base without its adapter does."""
     dtype = PRECISIONS[config.precision]
-    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=kernel)
+    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=config.wkv)
     model.computes_in = dtype_of(config)
     if config.quant != "none":
         model.quantise(config.quant, dtype)

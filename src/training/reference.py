@@ -40,7 +40,7 @@ from ..model import RWKV
 from ..model.log_probs import token_log_probs
 from ..ops.build import announce
 from ..planning.base_model import build_reference, reference_of
-from ..planning.step import chunks_of, preference_of
+from ..planning.step import chunks_of, preference_of, prompt_reading
 from .late_reading import Numbers
 from .objective import undisturbed
 from .process_group import ALONE, Processes
@@ -193,7 +193,7 @@ class ReferencePass:
                     self.model.to(self.device)
                 return self.of_run
             if not models:
-                models.append(build_reference(self.config, self.model.kernel).to(self.device))
+                models.append(build_reference(self.config).to(self.device))
             chunks = chunks_of(self.config)
             return lambda batch: token_log_probs(models[0], batch, chunks, batch["width"])
 
@@ -238,7 +238,8 @@ def with_reference_alone(
         return token_log_probs(model, batch, chunks, batch["width"])
 
     with undisturbed(model, device), ops.nan_passes():
-        reference = ReferencePass(config, False, model, reference_of(config), log_probs, ALONE, device)
+        shared = prompt_reading(config, documents, schedule, model.arch).shared
+        reference = ReferencePass(config, shared, model, reference_of(config), log_probs, ALONE, device)
         return reference.training(documents, schedule, steps), reference.held_out(held_out)
 
 

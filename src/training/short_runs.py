@@ -27,7 +27,7 @@ from ..data.held_out import evaluation_batches
 from ..data.preference_batches import collator
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..planning.step import chunks_of, preference_of
+from ..planning.step import chunks_of, preference_of, prompt_reading
 from .kto_baseline import StepBaseline, baseline
 from .objective import objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
@@ -126,7 +126,7 @@ def train(
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
     chunk, preference = chunks_of(config).size, preference_of(config)
-    shared = False
+    shared = prompt_reading(config, documents, schedule, model.arch).shared
     batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk, shared=shared))
     baselines = None
     if preference and not preference.paired:

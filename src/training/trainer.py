@@ -37,7 +37,7 @@ from ..distributed.processes import choose_interface
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
 from ..planning.base_model import reference_of
-from ..planning.step import chunks_of, preference_of
+from ..planning.step import chunks_of, preference_of, prompt_reading
 from .kto_baseline import StepBaseline
 from .objective import objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
@@ -107,7 +107,8 @@ class FineTuning(pl.LightningModule):
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
-        self.shared = False
+        reading = prompt_reading(self.config, self.documents, self.schedule, self.model.arch)
+        self.shared = reading.shared  # whether the prompt of a pair is read once
         config = self.config
         # stage 3 has the model's parts in the processes later, see ReferenceAtStart
         if not config.strategy.startswith("deepspeed_stage_3"):
