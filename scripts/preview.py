@@ -123,8 +123,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
             loaded.chosen.append(tokens.documents_of(seen))
             loaded.names.append(report.files[source.path].place)
     if not loaded.files:
-        reasons = [reason for found in report.files.values() for reason in (*found.reasons, *found.left_out)]
-        raise UserError(f"{config.data_file}: no row can be used, such as {reasons[0]}")
+        raise UserError(f"{config.data_file}: {next(iter(report.files.values())).unusable()}")
     for found in report.files.values():
         if found.bad:
             lint.note("bad row", found.reasons[0], found.bad)

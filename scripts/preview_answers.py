@@ -44,7 +44,7 @@ def answer_lines(figures: dict, units: Documents | Preferences, report: Report) 
     lines = [_compared(figures, units), *report.left_out_lines()]
     if units.too_long:
         more = " ..." if units.too_long > len(units.too_long_places) else ""
-        what = counted(units.too_long, "pair" if units.paired else "answer")
+        what = counted(units.too_long, units.unit)
         lines.append(
             f"left out   {what} of more than --ctx_len tokens: {', '.join(units.too_long_places)}{more}"
         )

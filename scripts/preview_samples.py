@@ -71,8 +71,7 @@ def sample_lines(documents: Documents | Preferences, i: int, tokenizer: Tokenize
 def _unit_lines(units: Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
     """The prompt of a unit, and what is compared of each of its answers."""
     unit = units[i]
-    kind = "pair" if units.paired else "answer"
-    lines = [f"{kind} {i + 1} of {len(units)}, {unit.inputs} tokens of a row; the prompt:"]
+    lines = [f"{units.unit} {i + 1} of {len(units)}, {unit.inputs} tokens of a row; the prompt:"]
     prompt = Document(unit.prompt, np.zeros(len(unit.prompt), np.float32))
     lines.append(shown(prompt, tokenizer, plain))
     for answer, is_chosen in zip(unit.answers, unit.chosen):

@@ -173,9 +173,12 @@ def test_what_is_left_out_is_counted_and_named(read):
     ]
     assert [text_of(unit.prompt) for unit in preferences] == ["a\n", "a\n", "b\n"]
     assert loaded.units(12).digest == preferences.digest
-    with pytest.raises(UserError, match="data.jsonl, line 1: all 4 units have more tokens than --ctx_len 5"):
+    with pytest.raises(UserError, match="data.jsonl, line 1: all 4 pairs have more tokens than --ctx_len 5"):
         loaded.preferences(5)
-    with pytest.raises(UserError, match="no row can be used, such as both answers are the same"):
+    with pytest.raises(
+        UserError,
+        match="be used, left out 1 row, in which both answers are the same: data.jsonl, ",
+    ):
         read([ROWS[2]])
 
 
@@ -352,7 +355,7 @@ def test_prompts_of_the_eval_file_are_not_trained(read):
     held = read([pair("b\n", "other", "answers")], name="held.jsonl").preferences(80)
     train, found = hold_out(Config(eval_file="held.jsonl", data_file="d"), preferences, lambda path: held)
     assert [text_of(unit.prompt) for unit in train] == ["a\n", "a\n", "long" * 9] and found is held
-    with pytest.raises(UserError, match="nothing is left to train on"):
+    with pytest.raises(UserError, match="1 of 1 pair of d would be held out, as all have one prompt"):
         hold_out(Config(eval_file="held.jsonl", data_file="d"), held, lambda path: held)
 
 

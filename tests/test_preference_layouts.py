@@ -345,7 +345,7 @@ def test_an_empty_answer_is_left_out_and_named(read, kind, row):
         == "left out   2 rows, in which an answer is empty: data.jsonl, line 1, data.jsonl, line 3"
     )
     with pytest.raises(
-        UserError, match="holds no rows that can be used: an answer is empty in 1 row, such as"
+        UserError, match="holds no rows that can be used: 1 row, in which an answer is empty: data.jsonl"
     ):
         read([row], kind)
 

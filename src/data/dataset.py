@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Documents(Sequence):
     """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
 
     items: Sequence[Document]
+    unit: ClassVar[str] = "document"
     lost: np.ndarray | None = None  # (n,) int32: tokens that were cut off each conversation; None: off none
     # (n,) int32: the number of the long text that a document is a part of, -1 for a document that is no part;
     # None: no document is one

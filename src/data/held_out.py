@@ -58,9 +58,11 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     rest = documents.take(kept)
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
+        if isinstance(documents, Preferences) and len(np.unique(keys)) == 1:
+            others = ", as all have one prompt, by which they are held out"
         raise UserError(
             f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"
-            f" {counted(len(keys), 'document')} of {config.data_file} would be held out{others}"
+            f" {counted(len(keys), documents.unit)} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
         raise UserError(f"{source}: none of the {len(held)} held-out documents has a trained token")

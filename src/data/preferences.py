@@ -94,6 +94,11 @@ class Preferences(Sequence):
     rewritten: ClassVar[tuple[int, int]] = (0, 0)
 
     @property
+    def unit(self) -> str:
+        """What one is called."""
+        return "pair" if self.paired else "answer"
+
+    @property
     def size(self) -> int:
         """Answers of a unit."""
         return 2 if self.paired else 1
@@ -284,7 +289,7 @@ def fit_units(
         shortest = int(whole.lengths.min()) - 1
         what = "both answers of a pair lie in one row" if paired else "an answer lies in one row"
         raise UserError(
-            f"{places[0]}: all {counted(len(whole), 'unit')} have more tokens than --ctx_len {ctx_len};"
+            f"{places[0]}: all {counted(len(whole), whole.unit)} have more tokens than --ctx_len {ctx_len};"
             f" {what}, and the shortest takes {shortest}; raise it"
         )
     return dataclasses.replace(

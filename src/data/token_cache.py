@@ -162,8 +162,7 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
             yield part.tokens
     report.require_records(source)
     if not documents:
-        reason = (*found.reasons, *found.left_out)[0]
-        raise UserError(f"{source.path}: no row can be used, such as {reason}")
+        raise UserError(f"{source.path}: {found.unusable()}")
 
 
 def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

@@ -45,6 +45,19 @@ class Found:
         self.bad += 1
         self.reasons = [*self.reasons, reason][:SHOWN]
 
+    def left_out_texts(self) -> list[str]:
+        """For each reason how many rows teach nothing, and where the first of them are."""
+        return [
+            f"{counted(count, 'row')}, in which {reason}: {', '.join(places)}"
+            + (" ..." if count > len(places) else "")
+            for reason, (count, places) in self.left_out.items()
+        ]
+
+    def unusable(self) -> str:
+        """Why no record can be used, where none can."""
+        bad = [f"such as {self.reasons[0]}"] if self.reasons else []
+        return f"no row can be used, {'; '.join([*bad, *(f'left out {t}' for t in self.left_out_texts())])}"
+
     def describe(self) -> str:
         shown = f"{self.format}, {counted(self.kinds.total(), 'row')}"
         if layouts := self._layouts():
@@ -101,11 +114,11 @@ class Report:
         """A UserError where reading the source has found no record."""
         found = self.files[source.path]
         if not found.kinds:
-            what = ""
+            told = found.left_out_texts()
             if found.bad:
-                what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}"
-            for reason, (count, places) in found.left_out.items():
-                what = f" that can be used: {reason} in {counted(count, 'row')}, such as {places[0]}"
+                share = found.bad if told else f"all {found.bad}"
+                told.insert(0, f"{share} are bad, such as {found.reasons[0]}")
+            what = f" that can be used: {'; '.join(told)}" if told else ""
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
@@ -133,12 +146,8 @@ class Report:
 
     def left_out_lines(self) -> list[str]:
         """Lines about rows that teach nothing."""
-        return [
-            f"left out   {counted(count, 'row')}, in which {reason}: {', '.join(places)}"
-            + (" ..." if count > len(places) else "")
-            for found in self.files.values()
-            for reason, (count, places) in found.left_out.items()
-        ]
+        texts = [text for found in self.files.values() for text in found.left_out_texts()]
+        return [f"left out   {text}" for text in texts]
 
     def source_lines(self) -> list[str]:
         """Lines about what was read, and notes about it."""
