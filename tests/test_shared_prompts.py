@@ -10,9 +10,10 @@ import rwkv_miss
 from rwkv_miss import METHODS
 from src.config import Config
 from src.data.batches import make_schedule
+from src.data.encode import tokens_of
 from src.data.file_documents import Document
 from src.data.preference_batches import collate_preferences
-from src.data.preferences import Preference, Preferences
+from src.data.preferences import Preference, fit_units
 from src.model import RWKV, log_probs
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
@@ -216,20 +217,19 @@ def test_chunks_and_shared_prompts_are_refused_together():
         token_log_probs(make_model(7), batch, Chunks(8))
 
 
-class Answers(list):
-    """Documents as Preferences wants them."""
-
-    @property
-    def lengths(self):
-        return np.array([len(answer.ids) for answer in self], np.int32)
-
-
 def data_of(*sizes):
     """Preferences of these pairs, and their schedule of micro-batches of 3 rows."""
-    units = [unit for row in make_rows([sizes]) for unit in row]
-    answers = Answers(answer for unit in units for answer in unit.answers)
-    preferences = Preferences(answers, np.tile([True, False], len(units)), True, 1024)
-    config = Config(loss="dpo", ctx_len=1024, micro_bsz=3, accumulate_grad_batches=2, accelerator="cpu")
+    answers = [answer for row in make_rows([sizes]) for unit in row for answer in unit.answers]
+    count = len(answers)
+    tokens = tokens_of(
+        [(answer.ids, answer.weights) for answer in answers],
+        texts=[False] * count,
+        begins=[True] * count,
+        labels=[1, -1] * (count // 2),
+        places=list(range(count)),
+    )
+    preferences = fit_units([tokens], [np.arange(count)], ["data.jsonl"], 2048, paired=True)
+    config = Config(loss="dpo", ctx_len=2048, micro_bsz=3, accumulate_grad_batches=2, accelerator="cpu")
     return preferences, config, make_schedule(preferences, config, 2)
 
 

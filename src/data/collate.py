@@ -75,7 +75,8 @@ def to_device(batch: dict, device: torch.device) -> dict:
         if torch.is_tensor(value):
             value = value.pin_memory() if device.type == "cuda" else value
             moved[name] = value.to(device, non_blocking=True)
-    if device.type == "cuda" and batch.get("reset") is not None:
-        # for ops.per_document, which needs the places of the documents before it can give the GPU its work
-        moved["reset"].on_cpu = batch["reset"]
+    for name in ("reset", "prompt_reset"):
+        if device.type == "cuda" and batch.get(name) is not None:
+            # for ops.per_document, which needs the places of the documents before the GPU gets its work
+            moved[name].on_cpu = batch[name]
     return moved
