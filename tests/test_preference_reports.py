@@ -193,6 +193,11 @@ def test_the_verdict_looks_at_accuracy_and_at_the_right_answers():
     chance = doubted(start, evaluation(9, 0.6, reward_accuracy=0.59))
     assert chance.known == ["the chosen answer wins in 59 % of 100 held-out pairs, which may be chance"]
     assert doubted(start, evaluation(9, 0.6, reward_accuracy=0.59, units=1000)) is None
+    few = doubted(start, evaluation(9, 0.6, reward_accuracy=0.15))
+    assert few.known[0].startswith("the chosen answer wins in 15 % of 100 held-out pairs: more steps or a ")
+    kto = dataclasses.replace(DPO, loss="kto")
+    [known] = doubted(start, evaluation(9, 0.6, reward_accuracy=0.5, baseline=0.1), kto).known
+    assert known == "50 % of 100 held-out answers are on their side of the baseline, which may be chance"
     lost = doubted(start, evaluation(9, 0.3, logp_chosen=-37.5))
     assert "from -30.0 to -37.5 nats an answer, although the accuracy is 93.8 %" in lost.known[0]
     assert lost.advice.startswith("--sft_weight above 1, or a larger --beta than 0.1, or a lower --lr_init")

@@ -77,11 +77,7 @@ def of_evaluations(before: dict, after: dict, documents: str) -> list[str]:
         said.append(
             f"the run has learnt next to nothing: the loss on {documents} fell by {_percent(fell)}, {losses}"
         )
-    if is_chance(after):
-        said.append(
-            f"the chosen answer wins in {percent(accuracy(after))} of {after['units']:,} {documents}, which"
-            " may be chance"
-        )
+    said += of_accuracy(after, documents)
     if answers_as_before(before, after):
         loss = f", although the loss on {documents} fell by {_percent(fell)}" if fell >= LITTLE else ""
         said.append(f"the sample answers are those of before the training{loss}")
@@ -99,10 +95,20 @@ def is_worse(before: dict, after: dict) -> bool:
     return before["loss"] is not None and after["loss"] > before["loss"]
 
 
-def is_chance(line: dict) -> bool:
-    """Whether an accuracy may be that of a coin: at most two standard errors above a half."""
+def of_accuracy(line: dict, documents: str) -> list[str]:
+    """What the accuracy of an evaluation says against a run: it is no more than that of a coin.
+
+    Two standard errors are left to chance.
+    """
     share = accuracy(line)
-    return share is not None and share <= 0.5 + 1 / math.sqrt(line["units"])
+    if share is None or share > 0.5 + (chance := 1 / math.sqrt(line["units"])):
+        return []
+    count, may_be = f"{line['units']:,} {documents}", ", which may be chance"
+    if share < 0.5 - chance:
+        may_be = ": more steps or a higher rate may turn that round"
+    if "baseline" in line:  # of kto
+        return [f"{percent(share)} of {count} are on their side of the baseline{may_be}"]
+    return [f"the chosen answer wins in {percent(share)} of {count}{may_be}"]
 
 
 def of_training(metrics: list[dict]) -> list[str]:
