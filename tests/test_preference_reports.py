@@ -50,13 +50,13 @@ def evaluations():
 
 
 def drift(count, chosen, accuracy, seed=0):
-    """Steps whose chosen answers move by so many nats in all, noisily, while the accuracy goes from 60 %."""
+    """Steps whose chosen answers move by so many nats in all, noisily, while the accuracy goes from 50 %."""
     noise = random.Random(seed)
     return [
         line(
             step,
             reward_chosen=0.1 * (chosen * step / count + noise.gauss(0, 0.3)),
-            reward_accuracy=0.6 + (accuracy - 0.6) * step / count,
+            reward_accuracy=0.5 + (accuracy - 0.5) * step / count,
             logp_chosen=noise.gauss(-30, 8),
         )
         for step in range(1, count + 1)
@@ -105,8 +105,8 @@ def test_a_fall_of_the_right_answers_is_warned_of_once():
     watch = UnlearningWatch(DPO, [])
     said = [(each["step"], watch.after(each)) for each in drift(100, -12.0, 0.98)]
     [(step, text)] = [(step, text) for step, text in said if text]
-    assert 20 <= step < 60, "while the run can still be stopped"
-    assert "log p of the chosen answers fell by" in text and "from steps 1 to 10 to steps" in text
+    assert 10 <= step < 40, "while the run can still be stopped"
+    assert f"an answer lower in steps {step - 9} to {step} than before the training, while the acc" in text
     assert "--sft_weight above 1" in text and "--beta than 0.1" in text and "--lr_init than 0.002" in text
     without = dataclasses.replace(DPO, sft_weight=0.0)
     told = [*filter(None, map(UnlearningWatch(without, []).after, drift(100, -12.0, 0.98)))]
@@ -118,8 +118,8 @@ def test_a_fall_of_the_right_answers_is_warned_of_once():
 
 
 def test_other_falls_are_not_warned_of():
-    """Likely right answers, an accuracy that stays, less than a nat, and what is only noise."""
-    for case in ((100, 4.0, 0.98), (100, -12.0, 0.6), (100, -0.5, 0.98), (19, -50.0, 0.98)):
+    """Likely right answers, an accuracy of a coin, less than a nat, few steps, and what is only noise."""
+    for case in ((100, 4.0, 0.98), (100, -12.0, 0.5), (100, -0.5, 0.98), (9, -50.0, 0.98)):
         case = drift(*case)
         assert not any(map(UnlearningWatch(DPO, []).after, case))
     alone = Config(load_model="base.pth", loss="simpo", beta=2.0, sft_weight=1.0)
@@ -130,13 +130,29 @@ def test_other_falls_are_not_warned_of():
             for each in drift(60, -40.0, 0.98, seed)
         ]
         assert unlearning(alone, lines) is None
+    fallen = [line | {"logp_chosen": line["logp_chosen"] - 40.0 * (line["step"] > 30)} for line in lines]
+    assert "lower in steps 51 to 60 than in steps 1 to 10, while the accuracy is" in unlearning(alone, fallen)
+
+
+def test_the_first_rise_of_a_real_run_does_not_hide_its_fall():
+    """Plain DPO on pairs of sorted and reversed letters, from the base of the demo: reward of the chosen
+    answers and accuracy of the first 24 steps.
+    """
+    rewards = "0 18 34 27 58 64 53 29 8 26 5 -43 -55 -53 -31 -65 -86 -149 -71 -104 -101 -153 -176 -106"
+    watch = UnlearningWatch(DPO, [])
+    said = [
+        step
+        for step, reward in enumerate(map(int, rewards.split()), 1)
+        if watch.after(line(step, reward_chosen=reward / 100, reward_accuracy=float(step > 1)))
+    ]
+    assert said == [19]  # of 60
 
 
 def test_an_averaged_reward_counts_for_the_whole_answer():
     """-1.5 nats a token, of which an answer has 10."""
     mean = dataclasses.replace(DPO, loss_average="mean")
     assert unlearning(DPO, drift(60, -0.9, 0.98, 3)) is None
-    assert "fell by 7." in unlearning(mean, drift(60, -0.9, 0.98, 3))
+    assert "answers is 8." in unlearning(mean, drift(60, -0.9, 0.98, 3))
 
 
 def test_the_pictures_hold_every_metric(tmp_path, monkeypatch):

@@ -21,8 +21,8 @@ NAMES = {
     "baseline": "KTO's baseline, nats",
 }
 ACCURACIES = ("reward_accuracy", "raw_accuracy")
-# The warning about the right answers compares so many steps with the first ones. Log p has to fall by more
-# than the nats and by more than chance, as standard errors tell, and the accuracy has to rise by the share.
+# The warning about the right answers looks at so many steps at a time. Log p has to fall by more than the
+# nats and by more than chance, as standard errors tell, and the accuracy has to be above a half by the share.
 WINDOW, NATS, ERRORS, RISE = 10, 1.0, 3.0, 0.05
 
 
@@ -101,23 +101,32 @@ def of_line(line: dict) -> dict[str, float]:
 
 
 def unlearning(config: Config, metrics: Sequence[dict]) -> str | None:
-    """The warning about a run whose right answers get less likely while it prefers them more; else None.
+    """The warning about a run whose right answers get less likely while it prefers them; else None.
 
-    `metrics` are the lines of its steps so far. What fell is smoothed over WINDOW steps.
+    `metrics` are the lines of its steps so far. What fell is smoothed over WINDOW steps. It fell from where
+    the training began: the reference is that, unless it is another model or there is none. Then the first
+    steps are taken for it, as answers differ by more than a training moves them.
     """
-    if len(metrics) < 2 * WINDOW or accuracy(metrics[-1]) is None:
-        return None
+    own_start = is_own_start(config)
     first, last = metrics[:WINDOW], metrics[-WINDOW:]
-    fell, by_chance = _fall([_nats(config, line) for line in first], [_nats(config, line) for line in last])
-    # ties count as wrong, so that the accuracy of a first step against its own start is 0
-    before, after = _mean([accuracy(line) for line in first[1:]]), _mean([accuracy(line) for line in last])
-    if not (fell > max(NATS, ERRORS * by_chance) and after - before >= RISE):
+    if len(metrics) < (WINDOW if own_start else 2 * WINDOW):
         return None
+    share = _mean([accuracy(line) for line in last])
+    before = [0.0, 0.0] if own_start else [_nats(config, line) for line in first]
+    fell, by_chance = _fall(before, [_nats(config, line) for line in last])
+    if not (fell > max(NATS, ERRORS * by_chance) and share >= 0.5 + RISE):
+        return None
+    begin = "before the training" if own_start else f"in steps {first[0]['step']} to {first[-1]['step']}"
     return (
-        f"log p of the chosen answers fell by {fell:.1f} nats an answer, from steps {first[0]['step']} to"
-        f" {first[-1]['step']} to steps {last[0]['step']} to {last[-1]['step']}, while the accuracy rose from"
-        f" {percent(before)} to {percent(after)}: the right answers get lost with the wrong ones"
+        f"log p of the chosen answers is {fell:.1f} nats an answer lower in steps {last[0]['step']} to"
+        f" {last[-1]['step']} than {begin}, while the accuracy is {percent(share)}: the right answers get"
+        " lost with the wrong ones"
     )
+
+
+def is_own_start(config: Config) -> bool:
+    """Whether the reference of a run is the model that it starts from."""
+    return config.loss in ("dpo", "ipo", "kto") and not config.reference
 
 
 class UnlearningWatch:
@@ -165,12 +174,9 @@ def against_unlearning(config: Config) -> str:
 
 
 def _nats(config: Config, line: dict) -> float | None:
-    """How likely the chosen answers of a step are, in nats an answer.
-
-    Against the reference, where there is one: answers differ by more than a training moves them.
-    """
+    """How likely the chosen answers of a step are, in nats an answer; against a reference, if there is one."""
     if line.get("kl") is None or line.get("reward_chosen") is None:
-        return line.get("logp_chosen")
+        return None if is_own_start(config) else line.get("logp_chosen")
     nats = line["reward_chosen"] / config.beta
     # an averaged log p is of a token
     averaged = config.loss == "ipo" or config.loss_average == "mean"
