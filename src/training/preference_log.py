@@ -174,7 +174,7 @@ def against_unlearning(config: Config) -> str:
 
 
 def _nats(config: Config, line: dict) -> float | None:
-    """How likely the chosen answers of a step are, in nats an answer; against a reference, if there is one."""
+    """How likely the chosen answers of a step are, in nats an answer, against a reference, if any."""
     if line.get("kl") is None or line.get("reward_chosen") is None:
         return None if is_own_start(config) else line.get("logp_chosen")
     nats = line["reward_chosen"] / config.beta
