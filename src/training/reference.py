@@ -40,7 +40,7 @@ from ..model import RWKV
 from ..model.log_probs import token_log_probs
 from ..ops.build import announce
 from ..planning.base_model import build_reference, reference_of
-from ..planning.step import chunks_of, preference_of, prompt_reading
+from ..planning.step import chunks_of, preference_of, prompt_reading, unit_of
 from .late_reading import Numbers
 from .objective import undisturbed
 from .process_group import ALONE, Processes
@@ -137,7 +137,7 @@ class ReferencePass:
         with blocks_in(folder, first) as blocks, self._model() as log_probs:
             reading = _Reading(documents, self._known(blocks), blocks)
             units = sum(len(row) for turn in range(turns.count) for rows in turns.rows(turn) for row in rows)
-            with Progress(f"the reference reads {what}", units, "units", first) as bar:
+            with Progress(f"the reference reads {what}", units, f"{unit_of(self.config)}s", first) as bar:
                 for turn in range(turns.count):
                     batches = turns.rows(turn)
                     if not reading.is_known(batches):
