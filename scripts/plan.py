@@ -175,7 +175,7 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
         f" {config.strategy}"
     )
     print(*plan_text.chosen(config, origins), sep="\n")
-    for line in loss_warnings(config):
+    for line in loss_warnings(config, data.documents):
         print(f"warning    {line}")
     print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, estimated")
     for name, size in found.memory.items():

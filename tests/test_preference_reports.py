@@ -5,10 +5,12 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 from rwkv_miss.progress import Progress
 from src.config import Config
+from src.data.preferences import Preferences
 from src.training import curves, preference_log, preference_text, run_card, verdict
 from src.training.callbacks import StepReport
 from src.training.preference_log import UnlearningWatch, fields, numbers, unlearning
@@ -249,8 +251,16 @@ NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapt
 def test_the_loss_in_words(settings, words):
     config = dataclasses.replace(DPO, **settings)
     assert preference_text.describe_loss(config) == words
-    warned = preference_text.loss_warnings(config)
+    answers = Preferences([], np.array([True, False]), config.loss != "kto", 99)
+    warned = preference_text.loss_warnings(config, answers)
     assert len(warned) == (config.sft_weight == 0 and config.loss == "dpo")
+
+
+@pytest.mark.parametrize("label, words", [(True, "what to avoid"), (False, "what to prefer")])
+def test_labels_that_are_all_alike_are_warned_of(label, words):
+    kto = dataclasses.replace(DPO, loss="kto", sft_weight=0.0)
+    [warning] = preference_text.loss_warnings(kto, Preferences([], np.array([label] * 20), False, 99))
+    assert f"all 20 answers have label {str(label).lower()}: nothing says {words}" in warning
 
 
 def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):

@@ -234,7 +234,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
 def warnings(job: Job, cost: Cost) -> list[str]:
     """What of the data, the device or the settings is probably not meant so."""
     config, device, documents = job.config, job.device, job.data.documents
-    texts = [*cut_warnings(config, documents), *loss_warnings(config)]
+    texts = [*cut_warnings(config, documents), *loss_warnings(config, documents)]
     if bad := job.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")

@@ -11,6 +11,7 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.dataset import Documents
 from ..data.preferences import Preferences
 from ..planning.job import Data
 from ..planning.step import preference_of, prompt_reading, unit_of
@@ -70,6 +71,8 @@ def loss_lines(config: Config, documents: Preferences, schedule: Schedule, arch:
     said = describe_loss(config)
     if preference_of(config).needs_reference:
         said += f", read once before step 1 and kept in {kept_in(config)}"
+    if config.loss == "kto":
+        said += f"; {int(documents.chosen.sum()):,} of {counted(len(documents), 'answer')} to be preferred"
     prompts = prompt_reading(config, documents, schedule, arch).words
     return [
         f"loss       {said}; about {counted(round(units), unit_of(config))} in a step",
@@ -110,8 +113,14 @@ def places_text(count: int, places: Sequence[str]) -> str:
     return ", ".join(places) + (" ..." if count > len(places) else "")
 
 
-def loss_warnings(config: Config) -> list[str]:
-    """What of the loss is probably not meant so."""
+def loss_warnings(config: Config, documents: Documents | Preferences) -> list[str]:
+    """What of the loss, or of what it compares, is probably not meant so."""
+    if config.loss == "kto":
+        preferred, count = int(documents.chosen.sum()), counted(len(documents), "answer")
+        if preferred == len(documents):
+            return [f"all {count} have label true: nothing says what to avoid; --loss sft may be meant"]
+        if not preferred:
+            return [f"all {count} have label false: nothing says what to prefer, and the model may be lost"]
     if config.loss in ("dpo", "ipo", "simpo") and not config.sft_weight:
         return [
             f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {config.loss} may lose them"
