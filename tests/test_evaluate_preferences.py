@@ -123,12 +123,16 @@ def test_labelled_answers_against_another_model(files, capsys):
 
 
 def test_without_a_reference_there_are_no_rewards(files, capsys, monkeypatch):
-    """And long rows, which are read in chunks, have the same log p."""
+    """And long rows, which are read in chunks, have the same log p; so have prompts that are read once."""
     folder, pairs = files
     flags = ["--preferences", "@pairs.jsonl", "--model", "@base.pth"]
     ((whole,), _) = evaluated(capsys, folder, *flags)
     assert whole["reference"] is None
     assert not {"beta", "margin", "reward_accuracy", "kl", "reference_logp_chosen"} & whole.keys()
+    monkeypatch.setattr(preferences, "GAIN", 0)
+    ((once,), _) = evaluated(capsys, folder, *flags)
+    assert once["logp_chosen"] == pytest.approx(whole["logp_chosen"], rel=1e-6)
+    assert once["logp_rejected"] == pytest.approx(whole["logp_rejected"], rel=1e-6)
     monkeypatch.setattr(preferences, "TOKENS", 40)
     monkeypatch.setattr(preferences, "CHUNK", 7)
     ((chunks,), _) = evaluated(capsys, folder, *flags)
