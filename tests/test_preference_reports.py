@@ -113,6 +113,8 @@ def test_a_fall_of_the_right_answers_is_warned_of_once():
     without = dataclasses.replace(DPO, sft_weight=0.0)
     told = [*filter(None, map(UnlearningWatch(without, []).after, drift(100, -12.0, 0.98)))]
     assert len(told) == 1 and "Try --sft_weight 1, or" in told[0]
+    ipo = dataclasses.replace(without, loss="ipo")
+    assert preference_log.against_unlearning(ipo).startswith("--sft_weight 10, or a larger --beta than 0.1")
     # a run that goes on has said it already, or has it to say yet
     lines = drift(100, -12.0, 0.98)
     assert UnlearningWatch(DPO, lines[:step]).after(lines[step]) is None

@@ -168,7 +168,8 @@ def against_unlearning(config: Config) -> str:
     if config.loss == "orpo":
         stronger = f"--orpo_lambda below {config.orpo_lambda:g}"
     else:
-        weight = "1" if config.sft_weight < 1 else f"above {config.sft_weight:g}"
+        usual = 1 / config.beta if config.loss == "ipo" else 1.0
+        weight = f"{usual:.3g}" if config.sft_weight < usual else f"above {config.sft_weight:g}"
         stronger = f"--sft_weight {weight}, or a larger --beta than {config.beta:g}"
     return f"{stronger}, or a lower --lr_init than {config.lr_init:g}"
 
