@@ -215,7 +215,7 @@ def overview(
             f"           {counted(figures['cut'], 'conversation')} of more tokens, cut:"
             f" {counted(figures['cut_tokens'], 'token')} lost"
         )
-    lines += answer_lines(figures, documents, report)
+    lines += answer_lines(config, figures, documents, report)
     lines += [f"finding    {printable(str(finding))}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from src.common.formatting import counted
+from src.config import Config
 from src.data.dataset import Documents
 from src.data.formats import Report
 from src.data.preferences import Preferences
+from src.training.preference_text import loss_warnings, too_long_text
 
 
 def answer_figures(units: Documents | Preferences, report: Report) -> dict:
@@ -37,18 +38,14 @@ def answer_figures(units: Documents | Preferences, report: Report) -> dict:
     return figures
 
 
-def answer_lines(figures: dict, units: Documents | Preferences, report: Report) -> list[str]:
+def answer_lines(config: Config, figures: dict, units: Documents | Preferences, report: Report) -> list[str]:
     """Lines about answer_figures()."""
     if not isinstance(units, Preferences):
         return []
     lines = [_compared(figures, units), *report.left_out_lines()]
-    if units.too_long:
-        more = " ..." if units.too_long > len(units.too_long_places) else ""
-        what = counted(units.too_long, units.unit)
-        lines.append(
-            f"left out   {what} of more than --ctx_len tokens: {', '.join(units.too_long_places)}{more}"
-        )
-    return lines
+    if too_long := too_long_text(config, units):
+        lines.append(f"left out   {too_long}")
+    return lines + [f"warning    {text}" for text in loss_warnings(config, units)]
 
 
 def _compared(figures: dict, units: Preferences) -> str:

@@ -424,7 +424,7 @@ pair 1 of 3, 90 tokens of a row; the prompt:
         "pairs      3; a chosen answer has 3 tokens in the median, a rejected one 4; the chosen one is longer"
         " in 33% of the pairs, shorter in 67%",
         "left out   1 row, in which an answer is empty: ",
-        "left out   1 pair of more than --ctx_len tokens: ",
+        "left out   1 pair of more than --ctx_len 90 tokens, both answers counted: ",
         "template   rwkv, loss on the answers;",
     ):
         assert f"\n{line}" in output
@@ -432,6 +432,7 @@ pair 1 of 3, 90 tokens of a row; the prompt:
     assert "answer 1 of 1, 2 tokens of a row; the prompt:\n    | a\n" in output
     assert "\n  completion, label false, 2 tokens compared:\n" in output
     assert "\nanswers    1 to avoid, of 2 tokens in the median\n" in output
+    assert "\nwarning    all 1 answer have label false: nothing says what to prefer, " in output
 
 
 def test_a_pair_under_sft_says_what_to_do(show, capsys):

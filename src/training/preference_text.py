@@ -102,10 +102,8 @@ def too_long_text(config: Config, documents: Preferences) -> str:
     if config.loss == "sft" or not documents.too_long:
         return ""
     places = places_text(documents.too_long, documents.too_long_places)
-    return (
-        f"{counted(documents.too_long, unit_of(config))} of more than --ctx_len {config.ctx_len} tokens, both"
-        f" answers counted: {places}"
-    )
+    what = f"{counted(documents.too_long, documents.unit)} of more than --ctx_len {config.ctx_len} tokens"
+    return f"{what}{', both answers counted' if documents.paired else ''}: {places}"
 
 
 def places_text(count: int, places: Sequence[str]) -> str:
