@@ -74,7 +74,7 @@ def test_mistakes_are_explained(flags, words):
 
 @pytest.mark.parametrize(
     "loss, beta, sft_weight",
-    [("dpo", 0.1, 1), ("ipo", 0.1, 1), ("simpo", 2, 1), ("orpo", 0, 1), ("kto", 0.1, 0), ("sft", 0, -1)],
+    [("dpo", 0.1, 1), ("ipo", 0.1, 10), ("simpo", 2, 1), ("orpo", 0, 1), ("kto", 0.1, 1), ("sft", 0, -1)],
 )
 def test_what_is_chosen_is_saved_and_read_again(loss, beta, sft_weight, tmp_path):
     config, origins = parse([*REQUIRED, "--loss", loss])
@@ -92,6 +92,9 @@ def test_what_is_given_stays():
     config, origins = parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"])
     choose_loss(config, origins)
     assert (config.beta, config.sft_weight) == (0.5, 0) and not is_automatic(config, "sft_weight")
+    config, origins = parse([*REQUIRED, "--loss", "ipo", "--beta", "0.3"])
+    choose_loss(config, origins)
+    assert config.sft_weight == 3.33, "as much as the preference pulls at first"
 
 
 def test_a_run_that_goes_on_keeps_its_loss():

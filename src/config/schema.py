@@ -195,7 +195,7 @@ class Config:
     sft_weight: float = opt(
         -1.0,
         "the weight of the cross entropy of the chosen answer, per token, beside the preference. Without it"
-        " dpo, ipo and simpo may lose the right answers while their accuracy rises. -1: 1, and 0 for kto",
+        " right answers may get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
         alias=("rpo_alpha", "pref_ftx"),
         automatic=True,
         low=-1,

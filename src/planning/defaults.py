@@ -47,15 +47,17 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
 
 def choose_loss(config: Config, origins: dict[str, str]) -> None:
     """Fill in beta and sft_weight of a loss on preferences; under --loss sft nothing reads them."""
+    if config.loss == "sft":
+        return
     if config.loss in BETAS:
         choose(config, origins, "beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
-    if config.loss == "kto":
-        choose(config, origins, "sft_weight", 0.0, "the answers of kto are judged one by one")
+    weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
+    if config.loss == "ipo":
+        weight = float(f"{1 / config.beta:.3g}")  # IPO's own gradient is 1 / beta at first
+        reason = f"1 / beta, as much as the preference pulls; {reason}"
     elif config.loss == "orpo":
-        choose(config, origins, "sft_weight", 1.0, "a part of --loss orpo")
-    elif config.loss != "sft":
-        reason = "keeps the right answers likely, which the preference alone does not"
-        choose(config, origins, "sft_weight", 1.0, reason)
+        reason = "a part of --loss orpo"
+    choose(config, origins, "sft_weight", weight, reason)
 
 
 def judged_by(config: Config) -> Config:

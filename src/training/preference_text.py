@@ -119,7 +119,7 @@ def loss_warnings(config: Config, documents: Documents | Preferences) -> list[st
             return [f"all {count} have label true: nothing says what to avoid; --loss sft may be meant"]
         if not preferred:
             return [f"all {count} have label false: nothing says what to prefer, and the model may be lost"]
-    if config.loss in ("dpo", "ipo", "simpo") and not config.sft_weight:
+    if config.loss != "sft" and not config.sft_weight:
         return [
             f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {config.loss} may lose them"
             " while its accuracy rises; watch log p of the chosen, and right answers"
