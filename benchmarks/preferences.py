@@ -1,11 +1,11 @@
 """Whether preferences are learnt, and what becomes of the answers meanwhile.
 
     python -m benchmarks.preferences [--data ../shared/data] [--tasks sort form] [--methods miss lora]
-    [--objectives dpo ...] [--seeds 0 1 2] [--out out/preferences] [--report docs/results]
+    [--objectives dpo ...] [--seeds 0 1 2] [--only_finished] [--out out/preferences] [--report docs/results]
 
-Every training is a whole run of train.py on pairs, at the rate that it finds by itself, for a given number of
-steps: DPO; DPO without the NLL of the chosen answers; ORPO, for twice as many steps; and supervised training
-on the chosen answers, with as many prompts as either.
+Every training is a whole run of train.py on pairs, at the rate that it chooses by itself, for a given number
+of steps: DPO; DPO without the NLL of the chosen answers; ORPO, for twice as many steps; and supervised
+training on the chosen answers, with as many prompts as either.
 
 - sort: the demo base reverses letters. Asked to sort them, the chosen answer has them sorted, the rejected
   one reversed, as the base answers. Right is the sorted answer, word for word.
@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -58,7 +59,7 @@ from src.training.rate_search import recorded_search
 from .common import argument_parser, as_flags, environment, report
 from .first_run import ROOT, finished, write_rows
 from .paper.results import check_folder, plot
-from .preferences_table import OBJECTIVES, Objective, draw, summary, table
+from .preferences_table import ACCURACY, OBJECTIVES, Objective, draw, summary, table
 
 METHODS = ("miss", "lora")
 
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/preferences"))
     parser.add_argument("--report", help="folder for the table, the plot and JSON")
     args = parser.parse_args()
@@ -308,34 +310,42 @@ def main() -> None:
         parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
     folder = check_folder(args.report) if args.report else None
     torch.set_num_threads(1)
-    lines = []
+    lines, absent = [], []
     for name in args.tasks:
         trainings = Trainings(name, args.out, args.data)
         lines.append(trainings.base())
-        for seed in args.seeds:
-            for objective in args.objectives:
-                for method in args.methods:
-                    lines.append(trainings.of(OBJECTIVES[objective], method, seed))
-                    print(json.dumps(lines[-1]), flush=True)
+        for seed, objective, method in itertools.product(args.seeds, args.objectives, args.methods):
+            if args.only_finished and (name, objective, method, seed) not in trainings.done:
+                absent.append(f"{name} {objective} {method} {seed}")
+                continue
+            lines.append(trainings.of(OBJECTIVES[objective], method, seed))
+            print(json.dumps(lines[-1]), flush=True)
+    sums = {**summary(lines), "not measured": absent}
     print(table(lines).markdown())
     if folder:
-        write_report(folder, lines)
-    report("preferences", **summary(lines), trainings=lines)
+        write_report(folder, lines, sums)
+    report("preferences", **sums, trainings=lines)
 
 
-def write_report(folder: pathlib.Path, lines: list[dict]) -> None:
+def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[str]]) -> None:
     """preferences.md, .png and .json."""
-    facts, found, sums = environment(), table(lines), summary(lines)
+    facts, found = environment(), table(lines)
     seconds = sum(line.get("cpu_seconds", 0) for line in lines)
+    targets = {one.name: one.target for one in OBJECTIVES.values() if one.target is not None}
+    asked = " and ".join(
+        f"{100 * target:.0f} % right answers with {name}" for name, target in targets.items()
+    )
     parts = [
         "# What preferences teach",
-        " ".join(f"{name}: {', '.join(which) or 'none'}." for name, which in sums.items()),
+        f"Asked for on `sort`, in every seed: {100 * ACCURACY:.0f} % reward accuracy, and {asked}.",
+        " ".join(f"{name.capitalize()}: {', '.join(which) or 'none'}." for name, which in sums.items()),
         "`sort`: a base that reverses letters is asked to sort them; chosen is the sorted, rejected the"
         " reversed answer. 16 pairs a step; right is the sorted answer, word for word. `form`: an English"
         " RWKV-6 of 3 million parameters and the last sentence of GSM8K's problems; chosen is the last line"
         " of the solution with the result under it (`#### 18`), rejected the same without the result. 8"
         " pairs a step; right is an answer of that form, whatever the number.",
-        "Every run has searched for its learning rate by itself. Pairs whose questions it has not seen judge"
+        "Every run of `sort` has searched for its learning rate by itself. Those of `form` are too short for"
+        " a search, and take the first guess. Pairs whose questions it has not seen judge"
         " it, 300 of `sort` and 100 of `form`. Reward accuracy: the chosen answer's log-probability has"
         " gained more over the base than the rejected one's. Gained: by how much, summed over an answer's"
         " tokens.",
