@@ -310,17 +310,18 @@ def main() -> None:
         parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
     folder = check_folder(args.report) if args.report else None
     torch.set_num_threads(1)
-    lines, absent = [], []
+    lines, absent = [], {}
     for name in args.tasks:
         trainings = Trainings(name, args.out, args.data)
         lines.append(trainings.base())
         for seed, objective, method in itertools.product(args.seeds, args.objectives, args.methods):
             if args.only_finished and (name, objective, method, seed) not in trainings.done:
-                absent.append(f"{name} {objective} {method} {seed}")
+                absent.setdefault(f"{name} {objective} {method}", []).append(str(seed))
                 continue
             lines.append(trainings.of(OBJECTIVES[objective], method, seed))
             print(json.dumps(lines[-1]), flush=True)
-    sums = {**summary(lines), "not measured": absent}
+    missing = [f"{case} (seed {', '.join(seeds)})" for case, seeds in absent.items()]
+    sums = {**summary(lines), "not measured": missing}
     print(table(lines).markdown())
     if folder:
         write_report(folder, lines, sums)

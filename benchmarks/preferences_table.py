@@ -80,7 +80,8 @@ def table(lines: Sequence[dict]) -> Table:
         length = f"{mean(own, 'characters'):.1f}"
         rows.append((task, *start, *rewards, share(own, "right answers"), length, reached))
     return Table(
-        "The mean of the seeds; in brackets the lowest and the highest. Characters: of a greedy answer.",
+        "The mean of the seeds, each with a rate; in brackets the lowest and the highest. Characters: of"
+        " a greedy answer.",
         columns,
         rows,
     )
