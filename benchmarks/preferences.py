@@ -1,6 +1,6 @@
 """Whether preferences are learnt, and what becomes of the answers meanwhile.
 
-    python -m benchmarks.preferences [--data ../shared/data] [--tasks sort form] [--methods miss lora]
+    python -m benchmarks.preferences [--data ../shared/data] [--tasks sort result] [--methods miss lora]
     [--objectives dpo ...] [--seeds 0 1 2] [--only_finished] [--out out/preferences] [--report docs/results]
 
 Every training is a whole run of train.py on pairs, at the rate that it chooses by itself, for a given number
@@ -9,11 +9,10 @@ training on the chosen answers, with as many prompts as either.
 
 - sort: the demo base reverses letters. Asked to sort them, the chosen answer has them sorted, the rejected
   one reversed, as the base answers. Right is the sorted answer, word for word.
-- form: an English RWKV-6 of 3 million parameters and GSM8K. The question is the last sentence of a problem.
-  The chosen answer is the last line of its worked solution, and under it the result as `#### 18`. The
-  rejected one lacks the result. So the two differ in their form, and the base prefers the shorter one. Right
-  is an answer of that form. Whether its number is right is not looked at: a sentence does not say enough, and
-  the model is too small.
+- result: an English RWKV-6 of 3 million parameters and GSM8K. The question is the last sentence of a problem.
+  The chosen answer is its result alone, as `#### 18`; the rejected one is the last line of the worked
+  solution. So the two differ in form and length. Right is an answer of that form. Whether its number is right
+  is not looked at: a sentence does not say enough, and the model is too small.
 
 What is measured, on questions that no training has seen: the share of pairs whose chosen answer has gained
 more log-probability over the base than the rejected one (reward accuracy); the share whose chosen answer is
@@ -127,23 +126,22 @@ def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
     return found[:count]
 
 
-def form(data: pathlib.Path) -> Task:
-    """A small English model learns to write the result under its answer."""
-    steps, a_step, held_out = 50, 8, 100
+def result(data: pathlib.Path) -> Task:
+    """A small English model learns to give the result alone, where it could give a sentence."""
+    steps, a_step, held_out = 50, 4, 50
     pairs = results((data / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines())
     test, valid, train = pairs[:held_out], pairs[held_out : 2 * held_out], pairs[2 * held_out :]
     base = data / "real/rwkv6-3m-utf16.pth"
     train = train[: 2 * steps * a_step]
-    return Task(base, "utf16", steps, a_step, 512, train, valid, test, lambda text, pair: has_form(text))
+    return Task(base, "utf16", steps, a_step, 512, train, valid, test, lambda text, pair: is_result(text))
 
 
-RESULT = r"#### [\d,.]+"
 SHORT = 45  # characters of a question and of a sentence; longer ones would cost too much
 
 
-def has_form(text: str) -> bool:
-    """Whether an answer is one line, and under it a result."""
-    return re.fullmatch(rf".+\n{RESULT}", text) is not None
+def is_result(text: str) -> bool:
+    """Whether an answer is a result alone."""
+    return re.fullmatch(r"#### [\d,.]+", text) is not None
 
 
 def results(lines: Sequence[str]) -> list[Pair]:
@@ -155,12 +153,12 @@ def results(lines: Sequence[str]) -> list[Pair]:
         *solution, last = row["answer"].strip().split("\n")
         sentence = re.sub("<<.*?>>", "", solution[-1]).strip() if solution else ""
         short = sentence and question.endswith("?") and max(len(question), len(sentence)) <= SHORT
-        if short and re.fullmatch(RESULT, last):
-            found.setdefault(question, Pair(question, f"{sentence}\n{last}", sentence))
+        if short and is_result(last):
+            found.setdefault(question, Pair(question, last, sentence))
     return list(found.values())
 
 
-TASKS = {"sort": sort, "form": form}
+TASKS = {"sort": sort, "result": result}
 
 
 class Trainings:
@@ -341,15 +339,14 @@ def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[s
         f"Asked for on `sort`, in every seed: {100 * ACCURACY:.0f} % reward accuracy, and {asked}.",
         " ".join(f"{name.capitalize()}: {', '.join(which) or 'none'}." for name, which in sums.items()),
         "`sort`: a base that reverses letters is asked to sort them; chosen is the sorted, rejected the"
-        " reversed answer. 16 pairs a step; right is the sorted answer, word for word. `form`: an English"
-        " RWKV-6 of 3 million parameters and the last sentence of GSM8K's problems; chosen is the last line"
-        " of the solution with the result under it (`#### 18`), rejected the same without the result. 8"
-        " pairs a step; right is an answer of that form, whatever the number.",
-        "Every run of `sort` has searched for its learning rate by itself. Those of `form` are too short for"
-        " a search, and take the first guess. Pairs whose questions it has not seen judge"
-        " it, 300 of `sort` and 100 of `form`. Reward accuracy: the chosen answer's log-probability has"
-        " gained more over the base than the rejected one's. Gained: by how much, summed over an answer's"
-        " tokens.",
+        " reversed answer. 16 pairs a step; right is the sorted answer, word for word. `result`: an"
+        " English RWKV-6 of 3 million parameters and the last sentence of GSM8K's problems; chosen is the"
+        " result alone (`#### 18`), rejected the last line of the solution. 4 pairs a step; right is an"
+        " answer of that form, whatever the number.",
+        "Every run of `sort` has searched for its learning rate by itself. Those of `result` are too short"
+        " for a search, and take the first guess. Pairs whose questions it has not seen judge it, 300 of"
+        " `sort` and 50 of `result`. Reward accuracy: the chosen answer's log-probability has gained more"
+        " over the base than the rejected one's. Gained: by how much, summed over an answer's tokens.",
         "![Reward accuracy and right answers](preferences.png)",
         found.markdown(),
         f"All trainings took {seconds / 60:.0f} CPU minutes. Again: `python -m benchmarks.preferences"

@@ -40,7 +40,7 @@ def problem(question, answer):
     return json.dumps({"question": question, "answer": answer})
 
 
-def test_a_result_stands_under_the_last_line_of_a_solution():
+def test_a_result_is_preferred_to_the_last_line_of_a_solution():
     lines = [
         problem("It costs $3.5. Two are sold. What is paid?", "One: 3.5\nTwo: 2*3.5=$<<2*3.5=7>>7\n#### 7"),
         problem("And then? What is paid?", "Another answer.\n#### 8"),  # the same question
@@ -51,25 +51,25 @@ def test_a_result_stands_under_the_last_line_of_a_solution():
         problem("How far?", "1,000 m\n#### 1,000"),
     ]
     assert preferences.results(lines) == [
-        Pair("What is paid?", "Two: 2*3.5=$7\n#### 7", "Two: 2*3.5=$7"),
-        Pair("How far?", "1,000 m\n#### 1,000", "1,000 m"),
+        Pair("What is paid?", "#### 7", "Two: 2*3.5=$7"),
+        Pair("How far?", "#### 1,000", "1,000 m"),
     ]
 
 
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("Two.\n#### 7", True),
-        ("Two.\n#### 1,000.5", True),
-        ("Two.", False),
-        ("#### 7", False),
-        ("Two.\n#### seven", False),
-        ("Two.\n#### 7\n#### 7", False),
-        ("Two.\n\n#### 7", False),
+        ("#### 7", True),
+        ("#### 1,000.5", True),
+        ("Seven.", False),
+        ("Seven.\n#### 7", False),
+        ("#### seven", False),
+        ("#### 7\n#### 7", False),
+        ("7", False),
     ],
 )
-def test_an_answer_has_the_form_of_a_line_and_a_result(answer, right):
-    assert preferences.has_form(answer) == right
+def test_an_answer_is_a_result_alone(answer, right):
+    assert preferences.is_result(answer) == right
 
 
 def test_answers_are_judged_as_the_model_itself_says(task):
@@ -105,18 +105,18 @@ def test_a_target_is_met_where_every_seed_reaches_it():
         line("dpo", "lora", 1, 1.0, 0.9),
         line("orpo", "miss", 0, 1.0, 0.79),  # the answers
         line("supervised", "miss", 0, 1.0, 0.1),
-        line("dpo", "miss", 0, 0.1, 0.1, "form"),
+        line("dpo", "miss", 0, 0.1, 0.1, "result"),
     ]
     assert summary(lines) == {"met": ["sort dpo miss"], "missed": ["sort dpo lora", "sort orpo miss"]}
     found = table(lines).records()
     assert [row["target"] for row in found] == ["", "met", "**missed**", "**missed**", "", ""]
     assert found[1]["right answers"] == "80.0 % (70 to 90)" and found[1]["found rates"] == "0.003 0.003"
     assert found[0]["objective"] == "base" and not found[0]["reward accuracy"]
-    assert list(groups(lines))[-1] == ("form", "dpo", "miss")
+    assert list(groups(lines))[-1] == ("result", "dpo", "miss")
     from matplotlib.figure import Figure
 
     figure = Figure()
     draw(lines)(figure)
-    assert [axes.get_title() for axes in figure.axes] == ["sort", "form"]
+    assert [axes.get_title() for axes in figure.axes] == ["sort", "result"]
     assert len(figure.axes[0].get_xticks()) == 3, "an objective that nothing was trained for has no place"
     assert set(OBJECTIVES) > {row["objective"] for row in found} - {"base"}
