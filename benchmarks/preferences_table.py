@@ -6,6 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+from src.common.formatting import counted
+
 from .paper.results import Table
 
 ACCURACY = 0.95  # of rewards, in every seed
@@ -45,28 +47,29 @@ def groups(lines: Sequence[dict]) -> dict[tuple[str, str, str], list[dict]]:
     return found
 
 
-def met(task: str, objective: str, own: Sequence[dict]) -> bool | None:
-    """Whether every seed reaches the target; None where there is none."""
+def reached(task: str, objective: str, own: Sequence[dict]) -> int | None:
+    """How many of the seeds reach the target; None where there is none."""
     target = OBJECTIVES[objective].target if objective in OBJECTIVES and task == "sort" else None
     if target is None:
         return None
-    return all(line["reward accuracy"] >= ACCURACY and line["right answers"] >= target for line in own)
+    return sum(line["reward accuracy"] >= ACCURACY and line["right answers"] >= target for line in own)
 
 
 def summary(lines: Sequence[dict]) -> dict[str, list[str]]:
-    """Which targets were met in every seed, and which were missed."""
+    """Which targets were met by every seed that was measured, and which were missed."""
     found = {"met": [], "missed": []}
     for (task, objective, method), own in groups(lines).items():
-        reached = met(task, objective, own)
-        if reached is not None:
-            found["met" if reached else "missed"].append(f"{task} {objective} {method}")
+        count = reached(task, objective, own)
+        if count is not None:
+            name = "met" if count == len(own) else "missed"
+            found[name].append(f"{task} {objective} {method} ({count} of {counted(len(own), 'seed')})")
     return found
 
 
 def table(lines: Sequence[dict]) -> Table:
     """A row for each task, objective and method: the mean of its seeds."""
     columns = ["task", "objective", "steps", "method", "found rates", "reward accuracy", "raw accuracy"]
-    columns += ["chosen gained", "rejected gained", "right answers", "characters", "target"]
+    columns += ["chosen gained", "rejected gained", "right answers", "characters", "met by seeds"]
     rows = []
     for (task, objective, method), own in groups(lines).items():
         if objective == "base":
@@ -76,9 +79,10 @@ def table(lines: Sequence[dict]) -> Table:
             start = [objective, str(own[0]["steps"]), method, rates]
             gained = [f"{mean(own, f'gained by the {which}'):+.1f}" for which in ("chosen", "rejected")]
             rewards = [share(own, "reward accuracy"), share(own, "raw accuracy"), *gained]
-        reached = {None: "", True: "met", False: "**missed**"}[met(task, objective, own)]
+        count = reached(task, objective, own)
+        target = "" if count is None else f"{count} of {len(own)}"
         length = f"{mean(own, 'characters'):.1f}"
-        rows.append((task, *start, *rewards, share(own, "right answers"), length, reached))
+        rows.append((task, *start, *rewards, share(own, "right answers"), length, target))
     return Table(
         "The mean of the seeds, each with a rate; in brackets the lowest and the highest. Characters: of"
         " a greedy answer.",

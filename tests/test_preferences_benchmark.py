@@ -107,9 +107,12 @@ def test_a_target_is_met_where_every_seed_reaches_it():
         line("supervised", "miss", 0, 1.0, 0.1),
         line("dpo", "miss", 0, 0.1, 0.1, "result"),
     ]
-    assert summary(lines) == {"met": ["sort dpo miss"], "missed": ["sort dpo lora", "sort orpo miss"]}
+    assert summary(lines) == {
+        "met": ["sort dpo miss (2 of 2 seeds)"],
+        "missed": ["sort dpo lora (1 of 2 seeds)", "sort orpo miss (0 of 1 seed)"],
+    }
     found = table(lines).records()
-    assert [row["target"] for row in found] == ["", "met", "**missed**", "**missed**", "", ""]
+    assert [row["met by seeds"] for row in found] == ["", "2 of 2", "1 of 2", "0 of 1", "", ""]
     assert found[1]["right answers"] == "80.0 % (70 to 90)" and found[1]["found rates"] == "0.003 0.003"
     assert found[0]["objective"] == "base" and not found[0]["reward accuracy"]
     assert list(groups(lines))[-1] == ("result", "dpo", "miss")
