@@ -27,9 +27,10 @@ from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.training import callbacks, run_card, validation
+from src.training.curves import draw_losses
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
-from src.training.run_card import card, draw_losses
+from src.training.run_card import card
 from src.training.validation import shortened
 from src.training.validation_log import is_over
 
@@ -551,7 +552,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
         f" {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
     )
     assert (
-        f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
+        f"| loss, nats per token | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
         in text
     )
     assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
@@ -607,7 +608,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         "after:\n\n    (nothing)\n",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
-        "| loss per token, nats | 2.0000 | not finite |",
+        "| loss, nats per token | 2.0000 | not finite |",
         "| peak memory | not measured",
         "The tokenizer has no tokens for the fixed text",
     ):
