@@ -34,9 +34,9 @@ with importing():
     from src.config import Config, command, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
-    from src.data.dataset import Documents
     from src.data.fetch import fetch_inputs
     from src.data.tokenizer import Tokenizer
+    from src.data.units import Units
     from src.model import RWKV
     from src.planning.base_model import build_model, read_base, template_of_run
     from src.planning.defaults import first_guess
@@ -208,7 +208,7 @@ def show_plan(config: Config, model: RWKV, data: Data, schedule: Schedule, devic
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
 
 
-def loss_before(model: RWKV, config: Config, held_out: Documents) -> float:
+def loss_before(model: RWKV, config: Config, held_out: Units) -> float:
     """The held-out loss before any training; UserError where it is not finite."""
     before = held_out_loss(model, config, held_out)
     if not math.isfinite(before):

@@ -30,8 +30,8 @@ with importing():
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
-    from src.data.dataset import Documents
     from src.data.fetch import fetch_inputs
+    from src.data.units import Units
     from src.model import RWKV
     from src.planning.base_model import read_base, template_of_run
     from src.planning.defaults import CHOSEN, cheapest_fix
@@ -119,7 +119,7 @@ class Plan:
     data: Data
     schedule: Schedule
     steps: int
-    evaluated: Documents
+    evaluated: Units
     model: RWKV  # on the meta device
     memory: dict[str, int]
     fix: dict[str, object] | None

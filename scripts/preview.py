@@ -39,7 +39,7 @@ with importing():
     from src.config.parse import flag_parser, read_flags
     from src.config.validate import check_data
     from src.data.batches import pack
-    from src.data.dataset import Documents, Loaded, fit
+    from src.data.dataset import Loaded, fit
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
     from src.data.formats import SFT, LeftOut, Reading, Report, printable, read_source, sample, sources
@@ -51,6 +51,7 @@ with importing():
     from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer
+    from src.data.units import Units
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
     from src.training import plan_text
@@ -134,7 +135,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
     return lint, report, loaded
 
 
-def statistics(config: Config, loaded: Loaded, documents: Documents | Preferences) -> dict:
+def statistics(config: Config, loaded: Loaded, documents: Units) -> dict:
     """Figures about the data, by name."""
     lengths = np.concatenate([np.diff(tokens.ends, prepend=0) for tokens in loaded.files])
     weights = weights_of(loaded.files)
@@ -182,7 +183,7 @@ def weights_line(weights: dict[str, int]) -> list[str]:
 def overview(
     config: Config,
     encoder: Encoder,
-    documents: Documents | Preferences,
+    documents: Units,
     figures: dict,
     lint: Lint,
     report: Report,

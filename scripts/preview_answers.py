@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from src.config import Config
-from src.data.dataset import Documents
 from src.data.formats import Report
 from src.data.preferences import Preferences
+from src.data.units import Units
 from src.training.preference_text import loss_warnings, too_long_text
 
 
-def answer_figures(units: Documents | Preferences, report: Report) -> dict:
+def answer_figures(units: Units, report: Report) -> dict:
     """Figures about preferences, by name; none for other documents.
 
     The lengths of answers are medians in tokens, with the end.
@@ -38,7 +38,7 @@ def answer_figures(units: Documents | Preferences, report: Report) -> dict:
     return figures
 
 
-def answer_lines(config: Config, figures: dict, units: Documents | Preferences, report: Report) -> list[str]:
+def answer_lines(config: Config, figures: dict, units: Units, report: Report) -> list[str]:
     """Lines about answer_figures()."""
     if not isinstance(units, Preferences):
         return []

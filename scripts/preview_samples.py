@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from src.common.formatting import counted
-from src.data.dataset import Document, Documents
+from src.data.dataset import Document
 from src.data.preferences import Preference, Preferences, prompt_length
 from src.data.tokenizer import Tokenizer
+from src.data.units import Units
 from src.training import document_text
 
 Shades = tuple[str, str]
@@ -59,7 +60,7 @@ def shown(row: Document, tokenizer: Tokenizer, plain: bool, trained: Shades = TR
     return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer, trained)
 
 
-def sample_lines(documents: Documents | Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
+def sample_lines(documents: Units, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
     """Document or unit i, with a line about it."""
     row = documents[i]
     if isinstance(row, Preference):

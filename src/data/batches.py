@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import Config, accumulation
-from .dataset import Document, Documents
+from .file_documents import Document
 from .preference_batches import collator
-from .preferences import Preference, Preferences
+from .preferences import Preference
+from .units import Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Schedule:
         return rows[group * size : (group + 1) * size]
 
 
-def make_schedule(documents: Documents | Preferences, config: Config, world: int) -> Schedule:
+def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
     if config.packing:
@@ -194,7 +195,7 @@ class Batches:
 
     def __init__(
         self,
-        documents: Documents | Preferences,
+        documents: Units,
         schedule: Schedule,
         steps: int,
         rank: int,

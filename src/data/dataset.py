@@ -22,10 +22,11 @@ from .loss_mask import trains_by_marker
 from .preferences import Preferences, fit_units
 from .rwkv_template import DEFAULT
 from .token_cache import tokenise
+from .units import Units
 
 
 @dataclasses.dataclass
-class Documents(Sequence):
+class Documents(Units):
     """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
 
     items: Sequence[Document]
@@ -141,15 +142,6 @@ class Documents(Sequence):
     def tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
 
-    @property
-    def targets(self) -> int:
-        return int(self.target_counts.sum(dtype=np.int64))
-
-    @property
-    def weight(self) -> float:
-        """The sum of the weights of all trained tokens."""
-        return float(self.weight_sums.sum(dtype=np.float64))
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -210,7 +202,7 @@ class Loaded:
         """
         return fit_units(self.files, self.chosen, self.names, ctx_len, self.rows == PAIRS)
 
-    def units(self, ctx_len: int) -> Documents | Preferences:
+    def units(self, ctx_len: int) -> Units:
         """What a run on these rows trains on."""
         return self.documents(ctx_len) if self.rows == SFT else self.preferences(ctx_len)
 

@@ -19,8 +19,8 @@ from .dataset import Document, Documents
 from .encode import Encoder
 from .leading_token import begins_with
 from .preferences import Preference, Preferences
+from .units import Units
 
-Units = Documents | Preferences
 Batch = list[list[Document]] | list[list[Preference]]  # rows
 EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
 FORWARD = 1 / 3  # the time of a token without a backward pass, as a share of a trained token's time
@@ -81,7 +81,7 @@ def _keys(parts: Iterable[np.ndarray], count: int, seed: int) -> np.ndarray:
 
 def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
     """The keys of documents, where those of one conversation have one key in common."""
-    if documents.conversation is None:
+    if not isinstance(documents, Documents) or documents.conversation is None:
         return keys
     keys = keys.copy()
     places = np.argsort(documents.conversation, kind="stable")

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 
 from .collate import collate, trained_tokens
-from .dataset import Documents
 from .file_documents import Document
 from .preferences import Preference, Preferences, prompt_length
+from .units import Units
 
 
-def collator(
-    documents: Documents | Preferences, chunk: int = 0, shared: bool = False
-) -> Callable[[list[list], float], dict]:
+def collator(documents: Units, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
     """The one way to make batches of rows of these: (rows, step_weight) -> what collate() or
     collate_preferences() makes of them.
     """

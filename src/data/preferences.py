@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from ..common.formatting import counted
 from ..config.launcher import is_first_process
 from .encode import Tokens
 from .file_documents import Document, FileDocuments, joined
+from .units import Units
 
 NAMED = 3  # so many units that were left out are named
 
@@ -68,10 +68,10 @@ def prompt_length(answer: Document) -> int:
 
 
 @dataclasses.dataclass
-class Preferences(Sequence):
-    """The units of a run; it stands where Documents does. There may be 10^6 of them, so they are no objects.
+class Preferences(Units):
+    """The pairs of a run, or its answers with labels. Nothing of a unit is ever cut off.
 
-    Nothing of a unit is ever cut off.
+    There may be 10^6 of them, so they are flat arrays and no objects.
     """
 
     answers: FileDocuments | MixedDocuments  # of all units, one unit after another
@@ -84,14 +84,6 @@ class Preferences(Sequence):
     reference_starts: np.ndarray | None = None  # (A,) int64: where those of each answer begin
     # under KTO the mismatched() units of these, at the same places, with their reference
     others: Preferences | None = None
-
-    # what Documents has beside
-    conversation: ClassVar[None] = None
-    cut: ClassVar[int] = 0
-    cut_tokens: ClassVar[int] = 0
-    split: ClassVar[int] = 0
-    untrained: ClassVar[int] = 0
-    rewritten: ClassVar[tuple[int, int]] = (0, 0)
 
     @property
     def unit(self) -> str:
@@ -140,7 +132,7 @@ class Preferences(Sequence):
 
     @functools.cached_property
     def weight_sums(self) -> np.ndarray:
-        """A step's loss is divided by its units: 1 for each, (U,) float64."""
+        """1 for each unit, (U,) float64: a step's loss is divided by its units."""
         return np.ones(len(self))
 
     @property
@@ -184,15 +176,6 @@ class Preferences(Sequence):
     @property
     def tokens(self) -> int:
         return int(self.answers.lengths.sum(dtype=np.int64))
-
-    @property
-    def targets(self) -> int:
-        return int(self.target_counts.sum(dtype=np.int64))
-
-    @property
-    def weight(self) -> float:
-        """The units."""
-        return float(len(self))
 
     def with_reference(self, values: np.ndarray) -> Preferences:
         """With ln p of every trained token by the reference model, (targets,) float32: unit by unit, answer

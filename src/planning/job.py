@@ -19,7 +19,7 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
-from ..data.dataset import Documents, load
+from ..data.dataset import load
 from ..data.encode import Encoder
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
@@ -33,8 +33,8 @@ from ..data.held_out import (
     questions,
 )
 from ..data.leading_token import leading_token
-from ..data.preferences import Preferences
 from ..data.tokenizer import Tokenizer
+from ..data.units import Units
 from ..model import RWKV
 from .defaults import (
     GUESSED,
@@ -72,8 +72,8 @@ class Device:
 class Data:
     """The documents of a run, and what was found while they were read."""
 
-    documents: Documents  # to train on
-    held_out: Documents
+    documents: Units  # to train on
+    held_out: Units
     found: Report
     encoder: Encoder  # which made the documents
 
@@ -88,7 +88,7 @@ class Job:
     tokenizer: Tokenizer
     template: Template
     data: Data
-    evaluated: Documents  # those of Data.held_out whose loss is taken
+    evaluated: Units  # those of Data.held_out whose loss is taken
     schedule: Schedule
     model: RWKV
 
@@ -123,7 +123,7 @@ def run_cost(
     device: Device,
     schedule: Schedule,
     data: Data,
-    evaluated: Documents,
+    evaluated: Units,
     speed: Speed,
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
@@ -152,7 +152,7 @@ def run_cost(
     return Cost(memory, room, tokens, read / training, seconds, *parts)
 
 
-def share_read(config: Config, arch: Arch, schedule: Schedule, documents: Documents | Preferences) -> float:
+def share_read(config: Config, arch: Arch, schedule: Schedule, documents: Units) -> float:
     """The part of the tokens that is read; less than all where the prompts of pairs are read once."""
     if not prompt_reading(config, documents, schedule, arch).shared:
         return 1.0
@@ -258,9 +258,9 @@ def choose_evaluation(
     config: Config,
     origins: dict[str, str],
     schedule: Schedule,
-    held_out: Documents,
+    held_out: Units,
     before: Config | None = None,
-) -> Documents:
+) -> Units:
     """The held-out documents whose loss is taken, with their number filled in.
 
     `before` are the settings of a run that goes on.
@@ -283,7 +283,7 @@ def choose_evaluation(
 
 
 def estimate(
-    config: Config, arch: Arch, schedule: Schedule, documents: Documents | Preferences | None = None
+    config: Config, arch: Arch, schedule: Schedule, documents: Units | None = None
 ) -> dict[str, float]:
     """Bytes by part on one device. The batch's size is that of `config`, not of the schedule.
 

@@ -13,6 +13,7 @@ from ..common.device import PRECISIONS
 from ..config import Config
 from ..data.batches import Schedule
 from ..data.preferences import Preferences
+from ..data.units import Units
 from ..model.batch_loss import Chunks
 from ..model.preference_loss import PreferenceLoss
 
@@ -68,18 +69,18 @@ class PromptReading:
     words: str = ""
 
 
-def prompt_reading(config: Config, preferences: Preferences, schedule: Schedule, arch: Arch) -> PromptReading:
+def prompt_reading(config: Config, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
     """How prompts are read in a run.
 
     Shared prompts are read in a pass of their own, and both they and the answers are padded to the longest of
     the micro-batch. Separate rows are packed and need one pass. The result depends on the settings, the data
     and the model's width alone, so that every rank and every resume has the same.
     """
-    if config.loss == "sft" or not preferences.paired:
+    if config.loss == "sft" or not documents.paired:
         return PromptReading()
     if config.chunk_ctx:
         return PromptReading(words="each answer is read after its own prompt: rows run in chunks")
-    separate, shared = tokens_of_layouts(preferences, schedule)
+    separate, shared = tokens_of_layouts(documents, schedule)
     second = PASS["gpu" if config.accelerator == "gpu" else "cpu"] / arch.n_embd
     if separate + second > GAIN * (shared + 2 * second):
         return PromptReading(

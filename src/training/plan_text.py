@@ -14,12 +14,12 @@ from ..common.formatting import counted, size_text
 from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.chat_template import Template
-from ..data.dataset import Documents
 from ..data.encode import Encoder
 from ..data.held_out import evaluations
 from ..data.leading_token import describe_leading
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
+from ..data.units import Units
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
@@ -269,7 +269,7 @@ def training(config: Config, model: RWKV) -> str:
     return f"{config.peft} {chosen}: {model.injection.line()}".replace(" :", ":")
 
 
-def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
+def data(config: Config, documents: Units, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     count = counted(len(documents), unit_of(config))
     lines = [f"data       {count}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
@@ -289,7 +289,7 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
 
 
-def rewritten(documents: Documents) -> list[str]:
+def rewritten(documents: Units) -> list[str]:
     """How many conversations became several documents, if any did."""
     conversations, several = documents.rewritten
     if not conversations:
@@ -305,7 +305,7 @@ def asks_otherwise(template: Template) -> str:
     return f"; asks with {template.asked_only!r}, which it does not write before an answer without thoughts"
 
 
-def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
+def cut_warnings(config: Config, documents: Units) -> Iterator[str]:
     """What --ctx_len takes away."""
     of_all = f"of {counted(len(documents), 'document')}"
     if documents.cut:
@@ -360,7 +360,7 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
     return [*chosen, f"in full    {command(config)}"]
 
 
-def weighing(documents: Documents) -> str:
+def weighing(documents: Units) -> str:
     """What the weights of the trained tokens add up to, where that is not their number."""
     if documents.weight == documents.targets:
         return ""
@@ -380,7 +380,7 @@ def trained_part(config: Config) -> str:
     return mask(config) if config.loss == "sft" else "the answers that are compared"
 
 
-def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[str]:
+def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
     """Line of the details about the documents that are not trained on, if there are any."""
     if not held_out:
         return []

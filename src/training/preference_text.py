@@ -11,8 +11,8 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
-from ..data.dataset import Documents
 from ..data.preferences import Preferences
+from ..data.units import Units
 from ..planning.job import Data
 from ..planning.step import preference_of, prompt_reading, unit_of
 
@@ -61,7 +61,7 @@ def describe_reference(config: Config) -> str:
     return "reference: the base" + (", adapter off" if config.peft != "none" else "")
 
 
-def loss_lines(config: Config, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
+def loss_lines(config: Config, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
     """The lines of the plan about a loss on preferences and how prompts are read; none for supervised
     training.
     """
@@ -97,9 +97,9 @@ def left_out(config: Config, found: Data) -> str:
     return f"; left out: {told}" if told else ""
 
 
-def too_long_text(config: Config, documents: Preferences) -> str:
+def too_long_text(config: Config, documents: Units) -> str:
     """The units that --ctx_len leaves out, and where the first of them are; nothing where all fit."""
-    if config.loss == "sft" or not documents.too_long:
+    if not isinstance(documents, Preferences) or not documents.too_long:
         return ""
     places = places_text(documents.too_long, documents.too_long_places)
     what = f"{counted(documents.too_long, documents.unit)} of more than --ctx_len {config.ctx_len} tokens"
@@ -111,7 +111,7 @@ def places_text(count: int, places: Sequence[str]) -> str:
     return ", ".join(places) + (" ..." if count > len(places) else "")
 
 
-def loss_warnings(config: Config, documents: Documents | Preferences) -> list[str]:
+def loss_warnings(config: Config, documents: Units) -> list[str]:
     """What of the loss, or of what it compares, is probably not meant so."""
     if config.loss == "kto":
         preferred, count = int(documents.chosen.sum()), counted(len(documents), "answer")

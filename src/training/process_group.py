@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import lightning.pytorch as pl
 from torch import Tensor
 
 
@@ -21,7 +20,7 @@ class Processes:
 ALONE = Processes()
 
 
-def processes_of(trainer: pl.Trainer) -> Processes:
+def processes_of(trainer) -> Processes:
     """Those of a trainer that know each other already."""
 
     def total(tensor: Tensor) -> Tensor:

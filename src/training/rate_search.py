@@ -23,8 +23,8 @@ from rwkv_miss.progress import Progress, say
 from ..common.files import write_text
 from ..common.formatting import counted
 from ..config import save
-from ..data.dataset import Documents
 from ..data.held_out import affordable, in_hash_order
+from ..data.units import Units
 from ..planning.defaults import CHOSEN, first_guess, judged_by, search_size
 from ..planning.job import Job
 from .process_group import Processes, processes_of
@@ -182,7 +182,7 @@ class RateSearch:
         before = start.deciding_loss
         return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
 
-    def _deciding(self, module) -> Documents:
+    def _deciding(self, module) -> Units:
         """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
         schedule, size, evaluated = module.schedule, self.size, module.evaluated
         if not evaluated:

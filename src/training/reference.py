@@ -31,11 +31,11 @@ from .. import ops
 from ..config import Config, accumulation
 from ..data.batches import Schedule
 from ..data.collate import to_device
-from ..data.dataset import Documents
 from ..data.held_out import evaluation_rows
 from ..data.preference_batches import collator
 from ..data.preferences import Preferences
 from ..data.token_cache import cache_folder
+from ..data.units import Units
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
 from ..ops.build import announce
@@ -226,8 +226,8 @@ class ReferencePass:
 
 
 def with_reference_alone(
-    model: RWKV, config: Config, documents: Documents, held_out: Documents, schedule: Schedule, steps: int
-) -> tuple[Documents, Documents]:
+    model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
+) -> tuple[Units, Units]:
     """Both with the values of the reference where the loss needs them, in one process without a trainer."""
     preference = preference_of(config)
     if preference is None or not preference.needs_reference:

@@ -12,7 +12,7 @@ from rwkv_miss.files.identity import Identity
 
 from ..config import FIELDS, Config, accumulation, is_automatic, settle
 from ..config.launcher import is_first_process, launched, whole_number
-from ..data.dataset import Documents
+from ..data.units import Units
 from ..model import RWKV
 from ..planning.defaults import choose
 from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, list_checkpoints, output_path
@@ -131,7 +131,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
 
 
 def inputs(
-    model: RWKV, documents: Documents, held_out: Documents, reference: Identity | None = None
+    model: RWKV, documents: Units, held_out: Units, reference: Identity | None = None
 ) -> dict[str, str | None]:
     """Hashes of what a resumed run must find unchanged. `reference` is who the model of --reference is."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}

@@ -22,9 +22,9 @@ from .. import ops
 from ..config import Config
 from ..data.batches import Batches, make_schedule
 from ..data.collate import to_device
-from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
 from ..data.preference_batches import collator
+from ..data.units import Units
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
 from ..planning.step import chunks_of, preference_of, prompt_reading
@@ -56,8 +56,8 @@ class Trial:
 def trials(
     model: RWKV,
     config: Config,
-    documents: Documents,
-    held_out: Documents,
+    documents: Units,
+    held_out: Units,
     steps: int,
     setting: str,
     rates: list[float],
@@ -78,7 +78,7 @@ def trial_of(
     config: Config,
     rate: float,
     losses: list[float],
-    documents: Documents,
+    documents: Units,
     processes: Processes = ALONE,
 ) -> Trial:
     """The training with these losses, whose end the model is in. Its loss on `documents` decides."""
@@ -113,7 +113,7 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
 
 
 def train(
-    model: RWKV, config: Config, documents: Documents, steps: int, processes: Processes = ALONE
+    model: RWKV, config: Config, documents: Units, steps: int, processes: Processes = ALONE
 ) -> Iterator[float]:
     """Do train.py's optimizer steps with these settings; the loss of each, up to the first not finite."""
     schedule = make_schedule(documents, config, processes.world)
@@ -177,14 +177,14 @@ def _backward(
 
 
 @torch.no_grad()
-def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: Processes = ALONE) -> float:
+def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Processes = ALONE) -> float:
     """The loss over the trained tokens of the documents, nats per token of weight 1; of preferences over the
     units.
     """
     model.eval()
     device, chunks, preference = model.emb.weight.device, chunks_of(config), preference_of(config)
 
-    def batches(documents: Documents) -> Iterator[dict]:
+    def batches(documents: Units) -> Iterator[dict]:
         collate = collator(documents, chunks.size)
         mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):

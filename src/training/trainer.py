@@ -31,7 +31,7 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
 from ..data.batches import Batches, make_schedule
 from ..data.collate import to_device
-from ..data.dataset import Documents
+from ..data.units import Units
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
 from ..model import RWKV
@@ -82,12 +82,12 @@ class FineTuning(pl.LightningModule):
         self,
         model: RWKV,
         config: Config,
-        documents: Documents,
-        held_out: Documents,
+        documents: Units,
+        held_out: Units,
         total_steps: int,
         first_step: int = 0,
         find_rate: Callable[[FineTuning], None] | None = None,
-        evaluated: Documents | None = None,
+        evaluated: Units | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate

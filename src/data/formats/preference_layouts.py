@@ -102,7 +102,6 @@ def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tu
         raise UserError(f"{EXPECTED[rows]}; got {type(record).__name__}")
     present = tuple(name for name, value in record.items() if value is not None)
     names = tuple(record)
-    present = tuple(name for name, value in record.items() if value is not None)
     is_label = bool(fields) and rows == LABELS and _is_label(record.get(fields[-1]))
     answers, label = find_answers(names, present, fields, rows, is_label)
     is_whole = _holds_prompt(record[answers[0]])

@@ -1,0 +1,91 @@
+"""What a run trains on, as its schedule, its evaluations and its plan see it: documents, or preferences."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class Units(Sequence):
+    """A sequence of units: dataset.Documents, or preferences.Preferences. A unit lies in one row."""
+
+    @property
+    @abc.abstractmethod
+    def unit(self) -> str:
+        """What one is called."""
+
+    @property
+    @abc.abstractmethod
+    def lengths(self) -> np.ndarray:
+        """One more than the tokens that each unit takes of a row, (n,) int32."""
+
+    @property
+    @abc.abstractmethod
+    def target_counts(self) -> np.ndarray:
+        """Trained tokens of each unit, (n,) int32."""
+
+    @property
+    @abc.abstractmethod
+    def weight_sums(self) -> np.ndarray:
+        """What each unit adds to the number that a step's loss is divided by, (n,) float64 or int32."""
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> int:
+        """Tokens of all units."""
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of what is trained on."""
+
+    @abc.abstractmethod
+    def take(self, chosen: np.ndarray) -> Units:
+        """The units at these places."""
+
+    @abc.abstractmethod
+    def contents(self) -> Iterable[np.ndarray]:
+        """What tells each unit from others, (n,) int32."""
+
+    @abc.abstractmethod
+    def held_out_by(self) -> Iterable[np.ndarray]:
+        """Of each unit tokens, (n,) int32: units with equal ones are held out together."""
+
+    @property
+    def targets(self) -> int:
+        """Trained tokens of all units."""
+        return int(self.target_counts.sum(dtype=np.int64))
+
+    @property
+    def weight(self) -> float:
+        """The sum of weight_sums."""
+        return float(self.weight_sums.sum(dtype=np.float64))
+
+    # What was done to documents so that they fit into rows. Preferences are never cut.
+
+    @property
+    def cut(self) -> int:
+        """Units that were longer than ctx_len and lost their end."""
+        return 0
+
+    @property
+    def cut_tokens(self) -> int:
+        """Tokens that they lost in all."""
+        return 0
+
+    @property
+    def split(self) -> int:
+        """Texts that became several units, of which at least one is here."""
+        return 0
+
+    @property
+    def rewritten(self) -> tuple[int, int]:
+        """(conversations that became several units, of which at least one is here; these units)."""
+        return 0, 0
+
+    @property
+    def untrained(self) -> int:
+        """Units that were left out because they have no trained token."""
+        return 0
