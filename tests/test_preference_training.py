@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 
@@ -258,6 +259,19 @@ def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, 
         start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1, end))
         assert len(read.read_text().splitlines()) == 6
         same_runs(tmp_path / "again", whole("dpo"), rel=0, ratio=0)
+
+
+def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files, tmp_path):
+    """A training reads its units in another order than an evaluation. What is old leaves the cache."""
+    old = tmp_path / "cache" / ("0" * 24)
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    for trained, held in (("rows", "held"), ("held", "rows")):
+        data = ["--data_file", files / f"pairs-{trained}.jsonl", "--eval_file", files / f"pairs-{held}.jsonl"]
+        start(files, tmp_path / trained, *data, "--eval_docs", str(UNITS), "--eval_samples", "0")
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            assert lines(tmp_path / trained, name)[0]["kl"] == 0, (trained, name)
+    assert not old.exists()
 
 
 def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):

@@ -65,7 +65,7 @@ def tokenise(
             # another process may have made it meanwhile
             if (found := _open(entry, source, report)) is not None:
                 return found
-            _remove_old(folder)
+            remove_old(folder)
             begun = time.perf_counter()
             _make(entry, chunks, source, report)
             found = _open(entry, source, report)
@@ -239,8 +239,9 @@ def _mapped(path: pathlib.Path, kind: type) -> np.ndarray:
     return np.memmap(path, kind, "r").view(np.ndarray)
 
 
-def _remove_old(folder: pathlib.Path) -> None:
-    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left.
+def remove_old(folder: pathlib.Path) -> None:
+    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left. The values of
+    a reference (training/reference.py) are entries, too.
 
     Other things in the folder are not ours.
     """

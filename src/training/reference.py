@@ -34,7 +34,7 @@ from ..data.collate import to_device
 from ..data.held_out import evaluation_rows
 from ..data.preference_batches import collator
 from ..data.preferences import Preferences
-from ..data.token_cache import cache_folder
+from ..data.token_cache import cache_folder, remove_old
 from ..data.units import Units
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
@@ -55,8 +55,9 @@ LogProbs = Callable[[dict], Tensor]  # a batch on the device -> ln p of its trai
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What is read at a time: rows(turn) has a batch for every process."""
+    """What is read at a time: rows(turn) has a batch for every process. `order` names the order of units."""
 
+    order: str
     count: int
     rows: Callable[[int], list[Rows]]
 
@@ -69,7 +70,7 @@ def training_turns(schedule: Schedule, steps: int) -> Turns:
         batches = [schedule.micro_rows(step, micro, rank) for rank in range(schedule.world)]
         return [[schedule.rows[row] for row in batch] for batch in batches]
 
-    return Turns(min(steps, schedule.steps_per_pass) * schedule.accumulate, rows)
+    return Turns("training", min(steps, schedule.steps_per_pass) * schedule.accumulate, rows)
 
 
 def held_out_turns(held_out: Preferences, config: Config, world: int) -> Turns:
@@ -80,7 +81,7 @@ def held_out_turns(held_out: Preferences, config: Config, world: int) -> Turns:
         now = batches[turn * world : (turn + 1) * world]
         return now + [[]] * (world - len(now))
 
-    return Turns(-(-len(batches) // world), rows)
+    return Turns("evaluation", -(-len(batches) // world), rows)
 
 
 class ReferencePass:
@@ -132,9 +133,11 @@ class ReferencePass:
         return dataclasses.replace(known, others=others)
 
     def _with_values(self, documents: Preferences, turns: Turns, what: str) -> Preferences:
-        folder, first = self._folder(documents), self.processes.rank == 0
+        folder, first = self._folder(documents, turns.order), self.processes.rank == 0
         begun = time.perf_counter()
         with blocks_in(folder, first) as blocks, self._model() as log_probs:
+            if blocks.folder and self.config.data_cache != "none":
+                remove_old(folder.parent)
             reading = _Reading(documents, self._known(blocks), blocks)
             units = sum(len(row) for turn in range(turns.count) for rows in turns.rows(turn) for row in rows)
             with Progress(f"the reference reads {what}", units, f"{unit_of(self.config)}s", first) as bar:
@@ -204,14 +207,16 @@ class ReferencePass:
                 models.clear()
                 torch.cuda.empty_cache()
 
-    def _folder(self, documents: Preferences) -> pathlib.Path:
-        """Where the values of these documents are kept."""
+    def _folder(self, documents: Preferences, order: str) -> pathlib.Path:
+        """Where the values of these documents are kept, which are read in this order."""
         config = self.config
         # a method may change the base, up to its rounding
         start = [self.model.base_fingerprint, config.peft, config.peft_config, config.train_parts]
         described = [
             VERSION,
             torch.__version__,
+            np.__version__,  # its random numbers are the order
+            order,
             documents.digest,
             self.other or start,
             [config.precision, config.quant, config.wkv, config.accelerator, config.chunk_ctx, self.shared],
