@@ -13,7 +13,8 @@ from src.config import Config
 from src.data.preferences import Preferences
 from src.training import curves, preference_log, preference_text, run_card, verdict
 from src.training.callbacks import StepReport
-from src.training.preference_log import UnlearningWatch, fields, numbers, unlearning
+from src.training.preference_log import fields, numbers
+from src.training.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.validation_log import describe
 
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
@@ -100,7 +101,7 @@ def test_an_evaluation_is_told_with_its_accuracy():
         " -30.0"
     )
     raw = {name: value for name, value in METRICS.items() if name not in ("reward_accuracy", "kl")}
-    assert preference_log.words(fields(3, raw)).startswith(", accuracy 50 %, ")
+    assert preference_log.metrics_text(fields(3, raw)).startswith(", accuracy 50 %, ")
 
 
 def test_a_fall_of_the_right_answers_is_warned_of_once():
@@ -114,7 +115,7 @@ def test_a_fall_of_the_right_answers_is_warned_of_once():
     told = [*filter(None, map(UnlearningWatch(without, []).after, drift(100, -12.0, 0.98)))]
     assert len(told) == 1 and "Try --sft_weight 1, or" in told[0]
     ipo = dataclasses.replace(without, loss="ipo")
-    assert preference_log.against_unlearning(ipo).startswith("--sft_weight 10, or a larger --beta than 0.1")
+    assert against_unlearning(ipo).startswith("--sft_weight 10, or a larger --beta than 0.1")
     # a run that goes on has said it already, or has it to say yet
     lines = drift(100, -12.0, 0.98)
     assert UnlearningWatch(DPO, lines[:step]).after(lines[step]) is None
@@ -133,9 +134,11 @@ def test_other_falls_are_not_warned_of():
             | {"raw_accuracy": each["reward_accuracy"]}
             for each in drift(60, -40.0, 0.98, seed)
         ]
-        assert unlearning(alone, lines) is None
+        assert unlearning_warning(alone, lines) is None
     fallen = [line | {"logp_chosen": line["logp_chosen"] - 40.0 * (line["step"] > 30)} for line in lines]
-    assert "lower in steps 51 to 60 than in steps 1 to 10, while the accuracy is" in unlearning(alone, fallen)
+    assert "lower in steps 51 to 60 than in steps 1 to 10, while the accuracy is" in unlearning_warning(
+        alone, fallen
+    )
 
 
 def test_the_first_rise_of_a_real_run_does_not_hide_its_fall():
@@ -155,8 +158,8 @@ def test_the_first_rise_of_a_real_run_does_not_hide_its_fall():
 def test_an_averaged_reward_counts_for_the_whole_answer():
     """-1.5 nats a token, of which an answer has 10."""
     mean = dataclasses.replace(DPO, loss_average="mean")
-    assert unlearning(DPO, drift(60, -0.9, 0.98, 3)) is None
-    assert "answers is 8." in unlearning(mean, drift(60, -0.9, 0.98, 3))
+    assert unlearning_warning(DPO, drift(60, -0.9, 0.98, 3)) is None
+    assert "answers is 8." in unlearning_warning(mean, drift(60, -0.9, 0.98, 3))
 
 
 def test_the_pictures_hold_every_metric(tmp_path, monkeypatch):

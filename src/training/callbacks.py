@@ -30,10 +30,11 @@ from ..evaluation.guessing import worse_than_guessing
 from ..model.preference_loss import means
 from .late_reading import Moment, Numbers
 from .loggers import Writer
-from .preference_log import UnlearningWatch, fields, is_preference, numbers, short, words
+from .preference_log import bar_text, fields, is_preference, metrics_text, numbers
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
+from .unlearning import UnlearningWatch
 from .validation_log import BEST
 
 
@@ -265,9 +266,9 @@ class StepReport(Callback):
         """The bar, and now and then a line where there is none."""
         step = line["step"]
         shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
-        said = f"{shown}{words(line)} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        said = f"{shown}{metrics_text(line)} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
         # a bar in 80 columns has room for what is watched
-        noted = short(line) if is_preference(line) else said
+        noted = bar_text(line) if is_preference(line) else said
         if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
             self.bar.warm_up()
             self.begun = now

@@ -24,7 +24,7 @@ from ..data.encode import Encoder
 from ..model import RWKV
 from .curves import CURVE, PREFERENCE_CURVES, draw_losses, draw_preferences
 from .model_card import write_model_card
-from .preference_log import first_and_last, is_preference, of_line, words
+from .preference_log import first_and_last, is_preference, metrics_of, metrics_text
 from .run_card import CARD, card
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
 from .validation_log import BEST, VALIDATION, best, is_over, loss_text
@@ -179,7 +179,9 @@ def _preference_summary(metrics: list[dict], history: list[dict]) -> dict:
     summary = {"metrics_first": first, "metrics_last": last}
     if history:
         evaluated = {"first": history[0], "last": history[-1], "best": best(history)}
-        summary |= {f"validation_metrics_{name}": of_line(line) for name, line in evaluated.items() if line}
+        summary |= {
+            f"validation_metrics_{name}": metrics_of(line) for name, line in evaluated.items() if line
+        }
     return summary
 
 
@@ -210,8 +212,8 @@ def _last_words(
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, loss {summary['loss_first']:.4f} to"
         f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
     ]
-    if history and (known := words(history[-1])):
-        before = words(history[0]).removeprefix(", ")
+    if history and (known := metrics_text(history[-1])):
+        before = metrics_text(history[0]).removeprefix(", ")
         lines.append(f"held out:  {known.removeprefix(', ')}; before training {before}")
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")

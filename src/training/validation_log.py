@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .preference_log import words
+from .preference_log import metrics_text
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
 
@@ -51,7 +51,7 @@ def describe(history: list[dict], total: int) -> list[str]:
     elif top is not None:
         beside = f", best {top['loss']:.4f} at step {top['step']}"
     return [
-        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}{words(line)}",
+        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}{metrics_text(line)}",
         *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"]),
     ]
 

@@ -8,14 +8,9 @@ from typing import NamedTuple
 from ..config import Config
 from ..config.schema import PUBLISHED
 from ..planning.defaults import CHOSEN
-from .preference_log import (
-    accuracy,
-    against_unlearning,
-    held_out_unlearning,
-    percent,
-    unlearning,
-)
+from .preference_log import accuracy, percent
 from .preference_text import held_out_units
+from .unlearning import against_unlearning, held_out_unlearning, unlearning_warning
 from .validation_log import all_right, answers_as_before, evaluation_at, loss_text
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
@@ -51,7 +46,7 @@ def doubt(
         lost = held_out_unlearning(before, after)
     else:
         known = of_training(metrics)
-        lost = unlearning(config, metrics)
+        lost = unlearning_warning(config, metrics)
     if not (known or lost):
         return None
     tries = [against_unlearning(config)] if lost else []
