@@ -8,6 +8,10 @@ It lists every kernel on every architecture. It needs nvcc and no GPU. The last 
 pairs of fp32. The figures are the same or nearly so.
 
 What ptxas said is kept in the cache of the kernels, so that the same source is not compiled twice.
+
+    python -m benchmarks.ptxas_report --write
+
+writes cuda/ptxas_record.json, by which the tests know what sources come to that have not changed since.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -29,6 +34,9 @@ SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 # What the tests compile: one of each generation from Ampere on. sm_89 gets the code of sm_86, and the figures
 # of sm_80 and sm_100 are near those of sm_86 and sm_120.
 GENERATIONS = (86, 90, 120)
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+OPTIONS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin")
+RECORD = build.CUDA / "ptxas_record.json"
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
@@ -65,6 +73,11 @@ def read(log: str) -> list[dict]:
 
 def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bool = False) -> list[dict]:
     """`read` of one .cu file compiled for these architectures. Raises as `compile_source`."""
+    log = compile_source(source, report_flags(architectures, quick))
+    return [{"file": source.name} | row for row in read(log)]
+
+
+def report_flags(architectures: Sequence[int], quick: bool) -> list[str]:
     groups = [[arch] for arch in architectures]
     if quick:
         groups = [
@@ -75,8 +88,7 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
         for group in groups
         if group
     ]
-    log = compile_source(source, [*targets, "-O3", "-Xptxas", "-v", "-fatbin"])
-    return [{"file": source.name} | row for row in read(log)]
+    return [*OPTIONS, *targets]
 
 
 def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
@@ -85,7 +97,7 @@ def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
     Raises BuildError without nvcc, RuntimeError if the file does not compile.
     """
     nvcc = toolchain.find_nvcc()
-    command = [nvcc.path, *nvcc.compile_flags, "-std=c++17", *flags]
+    command = [nvcc.path, *nvcc.compile_flags, *flags]
     name = f"ptxas_{source.stem}"
     key = build.fingerprint(name, [source], build.headers(), command, [], "")
     kept = build.library_path(name, key).with_suffix(".log")
@@ -98,6 +110,42 @@ def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(str(kept), done.stdout + done.stderr)
     return kept.read_text("utf-8")
+
+
+def compiler() -> str:
+    """The version of the nvcc at hand, "13.0.88". Raises BuildError without one."""
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", toolchain.output_of(toolchain.find_nvcc().path, "--version"))
+    return found[1] if found else ""
+
+
+def digest(source: pathlib.Path) -> str:
+    """A hash of all of ours that decides the record of a .cu file: it, what it includes, and the flags."""
+    files = [source]
+    for file in files:  # grows on the way
+        names = INCLUDE.findall(file.read_text("utf-8"))
+        files += [path for name in names if (path := file.parent / name) not in files]
+    hashed = build.hash_files(sorted(files))
+    hashed.update(repr(report_flags(GENERATIONS, quick=True)).encode())
+    return hashed.hexdigest()[:16]
+
+
+def record(sources: Sequence[pathlib.Path]) -> dict:
+    """{"nvcc": its version, "files": {name: {"digest", "kernels": compile_report's rows}}}."""
+    files = {
+        source.name: {"digest": digest(source), "kernels": compile_report(source, GENERATIONS, quick=True)}
+        for source in sources
+    }
+    return {"nvcc": compiler(), "files": files}
+
+
+def write_record(found: dict, path: pathlib.Path = RECORD) -> None:
+    """One line a kernel and architecture, so that a difference shows what changed."""
+    files = []
+    for name, of_file in found["files"].items():
+        rows = ",\n".join(f"   {json.dumps(row)}" for row in of_file["kernels"])
+        files.append(f'  "{name}": {{"digest": "{of_file["digest"]}", "kernels": [\n{rows}\n  ]}}')
+    text = f'{{\n "nvcc": "{found["nvcc"]}",\n "files": {{\n' + ",\n".join(files) + "\n }\n}\n"
+    write_text(str(path), text)
 
 
 def table(rows: list[dict]) -> str:
@@ -127,11 +175,19 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=build.ARCHITECTURES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kernels", default="", help="only kernels whose name has this in it")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {RECORD.name} anew; nothing else is given"
+    )
     args = parser.parse_args()
+    if args.write and len(sys.argv) > 2:
+        parser.error(f"--write makes the record of all sources; expected nothing beside it: {sys.argv[1:]}")
     try:
         nvcc = toolchain.find_nvcc()
     except toolchain.BuildError as error:
         raise SystemExit(f"ptxas_report: {error}") from None
+    if args.write:
+        write_record(record(args.sources))
+        return
     rows = []
     for source in args.sources:
         compiled = compile_report(source, args.arch, args.quick)

@@ -7,10 +7,6 @@ import ctypes
 import pytest
 import torch
 
-from benchmarks.ptxas_report import GENERATIONS, compile_report, table
-from src.ops.toolchain import BuildError, find_nvcc
-
-from .conftest import ROOT
 from .test_cuda_kernels import devices
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
@@ -139,18 +135,3 @@ def test_what_does_not_fit_is_refused(libraries, version):
     for T, N, dtype, address in [(1, 32, 1, None), (1, 64, 0, None), (0, 64, 1, None), (1, 64, 1, 8)]:
         pointers = [ctypes.c_void_p(address), *[None] * (11 if version == 7 else 10)]
         assert forward(*pointers, *map(ctypes.c_int64, (1, T, 1, N)), dtype, 0, None) == 1
-
-
-@both
-def test_nvcc_spills_no_register(version, record_property):
-    try:
-        find_nvcc()
-    except BuildError:
-        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(ROOT / f"cuda/wkv{version}_chunked.cu", GENERATIONS, quick=True)
-    assert {row["arch"] for row in rows} == set(GENERATIONS)
-    assert {"prepare", "scan", "gradients"} <= {row["kernel"].partition("<")[0] for row in rows}
-    record_property("table", table(rows))
-    for row in rows:
-        # in fp16 one architecture keeps a word in memory
-        assert row["spill_stores"] <= (4 if "half" in row["kernel"] else 0) and row["shared"] <= 48 << 10, row

@@ -1,5 +1,5 @@
-"""The CUDA elementwise functions, run on the CPU through cuda/emulate.h, against the plain forms in float64;
-and what nvcc makes of them.
+"""The CUDA elementwise functions, run on the CPU through cuda/emulate.h, against the plain forms in
+float64.
 """
 
 import ctypes
@@ -10,14 +10,12 @@ import torch
 from torch.nn import functional
 
 from benchmarks import gpu_numerics
-from benchmarks.ptxas_report import GENERATIONS, compile_report, table
 from src.model import RWKV
 from src.ops import elementwise, elementwise_ops, wkv7
-from src.ops.build import BuildError, find_nvcc
 from src.ops.kernel_errors import worst
 from src.ops.mix7 import mix7, mix7_serves
 
-from .conftest import ROOT, close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors
 
 # B, T, C, heads: head sizes 8, 16, 80 (ten of sixteen lanes), 256, 24; blocks of 32 tokens and 256 channels
 SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 37, 160, 2), (1, 33, 512, 2), (1, 70, 264, 11)]
@@ -302,19 +300,3 @@ def test_a_model_that_trains_whole_has_the_gradients_of_float64(version, gpu):
     assert want.keys() == got.keys() and {name.rpartition("_")[2] for name in gpu} == {"forward", "backward"}
     for name, exact in want.items():
         close(f"v{version} {name}", got[name], exact, 2e-5)
-
-
-def test_nvcc_spills_no_register(record_property):
-    try:
-        find_nvcc()
-    except BuildError:
-        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(ROOT / "cuda/elementwise.cu", GENERATIONS, quick=True)
-    assert {row["arch"] for row in rows} == set(GENERATIONS)
-    record_property("table", table(rows))
-    for row in rows:
-        # Two blocks on a multiprocessor. Training all of RWKV-6 in fp32 takes three numbers more than fit (12
-        # bytes on sm_120); half of the blocks would be a higher price.
-        largest = "shift_backward<float, true, true>"
-        assert row["spill_stores"] <= (16 if row["kernel"] == largest else 0), row
-        assert row["registers"] <= 128 and row["shared"] <= 8 << 10, row

@@ -1,6 +1,4 @@
-"""The CUDA recurrences, run on the CPU through cuda/emulate.h, against float64; and what nvcc makes of
-them.
-"""
+"""The CUDA recurrences, run on the CPU through cuda/emulate.h, against float64."""
 
 import ctypes
 import functools
@@ -9,12 +7,9 @@ import re
 import pytest
 import torch
 
-from benchmarks.ptxas_report import GENERATIONS, compile_report, compile_source, table
 from src.ops import kernel_errors, native, self_test
 from src.ops.build import CUDA
-from src.ops.toolchain import BuildError, find_nvcc
 
-from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -245,34 +240,3 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
                 *map(ctypes.c_int64, sizes)
             )
             assert native.saved_floats(version, chunked, *sizes) == count
-
-
-@both
-def test_nvcc_spills_no_register(version, record_property):
-    try:
-        find_nvcc()
-    except BuildError:
-        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(ROOT / f"cuda/wkv{version}.cu", GENERATIONS, quick=True)
-    assert {row["arch"] for row in rows} == set(GENERATIONS)
-    assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {
-        row["kernel"].partition("<")[0] for row in rows
-    }
-    record_property("table", table(rows))
-    for row in rows:
-        assert row["spill_stores"] == 0 and row["shared"] <= 48 << 10, row
-        # four blocks on a multiprocessor, one warp of each on every scheduler
-        assert row["registers"] <= 128 or "Layout<64, 1>" not in row["kernel"], row
-
-
-@pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.stem)
-def test_turing_compiles_every_source(source):
-    """Also what it never runs, as all of them are one library. What its registers come to:
-    benchmarks/ptxas_report.py.
-    """
-    try:
-        find_nvcc()
-    except BuildError:
-        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    # not optimised, which takes nine tenths of the time
-    compile_source(source, ["-arch=compute_75", "-Xcicc", "-O0", "-ptx"])

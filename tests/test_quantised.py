@@ -217,13 +217,14 @@ def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
     )
 
 
-def test_nvcc_compiles_the_gpus_kernel():
+def test_turing_needs_few_registers():
+    """Newer generations: test_ptxas.py."""
     try:
         find_nvcc()
     except BuildError:
         pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(ROOT / "cuda/quantised.cu", [75, 90], quick=True)
-    assert len(rows) == 2 * 2 * 3 and all(row["spill_stores"] == 0 and row["registers"] <= 32 for row in rows)
+    rows = compile_report(ROOT / "cuda/quantised.cu", [75])
+    assert len(rows) == 2 * 3 and all(row["spill_stores"] == 0 and row["registers"] <= 32 for row in rows)
 
 
 def test_a_file_in_bf16_keeps_its_largest_weights_in_nf4():
