@@ -66,7 +66,12 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(files, proj_dir, *flags, sabotage=None):
+def samples_of(tokens, rank):
+    validation.SAMPLE_TOKENS = tokens
+
+
+def start(files, proj_dir, *flags, sabotage=None, sample_tokens=9):
+    """run() of program.py; answers of as many tokens as users get take most of the time of so small a run."""
     flags = [
         "--load_model",
         str(files / "base.pth"),
@@ -88,7 +93,8 @@ def start(files, proj_dir, *flags, sabotage=None):
         *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
         *flags,
     ]
-    return program.run(flags, sabotage)
+    short = functools.partial(samples_of, sample_tokens)
+    return program.run(flags, functools.partial(in_turn, short, sabotage) if sabotage else short)
 
 
 def validation_lines(proj_dir):
@@ -120,7 +126,8 @@ EVAL = [*ALL, "--eval_steps", "4", "--eval_samples", "2", "--eval_file"]
 def watched(files, tmp_path_factory):
     """(folder of a run with dropout and evaluations, what it printed)"""
     proj_dir = tmp_path_factory.mktemp("watched") / "run"
-    return proj_dir, succeed(start(files, proj_dir, *EVAL, str(files / "held.jsonl"), sabotage=dropout))
+    held, tokens = str(files / "held.jsonl"), validation.SAMPLE_TOKENS
+    return proj_dir, succeed(start(files, proj_dir, *EVAL, held, sabotage=dropout, sample_tokens=tokens))
 
 
 def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
@@ -163,10 +170,6 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
     )
 
 
-def short_samples(rank):
-    validation.SAMPLE_TOKENS = 9
-
-
 def memory_by_rank(rank):
     callbacks.peak_memory = lambda device: (1 + rank) << 40
 
@@ -185,7 +188,6 @@ def one_process(files, tmp_path_factory):
             "2",
             *THREE,
             str(files / "held.jsonl"),
-            sabotage=short_samples,
         )
     )
     return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
@@ -206,7 +208,7 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
             *two,
             *THREE,
             str(files / "held.jsonl"),
-            sabotage=functools.partial(in_turn, short_samples, memory_by_rank),
+            sabotage=memory_by_rank,
         )
     )
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
