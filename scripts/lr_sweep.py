@@ -39,7 +39,7 @@ with importing():
     from src.data.units import Units
     from src.model import RWKV
     from src.planning.base_model import build_model, read_base, template_of_run
-    from src.planning.defaults import first_guess
+    from src.planning.defaults import first_guess, judged_by
     from src.planning.job import (
         Data,
         Device,
@@ -50,8 +50,10 @@ with importing():
         read_data,
         steps_of,
     )
+    from src.planning.step import unit_of
     from src.training import plan_text
     from src.training.optimizer import state_learning_rate
+    from src.training.preference_text import loss_unit
     from src.training.reference import with_reference_alone
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials
@@ -161,8 +163,8 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
         f" {counted(schedule.rows_per_step, 'row')} each"
     )
     documents, held_out = with_reference_alone(model, config, data.documents, data.held_out, schedule, steps)
-    before = loss_before(model, config, held_out)
-    show_header(ours.setting, before)
+    before = loss_before(model, judged_by(config), held_out)
+    show_header(ours.setting, config, before)
     done = []
     for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
         done.append(trial)
@@ -202,7 +204,7 @@ def show_plan(config: Config, model: RWKV, data: Data, schedule: Schedule, devic
     print(f"trained    {plan_text.trained(config, model)}")
     print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
     print(
-        f"held out   {counted(len(data.held_out), 'document')}, loss on"
+        f"held out   {counted(len(data.held_out), unit_of(config))}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
@@ -219,11 +221,13 @@ def loss_before(model: RWKV, config: Config, held_out: Units) -> float:
     return before
 
 
-def show_header(setting: str, before: float) -> None:
+def show_header(setting: str, config: Config, before: float) -> None:
     print(
-        f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last:"
-        " mean of the last tenth of the steps"
+        f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss, {loss_unit(config)}; last: mean of"
+        " the last tenth of the steps"
     )
+    if judged_by(config) is not config:
+        print(f"{'':>40}    held out: with the cross entropy of the chosen answers, which is not trained")
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
 
 

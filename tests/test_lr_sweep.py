@@ -2,6 +2,8 @@
 whole.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import shlex
@@ -17,6 +19,7 @@ from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.planning.defaults import first_guess
+from src.training import short_runs
 from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
@@ -293,6 +296,18 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     config = Config(micro_bsz=4, ctx_len=64, lr_init=1e-3)
     losses = list(train(model, config, documents, 5))
     assert len(losses) == 1 and math.isnan(losses[0])
+
+
+def test_a_preference_is_judged_with_the_chosen_answers_too(monkeypatch):
+    """As in the search of a run; what is trained is the run's."""
+    seen = []
+    monkeypatch.setattr(short_runs, "train", lambda model, config, *_: iter([float(config.sft_weight)]))
+    monkeypatch.setattr(short_runs, "held_out_loss", lambda model, config, *_: seen.append(config) or 2.0)
+    monkeypatch.setattr(short_runs, "put_back", lambda model: contextlib.nullcontext())
+    config = Config(loss="dpo", sft_weight=0.0)
+    [trial] = trials(None, config, [], [], 1, "lr_init", [1e-3])
+    assert trial == Trial(1e-3, [0.0], 2.0)
+    assert seen == [dataclasses.replace(config, lr_init=1e-3, sft_weight=1.0)]
 
 
 def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):

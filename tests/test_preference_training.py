@@ -18,6 +18,8 @@ from rwkv_miss import read_checkpoint
 from src.model import RWKV
 from src.planning.step import PromptReading
 from src.training import trainer
+from src.training.kto_baseline import baseline
+from src.training.process_group import ALONE, Processes
 
 from . import program
 from .conftest import close, make_arch, random_tensors
@@ -272,6 +274,22 @@ def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files,
         for name in ("metrics.jsonl", "validation.jsonl"):
             assert lines(tmp_path / trained, name)[0]["kl"] == 0, (trained, name)
     assert not old.exists()
+
+
+def test_a_baseline_is_of_all_answers_and_not_below_0():
+    """Micro-batches, one of them without an answer, and another process with 2 answers that moved by -1."""
+    other = Processes(2, 0, lambda sums: sums + torch.tensor([-1.0, 2.0]))
+    moved = torch.tensor([0.5, 1.0, -0.25])
+    batches = [{"reference": torch.full_like(moved, -2.0), "chosen": [True, False]},
+               {"reference": None, "chosen": []}]  # fmt: skip
+
+    def log_probs(batch):
+        return moved - 2 if batch["chosen"] else torch.zeros(0)
+
+    assert baseline(batches, torch.device("cpu"), log_probs, ALONE) == 1.25 / 2
+    assert baseline(batches, torch.device("cpu"), log_probs, other) == 0.25 / 4
+    moved.neg_()
+    assert baseline(batches, torch.device("cpu"), log_probs, other) == 0
 
 
 def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):

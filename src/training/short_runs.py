@@ -27,6 +27,7 @@ from ..data.preference_batches import collator
 from ..data.units import Units
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
+from ..planning.defaults import judged_by
 from ..planning.step import chunks_of, preference_of, prompt_reading
 from .kto_baseline import StepBaseline, baseline
 from .objective import objective, undisturbed
@@ -63,13 +64,13 @@ def trials(
     rates: list[float],
 ) -> Iterator[Trial]:
     """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr".
-    The model ends as it began.
+    Its loss afterwards is that of judged_by(). The model ends as it began.
     """
     for rate in rates:
         tried = dataclasses.replace(config, **{setting: rate})
         with put_back(model):
             watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
-            trial = trial_of(model, tried, rate, list(watched), held_out)
+            trial = trial_of(model, judged_by(tried), rate, list(watched), held_out)
         yield trial
 
 
