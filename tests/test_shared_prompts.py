@@ -265,9 +265,9 @@ def test_prompts_are_shared_where_that_is_faster(sizes, width, shared):
     found = prompt_reading(config, preferences, schedule, arch)
     assert found.shared == shared
     words = "read once for both answers: " if shared else "after its own prompt: a prompt read once would"
-    assert words in found.words
+    assert words in found.explanation
     chunks = prompt_reading(dataclasses.replace(config, chunk_ctx=64), preferences, schedule, arch)
-    assert not chunks.shared and chunks.words.endswith("rows run in chunks")
+    assert not chunks.shared and chunks.explanation.endswith("rows run in chunks")
 
 
 def test_single_answers_and_documents_share_no_prompts():
@@ -275,4 +275,4 @@ def test_single_answers_and_documents_share_no_prompts():
     for loss, paired in (("kto", False), ("sft", True)):
         given = dataclasses.replace(config, loss=loss), dataclasses.replace(preferences, paired=paired)
         found = prompt_reading(*given, schedule, make_arch(7))
-        assert not found.shared and not found.words
+        assert not found.shared and not found.explanation

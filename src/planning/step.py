@@ -20,9 +20,9 @@ from ..model.preference_loss import PreferenceLoss
 # What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
 # for a token, and as long for what comes with each operator. The CPU's number is that of
 # benchmarks.shared_prompt for width 96; the GPU's is an estimate from its launches.
-PASS = {"cpu": 32_000, "gpu": 2_000_000}
-GAIN = 1.05  # prompts are shared where that is faster by so much at least
-STEPS = 32  # so many steps of the first pass are looked at
+PASS_COST = {"cpu": 32_000, "gpu": 2_000_000}
+LEAST_GAIN = 1.05  # prompts are shared where that is faster by so much at least
+SAMPLED_STEPS = 32  # so many steps of the first pass are looked at
 
 
 def chunks_of(config: Config) -> Chunks:
@@ -66,7 +66,7 @@ class PromptReading:
     """Whether a pair's prompt is read once for both of its answers, and why, for the plan ("": no pairs)."""
 
     shared: bool = False
-    words: str = ""
+    explanation: str = ""
 
 
 def prompt_reading(config: Config, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
@@ -79,18 +79,19 @@ def prompt_reading(config: Config, documents: Units, schedule: Schedule, arch: A
     if config.loss == "sft" or not documents.paired:
         return PromptReading()
     if config.chunk_ctx:
-        return PromptReading(words="each answer is read after its own prompt: rows run in chunks")
+        return PromptReading(False, "each answer is read after its own prompt: rows run in chunks")
     separate, shared = tokens_of_layouts(documents, schedule)
-    second = PASS["gpu" if config.accelerator == "gpu" else "cpu"] / arch.n_embd
-    if separate + second > GAIN * (shared + 2 * second):
+    second = PASS_COST["gpu" if config.accelerator == "gpu" else "cpu"] / arch.n_embd
+    if separate + second > LEAST_GAIN * (shared + 2 * second):
         return PromptReading(
             True,
             f"a prompt is read once for both answers: {shared:,.0f} tokens a micro-batch in the place of"
             f" {separate:,.0f}, padding included",
         )
     return PromptReading(
-        words=f"each answer is read after its own prompt: a prompt read once would make {shared:,.0f} tokens"
-        f" of the {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}"
+        False,
+        f"each answer is read after its own prompt: a prompt read once would make {shared:,.0f} tokens of the"
+        f" {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}",
     )
 
 
@@ -98,8 +99,9 @@ def tokens_of_layouts(preferences: Preferences, schedule: Schedule) -> tuple[flo
     """Tokens of the mean micro-batch, padding included: of separate rows, and with shared prompts."""
     prompts, answers = preferences.prompt_lengths, preferences.answers.lengths - preferences.prompt_lengths
     separate, shared, count = 0, 0, 0
-    step_count = schedule.steps_per_pass
-    for step in np.unique(np.linspace(0, step_count - 1, min(STEPS, step_count)).astype(int)).tolist():
+    all_steps = schedule.steps_per_pass
+    sampled = np.linspace(0, all_steps - 1, min(SAMPLED_STEPS, all_steps)).astype(int)
+    for step in np.unique(sampled).tolist():
         for group in range(schedule.accumulate * schedule.world):
             rows = schedule.micro_rows(step, *divmod(group, schedule.world))
             if not rows:

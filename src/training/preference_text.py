@@ -73,7 +73,7 @@ def loss_lines(config: Config, documents: Units, schedule: Schedule, arch: Arch)
         said += f", read once before step 1 and kept in {kept_in(config)}"
     if config.loss == "kto":
         said += f"; {int(documents.chosen.sum()):,} of {counted(len(documents), 'answer')} to be preferred"
-    prompts = prompt_reading(config, documents, schedule, arch).words
+    prompts = prompt_reading(config, documents, schedule, arch).explanation
     return [
         f"loss       {said}; about {counted(round(units), unit_of(config))} in a step",
         *([f"prompts    {prompts}"] if prompts else []),
