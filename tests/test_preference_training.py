@@ -19,6 +19,7 @@ from src.model import RWKV
 from src.planning.step import PromptReading
 from src.training import trainer
 from src.training.kto_baseline import baseline
+from src.training.objective import Policy
 from src.training.process_group import ALONE, Processes
 
 from . import program
@@ -286,10 +287,10 @@ def test_a_baseline_is_of_all_answers_and_not_below_0():
     def log_probs(batch):
         return moved - 2 if batch["chosen"] else torch.zeros(0)
 
-    assert baseline(batches, torch.device("cpu"), log_probs, ALONE) == 1.25 / 2
-    assert baseline(batches, torch.device("cpu"), log_probs, other) == 0.25 / 4
+    assert baseline(batches, Policy(log_probs, ALONE, torch.device("cpu"))) == 1.25 / 2
+    assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0.25 / 4
     moved.neg_()
-    assert baseline(batches, torch.device("cpu"), log_probs, other) == 0
+    assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0
 
 
 def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):

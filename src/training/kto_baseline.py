@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from torch import Tensor
 from ..data.batches import Batches, Schedule
 from ..data.collate import to_device
 from ..data.preferences import Preferences
-from .process_group import Processes
-
-LogProbs = Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens
+from .objective import Policy
 
 
 class StepBaseline:
@@ -34,31 +32,28 @@ class StepBaseline:
         schedule: Schedule,
         steps: range,
         chunk: int,
-        log_probs: LogProbs,
-        processes: Processes,
+        policy: Policy,
     ):
         # the same units in each step, and rows of other lengths
         schedule = dataclasses.replace(schedule, lengths=schedule.rows.sums(others.lengths - 1))
         self.accumulate = schedule.accumulate
-        self.batches = iter(Batches(others, schedule, steps.stop, processes.rank, steps.start, chunk))
-        self.log_probs, self.processes = log_probs, processes
+        self.batches = iter(Batches(others, schedule, steps.stop, policy.processes.rank, steps.start, chunk))
+        self.policy = policy
 
-    def next(self, device: torch.device) -> Tensor:
+    def next(self) -> Tensor:
         """That of the next step, a scalar in fp32. Dropout and gradients are to be off."""
         batches = itertools.islice(self.batches, self.accumulate)
-        on_device = (to_device(batch, device) for batch in batches)
-        return baseline(on_device, device, self.log_probs, self.processes)
+        on_device = (to_device(batch, self.policy.device) for batch in batches)
+        return baseline(on_device, self.policy)
 
 
-def baseline(
-    batches: Iterable[dict], device: torch.device, log_probs: LogProbs, processes: Processes
-) -> Tensor:
+def baseline(batches: Iterable[dict], policy: Policy) -> Tensor:
     """The baseline of this process's batches of mismatched units and of all others', a scalar in fp32."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for batch in batches:
-        found = log_probs(batch)  # also without units: all ranks do the same operations
+        found = policy.log_probs(batch)  # also without units: all ranks do the same operations
         if len(batch["chosen"]):
             sums[0] += (found - batch["reference"]).double().sum()
             sums[1] += len(batch["chosen"])
-    moved, answers = processes.total(sums)
+    moved, answers = policy.processes.total(sums)
     return (moved / answers.clamp(min=1)).clamp(min=0).float()

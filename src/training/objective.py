@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from ..config import Config
 from ..model import RWKV
 from ..model.batch_loss import Chunks, batch_loss
 from ..model.log_probs import token_log_probs
 from ..model.preference_loss import PreferenceLoss
+from ..planning.step import chunks_of
+from .process_group import ALONE, Processes
 
 NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
@@ -28,6 +32,25 @@ def objective(
     if preference is None:
         return batch_loss(model, batch, chunks, batch["width"]), NO_METRICS
     return preference(token_log_probs(model, batch, chunks, batch["width"]), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The model that a run trains, as its processes ask it. They all ask at once."""
+
+    log_probs: Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
+    processes: Processes
+    device: torch.device
+
+
+def policy_of(model: RWKV, config: Config, processes: Processes = ALONE) -> Policy:
+    """A model that each process has whole, and that no trainer runs."""
+    chunks = chunks_of(config)
+
+    def log_probs(batch: dict) -> Tensor:
+        return token_log_probs(model, batch, chunks, batch["width"])
+
+    return Policy(log_probs, processes, model.emb.weight.device)
 
 
 @contextlib.contextmanager

@@ -37,58 +37,55 @@ from ..data.preferences import Preferences
 from ..data.token_cache import cache_folder, remove_old
 from ..data.units import Units
 from ..model import RWKV
-from ..model.log_probs import token_log_probs
 from ..ops.build import announce
 from ..planning.base_model import build_reference, reference_of
-from ..planning.step import chunks_of, preference_of, prompt_reading, unit_of
+from ..planning.step import preference_of, prompt_reading, unit_of
 from .late_reading import Numbers
-from .objective import undisturbed
-from .process_group import ALONE, Processes
+from .objective import Policy, policy_of, undisturbed
 from .reference_blocks import Blocks, blocks_in
 
 VERSION = 1  # a change of the code that changes the values raises it
 FOLDER = "reference"  # in the run's folder
 
 Rows = list[list[int]]  # of a batch: the places of the units of each row
-LogProbs = Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """What is read at a time: rows(turn) has a batch for every process. `order` names the order of units."""
+class Rounds:
+    """What is read, in which every process reads a batch at a time."""
 
-    order: str
+    order: str  # names the order of the units
     count: int
-    rows: Callable[[int], list[Rows]]
+    batches: Callable[[int], list[Rows]]  # number of a round -> the batch of each process
 
 
-def training_turns(schedule: Schedule, steps: int) -> Turns:
+def training_rounds(schedule: Schedule, steps: int) -> Rounds:
     """The micro-batches of the first `steps` steps, up to the end of the first pass over the data."""
 
-    def rows(turn: int) -> list[Rows]:
-        step, micro = divmod(turn, schedule.accumulate)
+    def batches_of(number: int) -> list[Rows]:
+        step, micro = divmod(number, schedule.accumulate)
         batches = [schedule.micro_rows(step, micro, rank) for rank in range(schedule.world)]
         return [[schedule.rows[row] for row in batch] for batch in batches]
 
-    return Turns("training", min(steps, schedule.steps_per_pass) * schedule.accumulate, rows)
+    return Rounds("training", min(steps, schedule.steps_per_pass) * schedule.accumulate, batches_of)
 
 
-def held_out_turns(held_out: Preferences, config: Config, world: int) -> Turns:
+def held_out_rounds(held_out: Preferences, config: Config, world: int) -> Rounds:
     """The batches of an evaluation."""
     batches = evaluation_rows(held_out, config)
 
-    def rows(turn: int) -> list[Rows]:
-        now = batches[turn * world : (turn + 1) * world]
+    def batches_of(number: int) -> list[Rows]:
+        now = batches[number * world : (number + 1) * world]
         return now + [[]] * (world - len(now))
 
-    return Turns("evaluation", -(-len(batches) // world), rows)
+    return Rounds("evaluation", -(-len(batches) // world), batches_of)
 
 
 class ReferencePass:
     """Gives preferences the values of the reference; all processes take part, and get the same.
 
-    `shared`: the prompt of a pair is read once. `model` is that of the run, and `log_probs` asks it under the
-    run's strategy. `reference` is who the model of --reference is.
+    `shared`: the prompt of a pair is read once. `model` is that of the run, which `policy` asks. `reference`
+    is who the model of --reference is.
     """
 
     def __init__(
@@ -97,57 +94,55 @@ class ReferencePass:
         shared: bool,
         model: RWKV,
         reference: Identity | None,
-        log_probs: LogProbs,
-        processes: Processes,
-        device: torch.device,
+        policy: Policy,
     ):
-        self.config, self.shared, self.model, self.of_run = config, shared, model, log_probs
-        self.processes, self.device = processes, device
+        self.config, self.shared, self.model, self.policy = config, shared, model, policy
+        self.processes, self.device = policy.processes, policy.device
         self.other = reference and reference.fingerprint
         if self.other == model.base_fingerprint:  # then it is not read a second time
             self.other = None
 
     def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:
         """With the values of what a run of so many steps reads; those of other units are not numbers."""
-        turns = training_turns(schedule, steps)
-        return self._with_others(documents, lambda _: turns, "the training data")
+        rounds = training_rounds(schedule, steps)
+        return self._with_others(documents, lambda _: rounds, "the training data")
 
     def held_out(self, documents: Preferences) -> Preferences:
         """With all values."""
         world = self.processes.world
         return self._with_others(
-            documents, lambda units: held_out_turns(units, self.config, world), "the held-out data"
+            documents, lambda units: held_out_rounds(units, self.config, world), "the held-out data"
         )
 
     def _with_others(
-        self, documents: Preferences, turns: Callable[[Preferences], Turns], what: str
+        self, documents: Preferences, rounds_of: Callable[[Preferences], Rounds], what: str
     ) -> Preferences:
         """The documents, and under kto the mismatched units beside them, each with their values."""
         if not len(documents):
             return documents
-        known = self._with_values(documents, turns(documents), what)
+        known = self._with_values(documents, rounds_of(documents), what)
         if documents.paired:
             return known
         others = documents.mismatched()
-        others = self._with_values(others, turns(others), f"{what}, with other prompts")
+        others = self._with_values(others, rounds_of(others), f"{what}, with other prompts")
         return dataclasses.replace(known, others=others)
 
-    def _with_values(self, documents: Preferences, turns: Turns, what: str) -> Preferences:
-        folder, first = self._folder(documents, turns.order), self.processes.rank == 0
+    def _with_values(self, documents: Preferences, rounds: Rounds, what: str) -> Preferences:
+        folder, first = self._folder(documents, rounds.order), self.processes.rank == 0
         begun = time.perf_counter()
-        with blocks_in(folder, first) as blocks, self._model() as log_probs:
+        with blocks_in(folder, first) as blocks, self._reference_model() as log_probs:
             if blocks.folder and self.config.data_cache != "none":
                 remove_old(folder.parent)
-            reading = _Reading(documents, self._known(blocks), blocks)
-            units = sum(len(row) for turn in range(turns.count) for rows in turns.rows(turn) for row in rows)
+            values = _Values(documents, self._known(blocks), blocks)
+            units = sum(_units(rounds.batches(number)) for number in range(rounds.count))
             with Progress(f"the reference reads {what}", units, f"{unit_of(self.config)}s", first) as bar:
-                for turn in range(turns.count):
-                    batches = turns.rows(turn)
-                    if not reading.is_known(batches):
-                        reading.give(batches, self._read(documents, batches, log_probs))
-                    bar.update(sum(len(row) for rows in batches for row in rows))
-            values = reading.end()
-        if not reading.finite:
+                for number in range(rounds.count):
+                    batches = rounds.batches(number)
+                    if not values.take_known(batches):
+                        values.add(batches, self._read(documents, batches, log_probs))
+                    bar.update(_units(batches))
+            found = values.all()
+        if not values.finite:
             raise UserError(
                 f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not"
                 f" finite for {what}; look for what is odd in them or in the model, or choose another"
@@ -157,7 +152,7 @@ class ReferencePass:
         if first and blocks.folder and seconds > DELAY:
             took = f"the reference read {what} in {duration_text(seconds)}"
             announce(f"{took}; its values are kept in {folder} for later runs")
-        return documents.with_reference(values)
+        return documents.with_reference(found)
 
     def _known(self, blocks: Blocks) -> np.ndarray:
         """What an earlier pass has left, in every process."""
@@ -168,9 +163,9 @@ class ReferencePass:
         return self.processes.total(shared).cpu().numpy()
 
     def _read(
-        self, documents: Preferences, batches: list[Rows], log_probs: Callable[[], LogProbs]
+        self, documents: Preferences, batches: list[Rows], log_probs: Callable[[dict], Tensor]
     ) -> Numbers:
-        """The values of a turn, of all its units in order, on their way from the device."""
+        """The values of a round, of all its units in order, on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
         units = [[documents[i] for i in row] for row in batches[rank]]
@@ -182,26 +177,25 @@ class ReferencePass:
         # chunks have the tokens of several answers in turns
         order = batch["answer"].argsort(stable=True)
         start = sum(sizes[:rank])
-        found[start : start + sizes[rank]] = log_probs()(batch)[order].float()
+        found[start : start + sizes[rank]] = log_probs(batch)[order].float()
         return Numbers(self.processes.total(found))
 
     @contextlib.contextmanager
-    def _model(self) -> Iterator[Callable[[], LogProbs]]:
-        """Context with what gives the model that is asked, which is made when it is needed."""
+    def _reference_model(self) -> Iterator[Callable[[dict], Tensor]]:
+        """Context with a function: a batch -> ln p by the reference, which is read when it is first asked."""
         models: list[RWKV] = []
 
-        def get() -> LogProbs:
+        def log_probs(batch: dict) -> Tensor:
             if self.other is None:
                 if self.device.type == "cuda" and not self.config.strategy.startswith("deepspeed_stage_3"):
                     self.model.to(self.device)
-                return self.of_run
+                return self.policy.log_probs(batch)
             if not models:
                 models.append(build_reference(self.config).to(self.device))
-            chunks = chunks_of(self.config)
-            return lambda batch: token_log_probs(models[0], batch, chunks, batch["width"])
+            return policy_of(models[0], self.config).log_probs(batch)
 
         try:
-            yield get
+            yield log_probs
         finally:
             if models and self.device.type == "cuda":
                 models.clear()
@@ -237,19 +231,15 @@ def with_reference_alone(
     preference = preference_of(config)
     if preference is None or not preference.needs_reference:
         return documents, held_out
-    chunks, device = chunks_of(config), model.emb.weight.device
-
-    def log_probs(batch: dict) -> Tensor:
-        return token_log_probs(model, batch, chunks, batch["width"])
-
-    with undisturbed(model, device), ops.nan_passes():
+    policy = policy_of(model, config)
+    with undisturbed(model, policy.device), ops.nan_passes():
         shared = prompt_reading(config, documents, schedule, model.arch).shared
-        reference = ReferencePass(config, shared, model, reference_of(config), log_probs, ALONE, device)
+        reference = ReferencePass(config, shared, model, reference_of(config), policy)
         return reference.training(documents, schedule, steps), reference.held_out(held_out)
 
 
-class _Reading:
-    """The values of documents as they come in, turn by turn; `known` are those of the first turns."""
+class _Values:
+    """The values of documents as they come in, round by round; `known` are those of the first rounds."""
 
     def __init__(self, documents: Preferences, known: np.ndarray, blocks: Blocks):
         self.documents, self.known, self.blocks = documents, known, blocks
@@ -259,8 +249,8 @@ class _Reading:
         self.position, self.finite = 0, True
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
-    def is_known(self, batches: list[Rows]) -> bool:
-        """Whether the next turn was read by an earlier pass; then its values are taken."""
+    def take_known(self, batches: list[Rows]) -> bool:
+        """Take the values of the next round, where an earlier pass has read it; whether it has."""
         size = sum(_count(self.documents, rows) for rows in batches)
         end = self.position + size
         if end > len(self.known):
@@ -269,16 +259,16 @@ class _Reading:
         self.position = end
         return True
 
-    def give(self, batches: list[Rows], numbers: Numbers) -> None:
-        """The values of the next turn. They are looked at when the device has its next work."""
+    def add(self, batches: list[Rows], numbers: Numbers) -> None:
+        """The values of the next round. They are looked at when the device has its next work."""
         if self.position < len(self.known):
             raise UserError(f"{self.blocks.folder} has values that do not fit the data; remove it")
         self.late.append((batches, numbers))
         if len(self.late) > 1:
             self._take()
 
-    def end(self) -> np.ndarray:
-        """All values; those that no turn has are not numbers."""
+    def all(self) -> np.ndarray:
+        """The values of all units, (targets,) float32; those of units in no round are not numbers."""
         while self.late:
             self._take()
         return self.values
@@ -295,6 +285,11 @@ class _Reading:
         if units:
             places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in units]
             self.values[np.concatenate(places)] = values
+
+
+def _units(batches: list[Rows]) -> int:
+    """Units of the batches of a round."""
+    return sum(len(row) for rows in batches for row in rows)
 
 
 def _count(documents: Preferences, rows: Rows) -> int:

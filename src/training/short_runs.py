@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 
@@ -26,11 +25,10 @@ from ..data.held_out import evaluation_batches
 from ..data.preference_batches import collator
 from ..data.units import Units
 from ..model import RWKV
-from ..model.log_probs import token_log_probs
 from ..planning.defaults import judged_by
 from ..planning.step import chunks_of, preference_of, prompt_reading
 from .kto_baseline import StepBaseline, baseline
-from .objective import objective, undisturbed
+from .objective import objective, policy_of, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .process_group import ALONE, Processes
 
@@ -131,8 +129,8 @@ def train(
     batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk, shared=shared))
     baselines = None
     if preference and not preference.paired:
-        log_probs = functools.partial(_log_probs, model, config)
-        baselines = StepBaseline(documents.others, schedule, range(steps), chunk, log_probs, processes)
+        policy = policy_of(model, config, processes)
+        baselines = StepBaseline(documents.others, schedule, range(steps), chunk, policy)
     model.train()
     shares = schedule.accumulate * processes.world
     with ops.nan_passes():
@@ -142,7 +140,7 @@ def train(
             beside = {}
             if baselines:
                 with undisturbed(model, device):
-                    beside = {"baseline": baselines.next(device)}
+                    beside = {"baseline": baselines.next()}
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
                 mine += _backward(model, config, next(batches) | beside, around, shares, scaler)
@@ -196,12 +194,8 @@ def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Proce
     beside = {}
     with ops.nan_passes():
         if preference and not preference.paired:
-            log_probs = functools.partial(_log_probs, model, config)
-            beside = {"baseline": baseline(batches(held_out.others), device, log_probs, processes)}
+            policy = policy_of(model, config, processes)
+            beside = {"baseline": baseline(batches(held_out.others), policy)}
         for batch in batches(held_out):
             total += objective(model, batch | beside, chunks, preference)[0]
     return float(processes.total(total)) / held_out.weight
-
-
-def _log_probs(model: RWKV, config: Config, batch: dict) -> Tensor:
-    return token_log_probs(model, batch, chunks_of(config), batch["width"])

@@ -39,7 +39,7 @@ from ..model.log_probs import token_log_probs
 from ..planning.base_model import reference_of
 from ..planning.step import chunks_of, preference_of, prompt_reading
 from .kto_baseline import StepBaseline
-from .objective import objective, undisturbed
+from .objective import Policy, objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .process_group import processes_of
 from .reference import ReferencePass
@@ -131,17 +131,15 @@ class FineTuning(pl.LightningModule):
             return
         strategy = self.trainer.strategy
         with undisturbed(strategy.model, strategy.root_device):
-            reference = ReferencePass(
-                self.config,
-                self.shared,
-                self.model,
-                self.reference,
-                strategy.predict_step,
-                processes_of(self.trainer),
-                strategy.root_device,
-            )
+            reference = ReferencePass(self.config, self.shared, self.model, self.reference, self.policy)
             self.documents = reference.training(self.documents, self.schedule, self.total_steps)
             self.evaluated = reference.held_out(self.evaluated)
+
+    @property
+    def policy(self) -> Policy:
+        """The model under the run's strategy."""
+        strategy = self.trainer.strategy
+        return Policy(strategy.predict_step, processes_of(self.trainer), strategy.root_device)
 
     def train_dataloader(self) -> Batches:
         if self.preference and not self.preference.paired:
@@ -150,8 +148,7 @@ class FineTuning(pl.LightningModule):
                 self.schedule,
                 range(self.first_step, self.total_steps),
                 self.chunks.size,
-                self.trainer.strategy.predict_step,
-                processes_of(self.trainer),
+                self.policy,
             )
         return Batches(
             self.documents,
@@ -184,7 +181,7 @@ class FineTuning(pl.LightningModule):
     def on_train_batch_start(self, batch: dict, index: int) -> None:
         if self.baselines and index % self.accumulate == 0:
             with undisturbed(self.trainer.strategy.model, self.device):
-                self.baseline = self.baselines.next(self.device)
+                self.baseline = self.baselines.next()
         torch.manual_seed(
             self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
         )

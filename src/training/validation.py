@@ -172,7 +172,7 @@ def validation_loss(
     try:
         if preference and not preference.paired:
             others = _batches(trainer, documents.others, weight, is_stopped)
-            beside = {"baseline": baseline(others, device, strategy.predict_step, processes)}
+            beside = {"baseline": baseline(others, trainer.lightning_module.policy)}
         for turn, batch in enumerate(_batches(trainer, documents, weight, is_stopped)):
             loss, metrics = strategy.validation_step(batch | beside, turn)
             total += loss
