@@ -350,7 +350,7 @@ def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_
         functools.partial(at_file, "checkpoints/step-00000002", 2, proj_dir, kill),
     )
     assert code == -9
-    for kept in (proj_dir / "reference").rglob("0*"):
+    for kept in (proj_dir / "reference").glob("*/0*"):
         kept.unlink()
     start(files, proj_dir, *flags, "--resume", "auto")
     same_lines(lines(proj_dir), lines(tmp_path / "run"), rel=0)
