@@ -79,9 +79,9 @@ class Pair:
         """The conversation with this answer."""
         return {"messages": [*self.asked, {"role": "assistant", "content": answer}]}
 
-    def row(self, compared: bool) -> dict:
+    def row(self, on_pairs: bool) -> dict:
         """A row of data: the pair, or the chosen answer alone."""
-        if not compared:
+        if not on_pairs:
             return self.answered(self.chosen)
         return {"messages": self.asked, "chosen": self.chosen, "rejected": self.rejected}
 
@@ -93,7 +93,7 @@ class Task:
     base: pathlib.Path
     tokenizer: str
     steps: int
-    a_step: int  # prompts in a step
+    per_step: int  # prompts of a step
     ctx_len: int
     train: Sequence[Pair]
     valid: Sequence[Pair]
@@ -107,12 +107,14 @@ class Task:
 
 def sort(data: pathlib.Path) -> Task:
     """The demo's base reverses letters, and learns to sort them."""
-    steps, a_step = 150, 16
+    steps, per_step = 150, 16
     test = letters(300, 1, set())
     valid = letters(100, 2, {pair.question for pair in test})
-    train = letters(2 * steps * a_step, 3, {pair.question for pair in (*test, *valid)})
+    train = letters(2 * steps * per_step, 3, {pair.question for pair in (*test, *valid)})
     base = ROOT / "demo/rwkv7-reverse.pth"
-    return Task(base, "auto", steps, a_step, 128, train, valid, test, lambda text, pair: text == pair.chosen)
+    return Task(
+        base, "auto", steps, per_step, 128, train, valid, test, lambda text, pair: text == pair.chosen
+    )
 
 
 def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
@@ -128,12 +130,12 @@ def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
 
 def result(data: pathlib.Path) -> Task:
     """A small English model learns to give the result alone, where it could give a sentence."""
-    steps, a_step, held_out = 50, 4, 50
+    steps, per_step, held_out = 50, 4, 50
     pairs = results((data / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines())
     test, valid, train = pairs[:held_out], pairs[held_out : 2 * held_out], pairs[2 * held_out :]
     base = data / "real/rwkv6-3m-utf16.pth"
-    train = train[: 2 * steps * a_step]
-    return Task(base, "utf16", steps, a_step, 512, train, valid, test, lambda text, pair: is_result(text))
+    train = train[: 2 * steps * per_step]
+    return Task(base, "utf16", steps, per_step, 512, train, valid, test, lambda text, pair: is_result(text))
 
 
 SHORT = 45  # characters of a question and of a sentence; longer ones would cost too much
@@ -198,14 +200,14 @@ class Trainings:
 
     def _train(self, objective: Objective, method: str, seed: int) -> dict:
         """What a run found, and what became of the answers."""
-        task, steps = self.task, objective.lengths * self.task.steps
+        task, steps = self.task, objective.steps_factor * self.task.steps
         folder = self.folder / f"{objective.name}-{method}-{seed}".replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         # as many rows as the run reads: no other pair needs the reference's values
-        pairs = {"train": task.train[: steps * task.a_step], "valid": task.valid}
+        pairs = {"train": task.train[: steps * task.per_step], "valid": task.valid}
         files = {
-            name: write_rows(folder / f"{name}.jsonl", [pair.row(objective.compared) for pair in own])
+            name: write_rows(folder / f"{name}.jsonl", [pair.row(objective.on_pairs) for pair in own])
             for name, own in pairs.items()
         }
         flags = as_flags(
@@ -216,7 +218,7 @@ class Trainings:
             proj_dir=folder / "run",
             peft=method,
             packing=0,
-            micro_bsz=task.a_step,
+            micro_bsz=task.per_step,
             ctx_len=task.ctx_len,
             epoch_steps=steps,
             eval_samples=0,

@@ -16,14 +16,15 @@ COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is trained for. `lengths`: so many times the task's steps. `compared`: on pairs, else on the
-    chosen answers. `target`: the share of right answers that the task sort asks for, beside ACCURACY.
+    """What is trained for.
+
+    `target` is the share of right answers that the task sort asks for, beside ACCURACY.
     """
 
     name: str
     flags: list[str]
-    lengths: int
-    compared: bool
+    steps_factor: int  # times the steps of the task
+    on_pairs: bool  # else on the chosen answers alone
     target: float | None = None
 
 
