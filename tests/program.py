@@ -189,3 +189,8 @@ def dropout(rank):
         return torch.nn.functional.dropout(x, 0.2, self.training), state
 
     src.model.RWKV.features = dropped
+
+
+def short_answers(rank, tokens=9):
+    """Sample answers of fewer tokens than users get, which take most of the time of a small run."""
+    src.training.validation.SAMPLE_TOKENS = tokens

@@ -37,7 +37,7 @@ from src.training.validation_log import is_over
 from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors
-from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
+from .program import at_file, dropout, in_turn, interrupt, kill, losses, short_answers, succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -66,12 +66,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def samples_of(tokens, rank):
-    validation.SAMPLE_TOKENS = tokens
-
-
 def start(files, proj_dir, *flags, sabotage=None, sample_tokens=9):
-    """run() of program.py; answers of as many tokens as users get take most of the time of so small a run."""
     flags = [
         "--load_model",
         str(files / "base.pth"),
@@ -93,7 +88,7 @@ def start(files, proj_dir, *flags, sabotage=None, sample_tokens=9):
         *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
         *flags,
     ]
-    short = functools.partial(samples_of, sample_tokens)
+    short = functools.partial(short_answers, tokens=sample_tokens)
     return program.run(flags, functools.partial(in_turn, short, sabotage) if sabotage else short)
 
 
