@@ -65,6 +65,8 @@ def test_the_tokens_of_a_preference_are_whole_answers(flags):
         ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
         ("--sft_weight -0.5", "--sft_weight -0.5: must be a weight, 0 or more"),
         ("--label_smoothing 0.5", "must be at least 0 and below 0.5"),
+        ("--beta 0", "--beta 0: must be above 0; leave it out for the usual one of --loss dpo"),
+        ("--beta -1", "--beta -1: must be above 0; leave it out"),
         ("--loss tdpo", "expected one of sft, dpo, ipo, orpo, simpo, kto"),
     ],
 )

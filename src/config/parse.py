@@ -26,7 +26,7 @@ from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
-from .validate import validate
+from .validate import check_beta_by_hand, validate
 
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
@@ -86,6 +86,7 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     if config.lr_init == PAPER:
         config.lr_init = config.published_rate
         origins["lr_init"] += f": {PUBLISHED} {config.peft}"
+    check_beta_by_hand(config, origins)
     return config, {name: origins.get(name, "default") for name in FIELDS}
 
 

@@ -185,8 +185,9 @@ class Config:
     )
     beta: float = opt(
         0.0,
-        "how closely the model is held to the reference; with simpo the scale of the reward. 0: as in the"
-        " loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has --orpo_lambda",
+        "how closely the model is held to the reference, above 0; with simpo the scale of the reward. Left"
+        " out: as in the loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has"
+        " --orpo_lambda",
         alias=("pref_beta",),
         automatic=True,
         low=0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
@@ -118,6 +118,17 @@ def check_loss(config: Config) -> None:
             )
     if config.loss in LOSSES:
         check_preference(config)
+
+
+def check_beta_by_hand(config: Config, origins: Mapping[str, str]) -> None:
+    """A --beta of the command line is above 0, which a config.yaml has where the choice is left to the loss.
+
+    `origins` may lack what has its default.
+    """
+    if config.loss in OF_LOSSES["beta"][0] and origins.get("beta") == "command line" and config.beta <= 0:
+        raise UserError(
+            f"--beta {config.beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
+        )
 
 
 def check_preference(config: Config) -> None:

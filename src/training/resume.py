@@ -110,7 +110,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             )
         return None
     changed = [
-        f"{name} {getattr(before, name)}, now it is {recorded(getattr(config, name))}"
+        f"{name} {_shown(getattr(before, name))}, now it is {_shown(recorded(getattr(config, name)))}"
         for name in FIELDS
         if name not in MAY_CHANGE
         and not is_automatic(before, name)
@@ -128,6 +128,11 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
         )
     return paths[-1]
+
+
+def _shown(value: object) -> object:
+    """A value in an error; an empty text is seen."""
+    return "''" if value == "" else value
 
 
 def inputs(
