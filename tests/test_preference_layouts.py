@@ -11,7 +11,8 @@ import pytest
 from rwkv_miss import UserError
 from src.config import Config
 from src.data.encode import Encoder
-from src.data.formats import LABELS, PAIRS, SFT, Reading, Report, read_records, sources
+from src.data.formats import LABELS, PAIRS, SFT, Reading, Report, WrongSetting, read_records, sources
+from src.data.formats.layouts import canonical
 from src.data.formats.preference_layouts import preference
 
 from .test_data import assistant, user
@@ -126,6 +127,7 @@ def test_pairs(read, row, wanted, kind):
 
 
 GOOD = {"messages": ASKED, "completion": YES, "label": True}
+RAW_ANSWER = {"prompt": "2+2=", "completion": "4"}
 LABELLED = [
     (
         "TRL's texts",
@@ -149,6 +151,10 @@ LABELLED = [
         {"prompt": "2+2=", "completion": "4", "label": "False"},
         {"prompt": "2+2=", "completion": "4", "label": False},
     ),
+    *(
+        (repr(label), {"prompt": "2+2=", "completion": "4", "label": label}, {**RAW_ANSWER, "label": good})
+        for label, good in ((1, True), (0, False), ("1", True), ("0", False), (1.0, True))
+    ),
 ]
 
 
@@ -162,6 +168,9 @@ def test_columns_can_be_named(read):
     assert read([row], fields="q,good,bad")[0] == [CHAT]
     assert read([row], LABELS, fields="q,good,bad")[0] == [CHAT]
     assert read([row], LABELS, fields="q,good,ok")[0] == [GOOD]
+    assert read([{**row, "ok": 1}], LABELS, fields="q,good,ok")[0] == [GOOD]
+    with pytest.raises(UserError, match="label must be true"):  # no second answer
+        read([{**row, "label": "yes"}], LABELS, fields="q,good,label")
     assert read([{**RAW, "messages": ASKED}], fields="prompt,chosen,rejected")[0] == [RAW]
     whole = {"w": ASKED + YES, "l": ASKED + NO}
     assert read([whole], fields="w,l")[0] == [CHAT]
@@ -180,6 +189,36 @@ def test_supervised_training_on_the_chosen_answers(read):
         ({"chosen": ASKED + YES, "rejected": ASKED + NO}, "chosen", conversation),
     ):
         assert read([row], SFT, fields=fields)[0] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"prompt": "a", "completion": "b", "label": False}, "prompt,completion"),
+        ({"question": "a", "Answer": "b", "Label": "true"}, "question,Answer"),
+        ({"messages": ASKED + YES, "label": 0}, "messages"),
+    ],
+)
+def test_supervised_training_does_not_take_bad_answers_for_good_ones(read, row, fields):
+    with pytest.raises(UserError) as error:
+        read([row], SFT)
+    assert "--loss kto learns" in str(error.value) and f"--sft_field {fields} " in str(error.value)
+    assert len(read([row], SFT, fields=fields)[0]) == 1
+    # a class, or a text beside one, is no judgement of an answer
+    assert (
+        len(read([{"text": "a", "label": 1}, {**row, **dict.fromkeys(("label", "Label"), 3)}], SFT)[0]) == 2
+    )
+
+
+def test_leaving_out_is_no_advice_where_all_rows_are_alike():
+    """What every row of a file has is mended by a flag or in the file."""
+    for rows, row in (
+        (SFT, RAW),
+        (PAIRS, {"prompt": "a", "completion": "b", "label": True}),
+        (LABELS, {"prompt": "a", "completion": "b", "label": "yes"}),
+    ):
+        with pytest.raises(WrongSetting):
+            canonical(row) if rows == SFT else preference(row, (), rows)
 
 
 def test_files_of_every_format(read, tmp_path):
@@ -299,7 +338,8 @@ BAD = [
     (PAIRS, ["a"], "expected a pair", "got list"),
     (PAIRS, {"ids": [1]}, "nothing tells a prompt from an answer in tokens", "give text"),
     (LABELS, {"prompt": "a", "completion": "b"}, "--loss sft trains", '"label": true'),
-    (LABELS, {"prompt": "a", "completion": "b", "label": 1}, "label must be true", "got 1"),
+    (LABELS, {"prompt": "a", "completion": "b", "label": 2}, "label must be true", "got 2"),
+    (LABELS, {"prompt": "a", "completion": "b", "label": "yes"}, "label must be true", "without quotes"),
     (LABELS, {"prompt": "a", "completion": "b", "label": None}, "label must be true", "got None"),
     (LABELS, {"prompt": "a", "completion": "b", "label": "good"}, "label must be true", "'good'"),
     (LABELS, {"prompt": "a", "label": True}, "expected an answer with a label", ""),
@@ -308,7 +348,7 @@ BAD = [
     (LABELS, {"messages": "a b", "label": True}, "nothing tells the prompt from the answer", ""),
     (LABELS, {"messages": YES, "label": True}, "do not share", ""),
     (SFT, RAW, "is for --loss dpo, ipo, orpo, simpo or kto", "--sft_field prompt,chosen"),
-    (SFT, {"prompt": ASKED, "chosen": YES, "reject": NO}, "is for --loss dpo", "expected one of"),
+    (SFT, {"prompt": ASKED, "chosen": YES, "reject": NO}, "is for --loss dpo", "got keys"),
 ]
 
 
@@ -319,7 +359,7 @@ def test_a_wrong_row_is_named_with_what_to_do(read, kind, row, wrong, todo):
         read([good, row], kind)
     message = str(error.value)
     assert message.startswith("data.jsonl, line 2: ") and wrong in message and todo in message
-    assert "\n" not in message and len(message) < 600
+    assert "\n" not in message and len(message) < 330
     # and with --on_bad_row skip the others are used
     records, report = read([good, row, good], kind, on_bad_row="skip")
     assert records == [good, good] and report.bad == 1 and wrong in report.lines()[-1]

@@ -14,9 +14,10 @@ where there is a "prompt", and turns that follow "messages" else:
     {"prompt": str or "messages": [...], "completion": ..., "label": bool}
 """
 
+from .errors import LeftOut, WrongSetting
 from .layouts import LABELS, PAIRS, ROWS, SFT
 from .records import read_record, read_records, read_source
-from .report import Found, LeftOut, Report, WrongSetting, place_of, printable
+from .report import Found, Report, place_of, printable
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [

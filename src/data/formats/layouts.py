@@ -12,6 +12,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
+from .errors import WrongSetting
 
 ROLES = ("system", "user", "assistant", "tool")
 # the names that ShareGPT and others have for the roles
@@ -43,6 +44,10 @@ EXPECTED = (
     ' "input": ..., "output": ...}, {"prompt": ..., "completion": ...}, {"question": ..., "answer": ...};'
     " --sft_field names other columns"
 )
+FOR_PAIRS = (
+    "a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto; --sft_field"
+    " prompt,chosen trains on the chosen ones alone"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +73,16 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
         raise UserError(f"{EXPECTED}; got {type(record).__name__}")
     present = tuple(name for name, value in record.items() if value is not None)
     layout = find_layout(present, fields, tuple(record))
+    if not fields and (labelled := _labelled(present)) and is_label(record[labelled[0]]):
+        raise WrongSetting(
+            f"{labelled[0]} tells good answers from bad ones, and --loss sft trains on all; --loss kto learns"
+            f" from both, --sft_field {labelled[1]} trains on all"
+        )
     try:
         return layout, layout.convert(record)
     except UserError as error:
-        if not fields and (hint := _hint(present)):
-            raise UserError(f"{error}{hint}") from None
+        if not fields and is_pair(present):
+            raise WrongSetting(f"{FOR_PAIRS}; {error}") from None
         raise
 
 
@@ -89,7 +99,9 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     # with all columns a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
-        raise UserError(f"{EXPECTED}{_hint(columns)}; got keys {shown(columns)}")
+        if is_pair(columns):
+            raise WrongSetting(f"{FOR_PAIRS}; got keys {shown(columns)}")
+        raise UserError(f"{EXPECTED}; got keys {shown(columns)}")
     if len(found) > 1:
         choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
         raise UserError(f"the row has several layouts, choose one with {choices}; got keys {shown(columns)}")
@@ -105,14 +117,19 @@ def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
         )
 
 
-def _hint(columns: tuple[str, ...]) -> str:
-    """What to do with a row that is no row of --loss sft."""
-    if not is_pair(columns):
-        return ""
-    return (
-        "; a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto, and"
-        " --sft_field prompt,chosen trains on the chosen ones alone"
-    )
+@functools.lru_cache(maxsize=1024)
+def _labelled(present: tuple[str, ...]) -> tuple[str, str] | None:
+    """(the column of a label, the --sft_field that ignores it) of records of answers with a label."""
+    label = next((name for name in present if name.strip().lower() == LABEL), None)
+    answers = [columns for columns in _candidates(present) if columns[0].strip().lower() != "text"]
+    return (label, ",".join(answers[0])) if label and answers else None
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value says that an answer is good or bad: true or false, also as a word, 1 or 0."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false")
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
 def has_layout(columns: Iterable[str]) -> bool:

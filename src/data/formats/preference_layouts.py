@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
+from .errors import LeftOut, WrongSetting
 from .layouts import (
     ANSWERS,
     CHOSEN,
@@ -39,25 +40,23 @@ from .layouts import (
     check_fields,
     earlier_turns,
     has_layout,
+    is_label,
     said,
     shown,
     text,
     tools_of,
     turns_of,
 )
-from .report import LeftOut
 
 EMPTY = "an answer is empty"
 EXPECTED = {
     PAIRS: (
-        'expected a pair of answers: {"prompt": ..., "chosen": ..., "rejected": ...}, with {"messages":'
-        ' [...]} or a question in place of the prompt, or whole conversations as {"chosen": [...],'
-        ' "rejected": [...]}; --sft_field prompt,chosen,rejected names other columns'
+        'expected a pair of answers, {"prompt" or "messages": ..., "chosen": ..., "rejected": ...};'
+        " --sft_field prompt,chosen,rejected names other columns"
     ),
     LABELS: (
-        'expected an answer with a label, {"prompt": ..., "completion": ..., "label": true}, with'
-        ' {"messages": [...]} or a question in place of the prompt, or a pair {"prompt": ..., "chosen": ...,'
-        ' "rejected": ...}; --sft_field prompt,completion,label names other columns'
+        'expected an answer with a label, {"prompt" or "messages": ..., "completion": ..., "label": true},'
+        " or a pair; --sft_field prompt,completion,label names other columns"
     ),
 }
 ASSISTANT = "\n\nAssistant:"  # ends the prompt in texts that hold a whole chat
@@ -102,8 +101,12 @@ def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tu
         raise UserError(f"{EXPECTED[rows]}; got {type(record).__name__}")
     present = tuple(name for name, value in record.items() if value is not None)
     names = tuple(record)
-    is_label = bool(fields) and rows == LABELS and _is_label(record.get(fields[-1]))
-    answers, label = find_answers(names, present, fields, rows, is_label)
+    ends_with_label = (
+        bool(fields)
+        and rows == LABELS
+        and (fields[-1].strip().lower() == LABEL or is_label(record.get(fields[-1])))
+    )
+    answers, label = find_answers(names, present, fields, rows, ends_with_label)
     is_whole = _holds_prompt(record[answers[0]])
     columns = find_columns(names, present, fields, answers, label, is_whole)
     if is_whole:
@@ -114,18 +117,22 @@ def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tu
 
 @functools.lru_cache(maxsize=1024)
 def find_answers(
-    names: tuple[str, ...], present: tuple[str, ...], fields: tuple[str, ...], rows: str, is_label: bool
+    names: tuple[str, ...],
+    present: tuple[str, ...],
+    fields: tuple[str, ...],
+    rows: str,
+    ends_with_label: bool,
 ) -> tuple[tuple[str, ...], str | None]:
     """(the columns of the answers, that of the label) of a record with these names.
 
-    `present` of them hold a value. `fields` are those of --sft_field; `is_label`: the last of them holds a
-    label.
+    `present` of them hold a value. `fields` are those of --sft_field; `ends_with_label`: the last of them
+    holds a label.
     """
     if fields:
         check_fields(fields, names)
         if len(fields) == 1:
             raise UserError(f"--sft_field {fields[0]}: one column is no pair of answers. {EXPECTED[rows]}")
-        return ((fields[-2],), fields[-1]) if is_label else (fields[-2:], None)
+        return ((fields[-2],), fields[-1]) if ends_with_label else (fields[-2:], None)
     by_name = _by_name(names)
     chosen, rejected = _first(CHOSEN, by_name), _first(REJECTED, by_name)
     if chosen and rejected:
@@ -139,7 +146,7 @@ def find_answers(
     label = by_name.get(LABEL)
     completion = _only([by_name[name] for name in ANSWERS if by_name.get(name) in present], names)
     if not label or rows == PAIRS:
-        raise UserError(_wrong_row(rows, label, completion, present, names))
+        raise _wrong_row(rows, label, completion, present, names)
     # without a completion the answer is the end of a conversation
     answer = completion or _only([by_name[name] for name in CONVERSATIONS if name in by_name], names)
     if answer is None:
@@ -202,7 +209,7 @@ def _first(wanted: Iterable[str], by_name: dict[str, str]) -> str | None:
 
 def _wrong_row(
     rows: str, label: str | None, completion: str | None, present: tuple[str, ...], names: tuple[str, ...]
-) -> str:
+) -> UserError:
     """What is wrong with a row that has no answers of this kind, and what to do."""
     if label and completion:
         hint = "a row of one answer with a label is for --loss kto; "
@@ -212,19 +219,20 @@ def _wrong_row(
         hint = "nothing tells a prompt from an answer in tokens; give text; "
     else:
         hint = ""
-    return f"{hint}{EXPECTED[rows]}; got keys {shown(names)}"
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, bool) or isinstance(value, str) and value.strip().lower() in ("true", "false")
+    kind = WrongSetting if hint else UserError
+    return kind(f"{hint}{EXPECTED[rows]}; got keys {shown(names)}")
 
 
 def _label(value: Any, column: str) -> bool:
-    if not _is_label(value):
-        raise UserError(
-            f"{column} must be true for an answer to prefer and false for one to avoid, got {short(value)}"
-        )
-    return value if isinstance(value, bool) else value.strip().lower() == "true"
+    word = value.strip().lower() if isinstance(value, str) else value
+    if is_label(word) or word in ("1", "0"):  # in CSV a number is a text
+        return word in (1, "1", "true")  # and true is 1
+    # whoever wrote other words wrote them in all rows
+    kind = UserError if value is None else WrongSetting
+    raise kind(
+        f"{column} must be true (or 1) for an answer to prefer and false (or 0) for one to avoid, in JSON"
+        f" without quotes; got {short(value)}"
+    )
 
 
 def _holds_prompt(answer: Any) -> bool:

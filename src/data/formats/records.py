@@ -7,9 +7,10 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from .errors import LeftOut
 from .layouts import SFT, TOKENS, Layout, canonical
 from .preference_layouts import preference, with_empty_cells
-from .report import Kind, LeftOut, Report, place_of
+from .report import Kind, Report, place_of
 from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
 
 

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rwkv_miss.errors import UserError
 
 from ...common.formatting import counted
+from .errors import LeftOut, WrongSetting
 
 if TYPE_CHECKING:
     from .sources import Source
 
 Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
 SHOWN = 3  # so many reasons are in the plan, and so many files have a line of their own
-
-
-class WrongSetting(UserError):
-    """A setting does not suit the data. The record itself is right, so leaving it out would mend nothing."""
-
-
-class LeftOut(UserError):
-    """A row of preferences is as it should be and teaches nothing: it is counted and left out."""
 
 
 @dataclasses.dataclass
