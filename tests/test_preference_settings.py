@@ -1,11 +1,13 @@
 """Settings of the losses on preferences: which belong together, what is chosen, what a resumed run keeps."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import Config, is_automatic, parse, save
 from src.config.parse import read_yaml
 from src.config.schema import FIELDS, LOSSES
@@ -130,6 +132,12 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     check_reference(config, base)  # of another version and size
     torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
     with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
+        check_reference(config, base)
+    write_checkpoint(path, [], {"format": "rwkv-miss adapter", "base": "base.pth"})
+    with pytest.raises(UserError, match="--reference .*is an adapter; merge it .*--base base.pth --adapter"):
+        check_reference(config, base)
+    os.remove(path)
+    with pytest.raises(UserError, match=f"--reference {path} does not exist"):
         check_reference(config, base)
 
 

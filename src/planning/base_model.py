@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 import torch
@@ -11,8 +12,9 @@ import rwkv_miss
 from rwkv_miss.adapter import check_parts
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import hint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.inject import adapter_tensors
+from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 
 from ..common.device import PRECISIONS
 from ..config import Config
@@ -57,6 +59,15 @@ def read_base(config: Config, origins: dict[str, str]):
 
 def check_reference(config: Config, arch: Arch) -> None:
     """A UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
+    if not os.path.exists(config.reference):
+        raise UserError(f"--reference {config.reference} does not exist{hint(config.reference)}")
+    _, metadata = read_described(config.reference, shown=False)
+    if metadata.get("format") == ADAPTER_FORMAT:
+        base = metadata.get("base") or "BASE"
+        raise UserError(
+            f"--reference {config.reference} is an adapter; merge it into its base first (python -m rwkv_miss"
+            f" merge --base {base} --adapter {config.reference} --out merged.pth), and give the merged file"
+        )
     tensors = read_model_file(config.reference)
     other = Arch.detect(tensors)
     if other.vocab_size != arch.vocab_size:
