@@ -11,7 +11,7 @@ import pytest
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
-from src.training import curves, preference_log, preference_text, run_card, verdict
+from src.training import curves, outputs, preference_log, preference_text, run_card, verdict
 from src.training.callbacks import StepReport
 from src.training.preference_log import fields, numbers
 from src.training.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
@@ -285,12 +285,30 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
 
 
 def test_run_json_has_the_metrics(tmp_path):
-    from src.training.outputs import _preference_summary
-
     history = evaluations()
-    found = _preference_summary([line(step, margin=step / 10) for step in range(1, 21)], history)
+    found = outputs._preference_summary([line(step, margin=step / 10) for step in range(1, 21)], history)
     assert json.loads(json.dumps(found)) == found
     assert (found["metrics_first"]["margin"], found["metrics_last"]["margin"]) == pytest.approx((0.15, 1.95))
     names = ("first", "last", "best")
     assert [found[f"validation_metrics_{name}"]["margin"] for name in names] == [0.0, 2.5, 3.0]
-    assert _preference_summary([{"step": 1, "loss": 1.0}], []) == {}
+    assert outputs._preference_summary([{"step": 1, "loss": 1.0}], []) == {}
+
+
+@pytest.mark.parametrize(
+    "evaluated, held_out, best",
+    [
+        (1, "", ""),  # before the training alone: that is not how it ended
+        (2, "at step 10 accuracy", "before training 0.6900, at step 10 0.2000"),
+        (3, "accuracy 93.8 %, margin 2.5", "before training 0.6900, at the end 0.3000"),
+    ],
+)
+def test_the_last_words_name_the_step_of_the_last_evaluation(evaluated, held_out, best):
+    history = evaluations()[:evaluated]
+    summary = {"steps": 20, "planned_steps": 50, "loss_first": 1.0, "loss_last": 0.5, "output": "a.pth"}
+    if best:
+        summary |= {"best": "best.pth", "best_step": 10, "validation_best": 0.2}
+    said = outputs._last_words(DPO, outputs.STOPPED, summary, history, None)
+    parts = {text[:11].strip(): text[11:] for text in said[1:]}
+    assert bool(held_out) == ("held out:" in parts) and parts.get("held out:", "").startswith(held_out)
+    assert bool(best) == ("best:" in parts) and parts.get("best:", "").endswith(best)
+    assert parts["read it:"] == "out/metrics.jsonl; run_card.md comes at the end of the training"

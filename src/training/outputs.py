@@ -212,18 +212,25 @@ def _last_words(
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, loss {summary['loss_first']:.4f} to"
         f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
     ]
-    if history and (known := metrics_text(history[-1])):
-        before = metrics_text(history[0]).removeprefix(", ")
-        lines.append(f"held out:  {known.removeprefix(', ')}; before training {before}")
+    # a run that was stopped may have done steps after its last evaluation, or have only that of before them
+    last = history[-1]["step"] if history else 0
+    if last and (known := metrics_text(history[-1])):
+        now, before = (text.removeprefix(", ") for text in (known, metrics_text(history[0])))
+        when = "" if last == summary["steps"] else f"at step {last} "
+        lines.append(f"held out:  {when}{now}; before training {before}")
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
+    else:
+        lines.append(
+            f"read it:   {os.path.join(config.proj_dir, METRICS)}; {CARD} comes at the end of the training"
+        )
     if doubted:
         lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
     if "best" in summary:
         lines.append(
             f"best:      {summary['best']}, step {summary['best_step']}, validation loss"
-            f" {summary['validation_best']:.4f}; before training {loss_text(history[0])}, at the end"
-            f" {loss_text(history[-1])}"
+            f" {summary['validation_best']:.4f}; before training {loss_text(history[0])},"
+            f" {'at the end' if last == summary['steps'] else f'at step {last}'} {loss_text(history[-1])}"
         )
     trained, _ = _recommended(summary)
     return [*lines, _next_command(config, trained)]
