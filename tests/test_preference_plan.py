@@ -113,7 +113,7 @@ def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, mon
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown, alone = planned([*flags, "--loss", "simpo"], capsys)
     assert "prompts    each answer is read after its own prompt: a prompt read once would make " in shown
-    monkeypatch.setattr(step, "PASS", {"cpu": 0, "gpu": 0})
+    monkeypatch.setattr(step, "PASS_COST", {"cpu": 0, "gpu": 0})
     shown, once = planned([*flags, "--loss", "simpo"], capsys)
     found = re.search(
         r"prompts    a prompt is read once for both answers: (\d+) tokens .* place of (\d+),", shown
