@@ -109,6 +109,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
     reading, report = Reading.of(config), Report("skip")
     lint = Lint(encoder, longest_uncut(config), reading.rows)
     loaded = Loaded(config.data_file, encoder, [], [], [], reading.rows)
+    used: collections.Counter[str] = collections.Counter()  # rows of each file
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):
         for where, row in read_source(source, report, reading, encoder.tokenizer.eod):
             try:
@@ -121,13 +122,17 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
             tokens = lint.tokens()
             seen = sample(tokens.records, source.weight, config.random_seed, number)
             loaded.files.append(tokens)
+            used[source.path] = tokens.records
             loaded.chosen.append(tokens.documents_of(seen))
             loaded.names.append(report.files[source.path].place)
     if not loaded.files:
         raise UserError(f"{config.data_file}: {next(iter(report.files.values())).unusable()}")
-    for found in report.files.values():
+    for path, found in report.files.items():
         if found.bad:
             lint.note("bad row", found.reasons[0], found.bad)
+        left_out = sum(count for count, _ in found.left_out.values())
+        if left_out and left_out >= used[path]:
+            lint.note("left out", next(places[0] for _, places in found.left_out.values()), left_out)
     for source in sources(config.eval_file, reading) if config.eval_file else ():
         for where, row in read_source(source, Report("skip"), reading, encoder.tokenizer.eod):
             with contextlib.suppress(UserError):
@@ -195,7 +200,7 @@ def overview(
         *report.source_lines(),  # lint has the bad rows
         (
             f"template   {encoder.template.name}, loss on {trained}; tokenizer"
-            f" {encoder.tokenizer.name}; {describe_leading(encoder.bos)}"
+            f" {encoder.tokenizer.name}{guessed(config)}; {describe_leading(encoder.bos)}"
         ),
         (
             f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"
@@ -219,6 +224,13 @@ def overview(
     lines += answer_lines(config, figures, documents, report)
     lines += [f"finding    {printable(str(finding))}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
+
+
+def guessed(config: Config) -> str:
+    """What to know where no model says which tokenizer and form it has."""
+    if config.load_model or config.tokenizer != "auto":
+        return ""
+    return " (a guess; with --load_model it counts as the run will)"
 
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:

@@ -168,7 +168,7 @@ def test_what_is_left_out_is_counted_and_named(read):
     preferences = loaded.preferences(12)
     assert (len(preferences), preferences.too_long, preferences.too_long_places) == (3, 1, (LONG,))
     assert report.lines()[-2:] == [
-        "left out   2 rows, in which both answers are the same: data.jsonl, line 3, data.jsonl, line 7",
+        "left out   2 rows, in which both answers are the same: data.jsonl, line 3, line 7",
         "left out   1 row, in which an answer is empty: data.jsonl, line 5",
     ]
     assert [text_of(unit.prompt) for unit in preferences] == ["a\n", "a\n", "b\n"]

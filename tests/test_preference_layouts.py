@@ -11,7 +11,17 @@ import pytest
 from rwkv_miss import UserError
 from src.config import Config
 from src.data.encode import Encoder
-from src.data.formats import LABELS, PAIRS, SFT, Reading, Report, WrongSetting, read_records, sources
+from src.data.formats import (
+    LABELS,
+    PAIRS,
+    SFT,
+    Reading,
+    Report,
+    WrongSetting,
+    places_text,
+    read_records,
+    sources,
+)
 from src.data.formats.layouts import canonical
 from src.data.formats.preference_layouts import preference
 
@@ -380,14 +390,18 @@ def test_an_empty_answer_is_left_out_and_named(read, kind, row):
     good = {"prompt": "a", "completion": "b", "label": True} if kind == LABELS else RAW
     records, report = read([row, good, row], kind)
     assert records == [good] and report.bad == 0
-    assert (
-        report.lines()[-1]
-        == "left out   2 rows, in which an answer is empty: data.jsonl, line 1, data.jsonl, line 3"
-    )
+    assert report.lines()[-1] == "left out   2 rows, in which an answer is empty: data.jsonl, line 1, line 3"
     with pytest.raises(
         UserError, match="holds no rows that can be used: 1 row, in which an answer is empty: data.jsonl"
     ):
         read([row], kind)
+
+
+def test_a_file_is_named_once_for_its_rows():
+    assert places_text(4, ["a, b.csv, line 3", "a, b.csv, line 7", "c.txt, row 1"]) == (
+        "a, b.csv, line 3, line 7, c.txt, row 1 ..."
+    )
+    assert places_text(2, ["a.txt", "b.txt"]) == "a.txt, b.txt" and places_text(0, []) == ""
 
 
 def test_an_empty_cell_is_an_empty_answer(read):

@@ -149,7 +149,7 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
-    together |= {"too long", "contradiction"}  # of preferences, below
+    together |= {"too long", "contradiction", "bare question", "left out"}  # of preferences, below
     # asked otherwise is in test_rewritten_turns.py
     assert set(MEANINGS) - tested == {*together, "asked otherwise", "lost thoughts"}
 
@@ -387,6 +387,47 @@ def test_what_is_found_in_preferences(show, loss):
     assert {f["name"]: f["count"] for f in found["findings"]} == {name: n for name, (n, _) in wanted.items()}
     for finding in found["findings"]:
         assert f"data.jsonl, line {wanted[finding['name']][1]}" in finding["first"]
+
+
+def test_half_of_the_pairs_left_out_is_a_finding(show):
+    good, empty, equal = PAIRS[0], {**PAIRS[0], "chosen": ""}, {**PAIRS[0], "chosen": "x", "rejected": "x"}
+    for rows, count in (([good, equal, empty], 2), ([good, equal], 1), ([good, PAIRS[3], equal], None)):
+        _, output = show(rows, "--json", "--loss", "dpo")
+        found = {f["name"]: f for f in json.loads(output)["findings"]}
+        assert found.keys() == ({"left out"} if count else set())
+        if count:
+            assert found["left out"]["count"] == count
+            assert re.search(r"data.jsonl, line [23]$", found["left out"]["first"])
+
+
+BARE = {
+    "What is 2+2?": ("4", True),
+    "2+2等于几？": ("4", True),
+    "Write a poem": ("Roses are red", True),
+    "Sort the letters.": ("abc", True),
+    "User: 2+2?\n\nAssistant:": (" 4", False),
+    "User: 2+2?\n\nAssistant": (": 4", False),
+    "<|im_start|>user\nwhy?": ("b", False),
+    "2+2=": ("4", False),
+    "The sky is": (" blue", False),
+    "天空是": ("蓝色的", False),
+}
+
+
+def test_a_question_among_raw_prompts_is_a_finding(show):
+    for prompt, (answer, bare) in BARE.items():
+        pair = {"prompt": prompt, "chosen": answer, "rejected": answer + "!"}
+        labelled = {"prompt": prompt, "completion": answer, "label": True}
+        for row, loss in ((pair, "dpo"), (labelled, "kto")):
+            _, output = show([row], "--json", "--loss", loss)
+            assert [f["name"] for f in json.loads(output)["findings"]] == ["bare question"] * bare, row
+    question = {"question": "What is 2+2?", "chosen": "4", "rejected": "5"}
+    assert "finding    none" in show([question], "--loss", "dpo")[1]
+
+
+def test_a_guessed_tokenizer_is_said(show):
+    assert "tokenizer world (a guess; with --load_model it " in show(GOOD, "--tokenizer", "auto")[1]
+    assert "a guess" not in show(GOOD)[1]
 
 
 def test_a_held_out_pair_has_a_prompt_of_its_own(show):

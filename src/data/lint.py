@@ -19,6 +19,7 @@ from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 FLOWER_FORM = re.compile(rf"(?:System|User){FLOWER}")
 HEADING_FORM = re.compile(r"### (?:System|User)\n")
+GLUED = re.compile(r"[A-Za-z.!:][A-Za-z]")  # the end of a prompt and the begin of its answer
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
 # the name of each finding, and what it means
@@ -42,6 +43,10 @@ MEANINGS = {
         f" {FLOWERS.ask} where flowers end the turns, or {HEADINGS.ask!r} where they have headings, trains"
         " the answers alone"
     ),
+    "bare question": (
+        "a raw prompt that looks like a question; texts under prompt go on as they are, without User: and"
+        " Assistant:, which a chat writes around them; name the column question, or give messages"
+    ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
     "lost thoughts": (
@@ -60,6 +65,9 @@ MEANINGS = {
     "too long": (
         "a pair, or an answer with a label, takes more tokens than --ctx_len of a row, and is left out; both"
         " answers of a pair lie in one row"
+    ),
+    "left out": (
+        "half of the rows or more teach nothing, as answers are empty or equal; look at what wrote them"
     ),
     "duplicate": "a copy of an earlier row",
     "contradiction": "an earlier row prefers the other answer to the same prompt",
@@ -173,6 +181,10 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
         yield "empty answer"
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
+    if "prompt" in record and ("chosen" in record or "label" in record):
+        answer = record.get("chosen") or record["completion"]
+        if _is_bare_question(record["prompt"], answer):
+            yield "bare question"
     for context, turns in conversations(record):
         yield from _odd_turns([*context, *turns], len(context), record, encoder)
 
@@ -191,6 +203,13 @@ def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder)
                 yield "blank line"
             if encoder.template.form.end and encoder.template.form.end in content:
                 yield "flower"
+
+
+def _is_bare_question(prompt: str, answer: str) -> bool:
+    """Whether a prompt that is no part of a chat asks something, or ends where its answer can't go on."""
+    if TURN.search(prompt) or any(mark in prompt for mark in (FLOWER, "### ", "<|")):
+        return False
+    return prompt.rstrip().endswith(("?", "？")) or bool(GLUED.match(prompt[-1] + answer[:1]))
 
 
 def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
@@ -11,6 +10,7 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.formats import places_text
 from ..data.preferences import Preferences
 from ..data.units import Units
 from ..planning.job import Data
@@ -104,11 +104,6 @@ def too_long_text(config: Config, documents: Units) -> str:
     places = places_text(documents.too_long, documents.too_long_places)
     what = f"{counted(documents.too_long, documents.unit)} of more than --ctx_len {config.ctx_len} tokens"
     return f"{what}{', both answers counted' if documents.paired else ''}: {places}"
-
-
-def places_text(count: int, places: Sequence[str]) -> str:
-    """Where the first of so many things are."""
-    return ", ".join(places) + (" ..." if count > len(places) else "")
 
 
 def loss_warnings(config: Config, documents: Units) -> list[str]:

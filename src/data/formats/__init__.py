@@ -17,7 +17,7 @@ where there is a "prompt", and turns that follow "messages" else:
 from .errors import LeftOut, WrongSetting
 from .layouts import LABELS, PAIRS, ROWS, SFT
 from .records import read_record, read_records, read_source
-from .report import Found, Report, place_of, printable
+from .report import Found, Report, place_of, places_text, printable
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "WrongSetting",
     "place_of",
+    "places_text",
     "printable",
     "read_record",
     "read_records",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rwkv_miss.errors import UserError
@@ -41,8 +42,7 @@ class Found:
     def left_out_texts(self) -> list[str]:
         """For each reason how many rows teach nothing, and where the first of them are."""
         return [
-            f"{counted(count, 'row')}, in which {reason}: {', '.join(places)}"
-            + (" ..." if count > len(places) else "")
+            f"{counted(count, 'row')}, in which {reason}: {places_text(count, places)}"
             for reason, (count, places) in self.left_out.items()
         ]
 
@@ -156,6 +156,16 @@ def place_of(where: str) -> tuple[str, int]:
     """("data.jsonl, line", 7) of "data.jsonl, line 7"; a plain text has no number."""
     place, _, number = where.rpartition(" ")
     return (place, int(number)) if number.isdecimal() else (where, 0)
+
+
+def places_text(count: int, places: Sequence[str]) -> str:
+    """Where the first of so many things are; a file is named once: "data.jsonl, line 3, line 7 ..."."""
+    told, named = [], ""
+    for place in places:
+        file, mark, number = place.rpartition(", ")
+        told.append(number if mark and file == named else place)
+        named = file
+    return ", ".join(told) + (" ..." if count > len(told) else "")
 
 
 def printable(line: str) -> str:
