@@ -435,9 +435,8 @@ def test_skipping_counts_and_shows_the_first_three(read):
     assert (
         report.lines()[1] == "warning    5 rows cannot be used and are left out (--on_bad_row skip), such as:"
     )
-    assert (
-        "rows.jsonl (JSONL) holds no rows that can be used: all 2 are bad, such as rows.jsonl, line 1: "
-        in mistake(read, "{\n[\n", report=Report("skip"))
+    assert "rows.jsonl (JSONL) holds no rows that can be used: all 2 are bad, such as line 1: " in mistake(
+        read, "{\n[\n", report=Report("skip")
     )
 
 

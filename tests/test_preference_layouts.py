@@ -359,6 +359,13 @@ BAD = [
     (LABELS, {"messages": YES, "label": True}, "do not share", ""),
     (SFT, RAW, "is for --loss dpo, ipo, orpo, simpo or kto", "--sft_field prompt,chosen"),
     (SFT, {"prompt": ASKED, "chosen": YES, "reject": NO}, "is for --loss dpo", "got keys"),
+    (
+        SFT,
+        {"question": "a", "Chosen": "b", "rejected": "c"},
+        "is for --loss dpo",
+        "--sft_field question,Chosen ",
+    ),
+    (SFT, {"chosen": ASKED + YES, "rejected": NO}, "is for --loss dpo", "--sft_field chosen trains"),
 ]
 
 

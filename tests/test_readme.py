@@ -127,7 +127,10 @@ def test_every_row_of_data_in_the_readme_is_read(folder, page):
     assert len(shown) >= 3
     for row in shown:
         (folder.path / "row.jsonl").write_text(f"{row}\n", encoding="utf-8")
-        found = folder.run("-m", "scripts.preview", "--data_file", "row.jsonl", "--tokenizer", "world")
+        flags = ("--loss", "dpo") if "chosen" in json.loads(row) else ()
+        found = folder.run(
+            "-m", "scripts.preview", "--data_file", "row.jsonl", "--tokenizer", "world", *flags
+        )
         last = list(json.loads(row).values())[-1]
         trained = last[-1]["content"] if isinstance(last, list) else last
         assert re.search(rf"«\s*{re.escape(trained)}", found), found

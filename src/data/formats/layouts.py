@@ -44,10 +44,6 @@ EXPECTED = (
     ' "input": ..., "output": ...}, {"prompt": ..., "completion": ...}, {"question": ..., "answer": ...};'
     " --sft_field names other columns"
 )
-FOR_PAIRS = (
-    "a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto; --sft_field"
-    " prompt,chosen trains on the chosen ones alone"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,7 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
         return layout, layout.convert(record)
     except UserError as error:
         if not fields and is_pair(present):
-            raise WrongSetting(f"{FOR_PAIRS}; {error}") from None
+            raise WrongSetting(f"{_for_pairs(present)}; {error}") from None
         raise
 
 
@@ -100,7 +96,7 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     found = _candidates(present) or _candidates(columns)
     if not found:
         if is_pair(columns):
-            raise WrongSetting(f"{FOR_PAIRS}; got keys {shown(columns)}")
+            raise WrongSetting(f"{_for_pairs(columns)}; got keys {shown(columns)}")
         raise UserError(f"{EXPECTED}; got keys {shown(columns)}")
     if len(found) > 1:
         choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
@@ -115,6 +111,17 @@ def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
         raise UserError(
             f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {shown(columns)}"
         )
+
+
+def _for_pairs(columns: tuple[str, ...]) -> str:
+    """What to do with a row of a pair under --loss sft."""
+    by_name = {name.strip().lower(): name for name in columns}
+    asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
+    chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
+    return (
+        "a row with a chosen and a rejected answer is for --loss dpo, ipo, orpo, simpo or kto; --sft_field"
+        f" {','.join([*asked, *chosen])} trains on the chosen ones alone"
+    )
 
 
 @functools.lru_cache(maxsize=1024)

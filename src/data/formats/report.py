@@ -110,7 +110,9 @@ class Report:
             told = found.left_out_texts()
             if found.bad:
                 share = found.bad if told else f"all {found.bad}"
-                told.insert(0, f"{share} are bad, such as {found.reasons[0]}")
+                # the file is named before, and the place of plain text is the file alone
+                first = found.reasons[0].removeprefix(f"{source.path}, ")
+                told.insert(0, f"{share} are bad, such as {first}")
             what = f" that can be used: {'; '.join(told)}" if told else ""
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
