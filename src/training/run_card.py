@@ -151,7 +151,7 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     if first is not None and last is not None:
         moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
         parts.append(
-            f"Beside it stands what was learned: on {held_out_units(config)} the loss {moved},"
+            f"Beside it stands what was learned: on {held_out_units(config)} the loss {moved}"
             f" {loss_unit(config)}."
         )
     return parts
