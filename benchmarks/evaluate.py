@@ -27,9 +27,9 @@ import torch
 
 from rwkv_miss.progress import Progress
 from src.data.chat_template import before_stops
+from src.data.questions import Question, read_questions
 from src.data.rwkv_template import DEFAULT
 from src.evaluation.answering import completed, engine_for
-from src.evaluation.questions import Question, read_questions
 from src.inference.load import load
 from src.inference.request import Request
 from src.model import LayerState

@@ -36,9 +36,9 @@ from src import run
 from src.common.files import append_line, write_text
 from src.common.formatting import counted
 from src.config import parse
+from src.data.questions import Question
 from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, answers_to, engine_for
-from src.evaluation.questions import Question
 from src.inference.load import load
 
 from .common import argument_parser, as_flags, environment, report

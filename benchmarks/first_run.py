@@ -41,9 +41,9 @@ from src.data.chat_template import Template
 from src.data.dataset import load as load_documents
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
+from src.data.questions import answer_limit, read_questions
 from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, exact_accuracy
-from src.evaluation.questions import answer_limit, read_questions
 from src.inference.load import load
 from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss

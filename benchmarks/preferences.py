@@ -46,11 +46,11 @@ from src.common.files import append_line, write_bytes, write_text
 from src.config import parse
 from src.data.chat_template import Template
 from src.data.encode import Encoder
+from src.data.questions import Question, answer_limit
 from src.data.templates import recorded_template
 from src.data.tokenizer import Tokenizer
 from src.evaluation.answering import Asking, answers_to, engine_for
 from src.evaluation.likelihood import log_likelihoods
-from src.evaluation.questions import Question, answer_limit
 from src.inference.load import load
 from src.model import RWKV
 from src.training.rate_search import recorded_search

@@ -15,9 +15,9 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.data.leading_token import leading_token
+    from src.data.questions import read_questions
     from src.data.templates import recorded_template
     from src.evaluation.answering import Asking, exact_accuracy
-    from src.evaluation.questions import read_questions
     from src.inference.load import load
 
 

@@ -28,9 +28,9 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
     from src.data.leading_token import leading_token
+    from src.data.questions import Question, read_questions
     from src.data.templates import recorded_template
     from src.evaluation.answering import Asking, exact_accuracy
-    from src.evaluation.questions import Question, read_questions
     from src.inference.load import load
 
 DEMO = "bash demo/demo-training-miss.sh"

@@ -29,18 +29,24 @@ with importing():
     from src.data.formats import Reading
     from src.data.leading_token import leading_token, text_of
     from src.data.preferences import Preferences
+    from src.data.questions import Question, answer_limit, read_questions
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.templates import choose_template, recorded_template
     from src.data.tokenizer import Tokenizer
     from src.evaluation.answering import Asking, answers_to, engine_for
-    from src.evaluation.answers_file import AnswersFile, digest, read_answers, require_unstarted_or_same
+    from src.evaluation.answers_file import (
+        Answer,
+        AnswersFile,
+        digest,
+        read_answers,
+        require_unstarted_or_same,
+    )
     from src.evaluation.code_scoring import passed, read_problems
     from src.evaluation.flags import BETA, add_flags, check, sampling_of
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.many_samples import Scores, scores_of
     from src.evaluation.preferences import Compared, read_preferences
     from src.evaluation.presets import PRESETS
-    from src.evaluation.questions import Answer, Question, answer_limit, read_questions
     from src.evaluation.scoring import SCORES
     from src.inference.load import load, load_with
     from src.inference.sampling import Sampling

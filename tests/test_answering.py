@@ -11,12 +11,12 @@ from rwkv_miss import UserError
 from rwkv_miss.progress import Progress
 from scripts.evaluate import first_answers
 from src.data.formats import Reading
+from src.data.questions import Question, answer_limit, read_questions
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import answering
 from src.evaluation.answering import Asking, answers_to, completed, engine_for, exact_accuracy, rows_for
-from src.evaluation.answers_file import AnswersFile
-from src.evaluation.questions import Answer, Question, answer_limit, read_questions
+from src.evaluation.answers_file import Answer, AnswersFile
 from src.inference.engine import Engine, Request
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder

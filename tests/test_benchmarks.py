@@ -9,8 +9,8 @@ import pytest
 from benchmarks import facts, laptop
 from benchmarks.common import cpu, environment, machine_line
 from benchmarks.first_run_table import case, table
+from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
-from src.evaluation.questions import Question
 
 from .conftest import ROOT
 

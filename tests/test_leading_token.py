@@ -22,9 +22,9 @@ from src.data.encode import Encoder
 from src.data.held_out import questions
 from src.data.leading_token import leading_token
 from src.data.lint import Lint
+from src.data.questions import Question, read_questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.questions import Question, read_questions
 from src.export import TextSettings, export, gguf_reader
 from src.inference.adapters import BASE
 from src.inference.conversation import Conversation

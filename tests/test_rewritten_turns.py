@@ -16,10 +16,10 @@ from src.data.dataset import load_documents
 from src.data.encode import Encoder
 from src.data.formats import Report, sources
 from src.data.held_out import hold_out, questions
+from src.data.questions import read_questions
 from src.data.templates import load_template
 from src.data.token_cache import tokenise
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.questions import read_questions
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
 from src.training import plan_text

@@ -16,6 +16,7 @@ from rwkv_miss import UserError
 from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
+from src.data.questions import read_questions
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
 from src.data.templates import (
     answer_text,
@@ -25,7 +26,6 @@ from src.data.templates import (
     recorded_template,
 )
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.questions import read_questions
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
 from src.model import RWKV

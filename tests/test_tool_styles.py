@@ -10,9 +10,9 @@ from rwkv_miss import UserError
 from src.data import tool_styles
 from src.data.encode import Encoder
 from src.data.jinja_template import JinjaTemplate
+from src.data.questions import read_questions
 from src.data.rwkv_template import RwkvTemplate
 from src.data.tool_styles import STYLES, in_order_of_calls, read_call
-from src.evaluation.questions import read_questions
 from src.export.tool_jinja import tool_jinja
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY

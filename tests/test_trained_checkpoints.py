@@ -8,9 +8,9 @@ import random
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
+from src.data.questions import Question
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.answering import Asking, answers_to, engine_for
-from src.evaluation.questions import Question
 from src.model import RWKV
 from src.model.loss import loss_sum
 

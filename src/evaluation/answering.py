@@ -13,6 +13,7 @@ from rwkv_miss.progress import Progress
 
 from ..common.available_memory import free_memory
 from ..data.chat_template import Template
+from ..data.questions import Question
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
 from ..data.tokenizer import Tokenizer
@@ -22,8 +23,7 @@ from ..inference.request import Answer as EngineAnswer
 from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
-from .answers_file import AnswersFile
-from .questions import Answer, Question
+from .answers_file import Answer, AnswersFile
 
 # Rows of the engine. A CPU computes at its peak from 16 rows on, and more rows read more states. A GPU's
 # weights take as long for 256 rows as for one.

@@ -11,15 +11,22 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
 from ..common.files import append_line, write_lines
-from .questions import Answer, Question
+from ..data.questions import Question
 
 HEAD = "evaluation"
 Key = tuple[int, int]  # the numbers of a question and of an answer to it
+
+
+class Answer(NamedTuple):
+    """What a model said."""
+
+    text: str
+    cut: bool | None  # whether it reached the limit of tokens before its end; None where that is not known
 
 
 class AnswersFile:

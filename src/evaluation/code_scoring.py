@@ -28,8 +28,8 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Template
 from ..data.formats import sources
+from ..data.questions import Question
 from ..data.rwkv_template import DEFAULT
-from .questions import Question
 
 SECONDS = 10  # that a program may take, by the clock
 MEMORY = 2 << 30  # bytes of address space of a program

@@ -15,11 +15,11 @@ from ..common.device import PRECISIONS
 from ..config import FIELDS
 from ..config.validate import check_bos
 from ..data.leading_token import HELP as BOS_HELP
+from ..data.questions import LIMITS, THOUGHTS
 from ..data.templates import add_template_flags
 from ..inference.sampling import Sampling
 from .mathematics import require_math_verify
 from .presets import PRESETS
-from .questions import LIMITS, THOUGHTS
 from .scoring import SCORES
 
 BETA = 0.1  # of rewards, as in the papers of DPO, IPO and KTO

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 
-from ..data.chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
-from ..data.formats import BY_NAME, Reading, read_records
-from ..data.leading_token import with_leading
-from ..data.rwkv_template import DEFAULT
-from ..data.templates import answer_text
-from ..data.tokenizer import Tokenizer
+from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
+from .formats import BY_NAME, Reading, read_records
+from .leading_token import with_leading
+from .rwkv_template import DEFAULT
+from .templates import answer_text
+from .tokenizer import Tokenizer
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
@@ -36,13 +36,6 @@ class Question(NamedTuple):
         for piece in self.pieces:
             tokens += tokenizer.encode(piece)
         return with_leading(tokens, bos)
-
-
-class Answer(NamedTuple):
-    """What a model said."""
-
-    text: str
-    cut: bool | None  # whether it reached the limit of tokens before its end; None where that is not known
 
 
 def read_questions(
