@@ -13,7 +13,7 @@ import torch
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.data import parallel, token_cache
+from src.data import held_out, parallel, token_cache
 from src.data.batches import Batches, make_schedule
 from src.data.dataset import load
 from src.data.encode import Encoder, Tokens
@@ -357,6 +357,18 @@ def test_prompts_of_the_eval_file_are_not_trained(read):
     assert [text_of(unit.prompt) for unit in train] == ["a\n", "a\n", "long" * 9] and found is held
     with pytest.raises(UserError, match="1 of 1 pair of d would be held out, as all have one prompt"):
         hold_out(Config(eval_file="held.jsonl", data_file="d"), held, lambda path: held)
+
+
+@pytest.mark.parametrize("kind", [PAIRS, LABELS])
+def test_the_bar_counts_what_is_held_out(read, kind, monkeypatch):
+    bars = []
+    monkeypatch.setattr(held_out, "progress", lambda items, *bar, **kw: bars.append((*bar, kw)) or items)
+    units = read(random_rows(7, kind=kind), kind).preferences(64)
+    hold_out(Config(eval_split=0.3, data_file="d"), units, None)
+    in_hash_order(units.take(np.array([0, 1, 2])), 3)
+    name = {PAIRS: "pairs", LABELS: "answers"}[kind]
+    for found, count in zip(bars, (7, 3), strict=True):
+        assert found == (f"choosing held-out {name}", count, {"unit": name, "shown": True})
 
 
 @pytest.mark.parametrize("kind", [PAIRS, LABELS])

@@ -42,10 +42,10 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, documents.take(np.zeros(0, np.int64))
-    keys = _keys(documents.held_out_by(), len(documents), config.random_seed)
+    keys = _keys(documents.held_out_by(), documents, config.random_seed)
     if config.eval_file:
         source, held = config.eval_file, load(config.eval_file)
-        is_held = np.isin(keys, _keys(held.held_out_by(), len(held), config.random_seed))
+        is_held = np.isin(keys, _keys(held.held_out_by(), held, config.random_seed))
     else:
         source = f"--eval_split {config.eval_split} of {config.data_file}"
         of_conversations = _conversation_keys(keys, documents)
@@ -65,16 +65,14 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
             f" {counted(len(keys), documents.unit)} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
-        raise UserError(f"{source}: none of the {len(held)} held-out documents has a trained token")
+        raise UserError(f"{source}: none of the {len(held)} held-out {held.unit}s has a trained token")
     return rest, held
 
 
-def _keys(parts: Iterable[np.ndarray], count: int, seed: int) -> np.ndarray:
-    """(n,) keys of 16 bytes for `count` parts: equal for equal tokens, and random otherwise."""
-    key = seed.to_bytes(8, "little")
-    watched = progress(
-        parts, "choosing held-out documents", count, unit="documents", shown=is_first_process()
-    )
+def _keys(parts: Iterable[np.ndarray], units: Units, seed: int) -> np.ndarray:
+    """(n,) keys of 16 bytes for these parts of the units: equal for equal tokens, and random otherwise."""
+    key, names, count = seed.to_bytes(8, "little"), f"{units.unit}s", len(units)
+    watched = progress(parts, f"choosing held-out {names}", count, unit=names, shown=is_first_process())
     digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in watched)
     return np.fromiter(digests, "S16", count)
 
@@ -100,7 +98,8 @@ def evaluations(config: Config, steps: int) -> int:
 def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
     """The places of the documents with a trained token, in an order that depends on their content alone."""
     places = np.flatnonzero(held_out.target_counts)
-    keys = _keys(held_out.take(places).contents(), len(places), seed)
+    chosen = held_out.take(places)
+    keys = _keys(chosen.contents(), chosen, seed)
     return places[np.argsort(keys, kind="stable")]
 
 
