@@ -405,3 +405,5 @@ def test_the_command_of_a_run_is_read_back_as_its_settings():
         peft_config={"r": 5},
     )
     assert parse(shlex.split(command(settings))[2:])[0] == settings
+    one, two = (command(Config(epoch_count=count, epoch_steps=70)) for count in (1, 2))
+    assert one == "python train.py --epoch_steps 70" and two.startswith("python train.py --epoch_count 2 ")

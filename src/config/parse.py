@@ -229,9 +229,11 @@ def command(config: Config) -> str:
     """The command that does this run again from its beginning: every setting that is not the default."""
     words = ["python", "train.py"]
     default = Config()
+    # --epoch_steps alone is one epoch
+    left_out = {"resume", "epoch_count"} if config.epoch_steps and config.epoch_count == 1 else {"resume"}
     for name in FIELDS:
         value = recorded(getattr(config, name))
-        if name != "resume" and value != getattr(default, name):
+        if name not in left_out and value != getattr(default, name):
             text = _flag_text(value)
             # what begins like a flag is none
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
