@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,6 +256,30 @@ def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, 
         start(files, tmp_path / "again", *flags, sabotage=functools.partial(counting, read, 1, end))
         assert len(read.read_text().splitlines()) == 6
         same_runs(tmp_path / "again", whole("dpo"), rel=0, ratio=0)
+
+
+def write_every_block(rank):
+    src.training.reference_blocks.PAUSE = src.training.reference_blocks.PAUSE_SHARE = -1.0
+
+
+def test_values_that_are_not_finite_are_not_kept(files, tmp_path):
+    """A reference that has no number for one byte, of one pair; then a cache that somebody else filled."""
+    tensors = random_tensors(make_arch(7, vocab_size=256, n_embd=40, head_size=8))
+    tensors["emb.weight"][ord("Z")] = 3e38  # of which a layer norm has no variance
+    torch.save(tensors, tmp_path / "broken.pth")
+    rows = (files / "pairs-rows.jsonl").read_text().splitlines()
+    rows[6] = rows[6].replace("!", "Z!")
+    (tmp_path / "rows.jsonl").write_text("\n".join(["", *rows]))  # an empty line counts, too
+    flags = ["--reference", tmp_path / "broken.pth", "--data_file", tmp_path / "rows.jsonl"]
+    flags = flags_of(files, tmp_path / "run", *flags)
+    code, output = program.run(flags, write_every_block)
+    assert code == 2 and "broken.pth, gives ln p that is not finite for the pair of line or row 8" in output
+    (folder,) = (tmp_path / "cache").glob("*/lock")
+    assert [path.name for path in folder.parent.iterdir()] == ["lock"]
+    np.full(9_999, math.nan, np.float32).tofile(folder.parent / f"{0:012d}")
+    code, output = program.run(flags)
+    assert code == 2 and "not finite for the pair of line or row" in output and "Traceback" not in output
+    assert [path.name for path in folder.parent.iterdir()] == ["lock"]
 
 
 def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files, tmp_path):

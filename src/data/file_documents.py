@@ -56,6 +56,11 @@ class FileDocuments(Sequence):
         tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
         return Document(tokens.ids[part], tokens.weights[part])
 
+    def line(self, i: int) -> int:
+        """The number of the line or row of its file that document i comes from."""
+        tokens = self.files[self.of[i]]
+        return int(tokens.places[np.searchsorted(tokens.ends, self.starts[i], side="right")])
+
     def trained(self) -> tuple[np.ndarray, np.ndarray]:
         """(how many trained tokens each has, the place of the first of them), (n,) int32.
 

@@ -120,6 +120,10 @@ class Preferences(Units):
             others=None if self.others is None else self.others.take(chosen),
         )
 
+    def line(self, i: int) -> int:
+        """The number of the line or row of its file that unit i comes from, or its prompt."""
+        return self.answers.line(i * self.size)
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """One more than the tokens that each unit takes of a row, (U,) int32."""
@@ -241,6 +245,10 @@ class MixedDocuments(Sequence):
     @property
     def lengths(self) -> np.ndarray:
         return self.prompt_lengths + self.answers.lengths - 1
+
+    def line(self, i: int) -> int:
+        """FileDocuments.line() of its prompt."""
+        return self.prompts.line(i)
 
     def take(self, chosen: np.ndarray) -> MixedDocuments:
         return MixedDocuments(

@@ -140,19 +140,27 @@ class ReferencePass:
                     batches = rounds.batches(number)
                     if not values.take_known(batches):
                         values.add(batches, self._read(documents, batches, log_probs))
+                    self._check(values, what)
                     bar.update(_units(batches))
             found = values.all()
-        if not values.finite:
-            raise UserError(
-                f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not"
-                f" finite for {what}; look for what is odd in them or in the model, or choose another"
-                " --precision"
-            )
+            self._check(values, what)
         seconds = time.perf_counter() - begun
         if first and blocks.folder and seconds > DELAY:
             took = f"the reference read {what} in {duration_text(seconds)}"
             announce(f"{took}; its values are kept in {folder} for later runs")
         return documents.with_reference(found)
+
+    def _check(self, values: _Values, what: str) -> None:
+        """Raise UserError where a value is not finite. All processes see the same ones; none is kept."""
+        if values.not_finite is None:
+            return
+        values.blocks.clear()
+        unit, line = unit_of(self.config), values.documents.line(values.not_finite)
+        raise UserError(
+            f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not finite"
+            f" for the {unit} of line or row {line} of {what}; look for what is odd in it or in the model, or"
+            " choose another --precision"
+        )
 
     def _known(self, blocks: Blocks) -> np.ndarray:
         """What an earlier pass has left, in every process."""
@@ -246,7 +254,8 @@ class _Values:
         self.sizes = documents.target_counts.astype(np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.values = np.full(int(self.sizes.sum()), np.nan, np.float32)
-        self.position, self.finite = 0, True
+        self.position = 0
+        self.not_finite: int | None = None  # the first unit with such a value
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
     def take_known(self, batches: list[Rows]) -> bool:
@@ -280,11 +289,15 @@ class _Values:
         self.blocks.add(values)
 
     def _put(self, batches: list[Rows], values: np.ndarray) -> None:
-        self.finite &= bool(np.isfinite(values).all())
         units = [i for rows in batches for row in rows for i in row]
-        if units:
-            places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in units]
-            self.values[np.concatenate(places)] = values
+        if not units:
+            return
+        places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in units]
+        self.values[np.concatenate(places)] = values
+        if self.not_finite is None and not np.isfinite(values).all():
+            self.not_finite = next(
+                i for i, at in zip(units, places) if not np.isfinite(self.values[at]).all()
+            )
 
 
 def _units(batches: list[Rows]) -> int:

@@ -17,6 +17,7 @@ from rwkv_miss.progress import print_notes
 from ..ops.build import locked
 
 PAUSE, PAUSE_SHARE = 10.0, 0.05  # seconds between two blocks, and in a long pass the share of its time
+NAMES = "[0-9]" * 12  # of the files
 
 
 class Blocks:
@@ -63,9 +64,16 @@ class Blocks:
             print_notes([f"the values of the reference are not kept any further: {error}"])
             self.folder = None
 
+    def clear(self) -> None:
+        """Remove all that is there, and what waits."""
+        self.waiting.clear()
+        self.written = 0
+        for kept in self.folder.glob(NAMES) if self.folder else ():
+            kept.unlink()
+
     @property
     def _path(self) -> pathlib.Path:
-        return self.folder / f"{self.written:012d}"
+        return self.folder / f"{self.written:012d}"  # one of NAMES
 
 
 @contextlib.contextmanager
