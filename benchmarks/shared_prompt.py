@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import rwkv_miss
+from src.data.answer_batches import collate_answers
 from src.data.file_documents import Document
-from src.data.preference_batches import collate_preferences
 from src.data.preferences import Preference
 from src.model import RWKV
 from src.model.batch_loss import Chunks
@@ -69,7 +69,7 @@ def train(model: RWKV, batch: dict) -> None:
 def measure(model: RWKV, pairs: int, rounds: int, prompt: int, answer: int) -> dict[str, float]:
     """Seconds of both forms, and how many times as fast the shared one is: the median of the rounds."""
     rows = make_rows(pairs, prompt, answer, model.arch.vocab_size)
-    batches = {form: collate_preferences(rows, pairs, shared=shared) for form, shared in FORMS.items()}
+    batches = {form: collate_answers(rows, pairs, shared=shared) for form, shared in FORMS.items()}
     seconds = {form: [] for form in FORMS}
     for round_ in range(rounds + 1):
         for form, batch in batches.items():

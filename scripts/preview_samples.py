@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from src.common.formatting import counted
+from src.data.answer_unit import prompt_length
 from src.data.dataset import Document
-from src.data.preferences import Preference, Preferences, prompt_length
+from src.data.preferences import Preference, Preferences
 from src.data.tokenizer import Tokenizer
 from src.data.units import Units
 from src.training import document_text

@@ -14,12 +14,12 @@ import torch
 from rwkv_miss import UserError
 from src.config import Config
 from src.data import held_out, parallel, token_cache
+from src.data.answer_batches import collate_answers, collator
 from src.data.batches import Batches, make_schedule
 from src.data.dataset import load
 from src.data.encode import Encoder, Tokens
 from src.data.formats import LABELS, PAIRS, LeftOut, Reading, Report
 from src.data.held_out import affordable, evaluation_batches, hold_out, in_hash_order, questions
-from src.data.preference_batches import collate_preferences, collator
 from src.data.preferences import Preferences, fit_units
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
@@ -274,7 +274,7 @@ def test_reference_values_stay_with_their_tokens(read, kind):
     taken = known.take(order)
     for i, unit in zip(order, taken):
         assert [part.tolist() for part in unit.reference] == [part.tolist() for part in known[i].reference]
-    batch = collate_preferences([[taken[0], taken[2]], [taken[3]]], 3.0)
+    batch = collate_answers([[taken[0], taken[2]], [taken[3]]], 3.0)
     wanted = [*taken[0].reference, *taken[2].reference, *taken[3].reference]
     assert batch["reference"].tolist() == np.concatenate(wanted).tolist()
     assert batch["reference"].dtype == torch.float32
@@ -452,13 +452,13 @@ def some_rows(preferences):
 @pytest.mark.parametrize("chunk", [0, 1, 7, 200])
 def test_separate_rows_hold_every_answer_after_its_prompt(read, kind, chunk):
     rows = some_rows(read(random_rows(6, kind=kind), kind).preferences(64))
-    batch = collate_preferences(rows, 6.0, chunk)
+    batch = collate_answers(rows, 6.0, chunk)
     assert sorted(contexts(batch)) == sorted(loop(rows))
     assert batch["weights"] is None and batch["step_weight"] == 6.0 and batch["chunk"] == chunk
     assert batch["chosen"].tolist() == [c for unit in itertools.chain(*rows) for c in unit.chosen]
     assert batch["ids"].dtype == batch["answer"].dtype == torch.int64 and batch["reference"] is None
     # packed = alone
-    alone = [collate_preferences([[unit]], 1.0, chunk) for unit in itertools.chain(*rows)]
+    alone = [collate_answers([[unit]], 1.0, chunk) for unit in itertools.chain(*rows)]
     size = 2 if kind == PAIRS else 1
     shifted = [(a + size * i, read, t) for i, one in enumerate(alone) for a, read, t in contexts(one)]
     assert sorted(shifted) == sorted(contexts(batch))
@@ -466,8 +466,8 @@ def test_separate_rows_hold_every_answer_after_its_prompt(read, kind, chunk):
 
 def test_shared_rows_hold_the_same_tokens_with_each_prompt_once(read):
     rows = some_rows(read(random_rows(6)).preferences(64))
-    batch = collate_preferences(rows, 6.0, shared=True)
-    separate = collate_preferences(rows, 6.0)
+    batch = collate_answers(rows, 6.0, shared=True)
+    separate = collate_answers(rows, 6.0)
     assert sorted(contexts(batch)) == sorted(contexts(separate)) == sorted(loop(rows))
     assert batch["chosen"].tolist() == separate["chosen"].tolist()
     units = list(itertools.chain(*rows))
@@ -476,24 +476,24 @@ def test_shared_rows_hold_the_same_tokens_with_each_prompt_once(read):
     # the rows in which an answer is, one after another
     assert batch["answer"].tolist() == sorted(batch["answer"].tolist())
     alike = [[unit] for unit in units if len(unit.prompt) == len(units[0].prompt)]
-    assert collate_preferences(alike, 6.0, shared=True)["prompt_reset"] is None
+    assert collate_answers(alike, 6.0, shared=True)["prompt_reset"] is None
     with pytest.raises(ValueError, match="whole rows"):
-        collate_preferences(rows, 6.0, 7, True)
+        collate_answers(rows, 6.0, 7, True)
 
 
 def test_a_prompt_of_one_token_takes_nothing_from_the_padding(read):
     preferences = read([pair("a", "b", "cc"), pair("abc", "d", "e")]).preferences(64)
     rows = [[preferences[0]], [preferences[1]]]
-    batch = collate_preferences(rows, 2.0, shared=True)
+    batch = collate_answers(rows, 2.0, shared=True)
     assert batch["reset"].tolist() == [[True, False, False]] * 2 + [[False] * 3] * 2
     assert sorted(contexts(batch)) == sorted(loop(rows))
-    only = collate_preferences(rows[:1], 1.0, shared=True)
+    only = collate_answers(rows[:1], 1.0, shared=True)
     assert only["prompts"].shape == (1, 1) and sorted(contexts(only)) == sorted(loop(rows[:1]))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_batch_without_rows_has_no_answer(shared):
-    batch = collate_preferences([], 3.0, shared=shared)
+    batch = collate_answers([], 3.0, shared=shared)
     assert batch["ids"].shape == (1, 1) and batch["chosen"].shape == batch["answer"].shape == (0,)
     assert batch["chosen"].dtype == torch.bool and batch["ends"] == (0,) and batch["reference"] is None
     if shared:

@@ -9,10 +9,10 @@ import torch
 
 from scripts import plan
 from src.config import Config
+from src.data.answer_batches import collate_answers
 from src.data.dataset import load
 from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
-from src.data.preference_batches import collate_preferences
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 from src.planning import memory, step
@@ -173,7 +173,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     assert shared or units.lengths.tolist() == [38, 38]
     reference = torch.zeros(units.targets).numpy()
     units = units.with_reference(reference) if preference_of(config).needs_reference else units
-    batch = collate_preferences([[units[0]], [units[1]]], 2.0, chunk, shared is not None)
+    batch = collate_answers([[units[0]], [units[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp
     for p in model.parameters():

@@ -9,10 +9,10 @@ import torch
 import rwkv_miss
 from rwkv_miss import METHODS
 from src.config import Config
+from src.data.answer_batches import collate_answers
 from src.data.batches import make_schedule
 from src.data.encode import tokens_of
 from src.data.file_documents import Document
-from src.data.preference_batches import collate_preferences
 from src.data.preferences import Preference, fit_units
 from src.model import RWKV, log_probs
 from src.model.batch_loss import Chunks
@@ -51,7 +51,7 @@ def trained(model):
 
 def results(model, rows, shared):
     """(ln p of the trained tokens, gradient of every trained parameter)."""
-    found = token_log_probs(model, collate_preferences(rows, 1.0, shared=shared), Chunks())
+    found = token_log_probs(model, collate_answers(rows, 1.0, shared=shared), Chunks())
     return found.detach(), gradients(model, found)
 
 
@@ -89,7 +89,7 @@ def test_both_layouts_have_what_the_answers_have_alone(version, peft):
     for shared in (False, True):
         same(results(model, rows, shared), want, 1e-11)
     with torch.no_grad():
-        found = token_log_probs(model, collate_preferences(rows, 1.0, shared=True), Chunks())
+        found = token_log_probs(model, collate_answers(rows, 1.0, shared=True), Chunks())
     assert torch.equal(found, results(model, rows, True)[0])
 
 
@@ -206,13 +206,13 @@ def test_with_dropout_the_gradient_is_that_of_what_was_drawn():
 def test_without_a_unit_there_is_nothing_but_a_gradient_of_zero(shared):
     """A rank of a short step: it takes part in the reductions."""
     model = make_model(7)
-    found = token_log_probs(model, collate_preferences([], 1.0, shared=shared), Chunks())
+    found = token_log_probs(model, collate_answers([], 1.0, shared=shared), Chunks())
     assert found.shape == (0,) and found.requires_grad
     assert all(not dp.any() for dp in gradients(model, found).values())
 
 
 def test_chunks_and_shared_prompts_are_refused_together():
-    batch = collate_preferences(make_rows(), 1.0, shared=True)
+    batch = collate_answers(make_rows(), 1.0, shared=True)
     with pytest.raises(ValueError, match="shared by whole rows, not by chunks of 8"):
         token_log_probs(make_model(7), batch, Chunks(8))
 
@@ -242,7 +242,7 @@ def test_the_plan_counts_what_the_batches_hold():
         rows = schedule.micro_rows(step, micro, rank)
         units = [[preferences[i] for i in schedule.rows[row]] for row in rows]
         for shared in tokens:
-            batch = collate_preferences(units, 1.0, shared=shared)
+            batch = collate_answers(units, 1.0, shared=shared)
             if rows:
                 read = batch["prompts"].numel() if shared else 0
                 tokens[shared].append(batch["ids"].numel() + read)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import Config, accumulation
+from .answer_batches import collator
 from .file_documents import Document
-from .preference_batches import collator
 from .preferences import Preference
 from .units import Units
 
@@ -101,7 +101,7 @@ def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
 class Schedule:
     """Which rows make up each optimizer step, micro-batch and rank.
 
-    Every pass over the data is a new permutation of the rows.
+    Every pass over the data is a new permutation of the rows. `repeats` steps after each other have the same.
     """
 
     rows: Sequence[list[int]]  # the documents of each row
@@ -112,6 +112,7 @@ class Schedule:
     accumulate: int
     world: int
     seed: int
+    repeats: int = 1
 
     @property
     def rows_per_step(self) -> int:
@@ -120,6 +121,11 @@ class Schedule:
     @property
     def steps_per_pass(self) -> int:
         """Optimizer steps for the whole data once; the last one may be short."""
+        return self._row_sets * self.repeats
+
+    @property
+    def _row_sets(self) -> int:
+        """Steps of a pass that have other rows than the one before."""
         return -(-len(self.lengths) // self.rows_per_step)
 
     def step_rows(self, step: int) -> list[int]:
@@ -127,7 +133,7 @@ class Schedule:
 
         Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
         """
-        turn, place = divmod(step, self.steps_per_pass)
+        turn, place = divmod(step // self.repeats, self._row_sets)
         begin = place * self.rows_per_step
         rows = _permutation(self.seed, turn, len(self.lengths))[begin : begin + self.rows_per_step]
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
@@ -169,7 +175,7 @@ class Schedule:
 def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
-    if config.packing:
+    if config.packing and not documents.alone:
         rows = pack(lengths, config.ctx_len, config.random_seed)
     else:
         rows = Groups(range(count), range(1, count + 1))

@@ -18,6 +18,7 @@ from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from ..config.launcher import is_first_process
+from .answer_unit import AnswerUnit
 from .encode import Tokens
 from .file_documents import Document, FileDocuments, joined
 from .units import Units
@@ -26,29 +27,12 @@ NAMED = 3  # so many units that were left out are named
 
 
 @dataclasses.dataclass
-class Preference:
-    """One unit. Of a pair the chosen answer comes first, and both have the same tokens before the first
-    trained one.
-    """
+class Preference(AnswerUnit):
+    """One unit. Of a pair the chosen answer comes first."""
 
-    answers: list[Document]
     chosen: list[bool]
     # ln p of the trained tokens of each answer by the reference model, (targets,) float32
     reference: list[np.ndarray] | None = None
-
-    @property
-    def prompt(self) -> np.ndarray:
-        """The tokens before the first trained one, (p,) int32 with p >= 1."""
-        return self.answers[0].ids[: prompt_length(self.answers[0])]
-
-    @property
-    def inputs(self) -> int:
-        """Tokens that it takes of a row."""
-        return sum(answer.inputs for answer in self.answers)
-
-    @property
-    def targets(self) -> int:
-        return sum(answer.targets for answer in self.answers)
 
     @property
     def weight(self) -> float:
@@ -60,11 +44,6 @@ class Preference:
         marks = [[len(answer.ids), chosen] for answer, chosen in zip(self.answers, self.chosen)]
         parts = [part for answer, mark in zip(self.answers, marks) for part in (mark, answer.ids)]
         return np.concatenate(parts).astype(np.int32)
-
-
-def prompt_length(answer: Document) -> int:
-    """The place of the first trained token, which is never the first token."""
-    return 1 + int(np.argmax(answer.weights[1:] != 0))
 
 
 @dataclasses.dataclass

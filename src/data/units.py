@@ -54,6 +54,11 @@ class Units(Sequence):
         """Of each unit tokens, (n,) int32: units with equal ones are held out together."""
 
     @property
+    def alone(self) -> bool:
+        """Whether a unit has its row for itself, also where rows are packed."""
+        return False
+
+    @property
     def targets(self) -> int:
         """Trained tokens of all units."""
         return int(self.target_counts.sum(dtype=np.int64))

@@ -13,11 +13,11 @@ import torch
 from rwkv_miss.progress import Progress
 
 from ..common.formatting import counted
+from ..data.answer_batches import collate_answers
 from ..data.collate import to_device
 from ..data.dataset import load
 from ..data.encode import Encoder
 from ..data.formats import LABELS, PAIRS, Reading, Report, read_records
-from ..data.preference_batches import collate_preferences
 from ..data.preferences import Preferences
 from ..data.tokenizer import Tokenizer
 from ..model import RWKV
@@ -76,7 +76,7 @@ def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
         for places in batches(data.lengths - 1):
             chunk = CHUNK if data.lengths[places[-1]] > TOKENS else 0
             shared = not chunk and prompts_once(data, places)
-            batch = collate_preferences([[data[i]] for i in places], len(places), chunk, shared)
+            batch = collate_answers([[data[i]] for i in places], len(places), chunk, shared)
             values = token_log_probs(model, to_device(batch, device), Chunks(chunk)).float().cpu()
             for i, part in zip(places, values.split([int(counts[i]) for i in places]), strict=True):
                 found[ends[i] - counts[i] : ends[i]] = part.numpy()
@@ -215,7 +215,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     loss = loss_for(data, beta)
     for unit in compared:
         start, end = end, end + unit.targets
-        batch = collate_preferences([[unit]], 1.0) | {"baseline": baseline}
+        batch = collate_answers([[unit]], 1.0) | {"baseline": baseline}
         sums += loss(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
         for answer, reference in zip(unit.answers, unit.reference, strict=True):
             part = slice(start, start := start + answer.targets)

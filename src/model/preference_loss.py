@@ -51,7 +51,7 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(cls, log_probs: Tensor, batch: Mapping[str, Any]) -> Answers:
-        """Of log_probs (n,) and a batch of collate_preferences()."""
+        """Of log_probs (n,) and a batch of collate_answers()."""
         answer, empty = batch["answer"], log_probs.new_zeros(len(batch["chosen"]), dtype=torch.float64)
         log_probs, reference = log_probs.double(), batch["reference"]
 
@@ -104,7 +104,7 @@ class PreferenceLoss:
     def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """(the loss summed over the units of a batch, the sums of METRICS (len(METRICS),)), both float64.
 
-        log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_preferences(): answer
+        log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_answers(): answer
         (n,) says whose they are, chosen (A,) which answers are; of pairs these are 2i, and 2i + 1 the
         rejected ones. Each answer has a token. `reference` (n,) are ln ref, for losses that need it. kto
         reads `baseline`, a number that is the same for all units of a step. A batch without units has the

@@ -192,7 +192,7 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
 
 
 def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
-    """What of a batch is another with shared prompts, see data/preference_batches.py."""
+    """What of a batch is another with shared prompts, see data/answer_batches.py."""
     rows = 2 * shared.pairs
     starts = torch.zeros(shared.pairs, shared.prompt, dtype=torch.bool)
     return {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..data.answer_unit import prompt_length
 from ..data.dataset import Document
 from ..data.leading_token import begins_with
-from ..data.preferences import Preference, prompt_length
+from ..data.preferences import Preference
 
 SAMPLE = 80  # characters of each part of short_sample()
 

@@ -29,10 +29,10 @@ from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from .. import ops
 from ..config import Config, accumulation
+from ..data.answer_batches import collator
 from ..data.batches import Schedule
 from ..data.collate import to_device
 from ..data.held_out import evaluation_rows
-from ..data.preference_batches import collator
 from ..data.preferences import Preferences
 from ..data.token_cache import cache_folder, remove_old
 from ..data.units import Units

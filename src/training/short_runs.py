@@ -19,10 +19,10 @@ from rwkv_miss.progress import progress
 
 from .. import ops
 from ..config import Config
+from ..data.answer_batches import collator
 from ..data.batches import Batches, make_schedule
 from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
-from ..data.preference_batches import collator
 from ..data.units import Units
 from ..model import RWKV
 from ..planning.defaults import judged_by

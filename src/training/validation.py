@@ -15,10 +15,10 @@ from rwkv_miss.progress import Progress, say
 
 from ..common.files import append_line, write_lines
 from ..config.launcher import is_first_process
+from ..data.answer_batches import collator
 from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Units, evaluation_batches, questions
 from ..data.leading_token import without_leading
-from ..data.preference_batches import collator
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
 from ..inference.request import Answer, Request

@@ -1,61 +1,82 @@
-"""Rows of preferences -> the tensors of a batch: an answer after its prompt, or a prompt for both answers."""
+"""Rows of units of answers -> the tensors of a batch: an answer after its prompt, or a prompt read once for
+all of its answers.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from .answer_unit import AnswerUnit, prompt_length
 from .collate import collate, trained_tokens
 from .file_documents import Document
-from .preferences import Preference, Preferences, prompt_length
+from .preferences import Preferences
 from .units import Units
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What a batch has beside its tokens, by the name of the units' attribute, a list with one for each
+    answer.
+    """
+
+    of_answers: dict[str, torch.dtype]  # one value each
+    of_tokens: str  # one float32 for each trained token; the attribute is None where that is not known
+
+
+PREFERENCE = Columns({"chosen": torch.bool}, "reference")
+GROUP = Columns({"advantage": torch.float32}, "drawn")
 
 
 def collator(documents: Units, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
     """The one way to make batches of rows of these: (rows, step_weight) -> what collate() or
-    collate_preferences() makes of them.
+    collate_answers() makes of them.
     """
     if isinstance(documents, Preferences):
-        return functools.partial(collate_preferences, chunk=chunk, shared=shared)
+        return functools.partial(collate_answers, chunk=chunk, shared=shared)
     return functools.partial(collate, chunk=chunk)
 
 
-def collate_preferences(
-    rows: list[list[Preference]], step_weight: float, chunk: int = 0, shared: bool = False
+def collate_answers(
+    rows: Sequence[Sequence[AnswerUnit]],
+    step_weight: float,
+    chunk: int = 0,
+    shared: bool = False,
+    columns: Columns = PREFERENCE,
 ) -> dict:
     """The batch of these rows: what collate() makes of their answers' documents, in order, and
 
-    answer: (n,) int64, the answer that each trained token belongs to. chosen: (A,) bool, of each answer; a
-    pair is the answers 2p, chosen, and 2p + 1. reference: (n,) float32, None without a reference.
+    answer: (n,) int64, the answer that each trained token belongs to; those of a unit follow each other. Of
+    preferences chosen: (A,) bool, and reference: (n,) float32, None without a reference; a pair is the
+    answers 2p, chosen, and 2p + 1. Of groups advantage: (A,) float32, and drawn: (n,) float32.
 
-    With `shared`, the prompt of a pair stands in the batch once. ids: (A, T), a row for each answer, which
+    With `shared`, the prompt of a unit stands in the batch once. ids: (A, T), a row for each answer, which
     begins with the last token of its prompt. prompts: (P, S) int64, the tokens before that one, padded on the
     left. prompt_reset: (P, S) bool, true where a padded prompt begins; None if none is padded. prompt_of:
     (A,) int64, the prompt of each row. `reset` is true where an answer's row begins and its prompt has no
-    other token, so that nothing is taken from the padding. step_weight: the units of the whole step.
+    other token, so that nothing is taken from the padding. step_weight: what the loss of the whole step is
+    divided by.
 
     Without rows it is one row without loss, as in collate(), and A is 0.
     """
     if shared and chunk:
-        raise ValueError("collate_preferences: shared prompts have whole rows, got a chunk")
+        raise ValueError("collate_answers: shared prompts have whole rows, got a chunk")
     units = list(itertools.chain(*rows))
-    chosen = [chosen for unit in units for chosen in unit.chosen]
-    batch = _shared(units) if shared else _separate(rows, chunk)
-    with_reference = bool(units) and units[0].reference is not None
-    reference = batch.pop("reference")
-    return {
-        **batch,
-        "chosen": torch.tensor(chosen, dtype=torch.bool),
-        "reference": reference if with_reference else None,
-        "step_weight": step_weight,
-    }
+    batch = _shared(units, columns) if shared else _separate(rows, chunk, columns)
+    if not units or getattr(units[0], columns.of_tokens) is None:
+        batch[columns.of_tokens] = None
+    for name, dtype in columns.of_answers.items():
+        values = itertools.chain.from_iterable(getattr(unit, name) for unit in units)
+        batch[name] = torch.tensor(list(values), dtype=dtype)
+    return {**batch, "step_weight": step_weight}
 
 
-def _separate(rows: list[list[Preference]], chunk: int) -> dict:
+def _separate(rows: Sequence[Sequence[AnswerUnit]], chunk: int, columns: Columns) -> dict:
     """Every answer after its own prompt; the answers of a row one after another."""
     width = max([sum(unit.inputs for unit in row) for row in rows] + [1])
     table = _Table(max(len(rows), 1), width)
@@ -64,13 +85,13 @@ def _separate(rows: list[list[Preference]], chunk: int) -> dict:
         start = 0
         for unit in row:
             for place, answer in enumerate(unit.answers):
-                table.put(i, start, answer, number, _reference_of(unit, place))
+                table.put(i, start, answer, number, _values(unit, columns, place))
                 table.reset[i, start] = start > 0
                 start, number = start + answer.inputs, number + 1
-    return table.batch(chunk)
+    return table.batch(chunk, columns)
 
 
-def _shared(units: list[Preference]) -> dict:
+def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
     """A row for each answer, which goes on from the state after its prompt."""
     prompts = [unit.prompt[:-1] for unit in units]
     lengths = [answer.inputs + 1 - prompt_length(answer) for unit in units for answer in unit.answers]
@@ -80,7 +101,7 @@ def _shared(units: list[Preference]) -> dict:
         for place, answer in enumerate(unit.answers):
             begin = prompt_length(answer) - 1
             after = Document(answer.ids[begin:], answer.weights[begin:])
-            table.put(len(of), 0, after, len(of), _reference_of(unit, place))
+            table.put(len(of), 0, after, len(of), _values(unit, columns, place))
             table.reset[len(of), 0] = begin == 0
             of.append(number)
     read = np.zeros((max(len(prompts), 1), max([*map(len, prompts), 1])), np.int64)
@@ -90,15 +111,16 @@ def _shared(units: list[Preference]) -> dict:
         read[i, begin:] = prompt
         begins[i, begin : begin + 1] = begin > 0
     return {
-        **table.batch(0),
+        **table.batch(0, columns),
         "prompts": torch.from_numpy(read),
         "prompt_reset": torch.from_numpy(begins) if begins.any() else None,
         "prompt_of": torch.tensor(of or [0]),
     }
 
 
-def _reference_of(unit: Preference, place: int) -> np.ndarray | None:
-    return None if unit.reference is None else unit.reference[place]
+def _values(unit: AnswerUnit, columns: Columns, place: int) -> np.ndarray | None:
+    values = getattr(unit, columns.of_tokens)
+    return None if values is None else values[place]
 
 
 class _Table:
@@ -108,20 +130,20 @@ class _Table:
         shape = (rows, width)
         self.ids, self.targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.weights, self.reset = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        self.answer, self.reference = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        self.answer, self.values = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
-    def put(self, row: int, column: int, answer: Document, number: int, reference: np.ndarray | None) -> None:
-        """An answer's document, the number of the answer, and ln p of its trained tokens."""
+    def put(self, row: int, column: int, answer: Document, number: int, values: np.ndarray | None) -> None:
+        """An answer's document, the number of the answer, and what each of its trained tokens has."""
         part = slice(column, column + answer.inputs)
         self.ids[row, part] = answer.ids[:-1]
         self.targets[row, part] = answer.ids[1:]
         self.weights[row, part] = answer.weights[1:]
         self.answer[row, part] = number
-        if reference is not None:
-            self.reference[row, part][self.weights[row, part] != 0] = reference
+        if values is not None:
+            self.values[row, part][self.weights[row, part] != 0] = values
 
-    def batch(self, chunk: int) -> dict:
-        beside = {"answer": self.answer, "reference": self.reference}
+    def batch(self, chunk: int, columns: Columns) -> dict:
+        beside = {"answer": self.answer, columns.of_tokens: self.values}
         return {
             "ids": torch.from_numpy(self.ids),
             "reset": torch.from_numpy(self.reset) if self.reset.any() else None,
