@@ -47,7 +47,7 @@ with importing():
     from src.evaluation.many_samples import Scores, scores_of
     from src.evaluation.preferences import Compared, read_preferences
     from src.evaluation.presets import PRESETS
-    from src.evaluation.scoring import SCORES
+    from src.evaluation.scoring import SCORES, require_readable
     from src.inference.load import load, load_with
     from src.inference.sampling import Sampling
     from src.model import RWKV, read_model_file
@@ -304,13 +304,7 @@ def questions_of(args: argparse.Namespace, template: Template) -> list[Question]
     if args.score == "code":
         return read_problems(args.questions, template)
     questions = read_questions(args.questions, template, Reading.of(args))
-    score = SCORES[args.score]
-    for question in questions:
-        if score.result_of_right(question.right) is None:
-            raise UserError(
-                f"--score {args.score}: a right answer has no {score.wanted.removeprefix('a ')}: "
-                f"{question.right[-200:]!r} (of {question.prompt[:80]!r})"
-            )
+    require_readable(args.score, questions, f"--score {args.score}")
     return questions
 
 

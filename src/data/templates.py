@@ -168,10 +168,15 @@ def _jinja(name: str, source: str, eos: str) -> Template:
     return JinjaTemplate(name, source, eos)
 
 
-def answer_text(text: str, template: Template, opening: str) -> str:
-    """What a generated answer says: the text up to the end of its turn, without the thoughts before it.
+def whole_text(text: str, template: Template, opening: str) -> str:
+    """A generated answer up to the end of its turn, with its thoughts.
 
     `opening` is what the answer begins with, though it was not generated.
     """
-    text = opening + before_stops(text, template.stops)
-    return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    return opening + before_stops(text, template.stops)
+
+
+def answer_text(text: str, template: Template, opening: str) -> str:
+    """What a generated answer says: whole_text() without the thoughts that it begins with."""
+    whole = whole_text(text, template, opening)
+    return re.sub(r"^\s*<think>.*?</think>", "", whole, flags=re.DOTALL).strip()

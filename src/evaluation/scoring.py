@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from rwkv_miss.errors import UserError
+
+from ..data.questions import Question
 from .mathematics import mathematics, right_mathematics, same_mathematics
 
 CONCLUSION = re.compile(r"####|answer is:?", re.IGNORECASE)  # GSM8K's solutions, MetaMathQA's
@@ -165,3 +168,14 @@ SCORES = {
     "boxed": Score(same_result, canonical, canonical, "a \\boxed{...} or `answer is`"),
     "math_verify": Score(same_mathematics, mathematics, right_mathematics, "mathematics"),
 }
+
+
+def require_readable(name: str, questions: Sequence[Question], flag: str) -> None:
+    """UserError for a right answer that the score of this name can't read. `flag` asked for the score."""
+    score = SCORES[name]
+    for question in questions:
+        if score.result_of_right(question.right) is None:
+            raise UserError(
+                f"{flag}: a right answer has no {score.wanted.removeprefix('a ')}: "
+                f"{question.right[-200:]!r} (of {question.prompt[:80]!r})"
+            )
