@@ -11,9 +11,10 @@ import pytest
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
-from src.training import curves, outputs, preference_log, preference_text, run_card, verdict
+from src.training import curves, outputs, preference_text, run_card, verdict
 from src.training.callbacks import StepReport
-from src.training.preference_log import fields, numbers
+from src.training.early_warning import early_warning
+from src.training.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
 from src.training.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.validation_log import describe
 
@@ -34,13 +35,13 @@ METRICS = {
 def line(step, loss=0.5, units=16, **changed):
     """A line of metrics.jsonl."""
     spent = {"lr": 1e-3, "tokens": 500, "trained_tokens": 320, "seconds": 0.5, "tokens_per_second": 1000.0}
-    return {"step": step, "loss": loss, **spent, **fields(units, METRICS | changed)}
+    return {"step": step, "loss": loss, **spent, **PREFERENCES.fields(units, METRICS | changed)}
 
 
 def evaluation(step, loss=0.5, answer=None, units=100, **changed):
     """A line of validation.jsonl."""
     samples = [{"prompt": "2+2?", "answer": answer or str(step), "right": "4"}]
-    return {"step": step, "loss": loss, "samples": samples, **fields(units, METRICS | changed)}
+    return {"step": step, "loss": loss, "samples": samples, **PREFERENCES.fields(units, METRICS | changed)}
 
 
 def evaluations():
@@ -67,10 +68,11 @@ def drift(count, chosen, accuracy, seed=0):
 
 
 def test_a_line_has_the_metrics_and_what_is_not_finite_is_null():
-    found = fields(16.0, METRICS | {"logp_chosen": math.nan})
+    found = PREFERENCES.fields(16.0, METRICS | {"logp_chosen": math.nan})
     assert found == {"units": 16} | METRICS | {"logp_chosen": None} and isinstance(found["units"], int)
-    assert fields(320.0, {}) == {} and numbers("train", {"step": 1, "loss": 1.0, "lr": 0.1}) == {}
-    sent = numbers("validation", {"step": 1, "loss": 1.0} | found)
+    plain = {"step": 1, "loss": 1.0, "lr": 0.1}
+    assert SUPERVISED.fields(320.0, {}) == {} == SUPERVISED.numbers("train", plain)
+    sent = PREFERENCES.numbers("validation", {"step": 1, "loss": 1.0} | found)
     assert sent == {f"validation/{name}": value for name, value in METRICS.items() if name != "logp_chosen"}
 
 
@@ -78,6 +80,7 @@ def test_a_line_has_the_metrics_and_what_is_not_finite_is_null():
 def test_the_bar_shows_loss_accuracy_and_margin_in_80_columns(monkeypatch, total, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     report = StepReport("", total, 0.0, None, [])
+    report.metrics = PREFERENCES
     report.bar = Progress("training", total, "steps", shown=False)
     report.bar.terminal, report.steps_here = True, 1
     report.begun = report.last_line = 0.0
@@ -95,13 +98,13 @@ def test_the_bar_shows_loss_accuracy_and_margin_in_80_columns(monkeypatch, total
 
 
 def test_an_evaluation_is_told_with_its_accuracy():
-    said, sample = describe([evaluation(0, 0.7), evaluation(9, 0.25)], 20)
+    said, sample = describe([evaluation(0, 0.7), evaluation(9, 0.25)], 20, PREFERENCES)
     assert said == (
         "step 9/20 validation loss 0.2500, the best so far, accuracy 93.8 %, margin 1.25, log p of the chosen"
         " -30.0"
     )
     raw = {name: value for name, value in METRICS.items() if name not in ("reward_accuracy", "kl")}
-    assert preference_log.metrics_text(fields(3, raw)).startswith(", accuracy 50 %, ")
+    assert PREFERENCES.evaluation_text(PREFERENCES.fields(3, raw)).startswith("accuracy 50 %, ")
 
 
 def test_a_fall_of_the_right_answers_is_warned_of_once():
@@ -174,8 +177,8 @@ def test_the_pictures_hold_every_metric(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", noted)
     metrics = [line(step, margin=step / 10) for step in range(1, 9)] + [line(9, margin=math.nan)]
     history = [evaluation(0, margin=0.0), evaluation(9, margin=2.0)]
-    curves.draw_losses(metrics, history, str(tmp_path / "loss.png"))
-    curves.draw_preferences(metrics, history, str(tmp_path / "preferences.png"))
+    curves.draw_pictures(PREFERENCES, metrics, history, str(tmp_path))
+    assert (tmp_path / "loss.png").exists()
     titles = {name.replace("_", " ") for name in METRICS}
     losses = {"loss", "mean of 1 steps", "validation loss"}
     assert set(drawn) == titles | {f"{title}, held out" for title in titles} | losses
@@ -275,23 +278,26 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
         name, vocab_size = "bytes", 257
 
     report = StepReport("", 9, 0.0, None, [], Tokenizer())
-    report.unlearning = UnlearningWatch(DPO, [])
+    report.metrics, report.early_warning = metrics_of(DPO), early_warning(DPO, [])
     report._remark(line(1, 25.0), 25.0)
     assert capsys.readouterr().out == ""
     report._remark(line(1, 25.0, nll=11.0), 25.0)
     assert "the loss of the chosen answers is 11.00, worse than guessing" in capsys.readouterr().out
+    supervised = Config(load_model="base.pth")
+    report.metrics, report.early_warning = metrics_of(supervised), early_warning(supervised, [])
     report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
     assert "worse than guessing" in capsys.readouterr().out
 
 
 def test_run_json_has_the_metrics(tmp_path):
     history = evaluations()
-    found = outputs._preference_summary([line(step, margin=step / 10) for step in range(1, 21)], history)
+    metrics = [line(step, margin=step / 10) for step in range(1, 21)]
+    found = outputs._metrics_summary(PREFERENCES, metrics, history)
     assert json.loads(json.dumps(found)) == found
     assert (found["metrics_first"]["margin"], found["metrics_last"]["margin"]) == pytest.approx((0.15, 1.95))
     names = ("first", "last", "best")
     assert [found[f"validation_metrics_{name}"]["margin"] for name in names] == [0.0, 2.5, 3.0]
-    assert outputs._preference_summary([{"step": 1, "loss": 1.0}], []) == {}
+    assert outputs._metrics_summary(SUPERVISED, [{"step": 1, "loss": 1.0}], []) == {}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from src.config import Config
 from src.model import RWKV, read_model_file
 from src.training import trainer
 from src.training.callbacks import StepReport
+from src.training.loss_metrics import SUPERVISED
 from src.training.resume import earlier_settings
 
 from . import program
@@ -446,6 +447,7 @@ def test_both_signals_are_answered_at_once(capfd, monkeypatch):
 def test_the_first_step_says_nothing_of_the_time_that_is_left(capsys):
     """It takes 30 s here and the others 1 s each, as where the first one prepares what they find."""
     report = StepReport("", 100, 0.0, None, [])
+    report.metrics = SUPERVISED
     report.bar = Progress("training", 100, "steps", shown=False)
     report.begun, report.last_line, report.steps_here = 0.0, 0.0, 0
     for step, now in ((1, 30.0), (2, 31.0), (3, 32.0), (4, 33.0), (5, 34.0)):

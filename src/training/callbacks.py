@@ -28,13 +28,13 @@ from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
 from ..model.preference_loss import means
+from .early_warning import early_warning
 from .late_reading import Moment, Numbers
 from .loggers import Writer
-from .preference_log import bar_text, fields, is_preference, metrics_text, numbers
+from .loss_metrics import metrics_of
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
-from .unlearning import UnlearningWatch
 from .validation_log import BEST
 
 
@@ -98,7 +98,8 @@ class StepReport(Callback):
             # a resumed run does the steps after its checkpoint again
             before = read_lines(self.path, trainer.global_step)
             write_lines(self.path, before)
-            self.unlearning = UnlearningWatch(module.config, before)
+            self.metrics = metrics_of(module.config)
+            self.early_warning = early_warning(module.config, before)
         self.last_good.start(trainer)
         self.begun = self.last_line = time.perf_counter()
         self.steps_here = 0
@@ -227,7 +228,7 @@ class StepReport(Callback):
             shown = ("loss", "lr", "tokens_per_second")
             values = {f"train/{name}": line[name] for name in shown if line[name] is not None}
             for writer in self.writers:
-                writer.numbers(step, values | numbers("train", line))
+                writer.numbers(step, values | self.metrics.numbers("train", line))
             self._show(line, loss, time.perf_counter())
         # not self.stop, which a signal may just have set on this rank alone
         trainer.should_stop = trainer.should_stop or round(going_on * trainer.world_size) < trainer.world_size
@@ -244,31 +245,30 @@ class StepReport(Callback):
             "trained_tokens": targets,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            **fields(module.schedule.step_weight(step - 1), metrics),
+            **self.metrics.fields(module.schedule.step_weight(step - 1), metrics),
         }
 
     def _remark(self, line: dict, loss: float) -> None:
         """Say what is odd about a step."""
         step = line["step"]
-        # of a preference the loss has no relation to the vocabulary, the cross entropy of its answers has
-        nats, name = loss, "the loss"
-        if is_preference(line):
-            nats, name = line.get("nll"), "the loss of the chosen answers"
         if not line["trained_tokens"]:
             say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
-        elif step == 1 and self.tokenizer and nats is not None:
-            if doubt := worse_than_guessing(nats, self.tokenizer, name):
+        elif step == 1 and self.tokenizer and self.metrics.nats:
+            # only a cross entropy has a relation to the vocabulary
+            name, words = self.metrics.nats
+            nats = loss if name == "loss" else line.get(name)
+            if nats is not None and (doubt := worse_than_guessing(nats, self.tokenizer, words)):
                 say(doubt)
-        if warning := self.unlearning.after(line):
+        if warning := self.early_warning(line):
             say(warning)
 
     def _show(self, line: dict, loss: float, now: float) -> None:
         """The bar, and now and then a line where there is none."""
         step = line["step"]
-        shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
-        said = f"{shown}{metrics_text(line)} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        speed = f"{line['tokens_per_second']:.0f} tokens/s"
+        said = f"{self.metrics.step_text(line, loss)} lr {line['lr']:.2e} {speed}"
         # a bar in 80 columns has room for what is watched
-        noted = bar_text(line) if is_preference(line) else said
+        noted = self.metrics.bar_text(line) if self.metrics.bar else said
         if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
             self.bar.warm_up()
             self.begun = now

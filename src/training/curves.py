@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 
 from ..common.files import write_bytes
-from .preference_log import is_preference
+from .loss_metrics import LossMetrics
 
-CURVE, PREFERENCE_CURVES = "loss.png", "preferences.png"
-# the panels beside the loss: title, names in the files
-PANELS = (
-    ("rewards", ("reward_chosen", "reward_rejected", "margin")),
-    ("accuracy", ("reward_accuracy", "raw_accuracy")),
-    ("log p of an answer (nats)", ("logp_chosen", "logp_rejected")),
-    ("nats per token", ("nll", "kl")),
-)
+CURVE = "loss.png"
 
 
-def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
+def draw_pictures(described: LossMetrics, metrics: list[dict], history: list[dict], folder: str) -> None:
+    """The files of pictures()."""
+    if described.by_loss:
+        draw_losses(metrics, history, os.path.join(folder, CURVE), described.loss_of)
+    if described.picture:
+        draw_panels(described, metrics, history, os.path.join(folder, described.picture))
+
+
+def pictures(described: LossMetrics) -> list[str]:
+    """The pictures of a run, in Markdown."""
+    files = {CURVE: "training and validation loss over the steps"} if described.by_loss else {}
+    if described.picture:
+        files[described.picture] = described.caption
+    return [f"![{caption}]({file})" for file, caption in files.items()]
+
+
+def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str = "nats per token") -> None:
     """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -28,17 +38,16 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
     evaluated, losses = _known(history, "loss")
     if evaluated:
         axes.plot(evaluated, losses, _marks(evaluated), label="validation loss")
-    unit = "a pair or answer" if is_preference(metrics[0]) else "nats per token"
     axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.legend()
     _write(plt, figure, path)
 
 
-def draw_preferences(metrics: list[dict], history: list[dict], path: str) -> None:
-    """A PNG of what a preference has beside its loss: running means over the steps, evaluations as marks."""
+def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict], path: str) -> None:
+    """A PNG of the metrics beside the loss: running means over the steps, evaluations as marks."""
     plt = _pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    for axes, (title, names) in zip(panels.flat, PANELS, strict=True):
+    for axes, (title, names) in zip(panels.flat, described.panels, strict=True):
         for number, name in enumerate(names):
             steps, values = _known(metrics, name)
             if not steps:

@@ -18,11 +18,11 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
-from .curves import CURVE, PREFERENCE_CURVES
-from .preference_log import is_preference, value_text
+from .curves import pictures
+from .loss_metrics import LossMetrics, metrics_of
 from .preference_text import describe_loss
-from .run_card import named, table
-from .validation_log import best, loss_text
+from .run_card import table, training_score
+from .validation_log import best
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
@@ -61,9 +61,8 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         "## What was trained",
         table(["", ""], _trained(config, arch, metadata, metrics, summary)),
         "## What was measured",
-        table(["", ""], _measured(summary, history)),
-        f"![training and validation loss over the steps]({CURVE})",
-        *_curves(metrics),
+        table(["", ""], _measured(metrics_of(config), summary, history)),
+        *pictures(metrics_of(config)),
         "## How to use it",
         _usage(_base(config, metadata), name, is_adapter),
     ]
@@ -157,27 +156,23 @@ def _data_name(path: str, weight: float) -> str:
     return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
 
 
-def _measured(summary: dict, history: list[dict]) -> list[list[str]]:
+def _measured(described: LossMetrics, summary: dict, history: list[dict]) -> list[list[str]]:
     """Rows of the table about the results."""
-    rows = [["training loss", f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}"]]
+    score = described.score
+    rows = [[f"training {score}", training_score(described, summary)]]
     if history:
         first, last, top = history[0], history[-1], best(history)
-        rows.append(["held-out loss before", loss_text(first)])
-        rows.append([f"held-out loss at step {last['step']}", loss_text(last)])
+        rows.append([f"held-out {score} before", described.score_text(first)])
+        rows.append([f"held-out {score} at step {last['step']}", described.score_text(last)])
         if top and top is not last:
-            rows.append([f"held-out loss, best, step {top['step']}", loss_text(top)])
-        for metric, title in named(last):
-            values = [value_text(metric, line.get(metric)) for line in (first, last)]
-            rows.append([f"held-out {title}", " to ".join(values)])
+            rows.append([f"held-out {score}, best, step {top['step']}", described.score_text(top)])
+        for metric, title in described.named(last):
+            if metric != score:
+                values = [described.value_text(metric, line.get(metric)) for line in (first, last)]
+                rows.append([f"held-out {title}", " to ".join(values)])
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base, nats per token, on a fixed text", f"{moved:.4f}"])
     return rows
-
-
-def _curves(metrics: list[dict]) -> list[str]:
-    if not is_preference(metrics[-1]):
-        return []
-    return [f"![rewards, accuracies, log p and KL over the steps]({PREFERENCE_CURVES})"]
 
 
 def _usage(base: str, name: str, is_adapter: bool) -> str:

@@ -22,12 +22,12 @@ from ..common.files import read_lines, write_text
 from ..config import Config
 from ..data.encode import Encoder
 from ..model import RWKV
-from .curves import CURVE, PREFERENCE_CURVES, draw_losses, draw_preferences
+from .curves import draw_pictures
+from .loss_metrics import LossMetrics, metrics_of
 from .model_card import write_model_card
-from .preference_log import first_and_last, is_preference, metrics_of, metrics_text
-from .run_card import CARD, card
+from .run_card import CARD, card, training_score
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
-from .validation_log import BEST, VALIDATION, best, is_over, loss_text
+from .validation_log import BEST, VALIDATION, best, is_over
 from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
@@ -129,9 +129,8 @@ def finish(
             " odd in the data or the base"
         )
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
-    draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
-    if is_preference(metrics[-1]):
-        draw_preferences(metrics, history, os.path.join(config.proj_dir, PREFERENCE_CURVES))
+    described = metrics_of(config)
+    draw_pictures(described, metrics, history, config.proj_dir)
     summary = {
         "version": VERSION,
         "commit": commit() or None,
@@ -143,7 +142,7 @@ def finish(
         **(measured or {}),
         "output": output_path(config),
         **_validation_summary(config, history),
-        **_preference_summary(metrics, history),
+        **_metrics_summary(described, metrics, history),
     }
     state = _state(config, step, total_steps, history)
     doubted = None
@@ -171,16 +170,16 @@ def _validation_summary(config: Config, history: list[dict]) -> dict:
     return summary
 
 
-def _preference_summary(metrics: list[dict], history: list[dict]) -> dict:
-    """What run.json says of the metrics of a preference: first and last steps, and the evaluations."""
-    if not is_preference(metrics[-1]):
+def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[dict]) -> dict:
+    """What run.json says of the metrics beside the loss: first and last steps, and the evaluations."""
+    if not described.titles:
         return {}
-    first, last = first_and_last(metrics)
+    first, last = described.first_and_last(metrics)
     summary = {"metrics_first": first, "metrics_last": last}
     if history:
         evaluated = {"first": history[0], "last": history[-1], "best": best(history)}
         summary |= {
-            f"validation_metrics_{name}": metrics_of(line) for name, line in evaluated.items() if line
+            f"validation_metrics_{name}": described.known(line) for name, line in evaluated.items() if line
         }
     return summary
 
@@ -191,7 +190,8 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
         return "done"
     if is_over(history, config.early_stop):
         count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
-        return f"ended early, as the held-out loss fell no further{count}"
+        stopped = "loss fell no further" if metrics_of(config).by_loss else "reward rose no further"
+        return f"ended early, as the held-out {stopped}{count}"
     return STOPPED
 
 
@@ -208,16 +208,16 @@ def _last_words(
     """What a run prints at its end: what came of it, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
+    described = metrics_of(config)
     lines = [
-        f"{state}: step {summary['steps']} of {summary['planned_steps']}, loss {summary['loss_first']:.4f} to"
-        f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
+        f"{state}: step {summary['steps']} of {summary['planned_steps']}, {described.score}"
+        f" {training_score(described, summary)}; {start}wrote {summary['output']}"
     ]
     # a run that was stopped may have done steps after its last evaluation, or have only that of before them
     last = history[-1]["step"] if history else 0
-    if last and (known := metrics_text(history[-1])):
-        now, before = (text.removeprefix(", ") for text in (known, metrics_text(history[0])))
+    if last and (known := described.evaluation_text(history[-1])):
         when = "" if last == summary["steps"] else f"at step {last} "
-        lines.append(f"held out:  {when}{now}; before training {before}")
+        lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     else:
@@ -227,10 +227,11 @@ def _last_words(
     if doubted:
         lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
     if "best" in summary:
+        when = "at the end" if last == summary["steps"] else f"at step {last}"
         lines.append(
-            f"best:      {summary['best']}, step {summary['best_step']}, validation loss"
-            f" {summary['validation_best']:.4f}; before training {loss_text(history[0])},"
-            f" {'at the end' if last == summary['steps'] else f'at step {last}'} {loss_text(history[-1])}"
+            f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
+            f" {described.score_of(summary['validation_best']):.4f}; before training"
+            f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
         )
     trained, _ = _recommended(summary)
     return [*lines, _next_command(config, trained)]

@@ -6,11 +6,11 @@ import math
 import os
 
 from ..config import Config, command
-from .curves import CURVE, PREFERENCE_CURVES
-from .preference_log import NAMES, first_and_last, is_preference, value_text
+from .curves import pictures
+from .loss_metrics import LossMetrics, loss_text, metrics_of
 from .preference_text import held_out_units, loss_unit
 from .rate_search import recorded_search, search_table
-from .validation_log import best, loss_text
+from .validation_log import best
 from .verdict import Doubt
 
 CARD = "run_card.md"
@@ -27,12 +27,13 @@ def card(
     doubted: Doubt | None,
 ) -> str:
     """The text of run_card.md: what was run, what came of it, and what it changed."""
+    described = metrics_of(config)
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
     figures = {
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
-        "training loss": f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}",
+        f"training {described.score}": training_score(described, summary),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
@@ -50,8 +51,8 @@ def card(
         _as_it_is("\n".join(plan)),
         *_rate_search(config),
         "## Curves",
-        f"![training and validation loss over the steps]({CURVE})",
-        *_preferences(metrics),
+        *pictures(described),
+        *_training_metrics(described, metrics),
         f"## {held_out_units(config).capitalize()}",
         *_validation(config, summary, history),
         "## Forgetting",
@@ -72,29 +73,28 @@ def _rate_search(config: Config) -> list[str]:
     return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
 
 
-def _preferences(metrics: list[dict]) -> list[str]:
-    """What a preference has beside its loss; nothing for supervised training."""
-    if not is_preference(metrics[-1]):
+def training_score(described: LossMetrics, summary: dict) -> str:
+    """What is trained, at the begin of a run and at its end."""
+    if described.by_loss:
+        return f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}"
+    ends = [summary[f"metrics_{part}"].get(described.score) for part in ("first", "last")]
+    return " to ".join(described.value_text(described.score, value) for value in ends)
+
+
+def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
+    """The metrics beside the loss; nothing for supervised training."""
+    if not described.titles:
         return []
-    first, last = first_and_last(metrics)
+    first, last = described.first_and_last(metrics)
     rows = [
-        [title, *(value_text(name, part.get(name)) for part in (first, last))] for name, title in named(last)
+        [title, *(described.value_text(name, part.get(name)) for part in (first, last))]
+        for name, title in described.named(first | last)
     ]
     return [
-        f"![rewards, accuracies, log p and KL over the steps]({PREFERENCE_CURVES})",
-        "## Preferences, of the training data",
+        f"## {described.heading}",
         table(["", "mean of the first tenth of the steps", "of the last tenth"], rows),
-        (
-            "An accuracy is the share of pairs whose chosen answer wins: by its reward, which is against the"
-            " reference, or, raw, by its own log p. A high one alone proves nothing: the chosen answers"
-            " should not get less likely."
-        ),
+        described.explanation,
     ]
-
-
-def named(line: dict) -> list[tuple[str, str]]:
-    """(name, title) of the metrics that a line has."""
-    return [(name, title) for name, title in NAMES.items() if name in line]
 
 
 def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]:
@@ -103,26 +103,40 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
             "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that"
             " it was not trained on."
         ]
+    described = metrics_of(config)
     first, last, top = history[0], history[-1], best(history)
-    losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
+    states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
-        losses[f"best, step {top['step']}"] = top
-    rows = [[f"loss, {loss_unit(config)}", *map(loss_text, losses.values())]]
-    for name, title in named(last):
-        rows.append([title, *(value_text(name, line.get(name)) for line in losses.values())])
-    parts = [table(["", *losses], rows)]
+        states[f"best, step {top['step']}"] = top
+    rows = []
+    if described.by_loss:
+        rows.append([f"loss, {loss_unit(config)}", *map(loss_text, states.values())])
+    for name, title in described.named(last):
+        rows.append([title, *(described.value_text(name, line.get(name)) for line in states.values())])
+    parts = [table(["", *states], rows)]
     if "best" in summary:
         parts.append(
-            f"`{summary['best']}` is the state of step {summary['best_step']}, loss"
-            f" {summary['validation_best']:.4f}."
+            f"`{summary['best']}` is the state of step {summary['best_step']}, {described.score}"
+            f" {described.score_of(summary['validation_best']):.4f}."
         )
-    before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}
+    before = {sample["prompt"]: sample for sample in first["samples"]}
     for number, sample in enumerate(last["samples"], 1):
-        parts.append(f"### Sample {number}")
-        shown = {**sample, "before": before.get(sample["prompt"], ""), "after": sample["answer"]}
-        for name in ("prompt", "right", "before", "after"):
-            parts += [f"{name}:", _as_it_is(shown[name] or "(nothing)")]
+        earlier = before.get(sample["prompt"], {})
+        parts += [
+            f"### Sample {number}",
+            *as_it_is("prompt", sample["prompt"]),
+            *as_it_is("right", sample["right"]),
+            *as_it_is(f"before{reward_text(earlier)}", earlier.get("answer", "")),
+            *as_it_is(f"after{reward_text(sample)}", sample["answer"]),
+        ]
     return parts
+
+
+def reward_text(answer: dict) -> str:
+    """ ", reward 0.5" of an answer that was scored."""
+    if "reward" not in answer:
+        return ""
+    return ", reward not known" if answer["reward"] is None else f", reward {answer['reward']:.4g}"
 
 
 def _forgetting(config: Config, summary: dict) -> list[str]:
@@ -149,10 +163,13 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     ]
     first, last = summary.get("validation_first"), summary.get("validation_last")
     if first is not None and last is not None:
-        moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
+        described = metrics_of(config)
+        change = described.score_of(last) - described.score_of(first)
+        moved = f"rose by {change:.4f}" if change > 0 else f"fell by {-change:.4f}"
+        unit = f" {loss_unit(config)}" if described.by_loss else ""
         parts.append(
-            f"Beside it stands what was learned: on {held_out_units(config)} the loss {moved}"
-            f" {loss_unit(config)}."
+            f"Beside it stands what was learned: on {held_out_units(config)} the {described.score}"
+            f" {moved}{unit}."
         )
     return parts
 
@@ -174,6 +191,11 @@ def kl_in_words(kl: float) -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def as_it_is(title: str, text: str) -> list[str]:
+    """A text of a model under its title."""
+    return [f"{title}:", _as_it_is(text or "(nothing)")]
 
 
 def _as_it_is(text: str) -> str:

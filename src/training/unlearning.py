@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..config import Config
-from .preference_log import accuracy, is_preference, percent
+from .loss_metrics import ACCURACIES, percent
 
 WINDOW = 10  # steps that are looked at together
 LEAST_FALL = 1.0  # nats by which log p of a chosen answer has to fall
@@ -38,6 +38,11 @@ def unlearning_warning(config: Config, metrics: Sequence[dict]) -> str | None:
     )
 
 
+def accuracy(line: dict) -> float | None:
+    """That against the reference, the raw one for a loss without one; None where it is not known."""
+    return next((line[name] for name in ACCURACIES if line.get(name) is not None), None)
+
+
 def is_own_start(config: Config) -> bool:
     """Whether the reference of a run is the model that it starts from."""
     return config.loss in ("dpo", "ipo", "kto") and not config.reference
@@ -55,7 +60,7 @@ class UnlearningWatch:
 
     def after(self, line: dict) -> str | None:
         """The warning with what to do, if it is to be said after this step."""
-        if not is_preference(line) or "rolled_back_to" in line:
+        if "rolled_back_to" in line:
             return None
         self.lines.append(line)
         del self.lines[WINDOW:-WINDOW]  # what is between the windows tells nothing

@@ -27,8 +27,8 @@ from ..model import RWKV
 from ..model.preference_loss import means
 from .callbacks import StepReport
 from .kto_baseline import baseline
+from .loss_metrics import metrics_of
 from .objective import undisturbed
-from .preference_log import fields, numbers
 from .process_group import processes_of
 from .validation_log import BEST, VALIDATION, best, describe, is_over
 
@@ -54,6 +54,7 @@ class Watch(Callback):
         self.write, self.report = write, report
 
     def on_train_start(self, trainer, module) -> None:
+        self.metrics = metrics_of(module.config)
         self.questions = questions(module.held_out, module.config.eval_samples, self.encoder)
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
@@ -101,7 +102,7 @@ class Watch(Callback):
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "tokens": module.evaluated.targets,
-            **fields(module.evaluated.weight, metrics),
+            **self.metrics.fields(module.evaluated.weight, metrics),
             "samples": samples,
         }
         self.history.append(line)
@@ -111,10 +112,10 @@ class Watch(Callback):
             append_line(self.path, line)
             for writer in self.report.writers:
                 if line["loss"] is not None:
-                    writer.numbers(step, {"validation/loss": loss} | numbers("validation", line))
+                    writer.numbers(step, {"validation/loss": loss} | self.metrics.numbers("validation", line))
                 if samples:
                     writer.samples(step, samples)
-            say("\n".join(describe(self.history, module.total_steps)))
+            say("\n".join(describe(self.history, module.total_steps, self.metrics)))
         return True
 
     def _answers(self, model: RWKV) -> list[Answer]:

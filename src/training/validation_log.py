@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .preference_log import metrics_text
+from .loss_metrics import LossMetrics
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
 
@@ -42,22 +42,19 @@ def all_right(line: dict) -> bool:
     return bool(line["samples"]) and all(sample["answer"] == sample["right"] for sample in line["samples"])
 
 
-def describe(history: list[dict], total: int) -> list[str]:
-    """The newest evaluation for the user: the loss beside the best one, and the samples, a line each."""
+def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]:
+    """The newest evaluation for the user: the score beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
-    beside = ""
+    said = [f"validation {metrics.score} {metrics.score_text(line)}"]
     if top is line:
-        beside = ", the best so far"
+        said.append("the best so far")
     elif top is not None:
-        beside = f", best {top['loss']:.4f} at step {top['step']}"
+        said.append(f"best {metrics.score_text(top)} at step {top['step']}")
+    said.append(metrics.evaluation_text(line))
     return [
-        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}{metrics_text(line)}",
+        f"step {line['step']}/{total} {', '.join(filter(None, said))}",
         *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"]),
     ]
-
-
-def loss_text(line: dict) -> str:
-    return "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
 
 
 def _end(text: str, length: int = 60) -> str:

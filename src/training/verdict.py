@@ -8,10 +8,10 @@ from typing import NamedTuple
 from ..config import Config
 from ..config.schema import PUBLISHED
 from ..planning.defaults import CHOSEN
-from .preference_log import accuracy, percent
+from .loss_metrics import loss_text, percent
 from .preference_text import held_out_units
-from .unlearning import against_unlearning, held_out_unlearning, unlearning_warning
-from .validation_log import all_right, answers_as_before, evaluation_at, loss_text
+from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlearning_warning
+from .validation_log import all_right, answers_as_before, evaluation_at
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
 
