@@ -32,13 +32,13 @@ USUAL_SAMPLE_TOKENS = 100
 
 
 def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> tuple[Units, Units]:
-    """(documents to train on, documents held out); they may be preferences.
+    """(documents to train on, documents held out); they may be preferences or questions.
 
     Held out are the documents of --eval_file, or the share --eval_split of `documents`; without either, none.
     --eval_split keeps the documents of one conversation together. A document that is in both, word for word,
-    is held out. Of preferences the prompt decides, so that those with one prompt stay together. The
-    choice depends on the documents' own content and the seed, so that it is the same in every process and in
-    a resumed run. Raises UserError where either side would be left without a trained token.
+    is held out. Of preferences and questions the prompt decides, so that those with one prompt stay together.
+    The choice depends on the documents' own content and the seed, so that it is the same in every process and
+    in a resumed run. Raises UserError where either side would be left without a trained token.
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, documents.take(np.zeros(0, np.int64))
@@ -58,7 +58,7 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     rest = documents.take(kept)
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
-        if isinstance(documents, Preferences) and len(np.unique(keys)) == 1:
+        if not isinstance(documents, Documents) and len(np.unique(keys)) == 1:
             others = ", as all have one prompt, by which they are held out"
         raise UserError(
             f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"

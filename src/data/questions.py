@@ -1,22 +1,35 @@
-"""Questions with their right answers, out of files, and how long an answer may be."""
+"""Questions with their right answers, out of files: to evaluate a model, or to train it on its answers."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from rwkv_miss.errors import UserError
 
+from ..common.formatting import counted
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
-from .formats import BY_NAME, Reading, read_records
+from .encode import Encoder
+from .formats import BY_NAME, LeftOut, Reading, Report, Source, read_source, sample, sources
 from .leading_token import with_leading
 from .rwkv_template import DEFAULT
 from .templates import answer_text
 from .tokenizer import Tokenizer
+from .units import Units
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
+
+
+NAMED = 3  # so many questions that were left out are named
+NO_QUESTION = "the question is empty"
+NO_RIGHT_ANSWER = "the right answer is empty"
 
 
 class Question(NamedTuple):
@@ -38,32 +51,213 @@ class Question(NamedTuple):
         return with_leading(tokens, bos)
 
 
+@dataclasses.dataclass
+class Questions(Units):
+    """What a run asks that is trained on its own answers: group_size answers to each question, of at most
+    max_tokens tokens each. What a unit takes of a row and trains is therefore known as a bound alone.
+    """
+
+    questions: list[Question]
+    prompts: list[np.ndarray]  # the tokens of each, (p,) int32 with p >= 1, the leading one included
+    group_size: int
+    max_tokens: int
+    too_long: int = 0  # questions that were left out because they and an answer take more than --ctx_len
+    too_long_places: tuple[str, ...] = ()  # where the first of them are
+    unit: ClassVar[str] = "question"
+    alone: ClassVar[bool] = True
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, i: int) -> Question:
+        return self.questions[i]
+
+    def take(self, chosen: np.ndarray) -> Questions:
+        """The questions at these places."""
+        return dataclasses.replace(
+            self,
+            questions=[self.questions[i] for i in chosen],
+            prompts=[self.prompts[i] for i in chosen],
+        )
+
+    @functools.cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each prompt, (n,) int32."""
+        return np.array([len(prompt) for prompt in self.prompts], np.int32)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that all answers to a question have at most."""
+        return self.group_size * self.max_tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """One more than the tokens that a question and its answers take at most, where the prompt is read
+        once, (n,) int32. An answer is read from the last token of its prompt on.
+        """
+        return self.prompt_lengths + np.int32(self.answer_tokens)
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """The tokens that its answers have at most, (n,) int32."""
+        return np.full(len(self), self.answer_tokens, np.int32)
+
+    @functools.cached_property
+    def weight_sums(self) -> np.ndarray:
+        """1 for each question, (n,) float64. What a step's loss is divided by depends on the answers."""
+        return np.ones(len(self))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts."""
+        return int(self.prompt_lengths.sum(dtype=np.int64))
+
+    def contents(self) -> Iterable[np.ndarray]:
+        """What tells each question from others, (n,) int32: its tokens, and the bytes of its right answer."""
+        for prompt, question in zip(self.prompts, self.questions):
+            right = np.frombuffer(str(question.right).encode(), np.uint8)
+            yield np.concatenate([[len(prompt)], prompt, right]).astype(np.int32)
+
+    def held_out_by(self) -> Iterable[np.ndarray]:
+        """The prompts: equal questions are held out together, whatever is right."""
+        return self.prompts
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the prompts' tokens and the right answers."""
+        digest = hashlib.sha256(b"questions")
+        digest.update(self.prompt_lengths)
+        for prompt, question in zip(self.prompts, self.questions):
+            digest.update(prompt)
+            digest.update(f"{question.right}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedQuestions:
+    """What --data_file or --eval_file names, as questions."""
+
+    data_file: str
+    questions: list[Question]
+    prompts: list[np.ndarray]  # as in Questions
+    places: list[str]  # where each stands, such as "data.jsonl, line 3"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def units(self, ctx_len: int, group_size: int, max_tokens: int) -> Questions:
+        """The questions that fit, with an answer of max_tokens, into rows of ctx_len tokens.
+
+        Raises UserError where none does.
+        """
+        found = Questions(self.questions, self.prompts, group_size, max_tokens)
+        taken = found.prompt_lengths - 1 + max_tokens
+        long = np.flatnonzero(taken > ctx_len)
+        if not len(long):
+            return found
+        places = tuple(self.places[i] for i in long[:NAMED])
+        if len(long) == len(found):
+            raise UserError(
+                f"{places[0]}: all {counted(len(found), 'question')} with an answer of --max_tokens"
+                f" {max_tokens} have more tokens than --ctx_len {ctx_len}, and the shortest takes"
+                f" {taken.min():,}; raise it, or lower --max_tokens"
+            )
+        fitting = found.take(np.flatnonzero(taken <= ctx_len))
+        return dataclasses.replace(fitting, too_long=len(long), too_long_places=places)
+
+
+def load_questions(
+    data_file: str,
+    encoder: Encoder,
+    reading: Reading = BY_NAME,
+    report: Report | None = None,
+    seed: int = 0,
+    needs_right: bool = True,
+) -> LoadedQuestions:
+    """Read and tokenise question files. A row whose question is empty is left out and counted, and so is one
+    whose right answer is empty where that `needs_right`.
+
+    `seed` decides which rows of a source with a weight are asked. Raises UserError for what cannot be read,
+    and where nothing is left.
+    """
+    report = report or Report()
+    loaded = LoadedQuestions(str(data_file), [], [], [])
+    for number, source in enumerate(sources(str(data_file), reading, report.notes)):
+        rows: list[tuple[Question, np.ndarray, str]] = []
+        for where, row in _rows(source, report, reading):
+            try:
+                question = question_of(row, encoder.template)
+                ids = question.ids(encoder.tokenizer, encoder.bos)
+                if not ids or is_blank(row):
+                    raise LeftOut(NO_QUESTION)
+                if needs_right and not question.right.strip():
+                    raise LeftOut(NO_RIGHT_ANSWER)
+            except LeftOut as reason:
+                report.files[source.path].leave_out(where, reason)
+            except UserError as error:
+                report.refuse(source.path, where, error)
+            else:
+                rows.append((question, np.array(ids, np.int32), where))
+        if not rows:
+            raise UserError(f"{source.path}: {report.files[source.path].unusable()}")
+        for i in sample(len(rows), source.weight, seed, number):
+            question, prompt, where = rows[i]
+            loaded.questions.append(question)
+            loaded.prompts.append(prompt)
+            loaded.places.append(where)
+    return loaded
+
+
 def read_questions(
     path: str | os.PathLike, template: Template = DEFAULT, reading: Reading = BY_NAME
 ) -> list[Question]:
-    """The question of every row.
-
-    Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
-    they are written. {"prompt", "completion"} is taken as it stands, whatever the template.
+    """The question of every row, each once, whatever its file's weight. See question_of().
 
     Raises UserError for data that cannot be read, and for a row that has no answer or no form in the
     template.
     """
-    questions = []
-    for where, row in read_records(path, reading=reading):
-        if "prompt" in row:
-            questions.append(_of_prompt(row))
-        elif "messages" in row:
+    questions, report = [], Report()
+    for source in sources(str(path), reading, report.notes):
+        for where, row in _rows(source, report, reading):
             try:
-                questions.append(_of_messages(row, template))
+                questions.append(question_of(row, template))
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-        else:
-            raise UserError(
-                f"{where}: expected messages, a question and its answer, or a prompt and its completion; got"
-                f" {' and '.join(row)}"
-            )
+                report.refuse(source.path, where, error)
     return questions
+
+
+def _rows(source: Source, report: Report, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    return read_source(source, report, reading, eod=(0,))
+
+
+def question_of(row: dict[str, Any], template: Template = DEFAULT) -> Question:
+    """The question of a row.
+
+    Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
+    they are written. {"prompt", "completion"} is taken as it stands, whatever the template. Raises UserError
+    for a row that has no answer or no form in the template.
+    """
+    if "prompt" in row:
+        return _of_prompt(row)
+    if "messages" in row:
+        return _of_messages(row, template)
+    raise UserError(
+        "expected messages, a question and its answer, or a prompt and its completion; got"
+        f" {' and '.join(row)}"
+    )
+
+
+def is_blank(row: dict[str, Any]) -> bool:
+    """Whether nothing is asked in a row that question_of() takes."""
+    if "prompt" in row:
+        return not row["prompt"].strip()
+    return not any(
+        (message.get("content") or "").strip() or message.get("tool_calls")
+        for message in row["messages"][:-1]
+        if message["role"] != "system"
+    )
 
 
 def _of_prompt(row: dict[str, Any]) -> Question:

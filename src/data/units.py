@@ -1,4 +1,6 @@
-"""What a run trains on, as its schedule, its evaluations and its plan see it: documents, or preferences."""
+"""What a run trains on, as its schedule, its evaluations and its plan see it: documents, preferences, or
+questions.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import numpy as np
 
 
 class Units(Sequence):
-    """A sequence of units: dataset.Documents, or preferences.Preferences. A unit lies in one row."""
+    """A sequence of units: dataset.Documents, preferences.Preferences or questions.Questions. A unit lies in
+    one row.
+    """
 
     @property
     @abc.abstractmethod
@@ -68,7 +72,7 @@ class Units(Sequence):
         """The sum of weight_sums."""
         return float(self.weight_sums.sum(dtype=np.float64))
 
-    # What was done to documents so that they fit into rows. Preferences are never cut.
+    # What was done to documents so that they fit into rows. Preferences and questions are never cut.
 
     @property
     def cut(self) -> int:

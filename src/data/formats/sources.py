@@ -43,7 +43,8 @@ class Reading:
     @classmethod
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
-        rows = {"sft": SFT, "kto": LABELS}.get(getattr(config, "loss", SFT), PAIRS)
+        # questions are rows of supervised training, of which the answer is the right one
+        rows = {"sft": SFT, "grpo": SFT, "kto": LABELS}.get(getattr(config, "loss", SFT), PAIRS)
         return cls(tuple(filter(None, names)), config.sft_split, rows)
 
 

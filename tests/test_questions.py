@@ -1,0 +1,185 @@
+"""Question files for training on own answers: what is asked, what is left out, and what is held out, against
+what scripts.evaluate reads of the same files.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from rwkv_miss import UserError
+from src.config import Config
+from src.data.batches import make_schedule
+from src.data.encode import Encoder
+from src.data.formats import Reading, Report
+from src.data.held_out import hold_out, in_hash_order
+from src.data.questions import NO_QUESTION, NO_RIGHT_ANSWER, load_questions, read_questions
+from src.data.templates import load_template
+
+from .test_generate import named
+
+BYTES = named("bytes")
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+ROWS = [
+    {"question": "1 + 1?", "answer": "2"},
+    {"instruction": "Add.", "input": "2 3", "output": 5},
+    {"prompt": "Q: 4\nA:", "completion": " four"},
+    {
+        "messages": [
+            {"role": "system", "content": "Short."},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "<think>hm</think>d"},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "1 and 1"},
+            {"role": "assistant", "content": "", "tool_calls": CALL},
+        ],
+        "tools": TOOLS,
+    },
+]
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """read(rows, **options of load_questions()) -> LoadedQuestions; the tokenizer is bytes."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(rows, encoder=None, name="data.jsonl", **options):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_questions(name, encoder or Encoder(BYTES), **options)
+
+    return run
+
+
+def asked(question, answer="1"):
+    return {"question": question, "answer": answer}
+
+
+@pytest.mark.parametrize("name", ["rwkv", "think", "flower"])
+@pytest.mark.parametrize("tokenizer", [BYTES, named("world")], ids=["bytes", "world"])
+def test_training_asks_what_an_evaluation_asks(read, name, tokenizer):
+    """Of every layout: the same words, right answers and tokens, with the leading token once."""
+    template = load_template(name)
+    encoder = Encoder(tokenizer, template, bos=tuple(tokenizer.eod))
+    loaded = read(ROWS, encoder)
+    wanted = read_questions("data.jsonl", template)
+    assert loaded.questions == wanted and len(wanted) == len(ROWS)
+    for question, prompt in zip(wanted, loaded.prompts):
+        assert prompt.tolist() == [*tokenizer.eod, *question.ids(tokenizer)] and prompt.dtype == np.int32
+    assert [question.right for question in wanted[:5]] == ["2", "5", "four", "d", "y"]
+    assert '"add"' in wanted[5].right and loaded.longest == max(map(len, loaded.prompts))
+    if name == "think":
+        assert wanted[0].prompt.endswith("<think") and wanted[0].opening == " <think"
+
+
+def test_what_is_empty_is_left_out_and_counted(read):
+    report = Report()
+    rows = [
+        asked(" \n"),
+        asked("a", " "),
+        {"prompt": "\n", "completion": "1"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "t"}]},
+        asked("b", "2"),
+    ]
+    loaded = read(rows, report=report)
+    assert [question.right for question in loaded.questions] == ["2"]
+    assert loaded.places == ["data.jsonl, line 5"]
+    assert report.files["data.jsonl"].left_out == {
+        NO_QUESTION: (3, ["data.jsonl, line 1", "data.jsonl, line 3", "data.jsonl, line 4"]),
+        NO_RIGHT_ANSWER: (1, ["data.jsonl, line 2"]),
+    }
+    assert [question.right for question in read(rows, needs_right=False).questions] == ["", "2"]
+    with pytest.raises(UserError, match="no row can be used, left out 1 row, in which the right answer is"):
+        read(rows[1:2])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a"}, "line 2: expected messages, a question and its answer, or a prompt .* got text"),
+        ({"question": "a"}, "line 2: expected one of"),
+        ({"question": "a", "answer": None}, "line 2: answer must be a non-empty string, got None"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message is from user"),
+    ],
+)
+def test_a_bad_row_ends_the_run_or_is_skipped(read, row, said):
+    rows = [asked("1"), row, asked("3")]
+    with pytest.raises(UserError, match=f"^data.jsonl, {said}.*; --on_bad_row skip leaves such rows out$"):
+        read(rows, report=Report(hint="; --on_bad_row skip leaves such rows out"))
+    report = Report("skip")
+    assert len(read(rows, report=report).questions) == 2
+    assert report.bad == 1 and "data.jsonl, line 2" in report.files["data.jsonl"].reasons[0]
+
+
+def test_sft_field_and_weights(read):
+    rows = [{"q": str(i), "a": i} for i in range(10)]
+    reading = Reading(("q", "a"))
+    assert [question.right for question in read(rows, reading=reading).questions] == list("0123456789")
+    read(rows[:4], name="more.jsonl", reading=reading)
+    loaded = load_questions("data.jsonl:0.5,more.jsonl:2", Encoder(BYTES), reading)
+    of_file = [place.partition(",")[0] for place in loaded.places]
+    assert of_file == ["data.jsonl"] * 5 + ["more.jsonl"] * 8
+
+
+def test_what_does_not_fit_with_its_answer_is_left_out_and_named(read):
+    loaded = read([asked("x" * n) for n in (30, 3, 40, 5, 50, 60)])
+    shortest = len(loaded.prompts[1])
+    # an answer's first token is read after the last one of the prompt
+    units = loaded.units(ctx_len=shortest + 2 + 7 - 1, group_size=3, max_tokens=7)
+    assert [question.prompt.count("x") for question in units.questions] == [3, 5]
+    assert units.too_long == 4 and units.too_long_places == tuple(f"data.jsonl, line {n}" for n in (1, 3, 5))
+    assert units.lengths.tolist() == [shortest + 21, shortest + 2 + 21]
+    assert units.targets == 42 and units.weight == 2 and units.tokens == 2 * shortest + 2
+    with pytest.raises(
+        UserError, match=rf"line 1: all 6 questions .* the shortest takes {shortest + 6}; raise"
+    ):
+        loaded.units(ctx_len=shortest + 5, group_size=3, max_tokens=7)
+
+
+def test_equal_questions_are_held_out_together(read):
+    """Whatever their right answers are; a question of --eval_file is not trained on."""
+    rows = [asked(str(i % 20), str(i)) for i in range(60)]
+    units = read(rows).units(256, 4, 8)
+    config = Config(loss="sft", eval_split=0.1, data_file="data.jsonl")
+    train, held = hold_out(config, units, None)
+    assert len(held) == 6 and len(train) == 54
+    assert not {q.prompt for q in train.questions} & {q.prompt for q in held.questions}
+    assert (train.group_size, train.max_tokens, train.unit) == (4, 8, "question")
+    order = in_hash_order(held, config.random_seed)
+    other = read(rows[::-1]).units(256, 4, 8)
+    _, again = hold_out(config, other, None)
+    chosen = in_hash_order(again, config.random_seed)
+    assert [again.questions[i].right for i in chosen] == [held.questions[i].right for i in order]
+
+    config = Config(loss="sft", eval_file="held.jsonl", data_file="data.jsonl")
+    more = read([asked("7", "other"), asked("new")], name="held.jsonl").units(256, 4, 8)
+    train, held = hold_out(config, units, lambda path: more)
+    assert len(train) == 57 and len(held) == 2
+    same = read([asked("a", str(i)) for i in range(200)]).units(256, 4, 8)
+    with pytest.raises(UserError, match="200 of 200 questions .* as all have one prompt"):
+        hold_out(Config(eval_split=0.1, data_file="data.jsonl"), same, None)
+
+
+def test_the_digest_is_of_prompts_and_right_answers(read):
+    def digest(rows):
+        return read(rows).units(256, 4, 8).digest
+
+    rows = [asked("a", "1"), asked("b", "2")]
+    assert digest(rows) == digest(rows)
+    others = [rows[::-1], rows[:1], [asked("a", "1"), asked("b", "3")], [asked("a", "1"), asked("c", "2")]]
+    assert len({digest(rows), *map(digest, others)}) == 5
+
+
+def test_a_question_has_a_row_of_its_own(read):
+    """Also with --packing 1, and in every pass in another order."""
+    units = read([asked(str(i)) for i in range(7)]).units(256, 4, 8)
+    schedule = make_schedule(units, Config(ctx_len=256, micro_bsz=2, accumulate_grad_batches=1), world=1)
+    assert sorted(map(tuple, schedule.rows)) == [(i,) for i in range(7)]
+    assert schedule.steps_per_pass == 4 and schedule.step_weight(0) == 2
+    assert list(schedule.targets) == [32] * 7
