@@ -1,0 +1,26 @@
+"""How many answers a training on rewards draws at once."""
+
+from __future__ import annotations
+
+from rwkv_miss.files.checkpoint import Arch
+
+# More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
+ROWS = {"cpu": 128, "gpu": 512}
+STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
+STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # that these may take
+
+
+def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> int:
+    """The rows of the engine for so many answers, of activations of `itemsize` bytes.
+
+    It does not depend on the memory that is free: matrix products of other sizes may round otherwise, and a
+    run that goes on draws what it would have drawn.
+    """
+    room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, itemsize))
+    return max(1, min(answers, ROWS[accelerator], room))
+
+
+def state_bytes(arch: Arch, itemsize: int) -> int:
+    """Bytes of the state of one answer."""
+    wkv = arch.n_head * arch.head_size**2 * 4
+    return arch.n_layer * (wkv + 2 * arch.n_embd * itemsize)
