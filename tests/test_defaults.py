@@ -14,6 +14,7 @@ import yaml
 from rwkv_miss.errors import UserError
 from src.common.formatting import size_text
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
+from src.config.loss_rules import OF_LOSSES
 from src.config.parse import read_yaml
 from src.planning import defaults
 from src.planning.defaults import choose_batch, choose_length, held_out_share, own_rank, row_length
@@ -360,8 +361,8 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     # 24 rows of 256 tokens make less than 50 steps, with one row each
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))
-    # those of the losses on preferences are read with these alone
-    filled = AUTOMATIC - {"beta", "sft_weight"}
+    # those of other losses are read with these alone
+    filled = AUTOMATIC - OF_LOSSES.keys()
     assert not [name for name in filled if is_automatic(saved, name)], "the saved settings are filled in"
 
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))

@@ -9,9 +9,9 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import Config, is_automatic, parse, save
+from src.config.loss_rules import OF_LOSSES
 from src.config.parse import read_yaml
 from src.config.schema import FIELDS, LOSSES
-from src.config.validate import OF_LOSSES
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
 from src.planning.step import preference_of
@@ -32,6 +32,21 @@ GIVEN = {
     "undesirable_weight": "3",
     "reference": "other.pth",
 }
+# what can only be seen with others of its loss is in test_reward_settings.py
+ALONE = {
+    "rewards": "number=1",
+    "reward_file": "own.py",
+    "reward_regex": "x",
+    "reward_length": "3",
+    "reward_timeout": "2.5",
+    "group_size": "5",
+    "max_tokens": "17",
+    "grpo_type": "dr_grpo",
+    "clip_low": "0.125",
+    "clip_high": "0.5",
+    "advantage_scale": "none",
+    "inner_steps": "3",
+}
 
 
 def mistake(*flags):
@@ -40,15 +55,21 @@ def mistake(*flags):
     return str(caught.value)
 
 
+def test_every_setting_of_a_loss_is_tried_below():
+    assert {**GIVEN, **ALONE}.keys() == OF_LOSSES.keys()
+
+
 @pytest.mark.parametrize("name", OF_LOSSES)
 @pytest.mark.parametrize("loss", ["sft", *LOSSES])
 def test_a_setting_belongs_to_its_losses_and_is_an_error_elsewhere(name, loss):
-    flags = ("--loss", loss, f"--{name}", GIVEN[name])
+    given = {**GIVEN, **ALONE}[name]
+    flags = ("--loss", loss, f"--{name}", given)
     if loss in OF_LOSSES[name][0] and (loss, name) != ("orpo", "sft_weight"):
-        assert str(getattr(parse([*REQUIRED, *flags])[0], name)).removesuffix(".0") == GIVEN[name]
+        assert str(getattr(parse([*REQUIRED, *flags])[0], name)).removesuffix(".0") == given
     else:
         said = mistake(*flags)
-        assert said.startswith(f"--{name} {GIVEN[name]}") and f"has no meaning with --loss {loss}" in said
+        shown = "{'number': 1}" if name == "rewards" else given
+        assert said.startswith(f"--{name} {shown}") and f"has no meaning with --loss {loss}" in said
 
 
 def test_what_other_projects_call_it_is_said():
@@ -120,7 +141,7 @@ def test_the_loss_has_all_its_settings():
     assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
     assert {name for name in LOSSES if preference_of(Config(loss=name)).needs_reference} == {
         *OF_LOSSES["reference"][0]
-    }
+    } - {"grpo"}
     assert [name for name in LOSSES if not preference_of(Config(loss=name)).paired] == ["kto"]
 
 
@@ -176,7 +197,7 @@ def test_what_other_trainers_call_it(flags, today):
         ("--dpo_train_file trainset.save", "give the CSV that it was made of"),
         ("--wpo 1", "use --loss dpo or simpo"),
         ("--dpo 1 --simpo 1", "--dpo and --simpo were given; choose one --loss"),
-        ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto are here"),
+        ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto, dapo"),
         ("--orpo 1 --dpo_beta 0.1", "--beta 0.1 has no meaning with --loss orpo"),
     ],
 )

@@ -3,7 +3,7 @@
 Imports common only. Other rooms take the public names below from here; schema.py has the settings.
 """
 
-from .parse import command, parse, save, settle
+from .parse import command, parse, save, settle, written_settings
 from .schema import FIELDS, Config, accumulation, is_automatic
 from .validate import validate
 
@@ -17,4 +17,5 @@ __all__ = [
     "save",
     "settle",
     "validate",
+    "written_settings",
 ]

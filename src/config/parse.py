@@ -25,8 +25,9 @@ from ..common.files import write_text
 from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
+from .loss_rules import check_by_hand
 from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
-from .validate import check_beta_by_hand, validate
+from .validate import validate
 
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
@@ -75,6 +76,18 @@ def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
 
 def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     """parse() of flags that are read already, `config` among them, without validate()."""
+    config, origins = _merged(given)
+    check_by_hand(config, origins)
+    return config, {name: origins.get(name, "default") for name in FIELDS}
+
+
+def written_settings(path: str) -> Config:
+    """What a run has written as its config.yaml, to be compared with: code that it names is not run."""
+    return _merged({"config": path})[0]
+
+
+def _merged(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The settings of all places, and the origins of those that are not defaults."""
     file = given.get("config")
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if file:
@@ -86,8 +99,7 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     if config.lr_init == PAPER:
         config.lr_init = config.published_rate
         origins["lr_init"] += f": {PUBLISHED} {config.peft}"
-    check_beta_by_hand(config, origins)
-    return config, {name: origins.get(name, "default") for name in FIELDS}
+    return config, origins
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The flags of other trainers for preferences, in those of `Config`.
+"""The flags of other trainers for preferences and rewards, in those of `Config`.
 
 They are RWKV-LM-RLHF's `--dpo 1 --dpo_beta 0.01` and the names of TRL's losses. What has the same meaning
 under another name is an alias in schema.py. docs/preferences.md translates the values.
@@ -30,10 +30,15 @@ LOSS_TYPES = {
     "sigmoid": ["--loss", "dpo"],
     "sigmoid_norm": ["--loss", "dpo", "--loss_average", "mean"],
     **{name: ["--loss", name] for name in ("ipo", "orpo", "simpo", "kto")},
+    **{name: ["--loss", "grpo", "--grpo_type", name] for name in ("dapo", "grpo", "dr_grpo")},
+    # the mean over the tokens of a micro-batch, here over those of the step: equal where that is one of them
+    "bnpo": ["--loss", "grpo", "--grpo_type", "dapo"],
 }
+# its --scale_rewards, for --advantage_scale
+SCALES = {"group": "group", "true": "group", "none": "none", "false": "none"}
 OF_TRL = ("loss_type", "pref_loss")  # its name in TRL, and in LLaMA-Factory
 
-NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, "wpo"}
+NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, "wpo", "scale_rewards"}
 
 
 def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
@@ -57,7 +62,7 @@ def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
         if name in old and not (on and name in SWITCHES[on[0]]):
             notes.append(f"--{name} is --{today}")
             new += [f"--{today}", old[name]]
-    return new
+    return new + _scale_rewards(old, notes)
 
 
 def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
@@ -71,6 +76,21 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list
         if today:
             new += [f"--{today}", old.get(name) or default]
     notes.append(f"--{loss} is {' '.join(new)}, as in RWKV-LM-RLHF")
+    return new
+
+
+def _scale_rewards(old: Mapping[str, str], notes: list[str]) -> list[str]:
+    """TRL's word for the divisor of the advantages."""
+    given = old.get("scale_rewards")
+    if given is None:
+        return []
+    if given.lower() not in SCALES:
+        raise UserError(
+            f"--scale_rewards {given}: rewards are divided by the deviation of their own group, or not at"
+            " all; give --advantage_scale group or none"
+        )
+    new = ["--advantage_scale", SCALES[given.lower()]]
+    notes.append(f"--scale_rewards {given} is {' '.join(new)}")
     return new
 
 

@@ -8,78 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.template_record import TOOL_STYLES
 from rwkv_miss.quantised import CODES
 
 from .adapter_options import AdapterOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Which numbers a setting takes; None is no bound."""
-
-    low: float | None = None
-    high: float | None = None
-    below: float | None = None
-
-    def text(self) -> str:
-        """What holds: "at least 0 and below 1"."""
-        sides = {"at least": self.low, "at most": self.high, "below": self.below}
-        return " and ".join(
-            f"{words} {number_text(bound)}" for words, bound in sides.items() if bound is not None
-        )
-
-    def complaint(self, value: float) -> str:
-        """What does not hold for a value: "must be at least 1"; nothing if all does."""
-        if self.high is not None and value > self.high:
-            return f"must not be above {number_text(self.high)}"
-        too_small = self.low is not None and value < self.low
-        if not too_small and (self.below is None or value < self.below):
-            return ""
-        if self.low == 0 and self.below is None:
-            return "must not be negative"
-        return f"must be {self.text()}"
-
-
-def number_text(number: float) -> str:
-    """A large power of two as 2^31."""
-    if isinstance(number, int) and number >= 2**31:
-        return f"2^{number.bit_length() - 1}"
-    return f"{number:g}".replace("e+", "e")
-
-
-def opt(
-    default: Any,
-    help: str,
-    alias: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
-    automatic: bool = False,
-    low: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    words: dict[str, Any] | None = None,
-) -> Any:
-    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
-
-    `automatic`: the default is no value but leaves the choice to the program, which fills it in
-    (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
-    that is too large. `words` are values that may be given as a word.
-    """
-    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
-    meta["bounds"] = Bounds(low, high, below)
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
-
+from .option import opt
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 PUBLISHED = "the published rate of --peft"  # begins the reason of such a rate
-# on preferences; --loss has sft, the usual one, beside them
+# on preferences; --loss has sft, the usual one, and grpo, on rewards, beside them
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
+# the rewards of --loss grpo that are here (src/evaluation/rewards.py); others are functions of --reward_file
+REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
 PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
 
 
@@ -180,14 +123,15 @@ class Config:
         "sft",
         "what is minimised. sft: the cross entropy of the trained tokens. dpo, ipo, orpo or simpo: a"
         " preference between two answers, for rows with chosen and rejected. kto: the same for single"
-        " answers, with label true or false. docs/preferences.md says which is for what",
-        choices=("sft", *LOSSES),
+        " answers, with label true or false. docs/preferences.md says which is for what. grpo: the model"
+        " answers questions, and learns from the rewards of its answers (docs/rewards.md)",
+        choices=("sft", *LOSSES, "grpo"),
     )
     beta: float = opt(
         0.0,
         "how closely the model is held to the reference, above 0; with simpo the scale of the reward. Left"
         " out: as in the loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has"
-        " --orpo_lambda",
+        " --orpo_lambda. grpo: the weight of the KL to the reference. Left out it is 0, no KL",
         alias=("pref_beta",),
         automatic=True,
         low=0,
@@ -227,9 +171,87 @@ class Config:
     undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
     reference: str = opt(
         "",
-        "the model that dpo, ipo and kto compare with, of any size: a file, a folder or a name of the hub, as"
-        " for --load_model. Empty: the base, with the adapter off",
+        "the model that dpo, ipo, kto and the KL of grpo compare with, of any size: a file, a folder or a"
+        " name of the hub, as for --load_model. Empty: the base, with the adapter off",
         alias=("ref_model",),
+    )
+
+    rewards: dict = opt(
+        {},
+        "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. exact, number, boxed or"
+        " math_verify: 1 for the right answer, judged as by scripts.evaluate. partial: the share of"
+        " characters in the right place. regex: 1 where --reward_regex is found. length: see"
+        " --reward_length. Another name: the function of this name in --reward_file. A weight of 0"
+        " shows a reward without training on it. Empty: exact=1",
+        automatic=True,
+    )
+    reward_file: str = opt(
+        "",
+        "grpo: a Python file with functions NAME(prompt, answers, right) that give a list of numbers, one"
+        " for each answer. Its code is run. It counts on the command line only, in no YAML file",
+    )
+    reward_regex: str = opt("", "grpo: the regular expression of --rewards regex, looked for in the answer")
+    reward_length: int = opt(
+        0,
+        "grpo: up to so many tokens --rewards length is 0. Longer answers get less, down to -1 at"
+        " --max_tokens",
+        low=0,
+    )
+    reward_timeout: float = opt(
+        10.0,
+        "grpo: seconds that the functions of --reward_file have for the answers to one question. Then they"
+        " are stopped, and the question is left out of the step",
+        low=0.1,
+        high=1e6,
+    )
+    group_size: int = opt(
+        8, "grpo: answers drawn for each question", alias=("num_generations",), low=2, high=2**16
+    )
+    max_tokens: int = opt(
+        0,
+        "grpo: longest answer in tokens; a longer one is cut, and not right. 0: by the right answers and the"
+        " rewards, within --ctx_len",
+        alias=("max_completion_length",),
+        automatic=True,
+        low=0,
+    )
+    grpo_type: str = opt(
+        "dapo",
+        "grpo: how the losses of tokens are put together. dapo: the mean over all tokens of the step. grpo:"
+        " the mean over an answer, then over the answers, so that a token of a long answer counts less."
+        " dr_grpo: the sum over --max_tokens, then the mean over the answers",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    clip_low: float = opt(
+        0.2,
+        "grpo: a token that has lost more than this share of its probability since the draw is not pushed"
+        " down any further",
+        alias=("epsilon",),
+        low=0,
+        high=1,
+    )
+    clip_high: float = opt(
+        0.0,
+        "grpo: a token that has gained more than this share of its probability since the draw is not pushed"
+        " up any further. 0: 0.28 for --grpo_type dapo, else as --clip_low",
+        alias=("epsilon_high",),
+        automatic=True,
+        low=0,
+        high=1e30,
+    )
+    advantage_scale: str = opt(
+        "auto",
+        "grpo: whether the rewards of a question, less their mean, are divided by their standard deviation"
+        " (group) or not (none). auto: none for --grpo_type dr_grpo, else group",
+        choices=("auto", "group", "none"),
+        automatic=True,
+    )
+    inner_steps: int = opt(
+        1,
+        "grpo: optimizer steps on the same drawn answers. More of them draw less often, and learn from"
+        " answers that are no longer the model's own",
+        alias=("num_iterations",),
+        low=1,
     )
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
@@ -494,6 +516,16 @@ class Config:
         return AdapterOptions.of(self.peft, self.peft_config, self.train_parts)
 
     @property
+    def on_preferences(self) -> bool:
+        """Whether the loss compares answers that the data has."""
+        return self.loss in LOSSES
+
+    @property
+    def on_rewards(self) -> bool:
+        """Whether the model learns from the rewards of answers that it draws itself."""
+        return self.loss == "grpo"
+
+    @property
     def published_rate(self) -> float:
         """The learning rate that was published for what is trained."""
         if self.peft != "none":
@@ -538,7 +570,7 @@ def type_of(name: str) -> type:
 def uncommon_bounds(name: str) -> str:
     """What a number must be, for help and docs; nothing where it is "not negative", as nearly all are."""
     bounds = FIELDS[name].metadata["bounds"]
-    return bounds.text() if bounds.low == 1 or bounds.below else ""
+    return bounds.text() if (bounds.low or 0) > 0 or bounds.below else ""
 
 
 def is_automatic(config: Config, name: str) -> bool:

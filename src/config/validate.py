@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from .schema import FIELDS, LOSSES, Bounds, Config, accumulation, is_automatic, type_of
+from .loss_rules import check_loss
+from .option import Bounds
+from .reward_rules import check_rewards
+from .schema import FIELDS, Config, accumulation, is_automatic, type_of
 
 BOS_WORDS = ("recorded", "none", "auto")
-# the settings of the losses on preferences, the losses that each of them is for, and what the others have
-OF_LOSSES = {
-    "beta": (("dpo", "ipo", "simpo", "kto"), "orpo weighs its odds ratio with --orpo_lambda"),
-    "sft_weight": (LOSSES, ""),
-    "loss_average": (("dpo",), "ipo, orpo and simpo always take the mean, and kto the sum"),
-    "label_smoothing": (("dpo", "simpo"), ""),
-    "simpo_gamma": (("simpo",), ""),
-    "orpo_lambda": (("orpo",), ""),
-    "desirable_weight": (("kto",), ""),
-    "undesirable_weight": (("kto",), ""),
-    "reference": (("dpo", "ipo", "kto"), "orpo and simpo compare with no other model"),
-}
-# what says which tokens are trained; of a preference these are the answers', and all of them
-OF_SUPERVISED = ("loss_mask", "think_weight", "prompt_weight")
 WHOLE_NUMBERS = Bounds(below=2**31)  # where a setting has no bound of its own
 
 
@@ -104,54 +93,6 @@ def check_adapter(config: Config) -> None:
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
             " choose an adapter, or drop it"
-        )
-
-
-def check_loss(config: Config) -> None:
-    """Every setting of a loss belongs to the one that is chosen, and a preference has what it compares."""
-    for name, (losses, instead) in OF_LOSSES.items():
-        if config.loss not in losses and getattr(config, name) != getattr(Config(), name):
-            others = f"; {instead}" if instead and config.loss in LOSSES else ""
-            raise UserError(
-                f"--{name} {getattr(config, name)} has no meaning with --loss {config.loss}: it is for"
-                f" {', '.join(losses)}{others}; drop it, or choose another --loss"
-            )
-    if config.loss in LOSSES:
-        check_preference(config)
-
-
-def check_beta_by_hand(config: Config, origins: Mapping[str, str]) -> None:
-    """A --beta of the command line is above 0, which a config.yaml has where the choice is left to the loss.
-
-    `origins` may lack what has its default.
-    """
-    if config.loss in OF_LOSSES["beta"][0] and origins.get("beta") == "command line" and config.beta <= 0:
-        raise UserError(
-            f"--beta {config.beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
-        )
-
-
-def check_preference(config: Config) -> None:
-    """The rules of the losses on preferences."""
-    for name in OF_SUPERVISED:
-        if getattr(config, name) != getattr(Config(), name):
-            raise UserError(
-                f"--{name} {getattr(config, name)} has no meaning with --loss {config.loss}, which compares"
-                " whole answers: all their tokens count, and no others; drop it"
-            )
-    if not config.load_model:
-        raise UserError(
-            f"--loss {config.loss} needs a model that answers already: give --load_model, or train a new one"
-            " with --loss sft first"
-        )
-    if config.sft_weight < 0 and not is_automatic(config, "sft_weight"):
-        raise UserError(
-            f"--sft_weight {config.sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss"
-        )
-    if config.loss == "orpo" and config.sft_weight not in (-1, 1):
-        raise UserError(
-            f"--sft_weight {config.sft_weight:g} has no meaning with --loss orpo, whose cross entropy has the"
-            " weight 1; --orpo_lambda weighs the odds ratio against it"
         )
 
 
@@ -268,6 +209,7 @@ RULES = (
     check_base,
     check_adapter,
     check_loss,
+    check_rewards,
     check_learning_rates,
     check_weight_decay,
     check_evaluation,

@@ -22,10 +22,13 @@ ROWS = 8  # rows in a step
 # the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
 # 1/10 and 1/30 were measured on small models (docs/preferences.md)
 PREFERENCE_RATE = 1 / 20
+# the same of rewards: on the demo's model 3e-3 learns and 1e-2 collapses; a supervised one begins at 6e-3
+REWARD_RATE = 1 / 4
 STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 # of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
 BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
+CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier faster than others rarer
 RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
 HELD_OUT = 100  # documents that are held out
 FEW = 0.05  # the largest share of the documents that is held out
@@ -46,8 +49,13 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
 
 
 def choose_loss(config: Config, origins: dict[str, str]) -> None:
-    """Fill in beta and sft_weight of a loss on preferences; under --loss sft nothing reads them."""
-    if config.loss == "sft":
+    """Fill in the settings of a loss on preferences or rewards; under --loss sft nothing reads them.
+
+    The longest answer, max_tokens, is chosen with the data.
+    """
+    if config.on_rewards:
+        choose_rewards(config, origins)
+    if not config.on_preferences:
         return
     if config.loss in BETAS:
         choose(config, origins, "beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
@@ -60,13 +68,25 @@ def choose_loss(config: Config, origins: dict[str, str]) -> None:
     choose(config, origins, "sft_weight", weight, reason)
 
 
+def choose_rewards(config: Config, origins: dict[str, str]) -> None:
+    """Fill in rewards, clip_high, advantage_scale and beta of --loss grpo."""
+    of_type = f"as in the paper of --grpo_type {config.grpo_type}"
+    choose(config, origins, "rewards", {"exact": 1.0}, "the right answer, and nothing else")
+    wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
+    high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
+    choose(config, origins, "clip_high", high, reason)
+    scale = "none" if config.grpo_type == "dr_grpo" else "group"
+    choose(config, origins, "advantage_scale", scale, of_type)
+    choose(config, origins, "beta", 0.0, "no KL, as rewards are checked and not learned")
+
+
 def judged_by(config: Config) -> Config:
     """The settings whose loss decides between rates: the run's, with the cross entropy of the chosen answers
     at least at weight 1.
 
     A preference alone is the smaller the higher the rate, also where the right answers get lost.
     """
-    if config.loss == "sft" or config.sft_weight >= 1:
+    if not config.on_preferences or config.sft_weight >= 1:
         return config
     return dataclasses.replace(config, sft_weight=1.0)
 
@@ -271,7 +291,8 @@ def search_size(steps: int) -> SearchSize | None:
 def first_guess(config: Config, arch: Arch) -> float:
     """A learning rate of two digits from method, rank and widths. A new model gets the published one.
 
-    A preference alone gets a smaller one than what has the cross entropy of the right answers in it.
+    A preference alone gets a smaller one than what has the cross entropy of the right answers in it, and so
+    do rewards.
     """
     if config.peft != "none":
         method = METHODS[config.peft]
@@ -281,6 +302,8 @@ def first_guess(config: Config, arch: Arch) -> float:
         rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum of its inputs
     else:
         rate = config.published_rate
-    if config.loss != "sft" and config.sft_weight == 0:
+    if config.on_preferences and config.sft_weight == 0:
         rate *= PREFERENCE_RATE
+    if config.on_rewards:
+        rate *= REWARD_RATE
     return float(f"{rate:.2g}")

@@ -31,8 +31,8 @@ def chunks_of(config: Config) -> Chunks:
 
 
 def preference_of(config: Config) -> PreferenceLoss | None:
-    """The loss on preferences, once its settings are filled in; None with --loss sft."""
-    if config.loss == "sft":
+    """The loss on preferences, once its settings are filled in; None with another --loss."""
+    if not config.on_preferences:
         return None
     return PreferenceLoss(
         config.loss,
@@ -48,8 +48,10 @@ def preference_of(config: Config) -> PreferenceLoss | None:
 
 
 def unit_of(config: Config) -> str:
-    """What a training example is called: "document", of a preference "pair" or, under kto, "answer"."""
-    return {"sft": "document", "kto": "answer"}.get(config.loss, "pair")
+    """What a training example is called: "document", of a preference "pair" or, under kto, "answer"; under
+    grpo "question".
+    """
+    return {"sft": "document", "kto": "answer", "grpo": "question"}.get(config.loss, "pair")
 
 
 def dtype_of(config: Config) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.identity import Identity
 
-from ..config import FIELDS, Config, accumulation, is_automatic, settle
+from ..config import FIELDS, Config, accumulation, is_automatic, written_settings
 from ..config.launcher import is_first_process, launched, whole_number
 from ..data.units import Units
 from ..model import RWKV
@@ -65,14 +65,14 @@ def earlier_settings(config: Config) -> Config | None:
             f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose"
             " another --proj_dir"
         )
-    return settle({"config": file})[0]
+    return written_settings(file)
 
 
 def settings_of_first_process(config: Config) -> Config | None:
     """What the first process has written, in one that Lightning started after that; else None."""
     file = os.path.join(config.proj_dir, CONFIG)
     by_lightning = launched() is None and whole_number("LOCAL_RANK") > 0
-    return settle({"config": file})[0] if by_lightning and os.path.exists(file) else None
+    return written_settings(file) if by_lightning and os.path.exists(file) else None
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:

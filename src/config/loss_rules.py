@@ -1,0 +1,115 @@
+"""Which settings belong to which --loss, and the rules of the losses on preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rwkv_miss.errors import UserError
+
+from .schema import LOSSES, Config, is_automatic
+
+GRPO = ("grpo",)
+# the settings of one loss or some, the losses that each of them is for, and what the others have
+OF_LOSSES = {
+    "beta": (
+        ("dpo", "ipo", "simpo", "kto", "grpo"),
+        {"orpo": "orpo weighs its odds ratio with --orpo_lambda"},
+    ),
+    "sft_weight": (LOSSES, {}),
+    "loss_average": (
+        ("dpo",),
+        dict.fromkeys(
+            ("ipo", "orpo", "simpo", "kto"), "ipo, orpo and simpo always take the mean, and kto the sum"
+        )
+        | {"grpo": "grpo has --grpo_type"},
+    ),
+    "label_smoothing": (("dpo", "simpo"), {}),
+    "simpo_gamma": (("simpo",), {}),
+    "orpo_lambda": (("orpo",), {}),
+    "desirable_weight": (("kto",), {}),
+    "undesirable_weight": (("kto",), {}),
+    "reference": (
+        ("dpo", "ipo", "kto", "grpo"),
+        dict.fromkeys(("orpo", "simpo"), "orpo and simpo compare with no other model"),
+    ),
+    **dict.fromkeys(
+        (
+            "rewards",
+            "reward_file",
+            "reward_regex",
+            "reward_length",
+            "reward_timeout",
+            "group_size",
+            "max_tokens",
+            "grpo_type",
+            "clip_low",
+            "clip_high",
+            "advantage_scale",
+            "inner_steps",
+        ),
+        (GRPO, {}),
+    ),
+}
+# what says which tokens are trained; of answers that are compared or drawn these are all, and no others
+OF_SUPERVISED = ("loss_mask", "think_weight", "prompt_weight")
+
+
+def check_loss(config: Config) -> None:
+    """Every setting of a loss belongs to the one that is chosen, and there is a model that answers."""
+    for name, (losses, instead) in OF_LOSSES.items():
+        if config.loss not in losses and getattr(config, name) != getattr(Config(), name):
+            other = f"; {instead[config.loss]}" if config.loss in instead else ""
+            raise UserError(
+                f"--{name} {getattr(config, name)} has no meaning with --loss {config.loss}: it is for"
+                f" {', '.join(losses)}{other}; drop it, or choose another --loss"
+            )
+    if config.loss == "sft":
+        return
+    for name in OF_SUPERVISED:
+        if getattr(config, name) != getattr(Config(), name):
+            what = "compares whole answers" if config.on_preferences else "trains on the answers it draws"
+            raise UserError(
+                f"--{name} {getattr(config, name)} has no meaning with --loss {config.loss}, which {what}:"
+                " all their tokens count, and no others; drop it"
+            )
+    if not config.load_model:
+        raise UserError(
+            f"--loss {config.loss} needs a model that answers already: give --load_model, or train a new one"
+            " with --loss sft first"
+        )
+    if config.on_preferences:
+        check_preference(config)
+
+
+def check_preference(config: Config) -> None:
+    """The weight of the cross entropy beside a preference."""
+    if config.sft_weight < 0 and not is_automatic(config, "sft_weight"):
+        raise UserError(
+            f"--sft_weight {config.sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss"
+        )
+    if config.loss == "orpo" and config.sft_weight not in (-1, 1):
+        raise UserError(
+            f"--sft_weight {config.sft_weight:g} has no meaning with --loss orpo, whose cross entropy has the"
+            " weight 1; --orpo_lambda weighs the odds ratio against it"
+        )
+
+
+def check_by_hand(config: Config, origins: Mapping[str, str]) -> None:
+    """What depends on where a setting comes from. `origins` may lack what has its default.
+
+    A --beta of the command line is above 0, which a config.yaml has where the choice is left to the loss.
+    That of grpo is 0 where there is no KL. Code is named on the command line only, so that no settings of
+    somebody else run it.
+    """
+    losses = OF_LOSSES["beta"][0]
+    by_hand = config.loss in losses and origins.get("beta") == "command line"
+    if by_hand and config.loss != "grpo" and config.beta <= 0:
+        raise UserError(
+            f"--beta {config.beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
+        )
+    if config.reward_file and origins.get("reward_file") != "command line":
+        raise UserError(
+            f"{origins.get('reward_file')} has reward_file {config.reward_file}, whose code would be run:"
+            " that counts on the command line only. If you trust the file, add --reward_file"
+            f" {config.reward_file} to the command; else remove the line"
+        )

@@ -1,0 +1,64 @@
+"""A setting as a field of a dataclass: its help text, its other names, and the values that it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which numbers a setting takes; None is no bound."""
+
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    def text(self) -> str:
+        """What holds: "at least 0 and below 1"."""
+        sides = {"at least": self.low, "at most": self.high, "below": self.below}
+        return " and ".join(
+            f"{words} {number_text(bound)}" for words, bound in sides.items() if bound is not None
+        )
+
+    def complaint(self, value: float) -> str:
+        """What does not hold for a value: "must be at least 1"; nothing if all does."""
+        if self.high is not None and value > self.high:
+            return f"must not be above {number_text(self.high)}"
+        too_small = self.low is not None and value < self.low
+        if not too_small and (self.below is None or value < self.below):
+            return ""
+        if self.low == 0 and self.below is None:
+            return "must not be negative"
+        return f"must be {self.text()}"
+
+
+def number_text(number: float) -> str:
+    """A large power of two as 2^31."""
+    if isinstance(number, int) and number >= 2**31:
+        return f"2^{number.bit_length() - 1}"
+    return f"{number:g}".replace("e+", "e")
+
+
+def opt(
+    default: Any,
+    help: str,
+    alias: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    automatic: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    words: dict[str, Any] | None = None,
+) -> Any:
+    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
+
+    `automatic`: the default is no value but leaves the choice to the program, which fills it in
+    (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
+    that is too large. `words` are values that may be given as a word.
+    """
+    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
+    meta["bounds"] = Bounds(low, high, below)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)

@@ -1,0 +1,121 @@
+"""The rules of --loss grpo: rewards that are there, steps that end with their draws, a model to draw from."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from rwkv_miss.errors import UserError, did_you_mean
+from rwkv_miss.methods.whole_tensors import split_parts
+
+from .schema import REWARDS, Config
+
+# rewards with a setting of their own, which has a value exactly where they are asked for
+OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
+
+
+def check_rewards(config: Config) -> None:
+    """All rules of --loss grpo. A resumed run is asked again when it has the rewards of the run so far."""
+    if not config.on_rewards:
+        return
+    check_weights(config)
+    check_own_functions(config)
+    for name, setting in OF_REWARDS.items():
+        given = getattr(config, setting)
+        if name in config.rewards and not given:
+            raise UserError(f"--rewards {name} needs --{setting}; give it, or drop the reward")
+        if given and name not in config.rewards:
+            raise UserError(
+                f"--{setting} {given} has no meaning without the reward {name}: add {name}=1 to --rewards, or"
+                " drop the flag"
+            )
+    check_regex(config.reward_regex)
+    if config.reward_length >= config.max_tokens > 0:
+        raise UserError(
+            f"--reward_length {config.reward_length} is not below --max_tokens {config.max_tokens}, where"
+            " answers are cut: no answer would be too long; lower it, or raise --max_tokens"
+        )
+    check_draws(config)
+    check_reference_of_kl(config)
+
+
+def check_weights(config: Config) -> None:
+    """Weights are numbers, of which one counts."""
+    for name, weight in config.rewards.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UserError(f"--rewards {name}: must be a weight such as 0.5, got {weight!r}")
+    if config.rewards and not any(config.rewards.values()):
+        raise UserError(
+            f"--rewards {','.join(f'{name}=0' for name in config.rewards)}: no reward has a weight, so that"
+            " there is nothing to learn; give one of them a weight above 0"
+        )
+
+
+def check_own_functions(config: Config) -> None:
+    """A reward that is not built in is a function of --reward_file."""
+    own = [name for name in config.rewards if name not in REWARDS]
+    for name in own:
+        if not config.reward_file or not name.isidentifier():
+            wish = "" if config.reward_file else f", or --reward_file FILE.py with a function {name}"
+            raise UserError(
+                f"--rewards {name}: expected one of {', '.join(REWARDS)}"
+                f"{wish if name.isidentifier() else '; a function of --reward_file has a Python name'}"
+                f"{did_you_mean(name, REWARDS)}"
+            )
+    if config.reward_file and not own:
+        raise UserError(
+            f"--reward_file {config.reward_file} has no meaning without a reward of its own: name its"
+            " function in --rewards, as in --rewards NAME=1, or drop the flag"
+        )
+
+
+def check_regex(pattern: str) -> None:
+    """It can be compiled."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"--reward_regex {pattern!r} is not a regular expression of Python: {error}; correct it"
+        ) from None
+
+
+def check_draws(config: Config) -> None:
+    """Every process has the model that it draws from, rows are of one question, and what needs no answers at
+    hand falls between two draws.
+    """
+    if config.strategy.startswith("deepspeed_stage_3"):
+        raise UserError(
+            f"--strategy {config.strategy} has no whole model in any process, which --loss grpo needs to draw"
+            " answers; use ddp, deepspeed_stage_1 or _2"
+        )
+    if not config.packing:
+        raise UserError(
+            "--packing 0 has no meaning with --loss grpo, whose questions never share a row; drop it"
+        )
+    for name in ("save_steps", "eval_steps", "epoch_steps"):
+        steps = getattr(config, name)
+        if steps > 0 and steps % config.inner_steps:
+            raise UserError(
+                f"--{name} {steps} is not a multiple of --inner_steps {config.inner_steps}, the steps on the"
+                f" same answers; give --{name} {-(-steps // config.inner_steps) * config.inner_steps}"
+            )
+
+
+def check_reference_of_kl(config: Config) -> None:
+    """A KL has a model that it is measured to, and a reference is used."""
+    if config.reference and not config.beta:
+        raise UserError(
+            f"--reference {config.reference} has no meaning with --loss grpo without a KL; give --beta 0.04,"
+            " for example, or drop it"
+        )
+    if not config.beta or config.reference:
+        return
+    for flag, changes in (
+        (f"--peft {config.peft}", config.peft in ("none", "state")),
+        (f"--train_parts {config.train_parts}", bool(split_parts(config.train_parts))),
+    ):
+        if changes:
+            raise UserError(
+                f"--beta {config.beta:g} needs the model as it was, and {flag} changes the model itself,"
+                f" which can't be switched off as an adapter can; give --reference {config.load_model}"
+            )

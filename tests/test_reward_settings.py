@@ -1,0 +1,139 @@
+"""Settings of --loss grpo: which belong together, what is chosen, and whose code is run."""
+
+import dataclasses
+
+import pytest
+
+from rwkv_miss.errors import UserError
+from src.config import parse, save, written_settings
+from src.planning.defaults import choose_loss
+from src.planning.step import preference_of, unit_of
+from src.training.resume import inherit
+
+REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", "grpo"]
+
+
+def settings(*flags):
+    return parse([*REQUIRED, *flags])
+
+
+def mistake(*flags):
+    with pytest.raises(UserError) as caught:
+        settings(*flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--rewards exat=1", "expected one of exact, number, boxed, math_verify, partial, regex, length, or"),
+        ("--rewards exat=1", "--reward_file FILE.py with a function exat; did you mean exact?"),
+        ("--rewards a-b=1 --reward_file own.py", "a function of --reward_file has a Python name"),
+        ("--rewards exact=yes", "--rewards exact: must be a weight such as 0.5, got 'yes'"),
+        ("--rewards exact=true", "--rewards exact: must be a weight"),
+        ('--rewards {"exact":NaN}', "--rewards exact: must be a weight"),
+        ("--rewards exact=0,partial=0", "there is nothing to learn"),
+        ("--reward_file own.py", "--reward_file own.py has no meaning without a reward of its own"),
+        ("--rewards exact=1 --reward_file own.py", "has no meaning without a reward of its own"),
+        ("--rewards regex=1", "--rewards regex needs --reward_regex"),
+        ("--reward_regex x", "--reward_regex x has no meaning without the reward regex: add regex=1"),
+        ("--rewards regex=1 --reward_regex (", "--reward_regex '(' is not a regular expression"),
+        ("--rewards length=1", "--rewards length needs --reward_length"),
+        ("--reward_length 5", "--reward_length 5 has no meaning without the reward length"),
+        (
+            "--rewards length=1 --reward_length 9 --max_tokens 9",
+            "--reward_length 9 is not below --max_tokens",
+        ),
+        ("--reward_timeout 0", "--reward_timeout 0.0: must be at least 0.1"),
+        ("--group_size 1", "--group_size 1: must be at least 2"),
+        ("--clip_low 1.5", "--clip_low 1.5: must not be above 1"),
+        ("--inner_steps 0", "--inner_steps 0: must be at least 1"),
+        ("--grpo_type bnpo", "expected one of dapo, grpo, dr_grpo"),
+        ("--strategy deepspeed_stage_3", "has no whole model in any process"),
+        ("--strategy deepspeed_stage_3_offload", "use ddp, deepspeed_stage_1 or _2"),
+        ("--packing 0", "questions never share a row"),
+        ("--inner_steps 3 --save_steps 10", "--save_steps 10 is not a multiple of --inner_steps 3"),
+        ("--inner_steps 3 --save_steps 10", "give --save_steps 12"),
+        ("--inner_steps 2 --eval_steps 3 --eval_split 0.1", "--eval_steps 3 is not a multiple"),
+        ("--inner_steps 2 --epoch_steps 5", "--epoch_steps 5 is not a multiple"),
+        ("--reference other.pth", "--reference other.pth has no meaning with --loss grpo without a KL"),
+        ("--beta 0.04 --peft none", "give --reference base.pth"),
+        ("--beta 0.04 --peft state", "--peft state changes the model itself"),
+        ("--beta 0.04 --train_parts ln", "--train_parts ln changes the model itself"),
+        ("--beta -1", "--beta -1.0: must not be negative"),
+        ("--loss_mask all", "which trains on the answers it draws"),
+        ("--sft_weight 1", "--sft_weight 1.0 has no meaning with --loss grpo"),
+        ("--loss_average mean", "grpo has --grpo_type"),
+        ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
+        ("--scale_rewards batch", "give --advantage_scale group or none"),
+    ],
+)
+def test_mistakes_are_explained(flags, words):
+    assert words in mistake(*flags.split())
+
+
+def test_what_belongs_together_is_taken():
+    settings("--beta", "0.04", "--train_parts", "ln", "--reference", "base.pth")
+    settings("--rewards", "regex=1,length=0.5,exact=0", "--reward_regex", "^x+$", "--reward_length", "8")
+    config, origins = settings("--rewards", "own=1,exact=0.25", "--reward_file", "own.py")
+    assert config.rewards == {"own": 1, "exact": 0.25} and origins["reward_file"] == "command line"
+    config, _ = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
+    assert (config.inner_steps, config.beta) == (3, 0) and preference_of(config) is None
+    assert unit_of(config) == "question" and config.on_rewards and not config.on_preferences
+
+
+@pytest.mark.parametrize(
+    "flags, high, scale",
+    [
+        ("", 0.28, "group"),
+        ("--clip_low 0.1", 0.28, "group"),
+        ("--clip_low 0.3", 0.3, "group"),
+        ("--grpo_type grpo", 0.2, "group"),
+        ("--grpo_type dr_grpo --clip_low 0.125", 0.125, "none"),
+        ("--grpo_type dr_grpo --advantage_scale group --clip_high 0.5", 0.5, "group"),
+        ("--advantage_scale none --clip_high 0.1", 0.1, "none"),
+    ],
+)
+def test_what_is_chosen_is_saved_and_read_again(flags, high, scale, tmp_path):
+    config, origins = settings(*flags.split())
+    choose_loss(config, origins)
+    assert (config.clip_high, config.advantage_scale, config.beta) == (high, scale, 0)
+    assert config.rewards == {"exact": 1} and origins["rewards"].startswith("chosen: ")
+    save(config, origins, str(tmp_path / "config.yaml"))
+    again, origins = parse(["--config", str(tmp_path / "config.yaml")])
+    choose_loss(again, origins)
+    assert again == config
+
+
+def test_code_is_named_on_the_command_line_only(tmp_path):
+    """No settings file runs code, not even that of the run that goes on."""
+    config, origins = settings("--rewards", "own=1", "--reward_file", "own.py")
+    path = str(tmp_path / "config.yaml")
+    save(config, origins, path)
+    with pytest.raises(UserError, match="config.yaml has reward_file own.py, whose code would be run"):
+        parse(["--config", path])
+    assert parse(["--config", path, "--reward_file", "own.py"])[0] == config
+    before = written_settings(path)
+    assert before == config, "it may be compared with"
+    resumed, origins = settings()
+    inherit(resumed, origins, before)
+    assert (resumed.rewards, resumed.reward_file) == ({"own": 1}, "")
+
+
+@pytest.mark.parametrize(
+    "flags, today",
+    [
+        ("--loss_type bnpo", {"grpo_type": "dapo"}),
+        ("--loss_type dapo --epsilon 0.1 --epsilon_high 0.4", {"clip_low": 0.1, "clip_high": 0.4}),
+        ("--loss_type dr_grpo --scale_rewards False", {"grpo_type": "dr_grpo", "advantage_scale": "none"}),
+        ("--loss_type=grpo --scale_rewards group", {"grpo_type": "grpo", "advantage_scale": "group"}),
+        (
+            "--loss grpo --num_generations 4 --max_completion_length 99 --num_iterations 2",
+            {"group_size": 4, "max_tokens": 99, "inner_steps": 2},
+        ),
+    ],
+)
+def test_what_trl_calls_it(flags, today):
+    plain = dataclasses.asdict(settings()[0])
+    found = parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])[0]
+    assert dataclasses.asdict(found) == plain | today
