@@ -1,6 +1,5 @@
 """Rows in chunks: the gradients of the whole row, whatever the chunks, in the memory of one chunk."""
 
-import itertools
 import json
 import random
 
@@ -9,45 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config
 from src.data.collate import trained_tokens
-from src.model import RWKV
 from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
 from src.planning.job import device_here
 
 from . import program
 from .conftest import close, make_arch, random_tensors
-
-
-def make_model(version, dtype=torch.float64, kernel="torch", peft=True, **sizes):
-    model = RWKV(make_arch(version, **sizes), kernel)
-    model.load_state_dict(random_tensors(model.arch))
-    if peft:
-        rwkv_miss.inject(model, "miss", rank=7)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:  # MiSS begins at zero
-                    p.normal_(std=0.05)
-    return model.to(dtype)
-
-
-def make_batch(lengths, vocab=67, seed=0, weighted=False):
-    """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none
-    behind a row's end, by `weights` (B, T) that are not 0. `weighted`: from 0.1 to 3.1, else 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = max(map(sum, lengths))
-    shape = len(lengths), size
-    ids, targets = (torch.randint(vocab, shape, generator=generator) for _ in range(2))
-    mask, reset = torch.rand(shape, generator=generator) < 0.5, torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(lengths):
-        mask[i, sum(row) :] = False
-        reset[i, list(itertools.accumulate(row))[:-1]] = True
-    weights = mask * (0.1 + 3 * torch.rand(shape, generator=generator)) if weighted else mask
-    return {"ids": ids, "targets": targets, "weights": weights, "reset": reset if reset.any() else None}
+from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
 
 
 def loss_of(model, rows, chunks, **options):
@@ -61,19 +31,6 @@ def results(model, rows, chunks, **options):
     loss = loss_of(model, rows, chunks, **options)
     gradients = torch.autograd.grad(loss * 0.37, parameters.values(), allow_unused=True)
     return loss, dict(zip(parameters, gradients, strict=True))
-
-
-def same(got, want, ratio):
-    close("loss", got[0], want[0], ratio)
-    for name, gradient in want[1].items():
-        if gradient is None:
-            assert got[1][name] is None, name
-        else:
-            close(name, got[1][name], gradient, ratio)
-
-
-# document starts inside chunks of 8, at their first and at their last token, and a chunk with three of them
-ROWS = [[5, 3, 1, 2, 12, 7, 5], [35], [15, 1, 8], [1]]
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -205,28 +162,8 @@ def test_every_chunk_draws_numbers_of_its_own():
     assert len(set(forward)) == 5 and backward == forward[::-1]
 
 
-class Tuned(RWKV):
-    """The initial state is a parameter, as in state tuning."""
-
-    def __init__(self, arch):
-        super().__init__(arch)
-        self.start = torch.nn.Parameter(
-            torch.randn(arch.n_layer, arch.n_head, arch.head_size, arch.head_size)
-        )
-
-    def initial_state(self, batch):
-        zeros = super().initial_state(batch)
-        return [
-            layer._replace(wkv=start.expand(batch, -1, -1, -1))
-            for layer, start in zip(zeros, self.start, strict=True)
-        ]
-
-
 def test_a_trained_initial_state_gets_its_gradient_through_all_chunks():
-    model = Tuned(make_arch(7)).double()
-    model.load_state_dict(random_tensors(model.arch), strict=False)
-    model.requires_grad_(False).start.requires_grad_()
-    batch = make_batch([[35], [3, 30]])
+    model, batch = tuned_model(), make_batch([[35], [3, 30]])
     want = results(model, batch, Chunks())
     assert want[1]["start"].abs().max() > 1e-3
     for sparse in (False, True):

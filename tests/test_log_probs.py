@@ -3,17 +3,27 @@
 import pytest
 import torch
 
-import rwkv_miss
 from src.data.collate import trained_tokens
-from src.model import RWKV, rwkv
 from src.model import loss as losses
+from src.model import rwkv
 from src.model.batch_loss import Chunks
 from src.model.layers import Head
 from src.model.log_probs import token_log_probs
 from src.model.loss import head_log_probs
 
-from .conftest import close, make_arch, random_tensors
-from .test_batch_loss import ROWS, Tuned, make_batch, make_model, same
+from .conftest import close
+from .loss_cases import (
+    ROWS,
+    VOCAB,
+    adapted_head,
+    head_inputs,
+    head_kinds,
+    head_rows,
+    make_batch,
+    make_model,
+    same,
+    tuned_model,
+)
 
 # bf16 rounds logits, their gradient and the products
 ROUNDING = {
@@ -33,16 +43,11 @@ def plainly(x, weight, targets):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows", [0, 1, 5, 13])
-@pytest.mark.parametrize(
-    "trained, native, exact",
-    [(False, False, False), (True, True, False), (False, True, False), (True, False, True)],
-)
+@head_rows
+@head_kinds
 def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native, exact):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 31)  # blocks of 5 rows
-    torch.manual_seed(0)
-    x = torch.randn(rows, 11).to(dtype).requires_grad_()
-    weight, targets = torch.randn(31, 11).to(dtype).requires_grad_(trained), torch.randint(31, (rows,))
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCAB)  # blocks of 5 rows
+    x, weight, targets = head_inputs(rows, dtype, trained)
     scales = torch.randn(rows) * (torch.arange(rows) != 3)  # of both signs, and 0 for one token
     leaves = [x, weight] if trained else [x]
     doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
@@ -82,19 +87,12 @@ def test_one_gradient_is_kept_with_a_frozen_head_and_nothing_without_grad(monkey
 @pytest.mark.parametrize("rows", [0, 1, 13])
 def test_an_adapted_head_has_those_of_its_logits(monkeypatch, method, rows):
     monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
-    adapted = RWKV(make_arch(7, n_layer=1))
-    adapted.load_state_dict(random_tensors(adapted.arch))
-    rwkv_miss.inject(adapted, method, ["head", "att.key"], rank=4)
-    trained = [p for p in adapted.head.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trained:
-            p.normal_(std=0.1)
-    x, targets = torch.randn(rows, adapted.arch.n_embd, requires_grad=True), torch.randint(67, (rows,))
+    adapted, x, targets, leaves = adapted_head(method, rows)
     scales = torch.randn(rows)
     want = adapted.head(x).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     for mine, theirs in zip(
-        gradients(adapted.log_probs(x, targets), scales, [x, *trained]),
-        gradients(want, scales, [x, *trained]),
+        gradients(adapted.log_probs(x, targets), scales, leaves),
+        gradients(want, scales, leaves),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
@@ -157,10 +155,7 @@ def test_a_truncated_gradient_stops_at_every_so_many_tokens():
 
 
 def test_a_trained_initial_state_gets_its_gradient_through_all_chunks():
-    model = Tuned(make_arch(7)).double()
-    model.load_state_dict(random_tensors(model.arch), strict=False)
-    model.requires_grad_(False).start.requires_grad_()
-    batch = make_batch([[35], [3, 30]])
+    model, batch = tuned_model(), make_batch([[35], [3, 30]])
     want = results(model, batch, Chunks())
     assert want[1]["start"].abs().max() > 1e-3
     same(results(model, batch, Chunks(4, sparse=True)), want, 1e-12)

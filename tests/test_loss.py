@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-import rwkv_miss
-from src.model import RWKV, rwkv
 from src.model import loss as losses
+from src.model import rwkv
 from src.model.layers import Head
 from src.model.loss import head_loss, loss_sum
 
-from .conftest import make_arch, random_tensors
+from .loss_cases import VOCAB, adapted_head, head_inputs, head_kinds, head_rows
 
 # bf16 rounds logits, their gradient and the products
 ROUNDING = {
@@ -24,16 +23,11 @@ def gradients(loss, leaves):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows", [0, 1, 5, 13])
-@pytest.mark.parametrize(
-    "trained, native, exact",
-    [(False, False, False), (True, True, False), (False, True, False), (True, False, True)],
-)
+@head_rows
+@head_kinds
 def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native, exact):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 31)  # blocks of 5 rows
-    torch.manual_seed(0)
-    x = torch.randn(rows, 11).to(dtype).requires_grad_()
-    weight, targets = torch.randn(31, 11).to(dtype).requires_grad_(trained), torch.randint(31, (rows,))
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCAB)  # blocks of 5 rows
+    x, weight, targets = head_inputs(rows, dtype, trained)
     leaves = [x, weight] if trained else [x]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     want = gradients(
@@ -123,18 +117,9 @@ def test_a_target_outside_of_the_vocabulary_is_an_error():
 @pytest.mark.parametrize("rows", [0, 1, 13])
 def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
     monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
-    torch.manual_seed(0)
-    adapted = RWKV(make_arch(7, n_layer=1))
-    adapted.load_state_dict(random_tensors(adapted.arch))
-    rwkv_miss.inject(adapted, method, ["head", "att.key"], rank=4)
-    trained = [p for p in adapted.head.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trained:
-            p.normal_(std=0.1)
-    x, targets = torch.randn(rows, adapted.arch.n_embd, requires_grad=True), torch.randint(67, (rows,))
+    adapted, x, targets, leaves = adapted_head(method, rows)
     got, want = (
-        gradients(loss, [x, *trained])
-        for loss in (adapted.loss(x, targets), loss_sum(adapted.head(x), targets))
+        gradients(loss, leaves) for loss in (adapted.loss(x, targets), loss_sum(adapted.head(x), targets))
     )
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)

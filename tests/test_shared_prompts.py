@@ -21,7 +21,7 @@ from src.model.rwkv import LayerState
 from src.planning.step import prompt_reading, tokens_of_layouts
 
 from .conftest import close, make_arch, random_tensors
-from .test_batch_loss import make_model
+from .loss_cases import make_model
 
 # (prompt, chosen, rejected): tokens; of a prompt of one token nothing is left to read
 SIZES = [[(19, 11, 17), (1, 4, 9)], [(33, 1, 2), (2, 3, 1)], [(7, 5, 3)]]
