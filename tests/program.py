@@ -5,6 +5,7 @@ What may be done to a run is here, too, and its losses are read.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -178,6 +179,28 @@ def interrupt():
 def in_turn(first, second, rank):
     first(rank)
     second(rank)
+
+
+def spoil(kind, steps, rank):
+    """Give steps (0-based) a loss or a gradient that is NaN, or leave out their update, on the last rank."""
+    step_of = src.training.trainer.FineTuning.training_step
+    update = torch.optim.AdamW.step
+
+    def training_step(self, batch, index):
+        loss = step_of(self, batch, index)
+        if self.trainer.global_step not in steps or self.trainer.global_rank < self.trainer.world_size - 1:
+            return loss
+        if kind == "loss":
+            self.step_loss = self.step_loss * math.nan
+        return loss * math.nan
+
+    if kind == "update":
+        counter = iter(range(10**9))
+        torch.optim.AdamW.step = lambda self, closure=None: (
+            (closure(), None)[1] if next(counter) in steps else update(self, closure)
+        )
+    else:
+        src.training.trainer.FineTuning.training_step = training_step
 
 
 def dropout(rank):

@@ -22,14 +22,14 @@ import torch
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AroundSteps
 from src.common.files import write_text
-from src.training import callbacks, rollback, trainer
+from src.training import callbacks, rollback
 from src.training.rollback import LastGood
 from src.training.run_folder import alone_in, list_checkpoints, remove_old
 from src.training.training_state import read_state, write_state
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import at_file, in_turn, interrupt, kill, losses, succeed
+from .program import at_file, in_turn, interrupt, kill, losses, spoil, succeed
 
 STEPS = 6
 
@@ -116,28 +116,6 @@ def large_scale(rank):
     """A loss scale with which the first steps overflow, so that it changes within the run."""
     scaler = torch.amp.GradScaler
     torch.amp.GradScaler = lambda device, init_scale: scaler(device, init_scale=2.0**24)
-
-
-def spoil(kind, steps, rank):
-    """Give steps (0-based) a loss or a gradient that is NaN, or leave out their update, on the last rank."""
-    step_of = trainer.FineTuning.training_step
-    update = torch.optim.AdamW.step
-
-    def training_step(self, batch, index):
-        loss = step_of(self, batch, index)
-        if self.trainer.global_step not in steps or self.trainer.global_rank < self.trainer.world_size - 1:
-            return loss
-        if kind == "loss":
-            self.step_loss = self.step_loss * math.nan
-        return loss * math.nan
-
-    if kind == "update":
-        counter = iter(range(10**9))
-        torch.optim.AdamW.step = lambda self, closure=None: (
-            (closure(), None)[1] if next(counter) in steps else update(self, closure)
-        )
-    else:
-        trainer.FineTuning.training_step = training_step
 
 
 def judge_late(rank):

@@ -25,7 +25,7 @@ from src.training.process_group import ALONE, Processes
 
 from . import program
 from .conftest import close, make_arch, random_tensors
-from .program import at_file, call, interrupt, kill, succeed
+from .program import at_file, call, interrupt, kill, spoil, succeed
 
 UNITS = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))
@@ -172,8 +172,8 @@ def test_micro_batches_make_the_same_steps(files, tmp_path, whole, loss):
 
 @pytest.mark.parametrize(
     "loss, strategy",
-    [("dpo", "ddp"), ("dpo", "deepspeed_stage_3"), ("kto", "ddp"), ("kto", "deepspeed_stage_2"),
-     ("kto", "deepspeed_stage_3"), ("orpo", "deepspeed_stage_2")],
+    [("dpo", "ddp"), ("dpo", "deepspeed_stage_2"), ("dpo", "deepspeed_stage_3"), ("kto", "ddp"),
+     ("kto", "deepspeed_stage_2"), ("kto", "deepspeed_stage_3"), ("orpo", "deepspeed_stage_2")],
 )  # fmt: skip
 def test_two_processes_make_the_same_steps(files, tmp_path, whole, loss, strategy):
     two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
@@ -309,6 +309,18 @@ def test_a_baseline_is_of_all_answers_and_not_below_0():
     assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0.25 / 4
     moved.neg_()
     assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0
+
+
+def test_a_nan_undoes_the_steps_that_led_to_it(files, tmp_path):
+    """A NaN in step 2: step 3 is as if these two had moved nothing."""
+    start(files, tmp_path / "left-out", sabotage=functools.partial(spoil, "update", [0, 1]))
+    spoiled = functools.partial(spoil, "loss", [1])
+    output = start(files, tmp_path / "run", "--rollback_steps", "1", sabotage=spoiled)
+    assert "the loss is nan at step 2; back to the state of step 0, and on with step 3" in output, output
+    want, got = lines(tmp_path / "left-out"), lines(tmp_path / "run")
+    assert got[1]["loss"] is None
+    same_lines([got[0], got[2]], [want[0], want[2]])
+    same_adapters(tmp_path / "run", tmp_path / "left-out")
 
 
 def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):
