@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import sys
 
-if not __package__:  # started by its path, from which src is not found
-    raise SystemExit("error: run this from the repository's folder as python -m scripts.memory_table")
-
 from src.common.startup import importing
 
 with importing():

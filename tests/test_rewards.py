@@ -1,15 +1,17 @@
 """What a drawn answer is worth (src/evaluation/rewards.py)."""
 
-import types
+import hashlib
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from rwkv_miss import UserError
+from src.config import Config
+from src.config.schema import REWARDS
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
-from src.evaluation.rewards import Rewards, overlong, partial
+from src.evaluation.rewards import GUARDED, JUDGES, Failed, Rewards, overlong, partial
 
 QUESTION = Question(["User: 3 + 4?\n\nAssistant:"], "7")
 
@@ -20,13 +22,8 @@ class Answer(NamedTuple):
     cut: bool = False
 
 
-def settings(rewards, **others):
-    automatic = {"reward_length": 0, "max_tokens": 0}
-    return types.SimpleNamespace(rewards=rewards, **(automatic | others))
-
-
 def rewards_of(rewards, **others):
-    return Rewards.of(settings(rewards, **others), DEFAULT)
+    return Rewards.of(Config(rewards=rewards, group_size=4, **others), DEFAULT)
 
 
 def values(name, answers, question=QUESTION, **others):
@@ -60,6 +57,31 @@ def test_a_cut_answer_is_not_right(name):
     answers = [Answer(question.right, cut=True), Answer(question.right)]
     assert values(name, answers, question) == [0, 1]
     assert values("partial", answers, question) == [1, 1]
+
+
+def test_regex_is_looked_for_in_the_whole_answer_with_its_thoughts():
+    asked = QUESTION._replace(opening="<think>")
+    answers = [
+        Answer(" 3 + 4\n= 7</think> 7"),
+        Answer(" 7"),
+        Answer(" 7</think>", cut=True),
+        Answer("</think>"),
+    ]
+    assert values("regex", answers, asked, reward_regex=r"(?s)^<think>.+</think>") == [1, 0, 1, 0]
+
+
+def test_a_regular_expression_that_takes_exponential_time_is_a_failed_group():
+    with rewards_of({"exact": 1, "regex": 1}, reward_regex="(a+)+$", reward_timeout=0.3) as rewards:
+        failed = rewards.score(QUESTION, [Answer("a" * 50 + "b"), Answer("7")])
+        assert failed == Failed("regex: time", "regex took more than 0.3 s; --reward_timeout N gives it more")
+        assert rewards.score(QUESTION, [Answer("aaa"), Answer("7")]).total.tolist() == [1, 1]
+
+
+def test_math_verify_judges_answers_that_came_to_their_end():
+    pytest.importorskip("math_verify", reason="NO math-verify: its reward is not tested")
+    half = QUESTION._replace(right="\\frac{1}{2}")
+    answers = [Answer("so $0.5$"), Answer("$0.5$", cut=True), Answer("\\boxed{2}"), Answer("1/2"), Answer("")]
+    assert values("math_verify", answers, half) == [1, 0, 0, 1, 0]
 
 
 def test_partial_is_the_share_of_characters_in_their_place():
@@ -99,24 +121,8 @@ def test_the_total_is_the_weighted_sum():
     assert scored.total.tolist() == [-0.75, 0.125, -2]
 
 
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        ({"rewards": {"exakt": 1}}, "did you mean exact"),
-        ({"rewards": {"quality": 1}}, "there is no such reward"),
-        ({"rewards": {"exact": "much"}}, "exact=much: expected a number"),
-        ({"rewards": {"exact": float("nan")}}, "expected a number"),
-        ({"rewards": {"exact": True}}, "expected a number"),
-        ({"rewards": {"exact": 0}}, "at least one weight"),
-        ({"rewards": {}}, "at least one weight"),
-        ({"rewards": {"length": 1}}, "give --reward_length"),
-        ({"rewards": {"exact": 1}, "reward_length": 9}, "add it to --rewards"),
-        ({"rewards": {"length": 1}, "reward_length": 9, "max_tokens": 9}, "never be too long"),
-    ],
-)
-def test_settings_that_make_no_sense(given, said):
-    with pytest.raises(UserError, match=said):
-        Rewards.of(settings(**given), DEFAULT)
+def test_the_rewards_that_are_built_in_are_those_of_the_flag():
+    assert sorted([*JUDGES, *GUARDED, "length"]) == sorted(REWARDS)
 
 
 def test_right_answers_that_cannot_be_read():
@@ -124,3 +130,67 @@ def test_right_answers_that_cannot_be_read():
     rewards_of({"exact": 1, "partial": 1}).check(questions)
     with pytest.raises(UserError, match="--rewards number: a right answer has no number: 'seven'"):
         rewards_of({"exact": 1, "number": 1}).check(questions)
+
+
+OWN = """
+def quality(prompt, answers, right):
+    assert prompt == "User: 3 + 4?\\n\\nAssistant:" and right == "7"
+    return [len(answer) / 10 for answer in answers]
+
+def fails_on_none(prompt, answers, right):
+    return [1 / len(answer) for answer in answers]
+
+def fails_on_eight(prompt, answers, right):
+    if "8" in answers: raise ValueError(f"{len(answers)} answers")
+    return [0.5] * len(answers)
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_functions_of_the_user_have_their_share_of_the_sum(own_file):
+    with rewards_of({"exact": 1, "quality": 0.5}, reward_file=own_file) as rewards:
+        rewards.check([QUESTION])
+        scored = rewards.score(QUESTION, [Answer(" 7"), Answer(" eight", cut=True)])
+        assert scored.values.tolist() == [[1, 0.1], [0, 0.5]]
+        assert scored.total.tolist() == [1.05, 0.25]
+        assert rewards.digest == hashlib.sha256(OWN.encode()).hexdigest()
+    assert rewards_of({"exact": 1}).digest is None
+
+
+def test_a_function_that_fails_costs_its_group(own_file):
+    with rewards_of({"exact": 1, "fails_on_eight": 1}, reward_file=own_file) as rewards:
+        rewards.check([QUESTION])
+        failed = [rewards.score(QUESTION, [Answer("8")] * count) for count in (2, 3)]
+        assert [one.reason[:52] for one in failed] == [
+            "fails_on_eight raised ValueError: 2 answers (own.py,",
+            "fails_on_eight raised ValueError: 3 answers (own.py,",
+        ]
+        assert failed[0].kind == failed[1].kind
+        assert rewards.score(QUESTION, [Answer("7"), Answer("9")]).total.tolist() == [1.5, 0.5]
+
+
+def test_functions_are_tried_before_the_run(own_file):
+    said = (
+        "own.py: in a trial with 3 right answers and an empty one, fails_on_none raised ZeroDivisionError:"
+        " division by zero \\(own.py, line 7: .*the right answer '7'"
+    )
+    with (
+        rewards_of({"fails_on_none": 1}, reward_file=own_file) as rewards,
+        pytest.raises(UserError, match=said),
+    ):
+        rewards.check([QUESTION])
+
+
+def test_a_file_without_the_function_is_an_error_at_once(own_file):
+    with pytest.raises(
+        UserError, match="own.py: it has no function qualty; it has quality, fails.*; expected a"
+    ):
+        rewards_of({"qualty": 1}, reward_file=own_file)
+    with pytest.raises(UserError, match="none.py: there is no such file"):
+        rewards_of({"quality": 1}, reward_file="none.py")

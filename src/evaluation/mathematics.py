@@ -8,8 +8,6 @@ import logging
 from collections.abc import Iterator
 from types import ModuleType
 
-from rwkv_miss.errors import UserError
-
 LOGGERS = ("math_verify.parser", "math_verify.grader")
 
 
@@ -18,9 +16,12 @@ def require_math_verify() -> ModuleType:
     try:
         return importlib.import_module("math_verify")
     except ImportError as error:
+        # here, as guarded_mathematics.py runs without it: rwkv_miss imports torch
+        from rwkv_miss.errors import UserError
+
         raise UserError(
-            f"--score math_verify needs the package math-verify ({error}): pip install 'math-verify>=0.9'; "
-            "--score boxed needs none"
+            f"math_verify needs the package math-verify ({error}): pip install 'math-verify>=0.9'; "
+            "boxed needs none"
         ) from None
 
 

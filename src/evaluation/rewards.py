@@ -7,8 +7,7 @@ rewards.score(question, answers)            # Scored, or Failed: this group alon
 
 from __future__ import annotations
 
-import difflib
-import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,12 +17,13 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..config import Config
+from ..config.schema import REWARDS
 from ..data.chat_template import Template
 from ..data.questions import Question
 from ..data.templates import answer_text, whole_text
+from .mathematics import require_math_verify
+from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable
-
-LARGEST = 1e9  # the size of a reward: the squares of larger ones may overflow where they are compared
 
 
 class Drawn(Protocol):
@@ -81,83 +81,92 @@ def _unless_cut(agree: Callable[[str, str], bool]) -> Callable[[Spoken, str], fl
     return lambda spoken, right: float(not spoken.cut and agree(spoken.said, right))
 
 
-# what each built-in reward gives for (what was said, the right answer), where nothing can make it hang
+# what each built-in reward gives for (an answer, the right one) in this process
 JUDGES: dict[str, Callable[[Spoken, str], float]] = {
-    **{name: _unless_cut(SCORES[name].agree) for name in ("exact", "number", "boxed", "math_verify")},
+    **{name: _unless_cut(SCORES[name].agree) for name in ("exact", "number", "boxed")},
     "partial": lambda spoken, right: partial(spoken.said, right),
 }
-BUILT_IN = (*JUDGES, "length")
+# what a text may keep busy for hours, each in a process of its own
+GUARDED = {"regex": "guarded_regex.py", "math_verify": "guarded_mathematics.py"}
 PARSED = 64  # right answers that math_verify reads before a run; each takes milliseconds, or seconds
-
-
-def check_settings(config: Config) -> None:
-    """UserError for rewards that there are not, and for flags without their rewards."""
-    for name, weight in config.rewards.items():
-        if name not in BUILT_IN:
-            near = difflib.get_close_matches(name, BUILT_IN, 1)
-            raise UserError(
-                f"--rewards {name}: there is no such reward"
-                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(BUILT_IN)}")
-            )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise UserError(f"--rewards {name}={weight}: expected a number, as in {name}=0.5")
-    if not any(config.rewards.values()):
-        raise UserError("--rewards: expected at least one weight that is not 0, as in exact=1")
-    _check_length(config)
-
-
-def _check_length(config: Config) -> None:
-    """UserError where --rewards length and --reward_length do not go together."""
-    given, limit = config.reward_length, config.max_tokens
-    if not given and "length" not in config.rewards:
-        return
-    if not given:
-        raise UserError(
-            "--rewards length: it falls from 0 to -1 between --reward_length and --max_tokens; give"
-            " --reward_length N, the tokens that an answer may have without a loss"
-        )
-    if "length" not in config.rewards:
-        raise UserError(f"--reward_length {given}: it belongs to the reward length; add it to --rewards")
-    if limit and given >= limit:
-        raise UserError(
-            f"--reward_length {given}: an answer has at most {limit} tokens, so it would never be too long;"
-            " give fewer, or more --max_tokens"
-        )
 
 
 class Rewards:
     """The rewards of a run, in one process."""
 
     def __init__(self, config: Config, template: Template):
+        self.config, self.template = config, template
         self.names = tuple(config.rewards)
         self.weights = torch.tensor(list(config.rewards.values()), dtype=torch.float64)
-        self.template, self.config = template, config
+        self.own, here, seconds = None, pathlib.Path(__file__), config.reward_timeout
+        if names := tuple(name for name in self.names if name not in REWARDS):
+            self.own = RewardFunctions(config.reward_file, names, seconds, REWARDS)
+        self.guarded = {
+            name: RewardFunctions(str(here.with_name(file)), (name,), seconds)
+            for name, file in GUARDED.items()
+            if name in self.names
+        }
 
     @classmethod
     def of(cls, config: Config, template: Template) -> Rewards:
-        """The rewards of --rewards, whose answers are in this template.
+        """The rewards of --rewards, for answers in this template; --reward_file is imported.
 
-        UserError for settings that make no sense.
+        UserError for a file without the functions, and where math_verify is not installed.
         """
-        check_settings(config)
-        return cls(config, template)
+        if "math_verify" in config.rewards:
+            require_math_verify()
+        rewards = cls(config, template)
+        if rewards.own:
+            try:
+                rewards.own.start()
+            except FunctionFailed as failed:
+                raise UserError(
+                    f"--reward_file {config.reward_file}: {failed.reason}; expected a file with {SIGNATURE}"
+                    " for each reward that is not built in"
+                ) from None
+        return rewards
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of --reward_file, whose bytes at the start are what runs to the end."""
+        return self.own.digest if self.own else None
 
     def check(self, questions: Sequence[Question]) -> None:
-        """UserError where the rewards cannot judge answers to these questions."""
+        """UserError where the rewards cannot judge answers to these questions.
+
+        The user's functions are called once, with right answers to the first question and an empty one.
+        """
         for name in self.names:
             if name in SCORES:
                 asked = questions[:PARSED] if name == "math_verify" else questions
                 require_readable(name, asked, f"--rewards {name}")
+        question = questions[0]
+        answers = [question.right] * (self.config.group_size - 1) + [""]
+        for name in self.own.names if self.own else ():
+            try:
+                self.own.call(name, question.prompt, answers, question.right)
+            except FunctionFailed as failed:
+                raise UserError(
+                    f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} right"
+                    f" answers and an empty one, {failed.reason}; the question was {question.prompt[-80:]!r},"
+                    f" the right answer {question.right[-80:]!r}"
+                ) from None
 
     def score(self, question: Question, answers: Sequence[Drawn]) -> Scored | Failed:
         """What each of a group's answers to a question is worth."""
         spoken = [self._spoken(question, answer) for answer in answers]
-        columns = [self._column(name, spoken, question.right) for name in self.names]
+        try:
+            columns = [self._column(name, spoken, question) for name in self.names]
+        except FunctionFailed as failed:
+            return Failed(failed.kind, failed.reason)
         values = torch.tensor(columns, dtype=torch.float64).T
         return Scored(values, values @ self.weights)
 
     def close(self) -> None:
-        """The end of the run."""
+        """End the processes of the functions."""
+        for functions in (self.own, *self.guarded.values()):
+            if functions:
+                functions.close()
 
     def __enter__(self) -> Rewards:
         return self
@@ -169,8 +178,19 @@ class Rewards:
         asked = answer.text, self.template, question.opening
         return Spoken(whole_text(*asked).strip(), answer_text(*asked), len(answer.tokens), answer.cut)
 
-    def _column(self, name: str, spoken: list[Spoken], right: str) -> list[float]:
+    def _column(self, name: str, spoken: list[Spoken], question: Question) -> list[float]:
+        """What one reward gives for each answer."""
+        prompt, right = question.prompt, question.right
+        whole = [answer.whole for answer in spoken]
         if name == "length":
             most, limit = self.config.reward_length, self.config.max_tokens
             return [overlong(answer.tokens, most, limit) for answer in spoken]
-        return [JUDGES[name](answer, right) for answer in spoken]
+        if name == "regex":
+            return self.guarded[name].call(name, prompt, whole, self.config.reward_regex)
+        if name == "math_verify":
+            complete = [answer.said for answer in spoken if not answer.cut]
+            judged = iter(self.guarded[name].call(name, prompt, complete, right))
+            return [0.0 if answer.cut else next(judged) for answer in spoken]
+        if name in JUDGES:
+            return [JUDGES[name](answer, right) for answer in spoken]
+        return self.own.call(name, prompt, whole, right)

@@ -1,0 +1,16 @@
+"""The reward `math_verify`, in a process of its own (reward_functions.py).
+
+SymPy may take hours, or all memory, for what a model wrote. There it is ended after --reward_timeout.
+"""
+
+from __future__ import annotations
+
+# the file beside this one: `src.evaluation.mathematics` would need the repository on the path
+from mathematics import require_math_verify, same_mathematics
+
+require_math_verify()  # imports SymPy, which takes a second that is not the first group's
+
+
+def math_verify(prompt: str, answers: list[str], right: str) -> list[bool]:
+    """Whether each answer has the mathematics of the right one."""
+    return [same_mathematics(answer, right) for answer in answers]

@@ -1,0 +1,14 @@
+"""The reward `regex`, in a process of its own (reward_functions.py).
+
+A regular expression may take exponential time on what a model wrote. There it is ended after
+--reward_timeout.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+def regex(prompt: str, answers: list[str], pattern: str) -> list[bool]:
+    """Whether the pattern is found anywhere in each answer."""
+    return [re.search(pattern, answer) is not None for answer in answers]

@@ -1,0 +1,179 @@
+"""The process in which reward functions run: python reward_worker.py REQUESTS REPLIES PARENT
+
+The first two are file descriptors of pipes, the third is the process that asks. Requests and replies are
+lines of JSON: the file with its functions comes first, then one line for each call. Whatever a function does
+to this process, the one that asks goes on (see reward_functions.py).
+
+It imports the standard library, and what the file of the functions imports. So it starts in 50 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.util
+import inspect
+import itertools
+import json
+import linecache
+import os
+import reprlib
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+LONGEST = 500  # characters of an exception's message
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class Refused(Exception):
+    """A mistake that has no traceback: what was returned, or what the file lacks."""
+
+
+def main() -> None:
+    requests, replies, parent = map(int, sys.argv[1:])
+    end_with(parent)
+    # where it was when it crashed, or when the parent's patience was over
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    with open(requests, "rb") as lines, open(replies, "w", encoding="ascii") as answers:
+        path, module = "", None
+        for line in lines:
+            asked = json.loads(line)
+            if asked is None:
+                break
+            try:
+                if module:
+                    reply = {"values": call(module, **asked)}
+                else:
+                    path = asked["path"]
+                    module, reply = load(**asked), {}
+            except Refused as refused:
+                reply = {"kind": "refused", "reason": str(refused)}
+            except BaseException as error:  # SystemExit and KeyboardInterrupt are a function's failures, too
+                reply = described(error, path)
+            print(json.dumps(reply), file=answers, flush=True)
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent, also in a function that never returns.
+
+    Other systems than Linux cannot. There it ends when it next waits for a request.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # a function that fills the memory is what the kernel shall end, not the training
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+
+
+def load(path: str, source: str, names: list[str], reserved: list[str]) -> ModuleType:
+    """The module of a file, which imports from beside it, as by `python FILE`.
+
+    The source has the file's bytes as latin-1. Refused where a function is missing.
+    """
+    sys.path[0], sys.argv = os.path.dirname(os.path.realpath(path)), [path]
+    code = source.encode("latin-1")
+    # the file may change while this runs: a traceback shows what was run
+    linecache.cache[path] = len(code), None, code.decode("utf-8", "replace").splitlines(True), path
+    name = os.path.splitext(os.path.basename(path))[0]
+    if name in sys.modules or name in sys.stdlib_module_names:
+        name = f"{name}_of_rewards"  # others import the module of that name
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(code, path, "exec"), module.__dict__)
+    defined = [
+        known
+        for known, value in vars(module).items()
+        if callable(value) and not known.startswith("_") and getattr(value, "__module__", None) == name
+    ]
+    for wanted in names:
+        check_function(wanted, getattr(module, wanted, None), defined)
+    if taken := sorted(set(reserved) & set(defined)):
+        raise Refused(f"its function {taken[0]} has the name of a built-in reward; rename it")
+    return module
+
+
+def check_function(name: str, function: Any, defined: list[str]) -> None:
+    """Refused for what cannot be called with (prompt, answers, right)."""
+    if not callable(function):
+        has = f"it has {', '.join(defined)}" if defined else "it has none"
+        what = "it has no function" if function is None else f"{described_value(function)} is no function, as"
+        raise Refused(f"{what} {name}; {has}")
+    with contextlib.suppress(ValueError):  # what is written in C may not tell its parameters
+        try:
+            inspect.signature(function).bind("", [], "")
+        except TypeError:
+            raise Refused(
+                f"{name}{inspect.signature(function)} cannot be called with the prompt, the list of answers"
+                f" and the right answer; expected def {name}(prompt, answers, right)"
+            ) from None
+
+
+def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: str) -> list[float]:
+    """What a function gives for each answer. Refused for what is not as many numbers."""
+    count = len(answers)
+    returned = getattr(module, name)(prompt, answers, right)
+    expected = f"expected a list of {count} numbers, one for each answer"
+    if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
+        raise Refused(f"{name} returned {described_value(returned)}; {expected}")
+    values = list(itertools.islice(returned, count + 1))
+    if len(values) != count:
+        length = len(returned) if hasattr(returned, "__len__") else len(values)
+        more = "" if hasattr(returned, "__len__") or length < count else " or more"
+        raise Refused(f"{name} returned {length}{more} values; {expected}")
+    return [as_number(value, f"{name} returned", place, count) for place, value in enumerate(values, 1)]
+
+
+def as_number(value: Any, what: str, place: int, count: int) -> float:
+    """float(value), which takes bool, numpy's numbers and torch's scalars; Refused for texts and all else."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    raise Refused(f"{what} {described_value(value)} for answer {place} of {count}; expected a number")
+
+
+def described_value(value: Any) -> str:
+    """`None`, `the text 'good'`, `a dict`."""
+    if value is None:
+        return "None"
+    if isinstance(value, (str, int, float)):
+        return f"{'the text ' if isinstance(value, str) else ''}{reprlib.repr(value)}"
+    return f"a {type(value).__name__}"
+
+
+def described(error: BaseException, path: str) -> dict[str, str]:
+    """An exception in words, with the line of the user's file that it came from."""
+    kind = type(error).__name__
+    try:
+        message = (error.msg if isinstance(error, SyntaxError) else str(error))[:LONGEST]
+    except Exception:
+        message = ""
+    where = ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        where = place(error.filename, error.lineno, error.text)
+    elif frames:
+        where = place(path, frames[-1].lineno, frames[-1].line)
+    return {
+        "kind": f"{kind} {where}",
+        "reason": f"{kind}: {message}".rstrip(": ") + (where and f" ({where})"),
+    }
+
+
+def place(path: str, number: int | None, line: str | None) -> str:
+    """`rewards.py, line 12: return score`."""
+    where = f"{os.path.basename(path)}, line {number}"
+    return f"{where}: {line.strip()}" if line and line.strip() else where
+
+
+if __name__ == "__main__":
+    main()
