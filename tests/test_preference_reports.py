@@ -15,6 +15,7 @@ from src.training import curves, outputs, preference_text, run_card, verdict
 from src.training.callbacks import StepReport
 from src.training.early_warning import early_warning
 from src.training.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
+from src.training.run_log import RunLog
 from src.training.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.validation_log import describe
 
@@ -191,7 +192,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
     metrics = [line(step, margin=step / 10) for step in range(1, 21)]
     history = evaluations()
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.7, "loss_last": 0.3, "output": "a.pth"}
-    text = run_card.card(DPO, ["a plan"], summary, metrics, history, None)
+    text = run_card.card(DPO, ["a plan"], summary, RunLog(metrics, history), None)
     for words in (
         "| margin of the rewards | 0.15 | 1.95 |",  # of steps 1 and 2, of 19 and 20
         "|  | before, step 0 | after, step 20 | best, step 10 |",
@@ -204,7 +205,11 @@ def test_the_card_has_the_metrics_first_last_and_best():
         assert words in text, text
     assert "loss, nats" not in text
     assert "preferences.png" not in run_card.card(
-        Config(load_model="b.pth"), [], summary, [{"seconds": 1, "tokens": 1, "trained_tokens": 1}], [], None
+        Config(load_model="b.pth"),
+        [],
+        summary,
+        RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], []),
+        None,
     )
 
 

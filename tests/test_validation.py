@@ -31,6 +31,7 @@ from src.training.curves import draw_losses
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
 from src.training.run_card import card
+from src.training.run_log import RunLog
 from src.training.validation import shortened
 from src.training.validation_log import is_over
 
@@ -596,7 +597,9 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         "output": "out/adapter.pth",
         "forgetting": {},
     }
-    text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history, None)
+    text = card(
+        Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, RunLog(metrics, history), None
+    )
     for words in (
         (
             "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n   "

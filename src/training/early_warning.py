@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..config import Config
+from .collapse import CollapseWatch
 from .unlearning import UnlearningWatch
 
 
@@ -15,4 +16,6 @@ def early_warning(config: Config, before: Iterable[dict]) -> Callable[[dict], st
     """
     if config.loss == "sft":
         return lambda line: None
+    if config.on_rewards:
+        return CollapseWatch(config, before).after
     return UnlearningWatch(config, before).after

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 from rwkv_miss.errors import UserError
 
@@ -24,8 +24,8 @@ class Writer(Protocol):
     def numbers(self, step: int, values: dict[str, float]) -> None:
         """Values of a step under names such as train/loss."""
 
-    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Answers of the model: prompt, answer, and the right one."""
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Answers of the model: prompt, answer, the right one, and its reward, if it has one."""
 
     def close(self, failed: bool) -> None:
         """The run is over."""
@@ -48,12 +48,12 @@ class TensorBoard:
         except OSError as error:  # of the thread that writes
             raise UserError(f"{self.folder} could not be written ({error.strerror})") from None
 
-    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         parts = []
         for sample in samples:
             for name, value in sample.items():
                 # four spaces are Markdown for text as it is
-                parts += [name, "\n".join(f"    {line}" for line in value.splitlines())]
+                parts += [name, "\n".join(f"    {line}" for line in str(value).splitlines())]
         self.writer.add_text("validation/samples", "\n\n".join(parts), step)
 
     def close(self, failed: bool) -> None:
@@ -89,7 +89,7 @@ class WeightsAndBiases:
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         table = self.table(columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
         self.run.log({"validation/samples": table}, step=step)
 

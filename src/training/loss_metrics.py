@@ -81,9 +81,10 @@ class LossMetrics:
         loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.2g}"
         return " ".join([loss] * self.by_loss + _said(self.bar, line))
 
-    def evaluation_text(self, line: dict) -> str:
+    def evaluation_text(self, line: dict, with_score: bool = True) -> str:
         """For a printed line: "accuracy 94 %, margin 1.2"; "" in supervised training."""
-        return ", ".join(_said(self.line, line))
+        shown = [one for one in self.line if with_score or one.names != (self.score,)]
+        return ", ".join(_said(shown, line))
 
     def step_text(self, line: dict, loss: float) -> str:
         """What a printed line tells of a step; `loss` may be NaN, which the line has not."""
@@ -208,7 +209,7 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
         bar=(
             Shown(("reward",), lambda reward: f"reward {reward:.2f}"),
             Shown(("dead_groups",), lambda share: f"dead {share:.0%}"),
-            Shown(("entropy",), lambda nats: f"H {nats:.2g}"),
+            Shown(("entropy",), lambda nats: f"H {nats:.2f}"),
         ),
         line=(
             Shown(("reward",), lambda reward: f"reward {reward:.3f}"),
@@ -238,6 +239,6 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
 
 def metrics_of(config: Config) -> LossMetrics:
     """The metrics of a run, once its settings are filled in."""
-    if config.loss == "grpo":
+    if config.on_rewards:
         return reward_metrics(config.rewards)
     return SUPERVISED if config.loss == "sft" else PREFERENCES

@@ -18,16 +18,18 @@ from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.model_files import read_tensors
 from rwkv_miss.version import VERSION, commit
 
-from ..common.files import read_lines, write_text
+from ..common.files import write_text
 from ..config import Config
 from ..data.encode import Encoder
 from ..model import RWKV
 from .curves import draw_pictures
 from .loss_metrics import LossMetrics, metrics_of
 from .model_card import write_model_card
+from .reward_verdict import reward_doubt
 from .run_card import CARD, card, training_score
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
-from .validation_log import BEST, VALIDATION, best, is_over
+from .run_log import RunLog
+from .validation_log import BEST, best, is_over
 from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
@@ -121,14 +123,13 @@ def finish(
     `measured` is what only the process knows that trained: it is absent for a run that was killed after its
     last step. Where the process was started after that step, there is no first one for it to time.
     """
-    with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
-        metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
+    log = RunLog.read(config.proj_dir, step)
+    metrics, history = log.metrics, log.history
     if not metrics:
         raise UserError(
             "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is"
             " odd in the data or the base"
         )
-    history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     described = metrics_of(config)
     draw_pictures(described, metrics, history, config.proj_dir)
     summary = {
@@ -149,8 +150,11 @@ def finish(
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
-        text = card(config, plan, summary, metrics, history, doubted)
+        if config.on_rewards:
+            doubted = reward_doubt(config, kept_step, metrics, history)
+        else:
+            doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
+        text = card(config, plan, summary, log, doubted)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)
     # the last file: what is_summed_up() looks at

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +19,14 @@ class Processes:
     world: int = 1
     rank: int = 0
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def gathered(self, mine: T) -> list[T]:
+        """What all have, by rank. It is for small things, which are pickled."""
+        if self.world == 1:
+            return [mine]
+        everyone: list[T | None] = [None] * self.world
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
 
 
 ALONE = Processes()

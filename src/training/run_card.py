@@ -10,6 +10,9 @@ from .curves import pictures
 from .loss_metrics import LossMetrics, loss_text, metrics_of
 from .preference_text import held_out_units, loss_unit
 from .rate_search import recorded_search, search_table
+from .reward_verdict import what_came_of_it
+from .run_log import RunLog
+from .sample_log import answer_text
 from .validation_log import best
 from .verdict import Doubt
 
@@ -22,12 +25,11 @@ def card(
     config: Config,
     plan: list[str],
     summary: dict,
-    metrics: list[dict],
-    history: list[dict],
+    log: RunLog,
     doubted: Doubt | None,
 ) -> str:
     """The text of run_card.md: what was run, what came of it, and what it changed."""
-    described = metrics_of(config)
+    described, metrics = metrics_of(config), log.metrics
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
@@ -44,6 +46,7 @@ def card(
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
         table(["", ""], [[name, value] for name, value in figures.items()]),
+        *_rewarded(config, summary, log),
         *_has_not_learnt(doubted),
         "## Command",
         _as_it_is(command(config)),
@@ -53,8 +56,9 @@ def card(
         "## Curves",
         *pictures(described),
         *_training_metrics(described, metrics),
+        *_drawn(log.drawn),
         f"## {held_out_units(config).capitalize()}",
-        *_validation(config, summary, history),
+        *_validation(config, summary, log.history),
         "## Forgetting",
         *_forgetting(config, summary),
     ]
@@ -66,6 +70,30 @@ def _has_not_learnt(doubted: Doubt | None) -> list[str]:
         return []
     lines = [*doubted.known, f"try next: {doubted.advice}"]
     return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
+
+
+def _rewarded(config: Config, summary: dict, log: RunLog) -> list[str]:
+    """What a training on rewards changed."""
+    if not config.on_rewards:
+        return []
+    step = summary.get("best_step", summary["steps"])
+    lines = what_came_of_it(config, step, log.metrics, log.history)
+    return ["## What came of it", "\n".join(f"- {line}" for line in lines)]
+
+
+def _drawn(drawn: list[dict]) -> list[str]:
+    """The first and the last group of answers that were written down."""
+    parts = []
+    for line in drawn[:1] + drawn[1:][-1:]:
+        parts += [
+            f"### Answers drawn in step {line['step']}",
+            *as_it_is("prompt", line["prompt"]),
+            *as_it_is("right", line["right"]),
+            *as_it_is("answers", "\n".join(map(answer_text, line["answers"]))),
+        ]
+        if "failed" in line:
+            parts.append(f"Their rewards failed: {line['failed']}")
+    return parts
 
 
 def _rate_search(config: Config) -> list[str]:

@@ -30,7 +30,8 @@ from .kto_baseline import baseline
 from .loss_metrics import metrics_of
 from .objective import undisturbed
 from .process_group import processes_of
-from .validation_log import BEST, VALIDATION, best, describe, is_over
+from .reward_validation import RewardEvaluation
+from .validation_log import BEST, VALIDATION, Evaluated, best, describe, is_over
 
 
 class Watch(Callback):
@@ -55,7 +56,11 @@ class Watch(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.metrics = metrics_of(module.config)
-        self.questions = questions(module.held_out, module.config.eval_samples, self.encoder)
+        self.answering = None
+        if module.config.on_rewards:
+            self.answering = RewardEvaluation(self.encoder, module.rewards, module.config.reward_timeout)
+        else:
+            self.questions = questions(module.held_out, module.config.eval_samples, self.encoder)
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
         self._if_due(trainer, module)
@@ -84,39 +89,48 @@ class Watch(Callback):
         step = trainer.global_step
         with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
             may_stop = step < module.total_steps
-            found = validation_loss(trainer, module.evaluated, lambda: self.report.stop and may_stop)
-            if found is None:
-                return False
-            loss, metrics = found
-            answers = self._answers(module.model)
-        decode = self.encoder.tokenizer.decode
-        samples = [
-            {
-                "prompt": decode(without_leading(question.prompt, self.encoder.bos)),
-                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.finish == "length"),
-                "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
-            }
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+            found = self._measured(trainer, module, lambda: self.report.stop and may_stop)
+        if found is None:
+            return False
         line = {
             "step": step,
-            "loss": loss if math.isfinite(loss) else None,
-            "tokens": module.evaluated.targets,
-            **self.metrics.fields(module.evaluated.weight, metrics),
-            "samples": samples,
+            "loss": found.loss if math.isfinite(found.loss) else None,
+            "tokens": found.tokens,
+            **self.metrics.fields(found.units, found.metrics),
+            "samples": found.samples,
         }
         self.history.append(line)
         if best(self.history) is line:
-            self._save(trainer, loss)
+            self._save(trainer, found.loss)
         if trainer.is_global_zero:
             append_line(self.path, line)
             for writer in self.report.writers:
                 if line["loss"] is not None:
-                    writer.numbers(step, {"validation/loss": loss} | self.metrics.numbers("validation", line))
-                if samples:
-                    writer.samples(step, samples)
+                    loss = {"validation/loss": found.loss}
+                    writer.numbers(step, loss | self.metrics.numbers("validation", line))
+                if found.samples:
+                    writer.samples(step, found.samples)
             say("\n".join(describe(self.history, module.total_steps, self.metrics)))
         return True
+
+    def _measured(self, trainer, module, is_stopped: Callable[[], bool]) -> Evaluated | None:
+        """What the model is worth now; None for a run that is asked to stop."""
+        if self.answering:
+            samples, processes = module.config.eval_samples, processes_of(trainer)
+            return self.answering.answers(module.model, module.evaluated, samples, processes, is_stopped)
+        found = validation_loss(trainer, module.evaluated, is_stopped)
+        if found is None:
+            return None
+        decode, bos = self.encoder.tokenizer.decode, self.encoder.bos
+        samples = [
+            {
+                "prompt": decode(without_leading(question.prompt, bos)),
+                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.finish == "length"),
+                "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
+            }
+            for question, answer in zip(self.questions, self._answers(module.model), strict=True)
+        ]
+        return Evaluated(*found, module.evaluated.weight, module.evaluated.targets, samples)
 
     def _answers(self, model: RWKV) -> list[Answer]:
         """The greedy answers to the questions. Every rank makes all of them, in step."""

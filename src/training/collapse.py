@@ -1,0 +1,312 @@
+"""Early warnings about a training on rewards.
+
+A model that is lost looks like one that has learnt all: the gradient is 0, as all answers to a question get
+the same reward. So the reward decides which of the two it is. All here are functions of the lines of
+metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ..config import Config
+from .loss_metrics import percent
+
+WINDOW = 10  # steps that are looked at together
+DEAD = 0.9  # from this share of groups on nearly nothing is learnt
+NEAR = 0.05  # of the reward's range: so near to its end counts as there
+STANDARD_ERRORS = 4.0  # by more than so many a mean has to have moved
+LEAST_FALL = 0.1  # and by so much of the reward's range, or of what it was
+ENTROPY_LEFT = 0.1  # of what it was at the start
+LONGER = 2.0  # times as long as at the start
+CUT = 0.5  # of the answers
+FAILED = 0.1  # of the groups
+# |ln p of training - ln p of the engine|. In fp32 it is 1e-5 at most; a weight of 1 +- 10 % is still one.
+GAP_FP32, GAP = 1e-3, 0.1
+RANGES = {"length": (-1.0, 0.0)} | dict.fromkeys(
+    ("exact", "number", "boxed", "math_verify", "partial", "regex"), (0.0, 1.0)
+)
+
+
+class Finding(NamedTuple):
+    """What goes wrong, and what to do."""
+
+    kind: str  # each is said once
+    known: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"WARNING: {self.known}.\nTry {self.advice}."
+
+
+class Window(NamedTuple):
+    """Means over successive steps. What no step knows is NaN."""
+
+    steps: tuple[int, int]  # first and last
+    reward: float
+    error: float  # standard error of the reward, of the steps' scatter
+    dead: float
+    failed: float  # share of the groups
+    length: float
+    cut: float
+    entropy: float
+    gap: float  # of log p, the mean
+    gap_max: float
+
+    @classmethod
+    def of(cls, lines: Sequence[dict]) -> Window:
+        """That of at least one line."""
+        rewards = _known(lines, "reward")
+        gaps = _known(lines, "engine_gap_max")
+        units = sum(line.get("units") or 0 for line in lines)
+        return cls(
+            (lines[0]["step"], lines[-1]["step"]),
+            _mean(rewards),
+            _standard_error(rewards),
+            _mean(_known(lines, "dead_groups")),
+            sum(_known(lines, "failed_groups")) / units if units else 0.0,
+            *(_mean(_known(lines, name)) for name in ("length", "cut", "entropy", "engine_gap")),
+            max(gaps) if gaps else math.nan,
+        )
+
+    @property
+    def text(self) -> str:
+        return "steps {} to {}".format(*self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """A run so far: its first steps, the steps with the highest reward, and the last ones."""
+
+    start: Window
+    top: Window
+    now: Window
+
+
+def findings(config: Config, course: Course) -> list[Finding]:
+    """All that is wrong now; nothing where all is well."""
+    found = [
+        _dead(config, course),
+        _fallen(config, course),
+        _entropy(config, course),
+        _cut(config, course),
+        _longer(config, course),
+        _gap(config, course.now),
+        _failed(course.now),
+    ]
+    return [finding for finding in found if finding]
+
+
+def has_fallen(config: Config, course: Course) -> bool:
+    """Whether the reward is lower than it was, by more than chance."""
+    top, now = course.top, course.now
+    fell = top.reward - now.reward
+    ends = bounds(config)
+    scale = ends[1] - ends[0] if ends else abs(top.reward)
+    return fell > max(STANDARD_ERRORS * math.hypot(top.error, now.error), LEAST_FALL * scale)
+
+
+def bounds(config: Config) -> tuple[float, float] | None:
+    """The lowest and the highest reward there can be; None where a function of --reward_file has a part."""
+    ends = [0.0, 0.0]
+    for name, weight in config.rewards.items():
+        if weight and name not in RANGES:
+            return None
+        values = sorted(weight * value for value in RANGES.get(name, (0.0, 0.0)))
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    return ends[0], ends[1]
+
+
+def is_solved(config: Config, window: Window) -> bool:
+    """Whether nearly all answers get the highest reward."""
+    ends = bounds(config)
+    return ends is not None and window.reward >= ends[1] - 2 * NEAR * (ends[1] - ends[0])
+
+
+def _dead(config: Config, course: Course) -> Finding | None:
+    now, ends = course.now, bounds(config)
+    if not now.dead > DEAD:
+        return None
+    seen = f"{percent(now.dead)} of the groups of {now.text} have equal rewards, so that they teach nothing"
+    if is_solved(config, now):
+        return Finding(
+            "solved",
+            f"{seen}: nearly all answers are right (reward {now.reward:.3g} of {ends[1]:.3g})",
+            "harder questions, or stop here: this set is learnt",
+        )
+    if has_fallen(config, course):
+        return Finding(
+            "collapsed",
+            f"{seen}, and the reward fell from {course.top.reward:.3g} in {course.top.text} to"
+            f" {now.reward:.3g}: the model has collapsed{_certain(course)}. This is not convergence",
+            f"the best state (best.pth, or a checkpoint of before step {course.top.steps[1]}),"
+            f" {_gentler(config)}",
+        )
+    if ends and max(course.top.reward, now.reward) <= ends[0] + NEAR * (ends[1] - ends[0]):
+        return Finding(
+            "too hard",
+            f"{seen}: nearly all answers are wrong from the start (reward {now.reward:.3g}, at least"
+            f" {ends[0]:.3g})",
+            "easier questions, supervised training on right answers first, a reward that gives a part"
+            f" (partial), or more answers (--group_size above {config.group_size})",
+        )
+    return Finding(
+        "alike",
+        f"{seen}, with a reward of {now.reward:.3g}: a question's answers are all right or all wrong"
+        f"{_certain(course)}",
+        f"questions that are answered right now and then, a larger --group_size than {config.group_size}, a"
+        f" finer reward, or {_gentler(config)}",
+    )
+
+
+def _fallen(config: Config, course: Course) -> Finding | None:
+    if not has_fallen(config, course):
+        return None
+    return Finding(
+        "fallen",
+        f"the reward fell from {course.top.reward:.3g} in {course.top.text} to {course.now.reward:.3g} in"
+        f" {course.now.text}",
+        _gentler(config),
+    )
+
+
+def _entropy(config: Config, course: Course) -> Finding | None:
+    start, now = course.start, course.now
+    # a model that is right and knows it has none either
+    if not now.entropy < ENTROPY_LEFT * start.entropy or is_solved(config, now):
+        return None
+    return Finding(
+        "entropy",
+        f"the entropy fell from {start.entropy:.3g} to {now.entropy:.3g} nats per token in {now.text}: the"
+        f" model draws nearly the same answer each time, at a reward of {now.reward:.3g}",
+        f"{_gentler(config)}, or a larger --clip_high than {config.clip_high:g}",
+    )
+
+
+def _cut(config: Config, course: Course) -> Finding | None:
+    now = course.now
+    if not now.cut > CUT:
+        return None
+    return Finding(
+        "cut",
+        f"{percent(now.cut)} of the answers of {now.text} reached --max_tokens {config.max_tokens} before"
+        " their end, and count as wrong",
+        f"a larger --max_tokens, or where answers do not end by themselves any more, {_gentler(config)}",
+    )
+
+
+def _longer(config: Config, course: Course) -> Finding | None:
+    start, now = course.start, course.now
+    if not now.length > LONGER * start.length:
+        return None
+    if now.reward - start.reward > STANDARD_ERRORS * math.hypot(start.error, now.error):
+        return None  # longer answers, and better ones
+    return Finding(
+        "longer",
+        f"answers have {now.length:.3g} tokens in {now.text}, where they had {start.length:.3g}, and no"
+        f" higher reward ({start.reward:.3g} to {now.reward:.3g})",
+        f"the reward length (--rewards ...,length=0.5 --reward_length {max(1, round(start.length))}),"
+        f" --grpo_type dr_grpo, or {_gentler(config)}",
+    )
+
+
+def _gap(config: Config, now: Window) -> Finding | None:
+    exact = config.precision == "fp32" and config.quant == "none"
+    if exact and now.gap_max > GAP_FP32:
+        return Finding(
+            "gap",
+            f"log p of the training and of the drawing differ by {now.gap_max:.2g} in {now.text}; in fp32 it"
+            " is 1e-5 at most: one of the kernels is wrong here",
+            "--kernel torch, and tell us (python -m scripts.doctor says what is used)",
+        )
+    if not exact and now.gap > GAP:
+        what = f"--quant {config.quant}" if config.quant != "none" else f"--precision {config.precision}"
+        return Finding(
+            "gap",
+            f"log p of the training and of the drawing differ by {now.gap:.2g} a token in {now.text}, at most"
+            f" by {now.gap_max:.2g}, as {what} rounds them differently: many tokens count for less or more",
+            "a finer --precision or --quant, or a lower --lr_init",
+        )
+    return None
+
+
+def _failed(now: Window) -> Finding | None:
+    if now.failed <= FAILED:
+        return None
+    return Finding(
+        "failed",
+        f"the rewards of {percent(now.failed)} of the groups of {now.text} failed; they are left out",
+        "to mend the reward: the first failure of each kind is told above",
+    )
+
+
+def _certain(course: Course) -> str:
+    """How much is left of the entropy, where that is little."""
+    start, now = course.start.entropy, course.now.entropy
+    return f" (entropy {start:.2g} to {now:.2g})" if now < ENTROPY_LEFT * start else ""
+
+
+def _gentler(config: Config) -> str:
+    """What makes a training on rewards steadier."""
+    kl = "--beta 0.04, a KL to the base" if not config.beta else f"a larger --beta than {config.beta:g}"
+    return f"a lower --lr_init than {config.lr_init:g}, or {kl}"
+
+
+class CollapseWatch:
+    """findings() after every step, each kind said once. `before` are the lines of a run that goes on."""
+
+    def __init__(self, config: Config, before: Iterable[dict]):
+        self.config = config
+        self.first: list[dict] = []
+        self.last: list[dict] = []
+        self.top: Window | None = None
+        self.said: set[str] = set()
+        for line in before:
+            self.after(line)
+
+    @property
+    def course(self) -> Course | None:
+        """The run so far; None before there are WINDOW steps."""
+        if len(self.last) < WINDOW:
+            return None
+        return Course(Window.of(self.first), self.top, Window.of(self.last))
+
+    def after(self, line: dict) -> str | None:
+        """The warnings, with what to do, that are to be said after this step."""
+        if "rolled_back_to" in line:
+            return None
+        if len(self.first) < WINDOW:
+            self.first.append(line)
+        self.last = [*self.last, line][-WINDOW:]
+        if len(self.last) == WINDOW:
+            now = Window.of(self.last)
+            if self.top is None or now.reward > self.top.reward:
+                self.top = now
+        course = self.course
+        found = findings(self.config, course) if course else []
+        new = [finding for finding in found if finding.kind not in self.said]
+        self.said |= {finding.kind for finding in found}
+        return "\n".join(map(str, new)) or None
+
+
+def course_of(config: Config, metrics: Iterable[dict]) -> Course | None:
+    """That of a whole run."""
+    return CollapseWatch(config, metrics).course
+
+
+def _known(lines: Sequence[dict], name: str) -> list[float]:
+    return [line[name] for line in lines if line.get(name) is not None]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _standard_error(values: list[float]) -> float:
+    if len(values) < 2:
+        return math.inf
+    middle = _mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))

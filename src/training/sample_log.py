@@ -1,0 +1,81 @@
+"""samples.jsonl: now and then the drawn answers to one question, as they were rewarded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from ..common.files import append_line, read_lines, write_lines
+from ..data.held_out import SAMPLE_CHARACTERS
+from ..evaluation.rewards import Failed
+from .validation_log import both_ends
+
+SAMPLES = "samples.jsonl"
+LINES = 20  # about so many in a run
+
+
+class DrawnSamples(Callback):
+    """One line each time: the first group of the first process's newest draw.
+
+    {"step", "prompt", "right", "answers": [{"answer", "tokens", "cut", "reward", "reward_NAME",
+    "advantage"}]}
+
+    Where the rewards of the group failed, "failed" says why, and its answers have no rewards.
+    """
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, SAMPLES)
+
+    def on_train_start(self, trainer, module) -> None:
+        if trainer.is_global_zero:
+            # a resumed run does the steps after its checkpoint again
+            write_lines(self.path, read_lines(self.path, trainer.global_step))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or (index + 1) % module.accumulate:
+            return
+        if is_due(step, module.total_steps, module.config.inner_steps) and module.rollouts.first_group:
+            append_line(self.path, sample_line(step, module.rollouts.first_group, module.rewards.names))
+
+
+def is_due(step: int, total: int, inner_steps: int) -> bool:
+    """Whether the draw of this step is written down: after the first step, after the last, and in between."""
+    draw, draws = (step - 1) // inner_steps, -(-total // inner_steps)
+    if (step - 1) % inner_steps:
+        return False
+    return draw % max(1, draws // LINES) == 0 or draw == draws - 1
+
+
+def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
+    """The line of a drawn group, whose rewards have these names."""
+    line: dict[str, Any] = {
+        "step": step,
+        "prompt": both_ends(group.question.prompt, SAMPLE_CHARACTERS),
+        "right": both_ends(str(group.question.right), SAMPLE_CHARACTERS),
+    }
+    answers = [
+        {
+            "answer": both_ends(answer.text, SAMPLE_CHARACTERS),
+            "tokens": len(answer.tokens),
+            "cut": answer.cut,
+        }
+        for answer in group.answers
+    ]
+    if isinstance(group.scored, Failed):
+        return line | {"failed": group.scored.reason, "answers": answers}
+    for number, answer in enumerate(answers):
+        answer["reward"] = float(group.scored.total[number])
+        for name, value in zip(names, group.scored.values[number].tolist(), strict=True):
+            answer[f"reward_{name}"] = value
+        answer["advantage"] = float(group.advantages[number])
+    return line | {"answers": answers}
+
+
+def answer_text(answer: dict[str, Any]) -> str:
+    """An answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
+    known = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
+    known.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
+    return f"{', '.join(known)}: {answer['answer']!r}"
