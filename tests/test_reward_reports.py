@@ -20,12 +20,13 @@ from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
 from src.training import curves, model_card, outputs, reward_validation, run_card
 from src.training.callbacks import StepReport
+from src.training.drawn_samples import DrawnSamples
 from src.training.loss_metrics import metrics_of
 from src.training.process_group import ALONE, Processes
 from src.training.reward_validation import RewardEvaluation
 from src.training.reward_verdict import reward_doubt
 from src.training.run_log import RunLog
-from src.training.sample_log import DrawnSamples, is_due
+from src.training.sample_log import is_due
 from src.training.validation_log import best, describe, is_over
 
 from .conftest import make_arch
