@@ -9,19 +9,23 @@ import argparse
 import json
 import random
 import string
+from collections.abc import Sequence
 
 TASKS = {"reverse": lambda letters: letters[::-1], "sort": lambda letters: "".join(sorted(letters))}
 LENGTHS = range(3, 8)
+FEWEST = 3  # letters, of which there are 17,576 strings
 
 
-def rows(task: str, count: int, seed: int, excluded: set[str] = frozenset()) -> list[dict]:
-    """`count` conversations of one or two questions about strings of 3 to 7 letters, none of which is in
+def rows(
+    task: str, count: int, seed: int, excluded: set[str] = frozenset(), lengths: Sequence[int] = LENGTHS
+) -> list[dict]:
+    """`count` conversations of one or two questions about strings of so many letters, none of which is in
     `excluded`.
     """
     rng = random.Random(seed)
 
     def turn() -> list[dict]:
-        letters = "".join(rng.choices(string.ascii_lowercase, k=rng.choice(LENGTHS)))
+        letters = "".join(rng.choices(string.ascii_lowercase, k=rng.choice(lengths)))
         if letters in excluded:
             return turn()
         return [
@@ -44,17 +48,21 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--heldout", type=int, default=500)
     parser.add_argument("--heldout_out", required=True)
+    parser.add_argument("--letters", type=int, help="of every string; without it 3 to 7")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.rows < 1 or args.heldout < 1:
         parser.error(f"--rows {args.rows} and --heldout {args.heldout}: there must be at least 1 of each")
-    heldout = rows(args.task, args.heldout, args.seed)
+    if args.letters is not None and args.letters < FEWEST:
+        parser.error(f"--letters {args.letters}: expected {FEWEST} or more, as rows must not repeat")
+    lengths = LENGTHS if args.letters is None else [args.letters]
+    heldout = rows(args.task, args.heldout, args.seed, lengths=lengths)
     questions = set()
     for row in heldout:
         questions |= {turn["content"].split()[-1] for turn in row["messages"] if turn["role"] == "user"}
     try:
         write(args.heldout_out, heldout)
-        write(args.out, rows(args.task, args.rows, args.seed + 1, questions))
+        write(args.out, rows(args.task, args.rows, args.seed + 1, questions, lengths))
     except OSError as error:
         parser.error(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 

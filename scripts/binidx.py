@@ -15,6 +15,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.binidx")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -24,6 +24,9 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.doctor")
+
 from src.common.startup import importing
 
 ROOT = pathlib.Path(__file__).parent.parent

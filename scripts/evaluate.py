@@ -11,6 +11,9 @@ import sys
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.evaluate")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -8,6 +8,9 @@ pth makes a checkpoint of any of them.
 
 from __future__ import annotations
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.export")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

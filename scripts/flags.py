@@ -9,6 +9,9 @@ import dataclasses
 import re
 import sys
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.flags")
+
 from src.common.startup import importing
 
 with importing():

@@ -19,6 +19,9 @@ import re
 import statistics
 import sys
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.gpu_record")
+
 from .doctor import RECORDS, driver_version, records, run
 
 BENCHMARKS = ("wkv", "training", "decode", "sizes")

@@ -21,6 +21,9 @@ import math
 import os
 import sys
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.lr_sweep")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

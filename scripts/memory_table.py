@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import sys
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.memory_table")
+
 from src.common.startup import importing
 
 with importing():

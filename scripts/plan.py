@@ -18,6 +18,9 @@ import math
 import statistics
 import sys
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.plan")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -24,6 +24,9 @@ import os
 import sys
 import time
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.preview")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -13,6 +13,9 @@ import dataclasses
 import json
 from typing import Any
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m scripts.verify_merge")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -29,6 +29,7 @@ def mistake(*flags):
         ("--rewards exat=1", "expected one of exact, number, boxed, math_verify, partial, regex, length, or"),
         ("--rewards exat=1", "--reward_file FILE.py with a function exat; did you mean exact?"),
         ("--rewards a-b=1 --reward_file own.py", "a function of --reward_file has a Python name"),
+        ("--rewards std=1 --reward_file own.py", "give the function another name"),
         ("--rewards exact=yes", "--rewards exact: must be a weight such as 0.5, got 'yes'"),
         ("--rewards exact=true", "--rewards exact: must be a weight"),
         ('--rewards {"exact":NaN}', "--rewards exact: must be a weight"),

@@ -161,11 +161,19 @@ def test_the_library_without_torch_leaves_the_error_to_its_user(tmp_path):
     assert run(["-c", code], env=environment, stdout=subprocess.PIPE).stdout == "torch\n"
 
 
-@pytest.mark.parametrize("name", ["accuracy", "chat", "picture"])
-def test_a_program_of_the_demo_that_is_started_by_its_path(name):
-    done = run([f"demo/{name}.py", "--model", "m.pth"])
+RUN_AS_MODULES = [
+    path.relative_to(ROOT)
+    for folder in ("scripts", "demo")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text() and path.stem not in ("rooms", "task")  # which need no other file
+]
+
+
+@pytest.mark.parametrize("path", RUN_AS_MODULES, ids=lambda path: path.stem)
+def test_a_program_that_is_started_by_its_path(path):
+    done = run([str(path)])
     assert done.returncode and done.stderr == (
-        f"error: run this from the repository's folder as python -m demo.{name}\n"
+        f"error: run this from the repository's folder as python -m {path.parent}.{path.stem}\n"
     )
 
 

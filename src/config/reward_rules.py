@@ -54,6 +54,8 @@ def check_weights(config: Config) -> None:
 def check_own_functions(config: Config) -> None:
     """A reward that is not built in is a function of --reward_file."""
     own = [name for name in config.rewards if name not in REWARDS]
+    if "std" in own:
+        raise UserError("--rewards std: reward_std is the spread of a group; give the function another name")
     for name in own:
         if not config.reward_file or not name.isidentifier():
             wish = "" if config.reward_file else f", or --reward_file FILE.py with a function {name}"

@@ -165,8 +165,7 @@ class Engine:
             return []
         changed = []
         while prompt.answers and len(self.rows) < self.decoder.rows:
-            changed.append(self._seat(prompt))
-            prompt.answers.popleft()
+            changed += self._seat(prompt)
         if not prompt.answers:
             self.prompts.remove(prompt)
         return changed
@@ -225,13 +224,17 @@ class Engine:
             answer.finish, answer.error = "error", error
         return list(prompt.answers)
 
-    def _seat(self, prompt: _Prompt) -> Answer:
-        """Give the prompt's first answer the next row, and draw its first token."""
-        running = RunningAnswer(prompt.answers[0], self.tokenizer)
-        self.rows.append(running)
-        self.decoder.put(len(self.rows) - 1, prompt.state)
-        self._take_tokens([len(self.rows) - 1], prompt.logits)
-        return running.answer
+    def _seat(self, prompt: _Prompt) -> list[Answer]:
+        """Give the prompt's first answers the rows that are free, and draw their first tokens."""
+        first = len(self.rows)
+        rows = range(first, min(first + len(prompt.answers), self.decoder.rows))
+        seated = [prompt.answers.popleft() for _ in rows]
+        self.rows += [RunningAnswer(answer, self.tokenizer) for answer in seated]
+        self.decoder.put(first, prompt.state)
+        for row in rows[1:]:
+            self.decoder.move(first, row)
+        self._take_tokens(rows, prompt.logits.expand(len(rows), -1))
+        return seated
 
     def _next_tokens(self) -> list[Answer]:
         """A token for every row."""

@@ -97,6 +97,21 @@ class PreferenceLoss:
         return self.kind in ("dpo", "ipo", "kto")
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the sums."""
+        return METRICS
+
+    @staticmethod
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        """The sums of two micro-batches or processes together."""
+        return a + b
+
+    @staticmethod
+    def means(sums: Sequence[float]) -> dict[str, float]:
+        """The metrics by name, as the function of this name has them."""
+        return means(sums)
+
+    @property
     def paired(self) -> bool:
         """Whether a unit is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"

@@ -15,6 +15,7 @@ from ..data.batches import Schedule
 from ..data.preferences import Preferences
 from ..data.units import Units
 from ..model.batch_loss import Chunks
+from ..model.grpo_loss import GrpoLoss
 from ..model.preference_loss import PreferenceLoss
 
 # What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
@@ -44,6 +45,20 @@ def preference_of(config: Config) -> PreferenceLoss | None:
         orpo_lambda=config.orpo_lambda,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
+    )
+
+
+def grpo_of(config: Config) -> GrpoLoss | None:
+    """The loss on rewards, once its settings are filled in; None with another --loss."""
+    if not config.on_rewards:
+        return None
+    return GrpoLoss(
+        config.grpo_type,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        beta=config.beta,
+        max_tokens=config.max_tokens,
+        rewards=tuple(config.rewards),
     )
 
 

@@ -1,0 +1,270 @@
+"""The loss of GRPO against its formula, written out for one token after the other in float64."""
+
+import dataclasses
+import math
+import statistics
+
+import pytest
+import torch
+
+from src.config import Config, parse
+from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
+from src.planning.defaults import choose_loss
+from src.planning.step import grpo_of
+
+LOSS = GrpoLoss("dapo", clip_low=0.2, clip_high=0.3, beta=0.0, max_tokens=17, rewards=("exact", "own"))
+KINDS = {
+    f"{kind}{' with KL' if beta else ''}": dataclasses.replace(LOSS, kind=kind, beta=beta)
+    for kind in ("dapo", "grpo", "dr_grpo")
+    for beta in (0.0, 0.04)
+}
+
+
+def make_batch(counts, seed=0, dtype=torch.float32, spread=0.3):
+    """(log_probs, batch): answers of so many tokens; those of different answers stand among each other."""
+    random = torch.Generator().manual_seed(seed)
+    answer = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    answer = answer[torch.randperm(len(answer), generator=random)]
+    log_probs = -3 * torch.rand(len(answer), generator=random)
+
+    def near(values, spread):
+        return (values + spread * torch.randn(len(answer), generator=random)).to(dtype)
+
+    batch = {
+        "answer": answer,
+        "advantage": torch.randn(len(counts), generator=random).to(dtype),
+        "old": near(log_probs, spread),
+        "reference": near(log_probs, 0.5),
+    }
+    batch["drawn"] = near(batch["old"], 0.6)
+    return log_probs.to(dtype).requires_grad_(), batch
+
+
+def by_the_formula(loss, log_probs, batch):
+    """(the summed loss, sums) with the numbers of one token after the other, and ratios of probabilities."""
+    total, count = torch.zeros((), dtype=torch.float64), len(log_probs)
+    sums = dict.fromkeys(("clipped", "gap", "kl"), 0.0) | {
+        "gap_max": 0.0,
+        "tokens": count,
+        "kl_tokens": count,
+    }
+    sizes = batch["answer"].tolist()
+    for i, answer in enumerate(batch["answer"].tolist()):
+        p = log_probs[i].double().exp()
+        old = p.item() if batch["old"] is None else math.exp(batch["old"][i])
+        drawn, reference = math.exp(batch["drawn"][i]), math.exp(batch["reference"][i])
+        advantage, ratio = batch["advantage"][answer].item(), p / old
+        gain = ratio * advantage
+        if advantage > 0 and ratio > 1 + loss.clip_high:
+            gain, sums["clipped"] = (1 + loss.clip_high) * advantage, sums["clipped"] + 1
+        if advantage < 0 and ratio < 1 - loss.clip_low:
+            gain, sums["clipped"] = (1 - loss.clip_low) * advantage, sums["clipped"] + 1
+        kl = ratio * (reference / p - (reference / p).log() - 1)
+        token = -min(old / drawn, 2.0) * gain + loss.beta * kl
+        total = total + (token / sizes.count(answer) if loss.kind == "grpo" else token)
+        gap = abs(math.log(old) - math.log(drawn))
+        sums["gap"], sums["gap_max"] = sums["gap"] + gap, max(sums["gap_max"], gap)
+        sums["kl"] += kl.item()
+    return total, sums
+
+
+def gradient(of, log_probs):
+    return torch.autograd.grad(of, log_probs)[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("counts", [[1], [3, 1, 13, 5, 7], [17, 2, 9, 1, 1, 11, 4, 8]])
+@pytest.mark.parametrize("first", [True, False])
+def test_losses_gradients_and_sums_are_those_of_the_formula(name, counts, first):
+    log_probs, batch = make_batch(counts, seed=len(counts))
+    batch |= {"old": None} if first else {}
+    loss, sums = KINDS[name](log_probs, batch)
+    wanted, of = by_the_formula(KINDS[name], log_probs, batch)
+    assert loss.dtype == sums.dtype == torch.float64 and not sums.requires_grad
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
+    got, want = gradient(loss, log_probs), gradient(wanted, log_probs)
+    assert (got - want).norm() <= 1e-6 * want.norm() and want.norm() > 0
+    found = dict(zip(LOSS.metrics, sums.tolist(), strict=True))
+    assert {key: found[key] for key in of} == pytest.approx(of, abs=1e-9)
+
+
+def test_both_ends_of_the_clip_and_of_the_weights_are_tried_above():
+    _, batch = make_batch([17, 2, 9, 1, 1, 11, 4, 8], seed=8)
+    log_probs, _ = make_batch([17, 2, 9, 1, 1, 11, 4, 8], seed=8)
+    ratio, advantage = (log_probs.detach() - batch["old"]).exp(), batch["advantage"][batch["answer"]]
+    weight = (batch["old"] - batch["drawn"]).exp()
+    for some in (
+        (ratio > 1.3) & (advantage > 0),
+        (ratio > 1.3) & (advantage < 0),
+        (ratio < 0.8) & (advantage > 0),
+        (ratio < 0.8) & (advantage < 0),
+        (ratio > 1.2) & (ratio < 1.3) & (advantage > 0),
+        weight > CAP,
+        weight < 1,
+    ):
+        assert some.any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gradient_is_that_of_the_loss(name):
+    log_probs, batch = make_batch([3, 1, 5], seed=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: KINDS[name](x, batch)[0], log_probs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_in_parts_is_the_step(name):
+    """The divisor is that of the whole step, so that it does not matter how answers are shared out."""
+    loss = KINDS[name]
+    log_probs, batch = make_batch([3, 1, 13, 5, 7, 2], seed=3)
+    whole, sums = loss(log_probs, batch)
+    total, joined = 0.0, loss.sums()
+    for of in ([0, 4], [3], [], [1, 2, 5]):
+        taken = torch.isin(batch["answer"], torch.tensor(of, dtype=torch.int64))
+        part = {key: batch[key][taken] for key in ("old", "reference", "drawn")}
+        part["answer"] = torch.tensor(
+            [of.index(i) for i in batch["answer"][taken].tolist()], dtype=torch.int64
+        )
+        part["advantage"] = batch["advantage"][of]
+        each, of_part = loss(log_probs[taken], part)
+        total, joined = total + each, loss.joined(joined, of_part)
+    assert total.item() == pytest.approx(whole.item(), rel=1e-12)
+    assert torch.equal(gradient(total, log_probs), gradient(whole, log_probs))
+    assert joined.tolist() == pytest.approx(sums.tolist(), rel=1e-12)
+
+
+def test_divisors():
+    assert [dataclasses.replace(LOSS, kind=kind).divisor(6, 31) for kind in ("dapo", "grpo", "dr_grpo")] == [
+        31,
+        6,
+        6 * 17,
+    ]
+    assert dataclasses.replace(LOSS, kind="grpo").divisor(0, 0) == 1, "a step of failed groups"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_answers_without_an_advantage_change_nothing_without_a_kl(name):
+    """Dead groups may be left out of the forward: their gradient is 0. With a KL they have one."""
+    loss = KINDS[name]
+    log_probs, batch = make_batch([3, 1, 13, 5], seed=4)
+    batch["advantage"][[1, 3]] = 0
+    got = gradient(loss(log_probs, batch)[0], log_probs)
+    theirs = (batch["answer"] == 1) | (batch["answer"] == 3)
+    assert bool(got[theirs].any()) == bool(loss.beta) and got[~theirs].any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
+    weights = torch.ones(3, requires_grad=True)
+    empty = torch.zeros(0)
+    batch = {"answer": empty.long(), **dict.fromkeys(("advantage", "old", "reference", "drawn"), empty)}
+    for old, reference in ((empty, empty), (None, None)):
+        loss, sums = KINDS[name](weights[:0] * 2, batch | {"old": old, "reference": reference})
+        assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
+
+
+def test_a_kl_without_its_reference_is_told():
+    log_probs, batch = make_batch([2])
+    with pytest.raises(ValueError, match="has no `reference`"):
+        KINDS["grpo with KL"](log_probs, batch | {"reference": None})
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("apart", [-1000.0, -80.0, 80.0, 1000.0])
+@pytest.mark.parametrize("of", ["old", "drawn", "reference"])
+def test_nothing_is_infinite_or_no_number_however_far_apart_the_models_are(name, apart, of):
+    """A ratio above e^20 counts as e^20, value and gradient, and a weight as 2. The gradient of a token that
+    became so much likelier and is bad is huge, for --grad_clip, and never 0: it is still pushed down.
+    """
+    log_probs, batch = make_batch([3, 2, 4], seed=5)
+    batch["advantage"] = torch.tensor([1.5, -1.5, 0.0])
+    log_probs = (log_probs.detach() - 90).requires_grad_()
+    for key in ("old", "drawn", "reference"):
+        batch[key] = log_probs.detach() + (apart if key == of else 0)
+    if of == "old":
+        batch["drawn"] = batch["old"]
+    loss, sums = KINDS[name](log_probs, batch)
+    got = gradient(loss, log_probs)
+    assert loss.isfinite() and sums.isfinite().all() and got.isfinite().all() and got.norm().isfinite()
+    bad = got[batch["answer"] == 1]
+    if of == "old" and apart < 0:
+        assert (bad > 1e7).all(), "-e^20"
+    if of == "drawn" and apart < 0:
+        weighed = KINDS[name](log_probs, batch | {"drawn": log_probs.detach() - 1})[0]
+        assert loss.item() == pytest.approx(weighed.item(), rel=1e-9)
+
+
+# advantages
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("groups, size", [(1, 2), (5, 3), (7, 8)])
+def test_an_advantage_is_what_an_answer_has_more_than_its_group(scale, groups, size):
+    rewards = torch.randn(groups, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    found = advantages(rewards, scale)
+    for group, of in zip(rewards.tolist(), found.tolist(), strict=True):
+        by = statistics.stdev(group) + 1e-4 if scale else 1
+        assert of == pytest.approx([(reward - statistics.fmean(group)) / by for reward in group], rel=1e-12)
+
+
+def test_equal_rewards_have_no_advantage_at_all():
+    """The mean of equal numbers may be off by its rounding."""
+    rewards = torch.full((3, 7), 0.1, dtype=torch.float64)
+    rewards[1, 2] = 0.2
+    assert (rewards[0] - rewards[0].mean()).any()
+    assert dead(rewards).tolist() == [True, False, True]
+    for scale in (True, False):
+        found = advantages(rewards, scale)
+        assert not found[[0, 2]].any() and found[1].all() and found[1].sum().abs() < 1e-12
+
+
+# metrics
+
+
+def test_metrics_are_means_of_what_was_summed():
+    loss = LOSS
+    sums = loss.sums(
+        gap_max=0.5, answers=16, groups=2, dead_groups=1, failed_groups=3, reward=12, reward_exact=4,
+        reward_own=32, spread=0.5, length=64, cut=4, entropy=16, draws=2, draw_seconds=3, drawn_tokens=90,
+        tokens=32, clipped=8, gap=4, kl=16, kl_tokens=32,
+    )  # fmt: skip
+    assert sums.shape == (len(METRICS) + 2,) and loss.means(sums.tolist()) == {
+        "reward": 0.75,
+        "reward_exact": 0.25,
+        "reward_own": 2,
+        "reward_std": 0.25,
+        "dead_groups": 0.5,
+        "failed_groups": 3,
+        "length": 4,
+        "cut": 0.25,
+        "entropy": 0.25,
+        "clip": 0.25,
+        "engine_gap": 0.125,
+        "engine_gap_max": 0.5,
+        "kl": 0.5,
+        "draw_seconds": 1.5,
+        "draw_tokens_per_second": 60,
+    }
+    joined = loss.joined(sums, loss.sums(gap_max=0.25, cut=3, reward_own=1))
+    assert torch.equal(joined - sums, loss.sums(cut=3, reward_own=1))
+    assert (
+        loss.means(loss.joined(loss.sums(), loss.sums(gap_max=0.75, tokens=1)).tolist())["engine_gap_max"]
+        == 0.75
+    )
+
+
+def test_means_of_nothing_are_no_numbers_and_what_was_not_done_is_not_there():
+    found = LOSS.means(LOSS.sums().tolist())
+    assert found.pop("failed_groups") == 0 and all(map(math.isnan, found.values()))
+    assert not found.keys() & {"kl", "draw_seconds", "draw_tokens_per_second"}
+    with pytest.raises(ValueError, match="no metrics: rewards"):
+        LOSS.sums(rewards=1)
+
+
+def test_the_loss_has_all_its_settings():
+    flags = (
+        "--load_model b.pth --data_file d.jsonl --loss grpo --grpo_type dr_grpo --clip_low 0.1 --beta 0.04"
+    )
+    config, origins = parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"])
+    choose_loss(config, origins)
+    assert grpo_of(config) == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
+    assert grpo_of(Config()) is None
