@@ -427,6 +427,11 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         self.prepare()
 
 
+def changes_frozen_weight(layer: AdapterLinear) -> bool:
+    """Whether the layer's weight is not that of the base file: PiSSA's is what its factors leave of it."""
+    return type(layer).base_weight is not AdapterLinear.base_weight
+
+
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _: Any) -> None:
     """Hook after load_state_dict(), for a layer that derives tensors from the frozen weight."""

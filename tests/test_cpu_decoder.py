@@ -21,7 +21,7 @@ from src.inference import bf16_products, cpu_decoder, int8_panels
 from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoder_tensors import int8_rows
-from src.inference.decoders import fastest
+from src.inference.decoders import fastest, for_training
 from src.inference.engine import Engine, Request
 from src.inference.load import load
 from src.inference.sampling import Sampling
@@ -337,6 +337,36 @@ def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    "version, method", [(7, "miss"), (6, "lora"), (7, "vera"), (6, "state"), (7, "none")]
+)
+def test_a_model_between_two_steps_of_its_training_answers_as_it_is_then(version, method):
+    arch = make(version, n_embd=72, head_size=8, vocab_size=101)
+    model = RWKV(arch, "cpu")
+    model.load_state_dict(random_tensors(arch))
+    if method != "none":
+        options = {} if method == "state" else {"rank": 5}
+        rwkv_miss.inject(model, method, train_parts="ln,time,head", **options)
+    model.eval()
+    ids = torch.cat([some_ids(arch, 6, seed) for seed in range(3)])
+    for step in range(2):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(step)
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p += 0.05 * torch.randn_like(p)
+        decoder = for_training(model, 4)
+        assert isinstance(decoder, Decoder)
+        for row in range(3):
+            decoder.put(row, decoder.read(ids[row : row + 1, :4], None)[1])
+        for t in (4, 5):
+            logits = decoder.step(ids[:, t].tolist(), [BASE] * 3)
+        decoder.close()
+        exact = copy.deepcopy(model)
+        exact.set_kernel("torch")
+        with torch.no_grad():
+            close("logits", logits, exact.double()(ids)[0][:, -1], TOLERANCE)
+
+
 def test_a_bf16_file_is_used_where_it_is_mapped(checkpoint):
     model = RWKV.load(checkpoint(7, torch.bfloat16), kernel="cpu")
     kept = {tensor.data_ptr() for tensors in Decoder(model).kept.values() for tensor in tensors}
@@ -364,19 +394,23 @@ def test_a_stream_says_the_same_with_and_without_it(version):
 
 def test_what_has_no_decoder_answers_in_torch():
     arch = make(7)
-    plain, adapted, odd = RWKV(arch), RWKV(arch, "cpu"), RWKV(make(7, n_embd=36, head_size=12), "cpu")
-    rwkv_miss.inject(adapted, rank=4)
+    plain, odd = RWKV(arch), RWKV(make(7, n_embd=36, head_size=12), "cpu")
+    dora, pissa = (model_of(arch, random_tensors(arch), torch.float32) for _ in range(2))
+    rwkv_miss.inject(dora, "dora", rank=4)
+    rwkv_miss.inject(pissa, "pissa", rank=4)
     quantised = RWKV(arch, "cpu")
     quantised.quantise("int8", torch.float32)
     for model, why in (
         (plain, "kernel is torch"),
-        (adapted, "adapter"),
+        (dora, "dora adds no factors"),
+        (pissa, "pissa adds no factors"),
         (quantised, "base is quantised"),
         (odd, "multiples of 8"),
         (RWKV(arch, "cpu").half(), "float16"),
     ):
         asked, how = fastest(model)
         assert isinstance(asked, TorchDecoder) and why in how
+        assert isinstance(for_training(model, 2), TorchDecoder)
         with pytest.raises(UserError, match=f"--quant int8.*{why}"):
             fastest(model, int8=True)
         with pytest.raises(ValueError, match=why):

@@ -32,7 +32,7 @@ from rwkv_miss.merging.members import is_state
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
-from .unmerged_linear import Columns, LowRank, UnmergedLinear, side_by_side, strided_shards, together
+from .unmerged_linear import Columns, LowRank, UnmergedLinear, factors_of, side_by_side, together
 
 MIXES = 8  # of rows, that are remembered: a step's and those of prompts that are read beside it
 
@@ -349,14 +349,13 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)
         layer = cls.wrap(weight, None, options.at(name), {key: own[key] for key in cls.shared})
         layer.assign(own)
-        factors = layer.low_rank()
+        factors = factors_of(layer, dtype)
         if factors is None:
             adapter.merging[name] = own
-            continue
-        A, B = (factor.detach().to(dtype) for factor in factors)
-        A, B = A.contiguous(), B.t().contiguous().t()
-        is_miss = torch.equal(A, strided_shards(*A.shape, A.device).to(dtype))
-        adapter.factors[name] = LowRank(None if is_miss else kept_once(A, shared), B, 1.0)
+        elif factors.A is None:
+            adapter.factors[name] = factors
+        else:
+            adapter.factors[name] = factors._replace(A=kept_once(factors.A, shared))
     return adapter
 
 

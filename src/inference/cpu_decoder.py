@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import adapted_linears, changes_frozen_weight
 
 from .. import ops
 from ..common.device import multiplies_bf16
@@ -41,7 +41,7 @@ from .decoder_tensors import (
     names_in_order,
 )
 from .huge_pages import Region, rounded
-from .unmerged_linear import LowRank
+from .unmerged_linear import LowRank, factors_of
 
 
 class Change(ctypes.Structure):
@@ -63,8 +63,9 @@ class Decoder:
     instructions for it, activations are rounded to bf16 for products with bf16 weights; else they are split
     into two parts there, which is almost exact. There are as many threads as torch has. Some of the model's
     matrices are shared with it. Others, and all vectors, are copies that are made here. So when the model
-    gets other tensors, as from Adapters.use, refresh() must be called. Rows with another adapter than BASE
-    need `adapters`. Raises ValueError where problem() finds one.
+    gets other tensors, as from Adapters.use, refresh() must be called. Of a model in training it is what the
+    model was when the decoder was made. Rows with another adapter than BASE need `adapters`. Raises
+    ValueError where problem() finds one.
     """
 
     def __init__(
@@ -230,9 +231,13 @@ class Decoder:
         return number
 
     def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
-        """What these adapters add to linears; without names, what Adapters.use() has put beside them."""
+        """What these adapters add to linears; without names, what Adapters.use() has put beside them, or the
+        adapter in training.
+        """
         if names:
             return self.adapters.factors(Applied(names))
+        if training := adapted_linears(self.model):
+            return {name: factors_of(layer) for name, layer in training.items()}
         changed = ((name, getattr(module, "low_rank", None)) for name, module in self.model.named_modules())
         return {name: low_rank for name, low_rank in changed if low_rank is not None}
 
@@ -390,6 +395,7 @@ def problem(model: RWKV) -> str:
         return f"the weights are {model.dtype}"
     if not next(model.blocks[0].att.output.parameters()).is_floating_point():
         return "its base is quantised"
-    if adapted_linears(model):
-        return "its adapter is one in training"
+    for name, layer in adapted_linears(model).items():
+        if changes_frozen_weight(layer) or layer.low_rank() is None:
+            return f"{layer.method} adds no factors to the frozen weight of {name}"
     return ops.head_size_problem(model.arch.head_size) or self_test.status("cpu").reason

@@ -80,6 +80,14 @@ def fastest(
     return decoder, ", ".join(filter(None, words))
 
 
+def for_training(model: RWKV, rows: int) -> RowDecoder:
+    """A decoder for so many answers of a model between two steps of its training, with its adapter.
+
+    The next answers need another one: it may hold copies of what the training changes.
+    """
+    return TorchDecoder(model, rows) if problem(model) else Decoder(model, rows)
+
+
 def _dtypes_of_matrices(model: RWKV) -> list[str]:
     matrices = [p for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2]
     return sorted({str(p.dtype).removeprefix("torch.") for p in matrices})

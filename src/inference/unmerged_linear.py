@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.functional import flat_tokens, linear, product_matrix, shard_index, shard_sum
 from rwkv_miss.gemm import product, product_exact, product_plus
 
@@ -57,6 +58,20 @@ class Columns(NamedTuple):
             start += count
         first = start - sum(self.ranks)
         return slice(start, start + count), slice(first, first + count) if first >= 0 else None
+
+
+def factors_of(layer: AdapterLinear, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    """What a layer of any method adds to its weight, as factors in `dtype`; None where it has no such form.
+
+    A factor that is so already is not copied: it moves on with the training of the layer.
+    """
+    factors = layer.low_rank()
+    if factors is None:
+        return None
+    A, B = (factor.detach().to(dtype) for factor in factors)
+    A, B = A.contiguous(), B.t().contiguous().t()
+    is_miss = torch.equal(A, strided_shards(*A.shape, A.device).to(dtype))
+    return LowRank(None if is_miss else A, B, 1.0)
 
 
 def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
