@@ -46,7 +46,7 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str =
 def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict], path: str) -> None:
     """A PNG of the metrics beside the loss: running means over the steps, evaluations as marks."""
     plt = _pyplot()
-    figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
     for axes, (title, names) in zip(panels.flat, described.panels, strict=True):
         for number, name in enumerate(names):
             steps, values = _known(metrics, name)
@@ -58,13 +58,31 @@ def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict]
             if evaluated:
                 marks = _marks(evaluated)
                 axes.plot(evaluated, values, marks, color=f"C{number}", alpha=0.6, label=f"{label}, held out")
-        axes.set(title=title)
+        axes.set_title(title, loc="left", pad=20)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
+        _legend_above(axes)
     for axes in panels[-1]:
-        axes.set(xlabel="optimizer step")
+        axes.set(xlabel="optimizer step (marks: held out)" if history else "optimizer step")
     _write(plt, figure, path)
+
+
+def _legend_above(axes) -> None:
+    """Under the title, where it covers no curve; marks have the colour of their curve."""
+    curves = {}
+    for drawn in axes.lines:
+        curves.setdefault(drawn.get_color(), drawn)
+    if curves:
+        axes.legend(
+            handles=[*curves.values()],
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=len(curves),
+            fontsize="small",
+            frameon=False,
+            borderaxespad=0.0,
+            columnspacing=1.2,
+            handlelength=1.2,
+        )
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
