@@ -17,8 +17,10 @@ from .common.device import PRECISIONS
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
+from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
+from .evaluation.rewards import Rewards
 from .planning.base_model import build_model, read_base, reference_of, template_of_run
 from .planning.job import (
     Job,
@@ -43,6 +45,7 @@ from .training.resume import (
     inherit,
     inputs,
     keep_rows_per_step,
+    reward_note,
     settings_of_first_process,
 )
 from .training.run_folder import (
@@ -56,6 +59,7 @@ from .training.run_folder import (
     remove_leftovers,
     restore_best,
 )
+from .training.sample_log import SAMPLES
 from .training.validation_log import BEST, VALIDATION, best, is_over
 
 
@@ -93,6 +97,9 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     if before:
         keep_rows_per_step(config, before)
     data = read_data(config, origins, tokenizer, template)
+    with rewards_of(config, template) as rewards:
+        if rewards:
+            rewards.check([*data.documents, *data.held_out])
     schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
     choose_rate(config, origins, arch, device, schedule)
@@ -113,6 +120,8 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
             inputs(model, data.documents, data.held_out, reference_of(config)),
             model.base_identity,
         )
+        if rewards and is_first_process() and (note := reward_note(resume_from, rewards.digest)):
+            print(f"note:      {note}", flush=True)
     plan = []
     if is_first_process():
         short = plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))
@@ -125,6 +134,11 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
             finish(config, origins, plan, first_step, job.steps)
         return
     train(job, plan, started, history, resume_from)
+
+
+def rewards_of(config: Config, template: Template) -> contextlib.AbstractContextManager[Rewards | None]:
+    """What judges the answers of a run, to be closed; None where it draws none."""
+    return Rewards.of(config, template) if config.on_rewards else contextlib.nullcontext()
 
 
 def names_of_hub(config: Config, before: Config | None, others: Watchdog | None) -> dict[str, str]:
@@ -158,23 +172,26 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         return step >= job.steps or is_over(history, config.early_stop)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
-    module = FineTuning(
-        job.model,
-        config,
-        job.data.documents,
-        job.data.held_out,
-        job.steps,
-        first_step,
-        RateSearch(job).run,
-        job.evaluated,
-    )
     report, *watch, saver = reporters(job, started, history, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     trainer = make_trainer(
         config, job.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
     )
     begun = time.perf_counter()
-    do_steps(trainer, module, report)
+    with rewards_of(config, job.template) as rewards:
+        module = FineTuning(
+            job.model,
+            config,
+            job.data.documents,
+            job.data.held_out,
+            job.steps,
+            first_step,
+            RateSearch(job).run,
+            job.evaluated,
+            job.data.encoder,
+            rewards,
+        )
+        do_steps(trainer, module, report)
     if trainer.is_global_zero:
         measured = {
             "fit_seconds": time.perf_counter() - begun,
@@ -194,18 +211,20 @@ def prepare_folder(job: Job, resume_from: str | None) -> None:
     best_file = os.path.join(folder, BEST)
     remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
     if not resume_from:  # of a run that was killed before its first checkpoint
-        for name in (BEST, VALIDATION, RATE_SEARCH):
+        for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     save(config, job.origins, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
 
 
 def reporters(job: Job, started: float, history: list[dict], resume_from: str | None) -> list:
-    """The callbacks that write: the StepReport, a Watch where documents are held out, and the Saver.
+    """The callbacks that write: the StepReport, DrawnSamples where the answers are the model's own, a Watch
+    where documents are held out, and the Saver.
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
     from .training.callbacks import Saver, StepReport
+    from .training.drawn_samples import DrawnSamples
     from .training.rollback import LastGood
     from .training.validation import Watch
 
@@ -229,7 +248,8 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
         last_good,
         resume_from,
     )
-    return [report, *([watch] if job.data.held_out else []), saver]
+    samples = [DrawnSamples(folder)] if config.on_rewards else []
+    return [report, *samples, *([watch] if job.data.held_out else []), saver]
 
 
 def do_steps(trainer, module, report) -> None:

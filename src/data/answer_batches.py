@@ -26,10 +26,11 @@ class Columns:
     """
 
     of_answers: dict[str, torch.dtype]  # one value each
-    of_tokens: str  # one float32 for each trained token; the attribute is None where that is not known
+    of_tokens: str  # one float32 for each trained token
+    optional: bool = False  # whether these may be absent: the attribute is None, and so is what a batch has
 
 
-PREFERENCE = Columns({"chosen": torch.bool}, "reference")
+PREFERENCE = Columns({"chosen": torch.bool}, "reference", optional=True)
 GROUP = Columns({"advantage": torch.float32}, "drawn")
 
 
@@ -68,7 +69,7 @@ def collate_answers(
         raise ValueError("collate_answers: shared prompts have whole rows, got a chunk")
     units = list(itertools.chain(*rows))
     batch = _shared(units, columns) if shared else _separate(rows, chunk, columns)
-    if not units or getattr(units[0], columns.of_tokens) is None:
+    if columns.optional and (not units or getattr(units[0], columns.of_tokens) is None):
         batch[columns.of_tokens] = None
     for name, dtype in columns.of_answers.items():
         values = itertools.chain.from_iterable(getattr(unit, name) for unit in units)

@@ -189,6 +189,7 @@ def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
         accumulate=accumulation(config),
         world=world,
         seed=config.random_seed,
+        repeats=config.inner_steps,
     )
 
 

@@ -80,7 +80,7 @@ def dtype_of(config: Config) -> torch.dtype | None:
 
 @dataclasses.dataclass(frozen=True)
 class PromptReading:
-    """Whether a pair's prompt is read once for both of its answers, and why, for the plan ("": no pairs)."""
+    """Whether a prompt is read once for all its answers, and why, for the plan ("": there is no choice)."""
 
     shared: bool = False
     explanation: str = ""
@@ -93,7 +93,9 @@ def prompt_reading(config: Config, documents: Units, schedule: Schedule, arch: A
     the micro-batch. Separate rows are packed and need one pass. The result depends on the settings, the data
     and the model's width alone, so that every rank and every resume has the same.
     """
-    if config.loss == "sft" or not documents.paired:
+    if config.on_rewards:
+        return PromptReading(not config.chunk_ctx)
+    if not config.on_preferences or not documents.paired:
         return PromptReading()
     if config.chunk_ctx:
         return PromptReading(False, "each answer is read after its own prompt: rows run in chunks")

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -27,12 +28,12 @@ from ..common.files import append_line, read_lines, write_lines
 from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
-from ..model.preference_loss import means
 from .early_warning import early_warning
 from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .loss_metrics import metrics_of
 from .rollback import LastGood
+from .rollouts import AllFailed, StepSize
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
 from .validation_log import BEST
@@ -50,6 +51,18 @@ def scalar(number: Tensor | float, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
+def over_ranks(
+    numbers: Tensor, summed: int, joined: Callable[[Tensor, Tensor], Tensor], world: int
+) -> Tensor:
+    """Numbers of all ranks together: the first `summed` are added, the others are joined."""
+    if world == 1:
+        return numbers
+    found = [torch.empty_like(numbers) for _ in range(world)]
+    torch.distributed.all_gather(found, numbers)
+    both = torch.stack(found)
+    return torch.cat([both[:, :summed].sum(0), functools.reduce(joined, both[:, summed:])])
+
+
 @dataclasses.dataclass
 class Done:
     """An optimizer step that was made and is not yet reported.
@@ -60,6 +73,7 @@ class Done:
     step: int
     begin: Moment
     end: Moment
+    size: StepSize
     numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient, sums of metrics
     rolled_back_to: int | None = None
 
@@ -151,7 +165,7 @@ class StepReport(Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         self.last_good.before_update()
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
-        if self.at_boundary and not module.schedule.step_targets(trainer.global_step):
+        if self.at_boundary and not module.step_size(trainer.global_step).targets:
             # else momentum and weight decay would move the weights; the schedule sets it anew after the step
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -163,8 +177,9 @@ class StepReport(Callback):
         if not self.at_boundary:
             return
         step = trainer.global_step
-        self.unread.append(self._send(trainer, module))
-        if module.schedule.step_targets(step - 1):
+        done = self._send(trainer, module)
+        self.unread.append(done)
+        if done.size.targets:
             module.around_steps.after(step, self.total, module.gather)
         if not self._read(trainer, module):
             self.last_good.keep(trainer)
@@ -175,14 +190,16 @@ class StepReport(Callback):
         # not finite
         mine = [module.step_loss, float(not self.stop) / trainer.world_size, gradient_norm(trainer)]
         numbers = torch.stack([scalar(number, module.device) for number in mine])
+        # not by the strategy, which has the ranks wait for each other first
         if module.step_metrics is not None:
             numbers = torch.cat([numbers, module.step_metrics.float()])
-        if trainer.world_size > 1:
-            # not by the strategy, which has the ranks wait for each other first
+            numbers = over_ranks(numbers, len(mine), module.on_answers.joined, trainer.world_size)
+        elif trainer.world_size > 1:
             torch.distributed.all_reduce(numbers)
         module.step_loss, module.step_metrics = 0.0, None
         begin, self.begin = self.begin, Moment(module.device)
-        return Done(trainer.global_step, begin, self.begin, Numbers(numbers))
+        step = trainer.global_step
+        return Done(step, begin, self.begin, module.step_size(step - 1), Numbers(numbers))
 
     def _read(self, trainer, module) -> bool:
         """Read the steps that are to be read now, and judge them; whether the run went back."""
@@ -200,6 +217,8 @@ class StepReport(Callback):
         """
         step, config = trainer.global_step, module.config
         looked_at = any(n > 0 and step % n == 0 for n in (config.save_steps, config.eval_steps))
+        # who draws waits for the GPU anyway, and a bad state should draw nothing
+        looked_at |= module.rollouts is not None and module.rollouts.draws_after(step)
         stopping = trainer.should_stop or self.stop and trainer.world_size == 1
         first_or_last = self.first_step_seconds is None or step == self.total
         return not works_behind(module.device) or looked_at or stopping or first_or_last
@@ -210,17 +229,17 @@ class StepReport(Callback):
         loss, going_on, norm, *sums = done.numbers.read()
         # what is undone was made from a bad state, and its loss tells nothing of the one that is back
         went_back = False
-        if module.schedule.step_targets(step - 1) and done.rolled_back_to is None:
+        if done.size.targets and done.rolled_back_to is None:
             done.rolled_back_to = self.last_good.judge(trainer, step, loss, norm)
             went_back = done.rolled_back_to is not None
             for later in self.unread:
                 later.rolled_back_to = done.rolled_back_to
+            if went_back and module.rollouts:
+                module.rollouts.abandon()
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(
-                module, step, loss, done.end.seconds_since(done.begin), means(sums) if sums else {}
-            )
+            line = self._line(module, done, loss, module.on_answers.means(sums) if sums else {})
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)
@@ -230,22 +249,27 @@ class StepReport(Callback):
             for writer in self.writers:
                 writer.numbers(step, values | self.metrics.numbers("train", line))
             self._show(line, loss, time.perf_counter())
-        # not self.stop, which a signal may just have set on this rank alone
-        trainer.should_stop = trainer.should_stop or round(going_on * trainer.world_size) < trainer.world_size
+        # a checkpoint has no answers in it, so that a run ends where the next step draws new ones
+        if module.rollouts is None or module.rollouts.draws_after(step):
+            # not self.stop, which a signal may just have set on this rank alone
+            stopped = round(going_on * trainer.world_size) < trainer.world_size
+            trainer.should_stop = trainer.should_stop or stopped
         return went_back
 
-    def _line(self, module, step: int, loss: float, seconds: float, metrics: dict[str, float]) -> dict:
-        """A step's line of metrics.jsonl. `metrics`: of a preference, beside the loss."""
-        tokens, targets = module.schedule.step_tokens(step - 1), module.schedule.step_targets(step - 1)
+    def _line(self, module, done: Done, loss: float, metrics: dict[str, float]) -> dict:
+        """A step's line of metrics.jsonl. `metrics`: of a loss on answers, beside it."""
+        size, seconds = done.size, done.end.seconds_since(done.begin)
+        # where all answers are equally good the loss of rewards is 0
+        has_loss = size.targets or module.rollouts
         return {
-            "step": step,
-            "loss": loss if targets and math.isfinite(loss) else None,
-            "lr": module.lr * module.lr_factor(step - 1),
-            "tokens": tokens,
-            "trained_tokens": targets,
+            "step": done.step,
+            "loss": loss if has_loss and math.isfinite(loss) else None,
+            "lr": module.lr * module.lr_factor(done.step - 1),
+            "tokens": size.tokens,
+            "trained_tokens": size.targets,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            **self.metrics.fields(module.schedule.step_weight(step - 1), metrics),
+            "tokens_per_second": size.tokens / seconds,
+            **self.metrics.fields(size.weight, metrics),
         }
 
     def _remark(self, line: dict, loss: float) -> None:
@@ -337,6 +361,11 @@ class Saver(Callback):
         ):
             self.save(trainer)
 
+    def on_exception(self, trainer, module, exception) -> None:
+        """Keep what was done before rewards failed: all ranks are between two steps."""
+        if isinstance(exception, AllFailed) and trainer.global_step > module.first_step:
+            self.save(trainer)
+
     def save(self, trainer) -> None:
         """Write the output, then the checkpoint, each whole under its name or not at all.
 
@@ -359,6 +388,7 @@ class Saver(Callback):
                         "step": step,
                         "output": os.path.basename(self.output),
                         "inputs": module.inputs(),
+                        "reward_file": module.rewards and module.rewards.digest,
                         "loss_scaling": trainer.precision_plugin.state_dict(),
                         "recent_losses": list(self.last_good.losses),
                     },

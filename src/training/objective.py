@@ -12,26 +12,35 @@ from torch import Tensor, nn
 from ..config import Config
 from ..model import RWKV
 from ..model.batch_loss import Chunks, batch_loss
+from ..model.grpo_loss import GrpoLoss
 from ..model.log_probs import token_log_probs
 from ..model.preference_loss import PreferenceLoss
 from ..planning.step import chunks_of
 from .process_group import ALONE, Processes
 
+AnswersLoss = PreferenceLoss | GrpoLoss  # of ln p of the tokens of answers, and a batch of them
 NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
 
 def objective(
-    model: RWKV, batch: dict, chunks: Chunks, preference: PreferenceLoss | None
+    model: RWKV,
+    batch: dict,
+    chunks: Chunks,
+    on_answers: AnswersLoss | None,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss of a batch, summed over what its step's weight counts; sums of the metrics beside it).
 
-    Without `preference` it is the weighted cross entropy over the trained tokens, and there are no metrics.
-    With it the loss is over the units, and the sums are float64, as preference_loss.means() takes them. The
-    batch's `width` is the length of the longest row that any rank has in its batch.
+    Without a loss `on_answers` it is the weighted cross entropy over the trained tokens, and there are no
+    metrics. With it the sums are float64, as its means() takes them, and `keep` gets ln p of the trained
+    tokens, (n,). The batch's `width` is the length of the longest row that any rank has in its batch.
     """
-    if preference is None:
+    if on_answers is None:
         return batch_loss(model, batch, chunks, batch["width"]), NO_METRICS
-    return preference(token_log_probs(model, batch, chunks, batch["width"]), batch)
+    log_probs = token_log_probs(model, batch, chunks, batch["width"])
+    if keep:
+        keep(log_probs.detach())
+    return on_answers(log_probs, batch)
 
 
 @dataclasses.dataclass(frozen=True)

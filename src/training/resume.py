@@ -12,6 +12,7 @@ from rwkv_miss.files.identity import Identity
 
 from ..config import FIELDS, Config, accumulation, is_automatic, written_settings
 from ..config.launcher import is_first_process, launched, whole_number
+from ..config.reward_rules import check_rewards
 from ..data.units import Units
 from ..model import RWKV
 from ..planning.defaults import choose
@@ -34,6 +35,8 @@ MAY_CHANGE = {
     "spike_sigmas",
     "grad_cp",
     "chunk_ctx",
+    "reward_file",  # code, which the command line names each time
+    "reward_timeout",
     "state_cp",
     "wkv",
     "accelerator",
@@ -90,6 +93,12 @@ def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
         kept = name not in MAY_CHANGE or name in (*length, *batch)
         if kept and not is_automatic(before, name) and not foreign:
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
+    if before.reward_file and not config.reward_file:
+        raise UserError(
+            f"--resume auto: rewards of the run in {config.proj_dir} are functions of {before.reward_file},"
+            f" and code counts on the command line only; add --reward_file {before.reward_file}"
+        )
+    check_rewards(config)
 
 
 def find_checkpoint(config: Config, before: Config | None) -> str | None:
@@ -159,6 +168,17 @@ def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None
                 f"--resume auto: the {name} is not the one that the run began with; put it back, or choose "
                 "another --proj_dir"
             )
+
+
+def reward_note(path: str, digest: str | None) -> str | None:
+    """That --reward_file, which has this hash, is another one than the run with the checkpoint at `path` had.
+
+    It may be: a function that failed was mended.
+    """
+    before = read_metadata(path).get("reward_file")
+    if before == digest:
+        return None
+    return "--reward_file is not as it was when the checkpoint was written; the rewards may be other ones now"
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:

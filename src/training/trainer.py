@@ -31,19 +31,24 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
 from ..data.batches import Batches, make_schedule
 from ..data.collate import to_device
+from ..data.encode import Encoder
 from ..data.units import Units
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
+from ..evaluation.rewards import Rewards
 from ..model import RWKV
+from ..model.grpo_loss import GrpoLoss
 from ..model.log_probs import token_log_probs
 from ..planning.base_model import reference_of
-from ..planning.step import chunks_of, preference_of, prompt_reading
+from ..planning.step import chunks_of, grpo_of, preference_of, prompt_reading
+from .draws import Draws
 from .kto_baseline import StepBaseline
 from .objective import Policy, objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .process_group import processes_of
 from .reference import ReferencePass
 from .resume import inputs
+from .rollouts import Rollouts, StepSize
 
 
 class ScaledFp16(MixedPrecision):
@@ -71,11 +76,12 @@ class ScaledFp16(MixedPrecision):
 
 class FineTuning(pl.LightningModule):
     """The loss of an optimizer step is the mean over all its trained tokens, weighted, or over its units of a
-    preference.
+    preference, or what GrpoLoss says of its answers.
 
     It does not depend on how they fall into micro-batches and ranks. `evaluated` are those of the held-out
     documents whose loss is taken. `find_rate` fills in config.lr_init where that is open. Then the processes
-    know each other, and each has the whole model.
+    know each other, and each has the whole model. A training on rewards has these, and an `encoder`, which
+    made its questions.
     """
 
     def __init__(
@@ -88,18 +94,23 @@ class FineTuning(pl.LightningModule):
         first_step: int = 0,
         find_rate: Callable[[FineTuning], None] | None = None,
         evaluated: Units | None = None,
+        encoder: Encoder | None = None,
+        rewards: Rewards | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
         self.documents, self.held_out = documents, held_out
         self.evaluated = held_out if evaluated is None else evaluated
+        self.encoder, self.rewards = encoder, rewards
         self.preference, self.reference = preference_of(config), reference_of(config)
+        self.on_answers = self.preference or grpo_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
-        self.step_metrics: Tensor | None = None  # of the same, with a preference
+        self.step_metrics: Tensor | None = None  # of the same, with a loss on answers
         self.baselines: StepBaseline | None = None
+        self.rollouts: Rollouts | None = None  # where the answers are the model's own
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
@@ -141,14 +152,16 @@ class FineTuning(pl.LightningModule):
         strategy = self.trainer.strategy
         return Policy(strategy.predict_step, processes_of(self.trainer), strategy.root_device)
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> Batches | Rollouts:
+        steps = range(self.first_step, self.total_steps)
+        if isinstance(self.on_answers, GrpoLoss):
+            draws = Draws(self.model, self.documents, self.encoder, self.rewards, self.config)
+            whole = self.trainer.strategy.model
+            self.rollouts = Rollouts(draws, self.schedule, steps, self.on_answers, self.policy, whole)
+            return self.rollouts
         if self.preference and not self.preference.paired:
             self.baselines = StepBaseline(
-                self.documents.others,
-                self.schedule,
-                range(self.first_step, self.total_steps),
-                self.chunks.size,
-                self.policy,
+                self.documents.others, self.schedule, steps, self.chunks.size, self.policy
             )
         return Batches(
             self.documents,
@@ -161,7 +174,14 @@ class FineTuning(pl.LightningModule):
         )
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        return to_device(batch, device)
+        return batch if self.rollouts else to_device(batch, device)
+
+    def step_size(self, step: int) -> StepSize:
+        """What the step (0-based) has that is under way, over all processes."""
+        if self.rollouts:
+            return self.rollouts.size
+        schedule = self.schedule
+        return StepSize(schedule.step_tokens(step), schedule.step_targets(step), schedule.step_weight(step))
 
     def configure_optimizers(self):
         optimizer = adamw(self.groups, self.config)
@@ -191,11 +211,17 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        loss, metrics = self.batch_loss(batch | {"baseline": self.baseline} if self.baselines else batch)
+        if self.baselines:
+            batch = batch | {"baseline": self.baseline}
+        keep = self.rollouts.keep if self.rollouts else None
+        loss, metrics = objective(self.model, batch, self.chunks, self.on_answers, keep)
         weight = batch["step_weight"] or 1.0
         self.step_loss += loss.detach() / weight
-        if self.preference:
-            self.step_metrics = metrics if self.step_metrics is None else self.step_metrics + metrics
+        if self.on_answers:
+            before = self.step_metrics
+            if before is None and self.rollouts:
+                before = self.rollouts.sums
+            self.step_metrics = metrics if before is None else self.on_answers.joined(before, metrics)
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
@@ -206,11 +232,7 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
         """objective() of a batch of held-out rows; validation.validation_loss() asks for it."""
-        return self.batch_loss(batch)
-
-    def batch_loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """objective() of a batch."""
-        return objective(self.model, batch, self.chunks, self.preference)
+        return objective(self.model, batch, self.chunks, self.on_answers)
 
     def predict_step(self, batch: dict) -> Tensor:
         """ln p of the trained tokens of a batch."""

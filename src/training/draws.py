@@ -1,0 +1,143 @@
+"""Answers that the model in training gives to its questions, and what they are worth.
+
+They are drawn at temperature 1 from the whole distribution. It is the only one for which ln p of the training
+is that of the draw. What is drawn depends on the model, the seed of the run, the number of the draw and the
+place of the question in the data, and so not on the number of processes or micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.progress import say
+
+from ..config import Config
+from ..data.answer_unit import AnswerGroup
+from ..data.encode import Encoder
+from ..data.questions import Question, Questions
+from ..evaluation.rewards import Failed, Rewards, Scored
+from ..inference.engine import Engine
+from ..inference.request import Answer, Request
+from ..inference.sampling import Sampling
+from ..inference.torch_decoder import TorchDecoder
+from ..model import RWKV
+from ..model.grpo_loss import advantages
+from ..planning.drawing import rows_at_once
+
+FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnAnswer:
+    """One answer, as the rewards see it."""
+
+    text: str
+    tokens: list[int]  # all that were drawn: an end of document, or the text that ended it, too
+    cut: bool  # whether it reached the limit of tokens before its end
+    log_probs: np.ndarray  # ln p of each token, (t,) float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The answers to one question."""
+
+    draw: int  # the number of the draw
+    place: int  # of the question in the data
+    question: Question
+    prompt: np.ndarray  # its tokens
+    answers: list[DrawnAnswer]
+    scored: Scored | Failed
+    advantages: Tensor | None  # (G,) float64; None where the reward failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing is known of what the answers are worth."""
+        return self.advantages is None
+
+    @property
+    def live(self) -> bool:
+        """Whether some answers are better than others."""
+        return self.advantages is not None and bool(self.advantages.any())
+
+    @property
+    def tokens(self) -> int:
+        """Drawn tokens."""
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    def unit(self) -> AnswerGroup:
+        """What is trained."""
+        return AnswerGroup.of(
+            self.prompt,
+            [answer.tokens for answer in self.answers],
+            self.advantages.tolist(),
+            [answer.log_probs for answer in self.answers],
+        )
+
+
+class Draws:
+    """Draws groups for questions, by the model as it is, and has them scored."""
+
+    def __init__(self, model: RWKV, questions: Questions, encoder: Encoder, rewards: Rewards, config: Config):
+        self.model, self.questions, self.encoder = model, questions, encoder
+        self.rewards, self.config = rewards, config
+        self.told: set[str] = set()  # kinds of failures that were said
+
+    def groups(self, draw: int, places: Sequence[int]) -> list[Group]:
+        """A group for each of these questions. UserError where the model overflows.
+
+        Dropout and gradients are to be off.
+        """
+        return [
+            self._judged(draw, place, answers)
+            for place, answers in zip(places, self._drawn(draw, places), strict=True)
+        ]
+
+    def request(self, draw: int, place: int) -> Request:
+        """What the engine is asked for a question."""
+        seeds = np.random.SeedSequence([self.config.random_seed, draw, place])
+        return Request(
+            self.questions.prompts[place].tolist(),
+            self.config.max_tokens,
+            FROM_THE_MODEL,
+            seed=int(seeds.generate_state(1, np.uint64)[0]),
+            stops=self.encoder.template.stops,
+            n=self.config.group_size,
+            logprobs=0,
+        )
+
+    def _drawn(self, draw: int, places: Sequence[int]) -> list[list[DrawnAnswer]]:
+        """The answers to each question."""
+        answers = len(places) * self.config.group_size
+        if not answers:
+            return []
+        # made anew: between two draws the training has the memory
+        rows = rows_at_once(self.model.arch, self.model.dtype.itemsize, self.config.accelerator, answers)
+        engine = Engine(TorchDecoder(self.model, rows), self.encoder.tokenizer)
+        submitted = [engine.submit(self.request(draw, place)) for place in places]
+        while not engine.idle:
+            for answer in engine.step():
+                if answer.error:
+                    raise UserError(f"draw {draw + 1}: {answer.error}; lower --lr_init")
+        return [list(map(_drawn_answer, group)) for group in submitted]
+
+    def _judged(self, draw: int, place: int, answers: list[DrawnAnswer]) -> Group:
+        question = self.questions[place]
+        scored = self.rewards.score(question, answers)
+        found = None
+        if isinstance(scored, Failed):
+            if scored.kind not in self.told:
+                self.told.add(scored.kind)
+                say(f"note: a group of draw {draw + 1} is left out, as its reward failed: {scored.reason}")
+        else:
+            found = advantages(scored.total[None], self.config.advantage_scale == "group")[0]
+        return Group(draw, place, question, self.questions.prompts[place], answers, scored, found)
+
+
+def _drawn_answer(answer: Answer) -> DrawnAnswer:
+    log_probs = np.array([drawn.logprob for drawn in answer.logprobs], np.float32)
+    return DrawnAnswer(answer.text, answer.tokens, answer.finish == "length", log_probs)

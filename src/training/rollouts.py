@@ -1,0 +1,256 @@
+"""The batches of a training on rewards, whose answers the model draws for each step, or for some of them.
+
+A draw is for `inner_steps` optimizer steps. All questions of a step go through one engine in each process.
+Then the processes add up what they have, and each shares out its groups evenly over its micro-batches. Groups
+of equal rewards train nothing where there is no KL, and are left out. The step is divided by all answers all
+the same, so that nothing changes but the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rwkv_miss import disabled
+from rwkv_miss.adapter import only_linears_change
+from rwkv_miss.errors import UserError
+
+from ..config import Config
+from ..data.answer_batches import GROUP, collate_answers
+from ..data.answer_unit import AnswerGroup
+from ..data.batches import Schedule
+from ..data.collate import to_device
+from ..evaluation.rewards import Failed
+from ..model import RWKV
+from ..model.grpo_loss import GrpoLoss, reward_metric
+from ..planning.base_model import build_reference
+from ..planning.step import chunks_of
+from .draws import Draws, Group
+from .objective import Policy, policy_of, undisturbed
+
+KL_EVERY = 10  # draws, of which the KL of one is measured where none is trained
+
+
+class StepSize(NamedTuple):
+    """What a step has, over all processes."""
+
+    tokens: int  # read
+    targets: int  # trained; 0: no weight moves
+    weight: float  # units: documents, pairs, questions
+
+
+class AllFailed(UserError):
+    """No group of a draw has rewards. All processes raise it, before the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a draw has, over all processes."""
+
+    answers: float = 0  # that were scored
+    tokens: float = 0  # of these
+    groups: float = 0  # that were scored
+    failed: float = 0  # groups
+    trained: float = 0  # tokens of answers in the batches
+    read: float = 0  # tokens of the batches
+    broken: float = 0  # processes whose model overflows
+
+    def tensor(self) -> Tensor:
+        return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+
+
+class Reference:
+    """ln p by the model without its adapter, or by that of --reference. None where neither is there."""
+
+    def __init__(self, model: RWKV, config: Config, policy: Policy):
+        self.trained = config.beta > 0
+        self.log_probs = None
+        if config.reference:
+            other = build_reference(config).to(policy.device)
+            self.log_probs = policy_of(other, config).log_probs
+        elif only_linears_change(model):
+            self.log_probs = lambda batch: _without_adapter(model, policy, batch)
+
+    def of(self, batch: dict, draw: int) -> Tensor | None:
+        """(n,), where the KL of this draw is trained or measured."""
+        due = self.log_probs and (self.trained or draw % KL_EVERY == 0)
+        return self.log_probs(batch) if due else None
+
+
+def _without_adapter(model: RWKV, policy: Policy, batch: dict) -> Tensor:
+    with disabled(model):
+        return policy.log_probs(batch)
+
+
+class Rollouts:
+    """The micro-batches of one rank in order, on its device, which Lightning iterates over.
+
+    They are those of data.batches.Batches, of drawn answers. At the first micro-batch of a draw the model is
+    asked, as it is then. `strategy_model` is what the run's strategy has made of the model.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        schedule: Schedule,
+        steps: range,
+        loss: GrpoLoss,
+        policy: Policy,
+        strategy_model: nn.Module,
+    ):
+        self.draws, self.schedule, self.steps, self.loss = draws, schedule, steps, loss
+        self.policy, self.strategy_model = policy, strategy_model
+        self.rewards, self.config = draws.rewards, draws.config
+        self.chunk = chunks_of(self.config).size
+        self.shared = not self.chunk  # whether a prompt is read once for its answers, see prompt_reading()
+        self.reference = Reference(draws.model, self.config, policy)
+        self.first_group: Group | None = None  # of the newest draw, for whoever shows it
+        self.totals = Totals()
+        self.batches: list[dict] = []
+        self.micro = 0
+        self.of_draw: Tensor | None = None  # metrics of this rank's newest draw
+        self.sums: Tensor | None = (
+            None  # the same for the step that is under way: the first one on it took time
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.schedule.accumulate
+
+    def __iter__(self) -> Iterator[dict]:
+        for step in self.steps:
+            if step % self.schedule.repeats == 0:
+                self._draw(step)
+            else:
+                self.sums = self.of_draw
+            for micro in range(self.schedule.accumulate):
+                self.micro = micro
+                yield self.batches[micro]
+
+    def keep(self, log_probs: Tensor) -> None:
+        """Take ln p of the micro-batch's tokens, as the training has them, (n,). Those of the first step on a
+        draw are what later ones are compared with.
+        """
+        batch = self.batches[self.micro]
+        if batch["old"] is None:
+            batch["old"] = log_probs.detach()
+
+    @property
+    def size(self) -> StepSize:
+        """What the step has that is under way."""
+        totals = self.totals
+        return StepSize(int(totals.read), int(totals.trained), totals.groups + totals.failed)
+
+    def draws_after(self, step: int) -> bool:
+        """Whether so many steps end with a draw, so that the next one begins with another."""
+        return step % self.schedule.repeats == 0
+
+    def abandon(self) -> None:
+        """Train no further on the newest draw: the state that it was drawn from, or made, is gone."""
+        self.totals = dataclasses.replace(self.totals, trained=0, read=0)
+        self._share_out([])
+
+    def _draw(self, step: int) -> None:
+        draw, begun = step // self.schedule.repeats, time.perf_counter()
+        places = [
+            place
+            for micro in range(self.schedule.accumulate)
+            for row in self.schedule.micro_rows(step, micro, self.policy.processes.rank)
+            for place in self.schedule.rows[row]
+        ]
+        groups: list[Group] = []
+        error = None
+        with undisturbed(self.strategy_model, self.policy.device):
+            try:
+                groups = self.draws.groups(draw, places)
+            except UserError as caught:
+                error = caught
+            seconds = time.perf_counter() - begun
+            units = [group.unit() for group in groups if self._is_trained(group)]
+            self.totals = self._totals(groups, units, error)
+            self._check(step, groups, error)
+            self.first_group = groups[0] if groups else None
+            self.of_draw = self._sums(groups)
+            drawn = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
+            self.sums = self.of_draw + self.loss.sums(self.policy.device, **drawn)
+            self._share_out(units)
+            for batch in self.batches:
+                batch["reference"] = self.reference.of(batch, draw)
+
+    def _is_trained(self, group: Group) -> bool:
+        return not group.failed and (group.live or self.loss.beta > 0)
+
+    def _totals(self, groups: list[Group], units: list[AnswerGroup], error: UserError | None) -> Totals:
+        scored = [group for group in groups if not group.failed]
+        mine = Totals(
+            answers=sum(len(group.answers) for group in scored),
+            tokens=sum(group.tokens for group in scored),
+            groups=len(scored),
+            failed=len(groups) - len(scored),
+            trained=sum(unit.targets for unit in units),
+            read=sum(_read(unit, self.shared) for unit in units),
+            broken=float(error is not None),
+        )
+        device = self.policy.device
+        return Totals(*self.policy.processes.total(mine.tensor().to(device)).tolist())
+
+    def _check(self, step: int, groups: list[Group], error: UserError | None) -> None:
+        """UserError, on all ranks, where one of them could not draw, or no group has rewards."""
+        if self.totals.broken:
+            raise error or UserError(f"the model of another process overflows in the draw of step {step + 1}")
+        if not self.totals.groups:
+            reasons = [group.scored.reason for group in groups if isinstance(group.scored, Failed)]
+            raise AllFailed(
+                f"step {step + 1}: the rewards of all {self.totals.failed:.0f} groups failed"
+                + (f", the first one's: {reasons[0]}" if reasons else "")
+                + "; what was done before is saved. Mend the reward, and go on with --resume auto"
+            )
+
+    def _sums(self, groups: list[Group]) -> Tensor:
+        """The metrics of all scored answers, also of groups that train nothing. The time comes beside it."""
+        scored = [group for group in groups if not group.failed]
+        answers = [answer for group in scored for answer in group.answers]
+        totals = [group.scored.total for group in scored]
+        by_name = zip(
+            self.rewards.names, sum((group.scored.values.sum(0) for group in scored), torch.zeros(()))
+        )
+        return self.loss.sums(
+            self.policy.device,
+            answers=len(answers),
+            groups=len(scored),
+            dead_groups=sum(not group.live for group in scored),
+            failed_groups=len(groups) - len(scored),
+            reward=sum(float(total.sum()) for total in totals),
+            spread=sum(float(total.std()) for total in totals),
+            length=sum(len(answer.tokens) for answer in answers),
+            cut=sum(answer.cut for answer in answers),
+            entropy=-sum(float(answer.log_probs.sum(dtype=np.float64)) for answer in answers),
+            **{reward_metric(name): float(value) for name, value in by_name},
+        )
+
+    def _share_out(self, units: list[AnswerGroup]) -> None:
+        """Make the micro-batches: as few as can be, evenly full, of groups alike in length.
+
+        The others are empty.
+        """
+        weight = self.loss.divisor(self.totals.answers, self.totals.tokens)
+        units = sorted(units, key=lambda unit: max(answer.inputs for answer in unit.answers))
+        full = -(-len(units) // self.schedule.micro_bsz)
+        self.batches = []
+        for micro in range(self.schedule.accumulate):
+            begin, end = (min(n, full) * len(units) // max(full, 1) for n in (micro, micro + 1))
+            rows = [[unit] for unit in units[begin:end]]
+            batch = collate_answers(rows, weight, self.chunk, self.shared, GROUP)
+            batch |= {"width": batch["ids"].shape[1], "old": None, "reference": None}
+            self.batches.append(to_device(batch, self.policy.device))
+
+
+def _read(unit: AnswerGroup, shared: bool) -> int:
+    """Tokens that a group takes of a batch: a prompt that is read once counts once."""
+    once = (len(unit.prompt) - 1) * (len(unit.answers) - 1)
+    return unit.inputs - once if shared else unit.inputs
