@@ -261,6 +261,8 @@ class StepReport(Callback):
         size, seconds = done.size, done.end.seconds_since(done.begin)
         # where all answers are equally good the loss of rewards is 0
         has_loss = size.targets or module.rollouts
+        if drawing := metrics.get("draw_seconds"):
+            metrics["train_tokens_per_second"] = size.tokens / max(seconds - drawing, 1e-9)
         return {
             "step": done.step,
             "loss": loss if has_loss and math.isfinite(loss) else None,
@@ -275,7 +277,8 @@ class StepReport(Callback):
     def _remark(self, line: dict, loss: float) -> None:
         """Say what is odd about a step."""
         step = line["step"]
-        if not line["trained_tokens"]:
+        # a training on rewards has many such steps; it counts them
+        if not line["trained_tokens"] and self.metrics.by_loss:
             say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
         elif step == 1 and self.tokenizer and self.metrics.nats:
             # only a cross entropy has a relation to the vocabulary

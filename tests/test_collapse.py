@@ -1,0 +1,143 @@
+"""The early warnings about a training on rewards: what goes wrong has them, and what goes well has none."""
+
+import dataclasses
+import random
+
+import pytest
+
+from src.config import Config
+from src.training.collapse import WINDOW, CollapseWatch, bounds, course_of, findings
+
+GRPO = Config(
+    load_model="base.pth",
+    loss="grpo",
+    rewards={"exact": 1.0, "partial": 1.0},
+    lr_init=3e-3,
+    max_tokens=28,
+    precision="fp32",
+)
+USUAL = {
+    "reward": 1.0,
+    "dead_groups": 0.4,
+    "failed_groups": 0.0,
+    "length": 10.0,
+    "cut": 0.02,
+    "entropy": 0.2,
+    "engine_gap": 1e-6,
+    "engine_gap_max": 8e-6,
+}
+
+
+def course(count, seed=0, noise=0.03, **ends):
+    """Lines of so many steps. A metric with two ends goes from one to the other; rewards have noise."""
+    rng, lines = random.Random(seed), []
+    for step in range(1, count + 1):
+        share = (step - 1) / (count - 1)
+        values = dict(USUAL)
+        for name, end in ends.items():
+            first, last = end if isinstance(end, tuple) else (end, end)
+            values[name] = first + share * (last - first)
+        values["reward"] += rng.gauss(0, noise)
+        lines.append({"step": step, "units": 16, **values})
+    return lines
+
+
+def said(lines, config=GRPO):
+    """(step, kind) of all that is said."""
+    watch, found = CollapseWatch(config, []), []
+    for line in lines:
+        before = set(watch.said)
+        if watch.after(line):
+            found += [(line["step"], kind) for kind in sorted(watch.said - before)]
+    return found
+
+
+def finding(lines, kind, config=GRPO):
+    """The last state's finding of a kind."""
+    [found] = [one for one in findings(config, course_of(config, lines)) if one.kind == kind]
+    return found
+
+
+def test_a_run_that_learns_is_not_warned_of():
+    """It gets sure of what is right, and its groups die as they are solved."""
+    for seed in range(10):
+        lines = course(200, seed, reward=(0.9, 1.8), dead_groups=(0.05, 0.85), entropy=(0.22, 0.03))
+        assert said(lines) == []
+
+
+def test_all_groups_dead_are_told_apart():
+    """By the reward: a gradient of 0 looks alike."""
+    dead = {"dead_groups": (0.4, 1.0), "entropy": (0.2, 0.001)}
+    solved = course(60, reward=(1.5, 1.99), noise=0.003, **dead)
+    assert [kind for _, kind in said(solved)] == ["solved"]
+    assert "nearly all answers are right (reward 1.9" in finding(solved, "solved").known
+    lost = course(60, reward=(1.2, 0.1), **dead)
+    kinds = [kind for _, kind in said(lost)]
+    assert kinds == ["fallen", "entropy", "collapsed"] or set(kinds) == {"fallen", "entropy", "collapsed"}
+    found = finding(lost, "collapsed")
+    assert "the model has collapsed (entropy 0.18 to " in found.known and "not convergence" in found.known
+    assert "best.pth" in found.advice and "--lr_init than 0.003" in found.advice
+    hard = course(60, reward=0.0, noise=0.0, dead_groups=1.0)
+    assert said(hard) == [(WINDOW, "too hard")]
+    assert "partial" in finding(hard, "too hard").advice
+    stuck = course(60, reward=1.2, noise=0.0, dead_groups=0.95)
+    assert said(stuck) == [(WINDOW, "alike")]
+    assert "all right or all wrong" in finding(stuck, "alike").known
+
+
+def test_a_reward_of_the_users_own_has_no_known_end():
+    assert bounds(GRPO) == (0.0, 2.0)
+    mixed = dataclasses.replace(GRPO, rewards={"exact": 2.0, "length": 0.5, "regex": -1.0, "own": 0.0})
+    assert bounds(mixed) == (-1.5, 2.0)
+    own = dataclasses.replace(GRPO, rewards={"exact": 1.0, "own": 0.1})
+    assert bounds(own) is None
+    dead = course(40, reward=5.0, noise=0.0, dead_groups=1.0)
+    assert said(dead, own) == [(WINDOW, "alike")]
+    fallen = course(40, reward=(5.0, 1.0), dead_groups=(0.5, 1.0))
+    assert {kind for _, kind in said(fallen, own)} == {"fallen", "collapsed"}
+
+
+def test_answers_that_grow_or_do_not_end():
+    lines = course(80, length=(8.0, 27.0), cut=(0.0, 0.9))
+    kinds = dict((kind, step) for step, kind in said(lines))
+    assert kinds.keys() == {"longer", "cut"} and kinds["longer"] < 60
+    assert "90 %" not in finding(lines, "cut").known and "--max_tokens 28" in finding(lines, "cut").known
+    assert "--reward_length 9" in finding(lines, "longer").advice
+    # longer ones that are better are what is wanted of a model that reasons
+    assert said(course(80, length=(8.0, 27.0), reward=(0.8, 1.5))) == []
+
+
+def test_a_gap_to_the_engine_and_failed_groups():
+    wrong = course(20, engine_gap_max=0.01)
+    assert said(wrong) == [(WINDOW, "gap")]
+    assert "one of the kernels is wrong" in finding(wrong, "gap").known
+    bf16 = dataclasses.replace(GRPO, precision="bf16")
+    assert said(wrong, bf16) == []
+    far = course(20, engine_gap=0.2, engine_gap_max=1.5)
+    assert "--precision bf16 rounds them differently" in finding(far, "gap", bf16).known
+    nf4 = dataclasses.replace(bf16, quant="nf4")
+    assert "--quant nf4" in finding(far, "gap", nf4).known
+    failed = course(20, failed_groups=4.0)
+    assert said(failed) == [(WINDOW, "failed")]
+    assert "25 % of the groups of steps 11 to 20 failed" in finding(failed, "failed").known
+
+
+def test_a_warning_is_said_once_also_over_a_resume_and_undone_steps_do_not_count():
+    lines = course(60, reward=(1.2, 0.1), dead_groups=(0.4, 1.0))
+    whole = said(lines)
+    for split in (whole[0][0] - 1, whole[0][0], 40):
+        watch, found = CollapseWatch(GRPO, lines[:split]), []
+        for line in lines[split:]:
+            before = set(watch.said)
+            watch.after(line)
+            found += [(line["step"], kind) for kind in sorted(watch.said - before)]
+        assert found == [(step, kind) for step, kind in whole if step > split]
+    undone = [line | {"rolled_back_to": 0} for line in lines]
+    assert said(undone) == [] and course_of(GRPO, undone) is None
+    missing = [{"step": step, "units": 16, "reward": None} for step in range(1, 30)]
+    assert said(missing) == [], "a step of which all groups failed knows nothing"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_no_fall(seed):
+    assert said(course(300, seed, noise=0.1)) == []
