@@ -1,4 +1,4 @@
-"""Losses and gradients of TRL 1.16.0 on random numbers, as tests/fixtures/preference_losses.json.
+"""Losses and gradients of TRL 1.16.0 on random numbers: preference_losses.json and grpo_losses.json.
 
     python -m venv trl && trl/bin/pip install trl==1.16.0 torch
     trl/bin/python -m benchmarks.trl_fixtures
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import pathlib
 import types
 from collections import defaultdict
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from . import trl_grpo
+
 VERSION = "1.16.0"
-OUT = "tests/fixtures/preference_losses.json"
+OUT = "tests/fixtures"
 PROMPT = 3  # tokens before each answer
 GRID = 2.0**8  # numbers are multiples of 1 / GRID, which fp32 holds exactly
 STUB = SimpleNamespace(
@@ -208,7 +211,7 @@ def kto_case(counts: list[int], chosen: list[bool], shift: float, generator: tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_fixtures", description=__doc__)
-    parser.add_argument("--out", default=OUT, help=f"the file [{OUT}]")
+    parser.add_argument("--out", default=OUT, help=f"the folder [{OUT}]")
     out = parser.parse_args().out
     import trl
 
@@ -226,10 +229,13 @@ def main() -> None:
         kto_case([4, 9, 1, 5, 3], [False] * 5, -0.5, generator),
     ]
     facts = {"by": "python -m benchmarks.trl_fixtures", "trl": VERSION, "torch": torch.__version__}
-    with open(out, "w", encoding="utf-8") as file:
-        json.dump(facts | {"cases": cases}, file)
-        file.write("\n")
-    print(json.dumps(facts | {"out": out, "losses": sum(len(case["losses"]) for case in cases)}))
+    found = {"preference_losses.json": {"cases": cases}, "grpo_losses.json": trl_grpo.cases()}
+    for name, content in found.items():
+        with open(pathlib.Path(out, name), "w", encoding="utf-8") as file:
+            json.dump(facts | content, file)
+            file.write("\n")
+    counts = {name: sum(len(case["losses"]) for case in of["cases"]) for name, of in found.items()}
+    print(json.dumps(facts | {"out": out, "losses": counts}))
 
 
 if __name__ == "__main__":

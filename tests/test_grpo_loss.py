@@ -1,6 +1,7 @@
 """The loss of GRPO against its formula, written out for one token after the other in float64."""
 
 import dataclasses
+import json
 import math
 import statistics
 
@@ -11,6 +12,8 @@ from src.config import Config, parse
 from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
 from src.planning.defaults import choose_loss
 from src.planning.step import grpo_of
+
+from .conftest import ROOT
 
 LOSS = GrpoLoss("dapo", clip_low=0.2, clip_high=0.3, beta=0.0, max_tokens=17, rewards=("exact", "own"))
 KINDS = {
@@ -207,9 +210,11 @@ def test_an_advantage_is_what_an_answer_has_more_than_its_group(scale, groups, s
 
 
 def test_equal_rewards_have_no_advantage_at_all():
-    """The mean of equal numbers may be off by its rounding."""
+    """The mean of equal numbers may be off by its rounding, and so may sums of weighted rewards."""
     rewards = torch.full((3, 7), 0.1, dtype=torch.float64)
     rewards[1, 2] = 0.2
+    rewards[2, 1::2] += 1e-16
+    assert rewards[2].unique().numel() == 2
     assert (rewards[0] - rewards[0].mean()).any()
     assert dead(rewards).tolist() == [True, False, True]
     for scale in (True, False):
@@ -268,3 +273,63 @@ def test_the_loss_has_all_its_settings():
     choose_loss(config, origins)
     assert grpo_of(config) == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
     assert grpo_of(Config()) is None
+
+
+# TRL's own losses and advantages; benchmarks/trl_fixtures.py has written them
+TRL = json.loads((ROOT / "tests/fixtures/grpo_losses.json").read_text(encoding="utf-8"))
+OF_TRL = [
+    pytest.param(case, name, id=f"{name}, {len(case['old'])} answers")
+    for case in TRL["cases"]
+    for name in case["losses"]
+]
+
+
+def flat(answers, dtype=torch.float32):
+    return torch.tensor([number for answer in answers for number in answer], dtype=dtype)
+
+
+@pytest.mark.parametrize("case, name", OF_TRL)
+def test_losses_and_gradients_are_those_of_trl(case, name):
+    """To 1e-6, in as many micro-batches as there, which begin with whole answers."""
+    settings, wanted, gradients = case["losses"][name].values()
+    loss = GrpoLoss(settings["kind"], beta=settings["beta"], **TRL["settings"])
+    counts = [len(answer) for answer in case["old"]]
+    each, total, found = len(counts) // case["micro_batches"], 0.0, []
+    for begin in range(0, len(counts), each):
+        part = slice(begin, begin + each)
+        batch = {key: flat(case[key][part]) for key in ("old", "drawn", "reference")}
+        batch |= {"answer": torch.repeat_interleave(torch.tensor(counts[part]))}
+        batch |= {"advantage": torch.tensor(case["advantage"][part])}
+        batch |= {} if settings["corrected"] else {"drawn": batch["old"]}
+        log_probs = flat(case["log_probs"][part]).requires_grad_()
+        mean = loss(log_probs, batch)[0] / loss.divisor(len(counts), sum(counts))
+        found.append(gradient(mean, log_probs))
+        total += mean.item()
+    want = flat(gradients, torch.float64)
+    assert total == pytest.approx(wanted, rel=1e-6)
+    assert (torch.cat(found) - want).norm() <= 1e-6 * want.norm()
+
+
+def test_what_was_asked_of_trl_has_every_clip():
+    asked = {name for case in TRL["cases"] for name in case["losses"]}
+    assert {*(f"{kind}, KL, corrected" for kind in ("grpo", "bnpo", "dr_grpo", "dapo"))} < asked
+    assert {case["micro_batches"] for case in TRL["cases"]} == {1, 3}
+    clips = set()
+    for case in TRL["cases"]:
+        new, old, drawn = (flat(case[key]) for key in ("log_probs", "old", "drawn"))
+        counts = torch.tensor([len(answer) for answer in case["old"]])
+        good = torch.repeat_interleave(torch.tensor(case["advantage"]) > 0, counts)
+        for name, of in (("high", new - old > math.log(1.3)), ("low", new - old < math.log(0.8))):
+            clips |= {(name, bool(is_good)) for is_good in good[of]}
+        clips |= {"cap"} if (old - drawn > math.log(CAP)).any() else set()
+    assert clips == {("high", True), ("high", False), ("low", True), ("low", False), "cap"}
+
+
+@pytest.mark.parametrize("case", TRL["advantages"], ids=lambda of: f"{of['scale']} of {of['group_size']}")
+def test_advantages_are_those_of_trl(case):
+    totals = torch.tensor(case["rewards"], dtype=torch.float64) @ torch.tensor(
+        case["weights"], dtype=torch.float64
+    )
+    found = advantages(totals.view(-1, case["group_size"]), case["scale"] == "group")
+    assert found.flatten().tolist() == pytest.approx(case["advantages"], rel=1e-6), "fp32 in TRL"
+    assert not found[0].any() and found[1].any(), "a group of equal rewards, and others"

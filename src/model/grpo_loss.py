@@ -30,6 +30,7 @@ from torch import Tensor
 CAP = 2.0
 # ln of the largest ratio. The gradient goes on as at this one: it still pushes the token, and fp32 holds it.
 LARGEST = 20.0
+ROUNDING = 1e-12  # by so much of their size rewards may differ and are equal
 DEVIATION = 1e-4  # is added to a group's standard deviation, as in TRL
 
 # What is summed up over micro-batches and processes, of which the first is a maximum; the rewards by name
@@ -73,8 +74,12 @@ def advantages(rewards: Tensor, scale: bool) -> Tensor:
 
 
 def dead(rewards: Tensor) -> Tensor:
-    """Which groups have nothing to learn from: (P,) bool of rewards (P, G), true where all are equal."""
-    return rewards.amax(1) == rewards.amin(1)
+    """Which groups have nothing to learn from: (P,) bool of rewards (P, G), true where all are equal.
+
+    They may differ by the rounding of a sum: 0.1 + 0.2 is not 0.3.
+    """
+    high, low = rewards.amax(1), rewards.amin(1)
+    return high - low <= ROUNDING * torch.maximum(high.abs(), low.abs())
 
 
 @dataclasses.dataclass(frozen=True)
