@@ -209,6 +209,7 @@ def for_machines(found: Plan) -> dict[str, object]:
         "seconds": found.cost.seconds or None,
         "evaluation_seconds": found.cost.evaluation_seconds or None,
         "reference_seconds": found.cost.reference_seconds or None,
+        "drawing_seconds": found.cost.drawing_seconds or None,
         "evaluated_documents": len(found.evaluated),
         "speed_from": found.speed.source,
     }
@@ -255,7 +256,11 @@ def recorded_speed(path: str) -> float:
 def describe_time(cost: Cost, speed: Speed) -> str:
     if not speed.tokens:
         return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
-    parts = {"evaluation": cost.evaluation_seconds, "the reference": cost.reference_seconds}
+    parts = {
+        "evaluation": cost.evaluation_seconds,
+        "the reference": cost.reference_seconds,
+        "drawing": cost.drawing_seconds,
+    }
     beside = "".join(f", {duration_text(seconds)} of {part}" for part, seconds in parts.items() if seconds)
     return (
         f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"

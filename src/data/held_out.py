@@ -105,8 +105,13 @@ def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
 
 def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
     """How many documents, from the first in `order`, each of so many evaluations may read; at least one."""
-    budget = EVALUATION * trained_tokens / (FORWARD * evaluations)
-    return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
+    costs = FORWARD * (held_out.lengths[order] - 1)
+    return paid_for(costs, EVALUATION * trained_tokens / evaluations)
+
+
+def paid_for(costs: np.ndarray, budget: float) -> int:
+    """How many things that cost so much each, (n,), from the first on, a budget pays for; at least one."""
+    return max(1, int(np.searchsorted(np.cumsum(costs), budget, side="right")))
 
 
 def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:

@@ -131,7 +131,8 @@ class GrpoLoss:
         if self.beta:
             losses = losses + self.beta * kl
         if self.kind == "grpo":
-            tokens = answer.bincount(minlength=len(batch["advantage"]))
+            # not bincount: the plan counts memory on tensors without values, where that does not run
+            tokens = losses.new_zeros(len(batch["advantage"])).index_add(0, answer, torch.ones_like(losses))
             losses = losses / tokens[answer]
         loss = losses.sum()
         with torch.no_grad():

@@ -18,7 +18,7 @@ CHOSEN = "chosen"  # the origin of such a setting begins with it
 GUESSED = "a first guess from method, rank and widths"
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
-ROWS = 8  # rows in a step
+ROWS, QUESTIONS = 8, 16  # rows in a step, and questions with --loss grpo
 # the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
 # 1/10 and 1/30 were measured on small models (docs/preferences.md)
 PREFERENCE_RATE = 1 / 20
@@ -179,7 +179,8 @@ def choose_batch(
             if (size := needed(tried)) <= room:
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
-        if not (config.global_bsz or config.accumulate_grad_batches) and _rows_of_a_step(config, rows) < ROWS:
+        is_given = config.global_bsz or config.accumulate_grad_batches
+        if not is_given and _rows_of_a_step(config, rows) < usual_rows(config):
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0)
@@ -193,7 +194,7 @@ def choose_batch(
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """The ways to do a step, the fastest first."""
     most = _rows_of_a_process(config, rows)
-    sizes = [n for n in range(min(most, ROWS), 0, -1) if most % n == 0]
+    sizes = [n for n in range(min(most, usual_rows(config)), 0, -1) if most % n == 0]
     if config.global_bsz and config.accumulate_grad_batches:
         sizes = [most]
     for grad_cp in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
@@ -207,14 +208,20 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
     if config.global_bsz:
         return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
     if config.accumulate_grad_batches:
-        return ROWS
+        return usual_rows(config)
     return max(_rows_of_a_step(config, rows) // config.world, 1)
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
-    """A power of two up to ROWS with which the run has STEPS steps, if it can."""
-    enough = ROWS if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
-    return 1 << max(min(enough, ROWS), 1).bit_length() - 1
+    """A power of two up to usual_rows() with which the run has STEPS steps, if it can."""
+    most = usual_rows(config)
+    enough = most if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
+    return 1 << max(min(enough, most), 1).bit_length() - 1
+
+
+def usual_rows(config: Config) -> int:
+    """The most rows that are chosen for a step."""
+    return QUESTIONS if config.on_rewards else ROWS
 
 
 def cheapest_fix(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from rwkv_miss.files.checkpoint import Arch
 
+from ..common.device import PRECISIONS
+from ..config import Config, accumulation
+
 # More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
 STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
+# fp32 numbers of a row for each token of the vocabulary: the logits, and what is made of them
+LIKELIHOODS = 3
 STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # that these may take
 
 
@@ -18,6 +23,18 @@ def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> i
     """
     room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, itemsize))
     return max(1, min(answers, ROWS[accelerator], room))
+
+
+def rows_of_draw(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Answers that a process draws at once."""
+    answers = config.micro_bsz * accumulation(config) * config.group_size
+    return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
+
+
+def draw_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Bytes of the states of answers that are drawn at once, and of the likelihoods of their next tokens."""
+    states = STATES * state_bytes(arch, PRECISIONS[precision].itemsize)
+    return rows_of_draw(config, arch, precision, accelerator) * (states + LIKELIHOODS * 4 * arch.vocab_size)
 
 
 def state_bytes(arch: Arch, itemsize: int) -> int:

@@ -19,7 +19,7 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
-from ..data.dataset import load
+from ..data.dataset import Loaded, load
 from ..data.encode import Encoder
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
@@ -30,9 +30,11 @@ from ..data.held_out import (
     evaluations,
     hold_out,
     in_hash_order,
+    paid_for,
     questions,
 )
 from ..data.leading_token import leading_token
+from ..data.questions import LoadedQuestions, Questions, load_questions
 from ..data.tokenizer import Tokenizer
 from ..data.units import Units
 from ..model import RWKV
@@ -48,8 +50,9 @@ from .defaults import (
     search_size,
 )
 from .memory import USABLE, largest_batch, largest_shared, memory_parts, needed, reference_arch
+from .own_answers import evaluation_work, largest_groups, longest_answer, needs_right, training_work
 from .step import preference_of, prompt_reading, tokens_of_layouts, unit_of
-from .throughput import Speed
+from .throughput import Speed, Work
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
@@ -115,6 +118,7 @@ class Cost:
     evaluation_seconds: float  # of these, what the evaluations take with sample answers
     search_seconds: float  # of these, what the search for a learning rate takes at most
     reference_seconds: float  # of these, what the pass of the reference takes, where none is kept already
+    drawing_seconds: float = 0.0  # of these, what drawing the answers takes that are trained on
 
 
 def run_cost(
@@ -128,8 +132,15 @@ def run_cost(
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
     memory = needed(estimate(config, arch, schedule, data.documents), config, device.accelerator)
+    room = USABLE * memory_of(device, config.world)
     tokens, steps = trained_tokens(config, schedule), steps_of(config, schedule)
     times = evaluations(config, steps) if evaluated else 0
+    if config.on_rewards:
+        work = training_work(config, schedule, steps)
+        read = sum(evaluation_work(evaluated) if times else [], start=Work(0)).times(times)
+        seconds = [part.seconds(speed) if speed.tokens else 0.0 for part in (work + read, read)]
+        drawing = Work(0, work.drawn).seconds(speed) if speed.tokens else 0.0
+        return Cost(memory, room, tokens, read.total / work.total, *seconds, 0.0, 0.0, drawing)
     share = share_read(config, arch, schedule, data.documents)
     held_out_tokens = float((evaluated.lengths - 1).sum()) * share
     read = FORWARD * times * held_out_tokens * readings(config)
@@ -147,7 +158,6 @@ def run_cost(
         once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
         reference_seconds = reference_work(config, arch, once + held_out_tokens) / speed.tokens
         seconds = training / speed.tokens + evaluation_seconds + search_seconds + reference_seconds
-    room = USABLE * memory_of(device, config.world)
     parts = (evaluation_seconds, search_seconds, reference_seconds)
     return Cost(memory, room, tokens, read / training, seconds, *parts)
 
@@ -226,20 +236,24 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     out.
     """
     choose_loss(config, origins)
-    reading = Reading.of(config)
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = leading_token(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
-
-    def tokens(path: str):
-        return load(path, encoder, config.data_cache, reading, found, config.random_seed)
-
-    loaded = tokens(config.data_file)
-    length = row_length(loaded.longest, config.chunk_ctx, loaded.texts, unit_of(config))
+    loaded = load_file(config, config.data_file, encoder, found)
+    if config.on_rewards:
+        choose(config, origins, "max_tokens", *longest_answer(config, loaded, tokenizer))
+        answer = config.max_tokens - 1  # the first token is read after the last one of the prompt
+        length = row_length(loaded.longest + answer, config.chunk_ctx, 0, "question with its answer")
+    else:
+        length = row_length(loaded.longest, config.chunk_ctx, loaded.texts, unit_of(config))
     choose(config, origins, "ctx_len", *length)
-    documents = loaded.units(config.ctx_len)
+    documents = units_of(config, loaded)
     choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
-    train, held_out = hold_out(config, documents, lambda path: tokens(path).units(config.ctx_len))
+
+    def load_held_out(path: str) -> Units:
+        return units_of(config, load_file(config, path, encoder, found))
+
+    train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):
         alike = "word for word" if config.loss == "sft" else "whose prompts are"
         found.notes.append(
@@ -249,9 +263,25 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     return Data(train, held_out, found, encoder)
 
 
+def load_file(config: Config, path: str, encoder: Encoder, found: Report) -> Loaded | LoadedQuestions:
+    """Read --data_file or --eval_file."""
+    reading, seed = Reading.of(config), config.random_seed
+    if config.on_rewards:
+        return load_questions(path, encoder, reading, found, seed, needs_right(config))
+    return load(path, encoder, config.data_cache, reading, found, seed)
+
+
+def units_of(config: Config, loaded: Loaded | LoadedQuestions) -> Units:
+    """What a run with these settings has of a file."""
+    if isinstance(loaded, LoadedQuestions):
+        return loaded.units(config.ctx_len, config.group_size, config.max_tokens)
+    return loaded.units(config.ctx_len)
+
+
 def trained_tokens(config: Config, schedule: Schedule) -> float:
     """Tokens of all steps of a run."""
-    return steps_of(config, schedule) / schedule.steps_per_pass * sum(schedule.lengths)
+    passes = steps_of(config, schedule) / schedule.steps_per_pass
+    return passes * schedule.repeats * sum(schedule.lengths)
 
 
 def choose_evaluation(
@@ -272,7 +302,12 @@ def choose_evaluation(
     if before and is_automatic(before, "eval_docs"):
         choose(config, origins, "eval_docs", len(order), "as the run has it so far")
     times = evaluations(config, steps_of(config, schedule)) * readings(config)
-    fits = affordable(held_out, order, trained_tokens(config, schedule), times)
+    if isinstance(held_out, Questions):
+        costs = np.array([work.total for work in evaluation_work(held_out.take(order))])
+        work = training_work(config, schedule, steps_of(config, schedule))
+        fits = paid_for(costs, EVALUATION * work.total / times)
+    else:
+        fits = affordable(held_out, order, trained_tokens(config, schedule), times)
     if fits < len(order):
         of_all = counted(len(order), f"held-out {unit_of(config)}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
@@ -289,9 +324,12 @@ def estimate(
 
     Without the documents it is that of separate rows, also for pairs whose prompts are read once.
     """
-    row, targets = largest_batch(schedule, config)
-    shared = None
-    if config.loss != "sft" and documents is not None:
+    if isinstance(documents, Questions):
+        row, targets, shared = largest_groups(documents, config)
+    else:
+        row, targets = largest_batch(schedule, config)
+        shared = None
+    if config.on_preferences and documents is not None:
         sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
         if prompt_reading(config, documents, sized, arch).shared:
             shared = largest_shared(documents, sized)
@@ -342,6 +380,8 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
     In a trial every process trains the whole model by itself, without ZeRO.
     """
     steps = steps_of(config, schedule)
+    if config.on_rewards:
+        return "a trial of a few steps has too few rewards to tell one rate from another"
     if search_size(steps) is None:
         return f"{counted(steps, 'step')} are too few to try rates in"
     deepspeed = config.strategy.startswith("deepspeed")

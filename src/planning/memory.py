@@ -11,6 +11,7 @@
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
 | reference   | what the pass of --reference needs beyond all above            | reference_bytes
+| drawing     | what drawing answers needs beyond activations and working      | draw_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
 
@@ -35,6 +36,7 @@ from ..config import Config
 from ..data.batches import Schedule
 from ..data.preferences import Preferences
 from ..model import RWKV, read_model_file
+from .drawing import draw_bytes
 from .step_memory import SharedPrompts, StepBytes, model_on_meta, step_bytes
 
 # glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
@@ -134,7 +136,13 @@ def memory_parts(
         "working": max(step.peak - step.activations, 0),
         "allocator": waste,
     }
-    if config.reference:
+    if config.on_rewards:
+        # drawing is over before the forward begins
+        of_step = parts["activations"] + parts["working"]
+        parts["drawing"] = max(0.0, draw_bytes(config, arch, precision, accelerator) - of_step)
+        if config.reference:  # it stays, as each draw is looked at
+            parts["reference"] = held_by_reference(config, precision)
+    elif config.reference:
         # the pass is over before there are gradients, moments, copies and a step
         rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
         of_pass = reference_bytes(config, kernel, precision, accelerator, row, targets)
@@ -148,12 +156,16 @@ def reference_bytes(
 ) -> float:
     """Bytes of the model of --reference and of its pass without gradients."""
     arch = reference_arch(config)
-    with torch.device("meta"):
-        model = RWKV(arch)
-    size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
-    held = size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
     forward = step_bytes(arch, config, kernel, precision, row, targets, backward=False)
-    return held + forward.peak + allocator_waste(forward, accelerator)
+    return held_by_reference(config, precision) + forward.peak + allocator_waste(forward, accelerator)
+
+
+def held_by_reference(config: Config, precision: str) -> float:
+    """Bytes of the weights of --reference."""
+    with torch.device("meta"):
+        model = RWKV(reference_arch(config))
+    size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
+    return size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
 
 
 def reference_arch(config: Config) -> Arch:

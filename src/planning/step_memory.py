@@ -26,7 +26,7 @@ from ..model import RWKV
 from ..model.batch_loss import batch_loss, state_bytes
 from ..model.log_probs import token_log_probs
 from ..model.rwkv import replace_tensors
-from .step import chunks_of, preference_of
+from .step import chunks_of, grpo_of, preference_of
 
 # glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
 # back when it is freed.
@@ -48,15 +48,21 @@ class StepBytes:
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrompts:
-    """The sizes of a micro-batch in which prompts of pairs are read once, padding included."""
+    """The sizes of a micro-batch in which prompts are read once, padding included."""
 
-    pairs: int
+    prompts: int
     prompt: int  # tokens of the longest, without its last one
     answer: int  # inputs of the longest, of which the last token of its prompt is the first
+    each: int = 2  # answers of a prompt
+
+    @property
+    def rows(self) -> int:
+        """Answers in all."""
+        return self.prompts * self.each
 
     @property
     def tokens(self) -> int:
-        return self.pairs * (self.prompt + 2 * self.answer)
+        return self.prompts * self.prompt + self.rows * self.answer
 
 
 def model_on_meta(arch: Arch, config: Config) -> RWKV:
@@ -146,7 +152,8 @@ def _count(
         # Documents with an initial state are cut out of their rows where reset is true (ops/per_document.py).
         # These places are not known here, so whole rows are counted, without the copies and the padding.
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
-        batch = _batch(config, row, targets, config.packing and not has_states)
+        packed = config.packing or config.on_rewards  # the answers to a question share a row
+        batch = _batch(config, row, targets, packed and not has_states)
         if shared:
             batch |= _shared_batch(shared, not has_states)
         known = [*batch.values(), *model.buffers(), *model.parameters()]
@@ -162,10 +169,10 @@ def _count(
 
 def _loss(model: RWKV, batch: dict, config: Config) -> Tensor:
     """What a step takes the gradient of."""
-    chunks, preference = chunks_of(config), preference_of(config)
-    if preference is None:
+    chunks, of_answers = chunks_of(config), preference_of(config) or grpo_of(config)
+    if of_answers is None:
         return batch_loss(model, batch, chunks)
-    return preference(token_log_probs(model, batch, chunks), batch)[0]
+    return of_answers(token_log_probs(model, batch, chunks), batch)[0]
 
 
 def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
@@ -173,14 +180,8 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
     size, rows = config.chunk_ctx or row, config.micro_bsz
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
     trained = torch.zeros(sum(counts), dtype=torch.int64)
-    beside = {}
-    if config.loss != "sft":
-        # how many answers there are is not known; what there is of each is a few numbers
-        answers = torch.arange(2 * rows) % 2 == 0
-        reference = torch.zeros(sum(counts)) if preference_of(config).needs_reference else None
-        beside = {"answer": trained, "chosen": answers, "reference": reference, "baseline": 0.0}
     return {
-        **beside,
+        **_beside(config, rows, trained),
         "ids": torch.zeros(rows, row, dtype=torch.int64),
         "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
         "where": trained,
@@ -191,16 +192,31 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
     }
 
 
+def _beside(config: Config, rows: int, trained: Tensor) -> dict:
+    """What a batch has of answers beside tokens."""
+    drawn = torch.zeros(len(trained))
+    if config.on_rewards:
+        old = drawn if config.inner_steps > 1 else None
+        reference = drawn if config.beta else None
+        advantage = torch.zeros(rows * config.group_size)
+        return {"answer": trained, "advantage": advantage, "drawn": drawn, "old": old, "reference": reference}
+    if not config.on_preferences:
+        return {}
+    # how many answers there are is not known; what there is of each is a few numbers
+    reference = drawn if preference_of(config).needs_reference else None
+    chosen = torch.arange(2 * rows) % 2 == 0
+    return {"answer": trained, "chosen": chosen, "reference": reference, "baseline": 0.0}
+
+
 def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
     """What of a batch is another with shared prompts, see data/answer_batches.py."""
-    rows = 2 * shared.pairs
-    starts = torch.zeros(shared.pairs, shared.prompt, dtype=torch.bool)
+    starts = torch.zeros(shared.prompts, shared.prompt, dtype=torch.bool)
     return {
-        "ids": torch.zeros(rows, shared.answer, dtype=torch.int64),
+        "ids": torch.zeros(shared.rows, shared.answer, dtype=torch.int64),
         "reset": None,
-        "prompts": torch.zeros(shared.pairs, shared.prompt, dtype=torch.int64),
-        "prompt_reset": starts if packed and shared.pairs > 1 else None,
-        "prompt_of": torch.zeros(rows, dtype=torch.int64),
+        "prompts": torch.zeros(shared.prompts, shared.prompt, dtype=torch.int64),
+        "prompt_reset": starts if packed and shared.prompts > 1 else None,
+        "prompt_of": torch.zeros(shared.rows, dtype=torch.int64),
     }
 
 

@@ -6,6 +6,7 @@ from ..data.answer_unit import prompt_length
 from ..data.dataset import Document
 from ..data.leading_token import begins_with
 from ..data.preferences import Preference
+from ..data.questions import Question
 
 SAMPLE = 80  # characters of each part of short_sample()
 
@@ -40,10 +41,16 @@ def short_sample(row: Document, tokenizer) -> str:
     return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
 
 
-def short_unit(unit: Document | Preference, tokenizer) -> str:
-    """short_sample() of a document or of a preference: its prompt, and what is compared, on one line."""
+def short_unit(unit: Document | Preference | Question, tokenizer) -> str:
+    """short_sample() of a document, or of a preference or question: its prompt, and what is compared or
+    right, on one line.
+    """
     if isinstance(unit, Document):
         return short_sample(unit, tokenizer)
+    if isinstance(unit, Question):
+        asked, right = ("⏎".join(text.splitlines()) for text in (unit.prompt, str(unit.right)))
+        asked = asked if len(asked) <= SAMPLE else f"... {asked[-SAMPLE:]}"
+        return f"{asked} (right: {right if len(right) <= SAMPLE else f'{right[:SAMPLE]} ...'})"
     shown, ends = "", []
     for answer in unit.answers:
         begin = prompt_length(answer)
@@ -64,10 +71,12 @@ def one_line(row: Document, tokenizer) -> str:
     return "⏎".join("".join(part for part, _ in parts_of(row, tokenizer)).splitlines())
 
 
-def unit_sample(unit: Document | Preference, tokenizer) -> str:
-    """sample() of a document, or of each answer of a preference."""
+def unit_sample(unit: Document | Preference | Question, tokenizer) -> str:
+    """sample() of a document, or of each answer of a preference; a question with its right answer."""
     if isinstance(unit, Document):
         return sample(unit, tokenizer)
+    if isinstance(unit, Question):
+        return "\n".join(f"    | {line}" for line in f"{unit.prompt}\nright: {unit.right}".splitlines())
     names = {True: "chosen", False: "rejected"}
     shown = [
         f"    {names[chosen]}:\n{sample(answer, tokenizer)}"

@@ -132,12 +132,14 @@ def documents_line(config: Config, found: Data) -> str:
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
     leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
-    trained = f"{documents.targets:,} of them trained{weighing(documents)}: {mask(config)}"
-    if config.loss != "sft":
-        trained = f"{documents.targets:,} of them in answers"
+    trained = f", {documents.targets:,} of them trained{weighing(documents)}: {mask(config)}"
+    if config.on_preferences:
+        trained = f", {documents.targets:,} of them in answers"
+    elif config.on_rewards:
+        trained = " of prompts"
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), unit_of(config))}"
-        f"{several}, {counted(documents.tokens, 'token')}, {trained} (template"
+        f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
         f" {encoder.template.name}{leading}){left_out(config, found)}"
     )
     return line.encode("utf-8", "backslashreplace").decode()
@@ -145,6 +147,8 @@ def documents_line(config: Config, found: Data) -> str:
 
 def rows(config: Config, schedule: Schedule) -> str:
     """How documents lie in rows."""
+    if config.on_rewards:
+        return f"up to {counted(max(schedule.lengths), 'token')} for a question with its answers"
     if not config.packing:
         return f"rows of up to {counted(max(schedule.lengths), 'token')}, a {unit_of(config)} in each"
     return f"rows of {config.ctx_len} tokens, {fullness(config, schedule):.0%} full"
@@ -206,6 +210,7 @@ def needs(cost: Cost, where: str) -> str:
         "evaluation": cost.evaluation_seconds,
         "the search for the rate": cost.search_seconds,
         "the reference": cost.reference_seconds,
+        "drawing": cost.drawing_seconds,
     }
     named = [f"{duration_text(seconds)} for {part}" for part, seconds in parts.items() if seconds]
     of_that = f", of which {' and '.join(named)}" if named else ""
@@ -213,7 +218,9 @@ def needs(cost: Cost, where: str) -> str:
 
 
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
-    """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
+    """The line of the plan about the loss on `evaluated` of `held` documents, or about the answers to so many
+    questions, in a run of `total` steps.
+    """
     if not held:
         return (
             f"evaluation none: no {unit_of(config)}s are held out (--eval_file FILE or --eval_split 0.05"
@@ -223,9 +230,12 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     stop = ""
     if config.early_stop > 0:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
+    what = "greedy answers to" if config.on_rewards else "loss on"
     asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
+    if config.on_rewards:  # samples are some of the answers that are counted anyway
+        asked = ""
     return (
-        f"evaluation loss on {evaluated:,} of {counted(held, f'held-out {unit_of(config)}')}{asked}, "
+        f"evaluation {what} {evaluated:,} of {counted(held, f'held-out {unit_of(config)}')}{asked}, "
         f"{evaluations(config, total)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
@@ -272,10 +282,11 @@ def training(config: Config, model: RWKV) -> str:
 def data(config: Config, documents: Units, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     count = counted(len(documents), unit_of(config))
-    lines = [f"data       {count}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
+    trained = " of prompts" if config.on_rewards else f", loss on {documents.targets:,}"
+    lines = [f"data       {count}, {counted(documents.tokens, 'token')}{trained}"]
     if too_long := too_long_text(config, documents):
         lines.append(f"left out   {too_long}")
-    if config.packing:
+    if config.packing and not documents.alone:
         lines.append(
             f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
             f"{fullness(config, schedule):.1%} full; documents in a row do not see each other"
@@ -323,9 +334,11 @@ def steps(config: Config, schedule: Schedule, total: int) -> str:
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     if config.early_stop > 0:
-        length += "; ends early when the held-out loss rises"
+        risen = "reward falls" if config.on_rewards else "loss rises"
+        length += f"; ends early when the held-out {risen}"
+    unit = unit_of(config) if config.on_rewards else "row"
     return (
-        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "
+        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, unit)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
         f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}"
     )
@@ -376,8 +389,10 @@ def mask(settings: Config | Encoder) -> str:
 
 
 def trained_part(config: Config) -> str:
-    """mask(), and of a preference the answers."""
-    return mask(config) if config.loss == "sft" else "the answers that are compared"
+    """mask(), and of a preference or reward the answers."""
+    if config.on_rewards:
+        return "the answers that are drawn"
+    return "the answers that are compared" if config.on_preferences else mask(config)
 
 
 def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
@@ -387,10 +402,10 @@ def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
     unit = unit_of(config)
     source, taken = recorded(config.eval_file or config.data_file), counted(len(evaluated), unit)
-    return [
-        f"held out   {counted(len(held_out), unit)} of {source}{cut}; "
-        f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
-    ]
+    looked_at = f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
+    if config.on_rewards:
+        looked_at = f"{taken} of them {'is' if len(evaluated) == 1 else 'are'} answered"
+    return [f"held out   {counted(len(held_out), unit)} of {source}{cut}; {looked_at}"]
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the plan and the cards say of a loss on preferences."""
+"""What the plan and the cards say of a loss on preferences, and of what is left out of its data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from ..config import Config
 from ..data.batches import Schedule
 from ..data.formats import places_text
 from ..data.preferences import Preferences
+from ..data.questions import Questions
 from ..data.units import Units
 from ..planning.job import Data
 from ..planning.step import preference_of, prompt_reading, unit_of
+from .reward_text import describe_rewards, reward_lines
 
 
 def loss_unit(config: Config) -> str:
@@ -32,6 +34,8 @@ def describe_loss(config: Config) -> str:
 
     "dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base, adapter off"
     """
+    if config.on_rewards:
+        return describe_rewards(config)
     loss = preference_of(config)
     said = [loss.kind]
     if loss.kind != "orpo":
@@ -62,10 +66,12 @@ def describe_reference(config: Config) -> str:
 
 
 def loss_lines(config: Config, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
-    """The lines of the plan about a loss on preferences and how prompts are read; none for supervised
-    training.
+    """The lines of the plan about a loss on preferences or rewards and how prompts are read; none for
+    supervised training.
     """
-    if config.loss == "sft":
+    if config.on_rewards:
+        return reward_lines(config, arch)
+    if not config.on_preferences:
         return []
     units = len(documents) / schedule.steps_per_pass
     said = describe_loss(config)
@@ -99,6 +105,10 @@ def left_out(config: Config, found: Data) -> str:
 
 def too_long_text(config: Config, documents: Units) -> str:
     """The units that --ctx_len leaves out, and where the first of them are; nothing where all fit."""
+    if isinstance(documents, Questions) and documents.too_long:
+        places = places_text(documents.too_long, documents.too_long_places)
+        what = f"of more than --ctx_len {config.ctx_len} tokens with an answer of {documents.max_tokens}"
+        return f"{counted(documents.too_long, 'question')} {what}: {places}"
     if not isinstance(documents, Preferences) or not documents.too_long:
         return ""
     places = places_text(documents.too_long, documents.too_long_places)
@@ -114,7 +124,7 @@ def loss_warnings(config: Config, documents: Units) -> list[str]:
             return [f"all {count} have label true: nothing says what to avoid; --loss sft may be meant"]
         if not preferred:
             return [f"all {count} have label false: nothing says what to prefer, and the model may be lost"]
-    if config.loss != "sft" and not config.sft_weight:
+    if config.on_preferences and not config.sft_weight:
         return [
             f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {config.loss} may lose them"
             " while its accuracy rises; watch log p of the chosen, and right answers"

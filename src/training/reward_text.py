@@ -1,0 +1,50 @@
+"""What the plan and the cards say of a loss on rewards."""
+
+from __future__ import annotations
+
+import os
+
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import recorded
+
+from ..common.formatting import counted
+from ..config import Config
+from ..planning.drawing import rows_of_draw
+
+
+def describe_rewards(config: Config) -> str:
+    """The loss with its settings.
+
+    "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, less the group's
+    mean, over its deviation; clip 0.2 and 0.28; no KL"
+    """
+    terms = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in config.rewards.items()
+    ).replace("+ -", "- ")
+    scale = ", over its deviation" if config.advantage_scale == "group" else ""
+    inner = f"; {config.inner_steps} steps on each draw" if config.inner_steps > 1 else ""
+    return (
+        f"grpo ({config.grpo_type}), {config.group_size} answers to a question, of at most"
+        f" {counted(config.max_tokens, 'token')}; reward {terms}, less the group's mean{scale}; clip"
+        f" {config.clip_low:g} and {config.clip_high:g}{inner}; {_describe_kl(config)}"
+    )
+
+
+def _describe_kl(config: Config) -> str:
+    if not config.beta:
+        return "no KL"
+    if config.reference:
+        return f"KL {config.beta:g} to {os.path.basename(recorded(config.reference).rstrip('/'))}"
+    return f"KL {config.beta:g} to the base, adapter off"
+
+
+def reward_lines(config: Config, arch: Arch) -> list[str]:
+    """The lines of the plan about the loss and how prompts are read."""
+    rows = rows_of_draw(config, arch, config.precision, config.accelerator)
+    read = f"is read once for its {config.group_size} answers, to draw them and to train on them"
+    if config.chunk_ctx:
+        read = "is read once to draw, and before each answer to train on it, as rows run in chunks"
+    return [
+        f"loss       {describe_rewards(config)}",
+        f"prompts    each {read}; {counted(rows, 'answer')} are drawn at once, at temperature 1",
+    ]
