@@ -16,6 +16,7 @@ import rwkv_miss
 from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
+from src.data.collate import padded_left
 from src.data.tokenizer import load_tokenizer
 from src.inference import bf16_products, cpu_decoder, int8_panels
 from src.inference.adapters import BASE, Adapters, Applied
@@ -615,6 +616,23 @@ def test_steps_of_rows_are_the_models(version):
     again = decoder.take(0)
     decoder.step(ids[:, 0].tolist(), [BASE] * 4)
     assert equal_states(taken, decoder.take(3)) is False and equal_states(again, decoder.take(0)) is False
+
+
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[3], SIZES[10], SIZES[11]], ids=str)
+def test_prompts_read_together_are_those_read_alone(sizes):
+    arch = make(**sizes)
+    tensors = random_tensors(arch)
+    exact, decoder = (
+        model_of(arch, tensors, torch.float64),
+        Decoder(model_of(arch, tensors, torch.float32), 4),
+    )
+    prompts = [some_ids(arch, length, length)[0].tolist() for length in (19, 3, 17, 19)]
+    logits, state = decoder.read_together(*padded_left(prompts))
+    for row, prompt in enumerate(prompts):
+        want, want_state = exact.next_logits(torch.tensor([prompt]))
+        close("logits", logits[row : row + 1], want, TOLERANCE)
+        own = [LayerState(*(part[row : row + 1] for part in layer)) for layer in state]
+        close_states(own, want_state, TOLERANCE)
 
 
 def adapters_of(path, tmp_path, methods):

@@ -1,5 +1,6 @@
 """The engine: an answer is the same whoever else is answered, and ends as it should."""
 
+import dataclasses
 import functools
 import math
 import random
@@ -89,6 +90,20 @@ def test_an_answer_does_not_depend_on_the_others(version, kind):
     finished(engine)
     assert [said(answers) for answers in got] == want
     assert engine.waiting == engine.running == 0
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_prompts_that_are_read_together_get_the_same_answers(version):
+    """Prompts of 1 to 40 tokens, several answers each, fewer rows than answers; one starts elsewhere."""
+    asked = requests(16, n=2, max_tokens=4)
+    asked[4] = dataclasses.replace(asked[4], start=tiny(version).next_logits(torch.tensor([[3, 5]]))[1])
+    engine = engine_of(version, rows=20, together=200)
+    read, plain = [], engine.decoder.read_together
+    engine.decoder.read_together = lambda ids, reset: read.append(ids.shape) or plain(ids, reset)
+    answers = [engine.submit(request) for request in asked]
+    finished(engine)
+    assert [said(given) for given in answers] == [said(alone(request, version)) for request in asked]
+    assert sum(rows for rows, _ in read) > 5 and all(rows > 1 and rows * width <= 200 for rows, width in read)
 
 
 def test_run_gives_each_request_its_answers_and_keeps_the_rows_busy():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .answer_unit import AnswerUnit, prompt_length
-from .collate import collate, trained_tokens
+from .collate import collate, padded_left, trained_tokens
 from .file_documents import Document
 from .preferences import Preferences
 from .units import Units
@@ -105,16 +105,11 @@ def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
             table.put(len(of), 0, after, len(of), _values(unit, columns, place))
             table.reset[len(of), 0] = begin == 0
             of.append(number)
-    read = np.zeros((max(len(prompts), 1), max([*map(len, prompts), 1])), np.int64)
-    begins = np.zeros(read.shape, bool)
-    for i, prompt in enumerate(prompts):
-        begin = read.shape[1] - len(prompt)
-        read[i, begin:] = prompt
-        begins[i, begin : begin + 1] = begin > 0
+    read, begins = padded_left(prompts or [()])
     return {
         **table.batch(0, columns),
-        "prompts": torch.from_numpy(read),
-        "prompt_reset": torch.from_numpy(begins) if begins.any() else None,
+        "prompts": read,
+        "prompt_reset": begins,
         "prompt_of": torch.tensor(of or [0]),
     }
 

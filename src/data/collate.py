@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -35,6 +37,19 @@ def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> d
         **trained_tokens(targets, weights, chunk),
         "step_weight": step_weight,
     }
+
+
+def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids (B, T) int64 of B rows of tokens, of which shorter ones are padded on the left; (B, T) bool, true
+    where a padded one begins, None if none is). T is at least 1.
+    """
+    ids = np.zeros((len(rows), max([*map(len, rows), 1])), np.int64)
+    begins = np.zeros(ids.shape, bool)
+    for i, row in enumerate(rows):
+        begin = ids.shape[1] - len(row)
+        ids[i, begin:] = row
+        begins[i, begin : begin + 1] = begin > 0
+    return torch.from_numpy(ids), torch.from_numpy(begins) if begins.any() else None
 
 
 def trained_tokens(

@@ -256,11 +256,32 @@ class Decoder:
             self.refresh()
         if ids.shape[1] > 1:  # the native code does the last token
             state = self._read_many(ids[:, :-1], state, applied)
+        return self._read_last(ids[:, -1].tolist(), state, applied)
+
+    @torch.no_grad()
+    def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
+        """P prompts of BASE, ids (P, T) int64, T >= 2 -> logits (P, V) fp32 after the last tokens, and the
+        states after them, of P rows. There may be no more than the decoder has rows.
+
+        Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
+        their last token; None where none is shorter.
+        """
+        self._check_open()
+        before = self.model.initial_state(len(ids))
+        state = self._read_many(ids[:, :-1], before, BASE, None if reset is None else reset[:, :-1])
+        return self._read_last(ids[:, -1].tolist(), state, BASE)
+
+    def _read_last(self, tokens: list[int], state: State, applied: Applied) -> tuple[Tensor, State]:
+        """(logits, states) after one more token of each row of a state, which stays as it is."""
+        rows, layers = len(tokens), self.arch.n_layer
         before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
-        after = LayerState(*(torch.empty(1, self.arch.n_layer, *shape[1:]) for shape in self.state_shapes))
+        after = [torch.empty(rows, layers, *shape[1:]) for shape in self.state_shapes]
         after = [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
-        logits = self._run([int(ids[0, -1])], [applied], _addresses(before), _addresses(sum(after, ())))
-        return logits, after
+        places = [
+            _addresses(part[row] for row in range(rows) for part in parts)
+            for parts in (before, sum(after, ()))
+        ]
+        return self._run(tokens, [applied] * rows, *places), after
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
@@ -273,12 +294,12 @@ class Decoder:
         self._check(ids, state)
         return self._read_many(ids, state, applied)
 
-    def _read_many(self, ids: Tensor, state: State, applied: Applied) -> State:
+    def _read_many(self, ids: Tensor, state: State, applied: Applied, reset: Tensor | None = None) -> State:
         """The state after tokens that are read with products of matrices, all at once."""
         to = self.reading
         state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
         with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
-            return self.model.features(ids, state, wanted=ids.new_empty(0))[1]
+            return self.model.features(ids, state, reset, wanted=ids.new_empty(0))[1]
 
     @torch.no_grad()
     def put(self, row: int, state: State) -> None:

@@ -4,6 +4,7 @@ A request waits, then its prompt is read, in chunks, and each of its answers tak
 every step() all rows get one token more. The weights are read once for all of them, and a row costs little
 beside the first. What an answer says does not depend on who else has a row: a prompt is read alone and its
 chunks end at multiples of `chunk`, a row's logits are its own, and its random numbers come of its own seed.
+(Where many short prompts are to be read fast, they are read as one batch: see `together`.)
 
 Nothing here looks at a clock. So processes that call step() alike stay together, as ZeRO-3 needs it.
 """
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
+from ..data.collate import padded_left
 from ..data.tokenizer import Tokenizer
-from ..model import State
+from ..model import LayerState, State
 from ..ops.native import nan_passes
 from .adapters import BASE
 from .prefix_cache import Kind, PrefixCache
@@ -51,7 +53,9 @@ class Engine:
     `chunk`: tokens of a prompt that are read at once. `reads_first`: a step reads prompts until all rows are
     taken, which answers most in a given time; else it reads at most one chunk, of one prompt after the other,
     and nobody waits longer than that for the next token. `cache_bytes` are for states of prompts
-    (prefix_cache.py).
+    (prefix_cache.py). `together`: prompts that wait are read as one batch of at most so many tokens, padding
+    included, where rows are free for their answers. The last bits of their states then depend on which ones
+    are read together. It has no use with a cache.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class Engine:
         chunk: int = 256,
         reads_first: bool = True,
         cache_bytes: int = 0,
+        together: int = 0,
     ):
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.chunk, self.reads_first = chunk, reads_first
+        self.chunk, self.reads_first, self.together = chunk, reads_first, together
         self.cache = PrefixCache(cache_bytes)
         self.prompts: collections.deque[_Prompt] = collections.deque()
         self.rows: list[RunningAnswer] = []  # row 0, 1, ... of the decoder
@@ -112,6 +117,7 @@ class Engine:
         with nan_passes():  # choose() names a model that overflows, by its logits
             changed = {id(answer): answer for answer in self._next_tokens()}
             while self.prompts and len(self.rows) < self.decoder.rows:
+                self._read_together()
                 prompt = self.prompts[0]
                 for answer in self._read_chunk(prompt):
                     changed[id(answer)] = answer
@@ -169,6 +175,27 @@ class Engine:
         if not prompt.answers:
             self.prompts.remove(prompt)
         return changed
+
+    def _read_together(self) -> None:
+        """Read the prompts at the front in one batch, if several are to be read."""
+        batch, longest, free = [], 0, self.decoder.rows - len(self.rows)
+        for prompt in self.prompts if self.together else ():
+            request = prompt.request
+            longest = max(longest, len(request.tokens))
+            apart = (
+                prompt.read or len(request.tokens) < 2 or request.start is not None or request.applied != BASE
+            )
+            if apart or free < 1 or (len(batch) + 1) * longest > self.together:
+                break
+            batch.append(prompt)
+            free -= len(prompt.answers)
+        if len(batch) < 2:
+            return
+        ids, reset = padded_left([prompt.request.tokens for prompt in batch])
+        logits, state = self.decoder.read_together(ids, reset)
+        for row, prompt in enumerate(batch):
+            prompt.read, prompt.logits = len(prompt.request.tokens), logits[row : row + 1]
+            prompt.state = [LayerState(*(part[row : row + 1] for part in layer)) for layer in state]
 
     def _pass_on(self, prompt: _Prompt) -> None:
         """The next chunk is that of another prompt, so that a short one does not wait for a long one's end.

@@ -27,6 +27,14 @@ class RowDecoder(Protocol):
         The given state stays as it is; None is the one that the model's documents start from.
         """
 
+    def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
+        """P prompts of BASE, ids (P, T) int64, T >= 2 -> logits (P, V) fp32 after the last tokens, and the
+        states after them, of P rows.
+
+        Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
+        their last token; None where none is shorter.
+        """
+
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
         """As read(), where no logits are wanted: of a chunk that others follow."""
 

@@ -46,6 +46,17 @@ class TorchDecoder:
             return self._next(ids, self._ready(state))
 
     @torch.no_grad()
+    def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
+        """P prompts of BASE, ids (P, T) int64, T >= 2 -> logits (P, V) fp32 after the last tokens, and the
+        states after them, of P rows.
+
+        Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
+        their last token; None where none is shorter.
+        """
+        device = self.model.emb.weight.device
+        return self._next(ids, None, None if reset is None else reset.to(device))
+
+    @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
         """As read(), where no logits are wanted: of a chunk that others follow."""
         ids = ids.to(self.model.emb.weight.device)
@@ -89,8 +100,8 @@ class TorchDecoder:
             torch._foreach_copy_(own, new)  # a GPU launches once for all layers
         return logits
 
-    def _next(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state)
+    def _next(self, ids: Tensor, state: State | None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        logits, after = self.model.next_logits(ids.to(self.model.emb.weight.device), state, reset)
         return logits.float(), after
 
     def _with(self, applied: Sequence[Applied]) -> contextlib.AbstractContextManager[None]:

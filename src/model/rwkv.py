@@ -341,14 +341,16 @@ class RWKV(nn.Module):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(exact, targets, reduction="none")
 
-    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def next_logits(
+        self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state.
 
-        That is what generation needs of a prompt.
+        That is what generation needs of a prompt. `reset` is that of features().
         """
         rows, length = ids.shape
         last = torch.arange(length - 1, rows * length, length, device=ids.device) if length > 1 else None
-        x, state = self.features(ids, state, wanted=last)
+        x, state = self.features(ids, state, reset, wanted=last)
         return self.head(x.view(rows, -1)), state
 
 
