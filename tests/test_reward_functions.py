@@ -101,6 +101,19 @@ def closes_all(prompt, answers, right):
     os.closerange(0, 100)
     time.sleep(1000)
 
+def changes_python(prompt, answers, right):
+    import builtins
+    builtins.float = str
+    return [1, 0, 0]
+
+def writes_anywhere(prompt, answers, right):
+    for descriptor in range(3, 20):
+        try:
+            os.write(descriptor, b"[]\\n")
+        except OSError:
+            pass
+    time.sleep(1000)
+
 def prints_on(prompt, answers, right):
     while True:
         print("again " * 20)
@@ -173,16 +186,17 @@ EXPECTED = "expected a list of 3 numbers, one for each answer"
         ("gives_a_text", f"returned the text '1.0'; {EXPECTED}"),
         ("gives_texts", "returned the text '1' for answer 1 of 3; expected a number"),
         ("gives_a_number", f"returned 0.5; {EXPECTED}"),
-        ("gives_a_dict", f"returned a dict; {EXPECTED}"),
-        ("gives_lists", "returned a list for answer 1 of 3; expected a number"),
-        ("gives_complex", "returned a complex for answer 1 of 3; expected a number"),
-        ("is_async", f"returned a coroutine; {EXPECTED}"),
+        ("gives_a_dict", f"returned a value of the type dict; {EXPECTED}"),
+        ("gives_lists", "returned a value of the type list for answer 1 of 3; expected a number"),
+        ("gives_complex", "returned a value of the type complex for answer 1 of 3; expected a number"),
+        ("is_async", f"returned a value of the type coroutine; {EXPECTED}"),
     ],
 )
 def test_what_a_function_did_wrong_is_told_and_its_process_goes_on(functions_of, name, reason):
     functions = functions_of(MISBEHAVING, name, "sound")
     failed = failure(functions, name)
-    assert reason in without_line(failed.reason) and failed.kind.startswith(f"{name}: ")
+    assert reason in without_line(failed.reason)
+    assert failed.kind.startswith(f"{name}: ") and len(failed.kind) > len(f"{name}: ")
     process = functions.worker.process
     assert functions.call("sound", "3 + 4?", ANSWERS, "7") == [1, 0, 0]
     assert functions.worker.process is process
@@ -195,7 +209,12 @@ def test_what_a_function_did_wrong_is_told_and_its_process_goes_on(functions_of,
         ("crashes", "signal SIGSEGV (own.py, line N: os.kill(os.getpid(), signal.SIGSEGV))"),
         ("hangs", "hangs took more than 0.3 s (own.py, line N: time.sleep(1000)); --reward_timeout N"),
         ("loops", "loops took more than 0.3 s (own.py, line N: "),
-        ("closes_all", "closes_all ended its process: it replies no more; does it close file descriptors"),
+        (
+            "closes_all",
+            "closes_all left its process without a way to reply; does it close or use file descriptors",
+        ),
+        ("changes_python", "changes_python left its process without a way to reply"),
+        ("writes_anywhere", "writes_anywhere left its process without a way to reply"),
         ("prints_on", 'prints_on took more than 0.3 s (own.py, line N: print("again " * 20))'),
         ("prints_no_line", "prints_no_line took more than 0.3 s (own.py, line N"),
         ("leaves_a_child", "leaves_a_child ended its process: exit code 4"),
@@ -293,9 +312,9 @@ def test_a_file_imports_from_beside_it_and_is_no_main_program(functions_of, tmp_
 
 @pytest.mark.parametrize("file", ["json.py", "os.path.py", "two words.py"])
 def test_a_file_may_have_any_name(functions_of, file):
-    functions = functions_of("import tempfile\ndef f(prompt, answers, right):\n return [1]\n", "f", file=file)
-    assert functions.call("f", "", [""], "") == [1]
-    assert functions.call("f", "", [""], "") == [1]
+    source = "import json\ndef f(prompt, answers, right):\n return [json.loads('1')]\n"
+    functions = functions_of(source, "f", file=file)
+    assert functions.call("f", "", [""], "") == functions.call("f", "", [""], "") == [1]
 
 
 def test_what_was_read_at_first_runs_to_the_end(functions_of, tmp_path):

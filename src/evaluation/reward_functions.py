@@ -33,6 +33,10 @@ BRIEFLY = 0.5  # seconds in which a process says where it is, or ends by itself
 LINES = 50  # of what the functions print in a call that are shown
 CHUNK = 1 << 16  # bytes of a read, and of a write: a pipe holds as many
 LONGEST_REPLY = 1 << 20  # bytes; the worker's own are shorter
+MEDDLED = (
+    "left its process without a way to reply; does it close or use file descriptors that are not its own, or"
+    " change what Python has built in?"
+)
 LARGEST = 1e9  # the size of a reward: squares of larger numbers may overflow where answers are compared
 
 
@@ -86,7 +90,10 @@ class RewardFunctions:
         reply = self._ask(
             {"name": name, "prompt": prompt, "answers": answers, "right": right}, self.seconds, name
         )
-        values = reply["values"]
+        values = reply.get("values")
+        if not (isinstance(values, list) and list(map(type, values)) == [float] * len(answers)):
+            self._kill()
+            raise FunctionFailed(f"{name}: reply", f"{name} {MEDDLED}")
         for place, value in enumerate(values, 1):
             if not abs(value) <= LARGEST:  # nor for NaN
                 what = (
@@ -120,13 +127,15 @@ class RewardFunctions:
             how = self.worker.how_it_ended()
             where = self._place(self.worker.place_of_crash(self.path))
             self._kill()
-            raise FunctionFailed(f"{name}: {how}", f"{whose} ended its process: {how}{where}") from None
+            reason = f"{whose} ended its process: {how}{where}" if how else f"{whose} {MEDDLED}"
+            raise FunctionFailed(f"{name}: {how or 'reply'}", reason) from None
         except BaseException:  # Ctrl-C: the reply that is on its way belongs to no later message
             self._kill()
             raise
-        if "reason" in reply:
-            said = f"{whose} raised " if reply["kind"] != "refused" else ""
-            raise FunctionFailed(f"{name}: {reply['kind']}", f"{said}{reply['reason']}")
+        if "refused" in reply:
+            raise FunctionFailed(f"{name}: {reply.get('kind')}", reply["refused"])
+        if "raised" in reply:
+            raise FunctionFailed(f"{name}: {reply.get('kind')}", f"{whose} raised {reply['raised']}")
         return reply
 
     def _kill(self) -> None:
@@ -194,8 +203,8 @@ class Worker:
                     raise Ended
         self._show_the_rest()
         try:
-            return json.loads(reply)
-        except ValueError:
+            return dict(json.loads(reply))
+        except (TypeError, ValueError):
             raise Ended from None
 
     def whereabouts(self, path: str) -> int | None:
@@ -213,11 +222,11 @@ class Worker:
         return place
 
     def how_it_ended(self) -> str:
-        """`exit code 3`, `signal SIGSEGV`."""
+        """`exit code 3`, `signal SIGSEGV`. Nothing where it lives."""
         try:
             code = self.process.wait(BRIEFLY)
         except subprocess.TimeoutExpired:
-            return "it replies no more; does it close file descriptors that are not its own?"
+            return ""
         if code >= 0:
             return f"exit code {code}"
         known = {number.value: number.name for number in signal.Signals}

@@ -30,7 +30,14 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class Refused(Exception):
-    """A mistake that has no traceback: what was returned, or what the file lacks."""
+    """A mistake that has no traceback: what was returned, or what the file lacks.
+
+    `kind` is alike for mistakes that need to be told once.
+    """
+
+    def __init__(self, reason: str, kind: str = ""):
+        super().__init__(reason)
+        self.kind = kind
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
                     path = asked["path"]
                     module, reply = load(**asked), {}
             except Refused as refused:
-                reply = {"kind": "refused", "reason": str(refused)}
+                reply = {"kind": refused.kind, "refused": str(refused)}
             except BaseException as error:  # SystemExit and KeyboardInterrupt are a function's failures, too
                 reply = described(error, path)
             print(json.dumps(reply), file=answers, flush=True)
@@ -84,8 +91,8 @@ def load(path: str, source: str, names: list[str], reserved: list[str]) -> Modul
     # the file may change while this runs: a traceback shows what was run
     linecache.cache[path] = len(code), None, code.decode("utf-8", "replace").splitlines(True), path
     name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.modules or name in sys.stdlib_module_names:
-        name = f"{name}_of_rewards"  # others import the module of that name
+    if name in sys.modules:
+        name = f"{name}_of_rewards"  # another module has the name
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -124,30 +131,34 @@ def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: 
     returned = getattr(module, name)(prompt, answers, right)
     expected = f"expected a list of {count} numbers, one for each answer"
     if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
-        raise Refused(f"{name} returned {described_value(returned)}; {expected}")
+        raise Refused(f"{name} returned {described_value(returned)}; {expected}", type(returned).__name__)
     values = list(itertools.islice(returned, count + 1))
     if len(values) != count:
         length = len(returned) if hasattr(returned, "__len__") else len(values)
         more = "" if hasattr(returned, "__len__") or length < count else " or more"
-        raise Refused(f"{name} returned {length}{more} values; {expected}")
-    return [as_number(value, f"{name} returned", place, count) for place, value in enumerate(values, 1)]
+        raise Refused(f"{name} returned {length}{more} values; {expected}", "length")
+    return [as_number(value, name, f"answer {place} of {count}") for place, value in enumerate(values, 1)]
 
 
-def as_number(value: Any, what: str, place: int, count: int) -> float:
+def as_number(value: Any, name: str, where: str) -> float:
     """float(value), which takes bool, numpy's numbers and torch's scalars; Refused for texts and all else."""
     with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
         if not isinstance(value, (str, bytes)):
             return float(value)
-    raise Refused(f"{what} {described_value(value)} for answer {place} of {count}; expected a number")
+    raise Refused(
+        f"{name} returned {described_value(value)} for {where}; expected a number",
+        f"{type(value).__name__} for an answer",
+    )
 
 
 def described_value(value: Any) -> str:
-    """`None`, `the text 'good'`, `a dict`."""
+    """`None`, `the text 'good'`, `a value of the type dict`."""
     if value is None:
         return "None"
     if isinstance(value, (str, int, float)):
-        return f"{'the text ' if isinstance(value, str) else ''}{reprlib.repr(value)}"
-    return f"a {type(value).__name__}"
+        with contextlib.suppress(ValueError):  # for integers of thousands of digits
+            return f"{'the text ' if isinstance(value, str) else ''}{reprlib.repr(value)}"
+    return f"a value of the type {type(value).__name__}"
 
 
 def described(error: BaseException, path: str) -> dict[str, str]:
@@ -165,7 +176,7 @@ def described(error: BaseException, path: str) -> dict[str, str]:
         where = place(path, frames[-1].lineno, frames[-1].line)
     return {
         "kind": f"{kind} {where}",
-        "reason": f"{kind}: {message}".rstrip(": ") + (where and f" ({where})"),
+        "raised": f"{kind}: {message}".rstrip(": ") + (where and f" ({where})"),
     }
 
 
