@@ -7,6 +7,7 @@ place of the question in the data, and so not on the number of processes or micr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -21,10 +22,10 @@ from ..data.answer_unit import AnswerGroup
 from ..data.encode import Encoder
 from ..data.questions import Question, Questions
 from ..evaluation.rewards import Failed, Rewards, Scored
+from ..inference.decoders import for_training
 from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.sampling import Sampling
-from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
 from ..model.grpo_loss import advantages
 from ..planning.drawing import rows_at_once
@@ -117,12 +118,13 @@ class Draws:
             return []
         # made anew: between two draws the training has the memory
         rows = rows_at_once(self.model.arch, self.model.dtype.itemsize, self.config.accelerator, answers)
-        engine = Engine(TorchDecoder(self.model, rows), self.encoder.tokenizer)
-        submitted = [engine.submit(self.request(draw, place)) for place in places]
-        while not engine.idle:
-            for answer in engine.step():
-                if answer.error:
-                    raise UserError(f"draw {draw + 1}: {answer.error}; lower --lr_init")
+        with contextlib.closing(for_training(self.model, rows)) as decoder:
+            engine = Engine(decoder, self.encoder.tokenizer)
+            submitted = [engine.submit(self.request(draw, place)) for place in places]
+            while not engine.idle:
+                for answer in engine.step():
+                    if answer.error:
+                        raise UserError(f"draw {draw + 1}: {answer.error}; lower --lr_init")
         return [list(map(_drawn_answer, group)) for group in submitted]
 
     def _judged(self, draw: int, place: int, answers: list[DrawnAnswer]) -> Group:

@@ -217,7 +217,8 @@ class Rollouts:
         answers = [answer for group in scored for answer in group.answers]
         totals = [group.scored.total for group in scored]
         by_name = zip(
-            self.rewards.names, sum((group.scored.values.sum(0) for group in scored), torch.zeros(()))
+            self.rewards.names,
+            sum((group.scored.values.sum(0) for group in scored), torch.zeros(len(self.rewards.names))),
         )
         return self.loss.sums(
             self.policy.device,
