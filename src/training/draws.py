@@ -30,6 +30,7 @@ from ..model import RWKV
 from ..model.grpo_loss import advantages
 from ..planning.drawing import rows_at_once
 
+TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
 
 
@@ -119,7 +120,7 @@ class Draws:
         # made anew: between two draws the training has the memory
         rows = rows_at_once(self.model.arch, self.model.dtype.itemsize, self.config.accelerator, answers)
         with contextlib.closing(for_training(self.model, rows)) as decoder:
-            engine = Engine(decoder, self.encoder.tokenizer)
+            engine = Engine(decoder, self.encoder.tokenizer, together=TOGETHER)
             submitted = [engine.submit(self.request(draw, place)) for place in places]
             while not engine.idle:
                 for answer in engine.step():
