@@ -66,6 +66,8 @@ def mistake(*flags):
         ("--sft_weight 1", "--sft_weight 1.0 has no meaning with --loss grpo"),
         ("--loss_average mean", "grpo has --grpo_type"),
         ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
+        ("--temperature 0.7", "--temperature 0.7: answers are drawn at temperature 1 from the whole"),
+        ("--top_p 0.9", "drop the flag"),
         ("--scale_rewards batch", "give --advantage_scale group or none"),
     ],
 )
@@ -117,14 +119,17 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
     before = written_settings(path)
     assert before == config, "it may be compared with"
     resumed, origins = settings()
+    with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
+        inherit(resumed, origins, before)
+    resumed, origins = settings("--rewards", "own=1", "--reward_file", "moved.py")
     inherit(resumed, origins, before)
-    assert (resumed.rewards, resumed.reward_file) == ({"own": 1}, "")
+    assert (resumed.rewards, resumed.reward_file) == ({"own": 1}, "moved.py")
 
 
 @pytest.mark.parametrize(
     "flags, today",
     [
-        ("--loss_type bnpo", {"grpo_type": "dapo"}),
+        ("--loss_type bnpo --temperature 1.0 --top_k 0", {"grpo_type": "dapo"}),
         ("--loss_type dapo --epsilon 0.1 --epsilon_high 0.4", {"clip_low": 0.1, "clip_high": 0.4}),
         ("--loss_type dr_grpo --scale_rewards False", {"grpo_type": "dr_grpo", "advantage_scale": "none"}),
         ("--loss_type=grpo --scale_rewards group", {"grpo_type": "grpo", "advantage_scale": "group"}),

@@ -8,7 +8,7 @@ import torch
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.config.schema import REWARDS
+from src.config.loss_settings import REWARDS
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 from src.evaluation.rewards import GUARDED, JUDGES, Failed, Rewards, overlong, partial

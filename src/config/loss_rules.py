@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
 
-from .schema import LOSSES, Config, is_automatic
+from .loss_settings import LOSSES
+from .schema import Config, is_automatic
 
 GRPO = ("grpo",)
 # the settings of one loss or some, the losses that each of them is for, and what the others have

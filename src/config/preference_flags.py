@@ -38,7 +38,10 @@ LOSS_TYPES = {
 SCALES = {"group": "group", "true": "group", "none": "none", "false": "none"}
 OF_TRL = ("loss_type", "pref_loss")  # its name in TRL, and in LLaMA-Factory
 
-NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, "wpo", "scale_rewards"}
+# its flags about drawing, and the values that leave the distribution whole
+DRAWING = {"temperature": ("1", "1.0"), "top_p": ("1", "1.0"), "top_k": ("0", "-1")}
+
+NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING, "wpo", "scale_rewards"}
 
 
 def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
@@ -62,6 +65,7 @@ def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
         if name in old and not (on and name in SWITCHES[on[0]]):
             notes.append(f"--{name} is --{today}")
             new += [f"--{today}", old[name]]
+    _check_drawing(old, notes)
     return new + _scale_rewards(old, notes)
 
 
@@ -77,6 +81,18 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list
             new += [f"--{today}", old.get(name) or default]
     notes.append(f"--{loss} is {' '.join(new)}, as in RWKV-LM-RLHF")
     return new
+
+
+def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
+    """Another distribution than the model's own is an error."""
+    for name, whole in DRAWING.items():
+        if name in old and old[name] not in whole:
+            raise UserError(
+                f"--{name} {old[name]}: answers are drawn at temperature 1 from the whole distribution, the"
+                " only one of which the training knows ln p; drop the flag"
+            )
+        if name in old:
+            notes.append(f"--{name} {old[name]} is ignored: answers are always drawn so")
 
 
 def _scale_rewards(old: Mapping[str, str], notes: list[str]) -> list[str]:

@@ -8,7 +8,8 @@ import re
 from rwkv_miss.errors import UserError, did_you_mean
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from .schema import REWARDS, Config
+from .loss_settings import REWARDS
+from .schema import Config
 
 # rewards with a setting of their own, which has a value exactly where they are asked for
 OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..config import Config
-from ..config.schema import REWARDS
+from ..config.loss_settings import REWARDS
 from ..data.chat_template import Template
 from ..data.questions import Question
 from ..data.templates import answer_text, whole_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import Config
-from ..config.schema import REWARDS
+from ..config.loss_settings import REWARDS
 from ..data.batches import Schedule
 from ..data.chat_template import begins_thoughts
 from ..data.held_out import FORWARD

@@ -1,0 +1,95 @@
+"""The settings of a run about what it reads, and how that becomes tokens. schema.py has the others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rwkv_miss.files.template_record import TOOL_STYLES
+
+from .option import opt
+
+
+@dataclasses.dataclass
+class DataSettings:
+    """The first settings of Config, in the order of the docs."""
+
+    load_model: str = opt(
+        "",
+        "the base: a .pth, a Hugging Face folder, or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face"
+        " hub. Empty: a new model with the sizes of --version, --n_layer and --n_embd",
+    )
+    data_file: str = opt(
+        "",
+        "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files,"
+        " OWNER/NAME of a Hugging Face data set, or hf://OWNER/NAME/FILE of one. Several files with weights:"
+        " a.jsonl:2,b.csv:0.5 reads every row of a.jsonl twice and half of b.csv",
+    )
+    sft_field: str = opt(
+        "",
+        "which columns to read, where a row fits several layouts: text, messages, question,answer or"
+        " instruction,input,output",
+    )
+    sft_split: str = opt(
+        "train",
+        "which split to read of a Hugging Face data set, or of a folder whose files are named for splits",
+    )
+    on_bad_row: str = opt(
+        "stop",
+        "what to do with a row that cannot be used. stop: end with its file and line. skip: leave it"
+        " out and count it",
+        choices=("stop", "skip"),
+    )
+    proj_dir: str = opt(
+        "out", "the run's folder, for adapter.pth, metrics.jsonl, config.yaml and checkpoints/"
+    )
+    tokenizer: str = opt(
+        "auto",
+        "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: as"
+        " --load_model records, else what lies in its Hugging Face folder, else world for a model with the"
+        " World vocabulary",
+    )
+    eod: str = opt("", "the text of the end-of-document token, where a tokenizer file does not name it")
+
+    template: str = opt(
+        "auto",
+        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them), or a"
+        " Jinja file with Hugging Face's conventions. auto: as --load_model records, else rwkv",
+    )
+    tool_style: str = opt(
+        "auto",
+        "how rwkv and its modes write tools and their calls: json, signatures, markdown or hermes. auto: as"
+        " --load_model records, else json with the World vocabulary and hermes with others",
+        choices=("auto", *TOOL_STYLES),
+        automatic=True,
+    )
+    loss_mask: str = opt(
+        "assistant",
+        "which tokens are trained. assistant: the assistant's turns, completions, and plain text as a"
+        " whole. all: everything. A marker such as Assistant: trains what follows it, up to the next"
+        " turn. START...END trains what stands between the two. The end of a document is always"
+        " trained",
+    )
+    think_weight: float = opt(
+        1.0,
+        "the loss of what stands inside <think> and </think> is multiplied by this. The tags are not"
+        " inside. 0: thoughts are read and not trained",
+        low=0,
+        high=100,
+    )
+    prompt_weight: float = opt(
+        0.0,
+        "the weight in the loss of what --loss_mask does not train, such as questions. 0: none",
+        low=0,
+        high=100,
+    )
+    bos: str = opt(
+        "recorded",
+        "the token that every document begins with, which is never trained. none: no token. auto: the end of"
+        " document, 0 in World, after which BlinkDL's evaluations ask. A number: the token of this id."
+        " recorded: as --load_model records, else none",
+    )
+    data_cache: str = opt(
+        "auto",
+        "folder for tokenised data. auto: rwkv-miss/data in the user's cache folder. none: tokenise"
+        " every time",
+    )

@@ -1,0 +1,163 @@
+"""The settings of a run about its loss: what is minimised, preferences between answers, and rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .data_settings import DataSettings
+from .option import opt
+
+# on preferences; --loss has sft, the usual one, and grpo, on rewards, beside them
+LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
+# the rewards of --loss grpo that are here (src/evaluation/rewards.py); others are functions of --reward_file
+REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
+
+
+@dataclasses.dataclass
+class LossSettings(DataSettings):
+    """The settings of Config that follow those of the data."""
+
+    loss: str = opt(
+        "sft",
+        "what is minimised. sft: the cross entropy of the trained tokens. dpo, ipo, orpo or simpo: a"
+        " preference between two answers, for rows with chosen and rejected. kto: the same for single"
+        " answers, with label true or false. docs/preferences.md says which is for what. grpo: the model"
+        " answers questions, and learns from the rewards of its answers (docs/rewards.md)",
+        choices=("sft", *LOSSES, "grpo"),
+    )
+    beta: float = opt(
+        0.0,
+        "how closely the model is held to the reference, above 0; with simpo the scale of the reward. Left"
+        " out: as in the loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has"
+        " --orpo_lambda. grpo: the weight of the KL to the reference. Left out it is 0, no KL",
+        alias=("pref_beta",),
+        automatic=True,
+        low=0,
+        high=1e30,
+    )
+    sft_weight: float = opt(
+        -1.0,
+        "the weight of the cross entropy of the chosen answer, per token, beside the preference. Without it"
+        " right answers may get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
+        alias=("rpo_alpha", "pref_ftx"),
+        automatic=True,
+        low=-1,
+        high=1e30,
+    )
+    loss_average: str = opt(
+        "sum",
+        "what dpo compares. sum: the log-probability of an answer, as in the paper. mean: that divided by"
+        " its tokens. ipo, orpo and simpo always take the mean, and kto the sum",
+        choices=("sum", "mean"),
+    )
+    label_smoothing: float = opt(
+        0.0,
+        "for dpo and simpo: the share of pairs whose answers are taken to be the wrong way round",
+        low=0,
+        below=0.5,
+    )
+    simpo_gamma: float = opt(
+        1.0,
+        "simpo: by how much the reward of the chosen answer should be above the other's",
+        low=0,
+        high=1e30,
+    )
+    orpo_lambda: float = opt(
+        0.1, "orpo: the weight of the odds ratio beside the cross entropy", low=0, high=1e30
+    )
+    desirable_weight: float = opt(1.0, "kto: the weight of the answers with label true", low=0, high=1e30)
+    undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
+    reference: str = opt(
+        "",
+        "the model that dpo, ipo, kto and the KL of grpo compare with, of any size: a file, a folder or a"
+        " name of the hub, as for --load_model. Empty: the base, with the adapter off",
+        alias=("ref_model",),
+    )
+
+    rewards: dict = opt(
+        {},
+        "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. exact, number, boxed or"
+        " math_verify: 1 for the right answer, judged as by scripts.evaluate. partial: the share of"
+        " characters in the right place. regex: 1 where --reward_regex is found. length: see"
+        " --reward_length. Another name: the function of this name in --reward_file. A weight of 0"
+        " shows a reward without training on it. Empty: exact=1",
+        automatic=True,
+    )
+    reward_file: str = opt(
+        "",
+        "grpo: a Python file with functions NAME(prompt, answers, right) that give a list of numbers, one"
+        " for each answer. Its code is run. It counts on the command line only, in no YAML file",
+    )
+    reward_regex: str = opt("", "grpo: the regular expression of --rewards regex, looked for in the answer")
+    reward_length: int = opt(
+        0,
+        "grpo: up to so many tokens --rewards length is 0. Longer answers get less, down to -1 at"
+        " --max_tokens",
+        low=0,
+    )
+    reward_timeout: float = opt(
+        10.0,
+        "grpo: seconds that the functions of --reward_file have for the answers to one question. Then they"
+        " are stopped, and the question is left out of the step",
+        low=0.1,
+        high=1e6,
+    )
+    group_size: int = opt(
+        8, "grpo: answers drawn for each question", alias=("num_generations",), low=2, high=2**16
+    )
+    max_tokens: int = opt(
+        0,
+        "grpo: longest answer in tokens; a longer one is cut, and not right. 0: by the right answers and the"
+        " rewards, within --ctx_len",
+        alias=("max_completion_length",),
+        automatic=True,
+        low=0,
+    )
+    grpo_type: str = opt(
+        "dapo",
+        "grpo: how the losses of tokens are put together. dapo: the mean over all tokens of the step. grpo:"
+        " the mean over an answer, then over the answers, so that a token of a long answer counts less."
+        " dr_grpo: the sum over --max_tokens, then the mean over the answers",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    clip_low: float = opt(
+        0.2,
+        "grpo: a token that has lost more than this share of its probability since the draw is not pushed"
+        " down any further",
+        alias=("epsilon",),
+        low=0,
+        high=1,
+    )
+    clip_high: float = opt(
+        0.0,
+        "grpo: a token that has gained more than this share of its probability since the draw is not pushed"
+        " up any further. 0: 0.28 for --grpo_type dapo, else as --clip_low",
+        alias=("epsilon_high",),
+        automatic=True,
+        low=0,
+        high=1e30,
+    )
+    advantage_scale: str = opt(
+        "auto",
+        "grpo: whether the rewards of a question, less their mean, are divided by their standard deviation"
+        " (group) or not (none). auto: none for --grpo_type dr_grpo, else group",
+        choices=("auto", "group", "none"),
+        automatic=True,
+    )
+    inner_steps: int = opt(
+        1,
+        "grpo: optimizer steps on the same drawn answers. More of them draw less often, and learn from"
+        " answers that are no longer the model's own",
+        alias=("num_iterations",),
+        low=1,
+    )
+
+    @property
+    def on_preferences(self) -> bool:
+        """Whether the loss compares answers that the data has."""
+        return self.loss in LOSSES
+
+    @property
+    def on_rewards(self) -> bool:
+        """Whether the model learns from the rewards of answers that it draws itself."""
+        return self.loss == "grpo"
