@@ -36,6 +36,7 @@ with importing():
     from rwkv_miss.files.checkpoint import Arch
     from scripts.preview_answers import answer_figures, answer_lines
     from scripts.preview_forms import forms
+    from scripts.preview_questions import preview_questions
     from scripts.preview_samples import sample_lines, shown
     from src.common.formatting import counted
     from src.config import Config, settle
@@ -265,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         if not config.data_file:
             show_forms(config, encoder, plain)
             return 0
+        if config.on_rewards:
+            found = preview_questions(config, encoder, args, plain)
+            return int(args.strict and found)
         lint, report, loaded = inspect(config, encoder)
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
         if loaded.rows == SFT:

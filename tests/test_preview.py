@@ -150,6 +150,8 @@ def test_every_kind_has_a_test():
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
     together |= {"too long", "contradiction", "bare question", "left out"}  # of preferences, below
+    # of questions, in test_preview_questions.py
+    together |= {"nothing asked", "long answer", "unrewarded", "other answer"}
     # asked otherwise is in test_rewritten_turns.py
     assert set(MEANINGS) - tested == {*together, "asked otherwise", "lost thoughts"}
 

@@ -13,7 +13,7 @@ from src.data.batches import make_schedule
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
 from src.data.held_out import hold_out, in_hash_order
-from src.data.questions import NO_QUESTION, NO_RIGHT_ANSWER, load_questions, read_questions
+from src.data.questions import NO_QUESTION, NO_RIGHT_ANSWER, QuestionReader, read_questions
 from src.data.templates import load_template
 
 from .test_generate import named
@@ -47,12 +47,12 @@ ROWS = [
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """read(rows, **options of load_questions()) -> LoadedQuestions; the tokenizer is bytes."""
+    """read(rows, **options of QuestionReader) -> LoadedQuestions; the tokenizer is bytes."""
     monkeypatch.chdir(tmp_path)
 
     def run(rows, encoder=None, name="data.jsonl", **options):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_questions(name, encoder or Encoder(BYTES), **options)
+        return QuestionReader(encoder or Encoder(BYTES), **options).load(name)
 
     return run
 
@@ -122,7 +122,7 @@ def test_sft_field_and_weights(read):
     reading = Reading(("q", "a"))
     assert [question.right for question in read(rows, reading=reading).questions] == list("0123456789")
     read(rows[:4], name="more.jsonl", reading=reading)
-    loaded = load_questions("data.jsonl:0.5,more.jsonl:2", Encoder(BYTES), reading)
+    loaded = QuestionReader(Encoder(BYTES), reading).load("data.jsonl:0.5,more.jsonl:2")
     of_file = [place.partition(",")[0] for place in loaded.places]
     assert of_file == ["data.jsonl"] * 5 + ["more.jsonl"] * 8
 

@@ -63,13 +63,17 @@ MEANINGS = {
     "cut": "a conversation is longer than --ctx_len and loses its end",
     "no target": "no token within --ctx_len is trained, so it teaches nothing",
     "too long": (
-        "a pair, or an answer with a label, takes more tokens than --ctx_len of a row, and is left out; both"
-        " answers of a pair lie in one row"
+        "a pair, an answer with a label, or a question with an answer of --max_tokens takes more tokens than"
+        " --ctx_len of a row, and is left out; both answers of a pair lie in one row"
     ),
     "left out": (
         "half of the rows or more teach nothing, as answers are empty or equal; look at what wrote them"
     ),
+    "nothing asked": "the question or its right answer is empty; the row is left out",
+    "long answer": "the right answer has more tokens than --max_tokens, so that it can't be drawn",
+    "unrewarded": "the right answer does not get the full reward, which then no answer may get",
     "duplicate": "a copy of an earlier row",
+    "other answer": "an earlier row asks the same and has another right answer",
     "contradiction": "an earlier row prefers the other answer to the same prompt",
     "held out": "a held-out row is in the training data too, word for word, and is left out there",
     "known prompt": (
@@ -203,6 +207,14 @@ def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder)
                 yield "blank line"
             if encoder.template.form.end and encoder.template.form.end in content:
                 yield "flower"
+
+
+def odd_question(record: dict, encoder: Encoder) -> set[str]:
+    """Names of what is odd about what a record asks, whatever is right."""
+    if "prompt" in record:
+        return {"bare question"} if _is_bare_question(record["prompt"], record["completion"]) else set()
+    asked = [message for message in record["messages"][:-1] if message["role"] != "assistant"]
+    return set(_odd_turns(asked, 0, record, encoder))
 
 
 def _is_bare_question(prompt: str, answer: str) -> bool:

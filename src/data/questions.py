@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -168,46 +168,67 @@ class LoadedQuestions:
         return dataclasses.replace(fitting, too_long=len(long), too_long_places=places)
 
 
-def load_questions(
-    data_file: str,
-    encoder: Encoder,
-    reading: Reading = BY_NAME,
-    report: Report | None = None,
-    seed: int = 0,
-    needs_right: bool = True,
-) -> LoadedQuestions:
-    """Read and tokenise question files. A row whose question is empty is left out and counted, and so is one
-    whose right answer is empty where that `needs_right`.
+class Asked(NamedTuple):
+    """A question that was read."""
 
-    `seed` decides which rows of a source with a weight are asked. Raises UserError for what cannot be read,
-    and where nothing is left.
+    question: Question
+    prompt: np.ndarray  # as in Questions
+    where: str  # it stands, such as "data.jsonl, line 3"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionReader:
+    """How a run reads question files.
+
+    A row whose question is empty is left out and counted, and so is one whose right answer is empty where
+    that `needs_right`. The report says what becomes of a bad row.
     """
-    report = report or Report()
-    loaded = LoadedQuestions(str(data_file), [], [], [])
-    for number, source in enumerate(sources(str(data_file), reading, report.notes)):
-        rows: list[tuple[Question, np.ndarray, str]] = []
-        for where, row in _rows(source, report, reading):
+
+    encoder: Encoder
+    reading: Reading = BY_NAME
+    report: Report = dataclasses.field(default_factory=Report)
+    needs_right: bool = True
+
+    def load(
+        self, data_file: str, seed: int = 0, look: Callable[[Asked, dict[str, Any]], None] | None = None
+    ) -> LoadedQuestions:
+        """Read and tokenise. `seed` decides which rows of a source with a weight are asked. `look` sees every
+        question that is not left out, and its row.
+
+        Raises UserError for what cannot be read, and where nothing is left.
+        """
+        found: list[Asked] = []
+        for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
+            of_source = []
+            for asked, row in self._asked(source):
+                of_source.append(asked)
+                if look:
+                    look(asked, row)
+            if not of_source:
+                raise UserError(f"{source.path}: {self.report.files[source.path].unusable()}")
+            found += [of_source[i] for i in sample(len(of_source), source.weight, seed, number)]
+        questions, prompts, places = (list(column) for column in zip(*found))
+        return LoadedQuestions(str(data_file), questions, prompts, places)
+
+    def _asked(self, source: Source) -> Iterator[tuple[Asked, dict[str, Any]]]:
+        for where, row in _rows(source, self.report, self.reading):
             try:
-                question = question_of(row, encoder.template)
-                ids = question.ids(encoder.tokenizer, encoder.bos)
-                if not ids or is_blank(row):
-                    raise LeftOut(NO_QUESTION)
-                if needs_right and not question.right.strip():
-                    raise LeftOut(NO_RIGHT_ANSWER)
+                asked = Asked(*self._question(row), where)
             except LeftOut as reason:
-                report.files[source.path].leave_out(where, reason)
+                self.report.files[source.path].leave_out(where, reason)
             except UserError as error:
-                report.refuse(source.path, where, error)
+                self.report.refuse(source.path, where, error)
             else:
-                rows.append((question, np.array(ids, np.int32), where))
-        if not rows:
-            raise UserError(f"{source.path}: {report.files[source.path].unusable()}")
-        for i in sample(len(rows), source.weight, seed, number):
-            question, prompt, where = rows[i]
-            loaded.questions.append(question)
-            loaded.prompts.append(prompt)
-            loaded.places.append(where)
-    return loaded
+                yield asked, row
+
+    def _question(self, row: dict[str, Any]) -> tuple[Question, np.ndarray]:
+        question = question_of(row, self.encoder.template)
+        ids = question.ids(self.encoder.tokenizer, self.encoder.bos)
+        if not ids or is_blank(row):
+            raise LeftOut(NO_QUESTION)
+        if self.needs_right and not question.right.strip():
+            raise LeftOut(NO_RIGHT_ANSWER)
+        return question, np.array(ids, np.int32)
 
 
 def read_questions(

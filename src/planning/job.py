@@ -34,7 +34,7 @@ from ..data.held_out import (
     questions,
 )
 from ..data.leading_token import leading_token
-from ..data.questions import LoadedQuestions, Questions, load_questions
+from ..data.questions import LoadedQuestions, QuestionReader, Questions
 from ..data.tokenizer import Tokenizer
 from ..data.units import Units
 from ..model import RWKV
@@ -267,7 +267,7 @@ def load_file(config: Config, path: str, encoder: Encoder, found: Report) -> Loa
     """Read --data_file or --eval_file."""
     reading, seed = Reading.of(config), config.random_seed
     if config.on_rewards:
-        return load_questions(path, encoder, reading, found, seed, needs_right(config))
+        return QuestionReader(encoder, reading, found, needs_right(config)).load(path, seed)
     return load(path, encoder, config.data_cache, reading, found, seed)
 
 

@@ -1,0 +1,252 @@
+"""What scripts.preview tells of the questions of --loss grpo: what is asked, and what right answers get."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+from scripts.preview_samples import shown
+from src.common.formatting import counted
+from src.config import Config
+from src.config.loss_settings import REWARDS
+from src.config.reward_rules import check_rewards
+from src.data.chat_template import Template
+from src.data.encode import Encoder
+from src.data.file_documents import Document
+from src.data.formats import Reading, Report, printable
+from src.data.leading_token import describe_leading
+from src.data.lint import Lint, odd_question
+from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
+from src.evaluation.rewards import Failed, Rewards
+from src.planning.defaults import CHOSEN, choose, choose_loss, row_length
+from src.planning.own_answers import longest_answer, needs_right
+from src.training.preference_text import too_long_text
+from src.training.reward_text import describe_rewards
+
+PERCENTILES = (0, 50, 90, 99, 100)
+# rewards that are asked for all right answers; the others run in other processes, and see so many of them
+HERE, JUDGED = ("exact", "number", "boxed", "partial", "length"), 64
+FULL = {"length": 0.0}  # what a built-in reward is at most; 1 where nothing stands here
+SHOWN = 600  # characters of a right answer
+
+
+class Drawn(NamedTuple):
+    """A right answer, as if it had been drawn."""
+
+    text: str
+    tokens: Sequence[int]
+    cut: bool
+
+
+class Looked(NamedTuple):
+    """What was found in question files."""
+
+    loaded: LoadedQuestions
+    questions: Questions  # those that fit
+    right: list[Drawn]  # to each of the loaded ones
+    lint: Lint
+    report: Report
+
+
+def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace, plain: bool) -> bool:
+    """Print what was found, and some questions; whether something is odd."""
+    origins: dict[str, str] = {}
+    choose_loss(config, origins)
+    check_rewards(config)
+    found = look(config, origins, encoder)
+    with Rewards.of(config, encoder.template) as rewards:
+        worth = worth_of(rewards, config, encoder, found)
+        if ours.json:
+            findings = [dataclasses.asdict(finding) for finding in found.lint.findings]
+            print(json.dumps({**figures(config, found), "rewards": worth, "findings": findings}))
+        else:
+            print("\n".join(overview(config, origins, encoder, found, worth)))
+            count = min(ours.samples, len(found.loaded.questions))
+            for i in np.unique(np.linspace(0, len(found.loaded.questions) - 1, count).astype(int)).tolist():
+                print("\n".join(sample_lines(found, i, rewards, encoder, plain)))
+    return bool(found.lint.findings)
+
+
+def look(config: Config, origins: dict[str, str], encoder: Encoder) -> Looked:
+    """Read everything, and choose what a run would choose; what is odd goes to the Lint."""
+    lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
+    rights: dict[bytes, set[str]] = {}  # of each prompt
+
+    def note(asked: Asked, row: dict) -> None:
+        known = rights.setdefault(asked.prompt.tobytes(), set())
+        if known:
+            lint.note("duplicate" if asked.question.right in known else "other answer", asked.where)
+        known.add(asked.question.right)
+        for name in odd_question(row, encoder):
+            lint.note(name, asked.where)
+
+    reader = QuestionReader(encoder, reading, report, needs_right(config))
+    loaded = reader.load(config.data_file, config.random_seed, note)
+    for file in report.files.values():
+        if file.bad:
+            lint.note("bad row", file.reasons[0], file.bad)
+        for count, places in file.left_out.values():
+            lint.note("nothing asked", places[0], count)
+    if config.eval_file:
+
+        def compare(asked: Asked, row: dict) -> None:
+            if asked.prompt.tobytes() in rights:
+                lint.note("known prompt", asked.where)
+
+        QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)
+    choose(config, origins, "max_tokens", *longest_answer(config, loaded, encoder.tokenizer))
+    if not config.ctx_len:
+        config.ctx_len, _ = row_length(loaded.longest + config.max_tokens - 1, config.chunk_ctx)
+    questions = loaded.units(config.ctx_len, config.group_size, config.max_tokens)
+    if questions.too_long:
+        lint.note("too long", questions.too_long_places[0], questions.too_long)
+    right = [drawn(question, config, encoder) for question in loaded.questions]
+    if cut := [place for place, answer in zip(loaded.places, right) if answer.cut]:
+        lint.note("long answer", cut[0], len(cut))
+    return Looked(loaded, questions, right, lint, report)
+
+
+def drawn(question: Question, config: Config, encoder: Encoder) -> Drawn:
+    """The right answer as a model would draw it."""
+    text = _written(question, encoder.template)
+    try:
+        tokens = [*encoder.tokenizer.encode(text), *encoder.tokenizer.eod]
+    except UserError:  # no answer can be right
+        tokens = [0] * len(text.encode())
+    return Drawn(text, tokens, len(tokens) > config.max_tokens)
+
+
+def _written(question: Question, template: Template) -> str:
+    """What the template writes after a prompt, with empty thoughts where it begins them."""
+    turns = [{"role": "user", "content": "?"}]
+    asked = "".join(segment.text for segment in template.segments(turns, ask=True))
+    answered = template.segments([*turns, {"role": "assistant", "content": question.right}])
+    whole = "".join(segment.text for segment in answered)
+    if question.opening == template.opening and whole.startswith(asked):
+        return whole.removeprefix(asked)
+    if not question.opening:
+        return f" {question.right}"
+    return f">{'' if '</think' in question.opening else '</think>'}\n{question.right}"
+
+
+def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) -> dict[str, dict]:
+    """What each built-in reward gives to right answers: {name: {"judged", "mean", "least", "below"}}.
+
+    `below` get less than the full reward, or none as it fails; that is a finding.
+    """
+    worth: dict[str, dict] = {}
+    unrewarded: dict[int, list[str]] = {}  # place -> names
+    questions = found.loaded.questions
+    for name in (name for name in rewards.names if name in REWARDS):
+        places = range(len(questions))
+        if name not in HERE:
+            places = np.unique(np.linspace(0, len(questions) - 1, JUDGED).astype(int)).tolist()
+        with Rewards.of(dataclasses.replace(config, rewards={name: 1.0}), encoder.template) as alone:
+            scored = [alone.score(questions[i], [found.right[i]]) for i in places]
+        values = [math.nan if isinstance(score, Failed) else float(score.total[0]) for score in scored]
+        known = [value for value in values if not math.isnan(value)]
+        below = [i for i, value in zip(places, values) if not value >= FULL.get(name, 1.0)]
+        worth[name] = {
+            "judged": len(values),
+            "mean": math.fsum(known) / len(known) if known else None,
+            "least": min(known, default=None),
+            "below": len(below),
+        }
+        for i in below:
+            unrewarded.setdefault(i, []).append(name)
+    if unrewarded:
+        first = min(unrewarded)
+        where = f"{found.loaded.places[first]}, {' and '.join(unrewarded[first])}"
+        found.lint.note("unrewarded", where, len(unrewarded))
+    return worth
+
+
+def figures(config: Config, found: Looked) -> dict:
+    """Figures about the questions, by name; lengths are in tokens."""
+    prompts = [len(prompt) for prompt in found.loaded.prompts]
+    right = [len(answer.tokens) for answer in found.right]
+    return {
+        "rows": len(prompts),
+        "tokens": sum(prompts),
+        "lengths": _percentiles(prompts),
+        "right_lengths": _percentiles(right),
+        "questions": len(found.questions),
+        "max_tokens": config.max_tokens,
+        "ctx_len": config.ctx_len,
+        "too_long": found.questions.too_long,
+        "longer_than_max_tokens": sum(answer.cut for answer in found.right),
+        "left_out": {
+            reason: count
+            for file in found.report.files.values()
+            for reason, (count, _) in file.left_out.items()
+        },
+    }
+
+
+def _percentiles(lengths: list[int]) -> dict[str, int]:
+    return {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES}
+
+
+def overview(
+    config: Config, origins: dict[str, str], encoder: Encoder, found: Looked, worth: dict[str, dict]
+) -> list[str]:
+    """The lines about the questions as a whole."""
+    told = figures(config, found)
+    reason = origins.get("max_tokens", "").removeprefix(f"{CHOSEN}: ")
+    lines = [
+        *found.report.source_lines(),
+        f"template   {encoder.template.name}; tokenizer {encoder.tokenizer.name};"
+        f" {describe_leading(encoder.bos)}",
+        f"questions  {told['rows']:,}; a prompt has {_spread(told['lengths'])}",
+        f"right      answers have {_spread(told['right_lengths'])}, with their end",
+        f"max_tokens {config.max_tokens}{f': {reason}' if reason else ''};"
+        f" {told['longer_than_max_tokens']:,} right answers are longer",
+        f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
+        f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
+        f"loss       {describe_rewards(config)}",
+        *(_worth_line(name, values) for name, values in worth.items()),
+        *found.report.left_out_lines(),
+    ]
+    if too_long := too_long_text(config, found.questions):
+        lines.append(f"left out   {too_long}")
+    lines += [f"finding    {printable(str(finding))}" for finding in found.lint.findings]
+    return [printable(line) for line in lines] + ([] if found.lint.findings else ["finding    none"])
+
+
+def _spread(lengths: dict[str, int]) -> str:
+    return f"{lengths['50%']:,} tokens in the median, {lengths['99%']:,} at 99 %, at most {lengths['100%']:,}"
+
+
+def _worth_line(name: str, values: dict) -> str:
+    of = counted(values["judged"], "right answer")
+    if values["mean"] is None:
+        return f"reward     {name}: failed for all of {of}"
+    least = f", at least {values['least']:.3g}" if values["below"] else ""
+    return f"reward     {name}: {values['mean']:.3g} in the mean of {of}{least}"
+
+
+def sample_lines(found: Looked, i: int, rewards: Rewards, encoder: Encoder, plain: bool) -> list[str]:
+    """Question i as it is asked, its right answer, and what all rewards give for that."""
+    question, prompt, right = found.loaded.questions[i], found.loaded.prompts[i], found.right[i]
+    asked = Document(prompt, np.zeros(len(prompt), np.float32))
+    scored = rewards.score(question, [right])
+    if isinstance(scored, Failed):
+        worth = f"failed: {scored.reason}"
+    else:
+        values = zip(rewards.names, scored.values[0].tolist())
+        worth = ", ".join(f"{name} {value:.3g}" for name, value in values)
+        worth += f"; together {float(scored.total[0]):.3g}"
+    answer = question.right if len(question.right) <= SHOWN else f"{question.right[:SHOWN]} ..."
+    return [
+        f"question {i + 1} of {len(found.loaded.questions)}, {len(prompt)} tokens, as it is asked:",
+        shown(asked, encoder.tokenizer, plain),
+        f"  right, {len(right.tokens)} tokens with its end; it gets {worth}:",
+        *(f"    | {line}" for line in answer.splitlines()),
+    ]
