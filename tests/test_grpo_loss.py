@@ -165,6 +165,23 @@ def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
         assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
 
 
+def test_the_kl_has_the_gradient_of_the_kl_to_the_reference():
+    """In the mean over drawn tokens, exactly: where each token of the vocabulary has its share."""
+    random = torch.Generator().manual_seed(6)
+    logits = torch.randn(5, generator=random, dtype=torch.float64).requires_grad_()
+    p, reference = logits.softmax(0), torch.randn(5, generator=random, dtype=torch.float64).softmax(0)
+    total = 0.0
+    for token in range(5):
+        one = {"answer": torch.tensor([0]), "advantage": torch.zeros(1), "old": None}
+        one |= {"drawn": p[token : token + 1].detach().log(), "reference": reference[token : token + 1].log()}
+        loss, _ = dataclasses.replace(LOSS, beta=1.0)(p[token : token + 1].log(), one)
+        total = total + p[token].detach() * loss
+    kl = (p * (p / reference).log()).sum()
+    assert total.item() == pytest.approx(kl.item(), rel=1e-12)
+    found, wanted = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (total, kl))
+    assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+
+
 def test_a_kl_without_its_reference_is_told():
     log_probs, batch = make_batch([2])
     with pytest.raises(ValueError, match="has no `reference`"):
@@ -261,7 +278,7 @@ def test_means_of_nothing_are_no_numbers_and_what_was_not_done_is_not_there():
     found = LOSS.means(LOSS.sums().tolist())
     assert found.pop("failed_groups") == 0 and all(map(math.isnan, found.values()))
     assert not found.keys() & {"kl", "draw_seconds", "draw_tokens_per_second"}
-    with pytest.raises(ValueError, match="no metrics: rewards"):
+    with pytest.raises(KeyError, match="rewards"):
         LOSS.sums(rewards=1)
 
 
