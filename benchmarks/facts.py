@@ -42,8 +42,8 @@ from src.evaluation.answering import Asking, answers_to, engine_for
 from src.inference.load import load
 
 from .common import argument_parser, as_flags, environment, report
-from .first_run import finished, write_rows
 from .paper.results import Table
+from .trainings import finished, write_rows
 
 METHODS = ("state", "miss", "lora", "none")
 FORMS = (

@@ -35,7 +35,7 @@ from demo import task as demo_task
 from rwkv_miss import UserError
 from rwkv_miss.version import commit
 from src import run
-from src.common.files import append_line, write_bytes, write_text
+from src.common.files import append_line
 from src.config import Config, parse
 from src.data.chat_template import Template
 from src.data.dataset import load as load_documents
@@ -50,10 +50,10 @@ from src.training.short_runs import held_out_loss
 
 from .common import argument_parser, as_flags, environment, report, write_random_base
 from .first_run_table import Case, case, draw, table
-from .paper.results import Table, plot
+from .paper.results import Table
 from .quant import DIGITS, digits
+from .trainings import ROOT, finished, write_page, write_rows
 
-ROOT = pathlib.Path(__file__).parent.parent
 METHODS = ("miss", "lora", "pissa", "state", "none")
 # the middle one of the seven rates, from which a sweep goes to the better side
 RATES = {"miss": 3e-3, "lora": 3e-3, "pissa": 1e-3, "state": 1.0, "none": 3e-4}
@@ -95,11 +95,6 @@ class Task:
 def sizes(**given: int) -> list[str]:
     """Flags that keep a run short."""
     return as_flags(**given, eval_samples=0)
-
-
-def write_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def sort(folder: pathlib.Path, data: pathlib.Path) -> Task:
@@ -189,11 +184,6 @@ TASKS = {
     "few-rows": few_rows,
     "shakespeare": shakespeare,
 }
-
-
-def finished(path: pathlib.Path) -> list[dict]:
-    """The lines of trainings that are done."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class NotDone(Exception):
@@ -388,10 +378,8 @@ def write_report(
         f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}. Put together at commit"
         f" {facts['commit']}.",
     ]
-    write_bytes(str(folder / "first-run.png"), plot(draw(cases)))
-    write_text(str(folder / "first-run.md"), "\n\n".join(parts) + "\n")
     content = {**summary, **facts, "table": found.records(), "trainings": everything}
-    write_text(str(folder / "first-run.json"), json.dumps(content, indent=1) + "\n")
+    write_page(folder, "first-run", parts, draw(cases), content)
 
 
 def cost_line(cost: dict | None) -> list[str]:

@@ -25,7 +25,6 @@ gets preferences.md, .png and .json. The last line is JSON.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,32 +32,25 @@ import json
 import pathlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Sequence
 
 import torch
-import yaml
 
 from demo import task as demo_task
 from rwkv_miss.version import commit
-from src import run
-from src.common.files import append_line, write_bytes, write_text
-from src.config import parse
 from src.data.chat_template import Template
 from src.data.encode import Encoder
-from src.data.questions import Question, answer_limit
 from src.data.templates import recorded_template
 from src.data.tokenizer import Tokenizer
-from src.evaluation.answering import Asking, answers_to, engine_for
 from src.evaluation.likelihood import log_likelihoods
 from src.inference.load import load
 from src.model import RWKV
 from src.training.rate_search import recorded_search
 
 from .common import argument_parser, as_flags, environment, report
-from .first_run import ROOT, finished, write_rows
-from .paper.results import check_folder, plot
+from .paper.results import check_folder
 from .preferences_table import ACCURACY, OBJECTIVES, Objective, draw, summary, table
+from .trainings import ROOT, Lines, texts_of_answers, train, write_page, write_rows
 
 METHODS = ("miss", "lora")
 
@@ -170,8 +162,8 @@ class Trainings:
         self.name, self.folder = name, folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task = TASKS[name](data)
-        self.path = folder / f"{name}.jsonl"
-        self.done = {key(line): line for line in finished(self.path)}
+        # what tells one training from the others
+        self.lines = Lines(folder / f"{name}.jsonl", "task", "objective", "method", "seed")
 
     @functools.cached_property
     def before(self) -> torch.Tensor:
@@ -180,23 +172,18 @@ class Trainings:
         template = recorded_template("auto", tokenizer, str(self.task.base))
         return log_probs(base, tokenizer, template, self.task.test)
 
+    def line(self, objective: str, method: str, seed: int) -> dict:
+        """What names a training."""
+        return {"task": self.name, "objective": objective, "method": method, "seed": seed}
+
     def of(self, objective: Objective, method: str, seed: int) -> dict:
         """The line of a training, which is done where it is not yet."""
-        line = {"task": self.name, "objective": objective.name, "method": method, "seed": seed}
-        if key(line) not in self.done:
-            line |= self._train(objective, method, seed)
-            append_line(self.path, line)
-            self.done[key(line)] = line
-        return self.done[key(line)]
+        line = self.line(objective.name, method, seed)
+        return self.lines.of(line, lambda: self._train(objective, method, seed))
 
     def base(self) -> dict:
         """What the base is before any training."""
-        line = {"task": self.name, "objective": "base", "method": "", "seed": 0}
-        if key(line) not in self.done:
-            line |= measures(self.task, None, self.before)
-            append_line(self.path, line)
-            self.done[key(line)] = line
-        return self.done[key(line)]
+        return self.lines.of(self.line("base", "", 0), lambda: measures(self.task, None, self.before))
 
     def _train(self, objective: Objective, method: str, seed: int) -> dict:
         """What a run found, and what became of the answers."""
@@ -215,7 +202,6 @@ class Trainings:
             tokenizer=task.tokenizer,
             data_file=files["train"],
             eval_file=files["valid"],
-            proj_dir=folder / "run",
             peft=method,
             packing=0,
             micro_bsz=task.per_step,
@@ -224,23 +210,14 @@ class Trainings:
             eval_samples=0,
             random_seed=seed,
         )
-        begun = time.process_time()
-        with open(self.folder / "log", "a") as log, contextlib.redirect_stdout(log):
-            run.main(*parse([*flags, *objective.flags]))
-        seconds = round(time.process_time() - begun, 1)
-        summary = json.loads((folder / "run" / "run.json").read_text())
-        settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
-        search = recorded_search(str(folder / "run"))
+        ran = train(folder / "run", [*flags, *objective.flags], self.folder / "log")
+        search = recorded_search(str(ran.folder))
         tried = {trial["rate"]: trial["loss"] for trial in search["trials"]} if search else {}
-        done = {"steps": summary["steps"], "rate": settings["lr_init"], "tried": tried}
-        done |= {"cpu_seconds": seconds, "commit": commit()} | measures(task, summary["output"], self.before)
+        done = {"steps": ran.summary["steps"], "rate": ran.settings["lr_init"], "tried": tried}
+        done |= {"cpu_seconds": ran.cpu_seconds, "commit": commit()}
+        done |= measures(task, ran.summary["output"], self.before)
         shutil.rmtree(folder)
         return done
-
-
-def key(line: dict) -> tuple:
-    """What tells one training from the others."""
-    return line["task"], line["objective"], line["method"], line["seed"]
 
 
 def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str, object]:
@@ -286,13 +263,8 @@ def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequ
 
 def greedy_answers(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> list[str]:
     """The likeliest answer to each question, cut where it is longer than any answer of the pairs."""
-    questions = []
-    for pair in pairs:
-        pieces = [segment.text for segment in template.segments(pair.asked, ask=True)]
-        questions.append(Question(pieces, max(pair.chosen, pair.rejected, key=len)))
-    asking = Asking(answer_limit("exact", tokenizer, questions), template)
-    given = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
-    return [answer.text for answer, *_ in given]
+    asked = [(pair.asked, max(pair.chosen, pair.rejected, key=len)) for pair in pairs]
+    return [text for (text,) in texts_of_answers(model, tokenizer, template, asked)]
 
 
 def main() -> None:
@@ -315,7 +287,7 @@ def main() -> None:
         trainings = Trainings(name, args.out, args.data)
         lines.append(trainings.base())
         for seed, objective, method in itertools.product(args.seeds, args.objectives, args.methods):
-            if args.only_finished and (name, objective, method, seed) not in trainings.done:
+            if args.only_finished and trainings.line(objective, method, seed) not in trainings.lines:
                 absent.setdefault(f"{name} {objective} {method}", []).append(str(seed))
                 continue
             lines.append(trainings.of(OBJECTIVES[objective], method, seed))
@@ -357,10 +329,8 @@ def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[s
         f"{facts['machine']}, 1 thread, fp32, torch {facts['versions']['torch']}. Put together at commit"
         f" {facts['commit']}.",
     ]
-    write_bytes(str(folder / "preferences.png"), plot(draw(lines)))
-    write_text(str(folder / "preferences.md"), "\n\n".join(parts) + "\n")
     content = {**sums, **facts, "table": found.records(), "trainings": lines}
-    write_text(str(folder / "preferences.json"), json.dumps(content, indent=1) + "\n")
+    write_page(folder, "preferences", parts, draw(lines), content)
 
 
 if __name__ == "__main__":
