@@ -220,7 +220,7 @@ def _gap(config: Config, now: Window) -> Finding | None:
             "gap",
             f"log p of the training and of the drawing differ by {now.gap_max:.2g} in {now.text}; in fp32 it"
             " is 1e-5 at most: one of the kernels is wrong here",
-            "--kernel torch, and tell us (python -m scripts.doctor says what is used)",
+            "--wkv torch, and tell us (python -m scripts.doctor says what is used)",
         )
     if not exact and now.gap > GAP:
         what = f"--quant {config.quant}" if config.quant != "none" else f"--precision {config.precision}"
