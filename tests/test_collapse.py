@@ -98,11 +98,17 @@ def test_a_reward_of_the_users_own_has_no_known_end():
 
 
 def test_answers_that_grow_or_do_not_end():
-    lines = course(80, length=(8.0, 27.0), cut=(0.0, 0.9))
-    kinds = dict((kind, step) for step, kind in said(lines))
-    assert kinds.keys() == {"longer", "cut"} and kinds["longer"] < 60
-    assert "90 %" not in finding(lines, "cut").known and "--max_tokens 28" in finding(lines, "cut").known
-    assert "--reward_length 9" in finding(lines, "longer").advice
+    longer = course(80, length=(8.0, 27.0), cut=(0.0, 0.4))
+    [(step, kind)] = said(longer)
+    assert kind == "longer" and step < 60
+    assert "where they had 9.08, and no higher reward" in finding(longer, "longer").known
+    assert "--reward_length 9" in finding(longer, "longer").advice
+    cut = course(80, length=(8.0, 27.0), cut=(0.0, 0.9))
+    assert [kind for _, kind in said(cut)][-1] == "cut"
+    assert "84.9 % of the answers of steps 71 to 80 reached --max_tokens 28" in finding(cut, "cut").known
+    assert "a larger --max_tokens" in finding(cut, "cut").advice
+    lost = course(80, length=(8.0, 27.0), cut=(0.0, 0.9), reward=(1.2, 0.1))
+    assert "the model has lost how answers end" in finding(lost, "cut").known
     # longer ones that are better are what is wanted of a model that reasons
     assert said(course(80, length=(8.0, 27.0), reward=(0.8, 1.5))) == []
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 import types
 
 import numpy as np
@@ -193,6 +192,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
         assert words in card, f"{words}\n\n{card}"
     assert "step 11" not in card and "loss.png" not in card and "nats per token, of the" not in card
     assert "Has it learnt" not in card
+    assert "failed" not in card and not any("failed" in title for title in rows)
     assert rows["training reward"] == "0.515 to 0.695"
     assert rows["held-out reward, best, step 10"] == "0.8750" and rows["held-out reward before"] == "0.5000"
     assert said[0] == "done: step 20 of 20, reward 0.515 to 0.695; wrote a.pth"
@@ -303,14 +303,14 @@ class Awarded:
     names = ("exact", "partial")
 
     def __init__(self, fails=(), seconds=0.0):
-        self.fails, self.seconds, self.asked = fails, seconds, []
+        self.fails, self.seconds, self.asked, self.now = fails, seconds, [], 0.0
 
     def score(self, question, answers):
         [answer] = answers
         number = int(question.right)
         self.asked.append(number)
         if number in self.fails:
-            time.sleep(self.seconds)
+            self.now += self.seconds
             return Failed("time out", f"question {number} took too long")
         values = torch.tensor([[float(number % 2), len(answer.text) / 100]], dtype=torch.float64)
         return Scored(values, values @ torch.tensor([1.0, 0.5], dtype=torch.float64))
@@ -381,7 +381,7 @@ def test_two_processes_ask_each_question_once_and_get_the_numbers_of_one(model, 
     assert ALONE.gathered([1]) == [[1]]
 
 
-def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model, asked, capsys):
+def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model, asked, capsys, monkeypatch):
     evaluating = evaluator(Awarded(fails={1, 4}))
     found = evaluating.answers(model, asked, 2)
     assert found.metrics["failed"] == 2 and found.metrics["reward_exact"] == 4 / 9
@@ -389,9 +389,10 @@ def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model,
     evaluating.answers(model, asked, 2)
     said = capsys.readouterr().out
     assert said.count("rewards failed: question 1 took too long") == 1 and "question 4" not in said, said
-    hanging = Awarded(fails={*range(11)}, seconds=0.02)
-    found = evaluator(hanging, timeout=0.01).answers(model, asked, 1)
-    assert len(hanging.asked) == 2 and found.metrics["failed"] == 11 and math.isnan(found.loss)
+    hanging = Awarded(fails={*range(11)}, seconds=10.5)
+    monkeypatch.setattr(reward_validation, "time", types.SimpleNamespace(monotonic=lambda: hanging.now))
+    found = evaluator(hanging, timeout=10.0).answers(model, asked, 1)
+    assert len(hanging.asked) == 3 and found.metrics["failed"] == 11 and math.isnan(found.loss)
     assert "were asked for no more" in capsys.readouterr().out
 
 

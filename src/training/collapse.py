@@ -8,6 +8,7 @@ metrics.jsonl.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ NEAR = 0.05  # of the reward's range: so near to its end counts as there
 STANDARD_ERRORS = 4.0  # by more than so many a mean has to have moved
 LEAST_FALL = 0.1  # and by so much of the reward's range, or of what it was
 ENTROPY_LEFT = 0.1  # of what it was at the start
+GAINED = 0.5  # of what there was to gain: a run that has so much is not in trouble
 LONGER = 2.0  # times as long as at the start
 CUT = 0.5  # of the answers
 FAILED = 0.1  # of the groups
@@ -38,8 +40,10 @@ class Finding(NamedTuple):
     known: str
     advice: str
 
+    good: bool = False  # nothing is wrong, but there is something to know
+
     def __str__(self) -> str:
-        return f"WARNING: {self.known}.\nTry {self.advice}."
+        return f"{'note' if self.good else 'WARNING'}: {self.known}.\nTry {self.advice}."
 
 
 class Window(NamedTuple):
@@ -47,7 +51,7 @@ class Window(NamedTuple):
 
     steps: tuple[int, int]  # first and last
     reward: float
-    error: float  # standard error of the reward, of the steps' scatter
+    error: float  # standard error of the reward
     dead: float
     failed: float  # share of the groups
     length: float
@@ -126,6 +130,14 @@ def is_solved(config: Config, window: Window) -> bool:
     return ends is not None and window.reward >= ends[1] - 2 * NEAR * (ends[1] - ends[0])
 
 
+def has_gained(config: Config, course: Course) -> bool:
+    """Whether the reward has risen by a good part of what could be gained."""
+    start, now, ends = course.start, course.now, bounds(config)
+    if ends is None:
+        return now.reward - start.reward > STANDARD_ERRORS * math.hypot(start.error, now.error)
+    return is_solved(config, now) or now.reward - start.reward > GAINED * (ends[1] - start.reward)
+
+
 def _dead(config: Config, course: Course) -> Finding | None:
     now, ends = course.now, bounds(config)
     if not now.dead > DEAD:
@@ -136,6 +148,7 @@ def _dead(config: Config, course: Course) -> Finding | None:
             "solved",
             f"{seen}: nearly all answers are right (reward {now.reward:.3g} of {ends[1]:.3g})",
             "harder questions, or stop here: this set is learnt",
+            good=True,
         )
     if has_fallen(config, course):
         return Finding(
@@ -153,12 +166,14 @@ def _dead(config: Config, course: Course) -> Finding | None:
             "easier questions, supervised training on right answers first, a reward that gives a part"
             f" (partial), or more answers (--group_size above {config.group_size})",
         )
+    gained = has_gained(config, course)
     return Finding(
         "alike",
         f"{seen}, with a reward of {now.reward:.3g}: a question's answers are all right or all wrong"
         f"{_certain(course)}",
-        f"questions that are answered right now and then, a larger --group_size than {config.group_size}, a"
-        f" finer reward, or {_gentler(config)}",
+        f"questions that are answered right now and then, a larger --group_size than {config.group_size}, or"
+        f" {'stop here' if gained else _gentler(config)}",
+        good=gained,
     )
 
 
@@ -176,7 +191,7 @@ def _fallen(config: Config, course: Course) -> Finding | None:
 def _entropy(config: Config, course: Course) -> Finding | None:
     start, now = course.start, course.now
     # a model that is right and knows it has none either
-    if not now.entropy < ENTROPY_LEFT * start.entropy or is_solved(config, now):
+    if not now.entropy < ENTROPY_LEFT * start.entropy or has_gained(config, course):
         return None
     return Finding(
         "entropy",
@@ -190,17 +205,23 @@ def _cut(config: Config, course: Course) -> Finding | None:
     now = course.now
     if not now.cut > CUT:
         return None
+    seen = (
+        f"{percent(now.cut)} of the answers of {now.text} reached --max_tokens {config.max_tokens} before"
+        " their end"
+    )
+    if now.cut > 2 * course.start.cut and has_fallen(config, course):
+        return Finding("cut", f"{seen}: the model has lost how answers end", _gentler(config))
     return Finding(
         "cut",
-        f"{percent(now.cut)} of the answers of {now.text} reached --max_tokens {config.max_tokens} before"
-        " their end, and count as wrong",
-        f"a larger --max_tokens, or where answers do not end by themselves any more, {_gentler(config)}",
+        f"{seen}, and count as wrong",
+        "a larger --max_tokens; or, where long answers are not wanted, questions that ask for short ones, or"
+        " the reward length",
     )
 
 
 def _longer(config: Config, course: Course) -> Finding | None:
     start, now = course.start, course.now
-    if not now.length > LONGER * start.length:
+    if not now.length > LONGER * start.length or now.cut > CUT:
         return None
     if now.reward - start.reward > STANDARD_ERRORS * math.hypot(start.error, now.error):
         return None  # longer answers, and better ones
@@ -306,7 +327,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _standard_error(values: list[float]) -> float:
+    """Of the mean, by how much each step differs from the one before: a steady rise or fall is no noise."""
     if len(values) < 2:
         return math.inf
-    middle = _mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+    squares = math.fsum((after - before) ** 2 for before, after in itertools.pairwise(values))
+    return math.sqrt(squares / 2 / (len(values) - 1) / len(values))

@@ -38,6 +38,7 @@ class LossMetrics:
 
     titles: dict[str, str]  # name in the files -> what it is called in a table
     shares: tuple[str, ...] = ()  # metrics that are told in percent
+    faults: tuple[str, ...] = ()  # counts that a table leaves out where they are 0
     bar: tuple[Shown, ...] = ()  # a bar of 80 columns has room for about 28 characters of these
     line: tuple[Shown, ...] = ()
     score: str = "loss"
@@ -72,9 +73,15 @@ class LossMetrics:
         """The same as a Writer takes them: {"train/margin": 0.3}."""
         return {f"{kind}/{name}": value for name, value in self.known(line).items()}
 
-    def named(self, line: dict) -> list[tuple[str, str]]:
-        """(name, title) of the metrics that a line has, if only as None."""
-        return [(name, title) for name, title in self.titles.items() if name in line]
+    def rows(self, lines: Sequence[dict]) -> list[tuple[str, str, list[str]]]:
+        """(name, title, values) of what a table tells of these lines: each metric that one of them has."""
+        found = []
+        for name, title in self.titles.items():
+            values = [line.get(name) for line in lines]
+            has_it = any(name in line for line in lines)
+            if has_it and (name not in self.faults or any(values)):
+                found.append((name, title, [self.value_text(name, value) for value in values]))
+        return found
 
     def bar_text(self, line: dict) -> str:
         """For a bar: "loss 0.52 acc 94% margin 1.2"."""
@@ -206,6 +213,7 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
             "train_tokens_per_second": "training, tokens/s",
         },
         shares=("dead_groups", "cut", "clip"),
+        faults=("failed_groups", "failed"),
         bar=(
             Shown(("reward",), lambda reward: f"reward {reward:.2f}"),
             Shown(("dead_groups",), lambda share: f"dead {share:.0%}"),

@@ -166,9 +166,8 @@ def _measured(described: LossMetrics, summary: dict, history: list[dict]) -> lis
         rows.append([f"held-out {score} at step {last['step']}", described.score_text(last)])
         if top and top is not last:
             rows.append([f"held-out {score}, best, step {top['step']}", described.score_text(top)])
-        for metric, title in described.named(last):
-            if metric != score:
-                values = [described.value_text(metric, line.get(metric)) for line in (first, last)]
+        for name, title, values in described.rows([first, last]):
+            if name != score:
                 rows.append([f"held-out {title}", " to ".join(values)])
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base, nats per token, on a fixed text", f"{moved:.4f}"])

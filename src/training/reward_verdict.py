@@ -41,7 +41,7 @@ def reward_doubt(config: Config, step: int, metrics: Sequence[dict], history: li
         known.append(_not_risen(config, step, metrics, history))
     for finding in found:
         # a set that is learnt speaks for a run, unless it was known before
-        if finding.kind != "solved" or not risen:
+        if not (finding.good and risen):
             known.append(finding.known)
             tries.append(finding.advice)
     if not known:

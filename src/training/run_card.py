@@ -114,10 +114,7 @@ def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
     if not described.titles:
         return []
     first, last = described.first_and_last(metrics)
-    rows = [
-        [title, *(described.value_text(name, part.get(name)) for part in (first, last))]
-        for name, title in described.named(first | last)
-    ]
+    rows = [[title, *values] for _, title, values in described.rows([first, last])]
     return [
         f"## {described.heading}",
         table(["", "mean of the first tenth of the steps", "of the last tenth"], rows),
@@ -139,8 +136,7 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
     rows = []
     if described.by_loss:
         rows.append([f"loss, {loss_unit(config)}", *map(loss_text, states.values())])
-    for name, title in described.named(last):
-        rows.append([title, *(described.value_text(name, line.get(name)) for line in states.values())])
+    rows += [[title, *values] for _, title, values in described.rows([*states.values()])]
     parts = [table(["", *states], rows)]
     if "best" in summary:
         parts.append(
