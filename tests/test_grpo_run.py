@@ -1,0 +1,161 @@
+"""Runs on rewards: processes, micro-batches, a kill and rewards that fail change nothing of the training."""
+
+import functools
+import itertools
+import json
+import random
+
+import pytest
+import torch
+
+from . import program
+from .conftest import make_arch, random_tensors
+from .program import at_file, kill, succeed
+from .test_preference_training import lines, same_adapters, same_lines
+
+QUESTIONS = 12  # of which a draw has 4
+TIMES = ("draw_seconds", "draw_tokens_per_second", "train_tokens_per_second")
+REWARDS = """
+def low(prompt, answers, right):
+    sums = [sum(min(ord(letter), 255) for letter in answer) for answer in answers]
+    return [round(1 - total / 255 / max(len(answer), 1), 1) for total, answer in zip(sums, answers)]
+"""
+FAILS_LATER = """
+import itertools
+calls, judged = itertools.count(), low
+
+def low(*asked):  # after an evaluation of three questions, and two draws of four
+    return judged(*asked) if next(calls) < 3 + 8 else None
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, whose width the rank does not divide, questions, and a function that judges answers."""
+    folder = tmp_path_factory.mktemp("rewards")
+    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=40, head_size=8)), folder / "base.pth")
+    rng = random.Random(0)
+    for name, count in (("rows", QUESTIONS), ("held", 3)):
+        prompts = [name[0] + "".join(rng.choices("abc ", k=rng.choice([1, 2, 9]))) for _ in range(count)]
+        rows = [{"prompt": f"{prompt}{i}:", "completion": "ab"} for i, prompt in enumerate(prompts)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "judge.py").write_text(REWARDS)
+    return folder
+
+
+def flags_of(files, proj_dir, *flags):
+    own = {
+        "--load_model": files / "base.pth",
+        "--data_file": files / "rows.jsonl",
+        "--eval_file": files / "held.jsonl",
+        "--proj_dir": proj_dir,
+        "--tokenizer": "bytes",
+        "--accelerator": "cpu",
+        "--loss": "grpo",
+        "--rewards": "low=1",
+        "--reward_file": files / "judge.py",
+        "--group_size": "3",
+        "--max_tokens": "5",
+        "--lr_init": "1e-2",
+        "--adam_eps": "1e-3",  # keeps Adam from blowing up a gradient near zero
+        "--peft_config": "r=7",
+        "--micro_bsz": "4",
+        "--epoch_count": "1",
+        "--eval_docs": "3",
+        "--eval_samples": "0",
+        "--data_cache": "none",
+    }
+    given = dict(itertools.zip_longest(flags[::2], flags[1::2]))
+    return [str(word) for pair in (own | given).items() if pair[1] is not None for word in pair]
+
+
+def start(files, proj_dir, *flags, sabotage=None):
+    return succeed(program.run(flags_of(files, proj_dir, *flags), sabotage))
+
+
+def measured(proj_dir, name="metrics.jsonl"):
+    found = lines(proj_dir, name)
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+def same_runs(proj_dir, want, rel=1e-5, ratio=1e-4):
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        # what is drawn is alike to the token, and so all that is counted
+        ours, theirs = (measured(path, name) for path in (proj_dir, want))
+        same_lines(ours, theirs, rel)
+        for line, other in zip(ours, theirs):
+            for key in {"tokens", "trained_tokens", "length", "cut", "reward", "dead_groups"} & other.keys():
+                assert line[key] == pytest.approx(other[key], rel=1e-6), key
+    same_adapters(proj_dir, want, ratio)
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """whole(*flags) -> the folder of a run of 3 draws of four questions in one process; each is made once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(*flags):
+        proj_dir = folder / str(len(list(folder.iterdir())))
+        start(files, proj_dir, *flags)
+        return proj_dir
+
+    return run
+
+
+KL = ("--inner_steps", "2", "--beta", "0.1")
+
+
+@pytest.mark.parametrize("strategy, flags", [("ddp", ()), ("deepspeed_stage_2", KL)])
+def test_two_processes_make_the_same_steps(files, tmp_path, whole, strategy, flags):
+    start(files, tmp_path / "run", *flags, "--devices", "2", "--micro_bsz", "2", "--strategy", strategy)
+    same_runs(tmp_path / "run", whole(*flags))
+
+
+def test_micro_batches_make_the_same_steps(files, tmp_path, whole):
+    start(files, tmp_path / "run", *KL, "--micro_bsz", "1", "--accumulate_grad_batches", "4")
+    same_runs(tmp_path / "run", whole(*KL))
+    steps = measured(whole(*KL))
+    assert len(steps) == 6 and steps[0]["kl"] == 0 < steps[-1]["kl"]
+    assert {line["units"] for line in steps} == {4} and steps[0]["engine_gap_max"] < 1e-5
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
+    proj_dir, flags = tmp_path / "run", (*KL, "--save_steps", "2")
+    killed = functools.partial(at_file, "checkpoints/step-00000004", 2, proj_dir, kill)
+    code, _ = program.run(flags_of(files, proj_dir, *flags), killed)
+    assert code == -9
+    start(files, proj_dir, *flags, "--resume", "auto")
+    same_runs(proj_dir, whole(*KL), rel=0, ratio=0)
+
+
+def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, whole):
+    """From the step before, which no checkpoint was planned at. Its file is named again, whatever it is."""
+    proj_dir, judge = tmp_path / "run", tmp_path / "judge.py"
+    judge.write_text(REWARDS + FAILS_LATER)
+    code, output = program.run(flags_of(files, proj_dir, "--reward_file", judge))
+    assert code == 2 and "step 3: the rewards of all 4 groups failed" in output, output
+    assert [line["step"] for line in measured(proj_dir)] == [1, 2]
+    judge.write_text(REWARDS)
+    flags = flags_of(files, proj_dir, "--reward_file", judge, "--resume", "auto")
+    unnamed = flags_of(files, proj_dir, "--reward_file", None, "--rewards", None, "--resume", "auto")
+    code, output = program.run(unnamed)
+    assert code == 2 and f"add --reward_file {judge}" in output, output
+    output = succeed(program.run(flags))
+    assert "--reward_file is not as it was when the checkpoint was written" in output
+    same_runs(proj_dir, whole(), rel=0, ratio=0)
+
+
+@pytest.mark.parametrize(
+    "flags, gap",
+    [
+        (("--peft", "none", "--peft_config", "{}", "--lr_init", "1e-3"), 1e-5),
+        (("--peft", "state", "--peft_config", "{}"), 1e-5),
+        (("--precision", "bf16", "--quant", "nf4", "--inner_steps", "2"), 0.3),
+    ],
+)
+def test_other_models_are_drawn_from_as_they_are_trained(files, tmp_path, flags, gap):
+    start(files, tmp_path / "run", *flags, "--epoch_steps", "2")
+    for line in measured(tmp_path / "run"):
+        assert 0 <= line["engine_gap"] <= line["engine_gap_max"] < gap
+        assert line["trained_tokens"] > 0
