@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from src.model.preference_loss import METRICS, PreferenceLoss, log_odds, means
+from src.model.preference_loss import METRICS, PreferenceLoss, log_odds
 
 from .conftest import ROOT
 
@@ -127,7 +127,7 @@ def test_losses_gradients_and_metrics_are_the_formulas(name, units, sft_weight):
     assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert (gradient - wanted_gradient).norm() <= 1e-7 * wanted_gradient.norm()
     assert wanted_gradient.norm() > 0.01, "there is something to compare"
-    found = means(sums.tolist())
+    found = PreferenceLoss.means(sums.tolist())
     assert not sums.requires_grad and sums.shape == (len(METRICS),) and sums.dtype == torch.float64
     assert found == pytest.approx(metrics, rel=1e-12, nan_ok=True) and found.keys() == metrics.keys()
 
@@ -167,7 +167,7 @@ def test_a_batch_without_units_has_no_loss_but_a_graph(name):
         loss, sums = dataclasses.replace(KINDS[name], sft_weight=sft_weight)(log_probs, batch)
         loss.backward()
         assert loss.item() == 0 and not sums.any() and log_probs.grad.shape == (0,)
-    assert all(math.isnan(value) for value in means(sums.tolist()).values())
+    assert all(math.isnan(value) for value in PreferenceLoss.means(sums.tolist()).values())
 
 
 @pytest.mark.parametrize("units", range(1, 130, 16))
@@ -178,7 +178,7 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(units):
     for name in ("dpo", "dpo of means", "cdpo"):
         loss, sums = KINDS[name](log_probs, batch)
         assert (loss / units).float().item() == LN2
-        found = means(sums.tolist())
+        found = PreferenceLoss.means(sums.tolist())
         assert (found["margin"], found["reward_accuracy"], found["kl"]) == (0, 0, 0), "a tie is wrong"
     log_probs, batch = make_batch(units, False, seed=units)
     batch |= {"reference": log_probs.detach(), "baseline": torch.zeros(())}
@@ -222,8 +222,8 @@ def test_the_baseline_of_kto_decides_where_an_answer_stands():
     for baseline in (0.0, 1.0, 40.0):
         loss, sums = KINDS["kto"](log_probs, batch | {"baseline": torch.tensor(baseline)})
         losses.append(loss.item())
-        right.append(means(sums.tolist())["reward_accuracy"])
-        assert means(sums.tolist())["baseline"] == baseline
+        right.append(PreferenceLoss.means(sums.tolist())["reward_accuracy"])
+        assert PreferenceLoss.means(sums.tolist())["baseline"] == baseline
     bad = 1 - batch["chosen"].double().mean()
     assert right[-1] == bad, "no answer is above a baseline of 40"
     lower = LOSS.desirable_weight * int(batch["chosen"].sum())
@@ -265,15 +265,19 @@ def test_a_missing_reference_is_said():
     log_probs, batch = make_batch(2, True)
     with pytest.raises(ValueError, match="dpo: the batch has no `reference`"):
         LOSS(log_probs, batch | {"reference": None})
-    found = means(KINDS["simpo"](log_probs, batch | {"reference": None})[1].tolist())
+    found = PreferenceLoss.means(KINDS["simpo"](log_probs, batch | {"reference": None})[1].tolist())
     assert "kl" not in found and found["nll"] > 0
 
 
 def test_two_answers_that_are_as_likely_are_no_right_pair():
     batch = {"answer": torch.tensor([0, 1, 1, 2, 3]), "chosen": torch.arange(4) % 2 == 0, "reference": None}
-    found = means(KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist())
+    found = PreferenceLoss.means(
+        KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist()
+    )
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.5)
-    found = means(KINDS["simpo"](torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist())
+    found = PreferenceLoss.means(
+        KINDS["simpo"](torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist()
+    )
     assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.0)
 
 

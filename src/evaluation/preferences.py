@@ -23,7 +23,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
-from ..model.preference_loss import METRICS, PreferenceLoss, means
+from ..model.preference_loss import METRICS, PreferenceLoss
 
 TOKENS = 1 << 13  # in one pass, padding included
 CHUNK = 1 << 11  # tokens of a longer row at once
@@ -221,7 +221,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
             part = slice(start, start := start + answer.targets)
             totals = [values.sum(dtype=np.float64) for values in (log_p[part], reference)]
             answers.append((answer.targets, *totals))
-    figures = {name: value for name, value in means(sums.tolist()).items() if math.isfinite(value)}
+    figures = {name: value for name, value in loss.means(sums.tolist()).items() if math.isfinite(value)}
     if data.reference is None:
         figures = {name: value for name, value in figures.items() if name not in OF_REWARDS}
     tokens, totals, references = map(np.array, zip(*answers, strict=True))

@@ -97,21 +97,6 @@ class PreferenceLoss:
         return self.kind in ("dpo", "ipo", "kto")
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of the sums."""
-        return METRICS
-
-    @staticmethod
-    def joined(a: Tensor, b: Tensor) -> Tensor:
-        """The sums of two micro-batches or processes together."""
-        return a + b
-
-    @staticmethod
-    def means(sums: Sequence[float]) -> dict[str, float]:
-        """The metrics by name, as the function of this name has them."""
-        return means(sums)
-
-    @property
     def paired(self) -> bool:
         """Whether a unit is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"
@@ -203,6 +188,53 @@ class PreferenceLoss:
         ]
         return torch.stack([value.sum() for value in values])
 
+    @staticmethod
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        """The sums of two micro-batches or processes together."""
+        return a + b
+
+    @staticmethod
+    def means(sums: Sequence[float]) -> dict[str, float]:
+        """The metrics by name, of the sums of METRICS over what is looked at; NaN for the mean of nothing.
+
+        | name                            | mean of what                                              |
+        |---------------------------------|-----------------------------------------------------------|
+        | nll                             | the cross entropy of the chosen answers, per token        |
+        | logp_chosen, logp_rejected      | ln p, summed over an answer                               |
+        | reward_chosen, reward_rejected  | beta (orpo: lambda) times what the loss compares, scores()|
+        | margin                          | the difference of these two                               |
+        | reward_accuracy                 | pairs whose chosen answer has the higher reward; of kto,  |
+        |                                 | answers that are on their side of the baseline            |
+        | raw_accuracy, not of kto        | pairs whose chosen answer has the higher ln p, summed     |
+        | kl, with a reference            | (ln p - ln ref)^2 / 2 over the tokens of all answers      |
+        | baseline, of kto                | the baseline                                              |
+
+        A tie is wrong.
+        """
+        of = dict(zip(METRICS, sums, strict=True))
+
+        def mean(name: str, count: str) -> float:
+            return of[name] / of[count] if of[count] else math.nan
+
+        reward = {side: mean(f"reward_{side}", side) for side in ("chosen", "rejected")}
+        units = of["pairs"] + of["singles"]
+        found = {
+            "nll": mean("nll", "chosen"),
+            "logp_chosen": mean("logp_chosen", "chosen"),
+            "logp_rejected": mean("logp_rejected", "rejected"),
+            "reward_chosen": reward["chosen"],
+            "reward_rejected": reward["rejected"],
+            "margin": reward["chosen"] - reward["rejected"],
+            "reward_accuracy": of["reward_right"] / units if units else math.nan,
+        }
+        if of["pairs"]:
+            found["raw_accuracy"] = mean("raw_right", "pairs")
+        if of["tokens"]:
+            found["kl"] = mean("kl", "tokens")
+        if of["singles"]:
+            found["baseline"] = mean("baseline", "singles")
+        return found
+
 
 def smoothed(margin: Tensor, smoothing: float) -> Tensor:
     """-ln s(margin), where a share of the pairs is taken to be the wrong way round.
@@ -218,45 +250,3 @@ def log_odds(logp: Tensor) -> Tensor:
     # the gradient passes by the bound: an answer that is too likely has the largest one
     logp = logp + (logp.clamp(max=NEAREST) - logp).detach()
     return logp - torch.log(-torch.expm1(logp))
-
-
-def means(sums: Sequence[float]) -> dict[str, float]:
-    """The metrics by name, of the sums of METRICS over what is looked at; NaN for the mean of nothing.
-
-    | name                            | mean of what                                              |
-    |---------------------------------|-----------------------------------------------------------|
-    | nll                             | the cross entropy of the chosen answers, per token        |
-    | logp_chosen, logp_rejected      | ln p, summed over an answer                               |
-    | reward_chosen, reward_rejected  | beta (orpo: lambda) times what the loss compares, scores()|
-    | margin                          | the difference of these two                               |
-    | reward_accuracy                 | pairs whose chosen answer has the higher reward; of kto,  |
-    |                                 | answers that are on their side of the baseline            |
-    | raw_accuracy, not of kto        | pairs whose chosen answer has the higher ln p, summed     |
-    | kl, with a reference            | (ln p - ln ref)^2 / 2 over the tokens of all answers      |
-    | baseline, of kto                | the baseline                                              |
-
-    A tie is wrong.
-    """
-    of = dict(zip(METRICS, sums, strict=True))
-
-    def mean(name: str, count: str) -> float:
-        return of[name] / of[count] if of[count] else math.nan
-
-    reward = {side: mean(f"reward_{side}", side) for side in ("chosen", "rejected")}
-    units = of["pairs"] + of["singles"]
-    found = {
-        "nll": mean("nll", "chosen"),
-        "logp_chosen": mean("logp_chosen", "chosen"),
-        "logp_rejected": mean("logp_rejected", "rejected"),
-        "reward_chosen": reward["chosen"],
-        "reward_rejected": reward["rejected"],
-        "margin": reward["chosen"] - reward["rejected"],
-        "reward_accuracy": of["reward_right"] / units if units else math.nan,
-    }
-    if of["pairs"]:
-        found["raw_accuracy"] = mean("raw_right", "pairs")
-    if of["tokens"]:
-        found["kl"] = mean("kl", "tokens")
-    if of["singles"]:
-        found["baseline"] = mean("baseline", "singles")
-    return found

@@ -24,7 +24,6 @@ from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
-from ..model.preference_loss import means
 from .callbacks import StepReport
 from .kto_baseline import baseline
 from .loss_metrics import metrics_of
@@ -196,7 +195,7 @@ def validation_loss(
     except _Stopped:
         return None
     loss = float(processes.total(total)) / weight
-    return loss, {} if sums is None else means(processes.total(sums).tolist())
+    return loss, {} if sums is None else preference.means(processes.total(sums).tolist())
 
 
 class _Stopped(Exception):
