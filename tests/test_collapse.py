@@ -1,6 +1,8 @@
 """The early warnings about a training on rewards: what goes wrong has them, and what goes well has none."""
 
 import dataclasses
+import json
+import pathlib
 import random
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from src.config import Config
 from src.training.collapse import WINDOW, CollapseWatch, bounds, course_of, findings
 
+COURSES = pathlib.Path(__file__).parent / "fixtures" / "reward_courses.json"
 GRPO = Config(
     load_model="base.pth",
     loss="grpo",
@@ -42,6 +45,16 @@ def course(count, seed=0, noise=0.03, **ends):
     return lines
 
 
+def real(rate):
+    """The lines of a run that was made at this rate."""
+    columns = json.loads(COURSES.read_text())[rate]
+    rows = zip(*columns.values(), strict=True)
+    return [
+        {**USUAL, "step": step, "units": 16, **dict(zip(columns, row, strict=True))}
+        for step, row in enumerate(rows, 1)
+    ]
+
+
 def said(lines, config=GRPO):
     """(step, kind) of all that is said."""
     watch, found = CollapseWatch(config, []), []
@@ -56,6 +69,19 @@ def finding(lines, kind, config=GRPO):
     """The last state's finding of a kind."""
     [found] = [one for one in findings(config, course_of(config, lines)) if one.kind == kind]
     return found
+
+
+def test_two_real_runs():
+    """At a good rate nothing is warned of, also when all is learnt; at ten times that rate it is warned of
+    before a quarter of the 60 steps is done.
+    """
+    good = CollapseWatch(GRPO, [])
+    told = [(line["step"], text) for line in real("rate 0.003") if (text := good.after(line))]
+    [(step, text)] = told
+    assert step == 93 and text.startswith("note: 90 % of the groups of steps 84 to 93 have equal rewards")
+    assert said(real("rate 0.03")) == [(13, "fallen"), (23, "cut")]
+    last = findings(GRPO, course_of(GRPO, real("rate 0.03")))
+    assert not any(one.good for one in last)
 
 
 def test_a_run_that_learns_is_not_warned_of():
