@@ -19,7 +19,6 @@ from .fake_gpu import cases
 from .fake_gpu.__main__ import UNAVAILABLE
 from .fake_gpu.table import TABLE, differences, read
 
-RUNS = cases.RUN_CASES + cases.SEARCH_CASES
 # of a layer of a model with adapters, forward and backward
 LAUNCHES = {"layer miss v6": 110, "layer miss v7": 100}
 TENSORS = {"layer miss v6": 140, "layer miss v7": 140}  # (B, T, C), read or written by elementwise launches
@@ -27,28 +26,20 @@ TENSORS = {"layer miss v6": 140, "layer miss v7": 140}  # (B, T, C), read or wri
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Case -> its record. Two processes run the cases: one those of train.py, one the others."""
-    folder = tmp_path_factory.mktemp("fake_gpu")
-    running = []
-    for name, names in {"runs": RUNS, "others": [case for case in cases.ALL if case not in RUNS]}.items():
-        path = folder / f"{name}.json"
-        command = [sys.executable, "-m", "tests.fake_gpu", "--json", str(path)]
-        command += [word for case in names for word in ("--cases", case)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(path.with_suffix(".txt"), "w") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
-        running.append((path, process))
-    records = {}
-    for path, process in running:
-        process.wait()
-        said = path.with_suffix(".txt").read_text()
-        if process.returncode == UNAVAILABLE:
-            pytest.skip(f"THE GPU'S PATHS ARE NOT TESTED: {said.strip()}")
-        assert process.returncode == 0, said[-2000:]
-        records |= json.loads(path.read_text())["cases"]
-    return records
+    """Case -> its record. One process runs them all: its imports take as long as ten cases."""
+    path = tmp_path_factory.mktemp("fake_gpu") / "records.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fake_gpu", "--json", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode == UNAVAILABLE:
+        pytest.skip(f"THE GPU'S PATHS ARE NOT TESTED: {done.stdout.strip()}")
+    assert done.returncode == 0, done.stdout[-2000:]
+    return json.loads(path.read_text())["cases"]
 
 
 def test_every_method_is_there():

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.op_counts import KERNELS, Tally
+from benchmarks.op_counts import KERNELS, Tally, tensors_in
 from src.ops import self_test
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -30,6 +30,7 @@ REMEMBERED = 1 << 12  # elements of a tensor from the CPU whose values are known
 KEEP_VALUES = {"select", "slice", "unbind", "alias", "detach", "view", "unsqueeze", "squeeze"}
 MASKED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 COPIES = {"_to_copy", "copy_"}
+DEVICE = torch.ops.prim.device.default
 LOSS = str(ROOT / "src/model/loss.py")
 
 
@@ -71,8 +72,12 @@ class FakeGpu(TorchDispatchMode):
         }
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # every second call
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in(args)
+        if kwargs:
+            tensors += tensors_in(kwargs.values())
         fakes = [x for x in tensors if isinstance(x, FakeTensor)]
         if op._schema.name == "aten::_pin_memory":
             pinned = args[0].clone()
@@ -105,14 +110,15 @@ class FakeGpu(TorchDispatchMode):
             self._kernel(op, name, tensors, args)
         if op._schema.is_mutable and isinstance(args[0], Tensor):
             args[0].known = None
-        args, kwargs = tree_map(self._stand_in, (args, kwargs))
+        if len(fakes) < len(tensors):
+            args, kwargs = tree_map(self._stand_in, (args, kwargs))
         with self.fake:
             result = op(*args, **kwargs)
         self.tally.add(op, args, kwargs, result, _in_loss(), self._of_base)
         if name == "dequantise" and self.base is not None:
             self.base.add(result.untyped_storage()._cdata)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
+        for tensor in tensors_in((result,)):
+            if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda":
                 self._allocate(tensor.untyped_storage())
         return result
 

@@ -23,9 +23,9 @@ from src.planning.step_memory import model_on_meta
 from .device import FakeGpu
 
 # of the layers that are counted: RWKV-7's first one differs from the others, the last one runs on the trained
-# tokens only; tokens and sizes are those of a 1.5B model's run
+# tokens only; tokens and sizes are those of a 1.5B model's run, but the head's, which is no part of a layer
 FEW, MORE = 2, 3
-ROWS, WIDTH, N_EMBD, VOCAB, RANK = 8, 1024, 2048, 65536, 64
+ROWS, WIDTH, N_EMBD, VOCAB, RANK = 8, 1024, 2048, 512, 64
 
 
 def config_of(peft: str, rank: int = 8, **settings) -> Config:
