@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import random
 import string
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def rows(
 
 
 def write(path: str, data: list[dict]) -> None:
+    """A line for each row. The folder is made where it is not there."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in data)
 

@@ -9,7 +9,7 @@ from demo import task
 
 @pytest.mark.parametrize("flags, lengths", [([], {3, 4, 5, 6, 7}), (["--letters", "10"], {10})])
 def test_strings_of_the_length_asked_for_and_no_question_twice(tmp_path, monkeypatch, flags, lengths):
-    files = [tmp_path / name for name in ("rows.jsonl", "heldout.jsonl")]
+    files = [tmp_path / "new" / name for name in ("rows.jsonl", "heldout.jsonl")]
     sizes = ["--rows", "300", "--out", str(files[0]), "--heldout", "70", "--heldout_out", str(files[1])]
     monkeypatch.setattr("sys.argv", ["task", "reverse", *sizes, *flags])
     task.main()
