@@ -165,21 +165,47 @@ def test_an_empty_batch_has_a_loss_of_0_with_a_graph(name):
         assert loss.item() == 0 and not sums.any() and gradient(loss, weights).tolist() == [0, 0, 0]
 
 
-def test_the_kl_has_the_gradient_of_the_kl_to_the_reference():
-    """In the mean over drawn tokens, exactly: where each token of the vocabulary has its share."""
+def over_all_tokens(loss, logits, drawn, reference, advantage):
+    """The mean loss of an answer of one token that is drawn with the probabilities `drawn` (V,), exactly."""
+    new, total = logits.log_softmax(0), 0.0
+    for token, chance in enumerate(drawn):
+        one = slice(token, token + 1)
+        batch = {"answer": torch.tensor([0]), "advantage": advantage[one], "old": None}
+        batch |= {"drawn": drawn[one].log(), "reference": reference[one].log()}
+        total = total + chance * loss(new[one], batch)[0]
+    return total
+
+
+def some_distributions():
+    """(logits, what the reference has, what the engine has, advantages) of five tokens, in float64."""
     random = torch.Generator().manual_seed(6)
-    logits = torch.randn(5, generator=random, dtype=torch.float64).requires_grad_()
-    p, reference = logits.softmax(0), torch.randn(5, generator=random, dtype=torch.float64).softmax(0)
-    total = 0.0
-    for token in range(5):
-        one = {"answer": torch.tensor([0]), "advantage": torch.zeros(1), "old": None}
-        one |= {"drawn": p[token : token + 1].detach().log(), "reference": reference[token : token + 1].log()}
-        loss, _ = dataclasses.replace(LOSS, beta=1.0)(p[token : token + 1].log(), one)
-        total = total + p[token].detach() * loss
+    logits, reference, apart, advantage = torch.randn(4, 5, generator=random, dtype=torch.float64)
+    drawn = (logits + 0.2 * apart).softmax(0)
+    assert 0.02 < (logits.softmax(0) / drawn - 1).abs().max() < CAP - 1, "no weight is cut"
+    return logits.requires_grad_(), reference.softmax(0), drawn, advantage
+
+
+def test_the_kl_has_the_gradient_of_the_kl_to_the_reference():
+    logits, reference, _, advantage = some_distributions()
+    p = logits.softmax(0)
+    found = over_all_tokens(
+        dataclasses.replace(LOSS, beta=1.0), logits, p.detach(), reference, torch.zeros_like(advantage)
+    )
     kl = (p * (p / reference).log()).sum()
-    assert total.item() == pytest.approx(kl.item(), rel=1e-12)
-    found, wanted = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (total, kl))
-    assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+    assert found.item() == pytest.approx(kl.item(), rel=1e-12)
+    got, wanted = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (found, kl))
+    assert (got - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+def test_weights_make_up_for_an_engine_that_draws_with_other_probabilities():
+    """The gradient is that of the reward of answers that the training's model draws; without them it is not."""
+    logits, reference, drawn, advantage = some_distributions()
+    reward = -(logits.softmax(0) * advantage).sum()
+    got = gradient(over_all_tokens(LOSS, logits, drawn, reference, advantage), logits)
+    wanted = gradient(reward, logits)
+    assert (got - wanted).norm() <= 1e-12 * wanted.norm()
+    unweighted = (drawn * advantage * logits.log_softmax(0)).sum()
+    assert (gradient(-unweighted, logits) - wanted).norm() > 0.02 * wanted.norm()
 
 
 def test_a_kl_without_its_reference_is_told():
