@@ -198,7 +198,7 @@ def test_the_kl_has_the_gradient_of_the_kl_to_the_reference():
 
 
 def test_weights_make_up_for_an_engine_that_draws_with_other_probabilities():
-    """The gradient is that of the reward of answers that the training's model draws; without them it is not."""
+    """The gradient is that of the reward of answers by the training's model; without them it is not."""
     logits, reference, drawn, advantage = some_distributions()
     reward = -(logits.softmax(0) * advantage).sum()
     got = gradient(over_all_tokens(LOSS, logits, drawn, reference, advantage), logits)
