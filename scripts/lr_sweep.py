@@ -113,6 +113,11 @@ def check(ours: argparse.Namespace, config: Config) -> None:
         )
     if config.init_only:
         raise UserError("--init_only trains nothing; drop it")
+    if config.on_rewards:
+        raise UserError(
+            "--loss grpo has no sweep: its trainings draw no answers, and their loss says nothing of the"
+            " rewards. Run train.py at two or three rates (--lr_init) and compare the held-out rewards"
+        )
 
 
 def read_rates(text: str) -> list[float]:

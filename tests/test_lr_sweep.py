@@ -274,6 +274,7 @@ def test_the_grid_is_around_the_rate_that_a_run_would_take(files, tmp_path):
         (["--steps", "-1"], "must not be negative"),
         (["--setting", "state_lr"], "is for --train_parts state"),
         (["--devices", "2"], "one process"),
+        (["--loss", "grpo"], "--loss grpo has no sweep"),
         (["--eval_split", "0", "--eval_file", ""], "there are none"),
         (["--warmup_steps", "5", "--steps", "5"], "no step at its full rate"),
         (["--load_model", "absent.pth"], "absent.pth"),
