@@ -103,6 +103,7 @@ def whole(files, tmp_path_factory):
     return run
 
 
+ITSELF = ("--reference", "base.pth")
 KL = ("--inner_steps", "2", "--beta", "0.1")
 
 
@@ -149,13 +150,17 @@ def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, 
 @pytest.mark.parametrize(
     "flags, gap",
     [
-        (("--peft", "none", "--peft_config", "{}", "--lr_init", "1e-3"), 1e-5),
+        (("--peft", "none", "--peft_config", "{}", "--lr_init", "1e-3", "--beta", "0.1", *ITSELF), 1e-5),
         (("--peft", "state", "--peft_config", "{}"), 1e-5),
         (("--precision", "bf16", "--quant", "nf4", "--inner_steps", "2"), 0.3),
     ],
 )
 def test_other_models_are_drawn_from_as_they_are_trained(files, tmp_path, flags, gap):
+    flags = [files / flag if flag == "base.pth" else flag for flag in flags]
     start(files, tmp_path / "run", *flags, "--epoch_steps", "2")
-    for line in measured(tmp_path / "run"):
+    steps = measured(tmp_path / "run")
+    if "--reference" in flags:
+        assert steps[0]["kl"] < 1e-9 < steps[1]["kl"]
+    for line in steps:
         assert 0 <= line["engine_gap"] <= line["engine_gap_max"] < gap
         assert line["trained_tokens"] > 0

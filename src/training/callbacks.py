@@ -114,6 +114,7 @@ class StepReport(Callback):
             write_lines(self.path, before)
             self.metrics = metrics_of(module.config)
             self.early_warning = early_warning(module.config, before)
+        self.inner_steps = module.config.inner_steps
         self.last_good.start(trainer)
         self.begun = self.last_line = time.perf_counter()
         self.steps_here = 0
@@ -140,7 +141,7 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves.
+        """The first signal ends the run after its current step, or the steps on the same draw, and saves.
 
         The second one ends it now, and so does one before the first step.
         """
@@ -151,7 +152,8 @@ class StepReport(Callback):
             self._tell(b"\nended within a step; what was saved before is unchanged\n")
             answer(signum, frame)
         self.stop = True
-        self._tell(b"\nstopping after this step and saving; press Ctrl-C again to quit now without saving\n")
+        steps = b"the steps on these answers" if self.inner_steps > 1 else b"this step"
+        self._tell(b"\nstopping after %s and saving; press Ctrl-C again to quit now without saving\n" % steps)
 
     def _tell(self, text: bytes) -> None:
         """By the system's own call, as print() may be what the signal interrupted."""

@@ -29,6 +29,7 @@ from ..inference.sampling import Sampling
 from ..model import RWKV
 from ..model.grpo_loss import advantages
 from ..planning.drawing import rows_at_once
+from .patient_rewards import PatientRewards
 
 TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
@@ -94,8 +95,9 @@ class Draws:
 
         Dropout and gradients are to be off.
         """
+        rewards = PatientRewards(self.rewards, self.config.reward_timeout)
         return [
-            self._judged(draw, place, answers)
+            self._judged(rewards, draw, place, answers)
             for place, answers in zip(places, self._drawn(draw, places), strict=True)
         ]
 
@@ -128,9 +130,9 @@ class Draws:
                         raise UserError(f"draw {draw + 1}: {answer.error}; lower --lr_init")
         return [list(map(_drawn_answer, group)) for group in submitted]
 
-    def _judged(self, draw: int, place: int, answers: list[DrawnAnswer]) -> Group:
+    def _judged(self, rewards: PatientRewards, draw: int, place: int, answers: list[DrawnAnswer]) -> Group:
         question = self.questions[place]
-        scored = self.rewards.score(question, answers)
+        scored = rewards.score(question, answers)
         found = None
         if isinstance(scored, Failed):
             if scored.kind not in self.told:

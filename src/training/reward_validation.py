@@ -7,7 +7,6 @@ So one process and two get the same numbers.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -27,11 +26,9 @@ from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
 from ..planning.drawing import rows_at_once
+from .patient_rewards import PatientRewards
 from .process_group import ALONE, Processes
 from .validation_log import Evaluated, both_ends
-
-# An evaluation that has waited so many times --reward_timeout for rewards that failed asks for no more.
-PATIENCE = 3
 
 
 class Judged(NamedTuple):
@@ -83,7 +80,7 @@ class RewardEvaluation:
         """
         mine = Round([], {}, "")
         blocks = list(_blocks(len(questions), _rows(model)))
-        self.waited = 0.0  # seconds, for rewards that failed
+        self.patient = PatientRewards(self.rewards, self.timeout)
         own = sum(map(len, blocks[processes.rank :: processes.world]))
         with Progress("answering", own, "questions", is_first_process()) as bar:
             for turn in range(0, len(blocks), processes.world):
@@ -124,14 +121,8 @@ class RewardEvaluation:
         return Round(judged, failures, "")
 
     def _score(self, questions: Questions, place: int, answer: Answer) -> Scored | Failed:
-        if self.waited > PATIENCE * self.timeout:
-            return Failed("given up", f"they had failed for {self.waited:.0f} s, and were asked for no more")
-        begun = time.monotonic()
         said = Said(answer.text, answer.tokens, answer.finish == "length")
-        scored = self.rewards.score(questions[place], [said])
-        if isinstance(scored, Failed):
-            self.waited += time.monotonic() - begun
-        return scored
+        return self.patient.score(questions[place], [said])
 
     def _tell(self, failures: dict[str, str]) -> None:
         """Say each kind of failure once."""

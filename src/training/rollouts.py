@@ -29,7 +29,7 @@ from ..data.collate import to_device
 from ..evaluation.rewards import Failed
 from ..model import RWKV
 from ..model.grpo_loss import GrpoLoss, reward_metric
-from ..planning.base_model import build_reference
+from ..planning.base_model import build_reference, reference_of
 from ..planning.step import chunks_of
 from .draws import Draws, Group
 from .objective import Policy, policy_of, undisturbed
@@ -71,11 +71,12 @@ class Reference:
     def __init__(self, model: RWKV, config: Config, policy: Policy):
         self.trained = config.beta > 0
         self.log_probs = None
-        if config.reference:
-            other = build_reference(config).to(policy.device)
-            self.log_probs = policy_of(other, config).log_probs
-        elif only_linears_change(model):
+        other = reference_of(config)
+        if only_linears_change(model) and (other is None or other.fingerprint == model.base_fingerprint):
             self.log_probs = lambda batch: _without_adapter(model, policy, batch)
+        elif other:
+            built = build_reference(config).to(policy.device)
+            self.log_probs = policy_of(built, config).log_probs
 
     def of(self, batch: dict, draw: int) -> Tensor | None:
         """(n,), where the KL of this draw is trained or measured."""

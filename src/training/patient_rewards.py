@@ -1,0 +1,32 @@
+"""Rewards that are given up where they fail for long: a function that hangs would hold every group up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ..data.questions import Question
+from ..evaluation.rewards import Drawn, Failed, Rewards, Scored
+
+PATIENCE = 3  # times --reward_timeout
+
+
+class PatientRewards:
+    """Rewards for the answers of one draw, or of one evaluation.
+
+    Once failures have taken PATIENCE times `timeout` seconds no more is asked, and all that is left fails.
+    """
+
+    def __init__(self, rewards: Rewards, timeout: float):
+        self.rewards, self.timeout = rewards, timeout
+        self.waited = 0.0  # seconds, for rewards that failed
+
+    def score(self, question: Question, answers: Sequence[Drawn]) -> Scored | Failed:
+        """As Rewards.score()."""
+        if self.waited > PATIENCE * self.timeout:
+            return Failed("given up", f"they had failed for {self.waited:.0f} s, and were asked for no more")
+        begun = time.monotonic()
+        scored = self.rewards.score(question, answers)
+        if isinstance(scored, Failed):
+            self.waited += time.monotonic() - begun
+        return scored
