@@ -17,7 +17,7 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
-from src.training import curves, model_card, outputs, reward_validation, run_card
+from src.training import curves, model_card, outputs, patient_rewards, reward_validation, run_card
 from src.training.callbacks import StepReport
 from src.training.drawn_samples import DrawnSamples
 from src.training.loss_metrics import metrics_of
@@ -390,7 +390,7 @@ def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model,
     said = capsys.readouterr().out
     assert said.count("rewards failed: question 1 took too long") == 1 and "question 4" not in said, said
     hanging = Awarded(fails={*range(11)}, seconds=10.5)
-    monkeypatch.setattr(reward_validation, "time", types.SimpleNamespace(monotonic=lambda: hanging.now))
+    monkeypatch.setattr(patient_rewards, "time", types.SimpleNamespace(monotonic=lambda: hanging.now))
     found = evaluator(hanging, timeout=10.0).answers(model, asked, 1)
     assert len(hanging.asked) == 3 and found.metrics["failed"] == 11 and math.isnan(found.loss)
     assert "were asked for no more" in capsys.readouterr().out
