@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +92,7 @@ class Decoder:
         self.states = LayerState(
             *(torch.zeros(rows, arch.n_layer, *shape[1:]) for shape in self.state_shapes)
         )
-        self.places = _addresses(part for row in zip(*self.states) for layer in zip(*row) for part in layer)
+        self.places = _addresses(self.states)
         self.names = names_in_order(arch)
         # the tensors that the native code points to: of the model, and of the adapters of its tables
         self.kept: dict[str, list[Tensor]] = {}
@@ -274,14 +275,10 @@ class Decoder:
     def _read_last(self, tokens: list[int], state: State, applied: Applied) -> tuple[Tensor, State]:
         """(logits, states) after one more token of each row of a state, which stays as it is."""
         rows, layers = len(tokens), self.arch.n_layer
-        before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
+        before = self._together(state, rows)
         after = [torch.empty(rows, layers, *shape[1:]) for shape in self.state_shapes]
-        after = [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
-        places = [
-            _addresses(part[row] for row in range(rows) for part in parts)
-            for parts in (before, sum(after, ()))
-        ]
-        return self._run(tokens, [applied] * rows, *places), after
+        logits = self._run(tokens, [applied] * rows, _addresses(before), _addresses(after))
+        return logits, [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
@@ -306,9 +303,8 @@ class Decoder:
         """Copy a state of one row into `row`."""
         self._check_row(row)
         self._check_state(state)
-        for layer, parts in enumerate(state):
-            for own, part in zip(self.states, parts):
-                own[row, layer].copy_(self._ready(part, layer).view_as(own[row, layer]))
+        for own, part in zip(self.states, self._together(state, 1)):
+            own[row] = part[0]
 
     def take(self, row: int) -> State:
         """A copy of a row's state."""
@@ -398,12 +394,23 @@ class Decoder:
             part = self.model.blocks[layer].att.initial_state()
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
-        return part.to("cpu", torch.float32).contiguous()
+        return part.to("cpu", torch.float32)
+
+    def _together(self, state: State, rows: int) -> list[Tensor]:
+        """The parts of a state with all layers, as the native code reads them: (rows, L, ...)."""
+        return [
+            torch.stack([self._ready(part, i).view(rows, *shape[1:]) for i, part in enumerate(parts)], 1)
+            for parts, shape in zip(zip(*state, strict=True), self.state_shapes, strict=True)
+        ]
 
 
-def _addresses(tensors: Iterable[Tensor]) -> ctypes.Array:
-    found = [tensor.data_ptr() for tensor in tensors]
-    return (ctypes.c_void_p * len(found))(*found)
+def _addresses(states: Sequence[Tensor]) -> ctypes.Array:
+    """Where each part of each layer of each row is, of parts that have all of them, (rows, L, ...)."""
+    rows, layers = states[0].shape[:2]
+    begins = np.array([part.data_ptr() for part in states])
+    sizes = np.array([part[0, 0].nbytes for part in states])
+    found = begins + np.arange(rows * layers)[:, None] * sizes
+    return (ctypes.c_void_p * found.size)(*found.ravel().tolist())
 
 
 def problem(model: RWKV) -> str:
@@ -416,7 +423,8 @@ def problem(model: RWKV) -> str:
         return f"the weights are {model.dtype}"
     if not next(model.blocks[0].att.output.parameters()).is_floating_point():
         return "its base is quantised"
-    for name, layer in adapted_linears(model).items():
+    of_classes = {type(layer): layer for layer in adapted_linears(model).values()}
+    for layer in of_classes.values():
         if changes_frozen_weight(layer) or layer.low_rank() is None:
-            return f"{layer.method} adds no factors to the frozen weight of {name}"
+            return f"{layer.method} adds no factors to a frozen weight"
     return ops.head_size_problem(model.arch.head_size) or self_test.status("cpu").reason
