@@ -13,7 +13,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -248,7 +248,13 @@ class Live(TorchDispatchMode):
         setattr(owner, method, watched)
         return seen
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch._dynamo is told at each operator to look away, and it is not at work here
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # of all calls more than half
         if op is torch.ops.aten._local_scalar_dense.default:
             return True  # to the plain kernels, which ask whether all is finite
         if self.tensor_cores and op.overloadpacket in WKV:
