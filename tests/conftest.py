@@ -86,7 +86,7 @@ def libraries():
     """version -> cuda/*.cu, all in one library, compiled by g++ to run on the CPU (see cuda/emulate.h)."""
     if not shutil.which("g++"):
         pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
-    command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC"]
+    command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O1", "-march=native", "-fopenmp", "-fPIC"]
     sources = sorted(build.CUDA.glob("*.cu"))
     path = build.build(
         "wkv_emulated",
