@@ -71,7 +71,7 @@ def finding(lines, kind, config=GRPO):
     return found
 
 
-def test_two_real_runs():
+def test_real_runs():
     """At a good rate nothing is warned of, also when all is learnt; at ten times that rate it is warned of
     before a quarter of the 60 steps is done.
     """
@@ -80,6 +80,10 @@ def test_two_real_runs():
     [(step, text)] = told
     assert step == 93 and text.startswith("note: 90 % of the groups of steps 84 to 93 have equal rewards")
     assert said(real("rate 0.03")) == [(13, "fallen"), (23, "cut")]
+    # lost before there are ten steps to compare with
+    assert said(real("rate 0.03, no warm-up")) == [(10, "fallen"), (15, "cut")]
+    known = finding(real("rate 0.03, no warm-up"), "fallen").known
+    assert known == "the reward fell from 0.951 in step 1 to 0.0129 in steps 21 to 30"
     last = findings(GRPO, course_of(GRPO, real("rate 0.03")))
     assert not any(one.good for one in last)
 

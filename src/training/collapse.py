@@ -83,8 +83,9 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """A run so far: its first steps, the steps with the highest reward, and the last ones."""
+    """A run so far: the first draw, the first steps, those with the highest reward, and the last ones."""
 
+    untrained: float  # the reward of the first draw, NaN where it is not known
     start: Window
     top: Window
     now: Window
@@ -104,13 +105,17 @@ def findings(config: Config, course: Course) -> list[Finding]:
     return [finding for finding in found if finding]
 
 
-def has_fallen(config: Config, course: Course) -> bool:
-    """Whether the reward is lower than it was, by more than chance."""
-    top, now = course.top, course.now
-    fell = top.reward - now.reward
-    ends = bounds(config)
+def fall(config: Config, course: Course) -> tuple[float, str] | None:
+    """(what the reward was, when) where it is lower now by more than chance; else None."""
+    top, now, ends = course.top, course.now, bounds(config)
     scale = ends[1] - ends[0] if ends else abs(top.reward)
-    return fell > max(STANDARD_ERRORS * math.hypot(top.error, now.error), LEAST_FALL * scale)
+    if top.reward - now.reward > max(STANDARD_ERRORS * math.hypot(top.error, now.error), LEAST_FALL * scale):
+        return top.reward, top.text
+    # a collapse within the first window leaves no other trace of what was before; one draw has more chance
+    of_one = STANDARD_ERRORS * now.error * math.sqrt(WINDOW)
+    if course.untrained - now.reward > max(of_one, 2 * LEAST_FALL * scale):
+        return course.untrained, f"step {course.start.steps[0]}"
+    return None
 
 
 def bounds(config: Config) -> tuple[float, float] | None:
@@ -150,13 +155,13 @@ def _dead(config: Config, course: Course) -> Finding | None:
             "harder questions, or stop here: this set is learnt",
             good=True,
         )
-    if has_fallen(config, course):
+    if fell := fall(config, course):
+        before, when = fell
         return Finding(
             "collapsed",
-            f"{seen}, and the reward fell from {course.top.reward:.3g} in {course.top.text} to"
-            f" {now.reward:.3g}: the model has collapsed{_certain(course)}. This is not convergence",
-            f"the best state (best.pth, or a checkpoint of before step {course.top.steps[1]}),"
-            f" {_gentler(config)}",
+            f"{seen}, and the reward fell from {before:.3g} in {when} to {now.reward:.3g}: the model has"
+            f" collapsed{_certain(course)}. This is not convergence",
+            f"best.pth or a checkpoint of {when}, {_gentler(config)}",
         )
     if ends and max(course.top.reward, now.reward) <= ends[0] + NEAR * (ends[1] - ends[0]):
         return Finding(
@@ -178,12 +183,12 @@ def _dead(config: Config, course: Course) -> Finding | None:
 
 
 def _fallen(config: Config, course: Course) -> Finding | None:
-    if not has_fallen(config, course):
+    if not (fell := fall(config, course)):
         return None
+    before, when = fell
     return Finding(
         "fallen",
-        f"the reward fell from {course.top.reward:.3g} in {course.top.text} to {course.now.reward:.3g} in"
-        f" {course.now.text}",
+        f"the reward fell from {before:.3g} in {when} to {course.now.reward:.3g} in {course.now.text}",
         _gentler(config),
     )
 
@@ -209,7 +214,7 @@ def _cut(config: Config, course: Course) -> Finding | None:
         f"{percent(now.cut)} of the answers of {now.text} reached --max_tokens {config.max_tokens} before"
         " their end"
     )
-    if now.cut > 2 * course.start.cut and has_fallen(config, course):
+    if fall(config, course):
         return Finding("cut", f"{seen}: the model has lost how answers end", _gentler(config))
     return Finding(
         "cut",
@@ -293,7 +298,9 @@ class CollapseWatch:
         """The run so far; None before there are WINDOW steps."""
         if len(self.last) < WINDOW:
             return None
-        return Course(Window.of(self.first), self.top, Window.of(self.last))
+        untrained = self.first[0].get("reward")
+        start = math.nan if untrained is None else untrained
+        return Course(start, Window.of(self.first), self.top, Window.of(self.last))
 
     def after(self, line: dict) -> str | None:
         """The warnings, with what to do, that are to be said after this step."""
