@@ -31,13 +31,14 @@ from src.training.preference_text import too_long_text
 from src.training.reward_text import describe_rewards
 
 PERCENTILES = (0, 50, 90, 99, 100)
-# rewards that are asked for all right answers; the others run in other processes, and see so many of them
-HERE, JUDGED = ("exact", "number", "boxed", "partial", "length"), 64
+# rewards that are asked for all right answers; the others run in other processes, and see JUDGED of them
+HERE = ("exact", "number", "boxed", "partial", "length")
+JUDGED = 64
 FULL = {"length": 0.0}  # what a built-in reward is at most; 1 where nothing stands here
 SHOWN = 600  # characters of a right answer
 
 
-class Drawn(NamedTuple):
+class RightAnswer(NamedTuple):
     """A right answer, as if it had been drawn."""
 
     text: str
@@ -50,7 +51,7 @@ class Looked(NamedTuple):
 
     loaded: LoadedQuestions
     questions: Questions  # those that fit
-    right: list[Drawn]  # to each of the loaded ones
+    right: list[RightAnswer]  # to each of the loaded ones
     lint: Lint
     report: Report
 
@@ -107,20 +108,20 @@ def look(config: Config, origins: dict[str, str], encoder: Encoder) -> Looked:
     questions = loaded.units(config.ctx_len, config.group_size, config.max_tokens)
     if questions.too_long:
         lint.note("too long", questions.too_long_places[0], questions.too_long)
-    right = [drawn(question, config, encoder) for question in loaded.questions]
+    right = [as_drawn(question, config, encoder) for question in loaded.questions]
     if cut := [place for place, answer in zip(loaded.places, right) if answer.cut]:
         lint.note("long answer", cut[0], len(cut))
     return Looked(loaded, questions, right, lint, report)
 
 
-def drawn(question: Question, config: Config, encoder: Encoder) -> Drawn:
+def as_drawn(question: Question, config: Config, encoder: Encoder) -> RightAnswer:
     """The right answer as a model would draw it."""
     text = _written(question, encoder.template)
     try:
         tokens = [*encoder.tokenizer.encode(text), *encoder.tokenizer.eod]
     except UserError:  # no answer can be right
         tokens = [0] * len(text.encode())
-    return Drawn(text, tokens, len(tokens) > config.max_tokens)
+    return RightAnswer(text, tokens, len(tokens) > config.max_tokens)
 
 
 def _written(question: Question, template: Template) -> str:

@@ -107,7 +107,7 @@ def answers_to(
         for place, answer in completed(engine, requests, bar, known):
             question, key = questions[open_ones[place]], (open_ones[place], answer.index)
             text = answer_text(answer.text, asking.template, question.opening)
-            given[key] = Answer(text, answer.finish == "length")
+            given[key] = Answer(text, answer.cut)
             if kept:
                 kept.add(*key, question.prompt, given[key])
     if kept:

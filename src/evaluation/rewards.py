@@ -26,8 +26,8 @@ from .reward_functions import SIGNATURE, FunctionFailed, RewardFunctions
 from .scoring import SCORES, require_readable
 
 
-class Drawn(Protocol):
-    """An answer as the model drew it."""
+class GivenAnswer(Protocol):
+    """An answer as the model gave it; an engine's Answer is one."""
 
     text: str
     tokens: Sequence[int]  # the end of document included
@@ -152,7 +152,7 @@ class Rewards:
                     f" the right answer {question.right[-80:]!r}"
                 ) from None
 
-    def score(self, question: Question, answers: Sequence[Drawn]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
         """What each of a group's answers to a question is worth."""
         spoken = [self._spoken(question, answer) for answer in answers]
         try:
@@ -174,7 +174,7 @@ class Rewards:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _spoken(self, question: Question, answer: Drawn) -> Spoken:
+    def _spoken(self, question: Question, answer: GivenAnswer) -> Spoken:
         asked = answer.text, self.template, question.opening
         return Spoken(whole_text(*asked).strip(), answer_text(*asked), len(answer.tokens), answer.cut)
 

@@ -72,6 +72,11 @@ class Answer:
     def prompt_tokens(self) -> int:
         return len(self.request.tokens)
 
+    @property
+    def cut(self) -> bool:
+        """Whether it reached the limit of its length before its end."""
+        return self.finish == "length"
+
     def generator(self) -> torch.Generator:
         """The random numbers of this answer, from the first one on."""
         seed = np.random.SeedSequence([self.request.seed % 2**64, self.index]).generate_state(1, np.uint64)

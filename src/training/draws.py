@@ -145,4 +145,4 @@ class Draws:
 
 def _drawn_answer(answer: Answer) -> DrawnAnswer:
     log_probs = np.array([drawn.logprob for drawn in answer.logprobs], np.float32)
-    return DrawnAnswer(answer.text, answer.tokens, answer.finish == "length", log_probs)
+    return DrawnAnswer(answer.text, answer.tokens, answer.cut, log_probs)

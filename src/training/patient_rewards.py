@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ..data.questions import Question
-from ..evaluation.rewards import Drawn, Failed, Rewards, Scored
+from ..evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 
 PATIENCE = 3  # times --reward_timeout
 
@@ -21,7 +21,7 @@ class PatientRewards:
         self.rewards, self.timeout = rewards, timeout
         self.waited = 0.0  # seconds, for rewards that failed
 
-    def score(self, question: Question, answers: Sequence[Drawn]) -> Scored | Failed:
+    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
         """As Rewards.score()."""
         if self.waited > PATIENCE * self.timeout:
             return Failed("given up", f"they had failed for {self.waited:.0f} s, and were asked for no more")

@@ -6,6 +6,7 @@ So one process and two get the same numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -42,20 +43,21 @@ class Judged(NamedTuple):
     total: float  # their weighted sum; NaN where they failed
 
 
-class Round(NamedTuple):
-    """What a process has after its share: answers, why rewards failed by kind, and why it could not go on."""
+@dataclasses.dataclass
+class Share:
+    """What one process has of the answers."""
 
-    judged: list[Judged]
-    failures: dict[str, str]
-    error: str
+    judged: list[Judged] = dataclasses.field(default_factory=list)
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # why rewards failed, by kind
+    error: str = ""  # why it could not go on
 
-
-class Said(NamedTuple):
-    """A greedy answer, as the rewards see it."""
-
-    text: str
-    tokens: list[int]
-    cut: bool
+    def add(self, place: int, answer: Answer, scored: Scored | Failed) -> None:
+        values, total = (), math.nan
+        if isinstance(scored, Failed):
+            self.failures.setdefault(scored.kind, scored.reason)
+        else:
+            values, total = tuple(scored.values[0].tolist()), float(scored.total[0])
+        self.judged.append(Judged(place, answer.text, len(answer.tokens), answer.cut, values, total))
 
 
 class RewardEvaluation:
@@ -78,17 +80,25 @@ class RewardEvaluation:
         None where on some rank is_stopped() between two blocks. UserError, on all ranks, where the model
         overflows. Dropout and gradients are to be off.
         """
-        mine = Round([], {}, "")
+        mine, rewards = Share(), PatientRewards(self.rewards, self.timeout)
         blocks = list(_blocks(len(questions), _rows(model)))
-        self.patient = PatientRewards(self.rewards, self.timeout)
         own = sum(map(len, blocks[processes.rank :: processes.world]))
         with Progress("answering", own, "questions", is_first_process()) as bar:
             for turn in range(0, len(blocks), processes.world):
                 stopped = torch.tensor(float(is_stopped()), device=model.emb.weight.device)
                 if processes.total(stopped):
                     return None
-                for block in blocks[turn + processes.rank : turn + processes.rank + 1]:
-                    mine = mine if mine.error else self._block(model, questions, block, mine, bar)
+                number = turn + processes.rank
+                # after an error this process goes on taking turns, as the others wait for it
+                if number >= len(blocks) or mine.error:
+                    continue
+                try:
+                    given = self._given(model, questions, blocks[number], bar)
+                except UserError as error:
+                    mine.error = str(error)
+                    continue
+                for place, answer in zip(blocks[number], given, strict=True):
+                    mine.add(place, answer, rewards.score(questions[place], [answer]))
         everything = processes.gathered(mine)
         if error := next(filter(None, (part.error for part in everything)), None):
             raise UserError(f"held-out questions: {error}; lower --lr_init")
@@ -96,33 +106,15 @@ class RewardEvaluation:
         judged = sorted(one for part in everything for one in part.judged)
         return self._evaluated(questions, judged, samples)
 
-    def _block(self, model: RWKV, questions: Questions, block: range, so_far: Round, bar: Progress) -> Round:
-        """A round with one more block."""
+    def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
+        """The answers to the questions at these places. UserError where the model overflows."""
         engine = Engine(TorchDecoder(model, len(block)), self.encoder.tokenizer)
         stops = self.encoder.template.stops
         requests = [
             Request(questions.prompts[place].tolist(), questions.max_tokens, stops=stops) for place in block
         ]
-        judged, failures = list(so_far.judged), dict(so_far.failures)
-        try:
-            given = dict(completed(engine, requests, bar))
-        except UserError as error:
-            return so_far._replace(error=str(error))
-        for number, place in enumerate(block):
-            answer = given[number]
-            scored = self._score(questions, place, answer)
-            if isinstance(scored, Failed):
-                failures.setdefault(scored.kind, scored.reason)
-                values, total = (), math.nan
-            else:
-                values, total = tuple(scored.values[0].tolist()), float(scored.total[0])
-            cut = answer.finish == "length"
-            judged.append(Judged(place, answer.text, len(answer.tokens), cut, values, total))
-        return Round(judged, failures, "")
-
-    def _score(self, questions: Questions, place: int, answer: Answer) -> Scored | Failed:
-        said = Said(answer.text, answer.tokens, answer.finish == "length")
-        return self.patient.score(questions[place], [said])
+        given = dict(completed(engine, requests, bar))
+        return [given[number] for number in range(len(block))]
 
     def _tell(self, failures: dict[str, str]) -> None:
         """Say each kind of failure once."""

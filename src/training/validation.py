@@ -124,7 +124,7 @@ class Watch(Callback):
         samples = [
             {
                 "prompt": decode(without_leading(question.prompt, bos)),
-                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.finish == "length"),
+                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.cut),
                 "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
             }
             for question, answer in zip(self.questions, self._answers(module.model), strict=True)
