@@ -93,7 +93,7 @@ def test_no_micro_batch_waits(case, found):
     assert all("per_document.py" in copy and "state" in case for copy in found[case]["copies"])
 
 
-@pytest.mark.parametrize("case", ["train.py bf16"])
+@pytest.mark.parametrize("case", ["train.py bf16", "train.py grpo"])
 def test_a_step_waits_once(case, found):
     assert sum(found[case]["waits"].values()) <= 1
 

@@ -43,6 +43,7 @@ RUNS = {
     "chunked": "--chunk_ctx 64 --ctx_len 128 --eval_split 0",
     "state": "--peft state --eval_split 0",
     "none": "--peft none --eval_split 0",
+    "grpo": "--precision bf16 --eval_split 0 --loss grpo --beta 0.1 --inner_steps 2 --max_tokens 3",
 }
 
 STEP_CASES = [f"step {method} v{version}" for method in METHODS for version in VERSIONS]
