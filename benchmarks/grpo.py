@@ -6,7 +6,7 @@
 The demo's base reverses letters. A few supervised steps teach it to sort them, until a quarter to a third of
 the answers that are drawn at temperature 1 are right. Every training then is a whole run of train.py on this
 model, with as many prompts as any other: on rewards for 8 drawn answers to each of 16 questions a step, or
-supervised on the right answers, at the rate that the run finds for itself.
+supervised on the right answers.
 
 Right is the sorted answer, word for word, to questions that no training has seen: greedy, and drawn at
 temperature 1. The cases that try rates, and the one whose rate is too high, have the first seed alone. What
@@ -256,8 +256,8 @@ def write_report(folder: pathlib.Path, lines: list[dict], sums: dict) -> None:
         f" {START_STEPS} supervised steps to sort them. All trainings begin with this model, which the table"
         f" calls `start`, and have {STEPS} steps of {QUESTIONS} questions. Those on rewards draw {GROUP}"
         " answers to each question. `rewards`: exact and partial; `exact`: exact alone; `supervised`: the"
-        " right answers, at the rate that the run has found for itself. 300 questions that no training has"
-        " seen judge them.",
+        " right answers, at the same rate, and once at the one that the run's search has found. 300 questions"
+        " that no training has seen judge them.",
         "![Right answers, entropy and dead groups](grpo.png)",
         found.markdown(),
         f"Drawing: the {drawn['answers']} answers of a step, {drawn['tokens']} tokens, took"

@@ -37,7 +37,8 @@ CASES = {
     for case in (
         Case("rewards", all_seeds=True),
         Case("exact", "exact=1", all_seeds=True),
-        Case("supervised", "", rate=None, all_seeds=True),
+        Case("supervised", "", all_seeds=True),
+        Case("supervised, found rate", "", rate=None),
         Case("too high", rate=1e-2),
         Case("rate 0.001", rate=1e-3),
         Case("rate 0.002", rate=2e-3),

@@ -93,4 +93,5 @@ def test_every_case_is_a_run():
         "--lr_init",
         "0.003",
     ]
-    assert "--loss" not in CASES["supervised"].flags and "--lr_init" not in CASES["supervised"].flags
+    assert CASES["supervised"].flags == ["--packing", "0", "--lr_init", "0.003"]
+    assert CASES["supervised, found rate"].flags == ["--packing", "0"]
