@@ -16,7 +16,17 @@ from rwkv_miss.errors import UserError
 from ..common.formatting import counted
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
 from .encode import Encoder
-from .formats import BY_NAME, LeftOut, Reading, Report, Source, read_source, sample, sources
+from .formats import (
+    BY_NAME,
+    LeftOut,
+    Reading,
+    Report,
+    Source,
+    places_text,
+    read_source,
+    sample,
+    sources,
+)
 from .leading_token import with_leading
 from .rwkv_template import DEFAULT
 from .templates import answer_text
@@ -79,6 +89,12 @@ class Questions(Units):
             questions=[self.questions[i] for i in chosen],
             prompts=[self.prompts[i] for i in chosen],
         )
+
+    def too_long_text(self, ctx_len: int) -> str:
+        """How many were left out, and where the first of them are."""
+        places = places_text(self.too_long, self.too_long_places)
+        what = f"of more than --ctx_len {ctx_len} tokens with an answer of {self.max_tokens}"
+        return f"{counted(self.too_long, 'question')} {what}: {places}"
 
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:

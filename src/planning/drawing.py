@@ -10,6 +10,9 @@ from ..config import Config, accumulation
 # More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
 STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
+TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
+# numbers of such a token for each channel, while a layer reads it
+READING = 22
 # fp32 numbers of a row for each token of the vocabulary: the logits, and what is made of them
 LIKELIHOODS = 3
 STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # that these may take
@@ -32,9 +35,14 @@ def rows_of_draw(config: Config, arch: Arch, precision: str, accelerator: str) -
 
 
 def draw_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
-    """Bytes of the states of answers that are drawn at once, and of the likelihoods of their next tokens."""
-    states = STATES * state_bytes(arch, PRECISIONS[precision].itemsize)
-    return rows_of_draw(config, arch, precision, accelerator) * (states + LIKELIHOODS * 4 * arch.vocab_size)
+    """Bytes of the states of answers that are drawn at once, of the likelihoods of their next tokens, and of
+    prompts that are read meanwhile.
+    """
+    itemsize = PRECISIONS[precision].itemsize
+    a_row = STATES * state_bytes(arch, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
+    prompts = min(TOGETHER, config.micro_bsz * accumulation(config) * config.ctx_len)
+    read = READING * itemsize * arch.n_embd * prompts
+    return rows_of_draw(config, arch, precision, accelerator) * a_row + read
 
 
 def state_bytes(arch: Arch, itemsize: int) -> int:

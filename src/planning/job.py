@@ -251,7 +251,10 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
 
     def load_held_out(path: str) -> Units:
-        return units_of(config, load_file(config, path, encoder, found))
+        units = units_of(config, load_file(config, path, encoder, found))
+        if isinstance(units, Questions) and units.too_long:
+            found.notes.append(f"left out   {units.too_long_text(config.ctx_len)}")
+        return units
 
     train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rwkv_miss.errors import UserError
+
 from ..config import Config
 from ..config.loss_settings import REWARDS
 from ..data.batches import Schedule
@@ -28,7 +30,14 @@ def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
     room = max(config.ctx_len + 1 - loaded.longest, config.ctx_len // 2, 1)
-    return (limit, reason) if limit <= room else (room, f"what --ctx_len {config.ctx_len} has room for")
+    if limit <= room:
+        return limit, reason
+    if config.reward_length >= room:
+        raise UserError(
+            f"--reward_length {config.reward_length}: --ctx_len {config.ctx_len} has room for answers of"
+            f" {room} tokens, so that none would be too long; raise --ctx_len, or lower --reward_length"
+        )
+    return room, f"what --ctx_len {config.ctx_len} has room for"
 
 
 def _number(choice: tuple[int, str]) -> int:

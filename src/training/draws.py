@@ -28,10 +28,9 @@ from ..inference.request import Answer, Request
 from ..inference.sampling import Sampling
 from ..model import RWKV
 from ..model.grpo_loss import advantages
-from ..planning.drawing import rows_at_once
+from ..planning.drawing import TOGETHER, rows_at_once
 from .patient_rewards import PatientRewards
 
-TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
 
 

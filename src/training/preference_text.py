@@ -106,9 +106,7 @@ def left_out(config: Config, found: Data) -> str:
 def too_long_text(config: Config, documents: Units) -> str:
     """The units that --ctx_len leaves out, and where the first of them are; nothing where all fit."""
     if isinstance(documents, Questions) and documents.too_long:
-        places = places_text(documents.too_long, documents.too_long_places)
-        what = f"of more than --ctx_len {config.ctx_len} tokens with an answer of {documents.max_tokens}"
-        return f"{counted(documents.too_long, 'question')} {what}: {places}"
+        return documents.too_long_text(config.ctx_len)
     if not isinstance(documents, Preferences) or not documents.too_long:
         return ""
     places = places_text(documents.too_long, documents.too_long_places)

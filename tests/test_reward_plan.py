@@ -1,0 +1,274 @@
+"""The plan of --loss grpo: how long answers may be, its steps, its work and time, and its memory."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_miss import UserError
+from scripts import plan
+from src.config import Config
+from src.data.answer_batches import GROUP, collate_answers
+from src.data.answer_unit import AnswerGroup
+from src.data.questions import THOUGHTS, Question, Questions
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
+from src.inference.decoders import for_training
+from src.inference.engine import Engine
+from src.inference.request import Request
+from src.inference.sampling import Sampling
+from src.model import RWKV
+from src.planning import memory
+from src.planning.base_model import build_model
+from src.planning.drawing import TOGETHER, draw_bytes
+from src.planning.job import read_data
+from src.planning.own_answers import largest_groups, longest_answer
+from src.planning.step import chunks_of, grpo_of
+from src.planning.step_memory import Live, StepBytes, step_bytes
+from src.planning.throughput import DRAWN, Speed, Work
+from src.training.objective import objective
+
+from .conftest import make_arch
+from .test_plan import SIZES
+
+BYTES = load_tokenizer("bytes", 256)
+ROWS = [{"question": str(1000 + i), "answer": str(i)} for i in range(200)]
+PROMPT = len("User: 1000\n\nAssistant:")
+
+
+@pytest.fixture
+def flags(checkpoint, tmp_path, monkeypatch):
+    """Of scripts.plan. What a step takes is not counted, which has a test of its own."""
+    monkeypatch.setattr(memory, "step_bytes", lambda *_, **__: StepBytes(1e6, 1e6, 1e6, 0))
+    data, base = (
+        tmp_path / "questions.jsonl",
+        checkpoint(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256),
+    )
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    given = {
+        "load_model": base,
+        "data_file": data,
+        "proj_dir": tmp_path / "run",
+        "tokenizer": "bytes",
+        "loss": "grpo",
+        "tokens_per_second": 100,
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def planned(flags, capsys):
+    assert plan.plan(*plan.parse([*flags, "--json"])) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    return "\n".join(shown), json.loads(last)
+
+
+def test_the_plan_in_words(flags, capsys):
+    given = ["--rewards", "exact=1,partial=-0.5", "--epoch_steps", "20", "--eval_split", "0.1"]
+    shown, numbers = planned([*flags, *given], capsys)
+    for words in (
+        " questions, ",
+        " tokens of prompts\n",
+        "steps      20 steps of 16 questions (micro_bsz 16 x accumulate 1 x devices 1), ",
+        "loss       grpo (dapo), 8 answers to a question, of at most 19 tokens; reward exact - 0.5 partial,"
+        " less the group's mean, over its deviation; clip 0.2 and 0.28; no KL\n",
+        "prompts    each is read once for its 8 answers, to draw them and to train on them; 128 answers are"
+        " drawn at once, at temperature 1\n",
+        "evaluation greedy answers to ",
+        "max_tokens 19: the longest right answer, a quarter more, and 16, for the reward ",
+        "a first guess from method, rank and widths; no search: a trial of a few steps has too few rewards",
+        "ctx_len 256: the longest question with its answer has 40 tokens\n",
+        " of drawing (as given)",
+    ):
+        assert words in shown, words
+    assert "packing" not in shown and "drawing" in numbers["memory"]
+    more = ["--grpo_type", "dr_grpo", "--chunk_ctx", "8", "--inner_steps", "4", "--beta", "0.1"]
+    shown, _ = planned([*flags, *given, *more], capsys)
+    for words in (
+        "reward exact - 0.5 partial, less the group's mean; clip 0.2 and 0.2; 4 steps on each draw; KL 0.1 to"
+        " the base, adapter off\n",
+        "prompts    each is read once to draw, and before each answer to train on it, as rows run in chunks;",
+    ):
+        assert words in shown, words
+
+
+def loaded(*rows, template="rwkv"):
+    """LoadedQuestions of (question, right answer)."""
+    opening = load_template(template).opening
+    questions = [Question([asked], right, opening) for asked, right in rows]
+    prompts = [np.frombuffer(asked.encode(), np.uint8).astype(np.int32) for asked, _ in rows]
+    return types.SimpleNamespace(questions=questions, prompts=prompts, longest=max(map(len, prompts)))
+
+
+def test_how_long_answers_may_be():
+    """As scripts.evaluate would have it for the score; of several rewards the one that needs most."""
+    found = loaded(("ask", "1234"), ("asked", "12345678"))
+
+    def chosen(found=found, **settings):
+        return longest_answer(Config(loss="grpo", **settings), found, BYTES)
+
+    assert chosen(rewards={"exact": 1})[0] == 8 + 2 + 16
+    assert chosen(rewards={"partial": 1, "exact": 0.5})[0] == 26
+    limit, reason = chosen(rewards={"exact": 1, "number": 1})
+    assert limit == 512 and reason == "for the reward number"
+    limit, reason = chosen(rewards={"regex": 1}, reward_regex="a")
+    assert limit == 512 and "does not tell" in reason
+    assert chosen(rewards={"own": 1}, reward_file="x.py")[0] == 512
+    assert chosen(rewards={"exact": 1, "length": 1}, reward_length=100)[0] == 100 + 25 + 16
+    thinking = loaded(("ask", "1"), template="think")
+    assert chosen(thinking, rewards={"exact": 1})[0] == THOUGHTS == 2048
+    # in the row that was given there is room for the longest question and an answer
+    limit, reason = chosen(rewards={"number": 1}, ctx_len=100)
+    assert limit == 100 + 1 - 5 and reason == "what --ctx_len 100 has room for"
+    # but one long question does not shorten all answers
+    long = loaded(("q" * 90, "1"), ("q", "1"))
+    assert chosen(long, rewards={"number": 1}, ctx_len=100)[0] == 50
+    with pytest.raises(
+        UserError, match="--reward_length 96: --ctx_len 100 has room for answers of 96 tokens"
+    ):
+        chosen(rewards={"length": 1}, reward_length=96, ctx_len=100)
+
+
+def test_a_run_takes_what_was_chosen(tmp_path):
+    """max_tokens and ctx_len are filled in, and what a given ctx_len leaves out is told, of both files."""
+    data, held = tmp_path / "data.jsonl", tmp_path / "held.jsonl"
+    rows = [*ROWS[:20], {"question": "y" * 60, "answer": "1"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held.write_text("".join(json.dumps(row) + "\n" for row in (rows[-1], {"question": "z", "answer": "1"})))
+    files = {"loss": "grpo", "data_file": str(data), "eval_file": str(held)}
+    config, origins = Config(**files), {}
+    found = read_data(config, origins, BYTES, load_template("rwkv"))
+    assert (config.max_tokens, config.ctx_len) == (2 + 16, 256)
+    assert len(found.documents) == 20 and len(found.held_out) == 2  # the long one is in both
+    assert (found.documents.group_size, found.held_out.max_tokens) == (8, 18)
+    config = Config(**files, ctx_len=64, max_tokens=18)
+    found = read_data(config, {}, BYTES, load_template("rwkv"))
+    assert found.documents.too_long == found.held_out.too_long == 1 and len(found.held_out) == 1
+    told = "1 question of more than --ctx_len 64 tokens with an answer of 18: "
+    assert f"left out   {told}{held}, line 1" in found.found.lines()
+    config = Config(**files, ctx_len=20, max_tokens=18)
+    with pytest.raises(UserError, match="line 1: all 21 questions with an answer of --max_tokens 18"):
+        read_data(config, {}, BYTES, load_template("rwkv"))
+
+
+def test_the_time_is_that_of_the_tokens(flags, capsys):
+    """At a given speed of the whole run a drawn token counts as a part of a trained one."""
+    given = ["--epoch_steps", "10", "--epoch_count", "3", "--eval_split", "0.1", "--max_tokens", "20"]
+    _, numbers = planned([*flags, *given], capsys)
+    rows = numbers["documents"]
+    draws, answers = 30, 8 * 20
+    asked = draws / -(-rows // 16) * rows  # the last draw of a pass has fewer
+    prompts = numbers["tokens"] / asked - answers  # of a question, less one token, in the mean
+    assert prompts == pytest.approx(PROMPT - 1) and rows == 180
+    drawing = DRAWN * asked * answers / 100
+    trained = (numbers["tokens"] + asked * prompts / 3) / 100
+    assert numbers["drawing_seconds"] == pytest.approx(drawing)
+    evaluated = numbers["evaluated_documents"]
+    of_one = DRAWN * 20 + PROMPT / 3
+    assert numbers["evaluation_seconds"] == pytest.approx(2 * evaluated * of_one / 100)
+    assert numbers["seconds"] == pytest.approx(drawing + trained + numbers["evaluation_seconds"], rel=1e-6)
+    # an inner step trains on the same answers again, and KL has the reference read them once
+    _, more = planned([*flags, *given, "--inner_steps", "2", "--beta", "0.1"], capsys)
+    half = numbers["tokens"] / 2
+    assert more["tokens"] == pytest.approx(numbers["tokens"])
+    assert more["drawing_seconds"] == pytest.approx(drawing / 2)
+    beside = half * (1 / 3) + asked / 2 * prompts / 3
+    wanted = drawing / 2 + (numbers["tokens"] + beside) / 100 + more["evaluation_seconds"]
+    assert more["seconds"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_evaluations_take_a_tenth_at_most(flags, capsys):
+    given = ["--eval_split", "0.5", "--epoch_steps", "2", "--epoch_count", "1", "--max_tokens", "20"]
+    shown, numbers = planned([*flags, *given], capsys)
+    assert 0 < numbers["evaluated_documents"] < 100
+    assert 0.05 < numbers["evaluation_seconds"] / (numbers["seconds"] - numbers["evaluation_seconds"]) <= 0.1
+    assert "so that all evaluations take at most a tenth of the run" in shown
+
+
+def test_work_and_speed():
+    work = Work(100, 50) + Work(20).times(0.5)
+    assert work == Work(110, 50) and work.total == 110 + 50 * DRAWN
+    assert work.seconds(Speed(10, drawn=25)) == 11 + 2
+    assert work.seconds(Speed(10)) == work.total / 10
+
+
+def group(prompt: int, lengths: list[int]) -> AnswerGroup:
+    answers = [[2] * length for length in lengths]
+    drawn = [np.zeros(length, np.float32) for length in lengths]
+    return AnswerGroup.of(np.ones(prompt, np.int32), answers, [0.5] * len(lengths), drawn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "chunk", "grad_cp", "peft", "kernel"),
+    [
+        ("dapo", 0.0, 0, 0, "miss", "cpu"),
+        ("grpo", 0.1, 0, 2, "miss", "torch"),
+        ("dapo", 0.1, 16, 0, "miss", "cpu"),
+    ],
+)
+def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp, peft, kernel):
+    """Of two questions, of which one has answers as long as they may be."""
+    config = Config(
+        load_model=str(checkpoint(7, **SIZES)),
+        loss="grpo",
+        rewards={"exact": 1.0},
+        grpo_type=kind,
+        beta=beta,
+        clip_high=0.2,
+        peft=peft,
+        peft_config={} if peft == "none" else {"r": 5},
+        grad_cp=grad_cp,
+        chunk_ctx=chunk,
+        micro_bsz=2,
+        group_size=3,
+        max_tokens=11,
+        precision="fp32",
+    )
+    groups = [group(7, [11, 11, 11]), group(4 if not chunk else 7, [11, 11, 11])]
+    batch = collate_answers([[unit] for unit in groups], 1.0, chunk, not chunk, GROUP)
+    reference = torch.zeros(len(batch["targets"])) if beta else None
+    batch |= {"width": batch["ids"].shape[1], "old": None, "reference": reference}
+    model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
+    model.grad_cp = grad_cp
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
+    with Live(known) as live:
+        kept = live.after(model, "features")
+        objective(model, batch, chunks_of(config), grpo_of(config))[0].backward()
+    prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
+    sizes = largest_groups(Questions([Question(["a"], "b")] * 2, prompts, 3, 11), config)
+    assert sizes[0] == 3 * (7 - 1 + 11) and sizes[1] == len(batch["targets"])
+    planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", *sizes)
+    assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
+    assert planned.peak == pytest.approx(live.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_drawing_takes_no_more_than_is_planned(version, kernel):
+    """States of all rows, likelihoods, and the prompts that are read at once."""
+    arch = make_arch(version, n_layer=3, n_embd=64, head_size=32, vocab_size=300)
+    torch.manual_seed(0)
+    model = RWKV(arch)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    model.set_kernel(kernel)
+    config = Config(
+        loss="grpo", micro_bsz=8, accumulate_grad_batches=1, group_size=8, ctx_len=128, max_tokens=4
+    )
+    prompt = [1, 2, 3] * 40
+    with torch.no_grad(), Live([*model.parameters(), *model.buffers()]) as live:
+        decoder = for_training(model, 64)
+        engine = Engine(decoder, load_tokenizer("bytes", 300), together=TOGETHER)
+        for seed in range(8):
+            engine.submit(
+                Request(prompt, 4, Sampling(temperature=1.0, top_p=1.0), seed=seed, n=8, logprobs=0)
+            )
+        while not engine.idle:
+            engine.step()
+        decoder.close()
+    room = draw_bytes(config, arch, "fp32", "cpu")
+    assert room / 4 < live.peak < room
