@@ -112,6 +112,8 @@ def test_the_best_evaluation_has_the_highest_reward():
     said, sample = describe(history, 30, DESCRIBED)
     begin = "step 20/30 validation reward 0.7500, best 0.8750 at step 10, length 6, cut 0 %"
     assert said == begin and sample == "    | 'abcd?' -> 'dcba', reward 0.75"
+    failed = evaluation(30, 0.5) | {"failed": 7.0}
+    assert describe([*history, failed], 30, DESCRIBED)[0].endswith("length 6, cut 0 %, rewards failed 7")
     unknown = evaluation(30, 0.5) | {"loss": None, "reward": None}
     assert describe([*history, unknown], 30, DESCRIBED)[0].startswith(
         "step 30/30 validation reward not known"

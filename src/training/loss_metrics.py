@@ -18,7 +18,7 @@ class Shown(NamedTuple):
     """A number in a bar or in a printed line: the first of `names` that a line has, in words."""
 
     names: tuple[str, ...]
-    text: Callable[[float], str]
+    text: Callable[[float], str]  # "" where there is nothing to say
 
 
 class Panel(NamedTuple):
@@ -132,7 +132,7 @@ def _said(shown: Iterable[Shown], line: dict) -> list[str]:
     said = []
     for names, text in shown:
         values = [line[name] for name in names if line.get(name) is not None]
-        said += [text(value) for value in values[:1]]
+        said += filter(None, (text(value) for value in values[:1]))
     return said
 
 
@@ -226,6 +226,7 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
             Shown(("cut",), lambda share: f"cut {percent(share)}"),
             Shown(("entropy",), lambda nats: f"entropy {nats:.3g}"),
             Shown(("kl",), lambda nats: f"KL {nats:.3g}"),
+            Shown(("failed", "failed_groups"), lambda count: f"rewards failed {count:.0f}" if count else ""),
         ),
         score="reward",
         picture="rewards.png",
