@@ -106,13 +106,23 @@ def changes_python(prompt, answers, right):
     builtins.float = str
     return [1, 0, 0]
 
-def writes_anywhere(prompt, answers, right):
+def writes(text, times=1):
     for descriptor in range(3, 20):
         try:
-            os.write(descriptor, b"[]\\n")
+            for _ in range(times):
+                os.write(descriptor, text)
         except OSError:
             pass
     time.sleep(1000)
+
+def writes_json(prompt, answers, right):
+    writes(b"[]\\n")
+
+def writes_words(prompt, answers, right):
+    writes(b"words\\n")
+
+def writes_on(prompt, answers, right):
+    writes(b"on " * 1000, 10**9)
 
 def prints_on(prompt, answers, right):
     while True:
@@ -224,7 +234,9 @@ def test_what_a_function_did_wrong_is_told_and_its_process_goes_on(misbehaving, 
             "closes_all left its process without a way to reply; does it close or use file descriptors",
         ),
         ("changes_python", "changes_python left its process without a way to reply"),
-        ("writes_anywhere", "writes_anywhere left its process without a way to reply"),
+        ("writes_json", "writes_json left its process without a way to reply"),
+        ("writes_words", "writes_words left its process without a way to reply"),
+        ("writes_on", "writes_on left its process without a way to reply"),
         ("prints_on", 'prints_on took more than 0.5 s (own.py, line N: print("again " * 20))'),
         ("prints_no_line", "prints_no_line took more than 0.5 s (own.py, line N"),
         ("leaves_a_child", "leaves_a_child ended its process: exit code 4"),

@@ -194,3 +194,10 @@ def test_a_file_without_the_function_is_an_error_at_once(own_file):
         rewards_of({"qualty": 1}, reward_file=own_file)
     with pytest.raises(UserError, match="none.py: there is no such file"):
         rewards_of({"quality": 1}, reward_file="none.py")
+
+
+def test_a_function_with_the_name_of_a_built_in_reward_is_no_riddle(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def number(p, a, r): return [1] * len(a)\ndef mine(p, a, r): return [1] * len(a)\n")
+    with pytest.raises(UserError, match="number has the name of a built-in reward; rename it"):
+        rewards_of({"mine": 1, "number": 1}, reward_file=str(path))
