@@ -216,7 +216,7 @@ def test_the_metrics_are_of_all_scored_answers():
     rollouts = rollouts_of(config, policy_model(), Judge(alike="25", failing="6"))
     rollouts.schedule = make_schedule(questions_of(config), config_of(micro_bsz=8), 1)
     batch = next(iter(rollouts))
-    sums = dict(zip(rollouts.loss.metrics, rollouts.sums.tolist(), strict=True))
+    sums = dict(zip(rollouts.loss.metrics, rollouts.step_sums.tolist(), strict=True))
     groups = Draws(rollouts.draws.model, questions_of(config), ENCODER, rollouts.rewards, config).groups(
         0, range(8)
     )

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -32,6 +31,7 @@ from .early_warning import early_warning
 from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .loss_metrics import metrics_of
+from .process_group import over_ranks
 from .rollback import LastGood
 from .rollouts import AllFailed, StepSize
 from .run_folder import checkpoint_name, keep_best, remove_old
@@ -49,18 +49,6 @@ def scalar(number: Tensor | float, device: torch.device) -> Tensor:
     if torch.is_tensor(number):
         return number.detach().to(device, torch.float32)
     return torch.full((), number, dtype=torch.float32, device=device)
-
-
-def over_ranks(
-    numbers: Tensor, summed: int, joined: Callable[[Tensor, Tensor], Tensor], world: int
-) -> Tensor:
-    """Numbers of all ranks together: the first `summed` are added, the others are joined."""
-    if world == 1:
-        return numbers
-    found = [torch.empty_like(numbers) for _ in range(world)]
-    torch.distributed.all_gather(found, numbers)
-    both = torch.stack(found)
-    return torch.cat([both[:, :summed].sum(0), functools.reduce(joined, both[:, summed:])])
 
 
 @dataclasses.dataclass
@@ -195,7 +183,7 @@ class StepReport(Callback):
         # not by the strategy, which has the ranks wait for each other first
         if module.step_metrics is not None:
             numbers = torch.cat([numbers, module.step_metrics.float()])
-            numbers = over_ranks(numbers, len(mine), module.on_answers.joined, trainer.world_size)
+            numbers = over_ranks(numbers, len(mine), module.answers_loss.joined, trainer.world_size)
         elif trainer.world_size > 1:
             torch.distributed.all_reduce(numbers)
         module.step_loss, module.step_metrics = 0.0, None
@@ -241,7 +229,7 @@ class StepReport(Callback):
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, done, loss, module.on_answers.means(sums) if sums else {})
+            line = self._line(module, done, loss, module.answers_loss.means(sums) if sums else {})
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)

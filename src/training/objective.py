@@ -26,21 +26,21 @@ def objective(
     model: RWKV,
     batch: dict,
     chunks: Chunks,
-    on_answers: AnswersLoss | None,
+    answers_loss: AnswersLoss | None,
     keep: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss of a batch, summed over what its step's weight counts; sums of the metrics beside it).
 
-    Without a loss `on_answers` it is the weighted cross entropy over the trained tokens, and there are no
+    Without `answers_loss` it is the weighted cross entropy over the trained tokens, and there are no
     metrics. With it the sums are float64, as its means() takes them, and `keep` gets ln p of the trained
     tokens, (n,). The batch's `width` is the length of the longest row that any rank has in its batch.
     """
-    if on_answers is None:
+    if answers_loss is None:
         return batch_loss(model, batch, chunks, batch["width"]), NO_METRICS
     log_probs = token_log_probs(model, batch, chunks, batch["width"])
     if keep:
         keep(log_probs.detach())
-    return on_answers(log_probs, batch)
+    return answers_loss(log_probs, batch)
 
 
 @dataclasses.dataclass(frozen=True)

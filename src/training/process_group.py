@@ -1,8 +1,9 @@
-"""The processes of a run, for what they do together outside Lightning's steps."""
+"""The processes of a run, for what they do together beside Lightning."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,3 +40,15 @@ def processes_of(trainer) -> Processes:
         return trainer.strategy.reduce(tensor, reduce_op="sum")
 
     return Processes(trainer.world_size, trainer.global_rank, total)
+
+
+def over_ranks(
+    numbers: Tensor, summed: int, joined: Callable[[Tensor, Tensor], Tensor], world: int
+) -> Tensor:
+    """Numbers (n,) of all ranks together: the first `summed` are added, the others are joined two by two."""
+    if world == 1:
+        return numbers
+    found = [torch.empty_like(numbers) for _ in range(world)]
+    torch.distributed.all_gather(found, numbers)
+    both = torch.stack(found)
+    return torch.cat([both[:, :summed].sum(0), functools.reduce(joined, both[:, summed:])])

@@ -115,10 +115,9 @@ class Rollouts:
         self.totals = Totals()
         self.batches: list[dict] = []
         self.micro = 0
-        self.of_draw: Tensor | None = None  # metrics of this rank's newest draw
-        self.sums: Tensor | None = (
-            None  # the same for the step that is under way: the first one on it took time
-        )
+        self.draw_sums: Tensor | None = None  # metrics of this rank's newest draw
+        # the same for the step that is under way, and for the first one on a draw the time that it took
+        self.step_sums: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps) * self.schedule.accumulate
@@ -128,7 +127,7 @@ class Rollouts:
             if step % self.schedule.repeats == 0:
                 self._draw(step)
             else:
-                self.sums = self.of_draw
+                self.step_sums = self.draw_sums
             for micro in range(self.schedule.accumulate):
                 self.micro = micro
                 yield self.batches[micro]
@@ -176,9 +175,9 @@ class Rollouts:
             self.totals = self._totals(groups, units, error)
             self._check(step, groups, error)
             self.first_group = groups[0] if groups else None
-            self.of_draw = self._sums(groups)
+            self.draw_sums = self._sums(groups)
             drawn = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
-            self.sums = self.of_draw + self.loss.sums(self.policy.device, **drawn)
+            self.step_sums = self.draw_sums + self.loss.sums(self.policy.device, **drawn)
             self._share_out(units)
             for batch in self.batches:
                 batch["reference"] = self.reference.of(batch, draw)

@@ -103,7 +103,7 @@ class FineTuning(pl.LightningModule):
         self.evaluated = held_out if evaluated is None else evaluated
         self.encoder, self.rewards = encoder, rewards
         self.preference, self.reference = preference_of(config), reference_of(config)
-        self.on_answers = self.preference or grpo_of(config)
+        self.answers_loss = self.preference or grpo_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.chunks = chunks_of(config)
         self.around_steps = AroundSteps(model)
@@ -154,10 +154,10 @@ class FineTuning(pl.LightningModule):
 
     def train_dataloader(self) -> Batches | Rollouts:
         steps = range(self.first_step, self.total_steps)
-        if isinstance(self.on_answers, GrpoLoss):
+        if isinstance(self.answers_loss, GrpoLoss):
             draws = Draws(self.model, self.documents, self.encoder, self.rewards, self.config)
             whole = self.trainer.strategy.model
-            self.rollouts = Rollouts(draws, self.schedule, steps, self.on_answers, self.policy, whole)
+            self.rollouts = Rollouts(draws, self.schedule, steps, self.answers_loss, self.policy, whole)
             return self.rollouts
         if self.preference and not self.preference.paired:
             self.baselines = StepBaseline(
@@ -214,14 +214,14 @@ class FineTuning(pl.LightningModule):
         if self.baselines:
             batch = batch | {"baseline": self.baseline}
         keep = self.rollouts.keep if self.rollouts else None
-        loss, metrics = objective(self.model, batch, self.chunks, self.on_answers, keep)
+        loss, metrics = objective(self.model, batch, self.chunks, self.answers_loss, keep)
         weight = batch["step_weight"] or 1.0
         self.step_loss += loss.detach() / weight
-        if self.on_answers:
+        if self.answers_loss:
             before = self.step_metrics
             if before is None and self.rollouts:
-                before = self.rollouts.sums
-            self.step_metrics = metrics if before is None else self.on_answers.joined(before, metrics)
+                before = self.rollouts.step_sums
+            self.step_metrics = metrics if before is None else self.answers_loss.joined(before, metrics)
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
@@ -232,7 +232,7 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
         """objective() of a batch of held-out rows; validation.validation_loss() asks for it."""
-        return objective(self.model, batch, self.chunks, self.on_answers)
+        return objective(self.model, batch, self.chunks, self.answers_loss)
 
     def predict_step(self, batch: dict) -> Tensor:
         """ln p of the trained tokens of a batch."""
