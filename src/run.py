@@ -23,6 +23,7 @@ from .distributed.watchdog import Watchdog, watchdog
 from .evaluation.rewards import Rewards
 from .planning.base_model import build_model, read_base, reference_of, template_of_run
 from .planning.job import (
+    Data,
     Job,
     check_data_files,
     choose_device,
@@ -97,9 +98,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     if before:
         keep_rows_per_step(config, before)
     data = read_data(config, origins, tokenizer, template)
-    with rewards_of(config, template) as rewards:
-        if rewards:
-            rewards.check([*data.documents, *data.held_out])
+    reward_digest = try_rewards(config, template, data)
     schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
     choose_rate(config, origins, arch, device, schedule)
@@ -120,7 +119,8 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
             inputs(model, data.documents, data.held_out, reference_of(config)),
             model.base_identity,
         )
-        if rewards and is_first_process() and (note := reward_note(resume_from, rewards.digest)):
+        note = config.on_rewards and reward_note(resume_from, reward_digest)
+        if note and is_first_process():
             print(f"note:      {note}", flush=True)
     plan = []
     if is_first_process():
@@ -134,6 +134,15 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
             finish(config, origins, plan, first_step, job.steps)
         return
     train(job, plan, started, history, resume_from)
+
+
+def try_rewards(config: Config, template: Template, data: Data) -> str | None:
+    """The hash of --reward_file, if there is one. UserError where rewards cannot judge these questions."""
+    with rewards_of(config, template) as rewards:
+        if not rewards:
+            return None
+        rewards.check([*data.documents, *data.held_out])
+        return rewards.digest
 
 
 def rewards_of(config: Config, template: Template) -> contextlib.AbstractContextManager[Rewards | None]:
@@ -162,7 +171,7 @@ def put_best_back(config: Config, history: list[dict]) -> None:
 def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come."""
     from .training.forgetting import Forgetting
-    from .training.trainer import FineTuning, ReferenceAtStart, make_trainer
+    from .training.trainer import FineTuning, ReferenceAtStart, TrainingData, make_trainer
 
     config = job.config
     if is_first_process():
@@ -179,18 +188,9 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     )
     begun = time.perf_counter()
     with rewards_of(config, job.template) as rewards:
-        module = FineTuning(
-            job.model,
-            config,
-            job.data.documents,
-            job.data.held_out,
-            job.steps,
-            first_step,
-            RateSearch(job).run,
-            job.evaluated,
-            job.data.encoder,
-            rewards,
-        )
+        found = job.data
+        data = TrainingData(found.documents, found.held_out, job.evaluated, found.encoder, rewards)
+        module = FineTuning(job.model, config, data, job.steps, first_step, RateSearch(job).run)
         do_steps(trainer, module, report)
     if trainer.is_global_zero:
         measured = {

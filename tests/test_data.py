@@ -446,7 +446,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 
     packed: the length of rows that documents share; 0: a row for each.
     """
-    from src.training.trainer import FineTuning
+    from src.training.trainer import FineTuning, TrainingData
 
     config = Config(
         micro_bsz=micro_bsz,
@@ -455,7 +455,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
         packing=packed > 0,
         ctx_len=packed or 1024,
     )
-    module = FineTuning(model, config, documents, Documents([]), 4)
+    module = FineTuning(model, config, TrainingData(documents, Documents([])), 4)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
     assert module.schedule == rows_and_steps.make_schedule(documents, config, world)

@@ -34,7 +34,7 @@ SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
 def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
-    from src.training.trainer import FineTuning
+    from src.training.trainer import FineTuning, TrainingData
 
     model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
     model.grad_cp = config.grad_cp
@@ -47,7 +47,7 @@ def counted_in_training(config, rows, kernel):
             for n in row
         ]
     )
-    module = FineTuning(model, config, documents, Documents([]), 1, None)
+    module = FineTuning(model, config, TrainingData(documents, Documents([])), 1)
     module.accumulate = 1
     module._trainer = type("Trainer", (), {"world_size": 1})()
     place, grouped = 0, []

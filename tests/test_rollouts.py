@@ -31,7 +31,7 @@ from src.training.objective import objective, policy_of
 from src.training.process_group import Processes
 from src.training.rollback import LastGood
 from src.training.rollouts import AllFailed, Rollouts, Totals
-from src.training.trainer import FineTuning, make_trainer
+from src.training.trainer import FineTuning, TrainingData, make_trainer
 
 from .conftest import close, make_arch
 from .loss_cases import make_model
@@ -309,9 +309,8 @@ def train(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Draws, "groups", counted)
         questions = questions_of(config)
-        module = FineTuning(
-            model, config, questions, questions.take([]), steps, encoder=ENCODER, rewards=judge
-        )
+        data = TrainingData(questions, questions.take([]), encoder=ENCODER, rewards=judge)
+        module = FineTuning(model, config, data, steps)
         if spoil:
             step_of = module.training_step
             module.training_step = lambda *given: spoil(module, step_of(*given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -74,34 +75,40 @@ class ScaledFp16(MixedPrecision):
         return result
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on, and what judges it."""
+
+    documents: Units
+    held_out: Units
+    evaluated: Units | None = None  # those of held_out that evaluations look at; None: all
+    # of a training on rewards
+    encoder: Encoder | None = None  # which made the questions
+    rewards: Rewards | None = None
+
+
 class FineTuning(pl.LightningModule):
     """The loss of an optimizer step is the mean over all its trained tokens, weighted, or over its units of a
     preference, or what GrpoLoss says of its answers.
 
-    It does not depend on how they fall into micro-batches and ranks. `evaluated` are those of the held-out
-    documents whose loss is taken. `find_rate` fills in config.lr_init where that is open. Then the processes
-    know each other, and each has the whole model. A training on rewards has these, and an `encoder`, which
-    made its questions.
+    It does not depend on how they fall into micro-batches and ranks. `find_rate` fills in config.lr_init
+    where that is open. Then the processes know each other, and each has the whole model.
     """
 
     def __init__(
         self,
         model: RWKV,
         config: Config,
-        documents: Units,
-        held_out: Units,
+        data: TrainingData,
         total_steps: int,
         first_step: int = 0,
         find_rate: Callable[[FineTuning], None] | None = None,
-        evaluated: Units | None = None,
-        encoder: Encoder | None = None,
-        rewards: Rewards | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
-        self.documents, self.held_out = documents, held_out
-        self.evaluated = held_out if evaluated is None else evaluated
-        self.encoder, self.rewards = encoder, rewards
+        self.documents, self.held_out = data.documents, data.held_out
+        self.evaluated = data.held_out if data.evaluated is None else data.evaluated
+        self.encoder, self.rewards = data.encoder, data.rewards
         self.preference, self.reference = preference_of(config), reference_of(config)
         self.answers_loss = self.preference or grpo_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
