@@ -23,7 +23,7 @@ from src.training import document_text, plan_text, trainer
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import at_file, in_turn, interrupt, losses, succeed
+from .program import at_file, interrupt, losses, succeed
 
 LABELS = [
     "rwkv-miss",
@@ -94,17 +94,11 @@ def validation(proj_dir):
     return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
 
 
-def short_answers(rank):
-    from src.training import validation
-
-    validation.SAMPLE_TOKENS = 4
-
-
 # the plan
 
 
 def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, capsys):
-    output = succeed(evaluated(files, tmp_path / "run", sabotage=short_answers, counted=True))
+    output = succeed(evaluated(files, tmp_path / "run", counted=True))
     lines = output.partition("step 0/6")[0].splitlines()
     assert [line.split()[0] for line in lines] == LABELS and len(lines) <= plan_text.LINES == 14
     said = dict(zip(LABELS, lines, strict=True))
@@ -133,9 +127,7 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
     )
     assert all(f"    {detail}" in card or detail in card for detail in details)
 
-    verbose = succeed(
-        evaluated(files, tmp_path / "verbose", "--epoch_steps", "1", "--verbose", sabotage=short_answers)
-    )
+    verbose = succeed(evaluated(files, tmp_path / "verbose", "--epoch_steps", "1", "--verbose"))
     assert all(detail in verbose and detail not in output for detail in details)
 
     # memory and time are those of scripts.plan
@@ -255,7 +247,7 @@ def test_few_held_out_documents_are_all_taken_and_one_always_is():
 
 def test_the_share_is_kept_and_a_run_from_before_it_evaluates_everything(files, tmp_path):
     run, old = tmp_path / "run", tmp_path / "old"
-    succeed(evaluated(files, run, sabotage=short_answers))
+    succeed(evaluated(files, run))
     config = read_yaml(str(run / "config.yaml"))
     [line] = [
         line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("eval_docs: ")
@@ -263,17 +255,17 @@ def test_the_share_is_kept_and_a_run_from_before_it_evaluates_everything(files, 
     assert 0 < config["eval_docs"] < 40 and "# chosen: of 40 held-out documents" in line
     tokens = validation(run)[0]["tokens"]
     # twice as long, more would be affordable
-    succeed(evaluated(files, run, "--epoch_count", "2", "--resume", "auto", sabotage=short_answers))
+    succeed(evaluated(files, run, "--epoch_count", "2", "--resume", "auto"))
     assert [line["tokens"] for line in validation(run)] == 3 * [tokens]
     assert read_yaml(str(run / "config.yaml"))["eval_docs"] == config["eval_docs"]
 
-    succeed(evaluated(files, old, "--eval_docs", "99", sabotage=short_answers))
+    succeed(evaluated(files, old, "--eval_docs", "99"))
     everything = validation(old)[0]["tokens"]
     text = (old / "config.yaml").read_text()
     (old / "config.yaml").write_text(
         "".join(line for line in text.splitlines(True) if not line.startswith(("eval_docs", "verbose")))
     )
-    output = succeed(evaluated(files, old, "--epoch_count", "2", "--resume", "auto", sabotage=short_answers))
+    output = succeed(evaluated(files, old, "--epoch_count", "2", "--resume", "auto"))
     assert [line["tokens"] for line in validation(old)] == 3 * [everything] > 3 * [tokens]
     assert "loss on 40 of 40 held-out documents" in output
 
@@ -289,7 +281,7 @@ def test_a_pipe_hears_of_the_validation(files, tmp_path):
             tmp_path / "run",
             "--eval_docs",
             "40",
-            sabotage=functools.partial(in_turn, short_answers, chatty),
+            sabotage=chatty,
         )
     )
     assert re.search(
@@ -315,7 +307,7 @@ def test_before_the_first_step_the_run_ends_at_once(files, tmp_path):
         and "step 0/6" not in output
     )
     assert not (tmp_path / "run/adapter.pth").exists()
-    succeed(evaluated(files, tmp_path / "run", "--epoch_steps", "1", sabotage=short_answers))
+    succeed(evaluated(files, tmp_path / "run", "--epoch_steps", "1"))
 
 
 def interrupt_in_validation(step, times, rank):
@@ -334,7 +326,7 @@ def interrupt_in_validation(step, times, rank):
 
 def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
     more = ["--eval_steps", "2", "--eval_docs", "40"]
-    stop = functools.partial(in_turn, short_answers, functools.partial(interrupt_in_validation, 2, 1))
+    stop = functools.partial(interrupt_in_validation, 2, 1)
     code, output = evaluated(files, tmp_path / "run", *more, sabotage=stop)
     words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
     assert (
@@ -345,13 +337,13 @@ def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
     assert [line["step"] for line in validation(tmp_path / "run")] == [0] and len(
         losses(tmp_path / "run")
     ) == 2
-    succeed(evaluated(files, tmp_path / "run", *more, "--resume", "auto", sabotage=short_answers))
-    succeed(evaluated(files, tmp_path / "whole", *more, sabotage=short_answers))
+    succeed(evaluated(files, tmp_path / "run", *more, "--resume", "auto"))
+    succeed(evaluated(files, tmp_path / "whole", *more))
     assert validation(tmp_path / "run") == validation(tmp_path / "whole")
 
 
 def test_the_second_ctrl_c_ends_it_without_saving(files, tmp_path):
-    stop = functools.partial(in_turn, short_answers, functools.partial(interrupt_in_validation, 6, 2))
+    stop = functools.partial(interrupt_in_validation, 6, 2)
     code, output = evaluated(files, tmp_path / "run", "--eval_docs", "40", sabotage=stop)
     assert (
         code == 130 and output.splitlines()[-1] == "ended within a step; what was saved before is unchanged"

@@ -38,7 +38,7 @@ from src.training.validation_log import is_over
 from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors
-from .program import at_file, dropout, in_turn, interrupt, kill, losses, short_answers, succeed
+from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -67,7 +67,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(files, proj_dir, *flags, sabotage=None, sample_tokens=9):
+def start(files, proj_dir, *flags, sabotage=None, **options):
     flags = [
         "--load_model",
         str(files / "base.pth"),
@@ -89,8 +89,7 @@ def start(files, proj_dir, *flags, sabotage=None, sample_tokens=9):
         *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
         *flags,
     ]
-    short = functools.partial(short_answers, tokens=sample_tokens)
-    return program.run(flags, functools.partial(in_turn, short, sabotage) if sabotage else short)
+    return program.run(flags, sabotage, **options)
 
 
 def validation_lines(proj_dir):

@@ -16,7 +16,7 @@ from src.training.verdict import doubt
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import at_file, in_turn, interrupt, short_answers, succeed
+from .program import at_file, interrupt, succeed
 
 GIVEN = "command line"
 _, ORIGINS = parse(["--load_model", "base.pth", "--data_file", "x", "--lr_init", "paper"])
@@ -205,8 +205,7 @@ def trained(files, proj_dir, rate, *flags, sabotage=None):
         "--lr_init",
         rate,
     ]
-    short = functools.partial(in_turn, short_answers, sabotage) if sabotage else short_answers
-    return program.run([*paths, "--proj_dir", str(proj_dir), *held, *given, *flags], short)
+    return program.run([*paths, "--proj_dir", str(proj_dir), *held, *given, *flags], sabotage)
 
 
 def test_a_run_that_does_not_learn_says_so_and_its_card_too(files, tmp_path):
