@@ -99,6 +99,16 @@ def test_what_is_empty_is_left_out_and_counted(read):
         read(rows[1:2])
 
 
+def test_a_label_is_not_ignored(read):
+    """A bad answer is no right one; leaving rows out would mend nothing, so that is not advised."""
+    row = {**asked("a"), "label": False}
+    with pytest.raises(
+        UserError, match="label tells good .*; --loss kto .*--sft_field question,answer takes all$"
+    ):
+        read([row], report=Report(hint="; --on_bad_row skip leaves such rows out"))
+    assert len(read([row], reading=Reading(("question", "answer"))).questions) == 1
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -71,8 +71,8 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
     layout = find_layout(present, fields, tuple(record))
     if not fields and (labelled := _labelled(present)) and is_label(record[labelled[0]]):
         raise WrongSetting(
-            f"{labelled[0]} tells good answers from bad ones, and --loss sft trains on all; --loss kto learns"
-            f" from both, --sft_field {labelled[1]} trains on all"
+            f"{labelled[0]} tells good answers from bad ones, and here all would count as good; --loss kto"
+            f" learns from both, --sft_field {labelled[1]} takes all"
         )
     try:
         return layout, layout.convert(record)
