@@ -24,7 +24,7 @@ from src.data.formats import Reading, Report, printable
 from src.data.leading_token import describe_leading
 from src.data.lint import Lint, odd_question
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
-from src.evaluation.rewards import Failed, Rewards
+from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.planning.defaults import CHOSEN, choose, choose_loss, row_length
 from src.planning.own_answers import longest_answer, needs_right
 from src.training.preference_text import too_long_text
@@ -34,7 +34,6 @@ PERCENTILES = (0, 50, 90, 99, 100)
 # rewards that are asked for all right answers; the others run in other processes, and see JUDGED of them
 HERE = ("exact", "number", "boxed", "partial", "length")
 JUDGED = 64
-FULL = {"length": 0.0}  # what a built-in reward is at most; 1 where nothing stands here
 SHOWN = 600  # characters of a right answer
 
 
@@ -153,7 +152,7 @@ def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) 
             scored = [alone.score(questions[i], [found.right[i]]) for i in places]
         values = [math.nan if isinstance(score, Failed) else float(score.total[0]) for score in scored]
         known = [value for value in values if not math.isnan(value)]
-        below = [i for i, value in zip(places, values) if not value >= FULL.get(name, 1.0)]
+        below = [i for i, value in zip(places, values) if not value >= RANGES[name][1]]
         worth[name] = {
             "judged": len(values),
             "mean": math.fsum(known) / len(known) if known else None,

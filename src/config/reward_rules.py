@@ -58,13 +58,14 @@ def check_own_functions(config: Config) -> None:
     if "std" in own:
         raise UserError("--rewards std: reward_std is the spread of a group; give the function another name")
     for name in own:
-        if not config.reward_file or not name.isidentifier():
-            wish = "" if config.reward_file else f", or --reward_file FILE.py with a function {name}"
-            raise UserError(
-                f"--rewards {name}: expected one of {', '.join(REWARDS)}"
-                f"{wish if name.isidentifier() else '; a function of --reward_file has a Python name'}"
-                f"{did_you_mean(name, REWARDS)}"
-            )
+        if config.reward_file and name.isidentifier():
+            continue
+        wish = f", or --reward_file FILE.py with a function {name}"
+        if not name.isidentifier():
+            wish = "; a function of --reward_file has a Python name"
+        raise UserError(
+            f"--rewards {name}: expected one of {', '.join(REWARDS)}{wish}{did_you_mean(name, REWARDS)}"
+        )
     if config.reward_file and not own:
         raise UserError(
             f"--reward_file {config.reward_file} has no meaning without a reward of its own: name its"

@@ -27,6 +27,7 @@ class AnswerUnit:
 
     @property
     def targets(self) -> int:
+        """Trained tokens."""
         return sum(answer.targets for answer in self.answers)
 
 
@@ -41,7 +42,9 @@ class AnswerGroup(AnswerUnit):
     drawn: list[np.ndarray]  # ln p of each answer's tokens when they were drawn, (t,) float32
 
     @classmethod
-    def of(cls, prompt: np.ndarray, tokens: list[list[int]], advantage: list[float], drawn: list[np.ndarray]):
+    def of(
+        cls, prompt: np.ndarray, tokens: list[list[int]], advantage: list[float], drawn: list[np.ndarray]
+    ) -> AnswerGroup:
         """Of the tokens of a prompt, (p,) with p >= 1, and those of each answer."""
         answers = []
         for answer in tokens:

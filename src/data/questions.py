@@ -35,8 +35,6 @@ from .units import Units
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
-
-
 NAMED = 3  # so many questions that were left out are named
 NO_QUESTION = "the question is empty"
 NO_RIGHT_ANSWER = "the right answer is empty"

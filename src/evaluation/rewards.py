@@ -86,6 +86,8 @@ JUDGES: dict[str, Callable[[Spoken, str], float]] = {
     **{name: _unless_cut(SCORES[name].agree) for name in ("exact", "number", "boxed")},
     "partial": lambda spoken, right: partial(spoken.said, right),
 }
+# the least and the most that a built-in reward gives
+RANGES = dict.fromkeys(REWARDS, (0.0, 1.0)) | {"length": (-1.0, 0.0)}
 # what a text may keep busy for hours, each in a process of its own
 GUARDED = {"regex": "guarded_regex.py", "math_verify": "guarded_mathematics.py"}
 PARSED = 64  # right answers that math_verify reads before a run; each takes milliseconds, or seconds

@@ -127,7 +127,7 @@ class GrpoLoss:
         losses = -weight * torch.minimum(ratio * advantage, clipped * advantage)
         kl = new.new_zeros(0)
         if batch["reference"] is not None:
-            kl = ratio * estimate(batch["reference"].double() - new)
+            kl = ratio * kl_estimate(batch["reference"].double() - new)
         if self.beta:
             losses = losses + self.beta * kl
         if self.kind == "grpo":
@@ -221,6 +221,6 @@ def bounded_exp(exponents: Tensor) -> Tensor:
     return (exponents + (exponents.clamp(max=LARGEST) - exponents).detach()).exp()
 
 
-def estimate(log_ratio: Tensor) -> Tensor:
+def kl_estimate(log_ratio: Tensor) -> Tensor:
     """k3 of http://joschu.net/blog/kl-approx.html, of ln(ref / p): never negative."""
     return bounded_exp(log_ratio) - log_ratio - 1

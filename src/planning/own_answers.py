@@ -25,7 +25,9 @@ def needs_right(config: Config) -> bool:
 
 def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
     """(max_tokens, why): the most that a reward needs, within a given --ctx_len."""
-    limit, reason = max((_limit(name, config, loaded, tokenizer) for name in config.rewards), key=_number)
+    limit, reason = max(
+        (_limit(name, config, loaded, tokenizer) for name in config.rewards), key=lambda choice: choice[0]
+    )
     if not config.ctx_len:
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
@@ -38,10 +40,6 @@ def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer
             f" {room} tokens, so that none would be too long; raise --ctx_len, or lower --reward_length"
         )
     return room, f"what --ctx_len {config.ctx_len} has room for"
-
-
-def _number(choice: tuple[int, str]) -> int:
-    return choice[0]
 
 
 def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:

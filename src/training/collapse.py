@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..config import Config
+from ..evaluation.rewards import RANGES
 from .loss_metrics import percent
 
 WINDOW = 10  # steps that are looked at together
@@ -28,9 +29,6 @@ CUT = 0.5  # of the answers
 FAILED = 0.1  # of the groups
 # |ln p of training - ln p of the engine|. In fp32 it is 1e-5 at most; a weight of 1 +- 10 % is still one.
 GAP_FP32, GAP = 1e-3, 0.1
-RANGES = {"length": (-1.0, 0.0)} | dict.fromkeys(
-    ("exact", "number", "boxed", "math_verify", "partial", "regex"), (0.0, 1.0)
-)
 
 
 class Finding(NamedTuple):
@@ -39,7 +37,6 @@ class Finding(NamedTuple):
     kind: str  # each is said once
     known: str
     advice: str
-
     good: bool = False  # nothing is wrong, but there is something to know
 
     def __str__(self) -> str:
@@ -240,15 +237,15 @@ def _longer(config: Config, course: Course) -> Finding | None:
 
 
 def _gap(config: Config, now: Window) -> Finding | None:
-    exact = config.precision == "fp32" and config.quant == "none"
-    if exact and now.gap_max > GAP_FP32:
+    rounds_alike = config.precision == "fp32" and config.quant == "none"
+    if rounds_alike and now.gap_max > GAP_FP32:
         return Finding(
             "gap",
             f"log p of the training and of the drawing differ by {now.gap_max:.2g} in {now.text}; in fp32 it"
             " is 1e-5 at most: one of the kernels is wrong here",
             "--wkv torch, and tell us (python -m scripts.doctor says what is used)",
         )
-    if not exact and now.gap > GAP:
+    if not rounds_alike and now.gap > GAP:
         what = f"--quant {config.quant}" if config.quant != "none" else f"--precision {config.precision}"
         return Finding(
             "gap",

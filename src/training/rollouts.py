@@ -62,6 +62,7 @@ class Totals:
     broken: float = 0  # processes whose model overflows
 
     def tensor(self) -> Tensor:
+        """(7,) float64, in the order of the fields."""
         return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
 
 
