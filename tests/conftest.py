@@ -234,6 +234,21 @@ class MergingFiles:
 
 
 @pytest.fixture
+def plotted(monkeypatch):
+    """{label: the line} of all that is plotted."""
+    from matplotlib.axes import Axes
+
+    lines, plot = {}, Axes.plot
+
+    def noted(self, *args, **options):
+        [lines[options["label"]]] = found = plot(self, *args, **options)
+        return found
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    return lines
+
+
+@pytest.fixture
 def merging(tmp_path):
     """merging(version, dtype) makes base.pth in merging.folder; merging.adapter(name, method, ...) an adapter
     of it, of random numbers.

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rwkv_miss import UserError
-from scripts import plan
 from src.config import Config
 from src.data.answer_batches import GROUP, collate_answers
 from src.data.answer_unit import AnswerGroup
@@ -32,6 +31,7 @@ from src.training.objective import objective
 
 from .conftest import make_arch
 from .test_plan import SIZES
+from .test_preference_plan import planned
 
 BYTES = load_tokenizer("bytes", 256)
 ROWS = [{"question": str(1000 + i), "answer": str(i)} for i in range(200)]
@@ -56,12 +56,6 @@ def flags(checkpoint, tmp_path, monkeypatch):
         "tokens_per_second": 100,
     }
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
-def planned(flags, capsys):
-    assert plan.plan(*plan.parse([*flags, "--json"])) == 0
-    *shown, last = capsys.readouterr().out.splitlines()
-    return "\n".join(shown), json.loads(last)
 
 
 def test_the_plan_in_words(flags, capsys):

@@ -120,19 +120,11 @@ def test_the_best_evaluation_has_the_highest_reward():
     )
 
 
-def test_the_picture_of_the_rewards_takes_the_place_of_the_losses(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn, plot = {}, Axes.plot
-
-    def noted(self, xs, ys, *args, **options):
-        drawn[options["label"]] = (list(xs), list(ys))
-        return plot(self, xs, ys, *args, **options)
-
-    monkeypatch.setattr(Axes, "plot", noted)
+def test_the_picture_of_the_rewards_takes_the_place_of_the_losses(tmp_path, plotted):
     metrics = [line(step, reward=step / 10, kl=0.1 if step == 1 else math.nan) for step in range(1, 9)]
     curves.draw_pictures(DESCRIBED, metrics, [evaluation(0, 0.5), evaluation(8, 0.75)], str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["rewards.png"]
+    drawn = {label: tuple(map(list, line.get_data())) for label, line in plotted.items()}
     assert drawn["reward"] == ([*range(1, 9)], [step / 10 for step in range(1, 9)])
     assert drawn["reward, held out"] == ([0, 8], [0.5, 0.75]) and drawn["kl"] == ([1], [0.1])
     assert {"dead groups", "length", "length, held out", "entropy", "cut", "reward exact"} <= drawn.keys()

@@ -830,26 +830,16 @@ def test_settings_that_make_no_sense(flags, words):
 
 
 @pytest.mark.parametrize("count, line", [(1, "None"), (2, "None"), (3, "-")])
-def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, monkeypatch, count, line):
-    from matplotlib.axes import Axes
-
-    drawn, plot = {}, Axes.plot
-
-    def noted(self, *args, **options):
-        [artist] = plot(self, *args, **options)
-        drawn[options["label"]] = artist
-        return [artist]
-
-    monkeypatch.setattr(Axes, "plot", noted)
+def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, plotted, count, line):
     metrics = [{"step": step, "loss": 3.0} for step in range(1, 9)]
     draw_losses(metrics, [{"step": 4 * i, "loss": 2.0} for i in range(count)], str(tmp_path / "loss.png"))
-    validation = drawn["validation loss"]
+    validation = plotted["validation loss"]
     assert (
         validation.get_linestyle() == line
         and validation.get_marker() == "o"
         and len(validation.get_xdata()) == count
     )
-    assert drawn["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert plotted["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_kl_has_words_beside_it():

@@ -78,9 +78,9 @@ class LossSettings(DataSettings):
         {},
         "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. exact, number, boxed or"
         " math_verify: 1 for the right answer, judged as by scripts.evaluate. partial: the share of"
-        " characters in the right place. regex: 1 where --reward_regex is found. length: see"
-        " --reward_length. Another name: the function of this name in --reward_file. A weight of 0"
-        " shows a reward without training on it. Empty: exact=1",
+        " characters in the right place. regex: 1 where --reward_regex is found. length: 0, and less for"
+        " answers above --reward_length. Another name: the function of this name in --reward_file. A weight"
+        " of 0 shows a reward without training on it. Empty: exact=1",
         automatic=True,
     )
     reward_file: str = opt(
@@ -91,8 +91,8 @@ class LossSettings(DataSettings):
     reward_regex: str = opt("", "grpo: the regular expression of --rewards regex, looked for in the answer")
     reward_length: int = opt(
         0,
-        "grpo: up to so many tokens --rewards length is 0. Longer answers get less, down to -1 at"
-        " --max_tokens",
+        "grpo: --rewards length gives 0 to answers of up to so many tokens, and less to longer ones, down to"
+        " -1 at --max_tokens",
         low=0,
     )
     reward_timeout: float = opt(
@@ -107,8 +107,8 @@ class LossSettings(DataSettings):
     )
     max_tokens: int = opt(
         0,
-        "grpo: longest answer in tokens; a longer one is cut, and not right. 0: by the right answers and the"
-        " rewards, within --ctx_len",
+        "grpo: the most tokens of an answer; one without an end by then is cut, and is not right. 0: by the"
+        " right answers and the rewards, within --ctx_len",
         alias=("max_completion_length",),
         automatic=True,
         low=0,
