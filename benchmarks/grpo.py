@@ -25,6 +25,7 @@ import pathlib
 import shutil
 import statistics
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -37,7 +38,8 @@ from src.inference.decoders import for_training
 from src.inference.engine import Engine
 from src.inference.load import load
 from src.inference.request import Answer, Request
-from src.inference.sampling import Sampling
+from src.planning.drawing import TOGETHER
+from src.training.draws import FROM_THE_MODEL
 
 from .common import argument_parser, as_flags, environment, report
 from .grpo_table import CASES, DRAWN, GREEDY, Case, draw, summary, table
@@ -49,7 +51,6 @@ START_STEPS, START_ROWS = 25, 32
 STEPS, QUESTIONS, GROUP = 300, 16, 8  # of a training; of a step; answers to a question
 LONGEST = 24  # tokens of a drawn answer; the right ones have at most 8
 WINDOW = 10  # steps that are one point of a curve
-FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
 SHOWN = ("reward", "reward_exact", "entropy", "dead_groups", "length", "cut", "engine_gap_max")
 
 
@@ -141,11 +142,17 @@ def of_steps(ran: Ran) -> dict:
     drawing, whole = (sum(line[name] for line in metrics[1:]) for name in ("draw_seconds", "seconds"))
     windows = [metrics[i : i + WINDOW] for i in range(0, len(metrics), WINDOW)]
     curves = {
-        name: [round(statistics.fmean(line[name] for line in window), 6) for window in windows]
+        name: [mean_of(line[name] for line in window) for window in windows]
         for name in SHOWN
         if name in metrics[0]
     }
     return {"drawing": round(drawing / whole, 3), "curves": curves}
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the steps that have this figure: one without a live group has no gap. None without any."""
+    found = [value for value in values if value is not None]
+    return round(statistics.fmean(found), 10) if found else None
 
 
 def drawing(start: pathlib.Path, rows: list[dict], rounds: int = 5) -> dict:
@@ -169,7 +176,9 @@ def drawing(start: pathlib.Path, rows: list[dict], rounds: int = 5) -> dict:
     def in_a_batch(seed: int) -> list[Answer]:
         decoder = for_training(model, GROUP * len(prompts))
         answers = list(
-            itertools.chain.from_iterable(Engine(decoder, tokenizer, together=4096).run(asked(seed, GROUP)))
+            itertools.chain.from_iterable(
+                Engine(decoder, tokenizer, together=TOGETHER).run(asked(seed, GROUP))
+            )
         )
         decoder.close()
         return answers

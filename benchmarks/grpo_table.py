@@ -86,7 +86,7 @@ def table(lines: Sequence[dict]) -> Table:
         of_steps = ["", "", "", ""]
         if last:
             ends = {key: statistics.fmean(c[key][-1] for c in last) for key in ("dead_groups", "entropy")}
-            gap = max(max(c["engine_gap_max"]) for c in last)
+            gap = max(point for c in last for point in c["engine_gap_max"] if point is not None)
             of_steps = [f"{100 * mean(own, 'drawing'):.0f} %", f"{100 * ends['dead_groups']:.0f} %"]
             of_steps += [f"{ends['entropy']:.3f}", f"{gap:.0e}"]
         right = [share(own, GREEDY), share(own, DRAWN)]
