@@ -39,12 +39,11 @@ CASES = {
         Case("exact", "exact=1", all_seeds=True),
         Case("supervised", "", all_seeds=True),
         Case("supervised, found rate", "", rate=None),
-        Case("too high", rate=1e-2),
-        Case("rate 0.001", rate=1e-3),
-        Case("rate 0.002", rate=2e-3),
+        Case("too high", rate=3e-2),
+        Case("rate 0.0015", rate=1.5e-3),
         Case("rate 0.005", rate=5e-3),
-        Case("lora 0.002", method="lora", rate=2e-3),
-        Case("lora 0.004", method="lora", rate=4e-3),
+        Case("rate 0.01", rate=1e-2),
+        Case("lora", method="lora"),
     )
 }
 COLOURS = {"rewards": "tab:blue", "exact": "tab:green", "supervised": "tab:orange", "too high": "tab:red"}
