@@ -54,7 +54,7 @@ with importing():
         steps_of,
     )
     from src.planning.step import unit_of
-    from src.training import plan_text
+    from src.training import data_text, plan_text
     from src.training.optimizer import state_learning_rate
     from src.training.preference_text import loss_unit
     from src.training.reference import with_reference_alone
@@ -210,7 +210,7 @@ def steps_of_a_training(ours: argparse.Namespace, config: Config, schedule: Sche
 def show_plan(config: Config, model: RWKV, data: Data, schedule: Schedule, device: Device) -> None:
     print(plan_text.base(config, model.arch, plan_text.frozen_bytes(model)))
     print(f"trained    {plan_text.trained(config, model)}")
-    print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
+    print(*data.found.lines(), *data_text.data(config, data.documents, schedule), sep="\n")
     print(
         f"held out   {counted(len(data.held_out), unit_of(config))}, loss on"
         f" {counted(data.held_out.targets, 'token')}"

@@ -57,7 +57,7 @@ with importing():
     from src.planning.memory import USABLE, needed
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
-    from src.training import plan_text
+    from src.training import data_text, plan_text
     from src.training.preference_text import loss_lines, loss_warnings
     from src.training.resume import earlier_settings, inherit, keep_rows_per_step
 
@@ -168,7 +168,7 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
         print(slow)
     print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
-    print(*data.found.lines(), *plan_text.data(config, data.documents, found.schedule), sep="\n")
+    print(*data.found.lines(), *data_text.data(config, data.documents, found.schedule), sep="\n")
     print(plan_text.steps(config, found.schedule, found.steps))
     for line in loss_lines(config, data.documents, found.schedule, arch):
         print(line)

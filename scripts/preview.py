@@ -58,7 +58,7 @@ with importing():
     from src.data.units import Units
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
-    from src.training import plan_text
+    from src.training import data_text
 
 OWN = ("samples", "plain", "json", "strict")
 SHOWN_WEIGHTS = 6  # of more different ones only the range is told
@@ -199,7 +199,7 @@ def overview(
 ) -> list[str]:
     """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
     length = figures["lengths"]
-    trained = "the answers" if isinstance(documents, Preferences) else plan_text.mask(encoder)
+    trained = "the answers" if isinstance(documents, Preferences) else data_text.mask(encoder)
     lines = [
         *report.source_lines(),  # lint has the bad rows
         (
@@ -215,7 +215,7 @@ def overview(
         + (f"; each in a row of its own would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
     lines[-1:-1] = weights_line(figures["weights"])
-    lines += [f"           {text}" for text in plan_text.rewritten(documents)]
+    lines += [f"           {text}" for text in data_text.rewritten(documents)]
     if figures["split"]:
         lines.append(
             f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents"

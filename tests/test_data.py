@@ -27,7 +27,7 @@ from src.data.encode import Encoder
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.training import document_text, plan_text
+from src.training import data_text, document_text
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors
@@ -183,7 +183,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
-    lines = plan_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
+    lines = data_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
     assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
     assert (
@@ -198,7 +198,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ).cut == 1
     config = Config(packing=False)
     documents = load(rows)
-    assert len(plan_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
+    assert len(data_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
 
 
 # broken rows

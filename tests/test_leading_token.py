@@ -34,7 +34,7 @@ from src.inference.load import load_with
 from src.inference.sampling import GREEDY
 from src.model import RWKV
 from src.planning.job import read_data
-from src.training import document_text, plan_text
+from src.training import data_text, document_text
 from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit
 
@@ -263,7 +263,7 @@ def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     config = Config(data_file=str(tmp_path / "rows.jsonl"), bos=spec, ctx_len=99)
     data = read_data(config, {}, WORLD, DEFAULT)
     assert data.encoder.bos == bos
-    line = plan_text.documents_line(config, data)
+    line = data_text.documents_line(config, data)
     assert line.endswith(f"(template rwkv{f', leading token {bos[0]}' if bos else ''})")
     shown = document_text.short_sample(data.documents[0], WORLD)
     assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))

@@ -22,7 +22,7 @@ from src.data.token_cache import tokenise
 from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
-from src.training import plan_text
+from src.training import data_text
 
 from .answering import scripted
 from .test_data import assistant, user, whole_blank_line_tokenizer
@@ -528,7 +528,7 @@ def test_the_cache_keeps_which_documents_belong_together(rows, tmp_path, monkeyp
 
 def test_plan_and_preview_count_them(rows, capsys, tmp_path):
     line = "30 conversations became 90 documents, because the template rewrites earlier turns"
-    assert plan_text.rewritten(load(rows)) == [line]
+    assert data_text.rewritten(load(rows)) == [line]
     (tmp_path / "g1.jinja").write_text(FORGETFUL["fake"])
     flags = ["--data_file", rows, "--tokenizer", "bytes", "--template", str(tmp_path / "g1.jinja")]
     preview.main(flags)
