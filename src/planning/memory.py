@@ -10,7 +10,7 @@
 | rollback    | 24 a trained parameter: two copies of it and its moments       | LastGood, on the CPU
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
-| reference   | what the pass of --reference needs beyond all above            | reference_bytes
+| reference   | what --reference and its pass need beyond all above            | reference_bytes
 | drawing     | what drawing answers needs beyond activations and working      | draw_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
@@ -22,6 +22,7 @@ too. Stage 3: base and trained too.
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,27 @@ def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompt
     return most
 
 
+class Zero(NamedTuple):
+    """How DeepSpeed shares out what a run holds."""
+
+    stage: int  # 0: it does not
+    offload: bool  # from the GPU to the computer's memory
+    world: int
+
+    @classmethod
+    def of(cls, config: Config, accelerator: str) -> Zero:
+        """That of --strategy."""
+        is_zero = config.strategy.startswith("deepspeed")
+        stage = int(config.strategy[len("deepspeed_stage_")]) if is_zero else 0
+        return cls(stage, config.strategy.endswith("_offload") and accelerator == "gpu", config.world)
+
+    def share(self, size: float, from_stage: int, offloaded: bool = False) -> float:
+        """What one process has on its device of something that is shared out from a stage on."""
+        if offloaded:
+            return 0
+        return size / self.world if from_stage <= self.stage else size
+
+
 def memory_parts(
     arch: Arch,
     config: Config,
@@ -99,29 +121,22 @@ def memory_parts(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    world = config.world
-    stage = int(config.strategy[len("deepspeed_stage_")]) if config.strategy.startswith("deepspeed") else 0
-    offload = config.strategy.endswith("_offload") and accelerator == "gpu"
+    zero = Zero.of(config, accelerator)
+    stage, offload = zero.stage, zero.offload
     full = config.peft == "none"
     base_size = 4 if full else PRECISIONS[precision].itemsize
 
-    def shared(size: float, from_stage: int, offloaded: bool = False) -> float:
-        """What one process has on its device of something that ZeRO shares out from a stage on."""
-        if offloaded:
-            return 0
-        return size / world if from_stage <= stage else size
-
     base = base_size * frozen - saved_by_quant(model, config.quant, base_size)
     parts = {
-        "base": shared(base, 3, offload and stage == 3),
-        "trained": shared(4 * trained, 3, offload and stage == 3) + buffers,
-        "gradients": shared(4 * trained, 2, offload),
-        "Adam": shared(8 * trained, 1, offload),
+        "base": zero.share(base, 3, offload and stage == 3),
+        "trained": zero.share(4 * trained, 3, offload and stage == 3) + buffers,
+        "gradients": zero.share(4 * trained, 2, offload),
+        "Adam": zero.share(8 * trained, 1, offload),
     }
     if stage:
         sizes = SIZES[accelerator]
-        parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(sizes.bucket, trained)
-        if stage == 3 and (world > 1 or offload):
+        parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + 4 * min(sizes.bucket, trained)
+        if stage == 3 and (zero.world > 1 or offload):
             # whole at one time are the live ones and those that are fetched ahead; a parameter that is
             # larger, such as the head, is whole too
             largest = max(p.numel() for p in model.parameters())
