@@ -2,7 +2,8 @@
 
 They are drawn at temperature 1 from the whole distribution. It is the only one for which ln p of the training
 is that of the draw. What is drawn depends on the model, the seed of the run, the number of the draw and the
-place of the question in the data, and so not on the number of processes or micro-batches.
+place of the question in the data. The number of processes changes no more than the rounding of prompts that
+are read together.
 """
 
 from __future__ import annotations
