@@ -153,6 +153,10 @@ def test_a_gap_to_the_engine_and_failed_groups():
     assert "--precision bf16 rounds them differently" in finding(far, "gap", bf16).known
     nf4 = dataclasses.replace(bf16, quant="nf4")
     assert "--quant nf4" in finding(far, "gap", nf4).known
+    # answers are drawn without the adapter's dropout: no kernel is wrong
+    dropout = dataclasses.replace(GRPO, peft="lora", peft_config={"rank": 8, "dropout": 0.1})
+    assert said(wrong, dropout) == []
+    assert "dropout of 0.1 acts in the training alone" in finding(far, "gap", dropout).known
     failed = course(20, failed_groups=4.0)
     assert said(failed) == [(WINDOW, "failed")]
     assert "25 % of the groups of steps 11 to 20 failed" in finding(failed, "failed").known

@@ -237,23 +237,37 @@ def _longer(config: Config, course: Course) -> Finding | None:
 
 
 def _gap(config: Config, now: Window) -> Finding | None:
-    rounds_alike = config.precision == "fp32" and config.quant == "none"
-    if rounds_alike and now.gap_max > GAP_FP32:
+    causes = _causes_of_gap(config)
+    if not causes and now.gap_max > GAP_FP32:
         return Finding(
             "gap",
             f"log p of the training and of the drawing differ by {now.gap_max:.2g} in {now.text}; in fp32 it"
-            " is 1e-5 at most: one of the kernels is wrong here",
+            " is 1e-5 at most: one of the kernels is wrong here, or the model gives probability to tokens"
+            " that its tokenizer does not have, and that are never drawn",
             "--wkv torch, and tell us (python -m scripts.doctor says what is used)",
         )
-    if not rounds_alike and now.gap > GAP:
-        what = f"--quant {config.quant}" if config.quant != "none" else f"--precision {config.precision}"
+    if causes and now.gap > GAP:
+        what, finer = zip(*causes)
         return Finding(
             "gap",
             f"log p of the training and of the drawing differ by {now.gap:.2g} a token in {now.text}, at most"
-            f" by {now.gap_max:.2g}, as {what} rounds them differently: many tokens count for less or more",
-            "a finer --precision or --quant, or a lower --lr_init",
+            f" by {now.gap_max:.2g}, as {' and '.join(what)}: many tokens count for less or more",
+            f"{', '.join(finer)}, or a lower --lr_init",
         )
     return None
+
+
+def _causes_of_gap(config: Config) -> list[tuple[str, str]]:
+    """(why drawing and training give other probabilities, what helps), for all that is known to do so."""
+    found = []
+    if config.quant != "none":
+        found.append((f"--quant {config.quant} rounds them differently", "a finer --quant"))
+    if config.precision != "fp32":
+        found.append((f"--precision {config.precision} rounds them differently", "a finer --precision"))
+    # answers are drawn without it
+    if dropout := config.peft_config.get("dropout"):
+        found.append((f"the adapter's dropout of {dropout:g} acts in the training alone", "less dropout"))
+    return found
 
 
 def _failed(now: Window) -> Finding | None:
