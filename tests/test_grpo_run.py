@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import random
 
 import pytest
@@ -145,6 +146,24 @@ def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, 
     output = succeed(program.run(flags))
     assert "--reward_file is not as it was when the checkpoint was written" in output
     same_runs(proj_dir, whole(), rel=0, ratio=0)
+
+
+def of_its_own(folder, rank):
+    """Another folder for each process, as on two machines."""
+    os.chdir(folder / str(rank))
+
+
+def test_machines_with_other_functions_under_the_same_name_train_nothing(files, tmp_path):
+    for rank, source in enumerate((REWARDS, REWARDS + "# mended")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "own.py").write_text(source)
+    two = ("--devices", "2", "--micro_bsz", "2", "--strategy", "ddp", "--reward_file", "own.py")
+    flags = flags_of(files, tmp_path / "run", *two)
+    code, output = program.run(flags, functools.partial(of_its_own, tmp_path))
+    assert code == 2 and "does not run what rank 0" in output and "the file of --reward_file is" in output, (
+        output
+    )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

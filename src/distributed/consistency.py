@@ -22,6 +22,7 @@ OF_A_MACHINE = {
     "reference",
     "data_file",
     "eval_file",
+    "reward_file",
     "proj_dir",
     "tokenizer",
     "template",

@@ -121,7 +121,7 @@ class FineTuning(pl.LightningModule):
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
-        agree(self.config, self.inputs(), self.first_step)
+        agree(self.config, self.inputs() | self._code(), self.first_step)
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
@@ -244,6 +244,10 @@ class FineTuning(pl.LightningModule):
     def predict_step(self, batch: dict) -> Tensor:
         """ln p of the trained tokens of a batch."""
         return token_log_probs(self.model, batch, self.chunks, batch["width"])
+
+    def _code(self) -> dict[str, str | None]:
+        """The hash of the user's code, which all processes have to share. A resumed run may have another."""
+        return {"file of --reward_file": self.rewards.digest} if self.rewards else {}
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
