@@ -106,7 +106,7 @@ def test_all_groups_dead_are_told_apart():
     assert kinds == ["fallen", "entropy", "collapsed"] or set(kinds) == {"fallen", "entropy", "collapsed"}
     found = finding(lost, "collapsed")
     assert "the model has collapsed (entropy 0.18 to " in found.known and "not convergence" in found.known
-    assert "best.pth" in found.advice and "--lr_init than 0.003" in found.advice
+    assert "new --proj_dir" in found.advice and "--lr_init than 0.003" in found.advice
     hard = course(60, reward=0.0, noise=0.0, dead_groups=1.0)
     assert said(hard) == [(WINDOW, "too hard")]
     assert "partial" in finding(hard, "too hard").advice

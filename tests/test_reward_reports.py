@@ -219,11 +219,29 @@ def test_the_verdict_of_a_reward_that_does_not_rise(tmp_path):
         known == "the run has learnt next to nothing: the reward on held-out questions went from 0.5 to 0.51"
     )
     assert "--lr_init than 0.003" in doubted.advice
-    [known] = reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.25)]).known
-    assert known == "the run has not learnt: the reward on held-out questions fell from 0.5 to 0.25"
+    lost = reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.25)])
+    assert lost.known == [
+        "the run has not learnt: the reward on held-out questions fell from 0.5 to 0.25",
+        "nothing that this run wrote is better than its base",
+    ]
+    assert "new --proj_dir" in lost.advice
     assert reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.6)]) is None
     [known] = reward_doubt(GRPO, 20, metrics, []).known
     assert "the training's own questions went from 0.75 to 0.75" in known
+
+
+def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
+    metrics = [
+        line(step, reward=1.2 * (step < 5), dead_groups=1.0 if step > 5 else 0.4) for step in range(1, 21)
+    ]
+    history = [evaluation(0, 0.5), evaluation(10, 0.0), evaluation(20, 0.0)]
+    card, _, said = finished(tmp_path, metrics, history)
+    assert not any(text.startswith(("merge it:", "try it:")) for text in said)
+    [tries] = [text for text in said if text.startswith("try next:")]
+    assert tries.count("a lower --lr_init") == 1 == tries.count("starting again") and "best.pth" not in tries
+    assert "nothing that this run wrote is better than its base" in card
+    first = describe(history[:2], 20, DESCRIBED)[0]
+    assert first.startswith("step 10/20 validation reward 0.0000, below the 0.5000 before training, ")
 
 
 # samples.jsonl

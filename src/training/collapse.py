@@ -27,6 +27,8 @@ GAINED = 0.5  # of what there was to gain: a run that has so much is not in trou
 LONGER = 2.0  # times as long as at the start
 CUT = 0.5  # of the answers
 FAILED = 0.1  # of the groups
+# of a model that is lost: which of its states is better is known at the end alone
+AGAIN = "starting again in a new --proj_dir, without --lr_init: then it is a first guess"
 # |ln p of training - ln p of the engine|. In fp32 it is 1e-5 at most; a weight of 1 +- 10 % is still one.
 GAP_FP32, GAP = 1e-3, 0.1
 
@@ -36,8 +38,12 @@ class Finding(NamedTuple):
 
     kind: str  # each is said once
     known: str
-    advice: str
+    tries: tuple[str, ...]  # any of them may help
     good: bool = False  # nothing is wrong, but there is something to know
+
+    @property
+    def advice(self) -> str:
+        return ", or ".join(self.tries)
 
     def __str__(self) -> str:
         return f"{'note' if self.good else 'WARNING'}: {self.known}.\nTry {self.advice}."
@@ -149,7 +155,7 @@ def _dead(config: Config, course: Course) -> Finding | None:
         return Finding(
             "solved",
             f"{seen}: nearly all answers are right (reward {now.reward:.3g} of {ends[1]:.3g})",
-            "harder questions, or stop here: this set is learnt",
+            ("harder questions", "stop here: this set is learnt"),
             good=True,
         )
     if fell := fall(config, course):
@@ -158,23 +164,30 @@ def _dead(config: Config, course: Course) -> Finding | None:
             "collapsed",
             f"{seen}, and the reward fell from {before:.3g} in {when} to {now.reward:.3g}: the model has"
             f" collapsed{_certain(course)}. This is not convergence",
-            f"best.pth or a checkpoint of {when}, {_gentler(config)}",
+            (AGAIN, *_gentler(config)),
         )
     if ends and max(course.top.reward, now.reward) <= ends[0] + NEAR * (ends[1] - ends[0]):
         return Finding(
             "too hard",
             f"{seen}: nearly all answers are wrong from the start (reward {now.reward:.3g}, at least"
             f" {ends[0]:.3g})",
-            "easier questions, supervised training on right answers first, a reward that gives a part"
-            f" (partial), or more answers (--group_size above {config.group_size})",
+            (
+                "easier questions",
+                "supervised training on right answers first",
+                "a reward that gives a part (partial)",
+                f"more answers (--group_size above {config.group_size})",
+            ),
         )
     gained = has_gained(config, course)
     return Finding(
         "alike",
         f"{seen}, with a reward of {now.reward:.3g}: a question's answers are all right or all wrong"
         f"{_certain(course)}",
-        f"questions that are answered right now and then, a larger --group_size than {config.group_size}, or"
-        f" {'stop here' if gained else _gentler(config)}",
+        (
+            "questions that are answered right now and then",
+            f"a larger --group_size than {config.group_size}",
+            *(("stop here",) if gained else _gentler(config)),
+        ),
         good=gained,
     )
 
@@ -199,7 +212,7 @@ def _entropy(config: Config, course: Course) -> Finding | None:
         "entropy",
         f"the entropy fell from {start.entropy:.3g} to {now.entropy:.3g} nats per token in {now.text}: the"
         f" model draws nearly the same answer each time, at a reward of {now.reward:.3g}",
-        f"{_gentler(config)}, or a larger --clip_high than {config.clip_high:g}",
+        (*_gentler(config), f"a larger --clip_high than {config.clip_high:g}"),
     )
 
 
@@ -216,8 +229,10 @@ def _cut(config: Config, course: Course) -> Finding | None:
     return Finding(
         "cut",
         f"{seen}, and count as wrong",
-        "a larger --max_tokens; or, where long answers are not wanted, questions that ask for short ones, or"
-        " the reward length",
+        (
+            "a larger --max_tokens",
+            "where long answers are not wanted, questions that ask for short ones, or the reward length",
+        ),
     )
 
 
@@ -231,8 +246,11 @@ def _longer(config: Config, course: Course) -> Finding | None:
         "longer",
         f"answers have {now.length:.3g} tokens in {now.text}, where they had {start.length:.3g}, and no"
         f" higher reward ({start.reward:.3g} to {now.reward:.3g})",
-        f"the reward length (--rewards ...,length=0.5 --reward_length {max(1, round(start.length))}),"
-        f" --grpo_type dr_grpo, or {_gentler(config)}",
+        (
+            f"the reward length (--rewards ...,length=0.5 --reward_length {max(1, round(start.length))})",
+            "--grpo_type dr_grpo",
+            *_gentler(config),
+        ),
     )
 
 
@@ -244,7 +262,7 @@ def _gap(config: Config, now: Window) -> Finding | None:
             f"log p of the training and of the drawing differ by {now.gap_max:.2g} in {now.text}; in fp32 it"
             " is 1e-5 at most: one of the kernels is wrong here, or the model gives probability to tokens"
             " that its tokenizer does not have, and that are never drawn",
-            "--wkv torch, and tell us (python -m scripts.doctor says what is used)",
+            ("--wkv torch, and tell us (python -m scripts.doctor says what is used)",),
         )
     if causes and now.gap > GAP:
         what, finer = zip(*causes)
@@ -252,7 +270,7 @@ def _gap(config: Config, now: Window) -> Finding | None:
             "gap",
             f"log p of the training and of the drawing differ by {now.gap:.2g} a token in {now.text}, at most"
             f" by {now.gap_max:.2g}, as {' and '.join(what)}: many tokens count for less or more",
-            f"{', '.join(finer)}, or a lower --lr_init",
+            (*finer, "a lower --lr_init"),
         )
     return None
 
@@ -276,7 +294,7 @@ def _failed(now: Window) -> Finding | None:
     return Finding(
         "failed",
         f"the rewards of {percent(now.failed)} of the groups of {now.text} failed; they are left out",
-        "to mend the reward: the first failure of each kind is told above",
+        ("mending the reward: each kind of failure was told once, where it first came",),
     )
 
 
@@ -286,10 +304,10 @@ def _certain(course: Course) -> str:
     return f" (entropy {start:.2g} to {now:.2g})" if now < ENTROPY_LEFT * start else ""
 
 
-def _gentler(config: Config) -> str:
+def _gentler(config: Config) -> tuple[str, str]:
     """What makes a training on rewards steadier."""
     kl = "--beta 0.04, a KL to the base" if not config.beta else f"a larger --beta than {config.beta:g}"
-    return f"a lower --lr_init than {config.lr_init:g}, or {kl}"
+    return f"a lower --lr_init than {config.lr_init:g}", kl
 
 
 class CollapseWatch:

@@ -25,7 +25,7 @@ from ..model import RWKV
 from .curves import draw_pictures
 from .loss_metrics import LossMetrics, metrics_of
 from .model_card import write_model_card
-from .reward_verdict import reward_doubt
+from .reward_verdict import is_lost, reward_doubt
 from .run_card import CARD, card, training_score
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
 from .run_log import RunLog
@@ -237,7 +237,10 @@ def _last_words(
             f" {described.score_of(summary['validation_best']):.4f}; before training"
             f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
         )
-    trained, _ = _recommended(summary)
+    trained, its_step = _recommended(summary)
+    # a model that rewards have made worse than its base is no good to anybody
+    if state != STOPPED and config.on_rewards and is_lost(its_step, history):
+        return lines
     return [*lines, _next_command(config, trained)]
 
 

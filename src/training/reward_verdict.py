@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import Config
-from .collapse import bounds, course_of, findings
+from .collapse import AGAIN, bounds, course_of, findings
 from .loss_metrics import metrics_of
 from .validation_log import evaluation_at
 from .verdict import Doubt
@@ -43,10 +43,20 @@ def reward_doubt(config: Config, step: int, metrics: Sequence[dict], history: li
         # a set that is learnt speaks for a run, unless it was known before
         if not (finding.good and risen):
             known.append(finding.known)
-            tries.append(finding.advice)
+            tries += finding.tries
     if not known:
         return None
-    return Doubt(known, "; or ".join(dict.fromkeys(tries)) or _other_settings(config))
+    if is_lost(step, history):
+        known.append("nothing that this run wrote is better than its base")
+        tries.insert(0, AGAIN)
+    # many findings have the same remedy
+    return Doubt(known, ", or ".join(dict.fromkeys(tries)) or _other_settings(config))
+
+
+def is_lost(step: int, history: list[dict]) -> bool:
+    """Whether the state of this step, the best one, has a lower held-out reward than before the training."""
+    change = held_out_change(step, history)
+    return change is not None and change[1] < change[0]
 
 
 def held_out_change(step: int, history: list[dict]) -> tuple[float, float] | None:

@@ -58,7 +58,11 @@ def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]
     """The newest evaluation for the user: the score beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
     said = [f"validation {metrics.score} {metrics.score_text(line)}"]
-    if top is line:
+    before = evaluation_at(history, 0)
+    if top is line and before and before["loss"] is not None and line["loss"] > before["loss"]:
+        side = "above" if metrics.by_loss else "below"
+        said.append(f"{side} the {metrics.score_text(before)} before training")
+    elif top is line:
         said.append("the best so far")
     elif top is not None:
         said.append(f"best {metrics.score_text(top)} at step {top['step']}")
