@@ -11,6 +11,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.interrupts import EXIT_CODE
+from rwkv_miss.progress import print_notes
 
 from . import ops
 from .common.device import PRECISIONS
@@ -141,7 +142,9 @@ def try_rewards(config: Config, template: Template, data: Data) -> str | None:
     with rewards_of(config, template) as rewards:
         if not rewards:
             return None
-        rewards.check([*data.documents, *data.held_out])
+        notes = rewards.check([*data.documents, *data.held_out])
+        if is_first_process():
+            print_notes(notes)
         return rewards.digest
 
 

@@ -56,6 +56,9 @@ def gives_none_for_one(prompt, answers, right):
 def gives_too_few(prompt, answers, right):
     return [1, 0]
 
+def gives_one(prompt, answers, right):
+    return [1]
+
 def gives_too_many(prompt, answers, right):
     return [0.0] * 10_000_000
 
@@ -204,6 +207,7 @@ EXPECTED = "expected a list of 3 numbers, one for each answer"
         ("gives_too_few", f"gives_too_few returned 2 values; {EXPECTED}"),
         ("gives_too_many", f"returned 10000000 values; {EXPECTED}"),
         ("never_stops_giving", f"returned 4 or more values; {EXPECTED}"),
+        ("gives_one", f"gives_one returned 1 value; {EXPECTED}"),
         ("gives_a_text", f"returned the text '1.0'; {EXPECTED}"),
         ("gives_texts", "returned the text '1' for answer 1 of 3; expected a number"),
         ("gives_a_number", f"returned 0.5; {EXPECTED}"),

@@ -73,7 +73,8 @@ def test_regex_is_looked_for_in_the_whole_answer_with_its_thoughts():
 def test_a_regular_expression_that_takes_exponential_time_is_a_failed_group():
     with rewards_of({"exact": 1, "regex": 1}, reward_regex="(a+)+$", reward_timeout=0.3) as rewards:
         failed = rewards.score(QUESTION, [Answer("a" * 50 + "b"), Answer("7")])
-        assert failed == Failed("regex: time", "regex took more than 0.3 s; --reward_timeout N gives it more")
+        said = "regex took more than 0.3 s; --reward_timeout N gives it more; the question was 'User: 3"
+        assert isinstance(failed, Failed) and failed.kind == "regex: time" and failed.reason.startswith(said)
         assert rewards.score(QUESTION, [Answer("aaa"), Answer("7")]).total.tolist() == [1, 1]
 
 
@@ -172,6 +173,9 @@ def test_a_function_that_fails_costs_its_group(own_file):
             "fails_on_eight raised ValueError: 3 answers (own.py,",
         ]
         assert failed[0].kind == failed[1].kind
+        assert failed[0].reason.endswith(
+            "; the question was 'User: 3 + 4?\\n\\nAssistant:', the first answer '8'"
+        )
         assert rewards.score(QUESTION, [Answer("7"), Answer("9")]).total.tolist() == [1.5, 0.5]
 
 
@@ -185,6 +189,12 @@ def test_functions_are_tried_before_the_run(own_file):
         pytest.raises(UserError, match=said),
     ):
         rewards.check([QUESTION])
+
+
+def test_a_function_that_tells_nothing_apart_is_remarked(own_file):
+    with rewards_of({"quality": 1, "fails_on_eight": 1}, reward_file=own_file) as rewards:
+        (note,) = rewards.check([QUESTION])
+        assert note.startswith("fails_on_eight of --reward_file gave 0.5 to the right answer")
 
 
 def test_a_file_without_the_function_is_an_error_at_once(own_file):

@@ -129,15 +129,21 @@ def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: 
     """What a function gives for each answer. Refused for what is not as many numbers."""
     count = len(answers)
     returned = getattr(module, name)(prompt, answers, right)
-    expected = f"expected a list of {count} numbers, one for each answer"
+    expected = f"expected a list of {plural(count, 'number')}, one for each answer"
     if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
         raise Refused(f"{name} returned {described_value(returned)}; {expected}", type(returned).__name__)
     values = list(itertools.islice(returned, count + 1))
     if len(values) != count:
         length = len(returned) if hasattr(returned, "__len__") else len(values)
-        more = "" if hasattr(returned, "__len__") or length < count else " or more"
-        raise Refused(f"{name} returned {length}{more} values; {expected}", "length")
+        more = not hasattr(returned, "__len__") and length > count
+        given = f"{length} or more values" if more else plural(length, "value")
+        raise Refused(f"{name} returned {given}; {expected}", "length")
     return [as_number(value, name, f"answer {place} of {count}") for place, value in enumerate(values, 1)]
+
+
+def plural(count: int, what: str) -> str:
+    """`1 value`, `2 values`; what counts elsewhere is not imported here."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def as_number(value: Any, name: str, where: str) -> float:

@@ -1,7 +1,7 @@
 """What a drawn answer is worth: the weighted sum of the rewards that --rewards names.
 
 rewards = Rewards.of(config, template)      # UserError for settings that make no sense
-rewards.check(questions)                    # UserError where the rewards cannot judge these questions
+rewards.check(questions)                    # notes; UserError where the rewards cannot judge these questions
 rewards.score(question, answers)            # Scored, or Failed: this group alone cannot be used
 """
 
@@ -133,8 +133,8 @@ class Rewards:
         """SHA-256 of --reward_file, whose bytes at the start are what runs to the end."""
         return self.own.digest if self.own else None
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """UserError where the rewards cannot judge answers to these questions.
+    def check(self, questions: Sequence[Question]) -> list[str]:
+        """Notes on rewards that look wrong. UserError where they cannot judge answers to these questions.
 
         The user's functions are called once, with right answers to the first question and an empty one.
         """
@@ -144,15 +144,22 @@ class Rewards:
                 require_readable(name, asked, f"--rewards {name}")
         question = questions[0]
         answers = [question.right] * (self.config.group_size - 1) + [""]
+        notes = []
         for name in self.own.names if self.own else ():
             try:
-                self.own.call(name, question.prompt, answers, question.right)
+                values = self.own.call(name, question.prompt, answers, question.right)
             except FunctionFailed as failed:
                 raise UserError(
                     f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} right"
                     f" answers and an empty one, {failed.reason}; the question was {question.prompt[-80:]!r},"
                     f" the right answer {question.right[-80:]!r}"
                 ) from None
+            if len({*values}) == 1:
+                notes.append(
+                    f"{name} of --reward_file gave {values[0]:g} to the right answer and to an empty one"
+                    " alike; answers of equal rewards teach nothing"
+                )
+        return notes
 
     def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
         """What each of a group's answers to a question is worth."""
@@ -160,7 +167,9 @@ class Rewards:
         try:
             columns = [self._column(name, spoken, question) for name in self.names]
         except FunctionFailed as failed:
-            return Failed(failed.kind, failed.reason)
+            first = f", the first answer {answers[0].text[:80]!r}" if answers else ""
+            where = f"; the question was {question.prompt[-80:]!r}{first}"
+            return Failed(failed.kind, f"{failed.reason}{where}")
         values = torch.tensor(columns, dtype=torch.float64).T
         return Scored(values, values @ self.weights)
 

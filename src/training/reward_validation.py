@@ -120,7 +120,7 @@ class RewardEvaluation:
         """Say each kind of failure once."""
         for kind, reason in failures.items():
             if kind not in self.told and is_first_process():
-                say(f"note: an answer to a held-out question does not count, as its rewards failed: {reason}")
+                say(f"note: a held-out question is left out, as its rewards failed: {reason}")
         self.told |= failures.keys()
 
     def _evaluated(self, questions: Questions, judged: list[Judged], samples: int) -> Evaluated:
