@@ -406,6 +406,10 @@ def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model,
     found = evaluator(hanging, timeout=10.0).answers(model, asked, 1)
     assert len(hanging.asked) == 3 and found.metrics["failed"] == 11 and math.isnan(found.loss)
     assert "were asked for no more" in capsys.readouterr().out
+    hanging.asked.clear()
+    patient = patient_rewards.PatientRewards(hanging, 10.0, 100)  # a tenth of these may run out of time
+    failed = [patient.score(asked[0], [None]).kind for _ in range(12)]
+    assert len(hanging.asked) == 10 and failed.count("given up") == 2
 
 
 def test_an_evaluation_ends_between_two_blocks_and_a_model_that_overflows_is_named(model, asked):

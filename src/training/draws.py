@@ -95,7 +95,7 @@ class Draws:
 
         Dropout and gradients are to be off.
         """
-        rewards = PatientRewards(self.rewards, self.config.reward_timeout)
+        rewards = PatientRewards(self.rewards, self.config.reward_timeout, len(places))
         return [
             self._judged(rewards, draw, place, answers)
             for place, answers in zip(places, self._drawn(draw, places), strict=True)

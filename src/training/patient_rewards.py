@@ -8,23 +8,29 @@ from collections.abc import Sequence
 from ..data.questions import Question
 from ..evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 
-PATIENCE = 3  # times --reward_timeout
+PATIENCE = 3  # times --reward_timeout, at least
+SHARE = 0.1  # of the groups may run out of time where these are more
 
 
 class PatientRewards:
     """Rewards for the answers of one draw, or of one evaluation.
 
-    Once failures have taken PATIENCE times `timeout` seconds no more is asked, and all that is left fails.
+    Once failures have taken PATIENCE times `timeout` seconds, or as long as a tenth of `groups` that run out
+    of time, no more is asked, and all that is left fails.
     """
 
-    def __init__(self, rewards: Rewards, timeout: float):
-        self.rewards, self.timeout = rewards, timeout
+    def __init__(self, rewards: Rewards, timeout: float, groups: int):
+        self.rewards = rewards
+        self.patience = max(PATIENCE, SHARE * groups) * timeout  # seconds
         self.waited = 0.0  # seconds, for rewards that failed
 
     def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
         """As Rewards.score()."""
-        if self.waited > PATIENCE * self.timeout:
-            return Failed("given up", f"they had failed for {self.waited:.0f} s, and were asked for no more")
+        if self.waited > self.patience:
+            return Failed(
+                "given up",
+                f"rewards that failed had taken {self.waited:.0f} s, and were asked for no more",
+            )
         begun = time.monotonic()
         scored = self.rewards.score(question, answers)
         if isinstance(scored, Failed):

@@ -80,9 +80,9 @@ class RewardEvaluation:
         None where on some rank is_stopped() between two blocks. UserError, on all ranks, where the model
         overflows. Dropout and gradients are to be off.
         """
-        mine, rewards = Share(), PatientRewards(self.rewards, self.timeout)
         blocks = list(_blocks(len(questions), _rows(model)))
         own = sum(map(len, blocks[processes.rank :: processes.world]))
+        mine, rewards = Share(), PatientRewards(self.rewards, self.timeout, own)
         with Progress("answering", own, "questions", is_first_process()) as bar:
             for turn in range(0, len(blocks), processes.world):
                 stopped = torch.tensor(float(is_stopped()), device=model.emb.weight.device)
