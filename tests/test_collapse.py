@@ -160,6 +160,9 @@ def test_a_gap_to_the_engine_and_failed_groups():
     failed = course(20, failed_groups=4.0)
     assert said(failed) == [(WINDOW, "failed")]
     assert "25 % of the groups of steps 11 to 20 failed" in finding(failed, "failed").known
+    # at once where little is left to tell the reward by
+    assert said(course(20, failed_groups=8.0)) == [(WINDOW, "failed")]
+    assert said(course(20, failed_groups=9.0)) == [(1, "failed")]
 
 
 def test_a_warning_is_said_once_also_over_a_resume_and_undone_steps_do_not_count():

@@ -23,7 +23,7 @@ from src.training.drawn_samples import DrawnSamples
 from src.training.loss_metrics import metrics_of
 from src.training.process_group import ALONE, Processes
 from src.training.reward_validation import RewardEvaluation
-from src.training.reward_verdict import reward_doubt
+from src.training.reward_verdict import held_out_words, reward_doubt
 from src.training.run_log import RunLog
 from src.training.sample_log import is_due
 from src.training.validation_log import best, describe, is_over
@@ -104,6 +104,8 @@ def test_the_bar_shows_reward_dead_groups_and_entropy_in_80_columns(monkeypatch,
         "reward -1.250, dead groups 100 %, length 9.5, cut 3.12 %, entropy 0.0123 lr 1.00e-03 3000 tokens/s"
     )
     assert said.startswith(f"step {total}/{total} {words}")
+    report._show(line(total, dead_groups=1.0) | {"tokens": 0, "tokens_per_second": 0.0}, 0.0, 1e12)
+    assert " 8000 tokens/s drawn" in capsys.readouterr().out
 
 
 def test_the_best_evaluation_has_the_highest_reward():
@@ -113,7 +115,9 @@ def test_the_best_evaluation_has_the_highest_reward():
     begin = "step 20/30 validation reward 0.7500, best 0.8750 at step 10, length 6, cut 0 %"
     assert said == begin and sample == "    | 'abcd?' -> 'dcba', reward 0.75"
     failed = evaluation(30, 0.5) | {"failed": 7.0}
-    assert describe([*history, failed], 30, DESCRIBED)[0].endswith("length 6, cut 0 %, rewards failed 7")
+    assert describe([*history, failed], 30, DESCRIBED)[0].endswith(
+        "length 6, cut 0 %, rewards failed 7 of 64"
+    )
     unknown = evaluation(30, 0.5) | {"loss": None, "reward": None}
     assert describe([*history, unknown], 30, DESCRIBED)[0].startswith(
         "step 30/30 validation reward not known"
@@ -168,7 +172,8 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     card, rows, said = finished(tmp_path, metrics, history, [drawn_line(step) for step in (1, 11, 20)])
     for words in (
         "| training reward | 0.515 to 0.695 |",
-        "- reward of greedy answers to 64 held-out questions: 0.5 to 0.875",
+        "- greedy answers: right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most 1.5",
+        "- share of groups that teach nothing: 43.8 % to 43.8 %",
         "- reward of drawn answers: 0.515 to 0.695",
         "- KL to the reference at the end: 0.02 nats per token",
         "![reward, dead groups, length, entropy and KL over the steps](rewards.png)",
@@ -189,15 +194,25 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     assert "failed" not in card and not any("failed" in title for title in rows)
     assert rows["training reward"] == "0.515 to 0.695"
     assert rows["held-out reward, best, step 10"] == "0.8750" and rows["held-out reward before"] == "0.5000"
-    assert said[0] == "done: step 20 of 20, reward 0.515 to 0.695; wrote a.pth"
-    assert (
-        said[1]
-        == "held out:  reward 0.750, length 6, cut 0 %; before training reward 0.500, length 6, cut 0 %"
+    assert said[0] == "done: step 20 of 20, reward of drawn answers 0.515 to 0.695; wrote a.pth"
+    assert said[1] == (
+        "held out:  right 50 % to 75 % of 64 held-out questions; reward 0.5 to 0.75 of at most 1.5; length 6,"
+        " cut 0 %"
     )
     [top] = [text for text in said if text.startswith("best:")]
     assert top.endswith("step 10, validation reward 0.8750; before training 0.5000, at the end 0.7500")
     ended = outputs._state(dataclasses.replace(GRPO, early_stop=1), 20, 40, history)
     assert ended == "ended early, as the held-out reward rose no further"
+
+
+def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_answers(tmp_path):
+    history = [evaluation(0, 0.5), evaluation(10, 0.875) | {"failed": 52.0}, evaluation(20, 0.75)]
+    card, _, _ = finished(tmp_path, [line(1)], history)
+    assert "| answers whose reward failed | 0 of 64 | 0 of 64 | 52 of 64 |" in card
+    own = dataclasses.replace(GRPO, rewards={"own": 1.0})
+    assert held_out_words(own, 20, history) == "reward 0.5 to 0.75, on 64 held-out questions"
+    assert DESCRIBED.step_text(line(1, failed_groups=14.0), 0.0).endswith("rewards failed 14 of 16")
+    assert DESCRIBED.value_text("kl", None) == "not measured"
 
 
 def test_run_json_has_the_rewards(tmp_path):

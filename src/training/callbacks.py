@@ -283,6 +283,9 @@ class StepReport(Callback):
         """The bar, and now and then a line where there is none."""
         step = line["step"]
         speed = f"{line['tokens_per_second']:.0f} tokens/s"
+        # where all groups are dead nothing is read to be trained, but it is drawn
+        if not line["tokens"] and (drawing := line.get("draw_tokens_per_second")):
+            speed = f"{drawing:.0f} tokens/s drawn"
         said = f"{self.metrics.step_text(line, loss)} lr {line['lr']:.2e} {speed}"
         # a bar in 80 columns has room for what is watched
         noted = self.metrics.bar_text(line) if self.metrics.bar else said

@@ -27,6 +27,7 @@ GAINED = 0.5  # of what there was to gain: a run that has so much is not in trou
 LONGER = 2.0  # times as long as at the start
 CUT = 0.5  # of the answers
 FAILED = 0.1  # of the groups
+MOSTLY_FAILED = 0.5  # of those of one step: what is left tells little of the reward
 # of a model that is lost: which of its states is better is known at the end alone
 AGAIN = "starting again in a new --proj_dir, without --lr_init: then it is a first guess"
 # |ln p of training - ln p of the engine|. In fp32 it is 1e-5 at most; a weight of 1 +- 10 % is still one.
@@ -81,7 +82,8 @@ class Window(NamedTuple):
 
     @property
     def text(self) -> str:
-        return "steps {} to {}".format(*self.steps)
+        first, last = self.steps
+        return f"steps {first} to {last}" if first < last else f"step {last}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +291,12 @@ def _causes_of_gap(config: Config) -> list[tuple[str, str]]:
 
 
 def _failed(now: Window) -> Finding | None:
-    if now.failed <= FAILED:
+    if now.failed <= (FAILED if now.steps[0] < now.steps[1] else MOSTLY_FAILED):
         return None
     return Finding(
         "failed",
-        f"the rewards of {percent(now.failed)} of the groups of {now.text} failed; they are left out",
+        f"the rewards of {percent(now.failed)} of the groups of {now.text} failed; they are left out, also of"
+        " the mean reward",
         ("mending the reward: each kind of failure was told once, where it first came",),
     )
 
@@ -343,10 +346,14 @@ class CollapseWatch:
             if self.top is None or now.reward > self.top.reward:
                 self.top = now
         course = self.course
-        found = findings(self.config, course) if course else []
+        found = findings(self.config, course) if course else self._early(line)
         new = [finding for finding in found if finding.kind not in self.said]
         self.said |= {finding.kind for finding in found}
         return "\n".join(map(str, new)) or None
+
+    def _early(self, line: dict) -> list[Finding]:
+        """What needs no WINDOW of steps."""
+        return [found for found in [_failed(Window.of([line]))] if found]
 
 
 def course_of(config: Config, metrics: Iterable[dict]) -> Course | None:

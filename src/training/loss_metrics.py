@@ -19,6 +19,7 @@ class Shown(NamedTuple):
 
     names: tuple[str, ...]
     text: Callable[[float], str]  # "" where there is nothing to say
+    of: str = ""  # the name of the number that this one is a part of
 
 
 class Panel(NamedTuple):
@@ -80,7 +81,10 @@ class LossMetrics:
             values = [line.get(name) for line in lines]
             has_it = any(name in line for line in lines)
             if has_it and (name not in self.faults or any(values)):
-                found.append((name, title, [self.value_text(name, value) for value in values]))
+                texts = [self.value_text(name, value) for value in values]
+                if name in self.faults:
+                    texts = [text + _of(line, "units") for text, line in zip(texts, lines, strict=True)]
+                found.append((name, title, texts))
         return found
 
     def bar_text(self, line: dict) -> str:
@@ -101,7 +105,7 @@ class LossMetrics:
     def value_text(self, name: str, value: float | None) -> str:
         """A metric in a table."""
         if value is None:
-            return "not known"
+            return "not measured"
         return percent(value) if name in self.shares else f"{value:.4g}"
 
     def score_text(self, line: dict) -> str:
@@ -130,10 +134,15 @@ class LossMetrics:
 
 def _said(shown: Iterable[Shown], line: dict) -> list[str]:
     said = []
-    for names, text in shown:
+    for names, text, of in shown:
         values = [line[name] for name in names if line.get(name) is not None]
-        said += filter(None, (text(value) for value in values[:1]))
+        said += [words + _of(line, of) for value in values[:1] if (words := text(value))]
     return said
+
+
+def _of(line: dict, name: str) -> str:
+    """ " of 16" where a line has this number."""
+    return f" of {line[name]:,}" if line.get(name) is not None else ""
 
 
 def loss_text(line: dict) -> str:
@@ -226,7 +235,11 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
             Shown(("cut",), lambda share: f"cut {percent(share)}"),
             Shown(("entropy",), lambda nats: f"entropy {nats:.3g}"),
             Shown(("kl",), lambda nats: f"KL {nats:.3g}"),
-            Shown(("failed", "failed_groups"), lambda count: f"rewards failed {count:.0f}" if count else ""),
+            Shown(
+                ("failed", "failed_groups"),
+                lambda count: f"rewards failed {count:.0f}" if count else "",
+                of="units",
+            ),
         ),
         score="reward",
         picture="rewards.png",

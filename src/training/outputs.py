@@ -25,7 +25,7 @@ from ..model import RWKV
 from .curves import draw_pictures
 from .loss_metrics import LossMetrics, metrics_of
 from .model_card import write_model_card
-from .reward_verdict import is_lost, reward_doubt
+from .reward_verdict import held_out_words, is_lost, reward_doubt
 from .run_card import CARD, card, training_score
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
 from .run_log import RunLog
@@ -213,13 +213,17 @@ def _last_words(
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
     described = metrics_of(config)
+    what = "loss" if described.by_loss else "reward of drawn answers"
     lines = [
-        f"{state}: step {summary['steps']} of {summary['planned_steps']}, {described.score}"
+        f"{state}: step {summary['steps']} of {summary['planned_steps']}, {what}"
         f" {training_score(described, summary)}; {start}wrote {summary['output']}"
     ]
     # a run that was stopped may have done steps after its last evaluation, or have only that of before them
     last = history[-1]["step"] if history else 0
-    if last and (known := described.evaluation_text(history[-1])):
+    if last and config.on_rewards and (known := held_out_words(config, last, history)):
+        when = "" if last == summary["steps"] else f", at step {last}"
+        lines.append(f"held out:  {known}{when}; {described.evaluation_text(history[-1], with_score=False)}")
+    elif last and (known := described.evaluation_text(history[-1])):
         when = "" if last == summary["steps"] else f"at step {last} "
         lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
     if state != STOPPED:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from ..config import Config
 from .collapse import AGAIN, bounds, course_of, findings
-from .loss_metrics import metrics_of
+from .loss_metrics import metrics_of, percent
 from .validation_log import evaluation_at
 from .verdict import Doubt
 
+JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
 LITTLE = 0.02  # a reward that rises by a smaller share of its range has not risen
 
 
@@ -17,18 +18,34 @@ def what_came_of_it(config: Config, step: int, metrics: Sequence[dict], history:
     """The changes of a run, a sentence each. `step` is that of the state which the run recommends."""
     first, last = metrics_of(config).first_and_last(metrics)
     said = []
-    if change := held_out_change(step, history):
-        before, after = change
-        count = history[0]["units"]
-        said.append(f"reward of greedy answers to {count:,} held-out questions: {_moved(before, after)}")
+    if words := held_out_words(config, step, history):
+        said.append(f"greedy answers: {words}")
     parts = {"reward": "reward of drawn answers", "entropy": "entropy, nats per token"}
     parts |= {"length": "tokens of an answer", "dead_groups": "share of groups that teach nothing"}
     for name, words in parts.items():
         if name in first and name in last:
-            said.append(f"{words}: {_moved(first[name], last[name])}")
+            ends = [metrics_of(config).value_text(name, values[name]) for values in (first, last)]
+            said.append(f"{words}: {' to '.join(ends)}")
     if "kl" in last:
         said.append(f"KL to the reference at the end: {last['kl']:.3g} nats per token")
     return said
+
+
+def held_out_words(config: Config, step: int, history: list[dict]) -> str:
+    """What became of the held-out questions up to the state of a step; "" if it is not known.
+
+    "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
+    """
+    if not (change := held_out_change(step, history)):
+        return ""
+    before, after = evaluation_at(history, 0), evaluation_at(history, step)
+    ends, count = bounds(config), f"{before['units']:,} held-out questions"
+    reward = f"reward {_moved(*change)}" + (f" of at most {ends[1]:g}" if ends else "")
+    for name in JUDGES:
+        shares = [line.get(f"reward_{name}") for line in (before, after)]
+        if name in config.rewards and None not in shares:
+            return f"right {' to '.join(map(percent, shares))} of {count}; {reward}"
+    return f"{reward}, on {count}"
 
 
 def reward_doubt(config: Config, step: int, metrics: Sequence[dict], history: list[dict]) -> Doubt | None:
