@@ -113,9 +113,12 @@ def test_a_label_is_not_ignored(read):
     ("row", "said"),
     [
         ({"text": "a"}, "line 2: expected messages, a question and its answer, or a prompt .* got text"),
-        ({"question": "a"}, "line 2: expected one of"),
+        ({"question": "a"}, "line 2: the answer is missing; expected one of"),
         ({"question": "a", "answer": None}, "line 2: answer must be a non-empty string, got None"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message is from user"),
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "line 2: the last message is from user; the assistant's answer is m",
+        ),
     ],
 )
 def test_a_bad_row_ends_the_run_or_is_skipped(read, row, said):

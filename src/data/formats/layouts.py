@@ -97,7 +97,8 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     if not found:
         if is_pair(columns):
             raise WrongSetting(f"{_for_pairs(columns)}; got keys {shown(columns)}")
-        raise UserError(f"{EXPECTED}; got keys {shown(columns)}")
+        lacks = "the answer is missing; " if _is_unanswered(columns) else ""
+        raise UserError(f"{lacks}{EXPECTED}; got keys {shown(columns)}")
     if len(found) > 1:
         choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
         raise UserError(f"the row has several layouts, choose one with {choices}; got keys {shown(columns)}")
@@ -148,6 +149,12 @@ def is_pair(columns: Iterable[str]) -> bool:
     """Whether these are the columns of a pair of answers."""
     names = {name.strip().lower() for name in columns}
     return not names.isdisjoint(CHOSEN) and not names.isdisjoint(REJECTED)
+
+
+def _is_unanswered(columns: Iterable[str]) -> bool:
+    """Whether these are the columns of a question, with none of an answer."""
+    names = {name.strip().lower() for name in columns}
+    return not names.isdisjoint(QUESTIONS) and names.isdisjoint(ANSWERS)
 
 
 def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -292,9 +299,7 @@ def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
     turns = [turn for item in value for turn in _turns(item)]
     if last_is_answer and turns[-1]["role"] != "assistant":
-        raise UserError(
-            f"the last message is from {turns[-1]['role']}; expected the assistant's answer, which is trained"
-        )
+        raise UserError(f"the last message is from {turns[-1]['role']}; the assistant's answer is missing")
     return turns
 
 
