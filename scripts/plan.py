@@ -178,10 +178,13 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
         f" {config.strategy}"
     )
     print(*plan_text.chosen(config, origins), sep="\n")
+    bound = "estimated, at most" if cost.provided else "estimated"
     for line in loss_warnings(config, data.documents):
         print(f"warning    {line}")
-    print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, estimated")
+    print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}")
     for name, size in found.memory.items():
+        if size < 1:  # less than a byte is nothing
+            continue
         print(f"           {name:<12} {size_text(size):>10}")
     print(
         f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
@@ -264,7 +267,7 @@ def describe_time(cost: Cost, speed: Speed) -> str:
     beside = "".join(f", {duration_text(seconds)} of {part}" for part, seconds in parts.items() if seconds)
     return (
         f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"
-        f" {speed.tokens:,.0f} tokens/s{beside} ({speed.source})"
+        f" {speed.tokens:,.0f} tokens/s{beside} ({'; '.join(filter(None, (speed.source, cost.provided)))})"
     )
 
 

@@ -73,7 +73,7 @@ def test_the_plan_in_words(flags, capsys):
         "max_tokens 19: the longest right answer, a quarter more, and 16, for the reward ",
         "a first guess from method, rank and widths; no search: a trial of a few steps has too few rewards",
         "ctx_len 256: the longest question with its answer has 40 tokens\n",
-        " of drawing (as given)",
+        " of drawing (as given; if answers are about as long as the right ones, 5 tokens)",
     ):
         assert words in shown, words
     assert "packing" not in shown and "drawing" in numbers["memory"]
@@ -96,7 +96,7 @@ def loaded(*rows, template="rwkv"):
 
 
 def test_how_long_answers_may_be():
-    """As scripts.evaluate would have it for the score; of several rewards the one that needs most."""
+    """As scripts.evaluate has it for the score; of several rewards that tell, the one that needs most."""
     found = loaded(("ask", "1234"), ("asked", "12345678"))
 
     def chosen(found=found, **settings):
@@ -109,6 +109,8 @@ def test_how_long_answers_may_be():
     limit, reason = chosen(rewards={"regex": 1}, reward_regex="a")
     assert limit == 512 and "does not tell" in reason
     assert chosen(rewards={"own": 1}, reward_file="x.py")[0] == 512
+    assert chosen(rewards={"own": 1, "exact": 0.1}, reward_file="x.py")[0] == 26
+    assert chosen(rewards={"own": 1, "exact": 0}, reward_file="x.py")[0] == 512  # which is only shown
     assert chosen(rewards={"exact": 1, "length": 1}, reward_length=100)[0] == 100 + 25 + 16
     thinking = loaded(("ask", "1"), template="think")
     assert chosen(thinking, rewards={"exact": 1})[0] == THOUGHTS == 2048
@@ -147,11 +149,16 @@ def test_a_run_takes_what_was_chosen(tmp_path):
 
 
 def test_the_time_is_that_of_the_tokens(flags, capsys):
-    """At a given speed of the whole run a drawn token counts as a part of a trained one."""
+    """At a given speed of the whole run a drawn token counts as a part of a trained one, and an answer has
+    half as many again as a right one.
+    """
     given = ["--epoch_steps", "10", "--epoch_count", "3", "--eval_split", "0.1", "--max_tokens", "20"]
-    _, numbers = planned([*flags, *given], capsys)
+    shown, numbers = planned([*flags, *given], capsys)
+    assert "; if answers are about as long as the right ones, 5 tokens)" in shown
+    assert "estimated, at most\n" in shown and " 0 bytes" not in shown
     rows = numbers["documents"]
-    draws, answers = 30, 8 * 20
+    usual = 1.5 * (1 + sum(len(row["answer"]) for row in ROWS) / len(ROWS))
+    draws, answers = 30, 8 * usual
     asked = draws / -(-rows // 16) * rows  # the last draw of a pass has fewer
     prompts = numbers["tokens"] / asked - answers  # of a question, less one token, in the mean
     assert prompts == pytest.approx(PROMPT - 1) and rows == 180
@@ -159,7 +166,7 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     trained = (numbers["tokens"] + asked * prompts / 3) / 100
     assert numbers["drawing_seconds"] == pytest.approx(drawing)
     evaluated = numbers["evaluated_documents"]
-    of_one = DRAWN * 20 + PROMPT / 3
+    of_one = DRAWN * usual + PROMPT / 3
     assert numbers["evaluation_seconds"] == pytest.approx(2 * evaluated * of_one / 100)
     assert numbers["seconds"] == pytest.approx(drawing + trained + numbers["evaluation_seconds"], rel=1e-6)
     # an inner step trains on the same answers again, and KL has the reference read them once
@@ -170,6 +177,10 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     beside = half * (1 / 3) + asked / 2 * prompts / 3
     wanted = drawing / 2 + (numbers["tokens"] + beside) / 100 + more["evaluation_seconds"]
     assert more["seconds"] == pytest.approx(wanted, rel=1e-6)
+    # right answers don't tell how long the way to them is
+    shown, longest = planned([*flags, *given, "--rewards", "number=1"], capsys)
+    assert "; if answers have all 20 tokens; shorter ones take less)" in shown
+    assert longest["drawing_seconds"] == pytest.approx(drawing * 20 / usual)
 
 
 def test_evaluations_take_a_tenth_at_most(flags, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -71,6 +72,7 @@ class Questions(Units):
     max_tokens: int
     too_long: int = 0  # questions that were left out because they and an answer take more than --ctx_len
     too_long_places: tuple[str, ...] = ()  # where the first of them are
+    usual: float = math.inf  # tokens of an answer in the mean, as an estimate; inf: nothing tells
     unit: ClassVar[str] = "question"
     alone: ClassVar[bool] = True
 
@@ -103,6 +105,11 @@ class Questions(Units):
     def answer_tokens(self) -> int:
         """Tokens that all answers to a question have at most."""
         return self.group_size * self.max_tokens
+
+    @property
+    def likely_tokens(self) -> float:
+        """Tokens that an answer probably has, in the mean."""
+        return min(self.usual, self.max_tokens)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -326,11 +333,11 @@ def answer_limit(score: str, tokenizer: Tokenizer, questions: Sequence[Question]
         return THOUGHTS
     if score in LIMITS:
         return LIMITS[score]
-    longest = max((_length(tokenizer, question.right) for question in questions), default=0)
+    longest = max((text_length(tokenizer, question.right) for question in questions), default=0)
     return longest + longest // 4 + 16
 
 
-def _length(tokenizer: Tokenizer, text: str) -> int:
+def text_length(tokenizer: Tokenizer, text: str) -> int:
     """Tokens of a text. Where the tokenizer has no tokens for it, no answer can be right; then its bytes."""
     try:
         return len(tokenizer.encode(text))

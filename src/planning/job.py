@@ -50,7 +50,15 @@ from .defaults import (
     search_size,
 )
 from .memory import USABLE, largest_batch, largest_shared, memory_parts, needed, reference_arch
-from .own_answers import evaluation_work, largest_groups, longest_answer, needs_right, training_work
+from .own_answers import (
+    evaluation_work,
+    largest_groups,
+    longest_answer,
+    needs_right,
+    tokens_of_draws,
+    training_work,
+    usual_length,
+)
 from .step import preference_of, prompt_reading, tokens_of_layouts, unit_of
 from .throughput import Speed, Work
 
@@ -119,6 +127,7 @@ class Cost:
     search_seconds: float  # of these, what the search for a learning rate takes at most
     reference_seconds: float  # of these, what the pass of the reference takes, where none is kept already
     drawing_seconds: float = 0.0  # of these, what drawing the answers takes that are trained on
+    provided: str = ""  # what the time takes for granted, as "if ..."
 
 
 def run_cost(
@@ -135,12 +144,14 @@ def run_cost(
     room = USABLE * memory_of(device, config.world)
     tokens, steps = trained_tokens(config, schedule), steps_of(config, schedule)
     times = evaluations(config, steps) if evaluated else 0
-    if config.on_rewards:
-        work = training_work(config, schedule, steps)
+    if isinstance(data.documents, Questions):
+        tokens = schedule.repeats * sum(tokens_of_draws(schedule, steps, data.documents))
+        work = training_work(config, schedule, steps, data.documents)
         read = sum(evaluation_work(evaluated) if times else [], start=Work(0)).times(times)
         seconds = [part.seconds(speed) if speed.tokens else 0.0 for part in (work + read, read)]
         drawing = Work(0, work.drawn).seconds(speed) if speed.tokens else 0.0
-        return Cost(memory, room, tokens, read.total / work.total, *seconds, 0.0, 0.0, drawing)
+        share = read.total / work.total
+        return Cost(memory, room, tokens, share, *seconds, 0.0, 0.0, drawing, provided(data.documents))
     share = share_read(config, arch, schedule, data.documents)
     held_out_tokens = float((evaluated.lengths - 1).sum()) * share
     read = FORWARD * times * held_out_tokens * readings(config)
@@ -160,6 +171,13 @@ def run_cost(
         seconds = training / speed.tokens + evaluation_seconds + search_seconds + reference_seconds
     parts = (evaluation_seconds, search_seconds, reference_seconds)
     return Cost(memory, room, tokens, read / training, seconds, *parts)
+
+
+def provided(asked: Questions) -> str:
+    """What an estimate of the time takes for granted."""
+    if asked.usual >= asked.max_tokens:
+        return f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
+    return f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
 
 
 def share_read(config: Config, arch: Arch, schedule: Schedule, documents: Units) -> float:
@@ -263,6 +281,9 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
             f"left out   {counted(both, unit_of(config))} of {config.data_file}, {alike} in"
             f" {config.eval_file} too"
         )
+    if isinstance(loaded, LoadedQuestions):
+        usual = usual_length(config, loaded, tokenizer)
+        train, held_out = (dataclasses.replace(part, usual=usual) for part in (train, held_out))
     return Data(train, held_out, found, encoder)
 
 
@@ -307,7 +328,7 @@ def choose_evaluation(
     times = evaluations(config, steps_of(config, schedule)) * readings(config)
     if isinstance(held_out, Questions):
         costs = np.array([work.total for work in evaluation_work(held_out.take(order))])
-        work = training_work(config, schedule, steps_of(config, schedule))
+        work = training_work(config, schedule, steps_of(config, schedule), held_out)
         fits = paid_for(costs, EVALUATION * work.total / times)
     else:
         fits = affordable(held_out, order, trained_tokens(config, schedule), times)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 from rwkv_miss.errors import UserError
 
 from ..config import Config
@@ -9,13 +12,15 @@ from ..config.loss_settings import REWARDS
 from ..data.batches import Schedule
 from ..data.chat_template import begins_thoughts
 from ..data.held_out import FORWARD
-from ..data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit
+from ..data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit, text_length
 from ..data.tokenizer import Tokenizer
 from .step_memory import SharedPrompts
 from .throughput import Work
 
 WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that don't look at the right answer
 FREE = 512  # tokens of an answer for rewards that say nothing of its length
+MEASURED = 1000  # right answers whose lengths tell how long answers probably are
+BESIDE = 1.5  # so many times as long as right ones: a model that learns also gives wrong ones
 
 
 def needs_right(config: Config) -> bool:
@@ -24,10 +29,13 @@ def needs_right(config: Config) -> bool:
 
 
 def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
-    """(max_tokens, why): the most that a reward needs, within a given --ctx_len."""
-    limit, reason = max(
-        (_limit(name, config, loaded, tokenizer) for name in config.rewards), key=lambda choice: choice[0]
-    )
+    """(max_tokens, why): the most that a reward needs, within a given --ctx_len.
+
+    A reward that says nothing of the length does not raise the limit of one that does and has a weight.
+    """
+    telling = [name for name, weight in config.rewards.items() if weight and _tells_length(name)]
+    limits = (_limit(name, config, loaded, tokenizer) for name in telling or config.rewards)
+    limit, reason = max(limits, key=lambda choice: choice[0])
     if not config.ctx_len:
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
@@ -40,6 +48,10 @@ def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer
             f" {room} tokens, so that none would be too long; raise --ctx_len, or lower --reward_length"
         )
     return room, f"what --ctx_len {config.ctx_len} has room for"
+
+
+def _tells_length(name: str) -> bool:
+    return name in REWARDS and name != "regex"
 
 
 def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
@@ -55,6 +67,20 @@ def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokeni
         limit = answer_limit(name, tokenizer, loaded.questions)
         return limit, f"the longest right answer, a quarter more, and 16, for the reward {name}"
     return FREE, f"for the reward {name}, which does not tell how long an answer is"
+
+
+def usual_length(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> float:
+    """Tokens of an answer in the mean, for estimates of time: half as many again as right answers have.
+
+    inf where they do not tell: there are none, or what is right comes after a way to it.
+    """
+    if any(weight and name in LIMITS for name, weight in config.rewards.items()):
+        return math.inf
+    if any(begins_thoughts(question.opening) for question in loaded.questions):
+        return math.inf
+    rights = [question.right for question in loaded.questions if question.right.strip()]
+    lengths = [text_length(tokenizer, right) for right in rights[:: len(rights) // MEASURED + 1]]
+    return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
 
 def largest_groups(questions: Questions, config: Config) -> tuple[int, int, SharedPrompts | None]:
@@ -73,11 +99,19 @@ def largest_groups(questions: Questions, config: Config) -> tuple[int, int, Shar
     return row, trained, shared
 
 
-def training_work(config: Config, schedule: Schedule, steps: int) -> Work:
-    """What a run of so many steps does at most: answers as long as they may be, and none of equal reward."""
+def tokens_of_draws(schedule: Schedule, steps: int, asked: Questions) -> tuple[float, float]:
+    """Tokens of all (prompts, answers) that a run of so many steps draws, the answers as long as is likely.
+
+    `asked` are questions of the run, all of them or some.
+    """
     draws = steps / schedule.steps_per_pass
-    answers = draws * sum(schedule.targets)
-    prompts = draws * sum(schedule.lengths) - answers
+    most = draws * sum(schedule.targets)
+    return draws * sum(schedule.lengths) - most, most * asked.likely_tokens / asked.max_tokens
+
+
+def training_work(config: Config, schedule: Schedule, steps: int, asked: Questions) -> Work:
+    """What a run of so many steps does where answers are as long as is likely, and none of equal reward."""
+    prompts, answers = tokens_of_draws(schedule, steps, asked)
     prompts_of_training = prompts * (config.group_size if config.chunk_ctx else 1)
     batch = prompts_of_training + answers
     reference = FORWARD * batch if config.beta else 0.0
@@ -86,4 +120,4 @@ def training_work(config: Config, schedule: Schedule, steps: int) -> Work:
 
 def evaluation_work(evaluated: Questions) -> list[Work]:
     """What an evaluation does for each question, which gets one answer."""
-    return [Work(FORWARD * prompt, evaluated.max_tokens) for prompt in evaluated.prompt_lengths.tolist()]
+    return [Work(FORWARD * prompt, evaluated.likely_tokens) for prompt in evaluated.prompt_lengths.tolist()]

@@ -109,8 +109,14 @@ def measured_speed(
     def next_tokens(rows: int) -> float:
         """Seconds for one more token of each of so many rows."""
         inputs, outputs = ids[:, :1].expand(rows, 1), x[:1].expand(rows, -1)
-        in_layers = _fastest(lambda: model.features(inputs), device)
-        return in_layers * depth + _fastest(lambda: head(outputs), device)
+
+        def next_token() -> None:
+            model.features(inputs)
+
+        def next_logits() -> None:
+            head(outputs)
+
+        return _fastest(next_token, device) * depth + _fastest(next_logits, device)
 
     depth = arch.n_layer / small.n_layer
     seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)

@@ -172,7 +172,8 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
 
 def needs(cost: Cost, where: str) -> str:
     """The line of the plan about memory and time."""
-    memory = f"about {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
+    most = "at most about" if cost.provided else "about"  # of answers that are as long as they may be
+    memory = f"{most} {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"
     parts = {
@@ -183,7 +184,8 @@ def needs(cost: Cost, where: str) -> str:
     }
     named = [f"{duration_text(seconds)} for {part}" for part, seconds in parts.items() if seconds]
     of_that = f", of which {' and '.join(named)}" if named else ""
-    return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}"
+    granted = f" ({cost.provided})" if cost.provided else ""
+    return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}{granted}"
 
 
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
