@@ -189,8 +189,14 @@ def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> 
 
 
 def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
-    """The score in a line."""
+    """The score in a line, after one on what rewards could teach where each question has several answers."""
     count, samples = sum(map(sum, right)), len(right[0])
+    if samples > 1:
+        mixed = sum(0 < sum(row) < samples for row in right)
+        print(
+            f"questions with right and wrong answers: {mixed:,} of {len(right):,}; --loss grpo learns from"
+            " such questions alone (docs/rewards.md)"
+        )
     told = f"{scores.accuracy:.1%}, {count:,} of {samples * len(right):,} answers are right"
     print(f"score: {told if samples == 1 else f'{scores.text()}; {told}'}")
 
@@ -303,10 +309,10 @@ def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
 
 
 def questions_of(args: argparse.Namespace, template: Template) -> list[Question]:
-    """The questions of the file. UserError for a right answer that the score can't read."""
+    """The first --limit questions of the file. UserError for a right answer that the score can't read."""
     if args.score == "code":
-        return read_problems(args.questions, template)
-    questions = read_questions(args.questions, template, Reading.of(args))
+        return read_problems(args.questions, template)[: args.limit]
+    questions = read_questions(args.questions, template, Reading.of(args))[: args.limit]
     require_readable(args.score, questions, f"--score {args.score}")
     return questions
 

@@ -369,6 +369,7 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
         (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
         (["--answers", "a", "--adapter", "b"], "--adapter b belongs to a --model"),
         (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
+        (["--answers", "a", "--limit", "0"], "--limit 0: must be at least 1"),
         (
             ["--model", "m", "--samples", "4"],
             "--samples 4 with --temperature 0: greedy answers are all alike",
@@ -400,6 +401,22 @@ def test_mistakes_are_explained(tmp_path, flags, message, capsys):
     questions.write_text('{"question": "q", "answer": "7"}\n{"question": "p", "answer": "8"}\n')
     _, error = evaluated(capsys, "--questions", questions, *(flag.format(folder=tmp_path) for flag in flags))
     assert re.search(message, error), error
+
+
+def test_the_first_questions_alone_and_those_that_rewards_can_teach(tmp_path, capsys):
+    answers, questions = tmp_path / "answers.jsonl", tmp_path / "questions.jsonl"
+    said = [(0, 0, "7"), (0, 1, "8"), (1, 0, "8"), (1, 1, "8")]
+    rows = [{"question": question, "sample": sample, "answer": text} for question, sample, text in said]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # the third right answer cannot be read, and is not asked for
+    rights = ["7", "8", "none"]
+    questions.write_text("".join(json.dumps({"question": "q", "answer": text}) + "\n" for text in rights))
+    evaluate.main(
+        ["--answers", str(answers), "--questions", str(questions), "--score", "number", "--limit", "2"]
+    )
+    *_, mixed, score, summary = capsys.readouterr().out.splitlines()
+    assert mixed.startswith("questions with right and wrong answers: 1 of 2; --loss grpo learns from such")
+    assert "75.0%" in score and json.loads(summary)["questions"] == 2
 
 
 def test_a_preset_is_what_its_protocol_says_and_flags_go_before_it(monkeypatch):

@@ -85,6 +85,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
             "with --score code HumanEval or MBPP"
         ),
     )
+    add("--limit", type=int, help="ask the first N questions only; default: all of the file")
     for name in ("sft_field", "sft_split"):
         default = FIELDS[name].default
         text = f"{FIELDS[name].metadata['help']}; default {default!r}"
@@ -251,7 +252,14 @@ def check_questions(args: argparse.Namespace) -> None:
         raise UserError(
             "several --adapter go with --preferences; of --questions one adapter answers at a time"
         )
-    for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0), ("samples", 1), ("seed", 0)):
+    for name, least in (
+        ("max_tokens", 1),
+        ("batch", 1),
+        ("show", 0),
+        ("samples", 1),
+        ("seed", 0),
+        ("limit", 1),
+    ):
         check_number(name, getattr(args, name), least)
     if bool(args.model) == bool(args.answers):
         raise UserError(
