@@ -8,7 +8,7 @@ import random
 import pytest
 
 from src.config import Config
-from src.training.collapse import WINDOW, CollapseWatch, bounds, course_of, findings
+from src.training.collapse import EARLY, WINDOW, CollapseWatch, bounds, course_of, findings
 
 COURSES = pathlib.Path(__file__).parent / "fixtures" / "reward_courses.json"
 GRPO = Config(
@@ -81,7 +81,7 @@ def test_real_runs():
     assert step == 93 and text.startswith("note: 90 % of the groups of steps 84 to 93 have equal rewards")
     assert said(real("rate 0.03")) == [(13, "fallen"), (23, "cut")]
     # lost before there are ten steps to compare with
-    assert said(real("rate 0.03, no warm-up")) == [(10, "fallen"), (15, "cut")]
+    assert said(real("rate 0.03, no warm-up")) == [(6, "fallen"), (15, "cut")]
     known = finding(real("rate 0.03, no warm-up"), "fallen").known
     assert known == "the reward fell from 0.951 in step 1 to 0.0129 in steps 21 to 30"
     last = findings(GRPO, course_of(GRPO, real("rate 0.03")))
@@ -108,7 +108,7 @@ def test_all_groups_dead_are_told_apart():
     assert "the model has collapsed (entropy 0.18 to " in found.known and "not convergence" in found.known
     assert "new --proj_dir" in found.advice and "--lr_init than 0.003" in found.advice
     hard = course(60, reward=0.0, noise=0.0, dead_groups=1.0)
-    assert said(hard) == [(WINDOW, "too hard")]
+    assert said(hard) == [(EARLY, "too hard")]
     assert "partial" in finding(hard, "too hard").advice
     stuck = course(60, reward=1.2, noise=0.0, dead_groups=0.95)
     assert said(stuck) == [(WINDOW, "alike")]
@@ -122,7 +122,11 @@ def test_a_reward_of_the_users_own_has_no_known_end():
     own = dataclasses.replace(GRPO, rewards={"exact": 1.0, "own": 0.1})
     assert bounds(own) is None
     dead = course(40, reward=5.0, noise=0.0, dead_groups=1.0)
-    assert said(dead, own) == [(WINDOW, "alike")]
+    assert said(dead, own) == [(EARLY, "constant")]
+    told = finding(dead, "constant", own).known
+    assert f"exact, own gave 5 to all of the {40 * 16 * own.group_size:,} answers so far" in told
+    once = [dead[0] | {"reward": 4.0, "dead_groups": 0.9}, *dead[1:]]
+    assert said(once, own) == [(WINDOW, "alike")]
     fallen = course(40, reward=(5.0, 1.0), dead_groups=(0.5, 1.0))
     assert {kind for _, kind in said(fallen, own)} == {"fallen", "collapsed"}
 
@@ -181,6 +185,27 @@ def test_a_warning_is_said_once_also_over_a_resume_and_undone_steps_do_not_count
     assert said(missing) == [], "a step of which all groups failed knows nothing"
 
 
+def test_a_reward_that_is_gone_at_once_is_told_before_ten_steps():
+    gone = [
+        line | {"reward": reward} for line, reward in zip(course(9), [1.0, 0.12] + [0.01] * 7, strict=True)
+    ]
+    assert said(gone) == [(4, "fallen")]
+    text = [CollapseWatch(GRPO, gone[:3]).after(gone[3])]
+    assert text[0].startswith("WARNING: the reward fell from 1 in step 1 to 0.0467 in steps 2 to 4.")
+    # so little is a right answer more or less
+    rare = [line | {"reward": 0.05 if line["step"] == 1 else 0.0} for line in gone]
+    assert said(rare) == []
+
+
+def test_a_short_run_without_a_live_group_and_too_few_tokens_is_told_what_to_do_first():
+    dead = course(4, reward=0.0, noise=0.0, dead_groups=1.0, cut=0.99)
+    assert said(dead) == [(EARLY, "cut"), (EARLY, "too hard")]
+    found = findings(GRPO, course_of(GRPO, dead))
+    assert [one.kind for one in found] == ["cut", "too hard"] and found[0].tries[0] == "a larger --max_tokens"
+    assert "the lowest possible is 0" in found[1].known
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_no_fall(seed):
+    assert said(course(9, seed, noise=0.2)) == []
     assert said(course(300, seed, noise=0.1)) == []

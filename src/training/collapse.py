@@ -18,6 +18,8 @@ from ..evaluation.rewards import RANGES
 from .loss_metrics import percent
 
 WINDOW = 10  # steps that are looked at together
+EARLY, EARLY_GROUPS = 3, 16  # steps, and groups in them, that show what is plain before
+LOST = 0.1  # of the first reward: so little in EARLY steps is no chance
 DEAD = 0.9  # from this share of groups on nearly nothing is learnt
 NEAR = 0.05  # of the reward's range: so near to its end counts as there
 STANDARD_ERRORS = 4.0  # by more than so many a mean has to have moved
@@ -69,7 +71,7 @@ class Window(NamedTuple):
         """That of at least one line."""
         rewards = _known(lines, "reward")
         gaps = _known(lines, "engine_gap_max")
-        units = sum(line.get("units") or 0 for line in lines)
+        units = _groups(lines)
         return cls(
             (lines[0]["step"], lines[-1]["step"]),
             _mean(rewards),
@@ -94,15 +96,16 @@ class Course:
     start: Window
     top: Window
     now: Window
+    constant: int = 0  # how many answers there were, where all of them got the same reward; else 0
 
 
 def findings(config: Config, course: Course) -> list[Finding]:
     """All that is wrong now; nothing where all is well."""
     found = [
+        _cut(config, course),  # before what comes of it
         _dead(config, course),
         _fallen(config, course),
         _entropy(config, course),
-        _cut(config, course),
         _longer(config, course),
         _gap(config, course.now),
         _failed(course.now),
@@ -171,14 +174,22 @@ def _dead(config: Config, course: Course) -> Finding | None:
     if ends and max(course.top.reward, now.reward) <= ends[0] + NEAR * (ends[1] - ends[0]):
         return Finding(
             "too hard",
-            f"{seen}: nearly all answers are wrong from the start (reward {now.reward:.3g}, at least"
-            f" {ends[0]:.3g})",
+            f"{seen}: nearly all answers are wrong from the start (reward {now.reward:.3g}; the lowest"
+            f" possible is {ends[0]:.3g})",
             (
                 "easier questions",
                 "supervised training on right answers first",
                 "a reward that gives a part (partial)",
                 f"more answers (--group_size above {config.group_size})",
             ),
+        )
+    if course.constant:
+        names = ", ".join(config.rewards)
+        return Finding(
+            "constant",
+            f"{names} gave {now.reward:.3g} to all of the {course.constant:,} answers so far, which teaches"
+            " nothing",
+            ("a look at samples.jsonl", "a reward that gives better answers more"),
         )
     gained = has_gained(config, course)
     return Finding(
@@ -201,6 +212,24 @@ def _fallen(config: Config, course: Course) -> Finding | None:
     return Finding(
         "fallen",
         f"the reward fell from {before:.3g} in {when} to {course.now.reward:.3g} in {course.now.text}",
+        _gentler(config),
+    )
+
+
+def _lost(config: Config, lines: Sequence[dict]) -> Finding | None:
+    """What the first steps say of a reward that is gone before there is a WINDOW."""
+    first, now, ends = lines[0], Window.of(lines[-EARLY:]), bounds(config)
+    if len(lines) <= EARLY or first.get("reward") is None or not first.get("dead_groups", 1) <= DEAD:
+        return None
+    lowest = ends[0] if ends else 0.0
+    least = 2 * LEAST_FALL * (ends[1] - ends[0]) if ends else 0.0
+    before = first["reward"] - lowest
+    if not (before > least and now.reward - lowest < LOST * before):
+        return None
+    return Finding(
+        "fallen",
+        f"the reward fell from {first['reward']:.3g} in step {first['step']} to {now.reward:.3g} in"
+        f" {now.text}",
         _gentler(config),
     )
 
@@ -321,18 +350,21 @@ class CollapseWatch:
         self.first: list[dict] = []
         self.last: list[dict] = []
         self.top: Window | None = None
+        self.answers = 0  # so far, where all had the same reward
+        self.is_constant = True
         self.said: set[str] = set()
         for line in before:
             self.after(line)
 
     @property
     def course(self) -> Course | None:
-        """The run so far; None before there are WINDOW steps."""
-        if len(self.last) < WINDOW:
+        """The run so far; None before its first step."""
+        if not self.last:
             return None
-        untrained = self.first[0].get("reward")
+        untrained, now = self.first[0].get("reward"), Window.of(self.last)
+        constant = self.answers if self.is_constant else 0
         start = math.nan if untrained is None else untrained
-        return Course(start, Window.of(self.first), self.top, Window.of(self.last))
+        return Course(start, Window.of(self.first), self.top or now, now, constant)
 
     def after(self, line: dict) -> str | None:
         """The warnings, with what to do, that are to be said after this step."""
@@ -341,24 +373,35 @@ class CollapseWatch:
         if len(self.first) < WINDOW:
             self.first.append(line)
         self.last = [*self.last, line][-WINDOW:]
+        self.answers += (line.get("units") or 0) * self.config.group_size
+        first, reward = self.first[0].get("reward"), line.get("reward")
+        known = first is not None and reward is not None and line.get("dead_groups") == 1
+        self.is_constant &= known and math.isclose(reward, first, abs_tol=1e-9)
         if len(self.last) == WINDOW:
             now = Window.of(self.last)
             if self.top is None or now.reward > self.top.reward:
                 self.top = now
-        course = self.course
-        found = findings(self.config, course) if course else self._early(line)
+        found = findings(self.config, self.course) if len(self.last) == WINDOW else self._early(line)
         new = [finding for finding in found if finding.kind not in self.said]
         self.said |= {finding.kind for finding in found}
         return "\n".join(map(str, new)) or None
 
     def _early(self, line: dict) -> list[Finding]:
         """What needs no WINDOW of steps."""
-        return [found for found in [_failed(Window.of([line]))] if found]
+        found = [_failed(Window.of([line])), _lost(self.config, self.first)]
+        now = Window.of(self.first)
+        if now.dead == 1 and len(self.first) >= EARLY and _groups(self.first) >= EARLY_GROUPS:
+            found += [_cut(self.config, self.course), _dead(self.config, self.course)]
+        return [one for one in found if one]
 
 
 def course_of(config: Config, metrics: Iterable[dict]) -> Course | None:
-    """That of a whole run."""
+    """That of a whole run, also of one that is too short for early warnings."""
     return CollapseWatch(config, metrics).course
+
+
+def _groups(lines: Sequence[dict]) -> int:
+    return sum(line.get("units") or 0 for line in lines)
 
 
 def _known(lines: Sequence[dict], name: str) -> list[float]:
