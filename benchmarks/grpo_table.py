@@ -68,7 +68,7 @@ def summary(lines: Sequence[dict]) -> dict[str, list[str]]:
     ):
         if own:
             kind = "met" if all(reached) else "missed"
-            found[kind].append(f"{name} ({sum(reached)} of {counted(len(own), 'seed')})")
+            found[kind].append(f"{name} (by {sum(reached)} of {counted(len(own), 'seed')})")
     return found
 
 
