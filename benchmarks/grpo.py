@@ -104,7 +104,7 @@ class Trainings:
     def _train(self, case: Case, seed: int) -> dict:
         flags = as_flags(
             load_model=self.start, data_file=self.files["train"], eval_file=self.files["valid"],
-            peft=case.method, micro_bsz=QUESTIONS, epoch_steps=STEPS, eval_samples=0,
+            peft=case.method, micro_bsz=QUESTIONS, epoch_steps=STEPS, eval_samples=0, eval_steps=0,
             random_seed=seed,
         )  # fmt: skip
         ran = train(

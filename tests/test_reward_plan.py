@@ -11,6 +11,7 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.data.answer_batches import GROUP, collate_answers
 from src.data.answer_unit import AnswerGroup
+from src.data.held_out import evaluations
 from src.data.questions import THOUGHTS, Question, Questions
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.planning import memory
 from src.planning.base_model import build_model
+from src.planning.defaults import choose_eval_steps
 from src.planning.drawing import TOGETHER, draw_bytes
 from src.planning.job import read_data
 from src.planning.own_answers import largest_groups, longest_answer
@@ -153,6 +155,7 @@ def test_the_time_is_that_of_the_tokens(flags, capsys):
     half as many again as a right one.
     """
     given = ["--epoch_steps", "10", "--epoch_count", "3", "--eval_split", "0.1", "--max_tokens", "20"]
+    given += ["--eval_steps", "0"]
     shown, numbers = planned([*flags, *given], capsys)
     assert "; if answers are about as long as the right ones, 5 tokens)" in shown
     assert "estimated, at most\n" in shown and " 0 bytes" not in shown
@@ -189,6 +192,37 @@ def test_evaluations_take_a_tenth_at_most(flags, capsys):
     assert 0 < numbers["evaluated_documents"] < 100
     assert 0.05 < numbers["evaluation_seconds"] / (numbers["seconds"] - numbers["evaluation_seconds"]) <= 0.1
     assert "so that all evaluations take at most a tenth of the run" in shown
+
+
+@pytest.mark.parametrize(
+    ("steps", "inner", "affordable", "every"),
+    [
+        (300, 1, 99.0, 50),
+        (300, 4, 7.0, 52),  # a draw has four steps
+        (300, 1, 4.9, 100),
+        (300, 1, 2.9, -1),
+        (3, 1, 99.0, 1),
+        (8, 8, 99.0, -1),  # all of one draw
+    ],
+)
+def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, every):
+    config, origins = Config(loss="grpo", inner_steps=inner), {}
+    choose_eval_steps(config, origins, steps, affordable)
+    assert config.eval_steps == every and ("eval_steps" in origins) == (every > 0)
+    assert every < 0 or evaluations(config, steps) <= min(7, affordable)
+    given = Config(loss="grpo", inner_steps=inner, eval_steps=0)
+    choose_eval_steps(given, {}, steps, affordable)
+    assert given.eval_steps == 0
+
+
+def test_a_run_evaluates_in_between_where_that_is_cheap(flags, capsys):
+    given = ["--eval_split", "0.01", "--epoch_steps", "60", "--epoch_count", "1"]
+    shown, numbers = planned([*flags, *given], capsys)
+    assert "7 times: before the training, every 10 steps and at its end" in shown
+    assert numbers["evaluation_seconds"] <= 0.1 * (numbers["seconds"] - numbers["evaluation_seconds"])
+    assert "early stop" not in shown
+    shown, _ = planned([*flags, *given, "--eval_steps", "0"], capsys)
+    assert "2 times: before the training and at its end" in shown
 
 
 def test_work_and_speed():

@@ -35,6 +35,7 @@ FEW = 0.05  # the largest share of the documents that is held out
 ENOUGH = 200  # steps; data that make less in one pass are read again
 PASSES = 5  # at most, where they are chosen
 WARM_UP = 0.05  # of a run's steps
+BETWEEN = 5  # evaluations of a run on rewards between the first and the last, at most
 # the search for a learning rate: steps of a trial and of all of them, and the run's part that these may be
 TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 1 / 4
 FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
@@ -159,6 +160,20 @@ def choose_length(config: Config, origins: dict[str, str], steps_per_pass: int, 
             choose(config, origins, "early_stop", a_pass, "a pass without a better evaluation ends the run")
     steps = config.epoch_count * (config.epoch_steps or steps_per_pass)
     choose(config, origins, "warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
+
+
+def choose_eval_steps(config: Config, origins: dict[str, str], steps: int, affordable: float) -> None:
+    """Fill in eval_steps of a run on rewards of so many steps, which can pay for `affordable` evaluations.
+
+    Rewards may fall within a few steps, and best.pth is from an evaluation. Two are there anyway.
+    """
+    between = min(BETWEEN, int(affordable) - 2)
+    if between < 1:
+        return
+    draws = -(-steps // config.inner_steps)
+    every = -(-draws // (between + 1)) * config.inner_steps  # they fall between two draws
+    if every < steps:
+        choose(config, origins, "eval_steps", every, "rewards may fall within a few steps")
 
 
 def warm_up(steps: int) -> int:

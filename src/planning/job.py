@@ -42,6 +42,7 @@ from .defaults import (
     GUESSED,
     choose,
     choose_batch,
+    choose_eval_steps,
     choose_length,
     choose_loss,
     first_guess,
@@ -325,12 +326,16 @@ def choose_evaluation(
     # a run of an older release, which had no such choice, took all of them
     if before and is_automatic(before, "eval_docs"):
         choose(config, origins, "eval_docs", len(order), "as the run has it so far")
-    times = evaluations(config, steps_of(config, schedule)) * readings(config)
+    steps = steps_of(config, schedule)
     if isinstance(held_out, Questions):
         costs = np.array([work.total for work in evaluation_work(held_out.take(order))])
-        work = training_work(config, schedule, steps_of(config, schedule), held_out)
-        fits = paid_for(costs, EVALUATION * work.total / times)
+        budget = EVALUATION * training_work(config, schedule, steps, held_out).total
+        # a run that goes on without them so far has no others
+        if not (before and is_automatic(before, "eval_steps")):
+            choose_eval_steps(config, origins, steps, budget / costs[: config.eval_docs or None].sum())
+        fits = paid_for(costs, budget / evaluations(config, steps))
     else:
+        times = evaluations(config, steps) * readings(config)
         fits = affordable(held_out, order, trained_tokens(config, schedule), times)
     if fits < len(order):
         of_all = counted(len(order), f"held-out {unit_of(config)}")
