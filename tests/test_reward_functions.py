@@ -315,14 +315,16 @@ def test_what_functions_print_is_shown_on_stderr_without_control_characters(func
     functions.call("f", "", [""], "")
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.splitlines() == ["imported", "\\x1b[2Ja line", "to stderr", "by a program", "no end"]
+    printed = ["imported", "\\x1b[2Ja line", "to stderr", "by a program", "no end"]
+    name = os.path.basename(functions.path)
+    assert err.splitlines() == [f"{name}: {line}" for line in printed]
     functions.call("many", "", [""], "")
     *lines, note = capfd.readouterr().err.splitlines()
-    assert lines == [str(number) for number in range(LINES)] and "the rest is left out" in note
+    assert lines == [f"{name}: {number}" for number in range(LINES)] and "the rest is left out" in note
 
 
 def test_a_line_without_end_does_not_fill_the_memory(capfd):
-    printed = Printed()
+    printed = Printed("own.py")
     for _ in range(LINES * 3):
         printed.add(b"x" * CHUNK, hidden=False)
         assert len(printed.partial) + len(printed.tail) <= 4 * CHUNK
@@ -502,7 +504,7 @@ def test_what_a_function_has_started_ends_with_its_process(functions_of, capfd):
         "f",
     )
     functions.call("f", "", [""], "")
-    started = int(capfd.readouterr().err)
+    started = int(capfd.readouterr().err.split()[-1])
     assert not gone(started, 0)
     functions.close()
     assert gone(started)

@@ -75,7 +75,7 @@ class RewardFunctions:
             self.close()
         if self.worker:
             return
-        self.worker = Worker()
+        self.worker = Worker(os.path.basename(self.path))
         file = {"path": self.path, "source": self.source.decode("latin-1")}
         file |= {"names": self.names, "reserved": self.reserved}
         try:
@@ -152,9 +152,10 @@ class RewardFunctions:
 
 
 class Worker:
-    """The process, its pipes, and what it prints."""
+    """The process, its pipes, and what it prints, which is shown after the file's name."""
 
-    def __init__(self):
+    def __init__(self, name: str):
+        self.name = name
         asked, self.requests = os.pipe()
         self.replies, answered = os.pipe()
         self.output, printed = os.pipe()
@@ -173,7 +174,7 @@ class Worker:
                 os.close(descriptor)
         for descriptor in ours:
             os.set_blocking(descriptor, False)
-        self.printed = Printed()
+        self.printed = Printed(name)
         # also when the interpreter ends
         self.end = weakref.finalize(self, end_process, self.process, ours, os.getpid())
 
@@ -181,7 +182,7 @@ class Worker:
         """Send a message and wait for the reply, while what is printed is shown. Raises TimedOut, Ended."""
         rest, reply = memoryview(json.dumps(message).encode() + b"\n"), b""
         deadline = time.monotonic() + seconds
-        self.printed = Printed()
+        self.printed = Printed(self.name)
         with selectors.DefaultSelector() as selector:
             selector.register(self.requests, selectors.EVENT_WRITE)
             selector.register(self.replies, selectors.EVENT_READ)
@@ -278,9 +279,10 @@ class Worker:
 
 
 class Printed:
-    """What is printed during a call: its first lines are shown on stderr, its last bytes are kept."""
+    """What a file prints during a call: its first lines are shown on stderr, its last bytes are kept."""
 
-    def __init__(self):
+    def __init__(self, name: str):
+        self.name = name
         self.tail, self.partial, self.lines = bytearray(), b"", 0
 
     def add(self, chunk: bytes, hidden: bool) -> None:
@@ -305,7 +307,7 @@ class Printed:
             return
         clear()
         # what a model wrote may be printed, so it must not rule the terminal
-        text = printable(line.decode("utf-8", "replace"))
+        text = f"{self.name}: {printable(line.decode('utf-8', 'replace'))}"
         if self.lines > LINES:
             text = f"note: the reward functions print more than {LINES} lines; the rest is left out"
         print(text, file=sys.stderr, flush=True)
