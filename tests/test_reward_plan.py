@@ -68,7 +68,7 @@ def test_the_plan_in_words(flags, capsys):
         " tokens of prompts\n",
         "steps      20 steps of 16 questions (micro_bsz 16 x accumulate 1 x devices 1), ",
         "loss       grpo (dapo), 8 answers to a question, of at most 19 tokens; reward exact - 0.5 partial,"
-        " less the group's mean, over its deviation; clip 0.2 and 0.28; no KL\n",
+        " against the mean of a question's answers, in units of their spread; clip 0.2 and 0.28; no KL\n",
         "prompts    each is read once for its 8 answers, to draw them and to train on them; 128 answers are"
         " drawn at once, at temperature 1\n",
         "evaluation greedy answers to ",
@@ -82,8 +82,8 @@ def test_the_plan_in_words(flags, capsys):
     more = ["--grpo_type", "dr_grpo", "--chunk_ctx", "8", "--inner_steps", "4", "--beta", "0.1"]
     shown, _ = planned([*flags, *given, *more], capsys)
     for words in (
-        "reward exact - 0.5 partial, less the group's mean; clip 0.2 and 0.2; 4 steps on each draw; KL 0.1 to"
-        " the base, adapter off\n",
+        "reward exact - 0.5 partial, against the mean of a question's answers; clip 0.2 and 0.2; 4 steps on"
+        " each draw; KL 0.1 to the base, adapter off\n",
         "prompts    each is read once to draw, and before each answer to train on it, as rows run in chunks;",
     ):
         assert words in shown, words

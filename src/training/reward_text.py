@@ -15,17 +15,18 @@ from ..planning.drawing import rows_of_draw
 def describe_rewards(config: Config) -> str:
     """The loss with its settings.
 
-    "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, less the group's
-    mean, over its deviation; clip 0.2 and 0.28; no KL"
+    "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, against the mean
+    of a question's answers, in units of their spread; clip 0.2 and 0.28; no KL"
     """
     terms = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in config.rewards.items()
     ).replace("+ -", "- ")
-    scale = ", over its deviation" if config.advantage_scale == "group" else ""
+    scale = ", in units of their spread" if config.advantage_scale == "group" else ""
     inner = f"; {config.inner_steps} steps on each draw" if config.inner_steps > 1 else ""
     return (
         f"grpo ({config.grpo_type}), {config.group_size} answers to a question, of at most"
-        f" {counted(config.max_tokens, 'token')}; reward {terms}, less the group's mean{scale}; clip"
+        f" {counted(config.max_tokens, 'token')}; reward {terms}, against the mean of a"
+        f" question's answers{scale}; clip"
         f" {config.clip_low:g} and {config.clip_high:g}{inner}; {_describe_kl(config)}"
     )
 
