@@ -30,8 +30,6 @@ LONGER = 2.0  # times as long as at the start
 CUT = 0.5  # of the answers
 FAILED = 0.1  # of the groups
 MOSTLY_FAILED = 0.5  # of those of one step: what is left tells little of the reward
-# of a model that is lost: which of its states is better is known at the end alone
-AGAIN = "starting again in a new --proj_dir, without --lr_init: then it is a first guess"
 # |ln p of training - ln p of the engine|. In fp32 it is 1e-5 at most; a weight of 1 +- 10 % is still one.
 GAP_FP32, GAP = 1e-3, 0.1
 
@@ -169,7 +167,7 @@ def _dead(config: Config, course: Course) -> Finding | None:
             "collapsed",
             f"{seen}, and the reward fell from {before:.3g} in {when} to {now.reward:.3g}: the model has"
             f" collapsed{_certain(course)}. This is not convergence",
-            (AGAIN, *_gentler(config)),
+            (again(config), _gentler(config)[1]),
         )
     if ends and max(course.top.reward, now.reward) <= ends[0] + NEAR * (ends[1] - ends[0]):
         return Finding(
@@ -334,6 +332,11 @@ def _certain(course: Course) -> str:
     """How much is left of the entropy, where that is little."""
     start, now = course.start.entropy, course.now.entropy
     return f" (entropy {start:.2g} to {now:.2g})" if now < ENTROPY_LEFT * start else ""
+
+
+def again(config: Config) -> str:
+    """What helps where a model is lost: which of its states is better, if any, is known at the end alone."""
+    return f"starting again in a new --proj_dir with {_gentler(config)[0]} (without it: a first guess)"
 
 
 def _gentler(config: Config) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import Config
-from .collapse import AGAIN, bounds, course_of, findings
+from .collapse import again, bounds, course_of, findings
 from .loss_metrics import metrics_of, percent
 from .validation_log import evaluation_at
 from .verdict import Doubt
@@ -65,9 +65,10 @@ def reward_doubt(config: Config, step: int, metrics: Sequence[dict], history: li
         return None
     if is_lost(step, history):
         known.append("nothing that this run wrote is better than its base")
-        tries.insert(0, AGAIN)
-    # many findings have the same remedy
-    return Doubt(known, ", or ".join(dict.fromkeys(tries)) or _other_settings(config))
+        tries.insert(0, again(config))
+    # many findings have the same remedy, alone or within another
+    others = [one for one in dict.fromkeys(tries) if not any(one in more and one != more for more in tries)]
+    return Doubt(known, ", or ".join(others) or _other_settings(config))
 
 
 def is_lost(step: int, history: list[dict]) -> bool:
