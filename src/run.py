@@ -114,18 +114,18 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
     over = first_step >= job.steps or is_over(history, config.early_stop)
+    notes = []
     if resume_from:
         check_inputs(
             resume_from,
             inputs(model, data.documents, data.held_out, reference_of(config)),
             model.base_identity,
         )
-        note = config.on_rewards and reward_note(resume_from, reward_digest)
-        if note and is_first_process():
-            print(f"note:      {note}", flush=True)
+        if config.on_rewards and (note := reward_note(resume_from, reward_digest)):
+            notes.append(f"note:      {note}")
     plan = []
     if is_first_process():
-        short = plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))
+        short = [*notes, *plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))]
         plan = [*short, *plan_text.details(job)]
         print("\n".join(plan if config.verbose else short), flush=True)
         if resume_from:

@@ -16,7 +16,7 @@ from ..config.reward_rules import check_rewards
 from ..data.units import Units
 from ..model import RWKV
 from ..planning.defaults import choose
-from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, list_checkpoints, output_path
+from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, checkpoint_step, list_checkpoints, output_path
 from .validation_log import BEST
 
 # Settings that a resumed run may change without becoming another run. They say how a step is computed, how
@@ -178,7 +178,10 @@ def reward_note(path: str, digest: str | None) -> str | None:
     before = read_metadata(path).get("reward_file")
     if before == digest:
         return None
-    return "--reward_file is not as it was when the checkpoint was written; the rewards may be other ones now"
+    return (
+        "--reward_file is not as it was when the checkpoint was written; rewards after step"
+        f" {checkpoint_step(path)} may be other ones than those before"
+    )
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:
