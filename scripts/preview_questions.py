@@ -199,6 +199,7 @@ def overview(
 ) -> list[str]:
     """The lines about the questions as a whole."""
     told = figures(config, found)
+    longer = told["longer_than_max_tokens"]
     reason = origins.get("max_tokens", "").removeprefix(f"{CHOSEN}: ")
     lines = [
         *found.report.source_lines(),
@@ -207,7 +208,8 @@ def overview(
         f"questions  {told['rows']:,}; a prompt has {_spread(told['lengths'])}",
         f"right      answers have {_spread(told['right_lengths'])}, with their end",
         f"max_tokens {config.max_tokens}{f': {reason}' if reason else ''};"
-        f" {told['longer_than_max_tokens']:,} right answers are longer",
+        f" {counted(longer, 'right answer') if longer else 'no right answer'}"
+        f" {'are' if longer > 1 else 'is'} longer",
         f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
         f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
         f"loss       {describe_rewards(config)}",

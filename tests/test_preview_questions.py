@@ -122,10 +122,7 @@ def test_what_people_read(show):  # noqa: F811
     )
     assert code == 1
     assert "questions  5; a prompt has 22 tokens" in output
-    assert (
-        "for the reward regex, which does not tell how long an answer is; 0 right answers are longer"
-        in output
-    )
+    assert "a quarter more, and 16, for the reward exact; no right answer is longer" in output
     assert "reward     exact: 1 in the mean of 5 right answers\n" in output
     assert "reward     regex: 0.4 in the mean of 5 right answers, at least 0\n" in output
     assert "finding    unrewarded, 3 rows" in output

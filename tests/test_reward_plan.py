@@ -22,7 +22,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.planning import memory
 from src.planning.base_model import build_model
-from src.planning.defaults import choose_eval_steps
+from src.planning.defaults import choose_eval_steps, first_guess
 from src.planning.drawing import TOGETHER, draw_bytes
 from src.planning.job import read_data
 from src.planning.own_answers import largest_groups, longest_answer
@@ -30,6 +30,8 @@ from src.planning.step import chunks_of, grpo_of
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.planning.throughput import DRAWN, Speed, Work
 from src.training.objective import objective
+from src.training.plan_text import above_guess
+from src.training.reward_text import long_answers
 
 from .conftest import make_arch
 from .test_plan import SIZES
@@ -311,3 +313,24 @@ def test_drawing_takes_no_more_than_is_planned(version, kernel):
         decoder.close()
     room = draw_bytes(config, arch, "fp32", "cpu")
     assert room / 4 < live.peak < room
+
+
+def test_right_answers_that_cannot_be_drawn_are_told():
+    """The end of an answer is a token of it."""
+    questions = [Question(["a"], right) for right in ("1", "1234", "12345")]
+    prompts = [np.ones(1, np.int32)] * 3
+    told = long_answers(Questions(questions, prompts, 2, 4), BYTES)
+    assert told == "2 of 3 right answers have more tokens than --max_tokens 4, so that they can't be drawn"
+    assert not long_answers(Questions(questions, prompts, 2, 6), BYTES)
+
+
+def test_a_rate_far_above_the_first_guess_is_told():
+    arch = make_arch(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+    config = Config(loss="grpo", load_model="base.pth", peft_config={"r": 4})
+    guess = first_guess(config, arch)
+    config.lr_init = 5 * guess
+    assert not above_guess(config, arch)
+    config.lr_init = 20 * guess
+    assert above_guess(config, arch) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
+    config.loss = "sft"
+    assert not above_guess(config, arch)

@@ -46,7 +46,10 @@ def mistake(*flags):
             "--reward_length 9 is not below --max_tokens",
         ),
         ("--reward_timeout 0", "--reward_timeout 0.0: must be at least 0.1"),
-        ("--group_size 1", "--group_size 1: must be at least 2"),
+        ("--group_size 1", "--group_size 1: an answer learns from being better or worse than others"),
+        ("--resume auto --rewards own=1", "with a function own, named again as code counts on the command"),
+        ("--loss GRPO", "did you mean grpo?"),
+        ("--loss sft --rewards exact=1", "--rewards exact=1 has no meaning with --loss sft"),
         ("--clip_low 1.5", "--clip_low 1.5: must not be above 1"),
         ("--inner_steps 0", "--inner_steps 0: must be at least 1"),
         ("--grpo_type bnpo", "expected one of dapo, grpo, dr_grpo"),
@@ -143,3 +146,11 @@ def test_what_trl_calls_it(flags, today):
     plain = dataclasses.asdict(settings()[0])
     found = parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])[0]
     assert dataclasses.asdict(found) == plain | today
+
+
+def test_a_reward_without_a_weight_has_the_weight_1():
+    for flags, wanted in (
+        ("--rewards exact", {"exact": 1}),
+        ("--rewards exact,partial=0.5", {"exact": 1, "partial": 0.5}),
+    ):
+        assert settings(*flags.split())[0].rewards == wanted

@@ -60,8 +60,11 @@ def check_loss(config: Config) -> None:
     for name, (losses, instead) in OF_LOSSES.items():
         if config.loss not in losses and getattr(config, name) != getattr(Config(), name):
             other = f"; {instead[config.loss]}" if config.loss in instead else ""
+            value = getattr(config, name)
+            if isinstance(value, dict):
+                value = ",".join(f"{key}={item}" for key, item in value.items())
             raise UserError(
-                f"--{name} {getattr(config, name)} has no meaning with --loss {config.loss}: it is for"
+                f"--{name} {value} has no meaning with --loss {config.loss}: it is for"
                 f" {', '.join(losses)}{other}; drop it, or choose another --loss"
             )
     if config.loss == "sft":

@@ -76,12 +76,14 @@ class LossSettings(DataSettings):
 
     rewards: dict = opt(
         {},
-        "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. exact, number, boxed or"
-        " math_verify: 1 for the right answer, judged as by scripts.evaluate. partial: the share of"
-        " characters in the right place. regex: 1 where --reward_regex is found. length: 0, and less for"
-        " answers above --reward_length. Another name: the function of this name in --reward_file. A weight"
-        " of 0 shows a reward without training on it. Empty: exact=1",
+        "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. A name alone has the"
+        " weight 1. exact, number, boxed or math_verify: 1 for the right answer, judged as by"
+        " scripts.evaluate. partial: the share of characters in the right place. regex: 1 where"
+        " --reward_regex is found. length: 0, and less for answers above --reward_length. Another name: the"
+        " function of this name in --reward_file. A weight of 0 shows a reward without training on it."
+        " Empty: exact=1",
         automatic=True,
+        bare=1.0,
     )
     reward_file: str = opt(
         "",
@@ -103,7 +105,7 @@ class LossSettings(DataSettings):
         high=1e6,
     )
     group_size: int = opt(
-        8, "grpo: answers drawn for each question", alias=("num_generations",), low=2, high=2**16
+        8, "grpo: answers drawn for each question, at least 2", alias=("num_generations",), low=1, high=2**16
     )
     max_tokens: int = opt(
         0,

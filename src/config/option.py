@@ -50,15 +50,17 @@ def opt(
     high: float | None = None,
     below: float | None = None,
     words: dict[str, Any] | None = None,
+    bare: Any = None,
 ) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
     `automatic`: the default is no value but leaves the choice to the program, which fills it in
     (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
-    that is too large. `words` are values that may be given as a word.
+    that is too large. `words` are values that may be given as a word. `bare` is what a name without a value
+    has in a mapping.
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
-    meta["bounds"] = Bounds(low, high, below)
+    meta["bounds"], meta["bare"] = Bounds(low, high, below), bare
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)

@@ -167,9 +167,8 @@ def _typed_value(name: str, value: Any) -> Any:
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         known = [c for c in choices if c]
-        raise UserError(
-            f"--{name} {value}: expected one of {', '.join(known)}{did_you_mean(str(value), known)}"
-        )
+        meant = did_you_mean(str(value).lower(), known)
+        raise UserError(f"--{name} {value}: expected one of {', '.join(known)}{meant}")
     return value
 
 
@@ -194,7 +193,7 @@ def _finite_number(text: str, kind: type) -> int | float:
 
 
 def _read_mapping(name: str, value: Any) -> dict[str, Any]:
-    """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
+    """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32; a name alone has the setting's bare value."""
     if isinstance(value, dict):
         return {str(name): given for name, given in value.items()}
     text = str(value).strip()
@@ -206,13 +205,17 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
                 f"--{name} {text}: not valid JSON ({error.msg} at column {error.colno})"
             ) from None
     options: dict[str, Any] = {}
+    bare = FIELDS[name].metadata["bare"]
     for pair in filter(None, (part.strip() for part in text.split(","))):
         key, sign, raw = pair.partition("=")
-        if not sign:
+        if not sign and bare is None:
             raise UserError(f"--{name} {text}: expected JSON or key=value pairs, got {pair!r}")
         if key in options:
             raise UserError(f"--{name} {text}: {key} is given twice; keep one")
-        options[key] = raw.split("+") if key in TARGET_NAMES else _json_or_text(raw)
+        if not sign:
+            options[key] = bare
+        else:
+            options[key] = raw.split("+") if key in TARGET_NAMES else _json_or_text(raw)
     return options
 
 

@@ -19,6 +19,11 @@ def check_rewards(config: Config) -> None:
     """All rules of --loss grpo. A resumed run is asked again when it has the rewards of the run so far."""
     if not config.on_rewards:
         return
+    if config.group_size < 2:
+        raise UserError(
+            "--group_size 1: an answer learns from being better or worse than others to the same question;"
+            " give at least 2"
+        )
     check_weights(config)
     check_own_functions(config)
     for name, setting in OF_REWARDS.items():
@@ -61,6 +66,8 @@ def check_own_functions(config: Config) -> None:
         if config.reward_file and name.isidentifier():
             continue
         wish = f", or --reward_file FILE.py with a function {name}"
+        if config.resume == "auto":
+            wish += ", named again as code counts on the command line only"
         if not name.isidentifier():
             wish = "; a function of --reward_file has a Python name"
         raise UserError(

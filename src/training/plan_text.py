@@ -14,11 +14,12 @@ from ..data.batches import Schedule
 from ..data.chat_template import Template
 from ..data.held_out import evaluations
 from ..data.leading_token import describe_leading
+from ..data.questions import Questions
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
-from ..planning.defaults import CHOSEN, search_size
+from ..planning.defaults import CHOSEN, first_guess, search_size
 from ..planning.job import Cost, Job, steps_of
 from ..planning.launches import slow_line
 from ..planning.step import chunks_of, unit_of
@@ -34,10 +35,12 @@ from .document_text import short_unit, unit_sample
 from .loggers import describe_writers, places_to_watch
 from .optimizer import learning_rate_factor, state_learning_rate
 from .preference_text import loss_lines, loss_warnings
+from .reward_text import long_answers
 from .run_card import CARD
 from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
 LINES = 14  # of the plan, at most
+FAR = 5  # so many times the first guess a rate on rewards is told
 LABEL = 11  # characters that a line begins with
 
 
@@ -63,7 +66,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
         *loss_lines(config, job.data.documents, job.schedule, job.model.arch),
         f"trained    {trained(config, job.model)}",
-        f"rates      {rates(config, job.steps, job.origins)}",
+        f"rates      {rates(config, job.steps, job.origins)}{above_guess(config, job.model.arch)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
         evaluation(config, len(job.evaluated), len(job.data.held_out), job.steps, cost),
@@ -170,6 +173,13 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
 
+def above_guess(config: Config, arch: Arch) -> str:
+    """That a rate is far above the first guess, for a loss that has no search for it; else nothing."""
+    if not config.on_rewards or config.lr_init <= FAR * (guess := first_guess(config, arch)):
+        return ""
+    return f"; {config.lr_init / guess:.3g} times the first guess, {guess:g}: rewards may collapse"
+
+
 def needs(cost: Cost, where: str) -> str:
     """The line of the plan about memory and time."""
     most = "at most about" if cost.provided else "about"  # of answers that are as long as they may be
@@ -216,6 +226,8 @@ def warnings(job: Job, cost: Cost) -> list[str]:
     """What of the data, the device or the settings is probably not meant so."""
     config, device, documents = job.config, job.device, job.data.documents
     texts = [*cut_warnings(config, documents), *loss_warnings(config, documents)]
+    if isinstance(documents, Questions) and (long := long_answers(documents, job.tokenizer)):
+        texts.append(long)
     if bad := job.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")

@@ -9,6 +9,8 @@ from rwkv_miss.files.hub_names import recorded
 
 from ..common.formatting import counted
 from ..config import Config
+from ..data.questions import Questions, text_length
+from ..data.tokenizer import Tokenizer
 from ..planning.drawing import rows_of_draw
 
 
@@ -28,6 +30,17 @@ def describe_rewards(config: Config) -> str:
         f" {counted(config.max_tokens, 'token')}; reward {terms}, against the mean of a"
         f" question's answers{scale}; clip"
         f" {config.clip_low:g} and {config.clip_high:g}{inner}; {_describe_kl(config)}"
+    )
+
+
+def long_answers(asked: Questions, tokenizer: Tokenizer) -> str:
+    """How many right answers can't be drawn, as they and an end are too long; nothing where none is."""
+    lengths = [text_length(tokenizer, question.right) for question in asked.questions]
+    if not (long := sum(length >= asked.max_tokens for length in lengths)):
+        return ""
+    return (
+        f"{long:,} of {counted(len(lengths), 'right answer')} {'has' if long == 1 else 'have'} more tokens"
+        f" than --max_tokens {asked.max_tokens}, so that {'it' if long == 1 else 'they'} can't be drawn"
     )
 
 
