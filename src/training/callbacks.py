@@ -87,6 +87,7 @@ class StepReport(Callback):
         self.path, self.total, self.started = path, total, started
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.training = self.stop = False
+        self.inner_steps = 1  # steps on the same drawn answers
         self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
