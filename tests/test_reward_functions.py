@@ -101,7 +101,7 @@ def loops(prompt, answers, right):
         pass
 
 def closes_all(prompt, answers, right):
-    os.closerange(0, 100)
+    os.closerange(0, 1000)
     time.sleep(1000)
 
 def changes_python(prompt, answers, right):
@@ -110,7 +110,7 @@ def changes_python(prompt, answers, right):
     return [1, 0, 0]
 
 def writes(text, times=1):
-    for descriptor in range(3, 20):
+    for descriptor in range(3, 1000):
         try:
             for _ in range(times):
                 os.write(descriptor, text)
