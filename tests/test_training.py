@@ -269,13 +269,13 @@ def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, ca
         and "step         6" in shown
     )
     assert f"for merge and chat there is {plain[0]}/adapter.pth" in shown
-    alone = shutil.copy(path, tmp_path)
+    alone, merged = shutil.copy(path, tmp_path), tmp_path / "merged.pth"
     for file, output in ((path, f"{plain[0]}/adapter.pth"), (alone, "the adapter.pth of its run")):
         for use in (
             read_model_file,
             lambda file: rwkv_miss.load_adapter(RWKV.load(base), file),
-            lambda file: rwkv_miss.merge_file(base, file, "out"),
-            lambda file: rwkv_miss.merge_file(file, plain[0] / "adapter.pth", "out"),
+            lambda file: rwkv_miss.merge_file(base, file, merged),
+            lambda file: rwkv_miss.merge_file(file, plain[0] / "adapter.pth", merged),
         ):
             with pytest.raises(
                 rwkv_miss.UserError,
