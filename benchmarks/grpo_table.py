@@ -10,6 +10,7 @@ from src.common.formatting import counted
 
 from .common import as_flags
 from .paper.results import Table
+from .trainings import mean, share
 
 GREEDY, DRAWN = "greedy", "drawn"
 # of every seed of `rewards`: the share of right greedy answers, CPU seconds, the share of time for drawing
@@ -97,18 +98,6 @@ def table(lines: Sequence[dict]) -> Table:
         columns,
         rows,
     )
-
-
-def mean(own: Sequence[dict], name: str) -> float:
-    return statistics.fmean(line[name] for line in own)
-
-
-def share(own: Sequence[dict], name: str) -> str:
-    """The mean in percent, with the range where it is one."""
-    values = [100 * line[name] for line in own]
-    text = f"{statistics.fmean(values):.1f} %"
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return text if low == high else f"{text} ({low} to {high})"
 
 
 def draw(lines: Sequence[dict]):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 
 from src.common.formatting import counted
 
 from .paper.results import Table
+from .trainings import mean, share
 
 ACCURACY = 0.95  # of rewards, in every seed
 COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
@@ -90,18 +90,6 @@ def table(lines: Sequence[dict]) -> Table:
         columns,
         rows,
     )
-
-
-def mean(own: Sequence[dict], name: str) -> float:
-    return statistics.mean(line[name] for line in own)
-
-
-def share(own: Sequence[dict], name: str) -> str:
-    """The mean in percent, with the range where it is one."""
-    values = [100 * line[name] for line in own]
-    text = f"{statistics.mean(values):.1f} %"
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return text if low == high else f"{text} ({low} to {high})"
 
 
 def draw(lines: Sequence[dict]):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -115,3 +116,16 @@ def write_page(
     write_bytes(str(folder / f"{name}.png"), plot(draw))
     write_text(str(folder / f"{name}.md"), "\n\n".join(parts) + "\n")
     write_text(str(folder / f"{name}.json"), json.dumps(content, indent=1) + "\n")
+
+
+def mean(own: Sequence[dict], name: str) -> float:
+    """That of a figure over the lines of the seeds."""
+    return statistics.fmean(line[name] for line in own)
+
+
+def share(own: Sequence[dict], name: str) -> str:
+    """The mean in percent, with the range where it is one."""
+    values = [100 * line[name] for line in own]
+    text = f"{statistics.fmean(values):.1f} %"
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return text if low == high else f"{text} ({low} to {high})"
