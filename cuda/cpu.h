@@ -11,8 +11,10 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -44,6 +46,37 @@ template <int W> inline Vec<W> fill(float x) { return Vec<W>{} + x; }
 
 template <int W> inline Vec<W> choose(typename Lanes<W>::I mask, Vec<W> yes, Vec<W> no) {
     return mask ? yes : no;
+}
+
+// a * b + c, of vectors or of floats. It is rounded once where the CPU has an instruction for that, else
+// twice. The compiler fuses nothing by itself (-ffp-contract=off). It would do so in the body of a loop and
+// not in its tail, as gcc does when it tunes for Zen or Sapphire Rapids. Then the bits of a number depend on
+// the thread that computes it, and on the rows beside it.
+// In a recurrence the state is a factor of the outermost call: it is the largest number, and is rounded once.
+template <class V> inline V multiply_add(V a, V b, V c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    if constexpr (std::is_same<V, float>()) return __builtin_fmaf(a, b, c);
+#if defined(__AVX512F__)
+    else if constexpr (sizeof(V) == 64)
+        return reinterpret_cast<V>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+            reinterpret_cast<__m512>(c)));
+#endif
+#if defined(__FMA__)
+    else if constexpr (sizeof(V) == 32)
+        return reinterpret_cast<V>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+            reinterpret_cast<__m256>(c)));
+#else
+    else if constexpr (sizeof(V) == 16)
+        return reinterpret_cast<V>(vfmaq_f32(reinterpret_cast<float32x4_t>(c),
+            reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+#endif
+    else {
+        for (size_t l = 0; l < sizeof(V) / sizeof(float); l++) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+        return c;
+    }
+#else
+    return a * b + c;
+#endif
 }
 
 template <int W> inline typename Lanes<W>::U zero_extend(typename Lanes<W>::H half) {
@@ -96,14 +129,14 @@ template <int W> inline Vec<W> exponential(Vec<W> x) {
     const float shift = 12582912.f;
     V low = fill<W>(-87.3f),
       clamped = choose<W>(x < low, low, choose<W>(x > fill<W>(88.f), fill<W>(88.f), x));
-    V shifted = clamped * 1.44269504f + shift, n = shifted - shift;
-    V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
+    V shifted = multiply_add(clamped, fill<W>(1.44269504f), fill<W>(shift)), n = shifted - shift;
+    V r = multiply_add(n, fill<W>(2.12194440e-4f), multiply_add(n, fill<W>(-0.693359375f), clamped));
+    V p = multiply_add(r, fill<W>(1.9875691500e-4f), fill<W>(1.3981999507e-3f));  // Cephes expf
+    p = multiply_add(p, r, fill<W>(8.3334519073e-3f));
+    p = multiply_add(p, r, fill<W>(4.1665795894e-2f));
+    p = multiply_add(p, r, fill<W>(1.6666665459e-1f));
+    p = multiply_add(p, r, fill<W>(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r) + 1.f;
     I power;
     memcpy(&power, &shifted, sizeof power);
     power = (power - 0x4b400000 + 127) << 23;
@@ -139,7 +172,7 @@ template <int W, class Number> inline std::pair<float, float> moments(const Numb
     const float mean = sum<W>(total) / n;
     for (long i = 0; i < n; i += W) {
         const auto centred = read<W>(x + i) - mean;
-        squares += centred * centred;
+        squares = multiply_add(centred, centred, squares);
     }
     const float variance = sum<W>(squares) / n;
     return {mean, 1.f / std::sqrt(variance + eps) + variance * 0.f};
@@ -241,18 +274,12 @@ struct Buffer {
     float* data;
 };
 
-// One copy of the work for every thread: in two the compiler may contract products and sums differently, and
-// the last bit of a number would depend on the thread that got to it first.
-template <class Work> __attribute__((noinline)) void do_item(const Work& work, long item, int thread) {
-    work(item, thread);
-}
-
 // work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they
 // are free
 template <class Work> inline void parallel(long items, int threads, Work work) {
     std::atomic<long> next{0};
     auto run = [&](int thread) {
-        for (long item; (item = next.fetch_add(1)) < items;) do_item(work, item, thread);
+        for (long item; (item = next.fetch_add(1)) < items;) work(item, thread);
     };
     std::vector<std::thread> others;
     for (int i = 1; i < threads && i < items; i++) others.emplace_back(run, i);

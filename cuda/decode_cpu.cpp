@@ -122,8 +122,8 @@ private:
             else store<W>(first + n, at(v));
             const Vec<W> kappa = at(k) * own(layer.k_k), a = sigmoid<W>(at(p)),
                          key = at(k) * (1.f + (a - 1.f) * own(layer.k_a));
-            square += kappa * kappa;
-            bonus += at(r) * key * own(layer.r_k);
+            square = multiply_add(kappa, kappa, square);
+            bonus = multiply_add(at(r) * key, own(layer.r_k), bonus);
             store<W>(minus + n, -kappa);
             store<W>(b + n, kappa * a);
             store<W>(decay + n, exponential<W>(-RATE * sigmoid<W>(at(w))));

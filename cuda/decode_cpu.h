@@ -62,8 +62,8 @@ template <int W> void recur6(const float* r, const float* k, const float* v, con
         const float d = decay[j], rj = r[j], kj = k[j], now = u[j] * k[j];
         each<W>(N, [&](long i) {
             const Vec<W> s = load<W>(before + j * N + i), vi = load<W>(v + i);
-            store<W>(y + i, load<W>(y + i) + rj * (s + now * vi));
-            store<W>(after + j * N + i, s * d + kj * vi);
+            store<W>(y + i, multiply_add(fill<W>(rj), multiply_add(fill<W>(now), vi, s), load<W>(y + i)));
+            store<W>(after + j * N + i, multiply_add(s, fill<W>(d), kj * vi));
         });
     }
 }
@@ -75,15 +75,18 @@ template <int W> void recur7(const float* r, const float* d, const float* k, con
     for (long i = 0; i < N; i += W) {
         Vec<W> sums[W] = {};
         for (int n = 0; n < W; n++)
-            each<W>(N, [&](long j) { sums[n] += load<W>(before + (i + n) * N + j) * load<W>(a + j); });
+            each<W>(N, [&](long j) {
+                sums[n] = multiply_add(load<W>(before + (i + n) * N + j), load<W>(a + j), sums[n]);
+            });
         const Vec<W> sa = row_sums<W>(sums);
         Vec<W> out[W] = {};
         for (int n = 0; n < W; n++)
             each<W>(N, [&](long j) {
-                const Vec<W> s = load<W>(before + (i + n) * N + j) * load<W>(d + j) + sa[n] * load<W>(b + j) +
-                                 v[i + n] * load<W>(k + j);
+                const Vec<W> added =
+                                 multiply_add(fill<W>(v[i + n]), load<W>(k + j), sa[n] * load<W>(b + j)),
+                             s = multiply_add(load<W>(before + (i + n) * N + j), load<W>(d + j), added);
                 store<W>(after + (i + n) * N + j, s);
-                out[n] += s * load<W>(r + j);
+                out[n] = multiply_add(s, load<W>(r + j), out[n]);
             });
         store<W>(y + i, row_sums<W>(out));
     }

@@ -164,7 +164,8 @@ inline void accumulate(
                 const Vec<W> activations = load<W>(from[t] + i + p * W);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++)
-                    own[(a - FIRST) * R * X + r * X + t] += wide[r] * activations;
+                    own[(a - FIRST) * R * X + r * X + t] =
+                        multiply_add(wide[r], activations, own[(a - FIRST) * R * X + r * X + t]);
             }
         }
     };
@@ -183,8 +184,7 @@ inline void accumulate(
         for (int r = 0; r < R; r++)
             for (int t = 0; t < X; t++) {
                 float& sum = reinterpret_cast<float*>(&sums[0][r * X + t])[0];
-                // rounded once, as gcc would in some tiles and not in others
-                sum = __builtin_fmaf(value(weights + r * n + i), from[t][i], sum);
+                sum = multiply_add(value(weights + r * n + i), from[t][i], sum);
             }
 }
 
@@ -293,7 +293,7 @@ template <class T, int V, int X> inline void add_tile(const T* rows, long column
         Vec<W> wide[V];
         for (int v = 0; v < V; v++) wide[v] = widened(weights + v * W, v < V - 1 ? W : count);
         for (int t = 0; t < X; t++)
-            for (int v = 0; v < V; v++) sums[v][t] += wide[v] * x[t][row];
+            for (int v = 0; v < V; v++) sums[v][t] = multiply_add(wide[v], fill<W>(x[t][row]), sums[v][t]);
     }
     for (int v = 0; v < V; v++)
         for (int t = 0; t < X; t++)

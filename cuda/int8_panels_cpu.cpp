@@ -14,9 +14,6 @@
 //   panels_multiply(matrix, rows, columns, x, B, y, first, last)
 //       y (B, rows) = x (B, columns) times the matrix's rows [first, last), transposed
 #include "int8_panels.h"
-#if defined(__AVXVNNI__)
-#include <immintrin.h>
-#endif
 
 namespace panels {
 namespace {
@@ -173,8 +170,9 @@ template <int T> void multiply(Tile tile) {
                 }
             for (int v = 0; v < VECTORS; v++)
                 for (int t = 0; t < T; t++)
-                    totals[v][t] += __builtin_convertvector(sums[v][t], Vec<W>) *
-                                    tile.activations[t].scales[part] * widen<W>(weight_scales + v * W);
+                    totals[v][t] = multiply_add(
+                        __builtin_convertvector(sums[v][t], Vec<W>) * tile.activations[t].scales[part],
+                        widen<W>(weight_scales + v * W), totals[v][t]);
         }
         __builtin_prefetch(tile.panel + AHEAD_BYTES, 0, 2);
         tile.panel += ROWS * 2;

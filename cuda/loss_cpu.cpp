@@ -36,7 +36,6 @@ template <class Number> float row_loss(Number* row, long V, long target, float w
             for (long l = 0; l < V - i; l++) write<1>(row + i + l, Vec<1>{x[l]});
     }
     auto add = [&](long i, float logit, float more) {
-        // in this order weight 1 changes no bit, whatever the compiler contracts
         write<1>(row + i, (exponential<1>(Vec<1>{logit - most}) * (1.f / all) + more) * weight);
     };
     const float pull = l2wrap * most;

@@ -54,7 +54,8 @@ template <int W> float decays(const Inputs& in, Rows w, float* decay, float* slo
 // r . (u * k)
 template <int W> float bonus(const float* r, const float* u, const float* k, long N) {
     Vec<W> total = {};
-    for (long n = 0; n < N; n += W) total += load<W>(r + n) * load<W>(u + n) * load<W>(k + n);
+    for (long n = 0; n < N; n += W)
+        total = multiply_add(load<W>(r + n) * load<W>(u + n), load<W>(k + n), total);
     return sum<W>(total);
 }
 
@@ -79,8 +80,8 @@ template <int W, int R> float forward_columns(
             for (int l = 0; l < R; l++) {
                 float* p = S + (i * R + l) * W;
                 V s = load<W>(p);
-                yt[l] += s * ri;
-                store<W>(p, s * di + vt[l] * ki);
+                yt[l] = multiply_add(s, ri, yt[l]);
+                store<W>(p, multiply_add(s, di, vt[l] * ki));
             }
         }
         for (int l = 0; l < R; l++) {
@@ -144,10 +145,10 @@ template <int W, int C> void reverse_token(const Head& g, long t, long first, lo
             float* row = S + (j - first) * N + key;
             V sum = {};
             for (int l = 0; l < C; l++) {
-                V s = load<W>(row + l * W) * dc[l] + rc[l] * dyj;
+                V s = multiply_add(load<W>(row + l * W), dc[l], rc[l] * dyj);
                 store<W>(row + l * W, s);
-                dk[l] += s * vj;
-                sum += s * kc[l];
+                dk[l] = multiply_add(s, vj, dk[l]);
+                sum = multiply_add(s, kc[l], sum);
             }
             sums[n] = sum;
         }
@@ -172,8 +173,8 @@ template <int W, int C> void forward_token(const Head& g, long t, long first, lo
         float* row = S + (j - first) * N + key;
         for (int l = 0; l < C; l++) {
             V s = load<W>(row + l * W);
-            dr[l] += s * dyj;
-            store<W>(row + l * W, s * dc[l] + kc[l] * vj);
+            dr[l] = multiply_add(s, dyj, dr[l]);
+            store<W>(row + l * W, multiply_add(s, dc[l], kc[l] * vj));
         }
     }
     for (int l = 0; l < C; l++) add_or_store<W>(g.dr[t] + key + l * W, dr[l], add);

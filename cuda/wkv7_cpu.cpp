@@ -60,7 +60,8 @@ template <int W, int R> float forward_rows(const Inputs& in, long head, Rows r, 
     V sa[R] = {}, bad = {};
     if (!in.starts(head, 0))
         for (long j = 0; j < in.N; j++)
-            for (int l = 0; l < R; l++) sa[l] += load<W>(S + (j * R + l) * W) * a[0][j];
+            for (int l = 0; l < R; l++)
+                sa[l] = multiply_add(load<W>(S + (j * R + l) * W), fill<W>(a[0][j]), sa[l]);
     for (long t = 0; t < in.T; t++) {
         prefetch(t + AHEAD, in.T, in.N, r, k, a, b);
         prefetch(t + AHEAD, in.T, R * W, v, y, saved);
@@ -76,10 +77,10 @@ template <int W, int R> float forward_rows(const Inputs& in, long head, Rows r, 
                     aj = fill<W>(after[j]);
             for (int l = 0; l < R; l++) {
                 float* p = S + (j * R + l) * W;
-                const V s = load<W>(p) * dj + sa[l] * bj + vt[l] * kj;
+                const V s = multiply_add(load<W>(p), dj, multiply_add(vt[l], kj, sa[l] * bj));
                 store<W>(p, s);
-                yt[l] += s * rj;
-                next[l] += s * aj;
+                yt[l] = multiply_add(s, rj, yt[l]);
+                next[l] = multiply_add(s, aj, next[l]);
             }
         }
         for (int l = 0; l < R; l++) {
@@ -149,12 +150,12 @@ template <int W, int C> void reverse_token(const Head& g, long t, long first, lo
             const V ei = fill<W>(e[i]), dyi = fill<W>(dy[i]), vi = fill<W>(v[i]), sai = fill<W>(sa[i]);
             V sum_v = {}, sum_e = {};
             for (int l = 0; l < C; l++) {
-                const V s = load<W>(row + l * W) * dc[l] + ac[l] * ei + rc[l] * dyi;
+                const V s = multiply_add(load<W>(row + l * W), dc[l], multiply_add(rc[l], dyi, ac[l] * ei));
                 store<W>(row + l * W, s);
-                dk[l] += s * vi;
-                db[l] += s * sai;
-                sum_v += s * kc[l];
-                sum_e += s * bc[l];
+                dk[l] = multiply_add(s, vi, dk[l]);
+                db[l] = multiply_add(s, sai, db[l]);
+                sum_v = multiply_add(s, kc[l], sum_v);
+                sum_e = multiply_add(s, bc[l], sum_e);
             }
             sums_v[n] = sum_v;
             sums_e[n] = sum_e;
@@ -184,10 +185,11 @@ void forward_token(const Head& g, long t, long first, long last, long key, long 
         const V ei = fill<W>(e[i]), dyi = fill<W>(dy[i]), vi = fill<W>(v[i]), sai = fill<W>(sa[i]);
         float* row = S + (i - first) * N + key;
         for (int l = 0; l < C; l++) {
-            const V before = load<W>(row + l * W), s = before * dc[l] + bc[l] * sai + kc[l] * vi;
+            const V before = load<W>(row + l * W),
+                    s = multiply_add(before, dc[l], multiply_add(kc[l], vi, bc[l] * sai));
             store<W>(row + l * W, s);
-            da[l] += before * ei;
-            dr[l] += s * dyi;
+            da[l] = multiply_add(before, ei, da[l]);
+            dr[l] = multiply_add(s, dyi, dr[l]);
         }
     }
     for (int l = 0; l < C; l++) {
@@ -230,7 +232,7 @@ template <int W> void backward_rows(const Inputs& in, const Head& g, long head, 
     for (long j = 0; j < N; j += W) {
         Vec<W> sum = {};
         for (long i = 0; dsT && i < last - first; i++)
-            sum += load<W>(g.S + i * N + j) * load<W>(dsT + state + i * N + j);
+            sum = multiply_add(load<W>(g.S + i * N + j), load<W>(dsT + state + i * N + j), sum);
         add_or_store<W>(g.end + j, sum, add);
     }
 }

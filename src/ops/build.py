@@ -36,13 +36,15 @@ def cpu_library() -> pathlib.Path:
     """The shared library of cuda/*_cpu.cpp for this CPU, built if need be. Raises BuildError."""
     require_unix()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed
+    # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed.
+    # No contraction: products are fused where the sources say so (multiply_add in cpu.h), for the same bits
+    # with any number of threads
     command = [
         find_cxx(),
         "-std=c++17",
         "-O3",
         native,
-        "-ffp-contract=fast",
+        "-ffp-contract=off",
         "-fno-math-errno",
         "-fPIC",
         "-pthread",
