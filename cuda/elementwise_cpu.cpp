@@ -99,7 +99,7 @@ template <bool PER_TOKEN> void shift_forward(const Shift& in, void* const* out, 
                         const auto now = read<W>(z + c);
                         auto mix = load<W>(in.mix + i * s.C + c);
                         if (PER_TOKEN) mix += read<W>(to + c);
-                        write<W>(to + c, now + (starts ? -now : read<W>(before + c) - now) * mix);
+                        write<W>(to + c, multiply_add(starts ? -now : read<W>(before + c) - now, mix, now));
                     }
                 }
     });
@@ -130,7 +130,7 @@ template <bool PER_TOKEN> void shift_backward(
                         write<W>(p, g * d);
                     }
                     own += g;
-                    shifted += g * mix;
+                    shifted = multiply_add(g, mix, shifted);
                 }
                 write<W>((Number*)dz + row + c, own - shifted);
                 store<W>(after + c, starts ? Vec<W>{} : shifted);
@@ -197,7 +197,8 @@ void value_residual_forward(const void* v, const void* first, const void* gate, 
     each(SHAPE, [=](auto lanes, auto number, long i) {
         constexpr int W = lanes;
         const auto own = read<W>(IN(v) + i);
-        write<W>(OUT(y) + i, own + (read<W>(IN(first) + i) - own) * sigmoid<W>(read<W>(IN(gate) + i)));
+        write<W>(OUT(y) + i,
+            multiply_add(read<W>(IN(first) + i) - own, sigmoid<W>(read<W>(IN(gate) + i)), own));
     });
 }
 
@@ -222,7 +223,7 @@ void delta_inputs_forward(const void* k, const void* a, const float* k_k, const 
         Vec<W> squares = {};
         for (long c = 0; c < N; c += W) {
             const auto u = read<W>(IN(k) + row + c) * load<W>(k_k + head + c);
-            squares += u * u;
+            squares = multiply_add(u, u, squares);
         }
         const float scale = 1.f / std::max(std::sqrt(sum<W>(squares)), 1e-12f);
         for (long c = 0; c < N; c += W) {
@@ -247,8 +248,8 @@ void delta_inputs_backward(const void* k, const void* a, const float* k_k, const
             const auto u = read<W>(IN(k) + row + c) * load<W>(k_k + head + c);
             s[c] = sigmoid<W>(read<W>(IN(a) + row + c));
             dkappa[c] = read<W>(IN(dreplace) + row + c) * s[c] - read<W>(IN(dremove) + row + c);
-            squares += u * u;
-            dots += u * dkappa[c];
+            squares = multiply_add(u, u, squares);
+            dots = multiply_add(u, dkappa[c], dots);
         }
         const float norm = std::sqrt(sum<W>(squares)), scale = 1.f / std::max(norm, 1e-12f);
         // a norm that is held at its least has no gradient
@@ -273,11 +274,12 @@ void readout7_forward(const void* y, const void* r, const void* k, const void* v
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         Vec<W> products = {};
         for (long c = 0; c < N; c += W)
-            products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
+            products = multiply_add(
+                read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c), load<W>(r_k + head + c), products);
         const float bonus = sum<W>(products);
         for (long c = 0; c < N; c += W) {
-            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) +
-                                load<W>(bias + head + c);
+            const auto normed = multiply_add((read<W>(IN(y) + row + c) - mean) * scale,
+                load<W>(weight + head + c), load<W>(bias + head + c));
             write<W>(
                 OUT(out) + row + c, (normed + bonus * read<W>(IN(v) + row + c)) * read<W>(IN(g) + row + c));
         }
@@ -295,13 +297,14 @@ void readout7_backward(const void* y, const void* r, const void* k, const void* 
         HeadVectors<W> normed, dnormed, d;
         Vec<W> products = {}, dproducts = {}, sums = {}, dots = {};
         for (long c = 0; c < N; c += W) {
-            products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
+            products = multiply_add(
+                read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c), load<W>(r_k + head + c), products);
             d[c] = read<W>(IN(dout) + row + c) * read<W>(IN(g) + row + c);
-            dproducts += d[c] * read<W>(IN(v) + row + c);
+            dproducts = multiply_add(d[c], read<W>(IN(v) + row + c), dproducts);
             normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
             dnormed[c] = d[c] * load<W>(weight + head + c);
             sums += dnormed[c];
-            dots += dnormed[c] * normed[c];
+            dots = multiply_add(dnormed[c], normed[c], dots);
         }
         const float bonus = sum<W>(products), dbonus = sum<W>(dproducts), mean_d = sum<W>(sums) / N,
                     mean_dot = sum<W>(dots) / N;
@@ -327,8 +330,8 @@ void readout6_forward(
         const long N = shape.N();
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         for (long c = 0; c < N; c += W) {
-            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) +
-                                load<W>(bias + head + c);
+            const auto normed = multiply_add((read<W>(IN(y) + row + c) - mean) * scale,
+                load<W>(weight + head + c), load<W>(bias + head + c));
             const auto gate = read<W>(IN(g) + row + c);
             write<W>(OUT(out) + row + c, normed * gate * sigmoid<W>(gate));
         }
@@ -352,7 +355,7 @@ void readout6_backward(const void* y, const void* g, const float* weight, const 
                 d * (normed[c] * w + load<W>(bias + head + c)) * s * (1.f + gate * (1.f - s)));
             dnormed[c] = d * gate * s * w;
             sums += dnormed[c];
-            dots += dnormed[c] * normed[c];
+            dots = multiply_add(dnormed[c], normed[c], dots);
         }
         const float mean_d = sum<W>(sums) / N, mean_dot = sum<W>(dots) / N;
         for (long c = 0; c < N; c += W)

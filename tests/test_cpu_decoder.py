@@ -3,9 +3,12 @@ into the chat and back.
 """
 
 import copy
+import ctypes
 import dataclasses
 import io
 import re
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -16,6 +19,7 @@ import rwkv_miss
 from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
+from src.common.device import cpu_features
 from src.data.collate import padded_left
 from src.data.tokenizer import load_tokenizer
 from src.inference import bf16_products, cpu_decoder, int8_panels
@@ -28,6 +32,7 @@ from src.inference.load import load
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV, LayerState
+from src.ops import build, native
 
 from .conftest import close, make_arch, random_tensors
 
@@ -227,22 +232,50 @@ def test_a_row_of_zeros_is_zeros_in_int8():
     assert values.tolist() == [[0, 0], [64, -127]] and scale.tolist() == pytest.approx([0, 2 / 127])
 
 
+def decoder_library(command):
+    """The decoder's sources in a library of their own, built with this command."""
+    sources = [
+        build.CUDA / f"{name}_cpu.cpp"
+        for name in ("decode", "decode_products", "bf16_products", "int8_panels")
+    ]
+    path = build.build(
+        "decoder", "the decoder", 10, sources, build.headers(), command, ["-pthread"], cpu_features()
+    )
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def other_builds():
+    """The decoder as other compilers make it. Left to itself, gcc fuses products and sums where it tunes for
+    Skylake, and in a part of a loop only where it tunes for Zen.
+    """
+    commands = []
+    for name, *flags in (("g++", "-mtune=skylake"), ("g++", "-mtune=znver4"), ("clang++",)):
+        compiler = shutil.which(name)
+        asked = [compiler, *flags, "-E", "-x", "c++", "/dev/null"]
+        if compiler and subprocess.run(asked, capture_output=True).returncode == 0:
+            commands.append([*build.cpu_command(compiler), *flags])
+    return [decoder_library(command) for command in commands]
+
+
 @pytest.mark.parametrize("int8", ["", "rows", "panels"])
 @pytest.mark.parametrize(
     "sizes",
     [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24), dict(version=7, dim_ffn=8237)],
     ids=str,
 )
-def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
+def test_any_compiler_and_number_of_threads_gives_the_same_bits(sizes, int8, other_builds, monkeypatch):
     monkeypatch.setattr(int8_panels, "instruction_is_there", lambda: int8 == "panels")
     arch = make(**sizes)
     model = model_of(arch, random_tensors(arch), torch.float32)
     results = []
-    for threads in (1, 3, 7):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        decoder = Decoder(model, int8=bool(int8))
-        results.append(one_by_one(decoder, some_ids(arch, 9)))
-        decoder.close()
+    for library in (native.library("cpu"), *other_builds):
+        monkeypatch.setattr(native, "library", lambda device, library=library: library)
+        for threads in (1, 2, 3, 7):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            decoder = Decoder(model, int8=bool(int8))
+            results.append(one_by_one(decoder, some_ids(arch, 9)))
+            decoder.close()
     for logits, state in results[1:]:
         assert torch.equal(logits, results[0][0])
         assert all(torch.equal(a, b) for old, new in zip(results[0][1], state) for a, b in zip(old, new))

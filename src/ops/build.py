@@ -35,30 +35,33 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 def cpu_library() -> pathlib.Path:
     """The shared library of cuda/*_cpu.cpp for this CPU, built if need be. Raises BuildError."""
     require_unix()
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed.
-    # No contraction: products are fused where the sources say so (multiply_add in cpu.h), for the same bits
-    # with any number of threads
-    command = [
-        find_cxx(),
-        "-std=c++17",
-        "-O3",
-        native,
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fPIC",
-        "-pthread",
-    ]
     return build(
         "wkv_cpu",
         "the CPU kernels",
         10,
         sorted(CUDA.glob("*_cpu.cpp")),
         headers(),
-        command,
+        cpu_command(find_cxx()),
         ["-pthread"],
         cpu_features(),
     )
+
+
+def cpu_command(compiler: str) -> list[str]:
+    """Return the compiler with the flags of the CPU kernels."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return [
+        compiler,
+        "-std=c++17",
+        "-O3",
+        native,
+        # products are fused where the sources call multiply_add (cpu.h), for the same bits in any thread
+        "-ffp-contract=off",
+        # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed
+        "-fno-math-errno",
+        "-fPIC",
+        "-pthread",
+    ]
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
