@@ -204,6 +204,24 @@ def test_the_warm_up_is_a_share_of_whatever_is_trained():
     assert rising == [learning_rate_factor(Config(warmup_steps=3), 60)(step) for step in range(4)]
 
 
+@pytest.mark.parametrize(
+    "shape, factors",
+    [
+        ("cos", [1, 0.505, 0.01]),
+        ("linear", [1, 0.505, 0.01]),
+        ("exp", [1, 0.1, 0.01]),
+        ("wsd", [1, 1, 0.01]),
+        ("constant", [1, 1, 1]),
+    ],
+)
+def test_a_schedule_at_its_beginning_halfway_and_at_its_end(shape, factors):
+    config = Config(lr_init=2, lr_final=0.02, warmup_steps=0, lr_schedule=shape)
+    factor = learning_rate_factor(config, 101)
+    assert [factor(step) for step in (0, 50, 100)] == pytest.approx(factors)
+    quarter = {"cos": 0.855, "linear": 0.7525, "exp": 0.01**0.25}
+    assert factor(25) == pytest.approx(quarter.get(shape, 1), abs=1e-3)
+
+
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     config, origins = Config(micro_bsz=3), {}
     choose_batch(config, origins, 999, None, 0)

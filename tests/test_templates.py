@@ -13,6 +13,7 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
+from rwkv_miss.files.template_record import is_jinja
 from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
@@ -335,6 +336,23 @@ def test_the_answer_and_the_end_of_its_turn_are_trained(jinja, name, stop, expec
     assert [text.strip() for text, trained in context if trained] == ["d", template.turn_end.strip()]
 
 
+def test_alpaca_is_what_the_alpaca_prompt_is():
+    template = load_template("alpaca")
+    asked = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the"
+        " request.\n\n### Instruction:\n{}\n\n### Response:"
+    )
+    assert shown(template.segments([user("a"), assistant("b")])) == f"{asked.format('a')}|<b>"
+    turns = [user("a"), assistant("b"), user("c")]
+    text = "".join(part for part, _ in template.segments(turns, ask=True))
+    assert text == f"{asked.format('a')}b\n\n### Instruction:\nc\n\n### Response:"
+    assert template.stops == ("\n\n### Instruction:",)
+    assert shown(template.segments([system("s"), user("a")], ask=True)).startswith("s\n\n### Instruction:\na")
+    assert is_jinja(template.record), "so that any version can read it"
+    with pytest.raises(UserError, match="no form for a turn of tool"):
+        template.segments([user("a"), {"role": "tool", "content": "1"}, assistant("b")])
+
+
 def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
     template = jinja(MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}\n<|im_end|>\n"))
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
@@ -482,7 +500,7 @@ def test_files_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes", "utf16", "whole blank line"])
-@pytest.mark.parametrize("name", [*MODES, *TEMPLATES])
+@pytest.mark.parametrize("name", [*MODES, *TEMPLATES, "alpaca"])
 def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
     tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
     template = load_template(TEMPLATES.get(name, name), tokenizer.decode(tokenizer.eod))
@@ -491,7 +509,7 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
         itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
     ):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
-        ending = template.stops[0] if name in TEMPLATES else template.turn_end
+        ending = template.stops[0] if name not in MODES else template.turn_end
         conversation.engine = scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})

@@ -52,8 +52,8 @@ class DataSettings:
 
     template: str = opt(
         "auto",
-        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them), or a"
-        " Jinja file with Hugging Face's conventions. auto: as --load_model records, else rwkv",
+        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them), alpaca,"
+        " or a Jinja file with Hugging Face's conventions. auto: as --load_model records, else rwkv",
     )
     tool_style: str = opt(
         "auto",

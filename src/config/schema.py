@@ -160,8 +160,9 @@ class Config(LossSettings):
     lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init", high=1e30)
     lr_schedule: str = opt(
         "cos",
-        "cos, constant, or wsd: constant, then down to lr_final in a straight line over the last fifth",
-        choices=("cos", "constant", "wsd"),
+        "how the rate goes down to lr_final: cos, linear, or exp, by the same factor at every step; or"
+        " constant; or wsd: constant, then down in a straight line over the last fifth",
+        choices=("cos", "linear", "exp", "constant", "wsd"),
     )
     warmup_steps: int = opt(
         -1, "optimizer steps of linear warm-up. -1: 5 % of the run", automatic=True, low=-1

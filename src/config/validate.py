@@ -105,6 +105,11 @@ def check_learning_rates(config: Config) -> None:
             )
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
+    if config.lr_schedule == "exp" and config.lr_final == 0:
+        raise UserError(
+            "--lr_final 0 is never reached by --lr_schedule exp, which multiplies; give a rate above 0, or"
+            " --lr_schedule linear"
+        )
     if config.state_lr and "state" not in split_parts(config.train_parts):
         raise UserError(
             f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"

@@ -28,6 +28,19 @@ from .tokenizer import WORLD_IDS, Tokenizer
 from .tool_styles import STYLES
 
 AUTO = "auto"
+# Stanford Alpaca's form, in which RWKV-PEFT wrote the rows of --data_type sft
+ALPACA = (
+    "{% for message in messages %}{{ '' if loop.first else '\\n\\n' }}"
+    "{% if message.role == 'system' %}{{ message.content }}"
+    "{% elif message.role == 'user' %}{% if loop.first %}Below is an instruction that describes a task. Write"
+    " a response that appropriately completes the request.{{ '\\n\\n' }}{% endif %}"
+    "### Instruction:{{ '\\n' + message.content }}"
+    "{% elif message.role == 'assistant' %}### Response:{{ message.content }}"
+    "{% else %}{{ raise_exception('alpaca has no form for a turn of ' + message.role) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\n' }}### Response:{% endif %}"
+)
+JINJA = {"alpaca": ALPACA}  # forms that RwkvTemplate has no mode for
+NAMES = (AUTO, *MODES, *JINJA)
 
 
 def from_record(record: str, eos: str = "") -> Template:
@@ -48,20 +61,22 @@ def from_record(record: str, eos: str = "") -> Template:
 
 
 def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Template:
-    """The template `spec`: one of MODES, the path of a Jinja file, or such a file's content; `auto` is rwkv.
+    """The template `spec`: one of NAMES, the path of a Jinja file, or such a file's content; `auto` is rwkv.
 
     Raises UserError for a file that is missing, wrong, or fails on a trial conversation.
     """
     if spec in (AUTO, *MODES):
         return RwkvTemplate("rwkv" if spec == AUTO else spec, tool_style)
+    if spec in JINJA:
+        return _jinja(spec, JINJA[spec], eos)
     if is_jinja(spec):
         return _jinja("the given template", spec, eos)
     if os.path.basename(spec) == TOKENIZER_CONFIG:
         if not (content := _chat_template(spec)):
             raise UserError(f"{spec} has no chat_template; give another --template")
         return _jinja(spec, content, eos)
-    expected = f"--template takes auto, {', '.join(MODES)}, or a Jinja file"
-    content = read_text(spec, "a template", expected, (AUTO, *MODES))
+    expected = f"--template takes {', '.join(NAMES)}, or a Jinja file"
+    content = read_text(spec, "a template", expected, NAMES)
     return _jinja(spec, content, eos)
 
 
@@ -146,7 +161,7 @@ def add_template_flags(add) -> None:
     add(
         "--template",
         default=AUTO,
-        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; default"
+        help=f"auto (as recorded in the file, else rwkv), {', '.join(NAMES[1:])}, or a Jinja file; default"
         " %(default)s",
     )
     add(

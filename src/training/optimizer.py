@@ -28,7 +28,7 @@ def state_learning_rate(config: Config) -> float | None:
 def learning_rate_factor(config: Config, total: int):
     """A function that gives the factor of lr_init at an optimizer step, counted from 0.
 
-    It is a linear warm-up, then cos, constant, or wsd down to lr_final.
+    It is a linear warm-up, then what --lr_schedule says.
     """
     warmup = warm_up(total) if is_automatic(config, "warmup_steps") else config.warmup_steps
     final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
@@ -39,6 +39,10 @@ def learning_rate_factor(config: Config, total: int):
         progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
         if config.lr_schedule == "cos":
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.lr_schedule == "linear":
+            return 1 - (1 - final) * progress
+        if config.lr_schedule == "exp":
+            return final**progress
         if config.lr_schedule == "wsd":
             return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
         return 1.0
