@@ -169,7 +169,7 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
     print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
     print(*data.found.lines(), *data_text.data(config, data.documents, found.schedule), sep="\n")
-    print(plan_text.steps(config, found.schedule, found.steps))
+    print(plan_text.steps(config, found.schedule, found.steps, len(data.documents)))
     for line in loss_lines(config, data.documents, found.schedule, arch):
         print(line)
     print(plan_text.evaluation(config, len(found.evaluated), len(data.held_out), found.steps, cost))

@@ -7,11 +7,15 @@ import pytest
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
-from src.config import legacy, parse
+from src.config import method_flags, parse
 from src.config.adapter_options import AdapterOptions
 from src.config.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+ATTENTION = ["att.receptance", "att.key", "att.value", "att.output"]
+# what a script of another project implies where it does not say it
+METHOD = ["--peft", "miss"]
+SAID = [*METHOD, "--warmup_steps", "0"]
 
 
 def read(*flags):
@@ -29,22 +33,21 @@ def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
     harmless, reason = REFUSED[name]
     assert mistake(f"--{name}", "7") == mistake(f"--{name}=7") == f"--{name} 7: {reason}"
     for value in harmless:
-        assert read(f"--{name}={value}") == read()
+        assert read(*SAID, f"--{name}={value}") == read(*SAID)
 
 
 def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     flags = [word for name in DROPPED for word in (f"--{name}", "17")]
     del flags[1]  # a flag without its value is no reason to swallow the next one
-    assert parse([*flags, "--kernel=17", *REQUIRED]) == parse(REQUIRED)
-    notes = capsys.readouterr().out.splitlines()
-    assert [re.match(r"note: --(\w+) is ignored: .", note)[1] for note in notes] == list(DROPPED)
+    assert parse([*flags, "--kernel=17", *REQUIRED, *SAID]) == parse([*REQUIRED, *SAID])
+    said = capsys.readouterr().out
+    assert re.findall(r"^note: --(\w+) is ignored: .", said, re.MULTILINE) == list(DROPPED)
     assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
 
 
 @pytest.mark.parametrize(
     "flags, rank",
     [
-        (["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":48}'], 48),
         (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_load":"","bone_r":48}'], 48),
         (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
         (
@@ -64,7 +67,14 @@ def test_the_ranks_of_three_generations(flags, rank):
 
 def test_options_of_another_method_are_named(capsys):
     values = read(
-        "--peft", "bone", "--bone_config", '{"bone_r":8}', "--lora_config", '{"lora_r":4}', "--lora_r", "2"
+        "--peft",
+        "bone",
+        "--bone_config",
+        '{"bone_mode":"bone","bone_r":8}',
+        "--lora_config",
+        '{"lora_r":4}',
+        "--lora_r",
+        "2",
     )
     assert values.adapter == AdapterOptions("miss", {"r": 8}, None)
     notes = capsys.readouterr().out
@@ -79,6 +89,7 @@ def test_the_mode_bat_has_blocks_of_inputs():
     for flags in (
         ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":8}'],
         ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}'],
+        ["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":8}'],  # before there were modes
     ):
         values = read(*flags)
         assert values.adapter == AdapterOptions("bat", {"r": 8, "order": "row"}, None)
@@ -108,8 +119,7 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     )
     assert values.adapter == AdapterOptions("lora", wanted, None)
     values = read("--lora", "--lora_parts=att")
-    linears = ["att.receptance", "att.key", "att.value", "att.output"]
-    assert values.adapter == AdapterOptions("lora", {"r": 8, "alpha": 32}, linears)
+    assert values.adapter == AdapterOptions("lora", {"r": 8, "alpha": 32}, ATTENTION)
 
 
 def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
@@ -151,7 +161,10 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
             ["--peft", "bone", "--bone_config", '{"bone_mode":"bot","bone_r":8}'],
             "mode bot: expected bone, which is --peft miss, or bat",
         ),
-        (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
+        (
+            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', "--peft_config", "r=8"],
+            "keep the former",
+        ),
         (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected a whole number"),
         (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
         (["--epoch_save", "often"], "--epoch_save often: expected a whole number"),
@@ -180,7 +193,7 @@ def test_epochs_and_saving(capsys):
         400,
         0,
     )
-    assert "--epoch_steps counts optimizer steps" in capsys.readouterr().out
+    capsys.readouterr()
     assert read("--epoch_save", "1").save_steps == 0 and "saved at its end" in capsys.readouterr().out
     assert read("--epoch_steps", "5", "--epoch_save", "2", "--save_steps", "3").save_steps == 3
     assert read("--op", "fla").wkv == "auto" and read("--op", "cuda").wkv == "cuda"
@@ -237,9 +250,12 @@ def test_todays_flags_stay_as_they_are():
             ["--epoch_steps", "10", "--epoch_save", "1"],
             "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch",
         ),
-        (["--epoch_begin", "0", "--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"),
+        (["--epoch_begin", "0", "--warmup_steps", "-1"], "--warmup_steps 0, as there"),
         (["--rank", "8"], "--rank 8 is --peft_config r=8"),
-        (["--peft", "bone", "--bone_config", '{"bone_r":8}'], "--bone_config is --peft_config"),
+        (
+            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}'],
+            "--bone_config is --peft_config",
+        ),
         (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),
         (["--PISSA", "--lora_parts", "att,ffn"], "--PISSA and its flags are --peft pissa with --peft_config"),
         (["--emb"], "--emb is --train_parts emb"),
@@ -271,7 +287,8 @@ def test_infctx(capsys):
         == 64
     )
     assert "ignored" not in capsys.readouterr().out
-    assert read("--train_type", "none", "--chunk_ctx", "64") == read("--train_type=") == read()
+    whole = read(*SAID)
+    assert read(*SAID, "--train_type", "none", "--chunk_ctx", "64") == read(*SAID, "--train_type=") == whole
     assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
     assert "--train_type prefix: expected none, infctx or state" in mistake("--train_type", "prefix")
     assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake(
@@ -360,12 +377,14 @@ def test_todays_command_line_passes_unchanged():
     ]
     assert translate(words) == (words, [])
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
-    assert set(legacy.METHOD_ALIASES.values()) == {"miss"}
+    assert set(method_flags.ALIASES.values()) == {"miss"}
 
 
 def test_parts_beside_the_adapter_in_three_spellings(capsys):
     for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
-        assert split_parts(read("--peft", "bone", "--bone_config", '{"bone_r":8}', *words).train_parts) == [
+        assert split_parts(
+            read("--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', *words).train_parts
+        ) == [
             "ln",
             "time",
         ]
@@ -382,7 +401,7 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
 def test_state_tuning_alone_and_beside_an_adapter(flag):
     for method in ([], ["--peft", "none"], ["--peft", "state"]):
         assert (values := read(*flag, *method)).peft == "state" and not values.train_parts
-    values = read("--peft", "bone", "--bone_config", '{"bone_r":8}', *flag)
+    values = read("--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', *flag)
     assert (values.peft, values.train_parts) == ("miss", "state")
     values = read("--lora", *flag)
     assert (values.peft, values.train_parts) == ("lora", "ln,time,state")
@@ -392,6 +411,179 @@ def test_state_tuning_alone_and_beside_an_adapter(flag):
 def test_the_merge_scripts(adapter):
     args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
     assert (args.base, args.adapter, args.out) == ("base.pth", ["rwkv-0.pth"], "merged.pth")
+
+
+LORA = ["--lora", "--lora_r", "8"]
+DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
+
+
+@pytest.mark.parametrize(
+    "flags, today, note",
+    [
+        # no --peft is full training there, with a base or with a new model
+        (["--epoch_begin", "0"], {"peft": "none"}, "no --peft is full training there: --peft none"),
+        (
+            "--load_model= --my_testing x060 --n_layer 2 --n_embd 64 --data_type sft".split(),
+            {"peft": "none", "load_model": "", "version": "x060"},
+            "of a new model without --load_model: --peft none",
+        ),
+        (["--train_type", "finetune"], {"peft": "none"}, "full training"),
+        ([*LORA, "--epoch_begin", "0"], {"peft": "lora"}, ""),
+        (["--state_tune"], {"peft": "state"}, ""),
+        (["--data_type", "jsonl", "--peft_config", "r=8"], {"peft": "miss"}, ""),
+        (
+            ["--layer_profile", "24.csv", "--dpo", "1"],
+            {"peft": "miss", "loss": "dpo"},
+            "--peft, --peft_config",
+        ),
+        # of 2024, of 2025, and cosines by tokens
+        (DECAY, {"lr_schedule": "exp", "warmup_steps": 0}, "--lr_schedule exp, which is 0.1 halfway"),
+        (
+            [*DECAY, "--lr_final", "0"],
+            {"lr_schedule": "linear", "lr_final": 0},
+            "--lr_schedule linear, which is 0.5 halfway",
+        ),
+        ([*DECAY, "--lr_final", "1"], {"lr_schedule": "cos"}, ""),
+        ([*DECAY, "--op", "fla"], {"lr_schedule": "cos"}, ""),
+        (
+            [*DECAY, "--peft", "disha", "--disha_config", '{"mode":"bone","r":8}'],
+            {"lr_schedule": "cos"},
+            "the rate is a cosine, 0.505 halfway, as since the middle of 2025 there; before, it was"
+            " --lr_schedule exp, 0.1 halfway",
+        ),
+        ([*DECAY, "--my_exit_tokens", "99"], {"lr_schedule": "cos", "epoch_count": 1}, ""),
+        ([*DECAY, "--lr_schedule", "cos_decay"], {"lr_schedule": "cos", "lr_final": 0.01}, ""),
+        (
+            [*DECAY, "--lr_schedule", "wsd"],
+            {"lr_schedule": "cos", "lr_final": 0, "warmup_steps": 100},
+            "--lr_schedule cos --lr_final 0, which is 0.5 halfway",
+        ),
+        (
+            [*DECAY, "--peft_config", "r=8", "--epoch_count", "4"],
+            {"lr_schedule": "cos"},
+            "of 4 epochs there, so that the rate is 0.01 halfway; here it takes the whole run, 0.505",
+        ),
+        (["--lr_init", "1", "--epoch_begin", "0"], {"lr_final": 1e-5}, "no --lr_final is --lr_final 1e-05"),
+        ([*DECAY, "--warmup_steps", "7"], {"warmup_steps": 7}, ""),
+        # steps and rows
+        (
+            "--epoch_begin 0 --epoch_steps 100 --accumulate_grad_batches 4 --epoch_save 2".split(),
+            {"epoch_steps": 25, "save_steps": 50},
+            "--epoch_steps 100 counted forward passes there, of which a step has 4: --epoch_steps 25",
+        ),
+        (
+            ["--data_type", "jsonl", "--peft_config", "r=8", "--epoch_steps", "9"],
+            {"epoch_steps": 9},
+            "there it kept the first 9 documents",
+        ),
+        (["--data_type", "jsonl"], {"packing": True}, "a row was one document there"),
+        (["--dataload", "pad"], {"packing": True}, "--packing 0 does as there"),
+        (["--dataload", "get"], {"packing": True}, "--dataload get is ignored: a row began anywhere"),
+        (["--dataload", "pad", "--packing", "0"], {"packing": False}, ""),
+        (["--epoch_begin", "0"], {"eval_split": -1}, "--eval_split 0 trains all, as there"),
+        (["--data_type", "sft"], {"template": "auto"}, "--template alpaca does as there"),
+        # parts
+        (
+            [*LORA, "--lora_parts=att", "--my_testing", "x060"],
+            {"peft_config": {"r": 8, "alpha": 32, "targets": [*ATTENTION, "att.gate"]}, "train_parts": ""},
+            "",
+        ),
+        (
+            [*LORA, "--lora_parts=ffn,ln", "--my_testing", "x060"],
+            {
+                "peft_config": {
+                    "r": 8,
+                    "alpha": 32,
+                    "targets": ["ffn.key", "ffn.value", "ffn.receptance"],
+                },
+                "train_parts": "ln",
+            },
+            "",
+        ),
+        (
+            [*LORA, "--lora_parts=att,ffn,time,ln", "--my_testing", "x070"],
+            {"train_parts": "ln"},
+            "time of --lora_parts is ignored: no tensor of RWKV-7",
+        ),
+        (
+            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', "--my_testing", "x070"],
+            {"train_parts": ""},
+            "names contain ln stay frozen",
+        ),
+        (
+            ["--peft", "lora", "--lora_config", '{"lora_r":8,"lora_parts":"att,ffn"}', "--train_parts", "[]"],
+            {"peft_config": {"r": 8}, "train_parts": ""},
+            "",
+        ),
+        (
+            [
+                "--peft",
+                "pissa",
+                "--pissa_config",
+                '{"pissa_r":8,"pissa_parts":"ffn"}',
+                "--my_testing",
+                "x070",
+            ],
+            {"peft_config": {"r": 8, "targets": ["ffn.key", "ffn.value"]}},
+            "",
+        ),
+        (["--peft", "lora", '--train_parts=["time","ln"]'], {"train_parts": "time,ln"}, ""),
+        # names
+        (
+            ["--my_pile_stage", "3", "--load_model", "a.pth"],
+            {"resume": "auto"},
+            "--my_pile_stage 3 is --peft none",
+        ),
+        (["--rwkv_version", "x070"], {"version": "x070"}, "the names today are --my_testing x070"),
+        (["--strategy", "single_device"], {"strategy": "auto"}, "the names today are --strategy auto"),
+        (
+            ["--random_seed", "-1"],
+            {"random_seed": 42, "peft": "miss"},
+            "--random_seed -1 is a seed by chance",
+        ),
+        (["--train_type", "states"], {"peft": "state"}, ""),
+        (["--peft", "lora", "--quant", "fp8"], {"quant": "int8"}, "int8 is taken instead of fp8"),
+        # of RWKV-LM-RLHF
+        (
+            "--layer_profile a.csv --quant 1 --quant_mode nf4 --infctx 1 --chunk_ctx 64 --state 0".split(),
+            {"quant": "nf4", "chunk_ctx": 64, "peft": "miss", "train_parts": ""},
+            "--quant 1 is --quant nf4",
+        ),
+        ("--layer_profile a.csv --state 1".split(), {"peft": "miss", "train_parts": "state"}, "the state is"),
+        ("--layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0".split(), {"chunk_ctx": 0}, "--infctx 0"),
+        (
+            "--layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 0.7 --rlhf_train_file b".split(),
+            {"loss": "grpo", "group_size": 6, "max_tokens": 1024, "beta": 0.1, "grpo_type": "grpo"},
+            "--rlhf_train_file is ignored: --data_file is given",
+        ),
+    ],
+)
+def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
+    config = read(*flags)
+    assert {name: getattr(config, name) for name in today} == today
+    said = capsys.readouterr().out
+    assert note in said and all(len(line) < 200 for line in said.splitlines())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num_workers", "4"], ["--loss_type", "ipo"], ["--rank", "8"], ["--dpo"]]
+)
+def test_old_flags_that_people_type_for_this_program_imply_nothing(flags):
+    config = read(*flags)
+    assert (config.peft, config.warmup_steps, config.lr_schedule) == ("miss", -1, "cos")
+
+
+def test_what_a_preset_or_a_file_gives_is_not_left_out(tmp_path):
+    values = read("--epoch_begin", "0", "--preset", "paper-table7")
+    assert (values.peft, values.lr_init) == ("miss", 2e-5)
+    (tmp_path / "run.yaml").write_text("peft: lora\nwarmup_steps: 3\n")
+    values = read("--epoch_begin", "0", "--config", str(tmp_path / "run.yaml"))
+    assert (values.peft, values.warmup_steps) == ("lora", 3)
+
+
+def test_a_new_model_that_is_only_written_needs_no_notes_about_its_training(capsys):
+    parse("--my_pile_stage 1 --my_testing x070 --n_layer 2 --n_embd 64 --data_file a".split())
+    assert capsys.readouterr().out == "note: --my_pile_stage 1 is --peft none --init_only 1\n"
 
 
 def test_columns_of_data_sets():

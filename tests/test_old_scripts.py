@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_miss import read_checkpoint, read_metadata
+from rwkv_miss import UserError, read_checkpoint, read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_command
+from src.config import parse
+from src.data.recorded_tokenizer import recorded_tokenizer
 from src.data.tokenizer import load_tokenizer
+from src.planning.base_model import read_base, template_of_run
+from src.training.outputs import write_new_model
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -139,25 +143,27 @@ def test_miss(files, tmp_path, script, options):
     assert (metadata["method"], metadata["step"]) == ("miss", 8) and metadata["options"]["rank"] == (
         64 if script == "tutorial" else 8
     )
-    assert "--data_type is ignored" in output and "--epoch_steps counts optimizer steps" in output
+    assert "--data_type is ignored" in output and "there it kept the first 2 documents" in output
     # `epoch_steps` documents were all that RWKV-PEFT trained on; here every one is
     assert "40 documents" in output and len(steps(tmp_path / script)) == 8
 
 
 @pytest.mark.parametrize(
-    "script, flags, checkpoint",
+    "script, flags, method, passes, checkpoint",
     [
-        (DISHA, ['{"mode":"bone","load":"","r":64}'], "--peft_checkpoint"),
-        (BONE, ['{"bone_load":"","bone_r":64}'], "--lora_checkpoint"),
+        (DISHA, ['{"mode":"bone","load":"","r":64}'], "miss", 0.4, "--peft_checkpoint"),
+        (BONE, ['{"bone_load":"","bone_r":32}'], "bat", 0.2, "--lora_checkpoint"),
     ],
     ids=["run_disha.sh", "run_bone.sh"],
 )
-def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, checkpoint):
-    """(c), (d) and (f)."""
+def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, passes, checkpoint):
+    """(c), (d) and (f). Before it had modes, Bone was Bat."""
     output = train(files, 6, "roleplay", tmp_path / "run", script, *flags)
     metadata = read_metadata(tmp_path / "run/adapter.pth")
-    assert (metadata["method"], metadata["options"]["rank"], metadata["step"]) == ("miss", 64, 2)
+    rank = {"miss": 64, "bat": 32}[method]  # Bat's divides the widths
+    assert (metadata["method"], metadata["options"]["rank"], metadata["step"]) == (method, rank, 2)
     assert "40 documents" in output and "--train_parts time,ln does" in output
+    assert f" over the data, or {passes} with --packing 0" in output, "a row was a document there"
     merge(files, 6, checkpoint, tmp_path / "run/adapter.pth", tmp_path / "merged.pth")
 
 
@@ -172,6 +178,20 @@ def test_lora_of_2024(files, tmp_path):
     )
     assert "rwkv-0.pth is not there: a new adapter is trained" in output
     merge(files, 6, "--lora_checkpoint", tmp_path / "run/adapter.pth", tmp_path / "merged.pth")
+
+
+def test_a_new_model_with_another_vocabulary_needs_no_tokenizer(tmp_path):
+    """demo-training-prepare-v7-pile.sh: only the training needs one."""
+    where = ["--proj_dir", str(tmp_path), "--data_file", "pile"]
+    config, origins = parse([*where, *words(PREPARE.replace("65536", "50304"))])
+    arch, tokenizer = read_base(config, origins)
+    assert (arch.vocab_size, tokenizer) == (50304, None)
+    template_of_run(config, origins, tokenizer)
+    write_new_model(config, arch, tokenizer)
+    metadata = read_metadata(tmp_path / "rwkv-init.pth")
+    assert metadata["step"] == 0 and "tokenizer" not in metadata
+    with pytest.raises(UserError, match="give --tokenizer"):
+        recorded_tokenizer("auto", "", arch.vocab_size, str(tmp_path / "rwkv-init.pth"))
 
 
 def test_rwkv_lm_prepares_and_trains(files, tmp_path):

@@ -193,8 +193,15 @@ def test_what_other_trainers_call_it(flags, today):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--dpo 1 --rlhf_train_file trainset.save", "--rlhf_train_file trainset.save is a file of tokens"),
-        ("--dpo_train_file trainset.save", "give the CSV that it was made of"),
+        (
+            "--data_file= --dpo 1 --rlhf_train_file trainset.save",
+            "--rlhf_train_file trainset.save is a file of tokens",
+        ),
+        ("--data_file= --dpo_train_file trainset.save", "give the CSV that it was made of"),
+        (
+            "--data_file= --orpo 1 --orpo_alpha 0.006 --rlhf_train_file a.h5",
+            "as --data_file; the rest of the command is --loss orpo --orpo_lambda 0.006 here",
+        ),
         ("--wpo 1", "use --loss dpo or simpo"),
         ("--dpo 1 --simpo 1", "--dpo and --simpo were given; choose one --loss"),
         ("--loss_type hinge", "of these losses sigmoid, sigmoid_norm, ipo, orpo, simpo, kto, dapo"),

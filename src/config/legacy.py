@@ -1,23 +1,22 @@
-"""Command lines of RWKV-LM and RWKV-PEFT, 2024 to 2026, in the flags of `Config`.
+"""Command lines of RWKV-LM, RWKV-PEFT and RWKV-LM-RLHF, 2024 to 2026, in the flags of `Config`.
 
 Their scripts run as they stand. A flag that means something here under another name is translated; one
 without a meaning here is named with the reason; one that would change the result, and that this version
-cannot honour, stops the run.
+cannot honour, stops the run. What a flag that is left out means there is translated or told, too.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import EARLIER, HERMES
 
-from . import preference_flags
+from . import data_flags, method_flags, preference_flags, rate_flags
+from .flag_values import counts, integer, is_on, stage, value
 
 # any value
 DROPPED = {
@@ -35,9 +34,24 @@ DROPPED = {
     "fla": "the best kernel at hand is chosen, see --wkv",
     "kernel": "the best kernel at hand is chosen, see --wkv",
     "head_chunk": "the head runs on the trained tokens only",
-    "dataload": "documents share rows unless --packing 0 is set",
     "data_shuffle": "every pass over the data is a new permutation",
     "mask_id": "--loss_mask takes the words that it is about",
+    "avg_loss": "it is a sum that the log needed",
+    "tiny_att_layer": "RWKV-6 and RWKV-7 have no such layer",
+    "my_pile_shift": "a pass begins with the first token",
+    "my_exit": "--epoch_count tells the end",
+    # of RWKV-LM-RLHF
+    "layer_profile": "--peft, --peft_config and --lr_map choose here what it chose for each layer",
+    "lr_advanced": "--lr_map has rates by layer",
+    "limited_lora": "--train_parts trains whole tensors beside the adapter, such as time,ln",
+    "gpu_arch": "torch knows the GPU",
+    "random_mode": "every pass over the data is a new permutation",
+    "infctx_dataset_multiplier": "--epoch_steps tells the length of an epoch",
+    "smoothing": "the cross entropy is not smoothed",
+    "sft": "it is the usual loss",
+    "sft_jsonmode": "the format is read from the file",
+    "sft_jsonmode_tokenizermode": "--tokenizer chooses another one than World",
+    "state_output_mode": "the state is in the adapter's file",
 }
 
 # values that change nothing, and why any other one stops the run
@@ -50,58 +64,60 @@ REFUSED = {
     "layerwise_lr": (("1",), "the decays always learn at twice the rate, as with 1; drop the flag"),
     "optim": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
     "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
-}
-
-# RWKV-PEFT's masks, and what each of them trains there. With --data_type sft it reads none, and trains the
-# answers.
-LOSS_MASKS = {
-    "none": ("all", "trains every token; padding, which is trained there, is not"),
-    "": ("all", "trains every token; padding, which is trained there, is not"),
-    "pad": ("all", "trains every token but the padding"),
-    "qa": ("Assistant:", "trains what follows Assistant: until the next turn"),
+    "tiny_att_dim": (("0", "-1"), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
+    "my_pile_version": (("1",), "several files are --data_file a:1,b:1; drop the flag"),
+    "my_pile_edecay": (("0",), "the rate decays from the end of the warm-up on; drop the flag"),
+    "my_qa_mask": (("0",), "--loss_mask says what is trained; drop the flag"),
+    **dict.fromkeys(
+        ("LISA", "lisa"),
+        (("0",), "a few layers by chance in each step is not here; --peft none trains all, drop the flags"),
+    ),
+    "moe": (("0",), "there are no experts here; drop the flag"),
+    "distillation": (("0",), "there is no loss on another model's logits; drop the flag to train on texts"),
+    "zerocot": (("0",), "it is not here; --loss grpo learns from rewards"),
 }
 
 # RWKV-PEFT's 4bit is bitsandbytes' default, fp4
-QUANTS = {"": "none", "0": "none", "4bit": "nf4", "fp4": "nf4"}
-
-# RWKV-PEFT's options of a method, one flag for each method, as JSON
-METHOD_CONFIGS = {
-    "miss_config": "miss",
-    "disha_config": "miss",
-    "bone_config": "miss",
-    "lora_config": "lora",
-    "pissa_config": "pissa",
+QUANTS = {
+    "": ("none", ""),
+    "0": ("none", ""),
+    "4bit": ("nf4", "nf4 is taken instead of fp4, with as many bits and smaller errors"),
+    "fp4": ("nf4", "nf4 is taken instead of fp4, with as many bits and smaller errors"),
+    "fp8": ("int8", "int8 is taken instead of fp8, with as many bits"),
 }
-METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
+STRATEGIES = {"single_device": "auto", "single-device": "auto"}
 
-# before that, one flag for each option of LoRA; the first two stand alone
-LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
-# the linears of --lora_parts; what else it names is trained whole
-LORA_PARTS = {
-    "att": ["att.receptance", "att.key", "att.value", "att.output"],
-    "ffn": ["ffn.key", "ffn.value"],
-}
-
-# what people type for --peft_config r=N
-RANK_FLAGS = ("rank", "r")
-
-# and what RWKV-LM and RWKV-PEFT have about stages and epochs
-STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
+# what RWKV-LM and RWKV-PEFT say of stages and epochs
+STAGE_FLAGS = ("train_stage", "my_pile_stage", "my_exit_tokens", "epoch_save")
 
 NAMES = {
     "train_type",
+    "infctx",
+    "quant_mode",
+    "dataload",
+    "rwkv_version",
     *DROPPED,
     *REFUSED,
-    *METHOD_CONFIGS,
-    *LORA_FLAGS,
+    *method_flags.NAMES,
     *STAGE_FLAGS,
-    *RANK_FLAGS,
     *preference_flags.NAMES,
-    "emb",
-    "state_tune",
 }
 USUAL_CHUNK_CTX = 512  # that of RWKV-PEFT
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
+# old flags that people type for this program too: with these alone a command is no other project's script
+SHARED = {
+    *method_flags.RANK_FLAGS,
+    *preference_flags.NAMES,
+    "num_workers",
+    "persistent_workers",
+    "prefetch_factor",
+    "dropout",
+    "optim",
+    "optimizer",
+    "emb",
+}
+# what only scripts of RWKV-LM-RLHF have: there the layer profile chooses the method
+OF_RLHF = {"layer_profile", "quant_mode", *preference_flags.SWITCHES, *preference_flags.NUMBERS}
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -112,19 +128,18 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     old, kept = _split(argv)
     for name, (harmless, reason) in REFUSED.items():
         if name in old and old[name] not in harmless:
-            raise UserError(f"--{name} {old[name]}: {reason}")
+            raise UserError(f"{f'--{name} {old[name]}'.strip()}: {reason}")
     notes = [
         f"--{name} is ignored: {DROPPED.get(name, 'it is off')}"
         for name in old
         if name in DROPPED or name in REFUSED
     ]
-    if old and _value(kept, "epoch_steps"):
-        notes.append(
-            "--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026"
-            " trains on so many documents and drops the rest. Without it all data is used"
-        )
-    new = [word for translated in TRANSLATIONS for word in translated(old, kept, notes)]
-    return kept + new, notes
+    # a YAML file or a preset may give what the command line leaves out
+    is_script = bool(old.keys() - SHARED) and not (value(kept, "config") or value(kept, "preset"))
+    implied = IMPLIED if is_script and stage(old) != "1" else ()
+    for translated in (*implied, *TRANSLATIONS, *([_full_training] if is_script else [])):
+        kept = kept + translated(old, kept, notes)
+    return kept, notes
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -139,7 +154,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        options = name in ("peft_config", "train_parts", "sft_field") or name in METHOD_CONFIGS
+        options = name in ("peft_config", "train_parts", "sft_field") or name in method_flags.CONFIGS
         if not token.startswith("--") or not options and name not in NAMES:
             kept.append(token)
             continue
@@ -153,193 +168,62 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return old, kept
 
 
-def _value(words: list[str], name: str) -> str | None:
-    """What a command line gives for a flag, or None; the last one counts, as in argparse."""
-    found = None
-    for word, after in zip(words, [*words[1:], ""]):
-        flag, equals, value = word.partition("=")
-        if flag == f"--{name}":
-            found = value if equals else after
-    return found
-
-
-def _integer(flags: dict[str, str | None], name: str, default: int) -> int:
-    try:
-        return int(float(flags.get(name) or default))
-    except ValueError:
-        raise UserError(f"--{name} {flags[name]}: expected a whole number") from None
-
-
-def _decimal(flags: dict[str, str], name: str) -> float | None:
-    try:
-        return float(flags[name]) if name in flags else None
-    except ValueError:
-        raise UserError(f"--{name} {flags[name]}: expected a number") from None
-
-
-def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--peft, --peft_config and --train_parts, of every older spelling."""
-    named = _value(kept, "peft")
-    method = METHOD_ALIASES.get(named, named)
-    new: list[str] = []
-    options: dict[str, Any] = {}
-    beside: list[str] = []  # parts that are trained beside the adapter
-    if method != named:
-        notes.append(f"--peft {named} is --peft {method}, its name today")
-    if "lora" in old or "PISSA" in old:
-        method = "pissa" if "PISSA" in old else "lora"
-        new += ["--peft", method]
-        options, beside = _lora_flags(method, old, notes)
-    else:
-        notes += [
-            f"--{name} is ignored: it belongs to another method than the run's"
-            for name in LORA_FLAGS
-            if name in old
-        ]
-    options |= _method_configs(method, old, kept, notes)
-    for name in RANK_FLAGS:
-        if name in old:
-            options["r"] = _integer(old, name, 0)
-            notes.append(f"--{name} {old[name]} is --peft_config r={old[name]}")
-    if "emb" in old:
-        beside.append("emb")
-        notes.append("--emb is --train_parts emb")
-    if "state_tune" in old or old.get("train_type") == "state":
-        # beside a method it is a part, alone it is the method
-        if method in (None, "none", "state"):
-            new += ["--peft", "state"]
-            notes.append("the state alone is trained: --peft state")
-        else:
-            beside.append("state")
-            notes.append("the state is trained beside the adapter: --train_parts state")
-    return [*new, *_train_parts(beside, kept), *_peft_config(options, kept, notes)]
-
-
-def _lora_flags(method: str, old: dict[str, str], notes: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """(options, parts beside them) of the flags --lora_*, one for each option."""
-    flag = "PISSA" if method == "pissa" else "lora"
-    notes.append(f"--{flag} and its flags are --peft {method} with --peft_config")
-    options: dict[str, Any] = {
-        "r": _integer(old, "lora_r", 8),
-        "load": old.get("lora_load"),
-        "dropout": _decimal(old, "lora_dropout"),
-    }
-    if method == "pissa":
-        options["niter"] = _integer(old, "svd_niter", 4)
-        if "lora_alpha" in old:
-            notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
-    else:
-        options["alpha"] = _integer(old, "lora_alpha", 32)
-    parts = old.get("lora_parts", "att,ln,time").split(",")
-    if not set(LORA_PARTS) <= set(parts):
-        adapted = [LORA_PARTS[part] for part in LORA_PARTS if part in parts]
-        options["targets"] = [*itertools.chain(*adapted)]
-    return options, [part for part in parts if part not in LORA_PARTS]
-
-
-def _method_configs(
-    method: str | None, old: dict[str, str], kept: list[str], notes: list[str]
-) -> dict[str, Any]:
-    """The options in --lora_config and its like, without the method's name before each."""
-    options: dict[str, Any] = {}
-    for name, of in METHOD_CONFIGS.items():
-        if name in old and of != method:
-            notes.append(
-                f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}"
-            )
-        elif name in old:
-            try:
-                given = json.loads(old[name]).items()
-            except (json.JSONDecodeError, AttributeError):
-                raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
-            options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in given}
-            notes.append(f"--{name} is --peft_config")
-            if _value(kept, "train_parts") is None:
-                notes.append(
-                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as"
-                    " well; --train_parts time,ln does"
-                )
-    return options
-
-
-def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
-    """--train_parts with the parts that older flags name; "none" was RWKV-PEFT's word for no parts."""
-    given = _value(kept, "train_parts") or ""
-    if given != "none" and not beside:
+def _full_training(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """No method is full training there, but in RWKV-LM-RLHF, where it stands in the layer profile."""
+    if any(value(kept, name) is not None for name in ("peft", "peft_config")) or old.keys() & OF_RLHF:
         return []
-    return ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
+    model = "" if value(kept, "load_model") else ", of a new model without --load_model"
+    notes.append(f"no --peft is full training there{model}: --peft none")
+    return ["--peft", "none"]
 
 
-def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; with another one that project reads no chunk_ctx."""
-    kind, chunk = old.get("train_type"), _value(kept, "chunk_ctx")
+def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; with another one that project reads no chunk_ctx.
+
+    RWKV-LM-RLHF has --infctx 1 and 0.
+    """
+    kind, chunk = old.get("train_type"), value(kept, "chunk_ctx")
+    said = f"--train_type {kind}"
+    if "infctx" in old:
+        kind, said = ("infctx" if is_on(old, "infctx") else "none"), f"--infctx {old['infctx']}"
     if kind is None:
         return []
-    if kind not in ("none", "infctx", "state", ""):
+    if kind not in ("none", "infctx", "state", "states", "finetune", "normal", ""):
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
         size = chunk or USUAL_CHUNK_CTX
-        notes.append(f"--train_type infctx is --chunk_ctx {size}: rows run in chunks of so many tokens")
+        notes.append(f"{said} is --chunk_ctx {size}: rows run in chunks of so many tokens")
         return ["--chunk_ctx", str(USUAL_CHUNK_CTX)] if chunk is None else []
     if chunk is None:
         return []
-    notes.append(
-        f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in"
-        " chunks"
-    )
+    notes.append(f"--chunk_ctx {chunk} is ignored: {said} trains whole rows; infctx has them run in chunks")
     return ["--chunk_ctx", "0"]
 
 
-def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
-    """A method's options in today's names, as --peft_config."""
-    if not options:
-        return []
-    if _value(kept, "peft_config"):
-        raise UserError("--peft_config and an older flag for the same options were given; keep the former")
-    options = {key: value for key, value in options.items() if value not in (None, "") and key != "init"}
-    mode = options.pop("mode", "bone")
-    if mode == "bat":
-        options["order"] = "row"
-    elif mode not in ("bone", "miss", "disha"):
-        raise UserError(f"mode {mode}: expected bone, which is --peft miss, or bat")
-    if "load" in options:
-        path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
-        if os.path.exists(path):
-            raise UserError(
-                f"{path} is an adapter of another project, which training cannot go on with. python -m"
-                f" rwkv_miss merge takes it, and python -m rwkv_miss convert {path} OUT.pth --to native makes"
-                " one for the chat; move it away to train a new one"
-            )
-        notes.append(f"{path} is not there: a new adapter is trained")
-    return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
-
-
-def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _stage(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """RWKV-LM's stages: 1 makes a model, the others go on with the newest one."""
     new: list[str] = []
-    stage = old.get("train_stage", "0")
-    if stage != "0":
-        new += ["--peft", "none", *(["--init_only", "1"] if stage == "1" else ["--resume", "auto"])]
-        notes.append(f"--train_stage {stage} is {' '.join(new)}")
-    if _value(kept, "load_model") == "0":
-        new += ["--load_model", newest_model(_value(kept, "proj_dir") or "out")]
+    name = "train_stage" if "train_stage" in old else "my_pile_stage"
+    if stage(old) != "0":
+        new += ["--peft", "none", *(["--init_only", "1"] if stage(old) == "1" else ["--resume", "auto"])]
+        notes.append(f"--{name} {stage(old)} is {' '.join(new)}")
+    if value(kept, "load_model") == "0":
+        new += ["--load_model", newest_model(value(kept, "proj_dir") or "out")]
         notes.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
-    if _integer(old, "my_exit_tokens", 0):
+    if integer(old, "my_exit_tokens", 0):
         notes.append("--my_exit_tokens is the data once: --epoch_count 1")
         new += ["--epoch_count", "1"]
     return new
 
 
-def _epoch_save(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+def _epoch_save(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """Both projects save after so many epochs; --save_steps counts steps."""
-    epochs = _integer(old, "epoch_save", 0)
-    if not epochs or _value(kept, "save_steps"):
+    epochs = integer(old, "epoch_save", 0)
+    if not epochs or value(kept, "save_steps"):
         return []
-    steps = _integer({"epoch_steps": _value(kept, "epoch_steps")}, "epoch_steps", 0)
-    if old.get("train_stage", "0") != "0":
-        names = ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
-        given = {name: _value(kept, name) for name in names}
-        steps = MINI_EPOCH // math.prod(max(1, _integer(given, name, 1)) for name in names)
+    steps = integer({"epoch_steps": value(kept, "epoch_steps")}, "epoch_steps", 0)
+    if stage(old) != "0":
+        steps = MINI_EPOCH // counts(kept, "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
     if not steps:
         notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
         return []
@@ -348,59 +232,62 @@ def _epoch_save(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     return ["--save_steps", str(total)]
 
 
-def _warm_up(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    if not old or _value(kept, "warmup_steps") != "-1":  # among today's flags it is an automatic choice
+def _quant(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    quant = value(kept, "quant")
+    if quant == "1":  # RWKV-LM-RLHF, whose mode is in a flag of its own
+        quant = old.get("quant_mode", "nf4")
+        notes.append(f"--quant 1 is --quant {quant}")
+    elif quant not in QUANTS:
         return []
-    notes.append("--warmup_steps -1 is --warmup_steps 0")
-    return ["--warmup_steps", "0"]
+    today, why = QUANTS.get(quant, (quant, ""))
+    if why:
+        notes.append(f"--quant {quant}: {why}")
+    return ["--quant", today]
 
 
-def _loss_mask(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    mask = _value(kept, "loss_mask")
-    if mask == "se":
-        raise UserError(
-            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
-        )
-    if mask not in LOSS_MASKS:
-        return []
-    given = f"--loss_mask {mask or repr('')}"
-    if old.get("data_type") == "sft":
-        notes.append(f"{given} is ignored with --data_type sft, there as well: the answers are trained")
-        return ["--loss_mask", "assistant"]
-    today, meaning = LOSS_MASKS[mask]
-    other = "; assistant trains the answers alone" if today == "all" else ""
-    notes.append(f"{given} {meaning}: --loss_mask {today}{other}")
-    return ["--loss_mask", today]
-
-
-def _quant(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    quant = _value(kept, "quant")
-    if quant not in QUANTS:
-        return []
-    if QUANTS[quant] != "none":
-        notes.append(f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors")
-    return ["--quant", QUANTS[quant]]
-
-
-def _kernel(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    kernel = _value(kept, "op")
+def _kernel(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    kernel = value(kept, "op")
     if kernel not in ("fla", "triton"):
         return []
     notes.append(f"--op {kernel}: there are own kernels instead; auto chooses")
     return ["--op", "auto"]
 
 
+def _renamed(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Flags and values with another name today, or with a meaning that only this project gives them."""
+    new = []
+    if "rwkv_version" in old:
+        new += ["--my_testing", old["rwkv_version"]]
+    if strategy := STRATEGIES.get(value(kept, "strategy")):
+        new += ["--strategy", strategy]
+    if new:
+        notes.append(f"the names today are {' '.join(new)}")
+    if value(kept, "random_seed") == "-1":
+        notes.append("--random_seed -1 is a seed by chance there; here 42, so that the run can be repeated")
+        new += ["--random_seed", "42"]
+    return new
+
+
 # each gives flags of today for what it knows of the old and of the other words
 TRANSLATIONS = (
-    _method,
+    method_flags.method,
     _train_type,
     _stage,
     _epoch_save,
-    _warm_up,
-    _loss_mask,
+    data_flags.loss_mask,
     _quant,
     _kernel,
+    _renamed,
     preference_flags.preference,
+)
+# and these for what a script of another project leaves out
+IMPLIED = (
+    rate_flags.warm_up,
+    rate_flags.schedule,
+    data_flags.epoch_steps,
+    data_flags.rows,
+    data_flags.held_out,
+    data_flags.alpaca,
 )
 
 

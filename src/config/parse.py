@@ -22,7 +22,7 @@ from rwkv_miss.errors import Parser, UserError, did_you_mean
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import write_text
-from . import legacy
+from . import legacy, method_flags
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .loss_rules import check_by_hand
@@ -163,7 +163,7 @@ def _typed_value(name: str, value: Any) -> Any:
         expected = " or ".join([EXPECTED[kind], *words])
         raise UserError(f"--{name} {value}: expected {expected}") from None
     if name == "peft":
-        value = legacy.METHOD_ALIASES.get(value, value)
+        value = method_flags.ALIASES.get(value, value)
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         known = [c for c in choices if c]

@@ -10,20 +10,38 @@ from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
 
+from .flag_values import is_on, value
+
 # RWKV-LM-RLHF: the flag that turns a loss on, and its numbers with the defaults there and today's names
 SWITCHES = {
     "dpo": {"dpo_beta": ("beta", "0.01"), "dpo_alpha": ("sft_weight", "0.1")},
     "orpo": {"orpo_alpha": ("orpo_lambda", "0.01")},
     "simpo": {"simpo_beta": ("beta", "0.01"), "simpo_alpha": ("", "")},
+    "grpo": {
+        "grpo_gen_count": ("group_size", "4"),
+        "grpo_gen_length": ("max_tokens", "1024"),
+        "grpo_kl_beta": ("beta", "0.1"),
+    },
 }
+# what goes with a loss beside its numbers; newer versions there divide dpo by the tokens
+BESIDE = {"dpo": ["--loss_average", "mean"], "simpo": ["--simpo_gamma", "0"], "grpo": ["--grpo_type", "grpo"]}
 # what changes nothing else there
 IGNORED = {
     "simpo_alpha": "it multiplied the whole loss, which the optimizer divides out again",
     "orpo_mode": "there is one way to compute it",
     "rlhf_max_corpus_len": "--ctx_len bounds a row, which holds both answers of a pair",
     "dpo_general_corpus_ratio": "--sft_weight keeps the right answers likely; for other texts, train twice",
+    "grpo_gen_temperature": "answers are always drawn at temperature 1",
+    "grpo_gen_topp": "answers are always drawn from the whole distribution",
 }
-TOKENISED = ("rlhf_train_file", "dpo_train_file")
+# files of tokens, and what they were made of
+TOKENISED = {
+    **dict.fromkeys(
+        ("rlhf_train_file", "dpo_train_file"),
+        "the CSV that it was made of, with the columns prompt,chosen,reject",
+    ),
+    "train_data_file": "the JSONL that it was made of",
+}
 NUMBERS = {name: to for numbers in SWITCHES.values() for name, (to, _) in numbers.items() if to}
 # TRL's losses, for --loss and what goes with it
 LOSS_TYPES = {
@@ -46,21 +64,16 @@ NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING, "wpo", "s
 
 def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """Flags of today for what `old` has of preferences, with a note for each."""
-    for name in TOKENISED:
-        if name in old:
-            raise UserError(
-                f"--{name} {old[name]} is a file of tokens that RWKV-LM-RLHF made; give the CSV that it was"
-                " made of, with the columns prompt,chosen,reject, as --data_file"
-            )
-    if old.get("wpo", "0") != "0":
+    if is_on(old, "wpo"):
         raise UserError("--wpo weighs pairs in a way that is not here; use --loss dpo or simpo")
     notes += [f"--{name} is ignored: {reason}" for name, reason in IGNORED.items() if name in old]
-    on = [name for name in SWITCHES if old.get(name, "0") != "0"]
+    on = [name for name in SWITCHES if is_on(old, name)]
     if len(on) > 1:
         raise UserError(f"--{on[0]} and --{on[1]} were given; choose one --loss")
     new = _loss_type(old, notes)
     if on:
         new += _switched_on(on[0], old, kept, notes)
+    _check_file(old, kept, new, notes)
     for name, today in NUMBERS.items():
         if name in old and not (on and name in SWITCHES[on[0]]):
             notes.append(f"--{name} is --{today}")
@@ -72,15 +85,28 @@ def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
 def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """`--dpo 1` and its numbers, those that are not given with their defaults there."""
     new = ["--loss", loss]
-    if loss == "dpo":
-        new += ["--loss_average", "mean"]  # newer versions there divide by the tokens
-    if loss == "simpo" and not any(word.partition("=")[0] == "--simpo_gamma" for word in kept):
-        new += ["--simpo_gamma", "0"]
+    if BESIDE.get(loss) and value(kept, BESIDE[loss][0].removeprefix("--")) is None:
+        new += BESIDE[loss]
     for name, (today, default) in SWITCHES[loss].items():
         if today:
             new += [f"--{today}", old.get(name) or default]
     notes.append(f"--{loss} is {' '.join(new)}, as in RWKV-LM-RLHF")
+    if loss == "grpo" and value(kept, "rewards") is None:
+        notes.append("the rewards there are for the tags <think> and <answer>; here --rewards, else exact")
     return new
+
+
+def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: list[str]) -> None:
+    """A file of tokens is an error, unless --data_file is there in its place."""
+    for name, made_of in TOKENISED.items():
+        if name in old and value(kept, "data_file"):
+            notes.append(f"--{name} is ignored: --data_file is given")
+        elif name in old:
+            same = f"; the rest of the command is {' '.join(new)} here" if new else ""
+            raise UserError(
+                f"--{name} {old[name]} is a file of tokens that RWKV-LM-RLHF made; give {made_of}, as"
+                f" --data_file{same}"
+            )
 
 
 def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:

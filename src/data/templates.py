@@ -119,7 +119,7 @@ def automatic_style(tokenizer: Tokenizer | None) -> str:
     return "json" if tokenizer and tokenizer.vocab_size == WORLD_IDS else HERMES
 
 
-def recorded_template(spec: str, tokenizer: Tokenizer, *paths, tool_style: str = AUTO) -> Template:
+def recorded_template(spec: str, tokenizer: Tokenizer | None, *paths, tool_style: str = AUTO) -> Template:
     """choose_template(), where the first checkpoint with a record tells what was recorded.
 
     Without a record, auto does not take the template of a Hugging Face folder, and says how to.

@@ -79,7 +79,7 @@ def check_reference(config: Config, arch: Arch) -> None:
         RWKV(other).check(tensors, config.reference)
 
 
-def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Template:
+def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenizer | None) -> Template:
     """How conversations are written; fills in the tool style. UserError for a template that is none."""
     template = recorded_template(config.template, tokenizer, config.load_model, tool_style=config.tool_style)
     if isinstance(template, RwkvTemplate):
@@ -90,12 +90,15 @@ def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenize
 def new_arch(config: Config):
     """(Arch, tokenizer) of a new model.
 
-    It has RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary.
+    It has RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary. One that is written and
+    not trained, with another vocabulary than World's, has no tokenizer yet: None.
     """
     vocab = config.vocab_size
     if config.tokenizer in ("auto", "world"):
         vocab = vocab or WORLD_MODEL
-    tokenizer = load_tokenizer(config.tokenizer, vocab or sys.maxsize, config.eod)
+    tokenizer = None
+    if not config.init_only or config.tokenizer != "auto" or vocab == WORLD_MODEL:
+        tokenizer = load_tokenizer(config.tokenizer, vocab or sys.maxsize, config.eod)
     head_size = config.head_size or 64
     inner = config.dim_att or config.n_embd
     if inner % head_size:

@@ -41,7 +41,9 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     if os.path.exists(path):
         raise UserError(f"{path} is there already; give it as --load_model, or choose another --proj_dir")
     torch.manual_seed(config.random_seed)
-    described = {"format": "rwkv-miss trained", "step": 0, "tokenizer": tokenizer.name, "eod": config.eod}
+    described = {"format": "rwkv-miss trained", "step": 0, "eod": config.eod}
+    if tokenizer:
+        described["tokenizer"] = tokenizer.name
     write_checkpoint(path, whole_model(config, RWKV(arch)), described)
     print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 

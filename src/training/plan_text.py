@@ -63,7 +63,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
         documents_line(config, job.data),
         *released_modes(config, job.template),
-        f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
+        f"{steps(config, job.schedule, job.steps, len(job.data.documents))}; {rows(config, job.schedule)}",
         *loss_lines(config, job.data.documents, job.schedule, job.model.arch),
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps, job.origins)}{above_guess(config, job.model.arch)}",
@@ -269,10 +269,15 @@ def asks_otherwise(template: Template) -> str:
     return f"; asks with {template.asked_only!r}, which it does not write before an answer without thoughts"
 
 
-def steps(config: Config, schedule: Schedule, total: int) -> str:
-    """The line of the plan about its optimizer steps."""
+def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str:
+    """The line of the plan about its optimizer steps.
+
+    A number of steps that was given is more passes where several of the documents share a row.
+    """
     passes = total / schedule.steps_per_pass
     length = ""
+    if config.epoch_steps and documents > len(schedule.rows):
+        length = f", or {total * schedule.rows_per_step / documents:.3g} with --packing 0"
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     if config.early_stop > 0:

@@ -1,0 +1,93 @@
+"""What RWKV-LM's and RWKV-PEFT's scripts say of the data, in the flags of `Config`, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rwkv_miss.errors import UserError
+
+from .flag_values import counts, integer, is_on, of_2026, stage, value
+from .preference_flags import SWITCHES
+
+# RWKV-PEFT's masks, and what each of them trains there. With --data_type sft it reads none, and trains the
+# answers.
+LOSS_MASKS = {
+    "none": ("all", "trains every token; padding, which is trained there, is not"),
+    "": ("all", "trains every token; padding, which is trained there, is not"),
+    "pad": ("all", "trains every token but the padding"),
+    "qa": ("Assistant:", "trains what follows Assistant: until the next turn"),
+}
+
+
+def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    mask = value(kept, "loss_mask")
+    if mask == "se":
+        raise UserError(
+            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
+        )
+    if mask not in LOSS_MASKS:
+        return []
+    given = f"--loss_mask {mask or repr('')}"
+    if old.get("data_type") == "sft":
+        notes.append(f"{given} is ignored with --data_type sft, there as well: the answers are trained")
+        return ["--loss_mask", "assistant"]
+    today, meaning = LOSS_MASKS[mask]
+    other = "; assistant trains the answers alone" if today == "all" else ""
+    notes.append(f"{given} {meaning}: --loss_mask {today}{other}")
+    return ["--loss_mask", today]
+
+
+def epoch_steps(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """--epoch_steps in optimizer steps: RWKV-PEFT counted forward passes, and from 2026 on documents."""
+    given = integer({"epoch_steps": value(kept, "epoch_steps")}, "epoch_steps", 0)
+    accumulate = counts(kept, "accumulate_grad_batches")
+    if given and of_2026(old, kept):
+        notes.append(
+            f"--epoch_steps {given} counts optimizer steps; there it kept the first {given} documents and"
+            " dropped the rest. Without it an epoch is all data once"
+        )
+    elif given and accumulate > 1 and stage(old) == "0":
+        steps = max(1, given // accumulate)
+        notes.append(
+            f"--epoch_steps {given} counted forward passes there, of which a step has {accumulate}:"
+            f" --epoch_steps {steps}"
+        )
+        return ["--epoch_steps", str(steps)]
+    return []
+
+
+def rows(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """What a row held there."""
+    if any(is_on(old, loss) for loss in SWITCHES):  # of pairs or drawn answers
+        return []
+    if stage(old) != "0":
+        notes.append(
+            "a row went on over the ends of documents there; here documents that share a row do not see each"
+            " other"
+        )
+    elif old.get("dataload") in ("get", "only"):
+        notes.append(
+            f"--dataload {old['dataload']} is ignored: a row began anywhere in the text there, and begins"
+            " with a document here"
+        )
+    elif value(kept, "packing") is None:
+        notes.append(
+            "a row was one document there; here documents share rows, so that as many steps are more passes:"
+            " the plan has both numbers, and --packing 0 does as there"
+        )
+    return []
+
+
+def held_out(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    if value(kept, "eval_split") is None and value(kept, "eval_file") is None:
+        notes.append("of 100 documents or more some are held out here; --eval_split 0 trains all, as there")
+    return []
+
+
+def alpaca(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    if old.get("data_type") == "sft" and value(kept, "template") is None:
+        notes.append(
+            "--data_type sft wrote rows in Alpaca's form (### Instruction:) there; here they are User: and"
+            " Assistant:, and --template alpaca does as there"
+        )
+    return []
