@@ -444,6 +444,7 @@ DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
             "--lr_schedule linear, which is 0.5 halfway",
         ),
         ([*DECAY, "--lr_final", "1"], {"lr_schedule": "cos"}, ""),
+        ([*DECAY, "--lr_final", "-1"], {"lr_schedule": "cos", "lr_final": -1}, ""),
         ([*DECAY, "--op", "fla"], {"lr_schedule": "cos"}, ""),
         (
             [*DECAY, "--peft", "disha", "--disha_config", '{"mode":"bone","r":8}'],

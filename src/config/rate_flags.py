@@ -28,7 +28,7 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
         last, new = LR_FINAL, ["--lr_final", str(LR_FINAL)]
         notes.append(f"no --lr_final is --lr_final {LR_FINAL:g}, as there")
     named = value(kept, "lr_schedule")
-    if math.isnan(first) or first == last or named not in (*COSINES, "wsd"):
+    if math.isnan(first) or last < 0 or first == last or named not in (*COSINES, "wsd"):
         return new
     if stage(old) != "0" or integer(old, "my_exit_tokens", 0):
         return new
