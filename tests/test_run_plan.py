@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -177,6 +178,19 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     ):
         assert sum(text in line for line in lines) == 1, text
     assert "bad.jsonl, line 49" in (tmp_path / "run/run_card.md").read_text()
+
+
+def test_a_longer_schedule_tells_the_rate_before_and_now():
+    """In the plan of a run that goes on: a cosine is higher where it is longer."""
+    before, config = (
+        Config(lr_init=1e-3, warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto") for n in (10, 20)
+    )
+    job = types.SimpleNamespace(config=config, steps=20, schedule=None)
+    told = plan_text.resume(job, before, "step-00000010.pth", over=False)[-1]
+    assert told == (
+        "           10 steps -> 20: the learning rate was 0.0001 in step 10 and is 0.00051 in step 11, as its"
+        " schedule is now that of 20 steps"
+    )
 
 
 def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():

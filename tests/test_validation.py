@@ -287,7 +287,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         and read_metadata(proj_dir / "adapter.pth")["step"] == 4
     )
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", "--resume", "auto", sabotage=script))
-    assert "ended at step 4 by --early_stop; nothing to train" in output
+    assert "ended at step 4 by --early_stop, and --early_stop 0 would let it go on; nothing" in output
 
     more = [*flags, "--early_stop", "4", "--resume", "auto"]
     code, output = start(

@@ -327,7 +327,7 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
         step = checkpoint_step(path)
         what = f"has all {counted(job.steps, 'step')} already"
         if step < job.steps:
-            what = f"ended at step {step} by --early_stop"
+            what = f"ended at step {step} by --early_stop, and --early_stop 0 would let it go on"
         if step > job.steps:
             what = f"has {counted(step, 'step')}, more than the {job.steps:,} that are asked for"
         return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
@@ -348,10 +348,13 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
             f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')},"
             f" accumulate is {job.schedule.accumulate}"
         )
-    planned = steps_of(before, job.schedule)
+    planned, done = steps_of(before, job.schedule), checkpoint_step(path)
     if planned != job.steps:
+        was = config.lr_init * learning_rate_factor(before, planned)(done - 1)
+        now = config.lr_init * learning_rate_factor(config, job.steps)(done)
         lines.append(
-            f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows"
-            f" the schedule of {counted(job.steps, 'step')}"
+            f"           {counted(planned, 'step')} -> {job.steps:,}: the learning rate was {was:.2g} in step"
+            f" {done:,} and is {now:.2g} in step {done + 1:,}, as its schedule is now that of"
+            f" {counted(job.steps, 'step')}"
         )
     return lines
