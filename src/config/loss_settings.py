@@ -109,8 +109,9 @@ class LossSettings(DataSettings):
     )
     max_tokens: int = opt(
         0,
-        "grpo: the most tokens of an answer; one without an end by then is cut, and is not right. 0: by the"
-        " right answers and the rewards, within --ctx_len",
+        "grpo: the most tokens of an answer; one without an end by then is cut, and is not right. 0: for"
+        " exact and partial the longest right answer, a quarter more, and 16; else by the reward. Within"
+        " --ctx_len",
         alias=("max_completion_length",),
         automatic=True,
         low=0,
