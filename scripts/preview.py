@@ -120,6 +120,8 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
                 lint.look(where, row)
             except LeftOut as reason:
                 report.files[source.path].leave_out(where, reason)
+                if reading.rows == SFT:
+                    lint.note("empty answer", where)
             except UserError as error:
                 report.refuse(source.path, where, error)
         if lint.documents:

@@ -24,6 +24,7 @@ from src.data.chat_template import Segment
 from src.data.collate import collate, trained_tokens
 from src.data.dataset import Document, Documents, load_documents
 from src.data.encode import Encoder
+from src.data.formats import Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
@@ -118,7 +119,7 @@ def test_world_ids_and_mask(load, world):
         ),
         ([user("a"), assistant("b"), assistant("c")], "User: a\n\nAssistant:< b\n\n>Assistant:< c$>"),
         ([assistant("b")], "Assistant:< b$>"),
-        ([user(""), assistant("")], "User: \n\nAssistant:< $>"),
+        ([user(""), assistant("b")], "User: \n\nAssistant:< b$>"),
     ],
 )
 def test_conversations_train_the_assistants_turns_and_their_ends(load, messages, expected):
@@ -244,6 +245,37 @@ def test_files_without_rows_and_rows_without_targets(load, tmp_path):
         load([{"messages": [user("long"), assistant("b")]}], ctx_len=5)
     with pytest.raises(UserError, match="can't be read: No such file"):
         load_documents(tmp_path / "absent", None, 1)
+
+
+EMPTY_ANSWERS = [
+    {"instruction": "a", "output": ""},
+    {"prompt": "a", "completion": " "},
+    {"messages": [user("a"), assistant("\n"), user("b"), assistant("c")]},
+]
+
+
+def test_an_empty_answer_is_left_out_whatever_the_layout(load, tmp_path, raw):
+    """Thoughts, calls of tools and what is context only are no empty answers."""
+    call = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    kept = [
+        {"messages": [user("a"), {**assistant(""), "weight": 0}, user("b"), assistant("c")]},
+        {"messages": [user("a"), {**assistant(""), "reasoning": "hm"}]},
+        {"messages": [user("a"), call], "tools": [{"type": "function", "function": {"name": "f"}}]},
+    ]
+    assert len(load([*EMPTY_ANSWERS, *kept])) == len(kept)
+    table, report = tmp_path / "rows.csv", Report()
+    table.write_text("question,answer,response\na,,\n\na,b,\na,,c\n")
+    (tmp_path / "one.csv").write_text("question,answer\na,\na,b\n")
+    files = f"{tmp_path}/rows.jsonl,{tmp_path}/one.csv"
+    assert len(load_documents(files, raw, 1000, report=report)) == len(kept) + 1
+    left_out = [line.partition(": ") for line in report.lines() if line.startswith("left out")]
+    assert [what for what, _, _ in left_out] == [
+        "left out   3 rows, in which an answer is empty",
+        "left out   1 row, in which an answer is empty",
+    ]
+    # of several columns the one with words counts, and no row is ambiguous for its empty cells
+    with pytest.raises(UserError, match="rows.csv, line 2: the row has several layouts"):
+        load_documents(table, raw, 1000)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(load):

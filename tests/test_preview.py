@@ -20,7 +20,7 @@ from src.data.tokenizer import load_tokenizer
 from src.data.tool_styles import STYLES
 
 from .conftest import ROOT
-from .test_data import assistant, user
+from .test_data import EMPTY_ANSWERS, assistant, user
 from .test_templates import CHATML
 
 GOOD = [
@@ -72,9 +72,7 @@ def test_good_data(show):
 @pytest.mark.parametrize(
     "name, rows, flags",
     [
-        ("empty answer", [{"messages": [user("a"), assistant(" \n")]}], []),
-        ("empty answer", [{"prompt": "a", "completion": " "}], []),
-        ("bad row", [{"prompt": "a", "completion": ""}], []),
+        ("empty answer", EMPTY_ANSWERS, []),
         ("bad row", [{"words": "a"}], []),
         ("bad row", [{"text": "\ud800"}], []),
         ("bad row", [{"messages": [user("a"), assistant("<think>b")]}], ["--template", "think"]),

@@ -59,10 +59,10 @@ def test_good_questions(look, tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows", "flags", "wanted"),
     [
-        ("bad row", [{"question": "a", "answer": ""}], [], (1, "6", "got ''")),
+        ("bad row", [{"question": "a", "answer": None}], [], (1, "6", "got None")),
         (
             "nothing asked",
-            [{"question": " ", "answer": "1"}, {"question": "a", "answer": " "}],
+            [{"question": " ", "answer": "1"}, {"question": "a", "answer": ""}],
             [],
             (2, "6", ""),
         ),
@@ -146,7 +146,7 @@ def test_wrong_settings_are_one_line(show, capsys):  # noqa: F811
 
 def test_reading_for_a_run_counts_what_the_preview_finds(tmp_path):
     """--on_bad_row skip leaves out bad rows, and the report has what is empty."""
-    rows = [*GOOD, {"question": "a", "answer": ""}, {"question": " ", "answer": "1"}]
+    rows = [*GOOD, {"question": "a", "answer": None}, {"question": " ", "answer": "1"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = Config(loss="grpo", data_file=str(tmp_path / "data.jsonl"), on_bad_row="skip")
     data = read_data(config, {}, named("bytes"), load_template("rwkv"))

@@ -95,6 +95,8 @@ def test_what_is_empty_is_left_out_and_counted(read):
         NO_RIGHT_ANSWER: (1, ["data.jsonl, line 2"]),
     }
     assert [question.right for question in read(rows, needs_right=False).questions] == ["", "2"]
+    with pytest.raises(UserError, match="data.jsonl, line 2: the right answer is empty"):
+        read_questions("data.jsonl")
     with pytest.raises(UserError, match="no row can be used, left out 1 row, in which the right answer is"):
         read(rows[1:2])
 

@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 
 from .chat_template import Segment, Template
 from .encode_answers import answers_segments, compared
-from .formats import WrongSetting
+from .formats import EMPTY, LeftOut, WrongSetting, has_empty_answer
 from .leading_token import begins_with
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
@@ -86,7 +86,8 @@ class Encoder:
         The leading token never has a weight, the end of document always. Most records are one document (see
         record_segments).
 
-        Raises UserError for a record that the template or the tokenizer cannot express.
+        Raises UserError for a record that the template or the tokenizer cannot express, and LeftOut for one
+        that teaches nothing.
         """
         if "ids" in record:
             ids = np.asarray(record["ids"], dtype=np.int32)
@@ -102,6 +103,8 @@ class Encoder:
         if "chosen" in record or "label" in record:
             segments = answers_segments(record, self.template, self.token_end)
             return compared([self.encode_segments(of_one) for of_one in segments], self.template.name)
+        if has_empty_answer(record):
+            raise LeftOut(EMPTY)
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 

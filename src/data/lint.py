@@ -25,7 +25,7 @@ TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 # the name of each finding, and what it means
 MEANINGS = {
     "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
-    "empty answer": "there are no words to learn",
+    "empty answer": "there are no words to learn, so the row is left out",
     "blank line": (
         "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a"
         " turn"
@@ -181,8 +181,6 @@ class Lint:
 
 def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
     """Names of what is odd about the words of a record."""
-    if isinstance(record.get("completion"), str) and not record["completion"].strip():
-        yield "empty answer"
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
     if "prompt" in record and ("chosen" in record or "label" in record):
@@ -243,8 +241,6 @@ def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
 
 
 def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
-    if not content.strip() and not message.get("tool_calls"):
-        yield "empty answer"
     if "<think>" in content and "</think>" not in content:
         yield "open thoughts"
     elif encoder.template.asked_only and not thoughts_of(message)[0]:

@@ -264,7 +264,10 @@ def read_questions(
     for source in sources(str(path), reading, report.notes):
         for where, row in _rows(source, report, reading):
             try:
-                questions.append(question_of(row, template))
+                question = question_of(row, template)
+                if not question.right.strip():
+                    raise UserError(NO_RIGHT_ANSWER)
+                questions.append(question)
             except UserError as error:
                 report.refuse(source.path, where, error)
     return questions

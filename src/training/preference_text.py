@@ -93,8 +93,6 @@ def kept_in(config: Config) -> str:
 
 def left_out(config: Config, found: Data) -> str:
     """What of the rows teaches nothing or does not fit, for the end of a line; nothing where all do."""
-    if config.loss == "sft":
-        return ""
     parts = [too_long_text(config, found.documents)]
     for file in found.found.files.values():
         for reason, (count, places) in file.left_out.items():

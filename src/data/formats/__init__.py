@@ -15,7 +15,7 @@ where there is a "prompt", and turns that follow "messages" else:
 """
 
 from .errors import LeftOut, WrongSetting
-from .layouts import LABELS, PAIRS, ROWS, SFT
+from .layouts import EMPTY, LABELS, PAIRS, ROWS, SFT, has_empty_answer
 from .records import read_record, read_records, read_source
 from .report import Found, Report, place_of, places_text, printable
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
@@ -23,6 +23,7 @@ from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 __all__ = [
     "BINIDX",
     "BY_NAME",
+    "EMPTY",
     "Found",
     "LABELS",
     "LeftOut",
@@ -33,6 +34,7 @@ __all__ = [
     "SFT",
     "Source",
     "WrongSetting",
+    "has_empty_answer",
     "place_of",
     "places_text",
     "printable",

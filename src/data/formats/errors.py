@@ -8,4 +8,4 @@ class WrongSetting(UserError):
 
 
 class LeftOut(UserError):
-    """A row of preferences is as it should be and teaches nothing: it is counted and left out."""
+    """A row is as it should be and teaches nothing: it is counted and left out."""

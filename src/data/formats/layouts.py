@@ -38,6 +38,7 @@ CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "reject", "rejected_response")
 RLHF_REJECTED = "reject"  # of RWKV-LM-RLHF, whose prompts are questions
 LABEL = "label"
+EMPTY = "an answer is empty"  # why a row is left out
 
 EXPECTED = (
     'expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ...,'
@@ -235,7 +236,7 @@ def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
 def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
     if turns := _turns_of_both(record, prompt, completion):
         return {"messages": turns}
-    return {"prompt": said(record[prompt], prompt), "completion": said(record[completion], completion)}
+    return {"prompt": said(record[prompt], prompt), "completion": said(record[completion], completion, True)}
 
 
 def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, Any]]:
@@ -249,7 +250,8 @@ def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, A
     turns: list[dict] = []
     for column, role in ((question, "user"), (answer, "assistant")):
         value = record[column]
-        turns += value if is_turns(value) else [{"role": role, "content": said(value, column)}]
+        may_be_empty = role == "assistant"
+        turns += value if is_turns(value) else [{"role": role, "content": said(value, column, may_be_empty)}]
     return messages(turns, f"{question} + {answer}")
 
 
@@ -265,7 +267,7 @@ def _question(
             asked += "\n" + said(record[column], column)
     turns = [
         {"role": "user", "content": asked},
-        {"role": "assistant", "content": said(record[answer], answer)},
+        {"role": "assistant", "content": said(record[answer], answer, True)},
     ]
     if history and record[history]:
         turns = earlier_turns(record[history], history) + turns
@@ -281,7 +283,7 @@ def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
     turns = []
     for question, answer in value:
         turns.append({"role": "user", "content": text(question, column)})
-        turns.append({"role": "assistant", "content": text(answer, column)})
+        turns.append({"role": "assistant", "content": text(answer, column, True)})
     return turns
 
 
@@ -357,12 +359,39 @@ def _joined(parts: list) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def said(value: Any, column: str) -> str:
+def said(value: Any, column: str, may_be_empty: bool = False) -> str:
     """text() of what is asked or answered, which may also be a number; as text that is 4, 2.5 or 1e+22."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)  # of any size
     if is_integer or isinstance(value, float) and math.isfinite(value):
         return repr(value)
-    return text(value, column)
+    return text(value, column, may_be_empty)
+
+
+def says_nothing(turn: dict[str, Any]) -> bool:
+    """Whether an assistant's message has neither words nor thoughts, and calls no tool."""
+    others = ("tool_calls", "reasoning_content", "reasoning")
+    return not turn["content"].strip() and not any(turn.get(name) for name in others)
+
+
+def has_empty_answer(record: dict[str, Any]) -> bool:
+    """Whether an answer that is to be trained says nothing, in a record of supervised training."""
+    if "completion" in record:
+        return not record["completion"].strip()
+    turns = record.get("messages", ())
+    return any(t["role"] == "assistant" and t.get("weight", 1) and says_nothing(t) for t in turns)
+
+
+def with_empty_cells(
+    record: dict[str, Any], fields: tuple[str, ...], answers: tuple[str, ...]
+) -> dict[str, Any]:
+    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none.
+
+    `answers` are the names of its columns, beside those of --sft_field.
+    """
+    return {
+        name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
+        for name, value in record.items()
+    }
 
 
 def text(value: Any, column: str, may_be_empty: bool = False) -> str:

@@ -28,6 +28,7 @@ from .layouts import (
     CHOSEN,
     CONTEXTS,
     CONVERSATIONS,
+    EMPTY,
     LABEL,
     LABELS,
     PAIRS,
@@ -42,13 +43,13 @@ from .layouts import (
     has_layout,
     is_label,
     said,
+    says_nothing,
     shown,
     text,
     tools_of,
     turns_of,
 )
 
-EMPTY = "an answer is empty"
 EXPECTED = {
     PAIRS: (
         'expected a pair of answers, {"prompt" or "messages": ..., "chosen": ..., "rejected": ...};'
@@ -81,15 +82,6 @@ class Columns(NamedTuple):
     def name(self) -> str:
         answers = " / ".join(self.answers) + (f" + {self.label}" if self.label else "")
         return f"{' + '.join(self.asked)} -> {answers}" if self.asked else answers
-
-
-def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none."""
-    answers = {*CHOSEN, *REJECTED, "completion"}
-    return {
-        name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
-        for name, value in record.items()
-    }
 
 
 def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
@@ -368,8 +360,5 @@ def _check_answer(turns: list[dict[str, Any]]) -> None:
             raise UserError(
                 f"a compared answer has the weight {turn['weight']}; all of it is compared, so leave it out"
             )
-    last = turns[-1]
-    if not last["content"].strip() and not any(
-        last.get(name) for name in ("tool_calls", "reasoning_content", "reasoning")
-    ):
+    if says_nothing(turns[-1]):
         raise LeftOut(EMPTY)

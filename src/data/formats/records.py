@@ -8,10 +8,12 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .errors import LeftOut
-from .layouts import SFT, TOKENS, Layout, canonical
-from .preference_layouts import preference, with_empty_cells
+from .layouts import ANSWERS, CHOSEN, REJECTED, SFT, TOKENS, Layout, canonical, with_empty_cells
+from .preference_layouts import preference
 from .report import Kind, Report, place_of
 from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
+
+COMPARED = (*CHOSEN, *REJECTED, "completion")  # columns of answers of preferences
 
 
 def read_records(
@@ -61,8 +63,12 @@ def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[
 
 def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, dict[str, Any]]:
     """How a record is read, and what it becomes."""
+    has_cells = source.format in DELIMITERS.values()
     if reading.rows != SFT:
-        if source.format in DELIMITERS.values():
-            parsed = with_empty_cells(parsed, reading.fields)
+        if has_cells:
+            parsed = with_empty_cells(parsed, reading.fields, COMPARED)
         return preference(parsed, reading.fields, reading.rows)
+    # of several columns for an answer the one with words is taken
+    if has_cells and not any(value and name.strip().lower() in ANSWERS for name, value in parsed.items()):
+        parsed = with_empty_cells(parsed, reading.fields, ANSWERS)
     return (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)
