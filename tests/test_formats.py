@@ -343,6 +343,12 @@ def test_a_number_that_is_asked_or_answered_is_its_text(tmp_path):
     [
         ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
         ("{'text': 'a'}", "not valid JSON"),
+        ('{"text": "a", }', "not valid JSON (a trailing comma at column 13; take it out)"),
+        ('{"text": "a"}, ', "not valid JSON (a trailing comma at column 14; take it out)"),
+        ('{"m": [1, 2,], "text": "a"}', "not valid JSON (a trailing comma at column 12; take it out)"),
+        ('{"text": "a"}, {"text": "b"}', "not valid JSON (Extra data at column 14)"),
+        ('{"text": "a", "b": , }', "not valid JSON (Expecting value at column 20)"),
+        ('{"text": "a",', "not valid JSON (Expecting property name enclosed in double quotes at column 14)"),
         ('{"text": "a"} x', "not valid JSON (Extra data at column 15)"),
         ('{"text": "a', "not valid JSON (Unterminated string"),
         ('{"text": "a\tb"}', "Invalid control character at column 12"),
@@ -456,7 +462,17 @@ def test_skipping_counts_and_shows_the_first_three(read):
         (
             "rows.json",
             '[{"text": "a"},\n]',
-            "rows.json, line 2: not valid JSON (Expecting value at column 1)",
+            "rows.json, line 1: not valid JSON (a trailing comma at column 15; take it out)",
+        ),
+        (
+            "rows.json",
+            '[{"text": "a"},\n {"text": "b",\n\n }\n]',
+            "rows.json, line 2: not valid JSON (a trailing comma at column 14; take it out)",
+        ),
+        (
+            "rows.json",
+            '{\n"text": "b",\n}',
+            "rows.json, line 2: not valid JSON (a trailing comma at column 12; take it out)",
         ),
         ("rows.json", '[{"text": "a"}]\n]', "rows.json, line 2: not valid JSON (Extra data at column 1)"),
         (

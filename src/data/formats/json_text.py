@@ -14,6 +14,7 @@ from .layouts import has_layout, is_pair
 from .text import BOM, Position, Record, open_text, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
+TRAILING = "a trailing comma"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,10 +61,27 @@ def _wrong(error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     if isinstance(error, json.JSONDecodeError):
-        return UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})")
+        error = _own_place(error)
+        hint = "; take it out" if error.msg == TRAILING else ""
+        return UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno}{hint})")
     if isinstance(error, RecursionError):
         return UserError("not usable JSON: nested too deeply")
     return UserError(f"not usable JSON: {error}")  # a number of thousands of digits
+
+
+def _own_place(error: json.JSONDecodeError) -> json.JSONDecodeError:
+    """The error at a trailing comma, where the decoder names what follows it; any other error as it is."""
+    text, place = error.doc, error.pos
+    if text[place : place + 1] in ("}", "]"):
+        comma = len(text[:place].rstrip()) - 1
+    elif error.msg.startswith("Illegal trailing comma"):  # Python 3.13
+        comma = place
+    elif error.msg == "Extra data" and not text[place + 1 :].strip():  # {...}, as in an array
+        comma = place
+    else:
+        return error
+    is_comma = text[comma : comma + 1] == ","
+    return json.JSONDecodeError(TRAILING, text, comma) if is_comma else error
 
 
 def json_file(path: str, position: Position) -> Iterator[Record]:
@@ -75,7 +93,7 @@ def json_file(path: str, position: Position) -> Iterator[Record]:
             yield f"{path}, line {scanner.line(place)}", record
         scanner.expect("")
     except (ValueError, RecursionError) as error:
-        place = error.pos if isinstance(error, json.JSONDecodeError) else scanner.place
+        place = _own_place(error).pos if isinstance(error, json.JSONDecodeError) else scanner.place
         raise UserError(f"{path}, line {scanner.line(place)}: {_wrong(error)}") from None
 
 
