@@ -96,6 +96,8 @@ def test_good_data(show):
         ("broken text", [{"text": "caf\ufffd"}], []),
         ("cut", [{"messages": [user("a"), assistant("b" * 190)]}], ["--ctx_len", "100"]),
         ("duplicate", [{"text": "once"}, {"text": "once"}, GOOD[3]], []),
+        ("contradiction", [{"question": "2+2?", "answer": "5"}], []),
+        ("contradiction", [{"messages": [*GOOD[2]["messages"][:3], assistant("e")]}], []),
     ],
 )
 def test_one_kind_of_trouble(show, name, rows, flags):
@@ -129,6 +131,25 @@ def test_troubles_that_come_together(show):
     )
 
 
+def test_what_is_no_contradiction(show):
+    """Other thoughts, an answer that is context only, another beginning, running text, other raw prompts."""
+    rows = [
+        {"messages": [user("2+2?"), assistant("<think>hm</think>4")]},
+        {"messages": [user("2+2?"), {**assistant("5"), "weight": 0}, user("No."), assistant("4")]},
+        {"messages": [{"role": "system", "content": "s"}, user("2+2?"), assistant("5")]},
+        {"messages": [user("2+2?"), assistant("4"), user("3+3?"), assistant("6")]},
+        {"messages": [user("2+2?"), assistant("4"), user("4+4?"), assistant("8")]},
+        {"text": "y"},
+        {"prompt": "2+2?", "completion": " 4"},
+        {"prompt": "3+3?", "completion": " 6"},
+    ]
+    assert findings(show, rows) == {}
+    copies = [{"prompt": "2+2?", "completion": " 4"}, {"prompt": "2+2?", "completion": "4"}]
+    assert findings(show, [*copies, {"prompt": "2+2?", "completion": "5"}]) == {
+        "contradiction": (1, "data.jsonl, line 7")
+    }
+
+
 def test_held_out_data(show):
     held = [
         GOOD[3],
@@ -147,7 +168,7 @@ def test_every_kind_has_a_test():
         mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
     }
     together = {"no thoughts", "only the end", "no target", "held out", "known prompt"}
-    together |= {"too long", "contradiction", "bare question", "left out"}  # of preferences, below
+    together |= {"too long", "bare question", "left out"}  # of preferences, below
     # of questions, in test_preview_questions.py
     together |= {"nothing asked", "long answer", "unrewarded", "other answer"}
     # asked otherwise is in test_rewritten_turns.py
@@ -221,7 +242,7 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
 
 def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
     """To the token: a conversation that just fits, and one whose first trained token just does not."""
-    rows = [{"messages": [user("a"), assistant("b" * n)]} for n in (1, 2, 40)]
+    rows = [{"messages": [user(asked), assistant("b" * n)]} for asked, n in (("a", 1), ("c", 2), ("d", 40))]
     length = len(Encoder(load_tokenizer("bytes", 256)).encode(rows[0])[0][0])
     asked = len("User: a\n\nAssistant:")
     for ctx_len, cut in ((length - 1, 2), (length - 2, 3), (asked, 3), (asked - 1, 3)):

@@ -74,7 +74,10 @@ MEANINGS = {
     "unrewarded": "the right answer does not get the full reward, which then no answer may get",
     "duplicate": "a copy of an earlier row",
     "other answer": "an earlier row asks the same and has another right answer",
-    "contradiction": "an earlier row prefers the other answer to the same prompt",
+    "contradiction": (
+        "an earlier row has another answer to the same prompt, or prefers the other one; if not both are"
+        " good, take one row out"
+    ),
     "held out": "a held-out row is in the training data too, word for word, and is left out there",
     "known prompt": (
         "a held-out row asks what a row of the training data asks, word for word; of preferences these"
@@ -109,6 +112,7 @@ class Lint:
         self.places: list[int] = []
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
+        self.answers: dict[bytes, bytes] = {}  # of each prompt the first one
 
     def note(self, name: str, where: str, count: int = 1) -> None:
         finding = self.found.setdefault(name, Finding(name, 0, where))
@@ -142,6 +146,8 @@ class Lint:
                 inputs = max(len(ids) - 1 for ids, _ in documents)
             if inputs > self.ctx_len:
                 names.append("too long")
+        elif any(self.answers.setdefault(asked, said) != said for asked, said in _answers(record)):
+            names.append("contradiction")
         for ids, weights in documents:
             names += self._odd_tokens(record, ids, weights)
         for name in dict.fromkeys(names):
@@ -177,6 +183,18 @@ class Lint:
     def findings(self) -> list[Finding]:
         """In the order of MEANINGS."""
         return [self.found[name] for name in MEANINGS if name in self.found]
+
+
+def _answers(record: dict) -> Iterator[tuple[bytes, bytes]]:
+    """The keys of (what comes before an answer, the answer) of each trained answer, without thoughts."""
+    if "prompt" in record:
+        yield _digest(record["prompt"].encode()), _digest(record["completion"].strip().encode())
+    before = hashlib.blake2b(repr(record.get("tools")).encode(), digest_size=16)
+    for message in record.get("messages", ()):
+        said = repr((message["role"], thoughts_of(message)[1], message.get("tool_calls"))).encode()
+        if message["role"] == "assistant" and weight_of(message):
+            yield before.digest(), _digest(said)
+        before.update(said)
 
 
 def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
@@ -261,4 +279,8 @@ def _opposite(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int])
 
 
 def _hash(ids: np.ndarray) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+    return _digest(ids.tobytes())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -25,8 +25,8 @@ ROLE_NAMES = {
     "ipython": "tool",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call"), "assistant"),
 }
-QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "human")
-ANSWERS = ("output", "answer", "response", "completion", "target", "assistant")
+QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "human", "问题", "提问")
+ANSWERS = ("output", "answer", "response", "completion", "target", "assistant", "gpt", "答案", "回答")
 CONTEXTS = ("input", "context")  # beside an instruction
 SYSTEMS = ("system", "system_prompt")
 LARGEST_WEIGHT = 100  # of a message in the loss
@@ -221,15 +221,21 @@ def _whole(record: dict, column: str, system: str | None, tools: str | None) -> 
 
 def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
     """Descriptions of tools, as they are or as JSON in a text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
+    value = _from_json(value)
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError(
             f"{column} must be a list of objects, or such a list as JSON text, got {short(value)}"
         )
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """What JSON in a text says, such as in a cell of a CSV file; any other value as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
     return value
 
 
@@ -293,10 +299,11 @@ def messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict[str, Any]]:
-    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings.
+    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings, also from JSON text.
 
     What else a turn has stays in it. `last_is_answer`: the last one must be the assistant's.
     """
+    value = _from_json(value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
     turns = [turn for item in value for turn in _turns(item)]
