@@ -110,9 +110,9 @@ def add_device(add: Callable) -> None:
         "--huge_pages",
         default="auto",
         choices=("auto", "yes", "no"),
-        help="answer from a copy of the weights in memory pages of 2 MB, on a CPU, where Linux has them: up"
-        " to 1.6 times as fast. It takes memory of its own where the weights are mapped from the file; auto:"
-        " at most a third of what is free",
+        help="answer from a copy of the weights in large memory pages, of 2 MB, on a CPU, where Linux has"
+        " them: up to 1.6 times as fast. It takes memory of its own where the weights are mapped from the"
+        " file; auto: at most a third of what is free",
     )
     add(
         "--activations",

@@ -20,7 +20,7 @@ from typing import TypeVar
 T = TypeVar("T")
 DELAY, REDRAW = 2.0, 0.1  # seconds before a bar is shown, and between two drawings
 LINE, LINE_SHARE = 10.0, 0.1  # seconds between two lines, and in a long work the share of its time
-BAR = 20  # characters
+BAR, LEAST_BAR = 20, 5  # characters
 
 
 def progress(
@@ -99,19 +99,22 @@ class Progress:
     def text(self, elapsed: float) -> str:
         """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
         share = min(self.done / self.total, 1) if self.total else 0
-        rest = self._numbers(elapsed, share)
+        percent, notes = f" {share:4.0%}, " if self.total else " ", self.note.split(", ") if self.note else []
         if not (self.terminal and self.total):
-            return f"{self.what}:{rest}"
-        # numbers go before the bar where the terminal is narrow, and the note before the rate
-        room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
-        if room > 0:
-            return f"{self.what} [{'#' * int(room * share):<{room}}]{rest}"
-        text = f"{self.what}: {rest.lstrip()}"
-        if self.note and len(text) > line_width():
-            text = f"{self.what}: {self._numbers(elapsed, share, with_rate=False).lstrip()}"
-        return text
+            return f"{self.what}:{percent}{self._numbers(elapsed, notes)}"
+        # in a narrow terminal the rate goes first, as the time tells it, then the bar, then the note's end
+        for with_rate in (True, False):
+            rest = percent + self._numbers(elapsed, notes, with_rate)
+            room = min(BAR, line_width() - len(f"{self.what} []{rest}"))
+            if room >= LEAST_BAR:
+                return f"{self.what} [{'#' * int(room * share):<{room}}]{rest}"
+        while True:
+            text = f"{self.what}: {self._numbers(elapsed, notes, with_rate=False)}"
+            if len(text) <= line_width() or not notes:
+                return text
+            notes.pop()
 
-    def _numbers(self, elapsed: float, share: float, with_rate: bool = True) -> str:
+    def _numbers(self, elapsed: float, notes: list[str], with_rate: bool = True) -> str:
         whole = f"{self.done:,.0f} of {self.total:,.0f}" if self.total else f"{self.done:,.0f}"
         parts = [f"{whole} {self.unit}".strip()]
         new = self.done - self.first
@@ -121,10 +124,7 @@ class Progress:
                 parts.append(f"{rate:,.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
             if self.total:
                 parts.append(f"{duration_text(max(self.total - self.done, 0) / rate)} left")
-        if self.note:
-            parts.append(self.note)
-        percent = f"{share:4.0%}, " if self.total else ""
-        return f" {percent}{', '.join(parts)}"
+        return ", ".join(parts + notes)
 
     def close(self) -> None:
         """No more of it: the terminal's line is empty again."""

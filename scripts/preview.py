@@ -214,7 +214,9 @@ def overview(
             f" from {length['0%']:,} to {length['100%']:,}"
         ),
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
-        + (f"; each in a row of its own would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
+        + (
+            f"; {figures['fill_unpacked']:.1%} with --packing 0, a document in each" if config.packing else ""
+        ),
     ]
     lines[-1:-1] = weights_line(figures["weights"])
     lines += [f"           {text}" for text in data_text.rewritten(documents)]

@@ -81,7 +81,7 @@ def test_no_and_auto_are_as_the_words_say(monkeypatch):
     monkeypatch.setattr(huge_pages, "problem", lambda: "")
     monkeypatch.setattr(huge_pages, "free_memory", lambda kind: 1 << 20)
     assert re.fullmatch(
-        r"in 4 KB pages \(those of 2 MB need a copy, [\d.]+ KiB\)",
+        r"not in large memory pages \(these need a copy, [\d.]+ KiB\)",
         move_weights(dict(model.named_parameters()), "auto")[1],
     )
     with pytest.raises(UserError, match="--huge_pages yes is for the CPU's own decoder.*kernel is torch"):
@@ -92,13 +92,13 @@ def test_a_region_lies_in_huge_pages_where_the_system_has_them():
     if found := huge_pages.problem():
         pytest.skip(f"NOT TESTED: no 2 MB pages, {found}")
     region = Region(4 * PAGE)
-    assert region.huge_bytes() == 0 and "none of 2 MB left" in region.describe()
+    assert region.huge_bytes() == 0 and "(the system had none left)" in region.describe()
     region.take(4 * PAGE).fill_(1)
     found = region.huge_bytes()
     if not found:
         pytest.skip("NOT TESTED: the system has no 2 MB page left")
     assert found <= 4 * PAGE and found % PAGE == 0
-    assert region.describe() == f"8.00 MiB copied, {size_text(found)} of it in 2 MB pages"
+    assert region.describe() == f"8.00 MiB copied, {size_text(found)} of it into large memory pages"
 
 
 def test_a_region_may_have_ordinary_pages():
@@ -107,7 +107,7 @@ def test_a_region_may_have_ordinary_pages():
     with open(huge_pages.SWITCH) if not huge_pages.problem() else open("/dev/null") as file:
         if "[always]" in file.read():
             pytest.skip("NOT TESTED: this system gives huge pages to all")
-    assert region.huge_bytes() == 0 and region.describe() == "8.00 MiB copied, in 4 KB pages"
+    assert region.huge_bytes() == 0 and region.describe() == "8.00 MiB copied"
 
 
 def test_a_system_without_them_is_a_line_of_words(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_system_without_them_is_a_line_of_words(tmp_path, monkeypatch):
     monkeypatch.setattr(huge_pages, "huge_bytes", lambda *_: 0)
     region = Region(PAGE)
     region.take(PAGE)
-    assert region.describe() == f"2.00 MiB copied, in 4 KB pages ({switch} is never)"
+    assert region.describe() == f"2.00 MiB copied, not into large memory pages ({switch} is never)"
     switch.write_text("always [madvise] never\n")
     assert huge_pages.problem() == ""
 

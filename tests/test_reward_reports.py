@@ -95,28 +95,31 @@ def test_the_bar_shows_reward_dead_groups_and_entropy_in_80_columns(monkeypatch,
     report.bar.done, report.bar.first = total // 2, 1
     report._show(line(total // 2 + 1), 0.01, 1.0)
     text = report.bar.text(0.2 * total)
-    assert len(text) <= 79 and text.endswith(" left, reward 0.75 dead 44% H 0.31"), text
+    assert len(text) <= 79 and text.endswith(" left, reward 0.75, equal rewards 44%"), text
     report._show(line(total, reward=-1.25, dead_groups=1.0, entropy=0.0123, kl=math.nan), 0.0, 1e9)
     text = report.bar.text(0.2 * total)
-    assert len(text) <= 79 and text.endswith("reward -1.25 dead 100% H 0.01"), text
+    assert len(text) <= 79 and text.endswith("reward -1.25, equal rewards 100%"), text
+    monkeypatch.setenv("COLUMNS", "130")
+    assert report.bar.text(0.2 * total).endswith("equal rewards 100%, entropy 0.01, 3,000 tokens/s")
     *_, said = capsys.readouterr().out.splitlines()
     words = (
-        "reward -1.250, dead groups 100 %, length 9.5, cut 3.12 %, entropy 0.0123 lr 1.00e-03 3000 tokens/s"
+        "reward -1.250, groups of equal rewards 100 %, length 9.5 tokens, cut at --max_tokens 3.12 %,"
+        " entropy 0.0123 per token, lr 1.00e-03, 3,000 tokens/s"
     )
     assert said.startswith(f"step {total}/{total} {words}")
     report._show(line(total, dead_groups=1.0) | {"tokens": 0, "tokens_per_second": 0.0}, 0.0, 1e12)
-    assert " 8000 tokens/s drawn" in capsys.readouterr().out
+    assert " 8,000 tokens/s drawn" in capsys.readouterr().out
 
 
 def test_the_best_evaluation_has_the_highest_reward():
     history = [evaluation(step, reward) for step, reward in ((0, 0.5), (10, 0.875), (20, 0.75))]
     assert best(history) is history[1] and is_over(history, 1) and not is_over(history, 2)
     said, sample = describe(history, 30, DESCRIBED)
-    begin = "step 20/30 validation reward 0.7500, best 0.8750 at step 10, length 6, cut 0 %"
-    assert said == begin and sample == "    | 'abcd?' -> 'dcba', reward 0.75"
+    begin = "step 20/30 validation reward 0.7500, best 0.8750 at step 10, length 6 tokens, "
+    assert said == f"{begin}cut at --max_tokens 0 %" and sample == "    | 'abcd?' -> 'dcba', reward 0.75"
     failed = evaluation(30, 0.5) | {"failed": 7.0}
     assert describe([*history, failed], 30, DESCRIBED)[0].endswith(
-        "length 6, cut 0 %, rewards failed 7 of 64"
+        "length 6 tokens, cut at --max_tokens 0 %, rewards failed 7 of 64"
     )
     unknown = evaluation(30, 0.5) | {"loss": None, "reward": None}
     assert describe([*history, unknown], 30, DESCRIBED)[0].startswith(
@@ -175,8 +178,8 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
         "- greedy answers: right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most 1.5",
         "- share of groups that teach nothing: 43.8 % to 43.8 %",
         "- reward of drawn answers: 0.515 to 0.695",
-        "- KL to the reference at the end: 0.02 nats per token",
-        "![reward, dead groups, length, entropy and KL over the steps](rewards.png)",
+        "- KL to the reference at the end: 0.02 per token",
+        "![reward, groups of equal rewards, length, entropy and KL over the steps](rewards.png)",
         "| groups of equal rewards, which teach nothing | 43.8 % | 43.8 % |",
         "| reward of an answer | 0.5 | 0.75 | 0.875 |",
         "|  | before, step 0 | after, step 20 | best, step 10 |",
@@ -189,15 +192,15 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
         "    reward 0.25, advantage -0.9, 24 tokens, cut: 'd|b\\n'",
     ):
         assert words in card, f"{words}\n\n{card}"
-    assert "step 11" not in card and "loss.png" not in card and "nats per token, of the" not in card
+    assert "step 11" not in card and "loss.png" not in card and "per token, of the" not in card
     assert "Has it learnt" not in card
     assert "failed" not in card and not any("failed" in title for title in rows)
     assert rows["training reward"] == "0.515 to 0.695"
     assert rows["held-out reward, best, step 10"] == "0.8750" and rows["held-out reward before"] == "0.5000"
     assert said[0] == "done: step 20 of 20, reward of drawn answers 0.515 to 0.695; wrote a.pth"
     assert said[1] == (
-        "held out:  right 50 % to 75 % of 64 held-out questions; reward 0.5 to 0.75 of at most 1.5; length 6,"
-        " cut 0 %"
+        "held out:  right 50 % to 75 % of 64 held-out questions; reward 0.5 to 0.75 of at most 1.5; length 6"
+        " tokens, cut at --max_tokens 0 %"
     )
     [top] = [text for text in said if text.startswith("best:")]
     assert top.endswith("step 10, validation reward 0.8750; before training 0.5000, at the end 0.7500")

@@ -153,8 +153,9 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
         " every 4 steps and at its end; "
     )
     # an evaluation has its line, and a step line repeats none of before
-    assert re.search(r"^step 6/6 loss \d\.\d+ lr ", output, re.MULTILINE)
-    assert said in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
+    assert re.search(r"^step 6/6 loss \d\.\d+ per token, lr ", output, re.MULTILINE)
+    first = f"step 0/6 validation loss {lines[0]['loss']:.4f} per token\n    | 'User: held"
+    assert said in output and first in output
     assert (
         f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"
         in output
@@ -549,7 +550,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
         f" {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
     )
     assert (
-        f"| loss, nats per token | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
+        f"| loss, per token | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
         in text
     )
     assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
@@ -607,7 +608,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         "after:\n\n    (nothing)\n",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
-        "| loss, nats per token | 2.0000 | not finite |",
+        "| loss, per token | 2.0000 | not finite |",
         "| peak memory | not measured",
         "The tokenizer has no tokens for the fixed text",
     ):
@@ -851,7 +852,7 @@ def test_a_kl_has_words_beside_it():
         "| Code | 0.0500 | +5.1 % | moderate |",
         "| Arithmetic | 0.5000 | 1.65 times | large |",
         "| all | 1.5000 | 4.48 times | very large",
-        "the loss fell by 0.7500 nats per token",
+        "the loss fell by 0.7500 per token",
     ):
         assert line in text
 

@@ -54,11 +54,12 @@ class Region:
         return huge_bytes(begin, begin + self.size)
 
     def describe(self) -> str:
-        """ "258 MiB copied, 256 MiB of it in 2 MB pages"; why there are none."""
-        if not (found := self.huge_bytes()):
-            why = f" ({problem() or 'the system had none of 2 MB left'})" if self.huge else ""
-            return f"{size_text(self.used)} copied, in 4 KB pages{why}"
-        return f"{size_text(self.used)} copied, {size_text(min(found, self.used))} of it in 2 MB pages"
+        """ "258 MiB copied, 256 MiB of it into large memory pages"; why none of it."""
+        copied = f"{size_text(self.used)} copied"
+        if found := self.huge_bytes():
+            return f"{copied}, {size_text(min(found, self.used))} of it into large memory pages"
+        why = f", not into large memory pages ({problem() or 'the system had none left'})"
+        return copied + why * self.huge
 
 
 def rounded(size: int) -> int:
@@ -117,7 +118,7 @@ def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> tupl
     if asked == "no":
         return None, ""
     if not wanted(asked, size):
-        return None, f"in 4 KB pages ({problem() or f'those of 2 MB need a copy, {size_text(size)}'})"
+        return None, f"not in large memory pages ({problem() or f'these need a copy, {size_text(size)}'})"
     region = move(matrices)
     return region, region.describe()
 

@@ -83,7 +83,13 @@ def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenize
     """How conversations are written; fills in the tool style. UserError for a template that is none."""
     template = recorded_template(config.template, tokenizer, config.load_model, tool_style=config.tool_style)
     if isinstance(template, RwkvTemplate):
-        choose(config, origins, "tool_style", template.tools.name, "as recorded, else by the vocabulary")
+        choose(
+            config,
+            origins,
+            "tool_style",
+            template.tools.name,
+            "the form of tools and their calls, as the model records it or by its vocabulary",
+        )
     return template
 
 

@@ -283,17 +283,15 @@ class StepReport(Callback):
     def _show(self, line: dict, loss: float, now: float) -> None:
         """The bar, and now and then a line where there is none."""
         step = line["step"]
-        speed = f"{line['tokens_per_second']:.0f} tokens/s"
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
         # where all groups are dead nothing is read to be trained, but it is drawn
         if not line["tokens"] and (drawing := line.get("draw_tokens_per_second")):
-            speed = f"{drawing:.0f} tokens/s drawn"
-        said = f"{self.metrics.step_text(line, loss)} lr {line['lr']:.2e} {speed}"
-        # a bar in 80 columns has room for what is watched
-        noted = self.metrics.bar_text(line) if self.metrics.bar else said
+            speed = f"{drawing:,.0f} tokens/s drawn"
+        said = f"{self.metrics.step_text(line, loss)}, lr {line['lr']:.2e}, {speed}"
         if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
             self.bar.warm_up()
             self.begun = now
-        self.bar.update(min(self.steps_here, 1), noted)
+        self.bar.update(min(self.steps_here, 1), f"{self.metrics.bar_text(line)}, {speed}")
         self.steps_here += 1
         due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
         if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):

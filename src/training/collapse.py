@@ -239,8 +239,8 @@ def _entropy(config: Config, course: Course) -> Finding | None:
         return None
     return Finding(
         "entropy",
-        f"the entropy fell from {start.entropy:.3g} to {now.entropy:.3g} nats per token in {now.text}: the"
-        f" model draws nearly the same answer each time, at a reward of {now.reward:.3g}",
+        f"the entropy fell from {start.entropy:.3g} to {now.entropy:.3g} per token in {now.text}: the model"
+        f" draws nearly the same answer each time, at a reward of {now.reward:.3g}",
         (*_gentler(config), f"a larger --clip_high than {config.clip_high:g}"),
     )
 

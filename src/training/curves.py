@@ -15,7 +15,7 @@ CURVE = "loss.png"
 def draw_pictures(described: LossMetrics, metrics: list[dict], history: list[dict], folder: str) -> None:
     """The files of pictures()."""
     if described.by_loss:
-        draw_losses(metrics, history, os.path.join(folder, CURVE), described.loss_of)
+        draw_losses(metrics, history, os.path.join(folder, CURVE), f"per {described.loss_of}")
     if described.picture:
         draw_panels(described, metrics, history, os.path.join(folder, described.picture))
 
@@ -28,7 +28,7 @@ def pictures(described: LossMetrics) -> list[str]:
     return [f"![{caption}]({file})" for file, caption in files.items()]
 
 
-def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str = "nats per token") -> None:
+def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str = "per token") -> None:
     """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))

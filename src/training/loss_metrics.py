@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..config import Config
+from ..planning.step import unit_of
 
 
 class Shown(NamedTuple):
@@ -40,10 +41,10 @@ class LossMetrics:
     titles: dict[str, str]  # name in the files -> what it is called in a table
     shares: tuple[str, ...] = ()  # metrics that are told in percent
     faults: tuple[str, ...] = ()  # counts that a table leaves out where they are 0
-    bar: tuple[Shown, ...] = ()  # a bar of 80 columns has room for about 28 characters of these
+    bar: tuple[Shown, ...] = ()  # the first ones are there also in a narrow terminal
     line: tuple[Shown, ...] = ()
     score: str = "loss"
-    loss_of: str = "nats per token"  # what the loss is the mean of
+    loss_of: str = "token"  # what the loss is the mean of
     nats: tuple[str, ...] = ()  # which number, if any, is a cross entropy per token; and its name
     picture: str = ""  # the file with the panels; "": none
     panels: tuple[Panel, ...] = ()
@@ -88,9 +89,9 @@ class LossMetrics:
         return found
 
     def bar_text(self, line: dict) -> str:
-        """For a bar: "loss 0.52 acc 94% margin 1.2"."""
-        loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.2g}"
-        return " ".join([loss] * self.by_loss + _said(self.bar, line))
+        """For a bar: "loss 0.523, accuracy 94%, margin 1.2"."""
+        loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.3f}"
+        return ", ".join([loss] * self.by_loss + _said(self.bar, line))
 
     def evaluation_text(self, line: dict, with_score: bool = True) -> str:
         """For a printed line: "accuracy 94 %, margin 1.2"; "" in supervised training."""
@@ -99,7 +100,8 @@ class LossMetrics:
 
     def step_text(self, line: dict, loss: float) -> str:
         """What a printed line tells of a step; `loss` may be NaN, which the line has not."""
-        shown = [f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"] * self.by_loss
+        told = f"loss {loss:.4f} per {self.loss_of}" if line["trained_tokens"] else "no loss"
+        shown = [told] * self.by_loss
         return ", ".join(shown + _said(self.line, line))
 
     def value_text(self, name: str, value: float | None) -> str:
@@ -164,30 +166,30 @@ PREFERENCES = LossMetrics(
         "margin": "margin of the rewards",
         "reward_chosen": "reward of the chosen answer",
         "reward_rejected": "reward of the rejected answer",
-        "logp_chosen": "log p of the chosen answer, nats",
-        "logp_rejected": "log p of the rejected answer, nats",
-        "nll": "NLL of the chosen answer, nats per token",
+        "logp_chosen": "log p of the chosen answer",
+        "logp_rejected": "log p of the rejected answer",
+        "nll": "NLL of the chosen answer, per token",
         "kl": "KL to the reference on the answers, nats per token, estimated",
-        "baseline": "KTO's baseline, nats",
+        "baseline": "KTO's baseline",
     },
     shares=ACCURACIES,
     bar=(
-        Shown(ACCURACIES, lambda share: f"acc {share:.0%}"),
+        Shown(ACCURACIES, lambda share: f"accuracy {share:.0%}"),
         Shown(("margin",), lambda margin: f"margin {margin:.2g}"),
     ),
     line=(
         Shown(ACCURACIES, lambda share: f"accuracy {percent(share)}"),
         Shown(("margin",), lambda margin: f"margin {margin:.3g}"),
-        Shown(("logp_chosen",), lambda nats: f"log p of the chosen {nats:.1f}"),
+        Shown(("logp_chosen",), lambda nats: f"log p of a chosen answer {nats:.1f}"),
     ),
-    loss_of="a pair or answer",
+    loss_of="pair",
     nats=("nll", "the loss of the chosen answers"),
     picture="preferences.png",
     panels=(
         Panel("rewards", ("reward_chosen", "reward_rejected", "margin")),
         Panel("accuracy", ACCURACIES),
-        Panel("log p of an answer (nats)", ("logp_chosen", "logp_rejected")),
-        Panel("nats per token", ("nll", "kl")),
+        Panel("log p of an answer", ("logp_chosen", "logp_rejected")),
+        Panel("per token", ("nll", "kl")),
     ),
     caption="rewards, accuracies, log p and KL over the steps",
     heading="Preferences, of the training data",
@@ -212,8 +214,8 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
             "failed": "answers whose reward failed",
             "length": "length of an answer, tokens",
             "cut": "answers cut at --max_tokens",
-            "entropy": "entropy, nats per token",
-            "kl": "KL to the reference, nats per token, estimated",
+            "entropy": "entropy per token",
+            "kl": "KL to the reference per token, estimated",
             "clip": "tokens that are clipped",
             "engine_gap": "log p of training and engine, mean difference",
             "engine_gap_max": "the same, largest",
@@ -225,16 +227,16 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
         faults=("failed_groups", "failed"),
         bar=(
             Shown(("reward",), lambda reward: f"reward {reward:.2f}"),
-            Shown(("dead_groups",), lambda share: f"dead {share:.0%}"),
-            Shown(("entropy",), lambda nats: f"H {nats:.2f}"),
+            Shown(("dead_groups",), lambda share: f"equal rewards {share:.0%}"),
+            Shown(("entropy",), lambda nats: f"entropy {nats:.2f}"),
         ),
         line=(
             Shown(("reward",), lambda reward: f"reward {reward:.3f}"),
-            Shown(("dead_groups",), lambda share: f"dead groups {percent(share)}"),
-            Shown(("length",), lambda tokens: f"length {tokens:.4g}"),
-            Shown(("cut",), lambda share: f"cut {percent(share)}"),
-            Shown(("entropy",), lambda nats: f"entropy {nats:.3g}"),
-            Shown(("kl",), lambda nats: f"KL {nats:.3g}"),
+            Shown(("dead_groups",), lambda share: f"groups of equal rewards {percent(share)}"),
+            Shown(("length",), lambda tokens: f"length {tokens:.4g} tokens"),
+            Shown(("cut",), lambda share: f"cut at --max_tokens {percent(share)}"),
+            Shown(("entropy",), lambda nats: f"entropy {nats:.3g} per token"),
+            Shown(("kl",), lambda nats: f"KL {nats:.3g} per token"),
             Shown(
                 ("failed", "failed_groups"),
                 lambda count: f"rewards failed {count:.0f}" if count else "",
@@ -247,9 +249,9 @@ def reward_metrics(names: Iterable[str]) -> LossMetrics:
             Panel("reward", ("reward", *(each if len(each) > 1 else ()))),
             Panel("share", ("dead_groups", "cut", "clip")),
             Panel("length of an answer (tokens)", ("length",)),
-            Panel("nats per token", ("entropy", "kl")),
+            Panel("per token", ("entropy", "kl")),
         ),
-        caption="reward, dead groups, length, entropy and KL over the steps",
+        caption="reward, groups of equal rewards, length, entropy and KL over the steps",
         heading="Drawn answers, of the training data",
         explanation=(
             "A group is the answers to one question. Where all get the same reward it teaches nothing: they"
@@ -263,4 +265,6 @@ def metrics_of(config: Config) -> LossMetrics:
     """The metrics of a run, once its settings are filled in."""
     if config.on_rewards:
         return reward_metrics(config.rewards)
-    return SUPERVISED if config.loss == "sft" else PREFERENCES
+    if config.loss == "sft":
+        return SUPERVISED
+    return dataclasses.replace(PREFERENCES, loss_of=unit_of(config))

@@ -170,7 +170,7 @@ def _measured(described: LossMetrics, summary: dict, history: list[dict]) -> lis
             if name != score:
                 rows.append([f"held-out {title}", " to ".join(values)])
     if moved := (summary.get("forgetting") or {}).get("all"):
-        rows.append(["KL from the base, nats per token, on a fixed text", f"{moved:.4f}"])
+        rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
     return rows
 
 

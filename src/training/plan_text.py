@@ -84,7 +84,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
 
 def template_text(template: Template) -> str:
     """Its name, and how it writes tools."""
-    tools = f" (tools as {template.tools.name})" if isinstance(template, RwkvTemplate) else ""
+    tools = f" (tools in the form {template.tools.name})" if isinstance(template, RwkvTemplate) else ""
     return f"{template.name}{tools}"
 
 

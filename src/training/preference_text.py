@@ -20,8 +20,8 @@ from .reward_text import describe_rewards, reward_lines
 
 
 def loss_unit(config: Config) -> str:
-    """What a loss is the mean of: "nats per token", or "per pair"."""
-    return "nats per token" if config.loss == "sft" else f"per {unit_of(config)}"
+    """What a loss is the mean of: "per token", or "per pair"."""
+    return "per token" if config.loss == "sft" else f"per {unit_of(config)}"
 
 
 def held_out_units(config: Config) -> str:

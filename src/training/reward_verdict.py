@@ -20,14 +20,14 @@ def what_came_of_it(config: Config, step: int, metrics: Sequence[dict], history:
     said = []
     if words := held_out_words(config, step, history):
         said.append(f"greedy answers: {words}")
-    parts = {"reward": "reward of drawn answers", "entropy": "entropy, nats per token"}
+    parts = {"reward": "reward of drawn answers", "entropy": "entropy per token"}
     parts |= {"length": "tokens of an answer", "dead_groups": "share of groups that teach nothing"}
     for name, words in parts.items():
         if name in first and name in last:
             ends = [metrics_of(config).value_text(name, values[name]) for values in (first, last)]
             said.append(f"{words}: {' to '.join(ends)}")
     if "kl" in last:
-        said.append(f"KL to the reference at the end: {last['kl']:.3g} nats per token")
+        said.append(f"KL to the reference at the end: {last['kl']:.3g} per token")
     return said
 
 

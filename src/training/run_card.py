@@ -176,7 +176,7 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
         (
             "How far the model of the last step has moved from its base on a fixed text,"
             " `src/evaluation/forgetting.txt`, that the training has nothing to do with:"
-            " KL(base, tuned), nats per token, 0 for the base itself."
+            " KL(base, tuned) per token, 0 for the base itself."
         ),
         table(["text", "KL", "perplexity", "in words"], rows),
         (

@@ -32,9 +32,8 @@ def unlearning_warning(config: Config, metrics: Sequence[dict]) -> str | None:
         return None
     begin = "before the training" if own_start else f"in steps {first[0]['step']} to {first[-1]['step']}"
     return (
-        f"log p of the chosen answers is {fell:.1f} nats an answer lower in steps {last[0]['step']} to"
-        f" {last[-1]['step']} than {begin}, while the accuracy is {percent(share)}: the right answers get"
-        " lost with the wrong ones"
+        f"log p of a chosen answer is {fell:.1f} lower in steps {last[0]['step']} to {last[-1]['step']} than"
+        f" {begin}, while the accuracy is {percent(share)}: the right answers get lost with the wrong ones"
     )
 
 
@@ -77,7 +76,7 @@ def held_out_unlearning(before: dict, after: dict) -> str | None:
     if start - end <= LEAST_FALL or share < 0.5 + LEAST_RISE:
         return None
     return (
-        f"log p of the chosen answers fell on held-out data, from {start:.1f} to {end:.1f} nats an answer,"
+        f"log p of a chosen answer fell on held-out data, from {start:.1f} to {end:.1f},"
         f" although the accuracy is {percent(share)}: the right answers get lost with the wrong ones"
     )
 

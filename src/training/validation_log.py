@@ -57,7 +57,8 @@ def all_right(line: dict) -> bool:
 def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]:
     """The newest evaluation for the user: the score beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
-    said = [f"validation {metrics.score} {metrics.score_text(line)}"]
+    unit = f" per {metrics.loss_of}" if metrics.by_loss else ""
+    said = [f"validation {metrics.score} {metrics.score_text(line)}{unit}"]
     before = evaluation_at(history, 0)
     if top is line and before and before["loss"] is not None and line["loss"] > before["loss"]:
         side = "above" if metrics.by_loss else "below"
