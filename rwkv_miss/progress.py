@@ -99,7 +99,8 @@ class Progress:
     def text(self, elapsed: float) -> str:
         """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
         share = min(self.done / self.total, 1) if self.total else 0
-        percent, notes = f" {share:4.0%}, " if self.total else " ", self.note.split(", ") if self.note else []
+        percent = f" {share:4.0%}, " if self.total else " "
+        notes = self.note.split(", ") if self.note else []
         if not (self.terminal and self.total):
             return f"{self.what}:{percent}{self._numbers(elapsed, notes)}"
         # in a narrow terminal the rate goes first, as the time tells it, then the bar, then the note's end

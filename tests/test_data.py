@@ -24,7 +24,7 @@ from src.data.chat_template import Segment
 from src.data.collate import collate, trained_tokens
 from src.data.dataset import Document, Documents, load_documents
 from src.data.encode import Encoder
-from src.data.formats import Report
+from src.data.formats import Reading, Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
@@ -265,9 +265,12 @@ def test_an_empty_answer_is_left_out_whatever_the_layout(load, tmp_path, raw):
     assert len(load([*EMPTY_ANSWERS, *kept])) == len(kept)
     table, report = tmp_path / "rows.csv", Report()
     table.write_text("question,answer,response\na,,\n\na,b,\na,,c\n")
-    (tmp_path / "one.csv").write_text("question,answer\na,\na,b\n")
+    (tmp_path / "one.csv").write_text("question,answer,remark\na,,c\na,b,\n")
     files = f"{tmp_path}/rows.jsonl,{tmp_path}/one.csv"
     assert len(load_documents(files, raw, 1000, report=report)) == len(kept) + 1
+    by_name, named = Reading(("question", "remark")), Report()
+    assert len(load_documents(tmp_path / "one.csv", raw, 1000, reading=by_name, report=named)) == 1
+    assert "line 3" in named.lines()[-1] and not named.bad
     left_out = [line.partition(": ") for line in report.lines() if line.startswith("left out")]
     assert [what for what, _, _ in left_out] == [
         "left out   3 rows, in which an answer is empty",

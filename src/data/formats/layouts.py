@@ -388,17 +388,15 @@ def has_empty_answer(record: dict[str, Any]) -> bool:
     return any(t["role"] == "assistant" and t.get("weight", 1) and says_nothing(t) for t in turns)
 
 
-def with_empty_cells(
-    record: dict[str, Any], fields: tuple[str, ...], answers: tuple[str, ...]
-) -> dict[str, Any]:
-    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none.
+def with_empty_answer(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """A line of a CSV file: with no words in any column of an answer, the answer is an empty text, not null.
 
-    `answers` are the names of its columns, beside those of --sft_field.
+    `fields` are those of --sft_field.
     """
-    return {
-        name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
-        for name, value in record.items()
-    }
+    answers = fields[-1:] or [name for name in record if name.strip().lower() in ANSWERS]
+    if any(record.get(name) for name in answers):
+        return record
+    return {name: "" if name in answers else value for name, value in record.items()}
 
 
 def text(value: Any, column: str, may_be_empty: bool = False) -> str:

@@ -84,6 +84,15 @@ class Columns(NamedTuple):
         return f"{' + '.join(self.asked)} -> {answers}" if self.asked else answers
 
 
+def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none."""
+    answers = {*CHOSEN, *REJECTED, "completion"}
+    return {
+        name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
+        for name, value in record.items()
+    }
+
+
 def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
     """layouts.canonical() of a pair or a labelled answer.
 

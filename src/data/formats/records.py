@@ -8,12 +8,10 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .errors import LeftOut
-from .layouts import ANSWERS, CHOSEN, REJECTED, SFT, TOKENS, Layout, canonical, with_empty_cells
-from .preference_layouts import preference
+from .layouts import SFT, TOKENS, Layout, canonical, with_empty_answer
+from .preference_layouts import preference, with_empty_cells
 from .report import Kind, Report, place_of
 from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
-
-COMPARED = (*CHOSEN, *REJECTED, "completion")  # columns of answers of preferences
 
 
 def read_records(
@@ -66,9 +64,8 @@ def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, 
     has_cells = source.format in DELIMITERS.values()
     if reading.rows != SFT:
         if has_cells:
-            parsed = with_empty_cells(parsed, reading.fields, COMPARED)
+            parsed = with_empty_cells(parsed, reading.fields)
         return preference(parsed, reading.fields, reading.rows)
-    # of several columns for an answer the one with words is taken
-    if has_cells and not any(value and name.strip().lower() in ANSWERS for name, value in parsed.items()):
-        parsed = with_empty_cells(parsed, reading.fields, ANSWERS)
+    if has_cells:
+        parsed = with_empty_answer(parsed, reading.fields)
     return (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)
