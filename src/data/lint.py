@@ -186,7 +186,7 @@ class Lint:
 
 
 def _answers(record: dict) -> Iterator[tuple[bytes, bytes]]:
-    """The keys of (what comes before an answer, the answer) of each trained answer, without thoughts."""
+    """Yield the keys of (what comes before, the answer) of each trained answer; thoughts do not count."""
     if "prompt" in record:
         yield _digest(record["prompt"].encode()), _digest(record["completion"].strip().encode())
     before = hashlib.blake2b(repr(record.get("tools")).encode(), digest_size=16)

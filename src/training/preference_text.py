@@ -20,7 +20,7 @@ from .reward_text import describe_rewards, reward_lines
 
 
 def loss_unit(config: Config) -> str:
-    """What a loss is the mean of: "per token", or "per pair"."""
+    """Name what a loss is the mean of: "per token", or "per pair"."""
     return "per token" if config.loss == "sft" else f"per {unit_of(config)}"
 
 

@@ -70,7 +70,7 @@ def _wrong(error: Exception) -> UserError:
 
 
 def _own_place(error: json.JSONDecodeError) -> json.JSONDecodeError:
-    """The error at a trailing comma, where the decoder names what follows it; any other error as it is."""
+    """Move the error to a trailing comma, as the decoder names what follows it; leave any other as it is."""
     text, place = error.doc, error.pos
     if text[place : place + 1] in ("}", "]"):
         comma = len(text[:place].rstrip()) - 1

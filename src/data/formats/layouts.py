@@ -230,7 +230,7 @@ def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _from_json(value: Any) -> Any:
-    """What JSON in a text says, such as in a cell of a CSV file; any other value as it is."""
+    """Read JSON in a text, such as in a cell of a CSV file; leave any other value as it is."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -375,13 +375,13 @@ def said(value: Any, column: str, may_be_empty: bool = False) -> str:
 
 
 def says_nothing(turn: dict[str, Any]) -> bool:
-    """Whether an assistant's message has neither words nor thoughts, and calls no tool."""
+    """Tell whether an assistant's message has neither words nor thoughts, and calls no tool."""
     others = ("tool_calls", "reasoning_content", "reasoning")
     return not turn["content"].strip() and not any(turn.get(name) for name in others)
 
 
 def has_empty_answer(record: dict[str, Any]) -> bool:
-    """Whether an answer that is to be trained says nothing, in a record of supervised training."""
+    """Tell whether a record of supervised training has an answer that is to be trained and says nothing."""
     if "completion" in record:
         return not record["completion"].strip()
     turns = record.get("messages", ())
@@ -389,7 +389,7 @@ def has_empty_answer(record: dict[str, Any]) -> bool:
 
 
 def with_empty_answer(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """A line of a CSV file: with no words in any column of an answer, the answer is an empty text, not null.
+    """Make the answer of a line of a CSV file an empty text, not null, where no column of it has words.
 
     `fields` are those of --sft_field.
     """
