@@ -97,6 +97,7 @@ def hang_up():
 
 
 def interrupt_twice():
+    callbacks.ONE_REQUEST = 0.0
     interrupt()
     interrupt()
 
@@ -123,15 +124,16 @@ def judge_late(rank):
     callbacks.works_behind = lambda device: True
 
 
-def terminate_last_rank(step, rank):
+def interrupt_last_rank(step, rank):
     """The second of two processes, and only it, is asked to end after a step, when the processes have agreed
-    on going on.
+    on going on. Ctrl-C is followed by a SIGTERM, as by the launcher of DeepSpeed.
     """
     after = AroundSteps.after
 
     def asked(self, done, *others):
         after(self, done, *others)
         if done == step and rank == 1:
+            interrupt()
             os.kill(os.getpid(), signal.SIGTERM)
 
     AroundSteps.after = asked
@@ -180,7 +182,7 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
 
 
 def test_other_processes_and_strategies_go_on(run, tmp_path):
-    """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one gets a SIGTERM,
+    """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one is interrupted,
     ZeRO-3 with offload: one run.
     """
     flags = ["--epoch_count", "2"]
@@ -192,7 +194,7 @@ def test_other_processes_and_strategies_go_on(run, tmp_path):
     code, output = run("parts", *flags, "--micro_bsz", "2", "--resume", "auto", sabotage=stop)
     changed = "strategy deepspeed_stage_2_offload -> auto, devices 2 -> 1"
     assert code == 130 and f"{changed}: a step keeps its 4 rows, accumulate is 2" in output, output
-    code, output = run("parts", *two, "--strategy", "ddp", sabotage=functools.partial(terminate_last_rank, 6))
+    code, output = run("parts", *two, "--strategy", "ddp", sabotage=functools.partial(interrupt_last_rank, 6))
     assert code == 130 and "stopped, go on with --resume auto: step 7 of 12" in output, output
     for wrong, words in (
         (["--micro_bsz", "3"], "has 4 rows, which is not a multiple of micro_bsz x devices x num_nodes = 3"),

@@ -20,7 +20,7 @@ from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.planning.job import choose_evaluation, trained_tokens
-from src.training import document_text, plan_text, trainer
+from src.training import callbacks, document_text, plan_text, trainer
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -331,6 +331,7 @@ def interrupt_in_validation(step, times, rank):
     def interrupted(self, batch, index):
         nonlocal left
         if self.trainer.global_step == step and left:
+            callbacks.ONE_REQUEST = 0.0
             left -= 1
             interrupt()
         return validation_step(self, batch, index)

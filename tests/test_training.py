@@ -19,7 +19,7 @@ from rwkv_miss.__main__ import main as rwkv_miss_main
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.model import RWKV, read_model_file
-from src.training import trainer
+from src.training import callbacks, trainer
 from src.training.callbacks import StepReport
 from src.training.loss_metrics import SUPERVISED
 from src.training.resume import earlier_settings
@@ -416,8 +416,10 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     assert losses(proj_dir) == pytest.approx(losses(plain[0]), rel=1e-5)
 
 
-def test_both_signals_are_answered_at_once(capfd, monkeypatch):
-    """The first asks the run to stop, the second one ends it; so does one before the first step."""
+def test_signals_are_answered_at_once(capfd, monkeypatch):
+    """The first one asks the run to stop. What follows within a second belongs to it; later only Ctrl-C ends
+    the run. Before the first step any signal does.
+    """
 
     class Ended(Exception):
         pass
@@ -425,23 +427,40 @@ def test_both_signals_are_answered_at_once(capfd, monkeypatch):
     def end(code):
         raise Ended(code)
 
+    now = 100.0
     monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
     report = StepReport("", 1, 0.0, None, [])
-    before = signal.signal(signal.SIGUSR1, report._ask_to_stop)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
-        with pytest.raises(Ended, match=str(128 + signal.SIGUSR1)):
-            signal.raise_signal(signal.SIGUSR1)
-        said = "\ninterrupted before the first step; the same command starts again\n"
-        assert capfd.readouterr().err == said and not report.stop
-        report.training = True
-        signal.raise_signal(signal.SIGUSR1)
-        words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
-        assert report.stop and words in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGUSR1)
-        assert "ended within a step; what was saved before is unchanged" in capfd.readouterr().err
+        with report.answering_signals():
+            with pytest.raises(Ended, match=str(128 + signal.SIGTERM)):
+                signal.raise_signal(signal.SIGTERM)
+            said = "\ninterrupted before the first step; the same command starts again\n"
+            assert capfd.readouterr().err == said and not report.stop
+            report.training = True
+            signal.raise_signal(signal.SIGINT)
+            words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
+            assert report.stop and words in capfd.readouterr().err
+            try:
+                for number in numbers:  # as a launcher passes the same Ctrl-C on
+                    signal.raise_signal(number)
+                now += 1.1
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGHUP)
+            except KeyboardInterrupt:
+                pytest.fail("it was taken for a second Ctrl-C")
+            assert not capfd.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert "ended within a step; what was saved before is unchanged" in capfd.readouterr().err
+        # while the last files are written
+        after = [signal.getsignal(number) for number in numbers]
+        assert after == [before[signal.SIGINT], report._ask_to_stop, report._ask_to_stop]
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_first_step_says_nothing_of_the_time_that_is_left(capsys):

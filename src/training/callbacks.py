@@ -38,6 +38,10 @@ from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
 from .validation_log import BEST
 
+# The terminal gives Ctrl-C to all processes, and a launcher passes it on to those that it started, as SIGTERM
+# too: what comes within these seconds of the first signal is the same request.
+ONE_REQUEST = 1.0
+
 
 def works_behind(device: torch.device) -> bool:
     """Whether a device does its work behind the program that gives it."""
@@ -87,6 +91,7 @@ class StepReport(Callback):
         self.path, self.total, self.started = path, total, started
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.training = self.stop = False
+        self.asked = 0.0  # when the stop was asked for, on the monotonic clock
         self.inner_steps = 1  # steps on the same drawn answers
         self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
@@ -122,7 +127,9 @@ class StepReport(Callback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # what a stopped run has yet to write is not lost to a launcher's late SIGTERM
+                if not self.stop or number == signal.SIGINT:
+                    signal.signal(number, handler)
 
     def _take_signals(self) -> dict:
         names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -132,15 +139,18 @@ class StepReport(Callback):
     def _ask_to_stop(self, signum, frame) -> None:
         """The first signal ends the run after its current step, or the steps on the same draw, and saves.
 
-        The second one ends it now, and so does one before the first step.
+        Ctrl-C after more than ONE_REQUEST ends it now; the other signals do not, as launchers and schedulers
+        repeat them. Before the first step any signal ends the run.
         """
         if not self.training:  # nothing of ours is there to be put away
             self._tell(b"\ninterrupted before the first step; the same command starts again\n")
             os._exit(128 + signum)
         if self.stop:
+            if signum != signal.SIGINT or time.monotonic() < self.asked + ONE_REQUEST:
+                return
             self._tell(b"\nended within a step; what was saved before is unchanged\n")
             answer(signum, frame)
-        self.stop = True
+        self.stop, self.asked = True, time.monotonic()
         steps = b"the steps on these answers" if self.inner_steps > 1 else b"this step"
         self._tell(b"\nstopping after %s and saving; press Ctrl-C again to quit now without saving\n" % steps)
 
