@@ -141,6 +141,23 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     )
 
 
+def test_the_page_of_no_free_lunch_says_what_its_table_does():
+    """Means within two standard errors are level, as on the other pages."""
+    found = json.loads((ROOT / "docs/results/no-free-lunch.json").read_text(encoding="utf-8"))
+    recorded = {claim["paper"]: claim for claim in found["claims"]}
+    rows = {row["system"]: row for row in next(iter(found["tables"].values()))}
+    fixed, own = (
+        {system: training.Spread(row[mean], row[sd]) for system, row in rows.items()}
+        for mean, sd in (("lr 0.001 (paper)", "sd"), ("best lr", "sd at best"))
+    )
+    unadapted = float(recorded["full fine-tuning is best"]["ours"].split()[-1])
+    said = experiment("no-free-lunch").claims(fixed, own, len(found["settings"]["seeds"]), unadapted, 1e-3)
+    for claim in said:
+        assert dataclasses.asdict(claim) == recorded[claim.paper]
+    assert said[1].ours == "full has 0.0010 ± 0.0015, level with lora (0.0009 ± 0.0004)"
+    assert said[1].agrees is None and "0.28 with each at its best lr (below it)" in said[3].ours
+
+
 @pytest.mark.parametrize("reading, distinct", [("lift", 1), ("rep", 1), ("elem", 64)])
 def test_the_readings_of_the_papers_data(reading, distinct):
     problem = experiment("no-free-lunch").Problem.make(reading, 50, 43)

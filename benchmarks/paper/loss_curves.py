@@ -15,7 +15,7 @@ from rwkv_miss import UserError
 from .methods import LINEAR
 from .results import Claim, Result, Table
 from .settings import option
-from .training import PAPER_LR, Outcome, Runs, Spread, below, rate, untouched
+from .training import PAPER_LR, WORDS, Outcome, Runs, Spread, below, rate, untouched
 from .training import Settings as Training
 
 
@@ -104,9 +104,6 @@ def table(
         columns,
         rows,
     )
-
-
-WORDS = {True: "below", False: "above", None: "level with"}
 
 
 def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:

@@ -265,9 +265,21 @@ class Spread:
     @classmethod
     def of(cls, outcomes: list[Outcome], name: str) -> Spread:
         values = [getattr(outcome, name) for outcome in outcomes]
-        if None in values:
-            return cls(math.nan, math.nan)
+        return cls(math.nan, math.nan) if None in values else cls.over(values)
+
+    @classmethod
+    def over(cls, values: list[float]) -> Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+
+    def below(self, other: Spread, seeds: int) -> bool | None:
+        """Whether the mean is lower than another one; None where they are level, or neither is finite.
+
+        Means within two standard errors of each other are level. With one seed the lower one counts.
+        """
+        if math.isnan(self.mean) or math.isnan(other.mean):
+            return None if math.isnan(self.mean) == math.isnan(other.mean) else math.isnan(other.mean)
+        error = math.hypot(self.sd, other.sd) / math.sqrt(seeds)
+        return None if abs(self.mean - other.mean) <= 2 * error else self.mean < other.mean
 
     def __str__(self) -> str:
         if math.isnan(self.mean):
@@ -277,14 +289,9 @@ class Spread:
         return f"{self.mean:.4f} ± {self.sd:.4f}"
 
 
-def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
-    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors
-    of each other, or neither is finite.
+WORDS = {True: "below", False: "above", None: "level with"}  # of below()
 
-    With one seed the lower loss counts.
-    """
-    first, second = Spread.of(a, "held_out"), Spread.of(b, "held_out")
-    if math.isnan(first.mean) or math.isnan(second.mean):
-        return None if math.isnan(first.mean) == math.isnan(second.mean) else math.isnan(second.mean)
-    error = math.hypot(first.sd, second.sd) / math.sqrt(len(a))
-    return None if abs(first.mean - second.mean) <= 2 * error else first.mean < second.mean
+
+def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
+    """Whether a's held-out losses are lower than b's; None where they are level, as Spread.below() says."""
+    return Spread.of(a, "held_out").below(Spread.of(b, "held_out"), len(a))
