@@ -62,7 +62,7 @@ from .training.run_folder import (
     restore_best,
 )
 from .training.sample_log import SAMPLES
-from .training.validation_log import BEST, VALIDATION, best, is_over
+from .training.validation_log import BEST, VALIDATION, best_trained, is_over
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
@@ -166,7 +166,7 @@ def names_of_hub(config: Config, before: Config | None, others: Watchdog | None)
 def put_best_back(config: Config, history: list[dict]) -> None:
     """Have best.pth be that of the history: it may be of a step that the run has yet to do again."""
     folder = config.proj_dir
-    note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best(history))
+    note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best_trained(history))
     if note:
         print(f"note:      {note}", flush=True)
 

@@ -26,7 +26,7 @@ from src.training.reward_validation import RewardEvaluation
 from src.training.reward_verdict import held_out_words, reward_doubt
 from src.training.run_log import RunLog
 from src.training.sample_log import is_due
-from src.training.validation_log import best, describe, is_over
+from src.training.validation_log import best, best_trained, describe, is_over
 
 from .conftest import make_arch
 
@@ -161,7 +161,8 @@ def finished(tmp_path, metrics, history, drawn=()):
     config = dataclasses.replace(GRPO, proj_dir=str(tmp_path))
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.1, "loss_last": 0.01, "output": "a.pth"}
     summary |= outputs._validation_summary(config, history)
-    summary |= {"best": "best.pth", "best_step": 10, "validation_best": -0.875}
+    if best_trained(history):
+        summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= outputs._metrics_summary(DESCRIBED, metrics, history)
     doubted = reward_doubt(config, 10, metrics, history)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
@@ -206,6 +207,10 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     assert top.endswith("step 10, validation reward 0.8750; before training 0.5000, at the end 0.7500")
     ended = outputs._state(dataclasses.replace(GRPO, early_stop=1), 20, 40, history)
     assert ended == "ended early, as the held-out reward rose no further"
+    ended = outputs._state(
+        dataclasses.replace(GRPO, early_stop=1), 20, 40, [evaluation(0, 1.0), *history[1:]]
+    )
+    assert ended == "ended early, as the held-out reward did not rise"
 
 
 def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_answers(tmp_path):
@@ -222,6 +227,8 @@ def test_run_json_has_the_rewards(tmp_path):
     history = [evaluation(0, 0.5), evaluation(10, 0.875), evaluation(20, 0.75)]
     found = outputs._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
     assert json.loads(json.dumps(found)) == found and found["metrics_last"]["dead_groups"] == 0.4375
+    ends = outputs._validation_summary(dataclasses.replace(GRPO, proj_dir=str(tmp_path)), history)
+    assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
     assert [found[f"validation_metrics_{name}"]["reward"] for name in ("first", "last", "best")] == [
         0.5,
         0.75,
@@ -258,8 +265,14 @@ def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
     [tries] = [text for text in said if text.startswith("try next:")]
     assert tries.count("a lower --lr_init") == 1 == tries.count("starting again") and "best.pth" not in tries
     assert "nothing that this run wrote is better than its base" in card
+    assert said[-1] == (
+        "best:      the base, validation reward 0.5000; at the end 0.0000."
+        " The training made it worse: keep the base"
+    )
     first = describe(history[:2], 20, DESCRIBED)[0]
-    assert first.startswith("step 10/20 validation reward 0.0000, below the 0.5000 before training, ")
+    assert first.startswith("step 10/20 validation reward 0.0000, best 0.5000 before training, ")
+    not_known = history[:2] + [evaluation(20, math.nan) | {"loss": None}]
+    assert finished(tmp_path, metrics, not_known)[2][-1].startswith("merge it:"), "no answer was scored"
 
 
 # samples.jsonl

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import rwkv_miss
-from rwkv_miss import UserError, read_checkpoint, read_metadata
+from rwkv_miss import UserError, read_checkpoint, read_metadata, write_checkpoint
 from src.config import Config, parse
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
@@ -31,9 +31,10 @@ from src.training.curves import draw_losses
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
 from src.training.run_card import card
+from src.training.run_folder import restore_best
 from src.training.run_log import RunLog
 from src.training.validation import shortened
-from src.training.validation_log import is_over
+from src.training.validation_log import base_wins, best_trained, is_over
 
 from . import program
 from .answering import engine_of, greedy_text
@@ -379,8 +380,8 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
 
 
 def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
-    """Stopped before the evaluation of step 6, which is no better than that of step 3; or gone on with when 6
-    steps are all that is asked for.
+    """Stopped before the evaluation of step 6; or gone on with when 6 steps are all that is asked for. No
+    state is better than the base, which the run that goes on remembers.
     """
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
     flags = [
@@ -393,9 +394,9 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
         "--micro_bsz",
         "3",
         "--early_stop",
-        "1",
+        "2",
     ]
-    script = functools.partial(scripted, [9.0, 9.0, 9.0, 5.0, 9.0, 9.0, 6.0])
+    script = functools.partial(scripted, [4.0, 9.0, 9.0, 6.0, 9.0, 9.0, 5.0])
     stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
     code, output = start(
         files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop)
@@ -405,8 +406,15 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     output = succeed(
         start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script)
     )
-    assert "ended early, as the held-out loss fell no further: step 6 of 12" in output
-    assert summary(proj_dir)["best_step"] == 3 and (proj_dir / "run_card.md").exists()
+    assert "ended early, as the held-out loss did not fall in 2 evaluations: step 6 of 12" in output
+    assert output.splitlines()[-1] == (
+        "best:      the base, validation loss 4.0000; at the end 5.0000."
+        " The training made it worse: keep the base"
+    )
+    assert "validation loss 5.0000, best 4.0000 before training" in output and "merge it:" not in output
+    assert (proj_dir / "adapter.pth").exists() and not (proj_dir / "best.pth").exists()
+    assert "best" not in summary(proj_dir)
+    assert "better than the model before the training" in (proj_dir / "run_card.md").read_text()
     assert "has all 6 steps already" in succeed(
         start(files, shorter, *flags, "--resume", "auto", sabotage=script)
     )
@@ -857,7 +865,30 @@ def test_a_kl_has_words_beside_it():
         assert line in text
 
 
-@pytest.mark.parametrize("early_stop, over", [(-1, False), (0, False), (1, True), (2, True), (3, False)])
-def test_a_run_is_over_after_so_many_evaluations_without_a_better_one(early_stop, over):
-    history = [{"step": step, "loss": loss} for step, loss in enumerate((3.0, 2.0, 2.5, 2.1))]
-    assert is_over(history, early_stop) == over
+@pytest.mark.parametrize(
+    "losses, patience, kept, wins",
+    [
+        ((3.0, 2.0, 2.5, 2.1), 2, 1, False),
+        ((3.0, 4.0, 3.5, 2.0), 0, 3, False),
+        ((0.081, 2.775, 2.769, 2.658), 3, None, True),  # the model before the training is the best
+        ((3.0, 4.0, None), 2, None, True),
+        ((3.0, 3.0, 3.0), 2, None, False),  # it is as good as the others
+        ((None, 4.0, 5.0), 1, 1, False),
+        ((3.0,), 0, None, False),
+        ((), 0, None, False),
+    ],
+)
+def test_the_evaluation_before_the_training_counts(losses, patience, kept, wins):
+    """`patience`: the largest --early_stop with which the run is over."""
+    history = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    assert [is_over(history, count) for count in (-1, 0, 1, 2, 3, 4)] == [
+        0 < count <= patience for count in (-1, 0, 1, 2, 3, 4)
+    ]
+    assert (best_trained(history) or {}).get("step") == kept and base_wins(history) == wins
+
+
+def test_the_best_state_of_an_earlier_version_that_is_worse_than_the_base_is_removed(tmp_path):
+    best = tmp_path / "best.pth"
+    write_checkpoint(best, [], {"step": 3, "validation_loss": 5.0})
+    note = restore_best(str(best), str(tmp_path), None)
+    assert not best.exists() and note.endswith("no state so far is better than the model before the training")

@@ -108,7 +108,17 @@ def test_a_base_that_knows_the_task_is_told():
 
 def test_rows_that_were_learnt_by_heart_are_told():
     known = doubted(evaluations(4.0, 4.2), metrics=steps(4.0, 1.0)).known
-    assert known[1].startswith("the training loss fell by 75.00 %")
+    assert known[1].startswith("only the training loss fell, by 75.00 %")
+
+
+def test_a_training_that_only_recovers_from_its_own_harm_is_not_praised():
+    """Its loss falls by 18 % after the first step, in which the base had 0.08."""
+    found = doubted(evaluations(0.0816, 2.775, 2.534), metrics=steps(0.08, *[3.0] * 10, *[2.46] * 9))
+    assert found.known == [
+        "the run has not learnt: the loss on held-out documents rose from 0.0816 to 2.5340",
+        "the training loss rose, too: from 0.0800 in the first step to 2.4600 in the last",
+    ]
+    assert found.advice == "a lower --lr_init than 0.0001"
 
 
 def test_without_held_out_documents_only_the_training_loss_is_known():

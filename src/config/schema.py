@@ -239,17 +239,18 @@ class Config(LossSettings):
     )
     eval_steps: int = opt(
         -1,
-        "evaluate every N optimizer steps, and keep the best state as best.pth. 0: only before and"
-        " after the training. -1: 0; where several passes are chosen, after each of them; with --loss grpo"
-        " up to 5 times, where all evaluations stay within a tenth of the run",
+        "evaluate every N optimizer steps, and keep the best state as best.pth, if it is better than the"
+        " base. 0: only before and after the training. -1: 0; where several passes are chosen, after each of"
+        " them; with --loss grpo up to 5 times, where all evaluations stay within a tenth of the run",
         automatic=True,
         low=-1,
     )
     eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation", low=0)
     early_stop: int = opt(
         -1,
-        "end the training after N evaluations in a row that are not better than the best one. 0: never. -1:"
-        " 0; where several passes are chosen, after a pass without a better one",
+        "end the training after N evaluations in a row that are not better than the best one; the one"
+        " before the training counts. 0: never. -1: 0; where several passes are chosen, after a pass without"
+        " a better one",
         automatic=True,
         low=-1,
     )

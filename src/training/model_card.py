@@ -22,7 +22,7 @@ from .curves import pictures
 from .loss_metrics import LossMetrics, metrics_of
 from .preference_text import describe_loss
 from .run_card import table, training_score
-from .validation_log import best
+from .validation_log import best_trained
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
@@ -161,7 +161,7 @@ def _measured(described: LossMetrics, summary: dict, history: list[dict]) -> lis
     score = described.score
     rows = [[f"training {score}", training_score(described, summary)]]
     if history:
-        first, last, top = history[0], history[-1], best(history)
+        first, last, top = history[0], history[-1], best_trained(history)
         rows.append([f"held-out {score} before", described.score_text(first)])
         rows.append([f"held-out {score} at step {last['step']}", described.score_text(last)])
         if top and top is not last:

@@ -25,11 +25,11 @@ from ..model import RWKV
 from .curves import draw_pictures
 from .loss_metrics import LossMetrics, metrics_of
 from .model_card import write_model_card
-from .reward_verdict import held_out_words, is_lost, reward_doubt
+from .reward_verdict import held_out_words, reward_doubt
 from .run_card import CARD, card, training_score
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
 from .run_log import RunLog
-from .validation_log import BEST, best, is_over
+from .validation_log import BEST, base_wins, best_trained, is_over
 from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
@@ -166,13 +166,16 @@ def finish(
 
 def _validation_summary(config: Config, history: list[dict]) -> dict:
     """What run.json says of the held-out documents and of best.pth."""
-    summary = {}
+    described = metrics_of(config)
+    name, summary = described.in_summary, {}
     if history:
-        summary = {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
+        ends = {"first": history[0], "last": history[-1]}
+        summary = {f"{name}_{end}": described.score_of(line["loss"]) for end, line in ends.items()}
     top = os.path.join(config.proj_dir, BEST)
     if os.path.exists(top):
         kept = rwkv_miss.read_metadata(top)
-        summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
+        summary |= {"best": top, "best_step": kept["step"]}
+        summary[f"{name}_best"] = described.score_of(kept["validation_loss"])
     return summary
 
 
@@ -183,7 +186,7 @@ def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[
     first, last = described.first_and_last(metrics)
     summary = {"metrics_first": first, "metrics_last": last}
     if history:
-        evaluated = {"first": history[0], "last": history[-1], "best": best(history)}
+        evaluated = {"first": history[0], "last": history[-1], "best": best_trained(history)}
         summary |= {
             f"validation_metrics_{name}": described.known(line) for name, line in evaluated.items() if line
         }
@@ -196,7 +199,10 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
         return "done"
     if is_over(history, config.early_stop):
         count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
-        stopped = "loss fell no further" if metrics_of(config).by_loss else "reward rose no further"
+        once, never = "loss fell no further", "loss did not fall"
+        if config.on_rewards:
+            once, never = "reward rose no further", "reward did not rise"
+        stopped = once if best_trained(history) else never
         return f"ended early, as the held-out {stopped}{count}"
     return STOPPED
 
@@ -236,17 +242,22 @@ def _last_words(
         )
     if doubted:
         lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
+    when = "at the end" if last == summary["steps"] else f"at step {last}"
+    if base_wins(history):
+        what = "base" if config.load_model else "model before the training"
+        advice = "has made it worse so far" if state == STOPPED else f"made it worse: keep the {what}"
+        return [
+            *lines,
+            f"best:      the {what}, validation {described.score} {described.score_text(history[0])}; {when}"
+            f" {described.score_text(history[-1])}. The training {advice}",
+        ]
     if "best" in summary:
-        when = "at the end" if last == summary["steps"] else f"at step {last}"
         lines.append(
             f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
-            f" {described.score_of(summary['validation_best']):.4f}; before training"
+            f" {summary[f'{described.in_summary}_best']:.4f}; before training"
             f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
         )
-    trained, its_step = _recommended(summary)
-    # a model that rewards have made worse than its base is no good to anybody
-    if state != STOPPED and config.on_rewards and is_lost(its_step, history):
-        return lines
+    trained, _ = _recommended(summary)
     return [*lines, _next_command(config, trained)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..config import Config
 from .collapse import again, bounds, course_of, findings
 from .loss_metrics import metrics_of, percent
-from .validation_log import evaluation_at
+from .validation_log import base_wins, evaluation_at
 from .verdict import Doubt
 
 JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
@@ -63,18 +63,12 @@ def reward_doubt(config: Config, step: int, metrics: Sequence[dict], history: li
             tries += finding.tries
     if not known:
         return None
-    if is_lost(step, history):
+    if base_wins(history):
         known.append("nothing that this run wrote is better than its base")
         tries.insert(0, again(config))
     # many findings have the same remedy, alone or within another
     others = [one for one in dict.fromkeys(tries) if not any(one in more and one != more for more in tries)]
     return Doubt(known, ", or ".join(others) or _other_settings(config))
-
-
-def is_lost(step: int, history: list[dict]) -> bool:
-    """Whether the state of this step, the best one, has a lower held-out reward than before the training."""
-    change = held_out_change(step, history)
-    return change is not None and change[1] < change[0]
 
 
 def held_out_change(step: int, history: list[dict]) -> tuple[float, float] | None:

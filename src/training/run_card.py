@@ -13,7 +13,7 @@ from .rate_search import recorded_search, search_table
 from .reward_verdict import what_came_of_it
 from .run_log import RunLog
 from .sample_log import answer_text
-from .validation_log import best
+from .validation_log import base_wins, best_trained
 from .verdict import Doubt
 
 CARD = "run_card.md"
@@ -129,7 +129,7 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
             " it was not trained on."
         ]
     described = metrics_of(config)
-    first, last, top = history[0], history[-1], best(history)
+    first, last, top = history[0], history[-1], best_trained(history)
     states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
         states[f"best, step {top['step']}"] = top
@@ -141,8 +141,10 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
     if "best" in summary:
         parts.append(
             f"`{summary['best']}` is the state of step {summary['best_step']}, {described.score}"
-            f" {described.score_of(summary['validation_best']):.4f}."
+            f" {summary[f'{described.in_summary}_best']:.4f}."
         )
+    elif base_wins(history):
+        parts.append("No evaluated state is better than the model before the training.")
     before = {sample["prompt"]: sample for sample in first["samples"]}
     for number, sample in enumerate(last["samples"], 1):
         earlier = before.get(sample["prompt"], {})
@@ -185,14 +187,14 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
             " which it is very large."
         ),
     ]
-    first, last = summary.get("validation_first"), summary.get("validation_last")
+    described = metrics_of(config)
+    first, last = (summary.get(f"{described.in_summary}_{end}") for end in ("first", "last"))
     if first is not None and last is not None:
-        described = metrics_of(config)
-        change = described.score_of(last) - described.score_of(first)
+        change = last - first
         moved = f"rose by {change:.4f}" if change > 0 else f"fell by {-change:.4f}"
         unit = f" {loss_unit(config)}" if described.by_loss else ""
         parts.append(
-            f"Beside it stands what was learned: on {held_out_units(config)} the {described.score}"
+            f"Beside it stands what came of the training: on {held_out_units(config)} the {described.score}"
             f" {moved}{unit}."
         )
     return parts

@@ -183,8 +183,10 @@ def restore_best(path: str, folder: str, wanted: dict | None) -> str:
         _link(kept, path)
         return f"{path}, of step {step}, is that of step {best[0]} again: step {step} is not reached yet"
     os.remove(path)
-    lost = f"; the best one so far, of step {best[0]}, is lost" if best else ""
-    return f"{path}, of step {step}, is removed: step {step} is not reached yet{lost}"
+    why = "no state so far is better than the model before the training"
+    if best:
+        why = f"step {step} is not reached yet; the best one so far, of step {best[0]}, is lost"
+    return f"{path}, of step {step}, is removed: {why}"
 
 
 def _evaluation(path: str) -> tuple | None:

@@ -30,7 +30,7 @@ from .loss_metrics import metrics_of
 from .objective import undisturbed
 from .process_group import processes_of
 from .reward_validation import RewardEvaluation
-from .validation_log import BEST, VALIDATION, Evaluated, best, describe, is_over
+from .validation_log import BEST, VALIDATION, Evaluated, best_trained, describe, is_over
 
 
 class Watch(Callback):
@@ -99,7 +99,7 @@ class Watch(Callback):
             "samples": found.samples,
         }
         self.history.append(line)
-        if best(self.history) is line:
+        if best_trained(self.history) is line:
             self._save(trainer, found.loss)
         if trainer.is_global_zero:
             append_line(self.path, line)

@@ -20,20 +20,43 @@ class Evaluated(NamedTuple):
 
 
 def best(history: list[dict]) -> dict | None:
-    """The evaluation of a trained state with the lowest loss, of equal ones the first.
+    """The evaluation with the lowest loss, of equal ones the first. The one before the training counts.
 
-    None before a trained state was evaluated.
+    None where no loss is finite.
     """
-    return min(
-        (line for line in history if line["step"] and line["loss"] is not None),
-        key=lambda line: line["loss"],
-        default=None,
-    )
+    finite = (line for line in history if line["loss"] is not None)
+    return min(finite, key=lambda line: line["loss"], default=None)
+
+
+def best_trained(history: list[dict]) -> dict | None:
+    """The evaluation of the state in best.pth; None where no state is better than before the training."""
+    top = best(history)
+    return top if top and top["step"] else None
+
+
+def base_wins(history: list[dict]) -> bool:
+    """Whether the model before the training is better than all that is left: no best.pth, a worse last state.
+
+    A reward that is not known says nothing of a state.
+    """
+    top = best(history)
+    if top is None or top["step"]:
+        return False
+    last = history[-1]
+    not_known = "reward" in last and last["reward"] is None
+    return not not_known and is_worse(top, last)
+
+
+def is_worse(before: dict, after: dict) -> bool:
+    """Whether the held-out loss rose, or is not finite."""
+    if after["loss"] is None:
+        return True
+    return before["loss"] is not None and after["loss"] > before["loss"]
 
 
 def is_over(history: list[dict], early_stop: int) -> bool:
     """Whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
-    top = best(history)
+    top = best_trained(history)
     since = sum(line["step"] > (top["step"] if top else 0) for line in history)
     return 0 < early_stop <= since
 
@@ -59,14 +82,11 @@ def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]
     line, top = history[-1], best(history)
     unit = f" per {metrics.loss_of}" if metrics.by_loss else ""
     said = [f"validation {metrics.score} {metrics.score_text(line)}{unit}"]
-    before = evaluation_at(history, 0)
-    if top is line and before and before["loss"] is not None and line["loss"] > before["loss"]:
-        side = "above" if metrics.by_loss else "below"
-        said.append(f"{side} the {metrics.score_text(before)} before training")
-    elif top is line:
+    if top is line and line["step"]:
         said.append("the best so far")
-    elif top is not None:
-        said.append(f"best {metrics.score_text(top)} at step {top['step']}")
+    elif top and top is not line:
+        when = f"at step {top['step']}" if top["step"] else "before training"
+        said.append(f"best {metrics.score_text(top)} {when}")
     said.append(metrics.evaluation_text(line, with_score=False))
     return [
         f"step {line['step']}/{total} {', '.join(filter(None, said))}",

@@ -11,7 +11,7 @@ from ..planning.defaults import CHOSEN
 from .loss_metrics import loss_text, percent
 from .preference_text import held_out_units
 from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlearning_warning
-from .validation_log import all_right, answers_as_before, evaluation_at
+from .validation_log import all_right, answers_as_before, evaluation_at, is_worse
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
 
@@ -31,18 +31,16 @@ def doubt(
     `origin` is that of the learning rate, and `searched` whether the run searched for it. `step` is that of
     the state which the run recommends.
     """
-    improving = True
+    improving, too_fast = True, False
     if history:
         before, after = evaluation_at(history, 0), evaluation_at(history, step)
         if not (before and after):
             return None
         known = of_evaluations(before, after, held_out_units(config))
         improving = step == history[-1]["step"] and not is_worse(before, after)
-        fell = _fall(*first_and_last(metrics))
-        if is_worse(before, after) and fell >= LITTLE:
-            known.append(
-                f"the training loss fell by {_percent(fell)}: what was learnt is no help on other documents"
-            )
+        if is_worse(before, after):
+            too_fast = rose(metrics)
+            known += of_unhelpful(metrics)
         lost = held_out_unlearning(before, after)
     else:
         known = of_training(metrics)
@@ -50,7 +48,9 @@ def doubt(
     if not (known or lost):
         return None
     tries = [against_unlearning(config)] if lost else []
-    if known:
+    if known and too_fast:
+        tries.append(f"a lower --lr_init than {config.lr_init:g}")
+    elif known:
         tries.append(other_settings(config, improving) if searched else other_rate(config, origin, improving))
     known += [lost] if lost else []
     advice = "; or ".join(tries)
@@ -83,11 +83,20 @@ def of_evaluations(before: dict, after: dict, documents: str) -> list[str]:
     return said
 
 
-def is_worse(before: dict, after: dict) -> bool:
-    """Whether the held-out loss rose, or is not finite."""
-    if after["loss"] is None:
-        return True
-    return before["loss"] is not None and after["loss"] > before["loss"]
+def of_unhelpful(metrics: list[dict]) -> list[str]:
+    """What the losses of the steps say where held-out documents did not profit."""
+    first, last = first_and_last(metrics)
+    if rose(metrics):
+        begin = metrics[0]["loss"]
+        return [f"the training loss rose, too: from {begin:.4f} in the first step to {last:.4f} in the last"]
+    if (fell := _fall(first, last)) < LITTLE:
+        return []
+    return [f"only the training loss fell, by {_percent(fell)}: what was learnt does not help elsewhere"]
+
+
+def rose(metrics: list[dict]) -> bool:
+    """Whether the training loss is higher at the end than in the first step, before a weight has moved."""
+    return first_and_last(metrics)[1] > metrics[0]["loss"]
 
 
 def of_accuracy(line: dict, documents: str) -> list[str]:
