@@ -132,12 +132,11 @@ def frozen_bytes(model: RWKV) -> int:
 
 
 def trained(config: Config, model: RWKV) -> str:
-    """How much of the model is trained, and by what."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    """How much of the model is trained, and by what. The share is of the base, as adapters are compared."""
     if config.peft == "none":
-        return f"all {count:,} parameters"
+        return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
+    count, total = report.trainable, report.total
     beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
     return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(config, model)}{beside}"
 
