@@ -119,6 +119,11 @@ def test_a_training_that_only_recovers_from_its_own_harm_is_not_praised():
         "the training loss rose, too: from 0.0800 in the first step to 2.4600 in the last",
     ]
     assert found.advice == "a lower --lr_init than 0.0001"
+    # neither fallen nor clearly risen, and harder rows than those that are held out
+    for losses in ((2.9, 3.1, 3.0), (3.0, 1.5, 1.4)):
+        known = doubted(evaluations(0.5, 0.6), metrics=steps(*losses)).known
+        assert not any("rose, too" in sentence for sentence in known)
+        assert len(known) == (1 if losses[0] < losses[-1] else 2)
 
 
 def test_without_held_out_documents_only_the_training_loss_is_known():

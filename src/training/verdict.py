@@ -14,6 +14,7 @@ from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlea
 from .validation_log import all_right, answers_as_before, evaluation_at, is_worse
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
+CLEARLY = 0.1  # by which share a loss is above others, whatever rows it is from
 
 
 class Doubt(NamedTuple):
@@ -39,8 +40,8 @@ def doubt(
         known = of_evaluations(before, after, held_out_units(config))
         improving = step == history[-1]["step"] and not is_worse(before, after)
         if is_worse(before, after):
-            too_fast = rose(metrics)
-            known += of_unhelpful(metrics)
+            too_fast = has_risen(metrics, before)
+            known += of_unhelpful(metrics, too_fast)
         lost = held_out_unlearning(before, after)
     else:
         known = of_training(metrics)
@@ -83,20 +84,22 @@ def of_evaluations(before: dict, after: dict, documents: str) -> list[str]:
     return said
 
 
-def of_unhelpful(metrics: list[dict]) -> list[str]:
+def of_unhelpful(metrics: list[dict], too_fast: bool) -> list[str]:
     """What the losses of the steps say where held-out documents did not profit."""
-    first, last = first_and_last(metrics)
-    if rose(metrics):
-        begin = metrics[0]["loss"]
+    begin, (first, last) = metrics[0]["loss"], first_and_last(metrics)
+    if too_fast:
         return [f"the training loss rose, too: from {begin:.4f} in the first step to {last:.4f} in the last"]
-    if (fell := _fall(first, last)) < LITTLE:
+    # a loss that only comes back from what the first steps did has not fallen
+    if last >= begin or (fell := _fall(first, last)) < LITTLE:
         return []
     return [f"only the training loss fell, by {_percent(fell)}: what was learnt does not help elsewhere"]
 
 
-def rose(metrics: list[dict]) -> bool:
-    """Whether the training loss is higher at the end than in the first step, before a weight has moved."""
-    return first_and_last(metrics)[1] > metrics[0]["loss"]
+def has_risen(metrics: list[dict], before: dict) -> bool:
+    """Whether the training loss is at the end clearly above what the base has: in the first step, before a
+    weight moved, and on held-out documents. One of them alone may be easier than the training's rows.
+    """
+    return first_and_last(metrics)[1] > (1 + CLEARLY) * max(metrics[0]["loss"], before["loss"] or 0.0)
 
 
 def of_accuracy(line: dict, documents: str) -> list[str]:
