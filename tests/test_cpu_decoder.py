@@ -2,14 +2,17 @@
 into the chat and back.
 """
 
+import collections
 import copy
 import ctypes
 import dataclasses
 import io
+import itertools
 import re
 import shutil
 import subprocess
 import time
+import weakref
 
 import pytest
 import torch
@@ -714,6 +717,30 @@ def test_every_row_has_its_own_adapter(version, int8, checkpoint, tmp_path, monk
                 base, _ = one_by_one(decoder, tokens[None, :, row])
                 assert torch.equal(used, base) == (one == BASE)
         decoder.close()
+
+
+def test_combinations_of_adapters_come_and_go_with_their_rows(checkpoint, tmp_path):
+    """As many as there are rows are kept, and one that was forgotten has the same bits again."""
+    names = "abcd"
+    adapters = adapters_of(checkpoint(7), tmp_path, [(name, "lora", 3) for name in names])
+    decoder = Decoder(adapters.model, 2, adapters)
+    start = adapters.model.initial_state(1)
+
+    def logits(*choices):
+        for row in range(2):
+            decoder.put(row, start)
+        return decoder.step([5] * len(choices), [Applied(tuple(choice)) for choice in choices])
+
+    choices = [*names, *map("".join, itertools.permutations(names, 3))]
+    want = {choice: logits(choice)[0] for choice in choices}
+    assert len({tuple(row.tolist()) for row in want.values()}) > len(names)
+    copies = [weakref.ref(tensor) for tensor in decoder.tables["d", "c", "b"].kept]
+    logits("abc", "abd")
+    assert copies and not any(copy() is not None for copy in copies)
+    for pair in zip(choices, reversed(choices), strict=True):
+        assert all(torch.equal(got, want[one]) for got, one in zip(logits(*pair), pair)), pair
+        sizes = collections.Counter(map(len, decoder.tables))
+        assert sizes == {1: 4, 3: 2} and {table.number for table in decoder.tables.values()} == {*range(6)}
 
 
 def test_a_row_that_overflows_spoils_no_other(checkpoint, tmp_path):

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +58,13 @@ class Change(ctypes.Structure):
     ]
 
 
+class Table(NamedTuple):
+    """What adapters add to the matrices: the native code has it by number."""
+
+    number: int  # -1: they add nothing
+    kept: list[Tensor]  # that the native code points to
+
+
 class Decoder:
     """The states of `rows` rows, and the native code that computes their next tokens.
 
@@ -94,10 +103,10 @@ class Decoder:
         )
         self.places = _addresses(self.states)
         self.names = names_in_order(arch)
-        # the tensors that the native code points to: of the model, and of the adapters of its tables
+        # the tensors of the model that the native code points to
         self.kept: dict[str, list[Tensor]] = {}
-        self.beside: dict[tuple[str, ...], list[Tensor]] = {}
-        self.tables: dict[tuple[str, ...], int] = {}
+        # by the names of adapters; the one that was used last is the last one
+        self.tables: dict[tuple[str, ...], Table] = {}
         self.sources = [self._source(name) for name in self.names]
         self.bf16_type = TYPES[torch.bfloat16]
         if bf16_products.instruction_is_there():
@@ -162,7 +171,6 @@ class Decoder:
         # where this is interrupted, it is done again before the next token
         self.fresh = False
         self.tables.clear()  # each is made again when a row asks for it
-        self.beside.clear()
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
             tensor = self._source(name)
             if tensor is before:
@@ -214,22 +222,35 @@ class Decoder:
         return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, kind)
 
     def _table(self, names: tuple[str, ...]) -> int:
-        """The number of the native table of what adapters add to the matrices; -1 where they add nothing."""
-        if names in self.tables:
-            return self.tables[names]
+        """The number of the native table of what adapters add to the matrices; -1 where they add nothing.
+
+        The factors of several adapters are copies. So of their tables only those stay that were used last, as
+        many as there are rows.
+        """
+        table = self.tables.pop(names, None)
+        if table is None:
+            joined = [key for key in self.tables if len(key) > 1] if len(names) > 1 else []
+            for oldest in joined[: max(0, len(joined) + 1 - self.rows)]:
+                del self.tables[oldest]
+            table = self._new_table(names)
+        self.tables[names] = table
+        return table.number
+
+    def _new_table(self, names: tuple[str, ...]) -> Table:
         changes = (Change * len(self.names))()
-        kept = self.beside[names] = []
+        kept = []
         for name, low_rank in self._factors(names).items():
             A, B = low_rank.A, low_rank.B.t().contiguous()
             changes[self.names.index(f"{name}.weight")] = Change(
                 len(B), low_rank.scale, None if A is None else A.data_ptr(), B.data_ptr()
             )
             kept += [B] if A is None else [A, B]
-        number = len(self.beside) - 1 if kept else -1
-        if kept:
-            self.put_table(self.handle, ctypes.c_int64(number), changes)
-        self.tables[names] = number
-        return number
+        if not kept:
+            return Table(-1, kept)
+        taken = {table.number for table in self.tables.values()}
+        number = next(number for number in itertools.count() if number not in taken)
+        self.put_table(self.handle, ctypes.c_int64(number), changes)
+        return Table(number, kept)
 
     def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
         """What these adapters add to linears; without names, what Adapters.use() has put beside them, or the
