@@ -8,6 +8,7 @@ import json
 import shutil
 import string
 import subprocess
+import threading
 import time
 
 import pytest
@@ -30,6 +31,7 @@ from src.serving.guard import Guard
 from src.serving.limits import Limits
 from src.serving.request_parsing import Defaults, Reader, read_chat
 from src.serving.served_models import ServedModels
+from src.serving.worker import Worker
 
 from .serving import records, running, scripted
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
@@ -371,6 +373,42 @@ def test_of_many_who_load_a_name_at_once_one_does(files, letters):  # noqa: F811
 
         assert sorted(asyncio.run(all_at_once())) == [200, *[409] * 5]
         assert set(served.adapters.by_name) == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_adapter_whose_loading_was_cancelled_gives_its_name_back(files, letters, begun):  # noqa: F811
+    engine, served = loaded(files, letters, 1, str(files / "adapters"))
+    worker, add = Worker(engine), served.adapters.add
+    loads, before, go = (threading.Event() for _ in range(3))
+
+    def slow(*given):
+        loads.set()
+        go.wait(20)
+        add(*given)
+
+    served.adapters.add = slow
+
+    async def cancelled_and_again():
+        if not begun:
+            worker.post(lambda: before.wait(20))
+        loading = asyncio.create_task(served.add("d", "d.pth", worker))
+        await asyncio.to_thread(loads.wait, 20 if begun else 0.05)
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        await asyncio.sleep(0)
+        before.set()
+        go.set()
+        assert loads.is_set() is begun
+        return await asyncio.wait_for(served.add("d", "d.pth", worker), 20)
+
+    worker.start()
+    try:
+        assert asyncio.run(cancelled_and_again()).internal == "d"
+    finally:
+        go.set()
+        worker.close()
+    assert set(served.adapters.by_name) == {*"abcd"} and list(served.entries) == [*"abcd"]
 
 
 def test_without_a_folder_no_adapter_is_loaded(files, letters):  # noqa: F811

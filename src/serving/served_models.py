@@ -143,7 +143,7 @@ class ServedModels:
 
         self.coming.add(name)
         try:
-            entry = await worker.call(load)
+            entry = await worker.call(load, lambda: self._unload(internal, worker))
         except UserError as error:
             raise wrong("file", self._without_paths(str(error), path, file)) from None
         finally:
@@ -177,12 +177,12 @@ class ServedModels:
 
     def _leave_if_unused(self, entry: Entry, worker: Worker) -> None:
         if entry.dropped and not entry.users:
+            worker.post(lambda: self._unload(entry.internal, worker))
 
-            def leave() -> None:
-                self.adapters.drop(entry.internal)
-                worker.engine.refresh()
-
-            worker.post(leave)
+    def _unload(self, internal: str, worker: Worker) -> None:
+        """Have the engine forget an adapter, in the worker's thread."""
+        self.adapters.drop(internal)
+        worker.engine.refresh()
 
 
 def _labels(name: str) -> Iterator[str]:

@@ -90,23 +90,36 @@ class Worker:
         """Have something done between two steps."""
         self.inbox.put(work)
 
-    async def call(self, work: Callable[[], Any]) -> Any:
-        """What work() returns or raises, between two steps."""
+    async def call(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
+        """What work() returns or raises, between two steps.
+
+        Where the caller is cancelled meanwhile, work() is left out, or undo() comes after it.
+        """
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
 
+        def undo_what_was_done() -> None:
+            if not future.cancelled() and not future.exception():
+                undo()
+
         self.post(run)
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.post(undo_what_was_done)
+            raise
 
     async def submit(self, requests: Sequence[Request]) -> Job:
         """UserError where the engine refuses one of them; then none of them runs."""
         job = Job(self, requests)
-        await self.call(lambda: self._submit(job))
+        await self.call(lambda: self._submit(job), lambda: self.forget(job, "cancelled"))
         return job
 
     def _submit(self, job: Job) -> None:
