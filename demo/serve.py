@@ -37,6 +37,7 @@ with importing():
     from src.common.formatting import counted, size_text
     from src.data.released import modes_note
     from src.data.templates import choose_template
+    from src.inference.adapters import Adapters
     from src.inference.decoders import fastest, measured_chunk
     from src.inference.engine import Engine
     from src.inference.load import load_with, refuse_folders
@@ -227,6 +228,7 @@ def load(args: argparse.Namespace) -> Loaded:
         args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
     )
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
+    name = merged_name(adapters, name, args.scale)
     recorded = Recorded(args, tokenizer)
     records = Records(recorded.template, recorded.bos, tokenizer.name)
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
@@ -234,6 +236,20 @@ def load(args: argparse.Namespace) -> Loaded:
     chunk = args.chunk or measured_chunk(decoder, SECONDS)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
     return Loaded(engine, served, how)
+
+
+def merged_name(adapters: Adapters, name: str, scale: float) -> str:
+    """Merge an only adapter by which rows cannot differ into the model; return what the model is called."""
+    names = list(adapters.by_name)
+    if len(names) != 1 or not (reason := adapters.by_name[names[0]].reason_to_merge()):
+        return name
+    adapters.use(names, scale)
+    print(
+        f"note: adapter {names[0]!r} is merged into the model: {reason}. It is the only --adapter, so all"
+        f" requests get it, and the model is called {name}:{names[0]}",
+        file=sys.stderr,
+    )
+    return f"{name}:{names[0]}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,7 +66,7 @@ class Scripted:
 
 def no_adapters():
     """Stands in for adapters.Adapters."""
-    return types.SimpleNamespace(by_name={}, check=lambda applied: None)
+    return types.SimpleNamespace(by_name={}, used=(), check=lambda applied: None)
 
 
 def records(tokenizer, template=None, bos=()):

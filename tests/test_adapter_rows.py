@@ -58,8 +58,9 @@ REFUSED = {
     Applied(("god",)): "no adapter 'god'; there are: miss, ",
     Applied(("miss", "miss")): r"miss\+miss: one is named twice",
     Applied(("miss",), float("nan")): "the scale of miss is nan",
-    Applied(("miss", "dora")): "'dora' has no form that differs by row: dora has other values of blocks.0",
-    Applied(("norms",)): r"ln0.*and 13 more; .* merge --base \S*base7.pth --adapter \S*norms.pth --out ",
+    Applied(("miss", "dora")): "has no form that differs by row: its method, dora, changes whole",
+    Applied(("norms",)): "was trained with --train_parts ln, so it changes whole tensors .*ln0.*and 13 more"
+    r".*; .* merge --base \S*base7.pth --adapter \S*norms.pth --out ",
 }
 
 

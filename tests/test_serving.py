@@ -22,11 +22,14 @@ import httpx
 import openai
 
 import rwkv_miss
+from demo import serve
 from src.data.rwkv_template import RwkvTemplate
 from src.inference.decoders import fastest
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.ops import self_test
+from src.serving.errors import Refused
+from src.serving.fields import Fields
 from src.serving.guard import Guard
 from src.serving.limits import Limits
 from src.serving.request_parsing import Defaults, Reader, read_chat
@@ -409,6 +412,35 @@ def test_an_adapter_whose_loading_was_cancelled_gives_its_name_back(files, lette
         go.set()
         worker.close()
     assert set(served.adapters.by_name) == {*"abcd"} and list(served.entries) == [*"abcd"]
+
+
+def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, tmp_path, capsys):  # noqa: F811
+    base, whole = str(files / "tiny.pth"), str(tmp_path / "w.pth")
+    train(base, whole, "miss", 6, train_parts="ln,head")
+    given = ["--tokenizer", letters, "--accelerator", "cpu", "--rows", "2", "--chunk", "16", "--scale", "0.5"]
+
+    def load(*adapters):
+        flags = [word for adapter in adapters for word in ("--adapter", adapter)]
+        return serve.load(serve.parse(["--model", base, *flags, *given]))
+
+    reason = "it was trained with --train_parts head,ln, so it changes whole tensors ("
+    with pytest.raises(rwkv_miss.UserError) as error:
+        load(whole, str(files / "a.pth"))
+    assert reason in str(error.value) and "As the only --adapter it is merged on loading" in str(error.value)
+    found = load(whole)
+    said = capsys.readouterr().err
+    assert f"note: adapter 'w' is merged into the model: {reason}" in said and "called tiny:w" in said
+    served, reader = found.served, Reader(found.engine.tokenizer, found.served.find, Limits(), Defaults())
+    assert served.models() == ["tiny:w"]
+    for fields in ({"model": "tiny"}, {"adapter_id": "w"}, {"adapter_scale": 1}):
+        with pytest.raises(Refused):
+            served.find(Fields(fields))
+    asked = read_chat(reader, {"messages": HI, "model": "tiny:w", "max_tokens": 20, "temperature": 0})
+    adapters, tokenizer = load_with(base, {"w": whole}, letters, accelerator="cpu")
+    adapters.use(["w"], 0.5)
+    alone = Engine(fastest(adapters.model, adapters)[0], tokenizer, chunk=16)
+    texts = [next(engine.run(asked.requests))[0].text for engine in (found.engine, alone)]
+    assert texts[0] == texts[1] != ""
 
 
 def test_without_a_folder_no_adapter_is_loaded(files, letters):  # noqa: F811

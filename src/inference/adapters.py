@@ -64,6 +64,17 @@ class Adapter:
         """Those of replaced() that cannot differ by row: an initial state can, since each row has its own."""
         return [name for name in self.replaced() if not is_state(name)]
 
+    def reason_to_merge(self) -> str:
+        """Say why rows cannot differ by it; "" where they can."""
+        if not (names := self.merged_only()):
+            return ""
+        whole = [name for name in names if name in self.whole]
+        what = f"its method, {self.metadata['method']}, changes whole matrices"
+        if whole:
+            parts = ",".join(self.metadata["train_parts"])
+            what = f"it was trained with --train_parts {parts}, so it changes whole tensors"
+        return f"{what} ({listed(whole or names, 3)}), and a model has those once for all rows"
+
     def value(self, name: str, base: Tensor) -> Tensor:
         """The value of one of replaced(), in fp32, given the base's."""
         exact = torch.promote_types(base.dtype, torch.float32)
@@ -240,15 +251,14 @@ class Adapters:
 
     def _refuse_merged(self, name: str, what: str) -> None:
         """UserError, beginning with `what`, where the adapter is one that is merged when it is chosen."""
-        adapter = self.by_name[name]
-        if not (merged := adapter.merged_only()):
+        adapter, base = self.by_name[name], self.model.base_identity
+        if not (reason := adapter.reason_to_merge()):
             return
-        method, base = adapter.metadata["method"], self.model.base_identity
         files = {"base": base.path if base and base.path else "BASE.pth", "adapter": str(adapter.path)}
         flags = " ".join(f"--{flag} {shlex.quote(path)}" for flag, path in files.items())
         raise UserError(
-            f"{what}: {method} has other values of {listed(merged, 3)}; merge it and load the result as a"
-            f" model: python -m rwkv_miss merge {flags} --out merged.pth"
+            f"{what}: {reason}; merge it and load the result as a model: python -m rwkv_miss merge {flags}"
+            " --out merged.pth"
         )
 
     def factors(self, applied: Applied) -> dict[str, LowRank]:

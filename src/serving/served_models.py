@@ -47,19 +47,28 @@ class Records:
 
 
 class ServedModels:
-    """Belongs to the event loop; what changes the engine's adapters is done in the worker's thread."""
+    """Belongs to the event loop; what changes the engine's adapters is done in the worker's thread.
+
+    Adapters that the whole model has in use are a part of the base that clients see.
+    """
 
     def __init__(self, name: str, adapters: Adapters, records: Records, scale: float, folder: str | None):
         self.name, self.adapters, self.records, self.scale = name, adapters, records, scale
         self.folder = os.path.realpath(folder) if folder else None
-        self.template, self.bos = records.template([]), records.bos([])
+        used = [adapters.by_name[internal].path for internal in adapters.used]
+        self.template, self.bos = records.template(used), records.bos(used)
         self.entries: dict[str, Entry] = {}
         self.used_names: set[str] = set()
         self.coming: set[str] = set()  # names of adapters that are being loaded
         for internal, adapter in adapters.by_name.items():
-            adapters.check(Applied((internal,)))
-            self.entries[internal] = self._entry(internal, internal, adapter.path)
             self.used_names.add(internal)
+            if internal in adapters.used:
+                continue
+            try:
+                adapters.check(Applied((internal,)))
+            except UserError as error:
+                raise UserError(f"{error}. As the only --adapter it is merged on loading") from None
+            self.entries[internal] = self._entry(internal, internal, adapter.path)
 
     def _entry(self, name: str, internal: str, path: str) -> Entry:
         metadata = read_metadata(path) or {}
@@ -78,9 +87,11 @@ class ServedModels:
         model = fields.text("model") or self.name
         given = fields.text("adapter_id") or ""
         scale = fields.number("adapter_scale", -100, 100, self.scale)
-        base, colon, named = model.partition(":")
-        if base != self.name or colon and not named:
-            raise self._unknown("model", model)
+        named = ""
+        if model != self.name:  # which may have a colon itself
+            named = model.removeprefix(f"{self.name}:")
+            if named in ("", model):
+                raise self._unknown("model", model)
         if named and given and named != given:
             raise wrong("adapter_id", f"got {short(given)}, and model names {short(named)}; give one of them")
         names = (named or given).split("+") if named or given else []
@@ -92,6 +103,9 @@ class ServedModels:
         if len({*names}) < len(names):
             raise wrong("model" if named else "adapter_id", f"{'+'.join(names)} names one adapter twice")
         if not entries:
+            if self.adapters.used and scale != self.scale:
+                fixed = f"{self.name} has its adapter at scale {self.scale:g}, for all requests"
+                raise wrong("adapter_scale", f"got {scale:g}, and {fixed}; the server's --scale chooses it")
             return Chosen(self.name, Applied(), self.template, self.bos)
         applied = Applied(tuple(entry.internal for entry in entries), scale)
         return Chosen(f"{self.name}:{'+'.join(names)}", applied, entries[0].template, entries[0].bos)
