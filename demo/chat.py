@@ -31,6 +31,7 @@ with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import is_hub_name
+    from rwkv_miss.files.mapped import naming_changed_files
     from rwkv_miss.files.model_files import model_metadata
     from src.data.leading_token import with_leading
     from src.data.released import modes_note
@@ -160,7 +161,7 @@ def show_answer(args: argparse.Namespace, chat: Chat) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors(), naming_missing_packages():
+    with one_line_errors(), naming_missing_packages(), naming_changed_files():
         args = parse(argv)
         tools = read_tools(args.tools) if args.tools else []
         check_local(args)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from demo.columns import side_by_side
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.mapped import ChangedFile
 from src.common.formatting import counted
 from src.data.chat_template import Template
 from src.data.released import modes_note, released
@@ -96,6 +97,8 @@ class Chat:
             turns = len(self.conversation.turns)
             try:
                 self.take(line)
+            except ChangedFile:
+                raise
             except UserError as error:
                 note(f"error: {error}")
             except KeyboardInterrupt:

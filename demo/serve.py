@@ -33,6 +33,7 @@ with importing():
     )
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.hub import local_path
+    from rwkv_miss.files.mapped import naming_changed_files
     from src.common.available_memory import parse_size, resident
     from src.common.formatting import counted, size_text
     from src.data.released import modes_note
@@ -253,7 +254,7 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors(), naming_missing_packages():
+    with one_line_errors(), naming_missing_packages(), naming_changed_files():
         args = parse(argv)
         limits = limits_of(args)
         from src.serving.uvicorn_server import bound
@@ -300,6 +301,8 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
         server.run()
     finally:
         dispatcher.worker.close()
+    if dispatcher.worker.changed_file:
+        raise dispatcher.worker.changed_file
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ with importing():
     from rwkv_miss.files.hub import local_path
     from rwkv_miss.files.hub_names import recorded
     from rwkv_miss.files.identity import Identity
+    from rwkv_miss.files.mapped import naming_changed_files
     from rwkv_miss.progress import progress
     from src.common.device import choose_accelerator, choose_precision
     from src.common.files import write_lines
@@ -61,7 +62,7 @@ WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the l
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors(), naming_missing_packages():
+    with one_line_errors(), naming_missing_packages(), naming_changed_files():
         args = arguments(argv)
         name_local_files(args)
         if args.preferences:

@@ -10,6 +10,7 @@ import time
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.mapped import naming_changed_files
 from rwkv_miss.interrupts import EXIT_CODE
 from rwkv_miss.progress import print_notes
 
@@ -71,7 +72,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     It looks into the run's folder only when that is held.
     """
     started = process_start()
-    with watchdog(config) as others, folder_of_run(config.proj_dir, others):
+    with naming_changed_files(), watchdog(config) as others, folder_of_run(config.proj_dir, others):
         run(config, origins, started, others)
 
 

@@ -16,6 +16,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
+from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from src.common.device import cpu_features
 from src.model import RWKV
@@ -70,6 +71,13 @@ def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.getreports("passed"):
         for table in (value for name, value in report.user_properties if name == "table"):
             terminalreporter.write_line(f"\n{report.nodeid}\n{table}")
+
+
+@pytest.fixture
+def all_mapped(monkeypatch):
+    """Small files are mapped, too, and those of this test are forgotten with it, whoever still holds them."""
+    monkeypatch.setattr(mapped, "SMALL", 0)
+    monkeypatch.setattr(mapped, "_mapped", [])
 
 
 @pytest.fixture(scope="session")

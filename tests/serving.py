@@ -111,6 +111,7 @@ def running(engine, served, limits=None, defaults=None, guard=LOCAL):
         dispatcher=dispatcher,
         engine=engine,
         server=server,
+        thread=thread,
         stop=stop,
     )
     try:

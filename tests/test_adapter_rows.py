@@ -7,6 +7,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError
+from rwkv_miss.files import mapped
 from src.inference.adapters import BASE, Applied
 from src.inference.load import load, load_with
 from src.inference.torch_decoder import TorchDecoder
@@ -52,6 +53,14 @@ def several(files):
         return base, load_with(base, adapters, "bytes", accelerator="cpu")[0]
 
     return read
+
+
+def test_nothing_of_an_adapter_stays_mapped(several, all_mapped):
+    """Its file is trained again more often than the base's."""
+    base, adapters = several(7)
+    in_use = {file.path for file in mapped._mapped if file.is_used}
+    assert str(base) in in_use and adapters.by_name.keys() == ROWS.keys()
+    assert not in_use & {str(adapter.path) for adapter in adapters.by_name.values()}
 
 
 REFUSED = {

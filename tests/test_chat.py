@@ -3,6 +3,7 @@ stopped.
 """
 
 import io
+import os
 import shutil
 import sys
 import types
@@ -336,6 +337,17 @@ def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
         and len(answers(out)) == 4
     )
     assert [text.count("User: ") for text in asked] == [1, 2, 2, 1]
+
+
+def test_a_base_that_is_overwritten_ends_the_chat(typed, files, monkeypatch, capsys, all_mapped):
+    overwrite = commands.Command(lambda chat, argument: os.utime(files.base, ns=(1, 1)), "", "")
+    monkeypatch.setitem(commands.COMMANDS, "overwrite", overwrite)
+    with pytest.raises(SystemExit, match="2"):
+        typed(["hello?", "/overwrite", "why", "so"])
+    out, err = capsys.readouterr()
+    assert (
+        len(answers(out.split("\n"))) == 2 and err.count("base.pth was overwritten while it is in use") == 1
+    )
 
 
 def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F811

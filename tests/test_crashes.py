@@ -21,6 +21,7 @@ import torch
 
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AroundSteps
+from rwkv_miss.files import mapped
 from src.common.files import write_text
 from src.training import callbacks, rollback
 from src.training.rollback import LastGood
@@ -367,6 +368,31 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
                 metrics.write('{"step": 1, "lo')  # the disk had room for half a line
     assert "nothing to train" in succeed(run("parts", *flags))
     same_run(tmp_path / "whole", proj_dir)
+
+
+def overwrite_base(step, cut, path, rank):
+    """The base is written over in place within a step; `cut`: with nothing."""
+    mapped.SMALL = 0
+    before = AroundSteps.before
+
+    def overwritten(self, doing, *others):
+        if doing == step and rank == 0:
+            content = path.read_bytes()
+            path.write_bytes(b"" if cut else content)
+        before(self, doing, *others)
+
+    AroundSteps.before = overwritten
+
+
+@pytest.mark.parametrize("devices, cut", [("1", False), ("1", True), ("2", False)])
+def test_a_base_that_is_overwritten_ends_the_run_and_spoils_nothing(run, files, tmp_path, devices, cut):
+    shutil.copy(files / "base.pth", tmp_path / "base.pth")
+    shared = ["--load_model", str(tmp_path / "base.pth"), "--save_steps", "1", "--micro_bsz", "2"]
+    changed = functools.partial(overwrite_base, 3, cut, tmp_path / "base.pth")
+    code, output = run("run", *shared, "--devices", devices, sabotage=changed)
+    assert code == 2 and "Traceback" not in output and "base.pth was overwritten" in output, output
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002.pth"]
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_signals_while_a_checkpoint_is_written(run, tmp_path):

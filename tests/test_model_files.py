@@ -171,7 +171,7 @@ def mapped_from(tensor):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="NO /proc: mappings are not seen")
-def test_nothing_is_copied_but_maps_that_are_turned_around(forms):
+def test_nothing_is_copied_but_maps_that_are_turned_around(forms, all_mapped):
     for form in ("official", "sharded", "fla", "safetensors", "lightning"):
         model = RWKV.load(forms[form])
         copied = {name for name, p in model.named_parameters() if "." not in mapped_from(p)}

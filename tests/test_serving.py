@@ -5,6 +5,7 @@ that come and go.
 import asyncio
 import importlib.util
 import json
+import os
 import shutil
 import string
 import subprocess
@@ -23,6 +24,7 @@ import openai
 
 import rwkv_miss
 from demo import serve
+from rwkv_miss.files.mapped import ChangedFile
 from src.data.rwkv_template import RwkvTemplate
 from src.inference.decoders import fastest
 from src.inference.engine import Engine
@@ -412,6 +414,24 @@ def test_an_adapter_whose_loading_was_cancelled_gives_its_name_back(files, lette
         go.set()
         worker.close()
     assert set(served.adapters.by_name) == {*"abcd"} and list(served.entries) == [*"abcd"]
+
+
+def test_a_base_that_is_overwritten_ends_the_server(files, letters, tmp_path, all_mapped):  # noqa: F811
+    for place in ("tiny", "a", "b", "c"):
+        shutil.copy(files / f"{place}.pth", tmp_path)
+    engine, served = loaded(tmp_path, letters, 1)
+    with running(engine, served) as server:
+        body = {"messages": HI, "max_tokens": 2}
+        os.utime(tmp_path / "a.pth", ns=(1, 1))  # an adapter is a copy
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+        os.utime(tmp_path / "tiny.pth", ns=(1, 1))
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert reply.status_code == 500 and "a file of its model was overwritten" in reply.text
+        assert str(tmp_path) not in reply.text
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+        server.engine.prompts.clear()
+    assert isinstance(server.dispatcher.worker.changed_file, ChangedFile)
 
 
 def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, tmp_path, capsys):  # noqa: F811

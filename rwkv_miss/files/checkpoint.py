@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .architectures import refuse_newer
+from .mapped import keep
 from .output import whole_file
 from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json, refuse_stand_in
 
@@ -156,7 +157,7 @@ def _version(tensors: Mapping[str, Any]) -> int:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, mapped from the file rather than read, in the file's order.
+    """The tensors of a checkpoint by name, in the file's order; a large file is mapped, see mapped.py.
 
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file,
     a pickle that asks for anything but tensors, a content that is no flat dict of plain tensors, and one that
@@ -166,14 +167,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The same values, checked to be plain tensors under names."""
+    """The same values, checked to be plain tensors under names, and kept as mapped.py does."""
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(
                 f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors"
             )
     check_tensors(path, loaded)
-    return {name: value.detach() for name, value in loaded.items()}
+    return keep(path, {name: value.detach() for name, value in loaded.items()})
 
 
 def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:

@@ -112,6 +112,11 @@ class Identity:
         """sampled_fingerprint() of the tensors."""
         return sampled_fingerprint(self._tensors())
 
+    def settle(self) -> None:
+        """Compute both digests now, and let the tensors go: their file may change later."""
+        _ = self.fingerprint, self.sampled
+        self.given = None
+
     def is_recorded(self, recorded: str, where: str | os.PathLike[str] = "") -> bool:
         """Whether a record in the file `where` is of these tensors, by the rule that the record names."""
         if recorded.startswith(DIGEST):

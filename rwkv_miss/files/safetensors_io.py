@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .checkpoint import memory
+from .mapped import keep
 from .output import whole_file
 from .untrusted import LARGEST_JSON, first_bytes, refuse_stand_in
 
@@ -43,12 +44,13 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the texts in its header.
+    """Tensors, those of a large file mapped, and the texts in its header.
 
     UserError for a damaged file, or without the package.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        tensors = keep(path, {name: file.get_tensor(name) for name in file.keys()})
+        return tensors, dict(file.metadata() or {})
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ On a GPU what is chosen is then rounded to the dtype of the activations: once, a
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -351,9 +352,12 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     with torch.device("meta"):
         shapes = RWKV(model.arch)
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
-    linears, whole, metadata = fit_adapter(shapes, path)
+    # copies, because somebody may train the adapter again and write over its file
+    linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
     cls, options = method_of(metadata) if linears else (None, None)
-    adapter = Adapter(path, Identity(tensors=read_checkpoint(path)), metadata, {}, {}, whole)
+    identity = Identity(tensors=read_checkpoint(path))
+    identity.settle()
+    adapter = Adapter(path, identity, metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)

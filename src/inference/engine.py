@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.mapped import check_mapped
 
 from ..data.collate import padded_left
 from ..data.tokenizer import Tokenizer
@@ -112,8 +113,9 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """One turn: a token for every row, then prompts are read, as reads_first has it, into rows that are
-        free. Returns the answers that changed.
+        free. Returns the answers that changed. ChangedFile if the model's file was overwritten.
         """
+        check_mapped()
         with nan_passes():  # choose() names a model that overflows, by its logits
             changed = {id(answer): answer for answer in self._next_tokens()}
             while self.prompts and len(self.rows) < self.decoder.rows:

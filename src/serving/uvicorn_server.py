@@ -108,7 +108,10 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds."""
+    """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds.
+
+    It also ends when a file of the model was overwritten.
+    """
 
     def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, when_ready: Callable[[], None]):
         """`when_ready` is called as soon as the server answers."""
@@ -140,6 +143,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.when_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.dispatcher.worker.changed_file is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.dispatcher.closing = True

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
+from rwkv_miss.files.mapped import ChangedFile
+
 from ..inference.engine import Answer, Engine, Request
 
 
@@ -75,6 +77,7 @@ class Worker:
         self.followed: dict[int, _Followed] = {}  # by id() of the answer
         self.sent: dict[int, tuple[int, int]] = {}  # characters and tokens that a job has of an answer
         self.broken = ""  # what went wrong in the engine itself
+        self.changed_file: ChangedFile | None = None  # why the whole server has to end
         self.steps = 0
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -194,8 +197,13 @@ class Worker:
 
     def _break(self, error: Exception) -> None:
         """All that runs ends with an error; so does all that comes."""
-        traceback.print_exc()
-        self.broken = f"the engine stopped: {type(error).__name__}; start the server again"
+        if isinstance(error, ChangedFile):
+            # the server's operator is told which one
+            self.broken = "the server ends, because a file of its model was overwritten"
+            self.changed_file = error
+        else:
+            traceback.print_exc()
+            self.broken = f"the engine stopped: {type(error).__name__}; start the server again"
         for job in {id(found.job): found.job for found in self.followed.values()}.values():
             pieces = [
                 Piece(index, "", 0, (), "error", self.broken, 0, 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import RUN_FORMAT
+from rwkv_miss.files.mapped import ChangedFile, change_of_mapped
 from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
@@ -31,7 +32,7 @@ from .early_warning import early_warning
 from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .loss_metrics import metrics_of
-from .process_group import over_ranks
+from .process_group import over_ranks, processes_of
 from .rollback import LastGood
 from .rollouts import AllFailed, StepSize
 from .run_folder import checkpoint_name, keep_best, remove_old
@@ -68,6 +69,12 @@ class Done:
     size: StepSize
     numbers: Numbers  # loss, share of the ranks that want to go on, norm of the gradient, sums of metrics
     rolled_back_to: int | None = None
+
+
+def refuse_overwritten(trainer) -> None:
+    """Raise ChangedFile in all processes if one of them sees that a file of the base was overwritten."""
+    for change in filter(None, processes_of(trainer).gathered(change_of_mapped())):
+        raise ChangedFile(change)
 
 
 class StepReport(Callback):
@@ -187,9 +194,10 @@ class StepReport(Callback):
 
     def _send(self, trainer, module) -> Done:
         """The step that was just done, with its numbers on their way."""
-        # one sum over all ranks has the loss, the share of them that want to go on, and whether a gradient is
-        # not finite
-        mine = [module.step_loss, float(not self.stop) / trainer.world_size, gradient_norm(trainer)]
+        # one sum over all ranks has the loss, the share of them that want to go on, which is NaN where one
+        # sees that the base was overwritten, and whether a gradient is not finite
+        going_on = math.nan if change_of_mapped() else float(not self.stop) / trainer.world_size
+        mine = [module.step_loss, going_on, gradient_norm(trainer)]
         numbers = torch.stack([scalar(number, module.device) for number in mine])
         # not by the strategy, which has the ranks wait for each other first
         if module.step_metrics is not None:
@@ -228,6 +236,8 @@ class StepReport(Callback):
         """Report a step; whether the run went back."""
         step = done.step
         loss, going_on, norm, *sums = done.numbers.read()
+        if math.isnan(going_on):
+            refuse_overwritten(trainer)
         # what is undone was made from a bad state, and its loss tells nothing of the one that is back
         went_back = False
         if done.size.targets and done.rolled_back_to is None:

@@ -24,7 +24,7 @@ from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
-from .callbacks import StepReport
+from .callbacks import StepReport, refuse_overwritten
 from .kto_baseline import baseline
 from .loss_metrics import metrics_of
 from .objective import undisturbed
@@ -89,6 +89,7 @@ class Watch(Callback):
         with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
             may_stop = step < module.total_steps
             found = self._measured(trainer, module, lambda: self.report.stop and may_stop)
+        refuse_overwritten(trainer)
         if found is None:
             return False
         line = {

@@ -1,0 +1,146 @@
+"""Files that tensors are mapped from: small ones are copied, large ones are watched while they are in use.
+
+A file that is replaced by a rename, as this package writes, stays what it was for everybody who has it
+mapped. A file that is written into, as by cp, changes the tensors. Where it gets shorter, a read behind its
+end is a signal that ends the process, SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import os
+import signal
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, UntypedStorage
+
+from ..errors import UserError, printable
+
+SMALL = 1 << 26  # bytes of a file that is copied
+
+
+class ChangedFile(UserError):
+    """A file that was written into while its tensors are in use: the program must end."""
+
+
+class _Mapped(NamedTuple):
+    """A file that was mapped, through a descriptor, which stays with its content when the name moves on."""
+
+    path: str
+    descriptor: int
+    size: int
+    time: int  # of the last change to its content, in ns
+    storages: list[weakref.ref[UntypedStorage]]
+
+    @property
+    def is_used(self) -> bool:
+        return any(storage() is not None for storage in self.storages)
+
+    def change(self) -> str:
+        """Say what happened to the content since then; "" for nothing."""
+        try:
+            now = os.fstat(self.descriptor)
+        except OSError as error:  # of a network's file that is gone
+            return f"can't be read any more ({error.strerror})"
+        if now.st_size != self.size:
+            return f"was overwritten while it is in use ({self.size:,} bytes, now {now.st_size:,})"
+        return "was overwritten while it is in use" if now.st_mtime_ns != self.time else ""
+
+
+_mapped: list[_Mapped] = []
+
+
+def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that were just mapped from a file, as copies if the file is small.
+
+    A larger file is watched by check_mapped() as long as one of its tensors is in use. Copies of tensors that
+    share memory share theirs.
+    """
+    _forget_unused()
+    storages = [storage for t in tensors.values() if _is_mapped(storage := t.untyped_storage())]
+    if not storages:
+        return dict(tensors)
+    descriptor = os.open(path, os.O_RDONLY)
+    found = os.fstat(descriptor)
+    if found.st_size <= SMALL:
+        os.close(descriptor)
+        return copy.deepcopy(dict(tensors))
+    users = [weakref.ref(storage) for storage in storages]
+    _mapped.append(_Mapped(os.fspath(path), descriptor, found.st_size, found.st_mtime_ns, users))
+    return dict(tensors)
+
+
+def _is_mapped(storage: UntypedStorage) -> bool:
+    # torch says so of all memory that it did not allocate
+    return storage.nbytes() > 0 and not storage.resizable()
+
+
+def change_of_mapped() -> str:
+    """Say what happened to a file that was written into while its tensors are in use; "" for nothing.
+
+    It costs a system call a file.
+    """
+    for file in tuple(_mapped):
+        if change := file.change():
+            gc.collect()  # a model that nobody has any more may refer to itself
+            if file.is_used:
+                return _sentence(file, change)
+            _forget_unused()
+    return ""
+
+
+def check_mapped() -> None:
+    """Raise ChangedFile where change_of_mapped() has something to say."""
+    if change := change_of_mapped():
+        raise ChangedFile(change)
+
+
+def _sentence(file: _Mapped, change: str) -> str:
+    return (
+        f"{file.path} {change}, so what follows would be of neither model. What was saved before is"
+        " unchanged: put the old file back and go on (a training with --resume auto), or start again with the"
+        " new one. A file in use is replaced with mv, not with cp"
+    )
+
+
+def _forget_unused() -> None:
+    for file in [file for file in _mapped if not file.is_used]:
+        _mapped.remove(file)
+        os.close(file.descriptor)
+
+
+@contextlib.contextmanager
+def naming_changed_files() -> Iterator[None]:
+    """Say which mapped file got shorter where that ends a program, by SIGBUS: a context around it."""
+    number = getattr(signal, "SIGBUS", None)  # Windows has none, and lets nobody shorten a mapped file
+    if number is None:
+        yield
+        return
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    told = False
+
+    # from C: a handler of Python's own runs after the instruction, which has no end
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def answer(_) -> None:
+        nonlocal told
+        if told:  # by another thread: the instruction is tried again until the process has ended
+            return
+        told = True
+        for file in _mapped:
+            if change := file.change():
+                os.write(2, f"\nerror: {printable(_sentence(file, change))}\n".encode(errors="replace"))
+                os._exit(2)
+        set_handler(number, None)  # it has another reason
+        signal.raise_signal(number)
+
+    before = set_handler(number, ctypes.cast(answer, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_handler(number, before)
