@@ -47,7 +47,7 @@ def mistake(*flags):
         ),
         ("--reward_timeout 0", "--reward_timeout 0.0: must be at least 0.1"),
         ("--group_size 1", "--group_size 1: an answer learns from being better or worse than others"),
-        ("--resume auto --rewards own=1", "with a function own, named again as code counts on the command"),
+        ("--spike_sigmas 6", "--spike_sigmas 6 has no meaning with --loss grpo, whose loss jumps"),
         ("--loss GRPO", "did you mean grpo?"),
         ("--loss sft --rewards exact=1", "--rewards exact=1 has no meaning with --loss sft"),
         ("--clip_low 1.5", "--clip_low 1.5: must not be above 1"),

@@ -41,6 +41,11 @@ def check_rewards(config: Config) -> None:
             f"--reward_length {config.reward_length} is not below --max_tokens {config.max_tokens}, where"
             " answers are cut: no answer would be too long; lower it, or raise --max_tokens"
         )
+    if config.spike_sigmas:
+        raise UserError(
+            f"--spike_sigmas {config.spike_sigmas:g} has no meaning with --loss grpo, whose loss jumps from"
+            " draw to draw and does not tell a bad step; drop it. The run watches its rewards, and warns"
+        )
     check_draws(config)
     check_reference_of_kl(config)
 
