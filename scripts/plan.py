@@ -32,6 +32,7 @@ with importing():
     from src.common.formatting import counted, size_text
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
+    from src.config.reward_rules import check_own_functions
     from src.data.batches import Schedule
     from src.data.fetch import fetch_inputs
     from src.data.units import Units
@@ -136,6 +137,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     if before:
         inherit(config, origins, before)
         keep_rows_per_step(config, before)
+    check_own_functions(config)
     fetch_inputs(config, before)
     arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)

@@ -19,6 +19,7 @@ from .common.device import PRECISIONS
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
+from .config.reward_rules import check_own_functions
 from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
@@ -84,6 +85,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
+    check_own_functions(config)
     fetch_files(config, names_of_hub(config, before, others), is_first_process())
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)

@@ -140,7 +140,7 @@ def test_a_run_whose_rewards_fail_goes_on_when_they_are_mended(files, tmp_path, 
     assert [line["step"] for line in measured(proj_dir)] == [1, 2]
     judge.write_text(REWARDS)
     flags = flags_of(files, proj_dir, "--reward_file", judge, "--resume", "auto")
-    unnamed = flags_of(files, proj_dir, "--reward_file", None, "--rewards", None, "--resume", "auto")
+    unnamed = flags_of(files, proj_dir, "--reward_file", None, "--resume", "auto")
     code, output = program.run(unnamed)
     assert code == 2 and f"add --reward_file {judge}" in output, output
     output = succeed(program.run(flags))

@@ -8,6 +8,7 @@ from rwkv_miss.errors import UserError
 from src.config import parse, save, written_settings
 from src.planning.defaults import choose_loss
 from src.planning.step import preference_of, unit_of
+from src.run import run
 from src.training.resume import inherit
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", "grpo"]
@@ -121,9 +122,13 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
     assert parse(["--config", path, "--reward_file", "own.py"])[0] == config
     before = written_settings(path)
     assert before == config, "it may be compared with"
-    resumed, origins = settings()
-    with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
-        inherit(resumed, origins, before)
+    for flags in ((), ("--rewards", "own=1", "--resume", "auto")):
+        resumed, origins = settings(*flags)
+        with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
+            inherit(resumed, origins, before)
+    resumed.proj_dir = str(tmp_path / "no run yet")
+    with pytest.raises(UserError, match="--rewards own: expected one of .* FILE.py with a function own"):
+        run(resumed, origins, 0.0, None)
     resumed, origins = settings("--rewards", "own=1", "--reward_file", "moved.py")
     inherit(resumed, origins, before)
     assert (resumed.rewards, resumed.reward_file) == ({"own": 1}, "moved.py")

@@ -16,7 +16,10 @@ OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
 
 
 def check_rewards(config: Config) -> None:
-    """All rules of --loss grpo. A resumed run is asked again when it has the rewards of the run so far."""
+    """All rules of --loss grpo. A resumed run is asked again when it has the rewards of the run so far.
+
+    Until then nothing tells which file its own functions are in, so the run asks check_own_functions() later.
+    """
     if not config.on_rewards:
         return
     if config.group_size < 2:
@@ -25,7 +28,8 @@ def check_rewards(config: Config) -> None:
             " give at least 2"
         )
     check_weights(config)
-    check_own_functions(config)
+    if config.resume != "auto" or config.reward_file:
+        check_own_functions(config)
     for name, setting in OF_REWARDS.items():
         given = getattr(config, setting)
         if name in config.rewards and not given:
@@ -71,8 +75,6 @@ def check_own_functions(config: Config) -> None:
         if config.reward_file and name.isidentifier():
             continue
         wish = f", or --reward_file FILE.py with a function {name}"
-        if config.resume == "auto":
-            wish += ", named again as code counts on the command line only"
         if not name.isidentifier():
             wish = "; a function of --reward_file has a Python name"
         raise UserError(
