@@ -29,8 +29,8 @@ METRICS = {
     "margin": 1.25,
     "reward_accuracy": 0.9375,
     "raw_accuracy": 0.5,
-    "kl": 0.02,
 }
+KL = {"kl": 0.02}  # of evaluations alone
 
 
 def line(step, loss=0.5, units=16, **changed):
@@ -42,7 +42,12 @@ def line(step, loss=0.5, units=16, **changed):
 def evaluation(step, loss=0.5, answer=None, units=100, **changed):
     """A line of validation.jsonl."""
     samples = [{"prompt": "2+2?", "answer": answer or str(step), "right": "4"}]
-    return {"step": step, "loss": loss, "samples": samples, **PREFERENCES.fields(units, METRICS | changed)}
+    return {
+        "step": step,
+        "loss": loss,
+        "samples": samples,
+        **PREFERENCES.fields(units, METRICS | KL | changed),
+    }
 
 
 def evaluations():
@@ -103,9 +108,9 @@ def test_an_evaluation_is_told_with_its_accuracy():
     said, sample = describe([evaluation(0, 0.7), evaluation(9, 0.25)], 20, PREFERENCES)
     assert said == (
         "step 9/20 validation loss 0.2500 per pair, the best so far, accuracy 93.8 %, margin 1.25, log p of a"
-        " chosen answer -30.0"
+        " chosen answer -30.0, KL 0.02 per token"
     )
-    raw = {name: value for name, value in METRICS.items() if name not in ("reward_accuracy", "kl")}
+    raw = {name: value for name, value in METRICS.items() if name != "reward_accuracy"}
     assert PREFERENCES.evaluation_text(PREFERENCES.fields(3, raw)).startswith("accuracy 50 %, ")
 
 
@@ -135,7 +140,7 @@ def test_other_falls_are_not_warned_of():
     alone = Config(load_model="base.pth", loss="simpo", beta=2.0, sft_weight=1.0)
     for seed in range(20):  # batches differ by 8 nats
         lines = [
-            {name: value for name, value in each.items() if name not in ("kl", "reward_accuracy")}
+            {name: value for name, value in each.items() if name != "reward_accuracy"}
             | {"raw_accuracy": each["reward_accuracy"]}
             for each in drift(60, -40.0, 0.98, seed)
         ]
@@ -174,8 +179,9 @@ def test_the_pictures_hold_every_metric(tmp_path, plotted):
     assert (tmp_path / "loss.png").exists()
     drawn = {label: tuple(map(list, line.get_data())) for label, line in plotted.items()}
     titles = {name.replace("_", " ") for name in METRICS}
+    held_out = {f"{title}, held out" for title in {"kl", *titles}}
     losses = {"loss", "mean of 1 steps", "validation loss"}
-    assert set(drawn) == titles | {f"{title}, held out" for title in titles} | losses
+    assert set(drawn) == titles | held_out | losses
     assert drawn["margin"] == ([*range(1, 9)], [step / 10 for step in range(1, 9)])
     assert drawn["margin, held out"] == ([0, 9], [0.0, 2.0])
     assert (tmp_path / "preferences.png").read_bytes()[:4] == b"\x89PNG"
@@ -192,6 +198,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
         "| loss, per pair | 0.6900 | 0.3000 | 0.2000 |",
         "| margin of the rewards | 0 | 2.5 | 3 |",
         "| reward accuracy | 93.8 % | 93.8 % | 93.8 % |",
+        "| KL to the reference on a few answers, nats per token | 0.02 | 0.02 | 0.02 |",
         "](loss.png)",
         "](preferences.png)",
     ):

@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import rwkv_miss
 import src.training.reference
 import src.training.reference_blocks
 from rwkv_miss import read_checkpoint
 from src.model import RWKV
 from src.planning.step import PromptReading
 from src.training import trainer
+from src.training.from_reference import a_few
 from src.training.kto_baseline import baseline
 from src.training.objective import Policy
 from src.training.process_group import ALONE, Processes
@@ -113,8 +115,9 @@ def test_the_first_loss_is_ln_2_in_every_bit(files, tmp_path, kernel):
           "--micro_bsz", "1", *held)  # fmt: skip
     first, before = lines(tmp_path / "run")[0], lines(tmp_path / "run", "validation.jsonl")[0]
     assert first["loss"] == LN_2 and before["loss"] == math.log(2)  # the steps' losses are fp32
+    assert before["kl"] == 0.0
     for line in (first, before):
-        assert line["margin"] == line["reward_chosen"] == line["reward_rejected"] == line["kl"] == 0.0
+        assert line["margin"] == line["reward_chosen"] == line["reward_rejected"] == 0.0
         assert line["reward_accuracy"] == 0.0, "ties are wrong"
 
 
@@ -157,8 +160,8 @@ def test_scripts_evaluate_says_the_same_of_the_held_out_data(files, whole, loss,
     flags = ["--model", files / "base.pth", "--adapter", run / "adapter.pth"]
     flags += ["--preferences", files / f"{rows}-held.jsonl"]
     found = json.loads(succeed(call(["-m", "scripts.evaluate", *map(str, flags)])).splitlines()[-1])
-    names = wanted.keys() - {"step", "loss", "tokens", "units", "samples"}
-    assert {"nll", "logp_chosen", "logp_rejected", "margin", "reward_accuracy", "kl"} <= names
+    names = wanted.keys() - {"step", "loss", "tokens", "units", "samples", "kl"}
+    assert {"nll", "logp_chosen", "logp_rejected", "margin", "reward_accuracy"} <= names
     for name in names:
         assert found[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6), name
 
@@ -203,7 +206,7 @@ def test_prompts_that_are_read_once_make_the_same_steps(files, tmp_path, whole, 
     start(files, tmp_path / "run", *evaluated(files, "dpo"), *two, sabotage=once)
     same_runs(tmp_path / "run", whole("dpo"))
     first = lines(tmp_path / "run")[0]
-    assert first["margin"] == first["kl"] == 0, "the reference read them in the same way"
+    assert first["margin"] == 0, "the reference read them in the same way"
 
 
 def test_rows_in_chunks_make_the_same_steps(files, tmp_path, whole):
@@ -291,7 +294,7 @@ def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files,
         data = ["--data_file", files / f"pairs-{trained}.jsonl", "--eval_file", files / f"pairs-{held}.jsonl"]
         start(files, tmp_path / trained, *data, "--eval_docs", str(UNITS), "--eval_samples", "0")
         for name in ("metrics.jsonl", "validation.jsonl"):
-            assert lines(tmp_path / trained, name)[0]["kl"] == 0, (trained, name)
+            assert lines(tmp_path / trained, name)[0]["margin"] == 0, (trained, name)
     assert not old.exists()
 
 
@@ -328,14 +331,59 @@ def test_the_base_as_reference_file_is_the_base(files, tmp_path, whole):
     same_runs(tmp_path / "run", whole("dpo"), rel=0, ratio=0)
 
 
-def log_p(path, prompt, answer):
-    """ln p of an answer's tokens, by the whole logits in float64."""
-    model = RWKV.load(path, torch.float64)
+def table_of(model, prompt, answer):
+    """ln p of all tokens at the places of an answer's, (t, V), and the answer's tokens, (t,)."""
     ids = torch.tensor([list(f"{prompt}{answer}".encode()) + [0]])
     with torch.no_grad():
-        table = F.log_softmax(model(ids[:, :-1])[0], -1)
-    found = table.gather(-1, ids[:, 1:, None])[0, :, 0]
-    return found[-len(answer) - 1 :]
+        table = F.log_softmax(model(ids[:, :-1])[0][0], -1)
+    return table[-len(answer) - 1 :], ids[0, -len(answer) - 1 :]
+
+
+def log_p(path, prompt, answer):
+    """ln p of an answer's tokens, by the whole logits in float64."""
+    table, ids = table_of(RWKV.load(path, torch.float64), prompt, answer)
+    return table.gather(-1, ids[:, None])[:, 0]
+
+
+def kl_by_hand(files, model, reference):
+    """Mean KL(model || reference) over the tokens of all held-out answers, in float64."""
+    rows = map(json.loads, (files / "pairs-held.jsonl").read_text().splitlines())
+    answers = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    moved = []
+    for answer in answers:
+        ours, theirs = (table_of(each, *answer)[0] for each in (model, reference))
+        moved.append((ours.exp() * (ours - theirs)).sum(-1))
+    return float(torch.cat(moved).mean())
+
+
+def test_the_kl_of_an_evaluation_is_over_the_whole_vocabulary(files, whole):
+    """Of the five held-out pairs, all of which are looked at."""
+    tuned, base = (RWKV.load(files / "base.pth", torch.float64) for _ in range(2))
+    rwkv_miss.load_adapter(tuned, whole("dpo") / "adapter.pth")
+    before, after = (lines(whole("dpo"), "validation.jsonl")[i]["kl"] for i in (0, -1))
+    assert before == 0 and 1e-4 < after == pytest.approx(kl_by_hand(files, tuned, base), rel=1e-4)
+    assert not any("kl" in line for line in lines(whole("dpo")))
+
+
+class Long(list):
+    """Units by their lengths."""
+
+    def take(self, places):
+        return [int(place) for place in places]
+
+    @property
+    def lengths(self):
+        return np.array(self)
+
+
+def test_a_kl_looks_at_a_few_units_at_equal_distances():
+    for lengths, places in (
+        ([9] * 5, [0, 1, 2, 3, 4]),
+        ([9] * 99, [0, 14, 28, 42, 56, 70, 84, 98]),
+        ([1500] * 99, [0, 14]),
+        ([9999] * 3, [0]),
+    ):
+        assert a_few(Long(lengths)) == places
 
 
 def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
@@ -352,7 +400,7 @@ def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
 def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     """It is the formula's, in float64, over all pairs."""
     flags = ["--micro_bsz", str(UNITS), "--reference", files / "other.pth", "--strategy", strategy]
-    start(files, tmp_path / "run", *flags)
+    start(files, tmp_path / "run", *flags, *evaluated(files, "dpo"))
     margins, nll = [], []
     for row in map(json.loads, (files / "pairs-rows.jsonl").read_text().splitlines()):
         base, other = (
@@ -365,15 +413,23 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     first = lines(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(want, rel=1e-5)
     assert first["margin"] == pytest.approx(0.1 * sum(margins) / UNITS, rel=1e-4)
+    models = (RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "other"))
+    before = lines(tmp_path / "run", "validation.jsonl")[0]
+    assert before["kl"] == pytest.approx(kl_by_hand(files, *models), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", [["--peft", "none", "--lr_init", "1e-4"], ["--peft", "state"]])
 def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_path, method):
     """Also in a run that goes on and has lost the values. A trained head rounds otherwise with a gradient."""
     flags = ["--peft_config", "{}", *method, "--save_steps", "1", "--sft_weight", "0", "--data_cache", "none"]
+    flags += evaluated(files, "dpo")
     start(files, tmp_path / "run", *flags)
-    first, second, _ = lines(tmp_path / "run")
-    assert first["loss"] == pytest.approx(LN_2, rel=1e-6) and first["kl"] < 1e-10 < second["kl"]
+    assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(LN_2, rel=1e-6)
+    before, after = (lines(tmp_path / "run", "validation.jsonl")[i]["kl"] for i in (0, -1))
+    assert before == 0 and after > 1e-5
+    if method[1] == "none":
+        models = (RWKV.load(path, torch.float64) for path in (tmp_path / "run/model.pth", files / "base.pth"))
+        assert after == pytest.approx(kl_by_hand(files, *models), rel=1e-3)
     proj_dir = tmp_path / "killed"
     code, _ = program.run(
         flags_of(files, proj_dir, *flags),
@@ -383,4 +439,5 @@ def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_
     for kept in (proj_dir / "reference").glob("*/0*"):
         kept.unlink()
     start(files, proj_dir, *flags, "--resume", "auto")
-    same_lines(lines(proj_dir), lines(tmp_path / "run"), rel=0)
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        same_lines(lines(proj_dir, name), lines(tmp_path / "run", name), rel=0)

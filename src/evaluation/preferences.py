@@ -30,7 +30,7 @@ CHUNK = 1 << 11  # tokens of a longer row at once
 GAIN = 1.2  # a second pass costs something, too
 LONGEST = 1 << 30  # tokens of a row: memory does not depend on it
 # what means() says of rewards, which are measured against a reference
-OF_REWARDS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "kl", "baseline")
+OF_REWARDS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "baseline")
 
 # of Measured.lines(): what a figure is, its name, and that of the reference's
 TABLE = (
@@ -44,7 +44,6 @@ TABLE = (
     ("margin", "margin"),
     ("reward accuracy", "reward_accuracy"),
     ("reward accuracy, by means per token", "reward_accuracy_per_token"),
-    ("KL to the reference, per token", "kl"),
     ("KTO's baseline", "baseline"),
 )
 WIDTH = max(len(text) for text, *_ in TABLE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .batch_loss import Chunks, run_rows
+from .batch_loss import Chunks, Part, run_rows
 from .rwkv import RWKV, LayerState, State
 
 
@@ -24,11 +24,20 @@ def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) ->
     Equal rows without shared prompts give the same numbers, but where there is dropout: answers that share a
     prompt share what is dropped of it.
     """
+    return _of_tokens(model, batch, chunks, width, part_log_probs)
+
+
+def token_features(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
+    """What the head gets of each trained token, (n, C), as for token_log_probs(), without a gradient."""
+    return _of_tokens(model, batch, chunks, width, part_features)
+
+
+def _of_tokens(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
     if "prompts" not in batch:
-        return run_rows(model, batch, chunks, width, part_log_probs)
+        return run_rows(model, batch, chunks, width, part)
     if chunks.size:
         raise ValueError(f"prompts are shared by whole rows, not by chunks of {chunks.size} tokens")
-    return part_log_probs(model, batch, after_prompts(model, batch))[0]
+    return part(model, batch, after_prompts(model, batch))[0]
 
 
 def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
@@ -36,8 +45,13 @@ def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor
 
     `state` is the state before the part, None where the rows begin.
     """
-    x, state = model.features(part["ids"], state, part["reset"], part["where"])
+    x, state = part_features(model, part, state)
     return model.log_probs(x, part["targets"]), state
+
+
+def part_features(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
+    """The same for what the head gets of the trained tokens."""
+    return model.features(part["ids"], state, part["reset"], part["where"])
 
 
 def after_prompts(model: RWKV, batch: dict) -> State:

@@ -33,8 +33,6 @@ METRICS = (
     "reward_rejected",
     "reward_right",  # units
     "raw_right",  # pairs
-    "tokens",  # that have a reference
-    "kl",  # summed over these
     "baseline",  # one of each single
 )
 
@@ -123,7 +121,7 @@ class PreferenceLoss:
         if self.sft_weight:
             loss = loss + self.sft_weight * cross_entropy.sum()
         with torch.no_grad():
-            return loss, self._metric_sums(answers, log_probs, batch)
+            return loss, self._metric_sums(answers, batch)
 
     def scores(self, answers: Answers) -> Tensor:
         """What the loss compares: (A,), the sum or the mean of ln p, or of ln p - ln ref."""
@@ -151,8 +149,8 @@ class PreferenceLoss:
         weight = weight.masked_fill(desirable, self.desirable_weight)
         return weight * torch.sigmoid(torch.where(desirable, -reward, reward))  # 1 - s(x) = s(-x)
 
-    def _metric_sums(self, answers: Answers, log_probs: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        chosen, reference = batch["chosen"], batch["reference"]
+    def _metric_sums(self, answers: Answers, batch: Mapping[str, Any]) -> Tensor:
+        chosen = batch["chosen"]
         rewards = (self.orpo_lambda if self.kind == "orpo" else self.beta) * self.scores(answers)
         baseline = 0.0
         if self.paired:
@@ -179,13 +177,9 @@ class PreferenceLoss:
             "reward_rejected": of(~chosen, rewards),
             "reward_right": right,
             "raw_right": raw_right,
-            "tokens": 0 if reference is None else len(log_probs),
-            "kl": 0 if reference is None else (log_probs.double() - reference).square() / 2,
             "baseline": 0 if self.paired else units * baseline,
         }
-        values = [
-            torch.as_tensor(sums[name], dtype=torch.float64, device=log_probs.device) for name in METRICS
-        ]
+        values = [torch.as_tensor(sums[name], dtype=torch.float64, device=chosen.device) for name in METRICS]
         return torch.stack([value.sum() for value in values])
 
     @staticmethod
@@ -206,7 +200,6 @@ class PreferenceLoss:
         | reward_accuracy                 | pairs whose chosen answer has the higher reward; of kto,  |
         |                                 | answers that are on their side of the baseline            |
         | raw_accuracy, not of kto        | pairs whose chosen answer has the higher ln p, summed     |
-        | kl, with a reference            | (ln p - ln ref)^2 / 2 over the tokens of all answers      |
         | baseline, of kto                | the baseline                                              |
 
         A tie is wrong.
@@ -229,8 +222,6 @@ class PreferenceLoss:
         }
         if of["pairs"]:
             found["raw_accuracy"] = mean("raw_right", "pairs")
-        if of["tokens"]:
-            found["kl"] = mean("kl", "tokens")
         if of["singles"]:
             found["baseline"] = mean("baseline", "singles")
         return found

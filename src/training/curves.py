@@ -50,10 +50,9 @@ def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict]
     for axes, (title, names) in zip(panels.flat, described.panels, strict=True):
         for number, name in enumerate(names):
             steps, values = _known(metrics, name)
-            if not steps:
-                continue
             label = name.replace("_", " ")
-            axes.plot(steps, running_mean(values), color=f"C{number}", label=label)
+            if steps:
+                axes.plot(steps, running_mean(values), color=f"C{number}", label=label)
             evaluated, values = _known(history, name)
             if evaluated:
                 marks = _marks(evaluated)

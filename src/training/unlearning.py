@@ -12,6 +12,7 @@ WINDOW = 10  # steps that are looked at together
 LEAST_FALL = 1.0  # nats by which log p of a chosen answer has to fall
 STANDARD_ERRORS = 3.0  # and by more than so many standard errors of that
 LEAST_RISE = 0.05  # by so much at least the accuracy has to be above a half
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a reference
 
 
 def unlearning_warning(config: Config, metrics: Sequence[dict]) -> str | None:
@@ -44,7 +45,7 @@ def accuracy(line: dict) -> float | None:
 
 def is_own_start(config: Config) -> bool:
     """Whether the reference of a run is the model that it starts from."""
-    return config.loss in ("dpo", "ipo", "kto") and not config.reference
+    return config.loss in WITH_REFERENCE and not config.reference
 
 
 class UnlearningWatch:
@@ -94,7 +95,7 @@ def against_unlearning(config: Config) -> str:
 
 def _nats(config: Config, line: dict) -> float | None:
     """How likely the chosen answers of a step are, in nats an answer, against a reference, if any."""
-    if line.get("kl") is None or line.get("reward_chosen") is None:
+    if config.loss not in WITH_REFERENCE or line.get("reward_chosen") is None:
         return None if is_own_start(config) else line.get("logp_chosen")
     nats = line["reward_chosen"] / config.beta
     # an averaged log p is of a token

@@ -25,6 +25,7 @@ from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
 from .callbacks import StepReport, refuse_overwritten
+from .from_reference import ReferenceKl
 from .kto_baseline import baseline
 from .loss_metrics import metrics_of
 from .objective import undisturbed
@@ -52,6 +53,13 @@ class Watch(Callback):
         self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
         self.history, self.encoder = history, encoder
         self.write, self.report = write, report
+        self.kl: ReferenceKl | None = None  # where a preference has a reference
+
+    def on_fit_start(self, trainer, module) -> None:
+        """Look at the reference, before a checkpoint is in the model."""
+        if module.preference and module.preference.needs_reference:
+            self.kl = ReferenceKl(module)
+            self.kl.reference.start(trainer, module)
 
     def on_train_start(self, trainer, module) -> None:
         self.metrics = metrics_of(module.config)
@@ -121,6 +129,9 @@ class Watch(Callback):
         found = validation_loss(trainer, module.evaluated, is_stopped)
         if found is None:
             return None
+        loss, metrics = found
+        if self.kl:
+            metrics["kl"] = self.kl.measure(trainer)
         decode, bos = self.encoder.tokenizer.decode, self.encoder.bos
         samples = [
             {
@@ -130,7 +141,7 @@ class Watch(Callback):
             }
             for question, answer in zip(self.questions, self._answers(module.model), strict=True)
         ]
-        return Evaluated(*found, module.evaluated.weight, module.evaluated.targets, samples)
+        return Evaluated(loss, metrics, module.evaluated.weight, module.evaluated.targets, samples)
 
     def _answers(self, model: RWKV) -> list[Answer]:
         """The greedy answers to the questions. Every rank makes all of them, in step."""

@@ -1,0 +1,101 @@
+"""How far the model in training is from its reference on the same tokens, over the whole vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rwkv_miss
+from rwkv_miss.adapter import AdapterLinear, only_linears_change
+from rwkv_miss.files.model_files import read_tensors
+
+from ..data.answer_batches import collator
+from ..data.collate import to_device
+from ..data.held_out import evaluation_batches
+from ..data.preferences import Preferences
+from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
+from ..model import RWKV
+from ..model.log_probs import token_features
+from ..planning.base_model import build_reference
+from .objective import undisturbed
+
+UNITS, TOKENS = 8, 4096  # held-out pairs or answers that a KL is measured on, and the most tokens of these
+
+Features = Callable[[RWKV], list[Tensor]]  # a model -> what its head gets of each text, (T, C)
+
+
+class FromReference:
+    """A reference beside the model in training: the base in `file`, or what `load` reads from there.
+
+    With an adapter on linears alone the base is there at any time, under disabled(). Otherwise what the head
+    gets is taken at the start, and the head is read from the file. All ranks take part, because ZeRO-3
+    gathers the model on the way.
+    """
+
+    def __init__(self, features: Features, file: str, load: Callable[[], RWKV] | None = None):
+        self.features, self.file, self.load = features, file, load
+        self.before: list[Tensor] | None = None
+
+    def start(self, trainer, module) -> None:
+        """Take what is gone later. The model is as it is before step 1, also in a run that goes on."""
+        if self.load is None and only_linears_change(module.model):
+            return
+        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
+            model = self.load().to(module.device) if self.load else module.model
+            self.before = self.features(model)
+
+    def measure(self, trainer, module, kl: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """kl(logits of the reference, those of the model) at each token of each text, (T,)."""
+        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
+            before = self.before
+            if before is None:
+                with rwkv_miss.disabled(module.model):
+                    before = self.features(module.model)
+            base_head, after = self._head(module), self.features(module.model)
+            found = []
+            for pair in zip(before, after, strict=True):
+                # the logits of all tokens would be the most memory that many a run needs
+                blocks = zip(*(x.split(TOKENS_AT_ONCE) for x in pair), strict=True)
+                found.append(torch.cat([kl(base_head(x), module.model.head(y)) for x, y in blocks]))
+        return found
+
+    def _head(self, module) -> Callable[[Tensor], Tensor]:
+        """(T, C) -> the reference's logits (T, V)."""
+        if self.before is None:
+            head = module.model.head
+            return head.base_forward if isinstance(head, AdapterLinear) else head
+        weight = read_tensors(self.file)["head.weight"].to(module.device, module.model.dtype)
+        return lambda x: F.linear(x, weight)
+
+
+class ReferenceKl:
+    """Measures KL(model || reference) on the answers to a few held-out prompts, in nats per token."""
+
+    def __init__(self, module):
+        config = module.config
+        self.module, self.units = module, a_few(module.evaluated)
+        other = module.reference and module.reference.fingerprint != module.model.base_fingerprint
+        load = (lambda: build_reference(config)) if other else None
+        self.reference = FromReference(self._features, config.reference or config.load_model, load)
+
+    def measure(self, trainer) -> float:
+        """The mean over the answers' tokens."""
+        found = self.reference.measure(trainer, self.module, lambda base, own: divergence(own, base))
+        return float(torch.cat(found).double().mean().clamp(min=0))
+
+    def _features(self, model: RWKV) -> list[Tensor]:
+        module, device = self.module, self.module.device
+        collate = collator(self.units, module.chunks.size, module.shared)
+        batches = [collate(rows, 1.0) for rows in evaluation_batches(self.units, module.config)]
+        return [token_features(model, to_device(batch, device), module.chunks) for batch in batches]
+
+
+def a_few(units: Preferences) -> Preferences:
+    """UNITS of these at equal distances, as many of them as have TOKENS in all; at least one."""
+    places = np.unique(np.linspace(0, len(units) - 1, UNITS).astype(int))
+    fitting = np.cumsum(units.lengths[places]) <= TOKENS
+    return units.take(places[: max(1, np.count_nonzero(fitting))])
