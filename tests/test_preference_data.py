@@ -194,9 +194,9 @@ def test_answers_with_a_label(read):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_the_cache_gives_the_same(read, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(token_cache, "SMALL", 0)
-    monkeypatch.setattr(token_cache, "LARGE", 0)
-    monkeypatch.setattr(token_cache, "RECORDS_AT_ONCE", 2)
-    monkeypatch.setattr(token_cache, "available_cores", lambda: processes)
+    monkeypatch.setattr(parallel, "LARGE", 0)
+    monkeypatch.setattr(parallel, "RECORDS_AT_ONCE", 2)
+    monkeypatch.setattr(parallel, "available_cores", lambda: processes)
     plain, plain_report = read(ROWS, report=(first := Report())), first
     wanted = plain.preferences(12)
     cache = str(tmp_path / "cache")

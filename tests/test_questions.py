@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_miss import UserError
 from src.config import Config
+from src.data import parallel
 from src.data.batches import make_schedule
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
@@ -130,6 +131,34 @@ def test_a_bad_row_ends_the_run_or_is_skipped(read, row, said):
     report = Report("skip")
     assert len(read(rows, report=report).questions) == 2
     assert report.bad == 1 and "data.jsonl, line 2" in report.files["data.jsonl"].reasons[0]
+
+
+def test_large_files_are_read_in_several_processes(read, monkeypatch):
+    """And come back the same, in order, with what was bad and left out."""
+    rows = [asked(str(i)) for i in range(700)] + [
+        {"prompt": " ", "completion": "1"},
+        {"question": 1},
+        asked("last"),
+    ]
+    report = Report("skip")
+    whole = read(rows, report=report)
+    monkeypatch.setattr(parallel, "LARGE", 1)
+    monkeypatch.setattr(parallel, "available_cores", lambda: 3)
+    sizes, together = [], parallel.in_parallel
+
+    def counted(work, chunks, processes):
+        sizes.append(processes)
+        return together(work, chunks, processes)
+
+    monkeypatch.setattr(parallel, "in_parallel", counted)
+    shared, looked = Report("skip"), []
+    reader = QuestionReader(Encoder(BYTES), report=shared)
+    loaded = reader.load("data.jsonl", look=lambda *seen: looked.append(seen))
+    assert sizes == [3] and shared.files == report.files and shared.bad == 1
+    assert shared.files["data.jsonl"].left_out == {NO_QUESTION: (1, ["data.jsonl, line 701"])}
+    assert loaded.questions == whole.questions and loaded.places == whole.places and len(loaded.places) == 701
+    assert all(map(np.array_equal, loaded.prompts, whole.prompts))
+    assert [row["messages"][0]["content"] for _, row in looked[-2:]] == ["699", "last"]
 
 
 def test_sft_field_and_weights(read):

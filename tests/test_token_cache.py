@@ -20,13 +20,13 @@ import pytest
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.data import batches, dataset
+from src.data import batches, dataset, parallel
 from src.data import token_cache as module
 from src.data.dataset import FileDocuments, load_documents
 from src.data.encode import Encoder, Tokens
 from src.data.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
 from src.data.formats.text import Position
-from src.data.parallel import Converter, in_parallel
+from src.data.parallel import Tokeniser, in_parallel
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 
@@ -127,14 +127,14 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
 
 def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monkeypatch, tmp_path):
     whole, asked = tokenise(path, encoder), []
-    monkeypatch.setattr(module, "LARGE", 1)
-    monkeypatch.setattr(module, "available_cores", lambda: 5)
+    monkeypatch.setattr(parallel, "LARGE", 1)
+    monkeypatch.setattr(parallel, "available_cores", lambda: 5)
 
     def in_parallel(convert, chunks, processes):
         asked.append(processes)
         yield from map(convert, chunks)
 
-    monkeypatch.setattr(module, "in_parallel", in_parallel)
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
     assert equal(tokenise(path, encoder), whole) and asked == [5]
     writer = binidx.Writer(str(tmp_path / "ids"), 256)
     writer.add([1, 2, 0])
@@ -285,14 +285,14 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
-    convert = Converter(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
+    convert = Tokeniser(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
     rows = [(f"row {i}", json.dumps(row)) for i, row in enumerate(make_rows(90))]
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
     parts = in_parallel(convert, [*chunks, [("row 90", '{"text": "\\ud800"}')]], 2)
     for expected in map(convert, chunks):
         part = next(parts)
-        assert equal(part.tokens, expected.tokens) and part.kinds == expected.kinds and part.bad == []
-    [(where, reason)], tokens = (part := next(parts)).bad, part.tokens
+        assert equal(part.made, expected.made) and part.kinds == expected.kinds and part.bad == []
+    [(where, reason)], tokens = (part := next(parts)).bad, part.made
     assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,") and not isinstance(
         reason, WrongSetting
     )
@@ -306,8 +306,8 @@ def test_a_fresh_process_can_be_sent_the_work(path, encoder):
     """As where there is no fork."""
     [source] = sources(path)
     rows = list(itertools.islice(source.read((0,), Position()), 9))
-    convert = Converter(source, BY_NAME, encoder)
-    assert equal(pickle.loads(pickle.dumps(convert))(rows).tokens, convert(rows).tokens)
+    convert = Tokeniser(source, BY_NAME, encoder)
+    assert equal(pickle.loads(pickle.dumps(convert))(rows).made, convert(rows).made)
 
 
 def test_a_worker_that_is_killed_is_named():
@@ -315,7 +315,7 @@ def test_a_worker_that_is_killed_is_named():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(
-        UserError, match="a process that tokenises was killed, perhaps because memory ran out"
+        UserError, match="a process that reads data was killed, perhaps because memory ran out"
     ):
         list(in_parallel(work, [[1]], 2))
 

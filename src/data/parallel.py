@@ -1,4 +1,4 @@
-"""Tokenising in several processes: chunks of records go out, their tokens come back in order."""
+"""Reading in several processes: chunks of records go out, what they became comes back in order."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from rwkv_miss.errors import UserError
 
 from .encode import Encoder, Tokens, tokens_of
 from .encode_answers import labels_of
-from .formats import LeftOut, Reading, Source, place_of, read_record
+from .formats import BINIDX, LeftOut, Reading, Report, Source, place_of, read_record
 from .formats.report import Kind
+
+LARGE = 8 << 20  # from so many bytes on several processes read
+PROCESSES = 16  # at most, because one process reads for all of them
+RECORDS_AT_ONCE = 256  # records that a process gets at a time
+CHARACTERS_AT_ONCE = 1 << 20  # a process gets no more records at a time after so many characters
 
 
 @dataclasses.dataclass
 class Part:
     """What a chunk of records became."""
 
-    tokens: Tokens
+    made: Any  # of the records that are neither bad nor left out
     kinds: collections.Counter[Kind]  # how many records of each kind
     bad: list[tuple[str, UserError]]  # where a bad record stands, and why it is bad
     left_out: list[tuple[str, LeftOut]]  # where a record stands that teaches nothing, and why it does not
@@ -38,7 +43,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Converter:
-    """Records (where, what source.read() gives) -> tokens."""
+    """Records (where, what source.read() gives) of a chunk -> what a kind of training makes of them."""
 
     source: Source
     reading: Reading
@@ -49,11 +54,7 @@ class Converter:
         return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
 
     def __call__(self, records: list[tuple[str, Any]]) -> Part:
-        encoded: list[tuple[np.ndarray, np.ndarray]] = []
-        texts: list[bool] = []
-        begins: list[bool] = []
-        labels: list[int] = []
-        places: list[int] = []
+        made: list = []
         bad: list[tuple[str, UserError]] = []
         left_out: list[tuple[str, LeftOut]] = []
         kinds: collections.Counter[Kind] = collections.Counter()
@@ -61,19 +62,82 @@ class Converter:
             try:
                 kind, record = read_record(raw, self.source, self.reading)
                 kinds[kind] += 1
-                documents = self.encoder.encode(record)
+                made.append(self.made_of(record, where))
             except LeftOut as reason:
                 left_out.append((where, reason))
             except UserError as error:
                 bad.append((where, error))
-            else:
-                encoded += documents
-                texts += [self.encoder.is_text(record)] * len(documents)
-                begins += [True] + [False] * (len(documents) - 1)
-                labels += labels_of(record, len(documents))
-                places += [place_of(where)[1]] * len(documents)
-        tokens = tokens_of(encoded, texts, begins, labels, places)
-        return Part(tokens, kinds, bad, left_out, place_of(records[0][0])[0])
+        return Part(self.together(made), kinds, bad, left_out, place_of(records[0][0])[0])
+
+    def made_of(self, record: dict[str, Any], where: str) -> Any:
+        """What a record becomes. UserError, or LeftOut, for one that can't be used."""
+        raise NotImplementedError
+
+    def together(self, made: list) -> Any:
+        """What the records of a chunk become together."""
+        return made
+
+
+class Tokeniser(Converter):
+    """Records -> Tokens."""
+
+    def made_of(self, record: dict[str, Any], where: str) -> tuple[list, bool, list[int], int]:
+        documents = self.encoder.encode(record)
+        labels = labels_of(record, len(documents))
+        return documents, self.encoder.is_text(record), labels, place_of(where)[1]
+
+    def together(self, made: list) -> Tokens:
+        encoded: list[tuple[np.ndarray, np.ndarray]] = []
+        texts: list[bool] = []
+        begins: list[bool] = []
+        labels: list[int] = []
+        places: list[int] = []
+        for documents, is_text, of_record, place in made:
+            encoded += documents
+            texts += [is_text] * len(documents)
+            begins += [True] + [False] * (len(documents) - 1)
+            labels += of_record
+            places += [place] * len(documents)
+        return tokens_of(encoded, texts, begins, labels, places)
+
+
+def parts_of(convert: Converter, report: Report, doing: str) -> Iterator[Part]:
+    """What the records of a source become, a chunk at a time; large data in several processes.
+
+    What was found goes to the report, and so does a record that cannot be used. Raises UserError for a source
+    without records.
+    """
+    source = convert.source
+    found = report.begin(source)
+    chunks = _chunks(source.watched(convert.encoder.tokenizer.eod, doing))
+    is_large = source.size >= LARGE and source.format != BINIDX
+    processes = min(available_cores(), PROCESSES) if is_large else 1
+    with contextlib.ExitStack() as stack:
+        parts: Iterable[Part] = map(convert, chunks)
+        if processes > 1:
+            parts = stack.enter_context(contextlib.closing(in_parallel(convert, chunks, processes)))
+        for part in parts:
+            for where, reason in part.bad:
+                report.refuse(source.path, where, reason)
+            for where, left_out in part.left_out:
+                found.leave_out(where, left_out)
+            found.place = found.place or part.place
+            found.kinds.update(part.kinds)
+            yield part
+    report.require_records(source)
+
+
+def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """The records in lists, which end at RECORDS_AT_ONCE records or CHARACTERS_AT_ONCE characters."""
+    chunk, length = [], 0
+    for where, record in records:
+        chunk.append((where, record))
+        length += len(record) if isinstance(record, str) else 0
+        if len(chunk) == RECORDS_AT_ONCE or length >= CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, length = [], 0
+    if chunk:
+        yield chunk
 
 
 def available_cores() -> int:
@@ -103,7 +167,7 @@ def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                "a process that tokenises was killed, perhaps because memory ran out; free some and start"
+                "a process that reads data was killed, perhaps because memory ran out; free some and start"
                 " again"
             ) from None
         finally:

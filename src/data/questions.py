@@ -29,6 +29,7 @@ from .formats import (
     sources,
 )
 from .leading_token import with_leading
+from .parallel import Converter, parts_of
 from .rwkv_template import DEFAULT
 from .templates import answer_text
 from .tokenizer import Tokenizer
@@ -198,6 +199,23 @@ class Asked(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Asking(Converter):
+    """Records -> (what is asked, the row where it `keeps_rows`, else nothing)."""
+
+    needs_right: bool
+    keeps_rows: bool
+
+    def made_of(self, row: dict[str, Any], where: str) -> tuple[Asked, dict[str, Any]]:
+        question = question_of(row, self.encoder.template)
+        ids = question.ids(self.encoder.tokenizer, self.encoder.bos)
+        if not ids or is_blank(row):
+            raise LeftOut(NO_QUESTION)
+        if self.needs_right and not question.right.strip():
+            raise LeftOut(NO_RIGHT_ANSWER)
+        return Asked(question, np.array(ids, np.int32), where), row if self.keeps_rows else {}
+
+
+@dataclasses.dataclass(frozen=True)
 class QuestionReader:
     """How a run reads question files.
 
@@ -220,36 +238,18 @@ class QuestionReader:
         """
         found: list[Asked] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
+            convert = Asking(source, self.reading, self.encoder, self.needs_right, bool(look))
             of_source = []
-            for asked, row in self._asked(source):
-                of_source.append(asked)
-                if look:
-                    look(asked, row)
+            for part in parts_of(convert, self.report, "reading"):
+                for asked, row in part.made:
+                    of_source.append(asked)
+                    if look:
+                        look(asked, row)
             if not of_source:
                 raise UserError(f"{source.path}: {self.report.files[source.path].unusable()}")
             found += [of_source[i] for i in sample(len(of_source), source.weight, seed, number)]
         questions, prompts, places = (list(column) for column in zip(*found))
         return LoadedQuestions(str(data_file), questions, prompts, places)
-
-    def _asked(self, source: Source) -> Iterator[tuple[Asked, dict[str, Any]]]:
-        for where, row in _rows(source, self.report, self.reading):
-            try:
-                asked = Asked(*self._question(row), where)
-            except LeftOut as reason:
-                self.report.files[source.path].leave_out(where, reason)
-            except UserError as error:
-                self.report.refuse(source.path, where, error)
-            else:
-                yield asked, row
-
-    def _question(self, row: dict[str, Any]) -> tuple[Question, np.ndarray]:
-        question = question_of(row, self.encoder.template)
-        ids = question.ids(self.encoder.tokenizer, self.encoder.bos)
-        if not ids or is_blank(row):
-            raise LeftOut(NO_QUESTION)
-        if self.needs_right and not question.right.strip():
-            raise LeftOut(NO_RIGHT_ANSWER)
-        return question, np.array(ids, np.int32)
 
 
 def read_questions(

@@ -20,7 +20,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -30,14 +29,10 @@ from rwkv_miss.progress import Progress
 from ..config.launcher import is_first_process
 from ..ops.build import announce, locked
 from .encode import Encoder, Tokens
-from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source
-from .parallel import Converter, Part, available_cores, in_parallel
+from .formats import BY_NAME, Found, Reading, Report, Source
+from .parallel import Tokeniser, parts_of
 
 SMALL = 1 << 20  # fewer bytes of data get no cache entry: tokenising them is quick
-LARGE = 8 << 20  # from so many bytes on several processes tokenise
-PROCESSES = 16  # at most, because one process reads for all of them
-RECORDS_AT_ONCE = 256  # records that a process gets at a time
-CHARACTERS_AT_ONCE = 1 << 20  # a process gets no more records at a time after so many characters
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how the name of an unfinished entry begins
 ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -141,41 +136,12 @@ def _version(package: str) -> str:
 
 def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
     """The tokens of a source's records, a chunk of records at a time."""
-    found = report.begin(source)
-    chunks = _chunks(source.watched(encoder.tokenizer.eod, "tokenising"))
-    convert = Converter(source, reading, encoder)
-    is_large = source.size >= LARGE and source.format != BINIDX
-    processes = min(available_cores(), PROCESSES) if is_large else 1
     documents = 0
-    with contextlib.ExitStack() as stack:
-        parts: Iterable[Part] = map(convert, chunks)
-        if processes > 1:
-            parts = stack.enter_context(contextlib.closing(in_parallel(convert, chunks, processes)))
-        for part in parts:
-            for where, reason in part.bad:
-                report.refuse(source.path, where, reason)
-            for where, left_out in part.left_out:
-                found.leave_out(where, left_out)
-            found.place = found.place or part.place
-            found.kinds.update(part.kinds)
-            documents += len(part.tokens.ends)
-            yield part.tokens
-    report.require_records(source)
+    for part in parts_of(Tokeniser(source, reading, encoder), report, "tokenising"):
+        documents += len(part.made.ends)
+        yield part.made
     if not documents:
-        raise UserError(f"{source.path}: {found.unusable()}")
-
-
-def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    """The records in lists, which end at RECORDS_AT_ONCE records or CHARACTERS_AT_ONCE characters."""
-    chunk, length = [], 0
-    for where, record in records:
-        chunk.append((where, record))
-        length += len(record) if isinstance(record, str) else 0
-        if len(chunk) == RECORDS_AT_ONCE or length >= CHARACTERS_AT_ONCE:
-            yield chunk
-            chunk, length = [], 0
-    if chunk:
-        yield chunk
+        raise UserError(f"{source.path}: {report.files[source.path].unusable()}")
 
 
 def _joined(parts: list[Tokens]) -> Tokens:
