@@ -1,6 +1,7 @@
 """Answers that the model in training draws: what is drawn, what of it is trained, and when."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import time
@@ -86,10 +87,23 @@ def policy_model(version=7, dtype=torch.float32, **sizes):
     return make_model(version, dtype, **sizes)
 
 
-def rollouts_of(config, model, judge, steps=range(1), rank=0, world=1, total=lambda tensor: tensor):
+@dataclasses.dataclass(frozen=True)
+class InTurn(Processes):
+    """Processes that run one after the other; `all_have` is what each of them has gathered so far."""
+
+    all_have: dict = dataclasses.field(default_factory=dict)
+
+    def gathered(self, mine):
+        self.all_have[self.rank] = mine
+        return [self.all_have.get(rank, []) for rank in range(self.world)]
+
+
+def rollouts_of(
+    config, model, judge, steps=range(1), rank=0, world=1, total=lambda tensor: tensor, all_have=None
+):
     questions = questions_of(config)
     draws = Draws(model, questions, ENCODER, judge, config)
-    policy = policy_of(model, config, Processes(world, rank, total))
+    policy = policy_of(model, config, InTurn(world, rank, total, {} if all_have is None else all_have))
     schedule = make_schedule(questions, config, world)
     return Rollouts(draws, schedule, steps, grpo_of(config), policy, model)
 
@@ -233,18 +247,30 @@ def test_the_metrics_are_of_all_scored_answers():
     assert rollouts.first_group.question.right == "1", "the shortest comes first"
 
 
-def test_two_ranks_share_the_questions_out():
-    """Each draws its own, as one process draws all; sums are over both."""
+@pytest.mark.parametrize("dead", [None, 0, 1])
+def test_two_ranks_share_the_questions_out_and_then_the_live_groups(dead):
+    """Each draws its own, as one process draws all, and trains on half of the live ones, wherever they were
+    drawn: on one rank all, or all but one, may be dead.
+    """
     config = config_of(micro_bsz=2, accumulate_grad_batches=2)
-    model, judge = policy_model(), Judge()
+    model, all_have = policy_model(), {}
+    schedule = make_schedule(questions_of(config), config, 2)
+    of_rank = [schedule.rows[row] for micro in range(2) for row in schedule.micro_rows(0, micro, dead or 0)]
+    alike = [str(place) for row in of_rank for place in row]
+    judge = Judge(alike=[] if dead is None else alike[dead:])
     alone = rollouts_of(config_of(micro_bsz=8), model, judge)
     whole = next(iter(alone))
-    found = []
-    for rank in range(2):
-        rollouts = rollouts_of(config, model, judge, rank=rank, world=2, total=plus(groups=3, failed=1))
-        found += [set(batch["targets"].tolist()) for batch in rollouts]
-        assert rollouts.totals.groups == 4 + 3 and rollouts.totals.failed == 1
-    assert len(found) == 4 and sorted(set().union(*found)) == sorted(set(whole["targets"].tolist()))
+    for _ in range(2):  # what the second rank has, the first one knows in the second turn
+        found, groups = [], []
+        for rank in range(2):
+            others = {"rank": rank, "world": 2, "total": plus(groups=3, failed=1), "all_have": all_have}
+            rollouts = rollouts_of(config, model, judge, **others)
+            batches = list(rollouts)
+            found += [batch["targets"].tolist() for batch in batches]
+            groups.append(sum(len(batch["advantage"]) // 3 for batch in batches))
+            assert rollouts.totals.groups == 4 + 3 and rollouts.totals.failed == 1
+    assert groups == {None: [4, 4], 0: [2, 2], 1: [3, 2]}[dead]
+    assert len(found) == 4 and sorted(sum(found, [])) == sorted(whole["targets"].tolist())
 
 
 def test_no_rewards_at_all_end_a_run_on_every_rank():

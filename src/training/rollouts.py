@@ -1,7 +1,7 @@
 """The batches of a training on rewards, whose answers the model draws for each step, or for some of them.
 
 A draw is for `inner_steps` optimizer steps. All questions of a step go through one engine in each process.
-Then the processes add up what they have, and each shares out its groups evenly over its micro-batches. Groups
+Then the processes add up what they have, and share out the groups evenly, each over its micro-batches. Groups
 of equal rewards train nothing where there is no KL, and are left out. The step is divided by all answers all
 the same, so that nothing changes but the time.
 """
@@ -9,6 +9,7 @@ the same, so that nothing changes but the time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -179,7 +180,7 @@ class Rollouts:
             self.draw_sums = self._sums(groups)
             drawn = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
             self.step_sums = self.draw_sums + self.loss.sums(self.policy.device, **drawn)
-            self._share_out(units)
+            self._share_out(self._share_of(units))
             for batch in self.batches:
                 batch["reference"] = self.reference.of(batch, draw)
 
@@ -235,13 +236,22 @@ class Rollouts:
             **{reward_metric(name): float(value) for name, value in by_name},
         )
 
+    def _share_of(self, units: list[AnswerGroup]) -> list[AnswerGroup]:
+        """The groups that this process trains on: its share of all, by length, so that the shares are alike.
+
+        Without it a process whose groups are all alive would keep those waiting whose groups are not.
+        """
+        processes = self.policy.processes
+        everyone = itertools.chain.from_iterable(processes.gathered(units))
+        by_length = sorted(everyone, key=lambda unit: max(answer.inputs for answer in unit.answers))
+        return by_length[processes.rank :: processes.world]
+
     def _share_out(self, units: list[AnswerGroup]) -> None:
-        """Make the micro-batches: as few as can be, evenly full, of groups alike in length.
+        """Make the micro-batches of groups in the order of their lengths: as few as can be, evenly full.
 
         The others are empty.
         """
         weight = self.loss.divisor(self.totals.answers, self.totals.tokens)
-        units = sorted(units, key=lambda unit: max(answer.inputs for answer in unit.answers))
         full = -(-len(units) // self.schedule.micro_bsz)
         self.batches = []
         for micro in range(self.schedule.accumulate):
