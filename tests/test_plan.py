@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,8 @@ from src.data.dataset import Document, Documents
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
-from src.planning.memory import largest_batch, memory_parts
+from src.planning.job import estimate
+from src.planning.memory import fullest_rows, largest_batch, memory_parts
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
 from .conftest import ROOT, make_arch
@@ -92,6 +94,11 @@ def config_version(config):
         (7, "prolora", 1, True, 0, "torch", "none"),
         (7, "mora", 0, True, 0, "cpu", "nf4"),
         (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
+        (7, "state", 0, True, 0, "cpu", "none"),
+        (6, "state", 2, True, 0, "cpu", "none"),
+        (7, "state", 0, True, 16, "cpu", "none"),
+        (7, "state", 0, False, 0, "cpu", "none"),
+        (7, "miss, state", 1, True, 0, "torch", "nf4"),
     ],
 )
 def test_the_count_is_that_of_the_trainers_step(
@@ -99,7 +106,7 @@ def test_the_count_is_that_of_the_trainers_step(
 ):
     """To the last activation, and the peak but for what reset makes of a mask."""
     peft, _, option = peft.partition(", ")
-    options = {"none": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {
+    options = {"none": {}, "state": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {
         "row": {"order": "row"},
         "magnitude": {"magnitude": True},
     }.get(option, {})
@@ -113,10 +120,11 @@ def test_the_count_is_that_of_the_trainers_step(
         quant=quant,
         precision="fp32",
         peft_config=options,
+        train_parts="state" if option == "state" else "",
     )
     rows = [[20, 17], [37]] if packed else [[37], [37]]
     activations, peak = counted_in_training(config, rows, kernel)
-    step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)
+    step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74, documents=rows)
     assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
     assert peak == pytest.approx(step.peak, rel=0.01)
     assert step.large == 0 and step.small == step.peak
@@ -164,17 +172,24 @@ def test_large_blocks_are_counted_apart():
     )
 
 
-def test_initial_states_are_planned_for_also_in_packed_rows():
-    arch, config = make_arch(6, **SIZES), Config(micro_bsz=2)
-    tuned, base = (
-        step_bytes(arch, dataclasses.replace(config, peft="state", packing=packing), "cpu", "fp32", 37, 74)
-        for packing in (True, False)
+def test_documents_that_begin_with_a_tuned_state_are_planned_for():
+    """They are copied out of rows that have several, with padding; the fullest rows are counted."""
+    arch, config = make_arch(7, **SIZES), Config(micro_bsz=2, peft="state", ctx_len=40)
+    alone, halves, thirds = (
+        step_bytes(arch, config, "cpu", "fp32", 36, 72, documents=[lengths] * 2).peak
+        for lengths in ([36], [18, 18], [17, 17, 2])
     )
-    assert tuned == base
-    assert (
-        memory_parts(arch, dataclasses.replace(config, peft="state"), "cpu", "cpu", "fp32", 37, 74)["Adam"]
-        == 8 * 3 * 48 * 16
+    assert 1.1 * alone < halves < thirds
+    tokens = [Document(np.zeros(n + 1, np.int32), np.ones(n + 1, np.float32)) for n in (17, 17, 2, 30, 8, 40)]
+    documents = Documents(tokens)
+    schedule = make_schedule(documents, config, 1)
+    rows = fullest_rows(documents, schedule, config)
+    assert sorted(map(sorted, rows)) == [[2, 8, 30], [17, 17]]
+    wanted = step_bytes(arch, config, "cpu", "fp32", 40, 80, documents=rows)
+    found = estimate(
+        dataclasses.replace(config, accelerator="cpu", wkv="cpu", precision="fp32"), arch, schedule, documents
     )
+    assert found["activations"] == wanted.activations and found["Adam"] == 8 * 3 * 48 * 16
 
 
 def test_tensor_cores_save_what_the_kernel_asks_for():

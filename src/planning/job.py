@@ -19,7 +19,7 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
-from ..data.dataset import Loaded, load
+from ..data.dataset import Documents, Loaded, load
 from ..data.encode import Encoder
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
@@ -50,7 +50,7 @@ from .defaults import (
     row_length,
     search_size,
 )
-from .memory import USABLE, largest_batch, largest_shared, memory_parts, needed, reference_arch
+from .memory import USABLE, fullest_rows, largest_batch, largest_shared, memory_parts, needed, reference_arch
 from .own_answers import (
     evaluation_work,
     largest_groups,
@@ -351,7 +351,8 @@ def estimate(
 ) -> dict[str, float]:
     """Bytes by part on one device. The batch's size is that of `config`, not of the schedule.
 
-    Without the documents it is that of separate rows, also for pairs whose prompts are read once.
+    Without the documents it is that of separate rows of one document, also for pairs whose prompts are read
+    once.
     """
     if isinstance(documents, Questions):
         row, targets, shared = largest_groups(documents, config)
@@ -362,7 +363,9 @@ def estimate(
         sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
         if prompt_reading(config, documents, sized, arch).shared:
             shared = largest_shared(documents, sized)
-    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, row, targets, shared)
+    inside = fullest_rows(documents, schedule, config) if isinstance(documents, Documents) else ()
+    kernel, precision = config.wkv, config.precision
+    return memory_parts(arch, config, config.accelerator, kernel, precision, row, targets, shared, inside)
 
 
 def memory_of(device: Device, world: int) -> int:

@@ -22,6 +22,7 @@ too. Stage 3: base and trained too.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..data.batches import Schedule
 from ..data.preferences import Preferences
+from ..data.units import Units
 from ..model import RWKV, read_model_file
 from .drawing import draw_bytes
 from .step_memory import SharedPrompts, StepBytes, model_on_meta, step_bytes
@@ -58,6 +60,12 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
     most = heapq.nlargest(config.micro_bsz, schedule.targets)
     row = min(max(schedule.lengths), config.ctx_len)
     return row, max(1, min(sum(most), row * config.micro_bsz))
+
+
+def fullest_rows(documents: Units, schedule: Schedule, config: Config) -> list[list[int]]:
+    """The lengths of the documents in the micro_bsz rows that have most of them."""
+    rows = heapq.nlargest(config.micro_bsz, schedule.rows, key=len)
+    return [(documents.lengths[row] - 1).tolist() for row in rows]
 
 
 def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompts:
@@ -112,10 +120,12 @@ def memory_parts(
     row: int,
     targets: int,
     prompts: SharedPrompts | None = None,
+    documents: Sequence[Sequence[int]] = (),
 ) -> dict[str, float]:
     """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
     `targets` are the trained tokens of a micro-batch, and `prompts` its sizes where prompts are read once.
+    `documents` are the lengths of those in each of its rows.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -143,7 +153,7 @@ def memory_parts(
             parts["DeepSpeed"] += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained + 2 * buffers
-    step = step_bytes(arch, config, kernel, precision, row, targets, prompts)
+    step = step_bytes(arch, config, kernel, precision, row, targets, prompts, documents=documents)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
     parts |= {

@@ -7,15 +7,18 @@ storage that comes and goes is added up.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import weakref
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
@@ -26,6 +29,7 @@ from ..model import RWKV
 from ..model.batch_loss import batch_loss, state_bytes
 from ..model.log_probs import token_log_probs
 from ..model.rwkv import replace_tensors
+from ..ops import per_document
 from .step import chunks_of, grpo_of, preference_of
 
 # glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
@@ -83,11 +87,13 @@ def step_bytes(
     targets: int,
     shared: SharedPrompts | None = None,
     backward: bool = True,
+    documents: Sequence[Sequence[int]] = (),
 ) -> StepBytes:
     """The bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in all.
 
     `kernel` and `precision` are not auto. With `shared` the batch has its sizes, in the place of the rows'.
-    Without `backward` it is a look at the batch without gradients.
+    Without `backward` it is a look at the batch without gradients. `documents` are the lengths of those in
+    each row, which count where they begin with a tuned state.
     """
     chunks = chunks_of(config)
     whole = row
@@ -97,7 +103,7 @@ def step_bytes(
 
     def count(layers: int) -> StepBytes:
         fewer = dataclasses.replace(arch, n_layer=layers)
-        return _count(fewer, config, kernel, precision, row, targets, shared, backward)
+        return _count(fewer, config, kernel, precision, row, targets, shared, backward, documents)
 
     step = count(min(arch.n_layer, LAYERS))
     if arch.n_layer > LAYERS:
@@ -119,6 +125,7 @@ def _count(
     targets: int,
     shared: SharedPrompts | None = None,
     backward: bool = True,
+    documents: Sequence[Sequence[int]] = (),
 ) -> StepBytes:
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
     half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
@@ -149,22 +156,49 @@ def _count(
         if kernel.startswith("cuda"):
             for block in model.blocks:
                 block.att.kernel = "cpu"
-        # Documents with an initial state are cut out of their rows where reset is true (ops/per_document.py).
-        # These places are not known here, so whole rows are counted, without the copies and the padding.
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
         packed = config.packing or config.on_rewards  # the answers to a question share a row
-        batch = _batch(config, row, targets, packed and not has_states)
+        # with an initial state documents are cut out of their rows, where these have several
+        packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
+        batch = _batch(config, row, targets, packed)
         if shared:
             batch |= _shared_batch(shared, not has_states)
         known = [*batch.values(), *model.buffers(), *model.parameters()]
         known += [p.grad for p in model.parameters()]
-        with Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live:
+        with (
+            _documents_of(documents, config.micro_bsz),
+            Live([t for t in known if torch.is_tensor(t)], tensor_cores) as live,
+        ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward):
                 loss = _loss(model, batch, config)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
+
+
+@contextlib.contextmanager
+def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[None]:
+    """Context in which the documents that are cut out of rows (ops/per_document.py) are these, although the
+    tensors have no values. Every chunk has those of the one that has most.
+    """
+
+    @functools.lru_cache(maxsize=1)  # as layout() itself
+    def of_width(width: int) -> per_document.Layout:
+        with _disable_current_modes():
+            begins = torch.zeros(rows, max(width, *map(sum, documents)), dtype=torch.bool)
+            for i, lengths in enumerate(documents):
+                begins[i, [0, *itertools.accumulate(lengths[:-1])]] = True
+            chunks = [part for part in begins.split(width, 1) if part.shape[1] == width]
+            found = layout(max(chunks, key=lambda part: int(part[:, 1:].sum())))
+        return tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype), found)
+
+    layout = per_document.layout
+    per_document.layout = lambda reset: of_width(reset.shape[1])
+    try:
+        yield
+    finally:
+        per_document.layout = layout
 
 
 def _loss(model: RWKV, batch: dict, config: Config) -> Tensor:
@@ -255,7 +289,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # of all calls more than half
-        if op is torch.ops.aten._local_scalar_dense.default:
+        if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True  # to the plain kernels, which ask whether all is finite
         if self.tensor_cores and op.overloadpacket in WKV:
             args = (*args[:-1], True)  # `chunked`, which decides what is saved
