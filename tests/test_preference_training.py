@@ -365,6 +365,15 @@ def test_the_kl_of_an_evaluation_is_over_the_whole_vocabulary(files, whole):
     assert not any("kl" in line for line in lines(whole("dpo")))
 
 
+def test_a_head_that_zero_shares_out_is_the_bases_too(files, tmp_path):
+    flags = ["--peft_config", '{"r": 7, "targets": ["head", "key"]}', "--strategy", "deepspeed_stage_3"]
+    start(files, tmp_path / "run", *evaluated(files, "dpo"), *flags, "--epoch_steps", "1")
+    tuned, base = (RWKV.load(files / "base.pth", torch.float64) for _ in range(2))
+    rwkv_miss.load_adapter(tuned, tmp_path / "run" / "adapter.pth")
+    before, after = lines(tmp_path / "run", "validation.jsonl")
+    assert before["kl"] == 0 and after["kl"] == pytest.approx(kl_by_hand(files, tuned, base), rel=1e-3)
+
+
 class Long(list):
     """Units by their lengths."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rwkv_miss
-from rwkv_miss.adapter import AdapterLinear, only_linears_change
+from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.files.model_files import read_tensors
 
 from ..data.answer_batches import collator
@@ -66,10 +66,15 @@ class FromReference:
     def _head(self, module) -> Callable[[Tensor], Tensor]:
         """(T, C) -> the reference's logits (T, V)."""
         if self.before is None:
-            head = module.model.head
-            return head.base_forward if isinstance(head, AdapterLinear) else head
+            return lambda x: _of_base(module.model, x)
         weight = read_tensors(self.file)["head.weight"].to(module.device, module.model.dtype)
         return lambda x: F.linear(x, weight)
+
+
+def _of_base(model: RWKV, x: Tensor) -> Tensor:
+    """The base's logits. The head is called as a module, so that ZeRO-3 gathers it."""
+    with rwkv_miss.disabled(model):
+        return model.head(x)
 
 
 class ReferenceKl:
