@@ -1,0 +1,159 @@
+"""Which test files reach a file of the repository: by imports, by programs they start, by kernels they build.
+
+Imports are read from the syntax trees, those within functions included. In a test or a benchmark a text that
+names a module or a file of the repository counts, too; elsewhere one that names a file beside it, which is a
+worker. tests/conftest.py counts by definition: a test reaches what the fixtures that it asks for reach. Tests
+of the pages reach the programs that README.md names.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import heapq
+import pathlib
+import re
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("src", "rwkv_miss", "demo", "scripts", "benchmarks", "tests")
+CONFTEST = "tests/conftest.py"
+# these are red at any change of a text: a record of sources, and the places of the planted faults
+SEE_ALL = {"tests/test_ptxas.py", "tests/test_planted_faults.py"}
+# hops to a package that runs only because a module of it is imported: the test is about the module
+PASSING = 10
+COMMAND = re.compile(r"-m ([\w.]+)|([\w./-]+\.(?:py|sh))")
+
+
+def is_file(name: str) -> bool:
+    return (ROOT / name).is_file()
+
+
+def module_files(name: str, program: bool = False) -> list[str]:
+    """What an import of a module runs, packages first. `program`: its __main__.py, too."""
+    parts = name.split(".")
+    if parts[0] not in (*ROOMS, "train"):
+        return []
+    places = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    files = [file for place in places for file in (f"{place}/__init__.py", f"{place}.py")]
+    return list(filter(is_file, [*files, *([f"{places[-1]}/__main__.py"] if program else [])]))
+
+
+def named_files(text: str, file: str) -> list[str]:
+    """What a text in a Python file names: sources of kernels, pages, a file, or a module."""
+    starts_others = file.startswith(("tests/", "benchmarks/"))
+    if re.fullmatch(r"\*\w*\.(cu|cpp)", text):
+        # src/ops/build.py compiles *.cu for a GPU alone
+        return [f"cuda/{p.name}" for p in (ROOT / "cuda").glob(text) if starts_others or p.suffix == ".cpp"]
+    if text == "*.md" and starts_others:
+        return ["README.md"]
+    if re.fullmatch(r"[\w./-]+\.(py|sh|cpp|cu)", text):
+        beside = str(pathlib.PurePosixPath(file).parent / text)
+        return [name for name in (beside, text) if is_file(name) and (starts_others or name == beside)]
+    is_module = re.fullmatch(r"\w+(\.\w+)+", text) and is_file(f"{text.replace('.', '/')}.py")
+    return module_files(text)[-1:] if starts_others and is_module else []
+
+
+def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
+    """(the name that it gets, files) of every import, and of every "-m", "NAME"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], module_files(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            above = pathlib.PurePosixPath(file).parts[: -node.level] if node.level else ()
+            for alias in node.names:
+                name = ".".join(filter(None, [*above, node.module, alias.name]))
+                yield alias.asname or alias.name, module_files(name)
+        elif isinstance(node, ast.List | ast.Tuple | ast.Call):
+            of_node = node.args if isinstance(node, ast.Call) else node.elts
+            texts = [one.value if isinstance(one, ast.Constant) else "" for one in of_node]
+            programs = [name for flag, name in zip(texts, texts[1:]) if flag == "-m"]
+            yield from (("", module_files(str(name), program=True)) for name in programs)
+
+
+def words(tree: ast.AST) -> set[str]:
+    """Names, arguments and texts of a tree."""
+    kinds = {ast.Name: "id", ast.arg: "arg", ast.alias: "name", ast.Constant: "value"}
+    found = {getattr(node, kinds[type(node)]) for node in ast.walk(tree) if type(node) in kinds}
+    return {word for word in found if isinstance(word, str)}
+
+
+@functools.cache
+def fixtures() -> dict[str, list[list[str]]]:
+    """Name -> what it reaches, of each definition in tests/conftest.py."""
+    tree = ast.parse((ROOT / CONFTEST).read_text("utf-8"))
+    names, found = dict(imported(tree, CONFTEST)), {}
+    parts = {one.name: one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef)}
+    for name, part in parts.items():
+        used = words(part)
+        found[name] = [[f"{CONFTEST}::{other}"] for other in used & (parts.keys() - {name})]
+        found[name] += [names[other] for other in used & names.keys()]
+        found[name] += [[one] for text in used for one in named_files(text, CONFTEST)]
+    return found
+
+
+def groups(file: str) -> list[list[str]]:
+    """What a file reaches; of each group the last one is meant, those before it run on the way."""
+    file, _, fixture = file.partition("::")
+    if fixture:
+        return fixtures()[fixture]
+    text = (ROOT / file).read_text("utf-8")
+    if file.startswith("cuda/"):
+        return [[f"cuda/{name}"] for name in re.findall(r'#include "([\w.]+)"', text)]
+    if not file.endswith(".py"):
+        return [module_files(name, program=True) or [path] for name, path in COMMAND.findall(text)]
+    tree = ast.parse(text)
+    used = words(tree)
+    found = [files for _, files in imported(tree, file)]
+    found += [[one] for text in used for one in named_files(text, file)]
+    if file.startswith("tests/"):
+        found += [[f"{CONFTEST}::{name}"] for name in used & fixtures().keys()]
+    return found
+
+
+@functools.cache
+def neighbours(file: str) -> dict[str, int]:
+    """File -> hops."""
+    reached = groups(file)
+    found = {one: PASSING for files in reached for one in files[:-1]}
+    found |= {files[-1]: 1 for files in reached if files}
+    return {one: far for one, far in found.items() if one != CONFTEST and is_file(one.partition("::")[0])}
+
+
+@functools.cache
+def all_hops() -> dict[str, dict[str, int]]:
+    """Test file -> how many hops it is from each file that it reaches."""
+    result = {}
+    for test in {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} - SEE_ALL:
+        found, waiting = {}, [(0, test)]
+        while waiting:
+            far, file = heapq.heappop(waiting)
+            if file not in found:
+                found[file] = far
+                for other, more in neighbours(file).items():
+                    heapq.heappush(waiting, (far + more, other))
+        result[test] = found
+    return result
+
+
+@functools.cache
+def cost(test: str) -> int:
+    """What a test file may cost, in no unit: most are those that tests/conftest.py calls the longest."""
+    longest = re.search(
+        r'^LONGEST = """(.*?)"""', (ROOT / CONFTEST).read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    names = longest[1].split() if longest else []
+    name = pathlib.Path(test).stem.removeprefix("test_")
+    return (len(names) - names.index(name)) << 30 if name in names else (ROOT / test).stat().st_size
+
+
+def reaching_tests(file: str) -> list[str]:
+    """The test files that reach a file: the nearest first, then those that name it, then the cheapest."""
+    name = pathlib.Path(file).stem
+    near = [
+        (found[file], name not in (ROOT / test).read_text("utf-8"), cost(test), test)
+        for test, found in all_hops().items()
+        if file in found
+    ]
+    return [test for *_, test in sorted(near)]
