@@ -198,7 +198,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
         "| loss, per pair | 0.6900 | 0.3000 | 0.2000 |",
         "| margin of the rewards | 0 | 2.5 | 3 |",
         "| reward accuracy | 93.8 % | 93.8 % | 93.8 % |",
-        "| KL to the reference on a few answers, nats per token | 0.02 | 0.02 | 0.02 |",
+        "| KL to the reference on a few answers, per token | 0.02 | 0.02 | 0.02 |",
         "](loss.png)",
         "](preferences.png)",
     ):
