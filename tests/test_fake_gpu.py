@@ -115,7 +115,11 @@ LOW_PLAN = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=LOW_PLAN if case == STATE else ()) for case in cases.MEMORY_CASES]
+    "case",
+    [
+        pytest.param(case, marks=LOW_PLAN if case == STATE else ())
+        for case in cases.MEMORY_CASES + cases.ZERO_MEMORY_CASES
+    ],
 )
 def test_memory_is_what_the_plan_says(case, found):
     assert found[case]["ratio"] == pytest.approx(1, abs=0.02)

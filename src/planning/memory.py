@@ -10,6 +10,7 @@
 | rollback    | 24 a trained parameter: two copies of it and its moments       | LastGood, on the CPU
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
+| update      | what DeepSpeed's optimizer step needs beyond all of the step   | update_bytes
 | reference   | what --reference and its pass need beyond all above            | reference_bytes
 | drawing     | what drawing answers needs beyond activations and working      | draw_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
@@ -51,6 +52,10 @@ CACHE_WASTE = 0.1
 # workspace are an assumption.
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
+# AdamW's temporaries beside ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
+# form on a CPU, which makes two
+TEMPORARIES = {"cpu": 2, "gpu": 1}
+SUB_GROUP = 10**9  # of its share a process of stage 3 updates so many numbers at once, DeepSpeed's default
 LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
 
@@ -121,11 +126,13 @@ def memory_parts(
     targets: int,
     prompts: SharedPrompts | None = None,
     documents: Sequence[Sequence[int]] = (),
+    step: StepBytes | None = None,
 ) -> dict[str, float]:
     """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
     `targets` are the trained tokens of a micro-batch, and `prompts` its sizes where prompts are read once.
-    `documents` are the lengths of those in each of its rows.
+    `documents` are the lengths of those in each of its rows. `step` is what step_bytes() says of it, where that
+    is known.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -145,15 +152,16 @@ def memory_parts(
     }
     if stage:
         sizes = SIZES[accelerator]
-        parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + 4 * min(sizes.bucket, trained)
+        buckets = 4 * min(sizes.bucket, trained)
         if stage == 3 and (zero.world > 1 or offload):
             # whole at one time are the live ones and those that are fetched ahead; a parameter that is
             # larger, such as the head, is whole too
             largest = max(p.numel() for p in model.parameters())
-            parts["DeepSpeed"] += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
+            buckets += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
+        parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + buckets
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained + 2 * buffers
-    step = step_bytes(arch, config, kernel, precision, row, targets, prompts, documents=documents)
+    step = step or step_bytes(arch, config, kernel, precision, row, targets, prompts, documents=documents)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
     parts |= {
@@ -161,6 +169,10 @@ def memory_parts(
         "working": max(step.peak - step.activations, 0),
         "allocator": waste,
     }
+    if stage and not offload:
+        # the backward is over before; of `gradients` the update has its own
+        of_backward = parts["gradients"] + buckets + parts["activations"] + parts["working"]
+        parts["update"] = max(0.0, update_bytes(zero, trained, accelerator) - of_backward)
     if config.on_rewards:
         # drawing is over before the forward begins
         of_step = parts["activations"] + parts["working"]
@@ -174,6 +186,18 @@ def memory_parts(
         parts["reference"] = max(0.0, of_pass - rest)
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
+
+
+def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
+    """Bytes of gradients, their copies and AdamW's temporaries in a step of DeepSpeed's optimizer.
+
+    A process makes one flat tensor of the gradients of its share, while it still has them. Stage 1 has the
+    share beside all gradients at the end of the backward.
+    """
+    share = 4 * trained / zero.world
+    at_once = min(share, 4 * SUB_GROUP) if zero.stage == 3 else share
+    most = share + (1 + TEMPORARIES[accelerator]) * at_once
+    return max(most, 4 * trained + share) if zero.stage == 1 else most
 
 
 def reference_bytes(

@@ -64,6 +64,7 @@ PROGRAM_CASES = [
 RUN_CASES = [f"train.py {name}" for name in RUNS]
 SEARCH_CASES = ["train.py with a search of the rate"]
 SEVERAL_CASES = ["two GPUs: ddp", *(f"two GPUs: ZeRO {stage}" for stage in STAGES)]
+ZERO_MEMORY_CASES = [f"memory two GPUs: none ZeRO {stage}" for stage in STAGES]
 ALL = (
     STEP_CASES
     + WEIGHTED_CASES
@@ -74,6 +75,7 @@ ALL = (
     + RUN_CASES
     + SEARCH_CASES
     + SEVERAL_CASES
+    + ZERO_MEMORY_CASES
 )
 
 

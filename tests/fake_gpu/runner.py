@@ -38,9 +38,7 @@ from . import cases
 from .device import FakeGpu, install
 from .micro_batch import batch_on, config_of, layer, small_model_on
 from .programs import budget, decode_adapted, decode_rows, harness, merged, quantised_chat
-from .several_gpus import ddp, zero
-
-KIB = 1024
+from .several_gpus import KIB, ddp, zero, zero_memory
 
 
 def records(names: list[str]) -> dict[str, dict]:
@@ -62,6 +60,7 @@ def records(names: list[str]) -> dict[str, dict]:
         (search, ()),
         (ddp, (7,)),
         *((zero, (stage, 7)) for stage in cases.STAGES),
+        *((zero_memory, (stage, 7)) for stage in cases.STAGES),
     ]
     by_name = dict(zip(cases.ALL, work, strict=True))
     found = {}

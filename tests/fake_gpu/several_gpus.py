@@ -12,11 +12,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from src.config import Config
+from src.model import default_arch
 from src.model.batch_loss import batch_loss
+from src.planning.memory import memory_parts
 from src.planning.step import chunks_of
 from src.training.optimizer import parameter_groups
 
@@ -24,14 +28,15 @@ from .device import FakeGpu
 from .micro_batch import batch_on, config_of, small_model_on
 
 PROCESSES = 2
+KIB = 1024
 
 
 class Loss(nn.Module):
     """The loss of a batch as a module, which is what is wrapped."""
 
-    def __init__(self, version: int, config: Config, device: str):
+    def __init__(self, version: int, config: Config, device: str, *sizes: int):
         super().__init__()
-        self.model, self.chunks = small_model_on(device, version, config), chunks_of(config)
+        self.model, self.chunks = small_model_on(device, version, config, *sizes), chunks_of(config)
 
     def forward(self, batch: dict) -> Tensor:
         return batch_loss(self.model, batch, self.chunks, batch["width"])
@@ -76,12 +81,45 @@ def ddp(version: int) -> dict:
 
 def zero(stage: int, version: int) -> dict:
     """A step of DeepSpeed's engine with the settings of a run."""
+    with engine_of(version, config_of("miss", strategy=f"deepspeed_stage_{stage}")) as (gpu, engine, batch):
+        gpu.begin()
+        engine.backward(engine(batch))
+        engine.step()
+    assert engine.skipped_steps == 0
+    return gpu.counts()
+
+
+def zero_memory(stage: int, version: int) -> dict:
+    """The most that the second step of a full training has, and the plan of it.
+
+    The model is so large and the batch so small that the optimizer's step is the most.
+    """
+    sizes = 4, 2048, 4096
+    config = config_of("none", strategy=f"deepspeed_stage_{stage}", devices=PROCESSES, micro_bsz=2)
+    arch = default_arch(version, *sizes, 64)
+    parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 37, 74)
+    planned = sum(size for part, size in parts.items() if part not in ("allocator", "libraries"))
+    with engine_of(version, config, *sizes) as (gpu, engine, batch):
+        for _ in range(2):
+            gpu.begin()
+            engine.backward(engine(batch))
+            engine.step()
+    return {
+        "planned KiB": int(planned) // KIB,
+        "KiB": gpu.peak // KIB,
+        "ratio": round(gpu.peak / planned, 3),
+    }
+
+
+@contextlib.contextmanager
+def engine_of(version: int, config: Config, *sizes: int):
+    """Context with the fake GPU, DeepSpeed's engine around a model of these sizes, and a batch."""
     start_processes()
     with deepspeed_on_fakes() as deepspeed, FakeGpu() as gpu:
         from src.distributed.deepspeed_strategy import AnywhereDeepSpeed
 
-        config = AnywhereDeepSpeed(f"deepspeed_stage_{stage}", 2, torch.bfloat16, "gpu").config
-        module = Loss(version, config_of("miss"), "cuda:0")
+        settings = AnywhereDeepSpeed(config.strategy, 2, torch.bfloat16, "gpu").config
+        module = Loss(version, config, "cuda:0", *sizes)
         batch = batch_on("cuda:0", 2, 37)
         optimizer = torch.optim.AdamW(parameter_groups(module.model, 1e-3, 0.01), lr=1e-3)
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -89,14 +127,10 @@ def zero(stage: int, version: int) -> dict:
             model=module,
             optimizer=optimizer,
             model_parameters=parameters,
-            config=config,
+            config=settings,
             dist_init_required=False,
         )
-        gpu.begin()
-        engine.backward(engine(batch))
-        engine.step()
-    assert engine.skipped_steps == 0
-    return gpu.counts()
+        yield gpu, engine, batch
 
 
 @contextlib.contextmanager
@@ -106,6 +140,8 @@ def deepspeed_on_fakes():
         mock.patch.dict(os.environ, LOCAL_RANK="0"),  # as a launcher sets it
         mock.patch("torch.cuda.nvtx.range_push"),
         mock.patch("torch.cuda.nvtx.range_pop"),
+        # AdamW takes _foreach for the tensors of a GPU, if they are of these types
+        mock.patch.object(optimizers, "_foreach_supported_types", [Tensor, FakeTensor]),
     ):
         import deepspeed
         from deepspeed.runtime.zero import stage3, stage_1_and_2
