@@ -1,5 +1,6 @@
 """What benchmarks.decode and benchmarks.decode_batches measure: our decoder, `rwkv`, llama.cpp; one base."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -110,8 +111,13 @@ def llama_contenders(
     folder: pathlib.Path, base: pathlib.Path, kinds, sequences: int = 1
 ) -> dict[str, llama.Llama]:
     """llama.cpp with the base in these kinds of weights; nothing, which is said, where it is absent."""
+    absent = ""
     if not folder.exists():
-        print(f"llama.cpp is not measured: {folder} is not there; python -m benchmarks.llama fetches it")
+        absent = f"{folder} is not there; python -m benchmarks.llama fetches it"
+    elif not importlib.util.find_spec("gguf"):
+        absent = "the package gguf, which writes its files, is absent: pip install gguf"
+    if absent:
+        print(f"llama.cpp is not measured: {absent}")
         return {}
     library, found = llama.load_library(folder), {}
     for kind in kinds:

@@ -3,10 +3,11 @@
 import json
 import re
 import statistics
+import sys
 
 import pytest
 
-from benchmarks import facts, laptop
+from benchmarks import decode_contenders, facts, laptop
 from benchmarks.common import cpu, environment, machine_line
 from benchmarks.first_run_table import case, table
 from src.data.questions import Question
@@ -144,3 +145,9 @@ def test_made_up_facts_are_asked_as_trained_in_other_forms_and_of_new_names():
 )
 def test_a_style_begins_and_ends_an_answer(answer, styled):
     assert facts.is_right(answer, Question([""], "")) == styled
+
+
+def test_llama_is_not_measured_without_the_package_that_writes_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert decode_contenders.llama_contenders(tmp_path, tmp_path / "base.pth", ("F32",)) == {}
+    assert capsys.readouterr().out.endswith("is absent: pip install gguf\n")
