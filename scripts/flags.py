@@ -1,6 +1,6 @@
-"""Write docs/flags.md from the settings: python -m scripts.flags [--out FILE]
+"""Print the tables of docs/flags.md from the settings: python -m scripts.flags
 
-A change of the settings shows in the page as soon as this has run; a test compares the two.
+`python -m scripts.tables` writes them into the page.
 """
 
 from __future__ import annotations
@@ -16,32 +16,8 @@ from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
-    from rwkv_miss.files.output import write_text
     from src.config import FIELDS
     from src.config.schema import PRESETS, uncommon_bounds
-
-OUT = "docs/flags.md"
-
-INTRODUCTION = """# Flags
-
-With these flags you set up a run of `python train.py`. Three are enough to begin with: `--load_model`,
-`--data_file` and `--proj_dir`. Where the default is *chosen*, the run works it out from your
-model, your data and your machine.
-
-Every flag is also a line in a YAML file, without the dashes: `micro_bsz: 4`. Give that file with
-`--config run.yaml`. The `config.yaml` that a run writes is such a file. Where a setting is given twice, the
-first of these counts:
-
-1. the command line
-2. the YAML file
-3. the preset
-4. the default
-
-A mistyped flag is an error that names the nearest one. A flag that takes 0 or 1 may stand alone and then
-means 1. Names after *or* mean the same flag. A number is 0 or more, unless its line says otherwise.
-
-This page is made by `python -m scripts.flags`. `python train.py --help` prints the same.
-"""
 
 # heading, what it is about, and the first setting there; the others follow in the order of the dataclass
 GROUPS = (
@@ -113,24 +89,22 @@ def preset_table() -> list[str]:
 
 
 def page() -> str:
-    """docs/flags.md."""
+    """The tables of docs/flags.md, with their headings."""
     names = list(FIELDS)
     begins = [names.index(first) for _, _, first in GROUPS]
-    lines = INTRODUCTION.splitlines()
+    lines = []
     for (heading, about, _), begin, end in zip(GROUPS, begins, [*begins[1:], len(names)], strict=True):
         fields = [FIELDS[name] for name in names[begin:end]]
         lines += ["", f"## {heading}", "", about, "", *table(fields)]
     lines += ["", "## Presets", "", "The settings of the MiSS paper's Tables 7 and 8.", "", *preset_table()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines[1:])
 
 
 def main() -> None:
     with one_line_errors():
         parser = Parser(prog="python -m scripts.flags", description=__doc__.partition("\n\n")[0])
-        parser.add_argument("--out", default=OUT, help=f"the page [{OUT}]")
-        out = parser.parse_args(sys.argv[1:]).out
-        write_text(out, page())
-        print(f"{out}: {len(FIELDS)} settings")
+        parser.parse_args(sys.argv[1:])
+        print(page())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ with importing():
     from src.config import Config
     from src.model import default_arch
     from src.planning.memory import memory_parts
-    from src.planning.step_memory import model_on_meta
+    from src.planning.step_memory import model_on_meta, step_bytes
 
 MODELS = {
     "0.1B": (12, 768),
@@ -56,6 +56,7 @@ def main() -> None:
             "--scaling", action="store_const", dest="line", const=scaling_row, help="for several GPUs"
         )
         line = parser.parse_args(sys.argv[1:]).line or row
+        print(HEADS[line], "|---" * (HEADS[line].count("|") - 1) + "|", sep="\n")
         for name, (n_layer, n_embd) in MODELS.items():
             print(line(name, n_layer, n_embd), flush=True)
 
@@ -65,10 +66,12 @@ def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
     one row of 1024 tokens at a time.
     """
     arch = default_arch(7, n_layer, n_embd)
-    columns = []
+    run = ("cuda", "bf16", ROW, ROW)
+    columns, steps = [], {}  # a step takes the same under every strategy
     for method, strategy, gpus in SCALING:
         config = Config(micro_bsz=1, grad_cp=1, peft=method, strategy=strategy, devices=gpus)
-        columns.append(sum(memory_parts(arch, config, "gpu", "cuda", "bf16", ROW, ROW).values()))
+        steps[method] = steps.get(method) or step_bytes(arch, config, *run)
+        columns.append(sum(memory_parts(arch, config, "gpu", *run, step=steps[method]).values()))
     return f"| RWKV-7 {name} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 
 
@@ -99,6 +102,14 @@ def cpu_row(name: str, n_layer: int, n_embd: int) -> str:
     ]
     return f"| RWKV-7 {name} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 
+
+TOGETHER = "together | `--grad_cp 2` | `--grad_cp 1` | `--grad_cp 1 --quant nf4` |"
+HEADS = {
+    row: f"| model | layers x width | MiSS r=64 parameters | base in bf16 | adapter state | {TOGETHER}",
+    cpu_row: f"| model | {TOGETHER}",
+    scaling_row: "| | MiSS r=64, one GPU, or stage 1 on any number | stage 3: 2 GPUs | 4 | 8"
+    " | `_3_offload`, 1 | `--peft none`: stage 2, 8 GPUs | stage 3: 2 | 4 | 8 | `_3_offload`, 1 |",
+}
 
 if __name__ == "__main__":
     main()

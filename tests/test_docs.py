@@ -11,7 +11,7 @@ import unicodedata
 
 import pytest
 
-from scripts import flags
+from scripts import memory_table, tables
 from src.config import FIELDS, legacy
 
 from .conftest import ROOT
@@ -103,14 +103,38 @@ def test_every_commit_that_is_cited_is_in_the_history(history):
     assert not unknown, "\n".join(unknown)
 
 
-def test_the_page_of_flags_is_made_from_the_settings():
-    """Whoever changes a setting runs the command once more."""
-    made = flags.page()
-    assert made == flags.page()
-    assert (ROOT / flags.OUT).read_text(encoding="utf-8") == made, "run python -m scripts.flags"
+# of each table of memory two models are counted, because each takes seconds
+COUNTED = {name: memory_table.MODELS[name] for name in ("0.4B", "7.2B")}
+BLOCKS = [
+    (page, found[2], found[3]) for page, text in pages().items() for found in tables.BLOCK.finditer(text)
+]
+
+
+def test_tables_that_commands_print():
+    commands = {command for _, command, _ in BLOCKS}
+    memory = {f"scripts.memory_table{flag}" for flag in ("", " --cpu", " --scaling")}
+    assert commands == {"scripts.flags", "tests.fake_gpu --launches", *memory}
+    marks = sum(text.count("<!-- begin: ") + text.count("<!-- end: ") for text in pages().values())
+    assert marks == 2 * len(BLOCKS), "a table without its end"
+
+
+@pytest.mark.parametrize("page, command, table", BLOCKS, ids=[command for _, command, _ in BLOCKS])
+def test_a_table_is_what_its_command_prints(page, command, table, monkeypatch):
+    models = memory_table.MODELS
+    monkeypatch.setattr(memory_table, "MODELS", COUNTED)
+    made = tables.printed(command)
+    if command.startswith("scripts.memory_table"):
+        left_out = [f"RWKV-7 {name}" for name in models.keys() - COUNTED.keys()]
+        lines = table.splitlines(keepends=True)
+        assert len(lines) == 2 + len(models)
+        table = "".join(line for line in lines if line.split(" | ")[0].strip("| ") not in left_out)
+    assert table == made, f"{page}: run python -m scripts.tables"
+
+
+def test_every_spelling_of_a_flag_is_on_their_page():
     for name, field in FIELDS.items():
         for spelling in (name, *field.metadata["alias"]):
-            assert f"`--{spelling}`" in made, spelling
+            assert f"`--{spelling}`" in pages()["docs/flags.md"], spelling
 
 
 def current_pages():

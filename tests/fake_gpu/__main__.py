@@ -6,7 +6,7 @@ import sys
 
 from . import stub
 from .cases import ALL, matching
-from .table import TABLE, differences, read, write
+from .table import TABLE, differences, launches, read, write
 
 UNAVAILABLE = 77
 
@@ -23,12 +23,16 @@ def main() -> None:
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--write", action="store_true", help="write table.json anew")
+    output.add_argument("--launches", action="store_true", help="print docs/gpu.md's table of table.json")
     output.add_argument(
         "--json",
         type=pathlib.Path,
         help="write the records to this file, with the reason where there can be none",
     )
     arguments = parser.parse_args()
+    if arguments.launches:
+        print(launches(read(TABLE)["cases"]))
+        return
     names = matching(arguments.cases) if arguments.cases else ALL
     if not names:
         parser.error(f"--cases {' '.join(arguments.cases)}: fits none of {', '.join(ALL)}")

@@ -24,5 +24,21 @@ def differences(case: str, record: dict, table: dict) -> list[str]:
     )
 
 
+def launches(cases: dict) -> str:
+    """docs/gpu.md's lines: the launches and waits of a micro-batch and of a token."""
+    names = {"MiSS": "miss", "LoRA": "lora", "DoRA": "dora", "`--peft none`": "none"}
+    shown = {name: f"step {method}" for name, method in names.items()} | {"one token of a chat": "decode"}
+    lines = [
+        "| | launches, RWKV-6 | launches, RWKV-7 | waits, RWKV-6 | waits, RWKV-7 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in shown.items():
+        records = [cases[f"{case} v{version}"] for version in (6, 7)]
+        counts = [record["launches"]["total"] for record in records]
+        waits = [sum(record["waits"].values()) for record in records]
+        lines.append(f"| {' | '.join(map(str, (name, *counts, *waits)))} |")
+    return "\n".join(lines)
+
+
 def _lines(value) -> list[str]:
     return json.dumps(value, indent=1, sort_keys=True).splitlines()
