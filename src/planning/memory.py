@@ -131,8 +131,8 @@ def memory_parts(
     """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
     `targets` are the trained tokens of a micro-batch, and `prompts` its sizes where prompts are read once.
-    `documents` are the lengths of those in each of its rows. `step` is what step_bytes() says of it, where that
-    is known.
+    `documents` are the lengths of those in each of its rows. `step` is what step_bytes() says of it, where
+    that is known.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
