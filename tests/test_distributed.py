@@ -13,6 +13,7 @@ import torch
 
 import src.distributed.deepspeed_strategy
 from rwkv_miss import read_checkpoint, read_metadata
+from rwkv_miss.files import mapped
 from src.common.zero_sizes import SIZES, ZeroSizes
 from src.model import RWKV
 
@@ -89,6 +90,7 @@ def look_inside(rank):
     """Assertions within a stage-3 run: what a process holds of the base, before the first step and while the
     head runs.
     """
+    mapped.SMALL = 0  # of a base, which is mapped where it is not small
     setup, head_of = src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model, RWKV.features
 
     def checked_setup(self, model):

@@ -411,7 +411,10 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
         "best:      the base, validation loss 4.0000; at the end 5.0000."
         " The training made it worse: keep the base"
     )
-    assert "validation loss 5.0000, best 4.0000 before training" in output and "merge it:" not in output
+    assert (
+        "validation loss 5.0000 per token, best 4.0000 before training" in output
+        and "merge it:" not in output
+    )
     assert (proj_dir / "adapter.pth").exists() and not (proj_dir / "best.pth").exists()
     assert "best" not in summary(proj_dir)
     assert "better than the model before the training" in (proj_dir / "run_card.md").read_text()
