@@ -1,4 +1,4 @@
-"""What RWKV-LM's and RWKV-PEFT's scripts say of the data, in the flags of `Config`, and what differs."""
+"""Flags of RWKV-LM's and RWKV-PEFT's scripts that are about the data, in the flags of `Config`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
 
-from .flag_values import counts, integer, is_on, of_2026, stage, value
+from .flag_values import integer_of, is_on, of_2026, product, stage, value
 from .preference_flags import SWITCHES
 
 # RWKV-PEFT's masks, and what each of them trains there. With --data_type sft it reads none, and trains the
 # answers.
 LOSS_MASKS = {
-    "none": ("all", "trains every token; padding, which is trained there, is not"),
-    "": ("all", "trains every token; padding, which is trained there, is not"),
+    **dict.fromkeys(("none", ""), ("all", "trains every token; padding, which is trained there, is not")),
     "pad": ("all", "trains every token but the padding"),
     "qa": ("Assistant:", "trains what follows Assistant: until the next turn"),
 }
 
 
 def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Translate --loss_mask."""
     mask = value(kept, "loss_mask")
     if mask == "se":
         raise UserError(
@@ -38,9 +38,9 @@ def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list
 
 
 def epoch_steps(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--epoch_steps in optimizer steps: RWKV-PEFT counted forward passes, and from 2026 on documents."""
-    given = integer({"epoch_steps": value(kept, "epoch_steps")}, "epoch_steps", 0)
-    accumulate = counts(kept, "accumulate_grad_batches")
+    """Give --epoch_steps in optimizer steps. RWKV-PEFT counted forward passes, and from 2026 on documents."""
+    given = integer_of(kept, "epoch_steps", 0)
+    accumulate = product(kept, "accumulate_grad_batches")
     if given and of_2026(old, kept):
         notes.append(
             f"--epoch_steps {given} counts optimizer steps; there it kept the first {given} documents and"
@@ -57,7 +57,7 @@ def epoch_steps(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
 
 
 def rows(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """What a row held there."""
+    """Note that a row holds other text than there."""
     if any(is_on(old, loss) for loss in SWITCHES):  # of pairs or drawn answers
         return []
     if stage(old) != "0":
@@ -79,12 +79,14 @@ def rows(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]
 
 
 def held_out(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Note that documents are held out."""
     if value(kept, "eval_split") is None and value(kept, "eval_file") is None:
         notes.append("of 100 documents or more some are held out here; --eval_split 0 trains all, as there")
     return []
 
 
 def alpaca(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Note that the rows of --data_type sft have another form."""
     if old.get("data_type") == "sft" and value(kept, "template") is None:
         notes.append(
             "--data_type sft wrote rows in Alpaca's form (### Instruction:) there; here they are User: and"

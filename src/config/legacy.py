@@ -16,9 +16,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.template_record import EARLIER, HERMES
 
 from . import data_flags, method_flags, preference_flags, rate_flags
-from .flag_values import counts, integer, is_on, stage, value
+from .flag_values import integer, integer_of, is_on, product, stage, value
 
-# any value
+# ignored whatever the value is, with the reason
 DROPPED = {
     "data_type": "the format is read from the file",
     "magic_prime": "the data order needs no prime number",
@@ -192,7 +192,7 @@ def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
         size = chunk or USUAL_CHUNK_CTX
-        notes.append(f"{said} is --chunk_ctx {size}: rows run in chunks of so many tokens")
+        notes.append(f"{said} is --chunk_ctx {size}: rows run in chunks of {size} tokens")
         return ["--chunk_ctx", str(USUAL_CHUNK_CTX)] if chunk is None else []
     if chunk is None:
         return []
@@ -217,13 +217,13 @@ def _stage(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[st
 
 
 def _epoch_save(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """Both projects save after so many epochs; --save_steps counts steps."""
+    """Turn the epochs between two checkpoints, which both projects count, into --save_steps."""
     epochs = integer(old, "epoch_save", 0)
     if not epochs or value(kept, "save_steps"):
         return []
-    steps = integer({"epoch_steps": value(kept, "epoch_steps")}, "epoch_steps", 0)
+    steps = integer_of(kept, "epoch_steps", 0)
     if stage(old) != "0":
-        steps = MINI_EPOCH // counts(kept, "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
+        steps = MINI_EPOCH // product(kept, "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
     if not steps:
         notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
         return []

@@ -41,7 +41,7 @@ NAMES = {*CONFIGS, *LORA_FLAGS, *RANK_FLAGS, "emb", "state_tune", "state"}
 
 
 def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--peft, --peft_config and --train_parts, of every older spelling."""
+    """Give --peft, --peft_config and --train_parts for every older spelling."""
     named = value(kept, "peft")
     chosen = ALIASES.get(named, named)
     new: list[str] = []
@@ -67,24 +67,22 @@ def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[st
     if "emb" in old:
         beside.append("emb")
         notes.append("--emb is --train_parts emb")
-    if is_on(old, "state"):  # of RWKV-LM-RLHF, whose layer profile has an adapter beside it
+    tunes_state = "state_tune" in old or old.get("train_type") in ("state", "states")
+    of_rlhf = is_on(old, "state")  # RWKV-LM-RLHF, whose layer profile has an adapter beside it
+    # beside a method it is a part, alone it is the method
+    if tunes_state and not of_rlhf and chosen in (None, "none", "state"):
+        new += ["--peft", "state"]
+        notes.append("the state alone is trained: --peft state")
+    elif tunes_state or of_rlhf:
         beside.append("state")
         notes.append("the state is trained beside the adapter: --train_parts state")
-    elif "state_tune" in old or old.get("train_type") in ("state", "states"):
-        # beside a method it is a part, alone it is the method
-        if chosen in (None, "none", "state"):
-            new += ["--peft", "state"]
-            notes.append("the state alone is trained: --peft state")
-        else:
-            beside.append("state")
-            notes.append("the state is trained beside the adapter: --train_parts state")
     return [*new, *_train_parts(beside, kept), *_peft_config(options, kept, notes)]
 
 
 def _lora_flags(
     method: str, old: Mapping[str, str], kept: list[str], notes: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(options, parts beside them) of the flags --lora_*, one for each option."""
+    """Return (options, parts beside the adapter) from the flags --lora_*, one for each option."""
     flag = "PISSA" if method == "pissa" else "lora"
     notes.append(f"--{flag} and its flags are --peft {method} with --peft_config")
     options: dict[str, Any] = {
@@ -108,7 +106,7 @@ def _lora_flags(
 
 
 def _targets(parts: Sequence[str], model: str) -> dict[str, Any]:
-    """The option `targets` for the parts of --lora_parts; none where they are all linears."""
+    """Return the option `targets` for the parts of --lora_parts; nothing where these have all linears."""
     if set(LORA_PARTS) <= set(parts):
         return {}
     only = ONLY_IN_6 if model == "x060" else {}
@@ -119,7 +117,7 @@ def _targets(parts: Sequence[str], model: str) -> dict[str, Any]:
 def _method_configs(
     method: str | None, old: Mapping[str, str], kept: list[str], notes: list[str]
 ) -> dict[str, Any]:
-    """The options in --lora_config and its like, without the method's name before each."""
+    """Read the options in --lora_config and its like, without the method's name before each."""
     options: dict[str, Any] = {}
     for name, of in CONFIGS.items():
         if name in old and of != method:
@@ -151,7 +149,7 @@ def _method_configs(
 
 
 def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
-    """--train_parts with the parts that older flags name; RWKV-PEFT had "none" and [] for no parts."""
+    """Give --train_parts with the parts that older flags name. RWKV-PEFT had "none" and [] for no parts."""
     given = value(kept, "train_parts") or ""
     if given != "none" and not beside and not given.startswith("["):
         return []
@@ -160,7 +158,7 @@ def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
 
 
 def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
-    """A method's options in today's names, as --peft_config."""
+    """Give --peft_config with a method's options in today's names."""
     if not options:
         return []
     if value(kept, "peft_config"):

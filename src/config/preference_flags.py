@@ -23,7 +23,7 @@ SWITCHES = {
         "grpo_kl_beta": ("beta", "0.1"),
     },
 }
-# what goes with a loss beside its numbers; newer versions there divide dpo by the tokens
+# flags that a loss needs beside its numbers; newer versions there divide dpo by the tokens
 BESIDE = {"dpo": ["--loss_average", "mean"], "simpo": ["--simpo_gamma", "0"], "grpo": ["--grpo_type", "grpo"]}
 # what changes nothing else there
 IGNORED = {
@@ -97,7 +97,7 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list
 
 
 def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: list[str]) -> None:
-    """A file of tokens is an error, unless --data_file is there in its place."""
+    """Refuse a file of tokens, unless --data_file is there in its place."""
     for name, made_of in TOKENISED.items():
         if name in old and value(kept, "data_file"):
             notes.append(f"--{name} is ignored: --data_file is given")

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .flag_values import counts, integer, number, of_2026, stage, value
+from .flag_values import integer, number, of_2026, product, stage, value
 
 LR_FINAL = 1e-5  # of all of them
 WSD_WARM_UP = 100
-# flags that RWKV-PEFT has since it has cosines, and some that it had a little earlier
+# flags that RWKV-PEFT has had since it has cosines, and flags that came a little earlier
 WITH_COSINES = ("lr_schedule", "op", "optimizer")
 EARLY_2025 = ("disha_config", "rwkv_version")
 COSINES = (None, "cos", "cos_decay")
 
 
 def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--lr_schedule and --lr_final, where the rate changes at all."""
+    """Give --lr_schedule and --lr_final, where the rate changes at all."""
     first, last = number(kept, "lr_init"), number(kept, "lr_final")
     new: list[str] = []
     if math.isnan(last) and not math.isnan(first):
@@ -39,7 +39,7 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
             f" {first / 2:g} halfway"
         )
         return ["--lr_schedule", "cos", "--lr_final", "0"]
-    newest, epochs = of_2026(old, kept), counts(kept, "epoch_count")
+    newest, epochs = of_2026(old, kept), product(kept, "epoch_count")
     if newest and epochs > 1:
         notes.append(
             f"the cosine ends with the first of {epochs} epochs there, so that the rate is {last:g} halfway;"
@@ -58,7 +58,7 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
 
 
 def warm_up(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--warmup_steps where none are given; today that is an automatic choice."""
+    """Give --warmup_steps where none are given, because without them a run here chooses their number."""
     if value(kept, "warmup_steps") not in (None, "-1"):
         return []
     steps = WSD_WARM_UP if value(kept, "lr_schedule") == "wsd" else 0
