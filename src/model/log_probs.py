@@ -28,7 +28,7 @@ def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) ->
 
 
 def token_features(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
-    """What the head gets of each trained token, (n, C), as for token_log_probs(), without a gradient."""
+    """Return the features that the head gets of each trained token, (n, C), in token_log_probs()' order."""
     return _of_tokens(model, batch, chunks, width, part_features)
 
 
@@ -50,7 +50,7 @@ def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor
 
 
 def part_features(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
-    """The same for what the head gets of the trained tokens."""
+    """Return the features that the head gets of the part's trained tokens, and the state after the part."""
     return model.features(part["ids"], state, part["reset"], part["where"])
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # What is summed up over the answers of micro-batches and processes; means() makes the metrics of it.
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a reference
 METRICS = (
     "chosen",  # answers
     "rejected",
@@ -92,7 +93,7 @@ class PreferenceLoss:
     @property
     def needs_reference(self) -> bool:
         """Whether the log-probabilities of a reference model are needed."""
-        return self.kind in ("dpo", "ipo", "kto")
+        return self.kind in WITH_REFERENCE
 
     @property
     def paired(self) -> bool:

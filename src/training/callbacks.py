@@ -123,7 +123,7 @@ class StepReport(Callback):
         self._take_signals()  # again: Lightning has its own for SIGTERM
 
     def start_clock(self, module) -> None:
-        """What was done so far is no part of the next step."""
+        """Restart the step timer."""
         self.begin = Moment(module.device)
 
     @contextlib.contextmanager

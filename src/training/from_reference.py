@@ -1,4 +1,4 @@
-"""How far the model in training is from its reference on the same tokens, over the whole vocabulary."""
+"""Distance of the model in training from its reference: on the same tokens, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ Features = Callable[[RWKV], list[Tensor]]  # a model -> what its head gets of ea
 
 
 class FromReference:
-    """A reference beside the model in training: the base in `file`, or what `load` reads from there.
+    """Reference logits beside those of the model in training.
 
-    With an adapter on linears alone the base is there at any time, under disabled(). Otherwise what the head
-    gets is taken at the start, and the head is read from the file. All ranks take part, because ZeRO-3
-    gathers the model on the way.
+    The reference is the base in `file`, or the model that `load` reads from there. With an adapter on linears
+    alone the base is there at any time, under disabled(). Otherwise the features that its head gets are taken
+    at the start, and the head is read from the file. All ranks take part, because ZeRO-3 gathers the model on
+    the way.
     """
 
     def __init__(self, features: Features, file: str, load: Callable[[], RWKV] | None = None):
@@ -41,7 +42,7 @@ class FromReference:
         self.before: list[Tensor] | None = None
 
     def start(self, trainer, module) -> None:
-        """Take what is gone later. The model is as it is before step 1, also in a run that goes on."""
+        """Take the features that are gone later. The model is that before step 1, also in a resumed run."""
         if self.load is None and only_linears_change(module.model):
             return
         with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
@@ -49,7 +50,7 @@ class FromReference:
             self.before = self.features(model)
 
     def measure(self, trainer, module, kl: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """kl(logits of the reference, those of the model) at each token of each text, (T,)."""
+        """Return kl(logits of the reference, logits of the model) at each token of each text, (T,)."""
         with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
             before = self.before
             if before is None:
@@ -58,13 +59,13 @@ class FromReference:
             base_head, after = self._head(module), self.features(module.model)
             found = []
             for pair in zip(before, after, strict=True):
-                # the logits of all tokens would be the most memory that many a run needs
+                # a few tokens at a time, because in many runs the logits of all would need the most memory
                 blocks = zip(*(x.split(TOKENS_AT_ONCE) for x in pair), strict=True)
                 found.append(torch.cat([kl(base_head(x), module.model.head(y)) for x, y in blocks]))
         return found
 
     def _head(self, module) -> Callable[[Tensor], Tensor]:
-        """(T, C) -> the reference's logits (T, V)."""
+        """Return a function from features (T, C) to the reference's logits (T, V)."""
         if self.before is None:
             return lambda x: _of_base(module.model, x)
         weight = read_tensors(self.file)["head.weight"].to(module.device, module.model.dtype)
@@ -72,13 +73,13 @@ class FromReference:
 
 
 def _of_base(model: RWKV, x: Tensor) -> Tensor:
-    """The base's logits. The head is called as a module, so that ZeRO-3 gathers it."""
+    """Return the base's logits. The head is called as a module, so that ZeRO-3 gathers it."""
     with rwkv_miss.disabled(model):
         return model.head(x)
 
 
 class ReferenceKl:
-    """Measures KL(model || reference) on the answers to a few held-out prompts, in nats per token."""
+    """KL(model || reference) on the answers to a few held-out prompts, in nats per token."""
 
     def __init__(self, module):
         config = module.config
@@ -88,7 +89,7 @@ class ReferenceKl:
         self.reference = FromReference(self._features, config.reference or config.load_model, load)
 
     def measure(self, trainer) -> float:
-        """The mean over the answers' tokens."""
+        """Return the mean over the answers' tokens."""
         found = self.reference.measure(trainer, self.module, lambda base, own: divergence(own, base))
         return float(torch.cat(found).double().mean().clamp(min=0))
 
@@ -100,7 +101,7 @@ class ReferenceKl:
 
 
 def a_few(units: Preferences) -> Preferences:
-    """UNITS of these at equal distances, as many of them as have TOKENS in all; at least one."""
+    """Take UNITS of these at equal distances, or the first of them that have TOKENS in all; at least one."""
     places = np.unique(np.linspace(0, len(units) - 1, UNITS).astype(int))
     fitting = np.cumsum(units.lengths[places]) <= TOKENS
     return units.take(places[: max(1, np.count_nonzero(fitting))])

@@ -117,12 +117,12 @@ class LossMetrics:
         return "not known" if line[self.score] is None else f"{line[self.score]:.4f}"
 
     def score_of(self, loss: float | None) -> float | None:
-        """The score of an evaluation of this loss, which is None where it is not finite."""
+        """Return the score of an evaluation of this loss, which is None where it is not finite."""
         return loss if self.by_loss or loss is None else -loss
 
     @property
     def in_summary(self) -> str:
-        """What run.json calls the score of evaluations: validation_first, or validation_reward_first."""
+        """Name the score of evaluations in run.json, as in validation_first or validation_reward_first."""
         return "validation" if self.by_loss else f"validation_{self.score}"
 
     def mean(self, lines: Iterable[dict]) -> dict[str, float]:

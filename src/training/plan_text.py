@@ -132,7 +132,7 @@ def frozen_bytes(model: RWKV) -> int:
 
 
 def trained(config: Config, model: RWKV) -> str:
-    """How much of the model is trained, and by what. The share is of the base, as adapters are compared."""
+    """Say how much of the model is trained, and by which method. The share is of the base's parameters."""
     if config.peft == "none":
         return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
@@ -269,9 +269,9 @@ def asks_otherwise(template: Template) -> str:
 
 
 def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str:
-    """The line of the plan about its optimizer steps.
+    """Return the line of the plan about its optimizer steps.
 
-    A number of steps that was given is more passes where several of the documents share a row.
+    A given number of steps is more passes where documents share rows.
     """
     passes = total / schedule.steps_per_pass
     length = ""

@@ -149,7 +149,7 @@ class Rollouts:
         return StepSize(int(totals.read), int(totals.trained), totals.groups + totals.failed)
 
     def draws_after(self, step: int) -> bool:
-        """Whether so many steps end with a draw, so that the next one begins with another."""
+        """Tell whether the step after this one begins with a draw."""
         return step % self.schedule.repeats == 0
 
     def abandon(self) -> None:
@@ -237,7 +237,7 @@ class Rollouts:
         )
 
     def _share_of(self, units: list[AnswerGroup]) -> list[AnswerGroup]:
-        """The groups that this process trains on: its share of all, by length, so that the shares are alike.
+        """Return the groups that this process trains on: an equal share of all, alike in length.
 
         Without it a process whose groups are all alive would keep those waiting whose groups are not.
         """

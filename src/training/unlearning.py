@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..config import Config
+from ..model.preference_loss import WITH_REFERENCE
 from .loss_metrics import ACCURACIES, percent
 
 WINDOW = 10  # steps that are looked at together
-LEAST_FALL = 1.0  # nats by which log p of a chosen answer has to fall
-STANDARD_ERRORS = 3.0  # and by more than so many standard errors of that
-LEAST_RISE = 0.05  # by so much at least the accuracy has to be above a half
-WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a reference
+LEAST_FALL = 1.0  # nats by which log p of a chosen answer must fall
+STANDARD_ERRORS = 3.0  # the fall must be larger than this many standard errors
+LEAST_RISE = 0.05  # the accuracy must be above a half by this much
 
 
 def unlearning_warning(config: Config, metrics: Sequence[dict]) -> str | None:
@@ -44,7 +44,7 @@ def accuracy(line: dict) -> float | None:
 
 
 def is_own_start(config: Config) -> bool:
-    """Whether the reference of a run is the model that it starts from."""
+    """Tell whether the reference of a run is the model that it starts from."""
     return config.loss in WITH_REFERENCE and not config.reference
 
 

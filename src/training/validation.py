@@ -56,7 +56,7 @@ class Watch(Callback):
         self.kl: ReferenceKl | None = None  # where a preference has a reference
 
     def on_fit_start(self, trainer, module) -> None:
-        """Look at the reference, before a checkpoint is in the model."""
+        """Take the reference's features, before a checkpoint is in the model."""
         if module.preference and module.preference.needs_reference:
             self.kl = ReferenceKl(module)
             self.kl.reference.start(trainer, module)

@@ -20,7 +20,7 @@ class Evaluated(NamedTuple):
 
 
 def best(history: list[dict]) -> dict | None:
-    """The evaluation with the lowest loss, of equal ones the first. The one before the training counts.
+    """Return the evaluation with the lowest loss, the first of equal ones. The one before training counts.
 
     None where no loss is finite.
     """
@@ -29,13 +29,13 @@ def best(history: list[dict]) -> dict | None:
 
 
 def best_trained(history: list[dict]) -> dict | None:
-    """The evaluation of the state in best.pth; None where no state is better than before the training."""
+    """Return the evaluation of the state in best.pth; None where no state beats that before the training."""
     top = best(history)
     return top if top and top["step"] else None
 
 
 def base_wins(history: list[dict]) -> bool:
-    """Whether the model before the training is better than all that is left: no best.pth, a worse last state.
+    """Tell whether the training made the model worse: there is no best.pth, and the last state is worse.
 
     A reward that is not known says nothing of a state.
     """
@@ -48,7 +48,7 @@ def base_wins(history: list[dict]) -> bool:
 
 
 def is_worse(before: dict, after: dict) -> bool:
-    """Whether the held-out loss rose, or is not finite."""
+    """Tell whether the held-out loss rose, or is not finite."""
     if after["loss"] is None:
         return True
     return before["loss"] is not None and after["loss"] > before["loss"]

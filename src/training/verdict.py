@@ -14,7 +14,7 @@ from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlea
 from .validation_log import all_right, answers_as_before, evaluation_at, is_worse
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
-CLEARLY = 0.1  # by which share a loss is above others, whatever rows it is from
+CLEARLY = 0.1  # a loss above others by this share has risen, whatever rows it is from
 
 
 class Doubt(NamedTuple):
@@ -85,7 +85,7 @@ def of_evaluations(before: dict, after: dict, documents: str) -> list[str]:
 
 
 def of_unhelpful(metrics: list[dict], too_fast: bool) -> list[str]:
-    """What the losses of the steps say where held-out documents did not profit."""
+    """Say how the training loss moved, where the held-out loss did not fall."""
     begin, (first, last) = metrics[0]["loss"], first_and_last(metrics)
     if too_fast:
         return [f"the training loss rose, too: from {begin:.4f} in the first step to {last:.4f} in the last"]
@@ -96,8 +96,10 @@ def of_unhelpful(metrics: list[dict], too_fast: bool) -> list[str]:
 
 
 def has_risen(metrics: list[dict], before: dict) -> bool:
-    """Whether the training loss is at the end clearly above what the base has: in the first step, before a
-    weight moved, and on held-out documents. One of them alone may be easier than the training's rows.
+    """Tell whether the training loss ends clearly above both losses of the base.
+
+    These are the loss of the first step, before a weight moved, and that on held-out documents. One of them
+    alone may be of easier rows.
     """
     return first_and_last(metrics)[1] > (1 + CLEARLY) * max(metrics[0]["loss"], before["loss"] or 0.0)
 
