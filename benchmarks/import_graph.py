@@ -30,7 +30,7 @@ def is_file(name: str) -> bool:
 
 
 def module_files(name: str, program: bool = False) -> list[str]:
-    """What an import of a module runs, packages first. `program`: its __main__.py, too."""
+    """List the files that an import of a module runs, packages first. `program`: its __main__.py, too."""
     parts = name.split(".")
     if parts[0] not in (*ROOMS, "train"):
         return []
@@ -40,7 +40,7 @@ def module_files(name: str, program: bool = False) -> list[str]:
 
 
 def named_files(text: str, file: str) -> list[str]:
-    """What a text in a Python file names: sources of kernels, pages, a file, or a module."""
+    """List the files that a text in a Python file names: sources of kernels, pages, a file, or a module."""
     starts_others = file.startswith(("tests/", "benchmarks/"))
     if re.fullmatch(r"\*\w*\.(cu|cpp)", text):
         # src/ops/build.py compiles *.cu for a GPU alone
@@ -55,7 +55,7 @@ def named_files(text: str, file: str) -> list[str]:
 
 
 def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
-    """(the name that it gets, files) of every import, and of every "-m", "NAME"."""
+    """Yield (the name that it gets, files) of every import, and of every "-m", "NAME"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -73,7 +73,7 @@ def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def words(tree: ast.AST) -> set[str]:
-    """Names, arguments and texts of a tree."""
+    """Collect names, arguments and texts of a tree."""
     kinds = {ast.Name: "id", ast.arg: "arg", ast.alias: "name", ast.Constant: "value"}
     found = {getattr(node, kinds[type(node)]) for node in ast.walk(tree) if type(node) in kinds}
     return {word for word in found if isinstance(word, str)}
@@ -81,7 +81,7 @@ def words(tree: ast.AST) -> set[str]:
 
 @functools.cache
 def fixtures() -> dict[str, list[list[str]]]:
-    """Name -> what it reaches, of each definition in tests/conftest.py."""
+    """Map each definition in tests/conftest.py to the groups of files that it reaches."""
     tree = ast.parse((ROOT / CONFTEST).read_text("utf-8"))
     names, found = dict(imported(tree, CONFTEST)), {}
     parts = {one.name: one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef)}
@@ -94,7 +94,7 @@ def fixtures() -> dict[str, list[list[str]]]:
 
 
 def groups(file: str) -> list[list[str]]:
-    """What a file reaches; of each group the last one is meant, those before it run on the way."""
+    """List what a file reaches, in groups. The last file of a group is meant; the others run on the way."""
     file, _, fixture = file.partition("::")
     if fixture:
         return fixtures()[fixture]
@@ -114,7 +114,7 @@ def groups(file: str) -> list[list[str]]:
 
 @functools.cache
 def neighbours(file: str) -> dict[str, int]:
-    """File -> hops."""
+    """Map each file that a file reaches at once to its distance in hops."""
     reached = groups(file)
     found = {one: PASSING for files in reached for one in files[:-1]}
     found |= {files[-1]: 1 for files in reached if files}
@@ -123,7 +123,7 @@ def neighbours(file: str) -> dict[str, int]:
 
 @functools.cache
 def all_hops() -> dict[str, dict[str, int]]:
-    """Test file -> how many hops it is from each file that it reaches."""
+    """Map each test file to the files that it reaches, with their distances in hops."""
     result = {}
     for test in {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} - SEE_ALL:
         found, waiting = {}, [(0, test)]
@@ -139,7 +139,7 @@ def all_hops() -> dict[str, dict[str, int]]:
 
 @functools.cache
 def cost(test: str) -> int:
-    """What a test file may cost, in no unit: most are those that tests/conftest.py calls the longest."""
+    """Guess the cost of a test file, without a unit. tests/conftest.py names the longest ones."""
     longest = re.search(
         r'^LONGEST = """(.*?)"""', (ROOT / CONFTEST).read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
@@ -149,7 +149,7 @@ def cost(test: str) -> int:
 
 
 def reaching_tests(file: str) -> list[str]:
-    """The test files that reach a file: the nearest first, then those that name it, then the cheapest."""
+    """List the test files that reach a file: the nearest first, then those naming it, then the cheapest."""
     name = pathlib.Path(file).stem
     near = [
         (found[file], name not in (ROOT / test).read_text("utf-8"), cost(test), test)

@@ -51,7 +51,7 @@ class Fault(NamedTuple):
 
 
 def read_faults(path: pathlib.Path = FAULTS) -> list[Fault]:
-    """The faults of a file: each has a line of name, kind and file, then `-old` and `+new` lines."""
+    """Read the faults of a list: each has a line of name, kind and file, then `-old` and `+new` lines."""
     faults = []
     for part in path.read_text("utf-8").strip().split("\n\n"):
         head, *lines = part.split("\n")
@@ -61,7 +61,7 @@ def read_faults(path: pathlib.Path = FAULTS) -> list[Fault]:
 
 
 def planted(fault: Fault, root: pathlib.Path = ROOT) -> str:
-    """The file's text with the fault. ValueError where `old` does not stand in it exactly once."""
+    """Return the file's text with the fault. ValueError where `old` does not stand in it exactly once."""
     text = (root / fault.file).read_text("utf-8")
     if (times := text.count(fault.old)) != 1:
         raise ValueError(
@@ -72,15 +72,14 @@ def planted(fault: Fault, root: pathlib.Path = ROOT) -> str:
 
 
 class Copy:
-    """The working tree in a folder of its own, in which faults are planted."""
+    """Copy of the working tree, in which faults are planted."""
 
     def __init__(self, folder: pathlib.Path, arguments: list[str], root: pathlib.Path):
         self.folder, self.tree, self.arguments = folder, folder / "tree", arguments
         self.fault: Fault | None = None
         listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")[
-            :-1
-        ]:
+        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
+        for name in filter(None, names):
             if os.path.lexists(root / name):
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, self.tree / name, follow_symlinks=False)
@@ -102,7 +101,7 @@ class Copy:
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # bytecode goes by the time
 
     def red_test(self, tests: list[str], deadline: float) -> str:
-        """The first red test of these files or ids; "" for none. TimeoutError after the deadline."""
+        """Return the first red test of these files or ids; "" for none. TimeoutError after the deadline."""
         environment = dict(os.environ)
         if self.fault and self.fault.file.startswith("cuda/"):
             environment["RWKV_KERNEL_CACHE"] = str(self.folder / "kernels")  # apart from the user's
@@ -133,7 +132,7 @@ class Copy:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End what a test run has left, and take its CPU seconds into account."""
+    """End the processes that a test run has left, so that their CPU seconds are counted."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -152,7 +151,7 @@ def prepare(folder: pathlib.Path, arguments: list[str], root: pathlib.Path = ROO
 
 
 def try_fault(fault: Fault, tests: list[str], limit: float) -> dict[str, object]:
-    """What the tests make of a fault."""
+    """Plant a fault and run these tests until one finds it; return a record of that."""
     deadline, before = time.monotonic() + limit, resource.getrusage(resource.RUSAGE_CHILDREN)
     tried, red_anyway, found, outcome = [], [], None, "not found"
     try:
@@ -188,7 +187,7 @@ def try_fault(fault: Fault, tests: list[str], limit: float) -> dict[str, object]
 
 
 def check(faults: list[Fault]) -> int:
-    """Print how many test files reach each fault; how many faults have lost their place."""
+    """Print how many test files reach each fault; return how many faults have lost their place."""
     lost = 0
     for fault in faults:
         try:
@@ -202,7 +201,7 @@ def check(faults: list[Fault]) -> int:
 
 
 def run(faults: list[Fault], chosen: list[str], args) -> list[dict[str, object]]:
-    """The results of all faults, written to --out after each of them."""
+    """Try all faults, and write the results to --out after each of them."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -89,7 +89,7 @@ def preset_table() -> list[str]:
 
 
 def page() -> str:
-    """The tables of docs/flags.md, with their headings."""
+    """Return the tables of docs/flags.md, with their headings."""
     names = list(FIELDS)
     begins = [names.index(first) for _, _, first in GROUPS]
     lines = []

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def printed(command: str) -> str:
-    """What `python -m COMMAND` prints."""
+    """Return what `python -m COMMAND` prints."""
     name, *flags = command.split()
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):

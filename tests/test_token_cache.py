@@ -26,7 +26,7 @@ from src.data.dataset import FileDocuments, load_documents
 from src.data.encode import Encoder, Tokens
 from src.data.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
 from src.data.formats.text import Position
-from src.data.parallel import Tokeniser, in_parallel
+from src.data.parallel import TokenConverter, in_parallel
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 
@@ -285,7 +285,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
-    convert = Tokeniser(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
+    convert = TokenConverter(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
     rows = [(f"row {i}", json.dumps(row)) for i, row in enumerate(make_rows(90))]
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
     parts = in_parallel(convert, [*chunks, [("row 90", '{"text": "\\ud800"}')]], 2)
@@ -306,7 +306,7 @@ def test_a_fresh_process_can_be_sent_the_work(path, encoder):
     """As where there is no fork."""
     [source] = sources(path)
     rows = list(itertools.islice(source.read((0,), Position()), 9))
-    convert = Tokeniser(source, BY_NAME, encoder)
+    convert = TokenConverter(source, BY_NAME, encoder)
     assert equal(pickle.loads(pickle.dumps(convert))(rows).made, convert(rows).made)
 
 

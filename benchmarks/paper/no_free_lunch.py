@@ -259,12 +259,13 @@ def other_readings(settings: Settings) -> Table:
 def claims(
     fixed: dict[str, Spread], own: dict[str, Spread], seeds: int, unadapted: float, paper_lr: float
 ) -> list[Claim]:
-    """The paper's statements beside the losses of the systems: `fixed` at the paper's rate, `own` each at its
-    best one.
+    """Compare the paper's statements with the losses of the systems.
+
+    `fixed` has the losses at the paper's rate, and `own` those at the best rate of each system.
     """
 
     def ranked(losses: dict[str, Spread]) -> list[str]:
-        """The methods, their variants left out, the lowest loss first."""
+        """List the methods, their variants left out, the lowest loss first."""
         methods = [label for label in losses if label != "full" and "," not in label]
         return sorted(methods, key=lambda label: losses[label].mean)
 
@@ -275,13 +276,13 @@ def claims(
         return f"MiSS is number {len(ahead) + 1} of {len(methods)} methods{after}"
 
     def full_beside(losses: dict[str, Spread]) -> tuple[str, bool | None]:
-        """Full fine-tuning's loss beside the lowest of the others, and whether it is below that."""
+        """Set full fine-tuning's loss beside the lowest of the others, and tell whether it is below."""
         best = min((label for label in losses if label != "full"), key=lambda label: losses[label].mean)
         verdict = losses["full"].below(losses[best], seeds)
         return f"{losses['full']}, {WORDS[verdict]} {best} ({losses[best]})", verdict
 
     def lora_beside(losses: dict[str, Spread], when: str, lora: str = "lora") -> str:
-        """LoRA's loss in parts of MiSS's, and whether it is below that."""
+        """Set LoRA's loss in parts of MiSS's, and tell whether it is below."""
         verdict = WORDS[losses[lora].below(losses["miss"], seeds)]
         return f"{losses[lora].mean / losses['miss'].mean:.2f} {when} ({verdict} it)"
 

@@ -272,7 +272,7 @@ class Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
     def below(self, other: Spread, seeds: int) -> bool | None:
-        """Whether the mean is lower than another one; None where they are level, or neither is finite.
+        """Tell whether the mean is lower than another one; None where they are level, or neither is finite.
 
         Means within two standard errors of each other are level. With one seed the lower one counts.
         """
@@ -293,5 +293,5 @@ WORDS = {True: "below", False: "above", None: "level with"}  # of below()
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
-    """Whether a's held-out losses are lower than b's; None where they are level, as Spread.below() says."""
+    """Tell whether a's held-out losses are lower than b's; None where they are level, see Spread.below()."""
     return Spread.of(a, "held_out").below(Spread.of(b, "held_out"), len(a))

@@ -1,4 +1,4 @@
-"""Files that tensors are mapped from: small ones are copied, large ones are watched while they are in use.
+"""Files with mapped tensors: small ones are copied, large ones are watched while they are in use.
 
 A file that is replaced by a rename, as this package writes, stays what it was for everybody who has it
 mapped. A file that is written into, as by cp, changes the tensors. Where it gets shorter, a read behind its
@@ -21,7 +21,7 @@ from torch import Tensor, UntypedStorage
 
 from ..errors import UserError, printable
 
-SMALL = 1 << 26  # bytes of a file that is copied
+SMALL = 1 << 26  # bytes up to which a file is copied
 
 
 class ChangedFile(UserError):
@@ -29,7 +29,7 @@ class ChangedFile(UserError):
 
 
 class _Mapped(NamedTuple):
-    """A file that was mapped, through a descriptor, which stays with its content when the name moves on."""
+    """A mapped file. The descriptor stays with its content when another file gets its name."""
 
     path: str
     descriptor: int
@@ -76,7 +76,7 @@ def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _is_mapped(storage: UntypedStorage) -> bool:
-    # torch says so of all memory that it did not allocate
+    # storages whose memory torch did not allocate cannot be resized
     return storage.nbytes() > 0 and not storage.resizable()
 
 
@@ -95,7 +95,7 @@ def change_of_mapped() -> str:
 
 
 def check_mapped() -> None:
-    """Raise ChangedFile where change_of_mapped() has something to say."""
+    """Raise ChangedFile for a file that was written into while its tensors are in use."""
     if change := change_of_mapped():
         raise ChangedFile(change)
 
@@ -116,7 +116,7 @@ def _forget_unused() -> None:
 
 @contextlib.contextmanager
 def naming_changed_files() -> Iterator[None]:
-    """Say which mapped file got shorter where that ends a program, by SIGBUS: a context around it."""
+    """Context in which SIGBUS, by which a shorter file ends a program, names the file."""
     number = getattr(signal, "SIGBUS", None)  # Windows has none, and lets nobody shorten a mapped file
     if number is None:
         yield

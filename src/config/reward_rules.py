@@ -16,9 +16,9 @@ OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
 
 
 def check_rewards(config: Config) -> None:
-    """All rules of --loss grpo. A resumed run is asked again when it has the rewards of the run so far.
+    """Check all rules of --loss grpo but one, where a resumed run does not name its --reward_file.
 
-    Until then nothing tells which file its own functions are in, so the run asks check_own_functions() later.
+    Such a run calls check_own_functions() once it has the settings of the run so far, which name the file.
     """
     if not config.on_rewards:
         return

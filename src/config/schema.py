@@ -278,7 +278,7 @@ class Config(LossSettings):
     spike_sigmas: float = opt(
         0.0,
         "also go back when a loss is this many robust standard deviations above the median of the"
-        " last 50. 0: never, and always so with --loss grpo",
+        " last 50. 0: never. --loss grpo takes only 0",
         low=0,
     )
     verbose: bool = opt(

@@ -24,17 +24,17 @@ from .encode_answers import labels_of
 from .formats import BINIDX, LeftOut, Reading, Report, Source, place_of, read_record
 from .formats.report import Kind
 
-LARGE = 8 << 20  # from so many bytes on several processes read
+LARGE = 8 << 20  # bytes from which on several processes read
 PROCESSES = 16  # at most, because one process reads for all of them
 RECORDS_AT_ONCE = 256  # records that a process gets at a time
-CHARACTERS_AT_ONCE = 1 << 20  # a process gets no more records at a time after so many characters
+CHARACTERS_AT_ONCE = 1 << 20  # characters after which a process gets no more records at a time
 
 
 @dataclasses.dataclass
 class Part:
-    """What a chunk of records became."""
+    """Results from a chunk of records."""
 
-    made: Any  # of the records that are neither bad nor left out
+    made: Any  # by Converter.together(), of the records that are neither bad nor left out
     kinds: collections.Counter[Kind]  # how many records of each kind
     bad: list[tuple[str, UserError]]  # where a bad record stands, and why it is bad
     left_out: list[tuple[str, LeftOut]]  # where a record stands that teaches nothing, and why it does not
@@ -43,7 +43,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Converter:
-    """Records (where, what source.read() gives) of a chunk -> what a kind of training makes of them."""
+    """Work on a chunk of records (where, what source.read() gives); a subclass says what becomes of one."""
 
     source: Source
     reading: Reading
@@ -70,16 +70,16 @@ class Converter:
         return Part(self.together(made), kinds, bad, left_out, place_of(records[0][0])[0])
 
     def made_of(self, record: dict[str, Any], where: str) -> Any:
-        """What a record becomes. UserError, or LeftOut, for one that can't be used."""
+        """Convert a record. UserError, or LeftOut, for one that can't be used."""
         raise NotImplementedError
 
     def together(self, made: list) -> Any:
-        """What the records of a chunk become together."""
+        """Join what became of a chunk's records."""
         return made
 
 
-class Tokeniser(Converter):
-    """Records -> Tokens."""
+class TokenConverter(Converter):
+    """Conversion of records to Tokens."""
 
     def made_of(self, record: dict[str, Any], where: str) -> tuple[list, bool, list[int], int]:
         documents = self.encoder.encode(record)
@@ -102,9 +102,9 @@ class Tokeniser(Converter):
 
 
 def parts_of(convert: Converter, report: Report, doing: str) -> Iterator[Part]:
-    """What the records of a source become, a chunk at a time; large data in several processes.
+    """Convert the records of a source, a chunk at a time; large data in several processes.
 
-    What was found goes to the report, and so does a record that cannot be used. Raises UserError for a source
+    The report gets what was found, and each record that cannot be used. Raises UserError for a source
     without records.
     """
     source = convert.source
@@ -128,7 +128,7 @@ def parts_of(convert: Converter, report: Report, doing: str) -> Iterator[Part]:
 
 
 def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    """The records in lists, which end at RECORDS_AT_ONCE records or CHARACTERS_AT_ONCE characters."""
+    """Yield the records in lists, which end at RECORDS_AT_ONCE records or CHARACTERS_AT_ONCE characters."""
     chunk, length = [], 0
     for where, record in records:
         chunk.append((where, record))

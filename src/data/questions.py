@@ -199,8 +199,8 @@ class Asked(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking(Converter):
-    """Records -> (what is asked, the row where it `keeps_rows`, else nothing)."""
+class QuestionConverter(Converter):
+    """Conversion of records to (Asked, row). The row is empty without `keeps_rows`."""
 
     needs_right: bool
     keeps_rows: bool
@@ -238,7 +238,9 @@ class QuestionReader:
         """
         found: list[Asked] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
-            convert = Asking(source, self.reading, self.encoder, self.needs_right, bool(look))
+            convert = QuestionConverter(
+                source, self.reading, self.encoder, self.needs_right, keeps_rows=bool(look)
+            )
             of_source = []
             for part in parts_of(convert, self.report, "reading"):
                 for asked, row in part.made:

@@ -30,7 +30,7 @@ from ..config.launcher import is_first_process
 from ..ops.build import announce, locked
 from .encode import Encoder, Tokens
 from .formats import BY_NAME, Found, Reading, Report, Source
-from .parallel import Tokeniser, parts_of
+from .parallel import TokenConverter, parts_of
 
 SMALL = 1 << 20  # fewer bytes of data get no cache entry: tokenising them is quick
 UNUSED_DAYS = 30
@@ -137,7 +137,7 @@ def _version(package: str) -> str:
 def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
     """The tokens of a source's records, a chunk of records at a time."""
     documents = 0
-    for part in parts_of(Tokeniser(source, reading, encoder), report, "tokenising"):
+    for part in parts_of(TokenConverter(source, reading, encoder), report, "tokenising"):
         documents += len(part.made.ends)
         yield part.made
     if not documents:

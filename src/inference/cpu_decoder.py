@@ -59,7 +59,7 @@ class Change(ctypes.Structure):
 
 
 class Table(NamedTuple):
-    """What adapters add to the matrices: the native code has it by number."""
+    """Additions of adapters to the matrices, which the native code has by number."""
 
     number: int  # -1: they add nothing
     kept: list[Tensor]  # that the native code points to
@@ -222,7 +222,7 @@ class Decoder:
         return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, kind)
 
     def _table(self, names: tuple[str, ...]) -> int:
-        """The number of the native table of what adapters add to the matrices; -1 where they add nothing.
+        """Return the number of the native table for these adapters; -1 where they change no matrix.
 
         The factors of several adapters are copies. So of their tables only those stay that were used last, as
         many as there are rows.

@@ -55,7 +55,7 @@ DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 # AdamW's temporaries beside ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
 # form on a CPU, which makes two
 TEMPORARIES = {"cpu": 2, "gpu": 1}
-SUB_GROUP = 10**9  # of its share a process of stage 3 updates so many numbers at once, DeepSpeed's default
+SUB_GROUP = 10**9  # numbers of its share that a process of stage 3 updates at once, DeepSpeed's default
 LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
 
@@ -68,7 +68,7 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
 
 
 def fullest_rows(documents: Units, schedule: Schedule, config: Config) -> list[list[int]]:
-    """The lengths of the documents in the micro_bsz rows that have most of them."""
+    """Return the lengths of the documents in the micro_bsz rows that have most of them."""
     rows = heapq.nlargest(config.micro_bsz, schedule.rows, key=len)
     return [(documents.lengths[row] - 1).tolist() for row in rows]
 
@@ -189,7 +189,7 @@ def memory_parts(
 
 
 def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
-    """Bytes of gradients, their copies and AdamW's temporaries in a step of DeepSpeed's optimizer.
+    """Count the bytes of gradients, their copies and AdamW's temporaries in a step of DeepSpeed's optimizer.
 
     A process makes one flat tensor of the gradients of its share, while it still has them. Stage 1 has the
     share beside all gradients at the end of the backward.

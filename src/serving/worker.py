@@ -94,9 +94,9 @@ class Worker:
         self.inbox.put(work)
 
     async def call(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
-        """What work() returns or raises, between two steps.
+        """Run work() between two steps, and return or raise what it does.
 
-        Where the caller is cancelled meanwhile, work() is left out, or undo() comes after it.
+        If the caller is cancelled before that, work() is left out. If later, undo() runs after it.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -120,7 +120,7 @@ class Worker:
             raise
 
     async def submit(self, requests: Sequence[Request]) -> Job:
-        """UserError where the engine refuses one of them; then none of them runs."""
+        """Start a job. UserError where the engine refuses one of its requests; then none of them runs."""
         job = Job(self, requests)
         await self.call(lambda: self._submit(job), lambda: self.forget(job, "cancelled"))
         return job
