@@ -137,6 +137,14 @@ def test_without_held_out_documents_only_the_training_loss_is_known():
         "rose by 50.00 %, from 2.0000 in the first step to 3.0000"
         in doubted([], metrics=steps(2, 3)).known[0]
     )
+    # the first tenth has the explosion in it, so that the losses seem to fall
+    worse = doubted([], metrics=steps(0.29, 5.1, 6.3, *[2.8] * 20))
+    assert worse.known == [
+        "the run has made the model worse: the training loss rose from 0.2900 in the first step to 2.8000 in"
+        " the last"
+    ]
+    assert worse.advice.startswith("a lower --lr_init than 0.0001; --eval_split 0.1")
+    assert doubted([], metrics=steps(3.0)).known == ["one step is too few to tell whether the run has learnt"]
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,7 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
     if config.on_rewards:
         return "a trial of a few steps has too few rewards to tell one rate from another"
     if search_size(steps) is None:
-        return f"{counted(steps, 'step')} are too few to try rates in"
+        return f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} too few to try rates in"
     deepspeed = config.strategy.startswith("deepspeed")
     if config.strategy.startswith("deepspeed_stage_3"):
         return f"under --strategy {config.strategy} no process has the whole model"

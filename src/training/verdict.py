@@ -15,6 +15,7 @@ from .validation_log import all_right, answers_as_before, evaluation_at, is_wors
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
 CLEARLY = 0.1  # a loss above others by this share has risen, whatever rows it is from
+FAR = 0.5  # by which share it is above that of the first step alone, which is of a few rows
 
 
 class Doubt(NamedTuple):
@@ -44,7 +45,8 @@ def doubt(
             known += of_unhelpful(metrics, too_fast)
         lost = held_out_unlearning(before, after)
     else:
-        known = of_training(metrics)
+        too_fast = first_and_last(metrics)[1] > (1 + FAR) * metrics[0]["loss"]
+        known = of_training(metrics, too_fast)
         lost = unlearning_warning(config, metrics)
     if not (known or lost):
         return None
@@ -120,12 +122,20 @@ def of_accuracy(line: dict, documents: str) -> list[str]:
     return [f"the chosen answer wins in {percent(share)} of {count}{may_be}"]
 
 
-def of_training(metrics: list[dict]) -> list[str]:
-    """What the losses of the steps say against a run of which nothing was held out.
+def of_training(metrics: list[dict], too_fast: bool) -> list[str]:
+    """Say what the losses of the steps tell against a run of which nothing was held out.
 
-    Their rows differ, so it is less than held-out documents would say.
+    Their rows differ, so it is less than held-out documents would say. `too_fast`: the loss ends far above
+    that of the first step, before a weight moved.
     """
-    first, last = first_and_last(metrics)
+    begin, (first, last) = metrics[0]["loss"], first_and_last(metrics)
+    if too_fast:
+        return [
+            f"the run has made the model worse: the training loss rose from {begin:.4f} in the first step to"
+            f" {last:.4f} in the last"
+        ]
+    if len(metrics) == 1:
+        return ["one step is too few to tell whether the run has learnt"]
     fell = _fall(first, last)
     if fell >= LITTLE:
         return []
