@@ -591,3 +591,17 @@ def test_columns_of_data_sets():
     values = read("--sft_field", "query", "response", "--sft_split", "test")
     assert values == read("--sft_field=query,response", "--sft_split=test")
     assert (values.sft_field, values.sft_split, read().sft_split) == ("query,response", "test", "train")
+
+
+@pytest.mark.parametrize(
+    "flags, trainer",
+    [
+        ("--my_testing x070 --train_stage 3", "RWKV-LM"),
+        ("--my_testing x070 --dataload pad", "RWKV-PEFT or RWKV-LM"),
+        ("--my_testing x070 --layer_profile a.csv", "RWKV-LM-RLHF"),
+    ],
+)
+def test_notes_name_the_trainer_that_they_call_there(flags, trainer):
+    notes = translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()])[1]
+    assert notes[0] == f'"there" is {trainer}, for which this command was written'
+    assert not any(note.startswith('"there"') for note in translate(["--load_model", "base.pth"])[1])

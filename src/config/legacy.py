@@ -139,7 +139,16 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     implied = IMPLIED if is_script and stage(old) != "1" else ()
     for translated in (*implied, *TRANSLATIONS, *([_full_training] if is_script else [])):
         kept = kept + translated(old, kept, notes)
+    if any(re.search(r"\bthere\b(?! (is|are)\b)", note) for note in notes):
+        notes.insert(0, f'"there" is {trainer_of(old)}, for which this command was written')
     return kept, notes
+
+
+def trainer_of(old: Mapping[str, str]) -> str:
+    """Name the trainer whose flags these are."""
+    if old.keys() & OF_RLHF:
+        return "RWKV-LM-RLHF"
+    return "RWKV-LM" if stage(old) != "0" else "RWKV-PEFT or RWKV-LM"
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
