@@ -128,9 +128,11 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
             notes.append(f"note:      {note}")
     plan = []
     if is_first_process():
-        short = [*notes, *plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))]
+        resumed = plan_text.resume(job, before, resume_from, over)
+        short = [*notes, *plan_text.plan(job, cost, [] if over else resumed)]
         plan = [*short, *plan_text.details(job)]
-        print("\n".join(plan if config.verbose else short), flush=True)
+        last = resumed if over else []  # that there is nothing to do is said at the end, where it is seen
+        print("\n".join([*(plan if config.verbose else short), *last]), flush=True)
         if resume_from:
             put_best_back(config, history)
     if over:

@@ -48,7 +48,7 @@ def pytest_report_header(config):
         if data.is_dir()
         else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
     )
-    return [files, "all tests take 25 to 30 minutes on two cores"]
+    return [files, "all tests take 9 to 25 minutes on two idle cores"]
 
 
 # The files that take longest go to the workers first, so that at the end none waits for another one's long

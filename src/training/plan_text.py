@@ -324,7 +324,7 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
     config = job.config
     if over:
         step = checkpoint_step(path)
-        what = f"has all {counted(job.steps, 'step')} already"
+        what = f"has all {counted(job.steps, 'step')} already, and a larger --epoch_count would add some"
         if step < job.steps:
             what = f"ended at step {step} by --early_stop, and --early_stop 0 would let it go on"
         if step > job.steps:
