@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from src.config import Config
 from src.data.batches import make_schedule
 from src.data.collate import collate
 from src.data.dataset import Document, Documents
+from src.model import RWKV
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
@@ -349,6 +351,23 @@ def test_the_speed_of_methods_that_derive_something_from_the_weight(method, opti
         ).tokens
         > 0
     )
+
+
+def test_what_the_first_call_imports_is_not_timed(monkeypatch):
+    """torch imports for a second and more where the first activations are recomputed."""
+    features, calls = RWKV.features, []
+
+    def slow_at_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            time.sleep(0.3)
+        return features(*args)
+
+    monkeypatch.setattr(RWKV, "features", slow_at_first)
+    monkeypatch.setattr(throughput, "SECONDS", 0.2)  # after which the first call alone would count
+    arch, config = make_arch(7, **SIZES), Config(peft_config={"r": 5}, grad_cp=1, eval_samples=0)
+    speed = throughput.measured_speed(arch, config, "torch", "fp32", "cpu", 8, 0.5)
+    assert 8 / speed.tokens < 0.3
 
 
 def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):

@@ -98,7 +98,7 @@ def measured_speed(
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     x = torch.empty(tokens, arch.n_embd, dtype=half, device=device).normal_().requires_grad_()
 
-    def layers() -> None:
+    def layers(ids: Tensor = ids) -> None:
         features, _ = model.features(ids)
         features.float().square().sum().backward()
 
@@ -119,6 +119,7 @@ def measured_speed(
         return _fastest(next_token, device) * depth + _fastest(next_logits, device)
 
     depth = arch.n_layer / small.n_layer
+    layers(ids[:, :2])  # what torch imports on the first call, for --grad_cp above all, is no part of a step
     seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
     source = "two layers and the head were timed here just now, on random numbers"
     source = f"{source}; loading, saving and the optimizer are not in it"
