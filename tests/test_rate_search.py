@@ -257,7 +257,7 @@ def found(losses, before=3.0):
 
 def test_the_table_has_at_most_8_lines_and_says_what_diverged():
     table = search_table(as_json(found((3, 2, 1.5, 1, 2, 3.5, None))))
-    assert len(table) == 8 and "Held-out loss 3.0000, after 10 steps" in table[0]
+    assert len(table) == 8 and "Held-out loss 3.0000 before, and after 10 steps" in table[0]
     assert [line.count("#") for line in table[1:]] == [0, 10, 15, 20, 10, 0, 0]
     assert "diverged" in table[-1] and search_table(None) == []
 
@@ -376,7 +376,8 @@ def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch)
     module = types.SimpleNamespace(model=None, documents=[], evaluated=[1])
     found = search._search(module, ALONE, False)
     assert set(trained) == {0.0} and set(judged) == {1.0} and len(judged) == len(trained) + 1
-    assert "Held-out dpo and cross-entropy loss 3.0000, after 10 steps" in search_table(as_json(found))[0]
+    first = search_table(as_json(found))[0]
+    assert "Held-out dpo and cross-entropy loss 3.0000 before, and after 10 steps" in first
 
 
 def test_a_preference_alone_begins_lower():

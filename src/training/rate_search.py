@@ -238,7 +238,7 @@ def search_table(search: dict | None) -> list[str]:
     start = "not finite" if before is None else f"{before:.4f}"
     after = f"after {counted(search['steps'], 'step')} at each rate:"
     what = search["loss_of"].capitalize()
-    lines = [f"lr {search['rate']:g}: {search['reason']}. {what} loss {start}, {after}"]
+    lines = [f"lr {search['rate']:g}: {search['reason']}. {what} loss {start} before, and {after}"]
     fallen = [before - loss for loss in losses if None not in (before, loss)]
     most = max(fallen, default=0.0)
     for trial, loss in zip(trials, losses, strict=True):
