@@ -605,3 +605,9 @@ def test_notes_name_the_trainer_that_they_call_there(flags, trainer):
     notes = translate(["--load_model", "base.pth", "--data_file", "x", *flags.split()])[1]
     assert notes[0] == f'"there" is {trainer}, for which this command was written'
     assert not any(note.startswith('"there"') for note in translate(["--load_model", "base.pth"])[1])
+
+
+@pytest.mark.parametrize("parts", ["ln,time", "emb"])
+def test_lora_parts_without_linears_are_refused(parts):
+    with pytest.raises(UserError, match=f"--lora_parts {parts} has no linear layer, expected att or"):
+        translate(["--lora", "--lora_parts", parts])

@@ -106,9 +106,17 @@ def _lora_flags(
 
 
 def _targets(parts: Sequence[str], model: str) -> dict[str, Any]:
-    """Return the option `targets` for the parts of --lora_parts; nothing where these have all linears."""
+    """Return the option `targets` for the parts of --lora_parts; nothing where these have all linears.
+
+    Raises UserError where they have none.
+    """
     if set(LORA_PARTS) <= set(parts):
         return {}
+    if not set(LORA_PARTS) & set(parts):
+        raise UserError(
+            f"--lora_parts {','.join(parts)} has no linear layer, expected {' or '.join(LORA_PARTS)}"
+            " among them; whole tensors beside an adapter are --train_parts"
+        )
     only = ONLY_IN_6 if model == "x060" else {}
     adapted = [LORA_PARTS[part] + only.get(part, []) for part in LORA_PARTS if part in parts]
     return {"targets": [*itertools.chain(*adapted)]}
