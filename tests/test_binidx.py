@@ -183,15 +183,6 @@ def test_tokens_beyond_uint16_and_columns_by_name(tmp_path):
     words.add_special_tokens(["<end>"])
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a,b.csv").write_text("this,that\nw3 w69999,w5\n")
-    main(
-        [
-            str(tmp_path / "out"),
-            str(tmp_path / "a,b.csv"),
-            "--tokenizer",
-            str(tmp_path / "tokenizer.json"),
-            "--sft_field",
-            "this",
-        ]
-    )
+    main(f"{tmp_path}/out {tmp_path}/a,b.csv --tokenizer {tmp_path}/tokenizer.json --sft_field this".split())
     [(_, row)] = read_records(tmp_path / "out.bin", eod=(70_000,))
     assert row["ids"].tolist() == [3, 69_999]

@@ -171,22 +171,7 @@ def test_undo_and_reset(typed):
     """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is
     kept.
     """
-    out, err = typed(
-        [
-            "hello?",
-            "why",
-            "/undo",
-            "what",
-            "/undo",
-            "/undo",
-            "hello?",
-            "why",
-            "/reset",
-            "hello?",
-            "/undo",
-            "/undo",
-        ]
-    )
+    out, err = typed("hello? why /undo what /undo /undo hello? why /reset hello? /undo /undo".split())
     first, second, third, again, second_again, fresh = answers(out)
     assert (again, second_again, fresh.rstrip("\n")) == (
         first,
@@ -860,16 +845,9 @@ def test_every_adapter_is_checked_before_the_chat_begins(files, tmp_path, capsys
     (tmp_path / "bad.pth").write_bytes(b"x")
     with pytest.raises(SystemExit):
         chat.main(
-            [
-                "--model",
-                str(files.base),
-                "--adapter",
-                str(files.a),
-                "--adapter",
-                str(tmp_path / "bad.pth"),
-                "--tokenizer",
-                "bytes",
-            ]
+            f"""
+                --model {files.base} --adapter {files.a} --adapter {tmp_path}/bad.pth --tokenizer bytes
+            """.split()
         )
     out, err = capsys.readouterr()
     assert out == "" and "bad.pth is truncated" in err

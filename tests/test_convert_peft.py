@@ -633,17 +633,7 @@ def test_the_command_line_knows_the_base(tmp_path, capsys):
     saved(tmp_path, 7, "miss", {})
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
     write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7, n_embd=64)).items())
-    main(
-        [
-            "convert",
-            str(tmp_path / "a.pth"),
-            str(tmp_path / "b.pth"),
-            "--to",
-            "native",
-            "--base",
-            str(tmp_path / "base.pth"),
-        ]
-    )
+    main(f"convert {tmp_path}/a.pth {tmp_path}/b.pth --to native --base {tmp_path}/base.pth".split())
     assert "miss of 12 linears" in capsys.readouterr().out
     facts = read_metadata(tmp_path / "b.pth")
     assert facts["base"] == "base.pth" and facts["arch"]["n_embd"] == 48

@@ -669,15 +669,8 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         Hints(alpha=6),
     )
     ours(tmp_path, Hints(profile=str(tmp_path / "profile.csv")))
-    line = [
-        "merge",
-        "--base",
-        str(tmp_path / "base.pth"),
-        "--adapter",
-        str(tmp_path / "theirs.pth"),
-        "--out",
-        str(tmp_path / "merged.pth"),
-    ]
+    files = f"--base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth --out {tmp_path}/merged.pth"
+    line = ["merge", *files.split()]
     main([*line, "--profile", str(tmp_path / "profile.csv")])
     options = read_metadata(tmp_path / "ours.pth")["options"]
     assert set(options["rank_map"]) == set(options["alpha_map"]) and len(options["rank_map"]) == 7
@@ -772,15 +765,9 @@ def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags
 
 def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
     theirs(tmp_path, base_file(tmp_path, 7), "v1", 7, 8, names=SQUARE)
-    line = [
-        "merge",
-        "--base",
-        str(tmp_path / "base.pth"),
-        "--adapter",
-        str(tmp_path / "theirs.pth"),
-        "--out",
-        str(tmp_path / "out.pth"),
-    ]
+    line = (
+        f"merge --base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth --out {tmp_path}/out.pth".split()
+    )
     with pytest.raises(SystemExit):
         main(line)
     assert "could be of two origins" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
@@ -788,14 +775,7 @@ def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
     ours(tmp_path, Hints(origin="bone-v0"))
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
     same_tensors(tmp_path / "out.pth", tmp_path / "merged.pth")
-    undo = [
-        "unmerge",
-        str(tmp_path / "out.pth"),
-        "--base",
-        str(tmp_path / "base.pth"),
-        "--adapter",
-        str(tmp_path / "theirs.pth"),
-    ]
+    undo = f"unmerge {tmp_path}/out.pth --base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth".split()
     main([*undo, "--origin", "bone-v0"])
     with pytest.raises(SystemExit):
         main([*undo, "--origin", "rwkv-peft"])

@@ -546,16 +546,7 @@ def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
     for flags in (["--wkv", "torch"], []):
         chat.main(
             [
-                "--model",
-                str(path),
-                "--tokenizer",
-                "bytes",
-                "--prompt",
-                "hello",
-                "--temperature",
-                "0",
-                "--max_tokens",
-                "40",
+                *f"--model {path} --tokenizer bytes --prompt hello --temperature 0 --max_tokens 40".split(),
                 *flags,
             ]
         )

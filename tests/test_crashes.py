@@ -55,20 +55,10 @@ def run(files, tmp_path):
     def start(name, *flags, sabotage=None):
         base = [] if "none" in flags else ["--peft_config", "r=5"]
         flags = [
-            "--load_model",
-            str(files / "base.pth"),
-            "--data_file",
-            str(files / "rows.jsonl"),
-            "--proj_dir",
-            str(tmp_path / name),
-            "--tokenizer",
-            "bytes",
-            "--packing",
-            "0",
-            "--accelerator",
-            "cpu",
-            "--lr_init",
-            "1e-2",
+            *f"""
+                --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {tmp_path}/{name}
+                --tokenizer bytes --packing 0 --accelerator cpu --lr_init 1e-2
+            """.split(),
             *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
             *base,
             *flags,
@@ -405,11 +395,7 @@ def test_signals_while_a_checkpoint_is_written(run, tmp_path):
         "step-00000003.pth"
     ], output
     code, output = run(
-        "run",
-        "--save_steps",
-        "2",
-        "--resume",
-        "auto",
+        *"run --save_steps 2 --resume auto".split(),
         sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice),
     )
     assert code and "Traceback" not in output, output

@@ -595,38 +595,16 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [
-        "--load_model",
-        str(tmp_path / "base.pth"),
-        "--data_file",
-        str(tmp_path / "data.jsonl"),
-        "--proj_dir",
-        str(tmp_path / "run"),
-        "--tokenizer",
-        "bytes",
+        *f"""
+            --load_model {tmp_path}/base.pth --data_file {tmp_path}/data.jsonl --proj_dir {tmp_path}/run
+            --tokenizer bytes
+        """.split(),
         "--peft",
         peft,
-        "--ctx_len",
-        "9",
-        "--micro_bsz",
-        "1",
-        "--packing",
-        "0",
-        "--epoch_count",
-        "2",
-        "--save_steps",
-        "1",
-        "--save_total_limit",
-        "99",
-        "--eval_split",
-        "0",
-        "--weight_decay",
-        "0.1",
-        "--lr_init",
-        "1e-2",
-        "--accelerator",
-        "cpu",
-        "--wkv",
-        "torch",
+        *"""
+            --ctx_len 9 --micro_bsz 1 --packing 0 --epoch_count 2 --save_steps 1 --save_total_limit 99
+            --eval_split 0 --weight_decay 0.1 --lr_init 1e-2 --accelerator cpu --wkv torch
+        """.split(),
     ]
     run.main(*configuration.parse(flags))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -362,16 +362,9 @@ def losses(proj_dir):
 
 
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):
-    flags = [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "rows.jsonl"),
-        "--tokenizer",
-        "bytes",
-        "--peft_config",
-        "r=5",
-    ]
+    flags = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --tokenizer bytes --peft_config r=5
+    """.split()
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"], counted=True))
     assert " ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.05: 6 documents of 120" in output
@@ -409,24 +402,10 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
 
 def test_several_processes_choose_alike(files, tmp_path):
     """Each by itself, before they can talk."""
-    flags = [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "rows.jsonl"),
-        "--tokenizer",
-        "bytes",
-        "--peft_config",
-        "r=5",
-        "--epoch_steps",
-        "2",
-        "--devices",
-        "2",
-        "--strategy",
-        "ddp",
-        "--proj_dir",
-        str(tmp_path / "run"),
-    ]
+    flags = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --tokenizer bytes --peft_config r=5
+        --epoch_steps 2 --devices 2 --strategy ddp --proj_dir {tmp_path}/run
+    """.split()
     output = succeed(program.run(flags, counted=True))
     assert (
         "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output

@@ -255,15 +255,7 @@ def test_refusals(pair):
 
 def test_the_command(pair, capsys):
     folder = pair(a=torch.bfloat16, b=torch.bfloat16, change=changed_elsewhere)
-    flags = [
-        "diff",
-        str(folder / "a.pth"),
-        str(folder / "b.pth"),
-        "--rank",
-        "8",
-        "--out",
-        str(folder / "d.pth"),
-    ]
+    flags = f"diff {folder}/a.pth {folder}/b.pth --rank 8 --out {folder}/d.pth".split()
     main(flags)
     text = capsys.readouterr().out
     assert (

@@ -46,26 +46,11 @@ def files(tmp_path_factory):
 def flags_of(files, proj_dir, *flags):
     own = [] if "--micro_bsz" in flags else ["--micro_bsz", "4"]
     return [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "rows.jsonl"),
-        "--proj_dir",
-        str(proj_dir),
-        "--tokenizer",
-        "bytes",
-        "--packing",
-        "0",
-        "--accelerator",
-        "cpu",
-        "--lr_init",
-        "1e-2",
-        "--weight_decay",
-        "20",
-        "--adam_eps",
-        "1e-3",
-        "--peft_config",
-        "r=5",
+        *f"""
+            --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir}
+            --tokenizer bytes --packing 0 --accelerator cpu --lr_init 1e-2 --weight_decay 20 --adam_eps 1e-3
+            --peft_config r=5
+        """.split(),
         *own,
         *flags,
     ]

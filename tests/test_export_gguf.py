@@ -505,16 +505,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 def test_the_program(tmp_path, capsys, monkeypatch):
     saved(tmp_path / "m.pth", arch_of(7))
-    argv = [
-        "--model",
-        str(tmp_path / "m.pth"),
-        "--out",
-        str(tmp_path / "m.gguf"),
-        "--to",
-        "gguf",
-        "--tokenizer",
-        "bytes",
-    ]
+    argv = f"--model {tmp_path}/m.pth --out {tmp_path}/m.gguf --to gguf --tokenizer bytes".split()
     program.main([*argv, "--type", "Q8_0"])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/m.gguf: GGUF Q8_0, RWKV-7, 2 layers, width 128")
     program.main(argv)

@@ -493,12 +493,7 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
         str(files[2]),
         "--tokenizer",
         letters,
-        "--prompt",
-        "hello?",
-        "--temperature",
-        "0",
-        "--max_tokens",
-        "20",
+        *"--prompt hello? --temperature 0 --max_tokens 20".split(),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "demo.chat", *flags], cwd=ROOT, capture_output=True, encoding="utf-8"

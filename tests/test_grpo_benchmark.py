@@ -86,13 +86,6 @@ def test_a_target_is_met_where_every_seed_reaches_it():
 
 
 def test_every_case_is_a_run():
-    assert CASES["rewards"].flags == [
-        "--loss",
-        "grpo",
-        "--rewards",
-        "exact=1,partial=1",
-        "--lr_init",
-        "0.003",
-    ]
+    assert CASES["rewards"].flags == "--loss grpo --rewards exact=1,partial=1 --lr_init 0.003".split()
     assert CASES["supervised"].flags == ["--packing", "0", "--lr_init", "0.003"]
     assert CASES["supervised, found rate"].flags == ["--packing", "0"]

@@ -123,10 +123,7 @@ def test_a_name_in_a_file_starts_no_download(run, tmp_path, monkeypatch):
         hub.endpoint,
         cache,
         tmp_path / "run",
-        "--template",
-        "auto",
-        "--tokenizer",
-        "auto",
+        *"--template auto --tokenizer auto".split(),
         model=str(path),
         data=str(tmp_path / "rows.jsonl"),
     )

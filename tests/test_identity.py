@@ -101,22 +101,10 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
     """By merge, chat, unmerge and --resume auto."""
     base, other = two_bases / "base.pth", two_bases / "other.pth"
     shutil.copy(base, tmp_path / "model.pth")
-    flags = [
-        "--load_model",
-        str(tmp_path / "model.pth"),
-        "--data_file",
-        str(two_bases / "rows.jsonl"),
-        "--tokenizer",
-        "bytes",
-        "--proj_dir",
-        str(tmp_path / "run"),
-        "--accelerator",
-        "cpu",
-        "--peft_config",
-        "r=4",
-        "--micro_bsz",
-        "2",
-    ]
+    flags = f"""
+        --load_model {tmp_path}/model.pth --data_file {two_bases}/rows.jsonl --tokenizer bytes
+        --proj_dir {tmp_path}/run --accelerator cpu --peft_config r=4 --micro_bsz 2
+    """.split()
     succeed(program.run([*flags, "--epoch_steps", "1"]))
     adapter = tmp_path / "run/adapter.pth"
     assert read_metadata(adapter)["base_fingerprint"] == fingerprint(read_checkpoint(base))
@@ -260,26 +248,10 @@ def in_folder(folder, rank):
 
 def test_its_run_goes_on(earlier):
     """The second step is that of a run of today."""
-    flags = [
-        "--load_model",
-        "base.pth",
-        "--data_file",
-        "rows.jsonl",
-        "--tokenizer",
-        "bytes",
-        "--peft_config",
-        "r=2",
-        "--micro_bsz",
-        "2",
-        "--ctx_len",
-        "32",
-        "--accelerator",
-        "cpu",
-        "--eval_split",
-        "0",
-        "--epoch_steps",
-        "2",
-    ]
+    flags = """
+        --load_model base.pth --data_file rows.jsonl --tokenizer bytes --peft_config r=2 --micro_bsz 2
+        --ctx_len 32 --accelerator cpu --eval_split 0 --epoch_steps 2
+    """.split()
 
     as_it_was = ["--lr_schedule", "constant", "--lr_init", "paper"]
     here = functools.partial(in_folder, earlier)

@@ -383,10 +383,7 @@ def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, mon
         [
             "--model",
             str(trained("world", 0)),
-            "--prompt",
-            "hi",
-            "--temperature",
-            "0",
+            *"--prompt hi --temperature 0".split(),
             *["--raw"] * raw,
             *flags,
         ]

@@ -106,16 +106,9 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     assert values.adapter == AdapterOptions("lora", wanted, None)
     assert "rwkv-0.pth is not there" in capsys.readouterr().out
     values = read(
-        "--lora_load",
-        "rwkv-0",
-        "--lora",
-        "--lora_r",
-        "64",
-        "--lora_alpha",
-        "128",
-        "--lora_dropout",
-        "0.01",
-        "--lora_parts=att,ffn",
+        *"""
+            --lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn
+        """.split(),
     )
     assert values.adapter == AdapterOptions("lora", wanted, None)
     values = read("--lora", "--lora_parts=att")
@@ -125,17 +118,7 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
 def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
     for flags in (
         ["--peft", "pissa", "--pissa_config", '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}'],
-        [
-            "--lora",
-            "--PISSA",
-            "--svd_niter",
-            "7",
-            "--lora_r",
-            "32",
-            "--lora_alpha",
-            "64",
-            "--lora_parts=att,ffn",
-        ],
+        "--lora --PISSA --svd_niter 7 --lora_r 32 --lora_alpha 64 --lora_parts=att,ffn".split(),
     ):
         values = read(*flags)
         parsed = METHODS["pissa"].Options.parse(values.adapter.options)
@@ -176,16 +159,7 @@ def test_old_flags_with_values_that_make_no_sense(flags, words):
 
 def test_epochs_and_saving(capsys):
     values = read(
-        "--epoch_steps",
-        "200",
-        "--epoch_count",
-        "3",
-        "--epoch_begin",
-        "0",
-        "--epoch_save",
-        "2",
-        "--warmup_steps",
-        "-1",
+        *"--epoch_steps 200 --epoch_count 3 --epoch_begin 0 --epoch_save 2 --warmup_steps -1".split(),
     )
     assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (
         200,
@@ -301,41 +275,13 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     common = [
         "--proj_dir",
         folder,
-        "--data_file",
-        "data",
-        "--data_type",
-        "binidx",
-        "--vocab_size",
-        "65536",
-        "--my_testing",
-        "x070",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "64",
-        "--head_size",
-        "64",
-        "--my_exit_tokens",
-        "1498226207",
-        "--magic_prime",
-        "2926181",
-        "--strategy",
-        "deepspeed_stage_2",
+        *"""
+            --data_file data --data_type binidx --vocab_size 65536 --my_testing x070 --n_layer 2 --n_embd 64
+            --head_size 64 --my_exit_tokens 1498226207 --magic_prime 2926181 --strategy deepspeed_stage_2
+        """.split(),
     ]
     first, _ = parse(
-        [
-            *common,
-            "--wandb",
-            "",
-            "--train_stage",
-            "1",
-            "--epoch_count",
-            "1",
-            "--epoch_save",
-            "1",
-            "--micro_bsz",
-            "1",
-        ]
+        [*common, "--wandb", "", *"--train_stage 1 --epoch_count 1 --epoch_save 1 --micro_bsz 1".split()]
     )
     assert (first.peft, first.init_only, first.load_model, first.version) == ("none", True, "", "x070")
     with pytest.raises(UserError, match="make one with --train_stage 1"):
@@ -349,16 +295,7 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     run, _ = parse(
         [
             *common,
-            "--load_model",
-            "0",
-            "--train_stage",
-            "3",
-            "--epoch_count",
-            "999999",
-            "--epoch_save",
-            "10",
-            "--micro_bsz",
-            "16",
+            *"--load_model 0 --train_stage 3 --epoch_count 999999 --epoch_save 10 --micro_bsz 16".split(),
         ]
     )
     assert (run.peft, run.init_only, run.resume, run.epoch_count) == ("none", False, "auto", 1)
@@ -366,15 +303,7 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
 
 
 def test_todays_command_line_passes_unchanged():
-    words = [
-        "--load_model",
-        "a",
-        "--data_file=b",
-        "--peft_config=r=8,targets=key+value",
-        "--grad_cp",
-        "1",
-        "stray",
-    ]
+    words = "--load_model a --data_file=b --peft_config=r=8,targets=key+value --grad_cp 1 stray".split()
     assert translate(words) == (words, [])
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
     assert set(method_flags.ALIASES.values()) == {"miss"}
@@ -517,14 +446,7 @@ DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
             "",
         ),
         (
-            [
-                "--peft",
-                "pissa",
-                "--pissa_config",
-                '{"pissa_r":8,"pissa_parts":"ffn"}',
-                "--my_testing",
-                "x070",
-            ],
+            '--peft pissa --pissa_config {"pissa_r":8,"pissa_parts":"ffn"} --my_testing x070'.split(),
             {"peft_config": {"r": 8, "targets": ["ffn.key", "ffn.value"]}},
             "",
         ),

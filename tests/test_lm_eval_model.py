@@ -68,20 +68,10 @@ def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
     chosen = [texts[i] for i in HITS] + sorted(texts, key=len)[:5]
     data.write_text("\n".join(chosen) + "\n")
     program.main(
-        [
-            "--model",
-            str(model),
-            "--tokenizer",
-            "utf16",
-            "--tasks",
-            "lambada_local",
-            "--data_file",
-            str(data),
-            "--out",
-            str(out),
-            "--bos",
-            "none",
-        ]
+        f"""
+            --model {model} --tokenizer utf16 --tasks lambada_local --data_file {data} --out {out}
+            --bos none
+        """.split()
     )
     printed = capsys.readouterr().out
     last = json.loads(printed.splitlines()[-1])

@@ -49,22 +49,10 @@ def files(tmp_path_factory):
 
 def flags(files, proj_dir, *more):
     return [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "data.jsonl"),
-        "--eval_file",
-        str(files / "other.jsonl"),
-        "--proj_dir",
-        str(proj_dir),
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
-        "--micro_bsz",
-        "2",
-        "--data_cache",
-        "none",
+        *f"""
+            --load_model {files}/base.pth --data_file {files}/data.jsonl --eval_file {files}/other.jsonl
+            --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu --micro_bsz 2 --data_cache none
+        """.split(),
         *more,
     ]
 
@@ -84,22 +72,10 @@ def results(proj_dir):
 @pytest.mark.parametrize(
     "more",
     [
-        [
-            "--peft",
-            "lora",
-            "--peft_config",
-            "r=7,dropout=0.2",
-            "--accumulate_grad_batches",
-            "2",
-            "--weight_decay",
-            "0.1",
-            "--warmup_steps",
-            "2",
-            "--train_parts",
-            "ln,state",
-            "--lr_map",
-            "ffn=3",
-        ],
+        """
+            --peft lora --peft_config r=7,dropout=0.2 --accumulate_grad_batches 2 --weight_decay 0.1
+            --warmup_steps 2 --train_parts ln,state --lr_map ffn=3
+        """.split(),
         ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
         ["--precision", "fp16", "--peft_config", "r=7"],
     ],
@@ -232,16 +208,9 @@ def test_the_rate_of_the_initial_state_alone(files, tmp_path):
             *flags(
                 files,
                 tmp_path,
-                "--peft_config",
-                "r=7",
-                "--train_parts",
-                "state",
-                "--setting",
-                "state_lr",
-                "--steps",
-                "2",
-                "--rates",
-                "1e-2,1e-1",
+                *"""
+                    --peft_config r=7 --train_parts state --setting state_lr --steps 2 --rates 1e-2,1e-1
+                """.split(),
             )
         )
         == 0

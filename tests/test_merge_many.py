@@ -230,17 +230,9 @@ def test_a_member_is_not_merged_a_second_time(merging):
 def test_the_command(merging, capsys):
     merging(dtype=torch.bfloat16)
     a, b = merging.adapter("a.pth"), merging.adapter("b.pth", seed=2)
-    flags = [
-        "merge",
-        "--base",
-        str(merging.folder / "base.pth"),
-        "--adapter",
-        str(a),
-        "--adapter",
-        str(b),
-        "--out",
-        str(merging.folder / "m.pth"),
-    ]
+    flags = f"""
+        merge --base {merging.folder}/base.pth --adapter {a} --adapter {b} --out {merging.folder}/m.pth
+    """.split()
     main([*flags, "--weights", "-0.5,2"])
     text = capsys.readouterr().out
     assert (

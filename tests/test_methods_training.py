@@ -114,12 +114,7 @@ def test_a_run_goes_on_in_two_processes(files, tmp_path, method, strategy):
         "auto",
         "--strategy",
         strategy,
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "2",
-        "--accumulate_grad_batches",
-        "2",
+        *"--devices 2 --micro_bsz 2 --accumulate_grad_batches 2".split(),
     )
     assert f"step-{STEPS // 2:08}.pth; the weights, the optimizer" in output
     curve = losses(one)

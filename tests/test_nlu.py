@@ -211,31 +211,10 @@ def text_folder(data_dir, tmp_path_factory):
 
 def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
     main(
-        [
-            "nlu",
-            "--model",
-            str(text_folder / "model"),
-            "--data",
-            str(text_folder),
-            "--tasks",
-            "sst-2",
-            "mrpc",
-            "--methods",
-            "lora",
-            "miss",
-            "--out",
-            str(tmp_path),
-            "--lr",
-            "1e-2",
-            "--seeds",
-            "1",
-            "--epochs",
-            "1",
-            "--batch",
-            "16",
-            "--length",
-            "30",
-        ]
+        f"""
+            nlu --model {text_folder}/model --data {text_folder} --tasks sst-2 mrpc --methods lora miss
+            --out {tmp_path} --lr 1e-2 --seeds 1 --epochs 1 --batch 16 --length 30
+        """.split()
     )
     found = json.loads((tmp_path / "nlu.json").read_text())
     scores = {(outcome["task"], outcome["method"]): outcome["scores"] for outcome in found["outcomes"]}
@@ -254,19 +233,7 @@ def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
 
 def test_a_model_that_is_not_there_is_one_line(text_folder, tmp_path):
     with pytest.raises(rwkv_miss.UserError, match="--model .*can't be loaded: .*nothing is downloaded"):
-        main(
-            [
-                "nlu",
-                "--model",
-                str(tmp_path / "none"),
-                "--data",
-                str(text_folder),
-                "--tasks",
-                "sst-2",
-                "--out",
-                str(tmp_path),
-            ]
-        )
+        main(f"nlu --model {tmp_path}/none --data {text_folder} --tasks sst-2 --out {tmp_path}".split())
 
 
 def test_the_papers_share_of_roberta_base_is_lora_of_rank_8_or_miss_of_rank_16():

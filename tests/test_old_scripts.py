@@ -113,10 +113,7 @@ def train(files, version, data, proj_dir, script, *rest):
     paths = [
         "--load_model",
         str(files / f"v{version}.pth"),
-        "--proj_dir",
-        str(proj_dir),
-        "--data_file",
-        str(files / data),
+        *f"--proj_dir {proj_dir} --data_file {files}/{data}".split(),
     ]
     return program.succeed(program.run([*paths, *words(script), *rest]))
 

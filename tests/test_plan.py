@@ -496,14 +496,9 @@ def files(checkpoint, tmp_path):
     return [
         "--load_model",
         str(checkpoint(7, vocab_size=256)),
-        "--data_file",
-        str(tmp_path / "rows.jsonl"),
-        "--tokenizer",
-        "bytes",
-        "--peft_config",
-        "r=5",
-        "--proj_dir",
-        str(tmp_path / "run"),
+        *f"""
+            --data_file {tmp_path}/rows.jsonl --tokenizer bytes --peft_config r=5 --proj_dir {tmp_path}/run
+        """.split(),
     ]
 
 

@@ -40,10 +40,7 @@ def show(tmp_path, capsys):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
         code = preview.main(
             [
-                "--data_file",
-                str(tmp_path / "data.jsonl"),
-                "--tokenizer",
-                "bytes",
+                *f"--data_file {tmp_path}/data.jsonl --tokenizer bytes".split(),
                 *flags,
                 *(["--eval_file", str(tmp_path / "held.jsonl")] if held else []),
             ]
@@ -309,14 +306,7 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
     _, output = show(
         GOOD,
-        "--config",
-        str(tmp_path / "config.yaml"),
-        "--micro_bsz",
-        "3",
-        "--epoch_save",
-        "1",
-        "--samples",
-        "1",
+        *f"--config {tmp_path}/config.yaml --micro_bsz 3 --epoch_save 1 --samples 1".split(),
     )
     assert "ctx_len    7:" in output and "loss on everything" in output
     for flags, words in (

@@ -357,20 +357,10 @@ def test_ranks_that_run_something_else_say_so_before_the_first_step(
         f"{base}.pth",
         "--data_file",
         f"{data}.jsonl",
-        "--proj_dir",
-        str(tmp_path),
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
-        "--devices",
-        "2",
-        "--strategy",
-        "ddp",
-        "--micro_bsz",
-        "1",
-        "--peft_config",
-        "r=4",
+        *f"""
+            --proj_dir {tmp_path} --tokenizer bytes --accelerator cpu --devices 2 --strategy ddp
+            --micro_bsz 1 --peft_config r=4
+        """.split(),
     ]
     code, output = program.run(flags, functools.partial(on_machine, machines, code))
     assert code == 2
@@ -382,28 +372,10 @@ def test_ranks_that_run_something_else_say_so_before_the_first_step(
 
 def test_the_first_process_alone_writes_a_new_model(tmp_path):
     code, output = program.run(
-        [
-            "--init_only",
-            "1",
-            "--peft",
-            "none",
-            "--version",
-            "x070",
-            "--n_layer",
-            "1",
-            "--n_embd",
-            "64",
-            "--tokenizer",
-            "bytes",
-            "--data_file",
-            "rows.jsonl",
-            "--devices",
-            "2",
-            "--accelerator",
-            "cpu",
-            "--proj_dir",
-            str(tmp_path),
-        ]
+        f"""
+            --init_only 1 --peft none --version x070 --n_layer 1 --n_embd 64 --tokenizer bytes
+            --data_file rows.jsonl --devices 2 --accelerator cpu --proj_dir {tmp_path}
+        """.split()
     )
     assert code == 0 and "error" not in output and output.count("wrote ") == 1, output
     assert read_checkpoint(tmp_path / "rwkv-init.pth")
@@ -451,28 +423,13 @@ def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(
     machines, tmp_path, run_folder, launcher, victim, words
 ):
     flags = [
-        "--load_model",
-        str(machines / "0/same.pth"),
-        "--data_file",
-        str(machines / "0/same.jsonl"),
-        "--proj_dir",
-        str(run_folder),
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
+        *f"""
+            --load_model {machines}/0/same.pth --data_file {machines}/0/same.jsonl --proj_dir {run_folder}
+            --tokenizer bytes --accelerator cpu
+        """.split(),
         "--strategy",
         "deepspeed_stage_2" if launcher else "ddp",
-        "--micro_bsz",
-        "1",
-        "--lr_init",
-        "1e-3",
-        "--epoch_count",
-        "100000",
-        "--peft_config",
-        "r=4",
-        "--save_steps",
-        "5",
+        *"--micro_bsz 1 --lr_init 1e-3 --epoch_count 100000 --peft_config r=4 --save_steps 5".split(),
         *([] if launcher else ["--devices", "2"]),
     ]
     command = [

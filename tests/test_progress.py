@@ -133,17 +133,7 @@ def test_a_merge_and_a_build_are_counted(merging, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(module, "LINE_SHARE", 0.0)
     folder = merging()
     merging.adapter("a.pth")
-    main(
-        [
-            "merge",
-            "--base",
-            str(folder / "base.pth"),
-            "--adapter",
-            str(folder / "a.pth"),
-            "--out",
-            str(folder / "m.pth"),
-        ]
-    )
+    main(f"merge --base {folder}/base.pth --adapter {folder}/a.pth --out {folder}/m.pth".split())
     assert "merging: 100%, 0 of 0 MB" in capsys.readouterr().err
     if not shutil.which("c++"):
         pytest.skip("NO C++ COMPILER ON PATH")

@@ -499,28 +499,11 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
 
     def flags(folder, *more):
         return [
-            "--load_model",
-            str(base),
-            "--data_file",
-            str(tmp_path / "rows.jsonl"),
-            "--proj_dir",
-            str(tmp_path / folder),
-            "--tokenizer",
-            "bytes",
-            "--peft_config",
-            "r=5",
-            "--lr_init",
-            "1e-2",
-            "--global_bsz",
-            "8",
-            "--packing",
-            "0",
-            "--eval_split",
-            "0.1",
-            "--epoch_count",
-            "1",
-            "--accelerator",
-            "cpu",
+            *f"""
+                --load_model {base} --data_file {tmp_path}/rows.jsonl --proj_dir {tmp_path}/{folder}
+                --tokenizer bytes --peft_config r=5 --lr_init 1e-2 --global_bsz 8 --packing 0
+                --eval_split 0.1 --epoch_count 1 --accelerator cpu
+            """.split(),
             *more,
         ]
 
@@ -529,15 +512,7 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
     program.succeed(
         program.run(
             flags(
-                "two",
-                "--quant",
-                "nf4",
-                "--micro_bsz",
-                "4",
-                "--strategy",
-                "deepspeed_stage_2",
-                "--devices",
-                "2",
+                *"two --quant nf4 --micro_bsz 4 --strategy deepspeed_stage_2 --devices 2".split(),
             )
         )
     )

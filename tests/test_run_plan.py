@@ -26,19 +26,7 @@ from . import program
 from .conftest import make_arch, random_tensors
 from .program import at_file, interrupt, losses, succeed
 
-LABELS = [
-    "rwkv-miss",
-    "model",
-    "data",
-    "steps",
-    "trained",
-    "rates",
-    "device",
-    "needs",
-    "evaluation",
-    "files",
-    "sample",
-]
+LABELS = "rwkv-miss model data steps trained rates device needs evaluation files sample".split()
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +46,11 @@ def files(tmp_path_factory):
 
 def flags_of(files, proj_dir, *more):
     return [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "rows.jsonl"),
-        "--proj_dir",
-        str(proj_dir),
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
-        "--peft_config",
-        "r=5",
-        "--packing",
-        "0",
-        "--micro_bsz",
-        "4",
-        "--accumulate_grad_batches",
-        "2",
+        *f"""
+            --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir}
+            --tokenizer bytes --accelerator cpu --peft_config r=5 --packing 0 --micro_bsz 4
+            --accumulate_grad_batches 2
+        """.split(),
         *([] if "--epoch_count" in more else ["--epoch_count", "1"]),
         *more,
     ]
@@ -157,18 +132,8 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
             + "long " * 20
             + '"}\n'
         )
-    more = [
-        "--data_file",
-        str(files / "bad.jsonl"),
-        "--on_bad_row",
-        "skip",
-        "--ctx_len",
-        "40",
-        "--warmup_steps",
-        "99",
-        "--resume",
-        "auto",
-    ]
+    more = ["--data_file", f"{files}/bad.jsonl"]
+    more += "--on_bad_row skip --ctx_len 40 --warmup_steps 99 --resume auto".split()
     output = succeed(start(files, tmp_path / "run", *more))
     lines = output.partition("WARNING: the loss")[0].splitlines()  # a random model's, at its first step
     assert len(lines) == plan_text.LINES and lines[-1].startswith("sample ")

@@ -431,14 +431,7 @@ def test_a_new_conversation_starts_from_the_state(version, tmp_path, capsys):
     flags = [
         "--tokenizer",
         letters(tmp_path),
-        "--prompt",
-        "hello?",
-        "--temperature",
-        "0",
-        "--max_tokens",
-        "30",
-        "--wkv",
-        "torch",
+        *"--prompt hello? --temperature 0 --max_tokens 30 --wkv torch".split(),
     ]
     said = []
     for model in (
@@ -480,20 +473,10 @@ def train(files, proj_dir, *flags, version=7):
             [
                 "--load_model",
                 str(files / f"v{version}.pth"),
-                "--data_file",
-                str(files / "data.jsonl"),
-                "--proj_dir",
-                str(proj_dir),
-                "--tokenizer",
-                "bytes",
-                "--accelerator",
-                "cpu",
-                "--lr_init",
-                "paper",
-                "--lr_schedule",
-                "constant",
-                "--micro_bsz",
-                "21",
+                *f"""
+                    --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu
+                    --lr_init paper --lr_schedule constant --micro_bsz 21
+                """.split(),
                 *flags,
             ]
         )
@@ -508,20 +491,8 @@ def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sitting
     assert "trained    1,536 of " in output and "%): state\n" in output and "lr 0.01" in output
     curve = losses(tmp_path / "own")
     assert curve[-1] < curve[0] - 0.01
-    shared = [
-        "--peft",
-        "state",
-        "--ctx_len",
-        "150",
-        "--strategy",
-        "deepspeed_stage_3",
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "4",
-        "--grad_cp",
-        "1",
-    ]
+    shared = "--peft state --ctx_len 150 --strategy deepspeed_stage_3 --devices 2".split()
+    shared += "--micro_bsz 4 --grad_cp 1".split()
     train(files, tmp_path / "shared", *shared, "--epoch_steps", "2", version=version)
     train(files, tmp_path / "shared", *shared, "--epoch_steps", "6", "--resume", "auto", version=version)
     assert losses(tmp_path / "shared") == pytest.approx(curve, rel=1e-5)
@@ -553,26 +524,11 @@ def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_pa
     """
     code, output = program.run(
         [
-            "--load_model",
-            str(files / "v7.pth"),
-            "--data_file",
-            str(files / "data.jsonl"),
-            "--proj_dir",
-            str(tmp_path / "run"),
-            "--tokenizer",
-            "bytes",
-            "--accelerator",
-            "cpu",
-            "--micro_bsz",
-            "2",
-            "--packing",
-            "0",
-            "--epoch_steps",
-            "9",
-            "--peft",
-            "state",
-            "--lr_init",
-            "1e30",
+            *f"""
+                --load_model {files}/v7.pth --data_file {files}/data.jsonl --proj_dir {tmp_path}/run
+                --tokenizer bytes --accelerator cpu --micro_bsz 2 --packing 0 --epoch_steps 9 --peft state
+                --lr_init 1e30
+            """.split(),
             *flags,
         ]
     )

@@ -479,30 +479,11 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert pieces == [(prompt, False), (" 3 + 4 = 7\n#### 7\nThe answer is: 7", True)]
     program.succeed(
         program.run(
-            [
-                "--load_model",
-                str(base),
-                "--tokenizer",
-                "bytes",
-                "--data_file",
-                str(data),
-                "--eval_split",
-                "0",
-                "--proj_dir",
-                str(tmp_path / "run"),
-                "--peft_config",
-                "r=16",
-                "--train_parts",
-                "ln,time,emb,head",
-                "--micro_bsz",
-                "4",
-                "--epoch_steps",
-                "60",
-                "--lr_init",
-                "1e-2",
-                "--lr_final",
-                "1e-3",
-            ]
+            f"""
+                --load_model {base} --tokenizer bytes --data_file {data} --eval_split 0
+                --proj_dir {tmp_path}/run --peft_config r=16 --train_parts ln,time,emb,head --micro_bsz 4
+                --epoch_steps 60 --lr_init 1e-2 --lr_final 1e-3
+            """.split()
         )
     )
     adapter, merged, kept = tmp_path / "run/adapter.pth", tmp_path / "merged.pth", tmp_path / "answers.jsonl"

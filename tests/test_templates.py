@@ -551,18 +551,7 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
             found = recorded_template("auto", tokenizer, *paths)
             assert found.segments(TURNS) == template.segments(TURNS) and found.record == template.record
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
-        flags = [
-            "--model",
-            str(merged),
-            "--tokenizer",
-            "bytes",
-            "--prompt",
-            "q",
-            "--max_tokens",
-            "3",
-            "--temperature",
-            "0",
-        ]
+        flags = f"--model {merged} --tokenizer bytes --prompt q --max_tokens 3 --temperature 0".split()
         monkeypatch.setattr(
             chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
         )

@@ -59,20 +59,10 @@ def command(files, proj_dir, *flags, version=7):
         sys.executable,
         "train.py",
         *base,
-        "--data_file",
-        str(files / "data.jsonl"),
-        "--proj_dir",
-        str(proj_dir),
-        "--tokenizer",
-        "bytes",
-        "--lr_init",
-        "1e-2",
-        "--micro_bsz",
-        "8",
-        "--packing",
-        "0",
-        "--accelerator",
-        "cpu",
+        *f"""
+            --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --lr_init 1e-2
+            --micro_bsz 8 --packing 0 --accelerator cpu
+        """.split(),
         *flags,
     ]
 
@@ -130,12 +120,7 @@ def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strat
         "2",
         "--strategy",
         strategy,
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "2",
-        "--accumulate_grad_batches",
-        "2",
+        *"--devices 2 --micro_bsz 2 --accumulate_grad_batches 2".split(),
     )
     # fp32: the same sums in another order; 1e-5 is the promise
     for step, (one, many) in enumerate(zip(losses(plain[0]), losses(proj_dir), strict=True)):
@@ -152,16 +137,7 @@ def test_documents_in_shared_rows_train_the_same(files, tmp_path):
     train(files, tmp_path / "own", "--epoch_count", "4", "--micro_bsz", "21")
     packed = ["--epoch_count", "4", "--packing", "1", "--ctx_len", "150"]
     output = train(files, tmp_path / "shared", *packed)
-    two = [
-        "--strategy",
-        "deepspeed_stage_2",
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "1",
-        "--accumulate_grad_batches",
-        "4",
-    ]
+    two = "--strategy deepspeed_stage_2 --devices 2 --micro_bsz 1 --accumulate_grad_batches 4".split()
     train(files, tmp_path / "both", *packed, *two)
     assert "rows of 150 tokens" in output
     assert "documents in a row do not see each other" in (tmp_path / "shared/run_card.md").read_text()
@@ -180,12 +156,7 @@ def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
         files,
         tmp_path / "parts",
         *flags,
-        "--strategy",
-        "deepspeed_stage_1",
-        "--micro_bsz",
-        "2",
-        "--accumulate_grad_batches",
-        "4",
+        *"--strategy deepspeed_stage_1 --micro_bsz 2 --accumulate_grad_batches 4".split(),
     )
     curve = losses(tmp_path / "whole")
     assert abs(curve[-1] - curve[0]) > 1e-2 * curve[0], "the steps must be large enough to show their size"
@@ -196,16 +167,7 @@ def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
     "flags",
     [
         [],
-        [
-            "--strategy",
-            "deepspeed_stage_2",
-            "--devices",
-            "2",
-            "--micro_bsz",
-            "2",
-            "--accumulate_grad_batches",
-            "2",
-        ],
+        "--strategy deepspeed_stage_2 --devices 2 --micro_bsz 2 --accumulate_grad_batches 2".split(),
     ],
     ids=["plain", "deepspeed_stage_2 x 2"],
 )
@@ -322,14 +284,7 @@ def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, 
         "none",
         "--version",
         f"x0{version}0",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "32",
-        "--head_size",
-        "16",
-        "--epoch_count",
-        "4",
+        *"--n_layer 2 --n_embd 32 --head_size 16 --epoch_count 4".split(),
         "--strategy",
         strategy,
         "--grad_cp",
@@ -356,20 +311,10 @@ def test_full_training_gathers_every_tensor_that_zero_3_shares_out(files, tmp_pa
     train(
         files,
         tmp_path / "run",
-        "--peft",
-        "none",
-        "--version",
-        "x070",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "320",
-        "--strategy",
-        "deepspeed_stage_3",
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "4",
+        *"""
+            --peft none --version x070 --n_layer 2 --n_embd 320 --strategy deepspeed_stage_3 --devices 2
+            --micro_bsz 4
+        """.split(),
     )
     model = RWKV.load(tmp_path / "run/model.pth")
     assert model.blocks[0].att.v1.shape == (320, 32)
@@ -401,14 +346,7 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     flags = command(
         files,
         proj_dir,
-        "--epoch_count",
-        "2",
-        "--strategy",
-        "ddp",
-        "--devices",
-        "2",
-        "--micro_bsz",
-        "4",
+        *"--epoch_count 2 --strategy ddp --devices 2 --micro_bsz 4".split(),
     )[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)

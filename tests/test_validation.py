@@ -70,22 +70,10 @@ def files(tmp_path_factory):
 
 def start(files, proj_dir, *flags, sabotage=None, **options):
     flags = [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "rows.jsonl"),
-        "--proj_dir",
-        str(proj_dir),
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
-        "--lr_init",
-        "1e-2",
-        "--packing",
-        "0",
-        "--peft_config",
-        "r=5",
+        *f"""
+            --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir}
+            --tokenizer bytes --accelerator cpu --lr_init 1e-2 --packing 0 --peft_config r=5
+        """.split(),
         *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
         *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
         *flags,
@@ -179,10 +167,7 @@ def one_process(files, tmp_path_factory):
         start(
             files,
             proj_dir,
-            "--micro_bsz",
-            "2",
-            "--accumulate_grad_batches",
-            "2",
+            *"--micro_bsz 2 --accumulate_grad_batches 2".split(),
             *THREE,
             str(files / "held.jsonl"),
         )
@@ -244,28 +229,10 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     files as in one go.
     """
     proj_dir, whole = tmp_path / "run", tmp_path / "whole"
-    flags = [
-        "--eval_split",
-        "0.2",
-        "--eval_samples",
-        "0",
-        "--eval_steps",
-        "1",
-        "--save_steps",
-        "1",
-        "--save_total_limit",
-        "9",
-        "--packing",
-        "1",
-        "--micro_bsz",
-        "1",
-        "--ctx_len",
-        "200",
-        "--epoch_steps",
-        "6",
-        "--peft_config",
-        "r=5",
-    ]
+    flags = """
+        --eval_split 0.2 --eval_samples 0 --eval_steps 1 --save_steps 1 --save_total_limit 9 --packing 1
+        --micro_bsz 1 --ctx_len 200 --epoch_steps 6 --peft_config r=5
+    """.split()
     script = functools.partial(scripted, LOSSES)
 
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", sabotage=script))
@@ -324,22 +291,10 @@ def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, 
     it again.
     """
     whole, proj_dir, lost = (tmp_path / name for name in ("whole", "run", "lost"))
-    flags = [
-        "--eval_split",
-        "0.2",
-        "--eval_samples",
-        "0",
-        "--eval_steps",
-        "1",
-        "--save_steps",
-        "3",
-        "--micro_bsz",
-        "1",
-        "--lr_schedule",
-        "constant",
-        "--peft_config",
-        "r=5",
-    ]
+    flags = """
+        --eval_split 0.2 --eval_samples 0 --eval_steps 1 --save_steps 3 --micro_bsz 1 --lr_schedule constant
+        --peft_config r=5
+    """.split()
     script = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 3.0, 3.5])
     stop = functools.partial(at_file, "validation.jsonl", 8, proj_dir, kill)  # before the line of step 5
     code, output = start(
@@ -384,18 +339,7 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     state is better than the base, which the run that goes on remembers.
     """
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
-    flags = [
-        "--eval_split",
-        "0.2",
-        "--eval_steps",
-        "3",
-        "--eval_samples",
-        "0",
-        "--micro_bsz",
-        "3",
-        "--early_stop",
-        "2",
-    ]
+    flags = "--eval_split 0.2 --eval_steps 3 --eval_samples 0 --micro_bsz 3 --early_stop 2".split()
     script = functools.partial(scripted, [4.0, 9.0, 9.0, 6.0, 9.0, 9.0, 5.0])
     stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
     code, output = start(
@@ -506,12 +450,7 @@ def test_in_full_training_the_best_model_is_kept(files, tmp_path):
         "none",
         "--peft_config",
         "",
-        "--lr_init",
-        "1e-3",
-        "--precision",
-        "bf16",
-        "--eval_samples",
-        "1",
+        *"--lr_init 1e-3 --precision bf16 --eval_samples 1".split(),
     ]
     succeed(start(files, tmp_path / "run", *flags, "--eval_file", str(files / "held.jsonl")))
     assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")

@@ -215,16 +215,7 @@ def trained(files, proj_dir, rate, *flags, sabotage=None):
     paths = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl")]
     held = [] if "--eval_split" in flags else ["--eval_file", str(files / "held.jsonl")]
     given = [
-        "--epoch_count",
-        "1",
-        "--tokenizer",
-        "bytes",
-        "--accelerator",
-        "cpu",
-        "--micro_bsz",
-        "2",
-        "--packing",
-        "0",
+        *"--epoch_count 1 --tokenizer bytes --accelerator cpu --micro_bsz 2 --packing 0".split(),
         "--lr_init",
         rate,
     ]

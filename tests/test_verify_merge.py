@@ -260,16 +260,9 @@ def test_for_people(merging, capsys):
     a = merging.adapter("a.pth")
     merging.merge(["a.pth"])
     main(
-        [
-            "--base",
-            str(merging.folder / "base.pth"),
-            "--adapter",
-            str(a),
-            "--merged",
-            str(merging.folder / "merged.pth"),
-            "--tokens",
-            "40",
-        ]
+        f"""
+            --base {merging.folder}/base.pth --adapter {a} --merged {merging.folder}/merged.pth --tokens 40
+        """.split()
     )
     text = capsys.readouterr().out
     assert (

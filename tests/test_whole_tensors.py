@@ -294,28 +294,11 @@ def train(files, proj_dir, *flags):
     return program.succeed(
         program.run(
             [
-                "--load_model",
-                str(files / "base.pth"),
-                "--data_file",
-                str(files / "data.jsonl"),
-                "--proj_dir",
-                str(proj_dir),
-                "--tokenizer",
-                "bytes",
-                "--peft_config",
-                "r=7",
-                "--train_parts",
-                "time",
-                "ln,emb",
-                "head",
-                "--precision",
-                "bf16",
-                "--lr_init",
-                "1e-2",
-                "--packing",
-                "0",
-                "--accelerator",
-                "cpu",
+                *f"""
+                    --load_model {files}/base.pth --data_file {files}/data.jsonl --proj_dir {proj_dir}
+                    --tokenizer bytes --peft_config r=7 --train_parts time ln,emb head --precision bf16
+                    --lr_init 1e-2 --packing 0 --accelerator cpu
+                """.split(),
                 *flags,
             ]
         )
