@@ -54,9 +54,9 @@ with importing():
         steps_of,
     )
     from src.planning.step import unit_of
-    from src.training import data_text, plan_text
+    from src.reporting import data_text, plan_text
+    from src.reporting.preference_text import loss_unit
     from src.training.optimizer import state_learning_rate
-    from src.training.preference_text import loss_unit
     from src.training.reference import with_reference_alone
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials

@@ -58,8 +58,8 @@ with importing():
     from src.planning.memory import USABLE, needed
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
-    from src.training import data_text, plan_text
-    from src.training.preference_text import loss_lines, loss_warnings
+    from src.reporting import data_text, plan_text
+    from src.reporting.preference_text import loss_lines, loss_warnings
     from src.training.resume import earlier_settings, inherit, keep_rows_per_step
 
 

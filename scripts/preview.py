@@ -58,7 +58,7 @@ with importing():
     from src.data.units import Units
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
-    from src.training import data_text
+    from src.reporting import data_text
 
 OWN = ("samples", "plain", "json", "strict")
 SHOWN_WEIGHTS = 6  # of more different ones only the range is told

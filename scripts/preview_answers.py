@@ -8,7 +8,7 @@ from src.config import Config
 from src.data.formats import Report
 from src.data.preferences import Preferences
 from src.data.units import Units
-from src.training.preference_text import loss_warnings, too_long_text
+from src.reporting.preference_text import loss_warnings, too_long_text
 
 
 def answer_figures(units: Units, report: Report) -> dict:

@@ -27,8 +27,8 @@ from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader,
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.planning.defaults import CHOSEN, choose, choose_loss, row_length
 from src.planning.own_answers import longest_answer, needs_right
-from src.training.preference_text import too_long_text
-from src.training.reward_text import describe_rewards
+from src.reporting.preference_text import too_long_text
+from src.reporting.reward_text import describe_rewards
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards that are asked for all right answers; the others run in other processes, and see JUDGED of them

@@ -10,7 +10,7 @@ from src.data.dataset import Document
 from src.data.preferences import Preference, Preferences
 from src.data.tokenizer import Tokenizer
 from src.data.units import Units
-from src.training import document_text
+from src.reporting import document_text
 
 Shades = tuple[str, str]
 # two shades each, as parameters of the escape sequence

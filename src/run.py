@@ -38,9 +38,11 @@ from .planning.job import (
     run_cost,
 )
 from .planning.throughput import speed_here
-from .training import plan_text
+from .reporting import plan_text
+from .reporting.early_warning import early_warning
+from .reporting.run_end import finish, is_summed_up
 from .training.loggers import check_wandb, open_writers
-from .training.outputs import finish, is_summed_up, write_new_model, writer
+from .training.outputs import write_new_model, writer
 from .training.rate_search import RateSearch, recorded_search, search_table
 from .training.resume import (
     check_inputs,
@@ -244,7 +246,8 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
     first_step = checkpoint_step(resume_from) if resume_from else 0
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = job.tokenizer if config.load_model else None
-    report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
+    path = os.path.join(folder, METRICS)
+    report = StepReport(path, job.steps, started, last_good, writers, trained_with, early_warning)
     write = writer(config, job.model, job.data.encoder)
     watch = Watch(folder, history, job.data.encoder, write, report)
     saver = Saver(

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from src.config import Config
-from src.training.collapse import EARLY, WINDOW, CollapseWatch, bounds, course_of, findings
+from src.reporting.collapse import EARLY, WINDOW, CollapseWatch, bounds, course_of, findings
 
 COURSES = pathlib.Path(__file__).parent / "fixtures" / "reward_courses.json"
 GRPO = Config(

@@ -28,7 +28,7 @@ from src.data.formats import Reading, Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.training import data_text, document_text
+from src.reporting import data_text, document_text
 from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors

@@ -15,7 +15,7 @@ from rwkv_miss.files.checkpoint import write_checkpoint
 from src.config import Config, settle
 from src.data.fetch import fetch_inputs
 from src.data.recorded_tokenizer import recorded_tokenizer
-from src.training.model_card import WRITTEN, model_card, write_model_card
+from src.reporting.model_card import WRITTEN, model_card, write_model_card
 
 from . import program
 from .conftest import make_arch, random_tensors

@@ -19,7 +19,7 @@ from src.planning import memory, step
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of, preference_of
 from src.planning.step_memory import Live, SharedPrompts, step_bytes
-from src.training.document_text import short_unit, unit_sample
+from src.reporting.document_text import short_unit, unit_sample
 from src.training.objective import objective
 
 from .conftest import make_arch

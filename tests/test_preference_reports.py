@@ -11,12 +11,12 @@ import pytest
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
-from src.training import curves, outputs, preference_text, run_card, verdict
+from src.reporting import curves, preference_text, run_card, run_end, verdict
+from src.reporting.early_warning import early_warning
+from src.reporting.run_log import RunLog
+from src.reporting.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.callbacks import StepReport
-from src.training.early_warning import early_warning
 from src.training.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
-from src.training.run_log import RunLog
-from src.training.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.validation_log import describe
 
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
@@ -297,12 +297,12 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
 def test_run_json_has_the_metrics(tmp_path):
     history = evaluations()
     metrics = [line(step, margin=step / 10) for step in range(1, 21)]
-    found = outputs._metrics_summary(PREFERENCES, metrics, history)
+    found = run_end._metrics_summary(PREFERENCES, metrics, history)
     assert json.loads(json.dumps(found)) == found
     assert (found["metrics_first"]["margin"], found["metrics_last"]["margin"]) == pytest.approx((0.15, 1.95))
     names = ("first", "last", "best")
     assert [found[f"validation_metrics_{name}"]["margin"] for name in names] == [0.0, 2.5, 3.0]
-    assert outputs._metrics_summary(SUPERVISED, [{"step": 1, "loss": 1.0}], []) == {}
+    assert run_end._metrics_summary(SUPERVISED, [{"step": 1, "loss": 1.0}], []) == {}
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_the_last_words_name_the_step_of_the_last_evaluation(evaluated, held_out
     summary = {"steps": 20, "planned_steps": 50, "loss_first": 1.0, "loss_last": 0.5, "output": "a.pth"}
     if best:
         summary |= {"best": "best.pth", "best_step": 10, "validation_best": 0.2}
-    said = outputs._last_words(DPO, outputs.STOPPED, summary, history, None)
+    said = run_end._last_words(DPO, run_end.STOPPED, summary, history, None)
     parts = {text[:11].strip(): text[11:] for text in said[1:]}
     assert bool(held_out) == ("held out:" in parts) and parts.get("held out:", "").startswith(held_out)
     assert bool(best) == ("best:" in parts) and parts.get("best:", "").endswith(best)

@@ -5,7 +5,7 @@ import pytest
 from src.config import Config
 from src.data.released import modes_note, released
 from src.data.templates import load_template
-from src.training.plan_text import released_modes
+from src.reporting.plan_text import released_modes
 
 LENGTHS = {"think-normal", "think-short", "think-long"}
 

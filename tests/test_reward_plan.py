@@ -29,9 +29,9 @@ from src.planning.own_answers import largest_groups, longest_answer
 from src.planning.step import chunks_of, grpo_of
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.planning.throughput import DRAWN, Speed, Work
+from src.reporting.plan_text import above_guess
+from src.reporting.reward_text import long_answers
 from src.training.objective import objective
-from src.training.plan_text import above_guess
-from src.training.reward_text import long_answers
 
 from .conftest import make_arch
 from .test_plan import SIZES

@@ -17,14 +17,15 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
-from src.training import curves, model_card, outputs, patient_rewards, reward_validation, run_card
+from src.reporting import curves, model_card, run_card, run_end
+from src.reporting.reward_verdict import held_out_words, reward_doubt
+from src.reporting.run_log import RunLog
+from src.training import patient_rewards, reward_validation
 from src.training.callbacks import StepReport
 from src.training.drawn_samples import DrawnSamples
 from src.training.loss_metrics import metrics_of
 from src.training.process_group import ALONE, Processes
 from src.training.reward_validation import RewardEvaluation
-from src.training.reward_verdict import held_out_words, reward_doubt
-from src.training.run_log import RunLog
 from src.training.sample_log import is_due
 from src.training.validation_log import best, best_trained, describe, is_over
 
@@ -160,13 +161,13 @@ def finished(tmp_path, metrics, history, drawn=()):
     """(run card, rows of the model card, last words) of a run with these lines."""
     config = dataclasses.replace(GRPO, proj_dir=str(tmp_path))
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.1, "loss_last": 0.01, "output": "a.pth"}
-    summary |= outputs._validation_summary(config, history)
+    summary |= run_end._validation_summary(config, history)
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
-    summary |= outputs._metrics_summary(DESCRIBED, metrics, history)
+    summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
     doubted = reward_doubt(config, 10, metrics, history)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
-    said = outputs._last_words(config, outputs._state(config, 20, 20, history), summary, history, doubted)
+    said = run_end._last_words(config, run_end._state(config, 20, 20, history), summary, history, doubted)
     return card, dict(model_card._measured(DESCRIBED, summary, history)), said
 
 
@@ -205,9 +206,9 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     )
     [top] = [text for text in said if text.startswith("best:")]
     assert top.endswith("step 10, validation reward 0.8750; before training 0.5000, at the end 0.7500")
-    ended = outputs._state(dataclasses.replace(GRPO, early_stop=1), 20, 40, history)
+    ended = run_end._state(dataclasses.replace(GRPO, early_stop=1), 20, 40, history)
     assert ended == "ended early, as the held-out reward rose no further"
-    ended = outputs._state(
+    ended = run_end._state(
         dataclasses.replace(GRPO, early_stop=1), 20, 40, [evaluation(0, 1.0), *history[1:]]
     )
     assert ended == "ended early, as the held-out reward did not rise"
@@ -225,9 +226,9 @@ def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_ans
 
 def test_run_json_has_the_rewards(tmp_path):
     history = [evaluation(0, 0.5), evaluation(10, 0.875), evaluation(20, 0.75)]
-    found = outputs._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
+    found = run_end._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
     assert json.loads(json.dumps(found)) == found and found["metrics_last"]["dead_groups"] == 0.4375
-    ends = outputs._validation_summary(dataclasses.replace(GRPO, proj_dir=str(tmp_path)), history)
+    ends = run_end._validation_summary(dataclasses.replace(GRPO, proj_dir=str(tmp_path)), history)
     assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
     assert [found[f"validation_metrics_{name}"]["reward"] for name in ("first", "last", "best")] == [
         0.5,

@@ -22,7 +22,7 @@ from src.data.token_cache import tokenise
 from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY
-from src.training import data_text
+from src.reporting import data_text
 
 from .answering import scripted
 from .test_data import assistant, user, whole_blank_line_tokenizer

@@ -31,6 +31,15 @@ ORDER = {
         "inference",
         "evaluation",
     },
+    "reporting": {
+        "common",
+        "config",
+        "model",
+        "data",
+        "planning",
+        "evaluation",
+        "training",
+    },
 }
 ALL = {"run": set(ORDER), **ORDER}
 

@@ -20,7 +20,8 @@ from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.planning.job import choose_evaluation, trained_tokens
-from src.training import callbacks, document_text, plan_text, trainer
+from src.reporting import document_text, plan_text
+from src.training import callbacks, trainer
 
 from . import program
 from .conftest import make_arch, random_tensors

@@ -26,13 +26,14 @@ from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.training import callbacks, run_card, validation
-from src.training.curves import draw_losses
+from src.reporting import run_card
+from src.reporting.curves import draw_losses
+from src.reporting.plan_text import LINES
+from src.reporting.run_card import card
+from src.reporting.run_log import RunLog
+from src.training import callbacks, validation
 from src.training.forgetting import sections
-from src.training.plan_text import LINES
-from src.training.run_card import card
 from src.training.run_folder import restore_best
-from src.training.run_log import RunLog
 from src.training.validation import shortened
 from src.training.validation_log import base_wins, best_trained, is_over
 

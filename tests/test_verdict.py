@@ -9,10 +9,10 @@ import torch
 
 from src.config import Config, parse
 from src.planning.defaults import CHOSEN, GUESSED
+from src.reporting.verdict import doubt
 from src.training.rate_search import found_of, reason
 from src.training.short_runs import Trial
 from src.training.validation_log import answers_as_before
-from src.training.verdict import doubt
 
 from . import program
 from .conftest import make_arch, random_tensors

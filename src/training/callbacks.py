@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -25,10 +26,10 @@ from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from ..common.device import peak_memory
 from ..common.files import append_line, read_lines, write_lines
+from ..config import Config
 from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..evaluation.guessing import worse_than_guessing
-from .early_warning import early_warning
 from .late_reading import Moment, Numbers
 from .loggers import Writer
 from .loss_metrics import metrics_of
@@ -42,6 +43,8 @@ from .validation_log import BEST
 # The terminal gives Ctrl-C to all processes, and a launcher passes it on to those that it started, as SIGTERM
 # too: what comes within these seconds of the first signal is the same request.
 ONE_REQUEST = 1.0
+
+Warnings = Callable[[Config, list[dict]], Callable[[dict], str | None]]
 
 
 def works_behind(device: torch.device) -> bool:
@@ -83,7 +86,8 @@ class StepReport(Callback):
     On a GPU a step is reported and judged when the next one has been given to it, so that it never waits.
     Before an evaluation, a checkpoint and the end all steps are.
 
-    `tokenizer` is that of a base that was trained with it; None: the model is new.
+    `tokenizer` is that of a base that was trained with it; None: the model is new. `warnings`, of the
+    settings and the lines so far, is a function of each new line: the warning to say after it, if any.
     """
 
     def __init__(
@@ -94,9 +98,11 @@ class StepReport(Callback):
         last_good: LastGood,
         writers: list[Writer],
         tokenizer: Tokenizer | None = None,
+        warnings: Warnings = lambda config, before: lambda line: None,
     ):
         self.path, self.total, self.started = path, total, started
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
+        self.warnings = warnings
         self.training = self.stop = False
         self.asked = 0.0  # when the stop was asked for, on the monotonic clock
         self.inner_steps = 1  # steps on the same drawn answers
@@ -114,7 +120,7 @@ class StepReport(Callback):
             before = read_lines(self.path, trainer.global_step)
             write_lines(self.path, before)
             self.metrics = metrics_of(module.config)
-            self.early_warning = early_warning(module.config, before)
+            self.early_warning = self.warnings(module.config, before)
         self.inner_steps = module.config.inner_steps
         self.last_good.start(trainer)
         self.begun = self.last_line = time.perf_counter()

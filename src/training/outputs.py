@@ -1,38 +1,23 @@
-"""The files that a run writes: the trained tensors, and what sums the run up at its end."""
+"""The trained tensors that a run writes."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
-import shlex
 
 import torch
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
-from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.model_files import read_tensors
-from rwkv_miss.version import VERSION, commit
 
-from ..common.files import write_text
 from ..config import Config
 from ..data.encode import Encoder
 from ..model import RWKV
-from .curves import draw_pictures
-from .loss_metrics import LossMetrics, metrics_of
-from .model_card import write_model_card
-from .reward_verdict import held_out_words, reward_doubt
-from .run_card import CARD, card, training_score
-from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
-from .run_log import RunLog
-from .validation_log import BEST, base_wins, best_trained, is_over
-from .verdict import Doubt, doubt
-
-STOPPED = "stopped, go on with --resume auto"
+from .run_folder import NEW_MODEL
 
 
 def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
@@ -98,177 +83,3 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
         with gather(trained[name]):
             p = trained[name].detach()
             yield name, p.to(torch.bfloat16) if base is None else p.to("cpu", base.dtype).view_as(base)
-
-
-def is_summed_up(config: Config, step: int) -> bool:
-    """Whether the end of the run at this step has been written down.
-
-    A run that was stopped there has no card. With other settings it may end there all the same.
-    """
-    path = os.path.join(config.proj_dir, SUMMARY)
-    if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):
-        return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)["steps"] == step
-
-
-def finish(
-    config: Config,
-    origins: dict[str, str],
-    plan: list[str],
-    step: int,
-    total_steps: int,
-    measured: dict | None = None,
-) -> None:
-    """The loss curve, run.json, at the end of the training run_card.md, and the next command.
-
-    `measured` is what only the process knows that trained: it is absent for a run that was killed after its
-    last step. Where the process was started after that step, there is no first one for it to time.
-    """
-    log = RunLog.read(config.proj_dir, step)
-    metrics, history = log.metrics, log.history
-    if not metrics:
-        raise UserError(
-            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is"
-            " odd in the data or the base"
-        )
-    described = metrics_of(config)
-    draw_pictures(described, metrics, history, config.proj_dir)
-    summary = {
-        "version": VERSION,
-        "commit": commit() or None,
-        "steps": step,
-        "planned_steps": max(total_steps, step),  # a run that goes on may be asked for less than is done
-        "loss_first": metrics[0]["loss"],
-        "loss_last": metrics[-1]["loss"],
-        "train_seconds": sum(line["seconds"] for line in metrics),
-        **(measured or {}),
-        "output": output_path(config),
-        **_validation_summary(config, history),
-        **_metrics_summary(described, metrics, history),
-    }
-    state = _state(config, step, total_steps, history)
-    doubted = None
-    if state != STOPPED:
-        kept, kept_step = _recommended(summary)
-        searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        if config.on_rewards:
-            doubted = reward_doubt(config, kept_step, metrics, history)
-        else:
-            doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
-        text = card(config, plan, summary, log, doubted)
-        write_text(os.path.join(config.proj_dir, CARD), text)
-        write_model_card(config, summary, metrics, history, kept)
-    # the last file: what is_summed_up() looks at
-    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    print("\n".join(_last_words(config, state, summary, history, doubted)))
-
-
-def _validation_summary(config: Config, history: list[dict]) -> dict:
-    """What run.json says of the held-out documents and of best.pth."""
-    described = metrics_of(config)
-    name, summary = described.in_summary, {}
-    if history:
-        ends = {"first": history[0], "last": history[-1]}
-        summary = {f"{name}_{end}": described.score_of(line["loss"]) for end, line in ends.items()}
-    top = os.path.join(config.proj_dir, BEST)
-    if os.path.exists(top):
-        kept = rwkv_miss.read_metadata(top)
-        summary |= {"best": top, "best_step": kept["step"]}
-        summary[f"{name}_best"] = described.score_of(kept["validation_loss"])
-    return summary
-
-
-def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[dict]) -> dict:
-    """What run.json says of the metrics beside the loss: first and last steps, and the evaluations."""
-    if not described.titles:
-        return {}
-    first, last = described.first_and_last(metrics)
-    summary = {"metrics_first": first, "metrics_last": last}
-    if history:
-        evaluated = {"first": history[0], "last": history[-1], "best": best_trained(history)}
-        summary |= {
-            f"validation_metrics_{name}": described.known(line) for name, line in evaluated.items() if line
-        }
-    return summary
-
-
-def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> str:
-    """How the run ended."""
-    if step >= total_steps:
-        return "done"
-    if is_over(history, config.early_stop):
-        count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
-        once, never = "loss fell no further", "loss did not fall"
-        if config.on_rewards:
-            once, never = "reward rose no further", "reward did not rise"
-        stopped = once if best_trained(history) else never
-        return f"ended early, as the held-out {stopped}{count}"
-    return STOPPED
-
-
-def _recommended(summary: dict) -> tuple[str, int]:
-    """(file, step) of the state to go on with: best.pth where the steps after it made it no better."""
-    if summary.get("best_step", summary["steps"]) < summary["steps"]:
-        return summary["best"], summary["best_step"]
-    return summary["output"], summary["steps"]
-
-
-def _last_words(
-    config: Config, state: str, summary: dict, history: list[dict], doubted: Doubt | None
-) -> list[str]:
-    """What a run prints at its end: what came of it, and the next command."""
-    first = summary.get("command_to_first_step_seconds")
-    start = f"first step {first:.1f} s after the command; " if first else ""
-    described = metrics_of(config)
-    what = "loss" if described.by_loss else "reward of drawn answers"
-    lines = [
-        f"{state}: step {summary['steps']} of {summary['planned_steps']}, {what}"
-        f" {training_score(described, summary)}; {start}wrote {summary['output']}"
-    ]
-    # a run that was stopped may have done steps after its last evaluation, or have only that of before them
-    last = history[-1]["step"] if history else 0
-    if last and config.on_rewards and (known := held_out_words(config, last, history)):
-        when = "" if last == summary["steps"] else f", at step {last}"
-        lines.append(f"held out:  {known}{when}; {described.evaluation_text(history[-1], with_score=False)}")
-    elif last and (known := described.evaluation_text(history[-1])):
-        when = "" if last == summary["steps"] else f"at step {last} "
-        lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
-    if state != STOPPED:
-        lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
-    else:
-        lines.append(
-            f"read it:   {os.path.join(config.proj_dir, METRICS)}; {CARD} comes at the end of the training"
-        )
-    if doubted:
-        lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
-    when = "at the end" if last == summary["steps"] else f"at step {last}"
-    if base_wins(history):
-        what = "base" if config.load_model else "model before the training"
-        advice = "has made it worse so far" if state == STOPPED else f"made it worse: keep the {what}"
-        return [
-            *lines,
-            f"best:      the {what}, validation {described.score} {described.score_text(history[0])}; {when}"
-            f" {described.score_text(history[-1])}. The training {advice}",
-        ]
-    if "best" in summary:
-        lines.append(
-            f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
-            f" {summary[f'{described.in_summary}_best']:.4f}; before training"
-            f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
-        )
-    trained, _ = _recommended(summary)
-    return [*lines, _next_command(config, trained)]
-
-
-def _next_command(config: Config, trained: str) -> str:
-    """What to do with the file of trained tensors: chat with a model, merge an adapter."""
-    if config.peft == "none":
-        return f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', trained])}"
-    files = {
-        "base": recorded(config.load_model),
-        "adapter": trained,
-        "out": os.path.join(config.proj_dir, MERGED),
-    }
-    flags = [word for name, path in files.items() for word in (f"--{name}", path)]
-    return f"merge it:  {shlex.join(['python', '-m', 'rwkv_miss', 'merge', *flags])}"

@@ -18,11 +18,11 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
+from ..training.loss_metrics import LossMetrics, metrics_of
+from ..training.validation_log import best_trained
 from .curves import pictures
-from .loss_metrics import LossMetrics, metrics_of
 from .preference_text import describe_loss
 from .run_card import table, training_score
-from .validation_log import best_trained
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"

@@ -23,6 +23,9 @@ from ..planning.defaults import CHOSEN, first_guess, search_size
 from ..planning.job import Cost, Job, steps_of
 from ..planning.launches import slow_line
 from ..planning.step import chunks_of, unit_of
+from ..training.loggers import describe_writers, places_to_watch
+from ..training.optimizer import learning_rate_factor, state_learning_rate
+from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 from .data_text import (
     cut_warnings,
     data,
@@ -32,12 +35,9 @@ from .data_text import (
     trained_part,
 )
 from .document_text import short_unit, unit_sample
-from .loggers import describe_writers, places_to_watch
-from .optimizer import learning_rate_factor, state_learning_rate
 from .preference_text import loss_lines, loss_warnings
 from .reward_text import long_answers
 from .run_card import CARD
-from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
 LINES = 14  # of the plan, at most
 FAR = 5  # so many times the first guess a rate on rewards is told

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import Config
+from ..training.loss_metrics import metrics_of, percent
+from ..training.validation_log import base_wins, evaluation_at
 from .collapse import again, bounds, course_of, findings
-from .loss_metrics import metrics_of, percent
-from .validation_log import base_wins, evaluation_at
 from .verdict import Doubt
 
 JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others

@@ -6,14 +6,14 @@ import math
 import os
 
 from ..config import Config, command
+from ..training.loss_metrics import LossMetrics, loss_text, metrics_of
+from ..training.rate_search import recorded_search, search_table
+from ..training.sample_log import answer_text
+from ..training.validation_log import base_wins, best_trained
 from .curves import pictures
-from .loss_metrics import LossMetrics, loss_text, metrics_of
 from .preference_text import held_out_units, loss_unit
-from .rate_search import recorded_search, search_table
 from .reward_verdict import what_came_of_it
 from .run_log import RunLog
-from .sample_log import answer_text
-from .validation_log import base_wins, best_trained
 from .verdict import Doubt
 
 CARD = "run_card.md"

@@ -7,9 +7,9 @@ import os
 from typing import NamedTuple
 
 from ..common.files import read_lines
-from .run_folder import METRICS
-from .sample_log import SAMPLES
-from .validation_log import VALIDATION
+from ..training.run_folder import METRICS
+from ..training.sample_log import SAMPLES
+from ..training.validation_log import VALIDATION
 
 
 class RunLog(NamedTuple):

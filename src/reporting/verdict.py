@@ -8,10 +8,10 @@ from typing import NamedTuple
 from ..config import Config
 from ..config.schema import PUBLISHED
 from ..planning.defaults import CHOSEN
-from .loss_metrics import loss_text, percent
+from ..training.loss_metrics import loss_text, percent
+from ..training.validation_log import all_right, answers_as_before, evaluation_at, is_worse
 from .preference_text import held_out_units
 from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlearning_warning
-from .validation_log import all_right, answers_as_before, evaluation_at, is_worse
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
 CLEARLY = 0.1  # a loss above others by this share has risen, whatever rows it is from
