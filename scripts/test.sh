@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Run the tests. On a fresh machine this first makes .venv and installs into it.
-# Arguments go to pytest: scripts/test.sh -k merge
+# Without --all it leaves out the second tier, which are the tests marked slow.
+# Other arguments go to pytest: scripts/test.sh -k merge, scripts/test.sh --all -k merge
 set -euo pipefail
+tier=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    tier=()
+    shift
+fi
 source "$(dirname "$0")/setup.sh" test
 # files go to the workers in the order of tests/conftest.py
-exec python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "${tier[@]}" "$@"

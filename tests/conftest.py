@@ -48,8 +48,11 @@ def pytest_report_header(config):
         if data.is_dir()
         else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
     )
-    return [files, "all tests take 9 to 25 minutes on two idle cores"]
+    tier = "the fast tier" if config.option.markexpr == "not slow" else "all tests"
+    return [files, f"{tier}: {MINUTES[tier]} minutes on two idle cores"]
 
+
+MINUTES = {"the fast tier": "5 to 10", "all tests": "9 to 25"}  # on the CPUs measured so far
 
 # The files that take longest go to the workers first, so that at the end none waits for another one's long
 # file. cuda_kernels makes the library of the emulated kernels, for most of a minute: other files that use it

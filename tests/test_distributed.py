@@ -170,6 +170,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "strategy"), [("torchrun", "deepspeed_stage_3"), ("deepspeed", "deepspeed_stage_2")]
 )

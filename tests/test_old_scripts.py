@@ -24,6 +24,8 @@ from src.training.outputs import write_new_model
 from . import program
 from .conftest import make_arch, random_tensors
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"n_layer": "2", "n_embd": "64"}
 ADAM = "--beta1 0.9 --beta2 0.99 --adam_eps 1e-8"
 

@@ -22,6 +22,8 @@ from rwkv_miss.functional import shard_sum
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -21,6 +21,8 @@ from benchmarks.ptxas_report import (
 from src.ops.build import CUDA
 from src.ops.toolchain import BuildError
 
+pytestmark = pytest.mark.slow
+
 SOURCES = sorted(CUDA.glob("*.cu"))
 SMALL = "loss.cu"  # compiled every time, in 5 s
 KERNELS = {

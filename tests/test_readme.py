@@ -107,6 +107,7 @@ def folder(tmp_path_factory):
     return Folder(tmp_path_factory.mktemp("readme"))
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(folder):
     """In their order, so that a merge takes the adapter of the run before it."""
     assert all((ROOT / "tests" / test).is_file() for test in ELSEWHERE.values())

@@ -5,6 +5,7 @@ another runtime.
 import json
 import random
 
+import pytest
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
@@ -17,6 +18,8 @@ from src.model.loss import loss_sum
 from . import program
 from .conftest import close, pypi_rwkv
 from .test_tokenizer import characters
+
+pytestmark = pytest.mark.slow
 
 
 def train(base, folder, texts, tokenizer, **settings):

@@ -341,6 +341,7 @@ def test_activation_checkpointing_changes_no_loss(files, tmp_path, version):
     assert curves[0] == pytest.approx(curves[1], rel=1e-6) and curves[0] == pytest.approx(curves[2], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     proj_dir = tmp_path / "run"
     flags = command(
