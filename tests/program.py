@@ -15,29 +15,31 @@ import socket
 import sys
 import tempfile
 
-# what the runs need is imported once; DeepSpeed's optimizers bring torch._inductor, a second of each process
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure
-import matplotlib.pyplot  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
 
-import src.distributed.deepspeed_strategy  # noqa: F401
-import src.model
-import src.planning.memory
-import src.run  # noqa: F401
-import src.training.forgetting  # noqa: F401
-import src.training.trainer  # noqa: F401
-import src.training.validation  # noqa: F401
-import train
+from src.model import RWKV
 from src.planning.step_memory import StepBytes
 from src.planning.throughput import Speed
 
 from .conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+# Imported by the fork server, not by a worker of pytest, which would take 10 s for them. DeepSpeed's
+# optimizers bring torch._inductor, a second of each process.
+CONTEXT.set_forkserver_preload(
+    [
+        __name__,
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+        "src.distributed.deepspeed_strategy",
+        "src.run",
+        "src.training.forgetting",
+        "src.training.trainer",
+        "src.training.validation",
+    ]
+)
 
 
 def free_port():
@@ -67,7 +69,14 @@ def _draw_nothing(*_, **__):
 
 
 def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
-    """One process of a run, after `sabotage` has been prepared."""
+    """Be one process of a run, after `sabotage` has been prepared."""
+    import matplotlib.figure
+
+    import src.planning.memory
+    import src.run
+    import src.training.validation
+    import train
+
     os.chdir(ROOT)
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -193,7 +202,9 @@ def in_turn(first, second, rank):
 
 def spoil(kind, steps, rank):
     """Give steps (0-based) a loss or a gradient that is NaN, or leave out their update, on the last rank."""
-    step_of = src.training.trainer.FineTuning.training_step
+    from src.training.trainer import FineTuning
+
+    step_of = FineTuning.training_step
     update = torch.optim.AdamW.step
 
     def training_step(self, batch, index):
@@ -210,15 +221,15 @@ def spoil(kind, steps, rank):
             (closure(), None)[1] if next(counter) in steps else update(self, closure)
         )
     else:
-        src.training.trainer.FineTuning.training_step = training_step
+        FineTuning.training_step = training_step
 
 
 def dropout(rank):
-    """Dropout before the head, in training only."""
-    features = src.model.RWKV.features
+    """Drop out before the head, in training only."""
+    features = RWKV.features
 
     def dropped(self, *args, **kwargs):
         x, state = features(self, *args, **kwargs)
         return torch.nn.functional.dropout(x, 0.2, self.training), state
 
-    src.model.RWKV.features = dropped
+    RWKV.features = dropped
