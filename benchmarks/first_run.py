@@ -51,7 +51,7 @@ from src.training.short_runs import held_out_loss
 from .common import argument_parser, as_flags, environment, report, write_random_base
 from .first_run_table import Case, case, draw, table
 from .paper.results import Table
-from .quant import DIGITS, digits
+from .paper.training_tasks import DIGITS, digits
 from .trainings import ROOT, finished, write_page, write_rows
 
 METHODS = ("miss", "lora", "pissa", "state", "none")

@@ -1,6 +1,7 @@
 """How programs end before they have begun, and when nobody reads them any more."""
 
 import ast
+import contextlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import interrupt
+from demo import task
 from rwkv_miss.errors import UserError, one_line_errors
 from rwkv_miss.files.checkpoint import read_checkpoint
 from src.common import startup
@@ -104,6 +105,7 @@ with one_line_errors():
     )
 
 
+BASE = "demo/rwkv7-reverse.pth"
 # sitecustomize.py, which Python imports before a program: Ctrl-C when a module is about to be imported
 AT_IMPORT = """
 import os, signal, sys
@@ -112,6 +114,34 @@ def hook(event, args):
         os.killpg(0, signal.SIGINT)
 sys.addaudithook(hook)
 """
+
+
+def training(folder):
+    """Arguments of a run that does not end by itself; its data are written to the folder."""
+    task.write(str(folder / "data.jsonl"), task.rows("sort", 500, seed=1))
+    sizes = "--micro_bsz 2 --ctx_len 64 --epoch_steps 1000000 --resume auto".split()
+    files = ["--data_file", str(folder / "data.jsonl"), "--proj_dir", str(folder / "run")]
+    return ["train.py", "--load_model", BASE, *sizes, *files]
+
+
+def end_of(arguments):
+    """What is wrong with the end of a program that Ctrl-C is about to reach; "" if nothing is."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    try:
+        _, error = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return "Ctrl-C was not heard in 60 s"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+        return "processes were left"
+    if process.returncode == 130 and len(error.split("\n")) == 2 + error.startswith("\n"):
+        return ""
+    return f"exit code {process.returncode}, stderr:\n{error}"
 
 
 @pytest.mark.parametrize(
@@ -125,14 +155,14 @@ sys.addaudithook(hook)
     ],
 )
 def test_ctrl_c_at_any_moment_of_a_start(program, module, tmp_path, monkeypatch):
-    """Some of the moments that `python -m benchmarks.interrupt` has, but by the clock, which other work on
-    the machine moves; signals of later moments are sent in test_run_plan and test_crashes.
+    """Ctrl-C goes to all processes of the program, as a terminal sends it. Signals of later moments are sent
+    in test_run_plan and test_crashes.
     """
-    arguments = interrupt.training(tmp_path) if program == "train" else interrupt.PROGRAMS[program][0]
+    arguments = training(tmp_path) if program == "train" else ["-m", "rwkv_miss", "inspect", BASE]
     (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("INTERRUPTED_AT", module)
-    assert interrupt.end_of(interrupt.start(arguments)) == ""
+    assert end_of(arguments) == ""
 
 
 @pytest.mark.parametrize(

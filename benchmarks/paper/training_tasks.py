@@ -23,12 +23,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from demo import task
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import Arch
 from src.data.dataset import Document, Documents
 from src.model import read_model_file
 
-from ..quant import ROOT, digits, sorting
+from .tasks import ROOT
+
+DIGITS = "0123456789,#"  # the vocabulary of rwkv7-reverse: an id is a place in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,28 @@ def from_pairs(rows: list[tuple[list[int], int]]) -> Documents:
     return Documents(
         [Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows]
     )
+
+
+def digits(count: int, seed: int) -> list[tuple[list[int], int]]:
+    """Make rows (ids, number of given ids) of rwkv7-reverse's changed task: reverse, add 1 to every digit."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        question = draw.choices(range(10), k=draw.randint(3, 15))
+        answer = [(digit + 1) % 10 for digit in reversed(question)]
+        ids = [*question, DIGITS.index(","), *answer, DIGITS.index("#")]
+        rows.append((ids, len(question) + 1))
+    return rows
+
+
+def sorting(count: int, seed: int) -> list[tuple[list[int], int]]:
+    """Make rows of the demo's task, in bytes."""
+    rows = []
+    for row in task.rows("sort", count, seed):
+        question, answer = (message["content"] for message in row["messages"][:2])
+        given = f"User: {question}\n\nAssistant: ".encode()
+        rows.append(([*given, *answer.encode(), 0], len(given)))
+    return rows
 
 
 def windows(text: str, count: int, characters: int, seed: int) -> Documents:

@@ -19,8 +19,8 @@ from ..model.grpo_loss import GrpoLoss
 from ..model.preference_loss import PreferenceLoss
 
 # What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
-# for a token, and as long for what comes with each operator. The CPU's number is that of
-# benchmarks.shared_prompt for width 96; the GPU's is an estimate from its launches.
+# for a token, and as long for what comes with each operator. The CPU's number was measured at width 96
+# (docs/speed.md); the GPU's is an estimate from its launches.
 PASS_COST = {"cpu": 32_000, "gpu": 2_000_000}
 LEAST_GAIN = 1.05  # prompts are shared where that is faster by so much at least
 SAMPLED_STEPS = 32  # so many steps of the first pass are looked at
