@@ -82,11 +82,6 @@ def add_integers(parser: argparse.ArgumentParser, **defaults: int) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
 
 
-def add_dtypes(parser: argparse.ArgumentParser) -> None:
-    names = ["float32", "bfloat16"]
-    parser.add_argument("--dtypes", nargs="+", default=names, choices=names)
-
-
 def settings_without(args: argparse.Namespace, *names: str) -> dict[str, object]:
     """The flags' values for the JSON line, but for those of these names."""
     return {name: value for name, value in vars(args).items() if name not in names}
@@ -178,7 +173,7 @@ def peak_above_start(work) -> int:
     finally:
         done.set()
         watcher.join()
-    return max(seen) - start
+    return max(seen, default=start) - start
 
 
 def release_freed() -> None:

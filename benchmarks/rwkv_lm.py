@@ -1,4 +1,4 @@
-"""RWKV-LM's WKV kernels, built from a checkout of it, to be measured beside ours: `peers`.
+"""RWKV-LM's WKV kernels, built from a checkout of it, to be measured beside ours by benchmarks.ops.
 
 Its .cu files are compiled as they are, with a function of ours behind them that has a C interface, so that no
 header of torch is needed. They take bf16, head size 64, and a number of tokens that is a multiple of 16.

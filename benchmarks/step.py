@@ -12,6 +12,7 @@ memory is said so. The last line is JSON.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,8 +37,7 @@ from .common import (
     same_flags,
     settings_without,
 )
-from .wkv import make, ours
-from .wkv import step as wkv_step
+from .ops import Form, wkv_inputs, wkv_of
 
 TARGETS = ["receptance", "key", "value", "gate", "output"]
 VARIANTS = {
@@ -217,12 +217,12 @@ def arguments() -> argparse.Namespace:
 def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
     """What a step is compared with: its matrix products in torch and here, and its WKV."""
     shape, tokens = (args.micro_bsz, args.ctx_len, args.n_embd), args.micro_bsz * args.ctx_len
-    inputs, dy = make(args.version, shape, 64, PRECISIONS[args.dtype], args.device)
-    run = ours(args.version, args.device)
+    inputs, dy = wkv_inputs(args.version, shape, PRECISIONS[args.dtype], args.device)
+    wkv = Form("", functools.partial(wkv_of(args.version, args.device), *inputs), inputs, dy)
 
     def wkv_of_all_layers() -> None:
         for _ in range(args.n_layer):
-            wkv_step(run, inputs, dy)
+            wkv()
 
     return {
         "bare GEMMs, torch": make_gemms(base, args.rank, tokens, F.linear),

@@ -61,13 +61,13 @@ for tool in memcheck racecheck; do
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 # bf16, because tensor cores take it. These shapes do not fit in memory token by token under autograd
-step wkv 60 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch --rounds 5 "${peers[@]}" "${rwkv_lm[@]}"
+step wkv 60 python -m benchmarks.ops wkv --device cuda --dtypes bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch --rounds 5 "${peers[@]}" "${rwkv_lm[@]}"
 step training 60 python -m benchmarks.step --device cuda --dtype bf16 --n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024
 step decode 75 python -m benchmarks.gpu_decode --layers 12 --rounds 3 --tokens 32 --rows 1 8 32
 step sizes 50 python -m benchmarks.sizes --ctx_len 4096
 if [ -n "$ncu" ]; then
     metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active
-    step ncu 40 "$ncu" --csv --metrics "$metrics" --kernel-name-base mangled --kernel-name "regex:$ours" --launch-count 30 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 8,4096,2048 --kernels cuda --rounds 1
+    step ncu 40 "$ncu" --csv --metrics "$metrics" --kernel-name-base mangled --kernel-name "regex:$ours" --launch-count 30 python -m benchmarks.ops wkv --device cuda --dtypes bfloat16 --shapes 8,4096,2048 --kernels cuda --rounds 1
 else
     step ncu 5 echo "not measured: ncu is not installed; it comes with the CUDA toolkit"
 fi

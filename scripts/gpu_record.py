@@ -164,7 +164,7 @@ def figures_of(record: dict) -> list[str]:
     wkv = [
         row["ms"]
         for row in record.get("wkv", {}).get("rows", [])
-        if row["shape"] == [8, 4096, 2048] and row["op"] == "wkv7" and row["kernel"] == "cuda"
+        if (row["shape"], row["form"]) == ("8,4096,2048", "wkv7 cuda")
     ]
     steps, settings = record.get("training", {}).get("rows", {}), record.get("training", {})
     tokens = settings.get("micro_bsz", 0) * settings.get("ctx_len", 0)

@@ -292,7 +292,7 @@ def test_two_cards_are_two_lines_the_newest_first(records):
     assert cards == ["NVIDIA L4", "NVIDIA H100"]
 
 
-ROWS = [{"shape": [8, 4096, 2048], "op": "wkv7", "kernel": "cuda", "ms": 3.42}]
+ROWS = [{"shape": "8,4096,2048", "form": "wkv7 cuda", "ms": 3.42}]
 STEP = {"micro_bsz": 8, "ctx_len": 1024, "rows": {"miss": {"seconds": 0.2}, "peft miss": {"seconds": 0.5}}}
 STEPS = {
     "build": ("Status(built=True)\n", 0),
@@ -508,7 +508,7 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
 
 def test_gpu_check_measures_rwkv_lm_s_kernels_where_it_is_told_their_place(checkout, tmp_path):
     _, calls = checkout(GPU, "cuda")
-    assert f"--rwkv_lm {tmp_path / 'cuda'}" in next(line for line in calls if "benchmarks.wkv" in line)
+    assert f"--rwkv_lm {tmp_path / 'cuda'}" in next(line for line in calls if "benchmarks.ops wkv" in line)
 
 
 def test_gpu_check_ends_in_ten_minutes_with_something_of_every_step(checkout, tmp_path):
@@ -532,7 +532,7 @@ def test_every_command_of_gpu_check_parses(checkout):
     _, calls = checkout(GPU, "cuda")
     asked = [re.search(r"-m benchmarks.*?(?= cache=|$)", line) for line in calls]
     words = [found[0].split() for found in asked if found]
-    assert {name for _, name, *_ in words} >= {f"benchmarks.{name}" for name in ("wkv", "step", "gpu_decode")}
+    assert {name for _, name, *_ in words} >= {f"benchmarks.{name}" for name in ("ops", "step", "gpu_decode")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.parse_commands"],
         input=json.dumps([[command, True] for command in words]),
