@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import rwkv_miss
-from demo import chat, commands
-from demo.columns import cells, side_by_side
-from demo.commands import named_mode
-from demo.flags import named
+from demo import chat
 from rwkv_miss import UserError
+from src.chat import commands
+from src.chat.columns import cells, side_by_side
+from src.chat.commands import named_mode
 from src.data import rwkv_template
 from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
@@ -26,6 +26,7 @@ from src.evaluation import guessing
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.engine import Engine
+from src.inference.flags import named
 from src.inference.load import load_with
 from src.inference.sampling import GREEDY, Sampling
 from src.ops import self_test

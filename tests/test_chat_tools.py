@@ -6,8 +6,9 @@ import json
 import pytest
 
 from demo import chat
-from demo.commands import Chat
 from rwkv_miss import UserError
+from src.chat import program
+from src.chat.commands import Chat
 from src.data.rwkv_template import RwkvTemplate
 from src.data.templates import load_template
 from src.data.tool_styles import STYLES, read_tools
@@ -210,11 +211,11 @@ def test_one_prompt_with_tools(weather, monkeypatch, capsys):
     tokenizer = named("bytes")
     text = STYLES["hermes"].calls([call("f", {"é": 1})])
     monkeypatch.setattr(
-        chat,
+        program,
         "load_with",
         lambda path, *_: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
     )
-    monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, "as the script says"))
+    monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, "as the script says"))
     # any file does for a model that is a stand-in
     flags = ["--model", str(weather), "--tokenizer", "bytes", "--prompt", "q", "--tools", str(weather)]
     chat.main([*flags, "--temperature", "0", "--template", "rwkv"])

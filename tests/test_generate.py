@@ -16,6 +16,7 @@ import torch
 import rwkv_miss
 from demo import chat
 from rwkv_miss.adapter import adapted_linears
+from src.chat import program
 from src.data.chat_template import before_stops
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
@@ -508,9 +509,11 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
     tokenizer = named("bytes")
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
         monkeypatch.setattr(
-            chat, "load_with", lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer)
+            program,
+            "load_with",
+            lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer),
         )
-        monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, ""))
+        monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, ""))
         assert (
             answer(capsys, "--model", __file__, "--template", "rwkv", "--prompt", "q", "--temperature", 0)
             == shown

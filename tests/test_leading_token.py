@@ -10,10 +10,11 @@ import pytest
 
 import rwkv_miss
 from demo import chat
-from demo.commands import Chat
 from rwkv_miss import UserError, merge_file, read_metadata
 from rwkv_miss.inject import read_adapter
 from src import config as configuration
+from src.chat import program
+from src.chat.commands import Chat
 from src.config import Config
 from src.config.validate import check_data
 from src.data.batches import make_schedule
@@ -377,8 +378,8 @@ def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
 def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, monkeypatch):
     decoder = Listener()
     adapters = types.SimpleNamespace(model=None, use=lambda names, scale: None, scale=1.0)
-    monkeypatch.setattr(chat, "load_with", lambda path, *_: (adapters, WORLD))
-    monkeypatch.setattr(chat, "fastest", lambda *_, **options: (decoder, "as it listens"))
+    monkeypatch.setattr(program, "load_with", lambda path, *_: (adapters, WORLD))
+    monkeypatch.setattr(program, "fastest", lambda *_, **options: (decoder, "as it listens"))
     chat.main(
         [
             "--model",

@@ -15,6 +15,7 @@ import httpx
 import rwkv_miss
 from demo import serve
 from rwkv_miss import UserError
+from src.serving import program
 from src.serving.uvicorn_server import bound
 
 from .program import CONTEXT, _program, logged
@@ -76,16 +77,16 @@ def test_the_decoder_is_the_one_that_the_flags_ask_for(tmp_path, letters, monkey
     def fastest(model, adapters, rows, **options):
         raise UserError(f"asked for {rows} rows, {options}")
 
-    monkeypatch.setattr(serve, "fastest", fastest)
+    monkeypatch.setattr(program, "fastest", fastest)
     words = ["--model", str(tmp_path / "tiny.pth"), "--tokenizer", letters, "--rows", "3"]
     words += ["--quant", "int8", "--huge_pages", "no", "--activations", "bf16"]
     asked = {"int8": True, "huge_pages": "no", "bf16_activations": True}
     with pytest.raises(UserError, match=re.escape(f"asked for 3 rows, {asked}")):
-        serve.load(serve.parse(words))
+        program.load(serve.parse(words))
 
 
 def test_the_packages_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(serve, "PACKAGES", ("starlette", "uvicorn_which_is_absent"))
+    monkeypatch.setattr("src.serving.flags.PACKAGES", ("starlette", "uvicorn_which_is_absent"))
     with pytest.raises(UserError, match="needs uvicorn_which_is_absent, .*pip install starlette"):
         serve.parse(["--model", "x.pth"])
 

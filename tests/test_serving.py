@@ -30,6 +30,7 @@ from src.inference.decoders import fastest
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.ops import self_test
+from src.serving import program
 from src.serving.errors import Refused
 from src.serving.fields import Fields
 from src.serving.guard import Guard
@@ -441,7 +442,7 @@ def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, t
 
     def load(*adapters):
         flags = [word for adapter in adapters for word in ("--adapter", adapter)]
-        return serve.load(serve.parse(["--model", base, *flags, *given]))
+        return program.load(serve.parse(["--model", base, *flags, *given]))
 
     reason = "it was trained with --train_parts head,ln, so it changes whole tensors ("
     with pytest.raises(rwkv_miss.UserError) as error:

@@ -14,6 +14,7 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.files.template_record import is_jinja
+from src.chat import program
 from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
@@ -553,9 +554,9 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
         flags = f"--model {merged} --tokenizer bytes --prompt q --max_tokens 3 --temperature 0".split()
         monkeypatch.setattr(
-            chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
+            program, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
         )
-        monkeypatch.setattr(chat, "fastest", lambda model, *_, **options: (model, "as the script says"))
+        monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
     assert (

@@ -1,4 +1,4 @@
-"""The flags that demo.chat and demo.serve have in common, and what follows from them."""
+"""The flags that a chat and a server have in common, and what follows from them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from demo.commands import NO_ADAPTER
 from rwkv_miss.errors import UserError
-from src.common.device import PRECISIONS
-from src.config.validate import check_bos
-from src.data.chat_template import Template
-from src.data.leading_token import HELP as BOS_HELP
-from src.data.leading_token import leading_token
-from src.data.templates import add_template_flags, recorded_template
-from src.data.tokenizer import Tokenizer
-from src.inference.sampling import Sampling
+
+from ..common.device import PRECISIONS
+from ..config.validate import check_bos
+from ..data.chat_template import Template
+from ..data.leading_token import HELP as BOS_HELP
+from ..data.leading_token import leading_token
+from ..data.templates import add_template_flags, recorded_template
+from ..data.tokenizer import Tokenizer
+from .sampling import Sampling
+
+NO_ADAPTER = "none"  # what /adapter takes for the base alone
 
 
 def add_files(add: Callable) -> None:
-    """What answers."""
+    """Add the flags for the model and its adapters."""
     add(
         "--model",
         required=True,
@@ -44,7 +46,7 @@ def add_files(add: Callable) -> None:
 
 
 def add_text(add: Callable) -> None:
-    """From a prompt to tokens."""
+    """Add the flags that lead from a prompt to tokens."""
     add(
         "--tokenizer",
         default="auto",
@@ -57,7 +59,7 @@ def add_text(add: Callable) -> None:
 
 
 def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False) -> None:
-    """How an answer's tokens are drawn, and how many.
+    """Add the flags for how an answer's tokens are drawn, and how many.
 
     `recommended`: what is not given is None, and the program takes what is recommended for the template.
     """
@@ -88,7 +90,7 @@ def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False
 
 
 def add_device(add: Callable) -> None:
-    """Where it is computed, in which numbers."""
+    """Add the flags for where it is computed, in which numbers."""
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add(
         "--precision",
@@ -125,7 +127,7 @@ def add_device(add: Callable) -> None:
 
 
 def named(given: list[str]) -> dict[str, str]:
-    """name -> file of NAME=FILE and bare files, which have their file's name without suffix."""
+    """Return name -> file. A FILE without NAME= is called by its file's name without suffix."""
     files: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -146,7 +148,7 @@ def named(given: list[str]) -> dict[str, str]:
 
 
 def check_shared(args: argparse.Namespace) -> None:
-    """UserError for values of these flags that make no sense; the sampling is each program's own."""
+    """Raise UserError for values of these flags that make no sense, apart from the sampling."""
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
     check_bos(args.bos)
@@ -157,7 +159,7 @@ def check_shared(args: argparse.Namespace) -> None:
 
 
 def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of add_device() tell decoders.fastest()."""
+    """Return what the flags of add_device() tell decoders.fastest()."""
     return {
         "int8": args.quant == "int8",
         "huge_pages": args.huge_pages,

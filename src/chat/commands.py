@@ -10,21 +10,22 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from demo.columns import side_by_side
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.mapped import ChangedFile
-from src.common.formatting import counted
-from src.data.chat_template import Template
-from src.data.released import modes_note, released
-from src.data.rwkv_template import MODES, RwkvTemplate
-from src.data.tool_styles import read_function, read_tools
-from src.evaluation.guessing import ENOUGH, doubt_of_text
-from src.inference.adapters import Adapters
-from src.inference.conversation import Conversation
-from src.inference.conversation_file import load_chat, save_chat
-from src.inference.sampling import recommended
 
-NO_ADAPTER = "none"
+from ..common.formatting import counted
+from ..data.chat_template import Template
+from ..data.released import modes_note, released
+from ..data.rwkv_template import MODES, RwkvTemplate
+from ..data.tool_styles import read_function, read_tools
+from ..evaluation.guessing import ENOUGH, doubt_of_text
+from ..inference.adapters import Adapters
+from ..inference.conversation import Conversation
+from ..inference.conversation_file import load_chat, save_chat
+from ..inference.flags import NO_ADAPTER
+from ..inference.sampling import recommended
+from .columns import side_by_side
+
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
 MODE_NAMES = {
     "off": "rwkv",

@@ -1,0 +1,88 @@
+"""A chat from its flags: a model and its adapters are loaded, and answer."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+
+from rwkv_miss.files.hub import local_path
+
+from ..data.leading_token import with_leading
+from ..data.released import modes_note
+from ..data.tool_styles import read_tools
+from ..inference.conversation import Conversation
+from ..inference.decoders import fastest
+from ..inference.engine import Engine, Request
+from ..inference.flags import Recorded, decoder_options
+from ..inference.generate import stream
+from ..inference.load import load_with
+from .commands import Chat, note_calls, show
+from .flags import check_local, sampling_of
+
+CHUNK = 1024  # tokens of a prompt that are read at once
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer --prompt, or what is typed until the chat ends."""
+    tools = read_tools(args.tools) if args.tools else []
+    check_local(args)
+    chat, how = load(args)
+    if tools:
+        chat.conversation.use_tools(tools)
+    if not args.raw and (known := modes_note(args.model, chat.conversation.template)):
+        print(f"note: {known}; /mode chooses in a chat, with the sampling", file=sys.stderr)
+    if args.prompt:
+        return show_answer(args, chat)
+    print(
+        f"{os.path.basename(args.model)}: {chat.adapters.model.arch.describe()}; {how}. /help lists the"
+        " commands, /exit ends the chat.",
+        file=sys.stderr,
+    )
+    chat.converse()
+
+
+def load(args: argparse.Namespace) -> tuple[Chat, str]:
+    """(the chat, which decoder answers, in words). UserError for files that do not fit."""
+    args.model = local_path(args.model)
+    args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
+    adapters, tokenizer = load_with(
+        args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
+    )
+    adapters.use(list(args.adapter)[:1], args.scale)
+    decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
+    engine = Engine(decoder, tokenizer, chunk=CHUNK)
+    recorded, used = Recorded(args, tokenizer), list(args.adapter.values())[:1]
+    template, bos = recorded.template(used), recorded.bos(used)
+    conversation = Conversation(engine, sampling_of(args), template, args.system, bos)
+    conversation.generator.manual_seed(args.seed)
+    chat = Chat(conversation, adapters, recorded.template, args.max_tokens, args.seed, recorded.bos)
+    if args.load_state:
+        chat.load_from(args.load_state)
+        if (args.template, args.tool_style) != ("auto", "auto"):
+            conversation.template = chat.chosen = template
+        if args.bos != "recorded":
+            chat.bos_of = recorded.bos
+            if bos != conversation.bos:
+                conversation.bos = bos
+                conversation.read_again()
+    return chat, how
+
+
+def show_answer(args: argparse.Namespace, chat: Chat) -> None:
+    """Answer --prompt on stdout."""
+    conversation = chat.conversation
+    if args.raw:
+        ids = with_leading(conversation.tokenizer.encode(args.prompt), conversation.bos)
+        request = Request(ids, args.max_tokens, conversation.sampling, args.seed)
+        show(stream(conversation.engine, request))
+    elif args.compare:
+        print(chat.compared(args.prompt))
+    else:
+        opening = conversation.template.opening
+        pieces = itertools.chain(
+            [opening] if opening else [], conversation.answer(args.prompt, args.max_tokens)
+        )
+        show(piece.lstrip(" \n") if i == 0 else piece for i, piece in enumerate(pieces))
+        note_calls(conversation.calls)

@@ -1,0 +1,116 @@
+"""A server from its flags: a model and its adapters are loaded, and answer until a signal ends them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from typing import NamedTuple
+
+from rwkv_miss.files.hub import local_path
+
+from ..common.available_memory import parse_size, resident
+from ..common.formatting import counted, size_text
+from ..data.released import modes_note
+from ..data.templates import choose_template
+from ..inference.adapters import Adapters
+from ..inference.decoders import fastest, measured_chunk
+from ..inference.engine import Engine
+from ..inference.flags import Recorded, decoder_options
+from ..inference.load import load_with, refuse_folders
+from .app import assemble
+from .flags import chosen_sampling, limits_of
+from .guard import OWN_NAMES, Guard, is_own_machine
+from .limits import Limits
+from .request_parsing import Defaults
+from .served_models import Records, ServedModels
+from .uvicorn_server import Server, bound
+
+SECONDS = 0.06  # that reading a chunk of a prompt may take, while others wait for their next token
+
+
+def run(args: argparse.Namespace) -> None:
+    limits = limits_of(args)
+    listener = bound(args.host, args.port)  # before a model is read in vain
+    serve(args, limits, listener, load(args))
+
+
+class Loaded(NamedTuple):
+    """The engine and the models that answer."""
+
+    engine: Engine
+    served: ServedModels
+    how: str  # which decoder it is, in words
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Read the model and its adapters. UserError for files that do not fit."""
+    choose_template(args.template, args.tool_style, None, None)
+    refuse_folders(args.adapter)
+    cache = 0 if args.cache.strip() == "0" else parse_size(args.cache, "--cache")
+    args.model = local_path(args.model)
+    files = {name: local_path(path) for name, path in args.adapter.items()}
+    adapters, tokenizer = load_with(
+        args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
+    )
+    name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
+    name = merged_name(adapters, name, args.scale)
+    recorded = Recorded(args, tokenizer)
+    records = Records(recorded.template, recorded.bos, tokenizer.name)
+    served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
+    decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
+    chunk = args.chunk or measured_chunk(decoder, SECONDS)
+    engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
+    return Loaded(engine, served, how)
+
+
+def merged_name(adapters: Adapters, name: str, scale: float) -> str:
+    """Merge an only adapter by which rows cannot differ into the model; return what the model is called."""
+    names = list(adapters.by_name)
+    if len(names) != 1 or not (reason := adapters.by_name[names[0]].reason_to_merge()):
+        return name
+    adapters.use(names, scale)
+    print(
+        f"note: adapter {names[0]!r} is merged into the model: {reason}. It is the only --adapter, so all"
+        f" requests get it, and the model is called {name}:{names[0]}",
+        file=sys.stderr,
+    )
+    return f"{name}:{names[0]}"
+
+
+def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loaded: Loaded) -> None:
+    """Answer until a signal ends the server."""
+    engine, served, how = loaded
+    own = is_own_machine(args.host)
+    hosts = frozenset(name.lower() for name in (*OWN_NAMES, args.host, *args.allow_host)) if own else None
+    origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)
+    defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
+    app, dispatcher = assemble(
+        engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
+    )
+
+    def say_where() -> None:
+        port = listener.getsockname()[1]
+        # all addresses of the machine are none that a browser can open
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
+        host = f"[{name}]" if ":" in name else name
+        print(
+            f"chat page: http://{host}:{port}\nOpenAI's API: http://{host}:{port}/v1, models"
+            f" {', '.join(served.models())}\n{how}; {counted(args.rows, 'row')},"
+            f" prompts in chunks of {counted(engine.chunk, 'token')}; {size_text(resident())} of memory."
+            " Ctrl-C ends the server.",
+            file=sys.stderr,
+            flush=True,
+        )
+        if known := modes_note(args.model, served.template):
+            print(f"note: {known}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
+
+    dispatcher.worker.start()
+    try:
+        server = Server(app, dispatcher, listener, say_where)
+        server.run()
+    finally:
+        dispatcher.worker.close()
+    if dispatcher.worker.changed_file:
+        raise dispatcher.worker.changed_file
