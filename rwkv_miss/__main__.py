@@ -30,7 +30,7 @@ FILES = ("file", "input", "base", "adapter", "merged", "a", "b")  # of all comma
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file is, as plain values: a base, a merged file, an adapter, the checkpoint of a run.
+    """Describe a file in plain values: a base, a merged file, an adapter or a checkpoint of a run.
 
     An adapter may be another project's.
     """
@@ -66,7 +66,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def foreign(source: Source, read_as: str) -> dict[str, Any]:
-    """What an adapter of another project becomes here, or what would have to be said of it first."""
+    """Describe an adapter of another project: what it becomes here, or what its reader must be told first."""
     try:
         adapter = FORMATS[read_as].read(source, NO_HINTS)
     except UserError as error:
@@ -75,7 +75,7 @@ def foreign(source: Source, read_as: str) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """The facts for people."""
+    """Print the facts for people."""
     print(f"{facts['file']}: {facts['kind']}, {facts['bytes']:,} bytes")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
     print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, {dtypes}")
@@ -106,7 +106,7 @@ def show(facts: dict[str, Any]) -> None:
 
 
 class Version(argparse.Action):
-    """argparse's own would ask git in every command."""
+    """Flag that prints the version. argparse's own action would ask git in every command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"rwkv-miss {version_line()}")
@@ -114,7 +114,6 @@ class Version(argparse.Action):
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags."""
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)

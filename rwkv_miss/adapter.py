@@ -1,4 +1,4 @@
-"""The base of every adapter method and their registry.
+"""Base class of every adapter method, and the registry of methods.
 
 An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adapter only adds parameters
 beside it (`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in
@@ -29,7 +29,7 @@ Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 
 
 def register(name: str) -> Callable[[Class], Class]:
-    """Class decorator: make a method known as `name` to inject(), to the trainer and to the merge."""
+    """Return a class decorator that makes a method known as `name` to inject(), the trainer and the merge."""
 
     def add(cls: Class) -> Class:
         cls.method = name
@@ -41,7 +41,7 @@ def register(name: str) -> Callable[[Class], Class]:
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """What a user may set for a method; subclasses add fields.
+    """Settings of a method; subclasses add fields.
 
     `aliases` maps the names of neighbouring projects to fields.
     """
@@ -50,7 +50,7 @@ class NoOptions:
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> NoOptions:
-        """Options from a dictionary. UserError for an unknown key or a value of the wrong kind."""
+        """Read options from a dictionary. Raises UserError for an unknown key or a wrong value."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         default = cls()
         known: dict[str, Any] = {}
@@ -76,12 +76,12 @@ class NoOptions:
         return cls(**known)
 
     def at(self, name: str) -> NoOptions:
-        """The options of one linear, by its dotted name."""
+        """Return the options of one linear, by its dotted name."""
         return self
 
 
 def _scalar(key: str, value: Any, kind: type) -> Any:
-    """An option's value in its own kind; 0 and 1 stand for false and true."""
+    """Convert an option's value to its own kind; 0 and 1 stand for false and true."""
     if kind is bool:
         fits = isinstance(value, bool) or value in (0, 1)
     elif kind is float:
@@ -95,7 +95,7 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
 
 
 def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
-    """A map from parts of names to what `of` says: ranks, or positive factors."""
+    """Check a map from parts of names to `of`: ranks, or positive factors."""
     kinds = (int,) if of == "ranks" else (int, float)
     if not isinstance(value, dict) or not all(
         type(number) in kinds and 0 < number < math.inf for number in value.values()
@@ -108,12 +108,12 @@ def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
 
 
 def names_with(of: str) -> Any:
-    """The field of an option that is a map from parts of names to ranks or factors; empty by default."""
+    """Make the field of an option that is a map from parts of names to ranks or factors; empty by default."""
     return dataclasses.field(default_factory=dict, metadata={"of": of})
 
 
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
-    """What a map from parts of dotted names says of one name: its longest part that is in the name.
+    """Look a dotted name up in a map from parts of names: the longest part that is in the name counts.
 
     Parts are such as "ffn", "att.key" or "blocks.0".
     """
@@ -122,7 +122,7 @@ def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def check_parts(what: str, by_name: dict[str, Any], names: Iterable[str]) -> None:
-    """UserError for a part of a name that is in none of `names`."""
+    """Raise UserError for a part of a name that is in none of `names`."""
     for part in by_name:
         if not any(f".{part}." in f".{name}." for name in names):
             raise UserError(
@@ -150,18 +150,19 @@ class Options(NoOptions):
         return self.with_rank(most_specific(self.rank_map, name, self.rank))
 
     def with_rank(self, rank: int, **others: Any) -> Options:
-        """The same for one linear, which has this rank; `others` are options that change with it."""
+        """Copy the options for one linear of this rank; `others` are options that change with it."""
         return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
-# What a first step shall move. One number for all methods: it fits the best rates of small models
-# (docs/results/first-run.md), and gives the published ones for 7B within a factor of 2.5.
+# Share of its size by which the first step shall move the outputs. One number for all methods: it fits the
+# best rates of small models (docs/results/first-run.md), and gives the published ones for 7B within a factor
+# of 2.5.
 FIRST_MOVE = 0.65
 LONG_RUN = 0.7  # the best rate of a run, as a part of the best one of a few steps (the same page)
 
 
 class AdapterMethod:
-    """What inject(), the trainer and the merge ask of a method.
+    """Interface of a method for inject(), the trainer and the merge.
 
     Methods that adapt linears derive from AdapterLinear.
     """
@@ -176,7 +177,7 @@ class AdapterMethod:
 
     @classmethod
     def sums_products(cls, options: Options) -> bool:
-        """Whether an entry of dW is a sum of products, and not a copy of a trained number."""
+        """Tell whether an entry of dW is a sum of products, and not a copy of a trained number."""
         return True
 
     @classmethod
@@ -189,7 +190,7 @@ class AdapterMethod:
 
     @classmethod
     def first_rate(cls, layers: int, width: int, options: Options) -> float:
-        """A first guess at the learning rate for a model with so many layers, each `width` wide.
+        """Guess the learning rate for a model with `layers` layers, each `width` wide.
 
         One step of Adam shall move the outputs of all layers together by FIRST_MOVE of their size.
         """
@@ -197,7 +198,8 @@ class AdapterMethod:
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """How far one step of Adam at rate 1 moves an output of a linear with `width` inputs of size 1.
+        """Estimate how far a step of Adam at rate 1 moves an output of a linear with `width` inputs of size
+        1.
 
         Adam's first step moves every number by the rate, with the sign that the gradient gives it. The
         default is MiSS's: each of the rank's shard sums has a size of sqrt(width / rank), and they add up.
@@ -211,8 +213,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     A method implements setup() and delta(); forward() may be overridden by something faster that means the
     same. The life of a layer: setup(); then start() if it is new, or assign() with the tensors of a file;
     then prepare(). Tensors named in `shared` are the same in many layers: they live once in memory and once
-    in the file. On those in `constants` the frozen weight depends, so that a run that goes on begins with the
-    ones it had.
+    in the file. The frozen weight depends on those in `constants`, so a resumed run begins with the ones it
+    had.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
@@ -221,7 +223,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def make_shared(
         cls, shapes: dict[str, tuple[int, int]], options: Options, device: torch.device
     ) -> dict[str, Tensor]:
-        """The tensors of `shared` by name, for linears of these (out, in) shapes.
+        """Make the tensors of `shared` by name, for linears of these (out, in) shapes.
 
         A parameter is trained, a plain tensor stays.
         """
@@ -229,7 +231,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @classmethod
     def shared_names(cls, out: int, width: int) -> dict[str, str]:
-        """Which shared tensors a linear (out, in) uses: name in the layer -> name in make_shared().
+        """Name the shared tensors of a linear (out, in): name in the layer -> name in make_shared().
 
         A method whose tensors differ with the widths overrides it.
         """
@@ -254,15 +256,15 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Give the frozen weight back as it was before prepare()."""
 
     def delta(self) -> Tensor:
-        """The change of the weight *of the base file*, (out, in), fp32. This is the meaning of the method."""
+        """Compute the change of the weight *of the base file*, (out, in), fp32. It defines the method."""
         raise NotImplementedError
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(A (r, in), B (out, r)), fp32, with B A = delta(). None where there is no such form."""
+        """Return (A (r, in), B (out, r)), fp32, with B A = delta(), or None if delta() has no such form."""
         return None
 
     def base_weight(self) -> Tensor:
-        """The weight of the base file, (out, in), fp32 or float64.
+        """Return the weight of the base file, (out, in), fp32 or float64.
 
         A method that changes the frozen weight overrides it.
         """
@@ -270,26 +272,25 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add_delta_to(self, weight: Tensor) -> None:
-        """weight += delta(), in place, (out, in) fp32; a method may do it without forming delta()."""
+        """Add delta() to a weight (out, in) fp32 in place; a method may do it without forming delta()."""
         weight.add_(self.delta())
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
+        """Compute y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
         x = functional.autocast(x)
         with functional.without_autocast(x.device):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """forward() of the base file's linear. A method that changes the frozen weight overrides it."""
+        """Compute what the base file's linear does. A method that changes the frozen weight overrides it."""
         return functional.linear(x, self.weight, self.bias)
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
-        """A scalar to add to the loss, or None.
+        """Compute a scalar to add to the loss, or None.
 
-        The parameters may be shared out by ZeRO-3. They are whole inside gather(parameters), but not in the
-        backward.
+        ZeRO-3 may share the parameters out. They are whole inside gather(parameters), not in the backward.
         """
         return None
 
@@ -297,7 +298,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def before_step(
         cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather
     ) -> None:
-        """Called before optimizer step `step` (1-based) of `total`.
+        """Act before optimizer step `step` (1-based) of `total`.
 
         gradient_of(parameter): the gradient of the whole step, the same on all ranks, or None. All ranks ask
         for them in the same order.
@@ -305,20 +306,20 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @classmethod
     def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
-        """Called after optimizer step `step` (1-based) of `total`.
+        """Act after optimizer step `step` (1-based) of `total`.
 
         It must not write into a trained parameter: under ZeRO that would be lost.
         """
 
     def rate_factor(self, name: str) -> float:
-        """What the learning rate of one of the layer's tensors is multiplied by (LoRA+)."""
+        """Return the factor on the learning rate of one of the layer's tensors (LoRA+)."""
         return 1.0
 
     @classmethod
     def wrap(
         cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
     ) -> AdapterLinear:
-        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy.
+        """Make the adapted layer of a linear. It takes over weight (out, in) and bias without a copy.
 
         options: those of this linear. shared: its shared tensors.
         """
@@ -367,7 +368,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return self
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """What a file keeps of this layer: all saved tensors but the base's weight and bias."""
+        """Return the tensors that a file keeps of this layer: all saved ones but weight and bias."""
         buffers = {
             name: t
             for name, t in self.named_buffers(recurse=False)
@@ -379,7 +380,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
-        """Base weight (out, in) fp32 -> merged weight, in the same memory.
+        """Merge into a base weight (out, in) fp32, in the same memory.
 
         tensors, options: the layer's, out of an adapter file.
         """
@@ -389,7 +390,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
-        """The adapted layer of a base weight (out, in) fp32, which is not copied.
+        """Make the adapted layer of a base weight (out, in) fp32, which is not copied.
 
         tensors, options: the layer's, out of an adapter file.
         """
@@ -399,7 +400,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return adapted
 
     def check(self, tensors: dict[str, Tensor]) -> None:
-        """UserError unless names and shapes are exactly those that setup() made."""
+        """Raise UserError unless names and shapes are exactly those that setup() made."""
         own = self.own_tensors()
         if own.keys() != tensors.keys():
             raise UserError(f"the adapter holds {sorted(tensors)}, method {self.method} needs {sorted(own)}")
@@ -420,7 +421,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """assign() for a layer in use; one that does not fit changes nothing."""
+        """Set the tensors of a layer in use; one that does not fit changes nothing."""
         self.check(tensors)
         self.revert()
         self.assign(tensors)
@@ -428,18 +429,18 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
 
 def changes_frozen_weight(layer: AdapterLinear) -> bool:
-    """Whether the layer's weight is not that of the base file: PiSSA's is what its factors leave of it."""
+    """Tell whether the layer's weight differs from the base file's, as PiSSA's does."""
     return type(layer).base_weight is not AdapterLinear.base_weight
 
 
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _: Any) -> None:
-    """Hook after load_state_dict(), for a layer that derives tensors from the frozen weight."""
+    """Prepare a layer again after load_state_dict(): it may derive tensors from the frozen weight."""
     layer.prepare()
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Dotted name -> layer, for every adapted linear of the model."""
+    """Map dotted name -> layer, for every adapted linear of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
@@ -451,12 +452,12 @@ def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
 
 
 def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-    """The `gather` of a model whose parameters are whole at any time."""
+    """Return the `gather` of a model whose parameters are always whole."""
     return contextlib.nullcontext()
 
 
 class AroundSteps:
-    """What the method of a model's adapted linears does around the optimizer steps of a training.
+    """Work of a method around the optimizer steps of a training, for a model's adapted linears.
 
     The linears are found here and not in each step, which on a GPU would take as long as a layer. So it is
     made when the adapter is in its place, and not used when that was changed.
@@ -466,7 +467,7 @@ class AroundSteps:
         self.layers = list(adapted_linears(model).values())
 
     def penalty(self, gather: Gather = whole) -> Tensor | None:
-        """What the method adds to the loss of a step, or None."""
+        """Return the method's penalty on the loss of a step, or None."""
         return type(self.layers[0]).penalty(self.layers, gather) if self.layers else None
 
     def before(
@@ -487,7 +488,7 @@ class AroundSteps:
 
 
 def penalty(model: nn.Module, gather: Gather = whole) -> Tensor | None:
-    """AroundSteps.penalty() of a model."""
+    """Call AroundSteps.penalty() of a model."""
     return AroundSteps(model).penalty(gather)
 
 
@@ -498,24 +499,24 @@ def before_step(
     gradient_of: GradientOf = operator.attrgetter("grad"),
     gather: Gather = whole,
 ) -> None:
-    """AroundSteps.before() of a model."""
+    """Call AroundSteps.before() of a model."""
     AroundSteps(model).before(step, total, gradient_of, gather)
 
 
 def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) -> None:
-    """AroundSteps.after() of a model."""
+    """Call AroundSteps.after() of a model."""
     AroundSteps(model).after(step, total, gather)
 
 
 def only_linears_change(model: nn.Module) -> bool:
-    """Whether the model is its base but for adapted linears: nothing else of it is trained."""
+    """Tell whether adapted linears are all that is trained: the rest of the model is its base."""
     own = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.own_tensors().values()}
     return bool(own) and all(id(p) in own for p in model.parameters() if p.requires_grad)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is its base: adapted linears compute without their adapter.
+    """Turn the adapters off inside the block: adapted linears compute as in the base.
 
     Raises UserError where tensors of the base itself are trained, or an initial state is: their first values
     are not in the model.

@@ -1,4 +1,4 @@
-"""The one exception for the user's mistakes, its way to one line and exit code 2, and flags that raise it."""
+"""User errors: the one exception for them, its way to one line and exit code 2, and flags that raise it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from .interrupts import EXIT_CODE, answered, is_program, say_interrupted
 from .progress import clear
 
-# what a machine refuses whoever asks: no mistake of the program
+# errors of the machine that are no mistake of the program
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO)
 
 
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def naming_missing_torch() -> Iterator[None]:
-    """Around the first imports: where this package is the program, an absent torch is one line of error."""
+    """Report an absent torch in one line during the first imports, where this package is the program."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -42,7 +42,7 @@ LONGEST = 2000  # characters of a message
 
 
 def printable(text: str) -> str:
-    """A text on one line, cut where it is very long, with control characters shown as escapes.
+    """Put a text on one line, cut if it is very long, with control characters shown as escapes.
 
     Names in a file could otherwise rewrite what the terminal shows.
     """
@@ -52,13 +52,13 @@ def printable(text: str) -> str:
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """Names with commas between them, of which at most so many are written out: `a, b and 3 more`."""
+    """List names with commas between them; at most `most` are written out: `a, b and 3 more`."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean NAME?` for what a text resembles, else nothing."""
+    """Suggest `; did you mean NAME?` for a misspelt word, else nothing."""
     found = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -69,8 +69,8 @@ def one_line_errors() -> Iterator[None]:
 
     The same for what the machine refuses, such as memory. Another exception is a bug and keeps its traceback.
 
-    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells
-    have for it, 141. What the terminal's encoding has no character for is shown as an escape.
+    If nobody reads stdout any more (`| head`), the program ends silently with the code of shells for it, 141.
+    Characters that the terminal's encoding lacks are shown as escapes.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -114,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory did: Python's, numpy's, a GPU's, or a CPU's, for which torch has no class of its own."""
+    """Tell whether memory ran out: Python's, numpy's, a GPU's, or a CPU's, which torch has no class for."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

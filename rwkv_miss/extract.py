@@ -21,7 +21,7 @@ from .progress import tensors_with_progress
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What extract_base() wrote. left_out: tensors by the first part of their names."""
+    """Result of extract_base(). left_out: tensors by the first part of their names."""
 
     out: str
     model: str
@@ -30,7 +30,7 @@ class Extraction:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """What the user is told."""
+        """Return the lines for the user."""
         lines = [f"{self.out}: {self.model}, {self.tensors} tensors"]
         if self.left_out:
             parts = ", ".join(f"{count} of {printable(part)}" for part, count in self.left_out.items())
@@ -43,8 +43,8 @@ def extract_base(
 ) -> Extraction:
     """Write the RWKV whose tensors begin with `prefix` in a larger checkpoint as a plain .pth.
 
-    shown: a bar on stderr where it takes long. UserError, before anything is written, where no tensor begins
-    so, or they are no whole RWKV-6 or 7, or `out` is the input or a model that would be lost.
+    shown: a bar on stderr where it takes long. Raises UserError, before anything is written, if no tensor has
+    the prefix, if they are no whole RWKV-6 or 7, or if `out` is the input or a model that would be lost.
     """
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
@@ -70,13 +70,13 @@ def extract_base(
 
 
 def _of_part(name: str, prefix: str) -> str:
-    """A name without the words of trainers, where it is one of the part; another part's as it is."""
+    """Strip the prefixes of trainers from a name of the part; other names stay."""
     plain = without_prefixes(name, prefix)
     return plain if plain.startswith(prefix) else name
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """(all tensors of a file under the names that it gives them, notes)."""
+    """Read (all tensors of a file under the names that it gives them, notes)."""
     if is_safetensors(path):
         return read_safetensors(path)[0], []
     loaded, notes = contained(path, load_dict(path))
@@ -84,7 +84,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add it to the subparsers of the program; the parsed arguments have what does the work as `run`."""
+    """Add the command to the program's subparsers; the parsed arguments have its function as `run`."""
     parser = commands.add_parser(
         "extract-base", help="the RWKV inside a larger checkpoint -> a .pth that can be a base"
     )

@@ -5,9 +5,9 @@ Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in
 Dtypes: y has that of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's
 dtype, as for torch's own linear. fp64 stays.
 
-What is kept of a weight is the parameter itself, where torch keeps its cast copy. The frozen weight gets a
-gradient only when it asks for one; only then x is kept. A quantised weight (quantised.py) is expanded for
-each product, and kept as it is.
+The backward keeps the parameter itself, where torch keeps its cast copy. The frozen weight gets a gradient
+only when it requires one; only then x is kept. A quantised weight (quantised.py) is expanded for each
+product, and kept as it is.
 
 MiSS (arXiv 2409.15371): x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
 - "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (equations 2-3).
@@ -33,7 +33,7 @@ Function = Callable[..., Any]
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
-    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank).
+    """Sum `rank` shards of the last axis, (..., in) -> (..., rank).
 
     Where rank does not divide the width, some shards have fewer columns.
 
@@ -63,7 +63,7 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
 def shard_index(
     width: int, rank: int, contiguous: bool = False, device: torch.device | str | None = None
 ) -> Tensor:
-    """The shard that each of `width` input columns belongs to, int64 (width,)."""
+    """Return the shard of each of `width` input columns, int64 (width,)."""
     column = torch.arange(width, device=device)
     return column // -(-width // rank) if contiguous else column % rank
 
@@ -71,13 +71,13 @@ def shard_index(
 def shard_signs(
     width: int, rank: int, contiguous: bool = False, device: torch.device | str | None = None
 ) -> Tensor:
-    """1 or -1, as which each of `width` input columns counts in its balanced shard, int64 (width,)."""
+    """Return the sign, 1 or -1, of each of `width` input columns in its balanced shard, int64 (width,)."""
     column = torch.arange(width, device=device)
     return 1 - 2 * ((column % -(-width // rank) if contiguous else column // rank) % 2)
 
 
 def add_repeated_(x: Tensor, values: Tensor) -> None:
-    """x[n, j, :] += values[n, j], in place. x (N, r, size), values (N, r)."""
+    """Add: x[n, j, :] += values[n, j], in place. x (N, r, size), values (N, r)."""
     # in bf16 4 to 9 times as fast as repeating them in the addition
     x.add_(values.unsqueeze(2).expand_as(x).contiguous())
 
@@ -85,7 +85,7 @@ def add_repeated_(x: Tensor, values: Tensor) -> None:
 def _columns_of_shards(
     dx: Tensor, ds: Tensor, contiguous: bool, balanced: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The transpose of shard_sum in parts: (view of dx (N, in), what its columns have in ds (N, r or r + 1)).
+    """Transpose shard_sum in parts: (view of dx (N, in), the values of its columns in ds (N, r or r + 1)).
 
     The values have one number where the view has several that are equal.
     """
@@ -112,7 +112,7 @@ def _columns_of_shards(
 
 
 def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
-    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n].
+    """Add the transpose of shard_sum in place: dx[n, i] += the value of column i in ds[n].
 
     dx (N, in), ds (N, r), or (N, r + 1) if balanced.
     """
@@ -124,7 +124,7 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
 
 
 def expanded(ds: Tensor, width: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
-    """The transpose of shard_sum, (N, r or r + 1) -> (N, width): each number is written once."""
+    """Expand ds by the transpose of shard_sum, (N, r or r + 1) -> (N, width): each number is written once."""
     dx = ds.new_empty(ds.shape[0], width)
     for part, values in _columns_of_shards(dx, ds, contiguous, balanced):
         part.copy_(values)
@@ -132,7 +132,7 @@ def expanded(ds: Tensor, width: int, contiguous: bool = False, balanced: bool = 
 
 
 def in_autocast(device: torch.device) -> bool:
-    """Whether somebody's torch.autocast holds for a device.
+    """Tell whether torch.autocast is on for a device.
 
     torch.is_autocast_enabled() fails for types that have none, such as meta.
     """
@@ -141,19 +141,19 @@ def in_autocast(device: torch.device) -> bool:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context for what is computed in the dtypes of its tensors, whatever the caller's torch.autocast."""
+    """Turn the caller's torch.autocast off: the block computes in the dtypes of its tensors."""
     return torch.autocast(device.type, enabled=False) if in_autocast(device) else contextlib.nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in the dtype of the caller's torch.autocast, or as it is where there is none, and in fp64."""
+    """Cast x to the dtype of the caller's torch.autocast; it stays if that is off, and in fp64."""
     if not in_autocast(x.device) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Tensor:
-    """function.apply(x, *others), with x in the dtype of the caller's autocast, which stays outside."""
+    """Call function.apply(x, *others) with autocast off and x in its dtype."""
     if not in_autocast(x.device):
         return function.apply(x, *others)
     x = autocast(x)
@@ -162,10 +162,9 @@ def call(function: type[torch.autograd.Function], x: Tensor, *others: Any) -> Te
 
 
 def first_derivative(backward: Function) -> Function:
-    """Decorator for an operator's backward(ctx, dy), which may be called inside somebody's autocast.
+    """Decorate an operator's backward(ctx, dy), which may be called inside a caller's autocast.
 
-    Where there is no dy it is not called. RuntimeError where somebody differentiates it: its products have no
-    derivative.
+    Without a dy it is not called. Raises RuntimeError if it is differentiated, which it can't be.
     """
 
     @functools.wraps(backward)
@@ -185,14 +184,14 @@ def first_derivative(backward: Function) -> Function:
 
 
 def flat_tokens(x: Tensor) -> Tensor:
-    """(..., n) -> (tokens, n)."""
+    """Reshape (..., n) -> (tokens, n)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def weight_gradients(
     ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
+    """Compute (dweight, dbias) if they are needed, as arguments 1 and 2 of the operator."""
     dweight = None
     if ctx.needs_input_grad[1]:
         x = flat_tokens(x)
@@ -202,7 +201,7 @@ def weight_gradients(
 
 
 def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a^T b of a (N, r) and b (N, n) as the gradient of a parameter with this dtype; the sums are fp32."""
+    """Compute a^T b of a (N, r), b (N, n) as a parameter's gradient in this dtype; the sums are fp32."""
     a_t = a.t()
     if a.device.type == "cpu":  # the copy is small, and a GEMM without it 10 % slower
         a_t = a_t.contiguous()
@@ -212,14 +211,14 @@ def gradient_of_factor(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """The weight (out, in) in the dtype of a product; `transposed`: it is (in, out)."""
+    """Cast the weight (out, in) to the dtype of a product; `transposed`: it is (in, out)."""
     if transposed:
         return weight.t().to(dtype)
     return weight if weight.dtype == dtype else dense(weight, width, dtype).to(dtype)
 
 
 def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The bias in the dtype of a product."""
+    """Cast the bias to the dtype of a product."""
     return None if bias is None else bias.to(dtype)
 
 
@@ -248,19 +247,18 @@ class _Linear(torch.autograd.Function):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False, exact: bool = False
 ) -> Tensor:
-    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). `exact`: y is as product_exact makes it,
-    without a bias.
+    """Compute y = x W^T + bias; `transposed`: the weight is W^T, (in, out). `exact`: y is as product_exact
+    makes it, without a bias.
 
-    Kept for the backward: the weight, and x only where the weight wants a gradient.
+    Kept for the backward: the weight, and x only if the weight requires a gradient.
 
-    A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
-    with it.
+    A view of the weight will not do for W^T: the backward would keep the whole parameter under ZeRO-3.
     """
     return call(_Linear, x, weight, bias, transposed, exact)
 
 
 def sums_go_on(device: torch.device) -> bool:
-    """Whether a product that adds to a large matrix costs no more than one that writes it, as on a GPU."""
+    """Tell whether adding a product to a large matrix costs no more than writing it, as on a GPU."""
     return device.type == "cuda"
 
 
@@ -318,7 +316,7 @@ def miss_linear(
     balanced: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """y = x W^T + bias + S(x) D.
+    """Compute y = x W^T + bias + S(x) D.
 
     Kept for the backward in x's dtype: S, (tokens, r), and D, where D has another.
 
@@ -344,17 +342,16 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 
 
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout.
+    """Set each number of x (N, in) to 0 with probability `dropout`, else divide it by 1 - dropout.
 
-    A seed (0-dim, int64) always drops the same places.
-
-    x itself without a seed. Not differentiable: the operators that use it have their own backward.
+    A seed (0-dim, int64) always drops the same places; without one x stays. It is not differentiable: the
+    operators that use it have their own backward.
     """
     return x if seed is None else torch.ops.rwkv_miss.drop(x, dropout, seed)
 
 
 def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale B, computed in B's dtype and rounded once."""
+    """Compute scale B in B's dtype, rounded once."""
     return B.to(dtype) if scale == 1 else torch.mul(B, scale, out=B.new_empty(B.shape, dtype=dtype))
 
 
@@ -403,18 +400,17 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
+    """Compute y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
 
     Kept for the backward: x' A^T, and x unless A is frozen; A and scale B, where x has another dtype.
 
-    The dropped places are drawn again in the backward, which takes less time than to read them from memory
-    and no room.
+    The backward draws the dropped places again. That takes no memory, and less time than reading them.
     """
     return call(_LoraLinear, x, weight, bias, A, B, scale, dropout, seed)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """x times an fp32 factor for each column, in x's dtype: rounded once, and without an fp32 copy of x."""
+    """Multiply x by an fp32 factor for each column, in x's dtype: rounded once, without an fp32 copy of x."""
     return torch.mul(x, factor, out=torch.empty_like(x))
 
 
@@ -438,7 +434,7 @@ class _TimesColumns(torch.autograd.Function):
 
 
 def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x diag(factor) + bias for x (..., out) and factor (out), fp32. Kept for the backward: x.
+    """Compute y = x diag(factor) + bias for x (..., out) and factor (out), fp32. Kept for the backward: x.
 
     The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 %
     below, before it is used.

@@ -31,7 +31,7 @@ WIDE = 4096  # numbers of a row that are made and then written to their place, w
 
 @functools.cache
 def _has_onednn() -> bool:
-    """Whether this torch has the operator, and it does what it is used for here."""
+    """Tell whether this torch has the operator, and it does what it is used for here."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight, other = torch.ones(2, 3), torch.ones(3, 5).t(), torch.ones(2, 5)
@@ -52,11 +52,11 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
 
 
 def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
-    """Whether x W^T is taken by oneDNN here; otherwise it is torch's own product.
+    """Tell whether oneDNN computes x W^T here; otherwise torch's own product does.
 
     `transposed`: the weight is W^T, (in, out).
     """
-    # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
+    # exactly a Tensor: tracing and the counting of memory run the operators on subclasses without values
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
@@ -69,7 +69,7 @@ def uses_onednn(x: Tensor, weight: Tensor, transposed: bool = False) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias."""
+    """Compute x W^T + bias."""
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     if weight.is_contiguous() or weight.shape[1] < 3 * DEEP:
@@ -82,21 +82,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_transposed(x: Tensor, matrix: Tensor) -> Tensor:
-    """product(x, matrix.t()) for a matrix (in, out), without the two views that torch would make of it."""
+    """Compute product(x, matrix.t()) for a matrix (in, out), without torch's two views of it."""
     return product(x, matrix.t()) if uses_onednn(x, matrix, transposed=True) else torch.mm(x, matrix)
 
 
 @functools.cache
 def _has_fp32_results() -> bool:
-    """Whether torch hands out the fp32 sums of factors in half precision: from 2.8 on, for CUDA alone."""
+    """Tell whether torch returns the fp32 sums of factors in half precision: from 2.8 on, on CUDA alone."""
     return "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
 def product_exact(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with the sums as they are, fp32 for factors in half precision; fp32 and fp64 stay.
+    """Compute x W^T with unrounded sums, fp32 for factors in half precision; fp32 and fp64 stay.
 
-    On CUDA with torch 2.8 or newer. On the CPU and in an older torch the result is fp32, too, but was rounded
-    to the dtype of the factors on its way: torch has no other product there.
+    That takes CUDA with torch 2.8 or newer. On the CPU and in an older torch the result is fp32, too, but was
+    rounded to the dtype of the factors on its way: torch has no other product there.
     """
     if x.dtype.itemsize >= 4:
         return product(x, weight)
@@ -106,12 +106,12 @@ def product_exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, written to `out` (N, out), which may be fp32 for factors in half precision, as of product_exact.
+    """Write x W^T to `out` (N, out), which may be fp32 for factors in half precision, as of product_exact.
 
-    For results so large that new memory would take a tenth of the product's time.
+    It is for results so large that new memory would take a tenth of the product's time.
     """
     if out.dtype != x.dtype:
-        # a subclass has no numbers: it is counted what a GPU would do
+        # a subclass has no values: what a GPU would do is counted
         if (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
             return torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return out.copy_(product(x, weight))
@@ -123,18 +123,17 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: Tensor) -> Tensor:
-    """x W^T + bias + s D in one output: s (N, r), D (r, out)."""
+    """Compute x W^T + bias + s D in one output: s (N, r), D (r, out)."""
     if x.dtype.itemsize < 4 or uses_onednn(x, weight):
         return product_onto(product(s, D.t()), x, weight, bias)
     return F.linear(x, weight, bias).addmm_(s, D)
 
 
 def product_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y + x W^T + bias; y (N, out) is used up.
+    """Compute y + x W^T + bias in the memory of y (N, out).
 
-    For a small y in half precision. The sums of the product, which are fp32, go on from it; what is added to
-    a product afterwards is added to something rounded, and lost where it is below half a step: 71 % of the
-    change that a D of size 1e-5 makes.
+    It is for a small y in half precision. The product's fp32 sums start from y. If y were added to the
+    rounded product, all below half a step would be lost: 71 % of the change that a D of size 1e-5 makes.
     """
     if uses_onednn(x, weight):
         return _onednn_plus(x, weight, bias, y)

@@ -46,7 +46,7 @@ HOOKS = (
 
 @dataclasses.dataclass
 class Injection:
-    """What inject() did. Kept as `model.injection` and written into the adapter file."""
+    """Result of inject(). It is kept as `model.injection` and written into the adapter file."""
 
     method: str
     options: dict[str, Any]
@@ -61,7 +61,7 @@ class Injection:
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def line(self) -> str:
-        """One line for the user: linears, whole tensors, trainable parameters and their share of the base."""
+        """Describe linears, whole tensors, trainable parameters and their share of the base in one line."""
         share = 100 * self.trainable / self.total
         parts = [f"{len(self.linears)} linears"] if self.linears else []
         parts += [f"{self.whole} whole tensors ({', '.join(self.train_parts)})"] if self.whole else []
@@ -77,18 +77,18 @@ def _short(count: int) -> str:
 
 
 def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """Dotted name -> linear for every target: a leaf (`key`), a suffix (`att.key`) or a whole name.
+    """Map dotted name -> linear for every target: a leaf (`key`), a suffix (`att.key`) or a whole name.
 
-    None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with
-    the names that exist, for that, for a target that matches nothing, and for a linear whose change would
-    have no effect or another one once merged.
+    None means the linears of RWKV that the paper adapts. Raises UserError, with the names that exist, for
+    None with another model, for a target that matches nothing, and for a linear whose change would have no
+    effect or another one once merged.
     """
     if isinstance(targets, str):
         raise UserError(f"targets {targets!r} is a text, expected a list of names: targets=[{targets!r}]")
     modules = dict(model.named_modules(remove_duplicate=False))
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-    # key and value alone would match some linears of many a model, and leave out the others without a word
+    # key and value alone would match some linears of many models and silently miss the others
     if targets is None and not any(name.endswith("receptance") for name in linears):
         raise UserError(
             f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV"
@@ -107,7 +107,7 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
 
 
 def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
-    """UserError for a linear whose change would have no effect, or another one once it is merged.
+    """Raise UserError for a linear whose change would have no effect, or another one once it is merged.
 
     `modules` has every module under all its names.
     """
@@ -150,7 +150,7 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
 
 
 def _more_than_linear(linear: nn.Linear) -> str:
-    """What a linear does or has beyond y = x W^T + bias; "" where that is all."""
+    """Describe what a linear does or has beyond y = x W^T + bias; "" if that is all."""
     children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
     tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
     hooks = any(getattr(linear, name, None) for name in HOOKS)
@@ -166,7 +166,7 @@ def _more_than_linear(linear: nn.Linear) -> str:
 
 
 class _SharedMemory:
-    """Which parameters and buffers of a model lie in the same memory: tied ones, and views of each other.
+    """Parameters and buffers of a model by their memory: tied ones, and views of each other, share it.
 
     Each has all its names.
     """
@@ -186,7 +186,7 @@ class _SharedMemory:
 
     @staticmethod
     def _range(tensor: Tensor) -> tuple[int, int]:
-        """The first byte of a tensor in its storage, and the one after its last."""
+        """Return the first byte of a tensor in its storage, and the one after its last."""
         first = tensor.storage_offset() * tensor.itemsize
         if not tensor.numel():
             return first, first
@@ -194,7 +194,7 @@ class _SharedMemory:
         return first, first + (last + 1) * tensor.itemsize
 
     def overlapping(self, name: str, tensor: Tensor) -> list[str]:
-        """The other names of memory that a tensor of this name uses."""
+        """Return the other names of memory that a tensor of this name uses."""
         first, end = self._range(tensor)
         found = []
         for other, t in self.tensors[self._storage(tensor)]:
@@ -218,10 +218,10 @@ def inject(
     Each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
     (`model.classifier.requires_grad_(True)`) and saved as well.
 
-    earlier: the tensors of a training that goes on, by their names in the model. The weights that the method
-    changes (PiSSA) become the same.
+    earlier: the tensors of a training that is resumed, by their names in the model. The weights that the
+    method changes (PiSSA) become the same.
 
-    UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
+    Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     initialise = functools.partial(_start_layers, earlier=earlier)
     return _attach(model, method, targets, train_parts, options, initialise)
@@ -293,7 +293,7 @@ def _attach(
 
 
 def _whole_names(model: nn.Module, parts: list[str], linears: Mapping[str, nn.Linear]) -> list[str]:
-    """The tensors of these parts, by name. UserError for one of an adapted linear."""
+    """Name the tensors of these parts. Raises UserError for one of an adapted linear."""
     names = dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model))
     whole = in_parts(names, parts)
     for name in whole:
@@ -327,9 +327,9 @@ def _adapt(
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: what the method added, and every other trained parameter.
+    """Return the tensors of an adapter file: what the method added, and every other trained parameter.
 
-    What linears have in common is `shared.NAME`.
+    Tensors that linears share are `shared.NAME`.
     """
     tensors: dict[str, Tensor] = {}
     own: set[int] = set()
@@ -342,9 +342,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that training may move without a gradient, such as BatchNorm's means and variances.
+    """Return the buffers that training may move without a gradient, such as BatchNorm's means and variances.
 
-    Not its count of batches, an integer: answers do not depend on it.
+    Its count of batches, an integer, is left out: outputs do not depend on it.
     """
     adapters = {
         id(tensor) for layer in adapted_linears(model).values() for tensor in layer.buffers(recurse=False)
@@ -368,10 +368,10 @@ def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-    """(the tensors of an adapter file, the linears that have an adapter there, other names of tied tensors).
+    """Return (tensors of an adapter file, linears with an adapter there, other names of tied tensors).
 
-    A linear whose own weight is trained beside its adapter is in the file as a whole, with the sum of both.
-    What shares memory with a trained tensor has changed with it.
+    A linear whose own weight is trained beside its adapter is in the file as a whole tensor, the sum of both.
+    Tensors that share memory with a trained one have changed with it.
     """
     tensors, linears = adapter_tensors(model), list(model.injection.linears)
     tied: dict[str, str] = {}
@@ -412,7 +412,7 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
 def layer_tensors(
     cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of one adapted linear (out, in) out of an adapter file, by their names in the layer.
+    """Select the tensors of one adapted linear (out, in) from an adapter file's, by their names in the layer.
 
     The shared ones are included.
     """
@@ -437,9 +437,8 @@ def layer_tensors(
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
-    metadata: keywords such as step and tokenizer, which are added.
-
-    UserError where `path` is a model: its place is not taken.
+    metadata: keywords such as step and tokenizer, which are added. Raises UserError if `path` is a model,
+    which would be lost.
     """
     injection: Injection | None = getattr(model, "injection", None)
     if injection is None:
@@ -473,11 +472,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
 def read_described(
     path: str | os.PathLike[str], shown: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of any model or adapter file, or model's folder; {} where it has none.
+    """Read tensors and metadata of any model or adapter file, or model's folder; {} without metadata.
 
-    shown: say on stderr what was taken off, where a trainer has wrapped the file.
+    shown: say on stderr what was taken off, if a trainer has wrapped the file.
 
-    A file of nothing but initial states, as other projects release them, is an adapter of the method state
+    A file of initial states alone, as other projects release them, is read as an adapter of the method state
     without a known base.
     """
     tensors, metadata, notes, _ = read_model(path)
@@ -517,7 +516,7 @@ FIELDS = {
     "template": str,
     "bos": list,
 }
-ITEMS = {"bos": int}  # the type of what a list holds, where it is not the names of tensors
+ITEMS = {"bos": int}  # type of the items of a list; other lists hold names of tensors
 REQUIRED = ("method", "options", "linears")
 # the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
@@ -533,7 +532,7 @@ DEFAULTS = {
 
 
 def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> dict[str, Any]:
-    """An adapter file's metadata, completed. UserError where something is missing or of another kind."""
+    """Check and complete an adapter file's metadata. Raises UserError for a missing or wrong field."""
     version = metadata.get("format_version", 1)
     if version != 1:
         raise UserError(f"{path} has format_version {version!r}, this package reads 1; update it")
@@ -559,7 +558,7 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
+    """Read tensors and metadata of an adapter file. Raises UserError for any other file."""
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") != ADAPTER_FORMAT:
@@ -583,8 +582,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = False) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
-    What was trained is trained on, so that save_adapter() writes all of it again: the file's whole tensors
-    require gradients as the adapter's do.
+    Training goes on with everything that was trained, so that save_adapter() writes it again: the file's
+    whole tensors require gradients as the adapter's do.
 
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
     is.
@@ -603,23 +602,23 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
 
 
 def _is_base(model: nn.Module, recorded: str, path) -> bool:
-    """Whether a model is the base of an adapter file, as far as the model knows what it is."""
+    """Tell whether a model is the base of an adapter file, as far as the model knows its own identity."""
     if identity := getattr(model, "base_identity", None):
         return identity.is_recorded(recorded, path)
     return getattr(model, "base_fingerprint", None) in (None, recorded)
 
 
 def _replaceable(model: nn.Module) -> dict[str, Tensor]:
-    """What whole tensors of a file take the place of: parameters under all their names, and statistics."""
+    """Return what whole tensors of a file may replace: parameters under all their names, and statistics."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def fit_adapter(
     model: nn.Module, path: str | os.PathLike[str], force: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
-    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits.
+    """Return (tensors of each adapted linear by its name, whole tensors, metadata) of a file that fits.
 
-    The model is injected where needed, and may be on the meta device. UserErrors as in load_adapter().
+    The model is injected where needed, and may be on the meta device. Raises UserErrors as in load_adapter().
     """
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
@@ -653,7 +652,7 @@ def fit_adapter(
 def _inject_as_trained(
     model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> None:
-    """Inject the model as the one was from which the file was saved; its tensors have no values yet."""
+    """Inject the model as it was when the file was saved; its tensors have no values yet."""
     merged, modules = metadata["merged_linears"], dict(model.named_modules())
     missing = sorted({*metadata["linears"], *merged} - modules.keys())
     if missing:
@@ -673,7 +672,7 @@ def _inject_as_trained(
 def _check_same_adapter(
     model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> None:
-    """UserError unless the model's adapter has the file's method, options, linears and tensors."""
+    """Raise UserError unless the model's adapter has the file's method, options, linears and tensors."""
     # parsed, because the package may know options that the file does not
     options = dataclasses.asdict(METHODS[metadata["method"]].Options.parse(metadata["options"]))
     for name, there in (
@@ -694,7 +693,7 @@ def _check_same_adapter(
 def _check_whole(
     path: str | os.PathLike[str], whole: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """UserError for a whole tensor of the file that cannot take the place of one of the model."""
+    """Raise UserError for a whole tensor of the file that cannot replace one of the model."""
     for name, tensor in whole.items():
         if name not in parameters:
             raise UserError(f"{path} holds {name}, which this model does not have")

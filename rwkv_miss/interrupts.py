@@ -1,8 +1,8 @@
-"""What Ctrl-C does to a program of this project: exit code 130 and one line. Standard library only.
+"""Ctrl-C in the programs of this project: exit code 130 and one line. Standard library only.
 
-Where files may have to be put away it raises KeyboardInterrupt. In the middle of an import the process ends
-at once: an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of ours is
-being written then.
+It raises KeyboardInterrupt, so that unfinished files can be removed. In the middle of an import the process
+ends at once: an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of
+ours is being written then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
 
 
 def say_interrupted() -> None:
-    """Say so, from the first of a run's processes.
+    """Print the line, from the first of a run's processes.
 
     By the system's own call, as print() may be what was interrupted.
     """
@@ -29,13 +29,13 @@ def say_interrupted() -> None:
 
 
 def end_at_once(signum: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-    """Handler of a signal: one line, and the end, without exceptions or the interpreter's tidying."""
+    """Handle a signal: print one line and end without exceptions or the interpreter's tidying."""
     say_interrupted()
     os._exit(EXIT_CODE)
 
 
 def answer(signum: int, frame: FrameType | None) -> None:
-    """Handler of Ctrl-C: KeyboardInterrupt, or the end at once in the middle of an import."""
+    """Handle Ctrl-C: raise KeyboardInterrupt, or end at once in the middle of an import."""
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             end_at_once()
@@ -45,9 +45,9 @@ def answer(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C.
+    """Make `answer` the handler of Ctrl-C around a program that catches KeyboardInterrupt.
 
-    Not where that is ignored, as under nohup.
+    Under nohup, where Ctrl-C is ignored, it stays ignored.
 
     An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends
     the process, too.
@@ -72,15 +72,15 @@ def answered() -> Iterator[None]:
 
 
 def is_program() -> bool:
-    """Whether this package is the program that runs, seen while it is imported."""
+    """Tell whether this package is the program that runs, seen while it is imported."""
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
-    # what runpy puts there while it looks for the module
+    # runpy puts "-m" there while it looks for the module
     as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
     return as_module or started.startswith("rwkv-miss")
 
 
 def end_program_at_once() -> None:
-    """Have Ctrl-C end the process at once where this package is the program.
+    """End the process at once on Ctrl-C, where this package is the program.
 
     Its imports precede its first line.
     """

@@ -1,11 +1,11 @@
-"""How far a long piece of work is: a bar on a terminal, elsewhere a line now and then. Both go to stderr.
+"""Progress of long work: a bar on a terminal, elsewhere a line now and then. Both go to stderr.
 
     for path in progress(paths, "hashing", unit="files"):           # a loop over things that can be counted
         ...
     with Progress("merging", total=size / 1e6, unit="MB") as bar:   # anything else
         bar.update(part / 1e6)
 
-What is over within two seconds shows nothing.
+Work of less than two seconds shows nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def progress(
     unit: str = "",
     shown: bool = True,
 ) -> Iterator[T]:
-    """The items one by one, with a Progress that counts them; `total` where len() does not tell."""
+    """Yield the items one by one, with a Progress that counts them; `total` where len() does not tell."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with Progress(what, total, unit, shown) as bar:
@@ -42,7 +42,7 @@ def progress(
 def tensors_with_progress(
     items: Iterable[tuple[str, T]], what: str, size: int, shown: bool = True
 ) -> Iterator[tuple[str, T]]:
-    """(name, tensor) one by one, with a Progress that counts their bytes out of `size`."""
+    """Yield (name, tensor) one by one, with a Progress that counts their bytes out of `size`."""
     with Progress(what, size / 1e6, "MB", shown) as bar:
         for name, tensor in items:
             yield name, tensor
@@ -50,7 +50,7 @@ def tensors_with_progress(
 
 
 class Progress:
-    """A bar: `what` is done, of `total` things called `unit` ("files"); `done` are there already.
+    """Bar for the work `what` on `total` things called `unit` ("files"), of which `done` are there already.
 
     `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the
     first drawing on a terminal, DELAY unless given.
@@ -77,7 +77,7 @@ class Progress:
             self.update(0)
 
     def update(self, count: float = 1, note: str = "") -> None:
-        """So many more are done; `note` is more text for the end of the line, until the next one."""
+        """Count `count` more as done; `note` is more text for the end of the line, until the next one."""
         self.done += count
         self.note = note or self.note
         now = time.monotonic()
@@ -92,12 +92,12 @@ class Progress:
                 print(self.text(elapsed), file=sys.stderr, flush=True)
 
     def warm_up(self, count: float = 1) -> None:
-        """So many more are done, which took longer than the others will: the rate is counted from here."""
+        """Count `count` more as done, slower than the others will be: the rate is counted from here."""
         self.done += count
         self.first, self.begun = self.done, time.monotonic()
 
     def text(self, elapsed: float) -> str:
-        """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
+        """Return the line after `elapsed` seconds: "merging [##  ]  50%, 50 of 100 MB, 9 MB/s, 5 s left"."""
         share = min(self.done / self.total, 1) if self.total else 0
         percent = f" {share:4.0%}, " if self.total else " "
         notes = self.note.split(", ") if self.note else []
@@ -128,7 +128,7 @@ class Progress:
         return ", ".join(parts + notes)
 
     def close(self) -> None:
-        """No more of it: the terminal's line is empty again."""
+        """End the bar: the terminal's line is empty again."""
         if self.drawn:
             clear()
             self.drawn = False
@@ -147,7 +147,7 @@ def say(text: str) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Notes on stderr, each once in a process: a program reads its model several times."""
+    """Print notes on stderr, each once in a process: a program reads its model several times."""
     for note in notes:
         _print_note(note)
 
@@ -159,25 +159,25 @@ def _print_note(note: str) -> None:
 
 
 def clear() -> None:
-    """Empty the line that a bar may be on; nothing where stderr is no terminal."""
+    """Empty the line that a bar may be on; nothing happens if stderr is no terminal."""
     if sys.stderr.isatty():
         draw("")
         print("\r", end="", file=sys.stderr, flush=True)
 
 
 def draw(text: str) -> None:
-    """A whole line of the terminal but its last column, after which some terminals begin another line."""
+    """Write a line of the terminal but its last column, after which some terminals begin another line."""
     width = line_width()
     print("\r" + text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
 
 def line_width() -> int:
-    """Columns that a line of the terminal may have."""
+    """Return the columns that a line of the terminal may have."""
     return max(shutil.get_terminal_size().columns - 1, 1)
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds for what is short, days for what is long: "0.3 s", "14 min", "5 h 12 min", "3 days 4 h"."""
+    """Write a duration: "0.3 s", "14 min", "5 h 12 min", "3 days 4 h"."""
     if seconds < 119.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     if (minutes := round(seconds / 60)) < 120:

@@ -58,12 +58,12 @@ def row_bytes(kind: str, width: int) -> int:
 
 
 def empty(kind: str, out: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """The tensor of a quantised weight (out, width), without values."""
+    """Make the tensor of a quantised weight (out, width), without values."""
     return torch.empty(out, row_bytes(kind, width), dtype=CODE_DTYPES[kind], device=device)
 
 
 def quantise(weight: Tensor, kind: str) -> Tensor:
-    """A floating-point weight (out, in) -> the quantised one, every weight by its nearest code."""
+    """Quantise a floating-point weight (out, in): every weight gets its nearest code."""
     out, width = weight.shape
     quantised = empty(kind, out, width, weight.device)
     rows_at_once = max(1, WEIGHTS_AT_ONCE // width)
@@ -82,14 +82,14 @@ def quantise(weight: Tensor, kind: str) -> Tensor:
 
 
 def _codes_and_scales(quantised: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a quantised weight: the bytes of its codes and those of its scales."""
+    """View the codes and the scales of a quantised weight, each as bytes."""
     size = CODES[KINDS[quantised.dtype]]
     end = quantised.shape[1] // (size + SCALE_BYTES) * size
     return quantised[:, :end], quantised[:, end:]
 
 
 def _nf4_codes(relative: Tensor) -> Tensor:
-    """Numbers (out, in) in units of their scale -> the codes of the nearest entries of NF4, two in a byte."""
+    """Turn numbers (out, in) in units of their scale into codes of the nearest entries of NF4, two a byte."""
     codes = torch.zeros(relative.shape, dtype=torch.uint8, device=relative.device)
     for lower, upper in zip(NF4, NF4[1:]):  # ten times as fast as torch.bucketize
         codes += (relative > (lower + upper) / 2).view(torch.uint8)
@@ -98,13 +98,13 @@ def _nf4_codes(relative: Tensor) -> Tensor:
 
 @functools.cache
 def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The two values of every byte, as the parts of a complex number: one look-up gives both."""
+    """Return the two values of every byte, as the parts of a complex number: one look-up gives both."""
     values = torch.tensor(NF4, dtype=dtype, device=device)
     return torch.complex(values.repeat_interleave(16), values.repeat(16))
 
 
 def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means."""
+    """Expand a quantised weight to (out, width) in plain torch: the definition of rwkv_miss::dequantise."""
     weight = unfilled(quantised, width, dtype)
     rows_at_once = max(1, WEIGHTS_AT_ONCE // width)
     for part, into in zip(quantised.split(rows_at_once), weight.split(rows_at_once), strict=True):
@@ -125,9 +125,9 @@ def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
 
 
 def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The memory for the weight (out, width) of a quantised one.
+    """Allocate the weight (out, width) of a quantised one.
 
-    ValueError where its rows are not those of `width` weights.
+    Raises ValueError if its rows are not those of `width` weights.
     """
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
@@ -146,7 +146,7 @@ torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
 def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """A quantised weight as a matrix (out, width) in `dtype`, rounded once. Other weights stay."""
+    """Return a quantised weight as a matrix (out, width) in `dtype`, rounded once. Other weights stay."""
     if weight.is_floating_point():
         return weight
     return torch.ops.rwkv_miss.dequantise(weight, width, dtype)
@@ -155,10 +155,8 @@ def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
     """Replace the weights of linears by quantised, frozen ones, one after the other.
 
-    It takes the memory of a few rows beside them.
-
-    Their forward must multiply by functional.linear, miss_linear or lora_linear, as that of every adapted
-    linear does.
+    It takes the memory of a few more rows. Their forward must multiply by functional.linear, miss_linear or
+    lora_linear, as every adapted linear does.
     """
     for linear in linears:
         linear.weight = nn.Parameter(quantise(linear.weight.detach(), kind), requires_grad=False)

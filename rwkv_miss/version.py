@@ -1,4 +1,4 @@
-"""Which version of the project this is, and in a checkout which commit."""
+"""Version of the project, and in a checkout its commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VERSION = "0.1.0"  # pyproject.toml takes it from here
 
 
 def commit() -> str:
-    """The commit of the checkout, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one."""
+    """Return the checkout's commit, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one."""
     root = pathlib.Path(__file__).parents[1]
     if not (root / ".git").exists():  # another project's, around the environment that this is installed in
         return ""
@@ -21,5 +21,5 @@ def commit() -> str:
 
 
 def version_line() -> str:
-    """ "0.1.0, commit 4ad1e2f"."""
+    """Return the version and the commit: "0.1.0, commit 4ad1e2f"."""
     return f"{VERSION}, commit {found}" if (found := commit()) else VERSION

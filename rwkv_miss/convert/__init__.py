@@ -41,7 +41,7 @@ NO_HINTS = Hints()
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What convert() did. `notes` is what the user should know of it."""
+    """Result of convert(). `notes` are for the user."""
 
     out: str
     source: str  # the format that was read
@@ -52,7 +52,7 @@ class Conversion:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """What the user is told."""
+        """Return the lines for the user."""
         first = (
             f"{self.out}: {self.method} of {self.linears} linears, {self.tensors} tensors, from {self.source}"
             f" to {self.to}"
@@ -61,14 +61,14 @@ class Conversion:
 
 
 def format_of(source: Source) -> str | None:
-    """The name of the format that reads a file, None for what no format knows."""
+    """Return the name of the format that reads a file, or None."""
     return next((name for name, form in FORMATS.items() if form.reads(source)), None)
 
 
 def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
-    """(name of the format, the adapter) of a file or folder of any project.
+    """Read an adapter, a file or folder of any project: (name of the format, the adapter).
 
-    UserError for what no format knows, and for what neither the file nor the hints tell.
+    Raises UserError if no format knows it, or if neither the file nor the hints tell enough.
     """
     source = open_source(path)
     if name := format_of(source):
@@ -83,7 +83,7 @@ def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str
 
 
 def check_hints(path: str | os.PathLike[str], form: type[Format], hints: Hints) -> None:
-    """UserError for a hint that a reader would not look at."""
+    """Raise UserError for a hint that the format does not read."""
     for name in ("origin", "alpha", "init", "profile"):
         if getattr(hints, name) not in ("", None) and name not in form.hints:
             raise UserError(

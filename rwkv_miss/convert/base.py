@@ -1,4 +1,4 @@
-"""The model that an adapter belongs to, as far as a conversion needs it: its widths, and who it is."""
+"""Base model of an adapter, as far as a conversion needs it: the widths of its linears, and its identity."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ RWKV_LINEARS = {
 
 
 def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
-    """The adapter with a model file as its base.
+    """Give the adapter a model file as its base.
 
-    UserError where the file is not the one that the adapter names, or lacks one of its linears.
+    Raises UserError where the file is not the one that the adapter names, or lacks one of its linears.
     """
     tensors, _ = read_described(path)
     known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
@@ -62,10 +62,10 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
 
 
 def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(out, in) of each adapted linear.
+    """Find (out, in) of each adapted linear.
 
-    From the base, the sizes that the adapter's file names, or its own tensors where these have both widths.
-    UserError where none of them tells.
+    They come from the base, from the sizes in the adapter's file, or from its tensors where these have both
+    widths. Raises UserError if none of them tells.
     """
     if adapter.shapes:
         return adapter.shapes
@@ -88,7 +88,7 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
 
 
 def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
-    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight.
+    """Yield each adapted linear by its name, with the adapter's tensors in fp32 and without a weight.
 
     For low_rank() of methods that need no weight.
     """
@@ -107,7 +107,7 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes, in hex."""
+    """Hash a file's bytes, in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

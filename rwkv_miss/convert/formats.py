@@ -1,4 +1,4 @@
-"""What a format is, and what all of them use."""
+"""Interface of a format, and what all formats use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import Source
 FORMATS: dict[str, type[Format]] = {}
 Class = TypeVar("Class", bound=type)
 
-# --origin: who wrote a file, where another project's would look alike, and what that decides
+# values of --origin: the project that wrote a file that another project's would look like, and what follows
 ORIGINS = {
     "rwkv-peft": (
         "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the"
@@ -40,7 +40,7 @@ ORIGINS = {
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What the user says of a file that does not say it itself.
+    """Facts about a file that it does not state and that the user gives.
 
     origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha:
     LoRA's, which some files leave out. profile: RWKV-LM-RLHF's layer profile, which has an alpha for every
@@ -59,18 +59,18 @@ class Hints:
             raise UserError(f"--origin {self.origin!r} is unknown; choose one of: {', '.join(ORIGINS)}")
 
     def without(self, names: Iterable[str]) -> Hints:
-        """The same, and nothing said of these."""
+        """Copy the hints without the named ones."""
         return dataclasses.replace(
             self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in names}
         )
 
     def only(self, names: Iterable[str]) -> Hints:
-        """The same, and nothing said of others than these and the base."""
+        """Copy only the named hints, and the base."""
         return self.without({f.name for f in dataclasses.fields(self)} - {*names, "base"})
 
 
 def origins(*names: str) -> str:
-    """These origins for a message, each with what it means."""
+    """List origins for a message, each with its meaning."""
     return "; ".join(f"--origin {name} ({ORIGINS[name]})" for name in names or ORIGINS)
 
 
@@ -99,16 +99,16 @@ class Adapter:
 
     @functools.cached_property
     def options(self) -> NoOptions:
-        """The method's options. UserError for one that it does not have."""
+        """Parse the method's options. Raises UserError for one that the method does not have."""
         return METHODS[self.method].Options.parse(self.metadata["options"])
 
     def options_by_linear(self) -> dict[str, NoOptions]:
-        """Linear -> its options."""
+        """Map linear -> its options."""
         return {name: self.options.at(name) for name in self.metadata["linears"]}
 
 
 def register(name: str) -> Callable[[Class], Class]:
-    """Class decorator: make a format known as `name`."""
+    """Return a class decorator that makes a format known as `name`."""
 
     def add(cls: Class) -> Class:
         cls.name = name
@@ -134,25 +134,26 @@ class Format:
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        """Whether this is a file of this format: by names and configuration, never by the file's name."""
+        """Tell whether a file has this format, by tensor names and configuration, not by the file's name."""
         raise NotImplementedError
 
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
-        """The adapter. UserError for what the format cannot mean, or what is ambiguous without a hint."""
+        """Read the adapter. Raises UserError for what the format lacks, or what is ambiguous without a
+        hint."""
         raise NotImplementedError
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         """Write the adapter, whole or not at all; returns notes for the user.
 
-        UserError, before anything is written, for a method or an option that the format has no form for.
+        Raises UserError, before anything is written, for a method or an option that the format lacks.
         """
         raise NotImplementedError
 
 
 def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
-    """UserError for what only this package's own files can say of a model that is no RWKV.
+    """Raise UserError for what only this package's own files can hold of a model that is no RWKV.
 
     That is a trained tensor of two names, and a trained bias of an adapted linear.
     """
@@ -168,9 +169,9 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
 
 
 def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
-    """What a reader of this format kept of its file, {} for another format's.
+    """Return what a reader of this format kept of its file, {} for a file of another format.
 
-    UserError where it is not whole: a native file may be anybody's.
+    Raises UserError if a part is missing: a native file may come from anybody.
     """
     origin = adapter.metadata.get("origin")
     if not isinstance(origin, dict) or origin.get("format") != name:
@@ -187,7 +188,7 @@ def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
 
 
 def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:
-    """The metadata of an adapter that another project wrote: its base is not known.
+    """Build the metadata of an adapter that another project wrote: its base is not known.
 
     Options are checked, and completed with the defaults.
     """
@@ -211,6 +212,6 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
 
 
 def rank_options(ranks: dict[str, int]) -> dict[str, Any]:
-    """Linear -> rank, as options: `rank`, the most frequent one, and `rank_map` for the other linears."""
+    """Turn linear -> rank into options: `rank`, the most frequent one, and `rank_map` for the others."""
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
     return {"rank": common, "rank_map": {name: rank for name, rank in ranks.items() if rank != common}}

@@ -24,7 +24,8 @@ from .peft_names import LAYOUTS, PTH, in_layout, layout_for, target_modules
 from .source import Source
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
+# in the header of TENSORS: what save_adapter() records of a training and a peft configuration has no field
+# for
 PROVENANCE = "rwkv_miss_provenance"
 CONSUMED = {
     "format",
@@ -62,7 +63,7 @@ class Lora(Format):
 
 
 def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-    """The adapter as the same method of peft.
+    """Write the adapter as the same method of peft.
 
     PiSSA becomes the LoRA of twice the rank: peft would change the base when it loads a PiSSA.
     """
@@ -73,7 +74,7 @@ def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """What is trained as a whole beside the linears, by its name in the model."""
+    """Return the tensors that are trained as a whole beside the linears, by their names in the model."""
     linears = set(adapter.metadata["linears"])
     return {
         name: t
@@ -83,9 +84,9 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def saved_modules(whole: dict[str, Tensor]) -> list[str]:
-    """The modules of these tensors, of which peft keeps a trained copy each.
+    """Name the modules of these tensors; peft keeps a trained copy of each.
 
-    UserError for a tensor of no such module.
+    Raises UserError for a tensor of no such module.
     """
     modules: dict[str, set[str]] = {}
     for name in whole:
@@ -102,7 +103,7 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
 
 
 def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | os.PathLike[str]) -> list[str]:
-    """Write the folder; returns the notes.
+    """Write the folder and return the notes.
 
     An adapter that came from peft and stays the same method keeps its configuration.
     """
@@ -138,7 +139,7 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
 
 
 def origin_layout(origin: dict[str, Any]) -> str:
-    """The layout of the folder that an adapter was read from. UserError where it is none."""
+    """Return the layout of the folder that an adapter was read from. Raises UserError for an unknown one."""
     layout = origin.get("layout", PTH)
     if layout not in LAYOUTS:
         raise UserError(f"the adapter's origin has the layout {str(layout)[:60]!r}; the file is damaged")
@@ -146,14 +147,14 @@ def origin_layout(origin: dict[str, Any]) -> str:
 
 
 def layout_to_write(adapter: Adapter, origin: dict[str, Any]) -> tuple[str, list[str]]:
-    """(the layout, notes): the one that was asked for, or that the folder had, or that fits the model."""
+    """Choose (the layout, notes): the one that was asked for, that the folder had, or that fits the model."""
     if origin and not adapter.layout:
         return origin_layout(origin), []
     return layout_for(adapter.metadata.get("arch"), adapter.metadata["linears"], adapter.layout)
 
 
 def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Whether two of peft's configurations are of one method."""
+    """Tell whether two of peft's configurations have one method."""
     same_type = theirs.get("peft_type") == ours["peft_type"]
     return same_type and bool(theirs.get("use_dora")) == bool(ours.get("use_dora"))
 
@@ -161,7 +162,7 @@ def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
 def new_config(
     adapter: Adapter, folder: Folder, theirs: dict[str, Any], whole: dict[str, Tensor], layout: str
 ) -> dict[str, Any]:
-    """A configuration; what it says of the model is from theirs, where the adapter came from peft."""
+    """Build a configuration; facts about the model come from `theirs`, if the adapter came from peft."""
     about_model = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
     linears, arch = adapter.metadata["linears"], adapter.metadata.get("arch")
     named = {}
@@ -185,7 +186,7 @@ def new_config(
 def named_by_peft(
     linears: dict[str, Tensor], whole: dict[str, Tensor], prefix: str, layout: str
 ) -> dict[str, Tensor]:
-    """The tensors by peft's names; those that all linears share lie outside of the model.
+    """Rename the tensors as peft does; those that all linears share lie outside of the model.
 
     A tensor of a linear is named LINEAR.PART, with one of PARTS.
     """

@@ -23,7 +23,7 @@ from .hf_export import CONFIG, CONSUMED, PREFIX, PROVENANCE, TENSORS
 from .peft_names import LAYOUTS, in_pth, layout_of
 from .source import Source, open_source
 
-# what a tensor is called inside a linear, there and here
+# name of a tensor inside a linear, there and here
 PARTS = {
     "miss_block": "miss",
     "bone_block": "miss",
@@ -166,7 +166,7 @@ class Peft(Format):
 
 
 def provenance(source: Source) -> dict[str, Any]:
-    """What this package wrote into the header of a folder's tensors: the base, the step, the tokenizer."""
+    """Return this package's record in the header of a folder's tensors: the base, the step, the tokenizer."""
     try:
         known = json.loads(source.header.get(PROVENANCE, "{}"))
     except (ValueError, TypeError, RecursionError):
@@ -179,9 +179,9 @@ def provenance(source: Source) -> dict[str, Any]:
 
 
 def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(prefix, linear -> its tensors by our names, whole tensors by their names in the model).
+    """Split the tensors: (prefix, linear -> its tensors by our names, whole tensors by the model's names).
 
-    UserError for tensors that are neither.
+    Raises UserError for tensors that are neither.
     """
     prefix = PREFIX if all(key.startswith("base_model.") for key in source.tensors) else ""
     linears: dict[str, dict[str, Tensor]] = {}
@@ -220,7 +220,7 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
 
 
 def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -> None:
-    """UserError unless every linear has exactly these tensors."""
+    """Raise UserError unless every linear has exactly these tensors."""
     for name, own in linears.items():
         if set(own) != set(parts):
             raise UserError(
@@ -230,7 +230,7 @@ def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -
 
 
 def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
-    """A number of the configuration. UserError for anything else there."""
+    """Read a number of the configuration. Raises UserError for anything else there."""
     value = source.config.get(field)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
@@ -245,7 +245,7 @@ Reading = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
 def read_miss(
     source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
 ) -> Reading:
-    """MiSS (r, out), Bat (out / r, r, r) by output blocks, and mini (r, mini_r)."""
+    """Read MiSS (r, out), Bat (out / r, r, r) by output blocks, and mini (r, mini_r)."""
     expect(source, linears, "miss")
     rank, init = number(source, "r", 64), source.config.get("init_weights", True)
     mini = number(source, "mini_r", 1) if init == "mini" else 0
@@ -278,7 +278,7 @@ def read_miss(
 def read_lora(
     source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
 ) -> Reading:
-    """LoRA and DoRA as they are; PiSSA and its relatives with the factors of their start."""
+    """Read LoRA and DoRA as they are, and PiSSA and its relatives with their initial factors."""
     config = source.config
     dora, init = bool(config.get("use_dora")), config.get("init_lora_weights", True)
     expect(source, linears, "lora_A", "lora_B", *(["magnitude"] if dora else []))
@@ -323,9 +323,9 @@ def read_lora(
 
 
 def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Ranks, alphas and dropout of a LoRA.
+    """Read ranks, alphas and dropout of a LoRA.
 
-    UserError where the configuration's ranks are not those of the tensors.
+    Raises UserError where the configuration's ranks are not those of the tensors.
     """
     config = source.config
     ranks, alphas = {}, {}
@@ -356,7 +356,7 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
 
 
 def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: Any) -> dict[str, Any]:
-    """Each linear's rank and alpha as options of the LoRA family.
+    """Turn each linear's rank and alpha into options of the LoRA family.
 
     Linears that have the most frequent ones are not named.
     """
@@ -374,9 +374,9 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
 
 
 def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
-    """The patterns in a field.
+    """Compile the patterns in a field.
 
-    UserError for groups and for many wildcards: such an expression may take for ever.
+    Raises UserError for groups and for many wildcards: matching them may take for ever.
     """
     given = source.config.get(field) or {}
     if not isinstance(given, dict):
@@ -398,7 +398,7 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
 def read_adalora(
     source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
 ) -> Reading:
-    """AdaLoRA as the LoRA that it has become: B times the singular values.
+    """Read AdaLoRA as the LoRA that it has become: B times the singular values.
 
     peft's factor is alpha / (init_r + 1e-5).
     """
@@ -426,7 +426,7 @@ def read_adalora(
 def read_vera(
     source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
 ) -> Reading:
-    """VeRA whose random matrices are in the folder (save_projection)."""
+    """Read VeRA whose random matrices are in the folder (save_projection)."""
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")
     if not {"shared.vera_A", "shared.vera_B"} <= whole.keys():
         raise UserError(

@@ -38,7 +38,7 @@ WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 
 @register("rwkv-lightning")
 class Lightning(Format):
-    """Read with the scale multiplied into D.
+    """Format of rwkv_lightning_cuda. Reading multiplies the scale into D.
 
     The manifest is kept. A package that is written again has the same bits.
     """
@@ -117,7 +117,7 @@ class Lightning(Format):
 
 
 def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
-    """(the manifest, whether the tensors are those of a training).
+    """Return (the manifest, whether the tensors come from a training checkpoint).
 
     A checkpoint's is made of its configuration where none is embedded.
     """
@@ -162,18 +162,18 @@ def number(value: Any) -> bool:
 
 
 def fp32(value: float) -> float:
-    """As C++ reads it into a float."""
+    """Round a number to a C++ float."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
 def check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
-    """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
+    """Raise UserError for what rwkv_lightning's loader refuses, and for a scale of zero."""
     check_fields(path, manifest)
     check_targets(path, manifest, trained)
 
 
 def check_fields(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
-    """check_manifest() but for the targets."""
+    """Check the manifest but for the targets."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:
             raise UserError(
@@ -198,7 +198,7 @@ def check_fields(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None
 
 
 def check_targets(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
-    """check_manifest() of the targets: their names, shapes and widths."""
+    """Check the targets of the manifest: their names, shapes and widths."""
     rank, targets = manifest["rank"], manifest.get("targets")
     names = []
     if isinstance(targets, list):
@@ -226,7 +226,7 @@ def check_targets(path: str | os.PathLike[str], manifest: dict[str, Any], traine
 
 
 def check_content(source: Source, manifest: dict[str, Any]) -> None:
-    """UserError unless the digest is that of the manifest and the tensors, and no tensor is beside them."""
+    """Raise UserError unless the digest fits the manifest and the tensors, and no tensor is left over."""
     tensors = {target["name"]: source.tensors[target["name"]] for target in manifest["targets"]}
     if len(tensors) != len(source.tensors):
         raise UserError(
@@ -241,7 +241,7 @@ def check_content(source: Source, manifest: dict[str, Any]) -> None:
 
 
 def canonical(value: Any) -> str:
-    """JSON as jsoncpp writes it without indentation.
+    """Write JSON as jsoncpp does without indentation.
 
     Keys are in order, numbers have 17 significant digits, and a dot where they are no integers.
     """
@@ -257,7 +257,7 @@ def canonical(value: Any) -> str:
 
 
 def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the manifest without the digest and over the tensors' bytes in its order."""
+    """Return hash (SHA-256) the manifest without its digest and the tensors' bytes in its order."""
     named = {field: value for field, value in manifest.items() if field != "content_version"}
     found = hashlib.sha256(canonical(named).encode())
     for tensor in tensors.values():
@@ -266,9 +266,9 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:
-    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r].
+    """Return each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r].
 
-    UserError for a MiSS of another layout.
+    Raises UserError for a MiSS of another layout.
     """
     options = adapter.options
     for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
@@ -283,10 +283,10 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
-    """(the adapter with its widths, the manifest without its digest).
+    """Return (the adapter with its widths, the manifest without its digest).
 
-    The manifest is the one that the adapter was read with, or a new one with alpha = r. UserError for what a
-    package can't hold, and without a known base.
+    The manifest is the one that the adapter was read with, or a new one with alpha = r. Raises UserError for
+    what a package can't hold, and if the base is not known.
     """
     known = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
@@ -312,7 +312,7 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
 
 
 def with_widths(adapter: Adapter, known: dict[str, Any]) -> Adapter:
-    """The adapter with the widths of the manifest that it was read with. UserError where they do not fit."""
+    """Give the adapter the widths of its original manifest. Raises UserError if they do not fit."""
     check_manifest("the adapter's origin", known, False)
     linears = {f"{name}.weight.D" for name in adapter.metadata["linears"]}
     if {target["name"] for target in known["targets"]} != linears:
@@ -326,7 +326,8 @@ def with_widths(adapter: Adapter, known: dict[str, Any]) -> Adapter:
 
 
 def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
-    """A manifest with alpha = r for a model of this SHA-256. UserError for several ranks, or a large one."""
+    """Build a manifest with alpha = r. Raises UserError for several ranks, or a large one. base: its
+    SHA-256."""
     ranks = sorted({options.rank for options in adapter.options_by_linear().values()})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
         found = ", ".join(map(str, ranks))
@@ -358,7 +359,7 @@ def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
 
 
 def check_linears(adapter: Adapter) -> None:
-    """UserError for a change that a package has no place for."""
+    """Raise UserError for a change that a package cannot hold."""
     linears, method = set(adapter.metadata["linears"]), adapter.metadata["method"]
     if method != "miss":
         raise UserError(f"rwkv_lightning has MiSS only, this adapter is {method}; {WAY_OUT}")
@@ -377,6 +378,6 @@ def check_linears(adapter: Adapter) -> None:
 
 
 def place(name: str) -> tuple[int, int]:
-    """(block, place in it) of a linear."""
+    """Return (block, place in it) of a linear."""
     _, layer, *target = name.split(".")
     return int(layer), TARGETS.index(".".join(target))

@@ -1,4 +1,4 @@
-"""This package's own files."""
+"""Native format: this package's own files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .source import Source
 
 @register("native")
 class Native(Format):
-    """A .pth file as save_adapter() writes it."""
+    """Format of the .pth files that save_adapter() writes."""
 
     writes = keeps_all = True
     replaces = (ADAPTER_FORMAT,)

@@ -1,4 +1,4 @@
-"""What each method is in Hugging Face peft: the fields of its configuration, and its tensors.
+"""Each method's form in Hugging Face peft: the fields of its configuration, and its tensors.
 
 hf_export.py puts them into a folder.
 """
@@ -22,13 +22,13 @@ from .formats import Adapter
 
 # our name of a tensor inside a linear -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# what a tensor is called inside a linear
+# names of a tensor inside a linear
 PARTS = (*LORA.values(), "miss_block", "vera_lambda_b", "vera_lambda_d")
 
 
 @dataclasses.dataclass
 class Folder:
-    """What is written.
+    """Content of a peft folder to write.
 
     config: without the fields that all methods have. tensors: by their names in the model. notes: for the
     user.
@@ -40,7 +40,7 @@ class Folder:
 
 
 def refuse(adapter: Adapter, why: str) -> None:
-    """UserError that names the nearest way out."""
+    """Raise UserError that names the nearest way out."""
     method = adapter.method
     if METHODS[method].adapts_linears and not (
         method == "bat" or adapter.metadata["options"].get("magnitude")
@@ -50,7 +50,7 @@ def refuse(adapter: Adapter, why: str) -> None:
 
 
 def one_rank(adapter: Adapter) -> int:
-    """The rank of all linears. UserError where they differ."""
+    """Return the rank of all linears. Raises UserError if they differ."""
     ranks = {options.rank for options in adapter.options_by_linear().values()}
     if len(ranks) > 1:
         found = ", ".join(map(str, sorted(ranks)))
@@ -62,7 +62,7 @@ def one_rank(adapter: Adapter) -> int:
 
 
 def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of all linears, with peft's names for ours."""
+    """Rename the tensors of all linears from our names to peft's."""
     return {
         f"{linear}.{theirs}": tensor_of(adapter, f"{linear}.{ours}")
         for linear in adapter.metadata["linears"]
@@ -79,7 +79,7 @@ def tensor_of(adapter: Adapter, name: str) -> Tensor:
 
 
 def as_miss(adapter: Adapter) -> Folder:
-    """D as it is: peft's layout is "stride", its sums are plain."""
+    """Convert MiSS: D as it is. peft's layout is "stride", its sums are plain."""
     options = next(iter(adapter.options_by_linear().values()))
     for name, value in {
         "layout": "stride",
@@ -102,7 +102,7 @@ def as_miss(adapter: Adapter) -> Folder:
 
 
 def as_bat(adapter: Adapter) -> Folder:
-    """D by output blocks, peft's order."""
+    """Convert Bat: D by output blocks, peft's order."""
     order = next(iter(adapter.options_by_linear().values())).order
     if order != "col":
         refuse(
@@ -120,7 +120,7 @@ def as_bat(adapter: Adapter) -> Folder:
 
 
 def own_factors(adapter: Adapter) -> Folder:
-    """LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
+    """Convert LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
     method, options = adapter.method, adapter.options_by_linear()
     names = {ours: theirs for ours, theirs in LORA.items() if method == "dora" or ours != "magnitude"}
     config = lora_config(
@@ -134,7 +134,7 @@ def own_factors(adapter: Adapter) -> Folder:
 
 
 def as_lora(adapter: Adapter) -> Folder:
-    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1.
+    """Write the change of each weight as a product of two factors, with alpha = rank: a factor of 1.
 
     For MiSS A has zeros and ones, and B is D^T.
     """
@@ -166,7 +166,7 @@ def as_lora(adapter: Adapter) -> Folder:
 def lora_config(
     ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False
 ) -> dict[str, Any]:
-    """peft's fields for each linear's rank and alpha.
+    """Build peft's fields for each linear's rank and alpha.
 
     r and lora_alpha are what most linears have; the others have patterns.
     """
@@ -188,24 +188,24 @@ def lora_config(
 
 
 def number(value: float) -> float:
-    """An int where it is one, which is what peft declares."""
+    """Return a whole number as the int that peft declares."""
     return int(value) if value == int(value) else value
 
 
 def compiled(patterns: dict[str, Any]) -> list[tuple[re.Pattern, Any]]:
-    """peft's patterns, expressions for the ends of names, with their values."""
+    """Compile peft's patterns, expressions for the ends of names, with their values."""
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
 
 
 def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> Any:
-    """What peft takes from its patterns for a linear: the first one that fits."""
+    """Look a linear up in peft's patterns: the first one that fits counts."""
     return next((value for pattern, value in patterns if pattern.match(name)), default)
 
 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
-    """peft's patterns for the linears that have another value.
+    """Build peft's patterns for the linears that differ from `default`.
 
-    Where one's name is the end of another's, they are for all linears, by whole names.
+    If one's name is the end of another's, the patterns name all linears as wholes.
     """
     others = [name for name in values if values[name] != default]
     for names, anchor in ((others, ""), (list(values), "^")):
@@ -221,7 +221,7 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
 
 
 def as_vera(adapter: Adapter) -> Folder:
-    """The vectors and the random pair, which peft takes from the folder."""
+    """Convert VeRA: the vectors and the random pair, which peft takes from the folder."""
     options = next(iter(adapter.options_by_linear().values()))
     config = {
         "peft_type": "VERA",
@@ -241,7 +241,7 @@ def as_vera(adapter: Adapter) -> Folder:
 
 
 def as_pissa(adapter: Adapter) -> Folder:
-    """A LoRA, because peft would change the base again when it loads a PiSSA."""
+    """Convert PiSSA to a LoRA, because peft would change the base again when it loads a PiSSA."""
     note = (
         "in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are"
         " no part of it"

@@ -1,4 +1,4 @@
-"""What RWKV-7's modules are called in the models that peft adapts.
+"""Names of RWKV-7's modules in the models that peft adapts.
 
 Adapters here have the names of the `.pth`. A peft folder belongs to a model whose modules have their names
 from one of Hugging Face's layouts (files/hf_names.py), or to one with the names of the `.pth`.
@@ -35,7 +35,7 @@ RWKV_ALONE = re.compile(r"model\.layers\.\d+\.(attn\.r_proj|ffn\.(key|value))")
 
 
 def in_layout(layout: str, name: str) -> str:
-    """The name of a module, or of its weight or bias, in a layout. UserError for one that it lacks."""
+    """Translate the name of a module, weight or bias into a layout. Raises UserError if it lacks it."""
     if layout == PTH:
         return name
     renamed = _renamed(name, BLOCK, PREFIX, IN_BLOCK, BESIDE)
@@ -47,7 +47,7 @@ def in_layout(layout: str, name: str) -> str:
 
 
 def in_pth(layout: str, name: str) -> str:
-    """The inverse of in_layout()."""
+    """Invert in_layout()."""
     if layout == PTH:
         return name
     if layout == "official":
@@ -76,7 +76,7 @@ def _renamed(
 
 
 def layout_of(names: Iterable[str], is_rwkv: bool) -> str:
-    """The layout of adapted modules; PTH for what is neither of Hugging Face's.
+    """Recognise the layout of adapted modules; PTH if it is neither of Hugging Face's.
 
     `is_rwkv` says that the model is known as RWKV. Without that, names that another model may have too stay
     as they are.
@@ -89,10 +89,9 @@ def layout_of(names: Iterable[str], is_rwkv: bool) -> str:
 
 
 def layout_for(arch: dict[str, Any] | None, names: Iterable[str], asked: str) -> tuple[str, list[str]]:
-    """(the layout to write for an adapter of a model with these sizes and linears, notes).
+    """Choose (the layout to write for an adapter of a model with these sizes and linears, notes).
 
-    UserError for one that the model has no place in. Nothing is guessed: where the model is not known, the
-    names stay.
+    Raises UserError for a layout that lacks the model. The names stay if the model is not known.
     """
     version = Arch.from_dict(arch).version if arch else None
     if version == 6 and asked not in ("", PTH):
@@ -109,9 +108,10 @@ def layout_for(arch: dict[str, Any] | None, names: Iterable[str], asked: str) ->
 
 
 def target_modules(linears: list[str], arch: dict[str, Any] | None, layout: str) -> list[str]:
-    """What peft is told to adapt: the last words of the names where they select just these linears.
+    """List the target_modules for peft: the last words of the names if these select just these linears.
 
-    That is known where the model is, and all linears of a kind are adapted. Else whole names.
+    That is known if the model is known and all linears of a kind are adapted. Otherwise the list has whole
+    names.
     """
     names = sorted(in_layout(layout, name) for name in linears)
     if layout == PTH or not arch:

@@ -15,9 +15,9 @@ LARGEST = 1 << 20  # bytes
 
 
 def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str, float]:
-    """Linear -> alpha, of the linears with these ranks.
+    """Read linear -> alpha, of the linears with these ranks.
 
-    UserError for a file that is no profile, or of another training.
+    Raises UserError for a file that is no profile, or of another training.
     """
     rows = {row["Layer"]: row for row in read_rows(path)}
     alphas: dict[str, float] = {}
@@ -43,7 +43,7 @@ def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of the table, by its columns."""
+    """Read the rows of the table, by its columns."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is no regular file")  # a pipe would be waited for
     try:

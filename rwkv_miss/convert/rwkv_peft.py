@@ -1,6 +1,6 @@
 """Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code.
 
-They are flat dicts without a word about what they are.
+They are flat dicts that do not say what they are.
 
 | tensor | shape | written by | here |
 |---|---|---|---|
@@ -62,7 +62,7 @@ FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
 
 @register("rwkv-peft")
 class RwkvPeft(Format):
-    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and RWKV-PEFT's merge scripts take.
+    """Format that RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and RWKV-PEFT's merge scripts take.
 
     A .pth file, with PiSSA two of them.
     """
@@ -89,7 +89,7 @@ class RwkvPeft(Format):
 
     @classmethod
     def read_tensors(cls, tensors: dict[str, Tensor], hints: Hints) -> Adapter:
-        """read() of what is in a file."""
+        """Read the adapter from a file's tensors."""
         tensors, notes = plain_names(tensors)
         factors, whole = sort_out(tensors)
         kind = next(iter(factors), "").partition("_")[0]  # bone, disha or lora
@@ -149,16 +149,16 @@ class RwkvPeft(Format):
 
 
 def stripped(name: str) -> str:
-    """A tensor's name without the prefixes of those who saved it."""
+    """Strip the prefixes of the trainers from a tensor's name."""
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     return name
 
 
 def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under their names in the base, and a note where those were others.
+    """Rename the tensors as in the base; returns a note if names changed.
 
-    UserError for two of one name.
+    Raises UserError for two of one name.
     """
     plain = {stripped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
@@ -172,9 +172,9 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 
 
 def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name).
+    """Sort tensors: (bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name).
 
-    UserError that names what has no form here.
+    Raises UserError that names what has no form here.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -208,7 +208,7 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def check_use(kind: str, states: bool, hints: Hints) -> None:
-    """UserError for a hint that decides nothing in such a file."""
+    """Raise UserError for a hint that decides nothing in such a file."""
     given = [name for name in ("alpha", "profile", "init") if getattr(hints, name) not in ("", None)]
     if given and kind != "lora":
         found = f".{kind} tensors" if kind else "initial states alone"
@@ -233,7 +233,7 @@ def check_use(kind: str, states: bool, hints: Hints) -> None:
 def read_blocks(
     tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """(method, options, linears) of .bone or .disha tensors.
+    """Return (method, options, linears) of .bone or .disha tensors.
 
     Those of the first Bone with two dimensions get their three, in `tensors`.
     """
@@ -263,7 +263,7 @@ def read_blocks(
 
 
 def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str, dict[str, Any], list[str]]:
-    """(method, options, linears) of lora_A and lora_B."""
+    """Return (method, options, linears) of lora_A and lora_B."""
     ranks: dict[str, int] = {}
     A, B = (factors.get(f"lora_{side}", {}) for side in "AB")
     for linear in {**A, **B}:
@@ -313,7 +313,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
 
 
 def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict[str, Tensor]:
-    """PiSSA's factors at the start, from the file of hints.init, by their names here; {} without one."""
+    """Read PiSSA's initial factors from the file of hints.init, by their names here; {} without one."""
     if not hints.init:
         return {}
     found, _ = plain_names(read_checkpoint(hints.init))
@@ -337,7 +337,7 @@ def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict
 
 
 def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
-    """Have initial states (heads, value, key), in `tensors`; returns notes."""
+    """Turn the initial states in `tensors` to (heads, value, key); returns notes."""
     states = {name: tensor for name, tensor in tensors.items() if STATE.fullmatch(name)}
     for name, tensor in states.items():
         if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2]:
@@ -357,7 +357,7 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
 
 
 def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
-    """Notes; UserError for a method, or an option, that these files have no form for."""
+    """Check that these files have a form for the method and its options; returns notes."""
     if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
         raise UserError(
             f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state."
@@ -406,7 +406,7 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
 
 
 def write_beside(out: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
-    """Write PiSSA's factors at the start beside `out`; returns where.
+    """Write PiSSA's initial factors beside `out`; returns the path.
 
     A file that is there is never written over.
     """

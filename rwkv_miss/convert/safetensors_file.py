@@ -19,7 +19,7 @@ METADATA = "rwkv_miss"  # in the header
 
 @register("safetensors")
 class Safetensors(Format):
-    """What save_adapter() writes, bit for bit, in a file that runs no code whoever opens it."""
+    """Format with the content of save_adapter(), bit for bit, in a file that runs no code when opened."""
 
     writes = keeps_all = True
     replaces = (SAFETENSORS,)

@@ -1,4 +1,4 @@
-"""A file or a folder with an adapter, as it was found."""
+"""Source of a conversion: a file or a folder with an adapter, as it was found."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Source:
 
     @property
     def describes_itself(self) -> bool:
-        """Whether this package wrote the file.
+        """Tell whether this package wrote the file.
 
-        What read_described() says of a file of initial states has no version.
+        The metadata that read_described() makes up for a file of initial states have no version.
         """
         return (
             not self.config_name
@@ -53,7 +53,7 @@ class Source:
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration, or a model.
 
-    Runs no code of the file. UserError for the rest.
+    Runs no code of the file. Raises UserError for anything else.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):

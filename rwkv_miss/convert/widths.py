@@ -1,4 +1,4 @@
-"""What the shapes of a file's tensors say of their linears, where the file does not say what they are."""
+"""Widths of linears from the shapes of their tensors, for files that do not say what they are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from .formats import origins
 
 
 def sides(name: str) -> tuple[str, str]:
-    """The names of a linear's (outputs, inputs), which RWKV's linears share.
-
-    Those of an unknown linear are its own.
-    """
+    """Name a linear's (outputs, inputs). RWKV's linears share these names; an unknown linear has its own."""
     known = (pair for end, pair in RWKV_LINEARS.items() if f".{name}".endswith(f".{end}"))
     return next(known, (f"{name} outputs", f"{name} inputs"))
 
 
 def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int | None]:
-    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin.
+    """Return (rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin.
 
     None for a width that the shape does not tell.
     """
@@ -31,7 +28,7 @@ def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int
 
 
 def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether linears with tensors of these shapes can be one model's, if the file is of this origin."""
+    """Tell whether tensors of these shapes can belong to one model, if the file is of this origin."""
     widths: dict[str, int] = {}
     ranks: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -53,9 +50,9 @@ def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
-    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are.
+    """Find the origin of these linears' blocks: "rwkv-peft" or "bone-v0".
 
-    UserError where they can be of both and the hint does not say, or of neither.
+    Raises UserError if both are possible and the hint does not say which, or if neither is.
     """
     names = "rwkv-peft", "openmose", "bone-v0"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Files: checkpoints and safetensors, read with care and written whole; what they are and whose they are.
+"""Files: checkpoints and safetensors, read with care and written whole; their kinds and their identity.
 
 Imports only errors, interrupts and progress from the rest of the package.
 """

@@ -1,4 +1,4 @@
-"""Newer architectures whose files look like RWKV-7's: each is told by the names of its tensors."""
+"""Newer architectures whose files look like RWKV-7's, each recognised by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..errors import UserError
 
-# name of a tensor -> whose it is; RWKV-7b has the tensors of RWKV-7a too, so it comes first
+# name of a tensor -> its architecture; RWKV-7b has the tensors of RWKV-7a too, so it comes first
 NEWER = {
     r"blocks\.\d+\.qkv\..+": "RWKV-7b (DEA: attention beside the time mix, and DeepEmbed)",
     r"blocks\.\d+\.ffn\.(s_emb(_x)?\..+|s[012])": "RWKV-7a (DeepEmbed: embeddings in the channel mix)",
@@ -17,7 +17,7 @@ NEWER = {
 
 
 def refuse_newer(names: Iterable[str], path: str = "") -> None:
-    """UserError, with the name that tells, for a model of an architecture that is not supported."""
+    """Raise UserError, with the tensor's name, for a model of an architecture that is not supported."""
     names, where = list(names), f"{path}: " if path else ""
     for pattern, architecture in NEWER.items():
         for name in names:

@@ -1,7 +1,7 @@
-"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream.
+"""Checkpoint files: architecture and sizes (Arch), safe reading, and writing as a stream.
 
-A checkpoint is torch's zip format around a flat dict, name -> tensor. What this package has to say about a
-file goes into one more zip record, `rwkv_miss.json`, which other readers skip.
+A checkpoint is torch's zip format around a flat dict, name -> tensor. This package's metadata is one more zip
+record, `rwkv_miss.json`, which other readers skip.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, 
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
-RUN_FORMAT = "rwkv-miss checkpoint"  # what a run goes on from
+RUN_FORMAT = "rwkv-miss checkpoint"  # of the checkpoints that a run resumes from
 ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
 PIECE = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
 
@@ -57,10 +57,7 @@ class Arch:
 
     @staticmethod
     def detect(tensors: Mapping[str, Any]) -> Arch:
-        """Read everything from names and shapes; the values need only a `.shape`.
-
-        UserError that names the key which decides otherwise.
-        """
+        """Read version and sizes from names and shapes. Raises UserError with the key that does not fit."""
         version = _version(tensors)
 
         def shape(name: str, dims: int = 2) -> tuple[int, ...]:
@@ -81,7 +78,7 @@ class Arch:
                 f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}"
             )
         blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
-        # a number beyond all others would have a model of so many layers built
+        # else a number beyond all others would build a model of that many layers
         if gap := next((i for i in range(len(blocks)) if i not in blocks), 0):
             raise UserError(
                 f"this looks like RWKV-{version} with block {max(blocks)}, but block {gap} is missing; the"
@@ -112,14 +109,14 @@ class Arch:
         )
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the model in one line for people."""
         return (
             f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of"
             f" {self.head_size}, ffn {self.dim_ffn}, vocabulary {self.vocab_size}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; from_dict() is the inverse."""
+        """Return plain values for JSON; from_dict() is the inverse."""
         return dataclasses.asdict(self)
 
     @staticmethod
@@ -157,17 +154,18 @@ def _version(tensors: Mapping[str, Any]) -> int:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in the file's order; a large file is mapped, see mapped.py.
+    """Read the tensors of a checkpoint by name, in the file's order; a large file is mapped, see mapped.py.
 
-    Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file,
-    a pickle that asks for anything but tensors, a content that is no flat dict of plain tensors, and one that
-    claims more than the file holds. Of a model, model_files.read_tensors() reads other forms too.
+    Never runs code from the file. Raises UserError for a path that is no readable file, a truncated or
+    foreign file, a pickle that asks for anything but tensors, a content that is no flat dict of plain
+    tensors, and one that claims more than the file holds. model_files.read_tensors() also reads the other
+    forms of a model.
     """
     return flat(path, load_dict(path))
 
 
 def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The same values, checked to be plain tensors under names, and kept as mapped.py does."""
+    """Check that the values are plain tensors under names, and keep them as mapped.py does."""
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(
@@ -178,7 +176,8 @@ def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, T
 
 
 def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """The dict in a torch file, of tensors and plain values, mapped. UserErrors as in read_checkpoint()."""
+    """Load the dict in a torch file, of tensors and plain values, mapped. Raises as read_checkpoint()
+    does."""
     head = first_bytes(path, 9)
     refuse_stand_in(path)
     text = head.decode("ascii", "replace")
@@ -207,9 +206,9 @@ def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[str, Any] | None:
-    """What write_checkpoint() was told about the file, or None for any other file.
+    """Read the metadata of write_checkpoint(), or None for any other file.
 
-    name: another one gives the JSON record that another project adds.
+    name: that of the JSON record; another project's record has another name.
     """
     if first_bytes(path, 4) != b"PK\x03\x04":
         return None
@@ -223,9 +222,9 @@ def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[st
 
 
 def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str:
-    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat.
+    """Return the path of the trained tensors, for merge and chat, of the run that wrote this checkpoint.
 
-    That is beside the folder of its checkpoints.
+    It is beside the folder of its checkpoints.
     """
     name = os.path.basename(str(metadata.get("output", "adapter.pth")))
     output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
@@ -233,7 +232,7 @@ def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str
 
 
 def refuse_run_checkpoint(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-    """UserError for the checkpoint of a run where a model or an adapter is needed."""
+    """Raise UserError for the checkpoint of a run where a model or an adapter is needed."""
     if metadata.get("format") == RUN_FORMAT:
         raise UserError(
             f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's"
@@ -249,7 +248,7 @@ def write_checkpoint(
     One tensor is in memory at a time.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any
-    failure, what was there stays. UserError when the folder can't be written or has no room.
+    failure, what was there stays. Raises UserError when the folder can't be written or has no room.
     """
     if os.fspath(path).endswith((".safetensors", ".gguf")):
         raise UserError(f"{path} would be a torch checkpoint under another format's name; name it .pth")
@@ -291,7 +290,7 @@ class _Storage(tuple):
 
 
 class _Entry:
-    """Pickles as a tensor whose data are the record `key`, the way torch.save() writes it."""
+    """Stand-in that pickles as a tensor whose data are the record `key`, the way torch.save() writes it."""
 
     def __init__(self, key: str, tensor: Tensor):
         self.key, self.dtype, self.nbytes = key, tensor.dtype, tensor.nbytes
@@ -321,19 +320,19 @@ def _pickled(index: dict[str, _Entry]) -> bytes:
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor without a copy, valid while the tensor lives."""
+    """View the bytes of a contiguous CPU tensor without a copy; valid while the tensor lives."""
     if not tensor.nbytes:
         return memoryview(b"")  # ctypes can't view nothing
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements in order, as 1-D pieces small enough to stay in the cache."""
+    """Yield the elements in order, as 1-D pieces small enough to stay in the cache."""
     return iter(tensor.reshape(-1).split(PIECE))
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Tell whether no element is NaN or infinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     # NaN and infinity both show in the extremes, which cost a tenth of isfinite(); torch has none for float8
@@ -342,7 +341,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """UserError that names the first tensor with a NaN or an infinity."""
+    """Raise UserError that names the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise UserError(

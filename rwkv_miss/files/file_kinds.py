@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and its own words, and whether an output may take its place."""
+"""Kinds of files, by their first bytes and metadata, and whether an output may replace one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a c
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """GGUF, SAFETENSORS, CHECKPOINT, OTHER, or the format that a checkpoint's metadata name."""
+    """Return GGUF, SAFETENSORS, CHECKPOINT, OTHER, or the format in a checkpoint's metadata."""
     head = first_bytes(path, 4)
     if head == b"GGUF":
         return GGUF
@@ -30,7 +30,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
-    """UserError where `out` is a model, an adapter or the like of another kind than these.
+    """Raise UserError if `out` is a model, an adapter or the like of another kind than these.
 
     They are easily lost under the name of an output.
     """

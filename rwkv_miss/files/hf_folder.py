@@ -25,7 +25,7 @@ from .untrusted import read_json
 
 LARGEST_DEPTH = 1 << 12  # layers
 LN_EPS = 1e-5
-# what configurations call the eps of a norm, and RWKV's value
+# names of a norm's eps in configurations, and RWKV's value
 EPS = {
     "norm_eps": LN_EPS,
     "layer_norm_eps": LN_EPS,
@@ -45,12 +45,12 @@ class HfFolder(NamedTuple):
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a folder that says what model is in it."""
+    """Tell whether a path is a folder with a model's config.json."""
     return os.path.isdir(path) and os.path.exists(os.path.join(path, CONFIG))
 
 
 def refuse_file_of_folder(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """UserError for the names of a folder in a file that is given alone: it may be one of several."""
+    """Raise UserError if one file of several of a folder is given alone, which its tensors' names tell."""
     if any(name == FLA_SIGN or name.startswith(OFFICIAL) for name in names):
         raise UserError(
             f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
@@ -58,10 +58,10 @@ def refuse_file_of_folder(path: str | os.PathLike[str], names: Iterable[str]) ->
 
 
 def read_folder(path: str | os.PathLike[str]) -> HfFolder:
-    """The model in a folder, its low-rank maps transposed where the layout has them turned around.
+    """Read the model in a folder; low-rank maps are transposed where the layout has them turned around.
 
-    UserError for a folder of another model, with a file missing, truncated or outside of it, and for settings
-    with which a checkpoint would compute something else.
+    Raises UserError for a folder of another model, with a file missing, truncated or outside of it, and for
+    settings with which a checkpoint would compute something else.
     """
     path = os.fspath(path)
     config = read_config(path)
@@ -81,7 +81,7 @@ def read_folder(path: str | os.PathLike[str]) -> HfFolder:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A folder's config.json. UserError where it is absent or of another model."""
+    """Read a folder's config.json. Raises UserError if it is absent or of another model."""
     if not os.path.exists(os.path.join(path, CONFIG)):
         raise UserError(f"{path} is a folder without {CONFIG}; give a model's file, or a Hugging Face folder")
     config = read_json(os.path.join(path, CONFIG))
@@ -91,9 +91,9 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def weight_files(path: str) -> list[str]:
-    """Names of the files with the weights: the one file, or those that an index names, all of this folder.
+    """Name the files with the weights: the one file, or those that an index names, all in this folder.
 
-    UserError for no such file, and for an index that names anything else.
+    Raises UserError for no such file, and for an index that names anything else.
     """
     if os.path.lexists(os.path.join(path, WEIGHTS)):
         return [WEIGHTS]
@@ -104,14 +104,14 @@ def weight_files(path: str) -> list[str]:
 
 
 def folder_files(path: str) -> list[str]:
-    """Names of the files that decide what read_folder() gives, the weights last."""
+    """Name the files that decide what read_folder() gives, the weights last."""
     return [
         name for name in (CONFIG, INDEX, VALUE_RESIDUAL_FILE) if os.path.exists(os.path.join(path, name))
     ] + weight_files(path)
 
 
 def weight_map(index: str) -> dict[str, str]:
-    """Tensor -> file, of an index. UserError for anything else, and for a file outside of its folder."""
+    """Read tensor -> file from an index. Raises UserError for a bad one, and a file outside of its folder."""
     named = read_json(index).get("weight_map")
     sound = isinstance(named, dict) and named and all(isinstance(name, str) for name in named.values())
     if not sound or any(os.path.basename(name) != name or name in ("", ".", "..") for name in named.values()):
@@ -120,7 +120,7 @@ def weight_map(index: str) -> dict[str, str]:
 
 
 def _stored(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a folder under their own names, and the header of the last file."""
+    """Read all tensors of a folder under their own names, and the header of the last file."""
     stored: dict[str, Tensor] = {}
     header: dict[str, str] = {}
     files = weight_files(path)
@@ -141,7 +141,7 @@ def _stored(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the official layout. Which ones there must be is for the model to say."""
+    """Return the tensors of the official layout. The model says later which ones must be there."""
     for name, eps in EPS.items():
         if (found := config.get(name, eps)) != eps:
             raise UserError(
@@ -167,7 +167,7 @@ def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -
 
 
 def _fla(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of flash-linear-attention's layout."""
+    """Return the tensors of flash-linear-attention's layout."""
     n_layer = number(path, config, "num_hidden_layers")
     head_size = number(path, config, "head_dim")
     if (head_size, config.get("norm_eps", LN_EPS)) != (64, LN_EPS):
@@ -185,7 +185,7 @@ def number(
     least: int = 1,
     default: int | None = None,
 ) -> int:
-    """A number of a model's description; UserError for anything else, or one that no model has."""
+    """Read a number of a model's description. Raises UserError for a value that no model has."""
     value = keys.get(key, default)
     if type(value) is not int or not least <= value <= LARGEST_DEPTH:
         raise UserError(
@@ -197,7 +197,7 @@ def number(
 def restored(
     path: str | os.PathLike[str], table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors by a table that names all of the stored ones; UserError where it does not."""
+    """Restore the checkpoint's tensors by a table. Raises UserError if it does not name all stored ones."""
     table = list(table)
     expected = {mapped.stored for mapped in table}
     for kind, names in (("lacks", expected - stored.keys()), ("has the unknown", stored.keys() - expected)):
@@ -212,7 +212,7 @@ def restored(
 def _with_value_residual(
     path: str, tensors: dict[str, Tensor], provenance: Provenance | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Block 0's value residual, which nothing reads, as the checkpoint had it or had it not; and notes."""
+    """Give block 0 its value residual back if the checkpoint had one; nothing reads it. Returns notes too."""
     if provenance is None:
         return tensors, []
     if VALUE_RESIDUAL[0] not in provenance.entries:  # the official layout has one all the same

@@ -26,7 +26,7 @@ def _norm(stored: str, name: str) -> list[TensorMap]:
 
 
 def _low_rank(name: str) -> list[TensorMap]:
-    """A low-rank map: two matrices, and a bias, which g has not."""
+    """Map a low-rank map: two matrices, and a bias, which g has not."""
     stored = f"attn.{name}_lora.lora"
     matrices = [
         TensorMap(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
@@ -64,18 +64,18 @@ LAYER_TENSORS = [
 
 
 def table(n_layer: int) -> list[TensorMap]:
-    """flash-linear-attention's whole table; block 0 has no value residual, because nothing reads it."""
+    """Build flash-linear-attention's whole table; block 0 has no value residual, because nothing reads it."""
     layers = [mapped.at(i, PREFIX) for i in range(n_layer) for mapped in LAYER_TENSORS]
     return OUTSIDE + [mapped for mapped in layers if not mapped.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
 
 
 def official_name(name: str) -> str:
-    """The official layout's name of a checkpoint's tensor."""
+    """Name a checkpoint's tensor as in the official layout."""
     return name if name == "head.weight" else OFFICIAL + name
 
 
 def plain_name(name: str) -> str:
-    """The inverse of official_name()."""
+    """Invert official_name()."""
     return name.removeprefix(OFFICIAL)
 
 
@@ -90,7 +90,7 @@ BLOCK = """
 
 
 def in_usual_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same in RWKV's order, which safetensors do not keep. Unknown names come last in their block."""
+    """Sort the tensors in RWKV's order, which safetensors do not keep. Unknown names end their block."""
     places = {name: place for place, name in enumerate(BLOCK)}
 
     def place(name: str) -> tuple[int, int, int]:

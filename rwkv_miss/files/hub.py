@@ -37,15 +37,15 @@ TIMEOUT = 10  # seconds for one question
 
 
 def local_path(text: str, repo_type: str = MODEL) -> str:
-    """A name of the hub as a local path, downloaded where the cache has it not; any other text as it is."""
+    """Turn a name of the hub into a local path, downloaded if the cache lacks it; any other text stays."""
     return fetch(pin(parse(text, repo_type))) if is_hub_name(text) else text
 
 
 def pin(name: HubName, shown: bool = True) -> HubName:
-    """The name with the commit that its revision is now, and its file.
+    """Complete the name with its file and the commit that its revision is now.
 
-    It stays without a file where it is a folder with config.json and safetensors. What the hub can't be asked
-    comes from the cache, which `shown` says on stderr.
+    A folder with config.json and safetensors stays without a file. If the hub can't be reached, the cache
+    answers, which `shown` says on stderr.
     """
     if name.file and name.has_commit:
         return name
@@ -75,7 +75,7 @@ def pin(name: HubName, shown: bool = True) -> HubName:
 
 
 def fetch(name: HubName, shown: bool = True) -> Fetched:
-    """The local path of what pin() gave. Of several processes one has its bar `shown`."""
+    """Download what pin() named and return its local path. Of several processes one has its bar `shown`."""
     hub = _package(name)
     with explained(name):
         if name.file:
@@ -91,7 +91,7 @@ def fetch(name: HubName, shown: bool = True) -> Fetched:
 
 
 def _package(name: HubName) -> Any:
-    """huggingface_hub, which is imported when a name is there to be asked for."""
+    """Import huggingface_hub, only when a name is there to be asked for."""
     try:
         importlib.import_module("huggingface_hub.file_download")
         importlib.import_module("huggingface_hub.errors")
@@ -107,10 +107,7 @@ def _is_read(file: str) -> bool:
 
 
 def _choose(name: HubName, files: list[str]) -> str:
-    """Which file of a repository is meant where none is named; "" for a folder of a model.
-
-    UserError where that is open.
-    """
+    """Choose the file of a repository; "" for a folder of a model. Raises UserError if it is ambiguous."""
     checkpoints = [file for file in files if file.endswith(".pth")]
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     if name.repo_type == MODEL and len(checkpoints) == 1:
@@ -130,14 +127,14 @@ def _choose(name: HubName, files: list[str]) -> str:
 
 
 def _metadata(hub: Any, name: HubName) -> Any:
-    """What the hub says of a file: commit_hash, etag, location, size."""
+    """Ask the hub about a file: commit_hash, etag, location, size."""
     told = hub.get_hf_file_metadata(_address(hub, name))
     _require_hub(hub, name, told.commit_hash, told.etag)
     return told
 
 
 def _require_hub(hub: Any, name: HubName, commit: str | None, *paths: str | None) -> None:
-    """UserError for an answer that is not a hub's: no commit, or a name that would leave the cache."""
+    """Raise UserError for an answer that no hub gives: without a commit, or with a name outside the cache."""
     if not COMMIT.fullmatch(commit or "") or not all(
         path and ".." not in path.split("/") and re.fullmatch(r"[^/\\\0][^\\\0]*", path) for path in paths
     ):
@@ -152,13 +149,13 @@ def _address(hub: Any, name: HubName) -> str:
 
 
 def _storage(hub: Any, name: HubName) -> str:
-    """The folder that the cache has for a repository, of which huggingface_hub documents the layout."""
+    """Return the cache's folder of a repository; huggingface_hub documents the layout."""
     folder = hub.file_download.repo_folder_name(repo_id=name.repo, repo_type=name.repo_type)
     return os.path.join(hub.constants.HF_HUB_CACHE, folder)
 
 
 def _keep_revision(hub: Any, name: HubName, commit: str) -> None:
-    """Have the cache know which commit a revision was, for a later start without the hub."""
+    """Record in the cache which commit a revision was, for a later start without the hub."""
     if name.has_commit:
         return
     path = os.path.join(_storage(hub, name), "refs", name.revision or "main")
@@ -168,7 +165,7 @@ def _keep_revision(hub: Any, name: HubName, commit: str) -> None:
 
 
 def _from_cache(hub: Any, name: HubName) -> HubName | None:
-    """pin() by what the cache has; None where it has not all of it."""
+    """Do what pin() does with the cache alone; None if it lacks a part."""
     storage, commit = _storage(hub, name), name.revision
     if not name.has_commit:
         try:
@@ -191,10 +188,7 @@ def _from_cache(hub: Any, name: HubName) -> HubName | None:
 
 
 def _is_whole(folder: str) -> bool:
-    """Whether the cache has all of a folder with safetensors: its weights, which come last.
-
-    UserError for an index that is none.
-    """
+    """Tell whether the cache has all weights of a folder. Raises UserError for a broken index."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     weights = {name for name in names if name.endswith(".safetensors")}
     for index in (name for name in names if name.endswith(".safetensors.index.json")):
@@ -204,7 +198,7 @@ def _is_whole(folder: str) -> bool:
 
 
 def _file(hub: Any, name: HubName, shown: bool) -> str:
-    """The path of a file at a commit, in the cache."""
+    """Return the path of a file at a commit, in the cache."""
     found = os.path.join(_storage(hub, name), "snapshots", name.revision, *name.file.split("/"))
     if os.path.isfile(found):
         return found
@@ -214,7 +208,7 @@ def _file(hub: Any, name: HubName, shown: bool) -> str:
 
 
 class _Counted:
-    """A file whose writing moves a bar."""
+    """File that moves a bar as it is written."""
 
     def __init__(self, file: Any, bar: Progress):
         self.file, self.bar = file, bar
@@ -226,7 +220,7 @@ class _Counted:
 
 
 def _complete(hub: Any, name: HubName, shown: bool) -> None:
-    """Have the cache hold the bytes of a file, going on from those that it has.
+    """Download the bytes of a file into the cache, going on from those that it has.
 
     Other processes wait for the one that downloads.
     """
@@ -263,7 +257,7 @@ def _complete(hub: Any, name: HubName, shown: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet(hub: Any) -> Iterator[None]:
-    """Without huggingface_hub's own bar."""
+    """Turn huggingface_hub's own bar off inside the block."""
     hub.utils.disable_progress_bars()
     try:
         yield
@@ -272,7 +266,7 @@ def _quiet(hub: Any) -> Iterator[None]:
 
 
 def _require_room(hub: Any, name: HubName, size: int) -> None:
-    """UserError where the disk of the cache has not so many bytes."""
+    """Raise UserError if the disk of the cache has less than `size` bytes free."""
     cache = hub.constants.HF_HUB_CACHE
     if (free := shutil.disk_usage(cache).free) < size:
         raise UserError(
@@ -282,7 +276,7 @@ def _require_room(hub: Any, name: HubName, size: int) -> None:
 
 
 def _check_sum(name: HubName, path: str, etag: str, shown: bool) -> None:
-    """UserError, and no file, where the hub names a file by its hash and this is another one."""
+    """Compare a file with the hash that the hub gave. Raises UserError, and deletes it, if they differ."""
     if not SHA256.fullmatch(etag):
         return
     digest = hashlib.sha256()
@@ -297,7 +291,7 @@ def _check_sum(name: HubName, path: str, etag: str, shown: bool) -> None:
 
 @contextlib.contextmanager
 def explained(name: HubName) -> Iterator[None]:
-    """A context in which what huggingface_hub raises becomes a UserError of one sentence."""
+    """Turn what huggingface_hub raises inside the block into a UserError of one sentence."""
     try:
         yield
     except UserError:
@@ -348,7 +342,7 @@ def _reason(name: HubName, error: Exception) -> str:
 
 
 def _asked(question: Callable[[], list[str]]) -> list[str]:
-    """What more the hub says for an error's text; nothing where it says nothing."""
+    """Ask the hub for more to say in an error; nothing if it does not answer."""
     with contextlib.suppress(Exception):
         return question()
     return []
@@ -365,7 +359,7 @@ def _files(hub: Any, name: HubName) -> list[str]:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether the hub was not asked, did not answer, or can't answer now."""
+    """Tell whether the hub was not asked, did not answer, or can't answer now."""
     # requests or httpx, as huggingface_hub has it; its own errors are of answers
     package = type(error).__module__.partition(".")[0]
     status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -377,9 +371,9 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def why_unreachable(name: HubName) -> str:
-    """Why the hub can't be asked for a repository now, or "": one question, which is not asked again.
+    """Say why the hub can't be asked for a repository now, or "". It asks once.
 
-    For packages that ask six times, with seconds between.
+    Some packages would ask six times, with seconds between.
     """
     hub = _package(name)
     try:

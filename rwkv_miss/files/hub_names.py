@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub, hf://OWNER/NAME[/FILE][@REVISION], and what a record has of its files."""
+"""Names of the Hugging Face hub, hf://OWNER/NAME[/FILE][@REVISION], and how records name its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFERENCE = re.compile(r"refs/(pr|convert)/[^/]+")  # a revision with slashes th
 
 
 class Fetched(str):
-    """A local path of what came from the hub. `name` is what a record of it has: hf://...@COMMIT."""
+    """Local path of a file from the hub. `name` is how a record names it: hf://...@COMMIT."""
 
     name: str
 
@@ -35,13 +35,13 @@ class Fetched(str):
 
 
 def recorded(value: Any) -> Any:
-    """What a record has for a setting: the name and commit of what came from the hub, else the value."""
+    """Return a setting as records keep it: name and commit of what came from the hub, else the value."""
     return value.name if isinstance(value, Fetched) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """A name, taken apart. Without a file it is the repository, or the folder that it is."""
+    """Name of the hub, taken apart. Without a file it is the repository, or the folder that it is."""
 
     repo: str
     file: str = ""
@@ -55,26 +55,26 @@ class HubName:
 
     @property
     def has_commit(self) -> bool:
-        """Whether the revision is a commit, which never changes, and no branch or tag."""
+        """Tell whether the revision is a commit, which never changes, and no branch or tag."""
         return bool(COMMIT.fullmatch(self.revision))
 
     @property
     def kind(self) -> str:
-        """What messages call a repository of this type."""
+        """Name the type of repository for messages."""
         return "data set" if self.repo_type == DATA else "model repository"
 
     def at(self, commit: str, file: str | None = None) -> HubName:
-        """The same at a commit, and perhaps of another file."""
+        """Copy the name at a commit, and perhaps of another file."""
         return dataclasses.replace(self, revision=commit, file=self.file if file is None else file)
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text is meant as a name of the hub; parse() says whether it is one."""
+    """Tell whether a text is meant as a name of the hub; parse() says whether it is one."""
     return text.startswith(HUB)
 
 
 def of_address(text: str) -> HubName | None:
-    """The name of a file whose address in a browser this is."""
+    """Return the name of the file whose address in a browser this is."""
     match = ADDRESS.match(text)
     if not match:
         return None
@@ -83,7 +83,7 @@ def of_address(text: str) -> HubName | None:
 
 
 def hint(path: str) -> str:
-    """For an error about a path that is not there: what to write where a file of the hub may be meant."""
+    """Hint at a name of the hub, for an error about a path that does not exist."""
     if name := of_address(path):
         return f"; give {name}"
     if "://" in path:
@@ -96,7 +96,7 @@ def hint(path: str) -> str:
 
 
 def parse(text: str, repo_type: str = MODEL) -> HubName:
-    """A name taken apart; `repo_type` is that of a name without models/ or datasets/. UserError otherwise.
+    """Take a name apart, or raise UserError; `repo_type` is that of a name without models/ or datasets/.
 
     huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
     """

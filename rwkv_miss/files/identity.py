@@ -1,4 +1,4 @@
-"""Who a checkpoint is: a digest of every byte of its tensors, which adapters, merged files and runs record.
+"""Checkpoint identity: one digest over all tensor bytes, which adapters, merged files and runs record.
 
 fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
 cache folder, by size, times and inode of the file, or of every file of a Hugging Face folder. Since it is of
@@ -40,7 +40,7 @@ SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes of a sample, sample
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
-    """ "blake2b:" and 64 hex digits over names, shapes, dtypes and all bytes, in no order of the names."""
+    """Hash names, shapes, dtypes and all bytes, in no order of the names: "blake2b:" and 64 hex digits."""
     names = sorted(tensors)
     digest = hashlib.blake2b(digest_size=32)
     digests = _in_threads(_digest_of, [tensors[name] for name in names])
@@ -53,7 +53,7 @@ def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> s
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and a few bytes.
+    """Hash names, shapes, dtypes and a few bytes (sha256, hex): the rule of records without a name.
 
     These are 256 bytes at 14 places of each tensor at most, so that another tensor may have the same.
     """
@@ -73,7 +73,7 @@ def _digest_of(tensor: Tensor) -> bytes:
 
 
 def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Iterable[bytes]:
-    """The results in order; hashlib leaves the other threads running."""
+    """Do the work in threads, results in order; hashlib leaves the other threads running."""
     if sum(tensor.nbytes for tensor in tensors) < REMEMBERED:
         yield from map(work, tensors)
         return
@@ -85,7 +85,7 @@ def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Itera
 
 
 class Identity:
-    """Who the tensors of a checkpoint are. Digests are computed when they are asked for.
+    """Identity of a checkpoint's tensors. Digests are computed when they are asked for.
 
     `path` is their file, "" for none. Without `tensors` they are read from it again, in the state that it has
     now. Of several processes that compute the same one has `shown`: a bar.
@@ -102,14 +102,14 @@ class Identity:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """fingerprint() of the tensors."""
+        """Return fingerprint() of the tensors."""
         if is_file_or_folder(self.path) and sum(_state(self.path)[::FACTS]) >= REMEMBERED:
             return _remembered(self.path, self._compute)
         return fingerprint(self._tensors())
 
     @functools.cached_property
     def sampled(self) -> str:
-        """sampled_fingerprint() of the tensors."""
+        """Return sampled_fingerprint() of the tensors."""
         return sampled_fingerprint(self._tensors())
 
     def settle(self) -> None:
@@ -118,7 +118,7 @@ class Identity:
         self.given = None
 
     def is_recorded(self, recorded: str, where: str | os.PathLike[str] = "") -> bool:
-        """Whether a record in the file `where` is of these tensors, by the rule that the record names."""
+        """Tell whether a record in the file `where` is of these tensors, by the rule that it names."""
         if recorded.startswith(DIGEST):
             return recorded == self.fingerprint
         same = recorded == self.sampled
@@ -149,23 +149,20 @@ class Identity:
 
 
 def _state(path) -> list[int]:
-    """What changes when a file does, or one of a folder's: size, time of its content, inode, and the time
-    that nobody can set.
-    """
+    """Return size, times and inode of a file, or of each file of a folder: one of them changes with a
+    file."""
     found = map(os.stat, weight_paths(path))
     return [fact for f in found for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
 def cache_folder() -> pathlib.Path:
-    """rwkv-miss/fingerprints in the user's cache folder. It need not exist."""
+    """Return rwkv-miss/fingerprints in the user's cache folder. It need not exist."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "rwkv-miss" / "fingerprints"
 
 
 def _remembered(path: str, compute: Callable[[], str]) -> str:
-    """What compute() has found or finds out about a file as it is now. One process computes while others
-    wait.
-    """
+    """Look up or compute() a fact about a file as it is now. One process computes while others wait."""
     state = _state(path)
     place = os.path.realpath(path)
     entry = cache_folder() / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"

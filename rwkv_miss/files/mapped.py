@@ -116,7 +116,8 @@ def _forget_unused() -> None:
 
 @contextlib.contextmanager
 def naming_changed_files() -> Iterator[None]:
-    """Context in which SIGBUS, by which a shorter file ends a program, names the file."""
+    """Name the changed file when SIGBUS, by which a shorter mapped file ends a program, comes in the
+    block."""
     number = getattr(signal, "SIGBUS", None)  # Windows has none, and lets nobody shorten a mapped file
     if number is None:
         yield

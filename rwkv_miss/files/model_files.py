@@ -1,7 +1,7 @@
-"""A model, in whatever its owner has it: the one way in which all programs read a base or a merged file.
+"""Model files in every form: the one way in which all programs read a base or a merged file.
 
-That is a .pth, one that a trainer has wrapped, a safetensors file, or a Hugging Face folder in either layout.
-All are mapped, and have RWKV's names afterwards, so that the same model has the same fingerprint in each.
+The forms are a .pth, one that a trainer has wrapped, a safetensors file, and a Hugging Face folder in either
+layout. All are mapped, and have RWKV's names afterwards: a model has the same fingerprint in each.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ModelFile(NamedTuple):
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelFile:
-    """What is at `path`. Models that are no RWKV, and adapters, have the names that they have.
+    """Read the model at `path`. Models that are no RWKV, and adapters, keep their names.
 
-    UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
+    Raises UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
     architecture, a model inside a larger one, a folder of another model or with a file missing.
     """
     if os.path.isdir(path):
@@ -50,12 +50,12 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of read_model()."""
+    """Read the tensors of a model."""
     return read_model(path).tensors
 
 
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The metadata of read_model(), without its tensors."""
+    """Read the metadata of a model, without its tensors."""
     if os.path.isdir(path):
         read_config(path)  # which names a folder without one
         header = read_header(weight_paths(path)[-1])
@@ -87,7 +87,7 @@ def _as_recorded(
     provenance: Provenance | None,
     notes: list[str],
 ) -> ModelFile:
-    """In the order and the shapes of the checkpoint that was exported, where that is known."""
+    """Put the tensors in the order and shapes of the checkpoint that was exported, where that is known."""
     if provenance is None:
         return ModelFile(dict(tensors), None, notes)
     provenance.check(tensors, path)
@@ -96,17 +96,17 @@ def _as_recorded(
 
 
 def is_file_or_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a file, or a folder that says what model is in it."""
+    """Tell whether a path is a file, or a folder with a model's config.json."""
     return os.path.isfile(path) or is_folder(path)
 
 
 def weight_paths(path: str | os.PathLike[str]) -> list[str]:
-    """The files that decide what read_model() gives, with the weights last: one, or those of a folder."""
+    """List the files that decide what read_model() gives, the weights last: one, or those of a folder."""
     if not os.path.isdir(path):
         return [os.fspath(path)]
     return [os.path.join(path, name) for name in folder_files(os.fspath(path))]
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
-    """What records call a file or a folder: the last part of its path."""
+    """Return the name that records give a file or a folder: the last part of its path."""
     return os.path.basename(os.path.abspath(path))

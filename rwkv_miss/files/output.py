@@ -1,6 +1,4 @@
-"""Outputs that appear under their names only when they are complete and on the disk: a file, and a folder of
-a few files.
-"""
+"""Outputs, a file or a folder of a few, that appear under their names only when complete and on the disk."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ from ..errors import UserError, listed
 
 
 def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
-    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be
-    lost.
-    """
+    """Raise UserError unless a file of `size` bytes can be made at `path`: call it before long work."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(
@@ -40,12 +36,12 @@ def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "") -> Iterator[BinaryIO]:
-    """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk.
+    """Open a new file under a temporary name; it becomes `path` when the block ends and it is on the disk.
 
-    What was there before stays until then, and after any failure. UserError where it can't be written, `size`
-    bytes are not free, or the disk runs full.
+    What was there before stays until then, and after any failure. Raises UserError where it can't be written,
+    `size` bytes are not free, or the disk runs full.
 
-    The temporary name is a random one, as others may write the same file. One that is given is written over.
+    The temporary name is random, as others may write the same file. A given `temporary` is overwritten.
     """
     require_writable(path, size)
     place = os.path.realpath(path)  # the file behind a link is replaced, not the link
@@ -72,25 +68,25 @@ def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "")
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """A file with this content, whole or not at all."""
+    """Write a file with this content, whole or not at all."""
     with whole_file(path, len(content)) as file:
         file.write(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The same in UTF-8."""
+    """Write a text in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], content: dict) -> None:
-    """A JSON file for people as well as machines."""
+    """Write a JSON file for people as well as machines."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
-    """UserError unless a folder of these files can be made at `out`.
+    """Raise UserError unless a folder of these files can be made at `out`.
 
-    It can where nothing is, or a folder with no other files, which is replaced.
+    Nothing may be there, or a folder with no other files, which is replaced.
     """
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file, expected the name of a folder to write")
@@ -102,10 +98,9 @@ def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
 
 
 def write_folder(out: str | os.PathLike[str], writers: dict[str, Callable[[str], None]]) -> None:
-    """A folder of files, each made by a function of its path. It appears when all are complete.
+    """Write a folder of files, each made by a function of its path. It appears when all are complete.
 
-    A folder that is there is replaced if it has no other files (check_folder). After a failure it is as it
-    was.
+    It replaces a folder that has no other files (check_folder). After a failure the folder is as before.
     """
     check_folder(out, list(writers))
     out = os.path.realpath(out)

@@ -1,6 +1,6 @@
-"""What an export says of the checkpoint that it was made from, so that the way back gives the same file.
+"""Provenance: an export's record of its checkpoint, so that the way back gives the same file.
 
-These are the names in their order, dtypes, shapes, and the metadata. They are one JSON text under KEY: in the
+It has the names in their order, dtypes, shapes, and the metadata. It is one JSON text under KEY: in the
 header of safetensors, and among the keys of GGUF.
 """
 
@@ -36,7 +36,7 @@ LARGEST_SIZE = 1 << 40
 
 
 def check_dtypes(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """UserError for a model whose tensors are not all of FLOATS."""
+    """Raise UserError for a model with tensors of other dtypes than FLOATS."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """`entries` in the checkpoint's order; `metadata` as read_metadata() gives them."""
+    """Record of a checkpoint: `entries` in its order; `metadata` as read_metadata() gives them."""
 
     entries: dict[str, Entry]
     metadata: dict[str, Any] | None
@@ -65,12 +65,12 @@ class Provenance(NamedTuple):
         return json.dumps({"tensors": tensors, "metadata": self.metadata}, separators=(",", ":"))
 
     def header(self) -> dict[str, str]:
-        """The texts in the header of a safetensors file with these tensors."""
+        """Return the texts for the header of a safetensors file with these tensors."""
         return {"format": "pt", KEY: self.text()}
 
     @staticmethod
     def parse(text: str, path: str | os.PathLike[str]) -> Provenance:
-        """UserError for what text() did not write."""
+        """Read what text() wrote. Raises UserError for anything else."""
         try:
             told = json.loads(text)
             entries = {}
@@ -87,11 +87,11 @@ class Provenance(NamedTuple):
 
     @staticmethod
     def found(texts: Mapping[str, Any], path: str | os.PathLike[str]) -> Provenance | None:
-        """The record among a header's texts, or among the keys of GGUF; None where there is none."""
+        """Find the record among a header's texts, or among the keys of GGUF; None without one."""
         return Provenance.parse(texts[KEY], path) if KEY in texts else None
 
     def check(self, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-        """UserError unless the tensors are those of the record, up to their shapes and dtypes."""
+        """Raise UserError unless the tensors are the record's, up to their shapes and dtypes."""
         if missing := sorted(self.entries.keys() ^ tensors.keys()):
             raise UserError(
                 f"{path} is damaged: {missing[0]} is either in the file or in its {KEY}, not in both"
@@ -103,12 +103,12 @@ class Provenance(NamedTuple):
                 )
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors, one after the other."""
+        """Yield the checkpoint's tensors, one after the other."""
         for name, (dtype, shape) in self.entries.items():
             yield name, tensors[name].to(dtype).reshape(shape)
 
     def rounded(self, dtypes: Mapping[str, torch.dtype]) -> list[str]:
-        """Names of the tensors whose values these dtypes cannot all hold."""
+        """Name the tensors whose values these dtypes cannot all hold."""
         names = []
         for name, (dtype, _) in self.entries.items():
             if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ()):

@@ -35,7 +35,7 @@ ALIGNMENT = 8
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
+    """Tell whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and `{`."""
     try:
         head = first_bytes(path, 9)
     except UserError:
@@ -44,9 +44,9 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, those of a large file mapped, and the texts in its header.
+    """Read tensors, those of a large file mapped, and the texts in its header.
 
-    UserError for a damaged file, or without the package.
+    Raises UserError for a damaged file, or without the package.
     """
     with _opened(path) as file:
         tensors = keep(path, {name: file.get_tensor(name) for name in file.keys()})
@@ -54,14 +54,14 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts alone."""
+    """Read the texts in the header alone."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """An open safetensors file; what goes wrong in the block is a UserError."""
+    """Open a safetensors file; what goes wrong in the block is a UserError."""
     refuse_stand_in(path)
     try:
         import safetensors
@@ -88,7 +88,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors bit for bit, whole or not at all, with texts in the header.
 
-    UserError for a dtype that the format lacks.
+    Raises UserError for a dtype that the format lacks.
     """
     # the wide ones first, so that each is aligned; then by name, so that a copy is the same file
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))

@@ -1,4 +1,4 @@
-"""What a checkpoint's metadata say of its chat template: NAME:TOOL_STYLE, or a Jinja template's source.
+"""Chat template in a checkpoint's metadata: NAME:TOOL_STYLE, or a Jinja template's source.
 
 A name without a tool style was written before there were tool styles. It has the meaning of those days.
 """
@@ -12,12 +12,12 @@ EARLIER = {f"think-{length}": f"think-{length}-2025" for length in ("normal", "s
 
 
 def is_jinja(record: str) -> bool:
-    """Whether it is a Jinja template's source, and no name."""
+    """Tell whether a record is a Jinja template's source, and no name."""
     return "{" in record
 
 
 def with_tool_style(record: str) -> str:
-    """The record as it is written today."""
+    """Return the record as it is written today."""
     if is_jinja(record) or ":" in record:
         return record
     return f"{EARLIER.get(record, record)}:{HERMES}"

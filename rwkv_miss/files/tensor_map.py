@@ -1,4 +1,4 @@
-"""What a tensor of another form is made of. A list of TensorMaps is a table that is read in both directions.
+"""Maps between the tensors of another form and a checkpoint's. A table of them serves both directions.
 
 Shapes are as torch has them.
 """
@@ -16,7 +16,7 @@ VALUE_RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]  # RWKV-7's, which not
 
 
 class Form(NamedTuple):
-    """How a stored tensor is made of the checkpoint's; the inverse, up to the shapes (C) and (1, 1, C)."""
+    """Conversion of the checkpoint's tensors to a stored one and back, up to shapes (C) and (1, 1, C)."""
 
     store: Callable[[list[Tensor]], Tensor]
     restore: Callable[[Tensor, int], list[Tensor]]  # given the head size too
@@ -37,7 +37,7 @@ FORMS = {
 
 
 class TensorMap(NamedTuple):
-    """A stored tensor and the checkpoint's tensors in it."""
+    """Stored tensor, and the checkpoint's tensors in it."""
 
     stored: str  # its name
     names: tuple[str, ...]  # of the checkpoint's tensors
@@ -51,12 +51,12 @@ class TensorMap(NamedTuple):
         )
 
     def store(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The stored tensor; only a form that joins several tensors makes a copy."""
+        """Make the stored tensor; only a form that joins several tensors makes a copy."""
         return FORMS[self.form].store([tensors[name] for name in self.names])
 
 
 def restore(table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int) -> dict[str, Tensor]:
-    """The checkpoint's tensors, views of the stored ones."""
+    """Restore the checkpoint's tensors as views of the stored ones."""
     restored = {}
     for mapped in table:
         restored |= zip(mapped.names, FORMS[mapped.form].restore(stored[mapped.stored], head_size))

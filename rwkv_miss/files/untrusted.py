@@ -1,6 +1,6 @@
-"""What is asked of a file before and after it is read: nobody knows who wrote it.
+"""Checks of files from strangers, before and after they are read.
 
-SECURITY.md says what follows from it for the user.
+SECURITY.md says what they mean for the user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .hub_names import hint
 LARGEST_INDEX = 1 << 22
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 READ_AT_ONCE = 1 << 18  # bytes
-# what a pickle of plain tensors names; of what else torch knows, some allocates whatever the file says
+# names that a pickle of plain tensors uses; some others that torch allows allocate whatever the file says
 PLAIN = re.compile(
     r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage"
     r" UntypedStorage|"
@@ -37,9 +37,9 @@ LEGACY_PICKLES = 5
 
 
 def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
-    """The first bytes of a file; the door at which a path that can't be read is refused."""
+    """Read the first bytes of a file; a path that can't be read is refused here."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        # a pipe can be read once, and who waits for it waits for ever
+        # a pipe can be read once, and opening one may wait for ever
         raise UserError(f"{path} is no regular file")
     try:
         with open(path, "rb") as file:
@@ -54,7 +54,7 @@ def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
 
 
 def refuse_stand_in(path: str | os.PathLike[str]) -> None:
-    """UserError for what a download or a clone left in the place of a file of tensors."""
+    """Raise UserError for what a download or a clone left in the place of a file of tensors."""
     head = first_bytes(path, 256).lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):
         raise UserError(
@@ -69,11 +69,11 @@ def refuse_stand_in(path: str | os.PathLike[str]) -> None:
 
 
 def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
-    """A checkpoint's zip archive. UserError for
+    """Open a checkpoint's zip archive. Raises UserError for
     - a truncated one,
     - compressed records: torch never writes them, and would map them as if they were not,
     - an index so large that unpickling it could fill the memory,
-    - records that lie over each other: to sum them up takes for ever.
+    - records that overlap: summing them up takes for ever.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -107,9 +107,9 @@ def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 
 
 def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
-    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice.
+    """Raise UserError if a checkpoint's pickles ask for anything but plain tensors, or hold a tuple twice.
 
-    A tuple that holds another twice, and so on, is small, and to hash or to print it takes for ever.
+    A tuple that holds another twice, and so on, is small, but hashing or printing it takes for ever.
     """
     try:
         if not zipped:
@@ -162,7 +162,7 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a small file."""
+    """Read the JSON object in a small file."""
     first_bytes(path, 1)
     with open(path, "rb") as file:
         content = file.read(LARGEST_JSON + 1)
@@ -175,7 +175,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_json(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes of a file."""
+    """Parse the JSON object in some bytes of a file."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -188,7 +188,7 @@ def parse_json(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
 
 
 def check_sums(path: str | os.PathLike[str]) -> None:
-    """UserError unless every record of a checkpoint has the checksum that was written with it. It reads all.
+    """Raise UserError unless every record of a checkpoint has its recorded checksum. It reads the whole file.
 
     Files of torch < 1.6 have none.
     """
@@ -212,7 +212,7 @@ def check_sums(path: str | os.PathLike[str]) -> None:
 
 
 def check_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """UserError for tensors that are not plain numbers in this file.
+    """Raise UserError for tensors that are not plain numbers in this file.
 
     These are sparse, quantised or complex ones, and shapes that claim more than is there.
     """

@@ -1,7 +1,7 @@
-"""Model files of trainers and of larger models: the plain tensors inside, and what is said of the rest.
+"""Model files of trainers and of larger models: the plain tensors inside, and notes about the rest.
 
-A trainer's file has the tensors in a dict of its own, beside epoch numbers and the optimizer's state, or has
-words before their names. Both are taken off. A model that is one part of a larger one is not guessed at.
+A trainer's file has the tensors in a dict beside epoch numbers and the optimizer's state, or has prefixes
+before their names. Both are taken off. A model that is one part of a larger one is not guessed at.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SHOWN = 4  # names in a note
 
 
 def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], list[str]]:
-    """(the dict with the tensors, notes) of what a torch file holds; it need not hold tensors only.
+    """Find (the dict with the tensors, notes) in what a torch file holds.
 
-    UserError where two dicts may be meant.
+    Raises UserError if two dicts may be meant.
     """
     inside = [key for key in CONTAINERS if _has_tensors(loaded.get(key))]
     if not inside or any(isinstance(key, str) and PLAIN.fullmatch(key) for key in loaded):
@@ -44,16 +44,16 @@ def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether a value is a dict with tensors in it."""
+    """Tell whether a value is a dict with tensors in it."""
     return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
 def plain_names(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], list[str]]:
-    """(the tensors under RWKV's names, notes). Other models and adapters are left as they are.
+    """Return (the tensors under RWKV's names, notes). Other models and adapters keep theirs.
 
-    UserError for two tensors of one name, and for a model inside a larger one.
+    Raises UserError for two tensors of one name, and for a model inside a larger one.
     """
     names = {name: without_prefixes(name) for name in tensors}
     if not is_model(names.values()):
@@ -72,7 +72,7 @@ def plain_names(
 def renamed(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, Tensor]:
-    """The tensors of a file under the names that `rename` gives. UserError for two tensors of one name."""
+    """Rename the tensors of a file. Raises UserError for two tensors of one name."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (short := rename(name)) in result:
@@ -85,20 +85,21 @@ def renamed(
 
 
 def is_model(names: Iterable[str]) -> bool:
-    """Whether these are a whole RWKV's names, of any version, rather than another model's or an adapter's."""
+    """Tell whether these are all names of an RWKV, of any version, and not another model's or an
+    adapter's."""
     names = set(names)
     return "emb.weight" in names and any(name.startswith("blocks.0.") for name in names)
 
 
 def part_of(names: Iterable[str], prefix: str) -> list[str]:
-    """The names with a prefix, without it."""
+    """Select the names with a prefix and strip it."""
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def without_prefixes(name: str, part: str = PART) -> str:
-    """A name without the words of trainers, also nested, and of the official Hugging Face layout.
+    """Strip the prefixes of trainers, also nested, and of the official Hugging Face layout from a name.
 
-    The name as it is, where that leaves neither RWKV's nor one of a `part` of a larger model.
+    The name stays if the rest is neither RWKV's nor that of a `part` of a larger model.
     """
     rest = name
     while not (PLAIN.fullmatch(rest) or rest.startswith(part)):

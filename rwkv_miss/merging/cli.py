@@ -1,4 +1,4 @@
-"""The commands about merged files: merge, unmerge, diff."""
+"""Commands about merged files: merge, unmerge, diff."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from .unmerge import check_merge
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add them to the subparsers of the program.
-
-    The parsed arguments have the function that does the work as `run`.
-    """
+    """Add the commands to the program's subparsers; the parsed arguments have their function as `run`."""
     add_merge(commands)
     add_unmerge(commands)
     add_diff(commands)
@@ -84,7 +81,7 @@ def add_diff(commands: argparse._SubParsersAction) -> None:
 
 
 def add_adapters(parser: Parser, required: bool = False, default: str = "1 each") -> None:
-    """--adapter, which may come again, and --weights."""
+    """Add --adapter, which may be repeated, and --weights."""
     parser.add_argument(
         "--adapter",
         "--lora_checkpoint",
@@ -99,12 +96,12 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
         type=weights,
         help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}",
     )
-    # else -0.5,1 would be taken for a flag
+    # else argparse takes -0.5,1 for a flag
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
 
 
 def add_hints(parser: Parser) -> None:
-    """What an adapter of another project may leave open."""
+    """Add the flags about what an adapter of another project leaves open."""
     parser.add_argument(
         "--origin",
         default="",
@@ -134,7 +131,7 @@ def add_output(parser: Parser) -> None:
 
 
 def weights(text: str) -> list[float]:
-    """ "0.7,-0.3" -> [0.7, -0.3]."""
+    """Read "0.7,-0.3" as [0.7, -0.3]."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -144,12 +141,12 @@ def weights(text: str) -> list[float]:
 
 
 def hints(args: argparse.Namespace) -> Hints:
-    """What the command line says of adapters of other projects."""
+    """Return the command line's hints about adapters of other projects."""
     return Hints(args.origin, args.alpha, args.init, profile=args.profile)
 
 
 def show(report: Any, args: argparse.Namespace) -> None:
-    """What a command has found, for people or for machines."""
+    """Print a command's report, for people or for machines."""
     if args.json:
         print(json.dumps(report.to_dict()))
     else:

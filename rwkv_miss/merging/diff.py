@@ -1,4 +1,4 @@
-"""The MiSS adapter that comes nearest to the difference of two checkpoints.
+"""Diff: the MiSS adapter that comes nearest to the difference of two checkpoints.
 
 `rwkv-miss diff A.pth B.pth --rank r --out adapter.pth`
 
@@ -37,10 +37,10 @@ ENTRIES_AT_ONCE = 1 << 20  # entries of a matrix in float64 at once
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One tensor that differs: ||B - A|| and ||A||.
+    """Tensor that differs: ||B - A|| and ||A||.
 
-    Of a linear also the share of ||B - A||^2 that the adapter has (`explained`), and what it would have of a
-    random matrix: r / in.
+    A linear also has `explained`, the adapter's share of ||B - A||^2, and `random`, r / in, that share for a
+    random matrix.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Difference:
 
 @dataclasses.dataclass
 class DiffReport:
-    """What diff_files() found: linears with their shares, and other tensors that differ.
+    """Result of diff_files(): linears with their shares, and other tensors that differ.
 
-    whole: those of the others that the file has.
+    whole: those of the other tensors that the file has.
     """
 
     a: str
@@ -71,12 +71,12 @@ class DiffReport:
     parts: list[str]
 
     def share(self, name: str) -> float:
-        """`explained` or `random` of all linears together."""
+        """Return `explained` or `random` of all linears together."""
         total = sum(d.norm**2 for d in self.linears)
         return sum(getattr(d, name) * d.norm**2 for d in self.linears) / total
 
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """What the user is told; `shown_rows` tensors of a table (None: all)."""
+        """Return the lines for the user; `shown_rows` tensors of a table (None: all)."""
         lines = [
             f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what"
             f" {len(self.linears)} linears of {self.b} differ by from {self.a}; of a random difference it"
@@ -107,7 +107,7 @@ class DiffReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with every tensor that differs."""
+        """Return plain values for JSON, with every tensor that differs."""
         return {
             "a": self.a,
             "b": self.b,
@@ -137,9 +137,9 @@ def diff_files(
     whole: other tensors that differ are in the file as they are in `b`, with all others of their parts
     (methods/whole_tensors.py). Else they are left out.
 
-    Where `b` has another dtype, what counts is its difference from `a` rounded to that. UserError for other
-    keys or shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; nothing is
-    left of a file that was begun.
+    Where `b` has another dtype, what counts is its difference from `a` rounded to that. Raises UserError for
+    other keys or shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; nothing
+    is left of a file that was begun.
     """
     _check_out(out, (a, b))
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
@@ -175,7 +175,7 @@ def diff_files(
 
 
 def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the adapter records of the two checkpoints."""
+    """Record the two checkpoints for the adapter's metadata."""
     return {
         "arch": _arch(first),
         "base": name_of(a),
@@ -187,7 +187,7 @@ def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> d
 def _what_differs(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], targets: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
-    """(the linears among the targets that differ, the keys of all other tensors that do)."""
+    """Return (the linears among the targets that differ, the keys of all other tensors that do)."""
     candidates = find_targets(first, targets)
     different = [key for key in second if key not in first or not _same(first[key], second[key])]
     linears = [name for name in candidates if f"{name}.weight" in different]
@@ -196,7 +196,7 @@ def _what_differs(
 
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """UserError unless an adapter can be written at `out`."""
+    """Raise UserError unless an adapter can be written at `out`."""
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input; choose another --out")
@@ -205,7 +205,7 @@ def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[s
 
 
 def _check_rank(tensors: Mapping[str, Tensor], linears: list[str], rank: int) -> None:
-    """UserError for a rank beyond the input width of a linear."""
+    """Raise UserError for a rank beyond the input width of a linear."""
     for name in linears:
         width = tensors[f"{name}.weight"].shape[1]
         if rank > width:
@@ -213,7 +213,7 @@ def _check_rank(tensors: Mapping[str, Tensor], linears: list[str], rank: int) ->
 
 
 def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[str], list[str]]:
-    """(the parts that these tensors belong to, the tensors of all these parts and the others themselves)."""
+    """Return (the parts that these tensors belong to, all tensors of these parts and `others`)."""
     for key in others:
         if not second[key].is_floating_point():
             raise UserError(
@@ -224,7 +224,7 @@ def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[
 
 
 def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizer, end of document and template of two files' metadata, the second's where it has them.
+    """Return tokenizer, end of document and template from two files' metadata; the second's come first.
 
     The leading token is the second's alone: a file without one was trained without one.
     """
@@ -238,7 +238,7 @@ def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The sizes of an RWKV model, None for another model."""
+    """Return the sizes of an RWKV model, None for another model."""
     try:
         return Arch.detect(tensors).to_dict()
     except UserError:
@@ -246,7 +246,7 @@ def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """UserError that names the first keys, or the shape, that two checkpoints do not have in common.
+    """Raise UserError that names the first keys, or the shape, that two checkpoints do not share.
 
     The second may add initial states.
     """
@@ -267,9 +267,9 @@ def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 
 
 def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
-    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices.
+    """Find the linears of the targets, as inject() does, among a checkpoint's matrices.
 
-    UserError for one that matches nothing.
+    Raises UserError for one that matches nothing.
     """
     names = [
         key.removesuffix(".weight")
@@ -290,7 +290,7 @@ def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same bits, the first rounded to the dtype of the second."""
+    """Tell whether two tensors have the same bits, the first rounded to the dtype of the second."""
     return all(torch.equal(bits(x.to(y.dtype)), bits(y)) for x, y in zip(blocks(first), blocks(second)))
 
 
@@ -316,7 +316,7 @@ def _finite(found: Difference) -> Difference:
 def nearest(
     name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool
 ) -> tuple[Tensor, Difference]:
-    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near; in float64 inside."""
+    """Find the D (rank, out) fp32 nearest to second - first, (out, in), in float64, and how near it is."""
     out, width = first.shape
     counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()
     D = torch.empty(rank, out)

@@ -1,4 +1,4 @@
-"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32.
+"""Sum of adapters on the tensors of a base: W + sum of w_i delta_i(W) in fp32.
 
 Every delta is that of the base's weight.
 """
@@ -31,7 +31,7 @@ RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file tak
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One adapter file, and the factor of its change.
+    """Adapter file, and the factor of its change.
 
     The change is delta(W) of a linear's weight, T - base of a whole tensor T.
     """
@@ -52,12 +52,12 @@ class Member:
 
     @functools.cached_property
     def by_weight(self) -> dict[str, str]:
-        """Key of an adapted weight -> name of its linear."""
+        """Map key of an adapted weight -> name of its linear."""
         return {f"{name}.weight": name for name in self.metadata["linears"]}
 
     @functools.cached_property
     def whole(self) -> dict[str, Tensor]:
-        """The tensors that the file has as a whole."""
+        """Return the tensors that the file has as a whole."""
         shared = tuple(f"shared.{name}" for name in self.method.shared)
         linears = set(self.metadata["linears"])
 
@@ -70,9 +70,7 @@ class Member:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Other name of a whole tensor -> the name under which the file has it. A base may have either, or
-        both.
-        """
+        """Map another name of a whole tensor -> its name in the file. A base may have either, or both."""
         return self.metadata["tied"]
 
     @functools.cached_property
@@ -84,20 +82,18 @@ class Member:
         return self.identity.fingerprint
 
     def recorded_as(self, names: Iterable[str]) -> str | None:
-        """That of the recorded fingerprints which is this adapter's, whatever its rule."""
+        """Return the one of the recorded fingerprints that is this adapter's, whatever its rule."""
         return next((name for name in names if self.identity.is_recorded(name)), None)
 
     def changes(self, key: str) -> bool:
         return key in self.by_weight or key in self.whole
 
     def sums_products(self, key: str) -> bool:
-        """Whether the entries of the change of a tensor are sums of products, whose order differs between
-        machines.
-        """
+        """Tell whether a tensor's change has sums of products, whose order differs between machines."""
         return key not in self.whole and self.method.sums_products(self.options.at(self.by_weight[key]))
 
     def check(self, base: Mapping[str, Tensor]) -> None:
-        """UserError unless every adapted linear and every whole tensor fits the base."""
+        """Raise UserError unless every adapted linear and every whole tensor fits the base."""
         self._check_linears(base)
         self._check_states(base)
         self._check_whole(base)
@@ -167,14 +163,14 @@ class Member:
         )
 
     def layer(self, key: str, weight: Tensor) -> AdapterLinear:
-        """The adapted linear of a weight of the base, fp32."""
+        """Make the adapted linear of a weight of the base, fp32."""
         return self.method.of_file(
             weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key])
         )
 
     @torch.no_grad()
     def delta(self, key: str, weight: Tensor, out: Tensor) -> Tensor:
-        """The change of a linear's weight, in `out`, fp32. weight: the base's, fp32."""
+        """Compute the change of a linear's weight into `out`, fp32. weight: the base's, fp32."""
         layer = self.layer(key, weight)
         if layer.low_rank() is None:
             return out.copy_(layer.delta())
@@ -182,7 +178,7 @@ class Member:
         return out
 
     def record(self) -> dict[str, Any]:
-        """What the merged file says of it."""
+        """Describe the adapter for the merged file."""
         facts = {
             "adapter_fingerprint": self.fingerprint,
             "method": self.metadata["method"],
@@ -194,7 +190,7 @@ class Member:
 
 
 def is_state(name: str) -> bool:
-    """Whether a tensor is an initial state."""
+    """Tell whether a tensor is an initial state."""
     return bool(re.fullmatch(PARTS["state"], name))
 
 
@@ -210,17 +206,17 @@ class Combination:
         ]
 
     def changed(self, base: Iterable[str]) -> list[str]:
-        """The keys of the base whose values are not what they were."""
+        """Return the keys of the base whose values change."""
         return [key for key in base if any(m.changes(key) for m in self.members)]
 
     def added(self, base: Iterable[str]) -> list[str]:
-        """The keys that the base does not have, such as initial states."""
+        """Return the keys that the base does not have, such as initial states."""
         base = set(base)
         other_names = {other for m in self.members for other in m.tied}
         return [key for key in self.whole if key not in base and key not in other_names]
 
     def check(self, base: Mapping[str, Tensor]) -> None:
-        """A UserError, which names the adapter where there are several, unless all of them fit the base."""
+        """Raise UserError, which names the adapter if there are several, unless all of them fit the base."""
         for m in self.members:
             try:
                 m.check(base)
@@ -228,12 +224,12 @@ class Combination:
                 raise UserError(f"{m.path}: {error}" if len(self.members) > 1 else str(error)) from None
 
     def name(self, key: str) -> str:
-        """What reports call a tensor: the linear whose weight it is, or the tensor itself."""
+        """Name a tensor for reports: the linear whose weight it is, or the tensor itself."""
         return key.removesuffix(".weight") if any(key in m.by_weight for m in self.members) else key
 
     @torch.no_grad()
     def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
-        """sum of w_i delta_i, fp32, for a tensor that some adapter changes as the weight of a linear.
+        """Compute sum of w_i delta_i, fp32, for a tensor that some adapter changes as the weight of a linear.
 
         weight: the base's, fp32.
         """
@@ -252,7 +248,7 @@ class Combination:
 
     @torch.no_grad()
     def merged(self, key: str, base: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
-        """One tensor of the base with its changes, before rounding.
+        """Compute one tensor of the base with its changes, before rounding.
 
         It is in `out` or in the scratch memory, fp32, or as it is in an adapter's file.
         """
@@ -270,7 +266,7 @@ class Combination:
         return weight
 
     def added_value(self, key: str) -> Tensor:
-        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as an adapter's file has it."""
+        """Compute a tensor that the base lacks: the sum of w_i T_i, fp32, or as an adapter's file has it."""
         values = [(m.whole[key], m.weight) for m in self.members if key in m.whole]
         if [weight for _, weight in values] == [1]:
             return values[0][0]
@@ -278,16 +274,16 @@ class Combination:
 
 
 def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
-    """base += sum of w_i (T_i - base), in place, fp32, without more memory."""
+    """Add sum of w_i (T_i - base) to base in place, fp32, without more memory."""
     for before, *parts in zip(blocks(base), *(blocks(tensor) for tensor, _ in values)):
         before += sum(weight * (part.float() - before) for part, (_, weight) in zip(parts, values))
     return base
 
 
 def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
-    """An adapter file of this project, or, by the name of its format, a file or folder of another one.
+    """Read an adapter file of this project, or, by the name of its format, one of another project.
 
-    UserError for all else, and for what neither it nor the hints say.
+    Raises UserError for all else, and if neither the file nor the hints tell enough.
     """
     if name in (None, "native"):
         return Adapter(*read_adapter(source.path))  # which says what else it is
@@ -302,10 +298,10 @@ def read_members(
     weights: Sequence[float] | None = None,
     hints: Hints = NO_HINTS,
 ) -> list[Member]:
-    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects.
+    """Read adapter files with their factors, 1 each by default; `hints` are for those of other projects.
 
-    UserError for a file that is no adapter or holds NaN, a factor that is no number, and another number of
-    factors than of files.
+    Raises UserError for a file that is no adapter or holds NaN, a factor that is no number, and another
+    number of factors than of files.
     """
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
@@ -345,7 +341,7 @@ def read_members(
 
 
 def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a merged file's metadata say of its adapters. [] for any other file, and for nonsense."""
+    """Return the adapters in a merged file's metadata. [] for any other file, and for nonsense."""
     entries = metadata["adapters"] if isinstance(metadata.get("adapters"), list) else [metadata]
     return [
         dict(entry)
@@ -355,10 +351,10 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizer, end of document, template and leading token: what the adapters record, else the base.
+    """Return tokenizer, end of document, template and leading token: the adapters' records, else the base's.
 
-    An adapter without a leading token was trained without one, whatever the base records. UserError where two
-    adapters contradict each other.
+    An adapter without a leading token was trained without one, whatever the base records. Raises UserError
+    where two adapters contradict each other.
     """
     record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
@@ -380,7 +376,7 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
 
 
 def _common_bos(members: Sequence[Member]) -> list[int]:
-    """The ids that the adapters' documents began with; an adapter that does not say has none."""
+    """Return the ids that the adapters' documents began with; an adapter that does not say has none."""
     first, *others = members
     bos = first.metadata.get("bos") or []
     for other in others:

@@ -1,4 +1,4 @@
-"""Base + adapters -> merged `.pth`, tensor by tensor: fp32 addition and one rounding.
+"""Merge of a base and adapters into a `.pth`, tensor by tensor: fp32 addition and one rounding.
 
 Everything else is byte for byte as it was.
 """
@@ -35,7 +35,7 @@ DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 @dataclasses.dataclass
 class MergeReport:
-    """What merge_file did.
+    """Result of merge_file().
 
     record: the metadata of the merged file. choice: why --dtype auto chose the dtype, "" without it.
     """
@@ -55,9 +55,10 @@ class MergeReport:
     read: list[str] = dataclasses.field(default_factory=list)  # notes of the reading
 
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """What the user is told: one line, a table of the layers that rounding cost most, notes and warnings.
+        """Return the lines for the user: a sentence, a table of the layers that lost most, notes and
+        warnings.
 
-        shown_rows: of the table; None: all.
+        shown_rows: rows of the table; None: all.
         """
         r = self.rounding
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
@@ -98,7 +99,7 @@ class MergeReport:
         return warnings
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with every layer."""
+        """Return plain values for JSON, with every layer."""
         total = self.rounding.total.to_dict()
         return {
             "out": self.out,
@@ -122,7 +123,7 @@ class MergeReport:
         }
 
     def _adapters(self) -> list[dict[str, Any]]:
-        """What the record says of each adapter, with its weight."""
+        """Return the record's adapters, with their weights."""
         fields = "adapter_fingerprint", "method", "options", "train_parts", "step"
         found = []
         for entry, weight in zip(merged_adapters(self.record), self.weights):
@@ -131,7 +132,7 @@ class MergeReport:
 
 
 class _Merger:
-    """Makes the merged value of each tensor of the base, and keeps the account of what rounding took."""
+    """Maker of the merged tensors, with an account of what rounding took."""
 
     def __init__(self, adapters: Combination):
         self.adapters = adapters
@@ -140,7 +141,7 @@ class _Merger:
         self.turn = 0
 
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """The value of one tensor of the merged file, in `dtype`, with its account.
+        """Compute one tensor of the merged file, in `dtype`, and account for its rounding.
 
         It is valid until the next but one is made.
         """
@@ -151,7 +152,7 @@ class _Merger:
         return out
 
     def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The merged file: the base's tensors in its order, then the adapters' new ones.
+        """Yield the merged file: the base's tensors in its order, then the adapters' new ones.
 
         dtype: None keeps each tensor's own.
         """
@@ -164,7 +165,7 @@ class _Merger:
 
 
 def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same items, each made by a second thread while the one before it is being written."""
+    """Yield the same items, each made by a second thread while the one before it is being written."""
     with ThreadPoolExecutor(1) as worker:
         coming = worker.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -195,9 +196,9 @@ def merge_file(
     that would lose more than 5 % of the update, then fp16, and fp32 if that is not enough.
     shown: a bar on stderr where it takes long.
 
-    UserError before anything is written: a file that is no adapter, shapes that do not fit, adapters of
-    different tokenizers, ends of document or templates; unless `force`, another base than an adapter's, and a
-    second merge of the same adapter.
+    Raises UserError before anything is written: a file that is no adapter, shapes that do not fit, adapters
+    of different tokenizers, ends of document or templates; unless `force`, another base than an adapter's,
+    and a second merge of the same adapter.
     """
     started = time.perf_counter()
     if dtype not in ("base", "auto", *DTYPE_NAMES):
@@ -228,7 +229,6 @@ def merge_file(
 def _report(
     out: str | os.PathLike[str], record: dict[str, Any], merger: _Merger, dtypes: str, choice: str
 ) -> MergeReport:
-    """The report of a file that is written."""
     adapters = merger.adapters
     return MergeReport(
         out=os.fspath(out),
@@ -248,7 +248,7 @@ def _report(
 
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """UserError unless a merged file can be written at `out`."""
+    """Raise UserError unless a merged file can be written at `out`."""
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input of the merge; choose another --out")
@@ -257,7 +257,7 @@ def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[s
 
 
 def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
-    """UserError where the base is a merge of this adapter already. before: the base's metadata."""
+    """Raise UserError if the base is a merge of this adapter already. before: the base's metadata."""
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     if adapter.recorded_as(earlier):
         raise UserError(
@@ -267,14 +267,14 @@ def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], a
 
 
 def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """What a tensor takes in a file of this dtype; None, and for integers: in its own."""
+    """Return the bytes of a tensor in a file of this dtype; integers, and all with None, keep their own."""
     return tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
 def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of the file to merge into.
+    """Read tensors and metadata of the file to merge into.
 
-    UserError for an adapter or the checkpoint of a run.
+    Raises UserError for an adapter or the checkpoint of a run.
     """
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
@@ -286,19 +286,19 @@ def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _note_of_form(base: str | os.PathLike[str]) -> list[str]:
-    """What to say of the merged file where the base is no plain .pth."""
+    """Note that the merged file is a .pth, if the base is none."""
     if os.path.isdir(base) or is_safetensors(base) or read_model(base).notes:
         return ["whatever the form of the base, the merged file is a plain .pth with RWKV's names"]
     return []
 
 
 def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
-    """The identity of a checkpoint's content."""
+    """Return the fingerprint of a checkpoint's content."""
     return Identity(path).fingerprint
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
-    """The metadata of the merged file: what readers take from it, and its adapters."""
+    """Build the metadata of the merged file: the facts for its readers, and its adapters."""
     head = {"format": MERGED_FORMAT, "base": name_of(base), "base_fingerprint": base_fingerprint}
     common = common_record(members, before)
     if len(members) == 1:
@@ -311,13 +311,13 @@ def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[M
 
 
 def _dtypes(tensors: dict[str, Tensor], adapters: Combination, chosen: torch.dtype | None) -> str:
-    """The dtypes of the changed tensors in the merged file, for people."""
+    """Name the dtypes of the changed tensors in the merged file, for people."""
     found = {str(chosen or tensors[key].dtype).removeprefix("torch.") for key in adapters.changed(tensors)}
     return ", ".join(sorted(found)) or "no tensor of the base"
 
 
 def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[torch.dtype | None, str]:
-    """What --dtype auto stands for, None (the base's own), fp16 or fp32, and why."""
+    """Choose for --dtype auto: None (the base's own), fp16 or fp32, and why."""
     tried = []
     if not adapters.changed(tensors):
         return None, ""
@@ -343,7 +343,7 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
 
 
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
-    """Refuse a base that is not the adapter's, and say where the sizes of the two differ.
+    """Refuse a base that is not the adapter's, and say which sizes differ.
 
     Another width never fits, also with `force`.
     """

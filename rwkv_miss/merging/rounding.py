@@ -1,6 +1,6 @@
-"""What rounding takes from an update: the account of a merge, tensor by tensor.
+"""Rounding losses of a merge, tensor by tensor.
 
-It is made while the tensors are in the cache anyway.
+They are measured while the tensors are in the cache anyway.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ TABLE_ROWS = 5  # unless --layers asks for all
 
 
 def percent(share: float) -> str:
-    """A share for people, without exponents."""
+    """Write a share for people, without exponents."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers of their size. To compare them is to compare bytes, and 3 times as fast as
-    bf16.
-    """
+    """View the elements as integers of their size: comparing those is 3 times as fast as comparing bf16."""
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One changed tensor.
+    """Rounding loss of one changed tensor.
 
-    update, error: squared norms of the update, and of what the rounded file lacks of it. changing, unchanged:
-    how many entries were to change, and how many of them the rounding left as they were.
+    update, error: squared norms of the update, and of the part that the rounded file lacks. changing,
+    unchanged: the number of entries that should change, and of those that rounding left as they were.
     """
 
     name: str
@@ -47,7 +45,7 @@ class Layer:
 
     @property
     def lost(self) -> float:
-        """||(round(W + dW) - round(W)) - dW|| / ||dW||; 0 where dW is.
+        """Compute ||(round(W + dW) - round(W)) - dW|| / ||dW||; 0 if dW is 0.
 
         Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32
         base written as bf16), the rounding of W itself is no loss of the update and is left out.
@@ -71,13 +69,13 @@ class Layer:
 
 @dataclasses.dataclass
 class Rounding:
-    """The account of all changed tensors of the base, in the order of the file."""
+    """Rounding losses of all changed tensors of the base, in the order of the file."""
 
     layers: list[Layer] = dataclasses.field(default_factory=list)
 
     @property
     def total(self) -> Layer:
-        """All of them as one."""
+        """Sum all layers to one."""
         return Layer(
             "all",
             *(
@@ -91,11 +89,11 @@ class Rounding:
         return self.total.lost
 
     def worst(self) -> list[Layer]:
-        """The layers, those that lost most first."""
+        """Sort the layers, those that lost most first."""
         return sorted(self.layers, key=lambda layer: -layer.lost)
 
     def table(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """Lines for people: the worst `shown_rows` layers (None: all), where anything was lost."""
+        """Return lines for people: the worst `shown_rows` layers (None: all), if anything was lost."""
         worst = self.worst()[:shown_rows]
         if not worst or not worst[0].lost:
             return []
@@ -109,16 +107,16 @@ class Rounding:
 
 
 class Scratch:
-    """Memory that is used again by those who ask under the same name.
+    """Memory that is reused by name.
 
-    To get new pages from the system takes as long as the arithmetic.
+    Getting new pages from the system takes as long as the arithmetic.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised, contiguous."""
+        """Return uninitialised, contiguous memory."""
         size = shape.numel() * dtype.itemsize
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers.pop(name, None)  # freed first, so that both are never in memory
@@ -127,9 +125,9 @@ class Scratch:
 
 
 def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, scratch: Scratch) -> Layer:
-    """Round `merged` into `out`, and keep the account of it against the base's tensor, in one pass over them.
+    """Round `merged` into `out`, and measure the loss against the base's tensor, in one pass over them.
 
-    An entry that is to change is one that changes in fp32. UserError for a value that fp16 has no room for.
+    An entry should change if it changes in fp32. Raises UserError for a value that fp16 has no room for.
     """
     update = error = 0.0
     changing = moved = 0
@@ -140,7 +138,7 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         change, missing = (scratch.get(part, before.shape) for part in ("change", "missing"))
         torch.sub(after, change.copy_(before), out=change)
         missing.copy_(kept).sub_(after)
-        # the base is rounded, too, and what that alone changes is not the update's loss
+        # the base is rounded, too, and that loss is not the update's
         if before.dtype != kept.dtype:
             same = before.to(kept.dtype)
             missing += before - same
@@ -162,9 +160,9 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
-    """UserError for a value that fp16 has no room for.
+    """Raise UserError for a value beyond fp16's range.
 
-    One that was infinite or NaN before is the file's own affair.
+    A value that was infinite or NaN before may stay.
     """
     if (
         rounded.dtype == torch.float16
@@ -175,9 +173,9 @@ def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
 
 
 def round_to(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the file in the file's dtype; integers stay.
+    """Convert a tensor of the file to the file's dtype; integers stay.
 
-    UserError for a value that fp16 has no room for.
+    Raises UserError for a value that fp16 has no room for.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor

@@ -1,4 +1,4 @@
-"""Is a file the merge of adapters into a base? Found from the files alone, whoever wrote them."""
+"""Unmerge check: whether a file is the merge of adapters into a base, from the files alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .members import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapt
 from .merge import read_base
 from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 
-# of the largest value: what sums of fp32 products may differ by between machines, with a few bits to spare
+# share of the largest value by which sums of fp32 products may differ between machines, with a few bits to
+# spare
 SUMS = 2.0**-21
 
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """One tensor that is not the base's, by its key.
+    """Tensor that differs from the base's, by its key.
 
     entries, and how many of them are `differing` from the base. distance: ||merged - base|| / ||base||.
     apart: entries that are not the merge's, bit for bit; None without adapters. not_undone: entries that
@@ -42,9 +43,9 @@ class Changed:
 
 @dataclasses.dataclass
 class MergeCheck:
-    """What check_merge() found.
+    """Result of check_merge().
 
-    problems: why it is no such merge. rounding: the account of the adapters' changes.
+    problems: why it is no such merge. rounding: the losses of the adapters' changes.
     """
 
     base: str
@@ -62,11 +63,11 @@ class MergeCheck:
 
     @property
     def not_undone(self) -> float:
-        """Share of the changed tensors' entries that a subtraction would not bring back."""
+        """Return the share of the changed tensors' entries that a subtraction would not bring back."""
         return sum(c.not_undone for c in self.changed) / max(1, sum(c.entries for c in self.changed))
 
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
-        """What the user is told; `shown_rows` tensors of a table (None: all)."""
+        """Return the lines for the user; `shown_rows` tensors of a table (None: all)."""
         lines = [
             f"{self.merged}: {self.same} of {self.tensors} tensors are those of {self.base}, bit for bit;"
             f" {len(self.changed)} differ"
@@ -90,7 +91,7 @@ class MergeCheck:
         return lines
 
     def _merge_lines(self, shown_rows: int | None) -> list[str]:
-        """Of which adapters it is the merge, and what the rounding took."""
+        """Name the merged adapters, and what rounding took."""
         names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
         apart = sum(c.apart or 0 for c in self.changed)
         exact = "bit for bit"
@@ -105,7 +106,7 @@ class MergeCheck:
         ]
 
     def _table_of_changed(self, shown_rows: int | None) -> list[str]:
-        """The tensors that are furthest from the base's."""
+        """Return the tensors that are furthest from the base's."""
         worst = sorted(self.changed, key=lambda c: -c.distance)[:shown_rows]
         width = max(len(c.name) for c in worst)
         return [
@@ -118,7 +119,7 @@ class MergeCheck:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with every changed tensor."""
+        """Return plain values for JSON, with every changed tensor."""
         total = self.rounding.total
         return {
             "ok": self.ok,
@@ -155,8 +156,9 @@ def check_merge(
     What is wrong is in `problems`. A UserError is for files that cannot be compared at all: no model, no
     adapter, an adapter that does not fit the base.
 
-    Bit for bit is asked where the merge's sum and W + delta() agree to the bit. Products of matrices may have
-    sums in another order on other machines. There every entry must be within half a step of the file's dtype.
+    Equal bits are required where the merge's sum and W + delta() agree to the bit. Products of matrices may
+    have sums in another order on other machines. There every entry must be within half a step of the file's
+    dtype.
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
@@ -181,7 +183,7 @@ def check_merge(
 
 
 def _as_recorded(members: list[Member], recorded: Mapping[str, Any], own_weights: bool) -> list[Member]:
-    """The adapters in the order of the merged file's record, `own_weights`: with the weights that it has."""
+    """Sort the adapters as in the merged file's record, and take its weights unless they are given."""
     if own_weights:
         members = [
             dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
@@ -194,7 +196,7 @@ def _as_recorded(members: list[Member], recorded: Mapping[str, Any], own_weights
 def _check_tensor(
     check: MergeCheck, key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> None:
-    """Add to the check what is found of one tensor of the base."""
+    """Add the findings about one tensor of the base to the check."""
     name = combination.name(key)
     if name != key or key in combination.whole:
         layer, changed, problem = _expected(key, base, found, combination, scratch)
@@ -214,7 +216,7 @@ def _check_tensor(
 
 
 def _number(weight: Any) -> float:
-    """A weight out of a file's metadata."""
+    """Read a weight from a file's metadata."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < LARGEST_WEIGHT:
         raise UserError(
             f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with;"
@@ -226,7 +228,7 @@ def _number(weight: Any) -> float:
 def _of_the_record(
     check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Identity
 ) -> list[str]:
-    """What the merged file says of itself that is not so."""
+    """Return the claims of the merged file's metadata that are not true."""
     problems = []
     wanted = record.get("base_fingerprint")
     if wanted is not None and not base.is_recorded(str(wanted), check.merged):
@@ -250,7 +252,7 @@ def _of_the_record(
 def _of_the_names(
     base: Mapping[str, Tensor], found: Mapping[str, Tensor], combination: Combination
 ) -> list[str]:
-    """Keys, shapes and dtypes that a merge does not write."""
+    """Return problems with keys, shapes and dtypes that a merge does not write."""
     added = set(combination.added(base)) if combination.members else {key for key in found if is_state(key)}
     problems = [f"{key} of the base is missing" for key in base if key not in found]
     problems += [
@@ -276,14 +278,14 @@ def _of_the_names(
 
 
 def _writable(base: torch.dtype, merged: torch.dtype) -> bool:
-    """Whether a merge turns the one dtype into the other."""
+    """Tell whether a merge turns the one dtype into the other."""
     return (
         base == merged or base.is_floating_point and merged in (torch.bfloat16, torch.float16, torch.float32)
     )
 
 
 def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
-    """A tensor against the base's in the same dtype."""
+    """Compare a tensor with the base's in the same dtype."""
     differing, distance = 0, 0.0
     for before, kept in zip(blocks(base), blocks(found)):
         before = before.to(kept.dtype)
@@ -298,9 +300,9 @@ def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
 def _expected(
     key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> tuple[Layer, Changed, str]:
-    """A tensor that adapters change against what the merge writes: its account, and what is wrong with it.
+    """Compare a changed tensor with what the merge writes; returns its rounding loss, and what is wrong.
 
-    The account is computed from delta() and the files.
+    The loss is computed from delta() and the files.
     """
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
@@ -326,11 +328,10 @@ def _expected(
 
 @dataclasses.dataclass
 class _Sums:
-    """A tensor of the file against the merge's sum and against W + delta(), block by block.
+    """Comparison of a file's tensor with the merge's sum and with W + delta(), block by block.
 
-    apart: entries that are not the merge's, bit for bit. excess: the most that one of these is away from
-    W + delta(), in units of what the rounding explains. gap: the largest difference of the two sums. size:
-    the largest value.
+    apart: entries whose bits differ from the merge's. excess: their largest distance from W + delta(), in
+    units of what rounding explains. gap: the largest difference of the two sums. size: the largest value.
     """
 
     apart: int = 0
@@ -339,7 +340,7 @@ class _Sums:
     size: float = 0.0
 
     def add(self, base: Tensor, merged: Tensor, delta: Tensor, kept: Tensor) -> None:
-        """One block: all fp32 but what the file has, `kept`."""
+        """Add one block: all fp32 but `kept`, the file's."""
         by_definition = base + delta
         self.gap = max(self.gap, float((by_definition - merged).abs().max()))
         self.size = max(self.size, float(by_definition.abs().max()))
@@ -352,7 +353,7 @@ class _Sums:
             self.excess = max(self.excess, float(away.nan_to_num(math.inf).max()))
 
     def problem(self, key: str, found: Tensor, exact: bool) -> str:
-        """What is wrong with the tensor, "" for nothing. exact: its entries are the same on every machine."""
+        """Say what is wrong with the tensor, "" for nothing. exact: it is the same on every machine."""
         if self.apart and (exact or self.excess > 1):
             problem = f"{key} is not what the merge writes in {self.apart:,} of {found.numel():,} entries"
             if self.excess > 1:
@@ -368,7 +369,7 @@ class _Sums:
 
 
 def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
-    """sum of w_i delta_i, fp32, by the methods' definitions, delta(), not by the merge's faster ways."""
+    """Compute sum of w_i delta_i, fp32, by the methods' own delta(), not by the merge's faster ways."""
     weight = base.to(torch.float32, copy=True)
     total = torch.zeros_like(weight)
     for m in combination.members:
@@ -380,9 +381,9 @@ def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
 
 
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbouring numbers of a dtype at float64 values.
+    """Compute half the distance between neighbouring numbers of a dtype at float64 values.
 
-    That is the most that one rounding changes.
+    One rounding changes a value by at most that.
     """
     facts = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=facts.smallest_normal))

@@ -1,4 +1,4 @@
-"""One file per adapter method; importing this package registers them all."""
+"""Adapter methods, one file each; importing this package registers them all."""
 
 from . import (  # noqa: F401
     adalora,

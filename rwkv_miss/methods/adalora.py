@@ -18,7 +18,9 @@ TRAINED = ("lora_A", "lora_E", "lora_B")
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank: what is left of the linears' ranks in the mean; with `rank_map` these are added up.
+    """Options of AdaLoRA.
+
+    rank: the mean rank of the linears after the last pruning; with `rank_map` the ranks are summed up.
 
     init_rank: the rank that a linear begins with, at most its smaller width. 0: 1.5 rank. The factor is
     alpha / init_rank.
@@ -73,7 +75,7 @@ class Options(ScaledOptions):
 
 
 def budget(step: int, total: int, first: int, last: int, options: Options) -> int:
-    """How many singular values of all linears are left after step `step` (1-based) of `total`.
+    """Count the singular values of all linears that are left after step `step` (1-based) of `total`.
 
     Cubic from `first` to `last` (equation 12).
     """
@@ -86,7 +88,7 @@ def budget(step: int, total: int, first: int, last: int, options: Options) -> in
 
 
 def pruning_steps(total: int, options: Options) -> tuple[int, int]:
-    """(the step after which pruning begins, the step of the last pruning)."""
+    """Return (the step after which pruning begins, the step of the last pruning)."""
     begin = total // 10 if options.tinit < 0 else options.tinit
     last = 3 * total // 10 if options.tfinal < 0 else options.tfinal
     return begin, max(total - last, 1)
@@ -127,7 +129,7 @@ class AdaLoraLinear(LoraLinear):
                 self.register_buffer(f"{kind}_{name}", torch.zeros_like(getattr(self, name).detach()))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Q, E and P by their names."""
+        """Return Q, E and P by their names."""
         parameters = dict(self.named_parameters(recurse=False))
         return {name: parameters[name] for name in TRAINED}
 
@@ -144,9 +146,9 @@ class AdaLoraLinear(LoraLinear):
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
-        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears.
+        """Compute orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears.
 
-        The mean as in the authors' code and HF peft.
+        The authors' code and HF peft take the mean, too.
         """
         options = layers[0].options
         if not options.orth:
@@ -183,12 +185,12 @@ class AdaLoraLinear(LoraLinear):
         sensitivity, uncertainty = (
             getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty")
         )
-        known, now = product.isfinite(), product.abs()  # a step that overflowed tells nothing
+        known, now = product.isfinite(), product.abs()  # a step that overflowed carries no information
         sensitivity.lerp_(now.where(known, sensitivity), 1 - self.options.beta1)
         uncertainty.lerp_((now - sensitivity).abs().where(known, uncertainty), 1 - self.options.beta2)
 
     def importance(self) -> Tensor:
-        """Of each triplet, (r)."""
+        """Compute the importance of each triplet, (r)."""
         A, E, B = (
             getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in TRAINED
         )

@@ -52,7 +52,7 @@ class DoraLinear(LoraLinear):
 
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype) -> Tensor:
-        """||V|| row by row, (out); W A^T is computed in `dtype`."""
+        """Compute ||V|| row by row, (out); W A^T is computed in `dtype`."""
         A, B = self.lora_A, self.lora_B
         cross = product(dense(self.weight, self.in_features, dtype).to(dtype), A.to(dtype))
         known = self._squares() if self.weight.requires_grad else self.squares

@@ -17,7 +17,7 @@ from ..functional import lora_linear
 
 @dataclasses.dataclass(frozen=True)
 class ScaledOptions(adapter.Options):
-    """rank r and what all methods with factors A and B share.
+    """Options of all methods with factors A and B; rank: r.
 
     alpha: the update is scaled by alpha / r. 0: 2 r, as in the MiSS paper's Table 7.
 
@@ -54,17 +54,17 @@ class ScaledOptions(adapter.Options):
             raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
 
     def own_alpha(self) -> float:
-        """What alpha 0 stands for."""
+        """Return the value of alpha 0."""
         return 16.0 if self.rslora else 2.0 * self.first_rank
 
     @property
     def first_rank(self) -> int:
-        """The rank at the start, which the factor is about."""
+        """Return the rank at the start, which the factor is about."""
         return self.rank
 
     @property
     def scale(self) -> float:
-        """The factor of B A."""
+        """Return the factor of B A."""
         return self.alpha / (self.first_rank**0.5 if self.rslora else self.first_rank)
 
     def at(self, name: str) -> ScaledOptions:
@@ -80,9 +80,9 @@ class ScaledOptions(adapter.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """Those of all methods with factors A and B, and
+    """Options of LoRA.
 
-    lora_plus: the learning rate of B is so many times that of A. LoRA+ recommends about 16 (arXiv
+    lora_plus: the learning rate of B as a multiple of that of A. LoRA+ recommends about 16 (arXiv
     2402.12354).
     """
 
@@ -99,7 +99,7 @@ class Options(ScaledOptions):
 
 
 def check_rank(layer: AdapterLinear, rank: int) -> None:
-    """UserError for a rank beyond the smaller width of a linear."""
+    """Raise UserError for a rank beyond the smaller width of a linear."""
     limit = min(layer.in_features, layer.out_features)
     if rank > limit:
         raise UserError(
@@ -124,14 +124,14 @@ class LoraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """B moves, and each of the rank's inputs A x has a size of 1 / sqrt(3), whatever the width.
+        """Estimate it for B, whose inputs A x have a size of 1 / sqrt(3) each, whatever the width.
 
-        A method whose published rate is not LoRA's reaches so much less, or more.
+        A method with another published rate than LoRA's reaches less or more in proportion.
         """
         return options.scale * options.first_rank / math.sqrt(3) * LoraLinear.default_lr / cls.default_lr
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
+        """Return A (r, in) and B (out, r)."""
         return self.lora_A, self.lora_B
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
@@ -150,7 +150,7 @@ class LoraLinear(AdapterLinear):
         return self.lora_forward(x, self.bias)
 
     def lora_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + scale B A)^T + bias, in training with dropout before A."""
+        """Compute x (W + scale B A)^T + bias, in training with dropout before A."""
         # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
         seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
         return lora_linear(x, self.weight, bias, *self.factors(), self.scale, self.dropout, seed)

@@ -33,23 +33,24 @@ class MissLinear(AdapterLinear):
         self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + S(x) D + bias, x (..., in) -> (..., out)."""
+        """Compute y = x W^T + S(x) D + bias, x (..., in) -> (..., out)."""
         return miss_linear(x, self.weight, self.bias, self.miss)
 
     def delta(self) -> Tensor:
-        """dW (out, in): column i is row i mod r of D."""
+        """Compute dW (out, in): column i is row i mod r of D."""
         return self.miss.t()[:, self._shard_of_column()]
 
     def add_delta_to(self, weight: Tensor) -> None:
         add_expanded_(weight, self.miss.t().contiguous())
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """P (r, in), which has a 1 where column i is in shard j, and D^T: MiSS is LoRA with this frozen A."""
+        """Return P (r, in), with a 1 where column i is in shard j, and D^T: MiSS is LoRA with this frozen
+        A."""
         P = F.one_hot(self._shard_of_column(), len(self.miss)).t().to(self.miss.dtype)
         return P, self.miss.t()
 
     def _shard_of_column(self) -> Tensor:
-        """i mod r for every input column i, int64 (in,)."""
+        """Return i mod r for every input column i, int64 (in,)."""
         return shard_index(self.in_features, len(self.miss), device=self.miss.device)
 
     @classmethod
@@ -60,7 +61,7 @@ class MissLinear(AdapterLinear):
     def wrap(
         cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
     ) -> AdapterLinear:
-        """A plain layer, or one of the variant that the options ask for."""
+        """Make a plain layer, or one of the variant that the options ask for."""
         variant = variant_of(options)
         if variant is not None:
             return variant.wrap(weight, bias, options, shared)

@@ -1,4 +1,4 @@
-"""What departs from plain MiSS (miss.py): other shards of the input, a trained magnitude, shards of outputs.
+"""Variants of MiSS (miss.py): other shards of the input, a trained magnitude, shards of outputs.
 
 In general dW = D^T P. The rows of P are the shards: P[j, i] says how column i counts in shard j. Plain MiSS
 has ones and zeros there.
@@ -33,7 +33,7 @@ OF_INPUT_SHARDS = ("layout", "shards", "scale", "mini_r", "magnitude")
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """rank r: the number of shards, from 1 to the input width. The defaults are plain MiSS.
+    """Options of MiSS. The defaults are plain MiSS. rank: the number r of shards, from 1 to the input width.
 
     layout: "stride" puts column i into shard i mod r, as the paper's code and every released file do.
     "contiguous" puts neighbouring columns into a shard (equations 2-3).
@@ -78,12 +78,12 @@ class Options(adapter.Options):
                     )
 
     def shard_scale(self, width: int) -> float:
-        """What the shard sums of an input of this width are multiplied by."""
+        """Return the factor on the shard sums of an input of this width."""
         return (self.rank / width) ** 0.5 if self.scale == "sqrt" else 1.0
 
 
 def variant_of(options: Options) -> type[AdapterLinear] | None:
-    """The class of a layer with these options. None: plain MiSS."""
+    """Return the class of a layer with these options. None: plain MiSS."""
     if options.expand:
         return ExpandedMiss
     if options.magnitude:
@@ -94,7 +94,7 @@ def variant_of(options: Options) -> type[AdapterLinear] | None:
 
 
 def check_rank(rank: int, side: str, width: int) -> None:
-    """UserError for a rank beyond the width of the side, "input" or "output", that has the shards."""
+    """Raise UserError for a rank beyond the width of the side, "input" or "output", that has the shards."""
     if rank > width:
         raise UserError(f"rank {rank} does not fit MiSS: it must be from 1 to the {side} width, {width}")
 
@@ -121,7 +121,7 @@ class ShardedMiss(AdapterLinear):
         return self._linear(x, self.bias)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + D^T P)^T + bias."""
+        """Compute x (W + D^T P)^T + bias."""
         return miss_linear(x, self.weight, bias, self.miss, self.contiguous, self.balanced, self.scale)
 
     def delta(self) -> Tensor:
@@ -138,7 +138,7 @@ class ShardedMiss(AdapterLinear):
         add_expanded_(weight, D, self.contiguous, self.balanced)
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """P and D^T."""
+        """Return P and D^T."""
         shards = F.one_hot(self._shard_of_column(), self._rank)
         if self.balanced:
             shards = shards * self._sign_of_column().unsqueeze(1)
@@ -152,7 +152,7 @@ class ShardedMiss(AdapterLinear):
         return len(self.miss) - self.balanced
 
     def _columns(self) -> Tensor:
-        """D with a column for every output, (r or r + 1, out)."""
+        """Return D with a column for every output, (r or r + 1, out)."""
         columns = self.miss.shape[1]
         return (
             self.miss if columns == self.out_features else self.miss.repeat(1, self.out_features // columns)
@@ -205,13 +205,13 @@ class MissWithMagnitude(ShardedMiss):
             self.counts = torch.cat((self.counts, self.counts.new_ones(1, 1)))
 
     def _shard_sum(self, x: Tensor) -> Tensor:
-        """x P^T: (..., in) -> (..., r or r + 1)."""
+        """Compute x P^T: (..., in) -> (..., r or r + 1)."""
         sums = shard_sum(x, self._rank, self.contiguous, self.balanced)
         sums[..., : self._rank] *= self.scale
         return sums
 
     def _norms(self) -> Tensor:
-        """||V|| row by row, (out)."""
+        """Compute ||V|| row by row, (out)."""
         if self.weight.requires_grad:  # it moves with every step
             with torch.no_grad():
                 self.prepare()
@@ -256,7 +256,7 @@ class ExpandedMiss(AdapterLinear):
         return self.miss[self._shard_of_output()]
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """D, and the fixed B (out, r) of zeros and ones."""
+        """Return D, and the fixed B (out, r) of zeros and ones."""
         return self.miss, F.one_hot(self._shard_of_output(), len(self.miss)).to(self.miss.dtype)
 
     def _shard_of_output(self) -> Tensor:

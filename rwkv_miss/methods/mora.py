@@ -40,7 +40,7 @@ class MoraLinear(AdapterLinear):
         self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
 
     def _columns(self) -> Tensor:
-        """M with a column for every output, (q, out)."""
+        """Return M with a column for every output, (q, out)."""
         return self.mora[:, shard_index(self.out_features, len(self.mora), device=self.mora.device)]
 
     def low_rank(self) -> tuple[Tensor, Tensor]:

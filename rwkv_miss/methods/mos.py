@@ -15,7 +15,7 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r of every linear.
+    """Options of MoS. rank: r of every linear.
 
     budget e: all linears together have as many numbers as LoRA of this rank. 0: a quarter of r, at least 1.
     shards l: how many parts a row of A and a column of B are put together from.
@@ -126,7 +126,7 @@ class MosLinear(LoraLinear):
 
 
 def _places(pool: int, rank: int, shards: int, device) -> Tensor:
-    """Random places (rank, shards) in a pool, int64: each once before any is there twice."""
+    """Draw random places (rank, shards) in a pool, int64: each once before any is there twice."""
     times = -(-rank * shards // pool)
     return torch.cat([torch.randperm(pool, device=device) for _ in range(times)])[: rank * shards].view(
         rank, shards

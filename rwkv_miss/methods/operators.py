@@ -1,4 +1,4 @@
-"""Operators as in functional.py, with the same conventions, for methods that are compared with MiSS."""
+"""Operators of methods that are compared with MiSS, with the conventions of functional.py."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..gemm import product, product_exact, product_onto, product_plus
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """y (N, out) as `rank` shards of neighbouring columns.
+    """Cut y (N, out) into `rank` shards of neighbouring columns.
 
-    Returns those that are one longer, (N, shards, size + 1), and the others, (N, shards, size).
+    Returns the shards that are one longer, (N, shards, size + 1), and the others, (N, shards, size).
     """
     size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod: tracing has no such thing
     first, rest = y.split((longer * (size + 1), (rank - longer) * size), 1)
@@ -31,7 +31,7 @@ def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def output_shard_index(out: int, rank: int, device: torch.device | str | None = None) -> Tensor:
-    """The shard that each of `out` output rows belongs to, int64 (out,)."""
+    """Return the shard of each of `out` output rows, int64 (out,)."""
     size, longer = divmod(out, rank)
     sizes = torch.full((rank,), size, device=device) + (torch.arange(rank, device=device) < longer)
     return torch.arange(rank, device=device).repeat_interleave(sizes, output_size=out)
@@ -66,7 +66,7 @@ class _ExpandLinear(torch.autograd.Function):
 
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
-    """y = x W^T + bias + expand(x D^T), D (r, in): each of the r numbers counts for one shard of outputs.
+    """Compute y = x W^T + bias + expand(x D^T), D (r, in): each of r numbers is added to a shard of outputs.
 
     A shard has neighbouring outputs. Kept for the backward: x.
     """
@@ -103,7 +103,7 @@ class _VeraLinear(torch.autograd.Function):
 def vera_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
 ) -> Tensor:
-    """y = x W^T + bias + b * ((d * (x A^T)) B^T).
+    """Compute y = x W^T + bias + b * ((d * (x A^T)) B^T).
 
     A (r, in) and B (out, r) have no gradients; d (r), b (out). Kept for the backward: x A^T.
     """
@@ -111,17 +111,17 @@ def vera_linear(
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
-    """x (N, in) in blocks of columns, one for each matrix of D (in / r, r, r): a view (in / r, N, r)."""
+    """View x (N, in) as blocks of columns, one for each matrix of D (in / r, r, r): (in / r, N, r)."""
     return x.unflatten(1, D.shape[:2]).transpose(0, 1)
 
 
 def _bat_inputs(tokens: Tensor, D: Tensor) -> Tensor:
-    """(N, in): every block of r inputs multiplied by its matrix of D, (in / r, r, r)."""
+    """Multiply every block of r inputs by its matrix of D, (in / r, r, r); returns (N, in)."""
     return torch.bmm(_blocks(tokens, D), D.transpose(1, 2)).transpose(0, 1).reshape(tokens.shape)
 
 
 def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
-    """W + dW (out, in) for D of (out / r, r, r); `change_only`: dW."""
+    """Compute W + dW (out, in) for D of (out / r, r, r); `change_only`: dW."""
     rank = D.shape[1]
     blocks = weight.contiguous().view(len(D), -1, rank)  # a block: the rows of r outputs, in pieces of r
     changed = torch.bmm(blocks, D) if change_only else torch.baddbmm(blocks, blocks, D)
@@ -137,9 +137,9 @@ class _BatLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, D)
         tokens, matrix, D = flat_tokens(x), product_matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
         bias = product_bias(bias, x.dtype)
-        # in half precision x and W are not added to what is small: the sum would be rounded back to them
+        # in half precision a small product is not added to x or W: the sum would be rounded back to them
         half = x.dtype.itemsize < 4
-        if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
+        if by_row:  # the I of (W + I) D adds the sum of all blocks of inputs to each block of outputs
             moved = _bat_inputs(tokens, D)
             y = product(moved if half else tokens + moved, matrix, None if half else bias)
             add_expanded_(y, shard_sum(moved, D.shape[1]))
@@ -159,7 +159,7 @@ class _BatLinear(torch.autograd.Function):
         matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
         if ctx.by_row:
             dx = product(dy, matrix.t())
-            moved = dx.clone()  # the gradient of what the blocks were multiplied to
+            moved = dx.clone()  # gradient of the blocks after their multiplication
             add_expanded_(moved, shard_sum(dy, rank))
             dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(tokens, D))
             dx += _bat_inputs(moved, D.transpose(1, 2))
@@ -185,13 +185,14 @@ class _BatLinear(torch.autograd.Function):
 
 
 def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:
-    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r).
+    """Compute y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r,
+    r).
 
     `by_row`: they are (W[a, b] + I) D[b], D (in / r, r, r). Kept for the backward: x.
 
     By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA.
     By column W + dW is formed for each product, and the gradient of the whole weight with it: 1.5 times the
-    products of the frozen linear. In half precision either needs the product with dW apart, half a frozen
+    products of the frozen linear. In half precision both compute the product with dW apart, half a frozen
     linear more.
     """
     return call(_BatLinear, x, weight, bias, D, by_row)

@@ -20,7 +20,7 @@ OVERSAMPLING = 10
 
 @dataclasses.dataclass(frozen=True)
 class Options(lora.Options):
-    """Those of LoRA. alpha 0 stands for the factor 1, as in the paper.
+    """Options of LoRA, and niter. alpha 0 stands for the factor 1, as in the paper.
 
     niter: subspace iterations of a randomised SVD, whose numbers come from torch's generator. 0: the exact
     SVD. At a width of 2048 it takes 24 times as long (1.8 s on one core), and more in wider layers.
@@ -41,9 +41,9 @@ class Options(lora.Options):
 
 
 def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
-    """(B0 (out, r), A0 (r, in)): B0 A0 is the part of `weight` with its `rank` largest singular values.
+    """Return (B0 (out, r), A0 (r, in)): B0 A0 is the part of `weight` with the largest singular values.
 
-    weight: (out, in) fp32. Both factors have the roots of the singular values.
+    weight: (out, in) fp32. Each factor carries the square roots of the singular values.
     """
     if niter:
         u, s, v = torch.svd_lowrank(weight, min(rank + OVERSAMPLING, *weight.shape), niter)
@@ -96,7 +96,7 @@ class PissaLinear(LoraLinear):
         self._add_to_weight(self.scale)
 
     def _add_to_weight(self, factor: float) -> None:
-        """The frozen weight + factor B0 A0, computed in fp32, in new memory.
+        """Add factor B0 A0 to the frozen weight, computed in fp32, in new memory.
 
         The old memory may be that of a file, or another model's.
         """
@@ -114,7 +114,7 @@ class PissaLinear(LoraLinear):
         return weight.addmm(self.initial_B.to(weight.dtype), self.initial_A.to(weight.dtype), alpha=factor)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Of twice the rank, as the difference of two products."""
+        """Return factors of twice the rank, for the difference of two products."""
         return torch.cat((self.lora_A, self.initial_A)), self.scale * torch.cat(
             (self.lora_B, -self.initial_B), 1
         )

@@ -14,9 +14,9 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r.
+    """Options of PRoLoRA. rank: r.
 
-    unshared u: how many of the ranks are plain LoRA's. -1: an eighth.
+    unshared u: the number of ranks that are plain LoRA's. -1: an eighth.
     shares m: of the other ranks one of m parts of A and B is trained.
     """
 

@@ -1,4 +1,4 @@
-"""State tuning: what is trained is the WKV state that every document starts from, and nothing else."""
+"""State tuning: it trains the WKV state that every document starts from, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .whole_tensors import add_states, state_names, train_whole
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.NoOptions):
-    """There is nothing to choose: a state has the size that the model gives it."""
+    """Options of state tuning: none. A state has the size that the model gives it."""
 
 
 @register("state")
@@ -29,7 +29,7 @@ class StateTuning(AdapterMethod):
 
     @classmethod
     def first_rate(cls, layers: int, width: int, options: Any) -> float:
-        """The WKV's output is normalised, so that sizes do not matter."""
+        """Return a constant: the WKV's output is normalised, so that sizes do not matter."""
         return 1.0
 
     @classmethod

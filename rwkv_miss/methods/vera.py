@@ -15,7 +15,7 @@ from .operators import vera_linear
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """rank r, the width of the random matrices, and d_initial, the value that lambda_d starts with."""
+    """Options of VeRA. rank: r, the width of the random matrices. d_initial: the first value of lambda_d."""
 
     rank: int = 256
     d_initial: float = 0.1
@@ -47,7 +47,7 @@ class VeraLinear(AdapterLinear):
 
     @classmethod
     def step_reach(cls, width: int, options: Options) -> float:
-        """No derivation: with it the published rate is the first guess for 32 layers."""
+        """Scale to the published rate, not by a derivation: it becomes the first guess for 32 layers."""
         return 5.0
 
     def setup(self, options: Options) -> None:
@@ -64,7 +64,7 @@ class VeraLinear(AdapterLinear):
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
 
     def _random(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
+        """Return A (r, in) and B (out, r)."""
         rank = len(self.vera_lambda_d)
         return self.vera_A[:rank, : self.in_features], self.vera_B[: self.out_features, :rank]
 

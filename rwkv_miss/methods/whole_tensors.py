@@ -33,7 +33,7 @@ PARTS = {
 
 
 def split_parts(text: str) -> list[str]:
-    """ "ln,time" or "ln time" -> ["ln", "time"], in the order of PARTS; a UserError names what is no part."""
+    """Split "ln,time" or "ln time" into ["ln", "time"], as PARTS are sorted. Raises UserError for others."""
     given = re.split(r"[,\s]+", text.strip()) if text.strip() else []
     for part in given:
         if part not in PARTS:
@@ -42,9 +42,9 @@ def split_parts(text: str) -> list[str]:
 
 
 def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
-    """The tensors among `names` that belong to these parts, in their order.
+    """Select the tensors among `names` that belong to these parts, in their order.
 
-    UserError for a part without any.
+    Raises UserError for a part without any.
     """
     names = list(names)
     patterns = {part: re.compile(PARTS[part]) for part in parts}
@@ -65,14 +65,14 @@ def train_whole(model: nn.Module, name: str) -> None:
 
 
 def state_names(model: nn.Module) -> list[str]:
-    """The names of the initial states that a model's layers take, whether they have one yet or not."""
+    """Name the initial states that a model's layers take, whether they have one yet or not."""
     return [f"{name}.time_state" for name, module in model.named_modules() if hasattr(module, "time_state")]
 
 
 def add_states(model: nn.Module) -> None:
     """Give every layer that takes an initial state and has none a frozen one of zeros, fp32.
 
-    It changes nothing.
+    Outputs do not change.
     """
     for name in state_names(model):
         layer = model.get_submodule(name.rpartition(".")[0])
