@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much of it is free for this process, cgroups included."""
+"""Memory of a device, and the part of it that is free for this process, cgroups included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB, MIB = 1 << 30, 1 << 20
 
 
 def free_memory(accelerator: str) -> int:
-    """Bytes that this process may use on one device, what it holds already included."""
+    """Count the bytes that this process may use on one device, with those it holds already."""
     if accelerator == "gpu":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
@@ -20,7 +20,7 @@ def free_memory(accelerator: str) -> int:
 
 
 def all_memory(accelerator: str) -> int:
-    """Bytes of one device, in use or not: all processes of a run find the same number."""
+    """Count the bytes of one device, in use or not: all processes of a run find the same number."""
     if accelerator == "gpu":
         return torch.cuda.get_device_properties(0).total_memory
     return min(_total(), _cgroup_limit(left=False))
@@ -38,7 +38,7 @@ def _total() -> int:
 
 
 def _available() -> int:
-    """MemAvailable of Linux; elsewhere all of the machine's memory."""
+    """Read MemAvailable of Linux; elsewhere all of the machine's memory."""
     try:
         return _status("/proc/meminfo", "MemAvailable")
     except OSError:
@@ -46,7 +46,7 @@ def _available() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds, the files that it has mapped included; 0 where nobody says."""
+    """Count the bytes that this process holds, with the files that it has mapped; 0 if unknown."""
     try:
         return _status("/proc/self/status", "VmRSS")
     except OSError:
@@ -61,7 +61,7 @@ def _resident() -> int:
 
 
 def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
-    """A container's limit, by cgroups of version 2 or 1, or what is left of it.
+    """Return a container's limit, by cgroups of version 2 or 1, or with `left` the rest of it.
 
     Files that the kernel would drop from its cache count as free.
     """
@@ -86,7 +86,7 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
 
 
 def parse_size(text: str, flag: str = "--memory") -> int:
-    """Bytes of "24GB", "24GiB", "800MB" or a number, which a flag was given.
+    """Parse "24GB", "24GiB", "800MB" or a number, the value of a flag, to bytes.
 
     GPUs are sold in GiB that are called GB, so both mean 2^30.
     """
@@ -95,7 +95,7 @@ def parse_size(text: str, flag: str = "--memory") -> int:
     unit = number[-1:] if number[-1:] in units else ""
     try:
         size = float(number.removesuffix(unit)) * units[unit]
-        # no device has less than a MiB: the unit was forgotten
+        # no device has less than 1 MiB: the unit is missing
         if not MIB <= size < 1 << 60:
             raise ValueError
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype."""
+"""Device of a model, and its dtype."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from rwkv_miss.errors import UserError
 
-MOST_PROCESSES = 8  # on one core; so many are slow, but they come to an end
+MOST_PROCESSES = 8  # on one core; they are slow then, but they finish
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_accelerator(asked: str, devices: int = 1) -> str:
-    """cpu or gpu; a UserError when fewer GPUs are there than asked for.
+    """Choose cpu or gpu. Raises UserError if there are fewer GPUs than asked for.
 
-    Where it is gpu, products in half precision have fp32 sums from now on.
+    After gpu, products in half precision have fp32 sums.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or asked == "auto" and not gpus:
@@ -39,16 +39,16 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
 
 
 def _sum_in_fp32() -> None:
-    """Turn off what torch allows by default: adding the parts of a split sum in half precision.
+    """Stop torch from adding the parts of a split sum in half precision.
 
-    A small change by an adapter is part of such a sum (rwkv_miss/gemm.py), and would be rounded away.
+    An adapter's small change is part of such a sum (rwkv_miss/gemm.py), and would be rounded away.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
-    """(fp32, bf16 or fp16; why).
+    """Choose (fp32, bf16 or fp16; why).
 
     fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too.
     """
@@ -68,15 +68,12 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products in bf16. Without them torch is slower than in fp32."""
+    """Tell whether this CPU has instructions for products in bf16. Without them torch is faster in fp32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features().split())
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes of the GPU, or of main memory, that this process has had at once.
-
-    0 where the system does not tell.
-    """
+    """Return the most bytes of the GPU, or of main memory, that this process has held; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -87,7 +84,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def cuda_of_driver() -> int:
-    """The newest CUDA that the driver runs, 13000 for 13.0; 0 without a driver."""
+    """Return the newest CUDA that the driver runs, 13000 for 13.0; 0 without a driver."""
     version = ctypes.c_int()
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -95,10 +92,7 @@ def cuda_of_driver() -> int:
 
 
 def cpu_features() -> str:
-    """The CPU's features, on which code compiled with -march=native depends.
-
-    Machines with different CPUs may share a home folder, and so the kernel cache.
-    """
+    """Return the CPU's features, on which code compiled with -march=native depends."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
         return next((line for line in info if line.startswith(("flags", "Features"))), "")
     return platform.processor()

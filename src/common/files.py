@@ -14,11 +14,10 @@ LARGEST_TEXT = 1 << 26  # bytes
 
 
 def read_text(path: str, purpose: str, otherwise: str, known: Iterable[str] = ()) -> str:
-    """The whole of a small UTF-8 file. `otherwise` says what else the user may give, and `known` are names,
-    one of which may be meant.
+    """Read a small UTF-8 file. `otherwise` tells what else to give; one of the names `known` may be meant.
 
-    UserError for another encoding, for what is no regular file, and for what is far too large for its
-    purpose: a path may come out of a checkpoint's metadata.
+    Raises UserError for another encoding, anything but a regular file, and a file far too large for its
+    purpose: the path may come from a checkpoint's metadata.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -36,14 +35,14 @@ def read_text(path: str, purpose: str, otherwise: str, known: Iterable[str] = ()
 
 
 def write_text(path: str, text: str) -> None:
-    """write_bytes() of UTF-8."""
+    """Write a text in UTF-8, as write_bytes() does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a file of a run, whole or not at all; a full or read-only disk is a UserError."""
+    """Write a file of a run, whole or not at all. Raises UserError for a full or read-only disk."""
     try:
-        # no random name, so that the next run replaces what a killed run left
+        # no random name, so that the next run replaces the leftover of a killed one
         with whole_file(path, len(content), temporary=f"{path}.tmp") as file:
             file.write(content)
     except OSError as error:
@@ -53,9 +52,9 @@ def write_bytes(path: str, content: bytes) -> None:
 
 
 def read_lines(path: str, last_step: int) -> list[dict]:
-    """The JSON lines of a run's log up to a step.
+    """Read the JSON lines of a run's log up to a step.
 
-    They end at a line that a crash cut off. Without a file there are none.
+    They end before a line that a crash cut off. Without a file there are none.
     """
     lines = []
     with (
@@ -70,12 +69,12 @@ def read_lines(path: str, last_step: int) -> list[dict]:
 
 
 def write_lines(path: str, lines: list[dict]) -> None:
-    """Write the log anew, whole or not at all."""
+    """Write the log again, whole or not at all."""
     write_text(path, "".join(map(_json_line, lines)))
 
 
 def append_line(path: str, line: dict) -> None:
-    """One more JSON line; a full or read-only disk is a UserError."""
+    """Append one JSON line. Raises UserError for a full or read-only disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(_json_line(line))

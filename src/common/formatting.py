@@ -6,12 +6,12 @@ from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """ "1 row", "2,000 rows"; `many` where the plural is not `one` with an s."""
+    """Write "1 row", "2,000 rows"; `many` if the plural is not `one` with an s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def size_text(size: float) -> str:
-    """Bytes with three digits, in the unit that leaves one to three before the point: "31.4 MiB"."""
+    """Write bytes with three digits, in the unit that leaves one to three before the point: "31.4 MiB"."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 999.5 and len(units) > 1:
         size /= 1024
@@ -26,6 +26,6 @@ def size_text(size: float) -> str:
 
 
 def short(value: Any) -> str:
-    """repr() that fits into a message."""
+    """Shorten repr() to fit into a message."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."

@@ -1,4 +1,4 @@
-"""A program's imports, the first of which take seconds. This module imports the standard library only."""
+"""First imports of a program, which take seconds. This module imports the standard library only."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LIBRARY_SETTINGS = {
 
 @contextlib.contextmanager
 def importing():
-    """A context around a program's first imports.
+    """Guard a program's first imports.
 
     An old Python and a missing package are named. Torch's libraries get LIBRARY_SETTINGS. Ctrl-C ends the
     program at once, because an exception in the middle of an import may meet C++ that is half loaded, leave a
-    traceback or be lost. From one_line_errors() on, rwkv_miss.interrupts answers to Ctrl-C.
+    traceback or be lost. From one_line_errors() on, rwkv_miss.interrupts handles Ctrl-C.
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
@@ -40,7 +40,7 @@ def importing():
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGINT)
-    # whoever ignores Ctrl-C, as nohup does, has reasons
+    # if Ctrl-C is ignored, as under nohup, it stays so
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours:
         signal.signal(signal.SIGINT, _end_at_once)
@@ -53,7 +53,7 @@ def importing():
 
 
 def _end_at_once(signum, frame) -> None:
-    """What rwkv_miss.interrupts does, which can't be imported before torch."""
+    """End as rwkv_miss.interrupts does, which can't be imported before torch."""
     if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0":
         os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
     os._exit(130)
@@ -61,9 +61,9 @@ def _end_at_once(signum, frame) -> None:
 
 @contextlib.contextmanager
 def naming_missing_packages():
-    """A context in which a package that is not installed is one line of error, with exit code 2.
+    """Turn a missing package into one line of error, with exit code 2.
 
-    It is around all of a program, because much is imported only when it is needed.
+    It is around a whole program, because much is imported only when it is needed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Several processes and machines: DeepSpeed also on a CPU, ranks that compare, ranks that die.
+"""Several processes and machines: DeepSpeed also on a CPU, ranks that compare settings, ranks that die.
 
 Imports common and config.
 """

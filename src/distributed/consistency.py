@@ -1,6 +1,6 @@
-"""Ranks compare what they run before the first step.
+"""Comparison of the ranks' settings, data, base and code before the first step.
 
-Machines with different settings, data, bases or code would train together, and something else than was asked.
+Machines that differ in them would train together, but not what was asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rwkv_miss.errors import UserError
 
 from ..config import FIELDS, Config
 
-# settings that may differ between machines; of the paths among them the contents are compared
+# settings that may differ between machines; for paths among them the contents are compared
 OF_A_MACHINE = {
     "load_model",
     "reference",
@@ -34,9 +34,9 @@ OF_A_MACHINE = {
 
 
 def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> None:
-    """A UserError on all ranks, which names the first rank and field that differ from rank 0.
+    """Raise UserError on all ranks that names the first rank and field that differ from rank 0.
 
-    With several processes, their process group must be there.
+    Several processes need their process group before.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -52,7 +52,7 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
             ours, other = first.get(name), theirs.get(name)
             if ours != other:
                 advice = "make them the same on every machine"
-                # a machine may have chosen the value by itself, such as --micro_bsz for its memory
+                # a machine may have chosen the value itself, such as --micro_bsz for its memory
                 if name.startswith("--"):
                     advice = f"give {name} on every machine"
                 raise UserError(
@@ -62,7 +62,7 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
 
 
 def code_digest() -> str:
-    """Hash of the sources that a step is computed by."""
+    """Hash the sources of a training step."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted([*(root / "src").rglob("*.py"), *(root / "rwkv_miss").rglob("*.py")]):

@@ -30,7 +30,7 @@ from ..common.zero_sizes import SIZES
 
 
 class KeepDtypes(DeepSpeedPrecision):
-    """Leaves a bf16 base beside fp32 adapters; Lightning's modes would cast both to one dtype."""
+    """Precision that leaves a bf16 base beside fp32 adapters; Lightning's modes would cast both alike."""
 
     def __init__(self):
         super().__init__("32-true")
@@ -48,7 +48,7 @@ class KeepDtypes(DeepSpeedPrecision):
 
 
 class Works:
-    """Several operations under way, as one."""
+    """Several operations under way, as one handle."""
 
     def __init__(self, works: list):
         self.works = works
@@ -59,9 +59,9 @@ class Works:
 
 
 def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
-    """DeepSpeed's all-gather of a parameter, by broadcasts.
+    """Do DeepSpeed's all-gather of a parameter by broadcasts.
 
-    gloo's own all-gather needs the memory of `whole` a second time, and three times as long.
+    gloo's own all-gather takes the memory of `whole` once more, and three times as long.
     """
     parts = whole.chunk(dist.get_world_size(group))
     parts[dist.get_rank(group)].copy_(share)
@@ -71,10 +71,9 @@ def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
 class AnywhereDeepSpeed(DeepSpeedStrategy):
     """`DeepSpeedStrategy` that also accepts the CPU accelerator.
 
-    `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not. Under stage 3 the model may come as
-    it lies in its file, mapped and in the file's dtypes. Each process keeps its share of every tensor, with
-    what is frozen in `dtype`. It never holds more than one whole tensor beside the shares. `accelerator` is
-    cpu or gpu.
+    `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not. Under stage 3 the model may be
+    mapped from its file, in the file's dtypes. Each process keeps its share of every tensor; frozen tensors
+    are cast to `dtype`. It never holds more than one whole tensor beside them. `accelerator` is cpu or gpu.
     """
 
     def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype, accelerator: str):
@@ -115,9 +114,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         return torch.device("cpu", 0) if self._on_cpu else super().root_device
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Stage 3: share out the model, tensor by tensor.
+        """Return share out the model, tensor by tensor, under stage 3.
 
-        Later DeepSpeed would put all of it on every device.
+        Left to DeepSpeed, all of it would be on every device first.
         """
         if self.stage < 3:
             return model
@@ -146,7 +145,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             self._accumulators = [_gather_to_accumulate(p) for p in trained]
 
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """This rank's share of the trained parameters: flat fp32 tensors, each with its optimizer state."""
+        """Return this rank's share of the trained parameters: flat fp32 tensors with their optimizer
+        state."""
         zero = self.deepspeed_engine.optimizer
         if self.stage == 3:
             pieces = zero.fp32_partitioned_groups_flat
@@ -155,10 +155,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
     def _link(self, p: nn.Parameter) -> None:
-        """Let a parameter find what the optimizer keeps for it under stage 1 and 2.
+        """Link a parameter to its optimizer state under stage 1 and 2.
 
-        DeepSpeed does that once, after the step of the first parameter group. Then the optimizer has nothing
-        for the others yet.
+        DeepSpeed does that once, after the step of the first parameter group: the others have no state yet.
         """
         zero = self.deepspeed_engine.optimizer
         if self.stage == 3 or p._hp_mapping is None:  # None: no part of it is on this rank
@@ -168,11 +167,11 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             zero._lazy_init_hp_params_optimizer_state()
 
     def whole_gradient(self, p: nn.Parameter) -> Tensor | None:
-        """The gradient that the next optimizer step will use, gathered on every rank."""
+        """Gather the gradient that the next optimizer step will use on every rank."""
         return safe_get_full_grad(p)
 
     def read_whole(self, p: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
-        """(parameter, what the optimizer keeps for it), gathered on every rank."""
+        """Gather (parameter, its optimizer state) on every rank."""
         _, state = self._pieces()[0]
         self._link(p)
         kept = {}
@@ -181,7 +180,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         return safe_get_full_fp32_param(p), kept
 
     def write_whole(self, p: nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
-        """The inverse of read_whole(). What is absent from `kept` becomes zero, as before the first step."""
+        """Invert read_whole(). State that is absent from `kept` becomes zero, as before the first step."""
         for piece, state in self._pieces():
             # a process that has not done a step yet has no state
             for key, value in kept.items():
@@ -203,7 +202,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             safe_set_full_optimizer_state(p, value, key)
 
     def _write_shares(self, p: nn.Parameter, whole: Tensor, moments: dict[str, Tensor]) -> None:
-        """write_whole() under stage 3, where each rank has a share of p."""
+        """Do write_whole() under stage 3, where each rank has a share of p."""
         size = p.ds_tensor.numel()
 
         def share(tensor: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
 
 def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, object]:
-    """ZeRO's settings, with small buckets.
+    """Build ZeRO's settings, with small buckets.
 
     With the default of 5e8 elements stage 3 gathers a whole frozen base at once.
     """
@@ -226,7 +225,7 @@ def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, obje
     zero: dict[str, object] = {
         "stage": stage,
         "contiguous_gradients": True,
-        # as DeepSpeed has it by default; gloo sends nothing beside other work
+        # DeepSpeed's default; gloo sends nothing while something is computed
         "overlap_comm": stage == 3 and not gloo,
         "reduce_bucket_size": sizes.bucket,
         "allgather_bucket_size": sizes.bucket,
@@ -238,8 +237,8 @@ def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, obje
             "stage3_max_reuse_distance": sizes.live,
             "stage3_param_persistence_threshold": sizes.kept_whole,
         }
-        # Not in the oldest versions. With it a tensor comes into its place without a bucket between, one
-        # after the other; NCCL is faster with few large messages.
+        # Not in the oldest versions. It writes tensors to their places one after the other, without a bucket
+        # between; NCCL is faster with few large messages.
         if gloo and "allgather_sequential" in DeepSpeedZeroConfig.model_fields:
             zero["stage3_allgather_sequential"] = True
     if offload:
@@ -250,11 +249,11 @@ def zero_settings(stage: int, offload: bool, accelerator: str) -> dict[str, obje
 
 
 def _gather_to_accumulate(p: nn.Parameter):
-    """The node of autograd that adds to p.grad. It gathers p first, where p is shared out.
+    """Return autograd's node that adds to p.grad; it gathers p first, if p is shared out.
 
     Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks
     (src/model/batch_loss.py) comes after that. Autograd compares its shape with the parameter's twice: with
-    the shape when the node was made, so that the node is kept, and with the shape when it adds.
+    the shape when the node was made, so the node is kept, and with the shape when it adds.
     """
     missing = []
 
@@ -276,7 +275,7 @@ def _gather_to_accumulate(p: nn.Parameter):
 
 
 def _return_large_blocks() -> None:
-    """Have glibc give blocks of 1 MiB and more back to the system when they are freed.
+    """Make glibc return blocks of 1 MiB and more to the system when they are freed.
 
     Its own limit grows to 32 MiB with use. It then keeps freed parameters worth a tenth of the base.
     """
@@ -285,5 +284,5 @@ def _return_large_blocks() -> None:
 
 
 def gathered(parameters: list[nn.Parameter]):
-    """A context in which every rank sees these parameters whole, whatever the stage."""
+    """Show every rank these parameters whole inside the block, whatever the stage."""
     return deepspeed.zero.GatheredParameters(parameters)

@@ -1,4 +1,4 @@
-"""No process outlives its launcher, and machines meet on the right network interface."""
+"""Rules for processes: none outlives its launcher, and machines meet on the right network interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ with contextlib.suppress(ImportError):
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo meet the other machines on the network interface from which the first machine is reached.
+    """Make gloo use the network interface from which the first machine is reached.
 
     By itself gloo takes the address of the host's name. On many systems that is the loopback's, 127.0.1.1.
     """
@@ -27,7 +27,7 @@ def choose_interface(master: str) -> None:
         return
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # nothing is sent; the socket then has the address from which something would be sent
+            # nothing is sent; the socket now has the address that it would send from
             probe.connect((master, 9))
             mine = probe.getsockname()[0]
             names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
@@ -45,7 +45,7 @@ def choose_interface(master: str) -> None:
 
 
 def _address_of(interface: str, probe: socket.socket) -> str:
-    """IPv4 address of a network interface; empty where it has none."""
+    """Return the IPv4 address of a network interface; "" without one."""
     get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h: struct ifreq, the address at byte 20
     try:
         request = struct.pack("256s", interface.encode())
@@ -57,8 +57,8 @@ def _address_of(interface: str, probe: socket.socket) -> str:
 def watch_launcher() -> None:
     """End this process when the one that started it is gone.
 
-    It would wait for ranks that never come, and keep its memory. This is for a child of torchrun, of
-    deepspeed, and of Lightning. A process that was started from a shell may outlive the shell.
+    Otherwise it would wait for ranks that never come, and keep its memory. This is for children of torchrun,
+    deepspeed and Lightning. A process that was started from a shell may outlive the shell.
     """
     launch = launched()
     by_lightning = launch is None and whole_number("LOCAL_RANK") > 0
@@ -66,8 +66,7 @@ def watch_launcher() -> None:
     if sys.platform == "win32" or not (by_lightning or by_launcher):
         return
     parent = os.getppid()
-    # Lightning starts its children in its own process group. A parent of another group has taken over an
-    # orphan.
+    # Lightning starts its children in its own process group. A parent in another group has adopted an orphan.
     if by_lightning and os.getpgid(parent) != os.getpgrp():
         _end_as_orphan()
 

@@ -1,9 +1,9 @@
-"""Processes of several machines, or of a launcher, end together.
+"""Watchdog: processes of several machines, or of a launcher, end together.
 
 Each holds a connection to rank 0, which breaks when its process ends. A launcher looks after its own machine
-only. gloo tells that a peer is gone when the next collective begins, NCCL perhaps after half an hour. Before
-the process group exists nobody tells: a rank that fails while it reads its data would leave the others
-waiting. What Lightning starts on one machine needs none of this: see processes.watch_launcher().
+only. gloo reports a lost peer when the next collective begins, NCCL perhaps after half an hour. Before the
+process group exists nothing reports it: a rank that fails while it reads its data would leave the others
+waiting. Lightning's processes on one machine need none of this: see processes.watch_launcher().
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ..config import Config
 from ..config.launcher import check_world, launched
 
 BYE = "bye"
-MEET_MINUTES = 30  # a machine waits so long for the first one, as torch does for a process group
+MEET_MINUTES = 30  # that a machine waits for the first one, as torch does for a process group
 BRIEFLY = 0.5  # seconds in which two ends of a connection hear of each other
 # seconds in which a process may end by itself, with its own traceback, once another one has ended
 GRACE = 5.0
-PATIENCE = 30.0  # seconds before a process says for whom it waits
+PATIENCE = 30.0  # seconds before a process says which one it waits for
 LATECOMERS = 10.0  # seconds that a failing rank 0 waits for ranks that are still starting
 
 
 def watchdog(config: Config) -> contextlib.AbstractContextManager:
-    """The context of the whole run in this process.
+    """Return the context of the whole run in this process.
 
     It does nothing in a process that Lightning started, and on one machine without a launcher.
     """
@@ -56,9 +56,9 @@ def watchdog(config: Config) -> contextlib.AbstractContextManager:
 
 
 class Watchdog:
-    """The connections between the members of a run, which are numbered from 0.
+    """Connections between the members of a run, which are numbered from 0.
 
-    They all meet number 0 at `address`. Torch's own store at `port` tells them the port of the connections.
+    They all connect to number 0 at `address`. Torch's own store at `port` tells them the port.
     """
 
     def __init__(self, number: int, members: int, address: str, port: int, kind: str = "rank"):
@@ -98,7 +98,7 @@ class Watchdog:
         return self
 
     def _serve(self) -> str:
-        """Number 0: open a port for the others; returns the key, without which a caller is no member."""
+        """Open a port for the others, as number 0; returns the key that a caller needs to be a member."""
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
@@ -108,7 +108,7 @@ class Watchdog:
         return key
 
     def _connect(self) -> str:
-        """Any other: connect to number 0; returns the key."""
+        """Connect to number 0, as any other member; returns the key."""
         port, _, key = self.store.get("watchdog").decode().partition(" ")
         line = socket.create_connection((self.address, int(port)), timeout=60)
         line.settimeout(None)
@@ -119,11 +119,11 @@ class Watchdog:
         return key
 
     def tell_folder_is_held(self) -> None:
-        """Number 0: the others may look into the run's folder now."""
+        """Let the others look into the run's folder, as number 0."""
         self.store.set(self.folder_key, "held")
 
     def wait_for_folder(self) -> None:
-        """Any other: until number 0 holds the run's folder, so that all see the same in it."""
+        """Wait until number 0 holds the run's folder, so that all see the same in it."""
         try:
             self.store.get(self.folder_key)
         except DistError:
@@ -132,11 +132,11 @@ class Watchdog:
             ) from None
 
     def tell_hub_commits(self, names: dict[str, str]) -> None:
-        """Number 0: which commits of the hub's files this run has."""
+        """Tell the others the commits of the hub's files of this run, as number 0."""
         self.store.set(self.commits_key, json.dumps(names))
 
     def wait_for_hub_commits(self) -> dict[str, str]:
-        """Any other: the commits, as number 0 has found them."""
+        """Wait for the commits that number 0 has found."""
         try:
             return json.loads(self.store.get(self.commits_key))
         except DistError:
@@ -149,7 +149,7 @@ class Watchdog:
             self._part(BYE)
             return
         self.own = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
-        # a lost connection to another rank is a consequence, whose cause is about to come
+        # a lost connection is a consequence; its cause is about to arrive
         time.sleep(BRIEFLY)
         patience = time.monotonic() + LATECOMERS
         while self.number == 0 and len(self.lines) < self.members - 1 and time.monotonic() < patience:
@@ -195,7 +195,7 @@ class Watchdog:
         self.lines.append(line)
 
     def _listen(self, file: TextIO, name: str) -> None:
-        """Wait until the other end says goodbye, or why it failed, or breaks off."""
+        """Wait until the other end says goodbye or why it failed, or the connection breaks."""
         try:
             said = file.readline().strip()
         except OSError:
@@ -207,13 +207,13 @@ class Watchdog:
         if self._part(reason):
             self.reason = reason
             if said:
-                time.sleep(2 * BRIEFLY)  # for what happens to all of them
+                time.sleep(2 * BRIEFLY)  # time for what happens to all of them
             self._tell()
             time.sleep(GRACE)
             os._exit(1)
 
     def _part(self, word: str) -> bool:
-        """Tell the others; False where that was done already."""
+        """Tell the others; returns False if that was done already."""
         with self.lock:
             first, self.over = not self.over, True
         if not first:
@@ -224,9 +224,9 @@ class Watchdog:
         return True
 
     def _tell(self) -> None:
-        """Print once why another one ended, unless this one ends for the same reason.
+        """Print once why another member ended, unless this one ends for the same reason.
 
-        All end for the same reason where the command is wrong.
+        A wrong command ends all of them.
         """
         with self.lock:
             reason, self.reason = self.reason, ""

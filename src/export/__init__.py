@@ -1,4 +1,4 @@
-"""A model for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
+"""Export for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
 
 Each form is one file here. It keeps a record of the checkpoint (rwkv_miss/files/provenance.py), so that the
 way back gives the same file. Imports common, config, ops, model and data.
@@ -44,9 +44,9 @@ TARGETS = tuple(NAMES)
 
 
 class TextSettings(NamedTuple):
-    """The flags about texts and their tokens, as everywhere; tokenizer may be "none" as well.
+    """Flags about texts and their tokens, as everywhere; tokenizer may be "none" as well.
 
-    auto and recorded are what the file records.
+    auto and recorded stand for the file's own record.
     """
 
     tokenizer: str = "auto"
@@ -58,12 +58,12 @@ class TextSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checked model."""
+    """Checked model."""
 
     path: str
     arch: Arch
     tensors: dict[str, Tensor]  # by the checkpoint's names, mapped from the file
-    metadata: dict[str, Any] | None  # None where the file has none
+    metadata: dict[str, Any] | None  # None without metadata in the file
 
     def provenance(self) -> Provenance:
         return Provenance.of(self.tensors, self.metadata)
@@ -71,16 +71,16 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What export() wrote."""
+    """Result of export()."""
 
     out: str
     to: str
     model: str
     bytes: int
-    notes: list[str]  # what the user should know of it
+    notes: list[str]  # notes for the user
 
     def lines(self) -> list[str]:
-        """What the user is told."""
+        """Return the lines for the user."""
         return [
             f"{self.out}: {self.to}, {self.model}, {size_text(self.bytes)}",
             *(f"note: {note}" for note in self.notes),
@@ -98,11 +98,11 @@ def export(
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. layout: of a
-    Hugging Face folder, one of hugging_face.LAYOUTS, the first where none is given. drop_state: leave out an
-    initial state that the form has no place for. settings: for gguf and hf, what the file records where none
-    are given. UserError, before anything is written, for what is no model or not merged, for a model that the
-    readers of the form would compute wrongly, and for a missing package.
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, by default BF16. layout: of a Hugging
+    Face folder, one of hugging_face.LAYOUTS, by default the first. drop_state: leave out an initial state
+    that the form cannot hold. settings: for gguf and hf, by default the file's record. Raises UserError,
+    before anything is written, for a path without a merged model, for a model that the readers of the form
+    would compute wrongly, and for a missing package.
     """
     settings = settings or TextSettings()
     _check_flags(to, kind, layout, settings, drop_state)
@@ -134,7 +134,7 @@ def export(
 
 
 def _check_output(path, out, to: str) -> None:
-    """UserError where `out` is the input, can't be written, or is a file of another kind."""
+    """Raise UserError if `out` is the input, can't be written, or is a file of another kind."""
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     if os.path.isdir(path) and Path(os.path.realpath(path)) in Path(os.path.realpath(out)).parents:
@@ -188,7 +188,7 @@ def _size(path) -> int:
 
 
 def read_model(path) -> Model:
-    """A model with exactly the tensors of its version. UserError for anything else."""
+    """Read a model with exactly the tensors of its version. Raises UserError for anything else."""
     tensors = read_model_file(path)
     arch = Arch.detect(tensors)
     with torch.device("meta"):
@@ -198,7 +198,7 @@ def read_model(path) -> Model:
 
 
 def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:
-    """(the model without its initial state, notes); UserError where the user has not asked for that."""
+    """Return (the model without its initial state, notes). Raises UserError unless the user asked for it."""
     if not model.arch.initial_state:
         return model, []
     if not drop:
@@ -214,7 +214,7 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
 
 
 def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
-    """The tokenizer, None for "none", the chat template and the leading token, as recorded where not given.
+    """Choose the tokenizer (None for "none"), the chat template and the leading token: as given or recorded.
 
     Without a tokenizer there is no leading token.
     """

@@ -1,7 +1,8 @@
 """Chat templates in Jinja, as GGUF and Hugging Face folders carry them.
 
 Other programs know nothing of RWKV's template, so it is written here in Jinja; src/data/rwkv_template.py
-renders the same. Without it llama.cpp would take the name "rwkv-world", which Jinja renders as just these words.
+renders the same. Without it llama.cpp would take the name "rwkv-world" for a template, which Jinja renders as
+just that text.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ JINJA = """\
 
 
 def jinja(template: Template) -> str:
-    """Jinja source that gives what the template does, for other programs; without what only training needs."""
+    """Write a template in Jinja for other programs, without what only training needs."""
     if isinstance(template, RwkvTemplate):
         return rwkv_jinja(template)
-    # {% generation %} tells what is trained; not every engine knows it
+    # {% generation %} marks the trained text; not every engine knows it
     return re.sub(
         r"({%[-+]?)\s*(end)?generation\b\s*([-+]?%})",
         lambda m: f"{m[1]} {'endif' if m[2] else 'if true'} {m[3]}",
@@ -59,7 +60,7 @@ def jinja(template: Template) -> str:
 
 
 def rwkv_jinja(template: RwkvTemplate) -> str:
-    """RWKV's template in one of its modes, with one of its tool styles."""
+    """Write RWKV's template in one of its modes, with one of its tool styles."""
     form, opening, tools = template.form, template.opening, tool_jinja(template.tools)
     roles = {
         "system": form.roles["system"],
@@ -97,13 +98,13 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
 
 
 def _answer(template: RwkvTemplate) -> str:
-    """An expression: RwkvTemplate's words of an answer with `thoughts`, after the opening."""
+    """Write an expression: RwkvTemplate's text of an answer with `thoughts`, after the opening."""
     opening, gap = template.opening, template.form.gap.replace("\n", "\\n")
     closed = "'\\n</think>\\n' + answer.text"
     if not opening:
         return f"'{gap}' + ('<think>\\n' + thoughts + {closed} if thoughts else answer.text)"
     if opening.endswith(CHINESE_HM):
-        # llama.cpp cuts a text between bytes, so no [1:] here
+        # llama.cpp cuts a text between bytes, so [1:] would not do here
         rest = f"thoughts.split('{CHINESE_HM}')[1:]|join('{CHINESE_HM}')"
         joint = f"{rest} if thoughts.startswith('{CHINESE_HM}') else ('，' + thoughts if thoughts else '')"
         return f"({joint}) + {closed}"
@@ -113,7 +114,7 @@ def _answer(template: RwkvTemplate) -> str:
 
 
 def _checks(template: RwkvTemplate) -> str:
-    """What RwkvTemplate has no form for."""
+    """Write the checks for what RwkvTemplate has no form for."""
     checks = ""
     if end := template.form.end:
         checks += _raise_if(f"'{end}' in thoughts + answer.text", f"an answer holds {end}, which ends a turn")

@@ -1,6 +1,6 @@
-"""A table of byte strings as a tokenizer.json, for the package `tokenizers`: the greedy longest match.
+"""Fast tokenizer: a table of byte strings, matched greedily, as a tokenizer.json for `tokenizers`.
 
-No model of that package matches greedily over bytes in time that is linear in the text. So the match is a
+No model of that package matches greedily over bytes in linear time. So the match is a
 regular expression. ByteLevel writes each byte as one character, the expression splits the text into the
 tokens' names, and the model looks each up whole (`ignore_merges`, no merges).
 
@@ -16,13 +16,13 @@ from typing import Any
 
 from ..data.tokenizer import ByteTokenizer, byte_names
 
-END = "<|endoftext|>"  # the name of an end of document that no text spells
-LONGEST = 512  # bytes of a token; a longer one would nest groups beyond what the engine allows
+END = "<|endoftext|>"  # name of an end of document that no text spells
+LONGEST = 512  # bytes of a token; a longer one would nest groups beyond the engine's limit
 SYNTAX = frozenset("\\^$.|?*+()[]{}/-")
 
 
 def no_form(tokenizer: ByteTokenizer) -> str:
-    """Why the tokenizer has no such form, "" where it has."""
+    """Say why the tokenizer has no such form, "" if it has."""
     if tokenizer.encoding != "utf-8" or len(tokenizer.eod) != 1:
         return f"tokenizer.json has no form for {tokenizer.name}, whose end of document is two bytes"
     spelled = tokenizer.table.values()
@@ -38,13 +38,13 @@ def no_form(tokenizer: ByteTokenizer) -> str:
 
 
 def token_names(tokenizer: ByteTokenizer) -> dict[int, str]:
-    """id -> its name in tokenizer.json; END for what no text spells."""
+    """Map id -> its name in tokenizer.json; END for the id that no text spells."""
     names = byte_names()
     return {token: "".join(names[byte] for byte in piece) or END for token, piece in tokenizer.table.items()}
 
 
 def tokenizer_json(tokenizer: ByteTokenizer) -> bytes:
-    """The content of tokenizer.json, of a tokenizer for which no_form() is "".
+    """Write tokenizer.json for a tokenizer for which no_form() is "".
 
     The end of document is no added token. Else a user who types its name would end the document.
     """
@@ -87,7 +87,7 @@ def tokenizer_json(tokenizer: ByteTokenizer) -> bytes:
 
 
 def with_beginning(content: bytes, token: int, name: str) -> bytes:
-    """A tokenizer.json that puts a token before a text, wherever special tokens are asked for."""
+    """Put a token before a text in a tokenizer.json, wherever special tokens are asked for."""
     piece = {"SpecialToken": {"id": name, "type_id": 0}}
     processor = {
         "type": "TemplateProcessing",
@@ -99,7 +99,7 @@ def with_beginning(content: bytes, token: int, name: str) -> bytes:
 
 
 def longest_match(names: list[str]) -> str:
-    """The regular expression that matches the longest of these names, at any place."""
+    """Build the regular expression that matches the longest of these names, at any place."""
     root: dict[str, Any] = {}
     for name in names:
         node = root
@@ -110,7 +110,7 @@ def longest_match(names: list[str]) -> str:
 
 
 def _expression(node: dict[str, Any]) -> tuple[str, int]:
-    """(the expression of what may follow a node, how many names it has)."""
+    """Build (the expression for the rest of a name after a node, the number of such names)."""
     # characters with the same expression behind them share a class
     characters: dict[str, list[str]] = {}
     counts: dict[str, int] = {}

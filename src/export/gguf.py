@@ -33,9 +33,9 @@ PIECE = 1 << 19  # elements converted at once
 
 
 def check(arch: Arch, kind: str) -> list[str]:
-    """UserError for a model that llama.cpp does not run or computes wrongly, and for a missing package.
+    """Raise UserError for a model that llama.cpp does not run or computes wrongly, and for a missing package.
 
-    Returns notes on what not all of llama.cpp's backends run.
+    Returns notes on parts that not all of llama.cpp's backends run.
     """
     _package()
     if arch.dim_att != arch.n_embd:
@@ -73,7 +73,7 @@ def write(
     vocabulary: Vocabulary,
     provenance: Provenance,
 ) -> list[str]:
-    """Write a checked model, whole or not at all. Returns notes: what of the checkpoint is not in the file.
+    """Write a checked model, whole or not at all. Returns notes on parts that the file lacks.
 
     Large matrices get the type `kind`. Low-rank maps are BF16, or F32 where `kind` is F32. Vectors are F32. A
     piece of one tensor is in memory at a time.
@@ -119,7 +119,7 @@ def _nbytes(shape: torch.Size, block: int, size: int) -> int:
 
 
 def _pieces(tensor: Tensor, type_) -> Iterator[memoryview]:
-    """The bytes of a tensor in a type, some rows at a time."""
+    """Yield the bytes of a tensor in a type, some rows at a time."""
     quantise = _package().quants.quantize
     rows = tensor.reshape(-1, tensor.shape[-1])
     for part in rows.split(max(1, PIECE // rows.shape[-1])):

@@ -1,4 +1,4 @@
-"""GGUF files, read within bounds: nothing is taken that the file does not hold, and tensors stay mapped."""
+"""GGUF files, read within bounds: no more is allocated than the file holds, and tensors stay mapped."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ALIGNMENT = 32
 
 
 def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(keys, tensors by their names) of a file of version 2 or 3, with tensors of F32, F16 or BF16.
+    """Read (keys, tensors by their names) of a file of version 2 or 3, with tensors of F32, F16 or BF16.
 
-    UserError for a damaged file, and for other types.
+    Raises UserError for a damaged file, and for other types.
     """
     try:
         with open(path, "rb") as file:
@@ -43,7 +43,7 @@ def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class _Reader:
-    """Reads the header from the place `at` on; a ValueError means damage."""
+    """Reader of the header from the place `at` on; a ValueError means damage."""
 
     def __init__(self, path, data: mmap.mmap):
         self.path, self.data, self.at = os.fspath(path), data, 0

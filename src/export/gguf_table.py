@@ -1,4 +1,4 @@
-"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions.
+"""Table between GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, for both directions.
 
 GGUF's names are those of llama.cpp's src/llama-arch.cpp and of its models rwkv6 and rwkv7. GGUF lists shapes
 reversed. A tensor that is not in the table is in neither file. The exception is block 0's value residual.
@@ -69,14 +69,14 @@ OF_VERSION = {
 
 
 def table(version: int, n_layer: int) -> list[TensorMap]:
-    """The whole table of a model, in GGUF's usual order."""
+    """Build the whole table of a model, in GGUF's usual order."""
     of_layer = LAYER_TENSORS + OF_VERSION[version]
     layers = [mapped.at(layer, "blk") for layer in range(n_layer) for mapped in of_layer]
     return BEFORE_LAYERS + layers + AFTER_LAYERS
 
 
 def keys(arch: Arch) -> dict[str, int]:
-    """The sizes that llama.cpp asks for, under `rwkv6.` or `rwkv7.`."""
+    """Return the sizes that llama.cpp asks for, under `rwkv6.` or `rwkv7.`."""
     sizes = {
         "context_length": 1 << 20,
         "embedding_length": arch.n_embd,
@@ -96,10 +96,10 @@ def keys(arch: Arch) -> dict[str, int]:
 
 
 def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
-    """The tensors with a value residual in block 0, of the rank that `a` has.
+    """Give block 0 a value residual, of the rank that `a` has.
 
-    llama.cpp wants it there in RWKV-7, though nothing reads it. Where the checkpoint has none, it is zeros.
-    The checkpoint's own gets columns of zeros, or loses its last columns where its rank is larger.
+    llama.cpp needs it in RWKV-7, though nothing reads it. If the checkpoint has none, it is zeros. The
+    checkpoint's own gets columns of zeros, or loses its last columns if its rank is larger.
     """
     if arch.version == 6:
         return dict(tensors)
@@ -111,7 +111,7 @@ def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]
 
 
 def restore_block_0(tensors: Mapping[str, Tensor], rank: int | None) -> dict[str, Tensor]:
-    """The inverse: the value residual of block 0 has the rank `rank`; None removes it."""
+    """Invert fill_block_0(): the value residual of block 0 has the rank `rank`; None removes it."""
     if rank is None:
         return {name: tensor for name, tensor in tensors.items() if name not in VALUE_RESIDUAL}
     residual = _with_rank([tensors[name] for name in VALUE_RESIDUAL], rank)

@@ -1,4 +1,4 @@
-"""The tokenizer's files in a Hugging Face folder, and the chat template with them."""
+"""Tokenizer files in a Hugging Face folder, and the chat template with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Files = tuple[dict[str, Callable[[str], None]], list[str]]
 
 
 def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...]) -> Files:
-    """A tokenizer.json of any tokenizer that has the form, with the greedy longest match of a byte table.
+    """Write tokenizer.json for any tokenizer that has the form; a byte table is matched greedily.
 
     It adds the leading token `bos` wherever special tokens are asked for.
     """
@@ -34,7 +34,7 @@ def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[i
     elif isinstance(tokenizer, ByteTokenizer) and not fast_tokenizer.no_form(tokenizer):
         content = fast_tokenizer.tokenizer_json(tokenizer)
         end = fast_tokenizer.token_names(tokenizer)[tokenizer.eod[0]]
-        described["split_special_tokens"] = True  # what a user types is text, also the end's name
+        described["split_special_tokens"] = True  # a user's text stays text, also the end's name
     else:
         reason = fast_tokenizer.no_form(tokenizer) if tokenizer else "none was asked for"
         return {}, [f"no tokenizer is in the folder: {reason}"]
@@ -53,7 +53,7 @@ def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[i
 def fla_files(
     tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...], vocab_size: int
 ) -> Files:
-    """rwkv7-hf's tokenizer, whose vocabulary is a file in World format; or a tokenizer.json as it is."""
+    """Write rwkv7-hf's tokenizer, whose vocabulary is a file in World format, or copy a tokenizer.json."""
     notes: list[str] = []
     if isinstance(tokenizer, JsonTokenizer):
         described: dict[str, object] = {
@@ -71,7 +71,7 @@ def fla_files(
             "eos_token": END,
             "pad_token": PADDING,
             "errors": "replace",
-            "split_special_tokens": True,  # what a user types is text, also END
+            "split_special_tokens": True,  # a user's text stays text, also END
         }
         pieces = [(token, piece) for token, piece in sorted(tokenizer.table.items()) if piece]
         table = VOCABULARY
@@ -89,7 +89,7 @@ def fla_files(
 
 
 def _begun(content: bytes, described: dict[str, object], tokenizer: Tokenizer, bos: tuple[int, ...]) -> bytes:
-    """A tokenizer.json that puts the leading token before a text; its configuration says so."""
+    """Put the leading token before a text in a tokenizer.json and its configuration."""
     (token,) = bos
     if isinstance(tokenizer, JsonTokenizer):
         name = tokenizer.inner.id_to_token(token)

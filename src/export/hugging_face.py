@@ -29,11 +29,11 @@ from .hf_tokenizer import fla_files, official_files
 
 LAYOUTS = ("official", "fla")
 GENERATION = "generation_config.json"
-USUAL_RANK = 32  # of a value residual, where no block has one
+USUAL_RANK = 32  # of a value residual, if no block has one
 
 
 def check(arch: Arch, layout: str) -> None:
-    """UserError for a model that the loaders of a layout would compute wrongly."""
+    """Raise UserError for a model that the loaders of a layout would compute wrongly."""
     if arch.version == 6:
         official = "the official layout is RWKV-7's alone, and " if layout == "official" else ""
         raise UserError(
@@ -56,7 +56,7 @@ def check(arch: Arch, layout: str) -> None:
 
 
 def common_config(arch: Arch) -> dict[str, object]:
-    """What config.json says in both layouts."""
+    """Return the part of config.json that both layouts have."""
     return {
         "model_type": "rwkv7",
         "vocab_size": arch.vocab_size,
@@ -77,7 +77,7 @@ def common_config(arch: Arch) -> dict[str, object]:
 
 
 def official_config(arch: Arch, dtype: str, ids: Mapping[str, int | None]) -> dict[str, object]:
-    """config.json of the official layout; `ids` are those of special_ids()."""
+    """Build config.json of the official layout; `ids` are those of special_ids()."""
     return {
         **common_config(arch),
         **ids,
@@ -87,16 +87,16 @@ def official_config(arch: Arch, dtype: str, ids: Mapping[str, int | None]) -> di
 
 
 def special_ids(begin: int | None, end: int | None) -> dict[str, int | None]:
-    """The ids of what begins a document and of what ends it.
+    """Return the ids of the tokens that begin and end a document.
 
-    Where no token begins one, `begin` is the end of the document before: transformers' generate() starts from
-    it when it has no prompt.
+    If no token begins one, it is the end of the document before: transformers' generate() starts from it
+    without a prompt.
     """
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
 
 
 def fla_config(arch: Arch, dtype: str) -> dict[str, object]:
-    """config.json of the other layout, for both of its loaders."""
+    """Build config.json of the other layout, for both of its loaders."""
     return {
         **common_config(arch),
         **special_ids(0, 0),
@@ -121,7 +121,7 @@ def write(
     bos: tuple[int, ...],
     provenance: Provenance,
 ) -> list[str]:
-    """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
+    """Write a checked model as a new folder, whole or not at all. Returns notes on what is not in it."""
     dtype = str(tensors["emb.weight"].dtype).removeprefix("torch.")
     if layout == "official":
         stored, unread = _official_tensors(tensors, arch), {}
@@ -149,7 +149,7 @@ def write(
 
 
 def _turn_end(tokenizer: Tokenizer | None, template: Template) -> list[int]:
-    """The token that ends every answer, besides the end of document: a flower, ChatML's <|im_end|>."""
+    """Return the token that ends every answer, besides the end of document: a flower, ChatML's <|im_end|>."""
     text = template.turn_end.strip()
     try:
         ids = tokenizer.encode(text) if tokenizer and text else []
@@ -159,7 +159,7 @@ def _turn_end(tokenizer: Tokenizer | None, template: Template) -> list[int]:
 
 
 def _official_tensors(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
-    """The tensors by the layout's names, in the shapes of released files.
+    """Rename the tensors as in the layout, in the shapes of released files.
 
     Block 0 has a value residual there. Nothing reads it, so one that the checkpoint lacks is zeros.
     """

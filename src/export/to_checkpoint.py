@@ -1,7 +1,7 @@
-"""From an exported form to a checkpoint.
+"""Way back from an exported form to a checkpoint.
 
-It is the same file again where the form keeps a record of the checkpoint. From another project's file it is
-RWKV's usual one.
+It gives the same file again if the form keeps a record of the checkpoint. From another project's file it
+makes the usual checkpoint of RWKV.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import gguf_reader, gguf_table
 
 
 class Stored(NamedTuple):
-    """A model in another form, as it was found."""
+    """Model in another form, as it was found."""
 
     form: str
     tensors: dict[str, Tensor]  # the checkpoint's, views of the mapped file
@@ -38,7 +38,8 @@ class Stored(NamedTuple):
 
 
 def form_of(path) -> str:
-    """The form of a model: gguf, hf, safetensors, or pth for any other file. UserError for no file."""
+    """Tell the form of a model: gguf, hf, safetensors, or pth for any other. Raises UserError without a
+    file."""
     if os.path.isdir(path):
         return "hf"
     if first_bytes(path, 4) == gguf_reader.MAGIC:
@@ -47,10 +48,9 @@ def form_of(path) -> str:
 
 
 def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
-    """Write the checkpoint that the model at `path` was made from; returns (its form, what it is, notes).
+    """Write the checkpoint that the model at `path` was made from; returns (its form, its sizes, notes).
 
-    UserError, before anything is written, for a damaged or incomplete model, and for types that keep no
-    values.
+    Raises UserError, before it writes, for a damaged or incomplete model, and for types that lost values.
     """
     stored = READERS[form_of(path)](path)
     provenance = stored.provenance
@@ -132,14 +132,14 @@ def _without_filling(
         "the value residual of block 0, which nothing reads, did not fit into GGUF whole: its last"
         " columns are zeros"
     )
-    # a rank above the width is damage, which the check of the provenance will name
+    # a rank above the width is damage, which the check of the provenance reports
     if rank <= stored.shape[0]:
         tensors = gguf_table.restore_block_0(tensors, rank)
     return tensors, [note]
 
 
 def _from_file(form: str, path) -> Stored:
-    """Of what can be a base everywhere."""
+    """Read a model from a form that can be a base everywhere."""
     model = read_model(path)
     return Stored(form, model.tensors, model.provenance, model.notes)
 

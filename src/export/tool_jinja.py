@@ -1,8 +1,8 @@
-"""The tool styles of src/data/tool_styles.py in Jinja, for chat_template.py.
+"""Tool styles of src/data/tool_styles.py in Jinja, for chat_template.py.
 
-Jinja has no JSON without spaces and no signatures, so macros write them; not every engine knows more of
-tojson than its indent. What is wrong with tools is for the training to say. Only a type that a signature can't
-write is an exception here, too; names that it can't write are not looked at.
+Jinja has no JSON without spaces and no signatures, so macros write them; some engines know nothing of tojson
+but its indent. Wrong tools are reported in training. Here only a type that a signature can't write is an
+exception; names that it can't write are not checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ToolJinja(NamedTuple):
     macros: str
     describe: str  # writes the words about `tools`
     calls: str  # adds the calls of `message` to `answer.text`
-    result: str  # makes the `text` of a tool's `message` that of its turn
+    result: str  # turns a tool's `message` into the `text` of its turn
 
 
 COMPACT = """\
@@ -58,7 +58,7 @@ SIGNATURES = f"""\
 {{%- endif -%}}
 {{%- endmacro -%}}
 """
-# around the description of each tool, which has its `function`, and what parts it from the one before
+# text around the description of each tool, which has its `function`, and between two of them
 TOOLS = """\
 {{- 'BEFORE' -}}
 {%- for tool in tools -%}
@@ -113,7 +113,7 @@ INDENTED_CALL = (
     "'{\\n  \"name\": ' + function['name']|tojson + ',\\n  \"arguments\": ' + arguments + '\\n}'"
     " if arguments is string else {'name': function['name'], 'arguments': arguments}|tojson(indent=2)"
 )
-# style -> macros, what stands before, in, between and after the tools, a call
+# style -> macros, text before, in, between and after the tools, a call
 PARTS = {
     "json": (COMPACT, "Tools:\n[\n", JSON_TOOL, ",\n", f"\n]\n{ONLY_A_CALL}", SHORT_CALL),
     "signatures": (
@@ -130,7 +130,7 @@ PARTS = {
 
 
 def tool_jinja(style: ToolStyle) -> ToolJinja:
-    """A tool style in Jinja."""
+    """Write a tool style in Jinja."""
     macros, before, tool, between, after, call = PARTS[style.name]
     return ToolJinja(
         macros,
@@ -141,7 +141,7 @@ def tool_jinja(style: ToolStyle) -> ToolJinja:
 
 
 def _filled(source: str, **words: str) -> str:
-    """Jinja source with words in the place of names; they stand in quotes there."""
+    """Fill words into Jinja source in the place of names; they stand in quotes there."""
     for name, text in words.items():
         source = source.replace(name, text.replace("\n", "\\n"))
     return source

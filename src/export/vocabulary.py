@@ -1,7 +1,6 @@
-"""A tokenizer as GGUF carries it.
+"""Vocabulary of a tokenizer, as GGUF carries it.
 
-llama.cpp's tokenizer "rwkv" is the greedy longest match in a table of byte strings. World and bytes are such
-tables.
+llama.cpp's tokenizer "rwkv" is the greedy longest match in a table of byte strings. World and bytes are.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ NEVER_TYPED = r"\xff"
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer for llama.cpp.
+    """Tokenizer for llama.cpp.
 
-    For one that llama.cpp has no form for, `tokens` is empty and the model "none". It then gives only logits.
+    If llama.cpp has no form for it, `tokens` is empty and the model "none". llama.cpp then gives only logits.
     """
 
     model: str
@@ -40,7 +39,7 @@ class Vocabulary:
 def vocabulary_of(
     tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...], vocab_size: int
 ) -> Vocabulary:
-    """What llama.cpp is told of a tokenizer; None is a model without one."""
+    """Describe a tokenizer for llama.cpp; None is a model without one."""
     if reason := _no_form(tokenizer):
         note = f"no tokenizer is in the file: {reason}; llama.cpp takes ids and gives logits"
         return Vocabulary("none", notes=[note])
@@ -54,7 +53,7 @@ def vocabulary_of(
     if end.strip() and turn_end is None:
         turn = end.strip()
         notes = [f"template {template.name}: no token is {turn}, which ends a turn; let llama.cpp stop at it"]
-    # a flower ends a turn also where thoughts hold blank lines
+    # a flower ends a turn even if thoughts hold blank lines
     headings = isinstance(template, RwkvTemplate) and template.form == HEADINGS
     if turn_end is not None and end == TURN_END and (headings or begins_thoughts(template.opening)):
         turn_end = None
@@ -66,7 +65,7 @@ def vocabulary_of(
         ]
     begin = ""
     if bos:
-        # found by chat programs, which look for the texts of control tokens; a user's words can't spell it
+        # chat programs look for the texts of control tokens; a user's words can't spell them
         begin = table[bos[0]] if types[bos[0]] == CONTROL else ""
         by_whom = "the chat template begins with it" if begin else "no chat template can"
         notes.append(

@@ -1,9 +1,9 @@
-"""The loss of a batch. Its rows are run whole, or in chunks, so that rows of any length fit into memory.
+"""Loss of a batch. Its rows are run whole, or in chunks, so that rows of any length fit into memory.
 
 A chunk is a function (state before, parameters) -> (its result, state after). The result is its share of the
 loss, or a number for each of its trained tokens (log_probs.py). The forward keeps the state before each chunk
 and nothing else. The backward walks the chunks from the last to the first, recomputes each from its state,
-and hands the gradient of that state on to the chunk before. This is the gradient of the whole row: the same
+and passes the gradient of that state on to the chunk before. This is the gradient of the whole row: the same
 numbers in the same operations, summed in another order.
 
 For autograd the batch is one function of the parameters, which get their gradients once, however many chunks
@@ -27,11 +27,10 @@ from .rwkv import RWKV, LayerState, State
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """How rows are run: in chunks of `size` tokens (0: whole).
+    """Chunks of `size` tokens in which rows are run (0: whole rows).
 
-    `truncate`, a multiple of `size`: the gradient does not cross from a token to the one before at multiples
-    of so many (0: it crosses everywhere, exact). `sparse`: of n chunks only every sqrt(n)-th keeps its state,
-    those between are recomputed once more.
+    `truncate`, a multiple of `size`: the gradient is cut before every token at a multiple of it (0: nowhere,
+    exact). `sparse`: of n chunks only every sqrt(n)-th keeps its state; the others are recomputed.
     """
 
     size: int = 0
@@ -39,22 +38,22 @@ class Chunks:
     sparse: bool = False
 
     def count(self, width: int) -> int:
-        """Chunks of a row of `width` tokens."""
+        """Count the chunks of a row of `width` tokens."""
         return -(-width // self.size) if self.size else 1
 
     def states(self, width: int) -> int:
-        """The largest number of states that are kept at a time for a row of `width` tokens."""
+        """Return the largest number of states that are kept at a time for a row of `width` tokens."""
         n = self.count(width)
         stride = self.stride(n)
         return 0 if n == 1 else -(-n // stride) - 1 + stride - 1
 
     def stride(self, count: int) -> int:
-        """Every so many chunks the forward keeps a state."""
+        """Return the number of chunks from one kept state to the next."""
         return math.isqrt(count - 1) + 1 if self.sparse else 1
 
 
 def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
-    """Bytes of the state of `batch` rows.
+    """Count the bytes of the state of `batch` rows.
 
     The WKV state is fp32. The last inputs of both mixes of every layer have `itemsize` bytes a number.
     """
@@ -66,19 +65,19 @@ Part = Callable[[RWKV, dict, State | None], tuple[Tensor, State]]
 
 
 def batch_loss(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
-    """The weighted loss of the trained tokens of a batch, summed.
+    """Sum the weighted loss of the trained tokens of a batch.
 
-    `batch` is what data/collate.collate() makes for chunks of this size. The result is differentiable in the
-    model's trained parameters. `width` is the length by which the chunks are counted, if it is not that of
-    the batch. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
+    `batch` is made by data/collate.collate() for chunks of this size. The result is differentiable in the
+    model's trained parameters. `width` is the length of row that decides the number of chunks, if not the
+    batch's own. ZeRO-3 needs as many chunks on every rank, so it is the longest row of all ranks.
     """
     return run_rows(model, batch, chunks, width, part_loss)
 
 
 def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -> Tensor:
-    """What `part` gives for the rows of a batch, whole or in chunks.
+    """Apply `part` to the rows of a batch, whole or in chunks.
 
-    A scalar of each chunk is summed; numbers (n,) of each chunk's trained tokens are put one after the other.
+    Scalars of the chunks are summed; numbers (n,) for each chunk's trained tokens are concatenated.
     `batch`, `width` and the gradients are as for batch_loss().
     """
     if batch["chunk"] != chunks.size:
@@ -96,19 +95,19 @@ def run_rows(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part) -
 
 
 def part_loss(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
-    """(weighted loss of the trained tokens of a part of the rows, summed; state after the part).
+    """Return (weighted loss of the trained tokens of a part of the rows, summed; state after the part).
 
-    `state` is the state before the part, None where the rows begin.
+    `state` is the state before the part, None at the beginning of the rows.
     """
-    # the head, and what of the last layer only it reads, run on the tokens that carry loss
+    # the head, and the part of the last layer that only the head reads, run on the tokens that carry loss
     x, state = model.features(part["ids"], state, part["reset"], part["where"])
     return model.loss(x, part["targets"], part["weights"]), state
 
 
 def cut(batch: dict, chunk: int) -> dict:
-    """Chunk number `chunk` of every row.
+    """Cut chunk number `chunk` out of every row.
 
-    Where these rows have ended and those of another rank have not, it is one token without loss.
+    If these rows have ended and those of another rank have not, it is one token without loss.
     """
     size, tokens, part = batch["chunk"], trained_of(batch, chunk), {}
     for name in ("where", "targets", "weights"):
@@ -121,14 +120,14 @@ def cut(batch: dict, chunk: int) -> dict:
 
 
 def trained_of(batch: dict, chunk: int) -> slice:
-    """Which of the batch's trained tokens are those of a chunk."""
+    """Find the trained tokens of a chunk among the batch's."""
     ends = batch["ends"]
     return slice(*((0, *ends)[min(i, len(ends))] for i in (chunk, chunk + 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """The chunks of a batch, forward and backward."""
+    """Walk over the chunks of a batch, forward and backward."""
 
     model: RWKV
     batch: dict
@@ -138,9 +137,8 @@ class _Walk:
     part: Part
 
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
-        """(result of chunk i, state after it). What is random in a chunk (dropout) is a function of its
-        place: recomputing draws the same.
-        """
+        """Run chunk i: (its result, state after it). Dropout depends on the place: recomputing draws the
+        same."""
         ids = self.batch["ids"]
         part = cut(self.batch, i)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
@@ -148,7 +146,7 @@ class _Walk:
             return self.part(self.model, part, state)
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """(result of all chunks, the kept states but the initial one, as tensors one after the other)."""
+        """Run all chunks: (their result, the kept states but the initial one, as a flat list of tensors)."""
         results, state, kept = [], None, []
         for i in range(self.count):
             if i and i % self.chunks.stride(self.count) == 0:
@@ -161,7 +159,7 @@ class _Walk:
     def backward(
         self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dresult: Tensor
     ) -> list[Tensor | None]:
-        """The gradients of the parameters; None for one that no chunk uses."""
+        """Compute the gradients of the parameters; None for one that no chunk uses."""
         gradients: list[Tensor | None] = [None] * len(parameters)
         begins = [None, *_states(kept, self.model.arch.n_layer)]
         stride = self.chunks.stride(self.count)
@@ -185,10 +183,10 @@ class _Walk:
         dresult: Tensor,
         dafter: list[Tensor | None],
     ):
-        """(gradients of the parameters by chunk i, gradient of the state before it).
+        """Compute (gradients of the parameters by chunk i, gradient of the state before it).
 
         `dresult` is the gradient of its result, `dafter` that of the state after it. The gradient of a state
-        is empty where none crosses.
+        is empty if none crosses.
         """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
@@ -199,7 +197,7 @@ class _Walk:
             for x, dx in ((result, dresult), *zip(_flat(after), dafter))
             if dx is not None and x.requires_grad
         ]
-        if not ends:  # a tuned initial state is all that is trained, and nothing of it gets here
+        if not ends:  # only a tuned initial state is trained, and no gradient of this chunk reaches it
             return [None] * len(parameters), []
         outputs, given = zip(*ends, strict=True)
         inputs = [*parameters, *(before if crosses else ())]
@@ -208,7 +206,7 @@ class _Walk:
 
 
 class _InChunks(torch.autograd.Function):
-    """The result of a walk as one function of the trained parameters."""
+    """Autograd function of a walk: its result, as a function of the trained parameters."""
 
     @staticmethod
     def forward(ctx, walk: _Walk, *parameters: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b of two gradients, where None is no gradient."""
+    """Add two gradients, where None is no gradient."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
@@ -235,7 +233,7 @@ def _flat(state: State) -> list[Tensor]:
 
 
 def _states(tensors: Sequence[Tensor], n_layer: int):
-    """The inverse of _flat for states one after the other."""
+    """Invert _flat() for states one after the other."""
     size = len(LayerState._fields) * n_layer
     for start in range(0, len(tensors), size):
         layers = tensors[start : start + size]
@@ -243,5 +241,5 @@ def _states(tensors: Sequence[Tensor], n_layer: int):
 
 
 def _own(state: State) -> State:
-    """The state in memory of its own: its tensors are views of what a whole chunk made."""
+    """Copy a state into memory of its own: its tensors are views into a whole chunk's."""
     return [LayerState(*(t.clone() for t in layer)) for layer in state]

@@ -1,15 +1,15 @@
-"""The loss of GRPO, of the log-probabilities of answers that the model has drawn, and of their rewards.
+"""GRPO's loss, from the log-probabilities of answers that the model has drawn, and from their rewards.
 
-A *group* is the answers to one question. In the formulas p is the probability that the model gives to a token
-now, old what it gave before the first step on these answers, drawn what the engine drew it with, ref what the
-reference gives to it, and A the advantage of the token's answer:
+A *group* is the answers to one question. In the formulas p is a token's probability under the model now, old
+its probability before the first step on these answers, drawn the probability that the engine drew it with,
+ref its probability under the reference, and A the advantage of the token's answer:
 
     token = -w min(r A, clip(r, 1 - low, 1 + high) A) + beta r k,    r = p / old,  w = min(old / drawn, CAP),
                                                                      k = ref / p - ln(ref / p) - 1
 
-w is detached. k is the estimate of the KL of arXiv 2402.03300, eq. 4. With r, which has a gradient too, that
-of the term is the KL's own, also where r is 1 (arXiv 2512.02556); k alone has the gradient of the other KL,
-from the reference to the model.
+w is detached. k is the estimate of the KL of arXiv 2402.03300, eq. 4. r in front of k has a gradient too, so
+the gradient of the term is the KL's own, also if r is 1 (arXiv 2512.02556); k alone has the gradient of the
+other KL, from the reference to the model.
 
 All of it is computed in float64, as in preference_loss.py.
 """
@@ -24,17 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The largest weight of a token that the engine drew with another probability than the training has: that of
-# truncated importance sampling in https://fengyao.notion.site/off-policy-rl and the libraries that have it;
-# TRL's is 3.
+# Largest weight of a token that the engine drew with another probability than training computes. It is that
+# of truncated importance sampling in https://fengyao.notion.site/off-policy-rl and its libraries; TRL's is 3.
 CAP = 2.0
 # ln of the largest ratio. The gradient goes on as at this one: it still pushes the token, and fp32 holds it.
 LARGEST = 20.0
-ROUNDING = 1e-12  # by so much of their size rewards may differ and are equal
-DEVIATION = 1e-4  # is added to a group's standard deviation, as in TRL
+ROUNDING = 1e-12  # relative difference up to which rewards count as equal
+DEVIATION = 1e-4  # added to a group's standard deviation, as in TRL
 
-# What is summed up over micro-batches and processes, of which the first is a maximum; the rewards by name
-# follow. means() makes the metrics of it.
+# Sums over micro-batches and processes; the first is a maximum, and the rewards by name follow. means() turns
+# them into metrics.
 METRICS = (
     "gap_max",  # the largest |ln old - ln drawn|
     # of the answers that were drawn and scored
@@ -42,8 +41,8 @@ METRICS = (
     "groups",
     "dead_groups",  # of equal rewards
     "failed_groups",  # whose rewards failed; they count nowhere else
-    "reward",  # of each answer
-    "spread",  # the standard deviation of each group
+    "reward",  # summed over answers
+    "spread",  # standard deviation, summed over groups
     "length",  # tokens of each answer
     "cut",  # answers that were cut
     "entropy",  # -ln drawn of each token
@@ -61,20 +60,20 @@ METRICS = (
 
 
 def advantages(rewards: Tensor, scale: bool) -> Tensor:
-    """How much better each answer is than its group: (P, G) of rewards (P, G) float64.
+    """Compute how much better each answer is than its group: (P, G) from rewards (P, G) float64.
 
-    The group's mean is taken off, and with `scale` it is divided by the standard deviation (of a sample, with
-    DEVIATION). Answers of a group with equal rewards have exactly 0.
+    The group's mean is subtracted. With `scale` the rest is divided by the standard deviation (of a sample,
+    with DEVIATION). Answers of a group with equal rewards have exactly 0.
     """
     found = rewards - rewards.mean(1, keepdim=True)
     if scale:
         found = found / (rewards.std(1, keepdim=True) + DEVIATION)
-    # the mean of equal numbers may be off by its rounding
+    # the mean of equal numbers may be off by a rounding
     return found.masked_fill(dead(rewards)[:, None], 0.0)
 
 
 def dead(rewards: Tensor) -> Tensor:
-    """Which groups have nothing to learn from: (P,) bool of rewards (P, G), true where all are equal.
+    """Find the groups with nothing to learn from: (P,) bool for rewards (P, G), true if all are equal.
 
     They may differ by the rounding of a sum: 0.1 + 0.2 is not 0.3.
     """
@@ -84,7 +83,7 @@ def dead(rewards: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoLoss:
-    """The loss of GRPO with its settings.
+    """GRPO's loss with its settings.
 
     | kind    | loss of a step                                                   | arXiv      |
     |---------|------------------------------------------------------------------|------------|
@@ -101,20 +100,20 @@ class GrpoLoss:
     rewards: tuple[str, ...] = ()  # their names, for the metrics
 
     def divisor(self, answers: int, tokens: int) -> float:
-        """What the summed loss of a step is divided by, for its answers of so many tokens in all.
+        """Return the divisor of a step's summed loss; `tokens` are those of all answers.
 
-        Those of dead groups count. At least 1, for a step without any.
+        Dead groups count. It is at least 1, for a step without answers.
         """
         of_kind = {"dapo": tokens, "grpo": answers, "dr_grpo": answers * self.max_tokens}
         return max(float(of_kind[self.kind]), 1.0)
 
     def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(the summed loss of a batch, for divisor(); the sums of `metrics`), both float64.
+        """Return (the summed loss of a batch, for divisor(); the sums of `metrics`), both float64.
 
-        log_probs (n,) are ln p. The batch has `answer` (n,) int64, whose they are; `advantage` (A,), of each
-        answer; `drawn` (n,), `old` (n,) or None, `reference` (n,) or None: ln of what the formulas have.
-        Without `old` it is log_probs, as in the first step on drawn answers. With `reference` the KL is
-        measured, and with beta trained. A batch without answers has the loss 0, with a graph.
+        log_probs (n,) are ln p. The batch has `answer` (n,) int64, each token's answer; `advantage` (A,), of
+        each answer; and `drawn` (n,), `old` (n,) or None, `reference` (n,) or None, the logarithms of the
+        formulas' terms. Without `old` it is log_probs, as in the first step on drawn answers. With
+        `reference` the KL is measured, and with beta trained. Without answers the loss is 0, with a graph.
         """
         if self.beta and batch["reference"] is None and len(log_probs):
             raise ValueError(f"beta {self.beta}: the batch has no `reference`, the reference's ln p")
@@ -150,11 +149,11 @@ class GrpoLoss:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of what sums() holds."""
+        """Name the entries of sums()."""
         return (*METRICS, *map(reward_metric, self.rewards))
 
     def sums(self, device: torch.device | str = "cpu", **values: Tensor | float) -> Tensor:
-        """(len(metrics),) float64: the values by name, 0 elsewhere."""
+        """Put values by name into (len(metrics),) float64, with 0 elsewhere."""
         places = {name: place for place, name in enumerate(self.metrics)}
         found = torch.zeros(len(places), dtype=torch.float64, device=device)
         for name, value in values.items():
@@ -163,11 +162,11 @@ class GrpoLoss:
 
     @staticmethod
     def joined(a: Tensor, b: Tensor) -> Tensor:
-        """The sums of two micro-batches or processes together."""
+        """Join the sums of two micro-batches or processes."""
         return torch.cat([torch.maximum(a[:1], b[:1]), a[1:] + b[1:]])
 
     def means(self, sums: Sequence[float]) -> dict[str, float]:
-        """The metrics by name, of sums(); NaN for the mean of nothing.
+        """Compute the metrics by name from sums(); NaN for the mean of nothing.
 
         | name                   | what                                                                   |
         |------------------------|------------------------------------------------------------------------|
@@ -212,15 +211,15 @@ class GrpoLoss:
 
 
 def reward_metric(name: str) -> str:
-    """The metric of one of several rewards."""
+    """Name the metric of one of several rewards."""
     return f"reward_{name}"
 
 
 def bounded_exp(exponents: Tensor) -> Tensor:
-    """exp up to LARGEST. Beyond it value and gradient are as there."""
+    """Compute exp up to LARGEST. Beyond it value and gradient stay as there."""
     return (exponents + (exponents.clamp(max=LARGEST) - exponents).detach()).exp()
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
-    """k3 of http://joschu.net/blog/kl-approx.html, of ln(ref / p): never negative."""
+    """Estimate the KL by k3 of http://joschu.net/blog/kl-approx.html, from ln(ref / p): never negative."""
     return bounded_exp(log_ratio) - log_ratio - 1

@@ -1,4 +1,4 @@
-"""What both versions' layers are made of."""
+"""Building blocks of both versions' layers."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ GROUP_NORM_EPS = 64e-5
 
 
 def last_token(z: Tensor) -> Tensor:
-    """(B, C) of z (B, T, C), for the state: a copy, since a view would keep all of z."""
+    """Copy (B, C) out of z (B, T, C), for the state: a view would keep all of z."""
     return z[:, -1].clone()
 
 
 def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """x (B, T, C) at the tokens b T + t that `wanted` (n,) int64 names: (n, C). None wants all of x."""
+    """Select the tokens b T + t of x (B, T, C) that `wanted` (n,) int64 names: (n, C). None selects all."""
     return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
 
 
 def parameter(*shape: int, requires_grad: bool = True) -> nn.Parameter:
-    """A parameter of this shape, not yet filled."""
+    """Make a parameter of this shape, not yet filled."""
     return nn.Parameter(torch.empty(shape), requires_grad=requires_grad)
 
 
 def time_state(arch: Arch) -> nn.Parameter | None:
-    """The tuned state (H, N, N) that a layer's documents start from, zero so far; None if it has none."""
+    """Make the tuned state (H, N, N) that a layer's documents start from, zero so far; None without one."""
     if not arch.initial_state:
         return None
     return nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size))
 
 
 def split_heads(heads: int, *activations: Tensor) -> list[Tensor]:
-    """(B, T, H N) -> (B, T, H, N)."""
+    """Reshape (B, T, H N) -> (B, T, H, N)."""
     return [x.unflatten(-1, (heads, -1)) for x in activations]
 
 
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
-    """(rho, sigma) of RWKV-LM's initialisation: layer / (L - 1), 0 to 1, and 1 - layer / L, 1 to almost 0."""
+    """Compute RWKV-LM's (rho, sigma): layer / (L - 1), 0 to 1, and 1 - layer / L, 1 to almost 0."""
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer
 
 
@@ -58,19 +58,19 @@ def low_rank(
     bias: Tensor | None = None,
     act: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """act(x down) up + bias, for x (..., in), down (in, D), up (D, out), in the dtype of x."""
+    """Compute act(x down) up + bias, for x (..., in), down (in, D), up (D, out), in the dtype of x."""
     h = times(x, down)
     return times(h if act is None else act(h), up, None if bias is None else bias.view(-1))
 
 
 def times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x M + bias in the dtype of x, for x (..., in) and M (in, out).
+    """Compute x M + bias in the dtype of x, for x (..., in) and M (in, out).
 
-    Kept for the backward: M, and x only where M is trained.
+    Kept for the backward: M, and x only if M is trained.
     """
     if matrix.dtype != x.dtype or uses_onednn(x, matrix, transposed=True):
         return linear(x, matrix, bias, transposed=True)
-    # torch's own function keeps as little of such a matrix, and takes half of the time in Python
+    # torch's own function keeps as little for such a matrix, and takes half of the time in Python
     tokens = x.flatten(0, -2)
     y = tokens.mm(matrix) if bias is None else torch.addmm(bias.to(x.dtype), tokens, matrix)
     return y.view(*x.shape[:-1], matrix.shape[1])
@@ -101,7 +101,7 @@ class Linear(nn.Linear):
     is_linear = True  # an adapter may take its place
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # where there is nothing to draw torch imports its compiler for it, 2 s
+        if not self.weight.is_meta:  # with nothing to draw, torch would still import its compiler, 2 s
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that draws nothing where there is nothing to draw, as Linear."""
+    """nn.Embedding that draws nothing on the meta device, as Linear."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

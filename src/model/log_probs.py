@@ -1,6 +1,6 @@
-"""The log-probabilities of a batch's trained tokens, of which preference losses are made.
+"""Log-probabilities of a batch's trained tokens, the input of preference losses.
 
-Rows are run whole or in chunks, by what runs them for the training loss (batch_loss.py). Or the prompts of
+Rows are run whole or in chunks, as for the training loss (batch_loss.py). Or the prompts of
 the batch are read once, and the answers go on from the states after them.
 """
 
@@ -13,7 +13,7 @@ from .rwkv import RWKV, LayerState, State
 
 
 def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
-    """ln p of each trained token, (n,) in at least fp32, in the order of batch["targets"].
+    """Compute ln p of each trained token, (n,) in at least fp32, in the order of batch["targets"].
 
     `batch`, `chunks` and `width` are as for batch_loss(); its weights are not read. A batch with "prompts"
     (P, S) int64 has them read once: its rows "ids" are answers, and row i goes on from the state after prompt
@@ -21,14 +21,14 @@ def token_log_probs(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) ->
     (P, S) bool is true where a padded one begins. Such rows are whole.
 
     The result is differentiable in the model's trained parameters, through the states after prompts, too.
-    Equal rows without shared prompts give the same numbers, but where there is dropout: answers that share a
-    prompt share what is dropped of it.
+    Equal rows give the same numbers with and without shared prompts, except with dropout: answers that share
+    a prompt share its dropped entries.
     """
     return _of_tokens(model, batch, chunks, width, part_log_probs)
 
 
 def token_features(model: RWKV, batch: dict, chunks: Chunks, width: int = 0) -> Tensor:
-    """Return the features that the head gets of each trained token, (n, C), in token_log_probs()' order."""
+    """Return the head's input for each trained token, (n, C), in token_log_probs()' order."""
     return _of_tokens(model, batch, chunks, width, part_features)
 
 
@@ -41,21 +41,21 @@ def _of_tokens(model: RWKV, batch: dict, chunks: Chunks, width: int, part: Part)
 
 
 def part_log_probs(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
-    """(ln p of the trained tokens of a part of the rows, state after the part).
+    """Return (ln p of the trained tokens of a part of the rows, state after the part).
 
-    `state` is the state before the part, None where the rows begin.
+    `state` is the state before the part, None at the beginning of the rows.
     """
     x, state = part_features(model, part, state)
     return model.log_probs(x, part["targets"]), state
 
 
 def part_features(model: RWKV, part: dict, state: State | None) -> tuple[Tensor, State]:
-    """Return the features that the head gets of the part's trained tokens, and the state after the part."""
+    """Return the head's input for the part's trained tokens, and the state after the part."""
     return model.features(part["ids"], state, part["reset"], part["where"])
 
 
 def after_prompts(model: RWKV, batch: dict) -> State:
-    """The state before each row of a batch with "prompts": the one after its prompt, with its gradient."""
+    """Compute the state before each row of a batch with "prompts": the state after its prompt."""
     prompts, of = batch["prompts"], batch["prompt_of"]
     nothing = of.new_empty(0)  # no output is wanted, and the last layer computes none
     _, state = model.features(prompts, None, batch["prompt_reset"], nothing)

@@ -1,9 +1,9 @@
-"""The training loss, a sum over the trained tokens with RWKV-LM's L2Wrap, and ln p of each token.
+"""Training loss, a sum over the trained tokens with RWKV-LM's L2Wrap, and ln p of each token.
 
-`loss_sum` says what the loss is, of logits. `head_loss` is the same of the head's input: the logits exist for
-a few tokens at a time. The gradients of input and weight are made with them, because the loss is one number
-whose own gradient only scales them. `head_log_probs` has a number for each token, whose gradient scales that
-of the input, too. That of a weight is a sum over the tokens: for it the logits are made a second time.
+`loss_sum` defines the loss, from logits. `head_loss` computes it from the head's input, with the logits of a
+few tokens at a time. It makes the gradients of input and weight at once, because the gradient of the loss,
+one number, only scales them. `head_log_probs` returns a number for each token, whose gradient scales that of
+the input, too. The gradient of a weight is a sum over the tokens: for it the logits are made a second time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
 
 
 class _L2Wrap(torch.autograd.Function):
-    """Identity on the loss, which adds L2WRAP * max(logits) to the gradient at each token's arg-max.
+    """Identity on the loss that adds L2WRAP * max(logits) to the gradient at each token's arg-max.
 
-    So logits stay small. A token's weight, where it has one, multiplies its term too.
+    So logits stay small. A token's weight multiplies its term too.
     """
 
     @staticmethod
@@ -47,12 +47,12 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross entropy in nats, summed: logits (tokens, V), targets (tokens,) int64 -> scalar.
+    """Sum the cross entropy in nats: logits (tokens, V), targets (tokens,) int64 -> scalar.
 
     It is computed in fp32, or in float64 for such logits, and is 0 for no tokens. The gradient has L2Wrap's
     term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of tokens gives RWKV-LM's
-    mean loss and its factor 1e-4 / (B T). With weights (tokens,) the loss of a token and its term are
-    multiplied by its weight, and what to divide by is their sum.
+    mean loss and its factor 1e-4 / (B T). Weights (tokens,) multiply the loss of a token and its term; their
+    sum is then the divisor.
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
     if weights is None:
@@ -70,13 +70,13 @@ def head_loss(
     weights: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
-    """loss_sum(x W^T, targets, weights): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
+    """Compute loss_sum(x W^T, targets, weights), a scalar: x (tokens, C), weight (V, C), targets (tokens,)
+    int64.
 
-    x and the weight have one dtype; the result is in at least fp32. `exact`: the logits are in at least fp32,
-    too, as the product has summed them up (see gemm.product_exact), and not in the dtype of x. Kept for the
-    backward are the gradients of x and of the weight, of those that want one. With `native` the softmax is
-    that of cuda/loss.cu, which wants `exact`, or of cuda/loss_cpu.cpp, for the dtypes that these take.
-    `weights` are (tokens,) fp32.
+    x and the weight have one dtype; the result is in at least fp32. `exact`: the logits are unrounded, in at
+    least fp32, too (see gemm.product_exact). Kept for the backward are the gradients of x and of the weight,
+    if they require one. With `native` the softmax is that of cuda/loss.cu, which needs `exact`, or of
+    cuda/loss_cpu.cpp, for the dtypes that these take. `weights` are (tokens,) fp32.
 
     A target that is not in the vocabulary is an error on a CPU. On a GPU, where nothing may wait, it makes
     the native loss NaN.
@@ -90,11 +90,10 @@ def head_loss(
 def head_log_probs(
     x: Tensor, weight: Tensor, targets: Tensor, native: bool = False, exact: bool = False
 ) -> Tensor:
-    """ln p of each target: x (tokens, C), weight (V, C), targets (tokens,) int64 -> (tokens,).
+    """Compute ln p of each target: x (tokens, C), weight (V, C), targets (tokens,) int64 -> (tokens,).
 
-    Dtypes and settings are those of head_loss, but that the weight may have another dtype, of which its
-    gradient is. There is no term of L2Wrap. Kept for the backward is the gradient of x, or x where the weight
-    is trained.
+    Dtypes and settings are those of head_loss, but the weight may have another dtype, which its gradient then
+    has. There is no L2Wrap. Kept for the backward is the gradient of x, or x if the weight is trained.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
@@ -104,7 +103,7 @@ def head_log_probs(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The losses of x W^T, as many tokens at a time as LOGITS_AT_ONCE allows. Fields are as for head_loss."""
+    """Losses of x W^T, as many tokens at a time as LOGITS_AT_ONCE allows. Fields are as for head_loss."""
 
     x: Tensor
     weight: Tensor
@@ -116,13 +115,13 @@ class _Blocks:
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of the losses."""
+        """Return the dtype of the losses."""
         return torch.promote_types(self.x.dtype, torch.float32)
 
     def losses(self, dx: Tensor | None, dw: Tensor | None) -> Iterator[Tensor]:
-        """The loss of each token, a block at a time.
+        """Yield the loss of each token, a block at a time.
 
-        The gradients of their sum are written to `dx` and added to `dw`, where these are not None.
+        The gradients of their sum are written to `dx` and added to `dw`, if these are not None.
         """
         x, vocab = self.x, len(self.weight)
         at_once = max(1, LOGITS_AT_ONCE // vocab)  # tokens
@@ -192,7 +191,7 @@ class _HeadLogProbs(torch.autograd.Function):
         dx = torch.zeros_like(x) if need_dx else None
         dw = torch.zeros_like(weight, dtype=dout.dtype)
         if len(x):
-            # at most 1 in the softmax: fp16 holds no more than 65504, and loses what is small
+            # scaled to at most 1 in the softmax: fp16 holds no more than 65504, and loses small values
             largest = dout.abs().max().clamp(min=torch.finfo(dout.dtype).tiny)
             blocks = _Blocks(
                 x, weight.to(x.dtype), targets, -dout / largest, ctx.native, ctx.exact, l2wrap=0.0
@@ -205,7 +204,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def in_place_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers (tokens, V) of a dtype that is not wider, each row in the first bytes of its row of logits."""
+    """View (tokens, V) of a narrower dtype in the memory of logits: each row begins where its row begins."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
@@ -216,10 +215,10 @@ def softmax_loss_(
     dtype: torch.dtype | None = None,
     l2wrap: float = L2WRAP,
 ) -> Tensor:
-    """The loss of each token of logits (tokens, V) times its weight, if it has one, in at least fp32.
+    """Compute the loss of each token of logits (tokens, V), times its weight if it has one, in at least fp32.
 
-    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term of this
-    factor: in their own dtype, or in `dtype` as in_place_of() has it.
+    The logits become their gradient in place, with L2Wrap's term of this factor: in their own dtype, or in
+    `dtype` as by in_place_of().
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)
@@ -233,7 +232,7 @@ def softmax_loss_(
         gradient.mul_(weights.unsqueeze(1))
         loss = loss * weights
     dtype = dtype or logits.dtype
-    in_place_of(logits, dtype).copy_(gradient.to(dtype))  # two copies, where they lie over each other
+    in_place_of(logits, dtype).copy_(gradient.to(dtype))  # two copies, as they share memory
     return loss
 
 
@@ -250,7 +249,7 @@ def _native_softmax_loss_(
     in_range = (
         targets.dtype == torch.int64
         and targets.shape == (tokens,)
-        # on a GPU this would wait for the answer: there the loss of such a token is NaN
+        # on a GPU this check would wait: there the loss of such a token is NaN
         and (device == "cuda" or not tokens or 0 <= targets.min() <= targets.max() < vocab)
     )
     if not in_range or not logits.is_contiguous():
@@ -287,7 +286,7 @@ def launch(
     context: tuple,
     l2wrap: float = L2WRAP,
 ) -> int:
-    """Have a library write loss and gradient of contiguous tensors; 0, or CUDA's error."""
+    """Have a library write loss and gradient of contiguous tensors; returns 0, or CUDA's error."""
     pointers = [
         ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, targets, weights, loss)
     ]

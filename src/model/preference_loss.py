@@ -1,12 +1,11 @@
-"""The losses on preferences between answers, of the log-probabilities of their tokens.
+"""Losses on preferences between answers, from the log-probabilities of their tokens.
 
-In the formulas c is the chosen answer, r the rejected one, p(y) the probability that the model gives to an
-answer y, ref(y) what the reference model gives to it, |y| the number of its tokens, the end among them, and
-s the logistic function. A is the number of answers of a batch, n that of their tokens.
+In the formulas c is the chosen answer, r the rejected one, p(y) the probability of an answer y under the
+model, ref(y) that under the reference model, |y| the number of its tokens with the end, and s the logistic
+function. A is the number of answers of a batch, n that of their tokens.
 
 All of it is computed in float64, which costs nothing beside the model. Policy and reference are subtracted
-token by token and summed up after that: where they are equal the sum is 0 in every bit, in whatever order a
-device adds.
+token by token before the sum: if they are equal, it is exactly 0, in whatever order a device adds.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What is summed up over the answers of micro-batches and processes; means() makes the metrics of it.
+# Sums over the answers of micro-batches and processes; means() turns them into metrics.
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a reference
 METRICS = (
-    "chosen",  # answers
+    "chosen",  # number of answers
     "rejected",
     "pairs",  # units of two answers
     "singles",  # units of one answer
@@ -37,20 +36,20 @@ METRICS = (
     "baseline",  # one of each single
 )
 
-# the highest mean log-probability of an answer with odds: nearer to 0 fp32 has none
+# the highest mean log-probability of an answer that has odds: fp32 has none nearer to 0
 NEAREST = -(2.0**-24)
 
 
 class Answers(NamedTuple):
-    """What the losses take of the answers of a batch; all (A,) float64."""
+    """Input of the losses from the answers of a batch; all (A,) float64."""
 
     logp: Tensor  # ln p, summed over the tokens
     ratio: Tensor  # ln p - ln ref, summed; without a reference ln p
-    tokens: Tensor  # how many these are
+    tokens: Tensor  # number of tokens
 
     @classmethod
     def of(cls, log_probs: Tensor, batch: Mapping[str, Any]) -> Answers:
-        """Of log_probs (n,) and a batch of collate_answers()."""
+        """Compute it from log_probs (n,) and a batch of collate_answers()."""
         answer, empty = batch["answer"], log_probs.new_zeros(len(batch["chosen"]), dtype=torch.float64)
         log_probs, reference = log_probs.double(), batch["reference"]
 
@@ -64,7 +63,7 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss on preferences with its settings.
+    """Loss on preferences with its settings.
 
     | kind  | loss of a unit, with b for beta                                          | arXiv      |
     |-------|-------------------------------------------------------------------------|------------|
@@ -76,8 +75,8 @@ class PreferenceLoss:
     | kto   | w s(-b (ln p(y) - ln ref(y) - baseline)) of a desirable answer, and     | 2402.01306 |
     |       | w s(b (ln p(y) - ln ref(y) - baseline)) of an undesirable one           |            |
 
-    To each comes sft_weight times the cross entropy of the chosen answer, -ln p(c)/|c|. With `average` dpo
-    has the means of ipo. `label_smoothing` is that of smoothed().
+    Each adds sft_weight times the cross entropy of the chosen answer, -ln p(c)/|c|. With `average` dpo uses
+    means over tokens, as ipo does. `label_smoothing` is that of smoothed().
     """
 
     kind: str  # dpo, ipo, orpo, simpo or kto
@@ -92,22 +91,22 @@ class PreferenceLoss:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probabilities of a reference model are needed."""
+        """Tell whether the log-probabilities of a reference model are needed."""
         return self.kind in WITH_REFERENCE
 
     @property
     def paired(self) -> bool:
-        """Whether a unit is a pair of answers; else it is one answer with a label."""
+        """Tell whether a unit is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"
 
     def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(the loss summed over the units of a batch, the sums of METRICS (len(METRICS),)), both float64.
+        """Return (the loss, summed over the units of a batch; the sums of METRICS (len(METRICS),)); float64.
 
-        log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_answers(): answer
-        (n,) says whose they are, chosen (A,) which answers are; of pairs these are 2i, and 2i + 1 the
-        rejected ones. Each answer has a token. `reference` (n,) are ln ref, for losses that need it. kto
-        reads `baseline`, a number that is the same for all units of a step. A batch without units has the
-        loss 0, with a graph.
+        log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_answers(): answer (n,)
+        has the answer of each token, chosen (A,) tells the chosen answers; in pairs 2i is chosen and 2i + 1
+        rejected. Each answer has a token. `reference` (n,) are ln ref, for losses that need it. kto reads
+        `baseline`, a number that is the same for all units of a step. Without units the loss is 0, with a
+        graph.
         """
         answers, chosen = Answers.of(log_probs, batch), batch["chosen"]
         if self.needs_reference and batch["reference"] is None and len(chosen):
@@ -125,13 +124,14 @@ class PreferenceLoss:
             return loss, self._metric_sums(answers, batch)
 
     def scores(self, answers: Answers) -> Tensor:
-        """What the loss compares: (A,), the sum or the mean of ln p, or of ln p - ln ref."""
+        """Compute the scores that the loss compares: (A,), the sum or the mean of ln p, or of ln p - ln
+        ref."""
         scores = answers.ratio if self.needs_reference else answers.logp
         averaged = self.kind in ("ipo", "simpo", "orpo") or self.average
         return scores / answers.tokens if averaged else scores
 
     def _pair_losses(self, answers: Answers) -> Tensor:
-        """The loss of each pair, (A / 2,)."""
+        """Compute the loss of each pair, (A / 2,)."""
         scores = self.scores(answers)
         chosen, rejected = scores[0::2], scores[1::2]
         if self.kind == "ipo":
@@ -144,7 +144,7 @@ class PreferenceLoss:
         return smoothed(margin, self.label_smoothing)
 
     def _single_losses(self, answers: Answers, desirable: Tensor, baseline: Tensor | float) -> Tensor:
-        """The loss of each answer, (A,). A desirable one is better the further it is above the baseline."""
+        """Compute the loss of each answer, (A,): a desirable one should be far above the baseline."""
         reward = self.beta * (self.scores(answers) - baseline)
         weight = torch.full_like(reward, self.undesirable_weight)
         weight = weight.masked_fill(desirable, self.desirable_weight)
@@ -185,12 +185,12 @@ class PreferenceLoss:
 
     @staticmethod
     def joined(a: Tensor, b: Tensor) -> Tensor:
-        """The sums of two micro-batches or processes together."""
+        """Join the sums of two micro-batches or processes."""
         return a + b
 
     @staticmethod
     def means(sums: Sequence[float]) -> dict[str, float]:
-        """The metrics by name, of the sums of METRICS over what is looked at; NaN for the mean of nothing.
+        """Compute the metrics by name from the sums of METRICS; NaN for the mean of nothing.
 
         | name                            | mean of what                                              |
         |---------------------------------|-----------------------------------------------------------|
@@ -229,16 +229,16 @@ class PreferenceLoss:
 
 
 def smoothed(margin: Tensor, smoothing: float) -> Tensor:
-    """-ln s(margin), where a share of the pairs is taken to be the wrong way round.
+    """Compute -ln s(margin), assuming that a share e of the pairs is the wrong way round.
 
-    -(1 - e) ln s(x) - e ln s(-x), the conservative DPO of https://ericmitchell.ai/cdpo.pdf.
+    That is -(1 - e) ln s(x) - e ln s(-x), the conservative DPO of https://ericmitchell.ai/cdpo.pdf.
     """
     loss = -F.logsigmoid(margin)
     return (1 - smoothing) * loss - smoothing * F.logsigmoid(-margin) if smoothing else loss
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """ln(p / (1 - p)) of ln p in float64, finite, and with a finite gradient, at p = 1 too."""
-    # the gradient passes by the bound: an answer that is too likely has the largest one
+    """Compute ln(p / (1 - p)) from ln p in float64, finite, and with a finite gradient, at p = 1 too."""
+    # the gradient ignores the clamp: an answer that is too likely has the largest one
     logp = logp + (logp.clamp(max=NEAREST) - logp).detach()
     return logp - torch.log(-torch.expm1(logp))

@@ -1,7 +1,7 @@
 """RWKV-6 and RWKV-7: one class for training, long context and chat, `logits, state = model(ids, state)`.
 
 Shapes: B batch, T tokens, C n_embd, A dim_att = H heads x N head_size, F dim_ffn, V vocabulary.
-Parameter names are the checkpoint's. What differs between the versions is in rwkv6.py and rwkv7.py.
+Parameter names are the checkpoint's. rwkv6.py and rwkv7.py have the differences between the versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VERSIONS = {6: rwkv6, 7: rwkv7}
 
 
 class LayerState(NamedTuple):
-    """What a layer carries from one token to the next."""
+    """State of a layer between two tokens."""
 
     att_x: Tensor  # (B, C), the last input of the time mix, after ln1
     wkv: Tensor | None  # (B, H, N, N) fp32, v6 [key, value], v7 [value, key]; None: the initial state
@@ -48,7 +48,7 @@ State = list[LayerState]
 def default_arch(
     version: int, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64
 ) -> Arch:
-    """RWKV-LM's sizes for a model of so many layers and channels."""
+    """Return RWKV-LM's sizes for a model of `n_layer` layers and `n_embd` channels."""
     dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
     return Arch(
         version,
@@ -65,9 +65,9 @@ def default_arch(
 
 
 def recomputed(function: Callable, *arguments):
-    """function(*arguments), which the backward runs again in the place of keeping what it saves.
+    """Call function(*arguments), keep nothing for the backward, and run it again there.
 
-    Without torch's check of both runs: the first one does not even make what only a backward of WKV reads.
+    torch's check of both runs is off: the first one skips the tensors that only a backward of WKV reads.
     """
     return checkpoint(
         function,
@@ -81,7 +81,7 @@ def recomputed(function: Callable, *arguments):
 class Block(nn.Module):
     """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)).
 
-    The first one also normalises the embedding (ln0). What the channel mix gives is handed on beside x, since
+    The first one also normalises the embedding (ln0). The channel mix's output is returned beside x, since
     the next norm adds it: a GPU does both in one kernel.
     """
 
@@ -105,12 +105,12 @@ class Block(nn.Module):
         wanted: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, LayerState]:
-        """x and what is still to be added to it, (B, T, C) both, v_first and the state after the layer.
+        """Return x and a term to be added to it, both (B, T, C), v_first and the state after the layer.
 
         The input is x + mixed, or x where mixed is None. v_first (B, T, A) is layer 0's value in v7, None
         before layer 0 and in v6. With `wanted` (n,) int64 the channel mix is computed for these tokens only,
-        and the new x and mixed are theirs, (n, C); the state is whole. With `recompute` nothing of the time
-        mix is kept for the backward but its inputs.
+        and the new x and mixed are theirs, (n, C); the state is whole. With `recompute` the backward keeps
+        only the inputs of the time mix.
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
@@ -123,13 +123,13 @@ class Block(nn.Module):
         return chosen(x, wanted), mixed, v_first, LayerState(att_x, wkv, ffn_x)
 
     def time_mix(self, x: Tensor, mixed: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        """x with `mixed` added, and what the time mix returns."""
+        """Add `mixed` to x and run the time mix; returns x and its outputs."""
         x, z = (x, self.ln1(x)) if mixed is None else self.ln1(x, mixed)
         return x, *self.att(z, *others)
 
 
 class RWKV(nn.Module):
-    """The language model.
+    """Language model, RWKV-6 or RWKV-7.
 
     `arch` gives version and sizes, `kernel` names the WKV implementation (see src.ops). `RWKV(arch)` has
     RWKV-LM's from-scratch initialisation; `RWKV.load(path)` reads a checkpoint.
@@ -138,8 +138,8 @@ class RWKV(nn.Module):
     def __init__(self, arch: Arch, kernel: str = "torch"):
         super().__init__()
         self.arch = arch
-        self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
-        self.computes_in: torch.dtype | None = None  # the activations' dtype, where the linears have another
+        self.grad_cp = 0  # recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
+        self.computes_in: torch.dtype | None = None  # dtype of the activations, if the linears have another
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
         self.emb = Embedding(arch.vocab_size, arch.n_embd)
@@ -151,17 +151,17 @@ class RWKV(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """RWKV-LM's initialisation: emb uniform +-1e-4, head orthogonal. The layers initialise themselves."""
+        """Initialise as RWKV-LM does: emb uniform +-1e-4, head orthogonal. Layers initialise themselves."""
         vocab, width = self.arch.vocab_size, self.arch.n_embd
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab / width) ** 0.5)
 
     @classmethod
     def load(cls, path, dtype: torch.dtype | None = None, device="cpu", kernel: str = "torch") -> RWKV:
-        """The model of a file or a Hugging Face folder, in its dtypes or all in `dtype`.
+        """Load the model of a file or a Hugging Face folder, in its dtypes or all in `dtype`.
 
-        On the CPU without `dtype` it stays mapped: there is no copy. Raises UserError for what is no RWKV-6
-        or 7, lacks or adds tensors, or holds NaN.
+        On the CPU without `dtype` it stays mapped: there is no copy. Raises UserError for a file that is no
+        RWKV-6 or 7, lacks or adds tensors, or holds NaN.
         """
         tensors = read_model_file(path)
         arch = Arch.detect(tensors)
@@ -174,7 +174,7 @@ class RWKV(nn.Module):
             wanted = dtype or tensors[name].dtype
             if name.endswith(".time_state"):  # states are fp32 everywhere
                 wanted = torch.promote_types(wanted, torch.float32)
-            # one shape inside, whatever the file's; a copy only of what a folder holds transposed
+            # one shape inside, whatever the file's; only tensors that a folder holds transposed are copied
             return tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted).contiguous()
 
         replace_tensors(model, from_file)
@@ -184,11 +184,11 @@ class RWKV(nn.Module):
 
     @property
     def base_fingerprint(self) -> str | None:
-        """That of the file, which is read to its end when it is asked for, unless it is remembered."""
+        """Return the file's fingerprint, computed at the first call unless it is remembered."""
         return self.base_identity and self.base_identity.fingerprint
 
     def check(self, tensors: dict[str, Tensor], path) -> None:
-        """UserError unless these are exactly the model's tensors, with their shapes.
+        """Raise UserError unless these are exactly the model's tensors, with their shapes.
 
         Vectors may be squeezed, (C) for (1, 1, C), as some converters write them.
         """
@@ -208,7 +208,7 @@ class RWKV(nn.Module):
                 )
 
     def set_kernel(self, kernel: str) -> None:
-        """Use another WKV implementation, and what is native beside it (src.ops.elementwise)."""
+        """Use another WKV implementation, and the native functions beside it (src.ops.elementwise)."""
         native = native_functions(kernel)
         for block in self.blocks:
             block.att.kernel = kernel
@@ -218,20 +218,20 @@ class RWKV(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the activations, to which every module casts its weights.
+        """Return the dtype of the activations, to which every module casts its weights.
 
-        The linears have it, while tensors trained beside an adapter are fp32. Where the linears are trained,
+        The linears have it, while tensors trained beside an adapter are fp32. If the linears are trained,
         which is done in fp32, or are quantised, it is `computes_in`.
         """
         return self.computes_in or self._linear_weight().dtype
 
     def _linear_weight(self) -> Tensor:
-        # not att.output.weight: a parameter looked up by name outside of its own layer is kept whole by
-        # ZeRO-3 for the whole step
+        # not att.output.weight: ZeRO-3 would keep a parameter that is looked up by name outside of its layer
+        # whole for the step
         return next(self.blocks[0].att.output.parameters())
 
     def layer_linears(self) -> dict[str, nn.Linear]:
-        """The linears of all layers by name, adapted or not.
+        """Return the linears of all layers by name, adapted or not.
 
         They are most of the model: all but emb, head, low-rank maps and vectors.
         """
@@ -244,7 +244,7 @@ class RWKV(nn.Module):
     def quantise(self, kind: str, dtype: torch.dtype) -> None:
         """Hold the frozen layer_linears() in 8 or 4 bits, as rwkv_miss/quantised.py describes.
 
-        What else is frozen is held in `dtype`, which is the dtype of the products. Mapped weights are read
+        Other frozen tensors are held in `dtype`, the dtype of the products. Mapped weights are read
         one after the other, so that no dense copy of the model is made.
         """
         linears = list(self.layer_linears().values())
@@ -256,9 +256,9 @@ class RWKV(nn.Module):
         self.computes_in = dtype
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token of `batch` rows: zeros.
+        """Return the state before the first token of `batch` rows: zeros.
 
-        It has no WKV state, since each layer has its own initial one.
+        Its WKV states are None, since each layer has its own initial one.
         """
         zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd, dtype=self.dtype)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
@@ -270,7 +270,7 @@ class RWKV(nn.Module):
         reset: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
+        """Compute the input of the head (B, T, C) for ids (B, T) int64, and the state after the last token.
 
         Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the
         ones after. With `wanted` (n,) int64 the result is (n, C), for the tokens b T + t that it names, and
@@ -284,7 +284,7 @@ class RWKV(nn.Module):
             of_these = wanted if layer == len(self.blocks) else None
             recompute = self.grad_cp if torch.is_grad_enabled() else 0
             if recompute and mixed is not None:
-                x, mixed = x + mixed, None  # what is recomputed keeps its inputs: one in the place of two
+                x, mixed = x + mixed, None  # the backward keeps one input of the layer, not two
             if recompute == 1:
                 x, mixed, v_first, new = recomputed(block, x, mixed, v_first, before, reset, of_these)
             else:
@@ -296,7 +296,7 @@ class RWKV(nn.Module):
     def forward(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, T, V), and the state after the last token.
+        """Compute logits (B, T, V) for ids (B, T) int64, and the state after the last token.
 
         `reset` is that of features().
         """
@@ -304,7 +304,7 @@ class RWKV(nn.Module):
         return self.head(x), state
 
     def loss(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """x (tokens, C) from features(), targets (tokens,) int64 -> their loss, summed as in loss.py.
+        """Sum the loss, as in loss.py, for x (tokens, C) from features() and targets (tokens,) int64.
 
         It never holds all logits. `weights` are (tokens,) fp32.
         """
@@ -313,7 +313,8 @@ class RWKV(nn.Module):
         return torch.stack(self._in_blocks(self._loss_of, x, targets, weights)).sum()
 
     def log_probs(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (tokens, C) from features(), targets (tokens,) int64 -> ln p of each, (tokens,), at least fp32.
+        """Compute ln p (tokens,), at least fp32, of targets (tokens,) int64 for x (tokens, C) from
+        features().
 
         It never holds all logits.
         """
@@ -322,9 +323,9 @@ class RWKV(nn.Module):
         return torch.cat(self._in_blocks(self._log_probs_of, x, targets))
 
     def _in_blocks(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
-        """function(*inputs) for some tokens of the inputs at a time, which the backward computes again.
+        """Call function(*inputs) for some tokens at a time; the backward computes it again.
 
-        It is for an adapted head, which gives logits only.
+        It is for an adapted head, which returns only logits.
         """
         at_once = max(1, LOGITS_AT_ONCE // self.arch.vocab_size)
         given = [x for x in inputs if x is not None]
@@ -344,9 +345,9 @@ class RWKV(nn.Module):
     def next_logits(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state.
+        """Compute logits (B, V) after the last token of ids (B, T) int64 only, and the state.
 
-        That is what generation needs of a prompt. `reset` is that of features().
+        Generation needs no others of a prompt. `reset` is that of features().
         """
         rows, length = ids.shape
         last = torch.arange(length - 1, rows * length, length, device=ids.device) if length > 1 else None
@@ -355,9 +356,9 @@ class RWKV(nn.Module):
 
 
 def read_model_file(path) -> dict[str, Tensor]:
-    """The tensors of a base or merged file, or of a Hugging Face folder.
+    """Read the tensors of a base or merged file, or of a Hugging Face folder.
 
-    UserError where an adapter, or the checkpoint of a run, was given in its place.
+    Raises UserError for an adapter, or the checkpoint of a run.
     """
     tensors, metadata = read_described(path, is_first_process())
     refuse_run_checkpoint(path, metadata)
@@ -371,7 +372,7 @@ def read_model_file(path) -> dict[str, Tensor]:
 
 
 def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) -> None:
-    """Put values(name, tensor) in the place of every parameter and buffer of a module.
+    """Replace every parameter and buffer of a module by values(name, tensor).
 
     A tensor that several layers share stays shared.
     """
@@ -382,6 +383,6 @@ def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) 
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
         new[id(old)] = tensor
     for owner in module.modules():
-        # they keep their order and what else is registered of them
+        # they keep their order and the names registered for them
         for slots in (owner._parameters, owner._buffers):
             slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})

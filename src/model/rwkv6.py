@@ -53,7 +53,7 @@ class TimeMix(nn.Module):
         self.time_decay = parameter(1, 1, A)  # w = time_decay + tanh(x_w time_decay_w1) time_decay_w2
         self.time_decay_w1 = parameter(C, rank["decay"])  # (C, Rd)
         self.time_decay_w2 = parameter(rank["decay"], A)  # (Rd, A)
-        self.time_faaaa = parameter(H, N)  # u of the WKV: what the current token adds to its own y
+        self.time_faaaa = parameter(H, N)  # u of the WKV: the current token's weight in its own y
         self.receptance = Linear(C, A, bias=False)  # (A, C), r
         self.key = Linear(C, A, bias=False)  # (A, C), k
         self.value = Linear(C, A, bias=False)  # (A, C), v
@@ -61,7 +61,7 @@ class TimeMix(nn.Module):
         self.output = Linear(A, C, bias=False)  # (C, A)
         self.ln_x = nn.GroupNorm(H, A, eps=GROUP_NORM_EPS)  # (A), (A), applied in the readout
         self.time_state = time_state(arch)  # (H, N, N) or None
-        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+        if not self.key.weight.is_meta:  # which has no values: a model that is loaded or planned
             self._init_weights(arch)
 
     @torch.no_grad()
@@ -90,16 +90,18 @@ class TimeMix(nn.Module):
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
     def initial_state(self) -> Tensor | None:
-        """The state [key, value] that documents start from; files have it as [value, key]. None is zero."""
+        """Return the state [key, value] that documents start from; files have [value, key]. None is zero."""
         return None if self.time_state is None else self.time_state.mT
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """What forward() reads of a module that it does not call: ZeRO-3 gathers them, too."""
+        """Return parameters that forward() reads of modules that it does not call: ZeRO-3 gathers them,
+        too."""
         return [self.ln_x.weight, self.ln_x.bias]
 
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
-        """r, k, v, decay w and gate g, all (B, T, A); w and g are raw, before their exponentials and silu."""
-        # what every token adds to its own shares: m_c = q_c time_maa_w2_c, q = tanh(x time_maa_w1)
+        """Compute r, k, v, decay w and gate g, all (B, T, A); w and g are raw, before exponentials and
+        silu."""
+        # the share that every token adds to its mixes: m_c = q_c time_maa_w2_c, q = tanh(x time_maa_w1)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
         q = torch.tanh(times(x, self.time_maa_w1))
         q = q.view(z.shape[0] * z.shape[1], 5, -1).transpose(0, 1)  # (5, B T, Rm)
@@ -116,7 +118,7 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(output (B, T, C), v_first as given, the last z (B, C), the state after it).
+        """Return (output (B, T, C), v_first as given, the last z (B, C), the state after it).
 
         z (B, T, C): the input, after ln1. v_first: for RWKV-7 only. last (B, C): the z before the first one.
         state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
@@ -143,7 +145,7 @@ class ChannelMix(nn.Module):
         self.key = Linear(C, F, bias=False)  # (F, C)
         self.receptance = Linear(C, C, bias=False)  # (C, C)
         self.value = Linear(F, C, bias=False)  # (C, F)
-        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+        if not self.key.weight.is_meta:  # which has no values: a model that is loaded or planned
             self._init_weights(arch, layer)
 
     @torch.no_grad()
@@ -159,7 +161,7 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+        """Return (output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
 
         z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
@@ -171,6 +173,6 @@ class ChannelMix(nn.Module):
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:
-    """(dim_ffn, ranks of the low-rank maps) of a new model, as in RWKV-LM."""
+    """Return (dim_ffn, ranks of the low-rank maps) of a new model, as in RWKV-LM."""
     wide = 2 if n_embd >= 4096 else 1
     return 32 * int(3.5 * n_embd / 32), {"maa": 32 * wide, "decay": 64 * wide}

@@ -73,7 +73,7 @@ class TimeMix(nn.Module):
         self.output = Linear(C, C, bias=False)  # (C, C)
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)  # (C), (C), applied in the readout
         self.time_state = time_state(arch)  # (H, N, N) or None
-        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+        if not self.key.weight.is_meta:  # which has no values: a model that is loaded or planned
             self._init_weights(arch)
 
     @torch.no_grad()
@@ -109,17 +109,19 @@ class TimeMix(nn.Module):
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
     def initial_state(self) -> Tensor | None:
-        """The state [value, key] that documents start from, as files have it; None is zero."""
+        """Return the state [value, key] that documents start from, as files have it; None is zero."""
         return self.time_state
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """What forward() reads of a module that it does not call: ZeRO-3 gathers them, too."""
+        """Return parameters that forward() reads of modules that it does not call: ZeRO-3 gathers them,
+        too."""
         return [self.ln_x.weight, self.ln_x.bias]
 
     def project(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before their sigmoid."""
+        """Compute r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before
+        sigmoid."""
         # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         again = [3] if self.layer > 0 else []
@@ -137,7 +139,7 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(output (B, T, C), v_first, the last z (B, C), the state after it).
+        """Return (output (B, T, C), v_first, the last z (B, C), the state after it).
 
         z (B, T, C): the input, after ln1. v_first (B, T, C): layer 0's value. last (B, C): the z before the
         first one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
@@ -165,7 +167,7 @@ class TimeMix(nn.Module):
 
 
 def low_rank_init(first: Tensor, second: Tensor) -> None:
-    """A low-rank map that begins as zero."""
+    """Initialise a low-rank map to zero."""
     first.zero_()
     nn.init.orthogonal_(second, gain=0.1 * max(1.0, second.shape[0] / second.shape[1]) ** 0.5)
 
@@ -180,7 +182,7 @@ class ChannelMix(nn.Module):
         self.x_k = parameter(1, 1, C)  # token shift: the share of the token before
         self.key = Linear(C, F, bias=False)  # (F, C)
         self.value = Linear(F, C, bias=False)  # (C, F)
-        if not self.key.weight.is_meta:  # which has no numbers: a model that is loaded or planned
+        if not self.key.weight.is_meta:  # which has no values: a model that is loaded or planned
             self._init_weights(arch, layer)
 
     @torch.no_grad()
@@ -193,7 +195,7 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+        """Return (output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
 
         z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
@@ -204,7 +206,7 @@ class ChannelMix(nn.Module):
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:
-    """(dim_ffn, ranks of the low-rank maps) of a new model: RWKV-LM's formulas, multiples of 32."""
+    """Return (dim_ffn, ranks of the low-rank maps) of a new model: RWKV-LM's formulas, multiples of 32."""
 
     def rank(x: float) -> int:
         return max(32, 32 * round(x / 32))

@@ -1,16 +1,16 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
-Imports common only. reference.py has the equations, elementwise.py what else a layer computes.
+Imports common only. reference.py has the equations, elementwise.py the other functions of a layer.
 
 Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package.
 Where `reset` (B, T), bool, is set, a document starts with that token: neither state nor gradient crosses from
 the tokens before. `initial_state` (H, N, N) is the state that documents start from; None is zero. It is also
-the state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
+the state before the first token, unless `s0` (B, H, N, N) gives the rows other states.
 
 Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64;
 tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
-argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for. With `cuda` inputs
-are cast to r's dtype where that is a half one, because the tensor cores need all of them so.
+argument is a ValueError on a CPU only: looking for one on a GPU would mean waiting for it. With `cuda`,
+inputs are cast to r's dtype if that is fp16 or bf16, because the tensor cores need one dtype.
 
 | kernel     | what runs                                                                  | takes
 |------------|----------------------------------------------------------------------------|----------------
@@ -43,7 +43,7 @@ KERNELS = (*NATIVE, *PLAIN)
 
 
 def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
-    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda".
+    """Choose (kernel, the reason in words) for `--wkv name` on "cpu" or "cuda".
 
     A native kernel is built and tested here, if it has not been.
     """
@@ -71,7 +71,7 @@ def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
 
 
 def head_size_problem(head_size: int) -> str:
-    """Why the native kernels do not take this head size, or nothing."""
+    """Say why the native kernels do not take this head size, or ""."""
     if head_size % 8 == 0 and head_size <= native.LARGEST_HEAD:
         return ""
     return (
@@ -91,7 +91,7 @@ def wkv6(
     kernel: str = "torch",
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-6's recurrence: (y (B, T, H, N) in r's dtype, the final state).
+    """Run RWKV-6's recurrence: (y (B, T, H, N) in r's dtype, the final state).
 
     r, k, v and w are (B, T, H, N), u (H, N), s0 and the final state (B, H, N, N) [key, value]. w is the raw
     decay, delta = exp(-exp(w)). y_t reads the state before the decay; the current token enters through u.
@@ -112,7 +112,7 @@ def wkv7(
     kernel: str = "torch",
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's recurrence: (y (B, T, H, N) in r's dtype, the final state).
+    """Run RWKV-7's recurrence: (y (B, T, H, N) in r's dtype, the final state).
 
     r, w, k, v, a and b are (B, T, H, N), s0 and the final state (B, H, N, N) [value, key]. w is the raw decay
     omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate. y_t reads
@@ -129,7 +129,7 @@ def _run(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The arguments checked, then made what the kernel takes."""
+    """Check the arguments, cast them for the kernel, and run it."""
     if kernel not in KERNELS:
         raise ValueError(f"wkv{version}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
     check(version, inputs, s0, reset, initial_state)
@@ -153,9 +153,9 @@ def check(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    """Raises ValueError with the first argument that does not fit r in dtype, shape and device.
+    """Raise ValueError with the first argument that does not fit r in dtype, shape and device.
 
-    It is r itself where no kernel takes its dtype or shape.
+    It names r itself if no kernel takes its dtype or shape.
     """
     op, r = f"wkv{version}", inputs["r"]
     if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPE_CODES, torch.float64):
@@ -232,11 +232,11 @@ def _run_native(
 
 
 def native_dtype(op: str, kernel: str, activations: dict[str, Tensor]) -> torch.dtype:
-    """The dtype in which a native kernel gets the activations, r and others, which may be of several."""
+    """Return the dtype in which a native kernel gets r and the other activations, which may have several."""
     r = activations["r"].dtype
     other = next((name for name, x in activations.items() if x.dtype != r), None)
     if kernel == "cuda" and other and r != torch.float32:
-        # one of them in fp32, as a user's autocast makes it of a decay, would take the exact kernel
+        # if one of them is in fp32, as a caller's autocast makes a decay, the exact kernel would run
         return r
     if kernel == "cuda" and other:
         warnings.warn(

@@ -1,7 +1,7 @@
-"""A GPU's residual sum with the LayerNorm that reads it, as ops: `rwkv::add_layer_norm` and its backward.
+"""Residual sum and the LayerNorm that reads it, for a GPU, as ops: `rwkv::add_layer_norm` and its backward.
 
-Both are one kernel of cuda/add_layer_norm.cuh. The sum is what is kept for the backward, which the next layer
-needs in any case. Its gradient is that of both addends: one tensor.
+Both are one kernel of cuda/add_layer_norm.cuh. The backward keeps the sum, which the next layer needs in any
+case. Its gradient is that of both addends: one tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _backward_op = library_op(
 
 
 class AddLayerNorm(torch.autograd.Function):
-    """add_layer_norm of (x, mixed, weight, bias, eps)."""
+    """Autograd function of add_layer_norm: (x, mixed, weight, bias, eps)."""
 
     @staticmethod
     def forward(ctx, x, mixed, weight, bias, eps):

@@ -1,8 +1,8 @@
 """Native kernels, compiled on first use with ninja and kept in a cache: `cpu_library`, `cuda_library`.
 
-Any number of processes may ask at once. One builds while it holds a lock of the operating system, which ends
-with the process however that ends; the library appears under its final name in one rename. The name has a
-hash of everything that decides what the compiler makes.
+Any number of processes may ask at once. One builds while it holds a lock of the operating system, which is
+released when the process ends; the library appears under its final name in one rename. The name has a hash of
+everything that decides what the compiler makes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..common.device import cpu_features
 from .toolchain import FALLBACK, BuildError, ask, cache_folder, code_for, find_cxx, find_ninja, find_nvcc
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
-# what the sources are written for; a build has the ones at hand only
+# compute capabilities that the sources are written for; a build has only those of the GPUs in the machine
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 def cpu_library() -> pathlib.Path:
-    """The shared library of cuda/*_cpu.cpp for this CPU, built if need be. Raises BuildError."""
+    """Return the shared library of cuda/*_cpu.cpp for this CPU, built if need be. Raises BuildError."""
     require_unix()
     return build(
         "wkv_cpu",
@@ -65,9 +65,9 @@ def cpu_command(compiler: str) -> list[str]:
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
-    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be.
+    """Return the shared library of cuda/*.cu for these compute capabilities, "90" for 9.0, built if need be.
 
-    One that is built for all ARCHITECTURES serves any of them. Raises BuildError.
+    A library for all ARCHITECTURES serves any of them. Raises BuildError.
     """
     require_unix()
     architectures = sorted(set(architectures), key=lambda arch: (len(arch), arch))
@@ -79,7 +79,7 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
             )
     nvcc = find_nvcc()
     known = ask(nvcc.path).architectures
-    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another compiler
+    # nvcc leaves the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
     link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
 
@@ -136,10 +136,10 @@ def build(
     link: Sequence[str] = (),
     machine: str = "",
 ) -> pathlib.Path:
-    """The shared library made of the sources.
+    """Build the shared library of the sources.
 
-    `command` is the compiler and its flags, `link` more flags for the last step. `seconds` is what the user
-    is told it will take. `machine` is anything else that the result depends on. Raises BuildError.
+    `command` is the compiler and its flags, `link` more flags for the last step. `seconds`: the estimate that
+    the user is told. `machine`: anything else that the result depends on. Raises BuildError.
     """
     folder = cache_folder()
     library = library_path(name, fingerprint(name, sources, headers, command, link, machine))
@@ -153,7 +153,7 @@ def build(
         with locked(folder / f"{name}.lock", title):
             if library.exists():
                 return library
-            # not what the process that was waited for has just failed at
+            # an error that was logged while this process waited counts for it, too
             if not (log.exists() and log.stat().st_mtime > asked):
                 for abandoned in folder.glob(f".{name}-*"):
                     shutil.rmtree(abandoned, ignore_errors=True)
@@ -178,7 +178,7 @@ def build(
 def fingerprint(
     name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str
 ) -> str:
-    """A hash of all that decides the library.
+    """Return hash everything that decides the library.
 
     The compiler counts as its file: asking it for its version would start a process each time.
     """
@@ -200,7 +200,7 @@ def hash_files(paths: Sequence[pathlib.Path]):
 
 
 def cuda_sources() -> str:
-    """A hash of the CUDA sources, by which the record of a run on a GPU says what it was that ran."""
+    """Hash the CUDA sources, so that the record of a run on a GPU names its sources."""
     return hash_files([*sorted(CUDA.glob("*.cu")), *headers()]).hexdigest()[:16]
 
 
@@ -208,11 +208,11 @@ def cuda_sources() -> str:
 def locked(path: pathlib.Path, title: str) -> Iterator[None]:
     """Hold the lock of a file.
 
-    The system gives it back when its process dies, so a lock never outlives the process that held it.
+    The system releases it when its process dies.
     """
-    import filelock  # here, as it takes 0.1 s and most processes find what they need
+    import filelock  # imported here: it takes 0.1 s, and most processes find the library built
 
-    # its lock for file systems without any is a file, which would outlive a killed process
+    # for file systems without locks it would use a file as one, which outlives a killed process
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
@@ -277,12 +277,12 @@ def make(
 
 
 def ninja_quote(*words: str) -> str:
-    """A command for the shell, inside a build.ninja."""
+    """Quote a command for the shell, inside a build.ninja."""
     return shlex.join(words).replace("$", "$$")
 
 
 def reason(output: str) -> str:
-    """The line of a compiler's output that says what is wrong."""
+    """Find the line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
     return next(
         (line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)),
@@ -291,5 +291,5 @@ def reason(output: str) -> str:
 
 
 def announce(message: str) -> None:
-    """Print a line to stderr: what a program answers is on stdout."""
+    """Print a line to stderr: stdout is for the program's results."""
     print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """WKV-6 in chunks, plain torch and plain autograd.
 
-The tokens of a chunk meet in a score matrix, chunks meet in the state.
+Tokens of a chunk meet in a score matrix; chunks meet in the state.
 
 With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after
 all tokens of the chunk, a chunk with incoming state S gives
@@ -21,24 +21,24 @@ from .reference import decay6, recurrent6
 
 
 def split(x, n, C, fill=0.0):
-    """(B, T, H, N) -> (n*B*H, C, N): n chunks of C tokens, chunk index outermost, missing tokens filled."""
+    """Split (B, T, H, N) into (n*B*H, C, N): n chunks of C tokens, chunk index outermost, filled up."""
     _, T, _, N = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, n * C - T), value=fill) if T < n * C else x
     return x.unflatten(1, (n, C)).permute(1, 0, 3, 2, 4).reshape(-1, C, N)
 
 
 def split_reset(reset, n, C, H):
-    """(B, T), bool -> (n*B*H, C, 1)"""
+    """Split (B, T), bool, into (n*B*H, C, 1)."""
     return split(reset[:, :, None, None].expand(-1, -1, H, 1), n, C, fill=False)
 
 
 def join(y, n, B, T):
-    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without what filled the last chunk."""
+    """Invert `split`: (n*B*H, C, N) -> (B, T, H, N), without the filling of the last chunk."""
     return y.unflatten(0, (n, B, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
 
 def scores(r, k, delta, u, inside):
-    """What happens inside chunks: A (G,C,C), r_t * D(start,t), k_i * D(i,end) and D(start,end).
+    """Compute the parts inside chunks: A (G,C,C), r_t * D(start,t), k_i * D(i,end) and D(start,end).
 
     r, k and delta are (G,C,N), u (G,1,N), C a power of two. inside (G,C,1) is 0 where a document starts,
     else 1. Of the results the second and the third are (G,C,N), the last (G,1,N).
@@ -58,7 +58,7 @@ def scores(r, k, delta, u, inside):
 
 
 def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
-    """The same function as `recurrent6`; `chunk` is a power of two.
+    """Compute `recurrent6` in chunks; `chunk` is a power of two.
 
     32 is as fast as 16, with half the states kept for the backward.
     """

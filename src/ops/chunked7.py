@@ -19,10 +19,9 @@ from .reference import log_decay7, recurrent7
 
 
 def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
-    """The same function as `recurrent7`.
+    """Compute `recurrent7` in chunks.
 
-    e^{-P} <= e^{0.6065 chunk} is 1.6e4 for chunks of 16. Chunks of 32 are no faster and up to 1.7x less
-    exact.
+    e^{-P} <= e^{0.6065 chunk} is 1.6e4 for chunks of 16. 32 is no faster and up to 1.7x less exact.
     """
     B, T, H, N = r.shape
     if T == 1:

@@ -1,7 +1,7 @@
-"""The elementwise parts of a layer, as one native function each where there is one.
+"""Elementwise parts of a layer, each as one native function if there is one.
 
-Every function here has the formula of its namesake in elementwise_reference.py, and runs that unless `native`
-asks for the native code of a device (elementwise_ops.py) and this has the case: see `serves`.
+Every function here has the formula of its namesake in elementwise_reference.py. It runs that, unless `native`
+asks for the native code of a device (elementwise_ops.py) and this covers the case: see `serves`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
 
 def native_functions(kernel: str) -> str:
-    """The device whose native functions run beside a kernel of src.ops, "cpu" or "cuda"; "" for none."""
+    """Return the device of the native functions beside a kernel of src.ops, "cpu" or "cuda"; "" for none."""
     return NATIVE.get(kernel, "")
 
 
 def serves(
     native: str, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
 ) -> bool:
-    """Whether the native code of the device `native` computes this.
+    """Tell whether the native code of the device `native` computes this.
 
-    It does in multiples of 8 channels, and in the dtypes that the library has where the tensors are; on a CPU
+    It does for multiples of 8 channels, and for the dtypes of the library on the tensors' device; on a CPU
     without gradients for vectors. `native` is not read from the tensors: a plan counts a GPU's step on
     tensors that torch takes for a CPU's.
     """
@@ -52,7 +52,7 @@ def relu_squared(x: Tensor, native: str) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor, native: str) -> Tensor:
-    # a CPU has none: torch's own there
+    # a CPU has no native one: torch's own runs there
     if native == "cuda" and serves(native, [x, gate]):
         return elementwise_ops.gated(1, 0.0, *ready(x, gate))
     return elementwise_reference.gated(x, gate)
@@ -106,8 +106,9 @@ def shift_mix(
     native: str,
     again: Sequence[int] = (),
 ) -> Sequence[Tensor]:
-    """The outputs, and those with the numbers `again` once more, for a second use of each: a GPU adds up the
-    gradients of both where it reads them.
+    """Mix z with the token before. The outputs numbered `again` are returned twice, for a second use of each.
+
+    A GPU then adds up the gradients of both uses where it reads them.
     """
     if not serves(native, [z, last], mixes):
         out = elementwise_reference.shift_mix(z, last, reset, mixes)
@@ -133,7 +134,7 @@ def shift_mix_low_rank(
 def add_layer_norm(
     x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, eps: float, native: str
 ) -> tuple[Tensor, Tensor]:
-    # there is none for a CPU, where torch's own is
+    # a CPU has no native one: torch's own runs there
     if native == "cuda" and x.shape[-1] <= LARGEST_NORM and serves(native, [x, mixed], [weight, bias]):
         return AddLayerNorm.apply(*ready(x, mixed, weight, bias), eps)
     return elementwise_reference.add_layer_norm(x, mixed, weight, bias, eps)

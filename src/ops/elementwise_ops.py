@@ -2,8 +2,8 @@
 
 cuda/elementwise_cpu.cpp and cuda/elementwise.cu compute them, each with the C interface that it describes.
 Activations (B, T, C) are contiguous and of one dtype, vectors of the model have any dtype. A backward
-computes again what it needs from the activations that are kept. These are the inputs, of relu_squared the
-output, and of the token shift with fixed mixes none. Gradients of vectors are computed on a GPU only.
+recomputes what it needs from the kept activations. These are the inputs; relu_squared keeps its output, and
+the token shift with fixed mixes keeps none. Gradients of vectors are computed on a GPU only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .native import DTYPE_CODES, EXACT_STRIDES, addresses, library, once_differe
 
 
 def on_gpu(like: Tensor) -> bool:
-    """Whether the functions of the device of `like` are those of cuda/elementwise.cu."""
+    """Tell whether the functions of the device of `like` are those of cuda/elementwise.cu."""
     return library(like.device.type).device == "cuda"
 
 
@@ -79,7 +79,7 @@ def call(
 
 
 def _prepared(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, gpu: bool):
-    """The C function, which takes plain numbers once it knows their types."""
+    """Look up the C function; it takes plain numbers once it knows their types."""
     function = getattr(functions, name)
     if function.argtypes is None:
         context = [ctypes.c_int, ctypes.c_void_p] if gpu else [ctypes.c_int]
@@ -90,19 +90,19 @@ def _prepared(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, gp
 
 
 def _parts(like: Tensor, B: int, T: int, gradients: Sequence[Tensor]) -> Tensor:
-    """Working memory for the gradients of vectors."""
+    """Allocate working memory for the gradients of vectors."""
     count = library(like.device.type).elementwise_parts
     count.argtypes, count.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return like.new_empty(count(B, T) * len(gradients) * like.shape[-1], dtype=torch.float32)
 
 
 def ready(*activations: Tensor | None) -> list[Tensor | None]:
-    """As the ops take them."""
+    """Make the activations contiguous and aligned, as the ops take them."""
     return [None if x is None else x.contiguous() for x in activations]
 
 
 def library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
-    """rwkv::name(arguments) -> Tensor[], with its shapes for tracing and for the count of memory."""
+    """Define rwkv::name(arguments) -> Tensor[], with its shapes for tracing and for counting memory."""
     # not torch.library.custom_op, whose first use imports torch._dynamo: 0.9 s in every process
     torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=EXACT_STRIDES)
     torch.library.impl(f"rwkv::{name}", ("cpu", "cuda"), run)
@@ -113,10 +113,10 @@ def library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Ca
 def _define(
     name: str, activations: int, vectors: int = 0, outputs: int = 1, keeps_output: bool = False
 ) -> Callable:
-    """The function (heads, eps, *activations of one shape, *vectors of the model) -> outputs.
+    """Define the function (heads, eps, *activations of one shape, *vectors of the model) -> outputs.
 
-    It is made of two ops. Their tensors are, in this order: the inputs; for the backward what is kept, then
-    the outputs' gradients. `trained` asks for the vectors' gradients, too.
+    It has two ops. The forward takes the inputs; the backward takes the kept tensors, then the outputs'
+    gradients. `trained` asks for the vectors' gradients, too.
 
     It is an autograd.Function around the ops, not torch.library.register_autograd, which takes half of the
     43 us of a call (torch 2.13).
@@ -178,7 +178,7 @@ def _define(
 
 
 def check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
-    """A parameter that ZeRO-3 has let go is empty."""
+    """Raise ValueError for an empty tensor: a parameter that ZeRO-3 has freed is one."""
     shape = tensors[0].shape
     for x in tensors:
         if x.shape != shape and x.numel() != shape[-1]:
@@ -196,8 +196,8 @@ readout6 = _define("readout6", 2, 2)
 readout7 = _define("readout7", 5, 3)
 
 
-# The backwards around the recurrence's in mix7, on a GPU: what its r, k and v get from the readout is added
-# where the second one reads their gradients. Between them goes (tokens, heads, 2) in fp32.
+# On a GPU the backwards before and after the recurrence's, in mix7, work together: the second one adds the
+# readout's gradients of r, k and v where it reads the others. Between them goes (tokens, heads, 2) in fp32.
 
 
 def _mix7_readout_shapes(tensors, heads, eps, trained):
@@ -255,12 +255,12 @@ library_op(
 )
 
 
-# The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all. The
-# mixes are one matrix in fp32 for a CPU, and vectors as they are for a GPU.
+# The token shift's outputs are separate tensors, one for each mix, so that keeping one does not keep all. The
+# mixes are one matrix in fp32 for a CPU, and separate vectors for a GPU.
 
 
 def stacked(mixes: Sequence[Tensor]) -> Tensor:
-    """The mixes as a CPU's functions take them."""
+    """Stack the mixes, as a CPU's functions take them."""
     return torch.stack(mixes).float().view(len(mixes), -1)
 
 
@@ -318,9 +318,9 @@ _shift_backward_op = library_op(
 
 
 class ShiftMix(torch.autograd.Function):
-    """shift_mix of (z, last, reset, *mixes). It keeps z for the gradients of mixes only.
+    """Autograd function of shift_mix: (z, last, reset, *mixes). It keeps z for the gradients of mixes only.
 
-    The outputs with the numbers `again` are there twice. For the backward each of these is one more output.
+    The outputs numbered `again` are returned twice. For the backward each of these is one more output.
     """
 
     @staticmethod
@@ -342,8 +342,8 @@ class ShiftMix(torch.autograd.Function):
         return None, dz, dlast, None, *(dmixes[: len(mixes)] or [None] * len(mixes))
 
 
-# The shares that every token adds to the mixes, m_i = q_i maps_i, are products. A GPU makes all in one and
-# reads them where it writes the outputs.
+# The shares that every token adds to the mixes, m_i = q_i maps_i, are matrix products. A GPU makes all of
+# them in one and reads them where it writes the outputs.
 
 
 def _token_forward(z, last, reset, mixes, m):
@@ -383,7 +383,7 @@ def _shares(z: Tensor, q: Tensor, maps: Tensor) -> Tensor:
 
 
 class ShiftMixLowRank(torch.autograd.Function):
-    """shift_mix_low_rank of (z, last, q, reset, maps, *mixes) on a GPU."""
+    """Autograd function of shift_mix_low_rank on a GPU: (z, last, q, reset, maps, *mixes)."""
 
     @staticmethod
     def forward(ctx, z, last, q, reset, maps, *mixes):

@@ -1,6 +1,6 @@
-"""The elementwise parts of a layer in plain torch: the specification of elementwise.py.
+"""Elementwise parts of a layer in plain torch: the specification of elementwise.py.
 
-They run wherever its native ones do not.
+They run wherever the native functions do not.
 
 Shapes: activations (B, T, C), one head after the other in the last axis; vectors of the model (C), (1, 1, C)
 or (H, N), H N = C, in any dtype: they are cast to that of the activations. `reset` (B, T) bool is set where a
@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 def token_shift(z: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
-    """z_{t-1} - z_t, where z (B, T, C) is preceded by `last` (B, C); z_{t-1} is 0 where a document starts."""
+    """Compute z_{t-1} - z_t for z (B, T, C) after `last` (B, C); z_{t-1} is 0 where a document starts."""
     before = torch.cat([last.unsqueeze(1), z[:, :-1]], dim=1)
     return (before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)) - z
 
 
 def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
-    """z_t + (z_{t-1} - z_t) mix for every one of the mixes."""
+    """Compute z_t + (z_{t-1} - z_t) mix for each of the mixes."""
     d = token_shift(z, last, reset)
     return [z + d * mix.to(z.dtype).view(-1) for mix in mixes]
 
@@ -29,23 +29,24 @@ def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor]
 def shift_mix_low_rank(
     z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor
 ) -> list[Tensor]:
-    """z_t + (z_{t-1} - z_t) (mix_i + q_i maps_i): a mix for every token; q (n, B T, D), maps (n, D, C)."""
+    """Compute z_t + (z_{t-1} - z_t) (mix_i + q_i maps_i): mixes for every token; q (n, B T, D), maps (n,
+    D, C)."""
     d, m = token_shift(z, last, reset), torch.bmm(q, maps.to(q.dtype))
     return [z + d * (mix.to(z.dtype).view(-1) + m[i].view(z.shape)) for i, mix in enumerate(mixes)]
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """sigmoid(gate) x."""
+    """Compute sigmoid(gate) x."""
     return torch.sigmoid(gate) * x
 
 
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor) -> Tensor:
-    """v + (v_first - v) sigmoid(gate)."""
+    """Compute v + (v_first - v) sigmoid(gate)."""
     return v + (v_first - v) * torch.sigmoid(gate)
 
 
 def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k (1 + (s - 1) k_a), -kappa and kappa s, with s = sigmoid(a).
+    """Compute k (1 + (s - 1) k_a), -kappa and kappa s, with s = sigmoid(a).
 
     kappa is k k_k, normalised to length 1 in every head.
     """
@@ -55,7 +56,7 @@ def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> 
 
 
 def group_norm(y: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
-    """Every head of every token normalised by itself."""
+    """Normalise every head of every token by itself."""
     tokens = y.reshape(-1, y.shape[-1])
     return F.group_norm(tokens, heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(y.shape)
 
@@ -71,14 +72,14 @@ def readout7(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """(group_norm(y) + (r . k r_k) v) g, the dot product in every head; r_k (H, N)."""
+    """Compute (group_norm(y) + (r . k r_k) v) g, the dot product in every head; r_k (H, N)."""
     r, k, values = (x.unflatten(-1, r_k.shape) for x in (r, k, v))
     bonus = (r * k * r_k.to(y.dtype)).sum(-1, keepdim=True) * values
     return (group_norm(y, weight, bias, len(r_k), eps) + bonus.flatten(-2)) * g
 
 
 def readout6(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
-    """group_norm(y) silu(g)."""
+    """Compute group_norm(y) silu(g)."""
     return group_norm(y, weight, bias, heads, eps) * F.silu(g)
 
 
@@ -93,6 +94,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def add_layer_norm(
     x: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + mixed, and its LayerNorm."""
+    """Compute x + mixed, and its LayerNorm."""
     x = x + mixed
     return x, layer_norm(x, weight, bias, eps)

@@ -1,4 +1,4 @@
-"""How wrong the native code of a device is: outputs and gradients against plain torch in float64."""
+"""Errors of a device's native code: outputs and gradients against plain torch in float64."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from .native import INPUTS
 from .reference import recurrent6, recurrent7
 
 TOKENS = 37  # no multiple of a block
-# of the elementwise functions
+# sizes for the elementwise functions
 ROWS, WIDTH, HEADS, EPS = 2, 128, 2, 64e-5
 
 
 def largest_error(device: str, chunked: bool) -> float:
-    """The largest relative error (rms) of WKV in the form asked for, and beside the recurrence of the others.
+    """Return the largest relative error (rms) of WKV in the form asked for.
 
-    NaN where any result is NaN.
+    With the recurrence it includes the other functions. NaN if any result is NaN.
     """
     errors = [wkv_error(version, device, chunked) for version in INPUTS]
     return worst(errors if chunked else [*errors, elementwise_error(device)])
 
 
 def worst(errors: list[float]) -> float:
-    """The largest; NaN where one is, which max() may pass over."""
+    """Return the largest error; NaN if one is, which max() may pass over."""
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def worst_of(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest relative error (rms) of these tensors."""
+    """Return the largest relative error (rms) of these tensors."""
     return worst([((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)])
 
 
 def wkv_error(version: int, device: str, chunked: bool) -> float:
-    """That of one version of WKV.
+    """Return the error of one version of WKV.
 
     A document starts among the tokens, there is an initial state and a gradient of the final one.
     """
@@ -73,12 +73,12 @@ def wkv_error(version: int, device: str, chunked: bool) -> float:
 
 
 def elementwise_error(device: str) -> float:
-    """That of the elementwise functions in fp32."""
+    """Return the error of the elementwise functions in fp32."""
     return worst([_error_of(name, device) for name in _functions()])
 
 
 def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
-    """name -> (function of native, activations, reset and vectors; activations; shapes of the vectors)."""
+    """Map name -> (function of native, activations, reset and vectors; activations; the vectors' shapes)."""
     channels, heads = (WIDTH,), (HEADS, WIDTH // HEADS)
     return {
         "shift_mix": (

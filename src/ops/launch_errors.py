@@ -1,4 +1,4 @@
-"""The codes with which CUDA refuses to start a kernel, in words: `require_started`."""
+"""Error codes with which CUDA refuses to start a kernel, in words: `require_started`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 UPDATE = "update the driver (on Ubuntu: sudo ubuntu-drivers install, then restart)"
 REBUILD = "delete the library (python -m scripts.doctor names it), and the next run builds it again"
 RESTART = "this process can use the GPU no more: start it again"
-# code -> (what it means, what to do); those that point at the machine, not at the kernels
+# code -> (what it means, what to do), for problems of the machine
 OF_THE_MACHINE = {
     2: (
         "the GPU's memory is full",
@@ -35,7 +35,7 @@ OF_THE_MACHINE = {
     803: ("the driver and its CUDA library are of different versions", f"restart the machine, or {UPDATE}"),
     804: ("CUDA's compatibility package does not serve this GPU", f"remove cuda-compat, or {UPDATE}"),
 }
-# those that say that a kernel is wrong, or was asked for what it does not do
+# and for problems of the kernels: they are wrong, or cannot do what they were asked for
 OF_THE_KERNEL = {
     1: "an argument that the kernel does not take",
     98: "no such kernel in the library",
@@ -50,7 +50,7 @@ OF_THE_KERNEL = {
 
 
 class LaunchError(RuntimeError):
-    """A kernel did not start, or one before it failed. `of_the_machine`: the kernels are not to blame."""
+    """Failure of a kernel to start, or of one before it. `of_the_machine`: the kernels are not to blame."""
 
     def __init__(self, op: str, code: int):
         self.of_the_machine = code in OF_THE_MACHINE
@@ -68,6 +68,6 @@ class LaunchError(RuntimeError):
 
 
 def require_started(op: str, code: int) -> None:
-    """Raises LaunchError where a function of the CUDA library returned something other than 0."""
+    """Raise LaunchError if a function of the CUDA library returned something other than 0."""
     if code:
         raise LaunchError(op, code)

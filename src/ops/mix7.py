@@ -1,8 +1,8 @@
-"""RWKV-7's state with what enters and what reads it: delta_inputs, wkv7 and readout7 as one native function.
+"""RWKV-7's time mix around its state: delta_inputs, wkv7 and readout7 as one native function.
 
-It keeps its inputs, y and what the recurrence keeps. The three functions by themselves also keep the key,
-alpha and beta, which are made again here for the backward. One call also costs less than three. On a GPU the
-backwards of the two others are made for each other: see elementwise_ops.py.
+It keeps its inputs, y and what the recurrence keeps. The three functions alone also keep the key, alpha and
+beta, which this backward recomputes. One call also costs less than three. On a GPU the backwards of
+the outer two work together: see elementwise_ops.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def mix7_serves(
     initial_state: Tensor | None,
     native: str,
 ) -> bool:
-    """Whether mix7 computes this.
+    """Tell whether mix7 computes this.
 
-    Documents that start from a given state are cut out of their rows. For these the three functions run.
+    Documents that start from a given state are cut out of their rows, which only the three functions can do.
     """
     _, _, r_k, *_ = vectors
     cut_out = initial_state is not None and reset is not None
@@ -44,7 +44,7 @@ def mix7(
     kernel: str,
     native: str,
 ) -> tuple[Tensor, Tensor]:
-    """(readout (B, T, C), final state) of a time mix.
+    """Compute (readout (B, T, C), final state) of a time mix.
 
     activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). vectors: k_k, k_a, r_k,
     weight and bias of ln_x, with shapes as in elementwise_reference. s0, reset and initial_state are as in
@@ -63,7 +63,7 @@ def mix7(
 
 
 def _by_head(heads: int, *activations: Tensor) -> list[Tensor]:
-    """(B, T, C) -> (B, T, H, N)."""
+    """Reshape (B, T, C) -> (B, T, H, N)."""
     return [x.view(*x.shape[:-1], heads, -1) for x in activations]
 
 

@@ -3,8 +3,8 @@
 There is a library for each device. Both have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw
 pointers of contiguous tensors and no torch in it. Activations (B, T, H, N) share one dtype; u, states and
 what a forward saves for its backward are fp32; reset is uint8 (B, T). `chunked` asks for the tensor-core
-form, which only a GPU has. `src.ops` checks the arguments and makes them so; here only what is not where a
-pointer may be followed is refused.
+form, which only a GPU has. `src.ops` checks and casts the arguments; here only tensors that a pointer cannot
+describe are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .toolchain import BuildError
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # kernel -> the device type of its library
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
-# of the activations, by the device of the library
+# dtypes of the activations, by the device of the library
 ACTIVATION_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPE_CODES)}
 LARGEST_HEAD = 256
 TENSOR_CORE_CHUNK = 16
@@ -35,7 +35,7 @@ EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed
 
 
 def architectures() -> list[str]:
-    """Of the GPUs that torch sees: "90" for compute capability 9.0."""
+    """List the compute capabilities of the GPUs that torch sees: "90" for 9.0."""
     if not torch.cuda.is_available():
         return []
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -44,7 +44,7 @@ def architectures() -> list[str]:
 
 @functools.cache
 def library(device: str) -> ctypes.CDLL:
-    """The library for "cpu" or "cuda", built by the first process that asks for it. Raises BuildError."""
+    """Return the library for "cpu" or "cuda", built by the first process that asks. Raises BuildError."""
     if device == "cuda" and not architectures():
         raise BuildError("torch sees no CUDA GPU; use --wkv auto, cpu or torch")
     path = cpu_library() if device == "cpu" else cuda_library(architectures())
@@ -59,7 +59,7 @@ def library(device: str) -> ctypes.CDLL:
 
 
 def has_tensor_core_form(r: Tensor) -> bool:
-    """Whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
+    """Tell whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
     _, T, _, N = r.shape
     return (
         N == 64
@@ -70,7 +70,7 @@ def has_tensor_core_form(r: Tensor) -> bool:
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
-    """How many fp32 numbers a forward keeps for its backward.
+    """Count the fp32 numbers that a forward keeps for its backward.
 
     The recurrence keeps nothing for v6, and sa_t = S_{t-1} a_t for v7. The tensor-core form (N = 64) keeps
     the state before every chunk in bf16, as wkv*_chunked_saved in cuda/ count them.
@@ -85,7 +85,8 @@ _SAVES = [True]  # whether a forward may keep what a backward reads
 
 @contextlib.contextmanager
 def nothing_saved():
-    """Context of a forward that will run again before its backward, as activation checkpoints do."""
+    """Declare that the forward in the block will run again before its backward, as activation checkpoints
+    do."""
     before, _SAVES[0] = _SAVES[0], False
     try:
         yield
@@ -94,14 +95,14 @@ def nothing_saved():
 
 
 def saves(*inputs: Tensor | None) -> bool:
-    """Whether a forward has to keep what a backward reads."""
+    """Tell whether a forward has to keep what a backward reads."""
     return _SAVES[0] and torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """torch's decorator of this name, which takes 10 calls to turn gradients off, only where they are on.
+    """Decorate as torch's function of this name does, which spends 10 calls on gradients that are mostly off.
 
-    In a backward they are, where somebody asked for create_graph.
+    In a backward they are on only if somebody asked for create_graph.
     """
     checked = torch_function.once_differentiable(backward)
 
@@ -113,7 +114,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
-    """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
+    """Call a function of the C interface on the device of `like`, with its sizes and dtype."""
     copies: list[Tensor] = []
     pointers = addresses(function, like.device, tensors, copies)
     if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
@@ -132,11 +133,11 @@ def addresses(
     tensors: Sequence[Tensor | list[Tensor] | None],
     copies: list[Tensor],
 ) -> list:
-    """Where tensors begin; of a list the addresses as an array of C, of None nothing. In as few calls as go.
+    """Return the tensors' addresses in as few calls as possible: a C array for a list, null for None.
 
-    A kernel loads 16 bytes at once, and a view may begin between two such places: then it is the address of a
-    copy, which `copies` keeps until the kernel was called. Outputs are new, and none of them is such a view.
-    Raises ValueError with the first one that is not contiguous, or on another device.
+    A kernel loads 16 bytes at once. A view that begins between two multiples is copied; `copies` keeps the
+    copy until the kernel was called. Outputs are new, and none of them is such a view. Raises ValueError with
+    the first tensor that is not contiguous, or on another device.
     """
     places: list = list(tensors)
     for i, x in enumerate(tensors):
@@ -162,9 +163,9 @@ def sizes(like: Tensor) -> Iterable[ctypes.c_int64]:
 
 
 def context(like: Tensor) -> tuple:
-    """The last arguments of a function of the C interface, where its tensors are on the device of `like`.
+    """Return the last arguments of a function of the C interface, for tensors on the device of `like`.
 
-    The index and the stream of a GPU; the number of threads of a CPU.
+    They are index and stream of a GPU, or the number of threads of a CPU.
     """
     if like.is_cuda:
         stream = torch.cuda.current_stream(like.device).cuda_stream
@@ -173,18 +174,18 @@ def context(like: Tensor) -> tuple:
 
 
 def scratch(symbol: str, like: Tensor) -> Tensor:
-    """The working memory that a function of the C interface asks for."""
+    """Allocate the working memory that a function of the C interface asks for."""
     function = getattr(library(like.device.type), symbol)
     function.restype = ctypes.c_int64
     return like.new_empty(function(*sizes(like), *context(like)), dtype=torch.float32)
 
 
 class WkvOp:
-    """rwkv::wkv<version> and rwkv::wkv<version>_backward: what runs them, their shapes and the gradient.
+    """Ops rwkv::wkv<version> and rwkv::wkv<version>_backward: their code, shapes and gradient.
 
-    forward: inputs, s0, reset, chunked, save -> y, final state, saved, which is what the backward needs
-    beside the arguments; without `save` it is empty, and there is no backward. backward: inputs, s0, reset,
-    saved, dy, dstate, chunked -> the gradients of inputs and s0.
+    forward: inputs, s0, reset, chunked, save -> y, final state, saved. The backward needs `saved` beside the
+    arguments; without `save` it is empty, and there is no backward. backward: inputs, s0, reset, saved, dy,
+    dstate, chunked -> the gradients of inputs and s0.
     """
 
     def __init__(self, version: int):
@@ -192,11 +193,11 @@ class WkvOp:
         self.op = f"wkv{version}"
 
     def symbol(self, chunked: bool, part: str) -> str:
-        """The function of the C interface for "forward", "backward", "scratch" or "forward_scratch"."""
+        """Name the function of the C interface for "forward", "backward", "scratch" or "forward_scratch"."""
         return f"{self.op}{'_chunked' * chunked}_{part}"
 
     def kept(self, saved: Tensor | None, chunked: bool) -> tuple[Tensor | None, ...]:
-        """`saved` as the C interface passes it: only where there is something to save."""
+        """Return `saved` as the C interface takes it: null if there is nothing to save."""
         return (saved,) if chunked or self.version == 7 else ()
 
     def empty_outputs(self, r: Tensor, chunked: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +207,7 @@ class WkvOp:
         return torch.empty_like(r), state, r.new_empty(floats, dtype=torch.float32)
 
     def empty_gradients(self, r: Tensor) -> list[Tensor]:
-        """Of the inputs and of s0; u's has one part for each row."""
+        """Allocate the gradients of the inputs and of s0; u's has one part for each row."""
         B, _, H, N = r.shape
         of_inputs = [
             r.new_empty(B, H, N, dtype=torch.float32) if name == "u" else torch.empty_like(r)
@@ -215,7 +216,7 @@ class WkvOp:
         return [*of_inputs, r.new_empty(B, H, N, N, dtype=torch.float32)]
 
     def sum_u(self, gradients: list[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients with the parts of u's added up."""
+        """Add up the parts of u's gradient; the other gradients stay."""
         if "u" in self.inputs:
             u = self.inputs.index("u")
             gradients[u] = gradients[u].sum(0)
@@ -224,7 +225,7 @@ class WkvOp:
     def forward(self, *arguments, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chunked = arguments
         r = tensors[0]
-        # a CPU's kernel writes it in any case
+        # a CPU's kernel writes `saved` in any case
         y, state, written = self.empty_outputs(r, chunked, save or not r.is_cuda and not chunked)
         saved = written if save else r.new_empty(0, dtype=torch.float32)
         given = [*tensors, y, state, *self.kept(written if written.numel() else None, chunked)]
@@ -295,9 +296,9 @@ _NAMED = [True]  # whether a NaN on a CPU is an error
 
 @contextlib.contextmanager
 def nan_passes():
-    """Context in which a NaN flows on into the outputs, as on a GPU.
+    """Let a NaN pass into the outputs inside the block, as on a GPU.
 
-    It is for a training that judges every step by its loss and goes back.
+    It is for a training that checks the loss of every step and rolls back.
     """
     before, _NAMED[0] = _NAMED[0], False
     try:
@@ -307,9 +308,9 @@ def nan_passes():
 
 
 def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
-    """Raises ValueError with the first argument that holds a NaN.
+    """Raise ValueError with the first argument that holds a NaN.
 
-    An infinity is none: it may be a raw decay, or an overflow of the arithmetic.
+    An infinity may pass: it may be a raw decay, or an overflow of the arithmetic.
     """
     if not _NAMED[0]:
         return

@@ -1,11 +1,11 @@
 """Packed rows whose documents start from a given state: every document becomes a row of its own.
 
 The kernels zero the state where a document starts. A tuned initial state must stand there instead, with its
-gradient from every document of a row. It could be no argument of the tensor-core forms, whose chunks hold
-several documents in one matrix. So the documents are cut out and handed to the kernel in groups of similar
-length, each with its own initial state and without resets: any kernel does, the gradients are autograd's, and
-a group is padded to less than twice its tokens. Padding stands after a document and leaves the state as it
-is.
+gradient from every document of a row. The tensor-core forms cannot take it as an argument, because their
+chunks hold several documents in one matrix. So the documents are cut out and given to the kernel in groups of
+similar length, each with its own initial state and without resets. Any kernel can do that, the gradients are
+autograd's, and a group is padded to less than twice its tokens. Padding stands after a document and leaves
+the state as it is.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DECAY_OF_PADDING = -30.0
 
 
 class Group(NamedTuple):
-    """D documents of similar length, L tokens the longest."""
+    """Documents of similar length: D of them, the longest with L tokens."""
 
     tokens: Tensor  # (D, L) int64, places in the flattened rows (B * T,); B * T, one past the end, is padding
     rows: Tensor  # (D,) int64, the row of each document
-    reset: Tensor  # (D,) bool; not set for what goes on from the row before its first reset
+    reset: Tensor  # (D,) bool; not set for the rest of a document that began before the row
 
 
 class Layout(NamedTuple):
-    """Where the documents of packed rows go, and where they are found again."""
+    """Places of packed rows' documents in the groups, and the way back."""
 
     groups: list[Group]
     places: Tensor  # (B * T,) int64, each token's output among those of all groups, padding included
@@ -41,10 +41,10 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # every layer asks for the same resets, which are hashed by identity
 def layout(reset: Tensor) -> Layout:
-    """The layout of rows whose documents start where `reset` (B, T) bool is set.
+    """Find the layout of rows whose documents start where `reset` (B, T) bool is set.
 
-    Token 0 of a row begins a document in any case, a new one or the rest of one. A GPU is not waited
-    for where a batch came with its resets on the CPU, as data.batches.to_device() leaves them.
+    Token 0 of a row begins a document in any case, a new one or the rest of one. This does not wait for a GPU
+    if the batch came with its resets on the CPU, as data.batches.to_device() leaves them.
     """
     B, T = reset.shape
     given = getattr(reset, "on_cpu", None)
@@ -52,7 +52,7 @@ def layout(reset: Tensor) -> Layout:
         given = reset.cpu()
 
     def sent(x: Tensor) -> Tensor:
-        # from pinned memory, for which nothing waits
+        # a copy from pinned memory does not wait
         return x.pin_memory().to(reset.device, non_blocking=True) if reset.is_cuda else x
 
     begins = given.clone()
@@ -82,10 +82,10 @@ def by_document(
     reset: Tensor,
     initial_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) and the state after each row, where documents start from `initial_state` (H, N, N).
+    """Run rows whose documents start from `initial_state` (H, N, N): y (B, T, H, N), the rows' states.
 
-    `wkv(inputs, state)` computes rows of one document. s0 (B, H, N, N) is the state that a row goes on from,
-    None where each row begins with a document.
+    `wkv(inputs, state)` computes rows of one document. s0 (B, H, N, N) is the state before a row's first
+    token, None if each row begins with a document.
     """
     B, T, H, N = inputs["r"].shape
     plan = layout(reset)

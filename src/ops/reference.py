@@ -14,29 +14,29 @@ import torch
 
 
 def decay6(w):
-    """delta = exp(-exp(w)), in [0, 1]: RWKV-6 has no floor, a large w gives an exact 0 and -inf gives 1."""
+    """Compute delta = exp(-exp(w)), in [0, 1]: RWKV-6 has no floor, large w give exactly 0, -inf gives 1."""
     # The clamp keeps 0 * inf out of the backward. It changes no value: above w = 6.7 delta is an exact 0 in
     # float64 too.
     return torch.exp(-torch.exp(w.clamp(max=7)))
 
 
 def log_decay7(w):
-    """log delta = -exp(-1/2) sigmoid(w): RWKV-7 clamps softly, delta in (0.5453, 1], and -inf gives 1."""
+    """Compute log delta = -exp(-1/2) sigmoid(w): RWKV-7 keeps delta in (0.5453, 1], and -inf gives 1."""
     return -math.exp(-0.5) * torch.sigmoid(w)
 
 
 def enter(s, reset):
-    """The state (B,H,N,N) as a token finds it: zero where reset (B,), bool or None, is set for it."""
+    """Return the state (B,H,N,N) before a token: zero where reset (B,), bool or None, is set for it."""
     return s if reset is None else s.masked_fill(reset[:, None, None, None], 0)
 
 
 def resets(reset, T):
-    """reset (B,T) or None -> one (B,) or None for each token."""
+    """Split reset (B,T) or None into one (B,) or None for each token."""
     return [None] * T if reset is None else reset.unbind(1)
 
 
 def recurrent6(r, k, v, w, u, s, reset=None):
-    """RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
+    """Run RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
 
     y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
@@ -54,7 +54,7 @@ def recurrent6(r, k, v, w, u, s, reset=None):
 
 
 def recurrent7(r, w, k, v, a, b, s, reset=None):
-    """RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
+    """Run RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
 
     s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T
     y_t = s r_t

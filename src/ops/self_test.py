@@ -1,6 +1,6 @@
-"""Whether the native code of a device can be used: whether it is built, and right (kernel_errors.py).
+"""Self-test of a device's native code: whether it can be built, and is right (kernel_errors.py).
 
-status() says so. The verdict is kept beside the library, so that only the first process tests.
+status() builds and tests. The verdict is kept beside the library, so that only the first process tests.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ REPORT = "please report it, and use --wkv torch"
 
 
 class Status(NamedTuple):
-    """What is known of the kernels of a device after a try to build and test them."""
+    """Result of building and testing the kernels of a device."""
 
     built: bool
     passed: bool
     path: str = ""  # the library
-    seconds: float = 0.0  # that the build and the test took; milliseconds when both are found done
+    seconds: float = 0.0  # for the build and the test; milliseconds when both are found done
     error: float | None = None  # the largest relative error of the self-test
-    reason: str = ""  # why they are not to be used, and what to do, in one line
+    reason: str = ""  # why they must not be used, and what to do, in one line
 
 
 @functools.cache
 def status(device: str) -> Status:
     """Build the kernels of "cpu" or "cuda" and compare them with the reference.
 
-    A library is built once in its life, and tested once on each kind of GPU: that of this process, which is
-    the current one when this is first called.
+    A library is built once in its life, and tested once on each kind of GPU. The GPU is the current one at
+    the first call.
     """
     started = time.perf_counter()
     try:
@@ -64,7 +64,7 @@ def status(device: str) -> Status:
 
 
 def card() -> str:
-    """What a self-test on the current GPU is true of: the kind of GPU and its driver."""
+    """Name the kind of GPU and its driver, which a self-test on the current GPU holds for."""
     major, minor = torch.cuda.get_device_capability()
     driver = str(cuda_of_driver())
     with contextlib.suppress(OSError, AttributeError), open("/proc/driver/nvidia/version") as file:
@@ -73,11 +73,11 @@ def card() -> str:
 
 
 def test_forms(device: str) -> tuple[float, str]:
-    """(error of the self-test of the kernels of a device, what is wrong with them, or nothing)."""
+    """Test the kernels of a device: (the error, what is wrong with them, or "")."""
     tensor_cores = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     forms = [False, True] if tensor_cores else [False]
     try:
-        # also where the first to ask is a program that has turned gradients off
+        # also if the first to ask is a program that has turned gradients off
         with torch.inference_mode(False), torch.enable_grad():
             errors = {chunked: largest_error(device, chunked) for chunked in forms}
     except LaunchError as failure:
@@ -91,20 +91,20 @@ def test_forms(device: str) -> tuple[float, str]:
 
 
 def verdict_file(path: str, card: str) -> str:
-    """Where it is kept that a library has passed its self-test, on one kind of GPU or on its CPU."""
+    """Return the path of the verdict about a library, on one kind of GPU or on its CPU."""
     kind = f".{hashlib.sha256(card.encode()).hexdigest()[:8]}" if card else ""
     return f"{path}{kind}.tested"
 
 
 def read_verdict(path: str) -> float | None:
-    """The error of a self-test that was passed before. A power cut may have left it empty."""
+    """Read the error of a self-test that passed before. A power cut may have left the file empty."""
     with contextlib.suppress(OSError, ValueError), open(path) as file:
         return json.load(file)["error"]
     return None
 
 
 def write_verdict(path: str, error: float, card: str) -> None:
-    """Let later processes know. A cache that others built may be read-only: each process then tests."""
+    """Record a passed self-test. A cache that others built may be read-only: each process then tests."""
     temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         with open(temporary, "w") as file:

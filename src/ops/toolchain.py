@@ -1,8 +1,7 @@
 """The programs that native kernels are built with: `find_cxx`, `find_ninja`, `find_nvcc`.
 
-A kernel made by nvcc brings a part of its CUDA version with it, and a driver runs no CUDA that is newer than
-its own. So an nvcc is looked for that fits the driver; where there is none, as on a login node, one that fits
-torch.
+A kernel made by nvcc contains a part of its CUDA version, and a driver runs no CUDA that is newer than its
+own. So the nvcc has to fit the driver; without a driver, as on a login node, it has to fit torch.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ WHEELS, FIRST_WHEELS = "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]", 13
 
 
 class BuildError(RuntimeError):
-    """No library, said in one line: the reason and what to do about it."""
+    """Failure to get a library, in one line: the reason and what to do about it."""
 
 
 class Nvcc(NamedTuple):
-    """A CUDA compiler and the flags that lead it to its own headers and libraries."""
+    """CUDA compiler, with the flags for its own headers and libraries."""
 
     path: str
     compile_flags: tuple[str, ...] = ()
@@ -43,21 +42,21 @@ class Nvcc(NamedTuple):
 
 
 class Release(NamedTuple):
-    """What an nvcc says of itself."""
+    """Version of an nvcc and the architectures that it knows."""
 
-    cuda: str  # "13.0"; "" where it does not say
-    architectures: tuple[int, ...]  # that it compiles for: 90 for compute capability 9.0
+    cuda: str  # "13.0"; "" if unknown
+    architectures: tuple[int, ...]  # those it compiles for: 90 for compute capability 9.0
 
 
 def cache_folder() -> pathlib.Path:
-    """RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
+    """Return RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
     if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
         return pathlib.Path(chosen).expanduser().absolute()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
 
 
 def find_cxx() -> str:
-    """The first of c++, g++ and clang++ on PATH."""
+    """Find the first of c++, g++ and clang++ on PATH."""
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
@@ -68,7 +67,7 @@ def find_cxx() -> str:
 
 
 def find_ninja() -> str:
-    """The ninja of this Python's environment, which need not be activated, else the one on PATH."""
+    """Find ninja in this Python's environment, which need not be activated, else on PATH."""
     with contextlib.suppress(ImportError):
         import ninja
 
@@ -82,9 +81,9 @@ def find_ninja() -> str:
 
 
 def find_nvcc() -> Nvcc:
-    """The first nvcc that fits: of CUDA_HOME, PATH, /usr/local, the PyPI packages in this environment.
+    """Find the first nvcc that fits: in CUDA_HOME, PATH, /usr/local, the PyPI packages of this environment.
 
-    Raises BuildError where there is none, and where each is too new.
+    Raises BuildError if there is none, or if each is too new.
     """
     newest, whose = newest_cuda()
     unfit = []
@@ -105,7 +104,7 @@ def find_nvcc() -> Nvcc:
 
 
 def newest_cuda() -> tuple[str | None, str]:
-    """(the newest CUDA that kernels may be of, as "13.0", who says so); None where nobody does."""
+    """Return (the newest CUDA that kernels may be made with, as "13.0", who says so); None if nobody does."""
     if driver := device.cuda_of_driver():
         return f"{driver // 1000}.{driver % 1000 // 10}", "this driver"
     return torch.version.cuda, f"torch {torch.__version__}"
@@ -116,8 +115,8 @@ def major(cuda: str) -> int:
 
 
 def how_to_install(newest: str | None) -> str:
-    """What gets an nvcc of at most this CUDA, in one line."""
-    # torch's own version if the driver runs it: pip then changes nothing that torch came with
+    """Tell in one line how to install an nvcc of at most this CUDA."""
+    # torch's own version if the driver runs it: then pip changes nothing of torch's
     fits = torch.version.cuda and (newest is None or major(torch.version.cuda) <= major(newest))
     wanted = torch.version.cuda if fits else newest
     if newest and major(newest) < FIRST_WHEELS:
@@ -131,7 +130,7 @@ def how_to_install(newest: str | None) -> str:
 
 
 def every_nvcc() -> Iterator[Nvcc]:
-    """All that are installed here, in the order in which they are tried."""
+    """Yield every installed nvcc, in the order in which they are tried."""
     home = os.environ.get("CUDA_HOME")
     toolkits = sorted(glob.glob(TOOLKITS), key=lambda path: list(map(int, re.findall(r"\d+", path))))
     for folder in [*([f"{home}/bin"] if home else []), *os.get_exec_path(), *reversed(toolkits)]:
@@ -153,7 +152,7 @@ def every_nvcc() -> Iterator[Nvcc]:
 
 
 def ask(nvcc: str) -> Release:
-    """What an nvcc says of itself; kept in the kernel cache, as asking starts two processes."""
+    """Ask an nvcc for its version; the answer is kept in the kernel cache, as asking starts two processes."""
     status = os.stat(nvcc)
     key = f"{os.path.realpath(nvcc)} {status.st_size} {status.st_mtime_ns}"
     path = cache_folder() / "nvcc.json"
@@ -183,7 +182,7 @@ def output_of(*command: str) -> str:
 
 
 def code_for(architectures: Sequence[str], known: Sequence[int]) -> list[str]:
-    """nvcc's flags for these compute capabilities, "90" for 9.0, given those that it knows.
+    """Return nvcc's flags for these compute capabilities, "90" for 9.0, given those that it knows.
 
     A GPU that is newer than nvcc runs code for an older one of its generation. If nvcc knows none of those,
     it gets PTX of the newest that nvcc knows, which the driver compiles at the first start.
