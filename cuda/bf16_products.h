@@ -1,9 +1,9 @@
 // Products of bf16 weights where they lie with activations in bf16 (bf16_products_cpu.cpp), for CPUs whose
 // vdpbf16ps multiplies two pairs of them and adds both to an fp32 sum. No weight has to be widened.
 //
-// A row of activations x is two rows of bf16: hi, x rounded, and lo, what rounding took away, rounded too.
+// A row of activations x is two rows of bf16: hi, x rounded, and lo, the rounding error of hi, rounded too.
 // With both, a product's relative error is 2.5e-6; fp32 has 1e-7. With hi alone it is 2e-3, for half of the
-// work. Either is padded with zeros to whole blocks; together they take no more than padded(n) fp32 numbers.
+// work. Both are padded with zeros to whole blocks; together they take at most padded(n) fp32 numbers.
 //
 // A sum of products has one accumulator of WIDTH lanes, in the order of the columns, whatever tile it is in.
 // So the products of a row are the same bits beside any other rows and with any number of threads.

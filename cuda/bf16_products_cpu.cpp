@@ -4,7 +4,7 @@
 // read there. With hi + lo they took 10.2 ms for 4 rows and 38.9 ms for 16, with hi alone 11.4 and 22.8 ms.
 //
 //   bf16_fast()
-//       1 where the CPU has the instruction; others work out the same numbers, slowly
+//       1 if the CPU has the instruction; other CPUs compute the same numbers, slowly
 //   bf16_multiply(matrix, rows, columns, x, parts, B, y, first, last)
 //       y (B, rows) = x (B, columns) times the matrix's rows [first, last), transposed
 #include "bf16_products.h"
@@ -32,7 +32,7 @@ inline Vec<W> dot_bf16(Vec<W> sum, Pairs w, Pairs x) {
 }
 #else
 constexpr bool FAST = false;
-// Numbers too small for all of their bits are 0, before and after. Products of two bf16 are exact in fp32.
+// Subnormal numbers become 0, as in the instruction. Products of two bf16 are exact in fp32.
 inline Vec<W> flushed(Pairs bits) {
     bits = (bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits;
     Vec<W> x;
@@ -67,7 +67,7 @@ struct Totals {
     }
 };
 
-// What a pass over the weights of a tile asks the memory for, in the order of the addresses.
+// Prefetches of a pass over the weights of a tile, in the order of the addresses.
 struct Ahead {
     const char* at;
     long lines;  // for each block of columns

@@ -1,4 +1,4 @@
-// What the CPU kernels share: vectors of W fp32 lanes by the compiler's vector extensions (one source for
+// Shared parts of the CPU kernels: vectors of W fp32 lanes by the compiler's vector extensions (one source for
 // AVX-512, AVX2 and NEON), exp, transposes, rows of fp32 or bf16, and threads.
 #pragma once
 #include <algorithm>
@@ -287,8 +287,8 @@ template <class Work> inline void parallel(long items, int threads, Work work) {
     for (auto& other : others) other.join();
 }
 
-// What every call has, and how the work on it is divided: a head, or the same part of the value rows of every
-// head, is one item.
+// Arguments of every call, and the division of its work: one item is a head, or the same part of the value rows
+// of every head.
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
 struct Call {

@@ -17,9 +17,9 @@
 //       strength; before, after: att_x, wkv, ffn_x of every layer of every row; logits (count, V); 1 if a
 //       logit is not finite
 //   decode_replace(decoder, place, matrix)
-//       the matrix at that place of `matrices` is another one from now on
+//       replaces the matrix at that place of `matrices`
 //   decode_table(decoder, table, changes)
-//       what an adapter adds to each of `matrices`
+//       sets the changes of an adapter to each of `matrices`
 //   decode_close(decoder)
 #include "decode_parts.h"
 

@@ -1,5 +1,5 @@
-// What the layers of the decoder (decode_cpu.cpp) are made of beside products: their parameters, norms, and
-// the recurrence of one token of a head.
+// Parts of the decoder's layers (decode_cpu.cpp) beside the products: their parameters, norms, and the
+// recurrence of one token of a head.
 #pragma once
 #include "decode_products.h"
 

@@ -1,12 +1,12 @@
-// What the decoder (decode_cpu.cpp) has and does beside its layers: its vectors, how threads share
-// the rows of matrices and of activations, the products with what adapters add, and low-rank maps.
+// Parts of the decoder (decode_cpu.cpp) beside its layers: its vectors, the division of the rows of matrices
+// and of activations among threads, products with the changes of adapters, and low-rank maps.
 #pragma once
 #include <memory>
 
 #include "decode_cpu.h"
 #include "decode_threads.h"
 
-// What an adapter adds to a matrix: scale * B A. A (rank, columns); B transposed, (rank, rows); fp32.
+// Change of a matrix by an adapter: scale * B A. A (rank, columns); B transposed, (rank, rows); fp32.
 // Without A it is MiSS's, whose A x are the sums of strided shards, x[j] + x[j + rank] + ... Rank 0: nothing.
 struct Change {
     int64_t rank;
@@ -97,7 +97,7 @@ public:
     }
 
 protected:
-    // What a thread has for itself: the inner activations of the low-rank maps, and room for the rows of a
+    // Memory of one thread: the inner activations of the low-rank maps, and room for the rows of a
     // group
     struct Own {
         std::vector<Batch> inner;

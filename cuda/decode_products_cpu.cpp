@@ -81,7 +81,7 @@ template <int share> inline void spread_block(const float* x, float* out) {
             }
     }
 }
-// what fills no block keeps its place
+// a rest that fills no block keeps its place
 template <int share> void spread(const float* x, long n, long from, long to, float* out) {
     constexpr long block = share * W;
     const long whole = n / block * block;

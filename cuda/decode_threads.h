@@ -8,8 +8,8 @@
 #include "cpu.h"
 
 // Threads that live as long as the decoder. Within a token they wait for each other many times, for
-// microseconds, so they spin; where a core is wanted by another thread they let it have it, and between
-// tokens they sleep: a chat waits for its user.
+// microseconds, so they spin. They yield a core that another thread wants, and between tokens they sleep: a
+// chat waits for its user.
 class Pool {
 public:
     explicit Pool(int threads) : threads(threads) {

@@ -1,5 +1,5 @@
-// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its
-// outputs once, and a backward makes again from the inputs what it needs. src/ops/elementwise_reference.py
+// Functions between the matrix products of a layer, on a CPU: each reads its inputs and writes its outputs
+// once, and a backward recomputes from the inputs what it needs. src/ops/elementwise_reference.py
 // has the formulas; arithmetic is fp32 here whatever the dtype.
 //
 // The C interface: activations are contiguous (B, T, C) of one dtype; C and the head size are multiples of 8,
@@ -71,7 +71,7 @@ struct Shift {
     bool starts(const Shape& s, long b, long t) const { return reset && reset[b * s.T + t]; }
 };
 
-// run(lanes, number, b, first, last): columns of one row of the batch, all tokens; so many tensors are
+// run(lanes, number, b, first, last): columns of one row of the batch, all tokens; `tensors` are
 // written or read
 template <class Run> inline void each_column(const Shape& s, long tensors, Run run) {
     typed(s.C, s.dtype, [&](auto lanes, auto number) {
@@ -111,7 +111,7 @@ template <bool PER_TOKEN> void shift_backward(
         constexpr int W = lanes;
         typedef decltype(number) Number;
         Buffer buffer(s.C);
-        float* after = buffer.data;  // what the token after the present one gives to it
+        float* after = buffer.data;  // the next token's share of this token's gradient
         std::fill(after + first, after + last, 0.f);
         for (long t = s.T - 1; t >= 0; t--) {
             const long row = (b * s.T + t) * s.C;

@@ -7,7 +7,7 @@
 // 16 rows, and their quantising twice.
 //
 //   panels_fast()
-//       1 where the CPU has the instruction; others work out the same numbers, slowly
+//       1 if the CPU has the instruction; other CPUs compute the same numbers, slowly
 //   panels_bytes(rows, columns)
 //   panels_pack(dtype, weights, rows, columns, matrix, threads)
 //       weights: row by row, fp32 or bf16; matrix: panels_bytes() of them, at a multiple of 64 bytes

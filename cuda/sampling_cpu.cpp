@@ -26,7 +26,7 @@ struct Choice {
     const float* penalties;
     int64_t* likeliest;  // (logprobs) the likeliest tokens, in their order
     double* likeliest_logprobs;
-    // what is found
+    // results
     double logprob;
     int64_t token;  // -1 where the largest logit is not finite
     float largest;
@@ -44,7 +44,7 @@ long id_of(uint64_t key) { return long(key & 0xffffffffu); }
 
 Vec<W> larger(Vec<W> x, Vec<W> y) { return choose<W>(x > y, x, y); }
 
-// what a thread keeps from call to call
+// memory that a thread keeps between calls
 struct Scratch {
     std::vector<float> values, weights, maxima, sorted_maxima, sums;
     std::vector<uint64_t> keys;
@@ -139,7 +139,7 @@ private:
     static constexpr uint64_t END = ~0ull;
     static constexpr auto plus = [](Vec<W> x, Vec<W> y) { return x + y; };
 
-    // for each block what its vectors are together: vector(i, those before), then join(a lane, another)
+    // reduces the vectors of each block to one number: vector(i, the vectors before), then join(lane, lane)
     template <class Join, class Vector>
     void by_block(std::vector<float>& result, float start, Join join, Vector vector) {
         result.resize((blocks + W - 1) / W * W);

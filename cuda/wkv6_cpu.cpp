@@ -180,7 +180,7 @@ template <int W, int C> void forward_token(const Head& g, long t, long first, lo
     for (int l = 0; l < C; l++) add_or_store<W>(g.dr[t] + key + l * W, dr[l], add);
 }
 
-// Steps 1 and 2 for value columns [first, last); `add`: to what earlier columns of this part left in the sums
+// Steps 1 and 2 for value columns [first, last); `add`: onto the sums of this part's earlier columns
 template <int W> void backward_columns(const Inputs& in, const Head& g, long head, long first, long last,
     const float* dsT, float* ds0, bool add) {
     const long T = in.T, N = in.N, columns = last - first, state = head * N * N + first;

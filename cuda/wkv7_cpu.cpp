@@ -198,7 +198,7 @@ void forward_token(const Head& g, long t, long first, long last, long key, long 
     }
 }
 
-// Steps 1 and 2 for rows [first, last); `add`: to what earlier rows of this part left in the sums
+// Steps 1 and 2 for rows [first, last); `add`: onto the sums of this part's earlier rows
 template <int W> void backward_rows(const Inputs& in, const Head& g, long head, long first, long last,
     const float* dsT, float* ds0, bool add) {
     const long T = in.T, N = in.N, state = head * N * N + first * N,

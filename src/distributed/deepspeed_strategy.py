@@ -114,7 +114,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         return torch.device("cpu", 0) if self._on_cpu else super().root_device
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Return share out the model, tensor by tensor, under stage 3.
+        """Share out the model, tensor by tensor, under stage 3.
 
         Left to DeepSpeed, all of it would be on every device first.
         """

@@ -178,7 +178,7 @@ def build(
 def fingerprint(
     name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str
 ) -> str:
-    """Return hash everything that decides the library.
+    """Hash everything that decides the library.
 
     The compiler counts as its file: asking it for its version would start a process each time.
     """
