@@ -601,13 +601,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     return metadata
 
 
-def _is_base(model: nn.Module, recorded: str, path) -> bool:
-    """Tell whether a model is the base of an adapter file, as far as the model knows its own identity."""
-    if identity := getattr(model, "base_identity", None):
-        return identity.is_recorded(recorded, path)
-    return getattr(model, "base_fingerprint", None) in (None, recorded)
-
-
 def _replaceable(model: nn.Module) -> dict[str, Tensor]:
     """Return what whole tensors of a file may replace: parameters under all their names, and statistics."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -622,7 +615,8 @@ def fit_adapter(
     """
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
-    if not force and metadata["base_fingerprint"] and not _is_base(model, metadata["base_fingerprint"], path):
+    recorded = metadata["base_fingerprint"]
+    if not force and recorded and getattr(model, "base_fingerprint", None) not in (None, recorded):
         raise UserError(
             f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that"
             " one as the base"
@@ -657,7 +651,7 @@ def _inject_as_trained(
     missing = sorted({*metadata["linears"], *merged} - modules.keys())
     if missing:
         raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
-    parts = metadata.get("train_parts", [])  # none in files of the first version
+    parts = metadata["train_parts"]
     if "origin" in metadata:  # another project's file may have a part of some layers only
         names = [*dict(model.named_parameters()), *state_names(model)]
         parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]

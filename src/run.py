@@ -121,11 +121,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Watchdo
     over = first_step >= job.steps or is_over(history, config.early_stop)
     notes = []
     if resume_from:
-        check_inputs(
-            resume_from,
-            inputs(model, data.documents, data.held_out, reference_of(config)),
-            model.base_identity,
-        )
+        check_inputs(resume_from, inputs(model, data.documents, data.held_out, reference_of(config)))
         if config.on_rewards and (note := reward_note(resume_from, reward_digest)):
             notes.append(f"note:      {note}")
     plan = []

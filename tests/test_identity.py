@@ -1,45 +1,24 @@
-"""A digest of everything says who a base is; what earlier versions wrote goes on being used."""
+"""A digest of everything says who a base is."""
 
-import functools
 import json
 import os
-import pathlib
 import re
 import shutil
 
 import pytest
 import torch
 
-from rwkv_miss import UserError, merge_file, progress, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files import identity
-from rwkv_miss.files.identity import Identity, fingerprint, sampled_fingerprint
+from rwkv_miss.files.identity import Identity, fingerprint
 from rwkv_miss.merging.unmerge import check_merge
-from src.config import settle
-from src.data.templates import recorded_template
-from src.data.tokenizer import load_tokenizer
-from src.inference.conversation import Conversation
-from src.inference.conversation_file import load_chat
 from src.inference.load import load_with
-from src.inference.sampling import GREEDY
 from src.model import RWKV
 
 from . import program
-from .answering import engine_of
 from .conftest import make_arch, random_tensors
 from .program import losses, succeed
 from .test_checkpoint import assorted
-
-EARLIER = pathlib.Path(__file__).parent / "written_by_587ce99"
-"""Written by that commit in an empty folder, from a random model of one layer. `train`, `merge` and the chat
-are its own:
-
-    default_arch(7, 1, 16, 256, 8) with dim_ffn 32 and ranks of 2, weights + 0.1 * randn in bf16   -> base.pth
-    train.py --load_model base.pth --data_file rows.jsonl --proj_dir run --tokenizer bytes --peft_config r=2
-             --epoch_steps 1 --micro_bsz 2 --ctx_len 32 --accelerator cpu --eval_split 0               -> run/
-    python -m rwkv_miss merge --base base.pth --adapter run/adapter.pth --out merged.pth
-    python -m demo.chat --model base.pth --adapter run/adapter.pth --temperature 0 --max_tokens 4
-             /save chat.pth
-"""
 
 
 def test_every_byte_name_shape_and_dtype_counts(tmp_path):
@@ -65,32 +44,15 @@ def test_the_digest_in_threads_is_that_of_one(monkeypatch):
     assert fingerprint(tensors) == reference
 
 
-def rows_changed(tensor):
-    """Another tensor with the same sampled bytes: every row is changed that the earlier rule does not
-    read.
-    """
-    data, step = tensor.clone(), tensor.nbytes // 13
-    width = tensor.shape[1] * tensor.element_size()
-    read = {
-        row
-        for start in range(0, tensor.nbytes, step)
-        for row in range(start // width, (start + 255) // width + 1)
-    }
-    rows = [row for row in range(len(tensor)) if row not in read]
-    data[rows] = data[rows] * 1.5 + 1
-    assert len(rows) > 0.7 * len(tensor)
-    return data
-
-
 @pytest.fixture(scope="module")
 def two_bases(tmp_path_factory):
-    """A base, and another one that the earlier rule takes for it."""
+    """A base, and another one with another value in one place."""
     folder = tmp_path_factory.mktemp("bases")
     tensors = random_tensors(make_arch(7, vocab_size=256, n_embd=48, head_size=16))
-    other = {**tensors, "emb.weight": rows_changed(tensors["emb.weight"])}
-    assert sampled_fingerprint(tensors) == sampled_fingerprint(other) and fingerprint(tensors) != fingerprint(
-        other
-    )
+    changed = tensors["emb.weight"].clone()
+    changed[70, 7] += 1
+    other = {**tensors, "emb.weight": changed}
+    assert fingerprint(tensors) != fingerprint(other)
     write_checkpoint(folder / "base.pth", tensors.items())
     write_checkpoint(folder / "other.pth", other.items())
     (folder / "rows.jsonl").write_text('{"text": "abc"}\n' * 8)
@@ -206,96 +168,3 @@ def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tm
     os.replace(shutil.copy(two_bases / "other.pth", tmp_path / "new.pth"), tmp_path / "base.pth")
     with pytest.raises(UserError, match="base.pth is another file than the one that was read"):
         assert model.base_fingerprint
-
-
-# what 587ce99 wrote
-
-
-@pytest.fixture
-def earlier(tmp_path, monkeypatch):
-    """A copy of its files; a note is said again."""
-    progress._print_note.cache_clear()
-    return pathlib.Path(shutil.copytree(EARLIER, tmp_path / "earlier"))
-
-
-def other_base(folder):
-    tensors = read_checkpoint(folder / "base.pth")
-    write_checkpoint(folder / "other.pth", {name: tensor * 1.5 for name, tensor in tensors.items()}.items())
-    return folder / "other.pth"
-
-
-def test_its_adapters_and_merged_files_are_used(earlier, capsys):
-    assert not read_metadata(earlier / "run/adapter.pth")["base_fingerprint"].startswith("blake2b:")
-    base, adapter = earlier / "base.pth", earlier / "run/adapter.pth"
-    report = merge_file(base, adapter, earlier / "again.pth")
-    assert f"note: {adapter} is of an earlier version" in capsys.readouterr().err
-    theirs, ours = read_checkpoint(earlier / "merged.pth"), read_checkpoint(earlier / "again.pth")
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
-    assert report.record["base_fingerprint"] == fingerprint(read_checkpoint(base))
-    assert check_merge(base, earlier / "merged.pth", [adapter]).problems == []
-    assert f"note: {earlier / 'merged.pth'} is of an earlier version" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is already a merge of"):
-        merge_file(earlier / "merged.pth", adapter, earlier / "twice.pth")
-    with pytest.raises(UserError, match="was trained on another base"):
-        merge_file(other_base(earlier), adapter, earlier / "wrong.pth")
-    problems = check_merge(earlier / "other.pth", earlier / "merged.pth", [adapter]).problems
-    assert "by its own record it is a merge into another base, base.pth" in problems
-
-
-def in_folder(folder, rank):
-    os.chdir(folder)
-
-
-def test_its_run_goes_on(earlier):
-    """The second step is that of a run of today."""
-    flags = """
-        --load_model base.pth --data_file rows.jsonl --tokenizer bytes --peft_config r=2 --micro_bsz 2
-        --ctx_len 32 --accelerator cpu --eval_split 0 --epoch_steps 2
-    """.split()
-
-    as_it_was = ["--lr_schedule", "constant", "--lr_init", "paper"]
-    here = functools.partial(in_folder, earlier)
-    output = succeed(program.run([*flags, "--proj_dir", "run", "--resume", "auto"], here))
-    checkpoint = "run/checkpoints/step-00000001.pth"
-    assert f"note: {checkpoint} is of an earlier version" in output
-    succeed(program.run([*flags, "--proj_dir", "new", *as_it_was], here))
-    assert losses(earlier / "run") == pytest.approx(losses(earlier / "new"), rel=1e-5)
-    inputs = read_metadata(earlier / "run/checkpoints/step-00000002.pth")["inputs"]
-    assert inputs["base file"] == fingerprint(read_checkpoint(earlier / "base.pth"))
-
-
-def test_its_template_has_the_meaning_that_it_had(earlier):
-    """In an adapter, in a merged file and in config.yaml: then "think-short" had no parentheses."""
-    hi = [{"role": "user", "content": "hi"}]
-    for name in ("run/adapter.pth", "merged.pth", "run/checkpoints/step-00000001.pth"):
-        path, metadata = earlier / name, read_metadata(earlier / name)
-        assert recorded_template("auto", load_tokenizer("bytes", 256), path).record == "rwkv:hermes"
-        write_checkpoint(path, read_checkpoint(path).items(), {**metadata, "template": "think-short"})
-        found = recorded_template("auto", load_tokenizer("bytes", 256), earlier / "base.pth", path)
-        assert found.segments(hi, ask=True)[0].text == "User: hi think a bit\n\nAssistant: <think"
-    settings = earlier / "run/config.yaml"
-    settings.write_text(settings.read_text().replace("template: auto", "template: think-short"))
-    config, _ = settle({"config": str(settings)})
-    assert (config.template, config.tool_style) == ("think-short-2025", "hermes")
-    settings.write_text("template: think-short\n")  # as people write it today
-    config, _ = settle({"config": str(settings)})
-    assert (config.template, config.tool_style) == ("think-short", "auto")
-
-
-def test_its_saved_chat_goes_on(earlier, capsys):
-    """With its state where base and adapters are the same."""
-    path = earlier / "chat.pth"
-
-    def go_on(base, adapter=earlier / "run/adapter.pth"):
-        adapters, tokenizer = load_with(base, {"a": adapter} if adapter else {}, "bytes", accelerator="cpu")
-        adapters.use(list(adapters.by_name))
-        conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
-        return load_chat(conversation, adapters, path), conversation
-
-    used, conversation = go_on(earlier / "base.pth")
-    assert used and conversation.turns[0].messages[0] == {"role": "user", "content": "hello"}
-    assert f"note: {path} is of an earlier version" in capsys.readouterr().err
-    used, conversation = go_on(earlier / "base.pth", None)
-    assert not used and conversation.turns
-    with pytest.raises(UserError, match="was saved with another base"):
-        go_on(other_base(earlier), None)

@@ -183,11 +183,11 @@ def test_contradictions_name_both(merging):
     merging.refused(
         "different tokenizers: .*a.pth with 'utf16', .*c.pth with 'bytes'", ["a.pth", "b.pth", "c.pth"]
     )
-    merging.adapter("a.pth", template="rwkv")
-    merging.adapter("c.pth", seed=3, template="think")
-    merging.adapter("d.pth", seed=3, template="rwkv:hermes")
-    merging.merge(["a.pth", "d.pth"])  # the same template, in the words of today
-    merging.refused("different templates: .*a.pth with 'rwkv', .*c.pth with 'think'", ["a.pth", "c.pth"])
+    merging.adapter("a.pth", template="rwkv:hermes")
+    merging.adapter("c.pth", seed=3, template="think:hermes")
+    merging.refused(
+        "different templates: .*a.pth with 'rwkv:hermes', .*c.pth with 'think:hermes'", ["a.pth", "c.pth"]
+    )
 
 
 def test_refusals(merging):

@@ -13,8 +13,6 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
-from rwkv_miss.files.template_record import is_jinja
-from src.chat import program
 from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
@@ -349,7 +347,7 @@ def test_alpaca_is_what_the_alpaca_prompt_is():
     assert text == f"{asked.format('a')}b\n\n### Instruction:\nc\n\n### Response:"
     assert template.stops == ("\n\n### Instruction:",)
     assert shown(template.segments([system("s"), user("a")], ask=True)).startswith("s\n\n### Instruction:\na")
-    assert is_jinja(template.record), "so that any version can read it"
+    assert "{%" in template.record, "so that any version can read it"
     with pytest.raises(UserError, match="no form for a turn of tool"):
         template.segments([user("a"), {"role": "tool", "content": "1"}, assistant("b")])
 
@@ -571,24 +569,8 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
 
 
 @pytest.mark.parametrize(
-    "record, meant",
-    [
-        ("rwkv", "rwkv:hermes"),
-        ("think", "think:hermes"),
-        ("think-normal", "think-normal-2025:hermes"),
-        ("think-short", "think-short-2025:hermes"),
-        ("think-long", "think-long-2025:hermes"),
-        ("fake-think", "fake-think:hermes"),
-        ("think-long:hermes", "think-long:hermes"),
-    ],
+    "record", ["/etc/hostname", "think", "think:", "think:jason", ":hermes", "auto", 7, ["rwkv"]]
 )
-def test_a_record_has_the_meaning_of_its_days(record, meant):
-    """Without a tool style it was written before there were any."""
-    assert from_record(record).record == meant and from_record(meant).record == meant
-    assert from_record(record).opening == load_template(record.partition(":")[0]).opening
-
-
-@pytest.mark.parametrize("record", ["/etc/hostname", "think:", "think:jason", ":hermes", "auto", 7, ["rwkv"]])
 def test_a_record_that_is_none_names_no_file(record):
     with pytest.raises(UserError, match="the template that the file records is .*, expected NAME:TOOL_STYLE"):
         from_record(record)
@@ -602,18 +584,18 @@ def test_what_a_user_chooses_comes_before_what_was_recorded(jinja):
         ("auto", "auto", None, small, "rwkv:hermes"),
         ("auto", "auto", None, None, "rwkv:hermes"),
         ("think", "auto", None, world, "think:json"),
-        ("think", "auto", "rwkv", world, "think:hermes"),
-        ("auto", "auto", "think-short", world, "think-short-2025:hermes"),
-        ("think-short", "auto", "think-short", world, "think-short:hermes"),
-        ("auto", "hermes", "think", world, "think:hermes"),
+        ("think", "auto", "rwkv:hermes", world, "think:hermes"),
+        ("auto", "auto", "think-short-2025:hermes", world, "think-short-2025:hermes"),
+        ("auto", "hermes", "think:json", world, "think:hermes"),
         ("think", "auto", CHATML, small, "think:hermes"),
         ("auto", "auto", CHATML, world, CHATML),
-        (CHATML, "auto", "rwkv", world, CHATML),
+        (CHATML, "auto", "rwkv:json", world, CHATML),
         ("think", "json", "of tomorrow:json", world, "think:json"),
     ):
         assert choose_template(spec, tool_style, recorded, tokenizer).record == meant
-    with pytest.raises(UserError, match="--tool_style json is about RWKV's template, and this one is Jinja"):
-        choose_template("auto", "json", CHATML, small)
+    for style in ("json", "hermes"):
+        with pytest.raises(UserError, match=f"--tool_style {style} is about RWKV's template, and"):
+            choose_template("auto", style, CHATML, small)
 
 
 def test_templates_reach_other_processes(jinja):

@@ -39,7 +39,7 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     """
     tensors, _ = read_described(path)
     known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
-    if known and not identity.is_recorded(known):
+    if known and identity.fingerprint != known:
         raise UserError(
             f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
             " one as --base"

@@ -2,9 +2,7 @@
 
 fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
 cache folder, by size, times and inode of the file, or of every file of a Hugging Face folder. Since it is of
-tensors under RWKV's names, a model has the same one in all forms that keep shapes and values. Records name
-their digest, "blake2b:..."; a record without a name is of an earlier version and is compared by its rule,
-sampled_fingerprint().
+tensors under RWKV's names, a model has the same one in all forms that keep shapes and values.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for
 REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
 SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
 FACTS = 4  # of _state() for each file
-SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes of a sample, samples of a tensor
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
@@ -50,21 +47,6 @@ def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> s
         if bar:
             bar.update(tensor.nbytes / 1e6)
     return DIGEST + digest.hexdigest()
-
-
-def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes, dtypes and a few bytes (sha256, hex): the rule of records without a name.
-
-    These are 256 bytes at 14 places of each tensor at most, so that another tensor may have the same.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        tensor = tensor.detach().cpu().contiguous()
-        data = memory(tensor)
-        for begin in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
-            digest.update(data[begin : begin + SAMPLE])
-    return digest.hexdigest()
 
 
 def _digest_of(tensor: Tensor) -> bytes:
@@ -106,30 +88,6 @@ class Identity:
         if is_file_or_folder(self.path) and sum(_state(self.path)[::FACTS]) >= REMEMBERED:
             return _remembered(self.path, self._compute)
         return fingerprint(self._tensors())
-
-    @functools.cached_property
-    def sampled(self) -> str:
-        """Return sampled_fingerprint() of the tensors."""
-        return sampled_fingerprint(self._tensors())
-
-    def settle(self) -> None:
-        """Compute both digests now, and let the tensors go: their file may change later."""
-        _ = self.fingerprint, self.sampled
-        self.given = None
-
-    def is_recorded(self, recorded: str, where: str | os.PathLike[str] = "") -> bool:
-        """Tell whether a record in the file `where` is of these tensors, by the rule that it names."""
-        if recorded.startswith(DIGEST):
-            return recorded == self.fingerprint
-        same = recorded == self.sampled
-        if same and where:
-            print_notes(
-                [
-                    f"{os.fspath(where)} is of an earlier version, which recorded its base by a sample of the"
-                    " bytes; it is compared by that"
-                ]
-            )
-        return same
 
     def _tensors(self) -> Mapping[str, Tensor]:
         if self.given is not None:

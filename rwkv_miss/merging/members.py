@@ -19,8 +19,7 @@ from ..adapter import METHODS, AdapterLinear, NoOptions
 from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
 from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
-from ..files.identity import Identity
-from ..files.template_record import with_tool_style
+from ..files.identity import fingerprint
 from ..inject import layer_tensors, read_adapter
 from ..methods.whole_tensors import PARTS
 from .rounding import Scratch
@@ -74,16 +73,8 @@ class Member:
         return self.metadata["tied"]
 
     @functools.cached_property
-    def identity(self) -> Identity:
-        return Identity(tensors=self.tensors)
-
-    @property
     def fingerprint(self) -> str:
-        return self.identity.fingerprint
-
-    def recorded_as(self, names: Iterable[str]) -> str | None:
-        """Return the one of the recorded fingerprints that is this adapter's, whatever its rule."""
-        return next((name for name in names if self.identity.is_recorded(name)), None)
+        return fingerprint(self.tensors)
 
     def changes(self, key: str) -> bool:
         return key in self.by_weight or key in self.whole
@@ -359,9 +350,8 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
     record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
         said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
-        meaning = with_tool_style if name == "template" else str
         for value, path in said[1:]:
-            if meaning(value) != meaning(said[0][0]):
+            if str(value) != str(said[0][0]):
                 raise UserError(
                     f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r},"
                     f" {path} with {value!r}; a merged model has one"

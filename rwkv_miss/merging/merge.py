@@ -259,7 +259,7 @@ def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[s
 def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
     """Raise UserError if the base is a merge of this adapter already. before: the base's metadata."""
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
-    if adapter.recorded_as(earlier):
+    if adapter.fingerprint in earlier:
         raise UserError(
             f"{base} is already a merge of {adapter.path} into {before.get('base')}; --force merges it a"
             " second time"
@@ -363,7 +363,7 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
             getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
         )
     wanted = metadata.get("base_fingerprint")
-    if misfit or (not force and wanted and not identity.is_recorded(wanted, adapter.path)):
+    if misfit or (not force and wanted and identity.fingerprint != wanted):
         advice = "merge into that one" + ("" if misfit else ", or --force")
         raise UserError(
             f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs};"

@@ -185,12 +185,10 @@ def check_merge(
 def _as_recorded(members: list[Member], recorded: Mapping[str, Any], own_weights: bool) -> list[Member]:
     """Sort the adapters as in the merged file's record, and take its weights unless they are given."""
     if own_weights:
-        members = [
-            dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
-        ]
+        members = [dataclasses.replace(m, weight=_number(recorded.get(m.fingerprint, 1))) for m in members]
     places = {name: place for place, name in enumerate(recorded)}
     # a sum in another order is rounded otherwise
-    return sorted(members, key=lambda m: places.get(m.recorded_as(places), len(places)))
+    return sorted(members, key=lambda m: places.get(m.fingerprint, len(places)))
 
 
 def _check_tensor(
@@ -231,15 +229,14 @@ def _of_the_record(
     """Return the claims of the merged file's metadata that are not true."""
     problems = []
     wanted = record.get("base_fingerprint")
-    if wanted is not None and not base.is_recorded(str(wanted), check.merged):
+    if wanted is not None and base.fingerprint != str(wanted):
         problems.append(f"by its own record it is a merge into another base, {record.get('base')}")
     for m in check.adapters:
-        name = m.recorded_as(recorded)
-        if recorded and name is None:
+        if recorded and m.fingerprint not in recorded:
             problems.append(f"by its own record it is no merge of {m.path}")
-        elif recorded and recorded[name] != m.weight:
+        elif recorded and (weight := recorded[m.fingerprint]) != m.weight:
             problems.append(
-                f"by its own record the weight of {m.path} is {str(recorded[name])[:40]}, not {m.weight:g}"
+                f"by its own record the weight of {m.path} is {str(weight)[:40]}, not {m.weight:g}"
             )
     if check.adapters and len(recorded) > len(check.adapters):
         problems.append(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from rwkv_miss.files.template_record import TOOL_STYLES
-
 from .option import opt
+
+HERMES, MARKDOWN = "hermes", "markdown"
+TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)
 
 
 @dataclasses.dataclass

@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.template_record import EARLIER, HERMES
 
 from . import data_flags, method_flags, preference_flags, rate_flags
 from .flag_values import integer, integer_of, is_on, product, stage, value
@@ -298,18 +296,6 @@ IMPLIED = (
     data_flags.held_out,
     data_flags.alpaca,
 )
-
-
-# settings that a run's config.yaml has, and what people write by hand has not
-ONLY_A_RUN_WRITES = {"template", "init_only", "num_nodes", "resume"}
-
-
-def with_tool_style(values: dict[str, Any]) -> dict[str, Any]:
-    """A config.yaml's settings. One that a run wrote before there were tool styles keeps its meaning."""
-    if "tool_style" in values or not values.keys() >= ONLY_A_RUN_WRITES:
-        return values
-    template = values["template"]
-    return {**values, "template": EARLIER.get(template, template), "tool_style": HERMES}
 
 
 def newest_model(folder: str) -> str:

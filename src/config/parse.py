@@ -120,7 +120,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     for name in values:
         if name not in NAMES:
             raise UserError(f"{path}: unknown setting {name!r}{did_you_mean(str(name), NAMES)}")
-    return legacy.with_tool_style(values)
+    return values
 
 
 def _first_of_each(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:

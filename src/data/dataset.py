@@ -118,7 +118,7 @@ class Documents(Units):
     def digest(self) -> str:
         """SHA-256 of the tokens and weights; every save asks for it.
 
-        Weights of 0 and 1 count as false and true, which was all there was in older runs.
+        Weights of 0 and 1 are hashed as one byte each.
         """
         digest = hashlib.sha256()
         for document in self._watched("hashing the tokens"):

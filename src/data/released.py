@@ -6,14 +6,13 @@ import os
 import re
 from typing import NamedTuple
 
-from rwkv_miss.files.template_record import EARLIER
-
 from .chat_template import Template
 from .rwkv_template import RwkvTemplate
 
 NAME = re.compile(r"rwkv7-g1([a-z]?)\d*-[\d.]+b-(\d{8})-ctx\d+\.pth")
-THINK_LENGTHS = tuple(EARLIER)  # think-normal and the like
-FIRST_LENGTHS = "20250922"  # the date of the first weights that know them, in their earlier form
+# mode -> its form in the first weights that know it
+FIRST_FORMS = {f"think-{length}": f"think-{length}-2025" for length in ("normal", "short", "long")}
+FIRST_LENGTHS = "20250922"  # the date of these weights
 PARENTHESES, FLOWERS = "c", "h"  # the letters of the first models that know them
 
 
@@ -34,9 +33,9 @@ def released(path: str) -> Released | None:
     letter, date = match.groups()
     modes = ["rwkv", "think", "fake-think", "fake-think-compact"]
     if letter >= PARENTHESES:
-        modes += THINK_LENGTHS
+        modes += FIRST_FORMS
     elif date >= FIRST_LENGTHS:
-        modes += EARLIER.values()
+        modes += FIRST_FORMS.values()
     if letter >= FLOWERS:
         modes += ["flower", "flower-fake-think"]
     return Released(file, f"G1{letter}", tuple(modes))
@@ -52,6 +51,6 @@ def modes_note(path: str, template: Template) -> str:
         return f"{known}; chosen is Jinja, {template.name}"
     if template.name in found.modes:
         return f"{known}; chosen is {template.name}"
-    other = {**EARLIER, **{earlier: name for name, earlier in EARLIER.items()}}.get(template.name)
+    other = {**FIRST_FORMS, **{first: name for name, first in FIRST_FORMS.items()}}.get(template.name)
     advice = f"; --template {other} is its form" if other in found.modes else ""
     return f"{known}, not with {template.name}, which is chosen{advice}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.template_record import HERMES, MARKDOWN
 
+from ..config.data_settings import HERMES, MARKDOWN
 from .chat_template import CHINESE_HM, Segment, TokenEnd, begins_thoughts, clean, thoughts_of, weight_of
 from .tool_styles import STYLES, in_order_of_calls
 

@@ -16,11 +16,11 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.hf_folder import is_folder
 from rwkv_miss.files.hf_names import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from rwkv_miss.files.model_files import model_metadata
-from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, is_jinja, with_tool_style
 from rwkv_miss.files.untrusted import read_json
 from rwkv_miss.progress import print_notes
 
 from ..common.files import read_text
+from ..config.data_settings import HERMES, TOOL_STYLES
 from ..config.launcher import is_first_process
 from .chat_template import Template, before_stops
 from .rwkv_template import MODES, RwkvTemplate
@@ -48,9 +48,9 @@ def from_record(record: str, eos: str = "") -> Template:
 
     `eos` is the text of the tokenizer's end of document. UserError for a name that this version lacks.
     """
-    if _is_jinja(record):
+    if is_jinja(record):
         return _jinja("the recorded template", record, eos)
-    name, _, tool_style = with_tool_style(str(record)).partition(":")
+    name, _, tool_style = str(record).partition(":")
     if name not in MODES or tool_style not in STYLES:
         raise UserError(
             f"the template that the file records is {str(record)[:60]!r}, expected NAME:TOOL_STYLE with a"
@@ -91,7 +91,7 @@ def choose_template(
     """
     eos = tokenizer.decode(tokenizer.eod) if tokenizer else ""
     base = None
-    if recorded and (spec == AUTO or tool_style == AUTO and not _is_jinja(recorded)):
+    if recorded and (spec == AUTO or tool_style == AUTO and not is_jinja(recorded)):
         base = from_record(recorded, eos)
     if tool_style != AUTO:
         style = tool_style
@@ -105,8 +105,7 @@ def choose_template(
         chosen = RwkvTemplate(base.name, style)
     else:
         chosen = base or RwkvTemplate("rwkv", style)
-    # hermes is what a config.yaml from before there were tool styles has, also with a Jinja template
-    if tool_style not in (AUTO, HERMES) and not isinstance(chosen, RwkvTemplate):
+    if tool_style != AUTO and not isinstance(chosen, RwkvTemplate):
         raise UserError(
             f"--tool_style {tool_style} is about RWKV's template, and this one is Jinja ({chosen.name}),"
             " which writes tools in its own way; drop the flag, or choose a --template of its names"
@@ -173,8 +172,9 @@ def add_template_flags(add) -> None:
     )
 
 
-def _is_jinja(record) -> bool:
-    return isinstance(record, str) and is_jinja(record)
+def is_jinja(record) -> bool:
+    """Tell a Jinja template's source from a name."""
+    return isinstance(record, str) and "{" in record
 
 
 def _jinja(name: str, source: str, eos: str) -> Template:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rwkv_miss.adapter import METHODS, put_linears
 from rwkv_miss.errors import UserError, listed
 from rwkv_miss.files.checkpoint import read_checkpoint
-from rwkv_miss.files.identity import Identity
+from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import fit_adapter
 from rwkv_miss.merging.members import is_state
 
@@ -46,7 +46,7 @@ class Adapter:
     """An adapter file that fits the model."""
 
     path: Any
-    identity: Identity
+    fingerprint: str
     metadata: dict[str, Any]
     factors: dict[str, LowRank]  # of linears
     merging: dict[str, dict[str, Tensor]]  # the file's tensors of linears that have no factors
@@ -303,17 +303,10 @@ class Adapters:
             start.append(before._replace(wkv=wkv))
         return start
 
-    def identity(self, rule: str = "fingerprint") -> dict[str, Any]:
-        """What the model is beside its base, by a rule of Identity.
-
-        It is the same for the same adapter files at the same scale.
-        """
-        names = sorted(getattr(self.by_name[name].identity, rule) for name in self.used)
+    def identity(self) -> dict[str, Any]:
+        """What the model is beside its base: the same for the same adapter files at the same scale."""
+        names = sorted(self.by_name[name].fingerprint for name in self.used)
         return {"adapters": names, "scale": self.scale if self.used else 1.0}
-
-    def is_recorded(self, identity: Mapping[str, Any]) -> bool:
-        """Whether this is the identity() of the adapters in use, whatever its rule."""
-        return any(identity == self.identity(rule) for rule in ("fingerprint", "sampled"))
 
     def _leave(self) -> None:
         self.mixes.clear()
@@ -355,9 +348,7 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     # copies, because somebody may train the adapter again and write over its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
     cls, options = method_of(metadata) if linears else (None, None)
-    identity = Identity(tensors=read_checkpoint(path))
-    identity.settle()
-    adapter = Adapter(path, identity, metadata, {}, {}, whole)
+    adapter = Adapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)

@@ -29,13 +29,14 @@ from .adapters import Adapters
 from .conversation import Conversation, Turn
 
 CHAT_FORMAT = "rwkv-miss chat"
-# the metadata beside format, format_version and bos, which older files lack
+# the metadata beside format and format_version
 KINDS = {
     "base": str,
     "base_fingerprint": str,
     "weights": dict,
     "tokenizer": str,
     "template": str,
+    "bos": list,
     "system": str,
     "turns": list,
     "read": int,
@@ -80,7 +81,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     """
     metadata = _read_metadata(path)
     model, tokenizer = adapters.model, conversation.tokenizer
-    if not (model.base_identity and model.base_identity.is_recorded(metadata["base_fingerprint"], path)):
+    if model.base_fingerprint != metadata["base_fingerprint"]:
         raise UserError(
             f"{path} was saved with another base ({metadata['base']}), not with {model.base_name}; go on with"
             " that one"
@@ -107,7 +108,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     conversation.tools = metadata["tools"]
     conversation.reset()
     conversation.turns = turns
-    if state is None or not adapters.is_recorded(metadata["weights"]):
+    if state is None or metadata["weights"] != adapters.identity():
         return False
     conversation.state, conversation.read = state, read
     return True
@@ -133,7 +134,6 @@ def _read_metadata(path) -> dict[str, Any]:
             f"{path} has version {metadata.get('format_version')} of the format, expected 1; it is of a newer"
             " release"
         )
-    metadata.setdefault("tools", [])  # chats from before there were tools
     for name, kind in KINDS.items():
         if not isinstance(metadata.get(name), kind) or isinstance(metadata[name], bool):
             raise _damaged(path, f"{name} is {str(metadata.get(name))[:60]!r}")

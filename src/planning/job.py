@@ -323,9 +323,6 @@ def choose_evaluation(
     if not held_out:
         return held_out
     order = in_hash_order(held_out, config.random_seed)
-    # a run of an older release, which had no such choice, took all of them
-    if before and is_automatic(before, "eval_docs"):
-        choose(config, origins, "eval_docs", len(order), "as the run has it so far")
     steps = steps_of(config, schedule)
     if isinstance(held_out, Questions):
         costs = np.array([work.total for work in evaluation_work(held_out.take(order))])

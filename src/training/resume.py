@@ -156,14 +156,11 @@ def inputs(
     return hashes
 
 
-def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None) -> None:
+def check_inputs(path: str, inputs: dict[str, str | None]) -> None:
     """UserError unless base and data are those of the run whose checkpoint is at `path`."""
     recorded = read_metadata(path)["inputs"]
     for name, value in inputs.items():
-        same = value == recorded[name]
-        if name == "base file" and base and isinstance(recorded[name], str):
-            same = base.is_recorded(recorded[name], path)
-        if not same:
+        if value != recorded[name]:
             raise UserError(
                 f"--resume auto: the {name} is not the one that the run began with; put it back, or choose "
                 "another --proj_dir"
