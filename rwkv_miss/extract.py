@@ -13,7 +13,7 @@ from .errors import UserError, printable
 from .files.architectures import refuse_newer
 from .files.checkpoint import Arch, check_finite, flat, load_dict, write_checkpoint
 from .files.file_kinds import may_replace
-from .files.output import require_writable
+from .files.output import refuse_inputs, require_writable
 from .files.safetensors_io import is_safetensors, read_safetensors
 from .files.wrapped import PART, contained, plain_names, renamed, without_prefixes
 from .progress import tensors_with_progress
@@ -46,8 +46,7 @@ def extract_base(
     shown: a bar on stderr where it takes long. Raises UserError, before anything is written, if no tensor has
     the prefix, if they are no whole RWKV-6 or 7, or if `out` is the input or a model that would be lost.
     """
-    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-        raise UserError(f"{out} is the input; choose another name")
+    refuse_inputs(out, path)
     found, notes = _read(path)
     named = renamed(path, found, lambda name: _of_part(name, prefix))
     inside = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}

@@ -46,7 +46,7 @@ with importing():
     from src.data.dataset import Loaded, fit
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
-    from src.data.formats import SFT, LeftOut, Reading, Report, printable, read_source, sample, sources
+    from src.data.formats import SFT, LeftOut, Reading, Report, encodable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
     from src.data.lint import Lint
     from src.data.preferences import Preferences
@@ -230,7 +230,7 @@ def overview(
             f" {counted(figures['cut_tokens'], 'token')} lost"
         )
     lines += answer_lines(config, figures, documents, report)
-    lines += [f"finding    {printable(str(finding))}" for finding in lint.findings]
+    lines += [f"finding    {encodable(str(finding))}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
 
 

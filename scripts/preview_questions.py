@@ -20,7 +20,7 @@ from src.config.reward_rules import check_rewards
 from src.data.chat_template import Template
 from src.data.encode import Encoder
 from src.data.file_documents import Document
-from src.data.formats import Reading, Report, printable
+from src.data.formats import Reading, Report, encodable
 from src.data.leading_token import describe_leading
 from src.data.lint import Lint, odd_question
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
@@ -218,8 +218,8 @@ def overview(
     ]
     if too_long := too_long_text(config, found.questions):
         lines.append(f"left out   {too_long}")
-    lines += [f"finding    {printable(str(finding))}" for finding in found.lint.findings]
-    return [printable(line) for line in lines] + ([] if found.lint.findings else ["finding    none"])
+    lines += [f"finding    {encodable(str(finding))}" for finding in found.lint.findings]
+    return [encodable(line) for line in lines] + ([] if found.lint.findings else ["finding    none"])
 
 
 def _spread(lengths: dict[str, int]) -> str:

@@ -54,7 +54,7 @@ def test_what_no_format_knows_is_refused(tmp_path, content, message):
 def test_the_input_is_never_written_over(tmp_path):
     path = saved(tmp_path / "a.pth", rank=8)
     before = path.read_bytes()
-    with pytest.raises(rwkv_miss.UserError, match="is the input"):
+    with pytest.raises(rwkv_miss.UserError, match="is an input"):
         convert(path, path, "native")
     assert path.read_bytes() == before
 

@@ -353,7 +353,7 @@ def test_the_input_is_no_output(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
     (tmp_path / "link").symlink_to(tmp_path / "m.pth")
     before = (tmp_path / "m.pth").read_bytes()
-    with pytest.raises(UserError, match="link is the input; choose another name"):
+    with pytest.raises(UserError, match="link is an input; choose another name"):
         export(tmp_path / "m.pth", tmp_path / "link", "safetensors")
     assert (tmp_path / "m.pth").read_bytes() == before
 

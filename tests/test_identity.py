@@ -11,6 +11,7 @@ import torch
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files import identity
 from rwkv_miss.files.identity import Identity, fingerprint
+from rwkv_miss.files.output import user_cache
 from rwkv_miss.merging.unmerge import check_merge
 from src.inference.load import load_with
 from src.model import RWKV
@@ -128,7 +129,7 @@ def test_a_file_is_hashed_once_until_it_changes(two_bases, tmp_path, count):
         held.st_mtime_ns,
     )
     assert Identity(path).fingerprint != first and count() == 2
-    [entry] = identity.cache_folder().iterdir()
+    [entry] = user_cache("fingerprints").iterdir()
     for damaged in ("", "[1]", '{"state": 3}', entry.read_text()[:50]):
         entry.write_text(damaged)
         assert Identity(path).fingerprint == fingerprint(read_checkpoint(path))

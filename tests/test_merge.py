@@ -424,7 +424,7 @@ def test_the_inputs_are_never_overwritten(case):
     os.link(folder / "base.pth", folder / "hard.pth")
     (folder / "soft.pth").symlink_to(folder / "adapter.pth")
     for out in ("base.pth", "adapter.pth", "hard.pth", "soft.pth", "../" + folder.name + "/base.pth"):
-        refused(folder, "is an input of the merge", out=out, force=True)
+        refused(folder, "is an input", out=out, force=True)
 
 
 def test_a_second_merge_of_the_same_adapter(case):

@@ -202,7 +202,7 @@ def test_refusals(merging):
         "a.pth and .*a.pth are the same adapter; give it once, with the sum of the weights",
         ["a.pth", "b.pth", "a.pth"],
     )
-    merging.refused("b.pth is an input of the merge", ["a.pth", "b.pth"], out="b.pth")
+    merging.refused("b.pth is an input", ["a.pth", "b.pth"], out="b.pth")
     broken = {**read_checkpoint(merging.folder / "b.pth"), "blocks.0.att.key.miss": torch.zeros(7, 39)}
     write_checkpoint(merging.folder / "b.pth", broken.items(), read_metadata(merging.folder / "b.pth"))
     merging.refused("b.pth: the adapter does not fit blocks.0.att.key", ["a.pth", "b.pth"])

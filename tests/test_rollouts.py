@@ -22,9 +22,10 @@ from src.data.tokenizer import load_tokenizer
 from src.evaluation.rewards import Failed, Scored
 from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
+from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
 from src.planning.defaults import choose_loss
-from src.planning.drawing import STATE_BYTES, STATES, rows_at_once, state_bytes
+from src.planning.drawing import STATE_BYTES, STATES, rows_at_once
 from src.planning.step import chunks_of, grpo_of
 from src.training.callbacks import Saver, StepReport
 from src.training.draws import Draws
@@ -170,7 +171,7 @@ def test_rows_at_once_depend_on_sizes_alone():
     arch = make_arch(7, n_layer=32, n_embd=4096, head_size=64)
     for accelerator, most in (("cpu", 128), ("gpu", 512)):
         rows = rows_at_once(arch, 2, accelerator, 1000)
-        assert 1 <= rows < most and rows * STATES * state_bytes(arch, 2) <= STATE_BYTES[accelerator]
+        assert 1 <= rows < most and rows * STATES * state_bytes(arch, 1, 2) <= STATE_BYTES[accelerator]
         assert rows_at_once(make_arch(7), 4, accelerator, 1000) == most
     assert rows_at_once(make_arch(7), 4, "cpu", 5) == 5
 

@@ -14,6 +14,7 @@ import os
 from ..errors import UserError
 from ..files.checkpoint import check_finite
 from ..files.file_kinds import may_replace
+from ..files.output import refuse_inputs
 
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
@@ -114,8 +115,7 @@ def convert(
             if known
             else f"--layout {layout} is for --to peft and lora; {to} has one layout"
         )
-    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-        raise UserError(f"{out} is the input; choose another name")
+    refuse_inputs(out, path)
     found, adapter = read_any(path, hints)
     if hints.base:
         adapter = with_base(adapter, hints.base)

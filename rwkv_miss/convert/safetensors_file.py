@@ -9,7 +9,7 @@ from ..adapter import METHODS
 from ..errors import UserError
 from ..files.file_kinds import SAFETENSORS
 from ..files.safetensors_io import write_safetensors
-from ..files.untrusted import parse_json
+from ..files.untrusted import json_object
 from ..inject import checked_metadata
 from .formats import Adapter, Format, Hints, register
 from .source import Source
@@ -30,7 +30,7 @@ class Safetensors(Format):
 
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
-        metadata = checked_metadata(source.path, parse_json(source.path, source.config[METADATA]))
+        metadata = checked_metadata(source.path, json_object(source.path, source.config[METADATA]))
         if metadata["method"] not in METHODS:
             raise UserError(
                 f"{source.path} was made with method {metadata['method']!r}; there are:"

@@ -27,7 +27,7 @@ from ..errors import UserError
 from .architectures import refuse_newer
 from .mapped import keep
 from .output import whole_file
-from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json, refuse_stand_in
+from .untrusted import check_pickles, check_tensors, first_bytes, json_object, open_archive, refuse_stand_in
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
@@ -218,7 +218,7 @@ def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[st
             content = archive.read(record) if record else None
         except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
-    return None if content is None else parse_json(path, content)
+    return None if content is None else json_object(path, content)
 
 
 def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str:

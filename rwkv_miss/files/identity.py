@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..progress import DELAY, Progress, print_notes
 from .checkpoint import memory
 from .model_files import is_file_or_folder, read_tensors, weight_paths
+from .output import user_cache
 
 try:
     import fcntl
@@ -113,17 +113,11 @@ def _state(path) -> list[int]:
     return [fact for f in found for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
-def cache_folder() -> pathlib.Path:
-    """Return rwkv-miss/fingerprints in the user's cache folder. It need not exist."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "rwkv-miss" / "fingerprints"
-
-
 def _remembered(path: str, compute: Callable[[], str]) -> str:
     """Look up or compute() a fact about a file as it is now. One process computes while others wait."""
     state = _state(path)
     place = os.path.realpath(path)
-    entry = cache_folder() / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"
+    entry = user_cache("fingerprints") / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         file = open(entry, "a+b", buffering=0)

@@ -16,6 +16,18 @@ from typing import BinaryIO
 from ..errors import UserError, listed
 
 
+def user_cache(name: str) -> Path:
+    """rwkv-miss/NAME in the user's cache folder. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / name
+
+
+def refuse_inputs(out: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+    """UserError where `out` is one of the inputs, by whatever name."""
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+            raise UserError(f"{out} is an input; choose another name")
+
+
 def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
     """Raise UserError unless a file of `size` bytes can be made at `path`: call it before long work."""
     path = Path(path)

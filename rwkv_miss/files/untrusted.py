@@ -171,10 +171,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs"
             f" ({LARGEST_JSON:,}); the file is refused"
         )
-    return parse_json(path, content)
+    return json_object(path, content)
 
 
-def parse_json(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
+def json_object(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
     """Parse the JSON object in some bytes of a file."""
     try:
         values = json.loads(content)

@@ -25,7 +25,7 @@ from ..files.checkpoint import Arch, blocks, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
 from ..files.model_files import name_of
-from ..files.output import require_writable
+from ..files.output import refuse_inputs, require_writable
 from ..functional import shard_index, shard_sum
 from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from ..methods.whole_tensors import PARTS, in_parts
@@ -197,9 +197,7 @@ def _what_differs(
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
     """Raise UserError unless an adapter can be written at `out`."""
-    for path in inputs:
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-            raise UserError(f"{out} is an input; choose another --out")
+    refuse_inputs(out, *inputs)
     require_writable(out)
     may_replace(out, ADAPTER_FORMAT)
 

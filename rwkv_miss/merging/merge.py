@@ -22,7 +22,7 @@ from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
 from ..files.model_files import name_of, read_model
-from ..files.output import require_writable
+from ..files.output import refuse_inputs, require_writable
 from ..files.safetensors_io import is_safetensors
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
@@ -248,10 +248,8 @@ def _report(
 
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise UserError unless a merged file can be written at `out`."""
-    for path in inputs:
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-            raise UserError(f"{out} is an input of the merge; choose another --out")
+    """UserError unless a merged file can be written at `out`."""
+    refuse_inputs(out, *inputs)
     require_writable(out)
     may_replace(out, MERGED_FORMAT)
 

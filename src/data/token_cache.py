@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.output import user_cache
 from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
@@ -94,9 +95,7 @@ def _make(
 
 
 def cache_folder(cache: str) -> pathlib.Path:
-    if cache != "auto":
-        return pathlib.Path(cache).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "data"
+    return user_cache("data") if cache == "auto" else pathlib.Path(cache).expanduser()
 
 
 def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:

@@ -23,6 +23,7 @@ from ..inference.request import Answer as EngineAnswer
 from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
+from ..model.batch_loss import state_bytes
 from .answers_file import Answer, AnswersFile
 
 # Rows of the engine. A CPU computes at its peak from 16 rows on, and more rows read more states. A GPU's
@@ -51,7 +52,8 @@ def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
     accelerator = "gpu" if model.emb.weight.is_cuda else "cpu"
     rows = min(answers, batch or ROWS[accelerator])
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    left, a_row = free_memory(accelerator) - weights, STATES * state_bytes(model)
+    left = free_memory(accelerator) - weights
+    a_row = STATES * state_bytes(model.arch, 1, model.dtype.itemsize)
     if batch and rows * a_row > left:
         raise UserError(
             f"--batch {batch}: the states of {rows} answers take {rows * a_row / 1e9:.1f} GB, and"
@@ -59,13 +61,6 @@ def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
             f" {max(left // a_row, 1)}"
         )
     return rows if batch else max(1, min(rows, left // 2 // a_row))
-
-
-def state_bytes(model: RWKV) -> int:
-    """Bytes of the state of one answer."""
-    arch = model.arch
-    wkv = arch.n_head * arch.head_size**2 * 4
-    return arch.n_layer * (wkv + 2 * arch.n_embd * model.dtype.itemsize)
 
 
 def seed_of(seed: int, place: int) -> int:

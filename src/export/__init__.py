@@ -18,7 +18,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite
 from rwkv_miss.files.file_kinds import GGUF, SAFETENSORS, may_replace
 from rwkv_miss.files.model_files import model_metadata
-from rwkv_miss.files.output import check_folder, require_writable
+from rwkv_miss.files.output import check_folder, refuse_inputs, require_writable
 from rwkv_miss.files.provenance import Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import write_safetensors
 
@@ -134,9 +134,8 @@ def export(
 
 
 def _check_output(path, out, to: str) -> None:
-    """Raise UserError if `out` is the input, can't be written, or is a file of another kind."""
-    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-        raise UserError(f"{out} is the input; choose another name")
+    """UserError where `out` is the input, can't be written, or is a file of another kind."""
+    refuse_inputs(out, path)
     if os.path.isdir(path) and Path(os.path.realpath(path)) in Path(os.path.realpath(out)).parents:
         raise UserError(f"{out} lies in the input's folder, {path}; choose a name outside of it")
     if to == "hf":

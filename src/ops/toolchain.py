@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from rwkv_miss.files.output import user_cache
+
 from ..common import device
 
 TOOLKITS = "/usr/local/cuda*/bin"
@@ -52,7 +54,7 @@ def cache_folder() -> pathlib.Path:
     """Return RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
     if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
         return pathlib.Path(chosen).expanduser().absolute()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
+    return user_cache("kernels")
 
 
 def find_cxx() -> str:

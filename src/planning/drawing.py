@@ -6,6 +6,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.device import PRECISIONS
 from ..config import Config, accumulation
+from ..model.batch_loss import state_bytes
 
 # More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
@@ -24,7 +25,7 @@ def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> i
     It does not depend on the memory that is free: matrix products of other sizes may round otherwise, and a
     run that goes on draws what it would have drawn.
     """
-    room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, itemsize))
+    room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, 1, itemsize))
     return max(1, min(answers, ROWS[accelerator], room))
 
 
@@ -39,13 +40,7 @@ def draw_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> 
     prompts that are read meanwhile.
     """
     itemsize = PRECISIONS[precision].itemsize
-    a_row = STATES * state_bytes(arch, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
+    a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
     prompts = min(TOGETHER, config.micro_bsz * accumulation(config) * config.ctx_len)
     read = READING * itemsize * arch.n_embd * prompts
     return rows_of_draw(config, arch, precision, accelerator) * a_row + read
-
-
-def state_bytes(arch: Arch, itemsize: int) -> int:
-    """Bytes of the state of one answer."""
-    wkv = arch.n_head * arch.head_size**2 * 4
-    return arch.n_layer * (wkv + 2 * arch.n_embd * itemsize)

@@ -17,7 +17,7 @@ where there is a "prompt", and turns that follow "messages" else:
 from .errors import LeftOut, WrongSetting
 from .layouts import EMPTY, LABELS, PAIRS, ROWS, SFT, has_empty_answer
 from .records import read_record, read_records, read_source
-from .report import Found, Report, place_of, places_text, printable
+from .report import Found, Report, encodable, place_of, places_text
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [
@@ -34,10 +34,10 @@ __all__ = [
     "SFT",
     "Source",
     "WrongSetting",
+    "encodable",
     "has_empty_answer",
     "place_of",
     "places_text",
-    "printable",
     "read_record",
     "read_records",
     "read_source",

@@ -137,7 +137,7 @@ class Report:
                 " such as:"
             )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        return [printable(line) for line in lines + self.left_out_lines()]
+        return [encodable(line) for line in lines + self.left_out_lines()]
 
     def left_out_lines(self) -> list[str]:
         """Lines about rows that teach nothing."""
@@ -151,7 +151,7 @@ class Report:
             formats = collections.Counter(found.format for found in self.files.values())
             named = ", ".join(f"{count} {name}" for name, count in formats.items())
             lines.append(f"format     {len(self.files)} files in all: {named}")
-        return [printable(line) for line in lines + self.notes]
+        return [encodable(line) for line in lines + self.notes]
 
 
 def place_of(where: str) -> tuple[str, int]:
@@ -170,6 +170,6 @@ def places_text(count: int, places: Sequence[str]) -> str:
     return ", ".join(told) + (" ..." if count > len(told) else "")
 
 
-def printable(line: str) -> str:
+def encodable(line: str) -> str:
     """A key of JSON or a file's name may hold half a surrogate pair, which print() refuses."""
     return line.encode("utf-8", "backslashreplace").decode()
