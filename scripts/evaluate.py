@@ -24,6 +24,8 @@ with importing():
     from rwkv_miss.files.identity import Identity
     from rwkv_miss.files.mapped import naming_changed_files
     from rwkv_miss.progress import progress
+    from scripts.code_scoring import passed, read_problems
+    from scripts.many_samples import Scores, scores_of
     from src.common.device import choose_accelerator, choose_precision
     from src.common.files import write_lines
     from src.config import Config
@@ -45,10 +47,8 @@ with importing():
         read_answers,
         require_unstarted_or_same,
     )
-    from src.evaluation.code_scoring import passed, read_problems
     from src.evaluation.flags import BETA, add_flags, check, sampling_of
     from src.evaluation.guessing import doubt_of_answers
-    from src.evaluation.many_samples import Scores, scores_of
     from src.evaluation.preferences import Compared, read_preferences
     from src.evaluation.presets import PRESETS
     from src.evaluation.scoring import SCORES, require_readable

@@ -36,6 +36,7 @@ with importing():
     from rwkv_miss.files.checkpoint import Arch
     from scripts.preview_answers import answer_figures, answer_lines
     from scripts.preview_forms import forms
+    from scripts.preview_lint import Lint
     from scripts.preview_questions import preview_questions
     from scripts.preview_samples import sample_lines, shown
     from src.common.formatting import counted
@@ -48,7 +49,6 @@ with importing():
     from src.data.fetch import fetch_inputs
     from src.data.formats import SFT, LeftOut, Reading, Report, encodable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
-    from src.data.lint import Lint
     from src.data.preferences import Preferences
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.released import modes_note

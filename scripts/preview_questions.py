@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from scripts.preview_lint import Lint, odd_question
 from scripts.preview_samples import shown
 from src.common.formatting import counted
 from src.config import Config
@@ -22,7 +23,6 @@ from src.data.encode import Encoder
 from src.data.file_documents import Document
 from src.data.formats import Reading, Report, encodable
 from src.data.leading_token import describe_leading
-from src.data.lint import Lint, odd_question
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.planning.defaults import CHOSEN, choose, choose_loss, row_length

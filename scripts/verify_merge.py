@@ -29,10 +29,10 @@ with importing():
     from rwkv_miss.merging.members import Member
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
+    from scripts.blended_adapters import blend, merge_blended
     from src import ops
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
-    from src.inference.blended_adapters import blend, merge_blended
     from src.model import RWKV
 
 # Of the largest logit. In models of up to 32 layers the order of fp32 sums changes a tenth of it.

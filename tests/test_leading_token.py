@@ -11,6 +11,7 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError, merge_file, read_metadata
 from rwkv_miss.inject import read_adapter
+from scripts.preview_lint import Lint
 from src import config as configuration
 from src.chat import program
 from src.chat.commands import Chat
@@ -21,7 +22,6 @@ from src.data.dataset import Document, Documents, load
 from src.data.encode import Encoder
 from src.data.held_out import questions
 from src.data.leading_token import leading_token
-from src.data.lint import Lint
 from src.data.questions import Question, read_questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer

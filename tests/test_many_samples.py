@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from src.evaluation.many_samples import counts_to_report, most_frequent, pass_at_k, scores_of
+from scripts.many_samples import counts_to_report, most_frequent, pass_at_k, scores_of
 from src.evaluation.scoring import SCORES
 
 

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from scripts import preview
+from scripts.preview_lint import MEANINGS
 from src.config import Config
 from src.data.dataset import load_documents
 from src.data.encode import Encoder
-from src.data.lint import MEANINGS
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer

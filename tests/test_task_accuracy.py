@@ -19,11 +19,11 @@ import rwkv_miss
 from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
+from scripts.code_scoring import Problem, code_of, passed, read_problems
 from src import config
 from src.data.formats import read_records
 from src.data.loss_mask import record_segments
 from src.data.rwkv_template import DEFAULT
-from src.evaluation.code_scoring import Problem, code_of, passed, read_problems
 from src.evaluation.scoring import SCORES, final_number, normalised, numbers, result, same_number, same_result
 
 from . import program

@@ -13,6 +13,7 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
+from src.chat import program
 from src.data.dataset import load, load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import convert
 from rwkv_miss.merging.members import read_members
+from scripts.blended_adapters import BlendedLinear, blend
 from scripts.verify_merge import main
 from src.evaluation.kl_divergence import distance, logits_of
-from src.inference.blended_adapters import BlendedLinear, blend
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors

@@ -25,11 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rwkv_miss.errors import UserError
-
-from ..data.chat_template import Template
-from ..data.formats import sources
-from ..data.questions import Question
-from ..data.rwkv_template import DEFAULT
+from src.data.chat_template import Template
+from src.data.formats import sources
+from src.data.questions import Question
+from src.data.rwkv_template import DEFAULT
 
 SECONDS = 10  # that a program may take, by the clock
 MEMORY = 2 << 30  # bytes of address space of a program

@@ -11,9 +11,8 @@ from rwkv_miss.adapter import AdapterLinear, put_linears
 from rwkv_miss.errors import UserError
 from rwkv_miss.merging.members import Member
 from rwkv_miss.methods.whole_tensors import state_names
-
-from ..model import RWKV
-from .adapters import find, put, zeros_of
+from src.inference.adapters import find, put, zeros_of
+from src.model import RWKV
 
 
 class BlendedLinear(nn.Module):

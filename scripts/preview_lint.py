@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..common.formatting import counted
-from .chat_template import begins_thoughts, thoughts_of, weight_of
-from .encode import Encoder, Tokens, tokens_of
-from .encode_answers import conversations, labels_of
-from .formats import PAIRS, SFT, place_of
-from .rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
+from src.common.formatting import counted
+from src.data.chat_template import begins_thoughts, thoughts_of, weight_of
+from src.data.encode import Encoder, Tokens, tokens_of
+from src.data.encode_answers import conversations, labels_of
+from src.data.formats import PAIRS, SFT, place_of
+from src.data.rwkv_template import FLOWER, FLOWERS, HEADINGS, OTHER_FLOWER, ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 FLOWER_FORM = re.compile(rf"(?:System|User){FLOWER}")
