@@ -34,28 +34,18 @@ with importing():
     from src.common.device import PRECISIONS
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
-    from src.config import Config, command, settle, validate
+    from src.config import Config, command, is_automatic, settle, validate
     from src.config.parse import flag_parser, read_flags
-    from src.data.batches import Schedule
     from src.data.fetch import fetch_inputs
-    from src.data.tokenizer import Tokenizer
     from src.data.units import Units
     from src.model import RWKV
-    from src.planning.base_model import build_model, read_base, template_of_run
+    from src.planning.base_model import build_model
     from src.planning.defaults import first_guess, judged_by
-    from src.planning.job import (
-        Data,
-        Device,
-        check_data_files,
-        choose_device,
-        device_here,
-        plan_steps,
-        read_data,
-        steps_of,
-    )
+    from src.planning.job import Plan
     from src.planning.step import unit_of
     from src.reporting import data_text, plan_text
     from src.reporting.preference_text import loss_unit
+    from src.run import prepare
     from src.training.optimizer import state_learning_rate
     from src.training.reference import with_reference_alone
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
@@ -144,32 +134,34 @@ def main() -> None:
         sys.exit(sweep(*parse(sys.argv[1:])))
 
 
-def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> int:
     """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
-    fetch_inputs(config)
-    # copied before anything is chosen, so that the printed command leaves the same to train.py
-    given = dataclasses.replace(config)
-    config.strategy = "auto"  # one process, whatever the run will have
-    require_folder(config.proj_dir)
-    arch, tokenizer = read_base(config, origins)
-    device = device_here(config, arch.head_size)
-    choose_device(config, origins, device)
-    data = data_to_compare(config, origins, tokenizer)
-    schedule = plan_steps(config, origins, arch, device, data)
-    config.warmup_steps = given.warmup_steps  # a chosen one is a share of each training, not of the run
-    steps = steps_of_a_training(ours, config, schedule)
-    centre = state_learning_rate(config) if ours.setting == "state_lr" else config.lr_init
-    rates = ours.rates or grid(centre or first_guess(config, arch))
-    config.lr_init = config.lr_init or first_guess(config, arch)  # where another setting is swept
+    given = fetch_inputs(given)  # the command names the commits of the hub's files
+    require_folder(given.proj_dir)
+    # one process from the run's start, whatever the run will have
+    alone = dataclasses.replace(given, strategy="auto", resume="none")
+    plan = prepare(alone, origins, for_run=False)
+    if not plan.data.held_out:
+        raise UserError(
+            "rates are compared by the loss on held-out documents, and there are none"
+            f" ({plan.origins['eval_split']}); give --eval_file, or --eval_split 0.05"
+        )
+    # a chosen warm-up is a share of each training, not of the run
+    config = dataclasses.replace(plan.settings, warmup_steps=given.warmup_steps)
+    if is_automatic(config, "lr_init"):
+        config = dataclasses.replace(config, lr_init=first_guess(config, plan.arch))
+    steps = steps_of_a_training(ours, config, plan.steps)
+    rates = ours.rates or grid(state_learning_rate(config) if ours.setting == "state_lr" else config.lr_init)
     torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, PRECISIONS[config.precision]).to(
-        "cuda" if device.accelerator == "gpu" else "cpu"
+    model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision]).to(
+        "cuda" if plan.device.accelerator == "gpu" else "cpu"
     )
-    show_plan(config, model, data, schedule, device)
+    show_plan(plan, model)
     print(
         f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
-        f" {counted(schedule.rows_per_step, 'row')} each"
+        f" {counted(plan.schedule.rows_per_step, 'row')} each"
     )
+    data, schedule = plan.data, plan.schedule
     documents, held_out = with_reference_alone(model, config, data.documents, data.held_out, schedule, steps)
     before = loss_before(model, judged_by(config), held_out)
     show_header(ours.setting, config, before)
@@ -177,28 +169,15 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
         done.append(trial)
         print(line(trial, before), flush=True)
-    shortened = given.epoch_steps if not ours.steps and steps_of(config, schedule) <= STEPS else 0
+    shortened = given.epoch_steps if not ours.steps and plan.steps <= STEPS else 0
     if shortened:
         given = dataclasses.replace(given, epoch_steps=0)
     return conclude(ours.setting, given, before, done, steps, shortened)
 
 
-def data_to_compare(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Data:
-    """The run's data; UserError without held-out documents."""
-    check_data_files(config)
-    template = template_of_run(config, origins, tokenizer)
-    data = read_data(config, origins, tokenizer, template)
-    if not data.held_out:
-        raise UserError(
-            "rates are compared by the loss on held-out documents, and there are none"
-            f" ({origins['eval_split']}); give --eval_file, or --eval_split 0.05"
-        )
-    return data
-
-
-def steps_of_a_training(ours: argparse.Namespace, config: Config, schedule: Schedule) -> int:
+def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
     """Steps at every rate; UserError where the warm-up takes all of them."""
-    steps = ours.steps or min(steps_of(config, schedule), STEPS)
+    steps = ours.steps or min(of_run, STEPS)
     if config.warmup_steps >= steps:
         raise UserError(
             f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
@@ -207,10 +186,11 @@ def steps_of_a_training(ours: argparse.Namespace, config: Config, schedule: Sche
     return steps
 
 
-def show_plan(config: Config, model: RWKV, data: Data, schedule: Schedule, device: Device) -> None:
+def show_plan(plan: Plan, model: RWKV) -> None:
+    config, data, device = plan.settings, plan.data, plan.device
     print(plan_text.base(config, model.arch, plan_text.frozen_bytes(model)))
     print(f"trained    {plan_text.trained(config, model)}")
-    print(*data.found.lines(), *data_text.data(config, data.documents, schedule), sep="\n")
+    print(*data.found.lines(), *data_text.data(config, data.documents, plan.schedule), sep="\n")
     print(
         f"held out   {counted(len(data.held_out), unit_of(config))}, loss on"
         f" {counted(data.held_out.targets, 'token')}"

@@ -25,34 +25,22 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
-    from rwkv_miss.files.checkpoint import Arch
     from rwkv_miss.progress import duration_text
     from src import ops
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
-    from src.config.reward_rules import check_own_functions
-    from src.data.batches import Schedule
-    from src.data.fetch import fetch_inputs
-    from src.data.units import Units
     from src.model import RWKV
-    from src.planning.base_model import read_base, template_of_run
-    from src.planning.defaults import CHOSEN, cheapest_fix
+    from src.planning.defaults import cheapest_fix
+    from src.planning.draft import CHOSEN
     from src.planning.job import (
         Cost,
-        Data,
         Device,
-        choose_device,
-        choose_evaluation,
-        choose_rate,
+        Plan,
         device_here,
         estimate,
-        memory_of,
-        plan_steps,
-        read_data,
         run_cost,
-        steps_of,
     )
     from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed
@@ -60,7 +48,7 @@ with importing():
     from src.planning.throughput import Speed, speed_here
     from src.reporting import data_text, plan_text
     from src.reporting.preference_text import loss_lines, loss_warnings
-    from src.training.resume import earlier_settings, inherit, keep_rows_per_step
+    from src.run import prepare
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
@@ -109,21 +97,17 @@ def main() -> None:
 def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Print the plan; 0 if the run fits, else 1."""
     found = count(ours, config, origins)
-    show(found, config, origins)
+    show(found)
     if ours.json:
         print(json.dumps(for_machines(found)))
     return 0 if found.fix == {} else 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Needs:
     """What a run needs. `fix`: the flags that make it fit, {} where it does, None where none is known."""
 
-    device: Device
-    data: Data
-    schedule: Schedule
-    steps: int
-    evaluated: Units
+    plan: Plan
     model: RWKV  # on the meta device
     memory: dict[str, int]
     fix: dict[str, object] | None
@@ -131,55 +115,46 @@ class Plan:
     cost: Cost
 
 
-def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> Plan:
-    """The plan of a run. What is not given is chosen in config, as the run chooses it."""
-    before = earlier_settings(config)
-    if before:
-        inherit(config, origins, before)
-        keep_rows_per_step(config, before)
-    check_own_functions(config)
-    fetch_inputs(config, before)
-    arch, tokenizer = read_base(config, origins)
-    device = planned_device(ours.memory, config, arch.head_size)
-    choose_device(config, origins, device)
-    template = template_of_run(config, origins, tokenizer)
-    data = read_data(config, origins, tokenizer, template)
-    device = dataclasses.replace(device, memory=memory_of(device, config.world))  # read once: it changes
-    schedule = plan_steps(config, origins, arch, device, data)
-    evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
-    choose_rate(config, origins, arch, device, schedule)
+def count(ours: argparse.Namespace, typed: Config, origins: dict[str, str]) -> Needs:
+    """The plan of a run, and what it needs."""
+
+    def device_of(config: Config, head_size: int) -> Device:
+        return planned_device(ours.memory, config, head_size)
+
+    plan = prepare(typed, origins, for_run=False, device=device_of)
+    config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
+
+    def memory_of(settings: Config) -> dict[str, float]:
+        return estimate(settings, arch, schedule, plan.data.documents)
 
     def fits(changed: Config) -> bool:
-        size = needed(estimate(changed, arch, schedule, data.documents), changed, device.accelerator)
-        return size <= USABLE * device.memory
+        return needed(memory_of(changed), changed, device.accelerator) <= USABLE * device.memory
 
-    memory = estimate(config, arch, schedule, data.documents)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
-    if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
+    if fix and "chunk_ctx" in fix and plan.origins["ctx_len"].startswith(CHOSEN):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
-    speed = find_speed(ours, config, arch, device, schedule)
-    cost = run_cost(config, arch, device, schedule, data, evaluated, speed)
-    model, steps = model_on_meta(arch, config), steps_of(config, schedule)
-    return Plan(device, data, schedule, steps, evaluated, model, memory, fix, speed, cost)
+    speed = find_speed(ours, plan)
+    return Needs(plan, model_on_meta(arch, config), memory_of(config), fix, speed, run_cost(plan, speed))
 
 
-def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
-    device, data, cost = found.device, found.data, found.cost
-    arch, longest = found.model.arch, max(found.schedule.lengths)
+def show(found: Needs) -> None:
+    plan, cost = found.plan, found.cost
+    config, device, data, schedule = plan.settings, plan.device, plan.data, plan.schedule
+    arch, longest = plan.arch, max(schedule.lengths)
     if slow := slow_line(config, arch, device.kernel, device.kernel_reason, longest):
         print(slow)
     print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
-    print(*data.found.lines(), *data_text.data(config, data.documents, found.schedule), sep="\n")
-    print(plan_text.steps(config, found.schedule, found.steps, len(data.documents)))
-    for line in loss_lines(config, data.documents, found.schedule, arch):
+    print(*data.found.lines(), *data_text.data(config, data.documents, schedule), sep="\n")
+    print(plan_text.steps(config, schedule, plan.steps, len(data.documents)))
+    for line in loss_lines(config, data.documents, schedule, arch):
         print(line)
-    print(plan_text.evaluation(config, len(found.evaluated), len(data.held_out), found.steps, cost))
+    print(plan_text.evaluation(config, len(plan.evaluated), len(data.held_out), plan.steps, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
-    print(*plan_text.chosen(config, origins), sep="\n")
+    print(*plan_text.chosen(config, plan.origins), sep="\n")
     bound = "estimated, at most" if cost.provided else "estimated"
     for line in loss_warnings(config, data.documents):
         print(f"warning    {line}")
@@ -196,7 +171,7 @@ def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
     print(f"verdict    {describe_fix(found.fix, config)}")
 
 
-def for_machines(found: Plan) -> dict[str, object]:
+def for_machines(found: Needs) -> dict[str, object]:
     """What --json prints."""
     parameters = list(found.model.parameters())
     return {
@@ -204,18 +179,18 @@ def for_machines(found: Plan) -> dict[str, object]:
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "memory": {name: int(size) for name, size in found.memory.items()},
         "memory_together": int(found.cost.memory),
-        "memory_there": found.device.memory,
+        "memory_there": found.plan.device.memory,
         "fits": found.fix == {},
         "fix": found.fix,
-        "documents": len(found.data.documents),
+        "documents": len(found.plan.data.documents),
         "tokens": int(found.cost.tokens),
-        "steps": found.steps,
+        "steps": found.plan.steps,
         "tokens_per_second": found.speed.tokens,
         "seconds": found.cost.seconds or None,
         "evaluation_seconds": found.cost.evaluation_seconds or None,
         "reference_seconds": found.cost.reference_seconds or None,
         "drawing_seconds": found.cost.drawing_seconds or None,
-        "evaluated_documents": len(found.evaluated),
+        "evaluated_documents": len(found.plan.evaluated),
         "speed_from": found.speed.source,
     }
 
@@ -234,17 +209,15 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
     return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 
 
-def find_speed(
-    ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule
-) -> Speed:
+def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
     """The speed of the whole run: as given, as recorded, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
         return Speed(recorded_speed(ours.metrics), source=f"the median of {ours.metrics}")
-    if not device.here:
+    if not plan.device.here:
         return Speed(0.0, source="the device is not here")
-    return speed_here(arch, config, schedule)
+    return speed_here(plan.arch, plan.settings, plan.schedule)
 
 
 def recorded_speed(path: str) -> float:

@@ -58,6 +58,7 @@ with importing():
     from src.data.units import Units
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
+    from src.planning.draft import Draft
     from src.reporting import data_text
 
 OWN = ("samples", "plain", "json", "strict")
@@ -256,7 +257,7 @@ def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     with one_line_errors(), naming_missing_packages():
         args, config = parse(argv)
-        fetch_inputs(config)
+        config = fetch_inputs(config)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
         template = recorded_template(
@@ -274,7 +275,9 @@ def main(argv: list[str] | None = None) -> int:
             found = preview_questions(config, encoder, args, plain)
             return int(args.strict and found)
         lint, report, loaded = inspect(config, encoder)
-        config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
+        draft = Draft(config)
+        draft.choose("ctx_len", *row_length(loaded.longest, config.chunk_ctx, loaded.texts))
+        config = draft.config
         if loaded.rows == SFT:
             documents = fit(loaded.files, loaded.chosen, config.ctx_len)
         else:

@@ -25,7 +25,8 @@ from src.data.formats import Reading, Report, encodable
 from src.data.leading_token import describe_leading
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
 from src.evaluation.rewards import RANGES, Failed, Rewards
-from src.planning.defaults import CHOSEN, choose, choose_loss, row_length
+from src.planning.defaults import choose_loss, row_length
+from src.planning.draft import CHOSEN, Draft
 from src.planning.own_answers import longest_answer, needs_right
 from src.reporting.preference_text import too_long_text
 from src.reporting.reward_text import describe_rewards
@@ -57,10 +58,11 @@ class Looked(NamedTuple):
 
 def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace, plain: bool) -> bool:
     """Print what was found, and some questions; whether something is odd."""
-    origins: dict[str, str] = {}
-    choose_loss(config, origins)
-    check_rewards(config)
-    found = look(config, origins, encoder)
+    draft = Draft(config)
+    choose_loss(draft)
+    check_rewards(draft.config)
+    found = look(draft, encoder)
+    config, origins = draft.config, draft.origins
     with Rewards.of(config, encoder.template) as rewards:
         worth = worth_of(rewards, config, encoder, found)
         if ours.json:
@@ -74,8 +76,9 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
     return bool(found.lint.findings)
 
 
-def look(config: Config, origins: dict[str, str], encoder: Encoder) -> Looked:
+def look(draft: Draft, encoder: Encoder) -> Looked:
     """Read everything, and choose what a run would choose; what is odd goes to the Lint."""
+    config = draft.config
     lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
     rights: dict[bytes, set[str]] = {}  # of each prompt
 
@@ -101,9 +104,9 @@ def look(config: Config, origins: dict[str, str], encoder: Encoder) -> Looked:
                 lint.note("known prompt", asked.where)
 
         QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)
-    choose(config, origins, "max_tokens", *longest_answer(config, loaded, encoder.tokenizer))
-    if not config.ctx_len:
-        config.ctx_len, _ = row_length(loaded.longest + config.max_tokens - 1, config.chunk_ctx)
+    draft.choose("max_tokens", *longest_answer(config, loaded, encoder.tokenizer))
+    draft.choose("ctx_len", *row_length(loaded.longest + draft.config.max_tokens - 1, config.chunk_ctx))
+    config = draft.config
     questions = loaded.units(config.ctx_len, config.group_size, config.max_tokens)
     if questions.too_long:
         lint.note("too long", questions.too_long_places[0], questions.too_long)

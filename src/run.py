@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -24,15 +26,19 @@ from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
 from .evaluation.rewards import Rewards
-from .planning.base_model import build_model, read_base, reference_of, template_of_run
+from .model import RWKV
+from .planning.base_model import build_model, new_arch, read_base, reference_of, template_of_run
+from .planning.draft import Draft
 from .planning.job import (
     Data,
-    Job,
+    Device,
+    Plan,
     check_data_files,
     choose_device,
     choose_evaluation,
     choose_rate,
     device_here,
+    memory_of,
     plan_steps,
     read_data,
     run_cost,
@@ -69,75 +75,121 @@ from .training.sample_log import SAMPLES
 from .training.validation_log import BEST, VALIDATION, best_trained, is_over
 
 
-def main(config: Config, origins: dict[str, str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a plan."""
+
+    settings: Config  # of the plan, with the rate that a search found
+    step: int  # optimizer steps that are done
+    is_complete: bool  # False: stopped before the end, and --resume auto goes on
+
+
+def main(typed: Config, origins: Mapping[str, str]) -> None:
     """Run the settings in this process, which may be one of several.
 
     It looks into the run's folder only when that is held.
     """
     started = process_start()
-    with naming_changed_files(), watchdog(config) as others, folder_of_run(config.proj_dir, others):
-        run(config, origins, started, others)
+    with naming_changed_files(), watchdog(typed) as others, folder_of_run(typed.proj_dir, others):
+        if typed.init_only:
+            if is_first_process():
+                write_new_model(typed, *new_arch(typed))
+            return
+        result = train_in_folder(prepare(typed, origins, others=others), started)
+    if not result.is_complete:
+        sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
 
-def run(config: Config, origins: dict[str, str], started: float, others: Watchdog | None) -> None:
-    """All of main() in the held folder.
+def prepare(
+    typed: Config,
+    origins: Mapping[str, str] | None = None,
+    *,
+    for_run: bool = True,
+    device: Callable[[Config, int], Device] = device_here,
+    others: Watchdog | None = None,
+) -> Plan:
+    """Choose what was left to the program. Wrong settings are found here, before a file is written.
 
-    What can be wrong with the settings is found before the first step, and before a file is written.
+    With `for_run=False` nothing is asked that only a run needs: its folder, the user's code. `device` gives
+    the device for settings and a head size. `others` are the processes of other machines.
     """
-    before = earlier_settings(config)
+    draft, before = Draft(typed, origins), earlier_settings(typed)
     if before:
-        inherit(config, origins, before)
-    check_own_functions(config)
-    fetch_files(config, names_of_hub(config, before, others), is_first_process())
-    arch, tokenizer = read_base(config, origins)
-    device = device_here(config, arch.head_size)
-    choose_device(config, origins, device)
-    template = template_of_run(config, origins, tokenizer)
-    if config.init_only:
-        if is_first_process():
-            write_new_model(config, arch, tokenizer)
-        return
-    check_data_files(config)
-    if config.wandb and is_first_process():
-        check_wandb(config.wandb)
-    resume_from = find_checkpoint(config, before)
+        inherit(draft, before)
+    check_own_functions(draft.config)
+    draft.put(**fetch_files(names_of_hub(draft.config, before, others), is_first_process()))
+    arch, tokenizer = read_base(draft)
+    found = device(draft.config, arch.head_size)
+    choose_device(draft, found)
+    template = template_of_run(draft, tokenizer)
+    check_data_files(draft.config)
+    if for_run and typed.wandb and is_first_process():
+        check_wandb(typed.wandb)
+    resume_from = find_checkpoint(draft.config, before) if for_run else None
     if before:
-        keep_rows_per_step(config, before)
-    data = read_data(config, origins, tokenizer, template)
-    reward_digest = try_rewards(config, template, data)
-    schedule = plan_steps(config, origins, arch, device, data)
-    evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
-    choose_rate(config, origins, arch, device, schedule)
-    # before the model is there: what is timed shall not count among the run's memory
-    if is_first_process():
-        speed = speed_here(arch, config, schedule)
-        cost = run_cost(config, arch, device, schedule, data, evaluated, speed)
-    torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, PRECISIONS[config.precision], resume_from)
-    job = Job(config, origins, device, tokenizer, template, data, evaluated, schedule, model)
+        keep_rows_per_step(draft, before)
+    data = read_data(draft, tokenizer, template)
+    reward_digest = try_rewards(draft.config, template, data) if for_run else None
+    found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
+    schedule = plan_steps(draft, arch, found, data)
+    evaluated = choose_evaluation(draft, schedule, data.held_out, before)
+    choose_rate(draft, arch, found, schedule)
+    return Plan(
+        typed=typed,
+        settings=draft.config,
+        origins=draft.origins,
+        before=before,
+        resume_from=resume_from,
+        arch=arch,
+        device=found,
+        tokenizer=tokenizer,
+        template=template,
+        data=data,
+        reward_digest=reward_digest,
+        schedule=schedule,
+        evaluated=evaluated,
+    )
 
+
+def train(plan: Plan) -> Result:
+    """Do what a plan says, and write the files of the run, whose folder nobody else uses meanwhile."""
+    started = time.time()
+    with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
+        if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
+            raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
+        return train_in_folder(plan, started)
+
+
+def train_in_folder(plan: Plan, started: float) -> Result:
+    """train() in a folder that is held already. The command began at `started`."""
+    config, resume_from = plan.settings, plan.resume_from
+    # before the model is there: what is timed shall not count among the run's memory
+    cost = run_cost(plan, speed_here(plan.arch, config, plan.schedule)) if is_first_process() else None
+    torch.manual_seed(config.random_seed)
+    model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
-    over = first_step >= job.steps or is_over(history, config.early_stop)
+    over = first_step >= plan.steps or is_over(history, config.early_stop)
     notes = []
     if resume_from:
-        check_inputs(resume_from, inputs(model, data.documents, data.held_out, reference_of(config)))
-        if config.on_rewards and (note := reward_note(resume_from, reward_digest)):
+        found = inputs(model, plan.data.documents, plan.data.held_out, reference_of(config))
+        check_inputs(resume_from, found)
+        if config.on_rewards and (note := reward_note(resume_from, plan.reward_digest)):
             notes.append(f"note:      {note}")
-    plan = []
+    shown = []
     if is_first_process():
-        resumed = plan_text.resume(job, before, resume_from, over)
-        short = [*notes, *plan_text.plan(job, cost, [] if over else resumed)]
-        plan = [*short, *plan_text.details(job)]
+        resumed = plan_text.resume(plan, over)
+        short = [*notes, *plan_text.plan(plan, model, cost, [] if over else resumed)]
+        shown = [*short, *plan_text.details(plan, model)]
         last = resumed if over else []  # that there is nothing to do is said at the end, where it is seen
-        print("\n".join([*(plan if config.verbose else short), *last]), flush=True)
+        print("\n".join([*(shown if config.verbose else short), *last]), flush=True)
         if resume_from:
             put_best_back(config, history)
-    if over:
-        if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
-            finish(config, origins, plan, first_step, job.steps)
-        return
-    train(job, plan, started, history, resume_from)
+    if not over:
+        return do_steps(plan, model, shown, started, history)
+    if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
+        finish(config, plan.origins, shown, first_step, plan.steps)
+    return Result(config, first_step, True)
 
 
 def try_rewards(config: Config, template: Template, data: Data) -> str | None:
@@ -174,30 +226,35 @@ def put_best_back(config: Config, history: list[dict]) -> None:
         print(f"note:      {note}", flush=True)
 
 
-def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
-    """Do the steps and write the files. `history` has the evaluations so far, and gets those to come."""
+def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history: list[dict]) -> Result:
+    """Do the steps and write the files. `history` has the evaluations so far, and gets those to come.
+
+    `shown` are the lines of the plan, for the run card.
+    """
     from .training.forgetting import Forgetting
     from .training.trainer import FineTuning, ReferenceAtStart, TrainingData, make_trainer
 
-    config = job.config
+    config = plan.settings
     if is_first_process():
-        prepare_folder(job, resume_from)
+        prepare_folder(plan)
 
-    def complete(step: int) -> bool:
-        return step >= job.steps or is_over(history, config.early_stop)
+    def is_complete(step: int) -> bool:
+        return step >= plan.steps or is_over(history, config.early_stop)
 
-    first_step = checkpoint_step(resume_from) if resume_from else 0
-    report, *watch, saver = reporters(job, started, history, resume_from)
-    forgetting = Forgetting(job.tokenizer, config.load_model, complete)
+    first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
+    report, *watch, saver = reporters(plan, model, started, history)
+    forgetting = Forgetting(plan.tokenizer, config.load_model, is_complete)
     trainer = make_trainer(
-        config, job.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
+        config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
     )
     begun = time.perf_counter()
-    with rewards_of(config, job.template) as rewards:
-        found = job.data
-        data = TrainingData(found.documents, found.held_out, job.evaluated, found.encoder, rewards)
-        module = FineTuning(job.model, config, data, job.steps, first_step, RateSearch(job).run)
-        do_steps(trainer, module, report)
+    with rewards_of(config, plan.template) as rewards:
+        found = plan.data
+        data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
+        search = RateSearch(plan)
+        module = FineTuning(model, config, data, plan.steps, first_step, search.run)
+        fit(trainer, module, report)
+    settled, step = search.draft, trainer.global_step
     if trainer.is_global_zero:
         measured = {
             "fit_seconds": time.perf_counter() - begun,
@@ -206,24 +263,23 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         }
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result
-        finish(config, job.origins, plan, trainer.global_step, job.steps, measured)
-    if not complete(trainer.global_step):
-        sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
+        finish(settled.config, settled.origins, shown, step, plan.steps, measured)
+    return Result(settled.config, step, is_complete(step))
 
 
-def prepare_folder(job: Job, resume_from: str | None) -> None:
+def prepare_folder(plan: Plan) -> None:
     """Remove what a killed run left, and write the settings."""
-    config, folder = job.config, job.config.proj_dir
+    config, folder = plan.settings, plan.settings.proj_dir
     best_file = os.path.join(folder, BEST)
     remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
-    if not resume_from:  # of a run that was killed before its first checkpoint
+    if not plan.resume_from:  # of a run that was killed before its first checkpoint
         for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
-    save(config, job.origins, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
+    save(config, plan.origins, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
 
 
-def reporters(job: Job, started: float, history: list[dict], resume_from: str | None) -> list:
+def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:
     """The callbacks that write: the StepReport, DrawnSamples where the answers are the model's own, a Watch
     where documents are held out, and the Saver.
 
@@ -234,18 +290,18 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
     from .training.rollback import LastGood
     from .training.validation import Watch
 
-    config, folder = job.config, job.config.proj_dir
+    config, folder, resume_from = plan.settings, plan.settings.proj_dir, plan.resume_from
     checkpoints = os.path.join(folder, CHECKPOINTS)
     last_good = LastGood(
         config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None
     )
     first_step = checkpoint_step(resume_from) if resume_from else 0
     writers = open_writers(config, first_step) if is_first_process() else []
-    trained_with = job.tokenizer if config.load_model else None
+    trained_with = plan.tokenizer if config.load_model else None
     path = os.path.join(folder, METRICS)
-    report = StepReport(path, job.steps, started, last_good, writers, trained_with, early_warning)
-    write = writer(config, job.model, job.data.encoder)
-    watch = Watch(folder, history, job.data.encoder, write, report)
+    report = StepReport(path, plan.steps, started, last_good, writers, trained_with, early_warning)
+    write = writer(config, model, plan.data.encoder)
+    watch = Watch(folder, history, plan.data.encoder, write, report)
     saver = Saver(
         checkpoints,
         output_path(config),
@@ -256,10 +312,10 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
         resume_from,
     )
     samples = [DrawnSamples(folder)] if config.on_rewards else []
-    return [report, *samples, *([watch] if job.data.held_out else []), saver]
+    return [report, *samples, *([watch] if plan.data.held_out else []), saver]
 
 
-def do_steps(trainer, module, report) -> None:
+def fit(trainer, module, report) -> None:
     """Trainer.fit, with its ways to end told in our words."""
     from .training.trainer import naming_the_killed
 

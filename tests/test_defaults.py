@@ -16,8 +16,8 @@ from src.common.formatting import size_text
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
 from src.config.loss_rules import OF_LOSSES
 from src.config.parse import read_yaml
-from src.planning import defaults
 from src.planning.defaults import choose_batch, choose_length, held_out_share, own_rank, row_length
+from src.planning.draft import CHOSEN, Draft
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
@@ -113,7 +113,7 @@ def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents
 )
 def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     """A row needs 100, 60 when the time mixes are recomputed, 40 when all is."""
-    config, origins = Config(**settings), {}
+    draft = Draft(Config(**settings))
 
     def needed(tried):
         assert not is_automatic(tried, "micro_bsz") and not is_automatic(tried, "grad_cp")
@@ -122,13 +122,14 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
         )
         return tried.micro_bsz * {0: 100, 2: 60, 1: 40}[tried.grad_cp]
 
-    choose_batch(config, origins, rows, needed, room)
+    choose_batch(draft, rows, needed, room)
+    config = draft.config
     assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
     assert bool(config.accumulate_grad_batches) == (
         "accumulate_grad_batches" in settings or "global_bsz" not in settings
     )
-    assert origins["micro_bsz"].startswith(
-        f"{defaults.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
+    assert draft.origins["micro_bsz"].startswith(
+        f"{CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
     )
 
 
@@ -145,9 +146,13 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     ],
 )
 def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
-    config, origins = Config(**settings), {}
-    choose_batch(config, origins, rows, lambda tried: 0, 1)
-    assert ("less than 50 steps" in origins["micro_bsz"]) == few
+    draft = Draft(Config(**settings))
+    choose_batch(draft, rows, lambda tried: 0, 1)
+    assert ("less than 50 steps" in draft.origins["micro_bsz"]) == few
+
+
+def length_of(config):
+    return (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +180,10 @@ def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_fro
     ],
 )
 def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
-    config, origins = Config(**settings), {}
-    choose_length(config, origins, steps, held_out)
-    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
-    assert not origins.keys() & settings.keys()
+    draft = Draft(Config(**settings))
+    choose_length(draft, steps, held_out)
+    assert length_of(draft.config) == length
+    assert not draft.origins.keys() & settings.keys()
 
 
 @pytest.mark.parametrize(
@@ -191,17 +196,17 @@ def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out,
     ],
 )
 def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
-    origins = {}
-    choose_length(Config(**settings), origins, steps, held_out)
-    assert origins["epoch_count"] == f"chosen: {reason}"
+    draft = Draft(Config(**settings))
+    choose_length(draft, steps, held_out)
+    assert draft.origins["epoch_count"] == f"chosen: {reason}"
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():
     """Also where it was not chosen before, as in a short training of a sweep."""
-    rising = [learning_rate_factor(Config(), 60)(step) for step in range(4)]
+    rising = [learning_rate_factor(Config(), 1.0, 60)(step) for step in range(4)]
     assert rising[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rising[3] <= 1
-    assert learning_rate_factor(Config(), 10)(0) == 1
-    assert rising == [learning_rate_factor(Config(warmup_steps=3), 60)(step) for step in range(4)]
+    assert learning_rate_factor(Config(), 1.0, 10)(0) == 1
+    assert rising == [learning_rate_factor(Config(warmup_steps=3), 1.0, 60)(step) for step in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -215,21 +220,19 @@ def test_the_warm_up_is_a_share_of_whatever_is_trained():
     ],
 )
 def test_a_schedule_at_its_beginning_halfway_and_at_its_end(shape, factors):
-    config = Config(lr_init=2, lr_final=0.02, warmup_steps=0, lr_schedule=shape)
-    factor = learning_rate_factor(config, 101)
+    config = Config(lr_final=0.02, warmup_steps=0, lr_schedule=shape)
+    factor = learning_rate_factor(config, 2, 101)
     assert [factor(step) for step in (0, 50, 100)] == pytest.approx(factors)
     quarter = {"cos": 0.855, "linear": 0.7525, "exp": 0.01**0.25}
     assert factor(25) == pytest.approx(quarter.get(shape, 1), abs=1e-3)
 
 
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
-    config, origins = Config(micro_bsz=3), {}
-    choose_batch(config, origins, 999, None, 0)
-    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (
-        3,
-        1,
-        0,
-    ) and "micro_bsz" not in origins
+    draft = Draft(Config(micro_bsz=3))
+    choose_batch(draft, 999, None, 0)
+    config = draft.config
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (3, 1, 0)
+    assert "micro_bsz" not in draft.origins
 
 
 # a run that goes on
@@ -250,14 +253,14 @@ BEFORE = Config(
 
 
 def going_on(**settings):
-    config, origins = Config(**FILES, **settings), {}
-    inherit(config, origins, BEFORE)
-    keep_rows_per_step(config, BEFORE)
-    return config
+    draft = Draft(Config(**FILES, **settings))
+    inherit(draft, BEFORE)
+    keep_rows_per_step(draft, BEFORE)
+    return draft
 
 
 def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
-    config = going_on()
+    config = going_on().config
     changed = {name for name in FIELDS if getattr(config, name) != getattr(BEFORE, name)}
     assert changed == {"wkv", "accelerator"}, "what depends on the machine alone is chosen again"
     assert {*resume.BATCH, *resume.LENGTH} <= resume.MAY_CHANGE
@@ -276,18 +279,18 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
 )
 def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
-    config = Config(**FILES, **settings)
-    inherit(config, {}, before)
-    choose_length(config, {}, 60, True)
-    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
+    draft = Draft(Config(**FILES, **settings))
+    inherit(draft, before)
+    choose_length(draft, 60, True)
+    assert length_of(draft.config) == length
 
 
 def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
-    config = Config(**FILES)
-    inherit(config, {}, before)
-    choose_length(config, {}, 60, True)
-    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == (1, 0, 0, 0)
+    draft = Draft(Config(**FILES))
+    inherit(draft, before)
+    choose_length(draft, 60, True)
+    assert length_of(draft.config) == (1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -309,8 +312,9 @@ def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     ],
 )
 def test_a_step_keeps_its_rows(settings, batch):
-    config = going_on(**settings)
-    choose_batch(config, {}, 10, lambda tried: 0, 1)
+    draft = going_on(**settings)
+    choose_batch(draft, 10, lambda tried: 0, 1)
+    config = draft.config
     assert (config.micro_bsz, accumulation(config)) == batch
     assert resume.rows_per_step(config) == 8
     validate(config)

@@ -11,6 +11,7 @@ import torch
 from src.config import Config, parse
 from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
 from src.planning.defaults import choose_loss
+from src.planning.draft import Draft
 from src.planning.step import grpo_of
 
 from .conftest import ROOT
@@ -312,9 +313,9 @@ def test_the_loss_has_all_its_settings():
     flags = (
         "--load_model b.pth --data_file d.jsonl --loss grpo --grpo_type dr_grpo --clip_low 0.1 --beta 0.04"
     )
-    config, origins = parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"])
-    choose_loss(config, origins)
-    assert grpo_of(config) == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
+    draft = Draft(*parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
+    choose_loss(draft)
+    assert grpo_of(draft.config) == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
     assert grpo_of(Config()) is None
 
 

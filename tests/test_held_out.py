@@ -18,6 +18,7 @@ from src.data.encode import Encoder
 from src.data.held_out import evaluation_batches, hold_out, questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
+from src.planning.draft import Draft
 from src.planning.job import read_data
 from src.training.objective import undisturbed
 
@@ -65,7 +66,7 @@ def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
     for name, letters in (("rows", "abcdef"), ("held", "xbyd")):
         (tmp_path / name).write_text("".join(json.dumps({"text": letter * 5}) + "\n" for letter in letters))
     config = Config(data_file=str(tmp_path / "rows"), eval_file=str(tmp_path / "held"))
-    read = read_data(config, {}, BYTES, DEFAULT)
+    read = read_data(Draft(config), BYTES, DEFAULT)
     train, held = read.documents, read.held_out
     assert (
         f"left out   2 documents of {config.data_file}, word for word in {config.eval_file} too"

@@ -307,7 +307,7 @@ def test_data_with_weights(hub, tmp_path):
     local = tmp_path / "l.jsonl"
     local.write_text('{"text": "l"}\n')
     config = Config(data_file=f"{local}:2,hf://o/d/a.jsonl:0.5,hf://o/d/b/b.jsonl@main", eval_file=str(local))
-    fetch_inputs(config)
+    config = fetch_inputs(config)
     commit = hub.branches["datasets", "o/d"]["main"]
     assert config.data_file.name == f"{local}:2,hf://o/d/a.jsonl@{commit}:0.5,hf://o/d/b/b.jsonl@{commit}"
     assert config.eval_file == str(local)

@@ -1,5 +1,6 @@
 """Runs from names of the hub: one download for all processes, one commit for the whole run, and its card."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -117,8 +118,7 @@ def test_a_name_in_a_file_starts_no_download(run, tmp_path, monkeypatch):
         recorded_tokenizer("auto", "", 256, str(path))
     (tmp_path / "rows.jsonl").write_text(to_jsonl([{"text": "hf://o/n/base.pth"}]))
     config = Config(load_model=str(path), data_file=str(tmp_path / "rows.jsonl"))
-    fetch_inputs(config)
-    assert config.load_model == str(path) and not (tmp_path / "cache").exists()
+    assert fetch_inputs(config).load_model == str(path) and not (tmp_path / "cache").exists()
     code, said = train(
         hub.endpoint,
         cache,
@@ -161,7 +161,8 @@ def facts_of(folder):
 def test_a_card_of_local_files_names_no_repository_and_no_folder(run):
     _, folder, _, _ = run
     config, summary, metrics = facts_of(folder / "run")
-    config.load_model, config.data_file = "/secret/base.pth", "/secret/a|b.jsonl:2,/secret/c.jsonl"
+    files = {"load_model": "/secret/base.pth", "data_file": "/secret/a|b.jsonl:2,/secret/c.jsonl"}
+    config = dataclasses.replace(config, **files)
     history = [{"step": 0, "loss": 3.25}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": None}]
     text = model_card(config, summary, metrics, history, str(folder / "run" / "adapter.pth"))
     assert {"base_model", "datasets", "license"}.isdisjoint(ModelCard(text).data.to_dict())
@@ -176,7 +177,7 @@ def test_a_card_names_a_base_that_is_a_folder(run, monkeypatch):
     """Also where a slash ends its path, and where the file does not record it."""
     _, folder, _, _ = run
     config, summary, metrics = facts_of(folder / "run")
-    config.load_model, config.data_file = "/secret/base/", "a.jsonl"
+    config = dataclasses.replace(config, load_model="/secret/base/", data_file="a.jsonl")
     adapter = folder / "run" / "adapter.pth"
     told = read_metadata(adapter)
     for recorded in ("base", None):
@@ -189,7 +190,7 @@ def test_a_card_names_a_base_that_is_a_folder(run, monkeypatch):
 def test_a_card_of_full_training_is_of_a_finetune(run):
     _, folder, _, _ = run
     config, summary, metrics = facts_of(folder / "run")
-    config.peft, config.data_file = "none", "o/d/en"
+    config = dataclasses.replace(config, peft="none", data_file="o/d/en")
     text = model_card(config, summary, metrics, [], str(folder / "base.pth"))
     head = ModelCard(text).data.to_dict()
     assert head["base_model_relation"] == "finetune" and head["datasets"] == ["o/d"]
@@ -199,7 +200,7 @@ def test_a_card_of_full_training_is_of_a_finetune(run):
 def test_a_card_that_is_the_users_is_left_alone(run, tmp_path):
     _, folder, _, _ = run
     config, summary, metrics = facts_of(folder / "run")
-    config.proj_dir = str(tmp_path)
+    config = dataclasses.replace(config, proj_dir=str(tmp_path))
     write_model_card(config, summary, metrics, [], str(folder / "run" / "adapter.pth"))
     path = tmp_path / "README.md"
     written = path.read_text()

@@ -1,5 +1,6 @@
 """What is decided before the weights are read: the steps of a run, and the memory that they may use."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from src.data.formats import Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.planning import job
+from src.planning.draft import Draft
 from src.planning.job import (
     Data,
     Device,
@@ -65,10 +67,10 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     monkeypatch.setattr(job, "estimate", lambda tried, *_: tried.micro_bsz * 100)
     monkeypatch.setattr(job, "needed", lambda size, *_: size)
     monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
-    config = Config(**settings, packing=False, ctx_len=256, grad_cp=0)
-    schedule = plan_steps(config, {}, None, DEVICE, data(401))
+    draft = Draft(Config(**settings, packing=False, ctx_len=256, grad_cp=0))
+    schedule = plan_steps(draft, None, DEVICE, data(401))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
-    assert schedule == make_schedule(documents(401), config, batch[2]), (
+    assert schedule == make_schedule(documents(401), draft.config, batch[2]), (
         "what the trainer makes of the settings"
     )
 
@@ -87,11 +89,12 @@ def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_o
     """A step has 8 rows, as all of them fit."""
     monkeypatch.setattr(job, "estimate", lambda *_: 0)
     monkeypatch.setattr(job, "needed", lambda *_: 0)
-    config = Config(**settings, packing=False, ctx_len=256)
-    schedule = plan_steps(config, origins := {}, None, DEVICE, data(rows, held_out))
+    draft = Draft(Config(**settings, packing=False, ctx_len=256))
+    schedule = plan_steps(draft, None, DEVICE, data(rows, held_out))
+    config = draft.config
     assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
     assert steps_of(config, schedule) == length[0] * rows / 8
-    assert origins["warmup_steps"] == "chosen: 5% of the run"
+    assert draft.origins["warmup_steps"] == "chosen: 5% of the run"
 
 
 def test_an_epoch_is_the_data_once_or_so_many_steps():
@@ -116,9 +119,9 @@ def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
         load_tokenizer("bytes", 256, ""),
     )
     with pytest.raises(UserError, match="rows.jsonl, line 2: .*; --on_bad_row skip leaves such rows out"):
-        read_data(config, {}, tokenizer, DEFAULT)
-    config.on_bad_row = "skip"
-    assert len(read_data(config, {}, tokenizer, DEFAULT).documents) == 1
+        read_data(Draft(config), tokenizer, DEFAULT)
+    skipping = dataclasses.replace(config, on_bad_row="skip")
+    assert len(read_data(Draft(skipping), tokenizer, DEFAULT).documents) == 1
 
 
 @pytest.mark.parametrize(

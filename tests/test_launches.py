@@ -1,5 +1,6 @@
 """What a run on a GPU without native kernels costs, and says."""
 
+import dataclasses
 import re
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_run_without_native_kernels_says_what_it_costs():
     # 8192 tokens of 1.2e9 weights at 4 FLOP take 0.4 s at 100 TFLOP/s
     assert float(times) == pytest.approx(1 + int(launches.replace(",", "")) * 5e-6 / 0.396, rel=0.05)
     assert line.endswith("because no nvcc: pip install it") and line.startswith("slow       ")
-    config.chunk_ctx = 256
-    assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(config, arch, "torch", "as asked", 1024)
+    chunked = dataclasses.replace(config, chunk_ctx=256)
+    assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(chunked, arch, "torch", "as asked", 1024)
     assert slow_line(config, arch, "cuda", "", 1024) == ""
     assert slow_line(Config(accelerator="cpu"), arch, "torch", "", 1024) == ""

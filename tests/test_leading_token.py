@@ -33,6 +33,7 @@ from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.sampling import GREEDY
 from src.model import RWKV
+from src.planning.draft import Draft
 from src.planning.job import read_data
 from src.reporting import data_text, document_text
 from src.training.outputs import writer
@@ -254,7 +255,7 @@ def test_texts_are_not_taken_for_known_prompts():
 def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     config = Config(data_file=str(tmp_path / "rows.jsonl"), bos=spec, ctx_len=99)
-    data = read_data(config, {}, WORLD, DEFAULT)
+    data = read_data(Draft(config), WORLD, DEFAULT)
     assert data.encoder.bos == bos
     line = data_text.documents_line(config, data)
     assert line.endswith(f"(template rwkv{f', leading token {bos[0]}' if bos else ''})")
@@ -269,8 +270,9 @@ def test_a_run_does_not_go_on_with_another(tmp_path):
     def go_on(bos):
         config = Config(data_file="rows.jsonl", proj_dir=str(tmp_path), resume="auto", bos=bos)
         before = earlier_settings(config)
-        inherit(config, {}, before)
-        return find_checkpoint(config, before)
+        draft = Draft(config)
+        inherit(draft, before)
+        return find_checkpoint(draft.config, before)
 
     def write(**settings):
         config, origins = (

@@ -3,6 +3,7 @@ scales.
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -251,7 +252,7 @@ def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
     assert not torch.equal(other.blocks[0].att.key.weight, first.blocks[0].att.key.weight), (
         "such a test can fail"
     )
-    config.peft_config = {"rank": 6}
+    config = dataclasses.replace(config, peft_config={"rank": 6})
     with pytest.raises(rwkv_miss.UserError, match=r"no blocks.0.att.receptance.initial_A of \(6, 48\)"):
         build_model(config, make_arch(7), "torch", torch.float32, tmp_path / "step.pth")
 

@@ -152,7 +152,7 @@ def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_th
     trained = []
 
     def no_training(model, config, documents, held_out, count, setting, rates):
-        trained.append((count, learning_rate_factor(config, count)(0)))
+        trained.append((count, learning_rate_factor(config, 1.0, count)(0)))
         return [Trial(rate, [3.0, 2.0], 0.1) for rate in rates]
 
     monkeypatch.setattr(lr_sweep, "trials", no_training)

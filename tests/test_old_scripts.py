@@ -18,7 +18,7 @@ from rwkv_miss.__main__ import main as rwkv_miss_command
 from src.config import parse
 from src.data.recorded_tokenizer import recorded_tokenizer
 from src.data.tokenizer import load_tokenizer
-from src.planning.base_model import read_base, template_of_run
+from src.planning.base_model import new_arch
 from src.training.outputs import write_new_model
 
 from . import program
@@ -182,10 +182,9 @@ def test_lora_of_2024(files, tmp_path):
 def test_a_new_model_with_another_vocabulary_needs_no_tokenizer(tmp_path):
     """demo-training-prepare-v7-pile.sh: only the training needs one."""
     where = ["--proj_dir", str(tmp_path), "--data_file", "pile"]
-    config, origins = parse([*where, *words(PREPARE.replace("65536", "50304"))])
-    arch, tokenizer = read_base(config, origins)
+    config, _ = parse([*where, *words(PREPARE.replace("65536", "50304"))])
+    arch, tokenizer = new_arch(config)
     assert (arch.vocab_size, tokenizer) == (50304, None)
-    template_of_run(config, origins, tokenizer)
     write_new_model(config, arch, tokenizer)
     metadata = read_metadata(tmp_path / "rwkv-init.pth")
     assert metadata["step"] == 0 and "tokenizer" not in metadata

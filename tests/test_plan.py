@@ -27,6 +27,7 @@ from src.model import RWKV
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
+from src.planning.draft import Draft
 from src.planning.job import estimate
 from src.planning.memory import fullest_rows, largest_batch, memory_parts
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
@@ -373,8 +374,9 @@ def test_what_the_first_call_imports_is_not_timed(monkeypatch):
 def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):
     for given, settled in (({"magnitude": True}, {"rank": 6, "magnitude": True}), ({"r": 5}, {"r": 5})):
         config = Config(load_model=str(checkpoint(7, vocab_size=256)), tokenizer="bytes", peft_config=given)
-        read_base(config, {})
-        assert config.peft_config == settled
+        draft = Draft(config)
+        read_base(draft)
+        assert draft.config.peft_config == settled
 
 
 def test_full_training_has_no_frozen_base():

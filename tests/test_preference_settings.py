@@ -8,13 +8,14 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import write_checkpoint
-from src.config import Config, is_automatic, parse, save
+from src.config import Config, parse, save
 from src.config.loss_rules import OF_LOSSES
 from src.config.loss_settings import LOSSES
 from src.config.parse import read_yaml
 from src.config.schema import FIELDS
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
+from src.planning.draft import Draft
 from src.planning.step import preference_of
 from src.training.resume import MAY_CHANGE, inherit
 
@@ -102,24 +103,26 @@ def test_mistakes_are_explained(flags, words):
     [("dpo", 0.1, 1), ("ipo", 0.1, 10), ("simpo", 2, 1), ("orpo", 0, 1), ("kto", 0.1, 1), ("sft", 0, -1)],
 )
 def test_what_is_chosen_is_saved_and_read_again(loss, beta, sft_weight, tmp_path):
-    config, origins = parse([*REQUIRED, "--loss", loss])
-    choose_loss(config, origins)
+    draft = Draft(*parse([*REQUIRED, "--loss", loss]))
+    choose_loss(draft)
+    config, origins = draft.config, draft.origins
     assert (config.beta, config.sft_weight) == (beta, sft_weight)
     assert origins["sft_weight"].startswith("chosen: ") == (loss != "sft")
     save(config, origins, str(tmp_path / "config.yaml"))
     assert Config(**read_yaml(str(tmp_path / "config.yaml"))) == config
-    again, origins = parse(["--config", str(tmp_path / "config.yaml")])
-    choose_loss(again, origins)
-    assert again == config
+    again = Draft(*parse(["--config", str(tmp_path / "config.yaml")]))
+    choose_loss(again)
+    assert again.config == config
 
 
 def test_what_is_given_stays():
-    config, origins = parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"])
-    choose_loss(config, origins)
-    assert (config.beta, config.sft_weight) == (0.5, 0) and not is_automatic(config, "sft_weight")
-    config, origins = parse([*REQUIRED, "--loss", "ipo", "--beta", "0.3"])
-    choose_loss(config, origins)
-    assert config.sft_weight == 3.33, "as much as the preference pulls at first"
+    draft = Draft(*parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"]))
+    typed = draft.config
+    choose_loss(draft)
+    assert draft.config == typed and (typed.beta, typed.sft_weight) == (0.5, 0)
+    draft = Draft(*parse([*REQUIRED, "--loss", "ipo", "--beta", "0.3"]))
+    choose_loss(draft)
+    assert draft.config.sft_weight == 3.33, "as much as the preference pulls at first"
 
 
 def test_a_run_that_goes_on_keeps_its_loss():
@@ -128,10 +131,10 @@ def test_a_run_that_goes_on_keeps_its_loss():
     """
     assert MAY_CHANGE & {"loss", *OF_LOSSES} == {"reward_file", "reward_timeout"}, "which are told of"
     before = parse([*REQUIRED, "--loss", "simpo", "--beta", "3", "--sft_weight", "0.5"])[0]
-    config, origins = parse([*REQUIRED, "--loss", "simpo"])
-    inherit(config, origins, before)
-    choose_loss(config, origins)
-    assert (config.beta, config.sft_weight) == (3, 0.5) and "so far" in origins["beta"]
+    draft = Draft(*parse([*REQUIRED, "--loss", "simpo"]))
+    inherit(draft, before)
+    choose_loss(draft)
+    assert (draft.config.beta, draft.config.sft_weight) == (3, 0.5) and "so far" in draft.origins["beta"]
 
 
 def test_the_loss_has_all_its_settings():

@@ -9,6 +9,7 @@ from src.data.encode import Encoder
 from src.data.formats import Report
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
+from src.planning.draft import Draft
 from src.planning.job import read_data
 
 from .test_generate import named
@@ -50,8 +51,10 @@ def test_good_questions(look, tmp_path):
         bos="auto",
         rewards={"partial": 1.0, "exact": 1.0},
     )
-    data = read_data(config, {}, named("bytes"), load_template("rwkv"))
-    assert (found["max_tokens"], found["ctx_len"]) == (config.max_tokens, config.ctx_len) == (2 + 16, 256)
+    draft = Draft(config)
+    data = read_data(draft, named("bytes"), load_template("rwkv"))
+    chosen = draft.config
+    assert (found["max_tokens"], found["ctx_len"]) == (chosen.max_tokens, chosen.ctx_len) == (2 + 16, 256)
     assert (found["questions"], found["tokens"]) == (5, data.documents.tokens)
     assert found["right_lengths"] == {"0%": 3, "50%": 3, "90%": 4, "99%": 4, "100%": 4}
 
@@ -141,7 +144,7 @@ def test_reading_for_a_run_counts_what_the_preview_finds(tmp_path):
     rows = [*GOOD, {"question": "a", "answer": None}, {"question": " ", "answer": "1"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = Config(loss="grpo", data_file=str(tmp_path / "data.jsonl"), on_bad_row="skip")
-    data = read_data(config, {}, named("bytes"), load_template("rwkv"))
+    data = read_data(Draft(config), named("bytes"), load_template("rwkv"))
     assert len(data.documents) == 5 and isinstance(data.found, Report) and data.found.bad == 1
     assert isinstance(data.encoder, Encoder)
     lines = "\n".join(data.found.lines())

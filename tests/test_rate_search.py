@@ -132,7 +132,7 @@ def test_the_first_guess_is_near_the_published_rate_for_the_models_that_it_was_p
     """7B: 32 layers of 4096. Within a factor of 2.5, as the ones for small models were fitted."""
     config, _ = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
     if method != "none":
-        config.peft_config = {"rank": 64}
+        config = dataclasses.replace(config, peft_config={"rank": 64})
     large = first_guess(config, make_arch(7, n_layer=32, n_embd=4096, head_size=64))
     assert published / 2.5 < large < published * 2.5
     assert first_guess(config, make_arch(7, n_layer=12, n_embd=768, head_size=64)) > 2 * large
@@ -299,8 +299,7 @@ def test_nothing_held_out_leaves_the_training_loss_to_decide(files, tmp_path):
 def test_a_short_run_takes_the_first_guess_and_says_so(files, tmp_path):
     output = train(files, tmp_path, "--epoch_steps", "5")
     config, _ = parse(flags(files, tmp_path))
-    config.peft_config = {"rank": 6}
-    guess = first_guess(config, make_arch(7, vocab_size=256))
+    guess = first_guess(dataclasses.replace(config, peft_config={"rank": 6}), make_arch(7, vocab_size=256))
     assert settings(tmp_path)["lr_init"] == guess and f"lr {guess:g} to" in output
     assert "first guess from method, rank and widths" in output and "5 steps are too few" in output
     assert not (tmp_path / "learning_rate.json").exists()

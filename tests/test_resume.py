@@ -9,6 +9,7 @@ from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config import Config
 from src.config.launcher import RANK_VARIABLES
+from src.planning.draft import Draft
 from src.training.resume import earlier_settings, find_checkpoint, inherit, settings_of_first_process
 
 SETTINGS = {
@@ -54,10 +55,10 @@ STEP_2, STEP_10 = "checkpoints/step-00000002.pth", "checkpoints/step-00000010.pt
 def go_on(proj_dir, **settings):
     """The checkpoint that a command with --resume auto finds."""
     config = Config(**SETTINGS | {"proj_dir": proj_dir, "resume": "auto"} | settings)
-    before = earlier_settings(config)
+    draft, before = Draft(config), earlier_settings(config)
     if before:
-        inherit(config, {}, before)
-    return find_checkpoint(config, before)
+        inherit(draft, before)
+    return find_checkpoint(draft.config, before)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +165,13 @@ def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
     before = Config(**SETTINGS, peft="adalora", peft_config={"rank": 4, "delta_t": 2})
     configuration.save(before, dict.fromkeys(configuration.FIELDS, "default"), f"{proj_dir}/config.yaml")
     now = Config(**SETTINGS, peft="dora", proj_dir=proj_dir, resume="auto")
-    inherit(now, {}, earlier_settings(now))
-    assert now.peft_config == {}, (
+    draft = Draft(now)
+    inherit(draft, earlier_settings(now))
+    assert draft.config.peft_config == {}, (
         "which dora would refuse, before the user is told that the method is another"
     )
     with pytest.raises(UserError, match="has peft adalora, now it is dora"):
-        find_checkpoint(now, earlier_settings(now))
+        find_checkpoint(draft.config, earlier_settings(now))
 
 
 @pytest.mark.parametrize(

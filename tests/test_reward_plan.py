@@ -1,5 +1,6 @@
 """The plan of --loss grpo: how long answers may be, its steps, its work and time, and its memory."""
 
+import dataclasses
 import json
 import types
 
@@ -23,6 +24,7 @@ from src.model import RWKV
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess
+from src.planning.draft import Draft
 from src.planning.drawing import TOGETHER, draw_bytes
 from src.planning.job import read_data
 from src.planning.own_answers import largest_groups, longest_answer
@@ -137,19 +139,17 @@ def test_a_run_takes_what_was_chosen(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held.write_text("".join(json.dumps(row) + "\n" for row in (rows[-1], {"question": "z", "answer": "1"})))
     files = {"loss": "grpo", "data_file": str(data), "eval_file": str(held)}
-    config, origins = Config(**files), {}
-    found = read_data(config, origins, BYTES, load_template("rwkv"))
-    assert (config.max_tokens, config.ctx_len) == (2 + 16, 256)
+    draft = Draft(Config(**files))
+    found = read_data(draft, BYTES, load_template("rwkv"))
+    assert (draft.config.max_tokens, draft.config.ctx_len) == (2 + 16, 256)
     assert len(found.documents) == 20 and len(found.held_out) == 2  # the long one is in both
     assert (found.documents.group_size, found.held_out.max_tokens) == (8, 18)
-    config = Config(**files, ctx_len=64, max_tokens=18)
-    found = read_data(config, {}, BYTES, load_template("rwkv"))
+    found = read_data(Draft(Config(**files, ctx_len=64, max_tokens=18)), BYTES, load_template("rwkv"))
     assert found.documents.too_long == found.held_out.too_long == 1 and len(found.held_out) == 1
     told = "1 question of more than --ctx_len 64 tokens with an answer of 18: "
     assert f"left out   {told}{held}, line 1" in found.found.lines()
-    config = Config(**files, ctx_len=20, max_tokens=18)
     with pytest.raises(UserError, match="line 1: all 21 questions with an answer of --max_tokens 18"):
-        read_data(config, {}, BYTES, load_template("rwkv"))
+        read_data(Draft(Config(**files, ctx_len=20, max_tokens=18)), BYTES, load_template("rwkv"))
 
 
 def test_the_time_is_that_of_the_tokens(flags, capsys):
@@ -208,13 +208,13 @@ def test_evaluations_take_a_tenth_at_most(flags, capsys):
     ],
 )
 def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, every):
-    config, origins = Config(loss="grpo", inner_steps=inner), {}
-    choose_eval_steps(config, origins, steps, affordable)
-    assert config.eval_steps == every and ("eval_steps" in origins) == (every > 0)
-    assert every < 0 or evaluations(config, steps) <= min(7, affordable)
-    given = Config(loss="grpo", inner_steps=inner, eval_steps=0)
-    choose_eval_steps(given, {}, steps, affordable)
-    assert given.eval_steps == 0
+    draft = Draft(Config(loss="grpo", inner_steps=inner))
+    choose_eval_steps(draft, steps, affordable)
+    assert draft.config.eval_steps == every and ("eval_steps" in draft.origins) == (every > 0)
+    assert every < 0 or evaluations(draft.config, steps) <= min(7, affordable)
+    given = Draft(Config(loss="grpo", inner_steps=inner, eval_steps=0))
+    choose_eval_steps(given, steps, affordable)
+    assert given.config.eval_steps == 0
 
 
 def test_a_run_evaluates_in_between_where_that_is_cheap(flags, capsys):
@@ -328,9 +328,7 @@ def test_a_rate_far_above_the_first_guess_is_told():
     arch = make_arch(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
     config = Config(loss="grpo", load_model="base.pth", peft_config={"r": 4})
     guess = first_guess(config, arch)
-    config.lr_init = 5 * guess
-    assert not above_guess(config, arch)
-    config.lr_init = 20 * guess
-    assert above_guess(config, arch) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
-    config.loss = "sft"
-    assert not above_guess(config, arch)
+    assert not above_guess(dataclasses.replace(config, lr_init=5 * guess), arch)
+    high = dataclasses.replace(config, lr_init=20 * guess)
+    assert above_guess(high, arch) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
+    assert not above_guess(dataclasses.replace(high, loss="sft"), arch)

@@ -7,8 +7,9 @@ import pytest
 from rwkv_miss.errors import UserError
 from src.config import parse, save, written_settings
 from src.planning.defaults import choose_loss
+from src.planning.draft import Draft
 from src.planning.step import preference_of, unit_of
-from src.run import run
+from src.run import prepare
 from src.training.resume import inherit
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--loss", "grpo"]
@@ -102,14 +103,15 @@ def test_what_belongs_together_is_taken():
     ],
 )
 def test_what_is_chosen_is_saved_and_read_again(flags, high, scale, tmp_path):
-    config, origins = settings(*flags.split())
-    choose_loss(config, origins)
+    draft = Draft(*settings(*flags.split()))
+    choose_loss(draft)
+    config, origins = draft.config, draft.origins
     assert (config.clip_high, config.advantage_scale, config.beta) == (high, scale, 0)
     assert config.rewards == {"exact": 1} and origins["rewards"].startswith("chosen: ")
     save(config, origins, str(tmp_path / "config.yaml"))
-    again, origins = parse(["--config", str(tmp_path / "config.yaml")])
-    choose_loss(again, origins)
-    assert again == config
+    again = Draft(*parse(["--config", str(tmp_path / "config.yaml")]))
+    choose_loss(again)
+    assert again.config == config
 
 
 def test_code_is_named_on_the_command_line_only(tmp_path):
@@ -123,15 +125,15 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
     before = written_settings(path)
     assert before == config, "it may be compared with"
     for flags in ((), ("--rewards", "own=1", "--resume", "auto")):
-        resumed, origins = settings(*flags)
+        resumed = Draft(*settings(*flags))
         with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
-            inherit(resumed, origins, before)
-    resumed.proj_dir = str(tmp_path / "no run yet")
+            inherit(resumed, before)
+    new, origins = settings(*flags, "--proj_dir", str(tmp_path / "no run yet"))
     with pytest.raises(UserError, match="--rewards own: expected one of .* FILE.py with a function own"):
-        run(resumed, origins, 0.0, None)
-    resumed, origins = settings("--rewards", "own=1", "--reward_file", "moved.py")
-    inherit(resumed, origins, before)
-    assert (resumed.rewards, resumed.reward_file) == ({"own": 1}, "moved.py")
+        prepare(new, origins)
+    resumed = Draft(*settings("--rewards", "own=1", "--reward_file", "moved.py"))
+    inherit(resumed, before)
+    assert (resumed.config.rewards, resumed.config.reward_file) == ({"own": 1}, "moved.py")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
 from src.planning.defaults import choose_loss
+from src.planning.draft import Draft
 from src.planning.drawing import STATE_BYTES, STATES, rows_at_once
 from src.planning.step import chunks_of, grpo_of
 from src.training.callbacks import Saver, StepReport
@@ -72,9 +73,9 @@ def config_of(**given):
         "ctx_len": 64, "epoch_count": 1, "accumulate_grad_batches": 1, "group_size": 3, "max_tokens": 6,
         "rewards": {"mean": 1.0, "brief": 1.0},
     }  # fmt: skip
-    config = Config(**settings | given)
-    choose_loss(config, {})
-    return config
+    draft = Draft(Config(**settings | given))
+    choose_loss(draft)
+    return draft.config
 
 
 def questions_of(config, prompts=QUESTIONS):

@@ -19,6 +19,7 @@ from src.config.parse import read_yaml
 from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
+from src.planning.draft import Draft
 from src.planning.job import choose_evaluation, trained_tokens
 from src.reporting import document_text, plan_text
 from src.training import callbacks, trainer
@@ -153,8 +154,9 @@ def test_a_longer_schedule_tells_the_rate_before_and_now():
     before, config = (
         Config(lr_init=1e-3, warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto") for n in (10, 20)
     )
-    job = types.SimpleNamespace(config=config, steps=20, schedule=None)
-    told = plan_text.resume(job, before, "step-00000010.pth", over=False)[-1]
+    path = "step-00000010.pth"
+    run = types.SimpleNamespace(settings=config, before=before, resume_from=path, steps=20, schedule=None)
+    told = plan_text.resume(run, over=False)[-1]
     assert told == (
         "           10 steps -> 20: the learning rate was 0.0001 in step 10 and is 0.00051 in step 11, as its"
         " schedule is now that of 20 steps"
@@ -195,12 +197,11 @@ def cut_to_length(rows):
 def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(settings):
     train, held = cut_to_length(documents(400, 0)), documents(300, 1) + documents(20, 2, trained=False)
     settings = {"epoch_count": 1, "micro_bsz": 4, "ctx_len": 64, **settings}
-    config, origins = Config(**settings), {}
-    schedule = make_schedule(train, config, 1)
-    chosen = choose_evaluation(config, origins, schedule, cut_to_length(held), None)
-    assert config.eval_docs == len(chosen) and origins["eval_docs"].startswith(
-        "chosen: of 300 held-out documents"
-    )
+    config = Config(**settings)
+    draft, schedule = Draft(config), make_schedule(train, config, 1)
+    chosen = choose_evaluation(draft, schedule, cut_to_length(held))
+    assert draft.config.eval_docs == len(chosen)
+    assert draft.origins["eval_docs"].startswith("chosen: of 300 held-out documents")
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
     evaluations = sum(
         step in (0, steps) or config.eval_steps > 0 and step % config.eval_steps == 0
@@ -213,18 +214,19 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents
-    again = choose_evaluation(Config(**settings), {}, schedule, cut_to_length(held[::-1]), None)
+    again = choose_evaluation(Draft(config), schedule, cut_to_length(held[::-1]))
     assert sorted(row.ids.tobytes() for row in chosen) == sorted(row.ids.tobytes() for row in again)
 
 
 def test_few_held_out_documents_are_all_taken_and_one_always_is():
     for count, steps, taken in ((3, 0, 3), (300, 1, 1)):
         settings = {"epoch_count": 1, "epoch_steps": steps, "micro_bsz": 1, "packing": False}
-        config, origins = Config(ctx_len=64, **settings), {}
-        schedule = make_schedule(cut_to_length(documents(400, 0)), config, 1)
-        chosen = choose_evaluation(config, origins, schedule, cut_to_length(documents(count, 1)), None)
-        assert len(chosen) == config.eval_docs == taken
-    assert not choose_evaluation(config := Config(), {}, None, Documents([]), None) and not config.eval_docs
+        draft = Draft(Config(ctx_len=64, **settings))
+        schedule = make_schedule(cut_to_length(documents(400, 0)), draft.config, 1)
+        chosen = choose_evaluation(draft, schedule, cut_to_length(documents(count, 1)))
+        assert len(chosen) == draft.config.eval_docs == taken
+    draft = Draft(Config())
+    assert not choose_evaluation(draft, None, Documents([])) and not draft.origins
 
 
 def test_the_share_is_kept(files, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from src.config import Config, parse
-from src.planning.defaults import CHOSEN, GUESSED
+from src.planning.defaults import GUESSED
+from src.planning.draft import CHOSEN
 from src.reporting.verdict import doubt
 from src.training.rate_search import found_of, reason
 from src.training.short_runs import Trial

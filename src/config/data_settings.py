@@ -10,7 +10,7 @@ HERMES, MARKDOWN = "hermes", "markdown"
 TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DataSettings:
     """The first settings of Config, in the order of the docs."""
 

@@ -99,14 +99,14 @@ def drop_local_rank(argv: list[str]) -> list[str]:
     ]
 
 
-def follow_launcher(config: Config, origins: dict[str, str]) -> None:
-    """Take --devices and --num_nodes from the launcher where they were not given.
+def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
+    """The settings with the launcher's --devices and --num_nodes where they were not given.
 
     UserError where one was given and contradicts the launcher.
     """
     launch = launched()
     if launch is None:
-        return
+        return config
     given = config.devices if origins["devices"] != "default" else max(launch.world // config.num_nodes, 1)
     devices = launch.on_machine or given
     told = f"{launch.by} started {launch.world} processes" + (
@@ -118,13 +118,14 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> None:
         )
     for name, number in (("devices", devices), ("num_nodes", launch.world // devices)):
         if origins[name] == "default":
-            setattr(config, name, number)
+            config = dataclasses.replace(config, **{name: number})
             origins[name] = launch.by
         elif getattr(config, name) != number:
             raise UserError(
                 f"{told}, so that --{name} is {number}, but it is {getattr(config, name)} ({origins[name]}); "
                 f"drop --{name}, or have {launch.by} start as many as it says"
             )
+    return config
 
 
 def check_world(config: Config) -> int:

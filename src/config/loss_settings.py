@@ -13,7 +13,7 @@ LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LossSettings(DataSettings):
     """The settings of Config that follow those of the data."""
 

@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
             flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
         )
     )
-    follow_launcher(config, origins)
+    config = follow_launcher(config, origins)
     validate(config)
     return config, origins
 
@@ -97,7 +97,7 @@ def _merged(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
         values, origins = _first_of_each([*layers, (f"preset {values['preset']}", _preset_values(values))])
     config = Config(**values)
     if config.lr_init == PAPER:
-        config.lr_init = config.published_rate
+        config = dataclasses.replace(config, lr_init=config.published_rate)
         origins["lr_init"] += f": {PUBLISHED} {config.peft}"
     return config, origins
 

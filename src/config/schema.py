@@ -30,7 +30,7 @@ def _published_rates() -> str:
     return ", ".join(f"{name} {rate:.0e}".replace("e-0", "e-") for name, rate in rates.items())
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Config(LossSettings):
     """The settings of a training run, with those of the data and the loss before them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from rwkv_miss.errors import UserError
@@ -21,16 +22,14 @@ KINDS = {
 }
 
 
-def fetch_inputs(config: Config, recorded: Config | None = None) -> None:
-    """Have the settings name local files. `recorded` are the settings that a run began with, if it did."""
-    fetch_files(config, pinned_names(config, recorded))
+def fetch_inputs(config: Config) -> Config:
+    """The settings with local files in the place of names of the hub."""
+    return dataclasses.replace(config, **fetch_files(pinned_names(config)))
 
 
 def fetch_data(data_file: str) -> str:
     """What --data_file takes, with local files in the place of names of the hub."""
-    config = Config(data_file=data_file)
-    fetch_inputs(config)
-    return config.data_file
+    return fetch_inputs(Config(data_file=data_file)).data_file
 
 
 def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, str]:
@@ -67,8 +66,9 @@ def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName
     return hub.pin(name, is_first_process())
 
 
-def fetch_files(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
-    """Download what pinned_names() gave, and have the settings name the local files."""
+def fetch_files(names: Mapping[str, str], shown: bool = True) -> dict[str, hub_names.Fetched]:
+    """Download what pinned_names() gave, and return the local files by setting."""
+    local = {}
     for setting, text in names.items():
         parts = []
         for path, weight in _parts(setting, text):
@@ -80,7 +80,8 @@ def fetch_files(config: Config, names: Mapping[str, str], shown: bool = True) ->
                         " a folder without one"
                     )
             parts.append((path, weight))
-        setattr(config, setting, hub_names.Fetched(_joined(parts), text))
+        local[setting] = hub_names.Fetched(_joined(parts), text)
+    return local
 
 
 def _check_local(config: Config) -> None:

@@ -26,15 +26,17 @@ from ..data.rwkv_template import RwkvTemplate
 from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
-from .defaults import choose, own_rank
+from .defaults import own_rank
+from .draft import Draft
 from .step import dtype_of
 
 
-def read_base(config: Config, origins: dict[str, str]):
+def read_base(draft: Draft):
     """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
 
     No weight is read yet. Names, shapes, adapter options and targets are checked on a model without memory.
     """
+    config = draft.config
     if not config.load_model:
         return new_arch(config)
     tensors = read_model_file(config.load_model)
@@ -45,11 +47,11 @@ def read_base(config: Config, origins: dict[str, str]):
     model.check(tensors, config.load_model)
     if config.adapter:
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
-        choose(config, origins, "peft_config", rank, reason)
+        draft.choose("peft_config", rank, reason)
         # --peft_config may give other options only
-        if not config.adapter.gives_rank:
-            config.peft_config = {**rank, **config.peft_config}
-        config.adapter.inject(model)
+        if not draft.config.adapter.gives_rank:
+            draft.put(peft_config={**rank, **draft.config.peft_config})
+        draft.config.adapter.inject(model)
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
     check_parts("--lr_map", config.lr_map, trained)
     if config.reference:
@@ -79,17 +81,13 @@ def check_reference(config: Config, arch: Arch) -> None:
         RWKV(other).check(tensors, config.reference)
 
 
-def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenizer | None) -> Template:
+def template_of_run(draft: Draft, tokenizer: Tokenizer | None) -> Template:
     """How conversations are written; fills in the tool style. UserError for a template that is none."""
+    config = draft.config
     template = recorded_template(config.template, tokenizer, config.load_model, tool_style=config.tool_style)
     if isinstance(template, RwkvTemplate):
-        choose(
-            config,
-            origins,
-            "tool_style",
-            template.tools.name,
-            "the form of tools and their calls, as the model records it or by its vocabulary",
-        )
+        reason = "the form of tools and their calls, as the model records it or by its vocabulary"
+        draft.choose("tool_style", template.tools.name, reason)
     return template
 
 

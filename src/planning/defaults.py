@@ -11,9 +11,9 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
+from .draft import Draft
 from .step import unit_of
 
-CHOSEN = "chosen"  # the origin of such a setting begins with it
 # how the reason of a rate begins that no search has found
 GUESSED = "a first guess from method, rank and widths"
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
@@ -42,43 +42,38 @@ FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
-def choose(config: Config, origins: dict[str, str], name: str, value: object, reason: str) -> None:
-    """Fill in a setting that was left to the program; one that was given stays as it is."""
-    if is_automatic(config, name):
-        setattr(config, name, value)
-        origins[name] = f"{CHOSEN}: {reason}"
-
-
-def choose_loss(config: Config, origins: dict[str, str]) -> None:
+def choose_loss(draft: Draft) -> None:
     """Fill in the settings of a loss on preferences or rewards; under --loss sft nothing reads them.
 
     The longest answer, max_tokens, is chosen with the data.
     """
+    config = draft.config
     if config.on_rewards:
-        choose_rewards(config, origins)
+        choose_rewards(draft)
     if not config.on_preferences:
         return
     if config.loss in BETAS:
-        choose(config, origins, "beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
+        draft.choose("beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
     weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
     if config.loss == "ipo":
-        weight = float(f"{1 / config.beta:.3g}")  # IPO's own gradient is 1 / beta at first
+        weight = float(f"{1 / draft.config.beta:.3g}")  # IPO's own gradient is 1 / beta at first
         reason = f"1 / beta, as much as the preference pulls; {reason}"
     elif config.loss == "orpo":
         reason = "a part of --loss orpo"
-    choose(config, origins, "sft_weight", weight, reason)
+    draft.choose("sft_weight", weight, reason)
 
 
-def choose_rewards(config: Config, origins: dict[str, str]) -> None:
+def choose_rewards(draft: Draft) -> None:
     """Fill in rewards, clip_high, advantage_scale and beta of --loss grpo."""
+    config = draft.config
     of_type = f"as in the paper of --grpo_type {config.grpo_type}"
-    choose(config, origins, "rewards", {"exact": 1.0}, "the right answer, and nothing else")
+    draft.choose("rewards", {"exact": 1.0}, "the right answer, and nothing else")
     wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
     high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
-    choose(config, origins, "clip_high", high, reason)
+    draft.choose("clip_high", high, reason)
     scale = "none" if config.grpo_type == "dr_grpo" else "group"
-    choose(config, origins, "advantage_scale", scale, of_type)
-    choose(config, origins, "beta", 0.0, "no KL, as rewards are checked and not learned")
+    draft.choose("advantage_scale", scale, of_type)
+    draft.choose("beta", 0.0, "no KL, as rewards are checked and not learned")
 
 
 def judged_by(config: Config) -> Config:
@@ -146,23 +141,24 @@ def passes(steps: int, held_out: bool) -> tuple[int, str]:
     return min(-(-ENOUGH // steps), PASSES), f"{reason}, and {ENOUGH} are enough to learn from"
 
 
-def choose_length(config: Config, origins: dict[str, str], steps_per_pass: int, held_out: bool) -> None:
+def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
     """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
-    if is_automatic(config, "epoch_count"):
+    epoch_steps = draft.config.epoch_steps
+    if is_automatic(draft.config, "epoch_count"):
         count, reason = 1, "--epoch_steps is given"
-        if not config.epoch_steps:
+        if not epoch_steps:
             count, reason = passes(steps_per_pass, held_out)
-        choose(config, origins, "epoch_count", count, reason)
+        draft.choose("epoch_count", count, reason)
         if count > 1:
-            choose(config, origins, "eval_steps", steps_per_pass, "after each pass")
-        if count > 1 and config.eval_steps > 0:
-            a_pass = -(-steps_per_pass // config.eval_steps)  # evaluations in it
-            choose(config, origins, "early_stop", a_pass, "a pass without a better evaluation ends the run")
-    steps = config.epoch_count * (config.epoch_steps or steps_per_pass)
-    choose(config, origins, "warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
+            draft.choose("eval_steps", steps_per_pass, "after each pass")
+        if count > 1 and draft.config.eval_steps > 0:
+            a_pass = -(-steps_per_pass // draft.config.eval_steps)  # evaluations in it
+            draft.choose("early_stop", a_pass, "a pass without a better evaluation ends the run")
+    steps = draft.config.epoch_count * (epoch_steps or steps_per_pass)
+    draft.choose("warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
 
 
-def choose_eval_steps(config: Config, origins: dict[str, str], steps: int, affordable: float) -> None:
+def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
     """Fill in eval_steps of a run on rewards of so many steps, which can pay for `affordable` evaluations.
 
     Rewards may fall within a few steps, and best.pth is from an evaluation. Two are there anyway.
@@ -170,10 +166,11 @@ def choose_eval_steps(config: Config, origins: dict[str, str], steps: int, affor
     between = min(BETWEEN, int(affordable) - 2)
     if between < 1:
         return
-    draws = -(-steps // config.inner_steps)
-    every = -(-draws // (between + 1)) * config.inner_steps  # they fall between two draws
+    inner_steps = draft.config.inner_steps
+    draws = -(-steps // inner_steps)
+    every = -(-draws // (between + 1)) * inner_steps  # they fall between two draws
     if every < steps:
-        choose(config, origins, "eval_steps", every, "rewards may fall within a few steps")
+        draft.choose("eval_steps", every, "rewards may fall within a few steps")
 
 
 def warm_up(steps: int) -> int:
@@ -181,14 +178,13 @@ def warm_up(steps: int) -> int:
     return int(WARM_UP * steps)
 
 
-def choose_batch(
-    config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float
-) -> None:
+def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], room: float) -> None:
     """Fill in micro_bsz, accumulate_grad_batches and grad_cp for data of `rows` rows.
 
     `needed` gives the bytes that a run of some settings needs; `room` is what there is. Where nothing fits,
     the smallest is taken, because an estimate may be wrong.
     """
+    config = draft.config
     if is_automatic(config, "micro_bsz"):
         for tried in _batches(config, rows):
             if (size := needed(tried)) <= room:
@@ -203,7 +199,7 @@ def choose_batch(
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
         # --global_bsz makes the number of passes, on however many devices
         if not (name == "accumulate_grad_batches" and config.global_bsz):
-            choose(config, origins, name, getattr(tried, name), reason)
+            draft.choose(name, getattr(tried, name), reason)
 
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -37,10 +38,8 @@ from ..data.leading_token import leading_token
 from ..data.questions import LoadedQuestions, QuestionReader, Questions
 from ..data.tokenizer import Tokenizer
 from ..data.units import Units
-from ..model import RWKV
 from .defaults import (
     GUESSED,
-    choose,
     choose_batch,
     choose_eval_steps,
     choose_length,
@@ -50,6 +49,7 @@ from .defaults import (
     row_length,
     search_size,
 )
+from .draft import Draft
 from .memory import USABLE, fullest_rows, largest_batch, largest_shared, memory_parts, needed, reference_arch
 from .own_answers import (
     evaluation_work,
@@ -91,23 +91,27 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that is ready to begin."""
+class Plan:
+    """A run that is ready to begin: what was typed, and what was chosen for it. No weight is read yet."""
 
-    config: Config
-    origins: dict[str, str]
+    typed: Config
+    settings: Config  # with what was chosen for the rest; lr_init is open where a search is to find it
+    origins: Mapping[str, str]  # of each setting: who chose its value, and why
+    before: Config | None  # the settings of the run that this one goes on with
+    resume_from: str | None  # its newest checkpoint
+    arch: Arch
     device: Device
     tokenizer: Tokenizer
     template: Template
     data: Data
-    evaluated: Units  # those of Data.held_out whose loss is taken
+    reward_digest: str | None  # the hash of --reward_file
     schedule: Schedule
-    model: RWKV
+    evaluated: Units  # those of Data.held_out whose loss is taken
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return steps_of(self.config, self.schedule)
+        return steps_of(self.settings, self.schedule)
 
 
 def steps_of(config: Config, schedule: Schedule) -> int:
@@ -131,19 +135,13 @@ class Cost:
     provided: str = ""  # what the time takes for granted, as "if ..."
 
 
-def run_cost(
-    config: Config,
-    arch: Arch,
-    device: Device,
-    schedule: Schedule,
-    data: Data,
-    evaluated: Units,
-    speed: Speed,
-) -> Cost:
-    """The cost of a run whose settings are filled in."""
+def run_cost(plan: Plan, speed: Speed) -> Cost:
+    """The cost of a run at this speed."""
+    config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
+    data, evaluated = plan.data, plan.evaluated
     memory = needed(estimate(config, arch, schedule, data.documents), config, device.accelerator)
     room = USABLE * memory_of(device, config.world)
-    tokens, steps = trained_tokens(config, schedule), steps_of(config, schedule)
+    tokens, steps = trained_tokens(config, schedule), plan.steps
     times = evaluations(config, steps) if evaluated else 0
     if isinstance(data.documents, Questions):
         tokens = schedule.repeats * sum(tokens_of_draws(schedule, steps, data.documents))
@@ -237,11 +235,11 @@ def check_packages(config: Config) -> None:
         )
 
 
-def choose_device(config: Config, origins: dict[str, str], device: Device) -> None:
+def choose_device(draft: Draft, device: Device) -> None:
     """Fill in what the device and the method decide."""
-    choose(config, origins, "accelerator", device.accelerator, "the device at hand")
-    choose(config, origins, "precision", device.precision, device.precision_reason.removeprefix("auto: "))
-    choose(config, origins, "wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
+    draft.choose("accelerator", device.accelerator, "the device at hand")
+    draft.choose("precision", device.precision, device.precision_reason.removeprefix("auto: "))
+    draft.choose("wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
 
 
 def check_data_files(config: Config) -> None:
@@ -250,24 +248,26 @@ def check_data_files(config: Config) -> None:
         sources(path, Reading.of(config))
 
 
-def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, template: Template) -> Data:
+def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     """Read the data, and fill in what the loss has of its own, the length of rows and the share that is held
     out.
     """
-    choose_loss(config, origins)
+    choose_loss(draft)
+    config = draft.config
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = leading_token(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
     loaded = load_file(config, config.data_file, encoder, found)
     if config.on_rewards:
-        choose(config, origins, "max_tokens", *longest_answer(config, loaded, tokenizer))
-        answer = config.max_tokens - 1  # the first token is read after the last one of the prompt
+        draft.choose("max_tokens", *longest_answer(config, loaded, tokenizer))
+        answer = draft.config.max_tokens - 1  # the first token is read after the last one of the prompt
         length = row_length(loaded.longest + answer, config.chunk_ctx, 0, "question with its answer")
     else:
         length = row_length(loaded.longest, config.chunk_ctx, loaded.texts, unit_of(config))
-    choose(config, origins, "ctx_len", *length)
-    documents = units_of(config, loaded)
-    choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
+    draft.choose("ctx_len", *length)
+    documents = units_of(draft.config, loaded)
+    draft.choose("eval_split", *held_out_share(config, len(documents)))
+    config = draft.config
 
     def load_held_out(path: str) -> Units:
         units = units_of(config, load_file(config, path, encoder, found))
@@ -310,11 +310,7 @@ def trained_tokens(config: Config, schedule: Schedule) -> float:
 
 
 def choose_evaluation(
-    config: Config,
-    origins: dict[str, str],
-    schedule: Schedule,
-    held_out: Units,
-    before: Config | None = None,
+    draft: Draft, schedule: Schedule, held_out: Units, before: Config | None = None
 ) -> Units:
     """The held-out documents whose loss is taken, with their number filled in.
 
@@ -322,15 +318,15 @@ def choose_evaluation(
     """
     if not held_out:
         return held_out
-    order = in_hash_order(held_out, config.random_seed)
+    order, config = in_hash_order(held_out, draft.config.random_seed), draft.config
     steps = steps_of(config, schedule)
     if isinstance(held_out, Questions):
         costs = np.array([work.total for work in evaluation_work(held_out.take(order))])
         budget = EVALUATION * training_work(config, schedule, steps, held_out).total
         # a run that goes on without them so far has no others
         if not (before and is_automatic(before, "eval_steps")):
-            choose_eval_steps(config, origins, steps, budget / costs[: config.eval_docs or None].sum())
-        fits = paid_for(costs, budget / evaluations(config, steps))
+            choose_eval_steps(draft, steps, budget / costs[: config.eval_docs or None].sum())
+        fits = paid_for(costs, budget / evaluations(draft.config, steps))
     else:
         times = evaluations(config, steps) * readings(config)
         fits = affordable(held_out, order, trained_tokens(config, schedule), times)
@@ -339,8 +335,8 @@ def choose_evaluation(
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
         reason = f"all held-out {unit_of(config)}s take less than a tenth of the run"
-    choose(config, origins, "eval_docs", min(fits, len(order)), reason)
-    return held_out.take(np.sort(order[: config.eval_docs]))
+    draft.choose("eval_docs", min(fits, len(order)), reason)
+    return held_out.take(np.sort(order[: draft.config.eval_docs]))
 
 
 def estimate(
@@ -376,8 +372,9 @@ def memory_of(device: Device, world: int) -> int:
     return free_memory(device.accelerator) if world == 1 else all_memory(device.accelerator)
 
 
-def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Device, data: Data) -> Schedule:
+def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule:
     """The steps of the run, with the batch and the length filled in."""
+    config = draft.config
     single_rows = dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0)
     one_by_one = make_schedule(data.documents, single_rows, config.world)
 
@@ -385,22 +382,22 @@ def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Devi
         return needed(estimate(tried, arch, one_by_one, data.documents), tried, device.accelerator)
 
     room = USABLE * memory_of(device, config.world)
-    choose_batch(config, origins, len(one_by_one.rows), bytes_needed, room)
+    choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
+    config = draft.config
     schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
-    choose_length(config, origins, schedule.steps_per_pass, bool(data.held_out))
+    choose_length(draft, schedule.steps_per_pass, bool(data.held_out))
     return schedule
 
 
-def choose_rate(
-    config: Config, origins: dict[str, str], arch: Arch, device: Device, schedule: Schedule
-) -> None:
+def choose_rate(draft: Draft, arch: Arch, device: Device, schedule: Schedule) -> None:
     """Fill in the first guess where no search for the learning rate is possible; else it stays open.
 
     run_cost() and the plan come after it: to them an open rate means a search.
     """
+    config = draft.config
     if is_automatic(config, "lr_init") and (obstacle := no_search(config, arch, device, schedule)):
         reason = f"{GUESSED}; no search: {obstacle}"
-        choose(config, origins, "lr_init", first_guess(config, arch), reason)
+        draft.choose("lr_init", first_guess(config, arch), reason)
 
 
 def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) -> str:

@@ -19,8 +19,9 @@ from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
-from ..planning.defaults import CHOSEN, first_guess, search_size
-from ..planning.job import Cost, Job, steps_of
+from ..planning.defaults import first_guess, search_size
+from ..planning.draft import CHOSEN
+from ..planning.job import Cost, Plan, steps_of
 from ..planning.launches import slow_line
 from ..planning.step import chunks_of, unit_of
 from ..training.loggers import describe_writers, places_to_watch
@@ -44,36 +45,36 @@ FAR = 5  # so many times the first guess a rate on rewards is told
 LABEL = 11  # characters that a line begins with
 
 
-def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
+def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     """What the run trains, on what, how, where and for how long, in at most LINES lines.
 
     `resumed` are the lines of resume().
     """
-    config, device = job.config, job.device
+    config, device = run.settings, run.device
     processes = ""
     if config.world > 1:
         processes = f", {counted(config.world, 'process', 'processes')} ({config.strategy})"
     reason = device.precision_reason.removeprefix("auto: ")
     output = ADAPTER if config.peft != "none" else MODEL
     watch = f"; watch: {'; '.join(places)}" if (places := places_to_watch(config)) else ""
-    slow = slow_line(config, job.model.arch, device.kernel, device.kernel_reason, max(job.schedule.lengths))
+    slow = slow_line(config, run.arch, device.kernel, device.kernel_reason, max(run.schedule.lengths))
     lines = [
         *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
-        f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
-        documents_line(config, job.data),
-        *released_modes(config, job.template),
-        f"{steps(config, job.schedule, job.steps, len(job.data.documents))}; {rows(config, job.schedule)}",
-        *loss_lines(config, job.data.documents, job.schedule, job.model.arch),
-        f"trained    {trained(config, job.model)}",
-        f"rates      {rates(config, job.steps, job.origins)}{above_guess(config, job.model.arch)}",
+        f"{base(config, run.arch, frozen_bytes(model))}; tokenizer {run.tokenizer.name}",
+        documents_line(config, run.data),
+        *released_modes(config, run.template),
+        f"{steps(config, run.schedule, run.steps, len(run.data.documents))}; {rows(config, run.schedule)}",
+        *loss_lines(config, run.data.documents, run.schedule, run.arch),
+        f"trained    {trained(config, model)}",
+        f"rates      {rates(config, run.steps, run.origins)}{above_guess(config, run.arch)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
-        evaluation(config, len(job.evaluated), len(job.data.held_out), job.steps, cost),
+        evaluation(config, len(run.evaluated), len(run.data.held_out), run.steps, cost),
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
-        *warnings(job, cost),
-        f"sample     {short_unit(job.data.documents[0], job.tokenizer)}",
+        *warnings(run, cost),
+        f"sample     {short_unit(run.data.documents[0], run.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
@@ -94,35 +95,35 @@ def released_modes(config: Config, template: Template) -> list[str]:
     return [f"template   {known}"] if known else []
 
 
-def details(job: Job) -> list[str]:
+def details(run: Plan, model: RWKV) -> list[str]:
     """What the plan has no room for: for run_card.md, and for the terminal with --verbose."""
-    config, device, schedule, model = job.config, job.device, job.schedule, job.model
-    documents, held = job.data.documents, job.data.held_out
+    config, device, schedule = run.settings, run.device, run.schedule
+    documents, held = run.data.documents, run.data.held_out
     digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest}
     if held:
         digests["held out"] = held.digest
     return [
         f"adapter    {training(config, model)}",
-        *job.data.found.lines(),
+        *run.data.found.lines(),
         *data(config, documents, schedule),
         *chunks(
             chunks_of(config),
             max(schedule.lengths),
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
-        *held_out(config, held, job.evaluated),
-        f"optimizer  AdamW, {rates(config, job.steps, job.origins)}, clip {config.grad_clip:g}",
+        *held_out(config, held, run.evaluated),
+        f"optimizer  AdamW, {rates(config, run.steps, run.origins)}, clip {config.grad_clip:g}",
         (
             f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy"
             f" {config.strategy}"
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {template_text(job.template)}, loss on {trained_part(config)}"
-        f"{asks_otherwise(job.template)}; {describe_leading(job.data.encoder.bos)}",
-        f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
-        unit_sample(documents[0], job.tokenizer),
-        *chosen(config, job.origins),
+        f"template   {template_text(run.template)}, loss on {trained_part(config)}"
+        f"{asks_otherwise(run.template)}; {describe_leading(run.data.encoder.bos)}",
+        f"tokenizer  {run.tokenizer.name}; first sample, trained part between the marks:",
+        unit_sample(documents[0], run.tokenizer),
+        *chosen(config, run.origins),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
 
@@ -163,7 +164,7 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
         size = search_size(total)
         most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
         return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
-    final = config.lr_init * learning_rate_factor(config, total)(total - 1)
+    final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
     state_rate = state_learning_rate(config)
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
@@ -221,16 +222,16 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     )
 
 
-def warnings(job: Job, cost: Cost) -> list[str]:
+def warnings(run: Plan, cost: Cost) -> list[str]:
     """What of the data, the device or the settings is probably not meant so."""
-    config, device, documents = job.config, job.device, job.data.documents
+    config, device, documents = run.settings, run.device, run.data.documents
     texts = [*cut_warnings(config, documents), *loss_warnings(config, documents)]
-    if isinstance(documents, Questions) and (long := long_answers(documents, job.tokenizer)):
+    if isinstance(documents, Questions) and (long := long_answers(documents, run.tokenizer)):
         texts.append(long)
-    if bad := job.data.found.bad:
+    if bad := run.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
-    if config.warmup_steps >= job.steps:
+    if config.warmup_steps >= run.steps:
         texts.append(
             f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: "
             "the full learning rate is never used"
@@ -319,16 +320,16 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
     return [*chosen, f"in full    {command(config)}"]
 
 
-def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
+def resume(run: Plan, over: bool) -> list[str]:
     """Lines of the plan about a run that goes on: from which checkpoint, and what is different now."""
-    config = job.config
+    config, before, path = run.settings, run.before, run.resume_from
     if over:
         step = checkpoint_step(path)
-        what = f"has all {counted(job.steps, 'step')} already, and a larger --epoch_count would add some"
-        if step < job.steps:
+        what = f"has all {counted(run.steps, 'step')} already, and a larger --epoch_count would add some"
+        if step < run.steps:
             what = f"ended at step {step} by --early_stop, and --early_stop 0 would let it go on"
-        if step > job.steps:
-            what = f"has {counted(step, 'step')}, more than the {job.steps:,} that are asked for"
+        if step > run.steps:
+            what = f"has {counted(step, 'step')}, more than the {run.steps:,} that are asked for"
         return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
     if before is None and config.resume != "auto":
         return []
@@ -344,16 +345,17 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
     ]
     if changed:
         lines.append(
-            f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')},"
-            f" accumulate is {job.schedule.accumulate}"
+            f"           {', '.join(changed)}: a step keeps its {counted(run.schedule.rows_per_step, 'row')},"
+            f" accumulate is {run.schedule.accumulate}"
         )
-    planned, done = steps_of(before, job.schedule), checkpoint_step(path)
-    if planned != job.steps:
-        was = config.lr_init * learning_rate_factor(before, planned)(done - 1)
-        now = config.lr_init * learning_rate_factor(config, job.steps)(done)
+    planned, done = steps_of(before, run.schedule), checkpoint_step(path)
+    if planned != run.steps:
+        rate = config.lr_init
+        was = rate * learning_rate_factor(before, before.lr_init, planned)(done - 1)
+        now = rate * learning_rate_factor(config, rate, run.steps)(done)
         lines.append(
-            f"           {counted(planned, 'step')} -> {job.steps:,}: the learning rate was {was:.2g} in step"
+            f"           {counted(planned, 'step')} -> {run.steps:,}: the learning rate was {was:.2g} in step"
             f" {done:,} and is {now:.2g} in step {done + 1:,}, as its schedule is now that of"
-            f" {counted(job.steps, 'step')}"
+            f" {counted(run.steps, 'step')}"
         )
     return lines

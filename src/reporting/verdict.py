@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..config.schema import PUBLISHED
-from ..planning.defaults import CHOSEN
+from ..planning.draft import CHOSEN
 from ..training.loss_metrics import loss_text, percent
 from ..training.validation_log import all_right, answers_as_before, evaluation_at, is_worse
 from .preference_text import held_out_units

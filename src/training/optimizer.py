@@ -25,13 +25,13 @@ def state_learning_rate(config: Config) -> float | None:
     return config.state_lr or METHODS["state"].default_lr
 
 
-def learning_rate_factor(config: Config, total: int):
-    """A function that gives the factor of lr_init at an optimizer step, counted from 0.
+def learning_rate_factor(config: Config, rate: float, total: int):
+    """A function that gives the factor of `rate` at an optimizer step, counted from 0.
 
     It is a linear warm-up, then what --lr_schedule says.
     """
     warmup = warm_up(total) if is_automatic(config, "warmup_steps") else config.warmup_steps
-    final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
+    final = 0.1 if config.lr_final < 0 else config.lr_final / rate
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -88,7 +88,7 @@ def parameter_groups(
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def adamw(groups: list[dict], config: Config) -> torch.optim.AdamW:
+def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.AdamW:
     """AdamW over the groups of parameter_groups().
 
     On a GPU all tensors take one launch, not a dozen for each few. ZeRO has one flat tensor for a group, and
@@ -97,7 +97,7 @@ def adamw(groups: list[dict], config: Config) -> torch.optim.AdamW:
     fused = config.accelerator == "gpu" and not config.strategy.startswith("deepspeed")
     return torch.optim.AdamW(
         groups,
-        lr=config.lr_init,
+        lr=rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         fused=fused or None,

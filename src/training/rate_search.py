@@ -25,8 +25,9 @@ from ..common.formatting import counted
 from ..config import save
 from ..data.held_out import affordable, in_hash_order
 from ..data.units import Units
-from ..planning.defaults import CHOSEN, first_guess, judged_by, search_size
-from ..planning.job import Job
+from ..planning.defaults import first_guess, judged_by, search_size
+from ..planning.draft import Draft
+from ..planning.job import Plan
 from .process_group import Processes, processes_of
 from .run_folder import CONFIG, RATE_SEARCH
 from .short_runs import Trial, put_back, train, trial_of
@@ -129,29 +130,30 @@ class RateSearch:
     """Finds the rate of a run inside its trainer, when its processes know each other.
 
     The loss on held-out documents decides, that of judged_by(). Where none are held out, it is that of the
-    rows of the step after a trial's last one.
+    rows of the step after a trial's last one. `draft` has the run's settings, with the rate once it is found.
     """
 
-    def __init__(self, job: Job):
-        self.config, self.origins = job.config, job.origins
-        self.guess = first_guess(job.config, job.model.arch)
-        self.size = search_size(job.steps)
+    def __init__(self, plan: Plan):
+        self.config, self.draft = plan.settings, Draft(plan.settings, plan.origins)
+        self.guess = first_guess(plan.settings, plan.arch)
+        self.size = search_size(plan.steps)
         self.part = METHODS[self.config.peft].long_run if self.config.adapter else LONG_RUN
 
-    def run(self, module) -> None:
-        """Fill in config.lr_init. All ranks take part, and find the same."""
+    def run(self, module) -> float:
+        """Return the rate. All ranks take part, and find the same."""
         trainer = module.trainer
         if trainer.strategy.root_device.type == "cuda":
             module.model.to(trainer.strategy.root_device)
         found = self._search(module, processes_of(trainer), trainer.is_global_zero)
-        self.config.lr_init = trainer.strategy.broadcast(found.rate)
-        self.origins["lr_init"] = f"{CHOSEN}: {reason(found)}"
+        rate = trainer.strategy.broadcast(found.rate)
+        self.draft.choose("lr_init", rate, reason(found))
         if trainer.is_global_zero:
             folder = self.config.proj_dir
             lines = search_table(as_json(found))
             write_text(os.path.join(folder, RATE_SEARCH), json.dumps(as_json(found), indent=1))
-            save(self.config, self.origins, os.path.join(folder, CONFIG), lines)
+            save(self.draft.config, self.draft.origins, os.path.join(folder, CONFIG), lines)
             say("\n".join(lines))
+        return rate
 
     def _search(self, module, processes: Processes, shown: bool) -> Found:
         """Do the trials."""

@@ -15,7 +15,7 @@ from ..config.launcher import is_first_process, launched, whole_number
 from ..config.reward_rules import check_rewards
 from ..data.units import Units
 from ..model import RWKV
-from ..planning.defaults import choose
+from ..planning.draft import Draft
 from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, checkpoint_step, list_checkpoints, output_path
 from .validation_log import BEST
 
@@ -78,12 +78,13 @@ def settings_of_first_process(config: Config) -> Config | None:
     return written_settings(file) if by_lightning and os.path.exists(file) else None
 
 
-def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
+def inherit(draft: Draft, before: Config) -> None:
     """Fill in what was chosen for the run so far.
 
     Settings that may change are left out. The length is an exception where no other --epoch_steps was given,
     and so is the batch where the processes are as many as before and no other batch was given.
     """
+    config = draft.config
     length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
@@ -92,13 +93,13 @@ def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
         foreign = name == "peft_config" and config.peft != before.peft
         kept = name not in MAY_CHANGE or name in (*length, *batch)
         if kept and not is_automatic(before, name) and not foreign:
-            choose(config, origins, name, getattr(before, name), "as the run has it so far")
+            draft.choose(name, getattr(before, name), "as the run has it so far")
     if before.reward_file and not config.reward_file:
         raise UserError(
             f"--resume auto: rewards of the run in {config.proj_dir} are functions of {before.reward_file},"
             f" and code counts on the command line only; add --reward_file {before.reward_file}"
         )
-    check_rewards(config)
+    check_rewards(draft.config)
 
 
 def find_checkpoint(config: Config, before: Config | None) -> str | None:
@@ -181,17 +182,18 @@ def reward_note(path: str, digest: str | None) -> str | None:
     )
 
 
-def keep_rows_per_step(config: Config, before: Config) -> None:
+def keep_rows_per_step(draft: Draft, before: Config) -> None:
     """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be.
 
     Passes as many as before are no wish but the same command, or the run's config.yaml: on other devices
     there are more or fewer of them.
     """
-    rows = rows_per_step(before)
+    config, rows = draft.config, rows_per_step(before)
     if config.micro_bsz and rows_per_step(config) == rows:
         return
     if config.accumulate_grad_batches == accumulation(before):
-        config.accumulate_grad_batches = 0
+        draft.put(accumulate_grad_batches=0)
+        config = draft.config
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
     if config.global_bsz not in (0, rows) or config.micro_bsz and config.accumulate_grad_batches:
         raise UserError(
@@ -205,7 +207,7 @@ def keep_rows_per_step(config: Config, before: Config) -> None:
             f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
             f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits"
         )
-    config.global_bsz = rows
+    draft.put(global_bsz=rows)
 
 
 def rows_per_step(config: Config) -> int:

@@ -117,11 +117,10 @@ def train(
     """Do train.py's optimizer steps with these settings; the loss of each, up to the first not finite."""
     schedule = make_schedule(documents, config, processes.world)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
-    groups = parameter_groups(
-        model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
-    )
-    optimizer = adamw(groups, config)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
+    rate = config.lr_init
+    groups = parameter_groups(model, rate, config.weight_decay, state_learning_rate(config), config.lr_map)
+    optimizer = adamw(groups, config, rate)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
     chunk, preference = chunks_of(config).size, preference_of(config)
@@ -157,7 +156,7 @@ def train(
                 torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            rate.step()
+            rates.step()
             around.after(step + 1, steps)
             yield loss
     optimizer.zero_grad()

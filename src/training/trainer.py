@@ -91,8 +91,8 @@ class FineTuning(pl.LightningModule):
     """The loss of an optimizer step is the mean over all its trained tokens, weighted, or over its units of a
     preference, or what GrpoLoss says of its answers.
 
-    It does not depend on how they fall into micro-batches and ranks. `find_rate` fills in config.lr_init
-    where that is open. Then the processes know each other, and each has the whole model.
+    It does not depend on how they fall into micro-batches and ranks. `find_rate` is called in
+    setup() where lr_init is open: the processes know each other then, and each has the whole model.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class FineTuning(pl.LightningModule):
         data: TrainingData,
         total_steps: int,
         first_step: int = 0,
-        find_rate: Callable[[FineTuning], None] | None = None,
+        find_rate: Callable[[FineTuning], float] | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
@@ -132,8 +132,9 @@ class FineTuning(pl.LightningModule):
         if not config.strategy.startswith("deepspeed_stage_3"):
             self.read_reference()
         if self.find_rate and is_automatic(config, "lr_init"):
-            self.find_rate(self)
-        self.lr, self.lr_factor = config.lr_init, learning_rate_factor(config, self.total_steps)
+            self.config = config = dataclasses.replace(config, lr_init=self.find_rate(self))
+        self.lr = config.lr_init
+        self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps)
         # now, while every parameter has its shape: ZeRO-3 takes it away
         self.groups = parameter_groups(
             self.model, self.lr, config.weight_decay, state_learning_rate(config), config.lr_map
@@ -191,7 +192,7 @@ class FineTuning(pl.LightningModule):
         return StepSize(schedule.step_tokens(step), schedule.step_targets(step), schedule.step_weight(step))
 
     def configure_optimizers(self):
-        optimizer = adamw(self.groups, self.config)
+        optimizer = adamw(self.groups, self.config, self.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.lr_factor(self.first_step + step)
         )
