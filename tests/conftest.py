@@ -23,6 +23,8 @@ from src.model import RWKV
 from src.model.rwkv import VERSIONS
 from src.ops import build
 
+from .budgets import TIERS, Budgets
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 # small tensors: a second thread costs more than it brings, also in the processes that tests start
@@ -39,6 +41,16 @@ def pytest_addoption(parser):
         default=ROOT.parent / "shared" / "data",
         help="the folder of the golden files (default: ../shared/data)",
     )
+    parser.addoption(
+        "--budgets", choices=["check", "write"], help="CPU seconds of files: see tests/budgets.py"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("budgets"):
+        if config.option.markexpr not in TIERS:
+            raise pytest.UsageError(f"--budgets are of one tier: give -m {' or -m '.join(map(repr, TIERS))}")
+        config.pluginmanager.register(Budgets(config))
 
 
 def pytest_report_header(config):
@@ -118,6 +130,11 @@ def libraries():
         if op.endswith("chunked"):
             getattr(library, f"{op}_forward_scratch").restype = ctypes.c_int64
     return {6: library, 7: library}
+
+
+def slow(*values):
+    """A case of a test that the second tier has."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):

@@ -13,7 +13,7 @@ import rwkv_miss
 from src.model import RWKV
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 from .program import at_file, interrupt, losses
 
 TWO = ["--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2", "--strategy"]
@@ -102,7 +102,7 @@ def same_run(one, other):
         close(name, others, values, 1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "ddp"])
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", slow("ddp")])
 def test_two_processes_prune_what_one_does(run, plain, tmp_path, strategy):
     program.succeed(run(tmp_path / "two", *TWO, strategy))
     same_run(plain, tmp_path / "two")
@@ -111,6 +111,7 @@ def test_two_processes_prune_what_one_does(run, plain, tmp_path, strategy):
     assert losses(plain)[-1] < losses(plain)[0]
 
 
+@pytest.mark.slow
 def test_zero_3_shares_out_factors_and_prunes_the_same(run, tmp_path):
     # 40 x 320 numbers: above what stage 3 leaves whole
     options = {

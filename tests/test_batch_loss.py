@@ -16,7 +16,7 @@ from src.model.loss import loss_sum
 from src.planning.job import device_here
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
 
 
@@ -238,9 +238,9 @@ def whole(train):
     "flags",
     [
         ["--chunk_ctx", "50"],
-        ["--chunk_ctx", "75", "--state_cp", "1", "--grad_cp", "1", "--strategy", "deepspeed_stage_3", *TWO],
-        ["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO],
-        ["--chunk_ctx", "37", "--strategy", "ddp", *TWO],
+        slow("--chunk_ctx 75 --state_cp 1 --grad_cp 1 --strategy deepspeed_stage_3".split() + TWO),
+        slow(["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO]),
+        slow(["--chunk_ctx", "37", "--strategy", "ddp", *TWO]),
     ],
     ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"],
 )

@@ -29,7 +29,7 @@ from src.training.run_folder import alone_in, list_checkpoints, remove_old
 from src.training.training_state import read_state, write_state
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, slow
 from .program import at_file, in_turn, interrupt, kill, losses, spoil, succeed
 
 STEPS = 6
@@ -133,7 +133,7 @@ def interrupt_last_rank(step, rank):
 # resume
 
 
-@pytest.mark.parametrize("kind", ["dropout", "fp16"])
+@pytest.mark.parametrize("kind", ["dropout", slow("fp16")])
 def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the
     uninterrupted run.
@@ -214,7 +214,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, words", [("rows", "data file"), ("held", "held-out data"), ("base", "base file")]
+    "change, words", [slow("rows", "data file"), slow("held", "held-out data"), ("base", "base file")]
 )
 def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, words):
     """Files of the same names whose contents are others."""
@@ -324,6 +324,7 @@ def test_a_small_file_that_cannot_be_written_is_one_clear_error(tmp_path, monkey
     assert os.listdir(tmp_path) == ["run.json"] and path.read_text() == "before"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
     succeed(run("whole"))
     flags = ["--save_steps", "1", "--resume", "auto"]
@@ -374,7 +375,7 @@ def overwrite_base(step, cut, path, rank):
     AroundSteps.before = overwritten
 
 
-@pytest.mark.parametrize("devices, cut", [("1", False), ("1", True), ("2", False)])
+@pytest.mark.parametrize("devices, cut", [slow("1", False), ("1", True), slow("2", False)])
 def test_a_base_that_is_overwritten_ends_the_run_and_spoils_nothing(run, files, tmp_path, devices, cut):
     shutil.copy(files / "base.pth", tmp_path / "base.pth")
     shared = ["--load_model", str(tmp_path / "base.pth"), "--save_steps", "1", "--micro_bsz", "2"]
@@ -439,8 +440,10 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("moment", ["rows.jsonl", "run.json"])
-@pytest.mark.parametrize("resume", ["none", "auto"])
+@pytest.mark.parametrize(
+    "moment, resume",
+    [("rows.jsonl", "none"), ("run.json", "auto"), slow("rows.jsonl", "auto"), slow("run.json", "none")],
+)
 def test_two_runs_do_not_share_a_folder(run, tmp_path, moment, resume):
     """One is paused when it reads its data, for which it has looked into the folder, or when it ends; another
     begins.
@@ -560,13 +563,13 @@ FULL = ["--peft", "none", "--lr_init", "1e-3"]
         # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves
         # step 3's, too
         ("loss", ["--rollback_steps", "1"], [2, 3], False),
-        ("gradient", ["--rollback_steps", "1"], [3], False),
+        slow("gradient", ["--rollback_steps", "1"], [3], False),
         # step 5 was made when step 4 is judged
         ("loss", ["--rollback_steps", "1"], [2, 3, 4], True),
-        ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3], False),
-        ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3], False),
-        ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3, 4], True),
-        ("loss", [*FULL, "--save_steps", "1"], [3], False),
+        slow("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3], False),
+        slow("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3], False),
+        slow("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3, 4], True),
+        slow("loss", [*FULL, "--save_steps", "1"], [3], False),
     ],
     ids=[
         "loss",

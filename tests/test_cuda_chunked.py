@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 
+from .conftest import slow
 from .test_cuda_kernels import devices
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
@@ -96,7 +97,7 @@ def check(
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 100])
+@pytest.mark.parametrize("T", [1, slow(2), slow(15), slow(16), 17, 100])
 @both
 def test_lengths(libraries, version, T, state, packed):
     check(libraries, version, state, packed, T=T, B=2, H=2)
@@ -108,13 +109,14 @@ def test_extreme_decays(libraries, version, decay, dtype):
     check(libraries, version, decay=decay, dtype=dtype, T=200, B=1, H=1)
 
 
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("H", [64, slow(128)])
 @both
 def test_many_heads(libraries, version, H):
     """From 64 heads on a block of `scan` has two warps, from 128 on four."""
     check(libraries, version, packed=True, oracle="torch", T=20, B=1, H=H)
 
 
+@pytest.mark.slow
 @both
 def test_segments_of_time(libraries, version):
     """64 heads go in segments of 16 chunks. The threads' order is tested with fewer of the same chunks."""

@@ -10,6 +10,7 @@ import torch
 from src.ops import kernel_errors, native, self_test
 from src.ops.build import CUDA
 
+from .conftest import slow
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -76,8 +77,8 @@ def check(libraries, version, state=True, packed=False, **shape):
     return x, got
 
 
-@pytest.mark.parametrize("N, B, H", [(8, 3, 5), (16, 1, 3), (32, 3, 1), (64, 1, 3), (128, 1, 2)])
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 37, 129])
+@pytest.mark.parametrize("N, B, H", [(8, 3, 5), slow(16, 1, 3), slow(32, 3, 1), (64, 1, 3), slow(128, 1, 2)])
+@pytest.mark.parametrize("T", [1, slow(2), slow(15), slow(16), 17, slow(37), 129])
 @both
 def test_lengths_and_head_sizes(libraries, version, T, N, B, H):
     for state in (True, False):

@@ -25,7 +25,7 @@ from src.ops import (
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 
 # B, T, C, heads: head sizes 8, 16, 64, 80, 256
 SIZES = [
@@ -161,7 +161,7 @@ def test_any_number_of_threads_gives_the_same(name):
 @pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
 )
-@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [slow(["-mavx2", "-mfma"]), slow(["-msse2"])], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get, as in test_wkv.py."""
     command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=off", "-fPIC", "-pthread"]

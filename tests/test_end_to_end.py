@@ -18,7 +18,7 @@ from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkp
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 
-from .conftest import ROOT, close, make_arch, pypi_rwkv
+from .conftest import ROOT, close, make_arch, pypi_rwkv, slow
 from .program import call, succeed
 
 QUESTION = "2 + 3 是多少？🙂"
@@ -68,7 +68,9 @@ def questions():
 
 
 @pytest.fixture(
-    scope="module", params=[(6, "fp32"), (7, "bf16")], ids=["v6, trained in fp32", "v7, trained in bf16"]
+    scope="module",
+    params=[slow((6, "fp32")), (7, "bf16")],
+    ids=["v6, trained in fp32", "v7, trained in bf16"],
 )
 def product(request):
     """base, adapter and merged file of a run of 3 steps; 1.2 GB that must not pile up among pytest's

@@ -54,6 +54,7 @@ def package_model(path, encode):
     return Package()
 
 
+@pytest.mark.slow
 def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
     import lm_eval.evaluator
     from lm_eval.tasks import TaskManager

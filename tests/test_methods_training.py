@@ -13,7 +13,7 @@ import torch
 from rwkv_miss import METHODS, read_checkpoint
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 from .program import losses
 
 STEPS = 4
@@ -86,7 +86,13 @@ def train(files, proj_dir, method, options, *flags):
 
 
 @pytest.mark.parametrize(
-    "method,strategy", [*RUNS, ("mos", "deepspeed_stage_2"), ("pissa", "deepspeed_stage_2")]
+    "method,strategy",
+    [
+        ("miss", "deepspeed_stage_3"),
+        *(slow(*run) for run in RUNS if run[0] != "miss"),
+        slow("mos", "deepspeed_stage_2"),
+        slow("pissa", "deepspeed_stage_2"),
+    ],
 )
 def test_a_run_goes_on_in_two_processes(files, tmp_path, method, strategy):
     options = {"rank": 40, **OPTIONS.get(method, {})}

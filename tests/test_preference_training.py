@@ -26,7 +26,7 @@ from src.training.objective import Policy
 from src.training.process_group import ALONE, Processes
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 from .program import at_file, call, interrupt, kill, spoil, succeed
 
 UNITS = 12  # pairs or answers to train on, of which a step has 4
@@ -175,8 +175,8 @@ def test_micro_batches_make_the_same_steps(files, tmp_path, whole, loss):
 
 @pytest.mark.parametrize(
     "loss, strategy",
-    [("dpo", "ddp"), ("dpo", "deepspeed_stage_2"), ("dpo", "deepspeed_stage_3"), ("kto", "ddp"),
-     ("kto", "deepspeed_stage_2"), ("kto", "deepspeed_stage_3"), ("orpo", "deepspeed_stage_2")],
+    [("kto", "ddp"), ("dpo", "deepspeed_stage_3"), slow("kto", "deepspeed_stage_3"),
+     slow("orpo", "deepspeed_stage_2")],
 )  # fmt: skip
 def test_two_processes_make_the_same_steps(files, tmp_path, whole, loss, strategy):
     two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
@@ -198,7 +198,7 @@ def read_prompts(once, rank):
     trainer.prompt_reading = lambda *_: PromptReading(once)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_prompts_that_are_read_once_make_the_same_steps(files, tmp_path, whole, strategy):
     """Two processes share the pairs, too. In the run that is compared each answer has its own prompt."""
     two = [] if strategy == "auto" else ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
@@ -405,7 +405,7 @@ def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
     assert code == 2 and "the model of --reference is not the one that the run began with" in output
 
 
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     """It is the formula's, in float64, over all pairs."""
     flags = ["--micro_bsz", str(UNITS), "--reference", files / "other.pth", "--strategy", strategy]

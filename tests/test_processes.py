@@ -34,7 +34,7 @@ from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment
 
 from . import program
-from .conftest import ROOT, make_arch, random_tensors
+from .conftest import ROOT, make_arch, random_tensors, slow
 
 FLAGS = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--strategy", "ddp"]
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -345,8 +345,8 @@ def on_machine(folder, code, rank):
     ("base", "data", "code", "field"),
     [
         ("same", "other", False, "the data file is"),
-        ("other", "same", False, "the base file is"),
-        ("same", "same", True, "the code of this project is"),
+        slow("other", "same", False, "the base file is"),
+        slow("same", "same", True, "the code of this project is"),
     ],
 )
 def test_ranks_that_run_something_else_say_so_before_the_first_step(
@@ -407,7 +407,7 @@ def run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "victim", "words"),
     [
-        (
+        slow(
             "",
             1,
             (
@@ -416,7 +416,7 @@ def run_folder(tmp_path):
             ),
         ),
         ("", 0, "rank 1 ends, because the process that started it is gone"),
-        ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
+        slow("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
     ],
 )
 def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(

@@ -32,7 +32,7 @@ from src.training.rate_search import (
 from src.training.short_runs import ALONE, Trial
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, slow
 from .program import interrupt, losses, succeed
 
 WRITTEN = (
@@ -182,11 +182,11 @@ def test_where_no_search_is_possible_it_is_said_why(monkeypatch, settings, steps
     "more",
     [
         ["--peft_config", "r=7", "--train_parts", "ln,state", "--accumulate_grad_batches", "2"],
-        ["--peft", "lora", "--peft_config", "r=4,dropout=0.2", "--weight_decay", "0.1"],
-        ["--peft", "adalora", "--peft_config", "r=4"],
-        ["--peft", "state", "--chunk_ctx", "16"],
-        ["--peft", "none", "--precision", "bf16"],
-        ["--peft", "pissa", "--peft_config", "r=4", "--eval_split", "0", "--quant", "nf4"],
+        slow(["--peft", "lora", "--peft_config", "r=4,dropout=0.2", "--weight_decay", "0.1"]),
+        slow(["--peft", "adalora", "--peft_config", "r=4"]),
+        slow(["--peft", "state", "--chunk_ctx", "16"]),
+        slow(["--peft", "none", "--precision", "bf16"]),
+        slow(["--peft", "pissa", "--peft_config", "r=4", "--eval_split", "0", "--quant", "nf4"]),
     ],
     ids=lambda more: " ".join(more[:2]),
 )
@@ -219,7 +219,7 @@ def note_own_rate(folder, rank):
     rate_search.found_of = noted
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2")])
 def test_several_processes_find_the_same_rate(files, tmp_path, strategy):
     """Each by itself; and the losses of their trials are those of one process."""
     more = ["--global_bsz", "2", "--devices", "2", "--strategy", strategy, "--micro_bsz", "1"]

@@ -26,7 +26,7 @@ from src.training.optimizer import parameter_groups
 
 from . import program
 from .answering import engine_of
-from .conftest import close, make_arch, pypi_rwkv, random_tensors
+from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow
 from .program import losses
 
 # documents of 1 to 41 tokens; the second row goes on from before and is one document
@@ -483,7 +483,7 @@ def train(files, proj_dir, *flags, version=7):
     )
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [slow(6), 7])
 def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sittings(files, tmp_path, version):
     output = train(
         files, tmp_path / "own", "--peft", "state", "--packing", "0", "--epoch_steps", "6", version=version
@@ -516,7 +516,7 @@ def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--grad_cp", "1"], ["--chunk_ctx", "7"]], ids=["plain", "grad_cp", "chunks"]
+    "flags", [[], slow(["--grad_cp", "1"]), slow(["--chunk_ctx", "7"])], ids=["plain", "grad_cp", "chunks"]
 )
 def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_path, flags):
     """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of

@@ -25,7 +25,7 @@ from src.training.loss_metrics import SUPERVISED
 from src.training.resume import earlier_settings
 
 from . import program
-from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
+from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors, slow
 from .program import at_file, interrupt, losses
 
 
@@ -110,7 +110,7 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     assert yaml.safe_load((proj_dir / "config.yaml").read_text())["micro_bsz"] == 8
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
+@pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2"), slow("deepspeed_stage_3")])
 def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strategy):
     proj_dir = tmp_path / "run"
     train(
@@ -165,10 +165,7 @@ def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        [],
-        "--strategy deepspeed_stage_2 --devices 2 --micro_bsz 2 --accumulate_grad_batches 2".split(),
-    ],
+    [[], slow("--strategy deepspeed_stage_2 --devices 2 --micro_bsz 2 --accumulate_grad_batches 2".split())],
     ids=["plain", "deepspeed_stage_2 x 2"],
 )
 def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
@@ -258,7 +255,7 @@ def report_dtypes(rank):
     trainer.FineTuning.training_step = probe
 
 
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_2"), slow("deepspeed_stage_3")])
 def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(files, tmp_path, strategy):
     flags = command(files, tmp_path / "run", "--precision", "bf16", "--strategy", strategy)[2:]
     output = program.succeed(program.run(flags, report_dtypes))
@@ -276,8 +273,8 @@ def test_fp16_with_loss_scaling_follows_fp32(files, tmp_path, plain):
         assert abs(one - half) < 2e-2 * one
 
 
-@pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+@pytest.mark.parametrize("version", [slow(6), 7])
+@pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, version, strategy):
     flags = [
         "--peft",
@@ -304,6 +301,7 @@ def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, 
     close("logits", model(torch.tensor([ids]))[0][0], pypi_rwkv(exact)(ids)[0], 2e-5)
 
 
+@pytest.mark.slow
 def test_full_training_gathers_every_tensor_that_zero_3_shares_out(files, tmp_path):
     """Layer 0's v1 has 10,240 elements here, above the size that stage 3 leaves whole, and is not trained: it
     must be gathered all the same.
@@ -332,7 +330,7 @@ def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, t
     assert not torch.equal(trained["head.weight"], odd["head.weight"])
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [slow(6), 7])
 def test_activation_checkpointing_changes_no_loss(files, tmp_path, version):
     curves = []
     for grad_cp in "012":

@@ -39,7 +39,7 @@ from src.training.validation_log import base_wins, best_trained, is_over
 
 from . import program
 from .answering import engine_of, greedy_text
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, slow
 from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
@@ -176,7 +176,7 @@ def one_process(files, tmp_path_factory):
     return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["ddp", slow("deepspeed_stage_2"), slow("deepspeed_stage_3")])
 def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, one_process, strategy):
     """11 rows in batches of 2 are nothing that two processes share evenly."""
     (evaluations, forgotten), two = (
@@ -287,6 +287,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     assert losses(whole) == losses(proj_dir)
 
 
+@pytest.mark.slow
 def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
     """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to
     it again.
@@ -398,6 +399,7 @@ def test_passes_that_were_chosen_end_when_the_held_out_loss_rises(files, tmp_pat
     assert f"--adapter {proj_dir}/best.pth" in merge
 
 
+@pytest.mark.slow
 def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
     flags = ["--epoch_count", "0", "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
@@ -415,6 +417,7 @@ def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
         assert same_tensors(proj_dir / name, whole / name)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
     """An older release wrote one pass, no warm-up and no evaluations on the way."""
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
@@ -430,6 +433,7 @@ def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
     assert same_tensors(proj_dir / "adapter.pth", whole / "adapter.pth")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
     proj_dir = tmp_path / "run"
     stop = functools.partial(at_file, "metrics.jsonl", 9, proj_dir, interrupt)
@@ -443,6 +447,7 @@ def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
     assert (proj_dir / "run_card.md").exists()
 
 
+@pytest.mark.slow
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     """Its loss is the one that it is named with; bf16 has 8 bits."""
     flags = [
@@ -567,6 +572,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
     assert not any(ord(letter) < 32 and letter != "\n" for letter in text)
 
 
+@pytest.mark.slow
 def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
     run, again = tmp_path / "run", ["--train_parts", "ln,state", "--state_lr", "0.1", "--resume", "auto"]
     code, output = start(
@@ -610,6 +616,7 @@ def scalars(folder, tag):
     return {event.step: event.value for event in events.Scalars(tag)}, events
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_path):
     proj_dir = tmp_path / "run"
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
@@ -749,6 +756,7 @@ def offline(rank):
     os.environ["WANDB_MODE"] = "offline"
 
 
+@pytest.mark.slow
 def test_the_real_wandb_takes_it_offline(files, tmp_path):
     pytest.importorskip("wandb")
     flags = ["--wandb", "project", "--eval_file", str(files / "held.jsonl")]

@@ -305,6 +305,7 @@ def train(files, proj_dir, *flags):
     )
 
 
+@pytest.mark.slow
 def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):
     # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
     schedule = ["--lr_schedule", "constant", "--adam_eps", "1e-2"]
