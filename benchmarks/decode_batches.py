@@ -39,12 +39,7 @@ from .decode_contenders import llama_contenders, write_adapter, write_base
 from .decode_limits import Limits
 
 STEPS = 5  # of a round
-SAMPLINGS = {
-    "greedy": GREEDY,
-    "default": Sampling(),
-    "whole": Sampling(1, 1),
-    "open_think": OPEN_THINK,
-}
+SAMPLINGS = {"greedy": GREEDY, "default": Sampling(), "whole": Sampling(1, 1), "open_think": OPEN_THINK}
 SEEN = 400  # tokens of an answer, for penalties
 
 

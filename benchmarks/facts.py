@@ -1,7 +1,7 @@
 """What a method can learn: new facts, and a new style.
 
     python -m benchmarks.facts [--load_model ../shared/data/real/rwkv6-3m-utf16.pth] [--tokenizer utf16]
-    [--methods state miss lora none] [--seeds 0 1] [--facts 30] [--passes 40] [--lr_init auto]
+    [--methods state miss lora none] [--seeds 0 1 2] [--facts 30] [--passes 40] [--lr_init auto]
     [--out out/facts] [--report docs/results]
 
 The program makes up names and what each likes best. Every name has one row: a question in one of three forms,
@@ -14,36 +14,30 @@ the rate that it finds by itself. Then the model is asked
 
 A fact counts as recalled where the answer has the right thing in its sentence. The style is there where the
 answer begins and ends as in the data. A guess among the things is right once in THINGS times.
-A finished training is kept in --out, and is not repeated. --report FOLDER gets facts.md and facts.json. The
-last line is JSON.
+A finished training is kept in --out, and is not repeated. --report FOLDER gets facts.md. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import random
-import shutil
-import time
 
 import torch
-import yaml
 
 from rwkv_miss.files.checkpoint import read_checkpoint
 from rwkv_miss.version import commit
-from src import run
-from src.common.files import append_line, write_text
 from src.common.formatting import counted
-from src.config import parse
 from src.data.questions import Question
 from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, answers_to, engine_for
 from src.inference.load import load
 
-from .common import argument_parser, as_flags, environment, report
+from . import experiment
+from .common import add_integers, as_flags
+from .experiment import Lines, groups, mean, train, write_rows
 from .paper.results import Table
-from .trainings import finished, write_rows
 
 METHODS = ("state", "miss", "lora", "none")
 FORMS = (
@@ -63,7 +57,7 @@ MEASURES = ("as trained", "in another form", "style on new names")
 
 
 def names(count: int, seed: int) -> list[str]:
-    """Different names of three syllables."""
+    """Make up different names of three syllables."""
     draw = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -73,7 +67,7 @@ def names(count: int, seed: int) -> list[str]:
 
 
 class Facts:
-    """Who likes what, and in which form the data ask for it."""
+    """Names, what each likes, and in which form the data ask for it."""
 
     def __init__(self, count: int, seed: int):
         everybody = names(count + UNSEEN, seed)
@@ -83,7 +77,7 @@ class Facts:
         self.form = {name: i % len(FORMS) for i, name in enumerate(self.names)}
 
     def rows(self) -> list[dict]:
-        """The training data."""
+        """Make the training data."""
         rows = []
         for name in self.names:
             asked = {"role": "user", "content": FORMS[self.form[name]].format(name)}
@@ -92,7 +86,7 @@ class Facts:
         return rows
 
     def asked(self, template) -> dict[str, list[Question]]:
-        """Questions by what they measure; `right` is the thing, or "" where only the style counts."""
+        """Make questions by what they measure; `right` is the thing, or "" where only the style counts."""
 
         def question(name: str, form: int) -> Question:
             asked = [{"role": "user", "content": FORMS[form].format(name)}]
@@ -108,49 +102,31 @@ class Facts:
 
 
 def is_right(answer: str, question: Question) -> bool:
-    """Whether the answer has the fact that is asked for, or the style where there is no fact to know."""
+    """Tell whether the answer has the fact that is asked for, or the style where there is no fact to know."""
     if question.right:
         return f" likes {question.right}," in answer
     return answer.startswith(BEGIN) and answer.endswith(END)
 
 
-def settings_of(args) -> dict:
-    return {"facts": args.facts, "passes": args.passes, "lr_init": args.lr_init}
-
-
 def trained(args, method: str, seed: int) -> dict:
-    """A run, and the share of right answers by measure."""
+    """Do a run, and count the right answers by measure."""
     facts = Facts(args.facts, seed)
     folder = args.out / f"{method}-{seed}-{args.lr_init}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    data = write_rows(folder / "facts.jsonl", facts.rows())
+    folder.mkdir(parents=True, exist_ok=True)
     flags = as_flags(
-        load_model=args.load_model,
-        tokenizer=args.tokenizer,
-        data_file=data,
-        proj_dir=folder / "run",
-        peft=method,
-        epoch_count=args.passes,
-        random_seed=seed,
-        lr_init=args.lr_init,
-        eval_split=0,
-        eval_samples=0,
-    )
-    begun = time.process_time()
-    with open(folder / "log", "w") as log, contextlib.redirect_stdout(log):
-        run.main(*parse(flags))
-    seconds = round(time.process_time() - begun, 1)
-    summary = json.loads((folder / "run" / "run.json").read_text())
-    settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
-    done = {"method": method, "seed": seed, **settings_of(args)}
-    done |= {"steps": summary["steps"], "rate": settings["lr_init"], "cpu_seconds": seconds}
-    done |= {"trained numbers": sum(map(torch.numel, read_checkpoint(summary["output"]).values()))}
-    return done | shares(args, method, summary["output"], facts) | {"commit": commit()}
+        load_model=args.load_model, tokenizer=args.tokenizer, peft=method, epoch_count=args.passes,
+        data_file=write_rows(folder / "facts.jsonl", facts.rows()), random_seed=seed, lr_init=args.lr_init,
+        eval_split=0, eval_samples=0,
+    )  # fmt: skip
+    ran = train(folder / "run", flags, folder / "log")
+    output = ran.summary["output"]
+    done = {"steps": ran.summary["steps"], "rate": ran.settings["lr_init"], "cpu_seconds": ran.cpu_seconds}
+    done |= {"trained numbers": sum(map(torch.numel, read_checkpoint(output).values()))}
+    return done | shares(args, method, output, facts) | {"commit": commit()}
 
 
 def shares(args, method: str, output: str, facts: Facts) -> dict[str, float]:
-    """The share of right answers by measure, with what a run has written."""
+    """Count the right answers by measure, with what a run has written."""
     files = {"path": output} if method == "none" else {"path": args.load_model, "adapter": output}
     model, tokenizer = load(**files, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")
     template = recorded_template("auto", tokenizer, output)
@@ -164,61 +140,36 @@ def shares(args, method: str, output: str, facts: Facts) -> dict[str, float]:
     return found
 
 
-def key(method: str, seed: int, settings: dict) -> tuple:
-    """What tells one training from the others."""
-    return method, seed, settings["facts"], settings["passes"], settings["lr_init"]
-
-
 def table(lines: list[dict]) -> Table:
-    """A row for each method: the mean of its seeds."""
+    """Make a row for each method: the mean of its seeds."""
     rows = []
-    for method in dict.fromkeys(line["method"] for line in lines):
-        own = [line for line in lines if line["method"] == method]
-        shares = [f"{100 * sum(line[name] for line in own) / len(own):.0f} %" for name in MEASURES]
+    for (method,), own in groups(lines, "method").items():
+        shares = [f"{100 * mean(own, name):.0f} %" for name in MEASURES]
         rates = " ".join(f"{line['rate']:g}" for line in own)
         rows.append([method, f"{own[0]['trained numbers']:,}", rates, *shares])
     return Table("", ["method", "trained numbers", "found rates", *MEASURES], rows)
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--load_model", type=pathlib.Path, default=pathlib.Path("../shared/data/real/rwkv6-3m-utf16.pth")
-    )
+    parser = experiment.arguments(__doc__, "facts", methods=METHODS)
+    base = pathlib.Path("../shared/data/real/rwkv6-3m-utf16.pth")
+    parser.add_argument("--load_model", type=pathlib.Path, default=base)
     parser.add_argument("--tokenizer", default="utf16")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--facts", type=int, default=30)
-    parser.add_argument("--passes", type=int, default=40)
+    add_integers(parser, facts=30, passes=40)
     parser.add_argument("--lr_init", default="auto", help="a rate in the place of the search")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/facts"))
-    parser.add_argument("--report", type=pathlib.Path, help="folder for the table and JSON")
-    args = parser.parse_args()
+    args = experiment.parsed(parser)
     if not args.load_model.exists():
         parser.error(f"--load_model {args.load_model} is absent; give a base, and its --tokenizer")
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "trainings.jsonl"
-    done = {key(line["method"], line["seed"], line): line for line in finished(path)}
+    done = Lines(args.out / "trainings.jsonl", "method", "seed", "facts", "passes", "lr_init")
     lines = []
     for method in args.methods:
         for seed in args.seeds:
-            own = key(method, seed, settings_of(args))
-            if own not in done:
-                done[own] = trained(args, method, seed)
-                append_line(path, done[own])
-            lines.append(done[own])
+            line = {"method": method, "seed": seed, "facts": args.facts, "passes": args.passes}
+            line |= {"lr_init": args.lr_init}
+            if args.only_finished and line not in done:
+                continue
+            lines.append(done.of(line, lambda: trained(args, method, seed)))  # noqa: B023
             print(json.dumps(lines[-1]), flush=True)
-    found = table(lines)
-    print(found.markdown())
-    if args.report:
-        write_report(args, found, lines)
-    report("facts", table=found.records(), trainings=lines)
-
-
-def write_report(args, found: Table, lines: list[dict]) -> None:
-    """facts.md and facts.json."""
-    facts = environment()
     parts = [
         "# Which method learns facts, and which a style",
         f"{args.facts} made-up names, each with one thing out of {len(THINGS)} that it likes, in one row"
@@ -227,15 +178,11 @@ def write_report(args, found: Table, lines: list[dict]) -> None:
         "*As trained*: the question of the row. *In another form*: the same fact, asked in words that its row"
         " does not have. *Style on new names*: the manner of the answers, for names that are not in the data."
         f" A guess among the things is right in {100 / len(THINGS):.1f} % of cases.",
-        found.markdown().strip(),
+        "{table}",
         "Again: `python -m benchmarks.facts --report docs/results`, with a base of yours as `--load_model`"
         " and its `--tokenizer`.",
-        f"{facts['machine']}, 1 thread, fp32, torch {facts['versions']['torch']}. Put together at commit"
-        f" {facts['commit']}.",
     ]
-    write_text(str(args.report / "facts.md"), "\n\n".join(parts) + "\n")
-    content = {**facts, "table": found.records(), "trainings": lines}
-    write_text(str(args.report / "facts.json"), json.dumps(content, indent=1) + "\n")
+    experiment.publish("facts", args.report, parts, table(lines), trainings=lines)
 
 
 if __name__ == "__main__":

@@ -14,28 +14,26 @@ gsm8k_train.jsonl, gsm8k_test.jsonl and tinyshakespeare.txt. They are not part o
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
-With --cost a random RWKV-7 of 12 layers of 768 is trained for 100 steps: what its search takes of the run.
---report FOLDER gets first-run.md, .png and .json. The last line is JSON.
+--report FOLDER gets first-run.md and first-run.png. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 import random
 import shutil
+import statistics
 import time
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from demo import task as demo_task
 from rwkv_miss import UserError
 from rwkv_miss.version import commit
-from src import run
-from src.common.files import append_line
 from src.config import Config, parse
 from src.data.chat_template import Template
 from src.data.dataset import load as load_documents
@@ -48,17 +46,17 @@ from src.inference.load import load
 from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
 
-from .common import argument_parser, as_flags, environment, report, write_random_base
-from .first_run_table import Case, case, draw, table
+from . import experiment
+from .common import as_flags
+from .experiment import Lines, train, write_rows
 from .paper.results import Table
+from .paper.tasks import ROOT
 from .paper.training_tasks import DIGITS, digits
-from .trainings import ROOT, finished, write_page, write_rows
 
 METHODS = ("miss", "lora", "pissa", "state", "none")
 # the middle one of the seven rates, from which a sweep goes to the better side
 RATES = {"miss": 3e-3, "lora": 3e-3, "pissa": 1e-3, "state": 1.0, "none": 3e-4}
 QUESTIONS, TEXTS = 400, 40  # to judge by
-SEEDS = 3
 # under the counts of the report
 NOTE = (
     "Given rates were tried with the first seed, from a middle one of seven to the better side, until the"
@@ -193,58 +191,46 @@ class NotDone(Exception):
 class Trainings:
     """The trainings of a task, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
 
-    def __init__(
-        self, name: str, method: str, folder: pathlib.Path, data: pathlib.Path, only_finished: bool = False
-    ):
-        self.method, self.folder, self.only_finished = method, folder / name, only_finished
+    def __init__(self, name: str, method: str, args: argparse.Namespace):
+        self.method, self.folder, self.only_finished = method, args.out / name, args.only_finished
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.task = TASKS[name](self.folder, data)
-        self.path = self.folder / f"{method}.jsonl"
-        self.done = {(line["seed"], line["rate"]): line for line in finished(self.path)}
+        self.task = TASKS[name](self.folder, args.data)
+        self.lines = Lines(self.folder / f"{method}.jsonl", "seed", "rate")
 
     def at(self, rate: float | str, seed: int) -> dict:
-        """The line of the training at a rate, which may be auto, with a seed of adapter and order.
+        """Return the line of the training at a rate, which may be auto, with a seed of adapter and order.
 
         NotDone where it is not done and shall not be.
         """
-        if (seed, rate) not in self.done:
-            if self.only_finished:
-                raise NotDone
-            line = {"seed": seed, "rate": rate, **self._train(rate, seed)}
-            append_line(self.path, line)
-            self.done[seed, rate] = line
-        return self.done[seed, rate]
+        line = {"seed": seed, "rate": rate}
+        if self.only_finished and line not in self.lines:
+            raise NotDone
+        return self.lines.of(line, lambda: self._train(rate, seed))
 
     def loss(self, rate: float | str, seed: int) -> float:
-        """What is the lower, the better."""
+        """Return what is the lower, the better."""
         figure = self.at(rate, seed)["figure"]
         if figure is None or math.isnan(figure):
             return math.inf
         return -figure if self.task.counted else figure
 
     def _train(self, rate: float | str, seed: int) -> dict:
-        """Of a run: its figure, None if it diverged; CPU time; and what its search found."""
+        """Do a run; return its figure, None if it diverged, its CPU time, and what its search found."""
         folder = self.folder / f"{self.method}-{seed}-{rate}"
-        shutil.rmtree(folder, ignore_errors=True)
-        flags = ["--peft", self.method, "--random_seed", str(seed), "--lr_init", str(rate)]
-        begun = time.process_time()
-        failed = False
-        with open(self.folder / f"{self.method}.log", "a") as log, contextlib.redirect_stdout(log):
-            try:
-                run.main(*parse([*self.task.words, *flags, "--proj_dir", str(folder)]))
-            except UserError as error:
-                if not (folder / "metrics.jsonl").exists():
-                    raise  # it is no divergence
-                print(f"error: {error}")
-                failed = True
+        flags = [*self.task.words, *as_flags(peft=self.method, random_seed=seed, lr_init=rate)]
+        begun, ran = time.process_time(), None
+        try:
+            ran = train(folder, flags, self.folder / f"{self.method}.log")
+        except UserError:
+            if not (folder / "metrics.jsonl").exists():
+                raise  # it is no divergence
         done = {"figure": None, "cpu_seconds": round(time.process_time() - begun, 1), "commit": commit()}
-        search = recorded_search(str(folder))
-        if search:
+        if search := recorded_search(str(folder)):
             tried = {trial["rate"]: trial["loss"] for trial in search["trials"]}
             own = {name: search[name] for name in ("before", "steps", "seconds")}
             done |= {"found": search["rate"], "guess": search["guess"], "search": {**own, "tried": tried}}
-        if not failed:
-            summary = json.loads((folder / "run.json").read_text())
+        if ran:
+            summary = ran.summary
             early = summary.get("best_step", summary["steps"]) < summary["steps"]
             trained = summary["best"] if early else summary["output"]
             done |= {"steps": summary["steps"], "figure": judge(self.task, self.method, trained)}
@@ -285,111 +271,165 @@ def compared(trainings: Trainings, name: str, seeds: list[int]) -> Case:
         for seed in wanted:
             trainings.at(rate, seed)
     trainings.at(trainings.at("auto", first)["guess"], first)
-    return case(name, trainings.method, trainings.task.counted, seeds, trainings.done, best)
+    return case(name, trainings.method, trainings.task.counted, seeds, trainings.lines.done, best)
 
 
-def cost(folder: pathlib.Path, data: pathlib.Path) -> dict:
-    """Seconds of the search and of the steps of a run of 100 steps of a random model, rows of 256 tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base = folder / "random.pth"
-    write_random_base(base, 7, 12, 768, tokenizer="")
-    rows = write_rows(folder / "train.jsonl", gsm8k_rows(data, "train"))
-    run_folder = folder / "run"
-    words = as_flags(load_model=base, data_file=rows, proj_dir=run_folder)
-    words += sizes(ctx_len=256, micro_bsz=1, epoch_steps=100)
-    if not (run_folder / "run.json").exists():
-        with open(folder / "log", "w") as log, contextlib.redirect_stdout(log):
-            run.main(*parse(words))
-    search, summary = recorded_search(str(run_folder)), json.loads((run_folder / "run.json").read_text())
-    return {
-        "search_seconds": round(search["seconds"], 1),
-        "train_seconds": round(summary["train_seconds"], 1),
-        "search_steps": search["steps"] * len(search["trials"]),
-        "steps": summary["steps"],
-    }
+POINTS, SHARE = 0.02, 0.03  # by which a case may be worse than the best: right answers, loss
+Done = Mapping[tuple, dict]  # trainings by (seed, rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A task and a method. Figures are shares of right answers where `counted`, else losses.
+
+    NaN is the figure of a run that diverged.
+    """
+
+    task: str
+    method: str
+    counted: bool
+    seeds: list[int]
+    best_rate: float
+    best: float  # mean over the seeds
+    found_rates: list[float]  # of each seed
+    found: float  # mean over the seeds
+    best_first: float  # with the first seed, as the next two
+    guess_rate: float
+    guess: float
+    published: float
+    found_first: float
+
+    def gap(self, figure: float, best: float) -> float:
+        """Tell how much worse than the best a figure is, in parts of what is allowed; above 1 is a miss."""
+        gap = (best - figure) / POINTS if self.counted else (figure / best - 1) / SHARE
+        return round(gap, 6)  # 0.995 - 0.975 is above 0.02
+
+    @property
+    def is_missed(self) -> bool:
+        return not self.gap(self.found, self.best) <= 1  # so that NaN is a miss
+
+    @property
+    def is_worse_than_published(self) -> bool:
+        if math.isnan(self.published):
+            return False
+        return not self.gap(self.found_first, self.published) <= 0
+
+
+def case(task: str, method: str, counted: bool, seeds: Sequence[int], done: Done, best_rate: float) -> Case:
+    """Make the case of these trainings."""
+
+    def figure(rate: float | str, seed: int) -> float:
+        found = done[seed, rate]["figure"]
+        return math.nan if found is None else found
+
+    first, own = seeds[0], [done[seed, "auto"] for seed in seeds]
+    guess = own[0]["guess"]
+    return Case(
+        task,
+        method,
+        counted,
+        list(seeds),
+        best_rate,
+        statistics.mean(figure(best_rate, seed) for seed in seeds),
+        [line["found"] for line in own],
+        statistics.mean(figure("auto", seed) for seed in seeds),
+        figure(best_rate, first),
+        guess,
+        figure(guess, first),
+        figure("paper", first),
+        figure("auto", first),
+    )
+
+
+def table(cases: Sequence[Case]) -> Table:
+    """Make a row for each case."""
+    columns = ["task", "method", "best rate", "result", "found rates", "result ", "gap", "first guess"]
+    columns += ["result  ", "published rate"]
+    rows = []
+    for one in cases:
+        gap = one.gap(one.found, one.best) * (POINTS if one.counted else SHARE)
+        missed = ", **missed**" if one.is_missed else ""
+        rows.append(
+            (
+                one.task,
+                one.method,
+                f"{one.best_rate:g}",
+                text(one, one.best),
+                " ".join(f"{rate:g}" for rate in one.found_rates),
+                text(one, one.found),
+                f"{100 * gap:+.1f} {'points' if one.counted else '%'}{missed}",
+                f"{one.guess_rate:.2g}",
+                f"{text(one, one.guess)} ({text(one, one.best_first)})",
+                text(one, one.published),
+            )
+        )
+    return Table(
+        "Results are right answers, or the loss in nats a token. Gap: how much worse the found rate is than"
+        " the best. The first guess and the published rate have one seed; in brackets is what the best rate"
+        " has with it.",
+        columns,
+        rows,
+    )
+
+
+def text(one: Case, figure: float) -> str:
+    """Write a figure as it is printed."""
+    return f"{100 * figure:.1f} %" if one.counted else f"{figure:.4f}"
+
+
+def draw(cases: Sequence[Case]):
+    """Make a function that fills a figure: each case's gap as a part of what is allowed."""
+
+    def fill(figure) -> None:
+        axes = figure.subplots()
+        places = range(len(cases))
+        series = {
+            "searched for": [one.gap(one.found, one.best) for one in cases],
+            "first guess (one seed)": [one.gap(one.guess, one.best_first) for one in cases],
+            "published rate (one seed)": [one.gap(one.published, one.best_first) for one in cases],
+        }
+        for (name, gaps), mark in zip(series.items(), "ox+", strict=True):
+            shown = [min(max(gap, -2.0), 8.0) for gap in gaps]
+            axes.plot(places, shown, mark, label=name)
+        axes.axhline(1, color="grey", linestyle=":", label="allowed: 2 points, or 3 % of the loss")
+        axes.set(ylabel="gap to the best rate, 1: as allowed\n(above 8 shown as 8)")
+        names = [f"{one.task} {one.method}" for one in cases]
+        axes.set_xticks(list(places), names, rotation=75, fontsize="small")
+        axes.legend(fontsize="small")
+
+    return fill
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
+    parser = experiment.arguments(__doc__, "first-run", tasks=TASKS, methods=METHODS)
     parser.add_argument("--one_seed", nargs="*", choices=TASKS, default=[], help="tasks with the first alone")
-    parser.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
-    parser.add_argument("--cost", action="store_true", help="measure what a search takes, too")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/first-run"))
-    parser.add_argument("--report", type=pathlib.Path, help="folder for the table, the plot and JSON")
-    args = parser.parse_args()
-    if not (args.data / "real").is_dir() and args.tasks != ["sort"]:
-        parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
-    torch.set_num_threads(1)
-    cases, unfinished = [], []
-    for name in args.tasks:
-        seeds = args.seeds[:1] if name in args.one_seed else args.seeds
-        for method in args.methods:
-            trainings = Trainings(name, method, args.out, args.data, args.only_finished)
-            try:
-                cases.append(compared(trainings, name, seeds))
-            except NotDone:
-                unfinished.append(f"{name} {method}")
-                continue
-            print(f"{name} {method}: best {cases[-1].best:.4f}, found {cases[-1].found:.4f}", flush=True)
-    costs = cost(args.out / "cost", args.data) if args.cost else None
-    found = table(cases)
-    print(found.markdown())
+    args = experiment.parsed(parser)
+    cases, unfinished, everything = [], [], {}
+    for name, method in itertools.product(args.tasks, args.methods):
+        trainings = Trainings(name, method, args)
+        try:
+            cases.append(compared(trainings, name, args.seeds[:1] if name in args.one_seed else args.seeds))
+        except NotDone:
+            unfinished.append(f"{name} {method}")
+            continue
+        everything[f"{name} {method}"] = list(trainings.lines.done.values())
+        print(f"{name} {method}: best {cases[-1].best:.4f}, found {cases[-1].found:.4f}", flush=True)
     missed = [f"{one.task} {one.method}" for one in cases if one.is_missed]
     worse = [f"{one.task} {one.method}" for one in cases if one.is_worse_than_published]
-    summary = {"cases": len(cases), "missed": missed, "worse_than_published": worse, "cost": costs}
-    summary["not_measured"] = unfinished
-    if args.report:
-        everything = {
-            f"{one.task} {one.method}": finished(args.out / one.task / f"{one.method}.jsonl") for one in cases
-        }
-        write_report(args.report, cases, found, summary, everything, args.one_seed)
-    report("first_run", **summary)
-
-
-def write_report(
-    folder: pathlib.Path,
-    cases: list[Case],
-    found: Table,
-    summary: dict,
-    everything: dict,
-    one_seed: list[str],
-) -> None:
-    """first-run.md, .png and .json."""
-    facts = environment()
-    again = f" --one_seed {' '.join(one_seed)}" if one_seed else ""
-    counts = f"{len(cases) - len(summary['missed'])} of {len(cases)}"
+    sums = {"missed": missed, "worse than with the published rate": worse, "not measured": unfinished}
+    again = f" --one_seed {' '.join(args.one_seed)}" if args.one_seed else ""
     parts = [
         "# A first run beside the best learning rate",
-        f"{counts} cases are within 2 points of right answers or 3 % of the loss. Missed:"
-        f" {', '.join(summary['missed']) or 'none'}. Worse than with the published rate:"
-        f" {', '.join(summary['worse_than_published']) or 'none'}. Not measured:"
-        f" {', '.join(summary['not_measured']) or 'none'}.",
-        f"One seed: {', '.join(one_seed) or 'none'}; the other tasks have {SEEDS}.",
+        f"{len(cases) - len(missed)} of {len(cases)} cases are within 2 points of right answers or 3 % of the"
+        f" loss. {experiment.in_words(sums)}",
+        f"One seed: {', '.join(args.one_seed) or 'none'}; the other tasks have {len(args.seeds)}.",
         NOTE,
-        *cost_line(summary["cost"]),
-        "![How much worse than the best rate](first-run.png)",
-        found.markdown(),
-        f"Again: `python -m benchmarks.first_run --cost --report docs/results{again}`, with the models and"
-        " texts that `--data` names, which are not part of the repository.",
-        f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}. Put together at commit"
-        f" {facts['commit']}.",
+        "{plot}",
+        "{table}",
+        f"Again: `python -m benchmarks.first_run --report docs/results{again}`, {experiment.NEEDS_DATA}.",
     ]
-    content = {**summary, **facts, "table": found.records(), "trainings": everything}
-    write_page(folder, "first-run", parts, draw(cases), content)
-
-
-def cost_line(cost: dict | None) -> list[str]:
-    if cost is None:
-        return []
-    return [
-        f"On a random RWKV-7 of 12 layers of 768 the search of a run of {cost['steps']} steps took"
-        f" {cost['search_steps']} steps and {cost['search_seconds']:g} s, the run's own steps"
-        f" {cost['train_seconds']:g} s."
-    ]
+    sums |= {"cases": len(cases), "trainings": everything}
+    experiment.publish("first-run", args.report, parts, table(cases), draw(cases), **sums)
 
 
 if __name__ == "__main__":

@@ -9,42 +9,71 @@ model, with as many prompts as any other: on rewards for 8 drawn answers to each
 supervised on the right answers.
 
 Right is the sorted answer, word for word, to questions that no training has seen: greedy, and drawn at
-temperature 1. The cases that try rates, and the one whose rate is too high, have the first seed alone. What
-drawing takes is measured beside it: the answers of a step in a batch, and one after the other.
+temperature 1. The cases that try rates, and the one whose rate is too high, have the first seed alone.
 
-A finished training is kept in --out, and is not repeated. --report FOLDER gets grpo.md, .png and .json. The
+A finished training is kept in --out, and is not repeated. --report FOLDER gets grpo.md and grpo.png. The
 last line is JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import shutil
 import statistics
-import time
-from collections.abc import Iterable
-
-import torch
+from collections.abc import Iterable, Sequence
 
 from demo import task as demo_task
 from rwkv_miss import merge_file
-from rwkv_miss.inject import inject
 from rwkv_miss.version import commit
 from src.data.templates import recorded_template
-from src.inference.decoders import for_training
-from src.inference.engine import Engine
 from src.inference.load import load
-from src.inference.request import Answer, Request
-from src.planning.drawing import TOGETHER
 from src.training.draws import FROM_THE_MODEL
 
-from .common import argument_parser, as_flags, environment, report
-from .grpo_table import CASES, DRAWN, GREEDY, Case, draw, summary, table
-from .paper.results import check_folder
-from .trainings import ROOT, Lines, Ran, texts_of_answers, train, write_page, write_rows
+from . import experiment
+from .common import as_flags
+from .experiment import Lines, Ran, groups, mean, share, train, write_rows
+from .paper.results import Table
+from .paper.tasks import ROOT
+
+GREEDY, DRAWN = "greedy", "drawn"
+# of every seed of `rewards`: the share of right greedy answers, CPU seconds, the share of time for drawing
+RIGHT, CPU_SECONDS, DRAWING = 0.8, 120, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind of training: what it is rewarded for (nothing: it is supervised), its method and its rate."""
+
+    name: str
+    rewards: str = "exact=1,partial=1"
+    method: str = "miss"
+    rate: float | None = 3e-3  # None: the run finds one
+    all_seeds: bool = False
+
+    @property
+    def flags(self) -> list[str]:
+        flags = as_flags(loss="grpo", rewards=self.rewards) if self.rewards else as_flags(packing=0)
+        return flags + (as_flags(lr_init=self.rate) if self.rate else [])
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("rewards", all_seeds=True),
+        Case("exact", "exact=1", all_seeds=True),
+        Case("supervised", "", all_seeds=True),
+        Case("supervised, found rate", "", rate=None),
+        Case("too high", rate=3e-2),
+        Case("rate 0.0015", rate=1.5e-3),
+        Case("rate 0.005", rate=5e-3),
+        Case("rate 0.01", rate=1e-2),
+        Case("lora", method="lora"),
+    )
+}
+COLOURS = {"rewards": "tab:blue", "exact": "tab:green", "supervised": "tab:orange", "too high": "tab:red"}
 
 BASE = ROOT / "demo/rwkv7-reverse.pth"
 START_STEPS, START_ROWS = 25, 32
@@ -55,7 +84,7 @@ SHOWN = ("reward", "reward_exact", "entropy", "dead_groups", "length", "cut", "e
 
 
 def letters(count: int, seed: int, excluded: set[str]) -> list[dict]:
-    """So many questions with their sorted answers, without the excluded questions."""
+    """Make `count` questions with their sorted answers, without the excluded questions."""
     rows = (
         (turn["content"] for turn in row["messages"][:2]) for row in demo_task.rows("sort", 2 * count, seed)
     )
@@ -126,7 +155,7 @@ class Trainings:
         asked = [([{"role": "user", "content": row["question"]}], row["answer"]) for row in self.test]
         found = {}
         for name, given in ((GREEDY, {}), (DRAWN, {"sampling": FROM_THE_MODEL, "samples": 4})):
-            answers = texts_of_answers(model, tokenizer, template, asked, **given)
+            answers = experiment.texts_of_answers(model, tokenizer, template, asked, **given)
             right = [text == row["answer"] for row, texts in zip(self.test, answers) for text in texts]
             found[name] = round(sum(right) / len(right), 4)
             found[f"{name}, for example"] = [texts[0] for texts in answers[:3]]
@@ -155,79 +184,78 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return round(statistics.fmean(found), 10) if found else None
 
 
-def drawing(start: pathlib.Path, rows: list[dict], rounds: int = 5) -> dict:
-    """CPU seconds of one thread for the answers to the questions of a step, in a batch and one by one."""
-    model, tokenizer = load(start, None, precision="fp32", accelerator="cpu")
-    inject(model, "miss", rank=12)
-    model.eval()
-    template = recorded_template("auto", tokenizer, str(start))
-    prompts = []
-    for row in rows:
-        turns = [{"role": "user", "content": row["question"]}]
-        text = "".join(segment.text for segment in template.segments(turns, ask=True))
-        prompts.append(tokenizer.encode(text))
+def summary(lines: Sequence[dict]) -> dict[str, list[str]]:
+    """Sort the targets of `rewards` into met and missed."""
+    own = [line for line in lines if line["case"] == "rewards"]
+    return experiment.judged(
+        {
+            "right answers": [line[GREEDY] >= RIGHT for line in own],
+            "CPU time": [line["cpu_seconds"] <= CPU_SECONDS for line in own],
+            "drawing": [line["drawing"] <= DRAWING for line in own],
+        }
+    )
 
-    def asked(seed: int, n: int) -> list[Request]:
-        return [
-            Request(prompt, LONGEST, FROM_THE_MODEL, seed + place, template.stops, n=n, logprobs=0)
-            for place, prompt in enumerate(prompts)
-        ]
 
-    def in_a_batch(seed: int) -> list[Answer]:
-        decoder = for_training(model, GROUP * len(prompts))
-        answers = list(
-            itertools.chain.from_iterable(
-                Engine(decoder, tokenizer, together=TOGETHER).run(asked(seed, GROUP))
-            )
+def table(lines: Sequence[dict]) -> Table:
+    """Make a row for each case: the mean of its seeds."""
+    columns = ["case", "method", "rate", "seeds", "greedy", "drawn", "CPU s", "drawing", "dead groups"]
+    columns += ["entropy", "largest gap"]
+    rows = []
+    for (name,), own in groups(lines, "case").items():
+        method = CASES[name].method if name in CASES else ""
+        rate = f"{statistics.fmean(line['rate'] for line in own):.2g}" if "rate" in own[0] else ""
+        seconds = f"{mean(own, 'cpu_seconds'):.0f}" if "cpu_seconds" in own[0] else ""
+        last = [line["curves"] for line in own if "curves" in line]
+        of_steps = ["", "", "", ""]
+        if last:
+            ends = {key: statistics.fmean(c[key][-1] for c in last) for key in ("dead_groups", "entropy")}
+            gap = max(point for c in last for point in c["engine_gap_max"] if point is not None)
+            of_steps = [f"{100 * mean(own, 'drawing'):.0f} %", f"{100 * ends['dead_groups']:.0f} %"]
+            of_steps += [f"{ends['entropy']:.3f}", f"{gap:.0e}"]
+        right = [share(own, GREEDY), share(own, DRAWN)]
+        rows.append((name, method, rate, str(len(own)), *right, seconds, *of_steps))
+    return Table(
+        "The mean of the seeds; in brackets the lowest and the highest. Greedy, drawn: right answers."
+        " Drawing: its share of the steps' time. Of the last ten steps: dead groups, of equal rewards, and"
+        " entropy in nats a token. Largest gap: of ln p between the engine that draws and the training.",
+        columns,
+        rows,
+    )
+
+
+def draw(lines: Sequence[dict]):
+    """Make a function that fills a figure: right answers of each case, and the curves of the steps."""
+    found = {name: own for (name,), own in groups(lines, "case").items()}
+
+    def fill(figure) -> None:
+        bars, *curves = figure.subplots(2, 2).flat
+        for at, (name, own) in enumerate(found.items()):
+            bars.bar(at, 100 * mean(own, GREEDY), 0.7, color=COLOURS.get(name, "tab:grey"), alpha=0.6)
+            bars.plot([at] * len(own), [100 * line[GREEDY] for line in own], ".", color="black", markersize=4)
+        bars.axhline(100 * RIGHT, linestyle=":", color="grey")
+        bars.set(title="right greedy answers", ylim=(0, 104), ylabel="%")
+        bars.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize="x-small")
+        shown = (
+            ("reward_exact", "right drawn answers of a step"),
+            ("entropy", "entropy, nats a token"),
+            ("dead_groups", "share of dead groups"),
         )
-        decoder.close()
-        return answers
+        for axes, (key, title) in zip(curves, shown, strict=True):
+            for name, colour in COLOURS.items():
+                for number, line in enumerate(found.get(name, [])):
+                    if key in line.get("curves", {}):
+                        points = line["curves"][key]
+                        steps = [(i + 0.5) * line["steps"] / len(points) for i in range(len(points))]
+                        axes.plot(steps, points, color=colour, linewidth=1, label=None if number else name)
+            axes.set(title=title, xlabel="step")
+            axes.set_ylim(bottom=0)
+        curves[0].legend(fontsize="small")
 
-    def one_by_one(seed: int) -> list[Answer]:
-        decoder = for_training(model, 1)
-        engine = Engine(decoder, tokenizer)
-        answers = [
-            answer
-            for request in asked(seed, GROUP)
-            for answers in engine.run([request])
-            for answer in answers
-        ]
-        decoder.close()
-        return answers
-
-    seconds: dict[str, list[float]] = {"batch": [], "one by one": []}
-    tokens = 0
-    for seed in range(rounds + 1):  # the first one warms up
-        said = []
-        for name, way in (("batch", in_a_batch), ("one by one", one_by_one)):
-            begun = time.process_time()
-            answers = way(1000 * seed)
-            if seed:
-                seconds[name].append(time.process_time() - begun)
-            said.append(sorted((answer.request.seed, answer.index, answer.text) for answer in answers))
-            tokens = sum(len(answer.tokens) for answer in answers)
-        if said[0] != said[1]:
-            print(f"note: {sum(a != b for a, b in zip(*said))} answers differ")
-    batch, alone = (statistics.median(seconds[name]) for name in ("batch", "one by one"))
-    return {
-        "answers": GROUP * len(prompts),
-        "tokens": tokens,
-        "batch seconds": round(batch, 4),
-        "one by one seconds": round(alone, 4),
-        "ratio": round(statistics.median(b / a for a, b in zip(*seconds.values())), 2),
-    }
+    return fill
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/grpo"))
-    parser.add_argument("--report", help="folder for the table, the plot and JSON")
-    args = parser.parse_args()
-    folder = check_folder(args.report) if args.report else None
-    torch.set_num_threads(1)
+    args = experiment.parsed(experiment.arguments(__doc__, "grpo", cases=CASES))
     trainings = Trainings(args.out.resolve())
     lines, missing = [trainings.of_start()], []
     for case in map(CASES.get, args.cases):
@@ -236,49 +264,29 @@ def main() -> None:
                 missing.append(f"{case.name} (seed {seed})")
                 continue
             lines.append(trainings.of(case, seed))
-            shown = {name: value for name, value in lines[-1].items() if name != "curves"}
-            print(json.dumps(shown), flush=True)
-    sums = {
-        **summary(lines),
-        "not measured": missing,
-        "drawing": drawing(trainings.start, trainings.valid[:QUESTIONS]),
-    }
-    print(table(lines).markdown())
-    if folder:
-        write_report(folder, lines, sums)
-    report("grpo", **sums, trainings=[{k: v for k, v in line.items() if k != "curves"} for line in lines])
-
-
-def write_report(folder: pathlib.Path, lines: list[dict], sums: dict) -> None:
-    """grpo.md, .png and .json."""
-    facts, found, drawn = environment(), table(lines), sums["drawing"]
-    seconds = sum(line.get("cpu_seconds", 0) for line in lines)
+            print(json.dumps(without_curves(lines[-1])), flush=True)
+    sums = {**summary(lines), "not measured": missing}
     parts = [
         "# What rewards for a model's own answers teach",
         "Asked for, in every seed of `rewards`: 80 % right greedy answers (as an aim 85 %) after 300 steps,"
         " within two minutes of one CPU core, at most half of the time for drawing.",
-        " ".join(
-            f"{name.capitalize()}: {', '.join(sums[name]) or 'none'}."
-            for name in ("met", "missed", "not measured")
-        ),
+        experiment.in_words(sums),
         "A base that reverses letters has learnt for"
         f" {START_STEPS} supervised steps to sort them. All trainings begin with this model, which the table"
         f" calls `start`, and have {STEPS} steps of {QUESTIONS} questions. Those on rewards draw {GROUP}"
         " answers to each question. `rewards`: exact and partial; `exact`: exact alone; `supervised`: the"
         " right answers, at the same rate, and once at the one that the run's search has found. 300 questions"
         " that no training has seen judge them.",
-        "![Right answers, entropy and dead groups](grpo.png)",
-        found.markdown(),
-        f"Drawing: the {drawn['answers']} answers of a step, {drawn['tokens']} tokens, took"
-        f" {drawn['batch seconds']:.3f} s in a batch and {drawn['one by one seconds']:.3f} s one by one,"
-        f" {drawn['ratio']:.1f} times as long (medians of paired rounds).",
-        f"All trainings took {seconds / 60:.0f} CPU minutes. Again: `python -m benchmarks.grpo --report"
-        " docs/results`.",
-        f"{facts['machine']}, 1 thread, fp32, torch {facts['versions']['torch']}. Put together at commit"
-        f" {facts['commit']}.",
+        "{plot}",
+        "{table}",
+        f"{experiment.cpu_minutes(lines)} Again: `python -m benchmarks.grpo --report docs/results`.",
     ]
-    content = {**sums, **facts, "table": found.records(), "trainings": lines}
-    write_page(folder, "grpo", parts, draw(lines), content)
+    shown = list(map(without_curves, lines))
+    experiment.publish("grpo", args.report, parts, table(lines), draw(lines), **sums, trainings=shown)
+
+
+def without_curves(line: dict) -> dict:
+    return {name: value for name, value in line.items() if name != "curves"}
 
 
 if __name__ == "__main__":

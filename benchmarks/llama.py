@@ -31,11 +31,7 @@ PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp 0.5.0, one library per
 SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
 FOLDER = pathlib.Path(sys.prefix, "llama")
 # in the order in which they need each other
-LIBRARIES = (
-    "libggml-base.so",
-    "libggml.v*.so",
-    "libllama.v*.so",
-)
+LIBRARIES = ("libggml-base.so", "libggml.v*.so", "libllama.v*.so")
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 silent = Quiet(lambda level, text, data: None)  # kept, as llama.cpp calls it

@@ -20,7 +20,7 @@ more likely (raw accuracy); what the chosen answer's log-probability has gained;
 
 --data has the base and the texts of all tasks but sort: real/rwkv6-3m-utf16.pth and gsm8k_train.jsonl. They
 are not part of the repository. A finished training is kept in --out, and is not repeated. --report FOLDER
-gets preferences.md, .png and .json. The last line is JSON.
+gets preferences.md and preferences.png. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,10 +47,41 @@ from src.inference.load import load
 from src.model import RWKV
 from src.training.rate_search import recorded_search
 
-from .common import argument_parser, as_flags, environment, report
-from .paper.results import check_folder
-from .preferences_table import ACCURACY, OBJECTIVES, Objective, draw, summary, table
-from .trainings import ROOT, Lines, texts_of_answers, train, write_page, write_rows
+from . import experiment
+from .common import as_flags
+from .experiment import Lines, groups, mean, share, train, write_rows
+from .paper.results import Table
+from .paper.tasks import ROOT
+
+NAMED = ("task", "objective", "method")
+ACCURACY = 0.95  # of rewards, in every seed
+COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is trained for.
+
+    `target` is the share of right answers that the task sort asks for, beside ACCURACY.
+    """
+
+    name: str
+    flags: list[str]
+    steps_factor: int  # times the steps of the task
+    on_pairs: bool  # else on the chosen answers alone
+    target: float | None = None
+
+
+OBJECTIVES = {
+    one.name: one
+    for one in (
+        Objective("dpo", ["--loss", "dpo"], 1, True, 0.7),
+        Objective("dpo-without-nll", ["--loss", "dpo", "--sft_weight", "0"], 1, True),
+        Objective("supervised", [], 1, False),
+        Objective("orpo", ["--loss", "orpo"], 2, True, 0.8),
+        Objective("supervised-twice", [], 2, False),
+    )
+}
 
 METHODS = ("miss", "lora")
 
@@ -110,7 +141,7 @@ def sort(data: pathlib.Path) -> Task:
 
 
 def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
-    """So many pairs whose answers differ, without the excluded questions."""
+    """Make `count` pairs whose answers differ, without the excluded questions."""
     found: list[Pair] = []
     for row in demo_task.rows("sort", 2 * count, seed):
         asked, answer = (turn["content"] for turn in row["messages"][:2])
@@ -198,18 +229,10 @@ class Trainings:
             for name, own in pairs.items()
         }
         flags = as_flags(
-            load_model=task.base,
-            tokenizer=task.tokenizer,
-            data_file=files["train"],
-            eval_file=files["valid"],
-            peft=method,
-            packing=0,
-            micro_bsz=task.per_step,
-            ctx_len=task.ctx_len,
-            epoch_steps=steps,
-            eval_samples=0,
-            random_seed=seed,
-        )
+            load_model=task.base, tokenizer=task.tokenizer, data_file=files["train"],
+            eval_file=files["valid"], peft=method, packing=0, micro_bsz=task.per_step, ctx_len=task.ctx_len,
+            epoch_steps=steps, eval_samples=0, random_seed=seed,
+        )  # fmt: skip
         ran = train(folder / "run", [*flags, *objective.flags], self.folder / "log")
         search = recorded_search(str(ran.folder))
         tried = {trial["rate"]: trial["loss"] for trial in search["trials"]} if search else {}
@@ -230,19 +253,19 @@ def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str,
     answers = greedy_answers(model, tokenizer, template, task.test)
     right = [task.is_right(text, pair) for text, pair in zip(answers, task.test, strict=True)]
     gained = after - before
+
+    def part(true: torch.Tensor) -> float:
+        return round(float(true.double().mean()), 4)
+
     return {
-        "reward accuracy": share(gained[:, 0] > gained[:, 1]),
-        "raw accuracy": share(after[:, 0] > after[:, 1]),
+        "reward accuracy": part(gained[:, 0] > gained[:, 1]),
+        "raw accuracy": part(after[:, 0] > after[:, 1]),
         "gained by the chosen": round(float(gained[:, 0].mean()), 3),
         "gained by the rejected": round(float(gained[:, 1].mean()), 3),
         "right answers": round(sum(right) / len(right), 4),
         "characters": round(sum(map(len, answers)) / len(answers), 1),
         "answers": answers[:3],
     }
-
-
-def share(true: torch.Tensor) -> float:
-    return round(float(true.double().mean()), 4)
 
 
 def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> torch.Tensor:
@@ -264,24 +287,86 @@ def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequ
 def greedy_answers(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> list[str]:
     """The likeliest answer to each question, cut where it is longer than any answer of the pairs."""
     asked = [(pair.asked, max(pair.chosen, pair.rejected, key=len)) for pair in pairs]
-    return [text for (text,) in texts_of_answers(model, tokenizer, template, asked)]
+    return [text for (text,) in experiment.texts_of_answers(model, tokenizer, template, asked)]
+
+
+def reached(task: str, objective: str, own: Sequence[dict]) -> list[bool]:
+    """Tell of each seed whether it reaches the target; nothing where there is none."""
+    target = OBJECTIVES[objective].target if objective in OBJECTIVES and task == "sort" else None
+    if target is None:
+        return []
+    return [line["reward accuracy"] >= ACCURACY and line["right answers"] >= target for line in own]
+
+
+def summary(lines: Sequence[dict]) -> dict[str, list[str]]:
+    """Sort the targets into met and missed."""
+    found = groups(lines, *NAMED).items()
+    return experiment.judged({" ".join(key): reached(*key[:2], own) for key, own in found})
+
+
+def table(lines: Sequence[dict]) -> Table:
+    """Make a row for each task, objective and method: the mean of its seeds."""
+    columns = ["task", "objective", "steps", "method", "found rates", "reward accuracy", "raw accuracy"]
+    columns += ["chosen gained", "rejected gained", "right answers", "characters", "met by seeds"]
+    rows = []
+    for (task, objective, method), own in groups(lines, *NAMED).items():
+        if objective == "base":
+            start, rewards = ["base", "", "", ""], ["", share(own, "raw accuracy"), "", ""]
+        else:
+            rates = " ".join(f"{line['rate']:g}" for line in own)
+            start = [objective, str(own[0]["steps"]), method, rates]
+            gained = [f"{mean(own, f'gained by the {which}'):+.1f}" for which in ("chosen", "rejected")]
+            rewards = [share(own, "reward accuracy"), share(own, "raw accuracy"), *gained]
+        met = reached(task, objective, own)
+        target = f"{sum(met)} of {len(own)}" if met else ""
+        length = f"{mean(own, 'characters'):.1f}"
+        rows.append((task, *start, *rewards, share(own, "right answers"), length, target))
+    return Table(
+        "The mean of the seeds, each with a rate; in brackets the lowest and the highest. Characters: of"
+        " a greedy answer.",
+        columns,
+        rows,
+    )
+
+
+def draw(lines: Sequence[dict]):
+    """Make a function that fills a figure: right answers as bars, reward accuracy as lines."""
+    found = groups(lines, *NAMED)
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+
+    def fill(figure) -> None:
+        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+            names = [name for name in OBJECTIVES if any((task, name, method) in found for method in COLOURS)]
+            for at, name in enumerate(names):
+                for shift, (method, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
+                    own = found.get((task, name, method), [])
+                    if not own:
+                        continue
+                    axes.bar(at + shift, 100 * mean(own, "right answers"), 0.36, color=colour, alpha=0.6)
+                    places = [at + shift] * len(own)
+                    rights = [100 * line["right answers"] for line in own]
+                    rewards = [100 * line["reward accuracy"] for line in own]
+                    axes.plot(places, rights, ".", color="black", markersize=4)
+                    axes.plot(places, rewards, "_", color=colour, markersize=16, markeredgewidth=2)
+                target = OBJECTIVES[name].target
+                if target is not None and task == "sort":
+                    axes.plot([at - 0.42, at + 0.42], [100 * target] * 2, ":", color="grey")
+            axes.set(title=task, ylim=(-3, 104), ylabel="%")
+            axes.set_xticks(range(len(names)), [name.replace("-", "\n") for name in names], fontsize="small")
+        for method, colour in COLOURS.items():
+            axes.bar(0, 0, color=colour, alpha=0.6, label=f"{method}: right answers, a dot for each seed")
+            axes.plot([], [], "_", color=colour, markersize=16, label=f"{method}: reward accuracy")
+        axes.plot([], [], ":", color="grey", label="asked for: right answers")
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
+        )
+
+    return fill
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/preferences"))
-    parser.add_argument("--report", help="folder for the table, the plot and JSON")
-    args = parser.parse_args()
-    if not (args.data / "real").is_dir() and args.tasks != ["sort"]:
-        parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
-    folder = check_folder(args.report) if args.report else None
-    torch.set_num_threads(1)
+    arguments = {"tasks": TASKS, "methods": METHODS, "objectives": OBJECTIVES}
+    args = experiment.parsed(experiment.arguments(__doc__, "preferences", **arguments))
     lines, absent = [], {}
     for name in args.tasks:
         trainings = Trainings(name, args.out, args.data)
@@ -294,16 +379,6 @@ def main() -> None:
             print(json.dumps(lines[-1]), flush=True)
     missing = [f"{case} (seed {', '.join(seeds)})" for case, seeds in absent.items()]
     sums = {**summary(lines), "not measured": missing}
-    print(table(lines).markdown())
-    if folder:
-        write_report(folder, lines, sums)
-    report("preferences", **sums, trainings=lines)
-
-
-def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[str]]) -> None:
-    """preferences.md, .png and .json."""
-    facts, found = environment(), table(lines)
-    seconds = sum(line.get("cpu_seconds", 0) for line in lines)
     targets = {one.name: one.target for one in OBJECTIVES.values() if one.target is not None}
     asked = " and ".join(
         f"{100 * target:.0f} % right answers with {name}" for name, target in targets.items()
@@ -311,7 +386,7 @@ def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[s
     parts = [
         "# What preferences teach",
         f"Asked for on `sort`, in every seed: {100 * ACCURACY:.0f} % reward accuracy, and {asked}.",
-        " ".join(f"{name.capitalize()}: {', '.join(which) or 'none'}." for name, which in sums.items()),
+        experiment.in_words(sums),
         "`sort`: a base that reverses letters is asked to sort them; chosen is the sorted, rejected the"
         " reversed answer. 16 pairs a step; right is the sorted answer, word for word. `result`: an"
         " English RWKV-6 of 3 million parameters and the last sentence of GSM8K's problems; chosen is the"
@@ -321,16 +396,12 @@ def write_report(folder: pathlib.Path, lines: list[dict], sums: dict[str, list[s
         " for a search, and take the first guess. Pairs whose questions it has not seen judge it, 300 of"
         " `sort` and 50 of `result`. Reward accuracy: the chosen answer's log-probability has gained more"
         " over the base than the rejected one's. Gained: by how much, summed over an answer's tokens.",
-        "![Reward accuracy and right answers](preferences.png)",
-        found.markdown(),
-        f"All trainings took {seconds / 60:.0f} CPU minutes. Again: `python -m benchmarks.preferences"
-        " --report docs/results`, with the model and the texts that `--data` names, which are not part of"
-        " the repository (`--tasks sort` needs none).",
-        f"{facts['machine']}, 1 thread, fp32, torch {facts['versions']['torch']}. Put together at commit"
-        f" {facts['commit']}.",
+        "{plot}",
+        "{table}",
+        f"{experiment.cpu_minutes(lines)} Again: `python -m benchmarks.preferences --report docs/results`,"
+        f" {experiment.NEEDS_DATA} (`--tasks sort` needs none).",
     ]
-    content = {**sums, **facts, "table": found.records(), "trainings": lines}
-    write_page(folder, "preferences", parts, draw(lines), content)
+    experiment.publish("preferences", args.report, parts, table(lines), draw(lines), **sums, trainings=lines)
 
 
 if __name__ == "__main__":

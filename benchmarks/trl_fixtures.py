@@ -147,10 +147,7 @@ def pair_losses(policy: Rows, reference: Rows) -> dict[str, tuple[dict, Tensor, 
         ),
     }
     if len(set(policy.counts.chunk(2)[0].tolist())) == 1:  # theirs is a mean over the tokens of a batch
-        found["dpo + sft"] = (
-            {"kind": "dpo", "beta": 0.1, "sft_weight": 0.7},
-            dpo(0.1, sigmoid=1.0, sft=0.7),
-        )
+        found["dpo + sft"] = ({"kind": "dpo", "beta": 0.1, "sft_weight": 0.7}, dpo(0.1, sigmoid=1.0, sft=0.7))
     return {name: (ours, loss, log_probs) for name, (ours, loss) in found.items()}
 
 

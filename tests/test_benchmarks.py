@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import decode_contenders, facts, laptop
 from benchmarks.common import cpu, environment, machine_line
-from benchmarks.first_run_table import case, table
+from benchmarks.first_run import case, table
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
 
@@ -99,7 +99,7 @@ def test_a_first_runs_figures_leave_out_the_first_step():
 
 
 def trainings(best, found, guess=None, published=None):
-    """Those of two seeds, the best at the rate 0.01."""
+    """Make trainings of two seeds, the best at the rate 0.01."""
     done = {(seed, 0.01): {"figure": figure} for seed, figure in enumerate(best)}
     done |= {
         (seed, "auto"): {"figure": figure, "found": 0.007, "guess": 0.02} for seed, figure in enumerate(found)

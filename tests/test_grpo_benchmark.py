@@ -3,8 +3,8 @@
 import json
 
 from benchmarks import grpo
-from benchmarks.grpo_table import CASES, draw, summary, table
-from benchmarks.trainings import Lines, Ran
+from benchmarks.experiment import Lines, Ran
+from benchmarks.grpo import CASES, draw, summary, table
 
 
 def test_what_judges_is_not_trained_on(tmp_path):
@@ -68,8 +68,8 @@ def test_a_target_is_met_where_every_seed_reaches_it():
         line("supervised", 0, 0.85),
     ]
     assert summary(lines) == {
-        "met": ["right answers (by 2 of 2 seeds)", "drawing (by 2 of 2 seeds)"],
-        "missed": ["CPU time (by 1 of 2 seeds)"],
+        "met": ["right answers (2 of 2 seeds)", "drawing (2 of 2 seeds)"],
+        "missed": ["CPU time (1 of 2 seeds)"],
     }
     assert summary(lines[:1]) == {"met": [], "missed": []}
     found = table(lines).records()

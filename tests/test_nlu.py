@@ -216,7 +216,7 @@ def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
             --out {tmp_path} --lr 1e-2 --seeds 1 --epochs 1 --batch 16 --length 30
         """.split()
     )
-    found = json.loads((tmp_path / "nlu.json").read_text())
+    found = json.loads((tmp_path / "nlu-figures.json").read_text())
     scores = {(outcome["task"], outcome["method"]): outcome["scores"] for outcome in found["outcomes"]}
     for method in ("lora", "miss"):
         # of 200 held-out rows, where guessing gets 100 right, with a standard deviation of 7

@@ -29,16 +29,17 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """outcome(name) -> what NAME.json holds after a tiny run, which is made once for the tests of this
-    file.
-    """
+    """outcome(name) -> what the JSON files hold after a tiny run, which is made once for the tests here."""
     made = {}
 
     def run(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
             main([name, "--tiny", "--out", str(made[name])])
-        return json.loads((made[name] / f"{name}.json").read_text()), made[name]
+        found = json.loads((made[name] / f"{name}.json").read_text())
+        for figures in made[name].glob("*-figures.json"):
+            found |= json.loads(figures.read_text())
+        return found, made[name]
 
     return run
 
@@ -46,7 +47,8 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_writes_its_table_plot_and_figures(name, outcome):
     found, folder = outcome(name)
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.md", f"{name}.png"]
+    names = {path.name for path in folder.iterdir()} - {f"{name}-figures.json"}
+    assert names == {f"{name}.json", f"{name}.md", f"{name}.png"}
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
     assert (
         found["experiment"] == name

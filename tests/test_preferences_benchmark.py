@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import preferences
-from benchmarks.preferences import Pair
-from benchmarks.preferences_table import OBJECTIVES, draw, groups, summary, table
+from benchmarks.experiment import groups
+from benchmarks.preferences import NAMED, OBJECTIVES, Pair, draw, summary, table
 from src.data.templates import recorded_template
 
 
@@ -118,7 +118,7 @@ def test_a_target_is_met_where_every_seed_reaches_it():
     assert [row["met by seeds"] for row in found] == ["", "2 of 2", "1 of 2", "0 of 1", "", ""]
     assert found[1]["right answers"] == "80.0 % (70 to 90)" and found[1]["found rates"] == "0.003 0.003"
     assert found[0]["objective"] == "base" and not found[0]["reward accuracy"]
-    assert list(groups(lines))[-1] == ("result", "dpo", "miss")
+    assert list(groups(lines, *NAMED))[-1] == ("result", "dpo", "miss")
     from matplotlib.figure import Figure
 
     figure = Figure()

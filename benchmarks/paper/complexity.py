@@ -79,10 +79,7 @@ def _scaled_lora(N: int, k: int, d: int, rank: int) -> Cost:
 
 def _dora(N: int, k: int, d: int, rank: int) -> Cost:
     # W A^T, A A^T and B (A A^T), whatever N is
-    lora, norms = (
-        _scaled_lora(N, k, d, rank),
-        2 * rank * (k * d + rank * (k + d)),
-    )
+    lora, norms = (_scaled_lora(N, k, d, rank), 2 * rank * (k * d + rank * (k + d)))
     return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
 

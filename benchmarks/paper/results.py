@@ -1,5 +1,7 @@
-"""What an experiment found, as three files: NAME.md (the paper's statements beside ours, tables), NAME.png
-and NAME.json (everything).
+"""Files of what an experiment found.
+
+NAME.md has the paper's statements beside ours, and tables; NAME.png a plot; NAME.json the same with the
+settings; NAME-figures.json curves and single runs, which git does not take.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`notes` says how it was measured; `draw` fills an empty matplotlib figure; `figures` is what only the
-    JSON file holds.
+    """Result of an experiment: `notes` says how it was measured, `draw` fills an empty matplotlib figure, and
+    `figures` is what neither text nor tables hold.
     """
 
     title: str
@@ -88,9 +90,7 @@ def check_folder(folder: str) -> pathlib.Path:
 def write(
     result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
 ) -> dict[str, Any]:
-    """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and
-    curves.
-    """
+    """Write the files; return what NAME.json holds, without the tables."""
     short = {
         "experiment": name,
         "command": command,
@@ -102,11 +102,22 @@ def write(
     tables = {table.caption: table.records() for table in result.tables}
     write_bytes(str(folder / f"{name}.png"), plot(result.draw))
     write_text(str(folder / f"{name}.md"), markdown(result, name, command, short))
-    write_text(
-        str(folder / f"{name}.json"),
-        json.dumps(_finite({**short, "tables": tables, **result.figures}), indent=1, allow_nan=False) + "\n",
-    )
+    write_text(str(folder / f"{name}.json"), _json(_finite({**short, "tables": tables})) + "\n")
+    if result.figures:
+        figures = _finite({"commit": commit, **result.figures})
+        write_text(str(folder / f"{name}-figures.json"), _json(figures) + "\n")
     return _finite(short)
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """Write JSON with a line for each list or object that holds no other."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(one, (dict, list)) for one in inside):
+        return json.dumps(value, allow_nan=False)
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    lines = [f"{indent} {name}{_json(one, f'{indent} ')}" for name, one in zip(names, inside)]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([first, ",\n".join(lines), f"{indent}{last}"])
 
 
 def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -> str:

@@ -32,11 +32,7 @@ from .training_tasks import TEXTS, Task, load_task
 
 PAPER_LR = 2e-5
 # exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
-LOWEST, HIGHEST, START = (
-    -12,
-    0,
-    -6,
-)
+LOWEST, HIGHEST, START = (-12, 0, -6)
 
 
 @dataclasses.dataclass(frozen=True)
