@@ -19,7 +19,9 @@ class Scripted:
 
     def __init__(self, tokenizer, tokens=()):
         self.size, self.tokens = tokenizer.vocab_size, iter(tokens)
-        self.model = types.SimpleNamespace(arch=types.SimpleNamespace(vocab_size=tokenizer.vocab_size))
+        self.model = types.SimpleNamespace(
+            kernel="torch", arch=types.SimpleNamespace(vocab_size=tokenizer.vocab_size)
+        )
 
     def logits(self):
         """Those of the next token."""

@@ -27,7 +27,7 @@ class Scripted:
 
     def __init__(self, rows=4, script="Hello.", pause=0.0):
         self.rows, self.script, self.pause, self.prompts = rows, script, pause, []
-        self.model = types.SimpleNamespace(arch=types.SimpleNamespace(vocab_size=256))
+        self.model = types.SimpleNamespace(kernel="torch", arch=types.SimpleNamespace(vocab_size=256))
         self.adapters = None
         self.states = [None] * rows
 

@@ -115,7 +115,7 @@ LOGITS = PROBABILITIES.log() + 7
 
 
 def sample(logits, sampling, generator=None):
-    (drawn,) = choose(logits[None], [Row(sampling, generator=generator)])
+    (drawn,) = choose(logits[None], [Row(sampling, generator=generator)], native_code=False)
     if drawn.error:
         raise drawn.error
     return drawn.token

@@ -186,3 +186,15 @@ def test_other_models_are_drawn_from_as_they_are_trained(files, tmp_path, flags,
     for line in steps:
         assert 0 <= line["engine_gap"] <= line["engine_gap_max"] < gap
         assert line["trained_tokens"] > 0
+
+
+def cache_kernels_in(folder, rank):
+    os.environ["RWKV_KERNEL_CACHE"] = str(folder)
+
+
+def test_a_run_in_torch_builds_nothing(files, tmp_path):
+    """Neither for the training nor to choose the tokens of its answers."""
+    cache = tmp_path / "kernels"
+    sabotage = functools.partial(cache_kernels_in, cache)
+    start(files, tmp_path / "run", *"--wkv torch --epoch_steps 1 --epoch_count 0".split(), sabotage=sabotage)
+    assert not cache.exists()

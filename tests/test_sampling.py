@@ -2,24 +2,28 @@
 
 import math
 import random
-import types
 
 import numpy as np
 import pytest
 import torch
 
 from src.inference import sampling as module
-from src.inference.sampling import GREEDY, FadedCounts, Row, Sampling, choose, choose_native, choose_numpy
+from src.inference.sampling import (
+    GREEDY,
+    FadedCounts,
+    Row,
+    Sampling,
+    choose,
+    choose_native,
+    choose_numpy,
+    runs_native,
+)
 from src.ops import self_test
 
+FOUND = self_test.status("cpu")
+NATIVE = pytest.mark.skipif(bool(FOUND.reason), reason="the CPU's library does not run here")
 BY = [
-    pytest.param(
-        choose_native,
-        id="native",
-        marks=pytest.mark.skipif(
-            bool(self_test.status("cpu").reason), reason="the CPU's library does not run here"
-        ),
-    ),
+    pytest.param(choose_native, id="native", marks=NATIVE),
     pytest.param(choose_numpy, id="numpy"),
 ]
 by = pytest.mark.parametrize("by", BY)
@@ -191,28 +195,31 @@ def test_counts_fade():
     assert len(seen_tokens(Sampling(), tokens).ids) == 0, "nothing is counted where nothing is lowered"
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(monkeypatch):
+@pytest.mark.parametrize("native_code", [pytest.param(True, marks=NATIVE), False])
+def test_a_seed_gives_the_same_tokens_in_any_company(native_code):
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
     samplings = [Sampling(1, 0.9), GREEDY, Sampling(0.8, 1), Sampling(1.2, 0.9, 50), Sampling(3, 0.99)]
 
-    def tokens(rows):
+    def tokens(rows, native_code=native_code):
         generators = {i: torch.Generator().manual_seed(i) for i in rows}
-        return [
-            [
-                x.token
-                for x in choose(logits[rows], [Row(samplings[i], generator=generators[i]) for i in rows])
-            ]
-            for _ in range(20)
-        ]
+        given = [Row(samplings[i], generator=generators[i]) for i in rows]
+        return [[x.token for x in choose(logits[rows], given, native_code)] for _ in range(20)]
 
     together = tokens([0, 1, 2, 3, 4])
     for i in range(5):
         assert [[turn[i]] for turn in together] == tokens([i])
     reversed_rows = tokens([4, 3, 2, 1, 0])
     assert [turn[::-1] for turn in reversed_rows] == together
-    without = types.SimpleNamespace(reason="no compiler")
-    monkeypatch.setattr(module.self_test, "status", lambda device: without)
-    assert tokens([0, 1, 2, 3, 4]) == together, "NumPy draws the same"
+    assert tokens([0, 1, 2, 3, 4], native_code=False) == together, "NumPy draws the same"
+
+
+@pytest.mark.parametrize("kernel, builds", [("torch", 0), ("reference", 0), ("cpu", 1), ("cuda", 1)])
+def test_native_code_is_asked_for_beside_native_kernels_only(kernel, builds, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module.self_test, "status", lambda device: asked.append(device) or FOUND)
+    assert runs_native(kernel) == bool(builds) and asked == ["cpu"] * builds
+    monkeypatch.setattr(module.self_test, "status", lambda device: FOUND._replace(reason="no compiler"))
+    assert not runs_native(kernel)
 
 
 @pytest.mark.parametrize("shape, rows", [((3, 5), 2), ((5,), 1), ((0, 5), 0)])
@@ -220,7 +227,7 @@ def test_logits_that_do_not_fit_are_named(shape, rows):
     with pytest.raises(
         ValueError, match=rf"logits are \({shape[0]},.*expected \(B, V\) with B = {rows} rows"
     ):
-        choose(torch.zeros(shape), [Row(GREEDY)] * rows)
+        choose(torch.zeros(shape), [Row(GREEDY)] * rows, native_code=False)
 
 
 def test_a_decay_outside_of_0_to_1_is_refused():

@@ -39,7 +39,7 @@ class Toy:
     def __init__(self, tokens, vocab_size, rows, overflows=True):
         generator = torch.Generator().manual_seed(0)
         self.rows, self.adapters = rows, ToyAdapters()
-        self.model = types.SimpleNamespace(arch=types.SimpleNamespace(vocab_size=vocab_size))
+        self.model = types.SimpleNamespace(kernel="torch", arch=types.SimpleNamespace(vocab_size=vocab_size))
         self.table = torch.full((STATES, vocab_size), -torch.inf)
         self.table[:, tokens] = 2 * torch.randn(STATES, len(tokens), generator=generator)
         if overflows:
@@ -83,7 +83,7 @@ class Toy:
         first = number = self._fed(int(start[0].att_x), request.tokens, request.applied)
         row = Row(request.sampling, FadedCounts(request.sampling), answer.generator(), request.logprobs)
         while not finish:
-            drawn = choose(self.table[number][None, : tokenizer.vocab_size], [row])[0]
+            drawn = choose(self.table[number][None, : tokenizer.vocab_size], [row], native_code=False)[0]
             if drawn.error:
                 finish = "error"
                 break

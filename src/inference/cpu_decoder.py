@@ -438,7 +438,7 @@ def problem(model: RWKV) -> str:
     """Why the native code can't do this model's tokens; "" where it can."""
     if model.emb.weight.device.type != "cpu":
         return f"the model is on {model.emb.weight.device}"
-    if (kernel := model.blocks[0].att.kernel) != "cpu":
+    if (kernel := model.kernel) != "cpu":
         return f"the kernel is {kernel}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the weights are {model.dtype}"

@@ -49,7 +49,7 @@ def fastest(
         for flag, given in asked.items():
             if given:
                 raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {found}")
-        if model.blocks[0].att.kernel.startswith("cuda"):
+        if model.kernel.startswith("cuda"):
             graphed = GraphedDecoder(model, rows, adapters)
             try:
                 graphed.check()

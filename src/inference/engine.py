@@ -29,7 +29,7 @@ from .prefix_cache import Kind, PrefixCache
 from .request import Answer, Request
 from .row_decoder import RowDecoder
 from .running_answer import RunningAnswer
-from .sampling import choose
+from .sampling import choose, runs_native
 
 
 class _Prompt:
@@ -69,6 +69,7 @@ class Engine:
         together: int = 0,
     ):
         self.decoder, self.tokenizer = decoder, tokenizer
+        self.native_code = runs_native(decoder.model.kernel)  # for choosing tokens
         self.chunk, self.reads_first, self.together = chunk, reads_first, together
         self.cache = PrefixCache(cache_bytes)
         self.prompts: collections.deque[_Prompt] = collections.deque()
@@ -284,7 +285,7 @@ class Engine:
         """Draw a token for each of these rows from its logits; whoever is complete leaves."""
         # a padded model has ids that no text stands for
         logits = logits[:, : self.tokenizer.vocab_size]
-        drawn = choose(logits, [self.rows[row].drawing for row in rows])
+        drawn = choose(logits, [self.rows[row].drawing for row in rows], self.native_code)
         for row, one in zip(rows, drawn, strict=True):
             running = self.rows[row]
             answer = running.answer

@@ -1,8 +1,8 @@
 """How the next tokens of many answers are chosen: temperature, top-p, top-k, penalties, and logprobs.
 
-The native code (cuda/sampling_cpu.cpp) takes all rows in one call. Where it does not run NumPy does the same,
-row by row; it is the reference. Neither wakes torch's other threads, which would spin for a while on the
-cores that the decoder needs.
+The native code (cuda/sampling_cpu.cpp) takes all rows in one call. NumPy does the same, row by row. It is the
+reference, and runs where the model's WKV is in torch. Neither wakes torch's other threads, which would spin
+for a while on the cores that the decoder needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from ..data.chat_template import begins_thoughts
-from ..ops import native, self_test
+from ..ops import PLAIN, native, self_test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,13 @@ class Drawn(NamedTuple):
     error: UserError | None = None
 
 
-def choose(logits: Tensor, rows: Sequence[Row], threads: int = 1) -> list[Drawn]:
-    """One token for each row of logits (B, V), which may be a part of a larger tensor.
+def runs_native(kernel: str) -> bool:
+    """Return whether native code chooses tokens beside this WKV kernel. It is built here if it has to be."""
+    return kernel not in PLAIN and not self_test.status("cpu").reason
+
+
+def choose(logits: Tensor, rows: Sequence[Row], native_code: bool) -> list[Drawn]:
+    """Choose one token for each row of logits (B, V), which may be a part of a larger tensor.
 
     A row whose largest logit is not finite has an error and disturbs no other. What is drawn for a row
     depends on nothing but the row. Raises ValueError where there is not a Row for each.
@@ -154,8 +159,7 @@ def choose(logits: Tensor, rows: Sequence[Row], threads: int = 1) -> list[Drawn]
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
     logits = logits.detach().float().cpu()
     uniform = [0.0 if row.sampling.greedy else _uniform(row.generator) for row in rows]
-    by = choose_numpy if self_test.status("cpu").reason else choose_native
-    return by(logits, rows, uniform, threads)
+    return (choose_native if native_code else choose_numpy)(logits, rows, uniform)
 
 
 def _uniform(generator: torch.Generator | None) -> float:
@@ -231,7 +235,7 @@ def _drawn(choice: Choice, row: Row, arrays: tuple[np.ndarray, ...]) -> Drawn:
 def choose_numpy(
     logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
 ) -> list[Drawn]:
-    """As choose_native(), in one thread of NumPy."""
+    """Do as choose_native(), in one thread of NumPy."""
     return [_choose_one(*given) for given in zip(logits.numpy(), rows, uniform)]
 
 

@@ -217,6 +217,11 @@ class RWKV(nn.Module):
                 module.native = native
 
     @property
+    def kernel(self) -> str:
+        """The WKV implementation."""
+        return self.blocks[0].att.kernel
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the activations, to which every module casts its weights.
 
