@@ -27,6 +27,7 @@ PROGRAMS = [
         for name in (
             "demo.accuracy",
             "demo.chat",
+            "demo.loop",
             "rwkv_miss",
             "scripts.binidx",
             "scripts.doctor",
