@@ -39,6 +39,7 @@ with importing():
     from src.data.fetch import fetch_inputs
     from src.data.units import Units
     from src.model import RWKV
+    from src.objectives.preferences.reference import with_reference_alone
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess, judged_by
     from src.planning.job import Plan
@@ -47,7 +48,6 @@ with importing():
     from src.reporting.preference_text import loss_unit
     from src.run import prepare
     from src.training.optimizer import state_learning_rate
-    from src.training.reference import with_reference_alone
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials
     from src.training.validation_log import BEST

@@ -27,6 +27,7 @@ from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
 from .evaluation.rewards import Rewards
 from .model import RWKV
+from .objectives.rewards.samples import SAMPLES
 from .planning.base_model import build_model, new_arch, read_base, reference_of, template_of_run
 from .planning.draft import Draft
 from .planning.job import (
@@ -71,7 +72,6 @@ from .training.run_folder import (
     remove_leftovers,
     restore_best,
 )
-from .training.sample_log import SAMPLES
 from .training.validation_log import BEST, VALIDATION, best_trained, is_over
 
 
@@ -285,8 +285,8 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
+    from .objectives.rewards.sample_writer import DrawnSamples
     from .training.callbacks import Saver, StepReport
-    from .training.drawn_samples import DrawnSamples
     from .training.rollback import LastGood
     from .training.validation import Watch
 

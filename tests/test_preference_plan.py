@@ -15,12 +15,12 @@ from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.objectives.base import objective
 from src.planning import memory, step
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of, preference_of
 from src.planning.step_memory import Live, SharedPrompts, step_bytes
 from src.reporting.document_text import short_unit, unit_sample
-from src.training.objective import objective
 
 from .conftest import make_arch
 from .test_plan import SIZES

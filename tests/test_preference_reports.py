@@ -11,12 +11,12 @@ import pytest
 from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
+from src.objectives.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
 from src.reporting import curves, preference_text, run_card, run_end, verdict
 from src.reporting.early_warning import early_warning
 from src.reporting.run_log import RunLog
 from src.reporting.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.callbacks import StepReport
-from src.training.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
 from src.training.validation_log import describe
 
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)

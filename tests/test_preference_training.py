@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 
 import rwkv_miss
-import src.training.reference
-import src.training.reference_blocks
 from rwkv_miss import read_checkpoint
+from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
+from src.objectives.from_reference import a_few
+from src.objectives.policy import Policy
+from src.objectives.preferences import reference_blocks
+from src.objectives.preferences.kto_baseline import baseline
+from src.objectives.preferences.reference import ReferencePass
 from src.planning.step import PromptReading
 from src.training import trainer
-from src.training.from_reference import a_few
-from src.training.kto_baseline import baseline
-from src.training.objective import Policy
-from src.training.process_group import ALONE, Processes
 
 from . import program
 from .conftest import close, make_arch, random_tensors, slow
@@ -228,8 +228,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
 
 def counting(path, turn, end, rank):
     """Every block at once; a line for every turn that is read, and end() before turn `turn` is read."""
-    src.training.reference_blocks.PAUSE = src.training.reference_blocks.PAUSE_SHARE = -1.0
-    read = src.training.reference.ReferencePass._read
+    reference_blocks.PAUSE = reference_blocks.PAUSE_SHARE = -1.0
+    read = ReferencePass._read
 
     def counted(self, *args):
         with open(path, "a") as file:
@@ -238,7 +238,7 @@ def counting(path, turn, end, rank):
             end()
         return read(self, *args)
 
-    src.training.reference.ReferencePass._read = counted
+    ReferencePass._read = counted
 
 
 @pytest.mark.parametrize("cache, end, code", [("none", kill, -9), ("folder", interrupt, 130)])
@@ -262,7 +262,7 @@ def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, 
 
 
 def write_every_block(rank):
-    src.training.reference_blocks.PAUSE = src.training.reference_blocks.PAUSE_SHARE = -1.0
+    reference_blocks.PAUSE = reference_blocks.PAUSE_SHARE = -1.0
 
 
 def test_values_that_are_not_finite_are_not_kept(files, tmp_path):

@@ -21,6 +21,7 @@ from src.inference.engine import Engine
 from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
+from src.objectives.base import objective
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess
@@ -33,7 +34,6 @@ from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.planning.throughput import DRAWN, Speed, Work
 from src.reporting.plan_text import above_guess
 from src.reporting.reward_text import long_answers
-from src.training.objective import objective
 
 from .conftest import make_arch
 from .test_plan import SIZES

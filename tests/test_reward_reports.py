@@ -15,18 +15,19 @@ from src.config import Config
 from src.data.questions import Question, Questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
+from src.distributed.process_group import ALONE, Processes
 from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
+from src.objectives.loss_metrics import metrics_of
+from src.objectives.rewards import evaluation as reward_evaluation
+from src.objectives.rewards import patient_rewards
+from src.objectives.rewards.evaluation import RewardEvaluation
+from src.objectives.rewards.sample_writer import DrawnSamples
+from src.objectives.rewards.samples import is_due
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.reward_verdict import held_out_words, reward_doubt
 from src.reporting.run_log import RunLog
-from src.training import patient_rewards, reward_validation
 from src.training.callbacks import StepReport
-from src.training.drawn_samples import DrawnSamples
-from src.training.loss_metrics import metrics_of
-from src.training.process_group import ALONE, Processes
-from src.training.reward_validation import RewardEvaluation
-from src.training.sample_log import is_due
 from src.training.validation_log import best, best_trained, describe, is_over
 
 from .conftest import make_arch
@@ -369,7 +370,7 @@ def model():
 @pytest.fixture
 def asked(monkeypatch):
     """11 questions, asked 3 at a time."""
-    monkeypatch.setitem(reward_validation.ROWS, "cpu", 3)
+    monkeypatch.setitem(reward_evaluation.ROWS, "cpu", 3)
     texts = [f"{i}?" * (1 + i % 3) for i in range(11)]
     prompts = [np.array(BYTES.encode(text), np.int32) for text in texts]
     return Questions([Question([text], str(i)) for i, text in enumerate(texts)], prompts, 4, 5)

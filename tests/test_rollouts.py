@@ -19,21 +19,22 @@ from src.data.batches import make_schedule
 from src.data.encode import Encoder
 from src.data.questions import Question, Questions
 from src.data.tokenizer import load_tokenizer
+from src.distributed.process_group import Processes
 from src.evaluation.rewards import Failed, Scored
 from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
+from src.objectives.base import objective
+from src.objectives.policy import policy_of
+from src.objectives.rewards.feed import AllFailed, Rollouts, Totals
+from src.objectives.rewards.rollouts import Draws
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.planning.drawing import STATE_BYTES, STATES, rows_at_once
 from src.planning.step import chunks_of, grpo_of
 from src.training.callbacks import Saver, StepReport
-from src.training.draws import Draws
-from src.training.objective import objective, policy_of
-from src.training.process_group import Processes
 from src.training.rollback import LastGood
-from src.training.rollouts import AllFailed, Rollouts, Totals
 from src.training.trainer import FineTuning, TrainingData, make_trainer
 
 from .conftest import close, make_arch
@@ -405,7 +406,7 @@ def test_a_kl_is_trained_where_all_rewards_are_equal(train):
 
 
 def test_a_kl_that_is_not_trained_is_measured_at_every_tenth_draw(train, monkeypatch):
-    monkeypatch.setattr("src.training.rollouts.KL_EVERY", 2)
+    monkeypatch.setattr("src.objectives.rewards.feed.KL_EVERY", 2)
     _, _, _, lines, _ = train(Judge(), 6, inner_steps=2, lr_init=1e-3)
     assert [line.get("kl", 0) > 1e-3 for line in lines] == [True, True, False, False, True, True]
 

@@ -21,7 +21,7 @@ ORDER = {
     "evaluation": {"common", "config", "ops", "model", "data", "inference"},
     "chat": {"common", "data", "inference", "evaluation"},
     "export": {"common", "config", "ops", "model", "data"},
-    "training": {
+    "objectives": {
         "common",
         "config",
         "ops",
@@ -32,6 +32,18 @@ ORDER = {
         "inference",
         "evaluation",
     },
+    "training": {
+        "common",
+        "config",
+        "ops",
+        "model",
+        "data",
+        "distributed",
+        "planning",
+        "inference",
+        "evaluation",
+        "objectives",
+    },
     "reporting": {
         "common",
         "config",
@@ -39,6 +51,7 @@ ORDER = {
         "data",
         "planning",
         "evaluation",
+        "objectives",
         "training",
     },
 }

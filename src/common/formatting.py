@@ -29,3 +29,11 @@ def short(value: Any) -> str:
     """Shorten repr() to fit into a message."""
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def both_ends(text: str, characters: int) -> str:
+    """A text of at most so many characters; of a longer one its begin and its end, where results stand."""
+    if len(text) <= characters:
+        return text
+    half = (characters - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"

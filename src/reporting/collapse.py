@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..evaluation.rewards import RANGES
-from ..training.loss_metrics import percent
+from ..objectives.loss_metrics import percent
 
 WINDOW = 10  # steps that are looked at together
 EARLY, EARLY_GROUPS = 3, 16  # steps, and groups in them, that show what is plain before

@@ -18,7 +18,7 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
-from ..training.loss_metrics import LossMetrics, metrics_of
+from ..objectives.loss_metrics import LossMetrics, metrics_of
 from ..training.validation_log import best_trained
 from .curves import pictures
 from .preference_text import describe_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import Config
-from ..training.loss_metrics import metrics_of, percent
+from ..objectives.loss_metrics import metrics_of, percent
 from ..training.validation_log import base_wins, evaluation_at
 from .collapse import again, bounds, course_of, findings
 from .verdict import Doubt

@@ -6,9 +6,9 @@ import math
 import os
 
 from ..config import Config, command
-from ..training.loss_metrics import LossMetrics, loss_text, metrics_of
+from ..objectives.loss_metrics import LossMetrics, loss_text, metrics_of
+from ..objectives.rewards.samples import answer_text
 from ..training.rate_search import recorded_search, search_table
-from ..training.sample_log import answer_text
 from ..training.validation_log import base_wins, best_trained
 from .curves import pictures
 from .preference_text import held_out_units, loss_unit

@@ -13,7 +13,7 @@ from rwkv_miss.version import VERSION, commit
 
 from ..common.files import write_text
 from ..config import Config
-from ..training.loss_metrics import LossMetrics, metrics_of
+from ..objectives.loss_metrics import LossMetrics, metrics_of
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_over
 from .curves import draw_pictures

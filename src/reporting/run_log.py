@@ -7,8 +7,8 @@ import os
 from typing import NamedTuple
 
 from ..common.files import read_lines
+from ..objectives.rewards.samples import SAMPLES
 from ..training.run_folder import METRICS
-from ..training.sample_log import SAMPLES
 from ..training.validation_log import VALIDATION
 
 

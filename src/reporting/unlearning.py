@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..config import Config
 from ..model.preference_loss import WITH_REFERENCE
-from ..training.loss_metrics import ACCURACIES, percent
+from ..objectives.loss_metrics import ACCURACIES, percent
 
 WINDOW = 10  # steps that are looked at together
 LEAST_FALL = 1.0  # nats by which log p of a chosen answer must fall

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..config.schema import PUBLISHED
+from ..objectives.loss_metrics import loss_text, percent
 from ..planning.draft import CHOSEN
-from ..training.loss_metrics import loss_text, percent
 from ..training.validation_log import all_right, answers_as_before, evaluation_at, is_worse
 from .preference_text import held_out_units
 from .unlearning import accuracy, against_unlearning, held_out_unlearning, unlearning_warning

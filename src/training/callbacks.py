@@ -26,16 +26,16 @@ from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from ..common.device import peak_memory
 from ..common.files import append_line, read_lines, write_lines
+from ..common.late_reading import Moment, Numbers
 from ..config import Config
 from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
+from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing
-from .late_reading import Moment, Numbers
+from ..objectives.loss_metrics import metrics_of
+from ..objectives.rewards.feed import AllFailed, StepSize
 from .loggers import Writer
-from .loss_metrics import metrics_of
-from .process_group import over_ranks, processes_of
 from .rollback import LastGood
-from .rollouts import AllFailed, StepSize
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
 from .validation_log import BEST

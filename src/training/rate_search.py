@@ -25,10 +25,10 @@ from ..common.formatting import counted
 from ..config import save
 from ..data.held_out import affordable, in_hash_order
 from ..data.units import Units
+from ..distributed.process_group import Processes, processes_of
 from ..planning.defaults import first_guess, judged_by, search_size
 from ..planning.draft import Draft
 from ..planning.job import Plan
-from .process_group import Processes, processes_of
 from .run_folder import CONFIG, RATE_SEARCH
 from .short_runs import Trial, put_back, train, trial_of
 

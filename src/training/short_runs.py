@@ -24,13 +24,14 @@ from ..data.batches import Batches, make_schedule
 from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
 from ..data.units import Units
+from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
+from ..objectives.base import objective
+from ..objectives.policy import policy_of, undisturbed
+from ..objectives.preferences.kto_baseline import StepBaseline, baseline
 from ..planning.defaults import judged_by
 from ..planning.step import chunks_of, preference_of, prompt_reading
-from .kto_baseline import StepBaseline, baseline
-from .objective import objective, policy_of, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
-from .process_group import ALONE, Processes
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
 

@@ -35,21 +35,22 @@ from ..data.collate import to_device
 from ..data.encode import Encoder
 from ..data.units import Units
 from ..distributed.consistency import agree
+from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
 from ..evaluation.rewards import Rewards
 from ..model import RWKV
 from ..model.grpo_loss import GrpoLoss
 from ..model.log_probs import token_log_probs
+from ..objectives.base import objective
+from ..objectives.policy import Policy, undisturbed
+from ..objectives.preferences.kto_baseline import StepBaseline
+from ..objectives.preferences.reference import ReferencePass
+from ..objectives.rewards.feed import Rollouts, StepSize
+from ..objectives.rewards.rollouts import Draws
 from ..planning.base_model import reference_of
 from ..planning.step import chunks_of, grpo_of, preference_of, prompt_reading
-from .draws import Draws
-from .kto_baseline import StepBaseline
-from .objective import Policy, objective, undisturbed
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
-from .process_group import processes_of
-from .reference import ReferencePass
 from .resume import inputs
-from .rollouts import Rollouts, StepSize
 
 
 class ScaledFp16(MixedPrecision):

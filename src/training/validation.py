@@ -19,19 +19,20 @@ from ..data.answer_batches import collator
 from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Units, evaluation_batches, questions
 from ..data.leading_token import without_leading
+from ..distributed.process_group import processes_of
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from ..model import RWKV
+from ..objectives.base import Evaluated
+from ..objectives.from_reference import ReferenceKl
+from ..objectives.loss_metrics import metrics_of
+from ..objectives.policy import undisturbed
+from ..objectives.preferences.kto_baseline import baseline
+from ..objectives.rewards.evaluation import RewardEvaluation
 from .callbacks import StepReport, refuse_overwritten
-from .from_reference import ReferenceKl
-from .kto_baseline import baseline
-from .loss_metrics import metrics_of
-from .objective import undisturbed
-from .process_group import processes_of
-from .reward_validation import RewardEvaluation
-from .validation_log import BEST, VALIDATION, Evaluated, best_trained, describe, is_over
+from .validation_log import BEST, VALIDATION, best_trained, describe, is_over
 
 
 class Watch(Callback):

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-from .loss_metrics import LossMetrics
+from ..objectives.loss_metrics import LossMetrics
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
-
-
-class Evaluated(NamedTuple):
-    """What an evaluation found."""
-
-    loss: float  # lower is better; it may be not finite
-    metrics: dict[str, float]  # beside it, by the names of LossMetrics
-    units: float  # that it is the mean of
-    tokens: int  # that were predicted or drawn
-    samples: list[dict[str, Any]]  # prompt, answer, right, and of a training on rewards reward
 
 
 def best(history: list[dict]) -> dict | None:
@@ -97,14 +85,6 @@ def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]
 def _sample_text(sample: dict) -> str:
     reward = "" if sample.get("reward") is None else f", reward {sample['reward']:.3g}"
     return f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}{reward}"
-
-
-def both_ends(text: str, characters: int) -> str:
-    """A text of at most so many characters; of a longer one its begin and its end, where results stand."""
-    if len(text) <= characters:
-        return text
-    half = (characters - 3) // 2
-    return f"{text[:half]} … {text[-half:]}"
 
 
 def _end(text: str, length: int = 60) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ..data.questions import Question
-from ..evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
+from ...data.questions import Question
+from ...evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 
 PATIENCE = 3  # times --reward_timeout, at least
 SHARE = 0.1  # of the groups may run out of time where these are more

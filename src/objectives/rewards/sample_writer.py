@@ -6,8 +6,8 @@ import os
 
 from lightning.pytorch.callbacks import Callback
 
-from ..common.files import append_line, read_lines, write_lines
-from .sample_log import SAMPLES, is_due, sample_line
+from ...common.files import append_line, read_lines, write_lines
+from .samples import SAMPLES, is_due, sample_line
 
 
 class DrawnSamples(Callback):

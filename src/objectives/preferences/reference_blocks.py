@@ -14,7 +14,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.output import write_bytes
 from rwkv_miss.progress import print_notes
 
-from ..ops.build import locked
+from ...ops.build import locked
 
 PAUSE, PAUSE_SHARE = 10.0, 0.05  # seconds between two blocks, and in a long pass the share of its time
 NAMES = "[0-9]" * 12  # of the files

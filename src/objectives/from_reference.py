@@ -21,7 +21,7 @@ from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV
 from ..model.log_probs import token_features
 from ..planning.base_model import build_reference
-from .objective import undisturbed
+from .policy import undisturbed
 
 UNITS, TOKENS = 8, 4096  # held-out pairs or answers that a KL is measured on, and the most tokens of these
 

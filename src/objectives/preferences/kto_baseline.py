@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..data.batches import Batches, Schedule
-from ..data.collate import to_device
-from ..data.preferences import Preferences
-from .objective import Policy
+from ...data.batches import Batches, Schedule
+from ...data.collate import to_device
+from ...data.preferences import Preferences
+from ..policy import Policy
 
 
 class StepBaseline:

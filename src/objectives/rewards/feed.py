@@ -22,18 +22,18 @@ from rwkv_miss import disabled
 from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.errors import UserError
 
-from ..config import Config
-from ..data.answer_batches import GROUP, collate_answers
-from ..data.answer_unit import AnswerGroup
-from ..data.batches import Schedule
-from ..data.collate import to_device
-from ..evaluation.rewards import Failed
-from ..model import RWKV
-from ..model.grpo_loss import GrpoLoss, reward_metric
-from ..planning.base_model import build_reference, reference_of
-from ..planning.step import chunks_of
-from .draws import Draws, Group
-from .objective import Policy, policy_of, undisturbed
+from ...config import Config
+from ...data.answer_batches import GROUP, collate_answers
+from ...data.answer_unit import AnswerGroup
+from ...data.batches import Schedule
+from ...data.collate import to_device
+from ...evaluation.rewards import Failed
+from ...model import RWKV
+from ...model.grpo_loss import GrpoLoss, reward_metric
+from ...planning.base_model import build_reference, reference_of
+from ...planning.step import chunks_of
+from ..policy import Policy, policy_of, undisturbed
+from .rollouts import Draws, Group
 
 KL_EVERY = 10  # draws, of which the KL of one is measured where none is trained
 

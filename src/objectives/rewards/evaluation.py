@@ -16,20 +16,21 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, say
 
-from ..config.launcher import is_first_process
-from ..data.encode import Encoder
-from ..data.held_out import SAMPLE_CHARACTERS
-from ..data.questions import Questions
-from ..evaluation.answering import ROWS, completed
-from ..evaluation.rewards import Failed, Rewards, Scored
-from ..inference.engine import Engine
-from ..inference.request import Answer, Request
-from ..inference.torch_decoder import TorchDecoder
-from ..model import RWKV
-from ..planning.drawing import rows_at_once
+from ...common.formatting import both_ends
+from ...config.launcher import is_first_process
+from ...data.encode import Encoder
+from ...data.held_out import SAMPLE_CHARACTERS
+from ...data.questions import Questions
+from ...distributed.process_group import ALONE, Processes
+from ...evaluation.answering import ROWS, completed
+from ...evaluation.rewards import Failed, Rewards, Scored
+from ...inference.engine import Engine
+from ...inference.request import Answer, Request
+from ...inference.torch_decoder import TorchDecoder
+from ...model import RWKV
+from ...planning.drawing import rows_at_once
+from ..base import Evaluated
 from .patient_rewards import PatientRewards
-from .process_group import ALONE, Processes
-from .validation_log import Evaluated, both_ends
 
 
 class Judged(NamedTuple):

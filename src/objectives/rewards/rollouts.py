@@ -18,18 +18,18 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
-from ..config import Config
-from ..data.answer_unit import AnswerGroup
-from ..data.encode import Encoder
-from ..data.questions import Question, Questions
-from ..evaluation.rewards import Failed, Rewards, Scored
-from ..inference.decoders import for_training
-from ..inference.engine import Engine
-from ..inference.request import Answer, Request
-from ..inference.sampling import Sampling
-from ..model import RWKV
-from ..model.grpo_loss import advantages
-from ..planning.drawing import TOGETHER, rows_at_once
+from ...config import Config
+from ...data.answer_unit import AnswerGroup
+from ...data.encode import Encoder
+from ...data.questions import Question, Questions
+from ...evaluation.rewards import Failed, Rewards, Scored
+from ...inference.decoders import for_training
+from ...inference.engine import Engine
+from ...inference.request import Answer, Request
+from ...inference.sampling import Sampling
+from ...model import RWKV
+from ...model.grpo_loss import advantages
+from ...planning.drawing import TOGETHER, rows_at_once
 from .patient_rewards import PatientRewards
 
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)

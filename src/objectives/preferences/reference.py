@@ -27,21 +27,21 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
-from .. import ops
-from ..config import Config, accumulation
-from ..data.answer_batches import collator
-from ..data.batches import Schedule
-from ..data.collate import to_device
-from ..data.held_out import evaluation_rows
-from ..data.preferences import Preferences
-from ..data.token_cache import cache_folder, remove_old
-from ..data.units import Units
-from ..model import RWKV
-from ..ops.build import announce
-from ..planning.base_model import build_reference, reference_of
-from ..planning.step import preference_of, prompt_reading, unit_of
-from .late_reading import Numbers
-from .objective import Policy, policy_of, undisturbed
+from ... import ops
+from ...common.late_reading import Numbers
+from ...config import Config, accumulation
+from ...data.answer_batches import collator
+from ...data.batches import Schedule
+from ...data.collate import to_device
+from ...data.held_out import evaluation_rows
+from ...data.preferences import Preferences
+from ...data.token_cache import cache_folder, remove_old
+from ...data.units import Units
+from ...model import RWKV
+from ...ops.build import announce
+from ...planning.base_model import build_reference, reference_of
+from ...planning.step import preference_of, prompt_reading, unit_of
+from ..policy import Policy, policy_of, undisturbed
 from .reference_blocks import Blocks, blocks_in
 
 VERSION = 1  # a change of the code that changes the values raises it

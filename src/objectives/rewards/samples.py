@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data.held_out import SAMPLE_CHARACTERS
-from ..evaluation.rewards import Failed
-from .validation_log import both_ends
+from ...common.formatting import both_ends
+from ...data.held_out import SAMPLE_CHARACTERS
+from ...evaluation.rewards import Failed
 
 SAMPLES = "samples.jsonl"
 LINES = 20  # about so many in a run
