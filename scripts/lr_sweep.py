@@ -39,7 +39,6 @@ with importing():
     from src.data.fetch import fetch_inputs
     from src.data.units import Units
     from src.model import RWKV
-    from src.objectives.preferences.reference import with_reference_alone
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess, judged_by
     from src.planning.job import Plan
@@ -49,7 +48,7 @@ with importing():
     from src.run import prepare
     from src.training.optimizer import state_learning_rate
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
-    from src.training.short_runs import Trial, held_out_loss, trials
+    from src.training.short_runs import Trial, held_out_loss, trials, with_reference
     from src.training.validation_log import BEST
 
 OWN = ("rates", "steps", "setting")
@@ -162,7 +161,7 @@ def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> i
         f" {counted(plan.schedule.rows_per_step, 'row')} each"
     )
     data, schedule = plan.data, plan.schedule
-    documents, held_out = with_reference_alone(model, config, data.documents, data.held_out, schedule, steps)
+    documents, held_out = with_reference(model, config, data.documents, data.held_out, schedule, steps)
     before = loss_before(model, judged_by(config), held_out)
     show_header(ours.setting, config, before)
     done = []

@@ -25,8 +25,9 @@ from .config.reward_rules import check_own_functions
 from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
-from .evaluation.rewards import Rewards
 from .model import RWKV
+from .objectives.base import TrainingData
+from .objectives.kinds import objective_of
 from .objectives.rewards.samples import SAMPLES
 from .planning.base_model import build_model, new_arch, read_base, reference_of, template_of_run
 from .planning.draft import Draft
@@ -174,7 +175,7 @@ def train_in_folder(plan: Plan, started: float) -> Result:
     if resume_from:
         found = inputs(model, plan.data.documents, plan.data.held_out, reference_of(config))
         check_inputs(resume_from, found)
-        if config.on_rewards and (note := reward_note(resume_from, plan.reward_digest)):
+        if note := reward_note(resume_from, plan.reward_digest):
             notes.append(f"note:      {note}")
     shown = []
     if is_first_process():
@@ -194,18 +195,13 @@ def train_in_folder(plan: Plan, started: float) -> Result:
 
 def try_rewards(config: Config, template: Template, data: Data) -> str | None:
     """The hash of --reward_file, if there is one. UserError where rewards cannot judge these questions."""
-    with rewards_of(config, template) as rewards:
+    with objective_of(config).judge(template) as rewards:
         if not rewards:
             return None
         notes = rewards.check([*data.documents, *data.held_out])
         if is_first_process():
             print_notes(notes)
         return rewards.digest
-
-
-def rewards_of(config: Config, template: Template) -> contextlib.AbstractContextManager[Rewards | None]:
-    """What judges the answers of a run, to be closed; None where it draws none."""
-    return Rewards.of(config, template) if config.on_rewards else contextlib.nullcontext()
 
 
 def names_of_hub(config: Config, before: Config | None, others: Watchdog | None) -> dict[str, str]:
@@ -232,7 +228,7 @@ def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history:
     `shown` are the lines of the plan, for the run card.
     """
     from .training.forgetting import Forgetting
-    from .training.trainer import FineTuning, ReferenceAtStart, TrainingData, make_trainer
+    from .training.trainer import FineTuning, ReferenceAtStart, make_trainer
 
     config = plan.settings
     if is_first_process():
@@ -248,7 +244,7 @@ def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history:
         config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
     )
     begun = time.perf_counter()
-    with rewards_of(config, plan.template) as rewards:
+    with objective_of(config).judge(plan.template) as rewards:
         found = plan.data
         data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
         search = RateSearch(plan)
@@ -280,12 +276,11 @@ def prepare_folder(plan: Plan) -> None:
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:
-    """The callbacks that write: the StepReport, DrawnSamples where the answers are the model's own, a Watch
-    where documents are held out, and the Saver.
+    """The callbacks that write: the StepReport, those of the objective, a Watch where documents are held out,
+    and the Saver.
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
-    from .objectives.rewards.sample_writer import DrawnSamples
     from .training.callbacks import Saver, StepReport
     from .training.rollback import LastGood
     from .training.validation import Watch
@@ -301,7 +296,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
     path = os.path.join(folder, METRICS)
     report = StepReport(path, plan.steps, started, last_good, writers, trained_with, early_warning)
     write = writer(config, model, plan.data.encoder)
-    watch = Watch(folder, history, plan.data.encoder, write, report)
+    watch = Watch(folder, history, write, report)
     saver = Saver(
         checkpoints,
         output_path(config),
@@ -311,8 +306,8 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
         last_good,
         resume_from,
     )
-    samples = [DrawnSamples(folder)] if config.on_rewards else []
-    return [report, *samples, *([watch] if plan.data.held_out else []), saver]
+    watches = [watch] if plan.data.held_out else []
+    return [report, *objective_of(config).callbacks(folder), *watches, saver]
 
 
 def fit(trainer, module, report) -> None:

@@ -72,9 +72,9 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
     """Be one process of a run, after `sabotage` has been prepared."""
     import matplotlib.figure
 
+    import src.objectives.held_out_loss
     import src.planning.memory
     import src.run
-    import src.training.validation
     import train
 
     os.chdir(ROOT)
@@ -88,7 +88,7 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
         }
-    src.training.validation.SAMPLE_TOKENS = sample_tokens
+    src.objectives.held_out_loss.SAMPLE_TOKENS = sample_tokens
     if not counted:
         src.planning.memory.step_bytes = _few_bytes
         src.run.speed_here = _some_speed

@@ -481,7 +481,8 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 
     packed: the length of rows that documents share; 0: a row for each.
     """
-    from src.training.trainer import FineTuning, TrainingData
+    from src.objectives.base import Feed, TrainingData
+    from src.training.trainer import FineTuning
 
     config = Config(
         micro_bsz=micro_bsz,
@@ -491,8 +492,10 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
         ctx_len=packed or 1024,
     )
     module = FineTuning(model, config, TrainingData(documents, Documents([])), 4)
-    module._trainer = types.SimpleNamespace(world_size=world)
+    strategy = types.SimpleNamespace(model=model, root_device=torch.device("cpu"), predict_step=None)
+    module._trainer = types.SimpleNamespace(world_size=world, global_rank=0, strategy=strategy)
     module.setup("fit")
+    module.feed = Feed((), module.schedule)
     assert module.schedule == rows_and_steps.make_schedule(documents, config, world)
     model.zero_grad(set_to_none=True)
     for rank in range(world):

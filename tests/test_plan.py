@@ -39,7 +39,8 @@ SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
 def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
-    from src.training.trainer import FineTuning, TrainingData
+    from src.objectives.base import Feed, TrainingData
+    from src.training.trainer import FineTuning
 
     model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
     model.grad_cp = config.grad_cp
@@ -53,7 +54,7 @@ def counted_in_training(config, rows, kernel):
         ]
     )
     module = FineTuning(model, config, TrainingData(documents, Documents([])), 1)
-    module.accumulate = 1
+    module.accumulate, module.feed = 1, Feed((), None)
     module._trainer = type("Trainer", (), {"world_size": 1})()
     place, grouped = 0, []
     for row in rows:

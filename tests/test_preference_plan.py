@@ -15,10 +15,10 @@ from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.objectives.base import objective
+from src.objectives.kinds import objective_of
 from src.planning import memory, step
 from src.planning.base_model import build_model
-from src.planning.step import chunks_of, preference_of
+from src.planning.step import preference_of
 from src.planning.step_memory import Live, SharedPrompts, step_bytes
 from src.reporting.document_text import short_unit, unit_sample
 
@@ -182,7 +182,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
     with Live(known) as live:
         kept = live.after(model, "features")
-        objective(model, batch | {"width": 37}, chunks_of(config), preference_of(config))[0].backward()
+        objective_of(config)(model, batch | {"width": 37})[0].backward()
     planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", 37, len(batch["targets"]), shared)
     # the chunks have unequal shares of the answers
     assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)

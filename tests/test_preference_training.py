@@ -301,17 +301,17 @@ def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files,
 def test_a_baseline_is_of_all_answers_and_not_below_0():
     """Micro-batches, one of them without an answer, and another process with 2 answers that moved by -1."""
     other = Processes(2, 0, lambda sums: sums + torch.tensor([-1.0, 2.0]))
-    moved = torch.tensor([0.5, 1.0, -0.25])
+    moved, cpu = torch.tensor([0.5, 1.0, -0.25]), torch.device("cpu")
     batches = [{"reference": torch.full_like(moved, -2.0), "chosen": [True, False]},
                {"reference": None, "chosen": []}]  # fmt: skip
 
     def log_probs(batch):
         return moved - 2 if batch["chosen"] else torch.zeros(0)
 
-    assert baseline(batches, Policy(log_probs, ALONE, torch.device("cpu"))) == 1.25 / 2
-    assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0.25 / 4
+    assert baseline(batches, Policy(log_probs, ALONE, None, None, cpu)) == 1.25 / 2
+    assert baseline(batches, Policy(log_probs, other, None, None, cpu)) == 0.25 / 4
     moved.neg_()
-    assert baseline(batches, Policy(log_probs, other, torch.device("cpu"))) == 0
+    assert baseline(batches, Policy(log_probs, other, None, None, cpu)) == 0
 
 
 def test_a_nan_undoes_the_steps_that_led_to_it(files, tmp_path):

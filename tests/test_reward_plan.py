@@ -21,7 +21,7 @@ from src.inference.engine import Engine
 from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
-from src.objectives.base import objective
+from src.objectives.kinds import objective_of
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess
@@ -29,7 +29,6 @@ from src.planning.draft import Draft
 from src.planning.drawing import TOGETHER, draw_bytes
 from src.planning.job import read_data
 from src.planning.own_answers import largest_groups, longest_answer
-from src.planning.step import chunks_of, grpo_of
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.planning.throughput import DRAWN, Speed, Work
 from src.reporting.plan_text import above_guess
@@ -278,7 +277,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
     known += [*model.buffers(), *(t for t in batch.values() if torch.is_tensor(t))]
     with Live(known) as live:
         kept = live.after(model, "features")
-        objective(model, batch, chunks_of(config), grpo_of(config))[0].backward()
+        objective_of(config)(model, batch)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
     sizes = largest_groups(Questions([Question(["a"], "b")] * 2, prompts, 3, 11), config)
     assert sizes[0] == 3 * (7 - 1 + 11) and sizes[1] == len(batch["targets"])

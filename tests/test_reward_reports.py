@@ -22,7 +22,7 @@ from src.objectives.loss_metrics import metrics_of
 from src.objectives.rewards import evaluation as reward_evaluation
 from src.objectives.rewards import patient_rewards
 from src.objectives.rewards.evaluation import RewardEvaluation
-from src.objectives.rewards.sample_writer import DrawnSamples
+from src.objectives.rewards.sample_writer import SampleWriter
 from src.objectives.rewards.samples import is_due
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.reward_verdict import held_out_words, reward_doubt
@@ -300,11 +300,11 @@ def group(failed=False):
 def test_drawn_answers_are_written_now_and_then_and_a_resumed_run_writes_them_again(tmp_path):
     def steps(first, last, inner=1):
         config = dataclasses.replace(GRPO, inner_steps=inner)
-        rollouts = types.SimpleNamespace(first_group=group())
-        module = types.SimpleNamespace(accumulate=2, total_steps=60, config=config, rollouts=rollouts)
-        module.rewards = types.SimpleNamespace(names=("exact", "partial"))
+        feed = types.SimpleNamespace(first_group=group())
+        module = types.SimpleNamespace(accumulate=2, total_steps=60, config=config, feed=feed)
+        module.data = types.SimpleNamespace(rewards=types.SimpleNamespace(names=("exact", "partial")))
         trainer = types.SimpleNamespace(is_global_zero=True, global_step=first)
-        written = DrawnSamples(str(tmp_path))
+        written = SampleWriter(str(tmp_path))
         written.on_train_start(trainer, module)
         for step in range(first + 1, last + 1):
             written.on_train_batch_end(trainer, module, None, None, 0)

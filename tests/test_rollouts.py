@@ -25,17 +25,18 @@ from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
-from src.objectives.base import objective
+from src.objectives.base import TrainingData
+from src.objectives.kinds import objective_of
 from src.objectives.policy import policy_of
-from src.objectives.rewards.feed import AllFailed, Rollouts, Totals
-from src.objectives.rewards.rollouts import Draws
+from src.objectives.rewards.feed import AllFailed, RolloutFeed, Totals
+from src.objectives.rewards.rollouts import Rollouts
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
 from src.planning.drawing import STATE_BYTES, STATES, rows_at_once
 from src.planning.step import chunks_of, grpo_of
 from src.training.callbacks import Saver, StepReport
 from src.training.rollback import LastGood
-from src.training.trainer import FineTuning, TrainingData, make_trainer
+from src.training.trainer import FineTuning, make_trainer
 
 from .conftest import close, make_arch
 from .loss_cases import make_model
@@ -101,14 +102,14 @@ class InTurn(Processes):
         return [self.all_have.get(rank, []) for rank in range(self.world)]
 
 
-def rollouts_of(
+def feed_of(
     config, model, judge, steps=range(1), rank=0, world=1, total=lambda tensor: tensor, all_have=None
 ):
     questions = questions_of(config)
-    draws = Draws(model, questions, ENCODER, judge, config)
+    rollouts = Rollouts(model, questions, ENCODER, judge, config)
     policy = policy_of(model, config, InTurn(world, rank, total, {} if all_have is None else all_have))
     schedule = make_schedule(questions, config, world)
-    return Rollouts(draws, schedule, steps, grpo_of(config), policy, model)
+    return RolloutFeed(rollouts, schedule, steps, grpo_of(config), policy)
 
 
 def plus(**of_others):
@@ -121,11 +122,11 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
     """And ln p of the training is that of the draw, prompts read once or by every answer."""
     config, model = config_of(), policy_model(version)
     model.set_kernel(kernel)
-    draws = Draws(model, questions_of(config), ENCODER, Judge(), config)
-    groups = draws.groups(3, [2, 1, 4])
+    rollouts = Rollouts(model, questions_of(config), ENCODER, Judge(), config)
+    groups = rollouts.groups(3, [2, 1, 4])
     for group, place in zip(groups, (2, 1, 4), strict=True):
         engine = Engine(TorchDecoder(model, 1), ENCODER.tokenizer)
-        alone = engine.submit(draws.request(3, place))
+        alone = engine.submit(rollouts.request(3, place))
         while not engine.idle:
             engine.step()
         assert [answer.tokens for answer in alone] == [answer.tokens for answer in group.answers]
@@ -135,9 +136,9 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
     lengths = {len(answer.tokens) for group in groups for answer in group.answers}
     assert len(groups[0].answers) == 3 and max(lengths) == 6
     for chunk in (0, 16):
-        rollouts = rollouts_of(config_of(chunk_ctx=chunk), model, Judge())
-        for batch in rollouts:
-            found = token_log_probs(model, batch, chunks_of(rollouts.config), batch["width"])
+        feed = feed_of(config_of(chunk_ctx=chunk), model, Judge())
+        for batch in feed:
+            found = token_log_probs(model, batch, chunks_of(feed.config), batch["width"])
             assert len(found) > 50
             torch.testing.assert_close(found.detach(), batch["drawn"], rtol=0, atol=1e-5)
 
@@ -146,7 +147,7 @@ def test_an_end_of_document_is_trained_and_no_answer_is_cut_that_has_it():
     config, model = config_of(max_tokens=6, group_size=8), policy_model()
     with torch.no_grad():
         model.ln_out.bias.copy_(8 * model.head.weight[0] / model.head.weight[0].square().sum())
-    groups = Draws(model, questions_of(config), ENCODER, Judge(), config).groups(0, [0, 3])
+    groups = Rollouts(model, questions_of(config), ENCODER, Judge(), config).groups(0, [0, 3])
     answers = [answer for group in groups for answer in group.answers]
     assert {answer.cut for answer in answers} == {True, False}
     for answer in answers:
@@ -160,7 +161,7 @@ def test_a_draw_is_a_function_of_seed_number_and_place():
 
     def drawn(draw, places, **given):
         changed = config_of(**given)
-        groups = Draws(model, questions_of(changed), ENCODER, Judge(), changed).groups(draw, places)
+        groups = Rollouts(model, questions_of(changed), ENCODER, Judge(), changed).groups(draw, places)
         return [[answer.tokens for answer in group.answers] for group in groups]
 
     both = drawn(5, [0, 4])
@@ -202,10 +203,10 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     config = config_of(micro_bsz=3, accumulate_grad_batches=3, chunk_ctx=chunk)
     model, judge = policy_model(), Judge(alike="25", failing="6")
     exact = copy.deepcopy(model).double()
-    rollouts = rollouts_of(config, model, judge)
-    for batch in rollouts:
-        objective(model, batch, chunks_of(config), rollouts.loss)[0].div(batch["step_weight"]).backward()
-    groups = Draws(model, questions_of(config), ENCODER, judge, config).groups(0, range(8))
+    feed = feed_of(config, model, judge)
+    for batch in feed:
+        objective_of(config)(model, batch)[0].div(batch["step_weight"]).backward()
+    groups = Rollouts(model, questions_of(config), ENCODER, judge, config).groups(0, range(8))
     asked = [
         (
             group.prompt.tolist(),
@@ -221,17 +222,17 @@ def test_a_steps_gradient_is_the_formulas_in_float64(chunk):
     for (name, found), p in zip(gradients, (p for p in exact.parameters() if p.requires_grad), strict=True):
         close(name, found, p.grad, 2e-5)
     # the five live groups are in as few batches as hold them
-    assert [len(batch["advantage"]) // 3 for batch in rollouts.batches] == [2, 3, 0]
-    assert rollouts.batches[0]["step_weight"] == sum(len(t) for _, answers, _ in asked for t, _ in answers)
+    assert [len(batch["advantage"]) // 3 for batch in feed.batches] == [2, 3, 0]
+    assert feed.batches[0]["step_weight"] == sum(len(t) for _, answers, _ in asked for t, _ in answers)
 
 
 def test_the_metrics_are_of_all_scored_answers():
     config = config_of()
-    rollouts = rollouts_of(config, policy_model(), Judge(alike="25", failing="6"))
-    rollouts.schedule = make_schedule(questions_of(config), config_of(micro_bsz=8), 1)
-    batch = next(iter(rollouts))
-    sums = dict(zip(rollouts.loss.metrics, rollouts.step_sums.tolist(), strict=True))
-    groups = Draws(rollouts.draws.model, questions_of(config), ENCODER, rollouts.rewards, config).groups(
+    feed = feed_of(config, policy_model(), Judge(alike="25", failing="6"))
+    feed.schedule = make_schedule(questions_of(config), config_of(micro_bsz=8), 1)
+    batch = next(iter(feed))
+    sums = dict(zip(feed.loss.metrics, feed.step_sums.tolist(), strict=True))
+    groups = Rollouts(feed.policy.model, questions_of(config), ENCODER, feed.rewards, config).groups(
         0, range(8)
     )
     answers = [answer for group in groups if not group.failed for answer in group.answers]
@@ -246,8 +247,8 @@ def test_the_metrics_are_of_all_scored_answers():
     assert sums["entropy"] == pytest.approx(-sum(answer.log_probs.sum() for answer in answers))
     assert sums["drawn_tokens"] == sum(group.tokens for group in groups)
     assert sums["draws"] == 1 and sums["draw_seconds"] > 0
-    assert rollouts.size.targets == len(batch["targets"]) and rollouts.size.weight == 8
-    assert rollouts.first_group.question.right == "1", "the shortest comes first"
+    assert feed.size(0).targets == len(batch["targets"]) and feed.size(0).weight == 8
+    assert feed.first_group.question.right == "1", "the shortest comes first"
 
 
 @pytest.mark.parametrize("dead", [None, 0, 1])
@@ -261,30 +262,30 @@ def test_two_ranks_share_the_questions_out_and_then_the_live_groups(dead):
     of_rank = [schedule.rows[row] for micro in range(2) for row in schedule.micro_rows(0, micro, dead or 0)]
     alike = [str(place) for row in of_rank for place in row]
     judge = Judge(alike=[] if dead is None else alike[dead:])
-    alone = rollouts_of(config_of(micro_bsz=8), model, judge)
+    alone = feed_of(config_of(micro_bsz=8), model, judge)
     whole = next(iter(alone))
     for _ in range(2):  # what the second rank has, the first one knows in the second turn
         found, groups = [], []
         for rank in range(2):
             others = {"rank": rank, "world": 2, "total": plus(groups=3, failed=1), "all_have": all_have}
-            rollouts = rollouts_of(config, model, judge, **others)
-            batches = list(rollouts)
+            feed = feed_of(config, model, judge, **others)
+            batches = list(feed)
             found += [batch["targets"].tolist() for batch in batches]
             groups.append(sum(len(batch["advantage"]) // 3 for batch in batches))
-            assert rollouts.totals.groups == 4 + 3 and rollouts.totals.failed == 1
+            assert feed.totals.groups == 4 + 3 and feed.totals.failed == 1
     assert groups == {None: [4, 4], 0: [2, 2], 1: [3, 2]}[dead]
     assert len(found) == 4 and sorted(sum(found, [])) == sorted(whole["targets"].tolist())
 
 
 def test_no_rewards_at_all_end_a_run_on_every_rank():
     config, model = config_of(), policy_model()
-    rollouts = rollouts_of(config, model, Judge(failing="01234567"))
+    feed = feed_of(config, model, Judge(failing="01234567"))
     with pytest.raises(
         AllFailed, match="step 1: the rewards of all 4 groups failed, .*no reward for .*resume"
     ):
-        next(iter(rollouts))
+        next(iter(feed))
     # the other rank has one that did not fail
-    other = rollouts_of(config, model, Judge(failing="01234567"), world=2, total=plus(groups=1))
+    other = feed_of(config, model, Judge(failing="01234567"), world=2, total=plus(groups=1))
     assert len(next(iter(other))["targets"]) == 0
 
 
@@ -296,8 +297,8 @@ def test_a_model_that_overflows_is_an_error_on_every_rank(monkeypatch):
         ops.nan_passes(),
         pytest.raises(UserError, match="draw 1: the largest logit is nan.*lower --lr_init"),
     ):
-        next(iter(rollouts_of(config, model, Judge())))
-    other = rollouts_of(config, policy_model(), Judge(), world=2, total=plus(broken=1))
+        next(iter(feed_of(config, model, Judge())))
+    other = feed_of(config, policy_model(), Judge(), world=2, total=plus(broken=1))
     with pytest.raises(UserError, match="another process overflows in the draw of step 1"):
         next(iter(other))
 
@@ -327,13 +328,13 @@ def train(tmp_path, monkeypatch):
         config = config_of(rollback_steps=1, **settings)
         model = model or policy_model()
         at_draws = []
-        groups = Draws.groups
+        groups = Rollouts.groups
 
         def counted(self, draw, places):
             at_draws.append((draw, weights_of(self.model)))
             return groups(self, draw, places)
 
-        monkeypatch.setattr(Draws, "groups", counted)
+        monkeypatch.setattr(Rollouts, "groups", counted)
         questions = questions_of(config)
         data = TrainingData(questions, questions.take([]), encoder=ENCODER, rewards=judge)
         module = FineTuning(model, config, data, steps)
@@ -381,8 +382,8 @@ def test_inner_steps_are_compared_with_the_first_one(train):
     seen = []
 
     def look(module, loss):
-        rollouts = module.rollouts
-        seen.append((rollouts.micro, rollouts.batches[rollouts.micro]["old"].clone()))
+        feed = module.feed
+        seen.append((feed.micro, feed.batches[feed.micro]["old"].clone()))
         return loss
 
     train(Judge(), 2, spoil=look, micro_bsz=2, accumulate_grad_batches=2, inner_steps=2)
@@ -457,6 +458,6 @@ def test_a_stop_waits_for_the_end_of_a_draw(train):
 
 
 def test_a_failure_is_told_once_for_each_kind(capsys):
-    rollouts = rollouts_of(config_of(micro_bsz=8), policy_model(), Judge(failing="356"), range(1))
-    next(iter(rollouts))
+    feed = feed_of(config_of(micro_bsz=8), policy_model(), Judge(failing="356"), range(1))
+    next(iter(feed))
     assert capsys.readouterr().out.count("is left out, as its reward failed: no reward for") == 1

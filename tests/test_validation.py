@@ -24,17 +24,19 @@ from rwkv_miss import UserError, read_checkpoint, read_metadata, write_checkpoin
 from src.config import Config, parse
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
+from src.data.held_out import SAMPLE_TOKENS
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.objectives import held_out_loss
+from src.objectives.held_out_loss import shortened
 from src.reporting import run_card
 from src.reporting.curves import draw_losses
 from src.reporting.plan_text import LINES
 from src.reporting.run_card import card
 from src.reporting.run_log import RunLog
-from src.training import callbacks, validation
+from src.training import callbacks
 from src.training.forgetting import sections
 from src.training.run_folder import restore_best
-from src.training.validation import shortened
 from src.training.validation_log import base_wins, best_trained, is_over
 
 from . import program
@@ -111,7 +113,7 @@ EVAL = [*ALL, "--eval_steps", "4", "--eval_samples", "2", "--eval_file"]
 def watched(files, tmp_path_factory):
     """(folder of a run with dropout and evaluations, what it printed)"""
     proj_dir = tmp_path_factory.mktemp("watched") / "run"
-    held, tokens = str(files / "held.jsonl"), validation.SAMPLE_TOKENS
+    held, tokens = str(files / "held.jsonl"), SAMPLE_TOKENS
     return proj_dir, succeed(start(files, proj_dir, *EVAL, held, sabotage=dropout, sample_tokens=tokens))
 
 
@@ -136,7 +138,7 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
             sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
             and sample["right"] == answer["content"].strip()
         )
-        text = greedy_text(engine_of(model, BYTES), sample["prompt"], validation.SAMPLE_TOKENS)
+        text = greedy_text(engine_of(model, BYTES), sample["prompt"], SAMPLE_TOKENS)
         assert shortened(text.strip() + "\ufffd", 300) == sample["answer"]
     said = (
         "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training,"
@@ -218,7 +220,7 @@ def scripted(losses, rank):
         hours += 1
         return losses[trainer.global_step], {}
 
-    validation.validation_loss = loss
+    held_out_loss.validation_loss = loss
     time.perf_counter = lambda: clock() + 3600 * hours
 
 

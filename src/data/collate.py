@@ -84,14 +84,16 @@ def trained_tokens(
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch on a device. A GPU copies it from pinned memory, for which nothing waits."""
+    """The batch on a device. A GPU copies what it does not have yet from pinned memory, for which nothing
+    waits.
+    """
     moved = dict(batch)
     for name, value in batch.items():
-        if torch.is_tensor(value):
+        if torch.is_tensor(value) and value.device.type != device.type:
             value = value.pin_memory() if device.type == "cuda" else value
             moved[name] = value.to(device, non_blocking=True)
     for name in ("reset", "prompt_reset"):
-        if device.type == "cuda" and batch.get(name) is not None:
+        if moved.get(name) is not batch.get(name):
             # for ops.per_document, which needs the places of the documents before the GPU gets its work
             moved[name].on_cpu = batch[name]
     return moved

@@ -21,7 +21,6 @@ from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV
 from ..model.log_probs import token_features
 from ..planning.base_model import build_reference
-from .policy import undisturbed
 
 UNITS, TOKENS = 8, 4096  # held-out pairs or answers that a KL is measured on, and the most tokens of these
 
@@ -45,13 +44,13 @@ class FromReference:
         """Take the features that are gone later. The model is that before step 1, also in a resumed run."""
         if self.load is None and only_linears_change(module.model):
             return
-        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
+        with module.policy.undisturbed():
             model = self.load().to(module.device) if self.load else module.model
             self.before = self.features(model)
 
     def measure(self, trainer, module, kl: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """Return kl(logits of the reference, logits of the model) at each token of each text, (T,)."""
-        with undisturbed(trainer.strategy.model, trainer.strategy.root_device):
+        with module.policy.undisturbed():
             before = self.before
             if before is None:
                 with rwkv_miss.disabled(module.model):
@@ -83,7 +82,7 @@ class ReferenceKl:
 
     def __init__(self, module):
         config = module.config
-        self.module, self.units = module, a_few(module.evaluated)
+        self.module, self.units = module, a_few(module.data.evaluated)
         other = module.reference and module.reference.fingerprint != module.model.base_fingerprint
         load = (lambda: build_reference(config)) if other else None
         self.reference = FromReference(self._features, config.reference or config.load_model, load)
@@ -95,9 +94,9 @@ class ReferenceKl:
 
     def _features(self, model: RWKV) -> list[Tensor]:
         module, device = self.module, self.module.device
-        collate = collator(self.units, module.chunks.size, module.shared)
+        collate = collator(self.units, module.objective.chunks.size, module.shared)
         batches = [collate(rows, 1.0) for rows in evaluation_batches(self.units, module.config)]
-        return [token_features(model, to_device(batch, device), module.chunks) for batch in batches]
+        return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
 
 
 def a_few(units: Preferences) -> Preferences:

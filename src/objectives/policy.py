@@ -22,17 +22,23 @@ class Policy:
 
     log_probs: Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
     processes: Processes
+    model: RWKV
+    whole: nn.Module  # what the run's strategy has made of the model
     device: torch.device
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Context for a look at the model during its training, see undisturbed()."""
+        return undisturbed(self.whole, self.device)
 
 
 def policy_of(model: RWKV, config: Config, processes: Processes = ALONE) -> Policy:
-    """A model that each process has whole, and that no trainer runs."""
+    """Make the policy of a model that each process has whole, and that no trainer runs."""
     chunks = chunks_of(config)
 
     def log_probs(batch: dict) -> Tensor:
         return token_log_probs(model, batch, chunks, batch["width"])
 
-    return Policy(log_probs, processes, model.emb.weight.device)
+    return Policy(log_probs, processes, model, model, model.emb.weight.device)
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ from ..config.launcher import is_first_process
 from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing
+from ..objectives.base import BetweenSteps, StepSize
 from ..objectives.loss_metrics import metrics_of
-from ..objectives.rewards.feed import AllFailed, StepSize
 from .loggers import Writer
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
@@ -179,7 +179,7 @@ class StepReport(Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         self.last_good.before_update()
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
-        if self.at_boundary and not module.step_size(trainer.global_step).targets:
+        if self.at_boundary and not module.feed.size(trainer.global_step).targets:
             # else momentum and weight decay would move the weights; the schedule sets it anew after the step
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -208,13 +208,13 @@ class StepReport(Callback):
         # not by the strategy, which has the ranks wait for each other first
         if module.step_metrics is not None:
             numbers = torch.cat([numbers, module.step_metrics.float()])
-            numbers = over_ranks(numbers, len(mine), module.answers_loss.joined, trainer.world_size)
+            numbers = over_ranks(numbers, len(mine), module.objective.joined, trainer.world_size)
         elif trainer.world_size > 1:
             torch.distributed.all_reduce(numbers)
         module.step_loss, module.step_metrics = 0.0, None
         begin, self.begin = self.begin, Moment(module.device)
         step = trainer.global_step
-        return Done(step, begin, self.begin, module.step_size(step - 1), Numbers(numbers))
+        return Done(step, begin, self.begin, module.feed.size(step - 1), Numbers(numbers))
 
     def _read(self, trainer, module) -> bool:
         """Read the steps that are to be read now, and judge them; whether the run went back."""
@@ -232,8 +232,7 @@ class StepReport(Callback):
         """
         step, config = trainer.global_step, module.config
         looked_at = any(n > 0 and step % n == 0 for n in (config.save_steps, config.eval_steps))
-        # who draws waits for the GPU anyway, and a bad state should draw nothing
-        looked_at |= module.rollouts is not None and module.rollouts.draws_after(step)
+        looked_at |= module.feed.waits_for(step)
         stopping = trainer.should_stop or self.stop and trainer.world_size == 1
         first_or_last = self.first_step_seconds is None or step == self.total
         return not works_behind(module.device) or looked_at or stopping or first_or_last
@@ -251,12 +250,12 @@ class StepReport(Callback):
             went_back = done.rolled_back_to is not None
             for later in self.unread:
                 later.rolled_back_to = done.rolled_back_to
-            if went_back and module.rollouts:
-                module.rollouts.abandon()
+            if went_back:
+                module.feed.abandon()
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            line = self._line(module, done, loss, module.answers_loss.means(sums) if sums else {})
+            line = self._line(module, done, loss, module.objective.means(sums))
             if done.rolled_back_to is not None:
                 line["rolled_back_to"] = done.rolled_back_to
             append_line(self.path, line)
@@ -266,18 +265,16 @@ class StepReport(Callback):
             for writer in self.writers:
                 writer.numbers(step, values | self.metrics.numbers("train", line))
             self._show(line, loss, time.perf_counter())
-        # a checkpoint has no answers in it, so that a run ends where the next step draws new ones
-        if module.rollouts is None or module.rollouts.draws_after(step):
+        if module.feed.may_stop_after(step):
             # not self.stop, which a signal may just have set on this rank alone
             stopped = round(going_on * trainer.world_size) < trainer.world_size
             trainer.should_stop = trainer.should_stop or stopped
         return went_back
 
     def _line(self, module, done: Done, loss: float, metrics: dict[str, float]) -> dict:
-        """A step's line of metrics.jsonl. `metrics`: of a loss on answers, beside it."""
+        """A step's line of metrics.jsonl, with the metrics beside the loss."""
         size, seconds = done.size, done.end.seconds_since(done.begin)
-        # where all answers are equally good the loss of rewards is 0
-        has_loss = size.targets or module.rollouts
+        has_loss = size.targets or module.feed.always_has_loss
         if drawing := metrics.get("draw_seconds"):
             metrics["train_tokens_per_second"] = size.tokens / max(seconds - drawing, 1e-9)
         return {
@@ -383,8 +380,8 @@ class Saver(Callback):
             self.save(trainer)
 
     def on_exception(self, trainer, module, exception) -> None:
-        """Keep what was done before rewards failed: all ranks are between two steps."""
-        if isinstance(exception, AllFailed) and trainer.global_step > module.first_step:
+        """Keep what was done before an error between two steps."""
+        if isinstance(exception, BetweenSteps) and trainer.global_step > module.first_step:
             self.save(trainer)
 
     def save(self, trainer) -> None:
@@ -409,7 +406,7 @@ class Saver(Callback):
                         "step": step,
                         "output": os.path.basename(self.output),
                         "inputs": module.inputs(),
-                        "reward_file": module.rewards and module.rewards.digest,
+                        "reward_file": module.data.rewards and module.data.rewards.digest,
                         "loss_scaling": trainer.precision_plugin.state_dict(),
                         "recent_losses": list(self.last_good.losses),
                     },

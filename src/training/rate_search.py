@@ -158,7 +158,7 @@ class RateSearch:
     def _search(self, module, processes: Processes, shown: bool) -> Found:
         """Do the trials."""
         model, config, size = module.model, self.config, self.size
-        documents, loss_of = self._deciding(module), "held-out" if module.evaluated else "training"
+        documents, loss_of = self._deciding(module), "held-out" if module.data.evaluated else "training"
         if judged_by(config) is not config:
             loss_of += f" {config.loss} and cross-entropy"
         done: list[Trial] = []
@@ -169,7 +169,7 @@ class RateSearch:
                 tried = dataclasses.replace(config, lr_init=rate, warmup_steps=0)
                 losses = []
                 with put_back(model):
-                    for loss in train(model, tried, module.documents, size.steps, processes):
+                    for loss in train(model, tried, module.data.documents, size.steps, processes):
                         losses.append(loss)
                         bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
                     done.append(trial_of(model, judged_by(tried), rate, losses, documents, processes))
@@ -186,10 +186,10 @@ class RateSearch:
 
     def _deciding(self, module) -> Units:
         """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
-        schedule, size, evaluated = module.schedule, self.size, module.evaluated
+        schedule, size, evaluated = module.schedule, self.size, module.data.evaluated
         if not evaluated:
             rows = [schedule.rows[row] for row in schedule.step_rows(size.steps)]
-            return module.documents.take(np.sort([i for row in rows for i in row]))
+            return module.data.documents.take(np.sort([i for row in rows for i in row]))
         tokens = sum(schedule.step_tokens(step) for step in range(size.steps)) * size.trials
         order = in_hash_order(evaluated, self.config.random_seed)
         count = affordable(evaluated, order, tokens, size.trials + 1)

@@ -20,17 +20,17 @@ from rwkv_miss.progress import progress
 from .. import ops
 from ..config import Config
 from ..data.answer_batches import collator
-from ..data.batches import Batches, make_schedule
+from ..data.batches import Schedule, make_schedule
 from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
 from ..data.units import Units
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
-from ..objectives.base import objective
-from ..objectives.policy import policy_of, undisturbed
-from ..objectives.preferences.kto_baseline import StepBaseline, baseline
+from ..objectives.base import Objective, TrainingData
+from ..objectives.kinds import objective_of
+from ..objectives.policy import policy_of
 from ..planning.defaults import judged_by
-from ..planning.step import chunks_of, preference_of, prompt_reading
+from ..planning.step import prompt_reading
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
@@ -86,6 +86,16 @@ def trial_of(
     return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
 
+def with_reference(
+    model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
+) -> tuple[Units, Units]:
+    """Give both the values of the reference where the loss needs them, for so many steps."""
+    shared = prompt_reading(config, documents, schedule, model.arch).shared
+    data, policy = TrainingData(documents, held_out, held_out), policy_of(model, config)
+    found = objective_of(config).with_reference(data, schedule, steps, policy, shared)
+    return found.documents, found.evaluated
+
+
 @contextlib.contextmanager
 def put_back(model: RWKV):
     """Context for a training of which the model keeps nothing, nor the random numbers."""
@@ -124,26 +134,20 @@ def train(
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    chunk, preference = chunks_of(config).size, preference_of(config)
     shared = prompt_reading(config, documents, schedule, model.arch).shared
-    batches = iter(Batches(documents, schedule, steps, processes.rank, chunk=chunk, shared=shared))
-    baselines = None
-    if preference and not preference.paired:
-        policy = policy_of(model, config, processes)
-        baselines = StepBaseline(documents.others, schedule, range(steps), chunk, policy)
+    objective, policy = objective_of(config), policy_of(model, config, processes)
+    feed = objective.feed(TrainingData(documents), schedule, range(steps), policy, shared)
+    batches = iter(feed)
     model.train()
     shares = schedule.accumulate * processes.world
     with ops.nan_passes():
         for step in range(steps):
             optimizer.zero_grad()
             mine = torch.zeros((), dtype=torch.float64, device=device)
-            beside = {}
-            if baselines:
-                with undisturbed(model, device):
-                    beside = {"baseline": baselines.next()}
+            beside = feed.before_step()
             for micro in range(schedule.accumulate):
                 torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
-                mine += _backward(model, config, next(batches) | beside, around, shares, scaler)
+                mine += _backward(model, objective, next(batches) | beside, around, shares, scaler)
             loss = float(processes.total(mine))
             if not math.isfinite(loss):
                 yield loss
@@ -164,11 +168,16 @@ def train(
 
 
 def _backward(
-    model: RWKV, config: Config, batch: dict, around: AroundSteps, shares: int, scaler: torch.amp.GradScaler
+    model: RWKV,
+    objective: Objective,
+    batch: dict,
+    around: AroundSteps,
+    shares: int,
+    scaler: torch.amp.GradScaler,
 ) -> Tensor:
     """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
     batch = to_device(batch, model.emb.weight.device)
-    total, _ = objective(model, batch, chunks_of(config), preference_of(config))
+    total, _ = objective(model, batch)
     loss = total / (batch["step_weight"] or 1.0)
     penalty = around.penalty()
     scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
@@ -181,21 +190,18 @@ def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Proce
     units.
     """
     model.eval()
-    device, chunks, preference = model.emb.weight.device, chunks_of(config), preference_of(config)
+    device, objective = model.emb.weight.device, objective_of(config)
 
     def batches(documents: Units) -> Iterator[dict]:
-        collate = collator(documents, chunks.size)
+        collate = collator(documents, objective.chunks.size)
         mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
             batch = collate(rows, 1)
             yield to_device(batch | {"width": batch["ids"].shape[1]}, device)
 
     total = torch.zeros((), dtype=torch.float64, device=device)
-    beside = {}
     with ops.nan_passes():
-        if preference and not preference.paired:
-            policy = policy_of(model, config, processes)
-            beside = {"baseline": baseline(batches(held_out.others), policy)}
+        beside = objective.before_evaluation(held_out, batches, policy_of(model, config, processes))
         for batch in batches(held_out):
-            total += objective(model, batch | beside, chunks, preference)[0]
+            total += objective(model, batch | beside)[0]
     return float(processes.total(total)) / held_out.weight

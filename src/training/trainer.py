@@ -30,25 +30,18 @@ from rwkv_miss.adapter import AroundSteps
 from ..common.device import PRECISIONS
 from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
-from ..data.batches import Batches, make_schedule
+from ..data.batches import make_schedule
 from ..data.collate import to_device
-from ..data.encode import Encoder
-from ..data.units import Units
 from ..distributed.consistency import agree
 from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
-from ..evaluation.rewards import Rewards
 from ..model import RWKV
-from ..model.grpo_loss import GrpoLoss
 from ..model.log_probs import token_log_probs
-from ..objectives.base import objective
-from ..objectives.policy import Policy, undisturbed
-from ..objectives.preferences.kto_baseline import StepBaseline
-from ..objectives.preferences.reference import ReferencePass
-from ..objectives.rewards.feed import Rollouts, StepSize
-from ..objectives.rewards.rollouts import Draws
+from ..objectives.base import Feed, TrainingData
+from ..objectives.kinds import objective_of
+from ..objectives.policy import Policy
 from ..planning.base_model import reference_of
-from ..planning.step import chunks_of, grpo_of, preference_of, prompt_reading
+from ..planning.step import prompt_reading
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
 
@@ -76,21 +69,8 @@ class ScaledFp16(MixedPrecision):
         return result
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """What a run trains on, and what judges it."""
-
-    documents: Units
-    held_out: Units
-    evaluated: Units | None = None  # those of held_out that evaluations look at; None: all
-    # of a training on rewards
-    encoder: Encoder | None = None  # which made the questions
-    rewards: Rewards | None = None
-
-
 class FineTuning(pl.LightningModule):
-    """The loss of an optimizer step is the mean over all its trained tokens, weighted, or over its units of a
-    preference, or what GrpoLoss says of its answers.
+    """The loss of an optimizer step is the objective's, over all that the step has.
 
     It does not depend on how they fall into micro-batches and ranks. `find_rate` is called in
     setup() where lr_init is open: the processes know each other then, and each has the whole model.
@@ -107,26 +87,23 @@ class FineTuning(pl.LightningModule):
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
-        self.documents, self.held_out = data.documents, data.held_out
-        self.evaluated = data.held_out if data.evaluated is None else data.evaluated
-        self.encoder, self.rewards = data.encoder, data.rewards
-        self.preference, self.reference = preference_of(config), reference_of(config)
-        self.answers_loss = self.preference or grpo_of(config)
+        everything = data.held_out if data.evaluated is None else data.evaluated
+        self.data = dataclasses.replace(data, evaluated=everything)
+        self.objective, self.reference = objective_of(config), reference_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
-        self.chunks = chunks_of(config)
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
-        self.step_metrics: Tensor | None = None  # of the same, with a loss on answers
-        self.baselines: StepBaseline | None = None
-        self.rollouts: Rollouts | None = None  # where the answers are the model's own
+        self.step_metrics: Tensor | None = None  # of the same, where the objective has any
+        self.feed: Feed | None = None
+        self.beside: dict = {}  # what every micro-batch of the step has beside its own
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:
         agree(self.config, self.inputs() | self._code(), self.first_step)
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
-        self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
-        reading = prompt_reading(self.config, self.documents, self.schedule, self.model.arch)
+        self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
+        reading = prompt_reading(self.config, self.data.documents, self.schedule, self.model.arch)
         self.shared = reading.shared  # whether the prompt of a pair is read once
         config = self.config
         # stage 3 has the model's parts in the processes later, see ReferenceAtStart
@@ -147,50 +124,23 @@ class FineTuning(pl.LightningModule):
         The model is as it is before step 1, also in a run that goes on: the state of a checkpoint comes
         later.
         """
-        if self.preference is None or not self.preference.needs_reference:
-            return
-        strategy = self.trainer.strategy
-        with undisturbed(strategy.model, strategy.root_device):
-            reference = ReferencePass(self.config, self.shared, self.model, self.reference, self.policy)
-            self.documents = reference.training(self.documents, self.schedule, self.total_steps)
-            self.evaluated = reference.held_out(self.evaluated)
+        steps, shared = self.total_steps, self.shared
+        self.data = self.objective.with_reference(self.data, self.schedule, steps, self.policy, shared)
 
     @property
     def policy(self) -> Policy:
         """The model under the run's strategy."""
         strategy = self.trainer.strategy
-        return Policy(strategy.predict_step, processes_of(self.trainer), strategy.root_device)
+        processes, whole = processes_of(self.trainer), strategy.model
+        return Policy(strategy.predict_step, processes, self.model, whole, strategy.root_device)
 
-    def train_dataloader(self) -> Batches | Rollouts:
+    def train_dataloader(self) -> Feed:
         steps = range(self.first_step, self.total_steps)
-        if isinstance(self.answers_loss, GrpoLoss):
-            draws = Draws(self.model, self.documents, self.encoder, self.rewards, self.config)
-            whole = self.trainer.strategy.model
-            self.rollouts = Rollouts(draws, self.schedule, steps, self.answers_loss, self.policy, whole)
-            return self.rollouts
-        if self.preference and not self.preference.paired:
-            self.baselines = StepBaseline(
-                self.documents.others, self.schedule, steps, self.chunks.size, self.policy
-            )
-        return Batches(
-            self.documents,
-            self.schedule,
-            self.total_steps,
-            self.trainer.global_rank,
-            self.first_step,
-            self.chunks.size,
-            self.shared,
-        )
+        self.feed = self.objective.feed(self.data, self.schedule, steps, self.policy, self.shared)
+        return self.feed
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
-        return batch if self.rollouts else to_device(batch, device)
-
-    def step_size(self, step: int) -> StepSize:
-        """What the step (0-based) has that is under way, over all processes."""
-        if self.rollouts:
-            return self.rollouts.size
-        schedule = self.schedule
-        return StepSize(schedule.step_tokens(step), schedule.step_targets(step), schedule.step_weight(step))
+        return to_device(batch, device)
 
     def configure_optimizers(self):
         optimizer = adamw(self.groups, self.config, self.lr)
@@ -208,9 +158,8 @@ class FineTuning(pl.LightningModule):
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
-        if self.baselines and index % self.accumulate == 0:
-            with undisturbed(self.trainer.strategy.model, self.device):
-                self.baseline = self.baselines.next()
+        if index % self.accumulate == 0:
+            self.beside = self.feed.before_step()
         torch.manual_seed(
             self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
         )
@@ -220,17 +169,12 @@ class FineTuning(pl.LightningModule):
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
-        if self.baselines:
-            batch = batch | {"baseline": self.baseline}
-        keep = self.rollouts.keep if self.rollouts else None
-        loss, metrics = objective(self.model, batch, self.chunks, self.answers_loss, keep)
+        loss, metrics = self.objective(self.model, batch | self.beside, self.feed.keep)
         weight = batch["step_weight"] or 1.0
         self.step_loss += loss.detach() / weight
-        if self.answers_loss:
-            before = self.step_metrics
-            if before is None and self.rollouts:
-                before = self.rollouts.step_sums
-            self.step_metrics = metrics if before is None else self.answers_loss.joined(before, metrics)
+        if len(metrics):
+            before = self.feed.step_sums if self.step_metrics is None else self.step_metrics
+            self.step_metrics = metrics if before is None else self.objective.joined(before, metrics)
         scaled = loss * (self.accumulate * self.trainer.world_size / weight)
         penalty = self.around_steps.penalty(self.gather)
         return scaled if penalty is None else scaled + penalty
@@ -240,20 +184,20 @@ class FineTuning(pl.LightningModule):
         return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
-        """objective() of a batch of held-out rows; validation.validation_loss() asks for it."""
-        return objective(self.model, batch, self.chunks, self.answers_loss)
+        """Return the objective of a batch of held-out rows; held_out_loss.validation_loss() asks for it."""
+        return self.objective(self.model, batch)
 
     def predict_step(self, batch: dict) -> Tensor:
         """ln p of the trained tokens of a batch."""
-        return token_log_probs(self.model, batch, self.chunks, batch["width"])
+        return token_log_probs(self.model, batch, self.objective.chunks, batch["width"])
 
     def _code(self) -> dict[str, str | None]:
         """The hash of the user's code, which all processes have to share. A resumed run may have another."""
-        return {"file of --reward_file": self.rewards.digest} if self.rewards else {}
+        return {"file of --reward_file": self.data.rewards.digest} if self.data.rewards else {}
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
-        return inputs(self.model, self.documents, self.held_out, self.reference)
+        return inputs(self.model, self.data.documents, self.data.held_out, self.reference)
 
 
 class ReferenceAtStart(pl.Callback):

@@ -16,39 +16,30 @@ from torch import Tensor
 
 from ...data.batches import Batches, Schedule
 from ...data.collate import to_device
-from ...data.preferences import Preferences
+from ..base import Feed
 from ..policy import Policy
 
 
-class StepBaseline:
-    """The baselines of `steps` (0-based), in order.
+class WithBaseline(Feed):
+    """Micro-batches with the baseline of their step, a scalar in fp32."""
 
-    `others` are the mismatched units of the run's, at the same places.
-    """
-
-    def __init__(
-        self,
-        others: Preferences,
-        schedule: Schedule,
-        steps: range,
-        chunk: int,
-        policy: Policy,
-    ):
+    def __init__(self, batches: Batches, schedule: Schedule, steps: range, policy: Policy, chunk: int):
+        super().__init__(batches, schedule)
+        others = batches.documents.others
         # the same units in each step, and rows of other lengths
-        schedule = dataclasses.replace(schedule, lengths=schedule.rows.sums(others.lengths - 1))
-        self.accumulate = schedule.accumulate
-        self.batches = iter(Batches(others, schedule, steps.stop, policy.processes.rank, steps.start, chunk))
+        lengths = dataclasses.replace(schedule, lengths=schedule.rows.sums(others.lengths - 1))
+        self.others = iter(Batches(others, lengths, steps.stop, policy.processes.rank, steps.start, chunk))
         self.policy = policy
 
-    def next(self) -> Tensor:
-        """That of the next step, a scalar in fp32. Dropout and gradients are to be off."""
-        batches = itertools.islice(self.batches, self.accumulate)
-        on_device = (to_device(batch, self.policy.device) for batch in batches)
-        return baseline(on_device, self.policy)
+    def before_step(self) -> dict:
+        mismatched = itertools.islice(self.others, self.schedule.accumulate)
+        on_device = (to_device(batch, self.policy.device) for batch in mismatched)
+        with self.policy.undisturbed():
+            return {"baseline": baseline(on_device, self.policy)}
 
 
 def baseline(batches: Iterable[dict], policy: Policy) -> Tensor:
-    """The baseline of this process's batches of mismatched units and of all others', a scalar in fp32."""
+    """Compute the baseline of the mismatched units of all processes, a scalar in fp32."""
     sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for batch in batches:
         found = policy.log_probs(batch)  # also without units: all ranks do the same operations

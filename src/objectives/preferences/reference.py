@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.identity import Identity
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
-from ... import ops
 from ...common.late_reading import Numbers
 from ...config import Config, accumulation
 from ...data.answer_batches import collator
@@ -36,12 +34,11 @@ from ...data.collate import to_device
 from ...data.held_out import evaluation_rows
 from ...data.preferences import Preferences
 from ...data.token_cache import cache_folder, remove_old
-from ...data.units import Units
 from ...model import RWKV
 from ...ops.build import announce
 from ...planning.base_model import build_reference, reference_of
-from ...planning.step import preference_of, prompt_reading, unit_of
-from ..policy import Policy, policy_of, undisturbed
+from ...planning.step import unit_of
+from ..policy import Policy, policy_of
 from .reference_blocks import Blocks, blocks_in
 
 VERSION = 1  # a change of the code that changes the values raises it
@@ -84,22 +81,15 @@ def held_out_rounds(held_out: Preferences, config: Config, world: int) -> Rounds
 class ReferencePass:
     """Gives preferences the values of the reference; all processes take part, and get the same.
 
-    `shared`: the prompt of a pair is read once. `model` is that of the run, which `policy` asks. `reference`
-    is who the model of --reference is.
+    `shared`: the prompt of a pair is read once.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        shared: bool,
-        model: RWKV,
-        reference: Identity | None,
-        policy: Policy,
-    ):
-        self.config, self.shared, self.model, self.policy = config, shared, model, policy
+    def __init__(self, config: Config, shared: bool, policy: Policy):
+        self.config, self.shared, self.model, self.policy = config, shared, policy.model, policy
         self.processes, self.device = policy.processes, policy.device
+        reference = reference_of(config)
         self.other = reference and reference.fingerprint
-        if self.other == model.base_fingerprint:  # then it is not read a second time
+        if self.other == self.model.base_fingerprint:  # then it is not read a second time
             self.other = None
 
     def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:
@@ -230,20 +220,6 @@ class ReferencePass:
         if config.data_cache == "none":
             return pathlib.Path(config.proj_dir, FOLDER, digest)
         return cache_folder(config.data_cache) / digest
-
-
-def with_reference_alone(
-    model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
-) -> tuple[Units, Units]:
-    """Both with the values of the reference where the loss needs them, in one process without a trainer."""
-    preference = preference_of(config)
-    if preference is None or not preference.needs_reference:
-        return documents, held_out
-    policy = policy_of(model, config)
-    with undisturbed(model, policy.device), ops.nan_passes():
-        shared = prompt_reading(config, documents, schedule, model.arch).shared
-        reference = ReferencePass(config, shared, model, reference_of(config), policy)
-        return reference.training(documents, schedule, steps), reference.held_out(held_out)
 
 
 class _Values:

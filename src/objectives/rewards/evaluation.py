@@ -21,7 +21,7 @@ from ...config.launcher import is_first_process
 from ...data.encode import Encoder
 from ...data.held_out import SAMPLE_CHARACTERS
 from ...data.questions import Questions
-from ...distributed.process_group import ALONE, Processes
+from ...distributed.process_group import ALONE, Processes, processes_of
 from ...evaluation.answering import ROWS, completed
 from ...evaluation.rewards import Failed, Rewards, Scored
 from ...inference.engine import Engine
@@ -29,7 +29,7 @@ from ...inference.request import Answer, Request
 from ...inference.torch_decoder import TorchDecoder
 from ...model import RWKV
 from ...planning.drawing import rows_at_once
-from ..base import Evaluated
+from ..base import Evaluated, Evaluation
 from .patient_rewards import PatientRewards
 
 
@@ -61,12 +61,17 @@ class Share:
         self.judged.append(Judged(place, answer.text, len(answer.tokens), answer.cut, values, total))
 
 
-class RewardEvaluation:
-    """Asks the held-out questions. Every rank takes part in answers(), and gets the same."""
+class RewardEvaluation(Evaluation):
+    """The rewards of greedy answers to the held-out questions. Every process gets the same."""
 
     def __init__(self, encoder: Encoder, rewards: Rewards, timeout: float):
         self.encoder, self.rewards, self.timeout = encoder, rewards, timeout
         self.told: set[str] = set()  # kinds of failures that were said
+
+    def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
+        module, processes = trainer.lightning_module, processes_of(trainer)
+        samples = module.config.eval_samples
+        return self.answers(module.model, module.data.evaluated, samples, processes, is_stopped)
 
     def answers(
         self,

@@ -9,14 +9,14 @@ the same, so that nothing changes but the time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_miss import disabled
 from rwkv_miss.adapter import only_linears_change
@@ -28,26 +28,18 @@ from ...data.answer_unit import AnswerGroup
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...evaluation.rewards import Failed
-from ...model import RWKV
 from ...model.grpo_loss import GrpoLoss, reward_metric
 from ...planning.base_model import build_reference, reference_of
 from ...planning.step import chunks_of
-from ..policy import Policy, policy_of, undisturbed
-from .rollouts import Draws, Group
+from ..base import BetweenSteps, Feed, StepSize
+from ..policy import Policy, policy_of
+from .rollouts import Group, Rollouts
 
 KL_EVERY = 10  # draws, of which the KL of one is measured where none is trained
 
 
-class StepSize(NamedTuple):
-    """What a step has, over all processes."""
-
-    tokens: int  # read
-    targets: int  # trained; 0: no weight moves
-    weight: float  # units: documents, pairs, questions
-
-
-class AllFailed(UserError):
-    """No group of a draw has rewards. All processes raise it, before the step."""
+class AllFailed(BetweenSteps):
+    """No group of a draw has rewards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +62,12 @@ class Totals:
 class Reference:
     """ln p by the model without its adapter, or by that of --reference. None where neither is there."""
 
-    def __init__(self, model: RWKV, config: Config, policy: Policy):
+    def __init__(self, config: Config, policy: Policy):
         self.trained = config.beta > 0
         self.log_probs = None
-        other = reference_of(config)
+        model, other = policy.model, reference_of(config)
         if only_linears_change(model) and (other is None or other.fingerprint == model.base_fingerprint):
-            self.log_probs = lambda batch: _without_adapter(model, policy, batch)
+            self.log_probs = functools.partial(_without_adapter, policy)
         elif other:
             built = build_reference(config).to(policy.device)
             self.log_probs = policy_of(built, config).log_probs
@@ -86,33 +78,26 @@ class Reference:
         return self.log_probs(batch) if due else None
 
 
-def _without_adapter(model: RWKV, policy: Policy, batch: dict) -> Tensor:
-    with disabled(model):
+def _without_adapter(policy: Policy, batch: dict) -> Tensor:
+    with disabled(policy.model):
         return policy.log_probs(batch)
 
 
-class Rollouts:
+class RolloutFeed(Feed):
     """The micro-batches of one rank in order, on its device, which Lightning iterates over.
 
     They are those of data.batches.Batches, of drawn answers. At the first micro-batch of a draw the model is
-    asked, as it is then. `strategy_model` is what the run's strategy has made of the model.
+    asked, as it is then.
     """
 
-    def __init__(
-        self,
-        draws: Draws,
-        schedule: Schedule,
-        steps: range,
-        loss: GrpoLoss,
-        policy: Policy,
-        strategy_model: nn.Module,
-    ):
-        self.draws, self.schedule, self.steps, self.loss = draws, schedule, steps, loss
-        self.policy, self.strategy_model = policy, strategy_model
-        self.rewards, self.config = draws.rewards, draws.config
+    always_has_loss = True  # of groups of equal rewards it is 0
+
+    def __init__(self, rollouts: Rollouts, schedule: Schedule, steps: range, loss: GrpoLoss, policy: Policy):
+        self.rollouts, self.schedule, self.steps, self.loss = rollouts, schedule, steps, loss
+        self.policy, self.rewards, self.config = policy, rollouts.rewards, rollouts.config
         self.chunk = chunks_of(self.config).size
         self.shared = not self.chunk  # whether a prompt is read once for its answers, see prompt_reading()
-        self.reference = Reference(draws.model, self.config, policy)
+        self.reference = Reference(self.config, policy)
         self.first_group: Group | None = None  # of the newest draw, for whoever shows it
         self.totals = Totals()
         self.batches: list[dict] = []
@@ -142,15 +127,15 @@ class Rollouts:
         if batch["old"] is None:
             batch["old"] = log_probs.detach()
 
-    @property
-    def size(self) -> StepSize:
-        """What the step has that is under way."""
+    def size(self, step: int) -> StepSize:
         totals = self.totals
         return StepSize(int(totals.read), int(totals.trained), totals.groups + totals.failed)
 
-    def draws_after(self, step: int) -> bool:
-        """Tell whether the step after this one begins with a draw."""
+    def waits_for(self, step: int) -> bool:
+        # who draws waits for the GPU anyway, and a bad state should draw nothing
         return step % self.schedule.repeats == 0
+
+    may_stop_after = waits_for  # a checkpoint has no answers in it, so the next step has to draw new ones
 
     def abandon(self) -> None:
         """Train no further on the newest draw: the state that it was drawn from, or made, is gone."""
@@ -167,9 +152,9 @@ class Rollouts:
         ]
         groups: list[Group] = []
         error = None
-        with undisturbed(self.strategy_model, self.policy.device):
+        with self.policy.undisturbed():
             try:
-                groups = self.draws.groups(draw, places)
+                groups = self.rollouts.groups(draw, places)
             except UserError as caught:
                 error = caught
             seconds = time.perf_counter() - begun

@@ -82,7 +82,7 @@ class Group:
         )
 
 
-class Draws:
+class Rollouts:
     """Draws groups for questions, by the model as it is, and has them scored."""
 
     def __init__(self, model: RWKV, questions: Questions, encoder: Encoder, rewards: Rewards, config: Config):

@@ -10,7 +10,7 @@ from ...common.files import append_line, read_lines, write_lines
 from .samples import SAMPLES, is_due, sample_line
 
 
-class DrawnSamples(Callback):
+class SampleWriter(Callback):
     """One line each time: the first group of the first process's newest draw.
 
     {"step", "prompt", "right", "answers": [{"answer", "tokens", "cut", "reward", "reward_NAME",
@@ -31,5 +31,5 @@ class DrawnSamples(Callback):
         step = trainer.global_step
         if not trainer.is_global_zero or (index + 1) % module.accumulate:
             return
-        if is_due(step, module.total_steps, module.config.inner_steps) and module.rollouts.first_group:
-            append_line(self.path, sample_line(step, module.rollouts.first_group, module.rewards.names))
+        if is_due(step, module.total_steps, module.config.inner_steps) and module.feed.first_group:
+            append_line(self.path, sample_line(step, module.feed.first_group, module.data.rewards.names))

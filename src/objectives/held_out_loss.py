@@ -1,0 +1,126 @@
+"""Evaluations by a loss: on held-out documents or preferences, with sample answers to a few of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.progress import Progress
+
+from ..config.launcher import is_first_process
+from ..data.answer_batches import collator
+from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions
+from ..data.leading_token import without_leading
+from ..data.units import Units
+from ..distributed.process_group import processes_of
+from ..evaluation.answering import completed
+from ..inference.engine import Engine
+from ..inference.request import Answer, Request
+from ..inference.torch_decoder import TorchDecoder
+from .base import Evaluated, Evaluation
+
+
+class HeldOutLoss(Evaluation):
+    """The loss of a run's objective on the documents that it evaluates."""
+
+    def __init__(self, module):
+        self.module, encoder = module, module.data.encoder
+        self.tokenizer, self.bos = encoder.tokenizer, encoder.bos
+        self.questions = questions(module.data.held_out, module.config.eval_samples, encoder)
+
+    def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
+        evaluated = self.module.data.evaluated
+        found = validation_loss(trainer, evaluated, is_stopped)
+        if found is None:
+            return None
+        decode = self.tokenizer.decode
+        samples = [
+            {
+                "prompt": decode(without_leading(question.prompt, self.bos)),
+                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.cut),
+                "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
+            }
+            for question, answer in zip(self.questions, self._answers(), strict=True)
+        ]
+        return Evaluated(*found, evaluated.weight, evaluated.targets, samples)
+
+    def _answers(self) -> list[Answer]:
+        """The greedy answers to the questions. Every rank makes all of them, in step."""
+        if not self.questions:
+            return []
+        engine = Engine(TorchDecoder(self.module.model, len(self.questions)), self.tokenizer)
+        requests = [
+            Request(question.prompt, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS)
+            for question in self.questions
+        ]
+        with Progress("answering", len(requests), "questions", is_first_process()) as bar:
+            answers = dict(completed(engine, requests, bar))
+        return [answers[place] for place in range(len(requests))]
+
+
+def shortened(text: str, characters: int, cut: bool = False) -> str:
+    """A text of at most so many characters. A longer one ends in "…", and so does one that is `cut` already.
+
+    Half a character, as a limit of tokens leaves it, is left out.
+    """
+    whole = text.rstrip("\ufffd")
+    if whole == text and len(text) <= characters and not cut:
+        return text
+    return f"{whole[: characters - 1]}…"
+
+
+def validation_loss(
+    trainer, documents: Units, is_stopped: Callable[[], bool] = lambda: False
+) -> tuple[float, dict[str, float]] | None:
+    """Compute (the mean loss over all trained tokens of the documents, weighted, in nats, or over their
+    units; the other means of a preference).
+
+    Every rank takes part and gets the same numbers. None where on some rank is_stopped() between two batches.
+    Packing and the number of processes do not change the result: rows don't see each other, each batch is
+    computed by one process, and float64 has room enough for fp32 sums to be added without rounding, in any
+    order.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    objective, processes = module.objective, processes_of(trainer)
+    weight = math.fsum(document.weight for document in documents)
+    total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
+    sums: Tensor | None = None
+
+    def batches(units: Units) -> Iterator[dict]:
+        return _batches(trainer, units, weight, is_stopped)
+
+    try:
+        beside = objective.before_evaluation(documents, batches, module.policy)
+        for turn, batch in enumerate(batches(documents)):
+            loss, metrics = strategy.validation_step(batch | beside, turn)
+            total += loss
+            sums = metrics if sums is None else sums + metrics
+    except _Stopped:
+        return None
+    loss = float(processes.total(total)) / weight
+    return loss, objective.means(processes.total(sums).tolist()) if len(sums) else {}
+
+
+class _Stopped(Exception):
+    """A rank was asked to stop between two batches; all of them raise it."""
+
+
+def _batches(trainer, documents: Units, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
+    """The batches of this rank, as many as every other one has, on its device."""
+    strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
+    batches = evaluation_batches(documents, module.config)
+    collate = collator(documents, module.objective.chunks.size, module.shared)
+    with Progress("validation", len(documents), "documents", is_first_process()) as bar:
+        for first in range(0, len(batches), world):
+            stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
+            if strategy.reduce(stopped, reduce_op="sum"):
+                raise _Stopped
+            # a rank without a batch takes one without a target: all of them must do the same operations
+            mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
+            # the longest of the rows that the ranks have now
+            width = sum(document.inputs for document in batches[first][0])
+            yield strategy.batch_to_device(collate(mine, weight) | {"width": width})
+            bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
