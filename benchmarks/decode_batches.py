@@ -10,11 +10,8 @@ A random model with the World vocabulary's size. One thread is measured in CPU t
 alternate between the contenders, and the fastest counts. bf16 weights meet exact activations, and such in
 bf16 where the CPU multiplies these; int8 ones those that the CPU multiplies fastest. Every step computes the
 logits of all rows. The choice of the tokens is measured by itself, for the most rows up to 16: on the model's
-own logits, which are flat, and on four times them, which are about as peaked as those of a trained model.
-
-The share of the bandwidth is that of one row, of the peak that of the most rows up to 16, where one
-multiply-add for each weight and row counts, in fp32 for bf16 weights and in int8 for int8 ones. The last line
-is JSON.
+own logits, which are flat, and on four times them, which are about as peaked as those of a trained model. The
+last line is JSON.
 """
 
 import argparse
@@ -36,7 +33,6 @@ from src.model import RWKV
 from . import llama
 from .common import add_integers, argument_parser, report, timed
 from .decode_contenders import llama_contenders, write_adapter, write_base
-from .decode_limits import Limits
 
 STEPS = 5  # of a round
 SAMPLINGS = {"greedy": GREEDY, "default": Sampling(), "whole": Sampling(1, 1), "open_think": OPEN_THINK}
@@ -69,20 +65,6 @@ class Rows:
     def step(self, tokens: list[int]) -> torch.Tensor:
         applied = [self.applied[row % len(self.applied)] for row in range(len(tokens))]
         return self.decoder.step(tokens, applied)
-
-    @property
-    def weights(self) -> int:
-        """Multiply-adds of a row."""
-        return sum(p.numel() for name, p in self.model.named_parameters() if name != "emb.weight")
-
-    @property
-    def bytes(self) -> int:
-        """What a step reads of the weights."""
-        packed = self.decoder.panels if self.kind == "int8" else {}
-        whole = {name: p for name, p in self.model.named_parameters() if name != "emb.weight"}
-        if self.kind == "int8" and not packed:
-            return sum(p.numel() if p.dim() > 1 else p.nbytes for p in whole.values())
-        return sum(packed[name].nbytes if name in packed else p.nbytes for name, p in whole.items())
 
 
 def arguments() -> argparse.Namespace:
@@ -126,26 +108,22 @@ def steps(contender, tokens: list[list[int]]) -> None:
         contender.step(of_rows)
 
 
-def measure(contenders: dict, limits: Limits, threads: int, args) -> tuple[dict, dict]:
-    """(seconds of a step by contender and rows, what the machine does a second), the best of all rounds."""
+def measure(contenders: dict, threads: int, args) -> dict[str, dict[int, float]]:
+    """Measure seconds of a step by contender and rows, the best of all rounds."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(65536, (STEPS, max(args.rows)), generator=generator)
     best = {name: dict.fromkeys(args.rows, float("inf")) for name in contenders}
-    read, peaks = float("inf"), dict.fromkeys(("fp32", "int8", "bf16"), 0.0)
     for contender in contenders.values():
         contender.start(threads)
         contender.step(tokens[0].tolist())
     for _ in range(args.rounds):
-        read = min(read, limits.read_seconds(threads))
-        for kind in peaks:
-            peaks[kind] = max(peaks[kind], limits.multiply_adds_per_second(kind, threads))
         for rows in args.rows:
             given = tokens[:, :rows].tolist()
             for name, contender in contenders.items():
                 contender.start(threads)
                 seconds = timed(functools.partial(steps, contender, given), threads)
                 best[name][rows] = min(best[name][rows], seconds / STEPS)
-    return best, {"read": limits.buffer.nbytes / read} | peaks
+    return best
 
 
 def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[str, float]:
@@ -162,75 +140,29 @@ def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[st
     return found
 
 
-def ratios(rate: dict[str, dict[int, float]], many: int, adapters: int) -> dict[str, float]:
-    """What is asked of the decoder, in words; rates in tokens/s by contender and rows."""
-    found = {}
-    for name, of_name in rate.items():
-        if not name.startswith("ours"):
-            continue
-        peer = rate.get("llama Q8_0" if "int8" in name else "llama BF16")
-        if 1 in of_name:
-            found[f"{name}: {many} rows / 1 row"] = of_name[many] / of_name[1]
-        if peer:
-            found |= {f"{name}: {rows} rows / llama.cpp": of_name[rows] / peer[rows] for rows in of_name}
-    if adapters:
-        plain = next(of_name for name, of_name in rate.items() if name.startswith("ours bf16"))
-        found[f"time of {many} rows with {adapters} adapters / without"] = (
-            plain[many] / rate[f"bf16 + {adapters} miss"][many]
-        )
-    return {words: round(ratio, 3) for words, ratio in found.items()}
-
-
-def shares(contenders: dict, seconds: dict, can: dict, many: int) -> dict[str, dict[str, float]]:
-    """Of the bandwidth with one row, of the peak with many."""
-    found = {}
-    for name, contender in contenders.items():
-        if isinstance(contender, Rows):
-            kind = {"bf16": "fp32", "bf16 act.": "bf16", "int8": "int8"}[contender.kind]
-            peak = can[kind] or can["fp32"]
-            found[name] = {"peak": round(contender.weights * many / seconds[name][many] / peak, 3)}
-            if 1 in seconds[name]:
-                found[name]["bandwidth"] = round(contender.bytes / seconds[name][1] / can["read"], 3)
-    return found
-
-
-def of_threads(contenders: dict, limits: Limits, threads: int, args) -> dict:
+def of_threads(contenders: dict, threads: int, args) -> dict:
     many = max(rows for rows in args.rows if rows <= 16)
-    seconds, can = measure(contenders, limits, threads, args)
-    rate = {name: {rows: rows / s for rows, s in of_name.items()} for name, of_name in seconds.items()}
-    print(f"\n{threads} threads, {can['read'] / 1e9:.1f} GB/s read, multiply-adds in G/s:", end=" ")
-    print(", ".join(f"{kind} {can[kind] / 1e9:.0f}" for kind in ("fp32", "bf16", "int8")))
-    print(f"{'tokens/s of all rows':<20}", *(f"{rows:>7}" for rows in args.rows))
-    for name, of_name in rate.items():
-        print(f"{name:<20}", *(f"{tokens:7.1f}" for tokens in of_name.values()))
-    found = {"ratios": ratios(rate, many, args.adapters), "shares": shares(contenders, seconds, can, many)}
+    seconds = measure(contenders, threads, args)
+    rate = {name: {rows: round(rows / s, 1) for rows, s in own.items()} for name, own in seconds.items()}
+    print(f"\n{threads} threads; tokens/s of all rows")
+    print(f"{'':<20}", *(f"{rows:>7}" for rows in args.rows))
+    for name, own in rate.items():
+        print(f"{name:<20}", *(f"{tokens:7.1f}" for tokens in own.values()))
     ours = next(name for name in contenders if name.startswith("ours bf16"))
-    tokens = torch.arange(many).tolist()
-    sampling = measure_sampling(contenders[ours].step(tokens).clone(), threads, args.rounds)
-    found["sampling_ms"] = sampling
-    found["sampling_share"] = {
-        name: {words: round(ms / 1e3 / of_name[many], 3) for words, ms in sampling.items()}
-        for name, of_name in seconds.items()
-        if name.startswith("ours")
-    }
-    for title, figures in found.items():
-        print(title)
-        for words, figure in figures.items():
-            print(f"    {words:<45} {figure}")
-    words = {name: contender.words for name, contender in contenders.items() if isinstance(contender, Rows)}
-    rounded = {name: {rows: round(x, 1) for rows, x in of_name.items()} for name, of_name in rate.items()}
-    limit = {name: round(x / 1e9, 1) for name, x in can.items()}
-    return {"threads": threads, "tokens_per_second": rounded, "limits": limit, "decoders": words, **found}
+    sampling = measure_sampling(contenders[ours].step(list(range(many))).clone(), threads, args.rounds)
+    for words, ms in sampling.items():
+        print(f"sampling of {many} rows, {words:<22} {ms} ms")
+    decoders = {name: one.words for name, one in contenders.items() if isinstance(one, Rows)}
+    return {"threads": threads, "tokens_per_second": rate, "sampling_ms": sampling, "decoders": decoders}
 
 
 def main() -> None:
     args = arguments()
-    limits = Limits()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = pathlib.Path(folder, "base.pth")
         write_base(path, args.version, args.layers, args.width)
         contenders = make_contenders(path, args)
-        results = [of_threads(contenders, limits, threads, args) for threads in args.threads]
+        results = [of_threads(contenders, threads, args) for threads in args.threads]
     shape = {"layers": args.layers, "width": args.width, "vocabulary": 65536}
     report("decode_batches", results=results, version=args.version, shapes=shape, rounds=args.rounds)
 

@@ -16,18 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-KINDS = (
-    "product",  # with the base's weights
-    "adapter product",
-    "wkv",
-    "elementwise",
-    "norm",
-    "reduction",
-    "copy",
-    "loss",
-    "dequantise",
-    "optimizer",
-)
 # what counts as elementwise traffic: all that is no product, no WKV, no loss and no optimizer
 TRAFFIC = ("elementwise", "norm", "reduction", "copy")
 
@@ -114,19 +102,10 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
     "add_layer_norm_backward": ("norm", _with_gradients_of_vectors),
     **{
         name: ("elementwise", 1)
-        for name in (
-            "relu_squared",
-            "gated",
-            "gated_backward",
-            "value_residual",
-            "delta_inputs",
-            "readout6",
-            "readout7",
-            "shift_mix",
-            "shift_mix_token",
-            "relu_squared_backward",
-            "value_residual_backward",
-        )
+        for name in """
+            relu_squared gated gated_backward value_residual delta_inputs readout6 readout7 shift_mix
+            shift_mix_token relu_squared_backward value_residual_backward
+        """.split()
     },
     **{
         f"{name}_backward": ("elementwise", _with_gradients_of_vectors)

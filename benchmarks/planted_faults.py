@@ -1,14 +1,13 @@
 """Slips of a programmer, planted one at a time: which test finds each of them.
 
     python -m benchmarks.planted_faults [--faults NAME ...] [--tests test_data ...] [--jobs 2]
-        [--pytest_arguments "-m fast"] [--limit_seconds 3600] [--out out/planted-faults.json] [--check]
+        [--pytest_arguments "-m fast"] [--limit_seconds 3600] [--out out/planted-faults.json]
 
 benchmarks/planted_faults.txt has the faults. Each is planted in a copy of the working tree. Then the test
 files whose imports reach the changed file run one after another, the nearest first, until one is red. A test
 counts if it is green again without the fault. --tests and --pytest_arguments take a part of the suite, so the
-same command measures one tier of it. --limit_seconds is for one fault. --check runs no test: it says how many
-test files reach each fault, and fails where one has lost its place in the code. CPU seconds are those of all
-processes that the tests start.
+same command measures one tier of it. --limit_seconds is for one fault. CPU seconds are those of all processes
+that the tests start.
 """
 
 from __future__ import annotations
@@ -186,20 +185,6 @@ def try_fault(fault: Fault, tests: list[str], limit: float) -> dict[str, object]
     }
 
 
-def check(faults: list[Fault]) -> int:
-    """Print how many test files reach each fault; return how many faults have lost their place."""
-    lost = 0
-    for fault in faults:
-        try:
-            planted(fault)
-        except (ValueError, OSError) as error:
-            lost += 1
-            print(f"lost: {error}")
-        count = len(reaching_tests(fault.file))
-        print(f"{fault.name:26} {fault.kind:10} {fault.file:38} {count:4} test files")
-    return lost
-
-
 def run(faults: list[Fault], chosen: list[str], args) -> list[dict[str, object]]:
     """Try all faults, and write the results to --out after each of them."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -230,14 +215,11 @@ def main() -> None:
     parser.add_argument("--pytest_arguments", default="", metavar="TEXT", help='such as "-m fast"')
     add_integers(parser, limit_seconds=3600, jobs=1)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/planted-faults.json"))
-    parser.add_argument("--check", action="store_true", help="run no test")
     args = parser.parse_args()
     faults = read_faults()
     if unknown := set(args.faults) - {fault.name for fault in faults}:
-        parser.error(f"--faults {' '.join(sorted(unknown))}: not in {FAULTS.name}, which --check lists")
+        parser.error(f"--faults {' '.join(sorted(unknown))}: not in {FAULTS.name}")
     faults = [fault for fault in faults if not args.faults or fault.name in args.faults]
-    if args.check:
-        sys.exit(bool(check(faults)))
     results = run(faults, [pathlib.Path(name).stem for name in args.tests], args)
     outcomes = [one["outcome"] for one in results]
     counts = {name.replace(" ", "_"): outcomes.count(name) for name in ("found", "not found", "out of time")}

@@ -214,16 +214,8 @@ def table(outcomes: dict[str, Outcome], lrs: tuple[float, ...]) -> Table:
         )
         for label, o in ordered
     ]
-    columns = (
-        "system",
-        "parameters",
-        f"lr {lrs[0]:g} (paper)",
-        "sd",
-        "best lr",
-        "sd at best",
-        "which is",
-        *(f"lr {lr:g}" for lr in lrs[1:]),
-    )
+    columns = ["system", "parameters", f"lr {lrs[0]:g} (paper)", "sd", "best lr", "sd at best", "which is"]
+    columns += [f"lr {lr:g}" for lr in lrs[1:]]
     return Table(
         "Minimum validation loss, mean and standard deviation over the seeds. The best lr is chosen by the"
         " same seeds.",
