@@ -6,7 +6,7 @@ import contextlib
 import pathlib
 import subprocess
 
-VERSION = "0.1.0"  # pyproject.toml takes it from here
+VERSION = "0.2.0"  # pyproject.toml takes it from here
 
 
 def commit() -> str:
@@ -21,5 +21,5 @@ def commit() -> str:
 
 
 def version_line() -> str:
-    """Return the version and the commit: "0.1.0, commit 4ad1e2f"."""
+    """Return the version and the commit: "0.2.0, commit 4ad1e2f"."""
     return f"{VERSION}, commit {found}" if (found := commit()) else VERSION
