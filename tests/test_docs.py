@@ -271,6 +271,13 @@ def test_every_link_leads_to_a_file_and_a_heading():
     assert not broken, "\n".join(broken)
 
 
+def test_the_index_has_every_page_in_english_and_in_chinese():
+    english, chinese = pages()["docs/README.md"].split("## 中文目录")
+    names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    for index in (english, chinese):
+        assert {name for name in names if f"]({name})" not in index} == set()
+
+
 def columns(line):
     """Columns of a line on a terminal, without the addresses of links and without commands."""
     line = re.sub(r"\]\([^)]*\)|`[^` ]+ [^`]*`", "", line)

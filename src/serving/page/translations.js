@@ -85,7 +85,7 @@ const CHINESE = {
   adapter: "适配器",
   second_adapter: "第二个适配器",
   scale: "强度",
-  base: "基座",
+  base: "底模",
   temperature: "温度",
   top_p: "Top p",
   top_k: "Top k",
