@@ -111,7 +111,7 @@ def write_adapter(path: pathlib.Path, method: str = "miss", parts: str = "", **o
     for p in model.parameters():
         if p.requires_grad:
             p.data.normal_()
-    rwkv_miss.save_adapter(model, path, tokenizer="bytes", eod="", template="rwkv", step=3)
+    rwkv_miss.save_adapter(model, path, tokenizer="bytes", eod="", template="rwkv:hermes", step=3)
 
 
 def write_state(path: pathlib.Path) -> None:

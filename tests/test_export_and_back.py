@@ -23,7 +23,7 @@ pytest.importorskip("gguf", reason="the extra convert is absent: pip install ggu
 safetensors = pytest.importorskip(
     "safetensors", reason="the extra convert is absent: pip install safetensors"
 )
-METADATA = {"tokenizer": "bytes", "eod": "", "template": "think", "note": "kept ☃"}
+METADATA = {"tokenizer": "bytes", "eod": "", "template": "think:hermes", "note": "kept ☃"}
 
 
 def export(path, out, to, *settings, **named):

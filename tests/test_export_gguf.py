@@ -214,7 +214,9 @@ def test_the_world_vocabulary(tmp_path):
 
 
 def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
-    saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "eod": "", "template": "think"})
+    saved(
+        tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "eod": "", "template": "think:hermes"}
+    )
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     keys, _ = read(tmp_path / "m.gguf")
     assert (
@@ -232,9 +234,9 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
 def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_path):
     (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n5 '✿' 3\n", encoding="utf-8")
     for template, eot in (
-        ("rwkv", 3),
-        ("fake-think", 3),
-        ("think-short", None),
+        ("rwkv:hermes", 3),
+        ("fake-think:hermes", 3),
+        ("think-short:hermes", None),
         ("think-chinese:json", None),
         ("rwkv:markdown", None),
         ("flower:json", 5),

@@ -150,7 +150,7 @@ def test_the_official_layout_has_the_released_names_and_shapes(tmp_path):
 def test_the_official_folders_tokenizer_and_template(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the test extra is absent")
     arch = dataclasses.replace(released(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536)
-    saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short"})
+    saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short-2025:hermes"})
     assert export(tmp_path / "m.pth", tmp_path / "hf", "hf").notes == []
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = load_tokenizer("world", 65536)
@@ -180,7 +180,7 @@ def test_generation_ends_where_the_template_ends_a_turn(tmp_path):
 
 def test_the_fla_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
     arch = dataclasses.replace(released(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536)
-    saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short"})
+    saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short-2025:hermes"})
     export(tmp_path / "m.pth", tmp_path / "hf", "hf", layout="fla")
     theirs, ours = rwkv7_hf.RWKV7Tokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("world", 65536)
     draw = random.Random(0)

@@ -113,7 +113,7 @@ def test_a_model_of_bytes_end_to_end(tmp_path, library):
     write_checkpoint(
         path,
         random_tensors(dataclasses.replace(odd(7), vocab_size=256)).items(),
-        {"tokenizer": "bytes", "template": "rwkv"},
+        {"tokenizer": "bytes", "template": "rwkv:hermes"},
     )
     export(path, tmp_path / "m.gguf", "gguf", "F32")
     model, ours = llama.Llama(library, tmp_path / "m.gguf"), RWKV.load(path, torch.float64)
