@@ -1,15 +1,26 @@
 """Command lines of RWKV-LM and RWKV-PEFT, flag by flag as their scripts have them: what they mean here."""
 
 import re
+import sys
 
 import pytest
 
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
-from src.config import method_flags, parse
-from src.config.adapter_options import AdapterOptions
-from src.config.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
+from src.config import parse
+from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
+from src.config.legacy import (
+    DROPPED,
+    NAMES,
+    QUANTS,
+    REFUSED,
+    STRATEGIES,
+    newest_model,
+    translate,
+)
+from src.config.legacy.data_flags import LOSS_MASKS
+from src.config.parse import flag_parser, read_flags
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 ATTENTION = ["att.receptance", "att.key", "att.value", "att.output"]
@@ -306,7 +317,30 @@ def test_todays_command_line_passes_unchanged():
     words = "--load_model a --data_file=b --peft_config=r=8,targets=key+value --grad_cp 1 stray".split()
     assert translate(words) == (words, [])
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
-    assert set(method_flags.ALIASES.values()) == {"miss"}
+    assert set(METHOD_ALIASES.values()) == {"miss"}
+
+
+def test_a_command_line_of_today_reads_no_translator(monkeypatch):
+    parser = flag_parser("train.py", "")
+    assert not NAMES & {flag.removeprefix("--") for flag in parser._option_string_actions}
+    monkeypatch.setitem(sys.modules, "src.config.legacy", None)  # its import fails
+    today = "--load_model a --data_file=b --peft_config r=8,targets=key+value --grad_cp 1 --verbose"
+    assert read_flags(parser, today.split())["load_model"] == "a"
+    foreign = {
+        "loss_mask": [*LOSS_MASKS, "se"],
+        "quant": [*QUANTS, "1"],
+        "strategy": STRATEGIES,
+        "peft": METHOD_ALIASES,
+        "op": ["fla", "triton"],
+        "random_seed": ["-1"],
+        "load_model": ["0"],
+        "train_parts": ["none", "[]", '["ln", "time"]'],
+    }
+    words = [[f"--{name}={value}"] for name, values in foreign.items() for value in values]
+    words += [["--train_parts", "time", "ln"], ["--peft_config", "{r:", "8}"], ["--lora"], ["stray"]]
+    for argv in words:
+        with pytest.raises(ImportError):
+            read_flags(parser, argv)
 
 
 def test_parts_beside_the_adapter_in_three_spellings(capsys):

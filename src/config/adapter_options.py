@@ -13,6 +13,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
 
 TARGET_NAMES = ("targets", "target_modules")
+METHOD_ALIASES = {"bone": "miss", "disha": "miss"}  # MiSS had these names in 2024 and 2025
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +23,23 @@ from rwkv_miss.errors import Parser, UserError, did_you_mean
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import write_text
-from . import legacy, method_flags
-from .adapter_options import TARGET_NAMES
+from .adapter_options import METHOD_ALIASES, TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .loss_rules import check_by_hand
 from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
 from .validate import validate
 
+# values of other projects' scripts for flags that are here too; legacy/ knows what they mean
+FOREIGN = {
+    "load_model": "0",
+    "loss_mask": "none|pad|qa|se|",
+    "op": "fla|triton",
+    "peft": "|".join(METHOD_ALIASES),
+    "quant": "0|1|4bit|fp4|fp8|",
+    "random_seed": "-1",
+    "strategy": "single[-_]device",
+    "train_parts": r"none|\[.*",
+}
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
 
@@ -68,10 +79,30 @@ def flag_parser(prog: str, description: str) -> Parser:
 
 def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
     """What a command line gives, by name, with older spellings translated and the user told."""
-    argv, notes = legacy.translate(argv)
-    for note in notes if is_first_process() else ():
-        print("note:", note)
+    if not _is_of_today(parser, argv):
+        from .legacy import translate  # six files that other starts need not read
+
+        argv, notes = translate(argv)
+        for note in notes if is_first_process() else ():
+            print("note:", note)
     return vars(parser.parse_args(argv))
+
+
+def _is_of_today(parser: Parser, argv: list[str]) -> bool:
+    """Tell whether a command line has this parser's flags alone, each with one value, and none of FOREIGN."""
+    name, has_value = "", True
+    for word in argv:
+        is_flag = word.startswith("--")
+        flag, equals, value = word.partition("=") if is_flag else ("", "=", word)
+        if is_flag:
+            if flag not in parser._option_string_actions:
+                return False
+            name, has_value = flag.removeprefix("--"), False
+        if equals:
+            if has_value or name in FOREIGN and re.fullmatch(FOREIGN[name], value):
+                return False
+            has_value = True
+    return True
 
 
 def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
@@ -163,7 +194,7 @@ def _typed_value(name: str, value: Any) -> Any:
         expected = " or ".join([EXPECTED[kind], *words])
         raise UserError(f"--{name} {value}: expected {expected}") from None
     if name == "peft":
-        value = method_flags.ALIASES.get(value, value)
+        value = METHOD_ALIASES.get(value, value)
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         known = [c for c in choices if c]

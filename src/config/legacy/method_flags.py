@@ -14,6 +14,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..adapter_options import METHOD_ALIASES
 from .flag_values import decimal, integer, is_on, value, version
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
@@ -24,7 +25,6 @@ CONFIGS = {
     "lora_config": "lora",
     "pissa_config": "pissa",
 }
-ALIASES = {"bone": "miss", "disha": "miss"}
 
 # before that, one flag for each option of LoRA; the first two stand alone
 LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
@@ -43,7 +43,7 @@ NAMES = {*CONFIGS, *LORA_FLAGS, *RANK_FLAGS, "emb", "state_tune", "state"}
 def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """Give --peft, --peft_config and --train_parts for every older spelling."""
     named = value(kept, "peft")
-    chosen = ALIASES.get(named, named)
+    chosen = METHOD_ALIASES.get(named, named)
     new: list[str] = []
     options: dict[str, Any] = {}
     beside: list[str] = []  # parts that are trained beside the adapter
@@ -58,8 +58,8 @@ def method(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[st
             if name in old
         ]
     options |= _method_configs(chosen, old, kept, notes)
-    if named in ALIASES and options.get("mode") != "bat":
-        notes.append(f"--peft {named} is --peft {ALIASES[named]}, its name today")
+    if named in METHOD_ALIASES and options.get("mode") != "bat":
+        notes.append(f"--peft {named} is --peft {METHOD_ALIASES[named]}, its name today")
     for name in RANK_FLAGS:
         if name in old:
             options["r"] = integer(old, name, 0)
