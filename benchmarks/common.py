@@ -1,4 +1,4 @@
-"""What every benchmark needs: flags, contenders that take turns, memory above the start, the last line."""
+"""Tools of every benchmark: flags, contenders that take turns, memory above the start, the last line."""
 
 import argparse
 import ctypes
@@ -23,8 +23,8 @@ INSTRUCTIONS = f"{X86} {ARM}".split()
 
 
 def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
-    """Name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part where
-    it has those.
+    """Return name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part
+    where it has those.
     """
     try:
         with open(path) as info:
@@ -42,7 +42,7 @@ def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
 
 
 def machine_line() -> str:
-    """The CPU in words: "AMD EPYC (family 26, model 2), 2 cores, avx2 avx512f"."""
+    """Describe the CPU in words: "AMD EPYC (family 26, model 2), 2 cores, avx2 avx512f"."""
     facts = cpu()
     numbers = ", ".join(
         f"{key} {value}" for key, value in facts.items() if key not in ("name", "instructions")
@@ -52,7 +52,7 @@ def machine_line() -> str:
 
 
 def environment() -> dict[str, object]:
-    """Machine, versions and commit, for a benchmark's JSON line."""
+    """Collect machine, versions and commit, for a benchmark's JSON line."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
@@ -66,51 +66,51 @@ def environment() -> dict[str, object]:
 
 
 def report(benchmark: str, **figures) -> None:
-    """The last lines of a benchmark's output: the machine for people, and JSON with all of it."""
+    """Print the last lines of a benchmark's output: the machine for people, and JSON with all of it."""
     print(f"measured on {machine_line()}")
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
 
 
 def argument_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with the first paragraph of the benchmark's docstring."""
+    """Make a parser whose help begins with the first paragraph of the benchmark's docstring."""
     return argparse.ArgumentParser(description=doc.partition("\n\n")[0], allow_abbrev=False)
 
 
 def add_integers(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """A flag for each number, with its default."""
+    """Add a flag for each number, with its default."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
 
 
 def settings_without(args: argparse.Namespace, *names: str) -> dict[str, object]:
-    """The flags' values for the JSON line, but for those of these names."""
+    """Return the flags' values for the JSON line, but for those of these names."""
     return {name: value for name, value in vars(args).items() if name not in names}
 
 
 def as_flags(**values: object) -> list[str]:
-    """Flags of a command line: as_flags(micro_bsz=2) is ["--micro_bsz", "2"]."""
+    """Write flags of a command line: as_flags(micro_bsz=2) is ["--micro_bsz", "2"]."""
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def same_flags(args: argparse.Namespace, *names: str) -> list[str]:
-    """The flags of these names with the values that this process has."""
+    """Return the flags of these names with the values that this process has."""
     return as_flags(**{name: getattr(args, name) for name in names})
 
 
 def json_of_process(module: str, *flags: str) -> object:
-    """What a module prints in a process of its own, whose memory nothing has touched."""
+    """Return what a module prints in a process of its own, whose memory nothing has touched."""
     command = [sys.executable, "-m", module, *flags]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def clock_name(threads: int) -> str:
-    """Which time timed() measures."""
+    """Name the time that timed() measures."""
     return "CPU time" if threads == 1 else "wall time"
 
 
 def timed(work: Callable[[], object], threads: int | None = None, device: str = "cpu") -> float:
-    """Seconds of work(): CPU time of one thread, wall time of several, or until a GPU has done all of it. The
-    number of threads is torch's by default.
+    """Measure the seconds of work(): CPU time of one thread, wall time of several, or until a GPU has done
+    all of it. The number of threads is torch's by default.
     """
     one_thread = (threads or torch.get_num_threads()) == 1
     clock = time.process_time if one_thread and device == "cpu" else time.perf_counter
@@ -124,8 +124,8 @@ def timed(work: Callable[[], object], threads: int | None = None, device: str = 
 def fastest_by_turns(
     works: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Seconds of the fastest round of each. They take turns, so that a slow minute of the machine slows all.
-    There is a round more, because the first one warms up.
+    """Measure the seconds of the fastest round of each. They take turns, so that a slow minute of the machine
+    slows all. There is a round more, because the first one warms up.
     """
     seconds = dict.fromkeys(works, float("inf"))
     for _ in range(rounds + 1):
@@ -135,8 +135,8 @@ def fastest_by_turns(
 
 
 def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: str = "bytes") -> int:
-    """A random checkpoint in bf16, as released files are, of the World vocabulary's size; its number of
-    parameters. It records the tokenizer; with "" none, as released files do.
+    """Write a random checkpoint in bf16, as released files are, of the World vocabulary's size; return its
+    number of parameters. It records the tokenizer; with "" none, as released files do.
     """
     with torch.device("meta"):
         shapes = {
@@ -153,13 +153,13 @@ def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: 
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process: memory of its own, without mapped files."""
+    """Return RssAnon of this process: memory of its own, without mapped files."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 
 def peak_above_start(work) -> int:
-    """The highest RssAnon seen, every millisecond, while work() runs, minus the one before it, in bytes."""
+    """Measure by how many bytes RssAnon rises above its start, every millisecond, while work() runs."""
     start, seen, done = anonymous_bytes(), [], threading.Event()
 
     def watch():

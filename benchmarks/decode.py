@@ -37,13 +37,13 @@ TOKENS = 10  # of a round
 
 
 def one_by_one(contender, ids: list[int]) -> list[torch.Tensor]:
-    """Logits after every token."""
+    """Return the logits after every token."""
     contender.start(1)
     return [contender.feed([token]).float().clone() for token in ids]
 
 
 def at_once(contender, ids: list[int], lengths: range) -> list[torch.Tensor]:
-    """Logits after prompts of these lengths, each read from the beginning in one call."""
+    """Return the logits after prompts of these lengths, each read from the beginning in one call."""
     logits = []
     for length in lengths:
         contender.start(1)
@@ -52,13 +52,13 @@ def at_once(contender, ids: list[int], lengths: range) -> list[torch.Tensor]:
 
 
 def kl(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Mean divergence of got from exact, in nats, rounded to two digits."""
+    """Average the divergence of got from exact, in nats, rounded to two digits."""
     got, want = torch.stack(got).log_softmax(-1), torch.stack(exact).log_softmax(-1)
     return float(f"{(want.exp() * (want - got)).sum(-1).mean():.1e}")
 
 
 def divergences(contender, exact: list[torch.Tensor], ids: list[int]) -> dict[str, float]:
-    """Of tokens fed one by one, and of prompts; `exact` are the logits after every token of `ids`."""
+    """Measure tokens fed one by one, and prompts; `exact` are the logits after every token of `ids`."""
     lengths = range(len(ids), 0, -16)
     return {
         "kl": kl(one_by_one(contender, ids), exact),
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_contenders(path: pathlib.Path, args) -> dict:
-    """All that can run here, on the same weights; what is absent is said."""
+    """Load all that can run here, on the same weights, and say what is absent."""
     contenders = {
         "ours fp32": Ours(path, torch.float32),
         "ours bf16": Ours(path, torch.bfloat16),
@@ -106,7 +106,7 @@ def make_contenders(path: pathlib.Path, args) -> dict:
 
 
 def all_divergences(contenders: dict, ids: list[int]) -> dict[str, dict[str, float]]:
-    """Of every contender, from the fp32 form of the weights that it has."""
+    """Measure every contender from the fp32 form of the weights that it has."""
     exact, found = {}, {}
     for name, contender in contenders.items():
         reference = "merged fp32" if isinstance(contender, Adapted) else "ours fp32"
@@ -145,7 +145,7 @@ def fastest(contenders: dict, memory: torch.Tensor, threads: int, prompt: list[i
 
 
 def share_of_bandwidth(contender, seconds: float, bandwidth: float) -> float | None:
-    """None for a contender that does not tell the bytes of its weights."""
+    """Return the share, or None for a contender that does not tell the bytes of its weights."""
     size = getattr(contender, "bytes", 0)
     return round(size / seconds / bandwidth, 3) if size else None
 

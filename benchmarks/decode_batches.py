@@ -127,7 +127,7 @@ def measure(contenders: dict, threads: int, args) -> dict[str, dict[int, float]]
 
 
 def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[str, float]:
-    """Milliseconds to choose a token for each row, by sampling and kind of logits."""
+    """Measure milliseconds to choose a token for each row, by sampling and kind of logits."""
     found = {}
     for kind, of_kind in {"flat": logits, "peaked": 4 * logits}.items():
         for name, sampling in SAMPLINGS.items():

@@ -1,4 +1,4 @@
-"""What benchmarks.decode and benchmarks.decode_batches measure: our decoder, `rwkv`, llama.cpp; one base."""
+"""Contenders of benchmarks.decode and decode_batches on one base: our decoder, `rwkv`, llama.cpp."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from . import llama
 
 
 def write_base(path, version: int, layers: int, width: int) -> None:
-    """A random bf16 checkpoint in which every part of the model shows in the logits."""
+    """Write a random bf16 checkpoint in which every part of the model shows in the logits."""
     torch.manual_seed(0)
     tensors = {}
     for name, p in RWKV(default_arch(version, layers, width)).state_dict().items():
@@ -80,7 +80,7 @@ class Adapted(Ours):
 
 
 def write_adapter(path, base, rank: int) -> None:
-    """A random MiSS adapter of a base."""
+    """Write a random MiSS adapter of a base."""
     model = RWKV.load(base)
     inject(model, "miss", rank=rank)
     for layer in adapted_linears(model).values():
@@ -110,7 +110,7 @@ class Package:
 def llama_contenders(
     folder: pathlib.Path, base: pathlib.Path, kinds, sequences: int = 1
 ) -> dict[str, llama.Llama]:
-    """llama.cpp with the base in these kinds of weights; nothing, which is said, where it is absent."""
+    """Load llama.cpp with the base in these kinds of weights; say where it is absent, and return nothing."""
     absent = ""
     if not folder.exists():
         absent = f"{folder} is not there; python -m benchmarks.llama fetches it"

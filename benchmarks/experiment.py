@@ -93,7 +93,7 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """What a run has left behind, in its folder."""
+    """Folder that a run has left behind."""
 
     folder: pathlib.Path
     cpu_seconds: float  # of this process

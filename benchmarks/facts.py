@@ -1,4 +1,4 @@
-"""What a method can learn: new facts, and a new style.
+"""An experiment: can a method learn new facts, or a new style?
 
     python -m benchmarks.facts [--load_model ../shared/data/real/rwkv6-3m-utf16.pth] [--tokenizer utf16]
     [--methods state miss lora none] [--seeds 0 1 2] [--facts 30] [--passes 40] [--lr_init auto]

@@ -1,4 +1,4 @@
-"""Whether a run without settings learns as much as one with the best learning rate.
+"""An experiment: does a run without settings learn as much as one with the best learning rate?
 
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
     [--seeds 0 1 2] [--out out/first-run] [--report docs/results]
@@ -72,7 +72,7 @@ SHORT = 250  # characters of GSM8K's question and answer; longer ones would cost
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is taught to which base. `test` has questions where they are counted, else texts."""
+    """A base and what it is taught. `test` has questions where they are counted, else texts."""
 
     base: pathlib.Path
     train: pathlib.Path
@@ -91,12 +91,12 @@ class Task:
 
 
 def sizes(**given: int) -> list[str]:
-    """Flags that keep a run short."""
+    """Make flags that keep a run short."""
     return as_flags(**given, eval_samples=0)
 
 
 def sort(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """The demo: a base that reverses letters learns to sort them."""
+    """Make the demo's task: a base that reverses letters learns to sort them."""
     held_out = demo_task.rows("sort", QUESTIONS, 1)
     asked = {turn["content"].split()[-1] for row in held_out for turn in row["messages"][::2]}
     return Task(
@@ -109,7 +109,7 @@ def sort(folder: pathlib.Path, data: pathlib.Path) -> Task:
 
 
 def digits_plus_one(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """A base that reverses digits learns to add one to each: 123, becomes 432#."""
+    """Make a task in which a base that reverses digits learns to add one to each: 123, becomes 432#."""
     vocabulary = folder / "digits.txt"
     vocabulary.write_text("".join(f"{i} {sign!r} 1\n" for i, sign in enumerate(DIGITS)))
 
@@ -136,7 +136,7 @@ def gsm8k_rows(data: pathlib.Path, name: str) -> list[dict]:
 
 
 def gsm8k(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """A small English RWKV-6 learns the form of GSM8K's answers."""
+    """Make a task in which a small English RWKV-6 learns the form of GSM8K's answers."""
     return Task(
         data / "real/rwkv6-3m-utf16.pth",
         write_rows(folder / "train.jsonl", gsm8k_rows(data, "train")),
@@ -147,7 +147,7 @@ def gsm8k(folder: pathlib.Path, data: pathlib.Path) -> Task:
 
 
 def few_rows(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """The same with 100 short rows, which are read several times."""
+    """Make the same task with 100 short rows, which are read several times."""
     rows = sorted(gsm8k_rows(data, "train"), key=lambda row: len(row["question"]) + len(row["answer"]))
     rows = rows[:200]
     random.Random(0).shuffle(rows)
@@ -161,7 +161,7 @@ def few_rows(folder: pathlib.Path, data: pathlib.Path) -> Task:
 
 
 def shakespeare(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """The same base learns Shakespeare, of which the last tenth is the test."""
+    """Make a task in which the same base learns Shakespeare, of which the last tenth is the test."""
     text = (data / "tinyshakespeare.txt").read_text()
     cut = len(text) * 9 // 10
     (folder / "train.txt").write_text(text[:cut])
@@ -239,7 +239,7 @@ class Trainings:
 
 
 def judge(task: Task, method: str, trained: str) -> float:
-    """The share of right answers, or the loss in nats per token, of what a run has written."""
+    """Return the share of right answers, or the loss in nats per token, of what a run has written."""
     files = {"path": trained} if method == "none" else {"path": task.base, "adapter": trained}
     model, tokenizer = load(**files, precision="fp32", accelerator="cpu")
     template = recorded_template("auto", tokenizer, trained)
@@ -259,12 +259,12 @@ def test_loss(task: Task, model, tokenizer, template: Template) -> float:
 
 
 def best_rate(trainings: Trainings, seed: int) -> float:
-    """The rate of the best training with this seed, whose neighbours have been tried too."""
+    """Return the rate of the best training with this seed, whose neighbours have been tried too."""
     return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=7))
 
 
 def compared(trainings: Trainings, name: str, seeds: list[int]) -> Case:
-    """A case, whose trainings are done where they are not yet."""
+    """Make a case, whose trainings are done where they are not yet."""
     first, *others = seeds
     best = best_rate(trainings, first)
     for rate, wanted in ((best, others), ("auto", seeds), ("paper", [first])):

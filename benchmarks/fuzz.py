@@ -93,7 +93,7 @@ def cells(rows: list[dict], mark: str) -> bytes:
 
 
 def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
-    """format -> {file name: content} of sound files; what is read is the first name."""
+    """Map each format to {file name: content} of sound files; what is read is the first name."""
     table = cells(PAIRS, ",")
     files = {
         "JSONL": {"d.jsonl": lines(ROWS)},
@@ -127,7 +127,7 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
 
 
 def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """The content after one random change."""
+    """Make one random change of the content."""
     data = bytearray(content)
     at = rng.randrange(len(data) + 1)
     length = min(1 << rng.randrange(10), len(data))
@@ -163,7 +163,7 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def check(row: dict) -> None:
-    """That a row has one of the forms that src/data/formats promises."""
+    """Assert that a row has one of the forms that src/data/formats promises."""
     if "ids" in row:
         assert (
             row["ids"].dtype == np.int32
@@ -190,7 +190,7 @@ class TooSlow(Exception):
 
 @contextlib.contextmanager
 def limit(seconds: float):
-    """Context that raises TooSlow after so many seconds."""
+    """Raise TooSlow after this many seconds, as a context."""
 
     def stop(signum, frame):
         raise TooSlow(f"not done after {seconds} s")
@@ -205,8 +205,8 @@ def limit(seconds: float):
 
 
 def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
-    """How the inputs with these numbers ended: (format, "rows" | "some rows" | "message") -> inputs. Raises
-    AssertionError for anything else.
+    """Count how the inputs with these numbers ended: (format, "rows" | "some rows" | "message") -> inputs.
+    Raises AssertionError for anything else.
     """
     encoder = Encoder(load_tokenizer("bytes", 256))
     sound = sound_files(folder)

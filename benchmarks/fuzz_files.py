@@ -4,11 +4,11 @@ Reading must give a result or one clear message, in little memory and time.
 
     python -m benchmarks.fuzz_files [--inputs 5000] [--seed 0] [--readers NAME ...]
 
-Each reader gets so many inputs. An input is a sound file or folder, damaged one to four times: bytes changed,
-cut out, doubled; records of an archive dropped, exchanged, compressed, blown up; values in JSON and in
-headers exchanged for odd ones; tensors of other shapes, dtypes, names, or with NaN. Memory is the highest
-RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that fails is
-kept, and its number and seed are printed.
+An input is a sound file or folder, damaged one to four times: bytes changed, cut out, doubled; records of an
+archive dropped, exchanged, compressed, blown up; values in JSON and in headers exchanged for odd ones;
+tensors of other shapes, dtypes, names, or with NaN. Each reader gets the same number of inputs. Memory is the
+highest RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that
+fails is kept, and its number and seed are printed.
 """
 
 import collections
@@ -139,7 +139,7 @@ def to_native(name: str, origin: str = ""):
 
 
 def converted(to: str, method: str, origin: str = "", **options) -> Reader:
-    """The reader of a format that convert() writes."""
+    """Make the reader of a format that convert() writes."""
 
     def make(folder: pathlib.Path) -> None:
         write_adapter(folder / "native.pth", method, **options)
@@ -150,7 +150,7 @@ def converted(to: str, method: str, origin: str = "", **options) -> Reader:
 
 
 def package(embedded: bool) -> Reader:
-    """The reader of rwkv_lightning's packages: a folder, or one file with the manifest inside."""
+    """Make the reader of rwkv_lightning's packages: a folder, or one file with the manifest inside."""
 
     def make(folder: pathlib.Path) -> None:
         make_merge(rank=4)(folder)
@@ -171,7 +171,7 @@ def package(embedded: bool) -> Reader:
 
 
 def written(to: str, method: str) -> Reader:
-    """The writer of a format, from a native file that came from there."""
+    """Make the writer of a format, from a native file that came from there."""
 
     def make(folder: pathlib.Path) -> None:
         make_merge(method, rank=4)(folder)
@@ -187,7 +187,7 @@ def written(to: str, method: str) -> Reader:
 
 
 def exported(to: str, **named) -> Reader:
-    """The reader of a model's other form, back to a checkpoint."""
+    """Make the reader of a model's other form, back to a checkpoint."""
 
     def make(folder: pathlib.Path) -> None:
         sizes = default_arch(7, 2, 64, 67, 64)
@@ -203,7 +203,7 @@ def exported(to: str, **named) -> Reader:
 
 
 def make_trainers_file(folder: pathlib.Path) -> None:
-    """A base as a trainer saves it."""
+    """Write a base as a trainer saves it."""
     write_base(folder)
     tensors = rwkv_miss.read_checkpoint(folder / "base.pth")
     beside = {"epoch": 3, "optimizer_states": [{"state": {0: {"step": torch.ones(1)}}, "betas": (0.9, 0.99)}]}
@@ -287,7 +287,7 @@ READERS: dict[str, Reader] = {
 
 
 def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
-    """The files after one random change of one of them."""
+    """Make one random change of one of the files."""
     files = dict(files)
     name = rng.choice(list(files))
     content = files[name]
@@ -308,7 +308,7 @@ def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
 
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
-    """The same JSON object with one value, somewhere in it, dropped or exchanged for an odd one."""
+    """Drop one value somewhere in a JSON object, or exchange it for an odd one."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
@@ -379,7 +379,7 @@ def damaged_archive(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
-    """The same checkpoint, soundly written, with one tensor that does not belong there."""
+    """Write the same checkpoint soundly, with one tensor that does not belong there."""
     try:
         tensors = torch.load(io.BytesIO(content), weights_only=True)
         name = rng.choice(sorted(tensors))
@@ -446,8 +446,8 @@ def write_files(folder: pathlib.Path, files: Files) -> None:
 
 
 def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> collections.Counter:
-    """How the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for anything
-    else, for an executed pickle, and for an input that was changed or left a half-written file.
+    """Count how the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for
+    anything else, for an executed pickle, and for an input that was changed or left a half-written file.
     """
     reader, here = READERS[name], folder / "input"
     write_files(here, {})

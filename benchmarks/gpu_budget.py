@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, and how long that should take: arithmetic, nothing is measured.
+"""Arithmetic of a training step on a GPU: what it asks for, and how long that should take.
 
     python -m benchmarks.gpu_budget --model 7 --n_layer 24 --n_embd 2048 --peft miss --r 64 \
         --micro_bsz 8 --ctx_len 1024 --card h100
@@ -33,7 +33,7 @@ CARDS = {
     "t4": (0.320e12, 65e12, "T4"),
 }
 # Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32, which is
-# bound by its multiply-adds: so many for each element of the state and token.
+# bound by its multiply-adds; RECURRENCE has their number for each element of the state and token.
 OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
 PRODUCTS, BANDWIDTH, WKV = 0.6, 0.9, 0.38
 HEAD_SIZE = 64  # of all released models
@@ -63,14 +63,14 @@ RWKV_LM_LOGITS = 3
 
 
 def positive(text: str) -> float:
-    """A flag's number above zero."""
+    """Read a flag's number above zero."""
     if not 0 < (number := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number above zero")
     return number
 
 
 def size(text: str) -> int:
-    """A flag's whole number above zero."""
+    """Read a flag's whole number above zero."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
     return number

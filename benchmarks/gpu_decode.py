@@ -36,7 +36,7 @@ OF_MIXED = [("miss",), ("lora",), ("miss2",), ("lora2",)]
 
 
 def write_adapter(path, base, method: str, rank: int) -> None:
-    """A random adapter of a base."""
+    """Write a random adapter of a base."""
     model = RWKV.load(base)
     inject(model, method, rank=rank)
     for layer in adapted_linears(model).values():
@@ -58,7 +58,7 @@ class Contender(NamedTuple):
 
 
 def contenders(folder: pathlib.Path, args):
-    """One after another."""
+    """Yield one contender after another."""
     base = folder / "base.pth"
     write_base(base, args.version, args.layers, args.width)
     files = {name: folder / name for name in ("miss", "miss2", "lora", "lora2")}
@@ -90,7 +90,9 @@ def seconds(work, device: str) -> float:
 
 
 def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[float, float]:
-    """Seconds of the fastest round: of a token of all rows, and of reading the prompt for one of them."""
+    """Measure seconds of the fastest round: of a token of all rows, and of reading the prompt for one of
+    them.
+    """
     _, decoder, applied = contender
     device, found = prompt.device.type, []
     for _ in range(rounds + 1):
@@ -109,7 +111,7 @@ def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int
 
 
 def bandwidth(weight: torch.Tensor, rounds: int) -> float:
-    """Bytes a second, read and written, of copies of a tensor."""
+    """Measure bytes a second, read and written, of copies of a tensor."""
     other = torch.empty_like(weight)
     return (
         2

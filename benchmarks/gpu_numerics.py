@@ -52,8 +52,8 @@ TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool) -> dict[str, torch.Tensor]:
-    """Inputs in the range of a trained model, rounded to the dtype; the extremes have decays of exactly 0
-    (RWKV-6) and 1 among them.
+    """Make inputs in the range of a trained model, rounded to the dtype; the extremes have decays of exactly
+    0 (RWKV-6) and 1 among them.
     """
     r, k, v, w, p, q = (torch.randn(shape) for _ in range(6))
     if extreme:
@@ -71,7 +71,7 @@ def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool
 def results(
     version: int, kernel: str, inputs: dict[str, torch.Tensor], state, reset, dy, dstate
 ) -> dict[str, torch.Tensor]:
-    """y, the final state, and the gradients of every input and of the first state."""
+    """Return y, the final state, and the gradients of every input and of the first state."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()} | {
         "s0": state.clone().requires_grad_()
     }
@@ -81,8 +81,8 @@ def results(
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative, rms; of numbers near 0, as one token's gradient through a decay of 1 may be, absolute. NaN
-    counts as infinite.
+    """Compute the relative error, rms; of numbers near 0, as one token's gradient through a decay of 1 may
+    be, the absolute one. NaN counts as infinite.
     """
     value = ((got.double() - want).norm() / max(want.norm(), 1e-3 * want.numel() ** 0.5)).item()
     return value if math.isfinite(value) else math.inf
@@ -91,7 +91,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 def worst_errors(
     version: int, dtype: str, kernels: list[str], shapes, device: str
 ) -> dict[str, dict[str, float]]:
-    """kernel -> name of a result -> its largest error."""
+    """Map each kernel to the largest error of each result."""
     worst: dict[str, dict[str, float]] = {kernel: {} for kernel in kernels}
     for shape in shapes:
         B, T, H, N = shape
@@ -118,7 +118,7 @@ def worst_errors(
 
 
 def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
-    """name of an elementwise function -> (its largest error against the largest value, what is allowed)."""
+    """Map each elementwise function to its largest error against the largest value, and what is allowed."""
     # tests, because they have every function with its arguments; here, because they need pytest
     from tests import test_cuda_elementwise as cases
 
@@ -136,7 +136,7 @@ def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]
 
 
 def loss_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
-    """name -> (the largest relative error (rms) of a loss and of its gradient, what is allowed)."""
+    """Return the largest relative error (rms) of a loss and of its gradient, and what is allowed, by name."""
     from src.model.loss import in_place_of
     from tests import test_cuda_loss as cases
 

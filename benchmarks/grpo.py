@@ -1,4 +1,4 @@
-"""Whether a model learns from rewards for its own answers, beside supervised training on the right ones.
+"""An experiment: does a model learn from rewards for its own answers as from the right ones?
 
     python -m benchmarks.grpo [--cases rewards exact ...] [--seeds 0 1 2] [--only_finished]
     [--out out/grpo] [--report docs/results]
@@ -123,11 +123,11 @@ class Trainings:
         return path
 
     def of_start(self) -> dict:
-        """What the model is before any training."""
+        """Measure the model before any training."""
         return self.lines.of({"case": "start", "seed": 0}, lambda: self.measures(None))
 
     def of(self, case: Case, seed: int) -> dict:
-        """The line of a training, which is done where it is not yet."""
+        """Return the line of a training, which is done where it is not yet."""
         return self.lines.of({"case": case.name, "seed": seed}, lambda: self._train(case, seed))
 
     def _train(self, case: Case, seed: int) -> dict:
@@ -149,7 +149,7 @@ class Trainings:
         return done
 
     def measures(self, adapter: str | None) -> dict:
-        """The right answers to the test's questions."""
+        """Count the right answers to the test's questions."""
         model, tokenizer = load(self.start, adapter, precision="fp32", accelerator="cpu")
         template = recorded_template("auto", tokenizer, adapter or str(self.start))
         asked = [([{"role": "user", "content": row["question"]}], row["answer"]) for row in self.test]
@@ -163,7 +163,7 @@ class Trainings:
 
 
 def of_steps(ran: Ran) -> dict:
-    """What the steps of a run were: the share of their time that drawing took, and curves."""
+    """Describe the steps of a run: the share of their time that drawing took, and curves."""
     metrics = ran.metrics
     if "draw_seconds" not in metrics[-1]:
         return {}
@@ -179,7 +179,7 @@ def of_steps(ran: Ran) -> dict:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of the steps that have this figure: one without a live group has no gap. None without any."""
+    """Average the steps that have this figure: one without a live group has no gap. None without any."""
     found = [value for value in values if value is not None]
     return round(statistics.fmean(found), 10) if found else None
 

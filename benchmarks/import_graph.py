@@ -1,4 +1,4 @@
-"""Which test files reach a file of the repository: by imports, by programs they start, by kernels they build.
+"""The test files that reach a file: by imports, by programs that they start, by kernels that they build.
 
 Imports are read from the syntax trees, those within functions included. In a test or a benchmark a text that
 names a module or a file of the repository counts, too; elsewhere one that names a file beside it, which is a

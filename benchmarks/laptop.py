@@ -1,4 +1,4 @@
-"""What a first run on a laptop costs, in absolute numbers: training 1,000 conversations, and chatting.
+"""Cost of a first run on a laptop, in absolute numbers: training 1,000 conversations, and chatting.
 
     python -m benchmarks.laptop [--data FILE] [--rows 1000] [--steps 8] [--n_layer 12] [--n_embd 768]
 
@@ -44,7 +44,7 @@ PROMPT = 64  # tokens
 
 
 def write_rows(path: pathlib.Path, count: int) -> None:
-    """`count` conversations of one question and one answer."""
+    """Write `count` conversations of one question and one answer."""
     draw = random.Random(0)
 
     def text(median: int, spread: float, deviation: float) -> str:
@@ -62,7 +62,7 @@ def write_rows(path: pathlib.Path, count: int) -> None:
 
 
 def run(command: list[str]) -> str:
-    """What a command of this repository prints; its errors end the benchmark."""
+    """Return what a command of this repository prints; its errors end the benchmark."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -70,8 +70,8 @@ def run(command: list[str]) -> str:
 
 
 def whole_pass(settings: list[str]) -> tuple[dict, list[str]]:
-    """(the plan of a run over all rows, the flags for a step of as many rows as it has). A short run would
-    choose more.
+    """Return (the plan of a run over all rows, the flags for a step of as many rows as it has). A short run
+    would choose more.
     """
     once = ["--epoch_count", "1", "--tokens_per_second", "1"]
     *lines, last = run(["-m", "scripts.plan", "--json", *once, *settings]).splitlines()
@@ -80,7 +80,7 @@ def whole_pass(settings: list[str]) -> tuple[dict, list[str]]:
 
 
 def train(settings: list[str], folder: pathlib.Path, steps: int) -> dict:
-    """Figures of a run of `steps` steps, and of a whole pass at its speed."""
+    """Do a run of `steps` steps; return its figures, and those of a whole pass at its speed."""
     plan, sizes = whole_pass(settings)
     run(["train.py", *settings, *sizes, "--proj_dir", str(folder), "--epoch_steps", str(steps)])
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +88,7 @@ def train(settings: list[str], folder: pathlib.Path, steps: int) -> dict:
 
 
 def figures(metrics: list[dict], summary: dict, plan: dict) -> dict:
-    """Of the lines of metrics.jsonl, of run.json, and of the plan of a whole pass."""
+    """Take the figures out of metrics.jsonl's lines, run.json, and the plan of a whole pass."""
     warm = metrics[1:]
     seconds = statistics.median(line["seconds"] for line in warm)
     return {
@@ -105,7 +105,7 @@ def figures(metrics: list[dict], summary: dict, plan: dict) -> dict:
 
 @torch.no_grad()
 def chat(base: pathlib.Path, int8: bool, tokens: int) -> float:
-    """Tokens a second of a greedy answer after a prompt."""
+    """Measure tokens a second of a greedy answer after a prompt."""
     model, _ = load(base)
     decoder, _ = fastest(model, int8=int8)
     logits, state = decoder.read(torch.arange(1, PROMPT + 1)[None], None)

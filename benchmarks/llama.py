@@ -111,8 +111,8 @@ SIGNATURES = {
 
 
 def load_library(folder=FOLDER) -> ctypes.CDLL:
-    """llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the folder
-    lacks a library.
+    """Load llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the
+    folder lacks a library.
     """
     for pattern in LIBRARIES:
         found = sorted(pathlib.Path(folder).glob(pattern))
@@ -167,7 +167,7 @@ class Llama:
         self.steps = 0
 
     def feed(self, tokens: list[int]) -> Tensor:
-        """Logits (V,) after the last of the tokens."""
+        """Return logits (V,) after the last of the tokens."""
         given = (ctypes.c_int32 * len(tokens))(*tokens)
         if self.library.llama_decode(self.context, self.library.llama_batch_get_one(given, len(tokens))):
             raise RuntimeError("llama.cpp does not take the tokens")
@@ -176,7 +176,8 @@ class Llama:
         return logits
 
     def step(self, tokens: list[int]) -> Tensor:
-        """The next token of sequences 0 ... n - 1 -> logits (n, V), valid until the next call.
+        """Feed the next token of sequences 0 ... n - 1; return logits (n, V), valid until the next call. All
+        of them go on from start() together.
 
         All of them go on from start() together.
         """
@@ -198,7 +199,7 @@ class Llama:
         return torch.frombuffer(logits, dtype=torch.float32).view(n, -1)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` also finds control tokens in it, as chat programs ask for."""
+        """Return the ids of a text; `special` also finds control tokens in it, as chat programs ask for."""
         data = text.encode()
         found = (ctypes.c_int32 * (len(data) + 1))()
         count = self.library.llama_tokenize(self.vocab, data, len(data), found, len(found), False, special)
@@ -214,7 +215,7 @@ class Llama:
         return text.raw[:count]
 
     def ends(self, token: int) -> bool:
-        """Whether generation stops after this token."""
+        """Tell whether generation stops after this token."""
         return self.library.llama_vocab_is_eog(self.vocab, token)
 
     def chat_template(self) -> str | None:
@@ -222,8 +223,8 @@ class Llama:
         return text and text.decode()
 
     def chat(self, messages: list[dict], ask: bool) -> str | None:
-        """The conversation by the C function, which knows some templates by pieces of their text; None where
-        it does not know this one.
+        """Write the conversation by the C function, which knows some templates by pieces of their text; None
+        where it does not know this one.
         """
         given = (Message * len(messages))(
             *(Message(m["role"].encode(), m["content"].encode()) for m in messages)

@@ -47,7 +47,7 @@ CONFIGURATIONS = {
 
 
 def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
-    """Rows of one document each, `length` tokens of letters and the end of document."""
+    """Write rows of one document each, `length` tokens of letters and the end of document."""
     draw = random.Random(0)
     path.write_text(
         "".join(
@@ -66,7 +66,7 @@ sys.exit(code)
 
 
 def peak_resident(command: list[str]) -> int:
-    """ru_maxrss of a command, in bytes."""
+    """Measure ru_maxrss of a command, in bytes."""
     measured = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True)
     if measured.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
@@ -74,7 +74,7 @@ def peak_resident(command: list[str]) -> int:
 
 
 def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pathlib.Path) -> dict:
-    """Predicted and measured bytes of one run."""
+    """Predict and measure the bytes of one run."""
     files = as_flags(load_model=base, data_file=data, proj_dir=folder / "run")
     settings = [*files, *COMMON, *flags]
     planned = subprocess.run(
@@ -94,7 +94,7 @@ def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pa
 
 
 def shapes() -> dict[str, dict[str, dict[str, float]]]:
-    """What the plan counts for the released sizes, in MB by part, with each way to need less."""
+    """Count what the plan says for the released sizes, in MB by part, with each way to need less."""
     ways = {
         "kept": {"grad_cp": 0},
         "grad_cp 2": {"grad_cp": 2},

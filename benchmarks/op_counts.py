@@ -1,4 +1,4 @@
-"""What a GPU is asked to do, operator by operator: the kind, kernel launches, bytes, multiply-adds.
+"""Work of a GPU, operator by operator: the kind, kernel launches, bytes, multiply-adds.
 
 `Tally.add` takes each call that a dispatch mode sees; tests/fake_gpu has such a mode. Nothing needs a number:
 shapes, dtypes and strides say it all.
@@ -53,7 +53,9 @@ LIST_BLOCKS, LIST_CHUNK = 320, 65536
 
 
 def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
-    """Launches of a `_foreach` or `_fused` operator over so many lists of tensors as large as these."""
+    """Count the launches of a `_foreach` or `_fused` operator over `lists` lists of tensors as large as
+    these.
+    """
     most, launches, held, blocks = LIST_TENSORS[lists - 1], 0, 0, 0
     for tensor in tensors:
         held += 1
@@ -67,7 +69,9 @@ def list_launches(tensors: Sequence[Tensor], lists: int) -> int:
 
 
 def segments(B: int, T: int, H: int) -> int:
-    """Into how many segments of chunks the tensor-core WKV cuts the time, as Sizes in cuda/chunked.cuh."""
+    """Count the segments of chunks into which the tensor-core WKV cuts the time, as Sizes in
+    cuda/chunked.cuh.
+    """
     chunks = -(-T // 16)
     segments = -(-chunks // max(16, 1024 // (B * H)))
     return -(-chunks // -(-chunks // segments))
@@ -85,7 +89,9 @@ def _wkv(version: int, backward: bool) -> Callable[[tuple], int]:
 
 
 def _with_gradients_of_vectors(args: tuple) -> int:
-    """Of a backward whose last argument asks for the gradients of vectors: their parts are summed."""
+    """Count the launches of a backward whose last argument asks for the gradients of vectors: their parts are
+    summed.
+    """
     return 1 + bool(args[-1])
 
 
@@ -117,7 +123,7 @@ KERNELS: dict[str, tuple[str, int | Callable[[tuple], int]]] = {
 
 
 def kind_of(name: str, ours: bool, in_loss: bool) -> str:
-    """The kind of an operator that is no product; `in_loss`: src/model/loss.py calls it."""
+    """Return the kind of an operator that is no product; `in_loss`: src/model/loss.py calls it."""
     if ours:
         kind = KERNELS[name][0]
     elif name in COPIES | GATHERS | SCATTERS | FILLS:
@@ -148,13 +154,13 @@ def launches_of(name: str, args: tuple, ours: bool) -> int:
 
 
 def spanned(x: Tensor) -> int:
-    """Bytes of a tensor, each place in memory once."""
+    """Count the bytes of a tensor, each place in memory once."""
     return x.element_size() * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
 
 
 def tensors_in(values: Iterable) -> list[Tensor]:
-    """The tensors among the arguments of an operator, which has no deeper nests than lists. torch's own walk
-    of any nest takes several times as long.
+    """List the tensors among the arguments of an operator, which has no deeper nests than lists. torch's own
+    walk of any nest takes several times as long.
     """
     found = []
     for value in values:
@@ -166,7 +172,7 @@ def tensors_in(values: Iterable) -> list[Tensor]:
 
 
 def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
-    """Bytes that an operator reads and writes."""
+    """Count the bytes that an operator reads and writes."""
     written = sum(map(spanned, tensors_in((result,))))
     if name in FILLS:
         return written
@@ -187,7 +193,7 @@ def traffic(name: str, args: tuple, kwargs: dict, result) -> int:
 
 
 def multiply_adds(name: str, args: tuple, result) -> int:
-    """Of a matrix product."""
+    """Count the multiply-adds of a matrix product."""
     left = args[1] if name.startswith(("add", "badd")) else args[0]
     return result.numel() * left.shape[-1]
 
@@ -208,7 +214,7 @@ class Tally:
         in_loss: bool = False,
         of_base: Callable[[Tensor], bool] = lambda tensor: True,
     ) -> None:
-        """A call of an OpOverload. `of_base` says whether a tensor is a weight of the base model."""
+        """Count a call of an OpOverload. `of_base` says whether a tensor is a weight of the base model."""
         name, ours = op._schema.name.split("::")[1], op.namespace in ("rwkv", "rwkv_miss")
         launches = launches_of(name, args, ours)
         if not launches:
@@ -230,7 +236,7 @@ class Tally:
 
 
 def difference(more: dict[str, dict[str, int]], less: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """What one of two as_dict() has more than the other."""
+    """Subtract one as_dict() from another."""
     return {
         what: {
             kind: count - less[what].get(kind, 0)

@@ -1,4 +1,4 @@
-"""Whether preferences are learnt, and what becomes of the answers meanwhile.
+"""An experiment: are preferences learnt, and what becomes of the answers meanwhile?
 
     python -m benchmarks.preferences [--data ../shared/data] [--tasks sort result] [--methods miss lora]
     [--objectives dpo ...] [--seeds 0 1 2] [--only_finished] [--out out/preferences] [--report docs/results]
@@ -60,7 +60,7 @@ COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is trained for.
+    """Aim of a training.
 
     `target` is the share of right answers that the task sort asks for, beside ACCURACY.
     """
@@ -99,11 +99,11 @@ class Pair:
         return [{"role": "user", "content": self.question}]
 
     def answered(self, answer: str) -> dict:
-        """The conversation with this answer."""
+        """Return the conversation with this answer."""
         return {"messages": [*self.asked, {"role": "assistant", "content": answer}]}
 
     def row(self, on_pairs: bool) -> dict:
-        """A row of data: the pair, or the chosen answer alone."""
+        """Make a row of data: the pair, or the chosen answer alone."""
         if not on_pairs:
             return self.answered(self.chosen)
         return {"messages": self.asked, "chosen": self.chosen, "rejected": self.rejected}
@@ -111,7 +111,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is taught to which base. No question of `test` or `valid` is in `train`."""
+    """A base and what it is taught. No question of `test` or `valid` is in `train`."""
 
     base: pathlib.Path
     tokenizer: str
@@ -124,12 +124,12 @@ class Task:
     is_right: Callable[[str, Pair], bool]
 
     def model(self, adapter: str | None) -> tuple[RWKV, Tokenizer]:
-        """The base, with an adapter if there is one."""
+        """Load the base, with an adapter if there is one."""
         return load(self.base, adapter, self.tokenizer, precision="fp32", accelerator="cpu")
 
 
 def sort(data: pathlib.Path) -> Task:
-    """The demo's base reverses letters, and learns to sort them."""
+    """Make a task in which the demo's base, which reverses letters, learns to sort them."""
     steps, per_step = 150, 16
     test = letters(300, 1, set())
     valid = letters(100, 2, {pair.question for pair in test})
@@ -152,7 +152,9 @@ def letters(count: int, seed: int, excluded: set[str]) -> list[Pair]:
 
 
 def result(data: pathlib.Path) -> Task:
-    """A small English model learns to give the result alone, where it could give a sentence."""
+    """Make a task in which a small English model learns to give the result alone, where it could give a
+    sentence.
+    """
     steps, per_step, held_out = 50, 4, 50
     pairs = results((data / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines())
     test, valid, train = pairs[:held_out], pairs[held_out : 2 * held_out], pairs[2 * held_out :]
@@ -165,12 +167,12 @@ SHORT = 45  # characters of a question and of a sentence; longer ones would cost
 
 
 def is_result(text: str) -> bool:
-    """Whether an answer is a result alone."""
+    """Tell whether an answer is a result alone."""
     return re.fullmatch(r"#### [\d,.]+", text) is not None
 
 
 def results(lines: Sequence[str]) -> list[Pair]:
-    """The pairs of GSM8K's problems, each question once."""
+    """Read the pairs of GSM8K's problems, each question once."""
     found: dict[str, Pair] = {}
     for line in lines:
         row = json.loads(line)
@@ -204,20 +206,20 @@ class Trainings:
         return log_probs(base, tokenizer, template, self.task.test)
 
     def line(self, objective: str, method: str, seed: int) -> dict:
-        """What names a training."""
+        """Return what names a training."""
         return {"task": self.name, "objective": objective, "method": method, "seed": seed}
 
     def of(self, objective: Objective, method: str, seed: int) -> dict:
-        """The line of a training, which is done where it is not yet."""
+        """Return the line of a training, which is done where it is not yet."""
         line = self.line(objective.name, method, seed)
         return self.lines.of(line, lambda: self._train(objective, method, seed))
 
     def base(self) -> dict:
-        """What the base is before any training."""
+        """Measure the base before any training."""
         return self.lines.of(self.line("base", "", 0), lambda: measures(self.task, None, self.before))
 
     def _train(self, objective: Objective, method: str, seed: int) -> dict:
-        """What a run found, and what became of the answers."""
+        """Do a run; return what it found, and what became of the answers."""
         task, steps = self.task, objective.steps_factor * self.task.steps
         folder = self.folder / f"{objective.name}-{method}-{seed}".replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
@@ -244,8 +246,8 @@ class Trainings:
 
 
 def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str, object]:
-    """Of a task's test pairs, whose log_probs() were `before` by the base: both accuracies, what log p has
-    gained, and the right answers.
+    """Measure a task's test pairs, whose log_probs() were `before` by the base: both accuracies, what log p
+    has gained, and the right answers.
     """
     model, tokenizer = task.model(adapter)
     template = recorded_template("auto", tokenizer, adapter or str(task.base))
@@ -269,7 +271,8 @@ def measures(task: Task, adapter: str | None, before: torch.Tensor) -> dict[str,
 
 
 def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> torch.Tensor:
-    """ln p of the chosen and of the rejected answer of each pair, with its end: (n, 2) in float64.
+    """Compute ln p of the chosen and of the rejected answer of each pair, with its end: (n, 2) in float64.
+    They are made one answer at a time, by other code than the training's.
 
     They are made one answer at a time, by other code than the training's.
     """
@@ -285,7 +288,7 @@ def log_probs(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequ
 
 
 def greedy_answers(model: RWKV, tokenizer: Tokenizer, template: Template, pairs: Sequence[Pair]) -> list[str]:
-    """The likeliest answer to each question, cut where it is longer than any answer of the pairs."""
+    """Give the likeliest answer to each question, cut where it is longer than any answer of the pairs."""
     asked = [(pair.asked, max(pair.chosen, pair.rejected, key=len)) for pair in pairs]
     return [text for (text,) in experiment.texts_of_answers(model, tokenizer, template, asked)]
 

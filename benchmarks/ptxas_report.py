@@ -41,7 +41,7 @@ USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def demangle(names: list[str]) -> list[str]:
-    """C++ names without namespaces and parameters: backward_down<Layout<64, 1>>."""
+    """Write C++ names without namespaces and parameters: backward_down<Layout<64, 1>>."""
     if not shutil.which("c++filt"):
         return names
     lines = subprocess.run(
@@ -55,8 +55,8 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def read(log: str) -> list[dict]:
-    """ptxas -v's output -> one {kernel, arch, registers, spill_stores, spill_loads, shared} for each kernel
-    and architecture.
+    """Read ptxas -v's output: one {kernel, arch, registers, spill_stores, spill_loads, shared} for each
+    kernel and architecture.
     """
     rows: list[dict] = []
     for line in log.splitlines():
@@ -72,7 +72,7 @@ def read(log: str) -> list[dict]:
 
 
 def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bool = False) -> list[dict]:
-    """`read` of one .cu file compiled for these architectures. Raises as `compile_source`."""
+    """Call `read` on one .cu file compiled for these architectures. Raises as `compile_source`."""
     log = compile_source(source, report_flags(architectures, quick))
     return [{"file": source.name} | row for row in read(log)]
 
@@ -92,7 +92,8 @@ def report_flags(architectures: Sequence[int], quick: bool) -> list[str]:
 
 
 def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
-    """What nvcc says while it compiles one .cu file with these flags.
+    """Return what nvcc says while it compiles one .cu file with these flags. Raises BuildError without nvcc,
+    RuntimeError if the file does not compile.
 
     Raises BuildError without nvcc, RuntimeError if the file does not compile.
     """
@@ -113,13 +114,13 @@ def compile_source(source: pathlib.Path, flags: Sequence[str]) -> str:
 
 
 def compiler() -> str:
-    """The version of the nvcc at hand, "13.0.88". Raises BuildError without one."""
+    """Ask the nvcc at hand for its version, "13.0.88". Raises BuildError without one."""
     found = re.search(r"\bV(\d+\.\d+\.\d+)", toolchain.output_of(toolchain.find_nvcc().path, "--version"))
     return found[1] if found else ""
 
 
 def digest(source: pathlib.Path) -> str:
-    """A hash of all of ours that decides the record of a .cu file: it, what it includes, and the flags."""
+    """Hash all of ours that decides the record of a .cu file: it, what it includes, and the flags."""
     files = [source]
     for file in files:  # grows on the way
         names = INCLUDE.findall(file.read_text("utf-8"))
@@ -130,7 +131,7 @@ def digest(source: pathlib.Path) -> str:
 
 
 def record(sources: Sequence[pathlib.Path]) -> dict:
-    """{"nvcc": its version, "files": {name: {"digest", "kernels": compile_report's rows}}}."""
+    """Return {"nvcc": its version, "files": {name: {"digest", "kernels": compile_report's rows}}}."""
     files = {
         source.name: {"digest": digest(source), "kernels": compile_report(source, GENERATIONS, quick=True)}
         for source in sources
@@ -139,7 +140,7 @@ def record(sources: Sequence[pathlib.Path]) -> dict:
 
 
 def write_record(found: dict, path: pathlib.Path = RECORD) -> None:
-    """One line a kernel and architecture, so that a difference shows what changed."""
+    """Write one line a kernel and architecture, so that a difference shows what changed."""
     files = []
     for name, of_file in found["files"].items():
         rows = ",\n".join(f"   {json.dumps(row)}" for row in of_file["kernels"])
@@ -149,7 +150,7 @@ def write_record(found: dict, path: pathlib.Path = RECORD) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Registers (+ bytes spilled) of each kernel by architecture, and its static shared memory."""
+    """Tabulate registers (+ bytes spilled) of each kernel by architecture, and its static shared memory."""
     architectures = sorted({row["arch"] for row in rows})
     lines = [
         "| registers (+ bytes spilled) | "

@@ -28,7 +28,7 @@ ATEN = "#pragma once\n#include <cuda_bf16.h>\nnamespace at { typedef __nv_bfloat
 
 
 def peers(root: pathlib.Path, tokens: int) -> dict[int, dict[str, Callable]]:
-    """version -> name -> a function of our arguments, for those files that are in the checkout."""
+    """Map version and name to a function of our arguments, for those files that are in the checkout."""
     found: dict[int, dict[str, Callable]] = {6: {}, 7: {}}
     for name, (file, suffix) in V7.items():
         if (root / file).exists():
@@ -70,7 +70,7 @@ extern "C" void backward(int B, int T, int H, void** p) {
 def compiled(
     file: pathlib.Path, behind: str, flags: list[str], cards: list[str] | None = None
 ) -> ctypes.CDLL:
-    """A library of the file and of what is written behind it, for the GPUs at hand."""
+    """Build a library of the file and of what is written behind it, for the GPUs at hand."""
     folder = toolchain.cache_folder() / "rwkv-lm"
     (folder / "ATen").mkdir(parents=True, exist_ok=True)
     (folder / "ATen/ATen.h").write_text(ATEN)
@@ -87,7 +87,7 @@ def compiled(
 
 
 def call(function, like: Tensor, *tensors: Tensor) -> None:
-    """On torch's default stream, which is all that these kernels know."""
+    """Call a function on torch's default stream, which is all that these kernels know."""
     B, T, H, _ = like.shape
     function(B, T, H, (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)))
 
@@ -114,7 +114,7 @@ def wkv7(library: ctypes.CDLL) -> Callable:
 
 
 def wkv6(library: ctypes.CDLL) -> Callable:
-    """Its decay is -exp(w) in fp32, and it gives the gradient of w."""
+    """Make the operator: its decay is -exp(w) in fp32, and it gives the gradient of w."""
 
     class Wkv6(torch.autograd.Function):
         @staticmethod

@@ -75,7 +75,7 @@ BODIES = [
 
 
 def mutated(rng: random.Random, model: str) -> bytes:
-    """The bytes of a request, damaged somewhere."""
+    """Damage the bytes of a request somewhere."""
     path, body = rng.choice(BODIES)
     body = json.loads(json.dumps(body).replace("MODEL", model))
     for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5))):
@@ -138,7 +138,8 @@ def _damage(rng: random.Random, data: bytearray) -> None:
 
 
 def sent(address: tuple[str, int], raw: bytes, patience: float = 0.3) -> str:
-    """The status of the reply; "" where the server waits for more, or closes without a word.
+    """Return the status of the reply; "" where the server waits for more, or closes without a word. It hangs
+    up after `patience` seconds without anything new, or as soon as it has the reply's head.
 
     It hangs up after `patience` seconds without anything new, or as soon as it has the reply's head.
     """

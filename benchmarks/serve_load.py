@@ -55,7 +55,7 @@ class Server:
         return {name: float(value) for name, value in pairs}
 
     def settled(self, seconds: float = 60) -> int:
-        """The answers that still run or wait after so many seconds without clients."""
+        """Count the answers that still run or wait after `seconds` seconds without clients."""
         end = time.monotonic() + seconds
         while True:
             metrics = self.metrics()
@@ -70,7 +70,7 @@ class Server:
 
 @contextlib.contextmanager
 def served_model(layers: int, width: int, adapters: int, **flags) -> Iterator[Server]:
-    """A server of a random model with random MiSS adapters a0, a1, ..., that ends with the context."""
+    """Return a server of a random model with random MiSS adapters a0, a1, ..., that ends with the context."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_random_base(folder / "model.pth", 7, layers, width, tokenizer="")
@@ -109,7 +109,7 @@ def _address(log: pathlib.Path, process: subprocess.Popen) -> tuple[str, int]:
 
 @dataclasses.dataclass
 class Seen:
-    """What the clients have seen."""
+    """Replies that the clients have seen."""
 
     answers: int = 0
     different: int = 0
@@ -121,7 +121,7 @@ class Seen:
 
 
 def requests_of(server: Server, adapters: int, count: int, tokens: int) -> list[dict]:
-    """Different requests to the base and the adapters, greedy and drawn."""
+    """Make different requests to the base and the adapters, greedy and drawn."""
     rng = random.Random(1)
     models = [server.model, *(f"{server.model}:a{number}" for number in range(adapters))]
     return [

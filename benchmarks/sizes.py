@@ -33,7 +33,7 @@ SQUARE = {"cuda": 8192, "cpu": 2048}
 def random_model(
     version: int, n_layer: int, n_embd: int, device: str, dtype: torch.dtype, grad_cp: int
 ) -> RWKV:
-    """Frozen random weights in `dtype` with MiSS beside them, made where they are used."""
+    """Make frozen random weights in `dtype` with MiSS beside them, where they are used."""
     kernel, _ = ops.choose("auto", device)
     with torch.device("meta"):
         model = RWKV(default_arch(version, n_layer, n_embd), kernel)
@@ -49,7 +49,7 @@ def wait(device: str) -> None:
 
 
 def fastest(work, device: str, rounds: int) -> float:
-    """Wall time of the fastest round after one that warms up."""
+    """Measure the wall time of the fastest round after one that warms up."""
     best = float("inf")
     for i in range(rounds + 1):
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def fastest(work, device: str, rounds: int) -> float:
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two square matrices."""
+    """Measure operations a second of a product of two square matrices."""
     n = SQUARE[device]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / fastest(lambda: a @ b, device, 5)

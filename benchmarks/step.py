@@ -58,8 +58,8 @@ ON_GPU = ("miss", "lora", "peft miss", "peft lora")  # by default
 
 
 def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel: str = "cpu") -> RWKV:
-    """A model as a new one is, with the maps that are zero there filled, and by default the native kernels of
-    the CPU.
+    """Make a model as a new one is, with the maps that are zero there filled, and by default the native
+    kernels of the CPU.
     """
     model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), kernel)
     with torch.no_grad():
@@ -70,14 +70,14 @@ def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel
 
 
 def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank: int) -> RWKV:
-    """A random_base with MiSS on the paper's linears."""
+    """Make a random_base with MiSS on the paper's linears."""
     model = random_base(version, n_layer, n_embd, vocab_size)
     rwkv_miss.inject(model, "miss", rank=rank)
     return model
 
 
 def build(variant: str, base: RWKV, rank: int) -> RWKV:
-    """The model of a variant, on the memory of `base` but for bf16."""
+    """Make the model of a variant, on the memory of `base` but for bf16."""
     with torch.device("meta"):
         model = RWKV(base.arch, KERNELS.get(variant, base.emb.weight.device.type))
     dtype = torch.bfloat16 if variant == "bf16" else base.emb.weight.dtype
@@ -94,7 +94,7 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
 
 
 def add_peft(model: RWKV, variant: str, rank: int) -> None:
-    """HF peft's MiSS, or its LoRA with half of the rank, on the paper's linears, in place."""
+    """Put HF peft's MiSS, or its LoRA with half of the rank, on the paper's linears, in place."""
     import peft
 
     if variant == "peft lora":
@@ -118,7 +118,9 @@ def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callabl
 def training_step(
     model: RWKV, ids: torch.Tensor, wanted: torch.Tensor, all_logits: bool = False
 ) -> Callable[[], None]:
-    """Forward, loss on the `wanted` of the B T tokens, backward and AdamW on rows of ids (B, T + 1)."""
+    """Make a step: forward, loss on the `wanted` of the B T tokens, backward and AdamW on rows of ids (B, T +
+    1).
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
     targets = ids[:, 1:].flatten()[wanted]
 
@@ -133,7 +135,7 @@ def training_step(
 
 
 def is_multiplied(name: str, p: torch.Tensor) -> bool:
-    """Whether a token is multiplied with this parameter of the base, as with a matrix."""
+    """Tell whether a token is multiplied with this parameter of the base, as with a matrix."""
     if p.requires_grad or p.dim() < 2 or p.shape[0] == 1:
         return False
     if name == "emb.weight" or name.endswith(("r_k", "time_faaaa", "time_state")):
@@ -143,7 +145,7 @@ def is_multiplied(name: str, p: torch.Tensor) -> bool:
 
 
 def matrices(base: RWKV) -> list[torch.Tensor]:
-    """The frozen weights that a token is multiplied with, (out, in)."""
+    """List the frozen weights that a token is multiplied with, (out, in)."""
     found = []
     for name, p in base.named_parameters():
         if not is_multiplied(name, p):
@@ -158,7 +160,7 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
 
 
 def adapters(base: RWKV, rank: int) -> list[torch.Tensor]:
-    """MiSS's D (r, out) of the paper's linears."""
+    """Make MiSS's D (r, out) of the paper's linears."""
     with torch.device("meta"):
         model = RWKV(base.arch)
         rwkv_miss.inject(model, "miss", rank=rank)
@@ -166,8 +168,8 @@ def adapters(base: RWKV, rank: int) -> list[torch.Tensor]:
 
 
 def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
-    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx =
-    dy W, of each adapter S D, dy D^T and S^T dy. `multiply(x, W)` is x W^T.
+    """Make the matrix products of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx
+    = dy W, of each adapter S D, dy D^T and S^T dy. `multiply(x, W)` is x W^T.
     """
     weights, all_D = matrices(base), adapters(base, rank)
     widths = {rank}.union(*(w.shape for w in weights))
@@ -187,14 +189,14 @@ def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callab
 
 
 def flops(base: RWKV, rank: int, tokens: int) -> int:
-    """Of these products."""
+    """Count the operations of these products."""
     return tokens * (
         4 * sum(w.numel() for w in matrices(base)) + 6 * sum(D.numel() for D in adapters(base, rank))
     )
 
 
 def peak(args, variant: str) -> int:
-    """Bytes of the most memory above the model of two steps, in a process of its own."""
+    """Measure the most memory above the model of two steps, in bytes, in a process of its own."""
     sizes = same_flags(args, "version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank")
     return json_of_process("benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak")
 
@@ -215,7 +217,7 @@ def arguments() -> argparse.Namespace:
 
 
 def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
-    """What a step is compared with: its matrix products in torch and here, and its WKV."""
+    """Make what a step is compared with: its matrix products in torch and here, and its WKV."""
     shape, tokens = (args.micro_bsz, args.ctx_len, args.n_embd), args.micro_bsz * args.ctx_len
     inputs, dy = wkv_inputs(args.version, shape, PRECISIONS[args.dtype], args.device)
     wkv = Form("", functools.partial(wkv_of(args.version, args.device), *inputs), inputs, dy)
@@ -241,7 +243,7 @@ def show(name: str, row: dict, tokens: int) -> None:
 
 
 def fits(variant: str, step: Callable[[], None]) -> bool:
-    """Whether a step fits in the GPU's memory; where it does not, that is said."""
+    """Tell whether a step fits in the GPU's memory, and say where it does not."""
     try:
         step()
     except torch.OutOfMemoryError:

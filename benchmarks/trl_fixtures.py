@@ -51,7 +51,7 @@ class Rows:
         self.counts = self.mask.sum(1)
 
     def of_answers(self, rows: Tensor) -> list[list[float]]:
-        """The numbers of each answer of rows like log_probs."""
+        """Split rows like log_probs into the numbers of each answer."""
         return [
             [float(f"{x:.10g}") for x in row[PROMPT - 1 : PROMPT - 1 + count].tolist()]
             for row, count in zip(rows, self.counts.tolist(), strict=True)
@@ -76,14 +76,14 @@ class Model(torch.nn.Module):
 
 
 def answers(counts: list[int], generator: torch.Generator) -> list[list[float]]:
-    """Log-probabilities of answers with so many tokens."""
+    """Draw log-probabilities of answers with these numbers of tokens."""
     return [
         (-(torch.rand(count, generator=generator) * 3 * GRID).round() / GRID).tolist() for count in counts
     ]
 
 
 def trainer_stub(model: Model, reference: Model, **settings) -> SimpleNamespace:
-    """What the losses of DPO and KTO read of their trainer."""
+    """Make what the losses of DPO and KTO read of their trainer."""
     metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     return SimpleNamespace(
         model=model,
@@ -104,7 +104,7 @@ def ids(mask: Tensor, value: int) -> dict[str, Tensor]:
 
 
 def pair_losses(policy: Rows, reference: Rows) -> dict[str, tuple[dict, Tensor, Tensor]]:
-    """name -> (settings of ours, TRL's loss, the log-probabilities) for pairs: first the chosen answers."""
+    """Map names to (settings of ours, TRL's loss, log-probabilities) for pairs: first the chosen answers."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -152,7 +152,7 @@ def pair_losses(policy: Rows, reference: Rows) -> dict[str, tuple[dict, Tensor, 
 
 
 def pair_case(counts: list[int], generator: torch.Generator) -> dict:
-    """One batch of pairs with every loss. The counts are of chosen, rejected, chosen, ..."""
+    """Make one batch of pairs with every loss. The counts are of chosen, rejected, chosen, ..."""
     in_order = sorted(range(len(counts)), key=lambda i: i % 2)  # TRL has the chosen answers first
     policy, reference = (answers(counts, generator) for _ in range(2))
     rows = [Rows([values[i] for i in in_order]) for values in (policy, reference)]
@@ -170,7 +170,9 @@ def pair_case(counts: list[int], generator: torch.Generator) -> dict:
 
 
 def kto_case(counts: list[int], chosen: list[bool], shift: float, generator: torch.Generator) -> dict:
-    """One batch of single answers. `shift` moves ln p of the mismatched ones, whose mean ratio is the KL."""
+    """Make one batch of single answers. `shift` moves ln p of the mismatched ones, whose mean ratio is the
+    KL.
+    """
     from trl.trainer.kto_trainer import KTOTrainer
 
     policy, reference, others, others_reference = (Rows(answers(counts, generator)) for _ in range(4))

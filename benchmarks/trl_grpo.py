@@ -26,7 +26,7 @@ STUB = SimpleNamespace(
 
 
 def statements(function: Any, beginning: str) -> Any:
-    """The code of the one `if` in a function that begins so."""
+    """Compile the one `if` in a function that begins with `beginning`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     found = [
         node
@@ -38,21 +38,21 @@ def statements(function: Any, beginning: str) -> Any:
 
 
 def run_statements(function: Any, beginning: str, **names: Any) -> dict[str, Any]:
-    """All names after these statements have run in the function's module."""
+    """Return all names after these statements have run in the function's module."""
     found = dict(function.__globals__) | names
     exec(statements(function, beginning), found)
     return found
 
 
 def rows(answers: list[list[float]]) -> Tensor:
-    """(answers, longest) float64."""
+    """Pad answers to (answers, longest) float64."""
     longest = max(map(len, answers))
     padded = [[*answer, *[WITHOUT] * (longest - len(answer))] for answer in answers]
     return torch.tensor(padded, dtype=torch.float64)
 
 
 def weights(old: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
-    """TRL's importance weights of tokens, truncated."""
+    """Ask TRL for the importance weights of tokens, truncated."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer = SimpleNamespace(
@@ -74,7 +74,7 @@ def weights(old: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
 
 
 def advantages(rewards: Tensor, reward_weights: Tensor, group_size: int, scale: str) -> Tensor:
-    """TRL's advantages of rewards (answers, rewards)."""
+    """Ask TRL for the advantages of rewards (answers, rewards)."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer = SimpleNamespace(
@@ -92,7 +92,7 @@ def advantages(rewards: Tensor, reward_weights: Tensor, group_size: int, scale: 
 
 
 def loss_of(kind: str, beta: float, batch: dict[str, Tensor], tokens: int, micro_batches: int) -> Tensor:
-    """TRL's loss of a micro-batch, of so many in a step that has so many tokens."""
+    """Ask TRL for its loss of a micro-batch, one of `micro_batches` in a step that has `tokens` tokens."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     new, weight = batch["new"], batch.get("weight")
@@ -133,7 +133,7 @@ def loss_of(kind: str, beta: float, batch: dict[str, Tensor], tokens: int, micro
 
 
 def random_answers(counts: list[int], generator: torch.Generator) -> dict[str, list[list[float]]]:
-    """ln p of the tokens of answers by the four models, so far apart that every clip acts."""
+    """Draw ln p of the tokens of answers by the four models, so far apart that every clip acts."""
 
     def on_grid(values: Tensor) -> Tensor:
         return (values * GRID).round() / GRID
@@ -150,7 +150,9 @@ def random_answers(counts: list[int], generator: torch.Generator) -> dict[str, l
 
 
 def loss_case(counts: list[int], micro_batches: int, generator: torch.Generator) -> dict[str, Any]:
-    """One step of answers with so many tokens, in micro-batches of equally many, with every loss."""
+    """Make one step of answers with these numbers of tokens, in micro-batches of equally many, with every
+    loss.
+    """
     case: dict[str, Any] = random_answers(counts, generator)
     signs = torch.where(torch.arange(len(counts)) % 2 == 0, 1.0, -1.0)
     advantage = (
@@ -182,7 +184,7 @@ def loss_case(counts: list[int], micro_batches: int, generator: torch.Generator)
 
 
 def advantage_case(groups: int, group_size: int, scale: str, generator: torch.Generator) -> dict[str, Any]:
-    """Two rewards with weights; the answers of the first group have equal ones."""
+    """Make two rewards with weights; the answers of the first group have equal ones."""
     rewards = torch.rand(groups * group_size, 2, generator=generator, dtype=torch.float64).round(decimals=1)
     rewards[:, 0] = rewards[:, 0].round()
     rewards[:group_size] = rewards[0].clone()
@@ -197,7 +199,7 @@ def advantage_case(groups: int, group_size: int, scale: str, generator: torch.Ge
 
 
 def cases() -> dict[str, Any]:
-    """Everything of tests/fixtures/grpo_losses.json but the versions."""
+    """Make everything of tests/fixtures/grpo_losses.json but the versions."""
     generator = torch.Generator().manual_seed(22)
     return {
         "settings": {"clip_low": LOW, "clip_high": HIGH, "max_tokens": MAX_TOKENS},

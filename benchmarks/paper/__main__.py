@@ -26,7 +26,7 @@ EXPERIMENTS = ("complexity", "no-free-lunch", "grad-norm", "loss-curves", "rank"
 
 
 def experiment(name: str):
-    """The module of an experiment."""
+    """Import the module of an experiment."""
     return importlib.import_module(f".{name.replace('-', '_')}", __package__)
 
 

@@ -25,7 +25,7 @@ Row = tuple[dict[str, list[int]], int]  # what the tokenizer makes of an example
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a run is trained: `batch` rows a step, `lr` is the highest rate."""
+    """Settings of a training: `batch` rows a step, `lr` is the highest rate."""
 
     lr: float
     epochs: int
@@ -34,8 +34,8 @@ class Training:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, or of a name in Hugging Face's cache. UserError where there is none; nothing
-    is downloaded.
+    """Load the tokenizer of a folder, or of a name in Hugging Face's cache. UserError where there is none;
+    nothing is downloaded.
     """
     from transformers import AutoTokenizer
 
@@ -43,8 +43,8 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, classes: int, seed: int) -> nn.Module:
-    """The model of a folder or a name in the cache, fp32, with a classifier for so many classes, drawn by the
-    seed if the file has none.
+    """Load the model of a folder or a name in the cache, fp32, with a classifier for `classes` classes, drawn
+    by the seed if the file has none.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -67,9 +67,7 @@ def _load(cls: Any, source: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, and its warning that the classifier is new, which is what is
-    wanted here.
-    """
+    """Silence transformers: its progress bars, and its warning that the classifier is new, as it is to be."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -83,7 +81,7 @@ def quiet() -> Iterator[None]:
 
 
 def tokenised(examples: Sequence[Example], tokenizer: Any, length: int) -> list[Row]:
-    """Each example in the tokenizer's own form for one text or a pair, cut at `length` tokens."""
+    """Write each example in the tokenizer's own form for one text or a pair, cut at `length` tokens."""
     columns = [list(texts) for texts in zip(*(example.texts for example in examples))]
     encoded = tokenizer(*columns, truncation=True, max_length=length)
     return [
@@ -104,7 +102,7 @@ def adapt(
 
 
 def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Training) -> list[float]:
-    """The loss of every step of AdamW, with the rows in another order in each epoch."""
+    """Do AdamW's steps, with the rows in another order in each epoch; return the loss of each."""
     order = random.Random(training.seed)
     steps = training.epochs * -(-len(rows) // training.batch)
     warmup = max(round(WARMUP * steps), 1)
@@ -134,7 +132,7 @@ def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Train
 
 @torch.no_grad()
 def predict(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int) -> list[int]:
-    """The likeliest class of each row."""
+    """Return the likeliest class of each row."""
     model.eval()
     classes = []
     for inputs, _ in _batches(rows, tokenizer, batch, model.device):
@@ -145,7 +143,7 @@ def predict(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int) -
 def _batches(
     rows: Sequence[Row], tokenizer: Any, size: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Inputs (rows, longest) padded at the end with their mask, and classes (rows,)."""
+    """Yield inputs (rows, longest) padded at the end with their mask, and classes (rows,)."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         inputs = tokenizer.pad([encoded for encoded, _ in part], return_tensors="pt")

@@ -37,9 +37,7 @@ TINY = Settings(shapes=("33,48,40,4",))
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of an adapter on one linear beside the frozen linear: FLOPs of forward and backward, numbers kept in
-    between, parameters.
-    """
+    """Cost of an adapter beside its linear: FLOPs of both passes, numbers kept in between, parameters."""
 
     flops: int
     saved: int
@@ -103,7 +101,7 @@ def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> Cost:
 
 
 def _put_together(N: int, k: int, d: int, rank: int) -> Cost:
-    """LoRA, whose A and B are made in the forward, and kept."""
+    """Count LoRA whose A and B are made in the forward, and kept."""
     lora = _lora(N, k, d, rank)
     return dataclasses.replace(lora, saved=lora.saved + rank * (k + d))
 
@@ -160,7 +158,7 @@ class Flops(TorchDispatchMode):
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """What layer(x) keeps for its backward, in bytes: each memory once, parameters and buffers not."""
+    """Count what layer(x) keeps for its backward, in bytes: each memory once, parameters and buffers not."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -172,7 +170,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def measure(layer: nn.Module, tokens: int) -> Cost:
-    """Cost of an adapted linear, fp32, with an input that wants a gradient, as inside a model."""
+    """Count the cost of an adapted linear, fp32, with an input that wants a gradient, as inside a model."""
     x = torch.randn(tokens, layer.in_features, requires_grad=True)
     layer(x).sum().backward()  # the first call tries out oneDNN (gemm.py): products that are not the layer's
     with Flops() as flops:
@@ -186,7 +184,7 @@ def measure(layer: nn.Module, tokens: int) -> Cost:
 
 
 def rows(shape: str) -> Iterator[dict[str, Any]]:
-    """For each system: what was measured and what its method's formula says."""
+    """Yield for each system what was measured and what its method's formula says."""
     N, k, d, rank = map(int, shape.split(","))
     for label, (method, options) in systems(rank, k, d).items():
         cost = measure(adapted_linear(k, d, method, options), N)
@@ -234,7 +232,7 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     costs = [{row["system"]: row["cost"] for row in rows} for rows in measured.values()]
 
     def ratios(count: str, label: str, to: str) -> tuple[float, float]:
-        """The smallest and the largest of the shapes."""
+        """Return the smallest and the largest of the shapes."""
         found = [getattr(cost[label], count) / getattr(cost[to], count) for cost in costs]
         return min(found), max(found)
 
@@ -271,7 +269,7 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
 
 
 def draw(shape: str, measured: list[dict[str, Any]], figure) -> None:
-    """Three bars a system: FLOPs, saved and parameters, formulas as marks."""
+    """Draw three bars a system: FLOPs, saved and parameters, formulas as marks."""
     names = [row["system"] for row in measured]
     axes = figure.subplots(1, 3, sharey=True)
     parts = (

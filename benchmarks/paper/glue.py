@@ -99,8 +99,8 @@ class Example:
 
 
 def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
-    """(training, development) examples. UserError for a file that is absent, and with its place for a row
-    that is no example.
+    """Read (training, development) examples. UserError for a file that is absent, and with its place for a
+    row that is no example.
     """
     where = _folder(folder, task)
     files = _files(where, ("train",)), _files(where, task.dev)
@@ -112,7 +112,7 @@ def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
 
 
 def _folder(folder: str, task: Task) -> pathlib.Path:
-    """The task's own folder, whatever the case and the hyphen of its name."""
+    """Find the task's own folder, whatever the case and the hyphen of its name."""
     root = pathlib.Path(folder)
     names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     for name in names:
@@ -126,7 +126,7 @@ def _folder(folder: str, task: Task) -> pathlib.Path:
 
 
 def _files(folder: pathlib.Path, splits: tuple[str, ...]) -> list[pathlib.Path]:
-    """The files of a split: train.tsv, train-00000-of-00001.parquet; several are its parts."""
+    """List the files of a split: train.tsv, train-00000-of-00001.parquet; several are its parts."""
     found = sorted(
         path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.partition("-")[0] in splits
     )
@@ -149,7 +149,7 @@ def _records(path: pathlib.Path, task: Task) -> Iterator[tuple[str, Any]]:
 
 
 def _tsv(path: str, task: Task) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of one of GLUE's own files, in which a double quote is a character like any other."""
+    """Read the rows of one of GLUE's own files, in which a double quote is a character like any other."""
     with open_text(path) as file:
         rows = (
             (f"{path}, line {number}", line.rstrip("\r\n").split("\t"))

@@ -50,7 +50,7 @@ TINY = Settings(models=("demo",), ranks=(3, 16))
 
 
 def weight_gradients(task: tasks.Task) -> dict[str, Tensor]:
-    """G (out, in) of every linear that the paper adapts, by its name, from one backward of the base."""
+    """Compute G (out, in) of every linear that the paper adapts, by name, from one backward of the base."""
     model = copy.deepcopy(task.model).requires_grad_(False)
     weights = {name: linear.weight.requires_grad_() for name, linear in find_linears(model, None).items()}
     task.loss(model).backward()
@@ -58,13 +58,13 @@ def weight_gradients(task: tasks.Task) -> dict[str, Tensor]:
 
 
 def independent(shape: torch.Size) -> Tensor:
-    """A random G whose columns are independent."""
+    """Draw a random G whose columns are independent."""
     return torch.randn(shape)
 
 
 def behind_relu2(shape: torch.Size) -> Tensor:
-    """A random G = dY^T X of 512 tokens with independent dY and inputs X = relu(z)^2, which have a mean, as
-    in the channel mix.
+    """Draw a random G = dY^T X of 512 tokens with independent dY and inputs X = relu(z)^2, which have a mean,
+    as in the channel mix.
     """
     return torch.randn(512, shape[0]).t() @ torch.randn(512, shape[1]).relu().square()
 
@@ -74,7 +74,7 @@ RANDOM: dict[str, Callable[[torch.Size], Tensor]] = {"random": independent, "ran
 
 @dataclasses.dataclass(frozen=True)
 class First:
-    """Of a method's first gradient: its norm, the norm by linear, and the cosine of the first SGD step with
+    """First gradient of a method: its norm, the norm by linear, and the cosine of the first SGD step with
     full fine-tuning's.
     """
 
@@ -88,7 +88,7 @@ def norm(tensors) -> float:
 
 
 def first_gradient(model: nn.Module, gradients: dict[str, Tensor], method: str, options: dict) -> First:
-    """The first gradient of a method on a model whose adapted linears have the gradients G."""
+    """Compute the first gradient of a method on a model whose adapted linears have the gradients G."""
     model = copy.deepcopy(model)
     rwkv_miss.inject(model, method, targets=list(gradients), **options)
     layers = adapted_linears(model)
@@ -124,7 +124,7 @@ class Case:
         return self.found[label, rank].norm / self.full
 
     def by_leaf(self, label: str, rank: int) -> dict[str, float]:
-        """Ratio for the linears of each kind, such as att.key."""
+        """Average the ratio for the linears of each kind, such as att.key."""
         kinds: dict[str, list[str]] = {}
         for name in self.gradients:
             kinds.setdefault(".".join(name.split(".")[-2:]), []).append(name)
@@ -135,22 +135,22 @@ class Case:
         return ratios
 
     def ranks(self, label: str) -> list[int]:
-        """The ranks of this system that fit the model."""
+        """List the ranks of this system that fit the model."""
         return [rank for other, rank in self.found if other == label]
 
     def pairs(self, read: Callable[[First], float]) -> list[tuple[float, float]]:
-        """(MiSS's, LoRA's) at every rank."""
+        """Pair (MiSS's, LoRA's) at every rank."""
         return [
             (read(self.found["miss", rank]), read(self.found["lora", rank])) for rank in self.ranks("miss")
         ]
 
     def norm_ratios(self) -> list[tuple[float, float]]:
-        """pairs() of the norm over full fine-tuning's."""
+        """Return pairs() of the norm over full fine-tuning's."""
         return self.pairs(lambda first: first.norm / self.full)
 
 
 def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ...]) -> Case:
-    """Every system at every rank that fits the model."""
+    """Measure every system at every rank that fits the model."""
     found = {}
     for rank in ranks:
         for label, (method, options) in named(2 * rank).items():  # mini: D (r, r)
@@ -161,7 +161,7 @@ def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ..
 
 
 def cases(settings: Settings) -> dict[str, Case]:
-    """Every model with its own gradients, and the first of them with random ones."""
+    """Measure every model with its own gradients, and the first of them with random ones."""
     made = {name: tasks.make(name, settings.data) for name in settings.models}
     found = {name: measure(task.model, weight_gradients(task), settings.ranks) for name, task in made.items()}
     model = made[settings.models[0]].model
@@ -176,7 +176,7 @@ def cases(settings: Settings) -> dict[str, Case]:
 
 
 def labels_of(found: dict[str, Case]) -> list[str]:
-    """The systems that fit a model, each once."""
+    """List the systems that fit a model, each once."""
     return list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
 
 
@@ -248,7 +248,7 @@ def balanced_shards(real: dict[str, Case]) -> Claim:
 
 
 def draw(found: dict[str, Case], figure) -> None:
-    """The ratio against the rank, one plot a case, and the legend in the last place."""
+    """Draw the ratio against the rank, one plot a case, and the legend in the last place."""
     columns, rows = 3, len(found) // 3 + 1
     figure.set_size_inches(15, 4.5 * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)

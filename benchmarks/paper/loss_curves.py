@@ -34,7 +34,7 @@ TINY = Settings(
 
 
 def system(name: str, rank: int) -> tuple[str, dict[str, Any]]:
-    """(method, options) with the parameters of LoRA of this rank, but for full fine-tuning."""
+    """Return (method, options) with the parameters of LoRA of this rank, but for full fine-tuning."""
     if name == "full":
         return "none", {}
     if name == "miss, balanced":
@@ -52,7 +52,7 @@ class Measured:
 
 
 def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]:
-    """(what was measured, why a system does not fit the task's model) by system."""
+    """Return (what was measured, why a system does not fit the task's model) by system."""
     found, unfit = {}, {}
     for name in runs.settings.systems:
         method, options = system(name, runs.own(runs.settings.rank, task))
@@ -68,8 +68,8 @@ def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]
 def table(
     task: str, before: list[float | None], systems: dict[str, Measured], unfit: dict[str, str], answers: bool
 ) -> Table:
-    """Held-out losses, and where there are answers the share of right tokens and of right answers at the best
-    rate.
+    """Tabulate held-out losses, and where there are answers the share of right tokens and of right answers at
+    the best rate.
     """
     columns = [
         "system",
@@ -107,7 +107,7 @@ def table(
 
 
 def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:
-    """MiSS against every peer that was measured, task by task, and the balanced form against it."""
+    """Compare MiSS with every peer that was measured, task by task, and the balanced form with it."""
 
     def versus(name: str, peer: str, when: str) -> tuple[str, list[bool | None]]:
         both = {task: systems for task, systems in found.items() if {name, peer} <= systems.keys()}
@@ -156,8 +156,8 @@ def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:
 
 
 def draw(found: dict[str, dict[str, Measured]], figure) -> None:
-    """A row of plots at the paper's rate, and one at the best rates: running means of the training loss over
-    the seeds.
+    """Draw a row of plots at the paper's rate, and one at the best rates: running means of the training loss
+    over the seeds.
     """
     figure.set_size_inches(4.2 * len(found), 7.5)
     grid = figure.subplots(2, len(found), squeeze=False)
@@ -181,7 +181,7 @@ def draw(found: dict[str, dict[str, Measured]], figure) -> None:
 
 
 def smoothed(curves: list[list[float | None]]) -> list[float]:
-    """The mean of several curves, each value with those of the tenth of the steps before it."""
+    """Average several curves, each value with those of the tenth of the steps before it."""
     length = min(len(curve) for curve in curves)
     mean = [
         sum(curve[i] for curve in curves) / len(curves)
@@ -193,7 +193,7 @@ def smoothed(curves: list[list[float | None]]) -> list[float]:
 
 
 def figures_of(m: Measured) -> dict[str, Any]:
-    """For the JSON file: what came of every training, and at most 101 points of the plotted curves."""
+    """Return for the JSON file what came of every training, and at most 101 points of the plotted curves."""
     described: dict[str, Any] = {"best_lr": m.best_lr}
     for when in ("paper", "best"):
         outcomes = getattr(m, when)

@@ -15,8 +15,8 @@ LINEAR = sorted(name for name, method in METHODS.items() if method.adapts_linear
 
 
 def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> (method, options) of what is compared beside the methods as they are by default. `out` is the
-    width of the outputs.
+    """Map labels to (method, options) of what is compared beside the methods as they are by default. `out` is
+    the width of the outputs.
     """
     return {
         "miss, contiguous": ("miss", {"layout": "contiguous"}),  # equations 2-3
@@ -30,8 +30,8 @@ def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int) -> dict[str, Any]:
-    """The options at which a method has as many parameters as LoRA of `rank` on a linear (width, out), as
-    near as it can.
+    """Return the options at which a method has as many parameters as LoRA of `rank` on a linear (width, out),
+    as near as it can.
 
     Balanced MiSS has a row more than its rank. VeRA can't have as many: its rank is the smaller width, as in
     the paper's App. B. PRoLoRA and MoS have ranks of about four times LoRA's, put together from its numbers.
@@ -59,12 +59,12 @@ def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int)
 
 
 def named(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> (method, options) of every method and variant, without ranks."""
+    """Map labels to (method, options) of every method and variant, without ranks."""
     return {name: (name, {}) for name in LINEAR} | variants(out)
 
 
 def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The same with about the parameters of LoRA of this rank on linears (width, out).
+    """Map the same labels to options with about the parameters of LoRA of this rank on linears (width, out).
 
     Without widths: for models whose linears are square on average, as RWKV's are.
     """
@@ -75,8 +75,8 @@ def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str,
 
 
 def adapted_linear(width: int, out: int, method: str, options: dict[str, Any]) -> AdapterLinear:
-    """A random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are at
-    the start.
+    """Make a random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are
+    at the start.
     """
     model = nn.Sequential(nn.Linear(width, out, bias=False))
     rwkv_miss.inject(model, method, targets=["0"], **options)

@@ -1,4 +1,4 @@
-"""What a sample says of its mean or median, and the scores of GLUE's tasks.
+"""Mean and median of a sample with their uncertainty, and the scores of GLUE's tasks.
 
 A score is of predicted and right classes, lists of equal length.
 """
@@ -11,31 +11,34 @@ from collections.abc import Sequence
 
 
 def accuracy(predicted: Sequence[int], right: Sequence[int]) -> float:
-    """Share of predictions that are right."""
+    """Return the share of predictions that are right."""
     return sum(p == r for p, r in zip(predicted, right, strict=True)) / len(right)
 
 
 def matthews(predicted: Sequence[int], right: Sequence[int]) -> float:
-    """Matthews' correlation of two classes, -1 to 1; 0 where a side has one class only, as others have it."""
+    """Compute Matthews' correlation of two classes, -1 to 1; 0 where a side has one class only, as others
+    have it.
+    """
     tp, fp, fn, tn = _counts(predicted, right)
     scale = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / math.sqrt(scale) if scale else 0.0
 
 
 def f1(predicted: Sequence[int], right: Sequence[int]) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 where nothing of it was found."""
+    """Compute the harmonic mean of precision and recall of class 1; 0 where nothing of it was found."""
     tp, fp, fn, _ = _counts(predicted, right)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
 
 def _counts(predicted: Sequence[int], right: Sequence[int]) -> tuple[int, int, int, int]:
-    """True positives, false positives, false negatives, true negatives of class 1."""
+    """Count true positives, false positives, false negatives, true negatives of class 1."""
     pairs = list(zip(predicted, right, strict=True))
     return pairs.count((1, 1)), pairs.count((1, 0)), pairs.count((0, 1)), pairs.count((0, 0))
 
 
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the two values of the sample between which the true median lies with 95 % certainty.
+    """Return the median, and the two values of the sample between which the true median lies with 95 %
+    certainty.
 
     That holds for every distribution. Up to 8 values they are the smallest and largest; below 6 it is less.
     """
@@ -47,7 +50,9 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the standard deviation that the sample suggests (n - 1), which is NaN for one value."""
+    """Return the mean, and the standard deviation that the sample suggests (n - 1), which is NaN for one
+    value.
+    """
     mean = sum(values) / len(values)
     return mean, (
         math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan

@@ -129,8 +129,8 @@ def run(settings: Settings) -> Result:
 
 
 def check(settings: Settings) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[Task]]:
-    """Label -> (method, options), and the tasks. UserError for one that does not exist and for a number that
-    is none.
+    """Return label -> (method, options), and the tasks. UserError for one that does not exist and for a
+    number that is none.
     """
     require_package("transformers", "nlu")
     methods, tasks = systems(settings.rank), TASKS if settings.data else {SENTENCES.name: SENTENCES}
@@ -177,20 +177,20 @@ def describe(outcome: Outcome, task: Task) -> str:
 
 
 def percent(scores: list[float]) -> str:
-    """Mean and standard deviation over the seeds, times 100."""
+    """Write mean and standard deviation over the seeds, times 100."""
     mean, deviation = mean_and_deviation([100 * score for score in scores])
     return f"{mean:.2f}" if len(scores) == 1 else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def best(task: Task, method: str, outcomes: list[Outcome]) -> Outcome | None:
-    """The outcome of a method at its best rate, by the task's first score."""
+    """Return the outcome of a method at its best rate, by the task's first score."""
     own = [outcome for outcome in outcomes if (outcome.task, outcome.method) == (task.name, method)]
     return max(own, key=lambda outcome: sum(outcome.scores[next(iter(task.scores))]), default=None)
 
 
 def claim(task: Task, outcomes: list[Outcome]) -> Claim:
-    """The paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the same
-    way by two standard errors.
+    """Set the paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the
+    same way by two standard errors.
     """
     score = next(iter(task.scores))
     found = {
@@ -213,7 +213,7 @@ def claim(task: Task, outcomes: list[Outcome]) -> Claim:
 
 
 def table(task: Task, outcomes: list[Outcome], read: list[list[Example]]) -> Table:
-    """A row for each method and rate."""
+    """Make a row for each method and rate."""
     train_rows, dev_rows = map(len, read)
     rows = [
         (
@@ -236,7 +236,7 @@ def table(task: Task, outcomes: list[Outcome], read: list[list[Example]]) -> Tab
 
 
 def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
-    """For each task the first score of each method over the rate, and the paper's."""
+    """Draw for each task the first score of each method over the rate, and the paper's."""
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         score = next(iter(task.scores))
         for i, method in enumerate(dict.fromkeys(o.method for o in outcomes)):
@@ -262,8 +262,8 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
 
 
 def write_sentences(folder: str) -> str:
-    """300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and dev.tsv;
-    returns the folder.
+    """Write 300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and
+    dev.tsv; return the folder.
     """
     draw = random.Random(0)
     rows = []
@@ -279,8 +279,8 @@ def write_sentences(folder: str) -> str:
 
 
 def write_random_model(folder: str, examples: list[Example]) -> str:
-    """A RoBERTa of two layers with random weights, and a tokenizer of the words of these examples, as a
-    folder; returns it.
+    """Write a RoBERTa of two layers with random weights, and a tokenizer of the words of these examples, as a
+    folder; return it.
     """
     import tokenizers
     import torch

@@ -105,7 +105,7 @@ def validation(model: nn.Module, problem: Problem, f) -> float:
 
 
 def train(model: nn.Module, problem: Problem, f, epochs: int, lr: float) -> tuple[list[float], list[float]]:
-    """Losses in training and in validation, one of each an epoch."""
+    """Train, and return the losses in training and in validation, one of each an epoch."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     targets, training, validated = f(problem.t), [], []
     for step in range(1, epochs + 1):
@@ -122,7 +122,7 @@ def train(model: nn.Module, problem: Problem, f, epochs: int, lr: float) -> tupl
 
 
 def paper_systems() -> dict[str, tuple[str | None, dict[str, Any]]]:
-    """Label -> (method, options) at the paper's ranks; method None trains everything."""
+    """Map labels to (method, options) at the paper's ranks; method None trains everything."""
     adapted = {
         label: (method, {**options, "rank": PAPER_RANKS.get(method, options["rank"])})
         for label, (method, options) in systems(RANK, WIDTH, WIDTH).items()
@@ -139,15 +139,15 @@ def adapted(base: nn.Module, method: str | None, options: dict[str, Any]) -> nn.
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one system: trained parameters; lr -> the runs of the seeds, each (training losses, validation
-    losses).
+    """Trainings of one system. `parameters` are trained; `runs` maps a rate to those of the seeds, each
+    (training losses, validation losses).
     """
 
     parameters: int
     runs: dict[float, list[tuple[list[float], list[float]]]]
 
     def best(self, lr: float) -> list[float]:
-        """Minimum validation loss of every seed."""
+        """Return the minimum validation loss of every seed."""
         return [
             min((v for v in validated if math.isfinite(v)), default=math.inf)
             for _, validated in self.runs[lr]
@@ -164,7 +164,7 @@ class Outcome:
         return min(self.runs, key=self.mean)
 
     def curve(self, lr: float, which: int) -> list[float]:
-        """Mean over seeds of the losses in training (0) or in validation (1), epoch by epoch."""
+        """Average over the seeds the losses in training (0) or in validation (1), epoch by epoch."""
         return [statistics.fmean(values) for values in zip(*(run[which] for run in self.runs[lr]))]
 
 
@@ -225,7 +225,7 @@ def table(outcomes: dict[str, Outcome], lrs: tuple[float, ...]) -> Table:
 
 
 def other_readings(settings: Settings) -> Table:
-    """What the readings that were not asked for give at the paper's rate."""
+    """Tabulate what the readings that were not asked for give at the paper's rate."""
     few = {label: system for label, system in paper_systems().items() if label in ("full", "lora", "miss")}
     rows = []
     for reading in (reading for reading in READINGS if reading != settings.data):
@@ -311,8 +311,8 @@ def claims(
 def draw(
     outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing: start_and_step.Timing, figure
 ) -> None:
-    """Loss curves at the paper's lr, both columns of the table with every seed, initialisation and step time
-    against parameters.
+    """Draw loss curves at the paper's lr, both columns of the table with every seed, initialisation and step
+    time against parameters.
     """
     figure.set_size_inches(15, 11)
     (curves, losses), (start, step) = figure.subplots(2, 2)

@@ -21,7 +21,7 @@ MARK = "<!-- below: python -m benchmarks.paper.page -->"
 
 
 def sections(folder: pathlib.Path) -> str:
-    """A section for each experiment that has results: its statements, and how it is run again."""
+    """Write a section for each experiment that has results: its statements, and how it is run again."""
     parts = []
     for name in EXPERIMENTS:
         if (file := folder / f"{name}.json").exists():
@@ -36,7 +36,7 @@ def sections(folder: pathlib.Path) -> str:
 
 
 def renewed(folder: pathlib.Path) -> str:
-    """The page as it should be. UserError for a folder without one."""
+    """Write the page as it should be. UserError for a folder without one."""
     page = folder / "README.md"
     if not page.exists() or MARK not in page.read_text(encoding="utf-8"):
         raise UserError(

@@ -52,7 +52,7 @@ class Measured:
 
 
 def measure(runs: Runs, task: str, method: str) -> list[Measured]:
-    """By rising rank, which is MiSS's. The best rate is looked for from that of the rank before."""
+    """Measure by rising rank, which is MiSS's. The best rate is looked for from that of the rank before."""
     found, exponent = [], START
     for rank in runs.settings.ranks:
         if rank <= runs.tasks[task].arch.n_embd:
@@ -99,8 +99,8 @@ def _cells(m: Measured, answers: bool) -> list[Any]:
 
 
 def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
-    """Whether the held-out loss falls at every doubling of the rank, or rises at none, and what more rank
-    brings to MiSS and to LoRA.
+    """Tell whether the held-out loss falls at every doubling of the rank, or rises at none, and what more
+    rank brings to MiSS and to LoRA.
     """
     said = []
     for task, methods in found.items():
@@ -138,7 +138,7 @@ def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
 
 
 def draw(found: dict[str, dict[str, list[Measured]]], figure) -> None:
-    """Loss over rank for each task: seen dashed, unseen with its spread."""
+    """Draw loss over rank for each task: seen dashed, unseen with its spread."""
     for axis, (task, methods) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
     ):
@@ -161,7 +161,7 @@ def draw(found: dict[str, dict[str, list[Measured]]], figure) -> None:
 
 
 def figures_of(m: Measured) -> dict[str, Any]:
-    """For the JSON file: all but the losses of the steps."""
+    """Return for the JSON file all but the losses of the steps."""
     return {
         "rank": m.rank,
         "best_lr": m.best_lr,

@@ -66,7 +66,7 @@ TINY = Settings(model="rwkv6-tiny", methods=("miss", "lora"), rank=4, ctx_len=24
 
 
 def make_base(settings: Settings) -> RWKV:
-    """A frozen random model on the device, in the dtype that it trains in there."""
+    """Make a frozen random model on the device, in the dtype that it trains in there."""
     version, n_layer, n_embd, vocab_size = MODELS[settings.model]
     torch.manual_seed(0)
     kernel, _ = ops.choose("auto", settings.device)
@@ -76,7 +76,7 @@ def make_base(settings: Settings) -> RWKV:
 
 
 def adapt(model: RWKV, label: str, rank: int) -> RWKV:
-    """The model with an adapter, in place."""
+    """Put an adapter into the model, in place."""
     if label == PEFT:
         add_peft(model, PEFT, 2 * rank)
     else:
@@ -86,7 +86,7 @@ def adapt(model: RWKV, label: str, rank: int) -> RWKV:
 
 
 def copy_of(base: RWKV) -> RWKV:
-    """A copy whose adapted weights are its own, and which shares the rest: a method may change what it
+    """Copy a base so that its adapted weights are its own and the rest is shared: a method may change what it
     adapts.
     """
     own = {id(linear.weight) for linear in find_linears(base, None).values()}
@@ -100,7 +100,7 @@ def make_step(model: RWKV, settings: Settings) -> Callable[[], None]:
 
 
 def peak(settings: Settings, label: str) -> tuple[int, int]:
-    """(bytes of the model with its buffers, most bytes above it in two steps); to be called in a fresh
+    """Return (bytes of the model with its buffers, most bytes above it in two steps); to be called in a fresh
     process.
     """
     torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def in_fresh_process(function: Callable, *args):
 
 
 def seconds(settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every timed step, and trained parameters, by label."""
+    """Measure seconds of every timed step, and trained parameters, by label."""
     base = make_base(settings)
     together = settings.device == "cpu"
     found: dict[str, list[float]] = {label: [] for label in settings.methods}
@@ -151,7 +151,7 @@ def wall(work: Callable[[], None]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Of one method: trained parameters, seconds of a step, bytes of the model and the most above them."""
+    """One method: trained parameters, seconds of a step, bytes of the model and the most above them."""
 
     parameters: int
     seconds: float
@@ -167,7 +167,7 @@ Interval = tuple[float, float, float]  # a median, and the ends of its 95 % inte
 
 
 def table(rows: dict[str, Row], speeds: dict[str, Interval], ctx_len: int) -> Table:
-    """`speeds`: of each method over LoRA's."""
+    """Make a row for each method. `speeds` are over LoRA's."""
     lora = rows["lora"]
     columns = "method|parameters|step s|tokens/s|speed / lora|95 % interval|the paper's|peak MB".split("|")
     columns += ["above weights MB", "peak / lora", "the paper's peak / lora", "above / lora"]
@@ -199,7 +199,7 @@ def table(rows: dict[str, Row], speeds: dict[str, Interval], ctx_len: int) -> Ta
 
 
 def above(interval: Interval, asked: float) -> bool | None:
-    """Whether what was measured is at least what is asked for; None where the interval holds both."""
+    """Tell whether what was measured is at least what is asked for; None where the interval holds both."""
     _, low, high = interval
     if low < asked <= high:
         return None
@@ -212,7 +212,9 @@ def described(interval: Interval) -> str:
 
 
 def claims(rows: dict[str, Row], speeds: dict[str, Interval], settings: Settings) -> list[Claim]:
-    """`speeds`: MiSS's over those of LoRA and, where it was measured, of peft's LoRA."""
+    """Compare with the paper. `speeds` are MiSS's over those of LoRA and, where it was measured, of peft's
+    LoRA.
+    """
     miss, lora = rows["miss"], rows["lora"]
     memory = miss.total / lora.total
     paper_speed, paper_memory = (ours / theirs for ours, theirs in zip(PAPER["miss"], PAPER["lora"]))
@@ -261,7 +263,7 @@ def draw(rows: dict[str, Row], ctx_len: int, figure) -> None:
 
 
 def check(settings: Settings) -> None:
-    """UserError for what could not run, before anything is built."""
+    """Raise UserError for what could not run, before anything is built."""
     labels = [*systems(1), PEFT]
     unknown = [label for label in settings.methods if label not in labels]
     if unknown or not {"miss", "lora"} <= set(settings.methods):

@@ -69,14 +69,14 @@ class Result:
 
 
 def require_package(name: str, use: str) -> None:
-    """A UserError, before anything is measured, where a package is absent."""
+    """Raise UserError, before anything is measured, where a package is absent."""
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{use} needs {name}: pip install {name}")
 
 
 def check_folder(folder: str) -> pathlib.Path:
-    """The folder, made where it is missing. A UserError where the results could not be written or drawn,
-    before anything is measured.
+    """Make the folder where it is missing. UserError where the results could not be written or drawn, before
+    anything is measured.
     """
     require_package("matplotlib", "the plot")
     path = pathlib.Path(folder)
@@ -146,7 +146,7 @@ def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -
 
 
 def plot(draw: Callable[[Any], None]) -> bytes:
-    """The PNG of a figure, without a display and without pyplot's global state."""
+    """Return the PNG of a figure, without a display and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -169,7 +169,7 @@ def _cell(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinities, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,12 +9,12 @@ from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
-    """A field that is a flag of its type; a tuple takes several values of the type of its first."""
+    """Make a field that is a flag of its type; a tuple takes several values of the type of its first."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 def add_options(parser: argparse.ArgumentParser, full: Any, tiny: Any) -> None:
-    """--tiny, and a flag for every field of two settings of one dataclass: the full run's and CI's."""
+    """Add --tiny, and a flag for every field of two settings of one dataclass: the full run's and CI's."""
     parser.add_argument("--tiny", action="store_true", help="the few seconds that CI runs")
     for field in dataclasses.fields(full):
         default, small = (
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, full: Any, tiny: Any) -> None:
 
 
 def chosen(args: argparse.Namespace, full: Any, tiny: Any) -> Any:
-    """The settings that the flags ask for."""
+    """Return the settings that the flags ask for."""
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(full)
@@ -44,8 +44,8 @@ def chosen(args: argparse.Namespace, full: Any, tiny: Any) -> Any:
 
 
 def command(name: str, settings: Any, full: Any, tiny: Any) -> str:
-    """The command with these settings, as short as it can be: no --tiny and no flag where the full run has
-    the same.
+    """Write the command with these settings, as short as it can be: no --tiny and no flag where the full run
+    has the same.
     """
     start = tiny if settings == tiny else full
     words = ["python", "-m", "benchmarks.paper", name, *(["--tiny"] if start is tiny else [])]

@@ -35,13 +35,13 @@ def square(width: int) -> nn.Module:
 
 
 def initialise(width: int, method: str, options: dict[str, Any]) -> tuple[float, nn.Module]:
-    """Seconds of putting a method on a square(width), and the model."""
+    """Return seconds of putting a method on a square(width), and the model."""
     model = square(width)
     return cpu_seconds(lambda: rwkv_miss.inject(model, method, targets=["0"], **options)), model
 
 
 def make_step(model: nn.Module, width: int) -> Callable[[], None]:
-    """Forward, backward and AdamW on 64 tokens; the input wants a gradient, as inside a model."""
+    """Make a step of forward, backward and AdamW on 64 tokens; the input wants a gradient, as in a model."""
     x = torch.randn(TOKENS, width, requires_grad=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -138,8 +138,8 @@ class Timing:
 
 
 def measure(widths: tuple[int, ...], rounds: int) -> Timing:
-    """Every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns, the
-    fastest round of each counts.
+    """Time every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns,
+    and the fastest round of each counts.
     """
     rows = []
     for width in widths:

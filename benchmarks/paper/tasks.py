@@ -29,7 +29,7 @@ class Task:
     wanted: Tensor
 
     def loss(self, model: RWKV) -> Tensor:
-        """Mean loss of another model, such as an adapted copy of this one, on the rows."""
+        """Compute the mean loss of another model, such as an adapted copy of this one, on the rows."""
         (wanted,) = self.wanted.flatten().nonzero(as_tuple=True)
         x, _ = model.features(self.ids[:, :-1], wanted=wanted)
         return model.loss(x, self.ids[:, 1:].flatten()[wanted]) / len(wanted)
@@ -47,7 +47,7 @@ def _model(path: pathlib.Path) -> RWKV:
 
 
 def shakespeare(data: pathlib.Path) -> Task:
-    """rwkv6-3m-utf16, 12 layers of 128, on 8 rows of 256 characters of Shakespeare, two bytes each."""
+    """Load rwkv6-3m-utf16, 12 layers of 128, with 8 rows of 256 characters of Shakespeare, two bytes each."""
     model = _model(data / "real/rwkv6-3m-utf16.pth")
     text = (data / "tinyshakespeare.txt").read_text()
     starts = random.Random(0).sample(range(len(text) - 257), 8)
@@ -61,8 +61,8 @@ def shakespeare(data: pathlib.Path) -> Task:
 
 
 def digits(data: pathlib.Path) -> Task:
-    """rwkv7-reverse, 4 layers of 32, which reverses digits, on rows of a changed task: 123, becomes 432# (1
-    is added to each).
+    """Load rwkv7-reverse, 4 layers of 32, which reverses digits, with rows of a changed task: 123, becomes
+    432# (1 is added to each).
     """
     model, draw = _model(data / "real/rwkv7-reverse.pth"), random.Random(0)
     rows = [draw.choices(range(10), k=12) for _ in range(64)]
@@ -71,7 +71,7 @@ def digits(data: pathlib.Path) -> Task:
 
 
 def letters(data: pathlib.Path) -> Task:
-    """The demo's base, 3 layers of 96, which reverses letters, on questions to sort them."""
+    """Load the demo's base, 3 layers of 96, which reverses letters, with questions to sort them."""
     model, draw = _model(ROOT / "demo/rwkv7-reverse.pth"), random.Random(0)
     drawn = ["".join(draw.choices(string.ascii_lowercase, k=6)) for _ in range(64)]
     texts = [(f"User: sort {text}\n\nAssistant:", f" {TASKS['sort'](text)}\n\n") for text in drawn]
@@ -85,8 +85,8 @@ MAKE = {"rwkv6-3m": shakespeare, "rwkv7-reverse": digits, "demo": letters}
 
 
 def make(name: str, data: str) -> Task:
-    """A task by its model's name; `data` is the folder with the files of others. UserError where there is
-    none such.
+    """Make a task by its model's name; `data` is the folder with the files of others. UserError where there
+    is none such.
     """
     if name not in MAKE:
         raise UserError(f"model {name!r} is unknown; there are: {', '.join(MAKE)}")

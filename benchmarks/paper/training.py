@@ -37,9 +37,7 @@ LOWEST, HIGHEST, START = (-12, 0, -6)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the training experiments have in common; of two values the first is for text, the second for
-    questions with answers.
-    """
+    """Settings of all training experiments. Of two values the first is for text, the second for answers."""
 
     tasks: tuple[str, ...] = option(
         ("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters"
@@ -121,18 +119,18 @@ class Runs:
 
     @staticmethod
     def own(values: tuple[int, ...], task: str) -> int:
-        """The one of two settings that is the task's: the first for text, the last for answers."""
+        """Choose the one of two settings that is the task's: the first for text, the last for answers."""
         return values[0 if task in TEXTS else -1]
 
     def at_rate(self, task: str, method: str, options: dict[str, Any], lr: float) -> list[Outcome]:
-        """One training for each seed."""
+        """Do one training for each seed."""
         return [self.train(task, method, options, lr, seed) for seed in self.settings.seeds]
 
     def at_best_rate(
         self, task: str, method: str, options: dict[str, Any], start: int = START
     ) -> tuple[int, list[Outcome]]:
-        """(exponent of the rate with the lowest held-out loss for the first seed, found from `start`; the
-        trainings at it).
+        """Return (exponent of the rate with the lowest held-out loss for the first seed, found from `start`;
+        the trainings at it).
         """
         found = climb(
             lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start
@@ -141,7 +139,7 @@ class Runs:
         return best, self.at_rate(task, method, options, rate(best))
 
     def train(self, task: str, method: str, options: dict[str, Any], lr: float, seed: int) -> Outcome:
-        """A training, done or looked up."""
+        """Do a training, or look it up."""
         steps, rows = self.own(self.settings.steps, task), self.own(self.settings.rows, task)
         run = Run(task, method, options, lr, seed, steps, rows, self._data(task), self.tasks[task].digest)
         key = _key(described := dataclasses.asdict(run))
@@ -171,7 +169,7 @@ def _whole_lines(text: str):
 
 
 def untouched(task: Task) -> list[float | None]:
-    """Of the base: held-out loss, share of right tokens, share of right answers."""
+    """Look at the base: held-out loss, share of right tokens, share of right answers."""
     config = Config(
         load_model=str(task.base), peft="none", precision="fp32", micro_bsz=16, ctx_len=task.width
     )
@@ -220,8 +218,8 @@ def _train(run: Run, task: Task) -> Outcome:
 
 @torch.no_grad()
 def right(model: RWKV, documents: Documents) -> tuple[float, float]:
-    """(share of answer tokens that are the likeliest where all before them are right, share of answers of
-    such tokens only): the latter are the right ones among greedy answers.
+    """Return (share of answer tokens that are the likeliest where all before them are right, share of answers
+    of such tokens only): the latter are the right ones among greedy answers.
     """
     batch = collate([[row] for row in documents], 1)
     with ops.nan_passes():
@@ -233,12 +231,12 @@ def right(model: RWKV, documents: Documents) -> tuple[float, float]:
 
 
 def rate(exponent: int) -> float:
-    """Half decades: rate(-4) = 0.01, rate(-5) = 0.003."""
+    """Round to half decades: rate(-4) = 0.01, rate(-5) = 0.003."""
     return float(f"{10 ** (exponent / 2) * 0.95:.1g}") if exponent % 2 else 10.0 ** (exponent // 2)
 
 
 def climb(loss: Callable[[float], float | None], start: int) -> dict[int, float]:
-    """Exponent -> loss(rate) by half decades from `start`, until the best rate lies between two worse
+    """Map exponents to loss(rate) by half decades from `start`, until the best rate lies between two worse
     ones.
     """
     found: dict[int, float] = {}

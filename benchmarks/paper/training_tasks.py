@@ -1,5 +1,4 @@
-"""What the training experiments teach real trained models: English text to a small RWKV-6, a changed task to
-small RWKV-7s.
+"""Tasks that are taught to real trained models: English text to a small RWKV-6, a changed task to RWKV-7s.
 
     shakespeare   rwkv6-3m-utf16, running text: the first nine tenths of the plays, held out from the last one
     gsm8k         the same model, running text: questions and answers of GSM8K's training rows, held out from
@@ -51,7 +50,7 @@ class Task:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the base's file and all rows: what a training depends on beside its settings."""
+        """Digest of the base's file and all rows: what a training depends on beside its settings."""
         parts = hashlib.sha256(self.base.read_bytes()).hexdigest(), self.train.digest, self.held_out.digest
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
@@ -61,7 +60,7 @@ class Task:
 
 
 def from_pairs(rows: list[tuple[list[int], int]]) -> Documents:
-    """Documents of (ids, number of ids that are given)."""
+    """Make documents of (ids, number of ids that are given)."""
     return Documents(
         [Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows]
     )
@@ -90,7 +89,9 @@ def sorting(count: int, seed: int) -> list[tuple[list[int], int]]:
 
 
 def windows(text: str, count: int, characters: int, seed: int) -> Documents:
-    """So many random parts of a text, UTF-16-LE bytes, two tokens a character, and one token before."""
+    """Cut `count` random parts out of a text, as UTF-16-LE bytes, two tokens a character, and one token
+    before.
+    """
     draw = random.Random(seed)
     starts = [draw.randrange(len(text) - characters - 1) for _ in range(count)]
     ids = [list(text[start : start + characters + 1].encode("utf-16-le"))[1:] for start in starts]
@@ -126,8 +127,8 @@ FILES = {
 
 
 def load_task(name: str, folder: str, train: int, held_out: int, characters: int) -> Task:
-    """The task with so many rows to train on and held out, those of a text of so many characters. UserError
-    where a file is not in the folder.
+    """Load the task with `train` rows to train on and `held_out` others; rows of a text have `characters`
+    characters. UserError where a file is not in the folder.
     """
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; there are: {', '.join(TASKS)}")
