@@ -47,7 +47,7 @@ from .planning.job import (
 )
 from .planning.throughput import speed_here
 from .reporting import plan_text
-from .reporting.early_warning import early_warning
+from .reporting.diagnosis import Warnings
 from .reporting.run_end import finish, is_summed_up
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import write_new_model, writer
@@ -294,7 +294,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = plan.tokenizer if config.load_model else None
     path = os.path.join(folder, METRICS)
-    report = StepReport(path, plan.steps, started, last_good, writers, trained_with, early_warning)
+    report = StepReport(path, plan.steps, started, last_good, writers, trained_with, Warnings)
     write = writer(config, model, plan.data.encoder)
     watch = Watch(folder, history, write, report)
     saver = Saver(

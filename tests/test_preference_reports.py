@@ -1,9 +1,8 @@
-"""What a run on preferences says of itself: its lines, bar, curves, cards, warnings and verdict."""
+"""What a run on preferences says of itself: its lines, bar, curves and cards."""
 
 import dataclasses
 import json
 import math
-import random
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.preferences import Preferences
 from src.objectives.loss_metrics import PREFERENCES, SUPERVISED, metrics_of
-from src.reporting import curves, preference_text, run_card, run_end, verdict
-from src.reporting.early_warning import early_warning
+from src.reporting import curves, preference_text, run_card, run_end
+from src.reporting.diagnosis import Warnings
 from src.reporting.run_log import RunLog
-from src.reporting.unlearning import UnlearningWatch, against_unlearning, unlearning_warning
 from src.training.callbacks import StepReport
 from src.training.validation_log import describe
 
@@ -56,20 +54,6 @@ def evaluations():
         evaluation(0, 0.69, margin=0.0),
         evaluation(10, 0.2, margin=3.0),
         evaluation(20, 0.3, margin=2.5),
-    ]
-
-
-def drift(count, chosen, accuracy, seed=0):
-    """Steps whose chosen answers move by so many nats in all, noisily, while the accuracy goes from 50 %."""
-    noise = random.Random(seed)
-    return [
-        line(
-            step,
-            reward_chosen=0.1 * (chosen * step / count + noise.gauss(0, 0.3)),
-            reward_accuracy=0.5 + (accuracy - 0.5) * step / count,
-            logp_chosen=noise.gauss(-30, 8),
-        )
-        for step in range(1, count + 1)
     ]
 
 
@@ -114,64 +98,6 @@ def test_an_evaluation_is_told_with_its_accuracy():
     assert PREFERENCES.evaluation_text(PREFERENCES.fields(3, raw)).startswith("accuracy 50 %, ")
 
 
-def test_a_fall_of_the_right_answers_is_warned_of_once():
-    watch = UnlearningWatch(DPO, [])
-    said = [(each["step"], watch.after(each)) for each in drift(100, -12.0, 0.98)]
-    [(step, text)] = [(step, text) for step, text in said if text]
-    assert 10 <= step < 40, "while the run can still be stopped"
-    assert f"lower in steps {step - 9} to {step} than before the training, while the acc" in text
-    assert "--sft_weight above 1" in text and "--beta than 0.1" in text and "--lr_init than 0.002" in text
-    without = dataclasses.replace(DPO, sft_weight=0.0)
-    told = [*filter(None, map(UnlearningWatch(without, []).after, drift(100, -12.0, 0.98)))]
-    assert len(told) == 1 and "Try --sft_weight 1, or" in told[0]
-    ipo = dataclasses.replace(without, loss="ipo")
-    assert against_unlearning(ipo).startswith("--sft_weight 10, or a larger --beta than 0.1")
-    # a run that goes on has said it already, or has it to say yet
-    lines = drift(100, -12.0, 0.98)
-    assert UnlearningWatch(DPO, lines[:step]).after(lines[step]) is None
-    assert any(map(UnlearningWatch(DPO, lines[: step - 2]).after, lines[step - 2 :]))
-
-
-def test_other_falls_are_not_warned_of():
-    """Likely right answers, an accuracy of a coin, less than a nat, few steps, and what is only noise."""
-    for case in ((100, 4.0, 0.98), (100, -12.0, 0.5), (100, -0.5, 0.98), (9, -50.0, 0.98)):
-        case = drift(*case)
-        assert not any(map(UnlearningWatch(DPO, []).after, case))
-    alone = Config(load_model="base.pth", loss="simpo", beta=2.0, sft_weight=1.0)
-    for seed in range(20):  # batches differ by 8 nats
-        lines = [
-            {name: value for name, value in each.items() if name != "reward_accuracy"}
-            | {"raw_accuracy": each["reward_accuracy"]}
-            for each in drift(60, -40.0, 0.98, seed)
-        ]
-        assert unlearning_warning(alone, lines) is None
-    fallen = [line | {"logp_chosen": line["logp_chosen"] - 40.0 * (line["step"] > 30)} for line in lines]
-    assert "lower in steps 51 to 60 than in steps 1 to 10, while the accuracy is" in unlearning_warning(
-        alone, fallen
-    )
-
-
-def test_the_first_rise_of_a_real_run_does_not_hide_its_fall():
-    """Plain DPO on pairs of sorted and reversed letters, from the base of the demo: reward of the chosen
-    answers and accuracy of the first 24 steps.
-    """
-    rewards = "0 18 34 27 58 64 53 29 8 26 5 -43 -55 -53 -31 -65 -86 -149 -71 -104 -101 -153 -176 -106"
-    watch = UnlearningWatch(DPO, [])
-    said = [
-        step
-        for step, reward in enumerate(map(int, rewards.split()), 1)
-        if watch.after(line(step, reward_chosen=reward / 100, reward_accuracy=float(step > 1)))
-    ]
-    assert said == [19]  # of 60
-
-
-def test_an_averaged_reward_counts_for_the_whole_answer():
-    """-1.5 nats a token, of which an answer has 10."""
-    mean = dataclasses.replace(DPO, loss_average="mean")
-    assert unlearning_warning(DPO, drift(60, -0.9, 0.98, 3)) is None
-    assert "answer is 8." in unlearning_warning(mean, drift(60, -0.9, 0.98, 3))
-
-
 def test_the_pictures_hold_every_metric(tmp_path, plotted):
     metrics = [line(step, margin=step / 10) for step in range(1, 9)] + [line(9, margin=math.nan)]
     history = [evaluation(0, margin=0.0), evaluation(9, margin=2.0)]
@@ -211,31 +137,6 @@ def test_the_card_has_the_metrics_first_last_and_best():
         RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], []),
         None,
     )
-
-
-def doubted(before, after, config=DPO):
-    metrics = [line(1, 0.7), line(2, 0.3)]
-    return verdict.doubt(config, "command line", False, after["step"], metrics, [before, after])
-
-
-def test_the_verdict_looks_at_accuracy_and_at_the_right_answers():
-    start = evaluation(0, math.log(2), reward_accuracy=0.0, logp_chosen=-30.0)
-    assert doubted(start, evaluation(9, 0.3)) is None
-    chance = doubted(start, evaluation(9, 0.6, reward_accuracy=0.59))
-    assert chance.known == ["the chosen answer wins in 59 % of 100 held-out pairs, which may be chance"]
-    assert doubted(start, evaluation(9, 0.6, reward_accuracy=0.59, units=1000)) is None
-    few = doubted(start, evaluation(9, 0.6, reward_accuracy=0.15))
-    assert few.known[0].startswith("the chosen answer wins in 15 % of 100 held-out pairs: more steps or a ")
-    kto = dataclasses.replace(DPO, loss="kto")
-    [known] = doubted(start, evaluation(9, 0.6, reward_accuracy=0.5, baseline=0.1), kto).known
-    assert known == "50 % of 100 held-out answers are on their side of the baseline, which may be chance"
-    lost = doubted(start, evaluation(9, 0.3, logp_chosen=-37.5))
-    assert "from -30.0 to -37.5, although the accuracy is 93.8 %" in lost.known[0]
-    assert lost.advice.startswith("--sft_weight above 1, or a larger --beta than 0.1, or a lower --lr_init")
-    same = doubted(start, evaluation(9, 0.3, answer="0"))
-    assert "the sample answers are those of before the training" in same.known[0]
-    worse = doubted(start, evaluation(9, 0.9))
-    assert "the loss on held-out pairs rose from 0.6931 to 0.9000" in worse.known[0]
 
 
 NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapter off"
@@ -283,13 +184,13 @@ def test_a_loss_that_is_none_of_a_token_is_not_compared_with_guessing(capsys):
         name, vocab_size = "bytes", 257
 
     report = StepReport("", 9, 0.0, None, [], Tokenizer())
-    report.metrics, report.early_warning = metrics_of(DPO), early_warning(DPO, [])
+    report.metrics, report.early_warning = metrics_of(DPO), Warnings(DPO, [])
     report._remark(line(1, 25.0), 25.0)
     assert capsys.readouterr().out == ""
     report._remark(line(1, 25.0, nll=11.0), 25.0)
     assert "the loss of the chosen answers is 11.00, worse than guessing" in capsys.readouterr().out
     supervised = Config(load_model="base.pth")
-    report.metrics, report.early_warning = metrics_of(supervised), early_warning(supervised, [])
+    report.metrics, report.early_warning = metrics_of(supervised), Warnings(supervised, [])
     report._remark({"step": 1, "loss": 25.0, "trained_tokens": 1}, 25.0)
     assert "worse than guessing" in capsys.readouterr().out
 

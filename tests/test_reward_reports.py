@@ -1,4 +1,4 @@
-"""What a training on rewards says of itself: lines, bar, picture, card, samples, evaluation and verdict."""
+"""What a training on rewards says of itself: lines, bar, picture, card, samples and evaluation."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from src.objectives.rewards.evaluation import RewardEvaluation
 from src.objectives.rewards.sample_writer import SampleWriter
 from src.objectives.rewards.samples import is_due
 from src.reporting import curves, model_card, run_card, run_end
-from src.reporting.reward_verdict import held_out_words, reward_doubt
+from src.reporting.diagnosis import diagnosis
 from src.reporting.run_log import RunLog
 from src.training.callbacks import StepReport
 from src.training.validation_log import best, best_trained, describe, is_over
@@ -166,7 +166,7 @@ def finished(tmp_path, metrics, history, drawn=()):
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
-    doubted = reward_doubt(config, 10, metrics, history)
+    doubted = diagnosis(config, metrics, 10, history, "command line", False)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
     said = run_end._last_words(config, run_end._state(config, 20, 20, history), summary, history, doubted)
     return card, dict(model_card._measured(DESCRIBED, summary, history)), said
@@ -178,10 +178,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     card, rows, said = finished(tmp_path, metrics, history, [drawn_line(step) for step in (1, 11, 20)])
     for words in (
         "| training reward | 0.515 to 0.695 |",
-        "- greedy answers: right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most 1.5",
-        "- share of groups that teach nothing: 43.8 % to 43.8 %",
-        "- reward of drawn answers: 0.515 to 0.695",
-        "- KL to the reference at the end: 0.02 per token",
+        "| greedy answers | right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most",
         "![reward, groups of equal rewards, length, entropy and KL over the steps](rewards.png)",
         "| groups of equal rewards, which teach nothing | 43.8 % | 43.8 % |",
         "| reward of an answer | 0.5 | 0.75 | 0.875 |",
@@ -220,7 +217,7 @@ def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_ans
     card, _, _ = finished(tmp_path, [line(1)], history)
     assert "| answers whose reward failed | 0 of 64 | 0 of 64 | 52 of 64 |" in card
     own = dataclasses.replace(GRPO, rewards={"own": 1.0})
-    assert held_out_words(own, 20, history) == "reward 0.5 to 0.75, on 64 held-out questions"
+    assert run_card.held_out_words(own, 20, history) == "reward 0.5 to 0.75, on 64 held-out questions"
     assert DESCRIBED.step_text(line(1, failed_groups=14.0), 0.0).endswith("rewards failed 14 of 16")
     assert DESCRIBED.value_text("kl", None) == "not measured"
 
@@ -238,25 +235,6 @@ def test_run_json_has_the_rewards(tmp_path):
     ]
 
 
-def test_the_verdict_of_a_reward_that_does_not_rise(tmp_path):
-    metrics = [line(step) for step in range(1, 21)]
-    doubted = reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.51)])
-    [known] = doubted.known
-    assert (
-        known == "the run has learnt next to nothing: the reward on held-out questions went from 0.5 to 0.51"
-    )
-    assert "--lr_init than 0.003" in doubted.advice
-    lost = reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.25)])
-    assert lost.known == [
-        "the run has not learnt: the reward on held-out questions fell from 0.5 to 0.25",
-        "nothing that this run wrote is better than its base",
-    ]
-    assert "new --proj_dir" in lost.advice
-    assert reward_doubt(GRPO, 20, metrics, [evaluation(0, 0.5), evaluation(20, 0.6)]) is None
-    [known] = reward_doubt(GRPO, 20, metrics, []).known
-    assert "the training's own questions went from 0.75 to 0.75" in known
-
-
 def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
     metrics = [
         line(step, reward=1.2 * (step < 5), dead_groups=1.0 if step > 5 else 0.4) for step in range(1, 21)
@@ -266,7 +244,7 @@ def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
     assert not any(text.startswith(("merge it:", "try it:")) for text in said)
     [tries] = [text for text in said if text.startswith("try next:")]
     assert tries.count("a lower --lr_init") == 1 == tries.count("starting again") and "best.pth" not in tries
-    assert "nothing that this run wrote is better than its base" in card
+    assert "No evaluated state is better than the model before the training." in card
     assert said[-1] == (
         "best:      the base, validation reward 0.5000; at the end 0.0000."
         " The training made it worse: keep the base"

@@ -6,18 +6,18 @@ import math
 import os
 
 from ..config import Config, command
-from ..objectives.loss_metrics import LossMetrics, loss_text, metrics_of
+from ..objectives.loss_metrics import LossMetrics, loss_text, metrics_of, percent
 from ..objectives.rewards.samples import answer_text
 from ..training.rate_search import recorded_search, search_table
-from ..training.validation_log import base_wins, best_trained
+from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
+from .diagnosis import Diagnosis, bounds, kl_in_words
 from .preference_text import held_out_units, loss_unit
-from .reward_verdict import what_came_of_it
 from .run_log import RunLog
-from .verdict import Doubt
 
 CARD = "run_card.md"
 NOT_MEASURED = "not measured: the run was killed after its last step"
+JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
@@ -26,7 +26,7 @@ def card(
     plan: list[str],
     summary: dict,
     log: RunLog,
-    doubted: Doubt | None,
+    doubted: Diagnosis | None,
 ) -> str:
     """The text of run_card.md: what was run, what came of it, and what it changed."""
     described, metrics = metrics_of(config), log.metrics
@@ -36,6 +36,7 @@ def card(
     figures = {
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
+        "greedy answers": held_out_words(config, summary.get("best_step", summary["steps"]), log.history),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
@@ -45,8 +46,7 @@ def card(
     }
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
-        table(["", ""], [[name, value] for name, value in figures.items()]),
-        *_rewarded(config, summary, log),
+        table(["", ""], [[name, value] for name, value in figures.items() if value]),
         *_has_not_learnt(doubted),
         "## Command",
         _as_it_is(command(config)),
@@ -65,20 +65,30 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _has_not_learnt(doubted: Doubt | None) -> list[str]:
+def _has_not_learnt(doubted: Diagnosis | None) -> list[str]:
     if doubted is None:
         return []
     lines = [*doubted.known, f"try next: {doubted.advice}"]
     return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
 
 
-def _rewarded(config: Config, summary: dict, log: RunLog) -> list[str]:
-    """What a training on rewards changed."""
-    if not config.on_rewards:
-        return []
-    step = summary.get("best_step", summary["steps"])
-    lines = what_came_of_it(config, step, log.metrics, log.history)
-    return ["## What came of it", "\n".join(f"- {line}" for line in lines)]
+def held_out_words(config: Config, step: int, history: list[dict]) -> str:
+    """What became of held-out questions up to the state of a step; "" if it is not known, or nothing asked.
+
+    "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
+    """
+    before, after = evaluation_at(history, 0), evaluation_at(history, step)
+    if not (before and after) or None in (before.get("reward"), after.get("reward")):
+        return ""
+    ends, count = bounds(config), f"{before['units']:,} held-out questions"
+    reward = f"reward {before['reward']:.4g} to {after['reward']:.4g}" + (
+        f" of at most {ends[1]:g}" if ends else ""
+    )
+    for name in JUDGES:
+        shares = [line.get(f"reward_{name}") for line in (before, after)]
+        if name in config.rewards and None not in shares:
+            return f"right {' to '.join(map(percent, shares))} of {count}; {reward}"
+    return f"{reward}, on {count}"
 
 
 def _drawn(drawn: list[dict]) -> list[str]:
@@ -203,15 +213,6 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
 def perplexity(kl: float) -> str:
     """What it does to the perplexity: "+1.0 %", "2.7 times"."""
     return f"+{100 * math.expm1(kl):.1f} %" if kl < 0.5 else f"{math.exp(min(kl, 99)):,.3g} times"
-
-
-def kl_in_words(kl: float) -> str:
-    """Nats per token against what they do to the perplexity."""
-    if kl < 0.01:
-        return "small"
-    if kl < 0.1:
-        return "moderate"
-    return "large" if kl < 1 else "very large: little of the base is left"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -17,11 +17,10 @@ from ..objectives.loss_metrics import LossMetrics, metrics_of
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_over
 from .curves import draw_pictures
+from .diagnosis import Diagnosis, diagnosis
 from .model_card import write_model_card
-from .reward_verdict import held_out_words, reward_doubt
-from .run_card import CARD, card, training_score
+from .run_card import CARD, card, held_out_words, training_score
 from .run_log import RunLog
-from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
 
@@ -78,10 +77,7 @@ def finish(
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        if config.on_rewards:
-            doubted = reward_doubt(config, kept_step, metrics, history)
-        else:
-            doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
+        doubted = diagnosis(config, metrics, kept_step, history, origins["lr_init"], searched)
         text = card(config, plan, summary, log, doubted)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)
@@ -141,7 +137,7 @@ def _recommended(summary: dict) -> tuple[str, int]:
 
 
 def _last_words(
-    config: Config, state: str, summary: dict, history: list[dict], doubted: Doubt | None
+    config: Config, state: str, summary: dict, history: list[dict], doubted: Diagnosis | None
 ) -> list[str]:
     """What a run prints at its end: what came of it, and the next command."""
     first = summary.get("command_to_first_step_seconds")

@@ -1,0 +1,524 @@
+"""The diagnosis of a run: one table of rules, for warnings while it goes, its last lines and its card.
+
+A rule has a condition, words and remedies, which are functions of Facts. Facts come from settings and logs
+alone. A new rule is one more entry of RULES.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from ..config import Config
+from ..config.schema import PUBLISHED
+from ..evaluation.rewards import RANGES
+from ..objectives.loss_metrics import ACCURACIES, percent
+from ..planning.draft import CHOSEN
+from ..training.validation_log import all_right, answers_as_before, base_wins, evaluation_at
+from .preference_text import held_out_units
+
+WINDOW = 10  # steps that are looked at together
+GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
+STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
+TENTH = 0.1  # of the range of a reward: rewards that differ by less are alike
+NATS = 1.0  # by which log p of a chosen answer must fall
+DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
+LITTLE = 0.02  # a score that gets better by a smaller share has not got better
+FAR = 0.5  # a training loss that ends above the base's by this share has risen
+# nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
+KL_IN_WORDS = {
+    0.01: "small",
+    0.1: "moderate",
+    1.0: "large",
+    math.inf: "very large: little of the base is left",
+}
+
+
+class Facts:
+    """What rules look at: a run so far, or one that has ended and recommends its state of `step`.
+
+    `lines` are those of metrics.jsonl, of a run so far the first and the last WINDOW. `top` are the WINDOW
+    lines with the highest reward. `history` are the evaluations. `origin` tells where the learning rate is
+    from, and `searched` whether the run searched for it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lines: Sequence[dict],
+        top: Sequence[dict] = (),
+        step: int | None = None,
+        history: Sequence[dict] = (),
+        origin: str = "",
+        searched: bool = False,
+    ):
+        self.config, self.lines, self.top, self.history = config, lines, top, history
+        self.origin, self.searched, self.by_loss = origin, searched, not config.on_rewards
+        self.last = lines[-WINDOW:]
+        self.steps, self.documents = steps_text(self.last), held_out_units(config)
+        self.range = None if self.by_loss else bounds(config)  # of a reward
+        self.is_enough = step is not None or len(lines) >= WINDOW
+        ends = evaluation_at(history, 0), evaluation_at(history, step)
+        if not all(ends) or not self.by_loss and any(line["reward"] is None for line in ends):
+            ends = None, None
+        self.before, self.after = ends
+
+    def mean(self, name: str) -> float:
+        """The mean of a metric over the last steps; NaN where none of them knows it."""
+        return mean_and_error(known(self.last, name))[0]
+
+    # the score, which is the loss or a reward
+
+    @functools.cached_property
+    def change(self) -> tuple[float | None, float | None]:
+        """The score before and after, held out; a reward may also be that of the drawn answers."""
+        name = "loss" if self.by_loss else "reward"
+        if self.after:
+            return self.before[name], self.after[name]
+        return (None, None) if self.by_loss else tenths(self.lines, name)
+
+    @functools.cached_property
+    def gain(self) -> float:
+        """The share of itself, or of its range, by which the score got better; NaN where it is not known."""
+        if None in self.change:
+            return math.nan
+        before, after = self.change
+        better = before - after if self.by_loss else after - before
+        scale = self.range[1] - self.range[0] if self.range else abs(before)
+        return better / scale if scale else better
+
+    @property
+    def score(self) -> str:
+        """Name the score and how it moved."""
+        before, after = self.change
+        if after is None:
+            return f"loss on {self.documents} is not finite"
+        verb = "rose" if after > before else "fell" if after < before else "went"
+        if self.by_loss:
+            share = f" by {100 * self.gain:.2f} %," if self.gain > 0 else ""
+            return f"loss on {self.documents} {verb}{share} from {before:.4f} to {after:.4f}"
+        asked = self.documents if self.after else "the training's own questions"
+        return f"reward on {asked} {verb} from {before:.4g} to {after:.4g}"
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the score got no better; a held-out loss that is not finite did not."""
+        return self.gain <= 0 or (self.by_loss and bool(self.after) and self.after["loss"] is None)
+
+    # training losses; their rows differ
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether training losses are all that is known."""
+        return self.by_loss and not self.history
+
+    @functools.cached_property
+    def losses(self) -> tuple[float, float, float]:
+        """The training loss of the first step, of the first tenth of the steps and of the last one."""
+        return self.lines[0]["loss"], *tenths(self.lines, "loss")
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether the training loss ends far above both losses of the base.
+
+        These are that of the first step, before a weight moved, and the held-out one. Either may be of easier
+        rows.
+        """
+        begin, _, last = self.losses
+        return self.by_loss and last > (1 + FAR) * max(begin, (self.before or {}).get("loss") or 0.0)
+
+    @property
+    def learnt(self) -> float:
+        """The share by which the training loss fell; 0 where it only comes back from what it rose by."""
+        begin, first, last = self.losses
+        return (first - last) / first if self.by_loss and first and last < begin else 0.0
+
+    # preferences
+
+    @functools.cached_property
+    def accuracy(self) -> float:
+        """The share of pairs whose chosen answer wins; NaN where it is not known."""
+        return mean_and_error(known([self.after] if self.after else self.last, *ACCURACIES))[0]
+
+    @property
+    def chance(self) -> float:
+        """Two standard errors of the accuracy of a coin on the held-out data; -1 without that."""
+        return 1 / math.sqrt(self.after["units"]) if self.after and "units" in self.after else -1.0
+
+    @functools.cached_property
+    def lost(self) -> str:
+        """How much less likely the chosen answers are than before the training, and where; "" for not.
+
+        Rewards of steps tell it where they are of whole answers, and the reference is the start of the run.
+        """
+        config = self.config
+        if self.history:
+            ends = known([self.before, self.after], "logp_chosen") if self.after else []
+            fell = ends[0] - ends[1] if len(ends) == 2 else 0.0
+            return f"{fell:.1f} lower on held-out data" if fell > NATS else ""
+        if config.loss not in ("dpo", "kto") or config.loss_average != "sum" or config.reference:
+            return ""
+        mean, error = mean_and_error(known(self.last, "reward_chosen"))
+        fell = -mean / config.beta
+        is_fall = self.is_enough and fell > max(NATS, STANDARD_ERRORS * error / config.beta)
+        return f"{fell:.1f} lower in {self.steps}" if is_fall else ""
+
+    @property
+    def kl(self) -> float:
+        """KL to the reference on held-out answers, per token; 0 where it is not known."""
+        return self.by_loss and self.after and self.after.get("kl") or 0.0
+
+    # rewards
+
+    @functools.cached_property
+    def reward(self) -> float:
+        return self.mean("reward")
+
+    @functools.cached_property
+    def is_dead(self) -> bool:
+        """Whether nearly all groups have equal rewards, as far as there are enough to tell."""
+        share, groups = self.mean("dead_groups"), sum(known(self.last, "units"))
+        return share > DEAD and (self.is_enough or share == 1 and groups >= GROUPS)
+
+    @property
+    def dead(self) -> str:
+        share = percent(self.mean("dead_groups"))
+        return f"{share} of the groups of {self.steps} have equal rewards, so that they teach nothing"
+
+    @property
+    def near(self) -> str:
+        """The end of the range of the reward that all answers are near to; "" for none."""
+        if not self.range:
+            return ""
+        (lowest, highest), top = self.range, mean_and_error(known(self.top, "reward"))[0]
+        if self.reward >= highest - TENTH * (highest - lowest):
+            return "highest"
+        return "lowest" if top <= lowest + TENTH * (highest - lowest) else ""
+
+    @functools.cached_property
+    def fall(self) -> tuple[float, str] | None:
+        """(what the reward was, when) where it is lower now by more than chance."""
+        (now, error), (top, other) = (mean_and_error(known(w, "reward")) for w in (self.last, self.top))
+        first = self.lines[0].get("reward")
+        least = TENTH * (self.range[1] - self.range[0] if self.range else abs(top))
+        if top - now > max(STANDARD_ERRORS * math.hypot(error, other), least):
+            return top, steps_text(self.top)
+        # a collapse within the first steps leaves no other trace; one step has more chance than WINDOW
+        if first is not None and first - now > max(STANDARD_ERRORS * error * math.sqrt(WINDOW), 2 * least):
+            return first, f"step {self.lines[0]['step']}"
+        return None
+
+    @property
+    def failed(self) -> float:
+        """The share of the groups whose reward failed."""
+        return sum(known(self.last, "failed_groups")) / max(1, sum(known(self.last, "units")))
+
+
+class Rule(NamedTuple):
+    """What can be said of a run. A note is no doubt: at the end it stands beside doubts only."""
+
+    name: str  # while a run goes each is said once
+    when: Callable[[Facts], bool]
+    words: Callable[[Facts], str]
+    remedies: Callable[[Facts], list[str]] = lambda f: []  # any of them may help
+    early: bool = False  # while the run goes, too
+    is_note: bool = False
+
+
+RULES = (
+    Rule("worse", lambda f: f.is_worse, lambda f: f"the run has not learnt: the {f.score}"),
+    Rule(
+        "next to nothing",
+        lambda f: 0 < f.gain < LITTLE,
+        lambda f: f"the run has learnt next to nothing: the {f.score}",
+    ),
+    Rule(
+        "blind",
+        lambda f: f.is_blind and not f.has_risen and f.learnt < LITTLE,
+        lambda f: (
+            f"the run may have learnt nothing: the training loss went from {f.losses[1]:.4f} to"
+            f" {f.losses[2]:.4f}"
+        ),
+        lambda f: other_settings(f),
+    ),
+    Rule(
+        "too fast",
+        lambda f: f.has_risen and (f.is_blind or f.is_worse),
+        lambda f: f"the training loss rose from {f.losses[0]:.4f} in the first step to {f.losses[2]:.4f}",
+        lambda f: [lower_rate(f)],
+    ),
+    Rule(
+        "nothing held out",
+        lambda f: f.is_blind,
+        lambda f: "no documents were held out, so no more is known",
+        lambda f: ["--eval_split 0.1, which holds documents out"],
+        is_note=True,
+    ),
+    Rule(
+        "by heart",
+        lambda f: f.is_worse and not f.has_risen and f.learnt >= LITTLE,
+        lambda f: (
+            f"only the training loss fell, by {100 * f.learnt:.2f} %: what was learnt does not help elsewhere"
+        ),
+    ),
+    Rule(
+        "chance",
+        lambda f: f.accuracy <= 0.5 + f.chance,
+        lambda f: (
+            f"the accuracy on {f.after['units']:,} {f.documents} is {percent(f.accuracy)}, which"
+            f" {'may be' if f.accuracy > 0.5 - f.chance else 'is less than'} chance"
+        ),
+    ),
+    Rule(
+        "same answers",
+        lambda f: f.by_loss and bool(f.after) and answers_as_before(f.before, f.after),
+        lambda f: (
+            "the sample answers are those of before the training"
+            + (f", although the {f.score.partition(', from')[0]}" if f.gain >= LITTLE else "")
+        ),
+    ),
+    Rule(
+        "known before",
+        lambda f: f.by_loss and f.gain < LITTLE and all_right(f.before),
+        lambda f: "the sample answers were right before the training, so the base may know the task already",
+    ),
+    Rule(
+        "lost",
+        lambda f: bool(f.lost) and f.accuracy > 0.5,
+        lambda f: (
+            f"log p of a chosen answer is {f.lost} than before the training, while the accuracy is"
+            f" {percent(f.accuracy)}: the right answers get lost with the wrong ones"
+        ),
+        lambda f: [*likelier(f), lower_rate(f)],
+        early=True,
+    ),
+    Rule(
+        "damaged",
+        lambda f: f.kl >= 1 and not any(sample["answer"] == sample["right"] for sample in f.after["samples"]),
+        lambda f: (
+            f"KL to the reference is {f.kl:.3g} per token, {kl_in_words(f.kl)}, and no sample answer is right"
+        ),
+        lambda f: [
+            "supervised training on the chosen answers first (--loss sft --sft_field prompt,chosen)",
+            *likelier(f),
+        ],
+    ),
+    Rule(
+        "cut",  # before what comes of it
+        lambda f: f.mean("cut") > CUT and (f.is_enough or f.is_dead),
+        lambda f: (
+            f"{percent(f.mean('cut'))} of the answers of {f.steps} reached --max_tokens"
+            f" {f.config.max_tokens} before their end, and count as wrong"
+        ),
+        lambda f: [lower_rate(f) if f.fall else "a larger --max_tokens"],
+        early=True,
+    ),
+    Rule(
+        "solved",
+        lambda f: f.is_dead and f.near == "highest",
+        lambda f: f"{f.dead}: nearly all answers are right (reward {f.reward:.3g} of {f.range[1]:.3g})",
+        lambda f: ["harder questions", "stop here: this set is learnt"],
+        early=True,
+        is_note=True,
+    ),
+    Rule(
+        "too hard",
+        lambda f: f.is_dead and f.near == "lowest",
+        lambda f: (
+            f"{f.dead}: nearly all answers are wrong from the start (reward {f.reward:.3g}; the lowest"
+            f" possible is {f.range[0]:.3g})"
+        ),
+        lambda f: [
+            "easier questions",
+            "supervised training on right answers first",
+            "a reward that gives a part (partial)",
+            f"more answers (--group_size above {f.config.group_size})",
+        ],
+        early=True,
+    ),
+    Rule(
+        "dead",
+        lambda f: f.is_dead and not f.near and not f.fall,
+        lambda f: f"{f.dead}, with a reward of {f.reward:.3g}",
+        lambda f: [
+            "questions that are answered right now and then",
+            f"a larger --group_size than {f.config.group_size}",
+            "a reward that gives better answers more (samples.jsonl has some)",
+        ],
+        early=True,
+        is_note=True,
+    ),
+    Rule(
+        "fallen",
+        lambda f: f.is_enough and f.fall is not None,
+        lambda f: f"the reward fell from {f.fall[0]:.3g} in {f.fall[1]} to {f.reward:.3g} in {f.steps}",
+        lambda f: [lower_rate(f), larger_beta(f)],
+        early=True,
+    ),
+    Rule(
+        "failed",
+        lambda f: f.failed > FAILED,
+        lambda f: (
+            f"the rewards of {percent(f.failed)} of the groups of {f.steps} failed; they are left out, also"
+            " of the mean reward"
+        ),
+        lambda f: ["mending the reward: each kind of failure was told once, where it first came"],
+        early=True,
+    ),
+)
+
+
+class Diagnosis(NamedTuple):
+    """Why a run may not have learnt."""
+
+    known: list[str]  # a sentence each
+    advice: str  # what to try next
+
+
+def diagnosis(
+    config: Config, metrics: list[dict], step: int, history: list[dict], origin: str, searched: bool
+) -> Diagnosis | None:
+    """What speaks against a run that has ended; None for one that has learnt. The rest is as in Facts."""
+    lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
+    windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)] if config.on_rewards else []
+    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, origin, searched)
+    found = [rule for rule in RULES if rule.when(facts)]
+    if all(rule.is_note for rule in found):
+        return None
+    return Diagnosis([rule.words(facts) for rule in found], advice(found, facts))
+
+
+class Warnings:
+    """The warnings after every step, each said once. `before` are the lines of a run that goes on."""
+
+    def __init__(self, config: Config, before: Iterable[dict]):
+        self.config, self.lines, self.top, self.said = config, [], [], set()
+        for line in before:
+            self(line)
+
+    def __call__(self, line: dict) -> str:
+        """The warnings to be said after this step, with what to do; "" for none."""
+        if "rolled_back_to" in line or self.config.loss == "sft":
+            return ""
+        self.lines.append(line)
+        del self.lines[WINDOW:-WINDOW]
+        self.top = highest(self.lines[-WINDOW:], self.top)
+        facts = Facts(self.config, self.lines, self.top)
+        new = [rule for rule in RULES if rule.early and rule.name not in self.said and rule.when(facts)]
+        self.said |= {rule.name for rule in new}
+        return "\n".join(
+            f"{'note' if rule.is_note else 'WARNING'}: {rule.words(facts)}.\nTry {advice([rule], facts)}."
+            for rule in new
+        )
+
+
+def advice(found: Sequence[Rule], facts: Facts) -> str:
+    """What these rules say is to be tried; where they say nothing, what was not tried yet."""
+    tries = dict.fromkeys(remedy for rule in found for remedy in rule.remedies(facts))
+    return ", or ".join(tries or other_settings(facts))
+
+
+def lower_rate(f: Facts) -> str:
+    """A lower rate; for a run on rewards that wrote nothing better than its base, from the beginning."""
+    rate = f"a lower --lr_init than {f.config.lr_init:g}"
+    if f.by_loss or not base_wins(f.history):
+        return rate
+    return f"starting again in a new --proj_dir with {rate} (without it: a first guess)"
+
+
+def larger_beta(f: Facts) -> str:
+    beta = f.config.beta
+    return f"a larger --beta than {beta:g}" if beta else "--beta 0.04, a KL to the base"
+
+
+def likelier(f: Facts) -> list[str]:
+    """What keeps chosen answers likely."""
+    config = f.config
+    if config.loss == "orpo":
+        return [f"--orpo_lambda below {config.orpo_lambda:g}"]
+    usual = 1 / config.beta if config.loss == "ipo" else 1.0
+    weight = f"{usual:.3g}" if config.sft_weight < usual else f"above {config.sft_weight:g}"
+    return [f"--sft_weight {weight}", larger_beta(f)]
+
+
+def other_settings(f: Facts) -> list[str]:
+    """What was not tried yet."""
+    config, rate = f.config, f"{f.config.lr_init:g}"
+    if not f.by_loss:
+        tries = (
+            f"more steps (--epoch_count above {config.epoch_count}), another --lr_init than {rate}, a larger"
+            f" --group_size than {config.group_size}, or a reward that gives a part (partial)"
+        )
+        return [lower_rate(f), tries] if base_wins(f.history) else [tries]
+    is_best = not f.is_worse and (not f.history or f.history[-1] is f.after)
+    passes = [f"more passes (--epoch_count above {config.epoch_count})"] if is_best else []
+    search = "--lr_init auto, which searches for the learning rate"
+    if f.searched:
+        if config.peft == "none":
+            method = "an adapter (--peft miss)"
+        else:
+            method = "another rank (--peft_config) or method (--peft)"
+            if not config.adapter.gives_rank:
+                method = "another method (--peft)"
+        base = ["a base that knows more of the task"] if config.load_model else []
+        *most, last = [*passes, "more data", method, *base]
+        return [*most, f"{last}; the learning rate was searched for already"]
+    if PUBLISHED in f.origin:
+        return [f"{search}; {rate} is the published one of --peft {config.peft}, and small models need more"]
+    if f.origin.startswith(CHOSEN):
+        why = f.origin.removeprefix(f"{CHOSEN}: ")
+        return [
+            *passes,
+            f"another --lr_init, which python -m scripts.lr_sweep finds; {rate} was chosen: {why}",
+        ]
+    return [f"{search}; {rate} was given"]
+
+
+def kl_in_words(kl: float) -> str:
+    return next(words for end, words in KL_IN_WORDS.items() if kl < end)
+
+
+def bounds(config: Config) -> tuple[float, float] | None:
+    """The lowest and the highest reward there can be; None where a function of --reward_file has a part."""
+    weights = {name: weight for name, weight in config.rewards.items() if weight}
+    if not weights.keys() <= RANGES.keys():
+        return None
+    ends = [sorted(weight * end for end in RANGES[name]) for name, weight in weights.items()]
+    return sum(low for low, _ in ends), sum(high for _, high in ends)
+
+
+def highest(now: Sequence[dict], *windows: Sequence[dict]) -> Sequence[dict]:
+    """The window with the highest mean reward, of those with WINDOW steps that know it; else `now`."""
+    whole = [window for window in (now, *windows) if len(window) == WINDOW and known(window, "reward")]
+    return max(whole, key=lambda window: mean_and_error(known(window, "reward"))[0], default=now)
+
+
+def steps_text(lines: Sequence[dict]) -> str:
+    first, last = lines[0]["step"], lines[-1]["step"]
+    return f"steps {first} to {last}" if first < last else f"step {last}"
+
+
+def tenths(lines: Sequence[dict], name: str) -> tuple[float, float]:
+    """The mean of a metric over the first tenth of the steps, and over the last."""
+    part = max(1, len(lines) // 10)
+    return mean_and_error(known(lines[:part], name))[0], mean_and_error(known(lines[-part:], name))[0]
+
+
+def known(lines: Sequence[dict], *names: str) -> list[float]:
+    """Of each line the first metric of these names that it has."""
+    found = ([line[name] for name in names if line.get(name) is not None] for line in lines)
+    return [values[0] for values in found if values]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, by how much each value differs from the one before.
+
+    So a steady rise or fall is no noise.
+    """
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.inf
+    squares = math.fsum((after - before) ** 2 for before, after in itertools.pairwise(values))
+    return math.fsum(values) / len(values), math.sqrt(squares / 2 / (len(values) - 1) / len(values))
