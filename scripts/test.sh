@@ -9,5 +9,5 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 source "$(dirname "$0")/setup.sh" test
-# files go to the workers in the order of tests/conftest.py
+# files go to the workers in the order of tests/budgets.txt
 exec python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "${tier[@]}" "$@"

@@ -23,7 +23,7 @@ from src.model import RWKV
 from src.model.rwkv import VERSIONS
 from src.ops import build
 
-from .budgets import TIERS, Budgets
+from .budgets import TIERS, Budgets, read_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,25 +60,21 @@ def pytest_report_header(config):
         if data.is_dir()
         else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
     )
-    tier = "the fast tier" if config.option.markexpr == "not slow" else "all tests"
-    return [files, f"{tier}: {MINUTES[tier]} minutes on two idle cores"]
+    return [files, HOW_LONG.get(config.option.markexpr, "")]
 
 
-MINUTES = {"the fast tier": "5 to 10", "all tests": "9 to 25"}  # on the CPUs measured so far
-
-# The files that take longest go to the workers first, so that at the end none waits for another one's long
-# file. cuda_kernels makes the library of the emulated kernels, for most of a minute: other files that use it
-# come later, so that no worker waits for it. A list that is out of date costs time and nothing else.
-LONGEST = """
-    fake_gpu cuda_kernels validation crashes plan batch_loss training distributed cuda_elementwise paper
-    processes cuda_chunked trained_checkpoints readme adalora_runs end_to_end defaults methods_training
-    run_plan state_tuning rate_search startup
-""".split()
+# by --markexpr, on the CPUs measured so far
+HOW_LONG = {
+    "not slow": "the fast tier takes 5 to 10 minutes on two idle cores",
+    "slow": "the second tier takes 4 to 10 minutes on two idle cores",
+    "": "both tiers take 9 to 20 minutes on two idle cores",
+}
 
 
 def pytest_collection_modifyitems(items):
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    """Put the files that take longest first, so that no worker waits for another one's at the end."""
+    seconds = {name: sum(row) for name, row in read_table().items()}
+    items.sort(key=lambda item: -seconds.get(item.path.stem, 0.0))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -109,6 +105,12 @@ def libraries():
     """version -> cuda/*.cu, all in one library, compiled by g++ to run on the CPU (see cuda/emulate.h)."""
     if not shutil.which("g++"):
         pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
+    library = emulated_kernels()
+    return {6: library, 7: library}
+
+
+def emulated_kernels():
+    """Load the library of cuda/*.cu for the CPU, and build it where it isn't there."""
     command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O1", "-march=native", "-fopenmp", "-fPIC"]
     sources = sorted(build.CUDA.glob("*.cu"))
     path = build.build(
@@ -129,11 +131,11 @@ def libraries():
                 getattr(library, f"{op}_{size}").restype = ctypes.c_int64
         if op.endswith("chunked"):
             getattr(library, f"{op}_forward_scratch").restype = ctypes.c_int64
-    return {6: library, 7: library}
+    return library
 
 
 def slow(*values):
-    """A case of a test that the second tier has."""
+    """Return a case of a parametrized test that the second tier has."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 

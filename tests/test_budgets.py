@@ -33,33 +33,34 @@ def test_every_row_is_a_file():
     assert set(read_table()) <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
 
 
+CONFTEST = """
+import tests.budgets as budgets
+
+budgets.read_table = lambda: {"test_known": [1.0, 0.0], "test_long": [0.2, 0.0]}
+budgets.LEAST, budgets.LONG = 0.2, 1.0
+
+def pytest_configure(config):
+    config.option.budgets = "check"
+    config.pluginmanager.register(budgets.Budgets(config))
+"""
+BUSY = """
+import time
+
+def test_busy():
+    end = time.process_time() + {}
+    while time.process_time() < end:
+        pass
+"""
+
+
 def test_a_file_over_its_budget_makes_the_tests_red(tmp_path):
     """In a worker of xdist, whose seconds come to the process that judges."""
-    (tmp_path / "conftest.py").write_text(
-        "import tests.budgets as budgets\n"
-        "budgets.read_table = lambda: {'test_long': [0.1, 0.0]}\n"
-        "budgets.LEAST = 0.1\n"
-        "def pytest_configure(config):\n    config.option.budgets = 'check'\n"
-        "    config.pluginmanager.register(budgets.Budgets(config))\n"
-    )
-    long = "import time\ndef test_long():\n    end = time.process_time() + {}\n"
-    long += "    while time.process_time() < end: pass\n"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n1",
-        "-m",
-        "not slow",
-        "--rootdir",
-        ".",
-        "test_long.py",
-    ]
-    for seconds, words in ((0.0, "the dearest"), (0.9, "OVER ITS BUDGET: test_long took")):
-        (tmp_path / "test_long.py").write_text(long.format(seconds))
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True,
-            env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        )  # fmt: skip
-        assert words in done.stdout and done.returncode == (seconds > 0), done.stdout + done.stderr
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_known.py").write_text(BUSY.format(1.0))
+    command = [sys.executable, "-m", "pytest", *"-q -n1 -p no:cacheprovider --rootdir .".split()]
+    command += ["-m", "not slow", "test_known.py", "test_long.py"]
+    for seconds, words in ((0.1, "the dearest"), (2.0, "OVER ITS BUDGET: test_long took")):
+        (tmp_path / "test_long.py").write_text(BUSY.format(seconds))
+        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert words in done.stdout and done.returncode == (seconds > 1), done.stdout + done.stderr

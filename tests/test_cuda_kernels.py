@@ -77,8 +77,12 @@ def check(libraries, version, state=True, packed=False, **shape):
     return x, got
 
 
-@pytest.mark.parametrize("N, B, H", [(8, 3, 5), slow(16, 1, 3), slow(32, 3, 1), (64, 1, 3), slow(128, 1, 2)])
-@pytest.mark.parametrize("T", [1, slow(2), slow(15), slow(16), 17, slow(37), 129])
+# every length with the smallest heads, every size of heads with a length of two blocks and a token
+LENGTHS = [(T, 8, 3, 5) for T in (1, 2, 15, 16, 17, 37, 129)]
+LENGTHS += [(17, 16, 1, 3), (17, 64, 1, 3), slow(17, 32, 3, 1), slow(17, 128, 1, 2), slow(129, 64, 1, 3)]
+
+
+@pytest.mark.parametrize("T, N, B, H", LENGTHS)
 @both
 def test_lengths_and_head_sizes(libraries, version, T, N, B, H):
     for state in (True, False):

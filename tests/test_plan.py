@@ -32,7 +32,7 @@ from src.planning.job import estimate
 from src.planning.memory import fullest_rows, largest_batch, memory_parts
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
-from .conftest import ROOT, make_arch
+from .conftest import ROOT, make_arch, slow
 
 SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
@@ -82,27 +82,27 @@ def config_version(config):
     [
         (6, "miss", 0, True, 0, "torch", "none"),
         (7, "lora", 0, False, 0, "torch", "nf4"),
-        (7, "miss", 1, True, 0, "torch", "none"),
-        (6, "none", 0, False, 0, "torch", "none"),
-        (7, "miss", 0, True, 16, "torch", "none"),
+        slow(7, "miss", 1, True, 0, "torch", "none"),
+        slow(6, "none", 0, False, 0, "torch", "none"),
+        slow(7, "miss", 0, True, 16, "torch", "none"),
         (6, "miss", 0, True, 0, "cpu", "int8"),
         (7, "miss", 0, True, 0, "cpu", "none"),
         (7, "miss", 1, True, 16, "cpu", "none"),
         (7, "none", 0, True, 0, "cpu", "none"),
-        (6, "miss", 2, True, 0, "cpu", "none"),
-        (7, "lora", 2, True, 0, "cpu", "none"),
-        (7, "mos", 0, True, 0, "torch", "none"),
-        (6, "vera", 1, True, 0, "torch", "int8"),
+        slow(6, "miss", 2, True, 0, "cpu", "none"),
+        slow(7, "lora", 2, True, 0, "cpu", "none"),
+        slow(7, "mos", 0, True, 0, "torch", "none"),
+        slow(6, "vera", 1, True, 0, "torch", "int8"),
         (7, "bat", 0, False, 0, "cpu", "none"),
         (6, "bat, row", 0, True, 0, "cpu", "none"),
-        (7, "prolora", 1, True, 0, "torch", "none"),
+        slow(7, "prolora", 1, True, 0, "torch", "none"),
         (7, "mora", 0, True, 0, "cpu", "nf4"),
         (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
         (7, "state", 0, True, 0, "cpu", "none"),
         (6, "state", 2, True, 0, "cpu", "none"),
         (7, "state", 0, True, 16, "cpu", "none"),
-        (7, "state", 0, False, 0, "cpu", "none"),
-        (7, "miss, state", 1, True, 0, "torch", "nf4"),
+        slow(7, "state", 0, False, 0, "cpu", "none"),
+        slow(7, "miss, state", 1, True, 0, "torch", "nf4"),
     ],
 )
 def test_the_count_is_that_of_the_trainers_step(

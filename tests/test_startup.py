@@ -18,7 +18,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint
 from src.common import startup
 
 from . import program
-from .conftest import ROOT
+from .conftest import ROOT, slow
 
 PROGRAMS = [
     ["train.py"],
@@ -148,9 +148,9 @@ def end_of(arguments):
 @pytest.mark.parametrize(
     "program, module",
     [
-        ("train", "torch.nn"),
-        ("train", "torch._dynamo"),  # in the count of a step's memory
-        ("train", "lightning.pytorch"),
+        slow("train", "torch.nn"),
+        slow("train", "torch._dynamo"),  # in the count of a step's memory
+        slow("train", "lightning.pytorch"),
         ("train", "src.training.trainer"),  # all is imported
         ("inspect", "rwkv_miss.methods.lora"),
     ],
