@@ -33,25 +33,25 @@ from .paper.results import Table, check_folder, plot
 NEEDS_DATA = "with the models and texts that `--data` names, which are not part of the repository"
 
 
-def arguments(doc: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentParser:
+def parser(doc: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentParser:
     """Make a parser of an experiment: a flag for each of the choices, and what all of them have."""
-    parser = argument_parser(doc)
+    made = argument_parser(doc)
     for flag, values in choices.items():
-        parser.add_argument(f"--{flag}", nargs="+", choices=list(values), default=list(values))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
+        made.add_argument(f"--{flag}", nargs="+", choices=list(values), default=list(values))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--only_finished", action="store_true", help="train nothing; leave the others out")
     if "tasks" in choices:
-        parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out", name))
-    parser.add_argument("--report", help="folder for the page and its plot")
-    return parser
+        made.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
+    made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out", name))
+    made.add_argument("--report", help="folder for the page and its plot")
+    return made
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line. Data and the folder of the page are looked at before anything is trained."""
-    args = parser.parse_args()
+    args = made.parse_args()
     if "data" in args and not (args.data / "real").is_dir() and args.tasks != ["sort"]:
-        parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
+        made.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
     if args.report:
         check_folder(args.report)
     torch.set_num_threads(1)

@@ -151,7 +151,7 @@ def table(lines: list[dict]) -> Table:
 
 
 def main() -> None:
-    parser = experiment.arguments(__doc__, "facts", methods=METHODS)
+    parser = experiment.parser(__doc__, "facts", methods=METHODS)
     base = pathlib.Path("../shared/data/real/rwkv6-3m-utf16.pth")
     parser.add_argument("--load_model", type=pathlib.Path, default=base)
     parser.add_argument("--tokenizer", default="utf16")

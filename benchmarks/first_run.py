@@ -401,7 +401,7 @@ def draw(cases: Sequence[Case]):
 
 
 def main() -> None:
-    parser = experiment.arguments(__doc__, "first-run", tasks=TASKS, methods=METHODS)
+    parser = experiment.parser(__doc__, "first-run", tasks=TASKS, methods=METHODS)
     parser.add_argument("--one_seed", nargs="*", choices=TASKS, default=[], help="tasks with the first alone")
     args = experiment.parsed(parser)
     cases, unfinished, everything = [], [], {}

@@ -255,7 +255,7 @@ def draw(lines: Sequence[dict]):
 
 
 def main() -> None:
-    args = experiment.parsed(experiment.arguments(__doc__, "grpo", cases=CASES))
+    args = experiment.parsed(experiment.parser(__doc__, "grpo", cases=CASES))
     trainings = Trainings(args.out.resolve())
     lines, missing = [trainings.of_start()], []
     for case in map(CASES.get, args.cases):

@@ -369,7 +369,7 @@ def draw(lines: Sequence[dict]):
 
 def main() -> None:
     arguments = {"tasks": TASKS, "methods": METHODS, "objectives": OBJECTIVES}
-    args = experiment.parsed(experiment.arguments(__doc__, "preferences", **arguments))
+    args = experiment.parsed(experiment.parser(__doc__, "preferences", **arguments))
     lines, absent = [], {}
     for name in args.tasks:
         trainings = Trainings(name, args.out, args.data)
