@@ -7,7 +7,6 @@ import pathlib
 import torch
 
 from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_checkpoint
-from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.export import TextSettings, export
 from src.inference.adapters import BASE, Adapters
@@ -79,12 +78,13 @@ class Adapted(Ours):
             self.bytes += linear.weight.numel() * 2
 
 
-def write_adapter(path, base, rank: int) -> None:
-    """Write a random MiSS adapter of a base."""
+def write_adapter(path, base, rank: int, method: str = "miss") -> None:
+    """Write a random adapter of a base."""
     model = RWKV.load(base)
-    inject(model, "miss", rank=rank)
-    for layer in adapted_linears(model).values():
-        torch.nn.init.normal_(layer.miss, std=0.01)
+    inject(model, method, rank=rank)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.01)
     save_adapter(model, path)
 
 

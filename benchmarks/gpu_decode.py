@@ -13,13 +13,10 @@ bandwidth that a copy of the head reaches. The last line is JSON.
 import argparse
 import pathlib
 import tempfile
-import time
 from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_miss import inject, save_adapter
-from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.common.device import PRECISIONS
 from src.inference.adapters import BASE, Adapters, Applied
@@ -27,23 +24,12 @@ from src.inference.decoders import fastest
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
 
-from .common import add_integers, argument_parser, report
-from .decode_contenders import write_base
+from .common import add_integers, argument_parser, report, timed
+from .decode_contenders import write_adapter, write_base
 from .step import add_peft
 
 # what the rows of "mixed" have, in turns
 OF_MIXED = [("miss",), ("lora",), ("miss2",), ("lora2",)]
-
-
-def write_adapter(path, base, method: str, rank: int) -> None:
-    """Write a random adapter of a base."""
-    model = RWKV.load(base)
-    inject(model, method, rank=rank)
-    for layer in adapted_linears(model).values():
-        for p in layer.parameters():
-            if p.requires_grad:
-                torch.nn.init.normal_(p, std=0.01)
-    save_adapter(model, path)
 
 
 def load(base, args) -> RWKV:
@@ -64,7 +50,7 @@ def contenders(folder: pathlib.Path, args):
     files = {name: folder / name for name in ("miss", "miss2", "lora", "lora2")}
     for name, path in files.items():
         method = name.removesuffix("2")
-        write_adapter(path, base, method, args.rank if method == "miss" else args.rank // 2)
+        write_adapter(path, base, args.rank if method == "miss" else args.rank // 2, method)
     adapters = Adapters(load(base, args), files)
     for name, beside in {"base": [()], "miss": [("miss",)], "lora": [("lora",)], "mixed": OF_MIXED}.items():
         for rows in args.rows:
@@ -81,14 +67,6 @@ def contenders(folder: pathlib.Path, args):
         yield Contender("peft lora, launches", TorchDecoder(model, rows), [BASE] * rows)
 
 
-def seconds(work, device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int) -> tuple[float, float]:
     """Measure seconds of the fastest round: of a token of all rows, and of reading the prompt for one of
     them.
@@ -96,7 +74,7 @@ def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int
     _, decoder, applied = contender
     device, found = prompt.device.type, []
     for _ in range(rounds + 1):
-        whole = seconds(lambda: decoder.read(prompt, None, applied[0]), device)
+        whole = timed(lambda: decoder.read(prompt, None, applied[0]), device=device)
         _, state = decoder.read(prompt, None, applied[0])
         for row in range(len(applied)):
             decoder.put(row, state)
@@ -105,7 +83,7 @@ def measure(contender: Contender, prompt: torch.Tensor, tokens: int, rounds: int
             for token in range(tokens):
                 decoder.step([token] * len(applied), applied)
 
-        found.append((seconds(answer, device) / tokens, whole))
+        found.append((timed(answer, device=device) / tokens, whole))
     one, whole = zip(*found[1:])
     return min(one), min(whole)
 
@@ -116,7 +94,7 @@ def bandwidth(weight: torch.Tensor, rounds: int) -> float:
     return (
         2
         * weight.nbytes
-        / min(seconds(lambda: other.copy_(weight), weight.device.type) for _ in range(rounds))
+        / min(timed(lambda: other.copy_(weight), device=weight.device.type) for _ in range(rounds))
     )
 
 

@@ -1,15 +1,12 @@
 """The plan's memory against what real runs take on a CPU.
 
     python -m benchmarks.memory [--n_layer 12] [--n_embd 768] [--configurations v7 v6-bf16 v7-grad_cp]
-    python -m benchmarks.memory --shapes
 
---shapes prints the plan alone, by part, for RWKV-7 of 0.1B to 7.2B: 1 x 512 tokens in bf16 on a CPU.
-
-Otherwise each configuration is a run of train.py in its own process, on a random model with the World
-vocabulary. Its rows are full, and trained as a whole. Measured is the most that the process ever had resident
-(ru_maxrss: its own memory, and the mapped files that it touched). Of two processes the larger one's peak
-counts. Predicted is what `python -m scripts.plan --json` says beforehand for one process, libraries included.
-The last line is JSON.
+Each configuration is a run of train.py in its own process, on a random model with the World vocabulary. Its
+rows are full, and trained as a whole. Measured is the most that the process ever had resident (ru_maxrss: its
+own memory, and the mapped files that it touched). Of two processes the larger one's peak counts. Predicted is
+what `python -m scripts.plan --json` says beforehand for one process, libraries included. The last line is
+JSON.
 """
 
 import json
@@ -19,10 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-from scripts.memory_table import MODELS
-from src.config import Config
-from src.model import default_arch
-from src.planning.memory import LIBRARIES, memory_parts
+from src.planning.memory import LIBRARIES
 
 from .common import add_integers, argument_parser, as_flags, report, write_random_base
 
@@ -93,38 +87,11 @@ def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pa
     }
 
 
-def shapes() -> dict[str, dict[str, dict[str, float]]]:
-    """Count what the plan says for the released sizes, in MB by part, with each way to need less."""
-    ways = {
-        "kept": {"grad_cp": 0},
-        "grad_cp 2": {"grad_cp": 2},
-        "grad_cp 1": {"grad_cp": 1},
-        "grad_cp 1, nf4": {"grad_cp": 1, "quant": "nf4"},
-    }
-    found = {}
-    for name, (n_layer, n_embd) in list(MODELS.items())[:-1]:
-        arch = default_arch(7, n_layer, n_embd)
-        found[name] = {}
-        for way, flags in ways.items():
-            counted = memory_parts(arch, Config(micro_bsz=1, **flags), "cpu", "cpu", "bf16", 512, 512)
-            parts = found[name][way] = {part: round(size / 1e6) for part, size in counted.items()}
-            print(
-                f"{name:<5} {way:<15} {sum(parts.values()):>7,} MB: "
-                + ", ".join(f"{part} {size:,}" for part, size in parts.items()),
-                flush=True,
-            )
-    return found
-
-
 def main() -> None:
     parser = argument_parser(__doc__)
     add_integers(parser, n_layer=12, n_embd=768)
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--shapes", action="store_true")
     args = parser.parse_args()
-    if args.shapes:
-        report("memory", shapes=shapes())
-        return
     imports = (
         "import lightning.pytorch, matplotlib.pyplot, src.run, src.training.trainer, src.training.callbacks"
     )

@@ -10,8 +10,6 @@ beside that of a product of two square matrices in the same run. Memory is the m
 GPU, or the process' peak. A model that does not fit is said so. The last line is JSON.
 """
 
-import time
-
 import torch
 
 import rwkv_miss
@@ -22,7 +20,7 @@ from src.model import RWKV, default_arch
 from src.model.rwkv import replace_tensors
 from src.training.optimizer import parameter_groups
 
-from .common import add_integers, argument_parser, report
+from .common import add_integers, argument_parser, fastest_by_turns, report
 from .step import flops
 
 SIZES = {name: (7, *sizes) for name, sizes in MODELS.items() if name != "13.3B"} | {"v6-3B": (6, 32, 2560)}
@@ -43,27 +41,11 @@ def random_model(
     return model
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def fastest(work, device: str, rounds: int) -> float:
-    """Measure the wall time of the fastest round after one that warms up."""
-    best = float("inf")
-    for i in range(rounds + 1):
-        start = time.perf_counter()
-        work()
-        wait(device)
-        best = min(best, time.perf_counter() - start) if i else best
-    return best
-
-
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """Measure operations a second of a product of two square matrices."""
     n = SQUARE[device]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / fastest(lambda: a @ b, device, 5)
+    return 2 * n**3 / fastest_by_turns({"": lambda: a @ b}, 5, device)[""]
 
 
 def measure(name: str, ctx_len: int, args, rate: float) -> dict:
@@ -81,7 +63,7 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
 
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = fastest(step, args.device, args.rounds)
+    seconds = fastest_by_turns({"": step}, args.rounds, args.device)[""]
     return {
         "tokens_per_s": round(ctx_len / seconds, 1),
         "seconds": round(seconds, 4),
