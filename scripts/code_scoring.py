@@ -10,13 +10,11 @@ user, and it can reach the network. Run them in a container.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from src.data.chat_template import Template
 from src.data.formats import sources
 from src.data.questions import Question
 from src.data.rwkv_template import DEFAULT
+from src.evaluation.reward_functions import kill_group
 
 SECONDS = 10  # that a program may take, by the clock
 MEMORY = 2 << 30  # bytes of address space of a program
@@ -161,7 +160,4 @@ def _passes(program: str, seconds: int, memory: int) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            # the program and what it has started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_group(process)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapter import METHODS, NoOptions
 from ..errors import UserError
-from ..inject import ADAPTER_FORMAT
+from ..inject import ADAPTER_FORMAT, DEFAULTS
 from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
@@ -199,13 +199,8 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
         "method": method,
         "options": dataclasses.asdict(parsed),
         "linears": linears,
+        **DEFAULTS,
         "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)),
-        "train_parts": [],
-        "merged_linears": [],
-        "tied": {},
-        "arch": None,
-        "base": None,
-        "base_fingerprint": None,
         "versions": {"torch": torch.__version__},
         **metadata,
     }

@@ -323,12 +323,17 @@ def end_process(process: subprocess.Popen, descriptors: tuple[int, ...], owner: 
     """Kill a process with all that it has started, and close its pipes. Nothing in a fork of its owner."""
     if os.getpid() != owner:
         return
+    kill_group(process)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session, with all that it has started."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(BRIEFLY)
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def read_source(path: str) -> bytes:
