@@ -17,12 +17,12 @@ from ..errors import UserError, listed
 
 
 def user_cache(name: str) -> Path:
-    """rwkv-miss/NAME in the user's cache folder. It need not exist."""
+    """Return rwkv-miss/NAME in the user's cache folder. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / name
 
 
 def refuse_inputs(out: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
-    """UserError where `out` is one of the inputs, by whatever name."""
+    """Raise UserError if `out` is one of the inputs, by whatever name."""
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input; choose another name")

@@ -248,7 +248,7 @@ def _report(
 
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """UserError unless a merged file can be written at `out`."""
+    """Raise UserError unless a merged file can be written at `out`."""
     refuse_inputs(out, *inputs)
     require_writable(out)
     may_replace(out, MERGED_FORMAT)

@@ -32,7 +32,7 @@ def short(value: Any) -> str:
 
 
 def both_ends(text: str, characters: int) -> str:
-    """A text of at most so many characters; of a longer one its begin and its end, where results stand."""
+    """Shorten a text to at most `characters`: its beginning and its end, where results stand."""
     if len(text) <= characters:
         return text
     half = (characters - 3) // 2

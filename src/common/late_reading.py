@@ -1,7 +1,7 @@
-"""What is told about a device's work without making it wait: when a piece was done, and numbers from it.
+"""Late reading of a device's numbers and times, without making it wait.
 
-A GPU does its work behind the program that gives it. To read a number at once is to wait until all of it is
-done, and then the GPU waits for the program.
+A GPU works asynchronously. Reading a number at once waits until all of its work is done, and then the GPU
+waits for the program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Moment:
-    """The end of all work that the current stream of a device has been given so far."""
+    """End of all work that the current stream of a device has been given so far."""
 
     def __init__(self, device: torch.device):
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
@@ -22,12 +22,12 @@ class Moment:
         self.time = time.perf_counter()
 
     def wait(self) -> None:
-        """Come back when it is over."""
+        """Wait until it has come."""
         if self.event:
             self.event.synchronize()
 
     def seconds_since(self, earlier: Moment) -> float:
-        """Seconds between two moments that are over, by the clock of the device."""
+        """Return the seconds between two moments that have come, by the device's clock."""
         if self.event:
             return earlier.event.elapsed_time(self.event) / 1000
         return self.time - earlier.time
@@ -37,10 +37,10 @@ class Numbers:
     """Numbers of a device on their way to the CPU."""
 
     def __init__(self, numbers: Tensor):
-        # from a GPU into pinned memory, and nobody waits
+        # from a GPU into pinned memory, without waiting
         self.numbers, self.sent = numbers.to("cpu", non_blocking=True), Moment(numbers.device)
 
     def read(self) -> list[float]:
-        """Wait until they are there."""
+        """Wait for the numbers and return them."""
         self.sent.wait()
         return self.numbers.tolist()

@@ -1,6 +1,4 @@
-"""Rows of units of answers -> the tensors of a batch: an answer after its prompt, or a prompt read once for
-all of its answers.
-"""
+"""Batches of units of answers: an answer after its prompt, or a prompt read once for all of its answers."""
 
 from __future__ import annotations
 
@@ -21,13 +19,11 @@ from .units import Units
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What a batch has beside its tokens, by the name of the units' attribute, a list with one for each
-    answer.
-    """
+    """Extra values in a batch, by the name of the units' attribute: a list with one for each answer."""
 
     of_answers: dict[str, torch.dtype]  # one value each
     of_tokens: str  # one float32 for each trained token
-    optional: bool = False  # whether these may be absent: the attribute is None, and so is what a batch has
+    optional: bool = False  # may be absent: then the attribute is None, and so is the batch's value
 
 
 PREFERENCE = Columns({"chosen": torch.bool}, "reference", optional=True)
@@ -35,9 +31,7 @@ GROUP = Columns({"advantage": torch.float32}, "drawn")
 
 
 def collator(documents: Units, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
-    """The one way to make batches of rows of these: (rows, step_weight) -> what collate() or
-    collate_answers() makes of them.
-    """
+    """Choose how rows of these become a batch: (rows, step_weight) -> collate() or collate_answers()."""
     if isinstance(documents, Preferences):
         return functools.partial(collate_answers, chunk=chunk, shared=shared)
     return functools.partial(collate, chunk=chunk)
@@ -50,7 +44,7 @@ def collate_answers(
     shared: bool = False,
     columns: Columns = PREFERENCE,
 ) -> dict:
-    """The batch of these rows: what collate() makes of their answers' documents, in order, and
+    """Make the batch of these rows: collate() of their answers' documents, in order, and
 
     answer: (n,) int64, the answer that each trained token belongs to; those of a unit follow each other. Of
     preferences chosen: (A,) bool, and reference: (n,) float32, None without a reference; a pair is the
@@ -60,8 +54,7 @@ def collate_answers(
     begins with the last token of its prompt. prompts: (P, S) int64, the tokens before that one, padded on the
     left. prompt_reset: (P, S) bool, true where a padded prompt begins; None if none is padded. prompt_of:
     (A,) int64, the prompt of each row. `reset` is true where an answer's row begins and its prompt has no
-    other token, so that nothing is taken from the padding. step_weight: what the loss of the whole step is
-    divided by.
+    other token, so that nothing is taken from the padding. step_weight: the divisor of the whole step's loss.
 
     Without rows it is one row without loss, as in collate(), and A is 0.
     """
@@ -78,7 +71,7 @@ def collate_answers(
 
 
 def _separate(rows: Sequence[Sequence[AnswerUnit]], chunk: int, columns: Columns) -> dict:
-    """Every answer after its own prompt; the answers of a row one after another."""
+    """Put every answer after its own prompt; the answers of a row stand one after another."""
     width = max([sum(unit.inputs for unit in row) for row in rows] + [1])
     table = _Table(max(len(rows), 1), width)
     number = 0
@@ -93,7 +86,7 @@ def _separate(rows: Sequence[Sequence[AnswerUnit]], chunk: int, columns: Columns
 
 
 def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
-    """A row for each answer, which goes on from the state after its prompt."""
+    """Give each answer a row, which goes on from the state after its prompt."""
     prompts = [unit.prompt[:-1] for unit in units]
     lengths = [answer.inputs + 1 - prompt_length(answer) for unit in units for answer in unit.answers]
     table = _Table(max(len(lengths), 1), max([*lengths, 1]))
@@ -120,7 +113,7 @@ def _values(unit: AnswerUnit, columns: Columns, place: int) -> np.ndarray | None
 
 
 class _Table:
-    """The arrays (B, T) of a batch, padded on the right."""
+    """Arrays (B, T) of a batch, padded on the right."""
 
     def __init__(self, rows: int, width: int):
         shape = (rows, width)
@@ -129,7 +122,7 @@ class _Table:
         self.answer, self.values = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
     def put(self, row: int, column: int, answer: Document, number: int, values: np.ndarray | None) -> None:
-        """An answer's document, the number of the answer, and what each of its trained tokens has."""
+        """Put an answer's document into a row, with the answer's number and the values of its targets."""
         part = slice(column, column + answer.inputs)
         self.ids[row, part] = answer.ids[:-1]
         self.targets[row, part] = answer.ids[1:]

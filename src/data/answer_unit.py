@@ -11,18 +11,18 @@ from .file_documents import Document
 
 @dataclasses.dataclass
 class AnswerUnit:
-    """Answers to one prompt; all have the same tokens before the first trained one."""
+    """Unit of answers to one prompt; all have the same tokens before the first trained one."""
 
     answers: list[Document]
 
     @property
     def prompt(self) -> np.ndarray:
-        """The tokens before the first trained one, (p,) int32 with p >= 1."""
+        """Tokens before the first trained one, (p,) int32 with p >= 1."""
         return self.answers[0].ids[: prompt_length(self.answers[0])]
 
     @property
     def inputs(self) -> int:
-        """Tokens that it takes of a row."""
+        """Tokens that the document takes of a row."""
         return sum(answer.inputs for answer in self.answers)
 
     @property
@@ -33,7 +33,7 @@ class AnswerUnit:
 
 @dataclasses.dataclass
 class AnswerGroup(AnswerUnit):
-    """Answers that a model gave to one question, and how much better each is than the others.
+    """Unit of answers that a model gave to one question, with the advantage of each.
 
     All their tokens are trained, the end among them.
     """
@@ -45,7 +45,7 @@ class AnswerGroup(AnswerUnit):
     def of(
         cls, prompt: np.ndarray, tokens: list[list[int]], advantage: list[float], drawn: list[np.ndarray]
     ) -> AnswerGroup:
-        """Of the tokens of a prompt, (p,) with p >= 1, and those of each answer."""
+        """Make the unit from the tokens of a prompt, (p,) with p >= 1, and those of each answer."""
         answers = []
         for answer in tokens:
             ids = np.concatenate([prompt, answer]).astype(np.int32)
@@ -55,5 +55,5 @@ class AnswerGroup(AnswerUnit):
 
 
 def prompt_length(answer: Document) -> int:
-    """The place of the first trained token, which is never the first token."""
+    """Return the place of the first trained token, which is never the first token."""
     return 1 + int(np.argmax(answer.weights[1:] != 0))

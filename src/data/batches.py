@@ -1,4 +1,4 @@
-"""Documents, or preferences -> rows of one or more of them -> a schedule of optimizer steps -> batches.
+"""Batches: documents or preferences -> rows of one or more -> a schedule of optimizer steps -> batches.
 
 The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a
 resume needs only the step number, and the weights of a whole optimizer step are known before its first
@@ -25,7 +25,7 @@ from .units import Units
 
 @dataclasses.dataclass(frozen=True)
 class Groups(Sequence):
-    """Lists of numbers one after another: list i is members[ends[i - 1] : ends[i]], from 0 for the first."""
+    """Lists of numbers in one array: list i is members[ends[i - 1] : ends[i]], from 0 for the first."""
 
     members: Sequence[int]
     ends: Sequence[int]
@@ -38,11 +38,11 @@ class Groups(Sequence):
         return list(self.members[self.ends[i - 1] if i else 0 : self.ends[i]])
 
     def sums(self, values: np.ndarray) -> array.array:
-        """The sum of the members' values of each list."""
+        """Sum the members' values of each list."""
         return _integers(self._sums(values, np.int64))
 
     def exact_sums(self, values: np.ndarray) -> array.array:
-        """sums() in float64."""
+        """Return sum as sums() does, in float64."""
         return array.array("d", self._sums(values, np.float64).tobytes())
 
     def _sums(self, values: np.ndarray, dtype: type) -> np.ndarray:
@@ -51,7 +51,7 @@ class Groups(Sequence):
 
 
 def _integers(values: np.ndarray) -> array.array:
-    """Python's integers, of 4 bytes each: numpy's overflow in a sum and can't be written as JSON."""
+    """Convert to Python's integers, of 4 bytes each: numpy's overflow in a sum and JSON can't hold them."""
     return array.array("i", values.astype(np.int32).tobytes())
 
 
@@ -93,15 +93,15 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Group
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
-    """The order of the rows in pass `turn` over the data."""
+    """Draw the order of the rows in pass `turn` over the data."""
     return np.random.default_rng([seed, turn]).permutation(count).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which rows make up each optimizer step, micro-batch and rank.
+    """Schedule: the rows of each optimizer step, micro-batch and rank.
 
-    Every pass over the data is a new permutation of the rows. `repeats` steps after each other have the same.
+    Every pass over the data is a new permutation of the rows. `repeats` steps in a row have the same ones.
     """
 
     rows: Sequence[list[int]]  # the documents of each row
@@ -120,16 +120,16 @@ class Schedule:
 
     @property
     def steps_per_pass(self) -> int:
-        """Optimizer steps for the whole data once; the last one may be short."""
+        """Optimizer steps of one pass over the data; the last one may be short."""
         return self._row_sets * self.repeats
 
     @property
     def _row_sets(self) -> int:
-        """Steps of a pass that have other rows than the one before."""
+        """Steps of a pass that have other rows than the step before."""
         return -(-len(self.lengths) // self.rows_per_step)
 
     def step_rows(self, step: int) -> list[int]:
-        """Row indices of optimizer step `step` (0-based), longest last, at most rows_per_step of them.
+        """Return the row indices of optimizer step `step` (0-based), longest last, at most rows_per_step.
 
         Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
         """
@@ -139,32 +139,32 @@ class Schedule:
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
 
     def step_targets(self, step: int) -> int:
-        """Trained tokens of the whole step, over all micro-batches and ranks."""
+        """Count the trained tokens of the whole step, over all micro-batches and ranks."""
         return sum(self.targets[row] for row in self.step_rows(step))
 
     def step_weight(self, step: int) -> float:
-        """The sum of their weights, which is their number where all are 1."""
+        """Sum the weights of the step's trained tokens: their number if all weights are 1."""
         return math.fsum(self.weights[row] for row in self.step_rows(step))
 
     def step_tokens(self, step: int) -> int:
-        """Input tokens of the whole step, padding not counted."""
+        """Count the input tokens of the whole step, without padding."""
         return sum(self.lengths[row] for row in self.step_rows(step))
 
     def seed_of(self, step: int, micro: int, rank: int) -> int:
-        """The seed of what is random in a micro-batch, such as dropout.
+        """Return the seed of a micro-batch's random numbers, such as dropout.
 
-        It is a function of the micro-batch's place, so that a resumed run draws the same numbers.
+        It depends only on the micro-batch's place, so that a resumed run draws the same numbers.
         """
         return int(np.random.SeedSequence([self.seed, step, micro, rank]).generate_state(1)[0])
 
     def micro_width(self, step: int, micro: int) -> int:
-        """Inputs of the longest row of a micro-batch over all ranks, at least 1."""
+        """Return the inputs of the longest row of a micro-batch over all ranks, at least 1."""
         ranks = range(self.world)
         lengths = (self.lengths[row] for rank in ranks for row in self.micro_rows(step, micro, rank))
         return max([1, *lengths])
 
     def micro_rows(self, step: int, micro: int, rank: int) -> list[int]:
-        """Rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
+        """Return the rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
         rows = self.step_rows(step)
         groups = self.accumulate * self.world
         size = -(-len(rows) // groups)
@@ -173,7 +173,7 @@ class Schedule:
 
 
 def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
-    """The steps of a run over these documents."""
+    """Make the schedule of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
     if config.packing and not documents.alone:
         rows = pack(lengths, config.ctx_len, config.random_seed)
@@ -194,7 +194,7 @@ def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
 
 
 class Batches:
-    """The micro-batches of one rank in order, which Lightning iterates over.
+    """Micro-batches of one rank in order, which Lightning iterates over.
 
     They go from optimizer step `first_step` (0-based) until before `steps`. `width` of a batch is the length
     of the longest row that any rank has in this micro-batch. `chunk` and `shared` are those of collator().

@@ -1,4 +1,4 @@
-"""Rows of documents -> the tensors of a batch."""
+"""Collation: rows of documents become the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from .file_documents import Document
 
 
 def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> dict:
-    """The batch of these rows, padded on the right to the longest.
+    """Make the batch of these rows, padded on the right to the longest.
 
-    ids: (B, T) int64. reset: (B, T) bool, true where a document starts inside a row; None if none does. What
-    trained_tokens() says of the tokens with a loss, for chunks of so many tokens. step_weight: the sum of the
-    weights of the whole step. Without rows, which a short step has, it is one row without loss, so that every
-    rank runs the same operations.
+    ids: (B, T) int64. reset: (B, T) bool, true where a document starts inside a row; None if none does. The
+    entries of trained_tokens() for chunks of `chunk` tokens. step_weight: the sum of the weights of the whole
+    step. Without rows, as in a short step, it is one row without loss: every rank runs the same operations.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
@@ -40,9 +39,8 @@ def collate(rows: list[list[Document]], step_weight: float, chunk: int = 0) -> d
 
 
 def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(ids (B, T) int64 of B rows of tokens, of which shorter ones are padded on the left; (B, T) bool, true
-    where a padded one begins, None if none is). T is at least 1.
-    """
+    """Pad B rows of tokens on the left: (ids (B, T) int64; (B, T) bool, true where a padded row begins,
+    None if none is). T is at least 1."""
     ids = np.zeros((len(rows), max([*map(len, rows), 1])), np.int64)
     begins = np.zeros(ids.shape, bool)
     for i, row in enumerate(rows):
@@ -55,15 +53,15 @@ def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 def trained_tokens(
     targets: np.ndarray, weights: np.ndarray, chunk: int = 0, beside: dict[str, np.ndarray] | None = None
 ) -> dict:
-    """Where the tokens with a loss are, of targets (B, T) int64 and their weights (B, T), 0 for no loss.
+    """Find the tokens with a loss in targets (B, T) int64 and their weights (B, T), 0 for no loss.
 
     They are indices that are known before the device has the batch: a mask there would make the CPU wait for
-    the number of its tokens. They go through the chunks of `chunk` tokens of every row (0: the rows are
-    whole) one after the other, and through the rows of each.
+    the number of its tokens. Order: chunk by chunk of `chunk` tokens (0: the rows are whole); within a chunk,
+    row by row.
 
-    where: (n,) int64, each one's place among the B times so many tokens of its chunk. targets: (n,) int64.
-    weights: (n,) float32, None where all are 1. ends: how many tokens there are to the end of each chunk.
-    And (n,) of each of the arrays (B, T) in `beside`.
+    where: (n,) int64, each one's place among the B x `chunk` tokens of its chunk. targets: (n,) int64.
+    weights: (n,) float32, None if all are 1. ends: the number of tokens up to the end of each chunk. And (n,)
+    of each array (B, T) in `beside`.
     """
     rows, columns = weights.nonzero()
     width = weights.shape[1]
@@ -84,9 +82,7 @@ def trained_tokens(
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch on a device. A GPU copies what it does not have yet from pinned memory, for which nothing
-    waits.
-    """
+    """Move the batch to a device. A GPU copies what it lacks from pinned memory, without waiting."""
     moved = dict(batch)
     for name, value in batch.items():
         if torch.is_tensor(value) and value.device.type != device.type:

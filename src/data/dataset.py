@@ -1,4 +1,4 @@
-"""Data files become documents: tokens and their weights in the loss, in memory or mapped from the cache."""
+"""Dataset: documents of the data files, as weighted tokens, in memory or mapped from the cache."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from .units import Units
 
 @dataclasses.dataclass
 class Documents(Units):
-    """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
+    """Encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
 
     items: Sequence[Document]
     unit: ClassVar[str] = "document"
     lost: np.ndarray | None = None  # (n,) int32: tokens that were cut off each conversation; None: off none
-    # (n,) int32: the number of the long text that a document is a part of, -1 for a document that is no part;
-    # None: no document is one
+    # (n,) int32: the number of the long text that a document is a part of, -1 for a whole document; None: all
+    # are whole
     text: np.ndarray | None = None
-    # (n,) int32: the number of the conversation that a document is one of several of, -1 for a document that
-    # is a conversation or text of its own; None: all documents are
+    # (n,) int32: the number of the conversation that became several documents, this one among them; -1 for a
+    # whole conversation or text; None: all are
     conversation: np.ndarray | None = None
-    untrained: int = 0  # how many documents were left out because they have no trained token
+    untrained: int = 0  # documents that were left out because they have no trained token
 
     def __len__(self) -> int:
         return len(self.items)
@@ -83,9 +83,8 @@ class Documents(Units):
 
     @property
     def weight_sums(self) -> np.ndarray:
-        """The sum of the weights of each document's trained tokens, (n,) float64; or their number as int32,
-        where that is the same for all of the documents.
-        """
+        """Sums of the weights of each document's trained tokens, (n,) float64; or their numbers as int32,
+        if all documents agree."""
         return self._counted[1]
 
     @functools.cached_property
@@ -96,7 +95,7 @@ class Documents(Units):
         return counts, counts if np.array_equal(counts, sums) else sums
 
     def take(self, chosen: np.ndarray) -> Documents:
-        """The documents at these places."""
+        """Return the documents at these places."""
         if isinstance(self.items, FileDocuments):
             items = self.items.take(chosen)
         else:
@@ -107,7 +106,7 @@ class Documents(Units):
         return Documents(items, lost, text, conversation, self.untrained)
 
     def learnable(self) -> Documents:
-        """The documents with a trained token: a step without one would have no loss."""
+        """Return the documents with a trained token: a step without one would have no loss."""
         chosen = np.flatnonzero(self.target_counts)
         left_out = len(self.items) - len(chosen)
         if not left_out:
@@ -116,7 +115,7 @@ class Documents(Units):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the tokens and weights; every save asks for it.
+        """Hash the tokens and weights with SHA-256; every save asks for it.
 
         Weights of 0 and 1 are hashed as one byte each.
         """
@@ -128,11 +127,11 @@ class Documents(Units):
         return digest.hexdigest()
 
     def contents(self) -> Iterable[np.ndarray]:
-        """What tells each document from others, (n,) int32."""
+        """Yield the key of each document, (n,) int32."""
         return (document.ids for document in self.items)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """contents(), as equal documents are held out together."""
+        """Yield contents(): equal documents are held out together."""
         return self.contents()
 
     def _watched(self, doing: str) -> Iterable[Document]:
@@ -145,14 +144,14 @@ class Documents(Units):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What --data_file or --eval_file names, as tokens: its files, and which documents of each are used."""
+    """Tokens of --data_file or --eval_file: its files, and the documents of each that are used."""
 
     data_file: str
     encoder: Encoder
     files: list[Tokens]
     chosen: list[np.ndarray]
     names: list[str]  # of the places in each file, such as "data.jsonl, line"
-    rows: str = SFT  # what the files were read as, one of formats.ROWS
+    rows: str = SFT  # one of formats.ROWS, as which the files were read
 
     @property
     def longest(self) -> int:
@@ -165,18 +164,18 @@ class Loaded:
 
     @property
     def texts(self) -> int:
-        """Inputs of all documents where all are running text, else 0."""
+        """Inputs of all documents if all are running text, else 0."""
         if not all(tokens.texts[documents].all() for tokens, documents in zip(self.files, self.chosen)):
             return 0
         return sum(int(lengths.sum()) - len(lengths) for lengths in self._lengths())
 
     def _lengths(self) -> list[np.ndarray]:
-        """Tokens of the chosen documents of each file."""
+        """Count the tokens of the chosen documents of each file."""
         pairs = zip(self.files, self.chosen)
         return [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in pairs]
 
     def documents(self, ctx_len: int) -> Documents:
-        """Documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
+        """Make documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 
         A longer conversation is cut. A longer text becomes several documents; each begins with the last token
         of the one before, so that every token is a target once. Documents without a trained token are left
@@ -196,22 +195,22 @@ class Loaded:
         return documents.learnable()
 
     def preferences(self, ctx_len: int) -> Preferences:
-        """The pairs, or the labelled answers, that fit into rows of ctx_len tokens; longer ones are left out.
+        """Return the pairs, or labelled answers, that fit into rows of ctx_len tokens.
 
         Raises UserError where none fits.
         """
         return fit_units(self.files, self.chosen, self.names, ctx_len, self.rows == PAIRS)
 
     def units(self, ctx_len: int) -> Units:
-        """What a run on these rows trains on."""
+        """Return the units that a run on these rows trains on."""
         return self.documents(ctx_len) if self.rows == SFT else self.preferences(ctx_len)
 
     def _marker_is_absent(self) -> bool:
-        """Whether --loss_mask is a marker and nothing is trained but the ends of documents."""
+        """Tell whether --loss_mask is a marker and nothing is trained but the ends of documents."""
         encoder = self.encoder
         if not trains_by_marker(encoder.loss_mask):
             return False
-        # then what the marker trains may weigh as much as prompts do, and nothing tells it from them
+        # then the marker's text may weigh as much as prompts, and nothing tells them apart
         if encoder.prompt_weight and encoder.prompt_weight in (1, encoder.think_weight):
             return False
         end, prompt = len(encoder.tokenizer.eod), np.float32(encoder.prompt_weight)
@@ -248,12 +247,12 @@ def load(
 def load_documents(
     data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", **how
 ) -> Documents:
-    """load() and Loaded.documents() in one."""
+    """Call load() and Loaded.documents()."""
     return load(data_file, Encoder(tokenizer, template, loss_mask), **how).documents(ctx_len)
 
 
 def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:
-    """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
+    """Make documents of at most ctx_len + 1 tokens from the chosen documents of each file."""
     limit = ctx_len + 1
     pairs = list(zip(files, chosen))
     whole = joined(files, chosen)
@@ -283,7 +282,7 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
 
 
 def _conversations(pairs: list[tuple[Tokens, np.ndarray]]) -> np.ndarray | None:
-    """Documents.conversation of the chosen documents of each file."""
+    """Build Documents.conversation for the chosen documents of each file."""
     if all(tokens.begins.all() for tokens, _ in pairs):
         return None
     numbers, first = [], 0

@@ -1,4 +1,4 @@
-"""A record becomes tokens, each with its weight in the loss."""
+"""Encoding of a record to tokens, each with its weight in the loss."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """n documents one after another, N tokens in all."""
+    """Tokens of n documents one after another, N in all."""
 
     ids: np.ndarray  # (N,) int32
     weights: np.ndarray  # (N,) float32, 0 where there is no loss
     ends: np.ndarray  # (n,) int64: where each document ends
-    texts: np.ndarray  # (n,) bool: whether it is running text and not a conversation
-    begins: np.ndarray  # (n,) bool: whether it is the first document of its record
+    texts: np.ndarray  # running text, and not a conversation
+    begins: np.ndarray  # the first document of its record
     labels: np.ndarray  # (n,) int8: 1 an answer that is preferred, -1 one that is not, 0 no such document
     places: np.ndarray  # (n,) int32: the number of its record's line or row
 
@@ -37,7 +37,7 @@ class Tokens:
         return int(np.count_nonzero(self.begins))
 
     def documents_of(self, records: np.ndarray) -> np.ndarray:
-        """The places of the documents of these records, which are numbers from 0 on."""
+        """Return the places of the documents of these records, which are numbers from 0 on."""
         firsts = np.flatnonzero(self.begins)
         if len(firsts) == len(self.begins):
             return records
@@ -53,7 +53,7 @@ def tokens_of(
     labels: list[int],
     places: list[int],
 ) -> Tokens:
-    """Tokens of documents (ids, weights), with what it has of each of them."""
+    """Make Tokens of documents (ids, weights) and the values of each."""
     return Tokens(
         np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)]),
         np.concatenate([np.zeros(0, np.float32), *(weights for _, weights in documents)]),
@@ -67,7 +67,7 @@ def tokens_of(
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How a record becomes tokens.
+    """Encoder of records to tokens.
 
     `loss_mask` is that of record_segments(). `bos` are the ids that every document begins with, as
     leading_token() gives them.
@@ -78,10 +78,12 @@ class Encoder:
     loss_mask: str = "assistant"
     bos: tuple[int, ...] = ()
     think_weight: float = 1.0  # multiplies the weight of what stands inside <think>
-    prompt_weight: float = 0.0  # of what would have no loss; answers that are context only have none
+    prompt_weight: float = (
+        0.0  # of tokens that would have no loss; answers that are only context stay without one
+    )
 
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (n,) int32, weights (n,) float32) of each document, with its leading and its last token.
+        """Encode a record: (ids (n,) int32, weights (n,) float32) of each document, from first to last token.
 
         The leading token never has a weight, the end of document always. Most records are one document (see
         record_segments).
@@ -109,11 +111,11 @@ class Encoder:
         return [self.encode_segments(segments) for segments in documents]
 
     def is_text(self, record: dict) -> bool:
-        """Whether the record is running text, any part of which makes sense by itself, not a conversation."""
+        """Tell whether the record is running text: any part of it makes sense by itself."""
         return ("text" in record or "ids" in record) and not trains_by_marker(self.loss_mask)
 
     def token_end(self, text: str, place: int) -> int:
-        """See chat_template.TokenEnd. It is `place` for a tokenizer that changes the text."""
+        """Return chat_template.TokenEnd's place. It is `place` for a tokenizer that changes the text."""
         ids = self.tokenizer.encode(text)
         rest = len(self.tokenizer.encode(text[place:])) + 8  # tokens that may reach over the place
         for count in range(len(ids), max(0, len(ids) - rest), -1):
@@ -124,7 +126,7 @@ class Encoder:
         return place
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """encode() of pieces that are tokenised one by one."""
+        """Encode pieces that are tokenised one by one."""
         pieces = [self.tokenizer.encode(segment.text) for segment in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
         befores = ["", *(segment.text for segment in segments)]
@@ -133,14 +135,13 @@ class Encoder:
         return self._whole(ids, weights, bool(segments and segments[-1].weight))
 
     def answers(self, weights: np.ndarray) -> np.ndarray:
-        """Where a document has answers, (n,) bool: another weight than prompts have. Where there is none, all
-        that is trained.
-        """
+        """Find the answers in a document, (n,) bool: their weight differs from that of prompts. Without
+        any, all trained tokens count."""
         found = (weights != 0) & (weights != np.float32(self.prompt_weight))
         return found if found.any() else weights != 0
 
     def _weights(self, before: str, segment: Segment, ids: list[int]) -> np.ndarray:
-        """The weights of a segment's tokens; the text `before` it may open a <think>."""
+        """Weigh a segment's tokens; the text `before` it may open a <think>."""
         weight = segment.weight
         if weight == 0 and math.copysign(1, weight) > 0:  # not CONTEXT
             return np.full(len(ids), self.prompt_weight, np.float32)
@@ -151,9 +152,9 @@ class Encoder:
         return weights
 
     def _whole(self, ids: np.ndarray, weights: np.ndarray, is_answer: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The document of these tokens, the last of which belongs to an answer or not."""
+        """Complete the document of these tokens; `is_answer`: the last one belongs to an answer."""
         end = np.array(self.tokenizer.eod, dtype=np.int32)
-        # files of tokens have it already, and so do templates that write it
+        # files of tokens have it already, and some templates write it
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
             # it ends the answer, so it weighs as much
@@ -170,7 +171,7 @@ class Encoder:
         return ids, weights
 
     def _weights_of_ids(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
-        """(the weights of tokens as they are, whether the last one is trained).
+        """Weigh tokens of an encoded file: (the weights, whether the last one is trained).
 
         A marker trains the tokens that begin in its text.
         """
@@ -188,7 +189,7 @@ class Encoder:
         return weights, is_answer
 
     def _bytes_of(self, ids: np.ndarray, flag: str) -> tuple[str, np.ndarray]:
-        """(the text of tokens, a character for each byte, where each token ends in it (n,))."""
+        """Return (the text of tokens, a character for each byte; where each token ends in it (n,))."""
         if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
             raise UserError(
                 f"{flag} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text"
@@ -199,5 +200,5 @@ class Encoder:
 
 
 def _bytewise(text: str) -> str:
-    """A text with a character for each byte."""
+    """Write a text with a character for each byte."""
     return text.encode().decode("latin-1")

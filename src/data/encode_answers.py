@@ -1,4 +1,4 @@
-"""A pair of answers becomes two documents, a labelled answer one, of which the answers alone are trained."""
+"""Encoding of answers: a pair becomes two documents, a labelled answer one, with only the answers trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Document = tuple[np.ndarray, np.ndarray]  # ids (n,) int32, weights (n,) float32
 
 
 def labels_of(record: dict[str, Any], documents: int) -> list[int]:
-    """Tokens.labels of a record's documents."""
+    """Return Tokens.labels of a record's documents."""
     if "chosen" in record:
         return [1, -1]
     if "label" in record:
@@ -25,13 +25,13 @@ def labels_of(record: dict[str, Any], documents: int) -> list[int]:
 
 
 def answers_segments(record: dict[str, Any], template: Template, token_end: TokenEnd) -> list[list[Segment]]:
-    """The segments of the documents of a pair, chosen and rejected, or of a labelled answer."""
+    """Cut a pair (chosen, then rejected) or a labelled answer into the segments of its documents."""
     names = ("completion",) if "label" in record else ("chosen", "rejected")
     return [_segments(record, record[name], template, token_end) for name in names]
 
 
 def conversations(record: dict[str, Any]) -> list[tuple[list[dict], list[dict]]]:
-    """(turns that are context alone, the turns after them) of each conversation in a record."""
+    """Yield (turns that are only context, the turns after them) of each conversation in a record."""
     if "messages" not in record:
         return []
     answers = [record[name] for name in ("chosen", "rejected", "completion") if name in record]
@@ -39,10 +39,10 @@ def conversations(record: dict[str, Any]) -> list[tuple[list[dict], list[dict]]]
 
 
 def _segments(record: dict[str, Any], answer: Any, template: Template, token_end: TokenEnd) -> list[Segment]:
-    """Prompt and answer."""
+    """Cut prompt and answer into segments."""
     if "prompt" in record:
         return [Segment(record["prompt"], 0.0), Segment(answer, 1.0)]
-    # what the assistant said before is what both answers go on from
+    # earlier turns of the assistant are only context for both answers
     before = [_as_context(message) for message in record["messages"]]
     *earlier, last = template.documents([*before, *answer], record.get("tools"), token_end)
     if any(segment.weight for document in earlier for segment in document):
@@ -58,11 +58,11 @@ def _as_context(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared(documents: list[Document], template: str) -> list[Document]:
-    """The documents of a pair or a labelled answer, with the weight 1 on what is compared and 0 elsewhere.
+    """Weigh the documents of a pair or a labelled answer: 1 on the compared tokens and 0 elsewhere.
 
-    Those of a pair have the same tokens before the first trained one. A template may write more before one
-    answer than before the other, such as an opened <think>. That belongs to the answers then. Raises LeftOut
-    for two equal answers.
+    The documents of a pair have the same tokens before the first trained one. A template may write more
+    before one answer than before the other, such as an opened <think>. That then belongs to the answers.
+    Raises LeftOut for two equal answers.
     """
     documents = [(ids, (weights != 0).astype(np.float32)) for ids, weights in documents]
     if len(documents) == 1:

@@ -1,4 +1,4 @@
-"""The settings that may name files of the Hugging Face hub, and their files."""
+"""Fetching of settings' files from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ KINDS = {
 
 
 def fetch_inputs(config: Config) -> Config:
-    """The settings with local files in the place of names of the hub."""
+    """Replace names of the hub in the settings by local files."""
     return dataclasses.replace(config, **fetch_files(pinned_names(config)))
 
 
 def fetch_data(data_file: str) -> str:
-    """What --data_file takes, with local files in the place of names of the hub."""
+    """Replace names of the hub in --data_file by local files."""
     return fetch_inputs(Config(data_file=data_file)).data_file
 
 
 def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, str]:
-    """setting -> its text with a commit in every name of the hub; settings without such a name are not in it.
+    """Map setting -> its text with a commit in every name of the hub, for settings with such names.
 
     A name keeps the commit that it has in `recorded`, whatever branch it names. Local files are looked at
     before the hub is asked.
@@ -56,7 +56,7 @@ def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, st
 
 
 def _pinned(setting: str, name: hub_names.HubName, began: list[hub_names.HubName]) -> hub_names.HubName:
-    """A name with its commit: that which a run began with, unless another commit was given."""
+    """Give a name its commit: that of the run's first start, unless another commit was given."""
     for one in began:
         same = (one.repo, one.repo_type) == (name.repo, name.repo_type) and name.file in ("", one.file)
         if same and not name.has_commit:
@@ -85,7 +85,7 @@ def fetch_files(names: Mapping[str, str], shown: bool = True) -> dict[str, hub_n
 
 
 def _check_local(config: Config) -> None:
-    """UserError where a model or data on this machine can't be read: then nothing is downloaded first."""
+    """Raise UserError if a model or data on this machine can't be read, before anything is downloaded."""
     for setting, kind in KINDS.items():
         given = getattr(config, setting)
         for path, _ in _parts(setting, given) if given else []:

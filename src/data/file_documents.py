@@ -14,7 +14,7 @@ BLOCK = 1 << 16  # documents that are looked at together
 
 @dataclasses.dataclass
 class Document:
-    """The tokens of a document; token i is a target where weights[i] is not 0.
+    """Tokens of a document; token i is a target if weights[i] is not 0.
 
     Token 0 is never one, because nothing stands before it.
     """
@@ -24,7 +24,7 @@ class Document:
 
     @property
     def inputs(self) -> int:
-        """Tokens that it takes of a row."""
+        """Tokens that the document takes of a row."""
         return len(self.ids) - 1
 
     @property
@@ -33,7 +33,7 @@ class Document:
 
     @property
     def weight(self) -> float:
-        """The sum of its targets' weights."""
+        """Sum of its targets' weights."""
         return float(self.weights[1:].sum(dtype=np.float64))
 
 
@@ -41,8 +41,7 @@ class FileDocuments(Sequence):
     """Documents that are parts of flat arrays.
 
     Document i is lengths[i] tokens of files[of[i]], from starts[i] on. of: (n,) integers. starts: (n,) int64.
-    lengths: (n,) integers. There may be 10^8 documents, so that numbers have the bytes they need and are no
-    objects.
+    lengths: (n,) integers. There may be 10^8 documents, so they are numbers of few bytes, not objects.
     """
 
     def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
@@ -57,14 +56,14 @@ class FileDocuments(Sequence):
         return Document(tokens.ids[part], tokens.weights[part])
 
     def line(self, i: int) -> int:
-        """The number of the line or row of its file that document i comes from."""
+        """Return the number of the line or row of its file that document i comes from."""
         tokens = self.files[self.of[i]]
         return int(tokens.places[np.searchsorted(tokens.ends, self.starts[i], side="right")])
 
     def trained(self) -> tuple[np.ndarray, np.ndarray]:
-        """(how many trained tokens each has, the place of the first of them), (n,) int32.
+        """Count (the trained tokens of each, the place of the first of them), (n,) int32.
 
-        Token 0 counts as none. The place means nothing where there is none.
+        Token 0 is never one. The place means nothing without a trained token.
         """
         counts, places = np.zeros(len(self), np.int32), np.zeros(len(self), np.int32)
         for number, tokens in enumerate(self.files):
@@ -81,7 +80,7 @@ class FileDocuments(Sequence):
         return counts, places
 
     def parts(self, begins: np.ndarray, lengths: np.ndarray) -> FileDocuments:
-        """Of each document so many tokens, (n,), from its token `begins` on, (n,)."""
+        """Cut document i to lengths[i] tokens, from its token begins[i] on."""
         return FileDocuments(self.files, self.of, self.starts + begins, lengths)
 
     def take(self, chosen: np.ndarray) -> FileDocuments:
@@ -89,7 +88,7 @@ class FileDocuments(Sequence):
 
 
 def joined(files: list[Tokens], chosen: list[np.ndarray]) -> FileDocuments:
-    """The chosen documents of each file, one after another."""
+    """Join the chosen documents of each file, one after another."""
     numbers = np.arange(len(files), dtype=np.min_scalar_type(len(files)))
     of = np.repeat(numbers, [len(documents) for documents in chosen])
     ends = np.concatenate([tokens.ends[documents] for tokens, documents in zip(files, chosen)])

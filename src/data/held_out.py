@@ -1,4 +1,4 @@
-"""Documents that are not trained on: which ones they are, and the questions that samples answer."""
+"""Held-out documents, which are not trained on, and the questions that samples answer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ USUAL_SAMPLE_TOKENS = 100
 
 
 def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> tuple[Units, Units]:
-    """(documents to train on, documents held out); they may be preferences or questions.
+    """Split into (documents to train on, documents held out); they may be preferences or questions.
 
-    Held out are the documents of --eval_file, or the share --eval_split of `documents`; without either, none.
+    The documents of --eval_file are held out, or the share --eval_split of `documents`; without either, none.
     --eval_split keeps the documents of one conversation together. A document that is in both, word for word,
     is held out. Of preferences and questions the prompt decides, so that those with one prompt stay together.
     The choice depends on the documents' own content and the seed, so that it is the same in every process and
@@ -70,7 +70,7 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
 
 
 def _keys(parts: Iterable[np.ndarray], units: Units, seed: int) -> np.ndarray:
-    """(n,) keys of 16 bytes for these parts of the units: equal for equal tokens, and random otherwise."""
+    """Make (n,) keys of 16 bytes for these parts of the units: equal for equal tokens, else random."""
     key, names, count = seed.to_bytes(8, "little"), f"{units.unit}s", len(units)
     watched = progress(parts, f"choosing held-out {names}", count, unit=names, shown=is_first_process())
     digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in watched)
@@ -78,7 +78,7 @@ def _keys(parts: Iterable[np.ndarray], units: Units, seed: int) -> np.ndarray:
 
 
 def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
-    """The keys of documents, where those of one conversation have one key in common."""
+    """Make the keys of documents, where those of one conversation have one key in common."""
     if not isinstance(documents, Documents) or documents.conversation is None:
         return keys
     keys = keys.copy()
@@ -91,12 +91,12 @@ def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
 
 
 def evaluations(config: Config, steps: int) -> int:
-    """How often a run of so many steps evaluates: before the first, every eval_steps, and after the last."""
+    """Count the evaluations of a run of `steps` steps: first, every eval_steps, and last."""
     return 2 + ((steps - 1) // config.eval_steps if config.eval_steps > 0 else 0)
 
 
 def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
-    """The places of the documents with a trained token, in an order that depends on their content alone."""
+    """Order the places of the documents with a trained token by their content alone."""
     places = np.flatnonzero(held_out.target_counts)
     chosen = held_out.take(places)
     keys = _keys(chosen.contents(), chosen, seed)
@@ -104,18 +104,18 @@ def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
 
 
 def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
-    """How many documents, from the first in `order`, each of so many evaluations may read; at least one."""
+    """Count the documents, from the first in `order`, that each of `evaluations` may read; at least one."""
     costs = FORWARD * (held_out.lengths[order] - 1)
     return paid_for(costs, EVALUATION * trained_tokens / evaluations)
 
 
 def paid_for(costs: np.ndarray, budget: float) -> int:
-    """How many things that cost so much each, (n,), from the first on, a budget pays for; at least one."""
+    """Count the items, from the first on, of these costs (n,) that a budget pays for; at least one."""
     return max(1, int(np.searchsorted(np.cumsum(costs), budget, side="right")))
 
 
 def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:
-    """Batches of micro_bsz packed rows, the longest first, which is where memory would run out.
+    """Make batches of micro_bsz packed rows, the longest first, so that memory runs out at once if it does.
 
     A row is the places of its documents.
     """
@@ -126,24 +126,24 @@ def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:
 
 
 def evaluation_batches(held_out: Units, config: Config) -> list[Batch]:
-    """The documents of evaluation_rows()."""
+    """Return the documents of evaluation_rows()."""
     return [[[held_out[i] for i in row] for row in rows] for rows in evaluation_rows(held_out, config)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """The tokens before an answer, and those of the right answer."""
+    """Tokens before an answer, and those of the reference answer."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
-    """What samples are made for: the first `count` documents, up to their last answer.
+    """Choose the questions for samples: the first `count` documents, up to their last answer.
 
-    Of a conversation that is several documents it is the first. Of preferences they are preferred answers, a
-    prompt each. Of a document that is trained as a whole but for its leading token, the first half is the
-    prompt. The encoder is the one that made the documents.
+    A conversation of several documents gives the first one. Preferences give preferred answers, one a prompt.
+    A document that is trained as a whole but for its leading token is asked with its first half. The encoder
+    is the one that made the documents.
     """
     if isinstance(held_out, Preferences):
         held_out = Documents(_preferred(held_out, count))
@@ -173,7 +173,7 @@ def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
 
 
 def _preferred(held_out: Preferences, count: int) -> list[Document]:
-    """The first `count` answers to prefer, each to another prompt."""
+    """Return the first `count` answers to prefer, each to another prompt."""
     found: dict[bytes, Document] = {}
     for unit in held_out:
         if len(found) == count:

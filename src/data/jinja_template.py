@@ -1,20 +1,20 @@
-"""The user's own chat template: Jinja, with the conventions of Hugging Face's `chat_template`.
+"""Jinja chat template of the user, with the conventions of Hugging Face's `chat_template`.
 
 A template is given messages, tools, add_generation_prompt, bos_token and eos_token. bos_token is always
 empty, because --bos is put before the ids. The template may call raise_exception() and tojson.
 
 Two texts are rendered for each answer: one that asks for it, and one in which it is the last message. The
-answer begins where they part, and has the end of its turn. It is trained, or of it what stands between
-`{% generation %}` and `{% endgeneration %}` if the template has such marks.
+answer begins where they part, and has the end of its turn. It is trained, or only its text between `{%
+generation %}` and `{% endgeneration %}` if the template has such marks.
 
 - Where each text is the beginning of the next, the conversation is one document.
 - Many templates rewrite earlier turns, such as by taking out thoughts. A new document begins with each answer
-  before which something is written otherwise than in the document so far. So a model sees its earlier answers
+whose text before it differs from the document so far. So a model sees its earlier answers
   as it will in a chat, and each answer is trained once.
-- What asks may end in words that the template does not write before the answer, such as `<think`. Then the
+- The prompt may end in words that the template does not write before the answer, such as `<think`. Then the
   document has the common beginning, up to the end of a token, and the next answer is in a new one.
-- Where the messages before an answer are written otherwise when it follows, only marks help. The conversation
-  is then one document, of which they alone tell what is trained.
+- If the messages before an answer are written differently once it follows, only marks help. The conversation
+  is then one document, and the marks alone tell what is trained.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from rwkv_miss.errors import UserError
 from .chat_template import BEGUN_THOUGHTS, CONTEXT, Segment, TokenEnd, thoughts_of, weight_of
 from .tool_styles import parse_any, read_call
 
-# in the rendered text, around what is trained: noncharacters, which no text has
+# in the rendered text, around the trained parts: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
 
 OTHER = "Other thoughts."
 
 
 class Generation(jinja2.ext.Extension):
-    """The block {% generation %}."""
+    """Jinja extension with the block {% generation %}."""
 
     tags = {"generation"}
 
@@ -55,11 +55,11 @@ class Generation(jinja2.ext.Extension):
 
 
 class _Changed(UserError):
-    """The messages before an answer are written otherwise when it follows."""
+    """Error: the messages before an answer are written differently once it follows."""
 
 
 class JinjaTemplate:
-    """A chat_template.Template from Jinja source.
+    """Chat template from Jinja source.
 
     Raises UserError, with the line, for source that is wrong or fails on a trial conversation.
     """
@@ -85,9 +85,9 @@ class JinjaTemplate:
         return JinjaTemplate, (self.name, self.record, self.eos)
 
     def _try_out(self) -> None:
-        """Find the end of a turn, what begins an answer in a chat, and what ends it.
+        """Find the end of a turn, the opening of an answer in a chat, and its stop.
 
-        That is the end of the turn. Where it is only space, it is how the next turn begins.
+        The stop is the end of the turn. If that is only space, it is the beginning of the next turn.
         """
         question = {"role": "user", "content": "A question?"}
         answer = {"role": "assistant", "content": "An answer."}
@@ -117,9 +117,9 @@ class JinjaTemplate:
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
-        """The end of the conversation, from where the template writes nothing otherwise (see this module).
+        """Return the end of the conversation, from where the template rewrites nothing (see this module).
 
-        For the whole conversation it is one document. So a chat asks in the pieces of the training.
+        Often that is the whole conversation. So a chat asks in the pieces of the training.
         """
         self._require_tools(messages, tools)
         try:
@@ -134,7 +134,6 @@ class JinjaTemplate:
     def documents(
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
     ) -> list[list[Segment]]:
-        """See chat_template.Template."""
         self._require_tools(messages, tools)
         try:
             documents, written = self._by_answers(messages, tools, token_end)
@@ -152,7 +151,6 @@ class JinjaTemplate:
     def next_turn(
         self, messages: list[dict], new: list[dict], tools: list[dict] | None = None
     ) -> list[str] | None:
-        """See chat_template.Template."""
         *earlier, answer = messages
         asked, before = self._render(earlier, True, tools), self._render(messages, False, tools)
         after = self._render([*messages, *new], True, tools)
@@ -165,11 +163,9 @@ class JinjaTemplate:
         return [self.turn_end, after.removeprefix(before)]
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
-        """See chat_template.Template."""
         return parse_any(text)
 
     def drops_thoughts(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
-        """See chat_template.Template."""
         *before, answer = messages
         if not thoughts_of(answer)[0]:
             return False
@@ -179,7 +175,7 @@ class JinjaTemplate:
         return self._writes_alike(messages, tools, [*before, {**answer, **changed}], tools)
 
     def _require_tools(self, messages: list[dict], tools: list[dict] | None) -> None:
-        """UserError for calls that are wrong, and for tools or calls that the template does not write."""
+        """Raise UserError for wrong calls, and for tools or calls that the template does not write."""
         if tools and self._writes_alike(messages, tools, messages, None):
             raise UserError(f"{self.name} does not write tools; choose another --template")
         for i, message in enumerate(messages):
@@ -188,12 +184,12 @@ class JinjaTemplate:
             for call in message["tool_calls"]:
                 read_call(call)
             mute = {key: value for key, value in message.items() if key != "tool_calls"}
-            # a later turn may change what is written of this one, which is trained as it is here
+            # a later turn may change this one's text; it is trained as it is here
             if self._writes_alike(messages[: i + 1], tools, [*messages[:i], mute], tools):
                 raise UserError(f"{self.name} does not write tool_calls; choose another --template")
 
     def _writes_alike(self, messages: list[dict], tools, others: list[dict], other_tools) -> bool:
-        """Whether other messages and tools become the same text."""
+        """Tell whether other messages and tools become the same text."""
         text = self._render(messages, False, tools)
         try:
             return text == self._render(others, False, other_tools)
@@ -203,9 +199,9 @@ class JinjaTemplate:
     def _by_answers(
         self, messages: list[dict], tools, token_end: TokenEnd | None = None
     ) -> tuple[list[list[Segment]], str | None]:
-        """(the documents up to the last answer, the text of the last one).
+        """Return (the documents up to the last answer, the text of the last one).
 
-        The text is None where another answer would be in a new document. Raises _Changed.
+        The text is None if another answer would be in a new document. Raises _Changed.
         """
         documents: list[list[Segment]] = []
         written: str | None = None
@@ -226,15 +222,15 @@ class JinjaTemplate:
             is_repeated = not written and any(s.weight for earlier in documents[:-1] for s in earlier)
             documents[-1].append(Segment(prompt[:end], CONTEXT if is_repeated else 0.0))
             documents[-1] += self._answer(parts, len(written) + end, weight_of(message))
-            # a chat has read all of `asked`, so it reads the whole text anew for the next answer
+            # a chat has read all of `asked`, so it reads the whole text again for the next answer
             written = answered if begin == len(asked) else None
         return documents, written
 
     def _answer(self, parts: list[tuple[str, bool]], start: int, weight: float) -> list[Segment]:
-        """The answer that begins at the character `start` of a text in parts.
+        """Cut the answer that begins at the character `start` of a text in parts.
 
-        The end of its turn is a segment by itself, as in a chat. Of a template with marks only what stands in
-        them has the weight.
+        The end of its turn is a segment by itself, as in a chat. In a template with marks only the text
+        inside them has the weight.
         """
         text = "".join(part for part, _ in parts)
         end = len(text) - len(self.turn_end) if text.endswith(self.turn_end) else len(text)
@@ -247,7 +243,7 @@ class JinjaTemplate:
         return segments
 
     def _by_marks(self, messages: list[dict], tools, ask: bool, changed: _Changed) -> list[Segment]:
-        """The conversation as one document of which the marks alone tell what is trained."""
+        """Cut the conversation as one document, in which the marks alone tell what is trained."""
         if not self.marks:
             raise changed
         parts = self._parts(messages, tools, ask)
@@ -265,7 +261,7 @@ class JinjaTemplate:
         return _full([Segment(text, next(weights) if inside else 0.0) for text, inside in parts])
 
     def _parts(self, messages: list[dict], tools, ask: bool = False) -> list[tuple[str, bool]]:
-        """The rendered text in parts, and whether each stands in {% generation %}."""
+        """Render the text in parts, and tell for each whether it stands in {% generation %}."""
         text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)
         parts = [(text, False)]
         for part in rest:
@@ -276,10 +272,10 @@ class JinjaTemplate:
         return parts
 
     def _common(self, asked: str, answered: str, before: list[dict], tools) -> int:
-        """How many characters the text that asks for an answer and the text with it have in common.
+        """Count the characters that the prompt for an answer and the text with the answer have in common.
 
-        Raises _Changed where these are not all of what the template writes for the messages before it, and
-        something of the words that ask.
+        Raises _Changed unless these are the template's whole text of the messages before it, and a part of
+        the words that ask.
         """
         same = _common_beginning(asked, answered)
         if same == len(asked):
@@ -325,14 +321,14 @@ def _raise(message: str):
 def _to_json(
     value, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter is for HTML and would escape < and >."""
+    """Write JSON without escaping < and >, as Jinja's own filter for HTML would."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _line(error: Exception) -> str:
-    """ ", line N" of the template, from the frames that Jinja makes up for it."""
+    """Name the template's line of an error, ", line N", from the frames that Jinja makes up for it."""
     line, trace = "", error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == "<template>":

@@ -1,8 +1,8 @@
-"""The token that every document begins with: --bos.
+"""Leading token of every document: --bos.
 
 In pre-training a document follows the end of another one, which in World is token 0. Whether a tuned model
-should be asked after it is a matter of how it was trained, so adapters and merged files record it. It is in
-front of the ids, is never trained, and is not written twice.
+should be prompted after it depends on its training, so adapters and merged files record it. It is in front of
+the ids, is never trained, and is not written twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rwkv_miss.files.model_files import model_metadata
 from ..config.validate import check_bos
 from .tokenizer import Tokenizer
 
-# of --bos where a program reads a record; train.py has its own words
+# help for --bos in programs that read a record; train.py has its own
 HELP = (
     "the token that every conversation or text begins with: recorded (as in the adapter's file, without an"
     " adapter in the model's, else none), none, auto (the end of document, 0 in World), or the id of a token;"
@@ -24,11 +24,11 @@ HELP = (
 
 
 def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
-    """The ids that a document begins with; () for none.
+    """Return the ids that a document begins with; () for none.
 
-    `spec` is none, auto, an id, or recorded. auto is the end of document, 0 in World. recorded is what the
-    first of the files at `paths` records. A file without a record means none, as does no file. Empty paths
-    are left out. Raises UserError for any other text, and for an id that the tokenizer lacks.
+    `spec` is none, auto, an id, or recorded. auto is the end of document, 0 in World. recorded is the record
+    of the first of the files at `paths`. A file without a record means none, as does no file. Empty paths are
+    left out. Raises UserError for any other text, and for an id that the tokenizer lacks.
     """
     check_bos(spec)
     if spec == "none":
@@ -54,7 +54,7 @@ def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
 
 
 def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What a file's metadata say of it; () where they say nothing. UserError for what is no list of ids."""
+    """Read the leading token in a file's metadata; () without one. Raises UserError for no list of ids."""
     ids = metadata.get("bos") or []
     if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise UserError(
@@ -70,25 +70,25 @@ def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[i
 
 
 def with_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
-    """The ids of a document with its leading token, which is not added twice."""
+    """Put the leading token before the ids of a document, unless it is there."""
     return ids if begins_with(ids, bos) else [*bos, *ids]
 
 
 def without_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
-    """The ids of a document after its leading token."""
+    """Return the ids of a document after its leading token."""
     return ids[len(bos) :] if begins_with(ids, bos) else ids
 
 
 def begins_with(ids, bos: tuple[int, ...]) -> bool:
-    """Whether a document, a list or an array of ids, begins with these."""
+    """Tell whether a document, a list or an array of ids, begins with these."""
     return tuple(ids[: len(bos)]) == bos
 
 
 def text_of(bos: tuple[int, ...]) -> str:
-    """For people: "token 0"."""
+    """Describe the ids for people: "token 0"."""
     return f"token {bos[0]}" if len(bos) == 1 else f"tokens {' '.join(map(str, bos))}"
 
 
 def describe_leading(bos: tuple[int, ...]) -> str:
-    """For people: "no leading token", "leading token 0"."""
+    """Describe the setting for people: "no leading token", "leading token 0"."""
     return f"leading {text_of(bos)}" if bos else "no leading token"

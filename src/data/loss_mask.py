@@ -1,4 +1,4 @@
-"""Which pieces of a record are trained: --loss_mask."""
+"""Loss mask: the pieces of a record that are trained, by --loss_mask."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .rwkv_template import FLOWERS, HEADING, HEADINGS, PLAIN, Form
 
 
 def trains_by_marker(loss_mask: str) -> bool:
-    """Whether --loss_mask is a marker."""
+    """Tell whether --loss_mask is a marker."""
     return loss_mask not in ("assistant", "all")
 
 
 def record_segments(
     record: dict, template: Template, loss_mask: str, token_end: TokenEnd | None = None
 ) -> list[list[Segment]]:
-    """The segments of a record {"text"}, {"prompt", "completion"} or {"messages", "tools"}, by document.
+    """Cut a record {"text"}, {"prompt", "completion"} or {"messages", "tools"} into segments, by document.
 
     A record is one document. Only a conversation may be several, with the mask `assistant`: see
     Template.documents(), which takes `token_end`.
@@ -26,7 +26,7 @@ def record_segments(
     `loss_mask` is one of
     - assistant: the assistant's turns are trained, completions, and texts as a whole;
     - all: everything is trained;
-    - any other text: it is a marker, such as `Assistant:`. What follows it is trained until the next turn,
+    - any other text: it is a marker, such as `Assistant:`. The text after it is trained until the next turn,
       in any kind of record (see `marked`).
     """
     if "messages" in record and loss_mask == "assistant":
@@ -46,7 +46,7 @@ def record_segments(
 
 
 def _refuse_weights(messages: list[dict], loss_mask: str) -> None:
-    """UserError for a weight other than 0 and 1; these two have no meaning under `all` and a marker."""
+    """Raise UserError for a weight other than 0 and 1; these two have no meaning under `all` and a marker."""
     for message in messages:
         weight = message.get("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
@@ -57,7 +57,7 @@ def _refuse_weights(messages: list[dict], loss_mask: str) -> None:
 
 
 def marked(text: str, marker: str) -> list[Segment]:
-    """A text cut at a marker: what follows it is trained until the next turn or the next marker.
+    """Cut a text at a marker: the text after it is trained until the next turn or the next marker.
 
     A turn begins with `System:`, `User:` or `Tool:` after a blank line, or with `System✿`, `User✿` or `Tool✿`
     on a new line after a flower. For a marker with `### ` also with a line `### System`, `### User` or
@@ -78,12 +78,12 @@ def marked(text: str, marker: str) -> list[Segment]:
 
 
 def marked_spans(text: str, marker: str, read: Callable[[str], str] = str) -> list[tuple[int, int]]:
-    """Beginnings and ends, in characters, of what a marker trains.
+    """Find beginnings and ends, in characters, of the text that a marker trains.
 
-    `read` turns words into how the text has them, where it is not as people write it.
+    `read` encodes words as the text has them, if it is not plain text.
     """
     start, _, end = (read(part.replace("\\n", "\n")) for part in marker.partition("..."))
-    # a heading within an answer is likely, unless the turns have headings
+    # a heading inside an answer is likely, unless the turns have headings
     forms = [PLAIN, FLOWERS, HEADINGS] if HEADING in start else [PLAIN, FLOWERS]
     next_turn = read("|".join(map(_turn_of_others, forms)))
     after = re.compile(f"{re.escape(end) if end else next_turn}|{re.escape(start)}")
@@ -98,7 +98,7 @@ def marked_spans(text: str, marker: str, read: Callable[[str], str] = str) -> li
 
 
 def _turn_of_others(form: Form) -> str:
-    """A regex: the beginning of a turn after another one that is not the assistant's."""
+    """Write a regex for the beginning of a turn, after another one, that is not the assistant's."""
     roles = "|".join(re.escape(role) for name, role in form.roles.items() if name != "assistant")
     before = f"(?<={form.end}){form.between}" if form.end else f"(?<={form.between})"
     return f"{before}(?:{roles}){form.colon.rstrip(' ')}"

@@ -1,4 +1,4 @@
-"""Reading in several processes: chunks of records go out, what they became comes back in order."""
+"""Reading in several processes: chunks of records go out, and the results come back in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .encode_answers import labels_of
 from .formats import BINIDX, LeftOut, Reading, Report, Source, place_of, read_record
 from .formats.report import Kind
 
-LARGE = 8 << 20  # bytes from which on several processes read
+LARGE = 8 << 20  # bytes from which several processes read
 PROCESSES = 16  # at most, because one process reads for all of them
 RECORDS_AT_ONCE = 256  # records that a process gets at a time
 CHARACTERS_AT_ONCE = 1 << 20  # characters after which a process gets no more records at a time
@@ -36,14 +36,14 @@ class Part:
 
     made: Any  # by Converter.together(), of the records that are neither bad nor left out
     kinds: collections.Counter[Kind]  # how many records of each kind
-    bad: list[tuple[str, UserError]]  # where a bad record stands, and why it is bad
-    left_out: list[tuple[str, LeftOut]]  # where a record stands that teaches nothing, and why it does not
-    place: str  # what the places of the records begin with
+    bad: list[tuple[str, UserError]]  # the place and the error of each bad record
+    left_out: list[tuple[str, LeftOut]]  # the place and reason of each record that teaches nothing
+    place: str  # the beginning of the records' places
 
 
 @dataclasses.dataclass(frozen=True)
 class Converter:
-    """Work on a chunk of records (where, what source.read() gives); a subclass says what becomes of one."""
+    """Work on a chunk of records (where, an item of source.read()); a subclass converts one record."""
 
     source: Source
     reading: Reading
@@ -70,11 +70,11 @@ class Converter:
         return Part(self.together(made), kinds, bad, left_out, place_of(records[0][0])[0])
 
     def made_of(self, record: dict[str, Any], where: str) -> Any:
-        """Convert a record. UserError, or LeftOut, for one that can't be used."""
+        """Convert a record. Raises UserError, or LeftOut, for one that can't be used."""
         raise NotImplementedError
 
     def together(self, made: list) -> Any:
-        """Join what became of a chunk's records."""
+        """Join the results of a chunk's records."""
         return made
 
 
@@ -141,17 +141,17 @@ def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
-    """work() of each chunk in order; few chunks are ahead of what is asked for.
+    """Yield work() of each chunk in order; only a few chunks are worked on in advance.
 
-    On Linux the processes are forks, as those of torch's DataLoader. They begin at once, where a fresh one
-    imports torch for 3 s. Forking is safe here, because they run nothing that has threads.
+    On Linux the processes are forks, as those of torch's DataLoader. They begin at once, while a fresh one
+    would import torch for 3 s. Forking is safe here, because they run nothing that has threads.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
@@ -176,7 +176,7 @@ def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """A context in which Ctrl-C waits. A process that starts in it never sees Ctrl-C."""
+    """Hold Ctrl-C back inside the block. A process that starts in it never sees Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -190,7 +190,7 @@ def _no_interrupt() -> Iterator[None]:
 def _begin(work: Callable[[list], Part], parent: int) -> None:
     global _convert
     _convert = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the first process handles Ctrl-C
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -23,12 +23,12 @@ from .encode import Tokens
 from .file_documents import Document, FileDocuments, joined
 from .units import Units
 
-NAMED = 3  # so many units that were left out are named
+NAMED = 3  # number of left-out units that are named
 
 
 @dataclasses.dataclass
 class Preference(AnswerUnit):
-    """One unit. Of a pair the chosen answer comes first."""
+    """Unit of a preference loss. In a pair the chosen answer comes first."""
 
     chosen: list[bool]
     # ln p of the trained tokens of each answer by the reference model, (targets,) float32
@@ -40,7 +40,7 @@ class Preference(AnswerUnit):
 
     @property
     def content(self) -> np.ndarray:
-        """What tells it from others, (n,) int32: its tokens, with the length and the label of each answer."""
+        """Key of the unit, (n,) int32: its tokens, with the length and the label of each answer."""
         marks = [[len(answer.ids), chosen] for answer, chosen in zip(self.answers, self.chosen)]
         parts = [part for answer, mark in zip(self.answers, marks) for part in (mark, answer.ids)]
         return np.concatenate(parts).astype(np.int32)
@@ -48,7 +48,7 @@ class Preference(AnswerUnit):
 
 @dataclasses.dataclass
 class Preferences(Units):
-    """The pairs of a run, or its answers with labels. Nothing of a unit is ever cut off.
+    """Pairs of a run, or its answers with labels. A unit is never cut.
 
     There may be 10^6 of them, so they are flat arrays and no objects.
     """
@@ -66,7 +66,7 @@ class Preferences(Units):
 
     @property
     def unit(self) -> str:
-        """What one is called."""
+        """Word for one unit."""
         return "pair" if self.paired else "answer"
 
     @property
@@ -88,7 +88,7 @@ class Preferences(Units):
         return Preference(answers, [bool(self.chosen[place]) for place in places], reference)
 
     def take(self, chosen: np.ndarray) -> Preferences:
-        """The units at these places."""
+        """Return the units at these places."""
         places = (np.asarray(chosen, np.int64)[:, None] * self.size + np.arange(self.size)).ravel()
         starts = None if self.reference is None else self.reference_starts[places]
         return dataclasses.replace(
@@ -100,7 +100,7 @@ class Preferences(Units):
         )
 
     def line(self, i: int) -> int:
-        """The number of the line or row of its file that unit i comes from, or its prompt."""
+        """Return the line or row of its file that unit i, or its prompt, comes from."""
         return self.answers.line(i * self.size)
 
     @functools.cached_property
@@ -133,21 +133,21 @@ class Preferences(Units):
         return self.answers.trained()
 
     def contents(self) -> Iterable[np.ndarray]:
-        """What tells each unit from others, (n,) int32."""
+        """Yield the key of each unit, (n,) int32."""
         return (unit.content for unit in self)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """The prompts: units with equal ones are held out together."""
+        """Yield the prompts: units with equal ones are held out together."""
         firsts = range(0, len(self.answers), self.size)
         return (self.answers[i].ids[: self.prompt_lengths[i]] for i in firsts)
 
     def _of_units(self, values: np.ndarray) -> np.ndarray:
-        """The sum over the answers of each unit."""
+        """Return sum over the answers of each unit."""
         return values.reshape(-1, self.size).sum(1)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the tokens, of which of them are trained, and of the labels."""
+        """Hash the tokens, which of them are trained, and the labels, with SHA-256."""
         digest = hashlib.sha256(b"pairs" if self.paired else b"labels")
         digest.update(np.ascontiguousarray(self.chosen))
         digest.update(self.answers.lengths.astype(np.int64))
@@ -161,16 +161,14 @@ class Preferences(Units):
         return int(self.answers.lengths.sum(dtype=np.int64))
 
     def with_reference(self, values: np.ndarray) -> Preferences:
-        """With ln p of every trained token by the reference model, (targets,) float32: unit by unit, answer
-        by answer.
-        """
+        """Add ln p of every trained token by the reference model, (targets,) float32, unit by unit."""
         if values.shape != (self.targets,):
             raise ValueError(f"reference: expected ({self.targets},) values, got {values.shape}")
         ends = np.cumsum(self._counted[0], dtype=np.int64)
         return dataclasses.replace(self, reference=values, reference_starts=ends - self._counted[0])
 
     def mismatched(self) -> Preferences:
-        """The prompts with answers of other units, which KTO's baseline is taken from.
+        """Pair the prompts with answers of other units, for KTO's baseline.
 
         Unit i is the prompt of unit i with another unit's answer, which loses its end where both have more
         than ctx_len tokens. It is the answer to another prompt, except where more than half of all units ask
@@ -187,13 +185,13 @@ class Preferences(Units):
 
 
 def _answers_of_others(answers: FileDocuments, prompts: np.ndarray) -> np.ndarray:
-    """For each answer the place of one to another prompt, (A,) int64; every one is taken once."""
+    """Find for each answer the place of one to another prompt, (A,) int64; every one is taken once."""
     digests = (
         hashlib.blake2b(answer.ids[:end], digest_size=16).digest() for answer, end in zip(answers, prompts)
     )
     keys = np.fromiter(digests, "S16", len(answers))
-    # Answers to one prompt stand together in this order, and there are never more than the largest group of
-    # them. So who takes the answer so many places further on leaves its group.
+    # Answers to one prompt stand together in this order, and no prompt has more than the largest group. So a
+    # shift by the size of that group leads to an answer of another prompt.
     order = np.argsort(keys, kind="stable")
     _, counts = np.unique(keys, return_counts=True)
     of = np.empty(len(order), np.int64)
@@ -203,9 +201,8 @@ def _answers_of_others(answers: FileDocuments, prompts: np.ndarray) -> np.ndarra
 
 @dataclasses.dataclass
 class MixedDocuments(Sequence):
-    """Document i is the first prompt_lengths[i] tokens of prompts[i], and those of answers[i] but its first,
-    in whose place the last token of the prompt stands.
-    """
+    """Documents i of the first prompt_lengths[i] tokens of prompts[i] and the tokens of answers[i] but its
+    first; the prompt's last token stands for that one."""
 
     prompts: FileDocuments
     prompt_lengths: np.ndarray  # (n,) int32
@@ -226,7 +223,7 @@ class MixedDocuments(Sequence):
         return self.prompt_lengths + self.answers.lengths - 1
 
     def line(self, i: int) -> int:
-        """FileDocuments.line() of its prompt."""
+        """Return the line of its prompt."""
         return self.prompts.line(i)
 
     def take(self, chosen: np.ndarray) -> MixedDocuments:
@@ -235,14 +232,14 @@ class MixedDocuments(Sequence):
         )
 
     def trained(self) -> tuple[np.ndarray, np.ndarray]:
-        """FileDocuments.trained()."""
+        """Call FileDocuments.trained()."""
         return self.answers.trained()[0], self.prompt_lengths
 
 
 def fit_units(
     files: list[Tokens], chosen: list[np.ndarray], names: list[str], ctx_len: int, paired: bool
 ) -> Preferences:
-    """The units that fit into rows of ctx_len tokens, from the chosen documents of each file.
+    """Choose the units that fit into rows of ctx_len tokens, from the chosen documents of each file.
 
     `names` are of the files, for what is left out. Raises UserError where nothing fits.
     """

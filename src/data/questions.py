@@ -1,4 +1,4 @@
-"""Questions with their right answers, out of files: to evaluate a model, or to train it on its answers."""
+"""Questions with their reference answers, from files: to evaluate a model, or to train it on its answers."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ from .units import Units
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
-NAMED = 3  # so many questions that were left out are named
+NAMED = 3  # number of left-out questions that are named
 NO_QUESTION = "the question is empty"
 NO_RIGHT_ANSWER = "the right answer is empty"
 
 
 class Question(NamedTuple):
-    """What is asked, and what is right."""
+    """Question, and its reference answer."""
 
     pieces: list[str]  # of the prompt; each is tokenised on its own
     right: Any
-    opening: str = ""  # what every answer begins with without being generated: a template's <think
+    opening: str = ""  # the beginning of every answer, which is not generated: a template's <think
 
     @property
     def prompt(self) -> str:
         return "".join(self.pieces)
 
     def ids(self, tokenizer: Tokenizer, bos: tuple[int, ...] = ()) -> list[int]:
-        """The tokens of the prompt, after its leading token."""
+        """Encode the prompt, after its leading token."""
         tokens: list[int] = []
         for piece in self.pieces:
             tokens += tokenizer.encode(piece)
@@ -63,17 +63,16 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass
 class Questions(Units):
-    """What a run asks that is trained on its own answers: group_size answers to each question, of at most
-    max_tokens tokens each. What a unit takes of a row and trains is therefore known as a bound alone.
-    """
+    """Questions of a run on its own answers: group_size answers to each, of at most max_tokens tokens. So
+    the sizes of a unit are only bounds."""
 
     questions: list[Question]
-    prompts: list[np.ndarray]  # the tokens of each, (p,) int32 with p >= 1, the leading one included
+    prompts: list[np.ndarray]  # tokens of each, (p,) int32 with p >= 1, with the leading one
     group_size: int
     max_tokens: int
     too_long: int = 0  # questions that were left out because they and an answer take more than --ctx_len
     too_long_places: tuple[str, ...] = ()  # where the first of them are
-    usual: float = math.inf  # tokens of an answer in the mean, as an estimate; inf: nothing tells
+    usual: float = math.inf  # mean tokens of an answer, as an estimate; inf: unknown
     unit: ClassVar[str] = "question"
     alone: ClassVar[bool] = True
 
@@ -84,7 +83,7 @@ class Questions(Units):
         return self.questions[i]
 
     def take(self, chosen: np.ndarray) -> Questions:
-        """The questions at these places."""
+        """Return the questions at these places."""
         return dataclasses.replace(
             self,
             questions=[self.questions[i] for i in chosen],
@@ -92,7 +91,7 @@ class Questions(Units):
         )
 
     def too_long_text(self, ctx_len: int) -> str:
-        """How many were left out, and where the first of them are."""
+        """Say how many were left out, and where the first of them are."""
         places = places_text(self.too_long, self.too_long_places)
         what = f"of more than --ctx_len {ctx_len} tokens with an answer of {self.max_tokens}"
         return f"{counted(self.too_long, 'question')} {what}: {places}"
@@ -114,9 +113,8 @@ class Questions(Units):
 
     @property
     def lengths(self) -> np.ndarray:
-        """One more than the tokens that a question and its answers take at most, where the prompt is read
-        once, (n,) int32. An answer is read from the last token of its prompt on.
-        """
+        """One more than the most tokens of a question and its answers if the prompt is read once, (n,)
+        int32. An answer is read from the last token of its prompt on."""
         return self.prompt_lengths + np.int32(self.answer_tokens)
 
     @property
@@ -126,7 +124,7 @@ class Questions(Units):
 
     @functools.cached_property
     def weight_sums(self) -> np.ndarray:
-        """1 for each question, (n,) float64. What a step's loss is divided by depends on the answers."""
+        """1 for each question, (n,) float64. A step's divisor depends on the answers."""
         return np.ones(len(self))
 
     @property
@@ -135,18 +133,18 @@ class Questions(Units):
         return int(self.prompt_lengths.sum(dtype=np.int64))
 
     def contents(self) -> Iterable[np.ndarray]:
-        """What tells each question from others, (n,) int32: its tokens, and the bytes of its right answer."""
+        """Yield the key of each question, (n,) int32: its tokens, and the bytes of its reference answer."""
         for prompt, question in zip(self.prompts, self.questions):
             right = np.frombuffer(str(question.right).encode(), np.uint8)
             yield np.concatenate([[len(prompt)], prompt, right]).astype(np.int32)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """The prompts: equal questions are held out together, whatever is right."""
+        """Yield the prompts: equal questions are held out together, whatever their answers."""
         return self.prompts
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the prompts' tokens and the right answers."""
+        """Hash the prompts' tokens and the reference answers with SHA-256."""
         digest = hashlib.sha256(b"questions")
         digest.update(self.prompt_lengths)
         for prompt, question in zip(self.prompts, self.questions):
@@ -157,7 +155,7 @@ class Questions(Units):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedQuestions:
-    """What --data_file or --eval_file names, as questions."""
+    """Questions of --data_file or --eval_file."""
 
     data_file: str
     questions: list[Question]
@@ -170,7 +168,7 @@ class LoadedQuestions:
         return max(map(len, self.prompts))
 
     def units(self, ctx_len: int, group_size: int, max_tokens: int) -> Questions:
-        """The questions that fit, with an answer of max_tokens, into rows of ctx_len tokens.
+        """Return the questions that fit, with an answer of max_tokens, into rows of ctx_len tokens.
 
         Raises UserError where none does.
         """
@@ -191,11 +189,11 @@ class LoadedQuestions:
 
 
 class Asked(NamedTuple):
-    """A question that was read."""
+    """Question that was read from a file."""
 
     question: Question
     prompt: np.ndarray  # as in Questions
-    where: str  # it stands, such as "data.jsonl, line 3"
+    where: str  # its place, such as "data.jsonl, line 3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +215,10 @@ class QuestionConverter(Converter):
 
 @dataclasses.dataclass(frozen=True)
 class QuestionReader:
-    """How a run reads question files.
+    """Reader of a run's question files.
 
-    A row whose question is empty is left out and counted, and so is one whose right answer is empty where
-    that `needs_right`. The report says what becomes of a bad row.
+    A row with an empty question is left out and counted, and with `needs_right` also one with an empty
+    reference answer. The report decides about a bad row.
     """
 
     encoder: Encoder
@@ -231,10 +229,10 @@ class QuestionReader:
     def load(
         self, data_file: str, seed: int = 0, look: Callable[[Asked, dict[str, Any]], None] | None = None
     ) -> LoadedQuestions:
-        """Read and tokenise. `seed` decides which rows of a source with a weight are asked. `look` sees every
-        question that is not left out, and its row.
+        """Read and tokenise the questions.
 
-        Raises UserError for what cannot be read, and where nothing is left.
+        `seed` decides which rows of a source with a weight are asked. `look` sees every question that is not
+        left out, and its row. Raises UserError for files that cannot be read, and if nothing is left.
         """
         found: list[Asked] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
@@ -257,7 +255,7 @@ class QuestionReader:
 def read_questions(
     path: str | os.PathLike, template: Template = DEFAULT, reading: Reading = BY_NAME
 ) -> list[Question]:
-    """The question of every row, each once, whatever its file's weight. See question_of().
+    """Read the question of every row, each once, whatever its file's weight. See question_of().
 
     Raises UserError for data that cannot be read, and for a row that has no answer or no form in the
     template.
@@ -280,9 +278,9 @@ def _rows(source: Source, report: Report, reading: Reading) -> Iterator[tuple[st
 
 
 def question_of(row: dict[str, Any], template: Template = DEFAULT) -> Question:
-    """The question of a row.
+    """Make the question of a row.
 
-    Of {"messages"} the last message is the right answer, without its thoughts; tool calls in it count as
+    The last message of {"messages"} is the reference answer, without its thoughts; tool calls in it count as
     they are written. {"prompt", "completion"} is taken as it stands, whatever the template. Raises UserError
     for a row that has no answer or no form in the template.
     """
@@ -297,7 +295,7 @@ def question_of(row: dict[str, Any], template: Template = DEFAULT) -> Question:
 
 
 def is_blank(row: dict[str, Any]) -> bool:
-    """Whether nothing is asked in a row that question_of() takes."""
+    """Tell whether nothing is asked in a row that question_of() takes."""
     if "prompt" in row:
         return not row["prompt"].strip()
     return not any(
@@ -330,9 +328,9 @@ def _of_messages(row: dict[str, Any], template: Template) -> Question:
 
 
 def answer_limit(score: str, tokenizer: Tokenizer, questions: Sequence[Question]) -> int:
-    """The tokens that an answer may have where the user does not say.
+    """Choose the most tokens of an answer, unless the user does.
 
-    For `exact` the longest right answer, a quarter more, and 16: a longer answer is wrong anyway.
+    For `exact` it is the longest reference answer, a quarter more, and 16: a longer answer is wrong anyway.
     """
     if any(begins_thoughts(question.opening) for question in questions):
         return THOUGHTS
@@ -343,7 +341,7 @@ def answer_limit(score: str, tokenizer: Tokenizer, questions: Sequence[Question]
 
 
 def text_length(tokenizer: Tokenizer, text: str) -> int:
-    """Tokens of a text. Where the tokenizer has no tokens for it, no answer can be right; then its bytes."""
+    """Count the tokens of a text. Without tokens for it no answer can be right; then its bytes."""
     try:
         return len(tokenizer.encode(text))
     except UserError:

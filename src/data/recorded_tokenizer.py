@@ -1,4 +1,4 @@
-"""Which tokenizer a model has: what its file records, else what lies in its Hugging Face folder."""
+"""Tokenizer of a model: as its file records, else from its Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ ALIKE = 0.99  # share of World's pieces that a tokenizer.json must have under Wo
 
 
 def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
-    """load_tokenizer(), where "auto" is the tokenizer that the first model or adapter with a record names.
+    """Load a tokenizer; "auto" is the one that the first model or adapter with a record was trained with.
 
-    It is the one that it was trained with. Another one gives a warning on stderr. Without a record it is that
-    of a model's folder.
+    Another one gives a warning on stderr. Without a record "auto" is the tokenizer of a model's folder.
     """
     path, recorded, recorded_eod = None, None, ""
     for path in filter(None, paths):
@@ -49,9 +48,9 @@ def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenize
 
 
 def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
-    """That of a model's folder: world where its vocabulary is World's, else its file; a note says so.
+    """Load the tokenizer of a model's folder: world for World's vocabulary, else its file; a note says so.
 
-    As load_tokenizer("auto") where the folder has none. UserError as there.
+    Without one in the folder, it is load_tokenizer("auto"). Raises UserError as that does.
     """
     file = next(
         (os.path.join(path, n) for n in (VOCABULARY, TOKENIZER) if os.path.exists(os.path.join(path, n))), ""
@@ -70,7 +69,7 @@ def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
 
 
 def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
-    """Whether a folder's file has World's pieces under World's ids. It is not built: that takes seconds."""
+    """Tell whether a folder's file has World's pieces under World's ids, without building a tokenizer."""
     pieces = {token: piece for token, piece in world.table.items() if piece}
     if not file.endswith(TOKENIZER):
         found = load_tokenizer(file, max(world.table) + 1)
@@ -81,12 +80,12 @@ def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
 
 
 def _forms(piece: bytes) -> tuple[str, ...]:
-    """What a tokenizer.json may call a piece: a character for each byte, or its text."""
+    """Return the texts by which a tokenizer.json may call a piece: a character for each byte, or its text."""
     return "".join(map(byte_names().__getitem__, piece)), piece.decode("utf-8", "replace")
 
 
 def _vocabulary(file: str) -> dict[int, str]:
-    """id -> text, of a tokenizer.json with a table of texts or a list of texts with scores."""
+    """Read id -> text from a tokenizer.json with a table of texts or a list of texts with scores."""
     model = read_json(file).get("model")
     told: Any = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(told, Mapping):
@@ -97,7 +96,7 @@ def _vocabulary(file: str) -> dict[int, str]:
 
 
 def _end_of_text(path) -> str:
-    """The text of the token that ends a document, as transformers know it; "" where the folder has none."""
+    """Return the text of the token that ends a document, as transformers know it; "" without one."""
     file = os.path.join(path, TOKENIZER_CONFIG)
     told = read_json(file).get("eos_token") if os.path.exists(file) else None
     told = told.get("content") if isinstance(told, dict) else told

@@ -1,4 +1,4 @@
-"""With which modes of RWKV's template the released G1 models were trained, by the names of their files."""
+"""Released G1 models, by the names of their files: the modes of RWKV's template in their training."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PARENTHESES, FLOWERS = "c", "h"  # the letters of the first models that know the
 
 
 class Released(NamedTuple):
-    """A released model."""
+    """Released model."""
 
     file: str
     name: str  # G1, G1a, ...
-    modes: tuple[str, ...]  # that it was trained with
+    modes: tuple[str, ...]  # modes of its training
 
 
 def released(path: str) -> Released | None:
-    """What the name of a model's file says; None for any other name."""
+    """Recognise a model by the name of its file; None for any other name."""
     file = os.path.basename(path)
     match = NAME.fullmatch(file)
     if not match:
@@ -42,7 +42,7 @@ def released(path: str) -> Released | None:
 
 
 def modes_note(path: str, template: Template) -> str:
-    """One sentence on the modes of a released model, and what is chosen of them; "" for any other file."""
+    """Describe the modes of a released model, and the chosen ones, in a sentence; "" for any other file."""
     found = released(path)
     if not found:
         return ""

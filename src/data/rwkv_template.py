@@ -11,21 +11,21 @@ from .chat_template import CHINESE_HM, Segment, TokenEnd, begins_thoughts, clean
 from .tool_styles import STYLES, in_order_of_calls
 
 FLOWER = "✿"
-OTHER_FLOWER = "❀"  # what stands for it in words that must not end a turn
+OTHER_FLOWER = "❀"  # replaces it in words that must not end a turn
 
 
 class Form(NamedTuple):
-    """How turns are written, one after another."""
+    """Form of turns, one after another."""
 
     roles: dict[str, str]
     colon: str  # between a role and its words
-    ask: str  # what the answer follows
-    gap: str  # what the answer begins with
+    ask: str  # before an answer
+    gap: str  # the beginning of an answer
     end: str  # ends every turn, also the last one
     between: str  # parts a turn from the next
 
     def beginning(self, role: str) -> str:
-        """What a turn begins with after another one, without the space before its words."""
+        """Return the beginning of a turn after another one, without the space before its words."""
         return f"{self.between}{self.roles[role]}{self.colon.rstrip()}"
 
 
@@ -51,10 +51,10 @@ THOUGHTS_TWICE = (
 
 
 class Mode(NamedTuple):
-    """How RWKV's template asks for an answer."""
+    """Way in which RWKV's template asks for an answer."""
 
-    after_user: str  # what follows the user's words
-    opening: str  # what the answer begins with, though it is not generated
+    after_user: str  # after the user's words
+    opening: str  # the beginning of an answer, which is not generated
     form: Form = PLAIN
 
 
@@ -80,8 +80,8 @@ MODES = {
 class RwkvTemplate:
     """`User: ...`, blank line, `Assistant: ...`, or the same with flowers.
 
-    A blank line, or a flower, ends a turn, so that only the model's own turns may hold one: in others a blank
-    line becomes a newline, and a flower another one. An assistant's message may have thoughts: as
+    A blank line, or a flower, ends a turn, so only the model's own turns may hold one. In others a blank line
+    becomes a newline, and a flower becomes another flower. An assistant's message may have thoughts: as
     `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may have
     `tool_calls` as in OpenAI's API. Tools are described in a System turn. `tool_style`, one of
     tool_styles.STYLES, says how. With markdown, turns without flowers begin with a heading: `### User`.
@@ -102,7 +102,6 @@ class RwkvTemplate:
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
-        """See chat_template.Template."""
         segments: list[Segment] = []
         waiting = [{"role": "tools", "content": self.tools.describe(tools)}] if tools else []
 
@@ -129,24 +128,21 @@ class RwkvTemplate:
     def documents(
         self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
     ) -> list[list[Segment]]:
-        """See chat_template.Template."""
         return [self.segments(messages, tools)]
 
     def next_turn(self, messages: list[dict], new: list[dict], tools: list[dict] | None = None) -> list[str]:
-        """See chat_template.Template."""
         end, begin = self._between()
         return [end, begin + self._turns(new, ask=True)]
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
-        """See chat_template.Template."""
         return self.tools.parse(text)
 
     def drops_thoughts(self, messages: list[dict], tools: list[dict] | None = None) -> bool:
-        """Never: thoughts without a place are an error."""
+        """Return False: thoughts without a place are an error."""
         return False
 
     def _between(self) -> tuple[str, str]:
-        """(what ends an answer when another turn follows, what that turn begins with)."""
+        """Return (the end of an answer when another turn follows, the beginning of that turn)."""
         return (self.form.end, self.form.between) if self.form.end else (self.form.between, "")
 
     def _turns(self, messages: list[dict], ask: bool) -> str:
@@ -168,7 +164,7 @@ class RwkvTemplate:
         return form.between.join(turns)
 
     def _answer(self, message: dict) -> str:
-        """What the model writes, after the opening."""
+        """Write the model's text after the opening."""
         thoughts, content = thoughts_of(message)
         if self.opening and content.startswith("<think>"):
             wrong = THOUGHTS_TWICE if thoughts else UNCLOSED_THOUGHTS

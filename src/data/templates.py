@@ -1,9 +1,9 @@
 """Chat templates: a conversation becomes segments of text, each tokenised on its own, trained or not.
 
-Training, chat and evaluation use one template: RWKV's own or the user's Jinja file. So a model is asked in
-the very tokens it was trained on. What stands before an answer, the answer, and the end of its turn are
-segments of their own. A chat tokenises them one by one too, because the first is read before the second
-exists. Adapters and merged files record their template.
+Training, chat and evaluation use one template: RWKV's own or the user's Jinja file. So a model is prompted
+with exactly the tokens it was trained on. The text before an answer, the answer, and the end of its turn are
+separate segments. A chat tokenises them one by one too, because the first is read before the second exists.
+Adapters and merged files record their template.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ ALPACA = (
     "{% else %}{{ raise_exception('alpaca has no form for a turn of ' + message.role) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\n' }}### Response:{% endif %}"
 )
-JINJA = {"alpaca": ALPACA}  # forms that RwkvTemplate has no mode for
+JINJA = {"alpaca": ALPACA}  # forms without a mode of RwkvTemplate
 NAMES = (AUTO, *MODES, *JINJA)
 
 
 def from_record(record: str, eos: str = "") -> Template:
-    """The template that a checkpoint's metadata name.
+    """Load the template that a checkpoint's metadata name.
 
-    `eos` is the text of the tokenizer's end of document. UserError for a name that this version lacks.
+    `eos` is the text of the tokenizer's end of document. Raises UserError for a name that this version lacks.
     """
     if is_jinja(record):
         return _jinja("the recorded template", record, eos)
@@ -61,7 +61,7 @@ def from_record(record: str, eos: str = "") -> Template:
 
 
 def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Template:
-    """The template `spec`: one of NAMES, the path of a Jinja file, or such a file's content; `auto` is rwkv.
+    """Load the template `spec`: one of NAMES, a Jinja file's path, or such a file's content; `auto` is rwkv.
 
     Raises UserError for a file that is missing, wrong, or fails on a trial conversation.
     """
@@ -83,11 +83,10 @@ def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Templat
 def choose_template(
     spec: str, tool_style: str, recorded: str | None, tokenizer: Tokenizer | None
 ) -> Template:
-    """The template of --template and --tool_style, each of which is what was recorded where it is auto.
+    """Choose the template by --template and --tool_style; auto stands for the record.
 
-    Where nothing was recorded, auto is rwkv. Its tools are written as JSON with the World vocabulary, of
-    which the G1 models are, and else as hermes. UserError for a tool style with a Jinja template, which
-    writes tools by itself.
+    Without a record, auto is rwkv. It writes tools as JSON with the World vocabulary, which the G1 models
+    have, and else as hermes. Raises UserError for a tool style with a Jinja template.
     """
     eos = tokenizer.decode(tokenizer.eod) if tokenizer else ""
     base = None
@@ -114,12 +113,12 @@ def choose_template(
 
 
 def automatic_style(tokenizer: Tokenizer | None) -> str:
-    """How tools are written where nobody says it."""
+    """Choose a tool style if nobody names one."""
     return "json" if tokenizer and tokenizer.vocab_size == WORLD_IDS else HERMES
 
 
 def recorded_template(spec: str, tokenizer: Tokenizer | None, *paths, tool_style: str = AUTO) -> Template:
-    """choose_template(), where the first checkpoint with a record tells what was recorded.
+    """Choose the template as choose_template() does, with the record of the first checkpoint that has one.
 
     Without a record, auto does not take the template of a Hugging Face folder, and says how to.
     """
@@ -131,7 +130,7 @@ def recorded_template(spec: str, tokenizer: Tokenizer | None, *paths, tool_style
 
 
 def _note_of_folder(path) -> str:
-    """What to say of the chat template in another program's folder; nothing where it has none."""
+    """Tell the user about the chat template in another program's folder; "" without one."""
     if not is_folder(path) or model_metadata(path) is not None:
         return ""
     for file in (os.path.join(path, CHAT_TEMPLATE), os.path.join(path, TOKENIZER_CONFIG)):
@@ -144,7 +143,7 @@ def _note_of_folder(path) -> str:
 
 
 def _chat_template(file: str) -> str:
-    """The template in a tokenizer_config.json, "" for none."""
+    """Read the template in a tokenizer_config.json, "" for none."""
     told = read_json(file).get("chat_template")
     if isinstance(told, list):  # several by name, as {"name": ..., "template": ...}
         told = next((entry.get("template") for entry in told if _is_default(entry)), "")
@@ -156,7 +155,7 @@ def _is_default(entry: Any) -> bool:
 
 
 def add_template_flags(add) -> None:
-    """--template and --tool_style for a program of its own flags; `add` is its parser's add_argument."""
+    """Add --template and --tool_style to a program; `add` is its parser's add_argument."""
     add(
         "--template",
         default=AUTO,
@@ -184,14 +183,14 @@ def _jinja(name: str, source: str, eos: str) -> Template:
 
 
 def whole_text(text: str, template: Template, opening: str) -> str:
-    """A generated answer up to the end of its turn, with its thoughts.
+    """Return a generated answer up to the end of its turn, with its thoughts.
 
-    `opening` is what the answer begins with, though it was not generated.
+    `opening` is the beginning of the answer, which was not generated.
     """
     return opening + before_stops(text, template.stops)
 
 
 def answer_text(text: str, template: Template, opening: str) -> str:
-    """What a generated answer says: whole_text() without the thoughts that it begins with."""
+    """Return a generated answer up to the end of its turn, without the thoughts that it begins with."""
     whole = whole_text(text, template, opening)
     return re.sub(r"^\s*<think>.*?</think>", "", whole, flags=re.DOTALL).strip()

@@ -1,4 +1,4 @@
-"""Where the thoughts of an answer stand in its text: --think_weight."""
+"""Thoughts of an answer: their places in its text, for --think_weight."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ BEGIN, END = "<think>", "</think>"
 
 
 def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
-    """Beginnings and ends, in characters of `text`, of what stands between <think> and </think>.
+    """Find beginnings and ends, in characters of `text`, of the thoughts between <think> and </think>.
 
-    The tag may be opened by the end of the text `before`, which asks for the answer. Thoughts that the answer
-    begins with and never closes last until its end.
+    The end of the prompt `before` may open the tag. Thoughts at the beginning of an answer that are never
+    closed last until its end.
     """
     opened = OPENED_THOUGHTS.search(before)
     lead = opened[0] if opened else ""
     whole = lead + text
     spans: list[tuple[int, int]] = []
     place = 0
-    # no regex: one that looks for the end of every tag would take the square of a long text's time
+    # no regex: one that looks for the end of every tag would take quadratic time on a long text
     while (begin := whole.find(BEGIN, place)) >= 0:
         place = whole.find(END, begin)
         if place < 0:
@@ -32,7 +32,7 @@ def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
 
 
 def within(begins: np.ndarray, ends: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Which tokens lie wholly in one of the spans, (n,) bool; begins, ends: where each token does, (n,)."""
+    """Tell which tokens lie wholly in one of the spans, (n,) bool; begins, ends: the tokens', (n,)."""
     found = np.zeros(len(begins), dtype=bool)
     for first, last in spans:
         found[np.searchsorted(begins, first) : np.searchsorted(ends, last, "right")] = True

@@ -1,4 +1,4 @@
-"""Records -> tokens, once: they are kept in a cache that all processes map into memory.
+"""Token cache: records are tokenised once and kept in files that all processes map into memory.
 
 Large data are tokenised in parallel. A cache entry is a folder of flat arrays. Its name is a hash of all that
 decides the tokens: the data's bytes, tokenizer, template, loss mask, leading token and the code. So a changed
@@ -35,18 +35,18 @@ from .parallel import TokenConverter, parts_of
 
 SMALL = 1 << 20  # fewer bytes of data get no cache entry: tokenising them is quick
 UNUSED_DAYS = 30
-MAKING = ".making-"  # how the name of an unfinished entry begins
+MAKING = ".making-"  # beginning of an unfinished entry's name
 ENTRY = re.compile(r"[0-9a-f]{24}")
 
 
 def tokenise(
     source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
 ) -> Tokens:
-    """The documents of a source, from the cache folder where it has them.
+    """Return the documents of a source, from the cache folder if it has them.
 
-    `cache` is a folder, "none" for no cache, or "auto" for the user's own cache folder. Where the folder
-    cannot be used, a note says so, and there is no cache. What was found goes to the report, and so does a
-    record that cannot be used. Raises UserError for a source without records.
+    `cache` is a folder, "none" for no cache, or "auto" for the user's own cache folder. If the folder cannot
+    be used, a note says so, and there is no cache. Findings and records that cannot be used go to the report.
+    Raises UserError for a source without records.
     """
     chunks = functools.partial(_encoded, source, encoder, report, reading)
     if cache == "none" or source.size < SMALL:
@@ -99,7 +99,7 @@ def cache_folder(cache: str) -> pathlib.Path:
 
 
 def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
-    """A hash of everything that decides the tokens."""
+    """Return hash everything that decides the tokens."""
     code = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
     versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
@@ -134,7 +134,7 @@ def _version(package: str) -> str:
 
 
 def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
-    """The tokens of a source's records, a chunk of records at a time."""
+    """Yield the tokens of a source's records, a chunk of records at a time."""
     documents = 0
     for part in parts_of(TokenConverter(source, reading, encoder), report, "tokenising"):
         documents += len(part.made.ends)
@@ -172,9 +172,9 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
 
 
 def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
-    """The arrays of a cache entry, mapped into memory; what reading found goes to the report.
+    """Map the arrays of a cache entry into memory; the findings of reading go to the report.
 
-    None where the entry is absent, or not whole because the machine went down.
+    Returns None if the entry is absent, or incomplete because the machine went down.
     """
     try:
         tokens = Tokens(
@@ -192,7 +192,7 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
         if any(len(array) != len(tokens.ends) for array in per_document):
             return None
         with contextlib.suppress(OSError):
-            os.utime(entry)  # when it was last used
+            os.utime(entry)  # time of its last use
         report.files[source.path] = Found.from_json(json.loads((entry / "found.json").read_text()))
         return tokens
     except (OSError, ValueError):
@@ -200,7 +200,7 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
 
 
 def _mapped(path: pathlib.Path, kind: type) -> np.ndarray:
-    """A file as a plain array, which is sliced in a tenth of a memmap's time."""
+    """Map a file as a plain array, which is sliced in a tenth of a memmap's time."""
     return np.memmap(path, kind, "r").view(np.ndarray)
 
 

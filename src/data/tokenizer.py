@@ -1,4 +1,4 @@
-"""Text to token ids and back: the World vocabulary, raw bytes, UTF-16 bytes, or a file.
+"""Tokenizers, for text to ids and back: the World vocabulary, raw bytes, UTF-16 bytes, or a file.
 
 World, bytes, utf16 and vocabulary files in World format are one thing: a table id -> bytes. They differ in
 how a text finds its ids. A tokenizer.json is left to the `tokenizers` package.
@@ -42,7 +42,7 @@ LONG = 1 << 20  # characters of a text that are turned into ids at a time
 
 
 def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
-    """The tokenizer `spec` for a model with `vocab_size` ids.
+    """Load the tokenizer `spec` for a model with `vocab_size` ids.
 
     `spec` is auto, world, bytes, utf16 or the path of a file. `eod` is the text of the token that ends a
     document, for a file that does not tell. Raises UserError for a file that is missing, damaged or has no
@@ -74,7 +74,7 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
 
 
 class Tokenizer:
-    """`name` is for an adapter's metadata; `eod` are the ids that end a document.
+    """Tokenizer. `name` is for an adapter's metadata; `eod` are the ids that end a document.
 
     Every id is below `vocab_size`.
     """
@@ -90,7 +90,7 @@ class Tokenizer:
         return load_tokenizer, self.origin
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing added.
+        """Encode `text` to ids, with nothing added.
 
         Raises UserError for a character that the vocabulary cannot express.
         """
@@ -103,7 +103,7 @@ class Tokenizer:
         return self._encode(text, data)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no text give U+FFFD.
+        """Decode `ids` to text; bytes that are no text give U+FFFD.
 
         Raises UserError for an id outside the vocabulary.
         """
@@ -125,7 +125,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """A table id -> bytes. `find(text, its bytes)` gives the ids, and ends early where no id fits."""
+    """Tokenizer by a table id -> bytes. `find(text, its bytes)` returns ids, and ends early if none fits."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class ByteTokenizer(Tokenizer):
         return self._encode_long(text) if len(text) > LONG else self._rest(text, data)
 
     def _encode_long(self, text: str) -> list[int]:
-        """The same ids, found in one part of the text after another.
+        """Find the same ids in one part of the text after another.
 
         The next token depends on no more text than the longest token has.
         """
@@ -170,7 +170,7 @@ class ByteTokenizer(Tokenizer):
             return ids + self._rest(text, text[done:].encode(self.encoding), done)
 
     def _rest(self, text: str, data: bytes, start: int = 0) -> list[int]:
-        """The ids of the text from character `start` on, whose bytes are `data`."""
+        """Encode the text from character `start` on, whose bytes are `data`."""
         ids = self.find(text[start:], data)
         reached = sum(map(self.sizes.__getitem__, ids))
         if reached < len(data):
@@ -178,7 +178,7 @@ class ByteTokenizer(Tokenizer):
         return ids
 
     def inside(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
-        """Which of a text's tokens `ids` lie wholly in one of the spans of characters, (n,) bool."""
+        """Tell which of a text's tokens `ids` lie wholly in one of the spans of characters, (n,) bool."""
         ends = np.cumsum([self.sizes[token] for token in ids], dtype=np.int64)
         in_bytes, place, before = [], 0, 0
         for begin, end in spans:
@@ -203,7 +203,7 @@ def _is_text(data: bytes, encoding: str) -> bool:
 
 
 class ByteDecoder:
-    """decode() id by id: push() returns the characters that an id completes.
+    """Decoder of one id after another: push() returns the characters that an id completes.
 
     flush() returns U+FFFD for a character that is left incomplete. `pending` tells whether part of a
     character waits for its other ids.
@@ -246,7 +246,7 @@ def _from_file(path: str, eod: str) -> Tokenizer:
 
 
 def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
-    """A vocabulary in World format, with lines `id literal length`.
+    """Read a vocabulary in World format, with lines `id literal length`.
 
     The literal is a Python str or bytes; the length is in bytes.
     """
@@ -278,7 +278,7 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
 
 
 def _parse_line(line: str) -> tuple[int, bytes] | None:
-    """(id, bytes) of a line of a vocabulary; None where it is wrong."""
+    """Parse a line of a vocabulary to (id, bytes); None for a wrong one."""
     try:
         number, rest = line.split(" ", 1)
         literal, length = rest.rsplit(" ", 1)
@@ -293,11 +293,10 @@ def _parse_line(line: str) -> tuple[int, bytes] | None:
 
 
 def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
-    """Greedy longest match in Rust; ends early, without a word, where no token fits.
+    """Make a greedy longest match in Rust; it silently ends early where no token fits.
 
     The package reads only files. It misreads bytes literals that hold a readable character, takes id 0 for no
-    token, and has 16 bits for an id. So it gets a copy of the table in pure hex with ids from 1, which are
-    mapped back.
+    token, and has 16 bits for an id. So it gets a copy of the table in hex with ids from 1.
     """
     import pyrwkv_tokenizer
 
@@ -316,7 +315,7 @@ def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes],
 
 @functools.cache
 def byte_names() -> tuple[str, ...]:
-    """byte -> the character that stands for it in every byte-level tokenizer (GPT-2's table).
+    """Return the character for each byte in every byte-level tokenizer (GPT-2's table).
 
     Bytes that Latin-1 shows stand for themselves, the others for the characters from U+0100 on.
     """
@@ -326,7 +325,7 @@ def byte_names() -> tuple[str, ...]:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json, by its path and content."""
+    """Tokenizer of a tokenizer.json, by its path and content."""
 
     def __init__(self, path: str, content: str, eod: str):
         import tokenizers
@@ -378,7 +377,7 @@ class JsonTokenizer(Tokenizer):
             raise self.cannot_encode(text, reached)
 
     def inside(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
-        """As ByteTokenizer.inside()."""
+        """Do as ByteTokenizer.inside()."""
         offsets = self.inner.encode(text, add_special_tokens=False).offsets
         begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         return within(begins, ends, spans)
@@ -391,9 +390,10 @@ class JsonTokenizer(Tokenizer):
 
 
 class WindowDecoder:
-    """ByteDecoder for a tokenizer.json: it decodes a short window and returns what later ids cannot change.
+    """ByteDecoder for a tokenizer.json: it decodes a short window and returns text that later ids can't
+    change.
 
-    The bytes of an id are not at hand. The window has the ids of the last piece too, because an id may decode
+    The bytes of an id are not known. The window has the ids of the last piece too, because an id may decode
     differently at the start of a text. U+FFFD at its end may be half a character. It waits for what follows,
     or for flush().
     """

@@ -1,4 +1,4 @@
-"""How tools, their calls and their results are written: --tool_style.
+"""Tool styles: the text of tools, their calls and their results, by --tool_style.
 
 Tools and calls come as OpenAI's API has them. A tool is {"type": "function", "function": FUNCTION} or
 FUNCTION itself, {"name", "description", "parameters": JSON schema of an object}. A call is {"function":
@@ -25,7 +25,7 @@ from .chat_template import clean
 ONLY_A_CALL = "Return only a JSON function call."
 KEYS = ("name", "description", "parameters", "strict", "type")  # of a function
 SIMPLE_TYPES = ("string", "number", "integer", "boolean", "null")
-# of a JSON schema: what a signature has no words for
+# parts of a JSON schema that a signature has no words for
 UNWRITABLE = (
     "properties",
     "additionalProperties",
@@ -36,13 +36,13 @@ UNWRITABLE = (
     "allOf",
     "not",
 )
-# in a signature these would end a name
+# characters that would end a name in a signature are left out
 WORD = re.compile(r"[^\s(),:?|`\"]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolStyle:
-    """One way to write them. Every method raises UserError for tools or calls that it has no form for."""
+    """Style of tools. Every method raises UserError for tools or calls that it has no form for."""
 
     name: str
     describe: Callable[[list[dict]], str]  # tools -> the words of the System turn
@@ -54,20 +54,20 @@ class ToolStyle:
     after_result: str = ""
 
     def calls(self, tool_calls: list[dict]) -> str:
-        """The end of an answer with these calls."""
+        """Write the end of an answer with these calls."""
         return "\n".join(
             f"{self.before_call}{self.dump(read_call(call))}{self.after_call}" for call in tool_calls
         )
 
     def result(self, content: str) -> tuple[str, str]:
-        """(the role whose turn it is, its words) of what a call gave."""
+        """Return (the role of the turn, its words) for the result of a call."""
         return self.result_role, f"{self.before_result}{clean(content)}{self.after_result}".strip()
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
-        """(content, tool_calls) of an answer: the inverse of calls().
+        """Parse an answer into (content, tool_calls): the inverse of calls().
 
-        Calls are read from the end of an answer, with "arguments" as JSON text. What is no valid call stays
-        in the content, and so do thoughts before it; thoughts that are still open hold no calls.
+        Calls are read from the end of an answer, with "arguments" as JSON text. Text that is no valid call
+        stays in the content, and so do thoughts before it; thoughts that are still open hold no calls.
         """
         if text.startswith("<think") and "</think>" not in text:
             return text, []
@@ -80,13 +80,13 @@ class ToolStyle:
             calls, place = _calls(text, match.start(), begin, end)
             if place == len(text):
                 return text[: match.start()].strip(), calls
-            # calls that are followed by something else are none at the end, wherever one begins to read them
+            # calls that other text follows are none at the end, wherever reading begins
             place = max(place, match.start() + 1)
         return text, []
 
 
 def _calls(text: str, place: int, begin: re.Pattern, end: re.Pattern) -> tuple[list[dict], int]:
-    """(the calls that follow each other from `place` on, the place of what is none)."""
+    """Return (the calls that follow each other from `place` on, the place of the next other text)."""
     calls: list[dict] = []
     while match := begin.match(text, place):
         try:
@@ -126,7 +126,7 @@ def _indented(value: Any) -> str:
 
 
 def read_call(call: Any) -> dict[str, Any]:
-    """{"name", "arguments": object} of a call. UserError for any other value."""
+    """Read {"name", "arguments": object} of a call. Raises UserError for any other value."""
     try:
         function = call.get("function", call)
         name, arguments = function["name"], function["arguments"]
@@ -143,7 +143,7 @@ def read_call(call: Any) -> dict[str, Any]:
 
 
 def read_function(tool: Any) -> dict[str, Any]:
-    """The function of a tool, which has a name. UserError for any other value."""
+    """Read the function of a tool, which has a name. Raises UserError for any other value."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     description = function.get("description") if isinstance(function, dict) else None
@@ -156,7 +156,7 @@ def read_function(tool: Any) -> dict[str, Any]:
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a function's parameters. UserError where it is none of an object."""
+    """Read the JSON schema of a function's parameters. Raises UserError unless it is one of an object."""
     name, schema = function["name"], _without_nulls(function.get("parameters"))
     if schema is None:
         if others := [key for key in function if key not in KEYS]:
@@ -180,7 +180,7 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(schema: Any) -> Any:
-    """A JSON schema without what is null, which a table has where another row's tools have a value."""
+    """Remove nulls from a JSON schema: a table has them where another row's tools have a value."""
     if isinstance(schema, list):
         return [_without_nulls(value) for value in schema]
     if not isinstance(schema, dict):
@@ -207,9 +207,9 @@ def _as_signatures(tools: list[dict]) -> str:
 
 
 def signature(function: dict[str, Any]) -> str:
-    """`name(a: string, b?: integer)`; what is not required has a question mark.
+    """Write `name(a: string, b?: integer)`; an optional parameter has a question mark.
 
-    UserError for what can't be written so, such as an object within the parameters.
+    Raises UserError for a schema that can't be written so, such as an object within the parameters.
     """
     schema = _parameters(function)
     required = schema.get("required", [])
@@ -230,7 +230,7 @@ def signature(function: dict[str, Any]) -> str:
 
 
 def _type(schema: Any) -> str:
-    """`string`, `string[]`, `"a" | "b"` of a parameter's JSON schema. UserError, with what it is about."""
+    """Write a type as `string`, `string[]`, `"a" | "b"`, by its JSON schema, or raise UserError."""
     if not isinstance(schema, dict) or any(key in schema for key in UNWRITABLE):
         raise UserError(short(schema))
     if "const" in schema:
@@ -290,7 +290,7 @@ STYLES = {
 
 
 def parse_any(text: str) -> tuple[str, list[dict]]:
-    """ToolStyle.parse() where the style is not known, as with a Jinja template."""
+    """Parse an answer of an unknown tool style, as with a Jinja template."""
     # a call in markdown ends with one in json
     for name in ("hermes", "markdown", "json"):
         content, calls = STYLES[name].parse(text)
@@ -300,9 +300,9 @@ def parse_any(text: str) -> tuple[str, list[dict]]:
 
 
 def read_tools(path: str) -> list[dict]:
-    """The tools of a JSON file, which has a list of them, {"tools": such a list}, or one tool.
+    """Read the tools of a JSON file: a list of them, {"tools": such a list}, or one tool.
 
-    UserError for any other file.
+    Raises UserError for any other file.
     """
     expected = "tools are a JSON file with a list of {name, description, parameters}, as in OpenAI's API"
     text = read_text(path, "tools", expected)
@@ -323,10 +323,10 @@ def read_tools(path: str) -> list[dict]:
 
 
 def in_order_of_calls(messages: list[dict]) -> list[dict]:
-    """The messages, with the results after each answer in the order of its calls.
+    """Sort the results after each answer in the order of its calls.
 
-    The texts have no ids, so the order says which result is whose. UserError for a `tool_call_id` that no
-    call has. Results or calls without ids stay as they are.
+    The texts have no ids, so the order tells which result belongs to which call. Raises UserError for a
+    `tool_call_id` that no call has. Results or calls without ids stay as they are.
     """
     ordered: list[dict] = []
     ids: list[str] = []  # of the last answer's calls
@@ -348,7 +348,7 @@ def in_order_of_calls(messages: list[dict]) -> list[dict]:
 
 
 def _ids(message: dict) -> list[str]:
-    """The ids of an answer's calls; none where one has none."""
+    """Return the ids of an answer's calls; [] if one has none."""
     calls = message.get("tool_calls") or []
     ids = [call["id"] for call in calls if isinstance(call, dict) and isinstance(call.get("id"), str)]
     return ids if len(ids) == len(calls) else []

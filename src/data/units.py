@@ -1,6 +1,5 @@
-"""What a run trains on, as its schedule, its evaluations and its plan see it: documents, preferences, or
-questions.
-"""
+"""Units that a run trains on, as its schedule, evaluations and plan see them: documents, preferences,
+questions."""
 
 from __future__ import annotations
 
@@ -11,14 +10,13 @@ import numpy as np
 
 
 class Units(Sequence):
-    """A sequence of units: dataset.Documents, preferences.Preferences or questions.Questions. A unit lies in
-    one row.
-    """
+    """Sequence of units, each in one row: dataset.Documents, preferences.Preferences or
+    questions.Questions."""
 
     @property
     @abc.abstractmethod
     def unit(self) -> str:
-        """What one is called."""
+        """Word for one unit."""
 
     @property
     @abc.abstractmethod
@@ -33,7 +31,7 @@ class Units(Sequence):
     @property
     @abc.abstractmethod
     def weight_sums(self) -> np.ndarray:
-        """What each unit adds to the number that a step's loss is divided by, (n,) float64 or int32."""
+        """Share of each unit in the divisor of a step's loss, (n,) float64 or int32."""
 
     @property
     @abc.abstractmethod
@@ -43,23 +41,23 @@ class Units(Sequence):
     @property
     @abc.abstractmethod
     def digest(self) -> str:
-        """SHA-256 of what is trained on."""
+        """Hash everything that is trained on, with SHA-256."""
 
     @abc.abstractmethod
     def take(self, chosen: np.ndarray) -> Units:
-        """The units at these places."""
+        """Return the units at these places."""
 
     @abc.abstractmethod
     def contents(self) -> Iterable[np.ndarray]:
-        """What tells each unit from others, (n,) int32."""
+        """Yield the key of each unit, (n,) int32."""
 
     @abc.abstractmethod
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """Of each unit tokens, (n,) int32: units with equal ones are held out together."""
+        """Yield tokens of each unit, (n,) int32: units with equal ones are held out together."""
 
     @property
     def alone(self) -> bool:
-        """Whether a unit has its row for itself, also where rows are packed."""
+        """Tell whether a unit has its row for itself, also if rows are packed."""
         return False
 
     @property
@@ -72,7 +70,7 @@ class Units(Sequence):
         """The sum of weight_sums."""
         return float(self.weight_sums.sum(dtype=np.float64))
 
-    # What was done to documents so that they fit into rows. Preferences and questions are never cut.
+    # Changes to documents so that they fit into rows. Preferences and questions are never cut.
 
     @property
     def cut(self) -> int:

@@ -1,4 +1,4 @@
-"""The processes of a run, for what they do together beside Lightning."""
+"""Processes of a run, for their common work beside Lightning."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Those that share the rows: their number, which of them this is, and the sum of a tensor over all."""
+    """Processes that share the rows: their number, the rank of this one, and the sum of a tensor over all."""
 
     world: int = 1
     rank: int = 0
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def gathered(self, mine: T) -> list[T]:
-        """What all have, by rank. It is for small things, which are pickled."""
+        """Return the values of all processes, by rank. It is for small things, which are pickled."""
         if self.world == 1:
             return [mine]
         everyone: list[T | None] = [None] * self.world
@@ -34,7 +34,7 @@ ALONE = Processes()
 
 
 def processes_of(trainer) -> Processes:
-    """Those of a trainer that know each other already."""
+    """Return the processes of a trainer that are connected already."""
 
     def total(tensor: Tensor) -> Tensor:
         return trainer.strategy.reduce(tensor, reduce_op="sum")
@@ -45,7 +45,7 @@ def processes_of(trainer) -> Processes:
 def over_ranks(
     numbers: Tensor, summed: int, joined: Callable[[Tensor, Tensor], Tensor], world: int
 ) -> Tensor:
-    """Numbers (n,) of all ranks together: the first `summed` are added, the others are joined two by two."""
+    """Join numbers (n,) of all ranks: the first `summed` are added, the others are joined two by two."""
     if world == 1:
         return numbers
     found = [torch.empty_like(numbers) for _ in range(world)]

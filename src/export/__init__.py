@@ -134,7 +134,7 @@ def export(
 
 
 def _check_output(path, out, to: str) -> None:
-    """UserError where `out` is the input, can't be written, or is a file of another kind."""
+    """Raise UserError if `out` is the input, can't be written, or is a file of another kind."""
     refuse_inputs(out, path)
     if os.path.isdir(path) and Path(os.path.realpath(path)) in Path(os.path.realpath(out)).parents:
         raise UserError(f"{out} lies in the input's folder, {path}; choose a name outside of it")

@@ -1,10 +1,10 @@
-"""Data files of any layout -> ("FILE, line N", record).
+"""Formats: data files of any layout -> ("FILE, line N", record).
 
 A record has one of these forms, whatever the file looked like:
 
     {"text": str}
     {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]}
-    {"prompt": str, "completion": str}    a text, of which the completion is trained
+    {"prompt": str, "completion": str}    a text; its completion is trained
     {"ids": int32 array (n,)}             the tokens of a document without its end
 
 Pairs of answers, and answers with a label, have one of these; "chosen", "rejected" and "completion" are texts

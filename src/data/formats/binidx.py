@@ -34,7 +34,7 @@ IDS_AT_ONCE = 1 << 24  # ids that are searched for the end of document at a time
 
 
 def prefix_of(path: str) -> str | None:
-    """PREFIX of a binidx data set, which `path` names with a suffix or without; None if there is none."""
+    """Return the PREFIX of a binidx data set that `path` names with a suffix or without; None without one."""
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     return prefix if os.path.isfile(prefix + ".bin") and os.path.isfile(prefix + ".idx") else None
 
@@ -63,7 +63,7 @@ class BinIdx:
         self.ids = _mapped(prefix + ".bin", self.type, size // self.type.itemsize)
 
     def _check(self, places: np.ndarray, size: int) -> None:
-        """UserError for pieces or boundaries that do not fit; PREFIX.bin has `size` bytes."""
+        """Raise UserError for pieces or boundaries that do not fit; PREFIX.bin has `size` bytes."""
         pieces, width = len(self.sizes), self.type.itemsize
         ends = places + self.sizes.astype(np.int64) * width
         if pieces and (
@@ -85,7 +85,7 @@ class BinIdx:
             )
 
     def _header(self, index: np.ndarray) -> tuple[np.dtype, int]:
-        """(type of the ids, number of pieces)."""
+        """Read (type of the ids, number of pieces)."""
         path = self.prefix + ".idx"
         if len(index) < HEADER.size or index[:9].tobytes() != MAGIC:
             raise UserError(
@@ -107,10 +107,10 @@ class BinIdx:
         return TYPES[code], pieces
 
     def spans(self) -> Iterator[np.ndarray]:
-        """The ids of each document: the pieces between two boundaries, or one piece without boundaries."""
+        """Yield the ids of each document: the pieces between two boundaries, or one piece without them."""
         bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
         if bounds[0] > 0 or bounds[-1] < len(self.sizes):
-            # what is outside of all documents is data too
+            # pieces outside of all documents are data too
             bounds = np.concatenate([[0], bounds, [len(self.sizes)]])
         for first, last in zip(bounds[:-1], bounds[1:]):
             pieces = [self.ids[self.starts[i] : self.starts[i] + self.sizes[i]] for i in range(first, last)]
@@ -121,12 +121,12 @@ class BinIdx:
 
 
 def _mapped(path: str, kind: np.dtype, count: int) -> np.ndarray:
-    """`count` items of a file; an empty file can't be mapped."""
+    """Map `count` items of a file; an empty file can't be mapped."""
     return np.memmap(path, kind, "r", shape=(count,)) if count else np.zeros(0, kind)
 
 
 def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[tuple[str, dict | UserError]]:
-    """(place, {"ids": int32 array}) of every document that is not empty.
+    """Yield (place, {"ids": int32 array}) of every document that is not empty.
 
     `eod` are the ids that end a document. They end one wherever they stand, and are left out: the encoder
     puts them back, as for any other record.
@@ -144,7 +144,7 @@ def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[t
 
 
 def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
-    """The parts of `ids` between ends of document, without empty ones.
+    """Split `ids` at ends of document, without empty parts.
 
     An end of several ids stands at a multiple of its length.
     """
@@ -162,7 +162,7 @@ def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 class Writer:
-    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close().
+    """Writer of PREFIX.bin and PREFIX.idx: add() for each document, then close().
 
     Until then both have temporary names; discard() removes them.
     """
@@ -174,7 +174,7 @@ class Writer:
         self.file = open(self.paths[0] + ".tmp", "wb")
 
     def add(self, ids: Sequence[int]) -> None:
-        """A document, its end included."""
+        """Add a document, with its end."""
         self.file.write(np.asarray(ids, TYPES[self.code]).tobytes())
         self.sizes.append(len(ids))
 

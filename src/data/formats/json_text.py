@@ -1,4 +1,4 @@
-"""JSONL and JSON -> (place, record), as in text.py."""
+"""JSONL and JSON readers -> (place, record), as in text.py."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def jsonl(path: str, position: Position) -> Iterator[tuple[str, str]]:
-    """(place, line) of a file with one JSON object a line, for parse_line(); blank lines are left out."""
+    """Yield (place, line) of a file with one JSON object a line, for parse_line(), without blank lines."""
     with open_text(path, position) as file:
         for number, line in enumerate(file, 1):
-            # files that begin with a mark may have been put one after the other
+            # files that begin with a mark may have been joined
             line = line.rstrip().lstrip(BOM)
             if line:
                 yield f"{path}, line {number}", line
 
 
 def parse_line(line: str) -> Any:
-    """The record of a line of jsonl()."""
+    """Parse a line of jsonl() to its record."""
     return undecoded(line) or parse_json(line)
 
 
 def parse_json(line: str) -> Any:
-    """The value of a JSON text, or the UserError that says what is wrong with it."""
+    """Parse a JSON text. Raises or returns the UserError that says what is wrong with it."""
     try:
         return DECODER.decode(line)
     except (ValueError, RecursionError) as error:
@@ -70,7 +70,7 @@ def _wrong(error: Exception) -> UserError:
 
 
 def _own_place(error: json.JSONDecodeError) -> json.JSONDecodeError:
-    """Move the error to a trailing comma, as the decoder names what follows it; leave any other as it is."""
+    """Move the error to a trailing comma, where the decoder names the text after it. Other errors stay."""
     text, place = error.doc, error.pos
     if text[place : place + 1] in ("}", "]"):
         comma = len(text[:place].rstrip()) - 1
@@ -85,7 +85,7 @@ def _own_place(error: json.JSONDecodeError) -> json.JSONDecodeError:
 
 
 def json_file(path: str, position: Position) -> Iterator[Record]:
-    """An array of objects, an object with one such array in it, or a single record."""
+    """Read an array of objects, an object with one such array in it, or a single record."""
     scanner = _Scanner(whole_text(path))
     position.share = lambda: scanner.place / len(scanner.text)
     try:
@@ -121,9 +121,9 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 class _Scanner:
-    """Walks over the outermost level of a JSON text.
+    """Walker over the outermost level of a JSON text.
 
-    So the place of each record is known, and only one record is built at a time.
+    It knows the place of each record, and builds only one record at a time.
     """
 
     def __init__(self, text: str):
@@ -133,11 +133,11 @@ class _Scanner:
 
     @property
     def next(self) -> str:
-        """The next character, "" at the end."""
+        """Return the next character, "" at the end."""
         return self.text[self.place : self.place + 1]
 
     def line(self, place: int) -> int:
-        """The number of the line of a place, which must not be before the place of the last call."""
+        """Return the line number of a place, which must not be before the place of the last call."""
         self.lines += self.text.count("\n", self.counted, place)
         self.counted = place
         return self.lines
@@ -157,9 +157,9 @@ class _Scanner:
         return value
 
     def items(self, brackets: str) -> Iterator[tuple[str, int, Any]]:
-        """(name, place, value) of each member of the object ("{}") that starts here.
+        """Yield (name, place, value) of each member of the object ("{}") that starts here.
 
-        Or of each item of the array ("[]"); its name is "".
+        Or of each item of the array ("[]"), whose name is "".
         """
         self.expect(brackets[0])
         name = ""

@@ -1,4 +1,4 @@
-"""What the columns of a record mean: data sets' names for them, turned into the forms of this package."""
+"""Layouts: the meaning of a record's columns, by data sets' names for them, turned into our forms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTEXTS = ("input", "context")  # beside an instruction
 SYSTEMS = ("system", "system_prompt")
 LARGEST_WEIGHT = 100  # of a message in the loss
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# what the rows of a file are read as
+# ways to read the rows of a file
 SFT, PAIRS, LABELS = ROWS = ("sft", "pairs", "labels")
 # of pairs of answers and of labelled ones: preference_layouts.py
 CHOSEN = ("chosen", "chosen_response")
@@ -49,20 +49,20 @@ EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How records with certain columns are read."""
+    """Way to read records with certain columns."""
 
     name: str  # for the plan
     used: tuple[str, ...]  # the columns that are used
     convert: Callable[[dict[str, Any]], dict[str, Any]]  # a record as the file has it -> one of the forms
 
 
-TOKENS = Layout("", ("ids",), dict)  # of data that were tokenised before
+TOKENS = Layout("", ("ids",), dict)  # for data that were tokenised before
 
 
 def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Layout, dict[str, Any]]:
-    """(layout, record in one of the forms) of a record as a file has it. A column with null counts as absent.
+    """Turn a record of a file into (layout, record in one of the forms). A column with null counts as absent.
 
-    `fields` are the columns to use where the names do not tell: one with a text or conversation; question and
+    `fields` are the columns to use if the names do not tell: one with a text or conversation; question and
     answer; or instruction, input, output. Raises UserError that says what is wrong with the record, without
     its place.
     """
@@ -85,7 +85,7 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
 
 @functools.lru_cache(maxsize=1024)
 def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> Layout:
-    """The layout of a record with these columns, of which `present` hold a value.
+    """Find the layout of a record with these columns, of which `present` hold a value.
 
     Names are compared without case.
     """
@@ -93,7 +93,7 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
         check_fields(fields, columns)
         names = {name.strip().lower() for name in columns}
         return _chosen(fields, is_raw=RLHF_REJECTED not in names)
-    # with all columns a null is found where a value is needed, and convert() names it
+    # with all columns, a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
         if is_pair(columns):
@@ -107,7 +107,7 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
 
 
 def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
-    """UserError where a record lacks a column of --sft_field."""
+    """Raise UserError if a record lacks a column of --sft_field."""
     missing = [name for name in fields if name not in columns]
     if missing:
         raise UserError(
@@ -116,7 +116,7 @@ def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
 
 
 def _for_pairs(columns: tuple[str, ...]) -> str:
-    """What to do with a row of a pair under --loss sft."""
+    """Tell the user what to do with a row of a pair under --loss sft."""
     by_name = {name.strip().lower(): name for name in columns}
     asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
     chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
@@ -128,38 +128,38 @@ def _for_pairs(columns: tuple[str, ...]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _labelled(present: tuple[str, ...]) -> tuple[str, str] | None:
-    """(the column of a label, the --sft_field that ignores it) of records of answers with a label."""
+    """Find (the column of a label, the --sft_field that ignores it) in records of answers with a label."""
     label = next((name for name in present if name.strip().lower() == LABEL), None)
     answers = [columns for columns in _candidates(present) if columns[0].strip().lower() != "text"]
     return (label, ",".join(answers[0])) if label and answers else None
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value says that an answer is good or bad: true or false, also as a word, 1 or 0."""
+    """Tell whether a value says that an answer is good or bad: true or false, also as a word, 1 or 0."""
     if isinstance(value, str):
         return value.strip().lower() in ("true", "false")
     return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
 def has_layout(columns: Iterable[str]) -> bool:
-    """Whether the names alone say how such records are read."""
+    """Tell whether the names alone say how such records are read."""
     return bool(_candidates(tuple(columns)))
 
 
 def is_pair(columns: Iterable[str]) -> bool:
-    """Whether these are the columns of a pair of answers."""
+    """Tell whether these are the columns of a pair of answers."""
     names = {name.strip().lower() for name in columns}
     return not names.isdisjoint(CHOSEN) and not names.isdisjoint(REJECTED)
 
 
 def _is_unanswered(columns: Iterable[str]) -> bool:
-    """Whether these are the columns of a question, with none of an answer."""
+    """Tell whether these are the columns of a question, with none of an answer."""
     names = {name.strip().lower() for name in columns}
     return not names.isdisjoint(QUESTIONS) and names.isdisjoint(ANSWERS)
 
 
 def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The columns of every layout that these columns complete."""
+    """List the columns of every layout that these columns complete."""
     by_name = {name.strip().lower(): name for name in columns}
     has = [name for name in (*QUESTIONS, *ANSWERS) if name in by_name]
     found = [(by_name[name],) for name in ("text", *CONVERSATIONS) if name in by_name]
@@ -173,9 +173,9 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool = False) -> Layout:
-    """The layout that these columns make by their number.
+    """Make a layout of these columns by their number.
 
-    `is_raw`: a prompt with a chosen answer is a text that goes on, as in pairs.
+    `is_raw`: a chosen answer continues the text of its prompt, as in pairs.
 
     1 is a text or conversation, 2 are question and answer, 3 have an input between them. A system prompt,
     earlier turns and tools are taken from the other columns.
@@ -220,7 +220,7 @@ def _whole(record: dict, column: str, system: str | None, tools: str | None) -> 
 
 
 def tools_of(value: Any, column: str) -> list[dict[str, Any]]:
-    """Descriptions of tools, as they are or as JSON in a text."""
+    """Read descriptions of tools, as they are or as JSON in a text."""
     value = _from_json(value)
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError(
@@ -246,7 +246,7 @@ def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
 
 
 def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, Any]]:
-    """The conversation of a question and its answer where one has turns; none where both are texts."""
+    """Return the conversation of a question and its answer if one has turns; [] if both are texts."""
 
     def is_turns(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
@@ -283,7 +283,7 @@ def _question(
 
 
 def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
-    """Earlier turns as [[question, answer], ...]."""
+    """Read earlier turns as [[question, answer], ...]."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
     turns = []
@@ -294,14 +294,14 @@ def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:
-    """turns_of() a conversation that the assistant ends."""
+    """Read the turns of a conversation that the assistant ends."""
     return turns_of(value, column, last_is_answer=True)
 
 
 def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict[str, Any]]:
-    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings, also from JSON text.
+    """Read turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's forms, also from JSON text.
 
-    What else a turn has stays in it. `last_is_answer`: the last one must be the assistant's.
+    Other fields of a turn stay. `last_is_answer`: the last turn must be the assistant's.
     """
     value = _from_json(value)
     if not isinstance(value, list) or not value:
@@ -313,7 +313,7 @@ def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
-    """One message, or two where a pair {"human": ..., "assistant": ...} stands for them."""
+    """Read one message, or two from a pair {"human": ..., "assistant": ...}."""
     given = {}
     if isinstance(item, dict):
         given = {name: value for name, value in item.items() if value is not None}
@@ -328,7 +328,7 @@ def _turns(item: Any) -> list[dict[str, Any]]:
         raise UserError(f"tool_calls must be a list, got {short(given['tool_calls'])}")
     if "weight" in given:
         _check_weight(given["weight"])
-    if "function_call" in given:  # what OpenAI's API had before tool_calls
+    if "function_call" in given:  # OpenAI's earlier form of tool_calls
         given["tool_calls"] = [*given.get("tool_calls", []), {"function": given.pop("function_call")}]
     spelt = given.pop("role", None) or given.pop("from", None)
     role = ROLE_NAMES.get(spelt.lower()) if isinstance(spelt, str) else None
@@ -345,7 +345,7 @@ def _turns(item: Any) -> list[dict[str, Any]]:
 
 
 def _check_weight(weight: Any) -> None:
-    """A UserError for what can't multiply the loss of a message."""
+    """Raise UserError for a weight that can't multiply the loss of a message."""
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or not 0 <= weight <= LARGEST_WEIGHT:
         raise UserError(
@@ -355,7 +355,7 @@ def _check_weight(weight: Any) -> None:
 
 
 def _joined(parts: list) -> str:
-    """OpenAI's content lists, [{"type": "text", "text": ...}, ...], as one text."""
+    """Join OpenAI's content lists, [{"type": "text", "text": ...}, ...], to one text."""
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -367,7 +367,7 @@ def _joined(parts: list) -> str:
 
 
 def said(value: Any, column: str, may_be_empty: bool = False) -> str:
-    """text() of what is asked or answered, which may also be a number; as text that is 4, 2.5 or 1e+22."""
+    """Read the text of a question or an answer. It may be a number: as text that is 4, 2.5 or 1e+22."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)  # of any size
     if is_integer or isinstance(value, float) and math.isfinite(value):
         return repr(value)
@@ -389,7 +389,7 @@ def has_empty_answer(record: dict[str, Any]) -> bool:
 
 
 def with_empty_answer(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """Make the answer of a line of a CSV file an empty text, not null, where no column of it has words.
+    """Make the answer of a line of a CSV file an empty text, not null, if no column of it has words.
 
     `fields` are those of --sft_field.
     """
@@ -400,7 +400,7 @@ def with_empty_answer(record: dict[str, Any], fields: tuple[str, ...]) -> dict[s
 
 
 def text(value: Any, column: str, may_be_empty: bool = False) -> str:
-    """The value, which must be a text that a tokenizer can take."""
+    """Check that a value is a text that a tokenizer can take, and return it."""
     if not isinstance(value, str) or not (value or may_be_empty):
         raise UserError(f"{column} must be a non-empty string, got {short(value)}")
     if not value.isascii():

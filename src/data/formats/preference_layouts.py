@@ -1,7 +1,7 @@
-"""What the columns of pairs of answers and of labelled answers mean, for the losses of preferences.
+"""Layouts of pairs of answers and of labelled answers, for the losses of preferences.
 
-They become one of these forms. "chosen", "rejected" and "completion" are texts where there is a "prompt", and
-else the turns that follow "messages", of which the last is the assistant's.
+They become one of these forms. "chosen", "rejected" and "completion" are texts if there is a "prompt", and
+else the turns that follow "messages"; the last one is the assistant's.
 
     {"prompt": str, "chosen": str, "rejected": str}
     {"messages": [...], "tools": [...], "chosen": [...], "rejected": [...]}
@@ -64,9 +64,9 @@ ASSISTANT = "\n\nAssistant:"  # ends the prompt in texts that hold a whole chat
 
 
 class Columns(NamedTuple):
-    """Which columns of a record are what."""
+    """Columns of a record, by their meaning."""
 
-    asked: tuple[str, ...]  # a text, a conversation, or instruction and input; () where it is in the answers
+    asked: tuple[str, ...]  # a text, a conversation, or instruction and input; () if it is in the answers
     answers: tuple[str, ...]  # chosen and rejected, or one
     label: str | None
     system: str | None = None
@@ -85,7 +85,7 @@ class Columns(NamedTuple):
 
 
 def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """A line of a CSV file, in which an answer without text is an empty one. Elsewhere null is none."""
+    """Fill a line of a CSV file, in which an answer without text is empty. Elsewhere null is no answer."""
     answers = {*CHOSEN, *REJECTED, "completion"}
     return {
         name: "" if value is None and (name in fields or name.strip().lower() in answers) else value
@@ -94,7 +94,7 @@ def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[st
 
 
 def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
-    """layouts.canonical() of a pair or a labelled answer.
+    """Do layouts.canonical() for a pair or a labelled answer.
 
     `rows` is PAIRS, or LABELS, which takes pairs too. Raises LeftOut where an answer is empty.
     """
@@ -124,7 +124,7 @@ def find_answers(
     rows: str,
     ends_with_label: bool,
 ) -> tuple[tuple[str, ...], str | None]:
-    """(the columns of the answers, that of the label) of a record with these names.
+    """Find (the columns of the answers, the column of the label) of a record with these names.
 
     `present` of them hold a value. `fields` are those of --sft_field; `ends_with_label`: the last of them
     holds a label.
@@ -164,7 +164,7 @@ def find_columns(
     label: str | None,
     is_whole: bool,
 ) -> Columns:
-    """The columns of a record whose answers and label are known; `is_whole`: the prompt is in the answers."""
+    """Find the columns of a record with known answers and label; `is_whole`: the answers hold the prompt."""
     by_name = _by_name(names)
     if is_whole:
         asked: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ def _by_name(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _asked(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns of what is asked; () for none."""
+    """Find the columns of the question; () for none."""
     found = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if by_name.get(name) in present]
     instruction = by_name.get("instruction")
     context = [by_name[name] for name in CONTEXTS if by_name.get(name) in present and instruction in found]
@@ -195,7 +195,7 @@ def _asked(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]
 
 
 def _only(found: list[str], names: tuple[str, ...]) -> str | None:
-    """The one column that is found, None for none."""
+    """Return the only column found, None for none. Raises UserError for several."""
     if len(found) > 1:
         raise UserError(
             f"the row has several columns for one thing, {', '.join(found)}; choose with --sft_field, such as"
@@ -211,7 +211,7 @@ def _first(wanted: Iterable[str], by_name: dict[str, str]) -> str | None:
 def _wrong_row(
     rows: str, label: str | None, completion: str | None, present: tuple[str, ...], names: tuple[str, ...]
 ) -> UserError:
-    """What is wrong with a row that has no answers of this kind, and what to do."""
+    """Say what is wrong with a row that has no answers of this kind, and what to do."""
     if label and completion:
         hint = "a row of one answer with a label is for --loss kto; "
     elif has_layout(present):
@@ -228,7 +228,7 @@ def _label(value: Any, column: str) -> bool:
     word = value.strip().lower() if isinstance(value, str) else value
     if is_label(word) or word in ("1", "0"):  # in CSV a number is a text
         return word in (1, "1", "true")  # and true is 1
-    # whoever wrote other words wrote them in all rows
+    # other words than these are likely to be in all rows
     kind = UserError if value is None else WrongSetting
     raise kind(
         f"{column} must be true (or 1) for an answer to prefer and false (or 0) for one to avoid, in JSON"
@@ -237,14 +237,14 @@ def _label(value: Any, column: str) -> bool:
 
 
 def _holds_prompt(answer: Any) -> bool:
-    """Whether an answer is a whole conversation, as it does not begin with the assistant's turn."""
+    """Tell whether an answer is a whole conversation, as it does not begin with the assistant's turn."""
     if not isinstance(answer, list) or not answer:
         return False
     return turns_of(answer[:1], "")[0]["role"] != "assistant"
 
 
 def _check_beginnings(record: dict, answer: str) -> None:
-    """UserError where the turns in another column are not those that a whole conversation begins with."""
+    """Raise UserError if the turns of another column are not the beginning of a whole conversation."""
     for name, value in record.items():
         is_asked = name != answer and name.strip().lower() in (*CONVERSATIONS, *QUESTIONS)
         if is_asked and isinstance(value, list) and record[answer][: len(value)] != value:
@@ -255,7 +255,7 @@ def _check_beginnings(record: dict, answer: str) -> None:
 
 
 def _convert(record: dict, columns: Columns) -> dict[str, Any]:
-    """The record in its form."""
+    """Convert a record to its form."""
     label = {} if columns.label is None else {"label": _label(record[columns.label], columns.label)}
     names = ("completion",) if columns.label else ("chosen", "rejected")
     values = [record[column] for column in columns.answers]
@@ -281,7 +281,7 @@ def _convert(record: dict, columns: Columns) -> dict[str, Any]:
 
 
 def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
-    """(prompt, answers) of texts that are no turns; None where they are turns."""
+    """Return (prompt, answers) of texts that are no turns; None if they are turns."""
     answers = [text(record[column], column, may_be_empty=True) for column in columns.answers]
     if not columns.asked:
         if len(answers) == 1:
@@ -299,13 +299,13 @@ def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
 
 
 def _parted_texts(answers: list[str], columns: Columns) -> tuple[str, list[str]]:
-    """(the common beginning, the answers) of two texts: up to `Assistant:`, or the last whole word."""
+    """Split two texts into (the common beginning, the answers): at `Assistant:`, or after a whole word."""
     common = os.path.commonprefix(answers)
     end = common.rfind(ASSISTANT)
     if end >= 0:
         end += len(ASSISTANT)
     else:
-        last = min(map(len, answers)) - 1  # an answer has a character at least
+        last = min(map(len, answers)) - 1  # each answer keeps at least one character
         end = max(common.rfind(" ", 0, last), common.rfind("\n", 0, last))
     if end <= 0:
         raise UserError(_NOT_SHARED.format(*columns.answers))
@@ -316,7 +316,7 @@ _NOT_SHARED = "{} and {} do not share their beginning; both must answer the same
 
 
 def _answer(value: Any, column: str) -> list[dict[str, Any]]:
-    """The turns of an answer, or of a whole conversation."""
+    """Read the turns of an answer, or of a whole conversation."""
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -327,7 +327,7 @@ def _answer(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _question(record: dict, columns: Columns) -> list[dict[str, Any]]:
-    """The turns before the answers."""
+    """Read the turns before the answers."""
     asked, *context = columns.asked
     value = record[asked]
     if isinstance(value, list):
@@ -346,7 +346,7 @@ def _question(record: dict, columns: Columns) -> list[dict[str, Any]]:
 
 
 def _parted(conversations: list[list[dict]], columns: Columns) -> tuple[list[dict], list[list[dict]]]:
-    """(the turns before the answers, the answers) of whole conversations."""
+    """Split whole conversations into (the turns before the answers, the answers)."""
     if len(conversations) == 1:
         [turns] = conversations
         common = max((i + 1 for i, turn in enumerate(turns) if turn["role"] != "assistant"), default=0)
@@ -363,7 +363,7 @@ def _parted(conversations: list[list[dict]], columns: Columns) -> tuple[list[dic
 
 
 def _check_answer(turns: list[dict[str, Any]]) -> None:
-    """LeftOut where the last turn says nothing; UserError for an answer with a weight of its own."""
+    """Check an answer. Raises LeftOut if the last turn says nothing, UserError if it has a weight."""
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("weight", 1) != 1:
             raise UserError(

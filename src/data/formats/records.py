@@ -1,4 +1,4 @@
-"""Data files -> records."""
+"""Records of data files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
 def read_records(
     data_file, report: Report | None = None, reading: Reading = BY_NAME, eod: Sequence[int] = (0,)
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE, line N", record) of every record that --data_file names, each once, whatever its weight.
+    """Yield ("FILE, line N", record) of every record of --data_file, each once, whatever its weight.
 
     `eod` are the ids that end a document of binidx data. Raises UserError for a file that cannot be read or
-    has no records. The report says what becomes of a bad record; without one it is an error.
+    has no records. The report decides about a bad record; without a report it is an error.
     """
     report = report or Report()
     for source in sources(str(data_file), reading, report.notes):
@@ -30,7 +30,7 @@ def read_records(
 def read_source(
     source: Source, report: Report, reading: Reading, eod: Sequence[int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """read_records() of one source."""
+    """Read the records of one source."""
     found = report.begin(source)
     for where, raw in source.watched(eod, "reading"):
         try:
@@ -48,7 +48,7 @@ def read_source(
 
 
 def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
-    """(what Found counts, the record) of something that source.read() gave.
+    """Turn an item of source.read() into (the kind that Found counts, the record).
 
     Raises UserError that says what is wrong with it.
     """
@@ -60,7 +60,7 @@ def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[
 
 
 def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, dict[str, Any]]:
-    """How a record is read, and what it becomes."""
+    """Return a record's layout and its form."""
     has_cells = source.format in DELIMITERS.values()
     if reading.rows != SFT:
         if has_cells:

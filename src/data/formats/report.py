@@ -1,4 +1,4 @@
-"""What reading found: formats, columns, and the records that were left out."""
+"""Report on reading: formats, columns, and the records that were left out."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from .sources import Source
 
 Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
-SHOWN = 3  # so many reasons are in the plan, and so many files have a line of their own
+SHOWN = 3  # number of reasons in the plan, and of files with a line of their own
 
 
 @dataclasses.dataclass
 class Found:
-    """What reading one source found."""
+    """Findings about one source."""
 
     format: str
-    place: str = ""  # what the places of its records begin with, such as "data.jsonl, line"
+    place: str = ""  # the beginning of its records' places, such as "data.jsonl, line"
     kinds: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
     bad: int = 0  # records that can't be used
     reasons: list[str] = dataclasses.field(default_factory=list)  # of the first bad ones
-    # of rows that teach nothing: reason -> how many, and where the first of them are
+    # rows that teach nothing: reason -> (their number, the places of the first)
     left_out: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
 
     def leave_out(self, where: str, reason: LeftOut) -> None:
@@ -40,14 +40,14 @@ class Found:
         self.reasons = [*self.reasons, reason][:SHOWN]
 
     def left_out_texts(self) -> list[str]:
-        """For each reason how many rows teach nothing, and where the first of them are."""
+        """Say for each reason how many rows teach nothing, and where the first of them are."""
         return [
             f"{counted(count, 'row')}, in which {reason}: {places_text(count, places)}"
             for reason, (count, places) in self.left_out.items()
         ]
 
     def unusable(self) -> str:
-        """Why no record can be used, where none can."""
+        """Say why no record can be used, if none can."""
         bad = [f"such as {self.reasons[0]}"] if self.reasons else []
         return f"no row can be used, {'; '.join([*bad, *(f'left out {t}' for t in self.left_out_texts())])}"
 
@@ -63,7 +63,7 @@ class Found:
         return shown
 
     def _layouts(self) -> list[str]:
-        """The usual layouts, with their counts where there are several."""
+        """Name the usual layouts, with their counts if there are several."""
         layouts: collections.Counter[str] = collections.Counter()
         for (name, _, _), count in self.kinds.items():
             layouts[name] += count
@@ -91,20 +91,20 @@ class Found:
 
 @dataclasses.dataclass
 class Report:
-    """Collects what reading finds, source by source."""
+    """Collector of findings, source by source."""
 
     on_bad_row: str = "stop"  # a bad record is an error; "skip": it is counted
-    hint: str = ""  # ends an error that leaving out the record would avoid
+    hint: str = ""  # end of an error that leaving out the record would avoid
     files: dict[str, Found] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def begin(self, source: Source) -> Found:
-        """What a new reading of the source finds, also of a file that is named twice."""
+        """Start the findings of a new reading of the source; a file may be named twice."""
         self.files[source.path] = Found(source.format)
         return self.files[source.path]
 
     def require_records(self, source: Source) -> None:
-        """A UserError where reading the source has found no record."""
+        """Raise UserError if reading the source has found no record."""
         found = self.files[source.path]
         if not found.kinds:
             told = found.left_out_texts()
@@ -117,7 +117,7 @@ class Report:
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
-        """A record of the source `path` cannot be used: a UserError, or one more that is skipped."""
+        """Raise UserError for a record of the source `path` that cannot be used, or count it as skipped."""
         if self.on_bad_row == "stop":
             hint = "" if isinstance(reason, WrongSetting) else self.hint
             raise UserError(f"{where}: {reason}{hint}")
@@ -128,7 +128,7 @@ class Report:
         return sum(found.bad for found in self.files.values())
 
     def lines(self) -> list[str]:
-        """Lines of the plan: source_lines(), and what was left out."""
+        """Return lines of the plan: source_lines(), and the rows that were left out."""
         lines = self.source_lines()
         if self.bad:
             be = "is" if self.bad == 1 else "are"
@@ -140,12 +140,12 @@ class Report:
         return [encodable(line) for line in lines + self.left_out_lines()]
 
     def left_out_lines(self) -> list[str]:
-        """Lines about rows that teach nothing."""
+        """Return lines about rows that teach nothing."""
         texts = [text for found in self.files.values() for text in found.left_out_texts()]
         return [f"left out   {text}" for text in texts]
 
     def source_lines(self) -> list[str]:
-        """Lines about what was read, and notes about it."""
+        """Return lines about the sources, and notes about them."""
         lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
         if len(self.files) > SHOWN:
             formats = collections.Counter(found.format for found in self.files.values())
@@ -155,13 +155,13 @@ class Report:
 
 
 def place_of(where: str) -> tuple[str, int]:
-    """("data.jsonl, line", 7) of "data.jsonl, line 7"; a plain text has no number."""
+    """Split "data.jsonl, line 7" into ("data.jsonl, line", 7); a plain text has no number."""
     place, _, number = where.rpartition(" ")
     return (place, int(number)) if number.isdecimal() else (where, 0)
 
 
 def places_text(count: int, places: Sequence[str]) -> str:
-    """Where the first of so many things are; a file is named once: "data.jsonl, line 3, line 7 ..."."""
+    """Name the first places of `count` things, a file only once: "data.jsonl, line 3, line 7 ..."."""
     told, named = [], ""
     for place in places:
         file, mark, number = place.rpartition(", ")
@@ -171,5 +171,5 @@ def places_text(count: int, places: Sequence[str]) -> str:
 
 
 def encodable(line: str) -> str:
-    """A key of JSON or a file's name may hold half a surrogate pair, which print() refuses."""
+    """Escape half a surrogate pair, which a key of JSON or a file's name may hold and print() refuses."""
     return line.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""--data_file -> the files to read, each with its format and weight."""
+"""Sources: --data_file -> the files to read, each with its format and weight."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 HEADER = 1 << 16  # characters of a header, at most
-WATCHED = 16  # records between two looks at how far the reader is
+WATCHED = 16  # records between two updates of the progress
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How data are read."""
+    """Settings about how data are read."""
 
     fields: tuple[str, ...] = ()  # --sft_field: the columns to use where their names do not tell
     split: str = "train"  # --sft_split: of data sets that have several
@@ -43,7 +43,7 @@ class Reading:
     @classmethod
     def of(cls, config) -> Reading:
         names = [name.strip() for name in config.sft_field.split(",")]
-        # questions are rows of supervised training, of which the answer is the right one
+        # questions are rows of supervised training, whose answer is the reference answer
         rows = {"sft": SFT, "grpo": SFT, "kto": LABELS}.get(getattr(config, "loss", SFT), PAIRS)
         return cls(tuple(filter(None, names)), config.sft_split, rows)
 
@@ -56,11 +56,11 @@ def _as_it_is(record: Any) -> Any:
 
 
 class Format(NamedTuple):
-    """How a file of text is read."""
+    """Format of a file of text."""
 
     name: str
-    read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]  # path -> (place, what stands there)
-    parse: Callable[[Any], Any] = _as_it_is  # what stands there -> record, perhaps in another process
+    read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]  # path -> (place, item)
+    parse: Callable[[Any], Any] = _as_it_is  # item -> record, perhaps in another process
 
 
 JSONL = Format("JSONL", json_text.jsonl, json_text.parse_line)
@@ -69,7 +69,7 @@ JSON = Format("JSON", json_text.json_file)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set.
+    """Source of records: a file, folder or data set.
 
     `read` and `parse` are a Format's, but `read` takes the ids that end a document instead of the path.
     """
@@ -87,7 +87,7 @@ class Source:
         return sum(os.path.getsize(file) for file in self.files)
 
     def watched(self, eod: Sequence[int], doing: str) -> Iterator[tuple[str, Any]]:
-        """read() with a bar that says what is being done."""
+        """Read with a bar that says what is being done."""
         position = text.Position()
         total, unit = (self.size / 1e6, "MB") if self.size else (100, "%")
         with Progress(f"{doing} {self.path}", total, unit, is_first_process()) as bar:
@@ -97,17 +97,17 @@ class Source:
                     bar.update(total * position.share() - bar.done)
 
     def records(self, eod: Sequence[int] = ()) -> Iterator[text.Record]:
-        """(place, record) of everything in it, as in text.py."""
+        """Yield (place, record) of everything in the source, as in text.py."""
         for where, found in self.watched(eod, "reading"):
             yield where, self.parse(found)
 
 
 def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
-    """What --data_file names: a file, all data files of a folder, a data set of the hub, or several of these.
+    """Find the sources of --data_file: a file, all data files of a folder, a data set of the hub, or several.
 
     A data set of the hub is OWNER/NAME, if there is no such path. Several names have commas between them,
     each with a weight after a colon if it is not 1: a.jsonl:2,b.jsonl:0.5. `notes` gets lines for the plan.
-    Raises UserError for what is not there or not recognised.
+    Raises UserError for a source that does not exist or is not recognised.
     """
     notes = [] if notes is None else notes
     found: list[Source] = []
@@ -117,7 +117,7 @@ def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None 
 
 
 def weighted_paths(data_file: str) -> list[tuple[str, float]]:
-    """(path, weight) of each part; a path that exists is taken as it is, commas and colons included."""
+    """Split into (path, weight); a path that exists is taken as it is, with its commas and colons."""
     if _exists(data_file):
         return [(data_file, 1.0)]
     return [_weighted(part.strip(), data_file) for part in data_file.split(",")]
@@ -161,19 +161,19 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
 
 
 def names_dataset(path: str) -> bool:
-    """Whether it can be OWNER/NAME of a data set of the hub, and is no path that was mistyped."""
+    """Tell whether a text can be OWNER/NAME of a data set of the hub, and is no mistyped path."""
     if not HUB_NAME.fullmatch(path) or path.endswith(SUFFIXES):
         return False
     return not _exists(path) and not os.path.exists(path.split("/")[0])
 
 
 def _files_in(path: str) -> list[str]:
-    """All files of a folder and of the folders in it, sorted."""
+    """List all files of a folder and of the folders in it, sorted."""
     return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 def _folder(path: str, split: str, notes: list[str]) -> list[str]:
-    """The data files of a folder, in order of their names, without those of other splits than `split`."""
+    """List the data files of a folder, in order of their names, without those of splits but `split`."""
     files = [file for file in _files_in(path) if not _hidden(os.path.relpath(file, path))]
     data = [file for file in files if _may_have_records(file)]
     splits = {file: _split_of(os.path.relpath(file, path)) for file in data}
@@ -197,7 +197,7 @@ def _hidden(path: str) -> bool:
 
 
 def _may_have_records(file: str) -> bool:
-    """Whether the file's name is one of a data file."""
+    """Tell whether a file's name is that of a data file."""
     if os.path.basename(file) in DESCRIPTIONS:
         return False
     suffix = _suffix(file)
@@ -205,7 +205,7 @@ def _may_have_records(file: str) -> bool:
 
 
 def _split_of(path: str) -> str | None:
-    """The split that a file's name, or else its folder's, begins with."""
+    """Return the split that a file's name, or else its folder's, begins with."""
     parts = path.lower().split(os.sep)[-2:]
     return next((match[1] for part in reversed(parts) if (match := SPLIT.match(part))), None)
 
@@ -215,7 +215,7 @@ def _suffix(path: str) -> str:
 
 
 def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
-    """The source that a file is: by its content, and by its suffix where the content does not tell."""
+    """Find the format of a file by its content, and by its suffix if the content does not tell."""
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
         files = (f"{prefix}.bin", f"{prefix}.idx")
@@ -242,7 +242,7 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
 
 
 def _no_file(path: str) -> str:
-    """Why a path can't be that of a data file, if it is one that people try; else ""."""
+    """Say why a path can't be a data file, for some common mistakes; else ""."""
     if os.path.isfile(path):
         return ""
     if os.path.exists(path):
@@ -260,7 +260,7 @@ def _no_file(path: str) -> str:
 
 
 def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> Format:
-    """The format of a file, by its beginning `sample`, and by its suffix where that does not tell."""
+    """Find the format of a file, by its beginning `sample`, and by its suffix if that does not tell."""
     lines = [line for line in sample.lstrip(text.BOM).split("\n", 1000) if line.strip()]
     first = lines[0].strip() if lines else ""
     if found := _json_format(first, len(lines), suffix, len(sample) == SAMPLE, fields):
@@ -282,9 +282,9 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
 def _json_format(
     first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]
 ) -> Format | None:
-    """JSONL or JSON by the first line of the file; None for neither.
+    """Choose JSONL or JSON by the first line of the file; None for neither.
 
-    `lines` were looked at, and they are all that there are unless the file `goes_on`.
+    `lines`: the number of lines in the sample, which is the whole file unless it `goes_on`.
     """
     record = json_text.parse_json(first) if first.startswith("{") else None
     is_object = isinstance(record, dict)
@@ -296,14 +296,14 @@ def _json_format(
     if first.startswith("["):
         return JSON
     if first.startswith("{"):
-        # an object over several lines, or a line that is broken or longer than what was looked at
+        # an object over several lines, or a line that is broken or longer than the sample
         is_line = first.endswith("}") or lines == 1 and goes_on
         return JSONL if suffix in JSONL_SUFFIXES or suffix != ".json" and is_line else JSON
     return None
 
 
 def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
-    """What stands between the columns of a file whose first line is `header`; None if it is no such file."""
+    """Return the separator of columns in a file with the first line `header`; None if it has none."""
     split = {mark: _names(header, mark) for mark in DELIMITERS}
 
     def is_known(names: list[str]) -> bool:
@@ -324,14 +324,14 @@ def _names(header: str, mark: str) -> list[str]:
     try:
         return [name.strip() for name in next(csv.reader([header[:HEADER]], delimiter=mark), [])]
     except csv.Error:
-        return []  # whoever reads the file says what is wrong
+        return []  # the reader of the file says what is wrong
 
 
 def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Which of a source's `count` records one pass over the data sees: each `weight` times on average.
+    """Choose from a source's `count` records those of one pass over the data: each `weight` times on average.
 
     They are ascending, and some come several times. For the fraction of a weight, records are drawn without
-    repetition, by `seed` and the source's `number`. At least one record is seen.
+    repetition, by `seed` and the source's `number`. At least one record is chosen.
     """
     whole = int(weight)
     more = max(round((weight - whole) * count), 0 if whole else 1)

@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face data sets -> (place, record).
+"""Tables: parquet files and Hugging Face data sets -> (place, record).
 
 They are read by pyarrow and datasets, which are in the optional extra `data`.
 """
@@ -31,7 +31,7 @@ def _needed(package: str, path: str) -> Any:
 
 
 def parquet(path: str, position: Position) -> Iterator[Record]:
-    """The rows of a parquet file, a batch at a time."""
+    """Read the rows of a parquet file, a batch at a time."""
     module = _needed("pyarrow.parquet", path)
     try:
         with module.ParquetFile(path) as file:
@@ -46,7 +46,7 @@ def parquet(path: str, position: Position) -> Iterator[Record]:
 
 
 def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]:
-    """The rows of a folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    """Read the rows of a folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
     module = _needed("datasets", path)
     try:
         data = module.load_from_disk(path)
@@ -62,7 +62,7 @@ def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]
 
 
 def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]:
-    """The rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG.
+    """Read the rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG.
 
     The package datasets downloads it, or takes it from its cache.
     """

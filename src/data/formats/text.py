@@ -1,7 +1,7 @@
 """Files of text, plain or gzipped, whatever their encoding; CSV and plain text.
 
-Readers give (place, record). A record is a dict, or a UserError that says why there is none; then the reader
-goes on. What makes the rest of a file unreadable is raised. A Position says how far a reader is.
+Readers yield (place, record). A record is a dict, or a UserError that says why there is none; then the reader
+goes on. An error that makes the rest of a file unreadable is raised. A Position says how far a reader is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rwkv_miss.errors import UserError
 from ...common.formatting import short
 
 Record = tuple[str, "dict[str, Any] | UserError"]
-# the first bytes of files that are packed, and by what
+# first bytes of packed files, and their packers
 PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
@@ -47,14 +47,14 @@ STRANGE = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8 become these
 
 @dataclasses.dataclass
 class Position:
-    """How far a reader is: share() of its source, from 0 to 1."""
+    """Progress of a reader: share() of its source, from 0 to 1."""
 
     share: Callable[[], float] = lambda: 0.0
 
 
 @contextlib.contextmanager
 def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIOBase]:
-    """The file as text, with its line ends as they are.
+    """Open the file as text, with its line ends as they are.
 
     It is read as UTF-8, or as its byte order mark says. Bytes that are not UTF-8 become surrogates. Raises
     UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by anything
@@ -95,7 +95,7 @@ def _share(file: io.BufferedReader, size: int) -> float:
 
 
 def undecoded(text: str) -> UserError | None:
-    """Why a text is not UTF-8, if it is not."""
+    """Return why a text is not UTF-8, or None if it is."""
     if text.isascii() or not STRANGE.search(text):
         return None
     data = text.encode("utf-8", "surrogateescape")
@@ -116,7 +116,7 @@ def _other_encoding(data: bytes) -> str:
 
 
 def whole_text(path: str) -> str:
-    """The content of a file that is no use in part.
+    """Read a file that is of no use in part.
 
     Raises UserError with the line where it stops being text.
     """
@@ -130,14 +130,14 @@ def whole_text(path: str) -> str:
 
 
 def plain(path: str, position: Position) -> Iterator[Record]:
-    """The whole file as one text; Windows line ends become newlines."""
+    """Read the whole file as one text; Windows line ends become newlines."""
     content = whole_text(path)
     if content.strip():
         yield path, {"text": content.replace("\r\n", "\n")}
 
 
 def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]:
-    """CSV with a header line.
+    """Read CSV with a header line.
 
     A cell may hold line breaks between double quotes. An empty cell counts as absent.
     """
