@@ -1,4 +1,4 @@
-"""A chat in a terminal: what can be typed, and what is printed.
+"""Chat in a terminal: its input and output.
 
 Imports common, data, inference and evaluation.
 """

@@ -6,7 +6,7 @@ import unicodedata
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> str:
-    """Two (title, text) as columns of together `width` characters of a terminal."""
+    """Put two (title, text) into columns, `width` characters of a terminal together."""
     half = max(10, (width - 3) // 2)
     columns = [
         [title, "-" * half, *(line for part in text.splitlines() for line in wrapped(part, half))]
@@ -21,14 +21,14 @@ def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> s
 
 
 def cells(text: str) -> int:
-    """The columns of a terminal that a text takes."""
+    """Count the columns of a terminal that a text takes."""
     visible = [c for c in text if not unicodedata.combining(c)]
     wide = [c for c in visible if unicodedata.east_asian_width(c) in "WF"]
     return len(visible) + len(wide)
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """One line as lines of at most `width` columns, broken at spaces where there are any."""
+    """Wrap one line into lines of at most `width` columns, broken at spaces if there are any."""
     lines, line = [], ""
     for c in text.expandtabs(4):
         if cells(line + c) > width:

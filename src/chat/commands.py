@@ -1,4 +1,4 @@
-"""What can be typed in a chat: words for the model, and commands, which begin with a slash."""
+"""Input of a chat: words for the model, and commands, which begin with a slash."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str, arguments: str = ""):
-    """Decorator: make a method of Chat a command; its docstring is the help."""
+    """Return a decorator that makes a method of Chat a command; its docstring is the help."""
 
     def add(method):
         COMMANDS[name] = Command(method, arguments, " ".join(method.__doc__.split()))
@@ -60,12 +60,11 @@ def command(name: str, arguments: str = ""):
 
 
 class Chat:
-    """A conversation, the adapters it may use, and what is typed. Answers go to stdout, everything else to
-    stderr.
+    """Conversation, the adapters that it may use, and the commands. Answers go to stdout, the rest to stderr.
 
     `template_of(paths)` is the template with these adapter files in use, `bos_of(paths)` the ids that a
-    conversation then begins with. `chosen`, where it is not None, is a template that was chosen in the chat,
-    and stays.
+    conversation then begins with. `chosen`, if not None, is a template that was chosen in the chat, and
+    stays.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Chat:
         self.max_tokens, self.seed, self.bos_of = max_tokens, seed, bos_of
         self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
-        self.results: list[dict] = []  # of the last answer's calls, so far
+        self.results: list[dict] = []  # results for the last answer's calls, so far
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
     def converse(self) -> None:
@@ -108,9 +107,8 @@ class Chat:
                 note("stopped" + ("; what was said stays in the conversation, until /undo" if kept else ""))
 
     def take(self, line: str) -> None:
-        """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what
-        looks like a command.
-        """
+        """Take one line: nothing, a command, or the user's words. // or a space before a slash makes words
+        of a command."""
         check_typed(line)
         if line.startswith("/") and not line.startswith("//"):
             name, _, argument = line[1:].partition(" ")
@@ -123,12 +121,12 @@ class Chat:
             self.answer([*self.results, {"role": "user", "content": text}])
 
     def answer(self, new: list[dict]) -> None:
-        """Print the model's answer to these messages as it is made, and which tools it calls."""
+        """Print the model's answer to these messages as it is made, and the tools that it calls."""
         print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
         before = len(self.conversation.turns)
         try:
             show(self.conversation.answer(new, self.max_tokens))
-        finally:  # an answer that Ctrl-C stopped may stay, and what it was asked with it
+        finally:  # an answer that Ctrl-C stopped may stay, with its question
             if len(self.conversation.turns) > before:
                 self.results = []
         note_calls(self.conversation.calls)
@@ -136,7 +134,7 @@ class Chat:
             self.judge_tokenizer(new[-1]["content"])
 
     def judge_tokenizer(self, text: str) -> None:
-        """Say so where the model knows less of the user's words than a guess."""
+        """Warn if the model predicts the user's words worse than a guess."""
         ids = self.conversation.tokenizer.encode(text)
         self.tokenizer_judged = len(ids) >= ENOUGH
         if doubt := doubt_of_text(self.adapters.model, self.conversation.tokenizer, ids):
@@ -172,7 +170,7 @@ class Chat:
         return f"{count} turn" + "s" * (count != 1)
 
     def paths(self) -> list:
-        """The files in use."""
+        """Return the files in use."""
         return [self.adapters.by_name[name].path for name in self.adapters.used]
 
     def in_use(self) -> str:
@@ -293,7 +291,7 @@ class Chat:
         note(f"template {self.conversation.template.name}; {self.conversation.sampling} ({known})")
 
     def ask_in_mode(self, command_name: str, mode: str) -> None:
-        """Choose a mode of RWKV's template, if one is given. UserError for another template."""
+        """Choose a mode of RWKV's template, if one is given. Raises UserError for another template."""
         template = self.conversation.template
         if not isinstance(template, RwkvTemplate):
             raise UserError(f"/{command_name} is about RWKV's template; this chat has {template.name}")
@@ -327,7 +325,7 @@ class Chat:
             )
         results = [*self.results, {"role": "tool", "content": needed("result", argument)}]
         if len(results) == len(calls):
-            self.answer(results)  # where that fails, the last result is to be given again
+            self.answer(results)  # if it fails, the last result is still to be given
         else:
             self.results = results
             note_calls(calls, len(results))
@@ -357,9 +355,8 @@ class Chat:
         self.over = True
 
     def compared(self, text: str) -> str:
-        """Two columns: what the base and what the adapter in use answers, with the same random numbers.
-        UserError without an adapter.
-        """
+        """Write two columns: the answers of the base and of the adapter in use, with the same random
+        numbers. Raises UserError without an adapter."""
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
             raise UserError(
@@ -391,7 +388,7 @@ class Chat:
 
 
 def find(name: str) -> Command:
-    """The command of that name. UserError with all of them, and one that is near."""
+    """Find the command of that name. Raises UserError with all of them, and one that is near."""
     if name in COMMANDS:
         return COMMANDS[name]
     near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -403,7 +400,7 @@ def find(name: str) -> Command:
 
 
 def named_mode(command_name: str, name: str) -> str:
-    """The mode of RWKV's template, by its own or its short name. UserError for any other."""
+    """Return the mode of RWKV's template, by its own or its short name. Raises UserError for any other."""
     mode = MODE_NAMES.get(name, name)
     if mode not in MODES:
         names = ", ".join(dict.fromkeys([*MODE_NAMES, *MODES]))
@@ -418,7 +415,7 @@ def needed(name: str, argument: str) -> str:
 
 
 def note_calls(calls: list[dict], done: int = 0) -> None:
-    """The calls of an answer that have no result yet; `done` have one."""
+    """Print the calls of an answer that have no result yet; `done` have one."""
     for number, call in enumerate(calls[done:], done + 1):
         function = call["function"]
         note(f"call {number} of {len(calls)}: {function['name']} {function['arguments']}")
@@ -431,9 +428,7 @@ def note(text: str) -> None:
 
 
 def show(pieces: Generator[str, None, Any]) -> None:
-    """Print an answer as it is made. Where that is stopped, the answer is told, and its conversation keeps
-    what was said.
-    """
+    """Print an answer as it is made. If it is stopped, the conversation keeps the text so far."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -443,7 +438,7 @@ def show(pieces: Generator[str, None, Any]) -> None:
 
 
 def check_typed(text: str) -> None:
-    """UserError for what a shell or a terminal gave in another encoding than Python expects."""
+    """Raise UserError for text from a shell or a terminal in another encoding than Python expects."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -453,7 +448,7 @@ def check_typed(text: str) -> None:
 
 
 def valid_number(name: str, text: str) -> float:
-    """UserError for anything but a finite number."""
+    """Convert to a finite number, or raise UserError."""
     try:
         number = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The flags of a chat."""
+"""Flags of a chat."""
 
 from __future__ import annotations
 

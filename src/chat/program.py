@@ -1,4 +1,4 @@
-"""A chat from its flags: a model and its adapters are loaded, and answer."""
+"""Chat from its flags: a model and its adapters are loaded, and answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 1024  # tokens of a prompt that are read at once
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer --prompt, or what is typed until the chat ends."""
+    """Answer --prompt, or each line until the chat ends."""
     tools = read_tools(args.tools) if args.tools else []
     check_local(args)
     chat, how = load(args)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Chat, str]:
-    """(the chat, which decoder answers, in words). UserError for files that do not fit."""
+    """Load (the chat, a description of its decoder). Raises UserError for files that do not fit."""
     args.model = local_path(args.model)
     args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
     adapters, tokenizer = load_with(

@@ -1,4 +1,4 @@
-"""What a model can do: right answers, likelihoods, lm-evaluation-harness, distance from the base.
+"""Evaluation of a model: right answers, likelihoods, lm-evaluation-harness, distance from the base.
 
 Imports common, config, ops, model, data and inference.
 """

@@ -34,7 +34,7 @@ STATES = 3  # of a row while a step is made: the old one, the new one, and a cop
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How questions are asked. The template is the one that they are written in."""
+    """Settings of asking questions. The template is the one that they are written in."""
 
     max_tokens: int
     template: Template = DEFAULT
@@ -45,9 +45,9 @@ class Asking:
 
 
 def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
-    """How many of so many answers are made at once: `batch`, else what ROWS and half of the memory allow.
+    """Choose how many of `answers` are made at once: `batch`, else what ROWS and half of the memory allow.
 
-    UserError where the states of `batch` answers do not fit into the memory.
+    Raises UserError if the states of `batch` answers do not fit into the memory.
     """
     accelerator = "gpu" if model.emb.weight.is_cuda else "cpu"
     rows = min(answers, batch or ROWS[accelerator])
@@ -64,12 +64,12 @@ def rows_for(model: RWKV, answers: int, batch: int | None = None) -> int:
 
 
 def seed_of(seed: int, place: int) -> int:
-    """The seed of what is asked in this place; the engine makes one of it for each answer."""
+    """Return the seed for the question in this place; the engine derives one for each answer."""
     return int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0])
 
 
 def engine_for(model: RWKV, tokenizer: Tokenizer, answers: int, batch: int | None = None) -> Engine:
-    """An engine for so many answers, of which rows_for() are made at once."""
+    """Make an engine for `answers` answers, of which rows_for() are made at once."""
     decoder, _ = fastest(model, rows=rows_for(model, answers, batch))
     return Engine(decoder, tokenizer)
 
@@ -77,10 +77,10 @@ def engine_for(model: RWKV, tokenizer: Tokenizer, answers: int, batch: int | Non
 def answers_to(
     engine: Engine, questions: Sequence[Question], asking: Asking, kept: AnswersFile | None = None
 ) -> list[list[Answer]]:
-    """What the model answers to each question, without thoughts: asking.samples answers each.
+    """Ask the model each question: asking.samples answers each, without thoughts.
 
     An answer depends on its question, its place in the list, the number of the sample and asking.seed, and
-    not on what is answered beside it. What `kept` has already is not asked again; what comes is added to it.
+    not on the other rows. Answers that `kept` has are not asked again; new ones are added to it.
     """
     keys = [(i, sample) for i in range(len(questions)) for sample in range(asking.samples)]
     given = {key: kept.answers[key] for key in keys if key in kept.answers} if kept else {}
@@ -113,9 +113,9 @@ def answers_to(
 def completed(
     engine: Engine, requests: Sequence[Request], bar: Progress, known: Collection[tuple[int, int]] = ()
 ) -> Iterator[tuple[int, EngineAnswer]]:
-    """(place of the request, one of its answers) as soon as it is complete. The bar counts answers.
+    """Yield (place of the request, one of its answers) as soon as it is complete. The bar counts answers.
 
-    `known` are (place, index) of answers that are not needed. UserError where the model overflows.
+    `known` are (place, index) of answers that are not needed. Raises UserError if the model overflows.
     """
     places: dict[EngineAnswer, int] = {}
     for place, request in enumerate(requests):
@@ -138,7 +138,7 @@ def completed(
 def exact_accuracy(
     model: RWKV, tokenizer: Tokenizer, questions: Sequence[Question], asking: Asking
 ) -> tuple[float, list[str]]:
-    """(share of answers that are right as a whole, the answers)."""
+    """Return (share of answers that are right as a whole, the answers)."""
     given = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
     answers = [answer.text for answer, *_ in given]
     right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))

@@ -1,8 +1,8 @@
-"""The file of an evaluation's answers, which is written as they come, and which a stopped evaluation reads.
+"""Answers file of an evaluation, which is written as they come, and which a stopped evaluation reads.
 
-Its first line says what is asked: {"evaluation": {"model", "temperature", ...}}. Every other one is an
+Its first line describes the evaluation: {"evaluation": {"model", "temperature", ...}}. Every other line is an
 answer: {"question", "sample", "prompt", "answer", "cut"}, with numbers from 0 on. They stand in the order in
-which the answers ended until all are there, and then in that of the questions.
+which the answers ended until all are there, and then in the order of the questions.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Key = tuple[int, int]  # the numbers of a question and of an answer to it
 
 
 class Answer(NamedTuple):
-    """What a model said."""
+    """Answer of a model."""
 
     text: str
-    cut: bool | None  # whether it reached the limit of tokens before its end; None where that is not known
+    cut: bool | None  # whether it reached the limit of tokens before its end; None if unknown
 
 
 class AnswersFile:
-    """The answers in the file at `path`, those of an earlier call included.
+    """Answers in the file at `path`, with those of an earlier call.
 
-    `about` is what decides the answers: an evaluation goes on only where it is the same. UserError for a file
-    of another evaluation, or of none.
+    `about` decides the answers: an evaluation goes on only if it is the same. Raises UserError for a file of
+    another evaluation, or of none.
     """
 
     def __init__(self, path: str, about: Mapping[str, Any]):
@@ -52,14 +52,14 @@ class AnswersFile:
             self._write()
 
     def add(self, question: int, sample: int, prompt: str, answer: Answer) -> None:
-        """One more answer, which is in the file when this returns."""
+        """Add an answer, which is in the file when this returns."""
         row = {"question": question, "sample": sample, "prompt": prompt, **answer._asdict()}
         row["answer"] = row.pop("text")
         append_line(self.path, row)
         self._keep(row)
 
     def finish(self) -> None:
-        """Put the lines into the order of the questions."""
+        """Sort the lines in the order of the questions."""
         if list(self.rows) != sorted(self.rows):
             self.rows = dict(sorted(self.rows.items()))
             self._write()
@@ -73,15 +73,15 @@ class AnswersFile:
 
 
 def _as_read(about: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, for which a tuple is a list."""
+    """Convert as JSON would, for which a tuple is a list."""
     return json.loads(json.dumps(about))
 
 
 def _read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
-    """(what the first line says, the answers, whether the last line is whole)."""
+    """Read (the first line, the answers, whether the last line is whole)."""
     try:
         with open(path, "rb") as file:
-            *lines, rest = file.read().split(b"\n")  # the rest is what a kill has cut off
+            *lines, rest = file.read().split(b"\n")  # the rest was cut off by a kill
         first, *rows = map(json.loads, lines)
         for row in rows:
             row["question"], row["sample"], row["prompt"], row["answer"], row["cut"]
@@ -98,7 +98,7 @@ def _seen(error: Exception) -> str:
 
 
 def require_same(path: str, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """UserError unless the file is of the same evaluation, by all that `about` names."""
+    """Raise UserError unless the file is of the same evaluation, by all that `about` names."""
     for name, wanted in about.items():
         if (found := there.get(name)) != wanted:
             raise UserError(
@@ -108,7 +108,7 @@ def require_same(path: str, there: Mapping[str, Any], about: Mapping[str, Any]) 
 
 
 def require_unstarted_or_same(path: str, about: Mapping[str, Any]) -> None:
-    """UserError where the file is there and of another evaluation, by what is known of this one so far."""
+    """Raise UserError if the file is there and of another evaluation, by what is known of this one so far."""
     if _has_begun(path):
         require_same(path, _read(path)[0], _as_read(about))
 
@@ -123,16 +123,16 @@ def _short(value: Any) -> str:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """What the questions and their right answers are, in 32 hex digits."""
+    """Hash the questions and their reference answers, to 32 hex digits."""
     content = [[question.pieces, str(question.right)] for question in questions]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def read_answers(path: str, questions: int) -> list[list[Answer]]:
-    """The answers to so many questions out of a file like that of an evaluation, or of rows {"answer"}.
+    """Read the answers to `questions` questions from a file of an evaluation, or of rows {"answer"}.
 
-    Rows without the number of a question are in the order of the questions. UserError unless each question
-    has equally many.
+    Rows without the number of a question are in the order of the questions. Raises UserError unless each
+    question has equally many.
     """
     try:
         with open(path, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The flags of scripts.evaluate, and which of them go together."""
+"""Flags of scripts.evaluate, and checks of which go together."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .presets import PRESETS
 from .scoring import SCORES
 
 BETA = 0.1  # of rewards, as in the papers of DPO, IPO and KTO
-# what --preferences takes of the other flags
+# the other flags that --preferences takes
 WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "save", "show")
 
 
 def add_flags(parser: Parser) -> None:
-    """All of them."""
+    """Add all flags."""
     add_model(parser)
     add_questions(parser)
     add_answers(parser)
@@ -37,7 +37,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """What answers, and how it is asked."""
+    """Add flags about the model, and how it is prompted."""
     add = parser.add_argument
     add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
     add(
@@ -76,7 +76,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
-    """What is asked, and when an answer is right."""
+    """Add flags about the questions, and when an answer is right."""
     add = parser.add_argument
     add(
         "--questions",
@@ -112,7 +112,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
-    """How long answers are, how many are made at once, and where they are kept."""
+    """Add flags about the length of answers, how many are made at once, and where they are kept."""
     add = parser.add_argument
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
     add(
@@ -145,7 +145,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How many answers to each question, and how they are drawn."""
+    """Add flags about the number of answers to each question, and how they are drawn."""
     add = parser.add_argument
     add(
         "--samples",
@@ -173,7 +173,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preferences(parser: argparse.ArgumentParser) -> None:
-    """Pairs of answers in the place of questions, and what the model is compared with."""
+    """Add flags about pairs of answers instead of questions, and about the reference."""
     add = parser.add_argument
     add(
         "--preferences",
@@ -197,7 +197,7 @@ def add_preferences(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """UserError for flags that are out of range or do not go together."""
+    """Raise UserError for flags that are out of range or do not go together."""
     if bool(args.questions) == bool(args.preferences):
         raise UserError(
             "give --questions, which the model answers, or --preferences, pairs of answers"
@@ -210,7 +210,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_preferences(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go with --preferences."""
+    """Raise UserError for flags that do not go with --preferences."""
     if not args.model:
         raise UserError("--preferences needs a --model, which says how likely it finds each answer")
     for name, unused in without(add_questions, add_answers, add_sampling).items():
@@ -236,7 +236,7 @@ def check_preferences(args: argparse.Namespace) -> None:
 
 
 def without(*add_flags: Callable[[Parser], None]) -> dict[str, Any]:
-    """What flags are where none of them is given, by name."""
+    """Return the values of flags that are not given, by name."""
     parser = Parser()
     for add_some in add_flags:
         add_some(parser)
@@ -244,7 +244,7 @@ def without(*add_flags: Callable[[Parser], None]) -> dict[str, Any]:
 
 
 def check_questions(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go with --questions."""
+    """Raise UserError for flags that do not go with --questions."""
     for name in ("reference", "beta"):
         if (given := getattr(args, name)) is not None:
             raise UserError(f"--{name} {given} belongs to --preferences")
@@ -284,14 +284,14 @@ def check_questions(args: argparse.Namespace) -> None:
 
 
 def check_number(name: str, given: int | None, least: int) -> None:
-    """UserError for a number below the least."""
+    """Raise UserError for a number below the least."""
     if given is not None and given < least:
         expected = "must be at least 1" if least else "must not be negative"
         raise UserError(f"--{name} {given}: {expected}")
 
 
 def check_answers(args: argparse.Namespace) -> None:
-    """UserError where --answers is beside flags that ask a model."""
+    """Raise UserError where --answers is beside flags that ask a model."""
     if args.model:
         return
     asking = {"adapter": [], "bos": "recorded", "save": None}
@@ -304,7 +304,7 @@ def check_answers(args: argparse.Namespace) -> None:
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """UserError for a sampling that is none."""
+    """Raise UserError for a sampling that is none."""
     sampling = Sampling(**sampling_of(args))
     sampling.check()
     if not sampling.greedy:
@@ -323,5 +323,5 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, float]:
-    """The sampling of the flags, by the names of Sampling."""
+    """Return the sampling of the flags, by the names of Sampling."""
     return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}

@@ -1,6 +1,6 @@
-"""The reward `regex`, in a process of its own (reward_functions.py).
+"""Reward `regex`, in a process of its own (reward_functions.py).
 
-A regular expression may take exponential time on what a model wrote. There it is ended after
+A regular expression may take exponential time on a model's text. In its own process it is ended after
 --reward_timeout.
 """
 
@@ -10,5 +10,5 @@ import re
 
 
 def regex(prompt: str, answers: list[str], pattern: str) -> list[bool]:
-    """Whether the pattern is found anywhere in each answer."""
+    """Tell whether the pattern is found anywhere in each answer."""
     return [re.search(pattern, answer) is not None for answer in answers]

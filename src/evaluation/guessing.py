@@ -1,4 +1,4 @@
-"""The warning about a model that predicts a text worse than a guess over the tokenizer's ids.
+"""Warning about a model that predicts a text worse than a guess over the tokenizer's ids.
 
 Most often the model was trained with another tokenizer.
 """
@@ -15,13 +15,13 @@ from ..model import RWKV
 from .likelihood import log_likelihoods
 
 MARGIN = 0.5  # nats
-ENOUGH = 32  # tokens that can tell
+ENOUGH = 32  # tokens that are enough to tell
 
 
 def worse_than_guessing(loss: float, tokenizer: Tokenizer, name: str = "the loss") -> str | None:
-    """The warning about a trained model whose loss, in nats a token, is above that of guessing; else None.
+    """Warn about a trained model whose loss, in nats a token, is above that of guessing; else None.
 
-    Guessing has ln(vocabulary). The loss may be above it by MARGIN. `name` is what it is called.
+    Guessing has ln(vocabulary). The loss may be above it by MARGIN. `name` is the loss's name.
     """
     guess = math.log(tokenizer.vocab_size)
     if loss <= guess + MARGIN:
@@ -35,7 +35,7 @@ def worse_than_guessing(loss: float, tokenizer: Tokenizer, name: str = "the loss
 
 @torch.no_grad()
 def doubt_of_text(model: RWKV, tokenizer: Tokenizer, ids: list[int]) -> str | None:
-    """The warning for a text that the model reads; None for one that is too short to tell."""
+    """Warn about a text that the model reads; None for one that is too short to tell."""
     if len(ids) < ENOUGH:
         return None
     ids = torch.tensor([ids], device=model.emb.weight.device)
@@ -46,7 +46,7 @@ def doubt_of_text(model: RWKV, tokenizer: Tokenizer, ids: list[int]) -> str | No
 def doubt_of_answers(
     model: RWKV, tokenizer: Tokenizer, pairs: list[tuple[list[int], list[int]]]
 ) -> str | None:
-    """The warning for right answers after their prompts, as ids; None for what is too short to tell."""
+    """Warn about reference answers after their prompts, as ids; None if they are too short to tell."""
     tokens = sum(len(answer) for _, answer in pairs)
     if tokens < ENOUGH:
         return None

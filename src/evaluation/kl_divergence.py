@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's on the same tokens.
+"""KL divergence of one model's predictions from another's on the same tokens.
 
 forgetting.txt is a fixed text in four sections to compare them on.
 """
@@ -18,12 +18,12 @@ from rwkv_miss.errors import UserError
 
 from ..model import RWKV
 
-TOKENS_AT_ONCE = 16  # tokens whose logits are looked at together
+TOKENS_AT_ONCE = 16  # tokens whose logits are compared at once
 TEXT = pathlib.Path(__file__).with_name("forgetting.txt")
 
 
 def sections(tokenizer) -> dict[str, list[int]]:
-    """Name -> tokens of the fixed text's sections, without those that the tokenizer has no tokens for."""
+    """Encode the fixed text's sections by name, without those that the tokenizer has no tokens for."""
     parts = re.split(r"^=== (.+) ===\n", TEXT.read_text(encoding="utf-8"), flags=re.M)[1:]
     found = {}
     for name, text in zip(parts[::2], parts[1::2], strict=True):
@@ -33,7 +33,7 @@ def sections(tokenizer) -> dict[str, list[int]]:
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(base || tuned) at each token, in nats: logits (T, V) -> (T,).
+    """Compute the KL divergence KL(base || tuned) at each token, in nats: logits (T, V) -> (T,).
 
     It is computed in fp32, or in fp64 for such logits.
     """
@@ -49,24 +49,24 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far logits are from those of a reference."""
+    """Distance of logits from those of a reference."""
 
     max_logit_difference: float
     max_logit: float  # the largest |logit| of the reference
     mean_kl: float  # KL(reference || these) in nats, over the tokens
     max_kl: float
-    top1_agreement: float  # share of tokens with the same likeliest next one
+    top1_agreement: float  # share of tokens with the same likeliest next token
 
 
 @torch.no_grad()
 def logits_of(model: RWKV, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The logits (T, V) of each text, fp32."""
+    """Compute the logits (T, V) of each text, fp32."""
     device = model.emb.weight.device
     return [model(torch.tensor([list(ids)], device=device))[0][0].float() for ids in texts]
 
 
 def distance(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Distance:
-    """That of logits (T, V) from those of the reference, over all texts.
+    """Compute the distance of logits (T, V) from those of the reference, over all texts.
 
     It is computed in float64, because in fp32 rounding hides small divergences.
     """

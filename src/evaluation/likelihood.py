@@ -15,16 +15,16 @@ from ..model import RWKV
 TOKENS = 1 << 14  # in one pass, padding included
 LOGITS = 1 << 26  # at once: 256 MiB in fp32
 
-# the ids of a text, and at how many of its last tokens the features are wanted
+# the ids of a text, and the number of its last tokens whose features are needed
 Request = tuple[tuple[int, ...], int]
 
 
 @torch.no_grad()
 def log_likelihoods(model: RWKV, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """ln p(continuation | context) of each (context, continuation), and whether greedy decoding gives it.
+    """Compute ln p(continuation | context) of each pair, and whether greedy decoding gives the continuation.
 
-    Both are lists of ids. Pairs that read the same tokens are computed once, as the choices of a question do
-    whose answers are one token long.
+    Both are lists of ids. Pairs that read the same tokens are computed once, such as the choices of a
+    question with answers of one token.
 
     Raises ValueError for an empty context. The first token of a text needs one before it, such as the end of
     a document.
@@ -45,7 +45,7 @@ def log_likelihoods(model: RWKV, pairs: Sequence[tuple[list[int], list[int]]]) -
 
 
 def _batches(requests: list[Request]) -> list[list[Request]]:
-    """Requests of ascending length, cut so that a batch padded to its longest has at most TOKENS tokens."""
+    """Cut requests of ascending length into batches of at most TOKENS tokens, padded to their longest."""
     batches: list[list[Request]] = []
     for request in requests:
         length = len(request[0])
@@ -56,7 +56,7 @@ def _batches(requests: list[Request]) -> list[list[Request]]:
 
 
 def _features(model: RWKV, batch: list[Request]) -> list[Tensor]:
-    """The input of the head (n, C) at the last n tokens of each request (ids, n).
+    """Compute the input of the head (n, C) at the last n tokens of each request (ids, n).
 
     The padding comes after them and reaches nothing.
     """
@@ -73,7 +73,7 @@ def _features(model: RWKV, batch: list[Request]) -> list[Tensor]:
 
 
 def _score(model: RWKV, x: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Sum of ln p of the tokens after features x (n, C), in fp64, and whether each is the likeliest."""
+    """Return sum ln p of the tokens after features x (n, C), in fp64; tell whether each is the likeliest."""
     targets = torch.tensor(continuation, device=x.device)
     total, greedy = 0.0, True
     rows = max(1, LOGITS // model.arch.vocab_size)

@@ -1,4 +1,4 @@
-"""A model of this project as one of EleutherAI's lm-evaluation-harness, the optional extra lm-eval.
+"""Adapter to EleutherAI's lm-evaluation-harness for a model of this project: the optional extra lm-eval.
 
 Only scripts/lm_eval.py imports it.
 """
@@ -25,15 +25,15 @@ from ..model import RWKV
 from .answering import completed, engine_for, seed_of
 from .likelihood import log_likelihoods
 
-MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harness's own models
+MAX_TOKENS = 256  # of an answer if a task gives no limit, as in the harness's own models
 
 
 class HarnessModel(LM):
-    """Scores and generates for the harness. There is no longest context: the state carries all of it.
+    """Model for the harness. There is no longest context: the state carries all of it.
 
     Every text begins with the ids `bos`. Without them a text with nothing before it is scored after the end
-    of a document, which is what stands before a text in RWKV's training data. Sampled answers draw from
-    `seed` and the place of their request.
+    of a document, as texts stand in RWKV's training data. Sampled answers draw from `seed` and the place of
+    their request.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class HarnessModel(LM):
         self.bos, self.seed = bos, seed
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(ln p(continuation | context), whether greedy decoding gives it) of each request.
+        """Return (ln p(continuation | context), whether greedy decoding gives it) of each request.
 
         A request is (context, continuation).
         """
         return log_likelihoods(self.model, [self._tokens(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """ln p of each whole text (text,)."""
+        """Compute ln p of each whole text (text,)."""
         pairs = [self._tokens("", *request.args) for request in requests]
         return [total for total, _ in log_likelihoods(self.model, pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answer to each request, without the text that ended it.
+        """Generate the answer to each request, without the text that ended it.
 
         A request is (context, {"until": texts, "max_gen_toks": number}), greedy unless it has "do_sample".
         """
@@ -86,7 +86,7 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as this project's template writes it, asking for an answer."""
+        """Write the conversation by this project's template, up to where an answer begins."""
         return "".join(piece for piece, _ in self.template.segments(chat_history, ask=add_generation_prompt))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -97,30 +97,30 @@ class HarnessModel(LM):
         return self.tokenizer.name
 
     def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the two as they stand in one text.
+        """Encode the two as they stand in one text.
 
         Space between them belongs to the continuation, as in the harness's own models.
         """
         text, border = context + continuation, len(context.rstrip())
         before, whole = self.tokenizer.encode(text[:border]), self.tokenizer.encode(text)
-        if whole[: len(before)] != before:  # a token reaches over the border
+        if whole[: len(before)] != before:  # a token crosses the border
             whole = before + self.tokenizer.encode(text[border:])
         return self._begun(before), whole[len(before) :]
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """The ids of a context, which has at least one."""
+        """Return the ids of a context, with at least one."""
         return with_leading(ids, self.bos) or list(self.tokenizer.eod)
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """How a request's answer is sampled. Hugging Face's names, whose defaults are 1, 1 and no top_k."""
+    """Choose the sampling of a request; Hugging Face's defaults are 1, 1 and no top_k."""
     if not options.get("do_sample"):
         return GREEDY
     return Sampling(options.get("temperature", 1.0), options.get("top_p", 1.0), options.get("top_k") or 0)
 
 
 class Lambada(ConfigurableTask):
-    """LAMBADA from a local file of rows {"text"}.
+    """LAMBADA task from a local file of rows {"text"}.
 
     As in the harness's task lambada_openai, the last word of each text is asked for.
     """

@@ -1,4 +1,4 @@
-"""Whether two texts have equal mathematics, as the package math_verify judges: the extra `math`."""
+"""Equality of the mathematics in two texts, as the package math_verify judges: the extra `math`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LOGGERS = ("math_verify.parser", "math_verify.grader")
 
 
 def require_math_verify() -> ModuleType:
-    """The package. UserError where it is absent."""
+    """Import the package. Raises UserError if it is absent."""
     try:
         return importlib.import_module("math_verify")
     except ImportError as error:
-        # here, as guarded_mathematics.py runs without it: rwkv_miss imports torch
+        # imported here, as guarded_mathematics.py runs without it: rwkv_miss imports torch
         from rwkv_miss.errors import UserError
 
         raise UserError(
@@ -26,10 +26,10 @@ def require_math_verify() -> ModuleType:
 
 
 def same_mathematics(answer: str, right: str) -> bool:
-    """Whether the last result in an answer equals the right one.
+    """Tell whether the last result in an answer equals the reference answer's.
 
-    Equal are numbers, expressions, sets, intervals and equations, in LaTeX or plain. What takes more than
-    five seconds is not equal.
+    It compares numbers, expressions, sets, intervals and equations, in LaTeX or plain. A comparison of more
+    than five seconds counts as unequal.
     """
     package = require_math_verify()
     with _silent():
@@ -37,19 +37,19 @@ def same_mathematics(answer: str, right: str) -> bool:
 
 
 def mathematics(text: str) -> str | None:
-    """The last result in a text, in SymPy's words. None without one."""
+    """Return the last result in a text, in SymPy's form. None without one."""
     with _silent():
         parsed = require_math_verify().parse(text)
     return str(parsed[0]) if parsed else None
 
 
 def right_mathematics(text: str) -> str | None:
-    r"""The same of a right answer, which may be bare LaTeX, such as `\frac{1}{2}`."""
+    r"""Return the result of a reference answer, which may be bare LaTeX, such as `\frac{1}{2}`."""
     return mathematics(_marked(text))
 
 
 def _marked(right: str) -> str:
-    r"""A right answer with its mathematics marked as such.
+    r"""Mark the mathematics in a reference answer.
 
     MATH-500 has bare LaTeX in `answer`, and a text with \boxed{} in `solution`.
     """
@@ -58,7 +58,7 @@ def _marked(right: str) -> str:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without a warning for each text that takes too long, which is as long as the text."""
+    """Suppress the warning for each text that takes too long, which is as long as the text."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

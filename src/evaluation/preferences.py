@@ -1,4 +1,4 @@
-"""How likely a model finds each answer of preference data, and how that compares with a reference."""
+"""Preferences of a model: how likely it finds each answer of preference data, beside a reference."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..model.preference_loss import METRICS, PreferenceLoss
 
 TOKENS = 1 << 13  # in one pass, padding included
 CHUNK = 1 << 11  # tokens of a longer row at once
-GAIN = 1.2  # a second pass costs something, too
+GAIN = 1.2  # factor that pays for a second pass
 LONGEST = 1 << 30  # tokens of a row: memory does not depend on it
-# what means() says of rewards, which are measured against a reference
+# metrics of means() about rewards, which are measured against a reference
 OF_REWARDS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "baseline")
 
-# of Measured.lines(): what a figure is, its name, and that of the reference's
+# rows of Measured.lines(): description, name of the figure, name of the reference's
 TABLE = (
     ("log p of the chosen answers", "logp_chosen", "reference_logp_chosen"),
     ("log p of the rejected answers", "logp_rejected", "reference_logp_rejected"),
@@ -50,9 +50,9 @@ WIDTH = max(len(text) for text, *_ in TABLE)
 
 
 def read_preferences(path: str, encoder: Encoder, reading: Reading) -> Preferences:
-    """The pairs of a file, or its answers with labels, by what its first row is; prints what is left out.
+    """Read the pairs of a file, or its answers with labels, by its first row; prints the rows left out.
 
-    UserError for a row that is neither.
+    Raises UserError for a row that is neither.
     """
     labels = dataclasses.replace(reading, rows=LABELS)
     first = next((record for _, record in read_records(path, Report(), labels)), {})
@@ -66,7 +66,7 @@ def read_preferences(path: str, encoder: Encoder, reading: Reading) -> Preferenc
 
 @torch.no_grad()
 def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
-    """ln p of every trained token, unit by unit and answer by answer: (data.targets,) float32."""
+    """Compute ln p of every trained token, unit by unit and answer by answer: (data.targets,) float32."""
     device = model.emb.weight.device
     counts = data.target_counts
     ends = np.cumsum(counts, dtype=np.int64)
@@ -84,7 +84,7 @@ def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
 
 
 def prompts_once(data: Preferences, places: list[int]) -> bool:
-    """Whether these pairs, read with each prompt once, are clearly fewer tokens, padding included."""
+    """Tell whether these pairs, read with each prompt once, are clearly fewer tokens, with padding."""
     if not data.paired:
         return False
     answers = 2 * np.array(places)[:, None] + [0, 1]
@@ -94,7 +94,7 @@ def prompts_once(data: Preferences, places: list[int]) -> bool:
 
 
 def batches(lengths: np.ndarray) -> list[list[int]]:
-    """Places of units in ascending length, cut so that a batch padded to its longest has at most TOKENS.
+    """Cut places of units in ascending length into batches of at most TOKENS, padded to their longest.
 
     A longer unit is alone, so that the order of its tokens is that of their chunks.
     """
@@ -108,13 +108,13 @@ def batches(lengths: np.ndarray) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a model's log-probabilities say of preference data.
+    """Measurement of preference data by a model's log-probabilities.
 
-    `figures` are the metrics of a training with these data held out. Those whose names end in _per_token
-    compare means over the tokens of an answer where the others compare sums. Those that begin with reference_
-    are the reference's own. Without a reference there are no figures of rewards.
+    `figures` are the metrics of a training with these data held out. Names that end in _per_token compare
+    means over the tokens of an answer; the others compare sums. Names that begin with reference_ are the
+    reference's own. Without a reference there are no figures of rewards.
 
-    Of each answer, in the order of the data: trained tokens, ln p, ln p by the reference.
+    The arrays have for each answer, in the order of the data: trained tokens, ln p, ln p by the reference.
     """
 
     data: Preferences
@@ -125,7 +125,7 @@ class Measured:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many pairs there are, or how many answers of each label."""
+        """Count the pairs, or the answers of each label."""
         if self.data.paired:
             return {"pairs": len(self.data)}
         chosen = int(np.count_nonzero(self.data.chosen))
@@ -133,13 +133,13 @@ class Measured:
 
     @property
     def counted(self) -> str:
-        """The counts in words."""
+        """Write the counts for people."""
         if self.data.paired:
             return counted(len(self.data), "pair")
         return ", ".join(f"{counted(count, f'{name} answer')}" for name, count in self.counts.items())
 
     def lines(self) -> list[str]:
-        """The figures as a table."""
+        """Write the figures as a table."""
         lines = [] if self.reference is None else [f"{'':{WIDTH}}{'model':>11}{'reference':>11}"]
         for text, *names in TABLE:
             values = [
@@ -152,7 +152,7 @@ class Measured:
         return lines
 
     def worst(self, count: int, tokenizer: Tokenizer) -> list[str]:
-        """The pairs that are furthest on the wrong side, at most so many, with by how much."""
+        """Return at most `count` pairs that are furthest on the wrong side, with their distance."""
         if not self.data.paired:
             return []
         values = self.log_p if self.reference is None else self.log_p - self.reference
@@ -165,7 +165,7 @@ class Measured:
         ]
 
     def rows(self, tokenizer: Tokenizer, places: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The texts and numbers of the units at these places."""
+        """Yield the texts and numbers of the units at these places."""
         for i in places:
             unit = self.data[i]
             row: dict[str, Any] = {"prompt": tokenizer.decode(unit.prompt.tolist())}
@@ -188,7 +188,7 @@ class Compared:
 
     @classmethod
     def with_reference(cls, data: Preferences, model: RWKV) -> Compared:
-        """`model` is the reference."""
+        """Add ln p by `model`, the reference."""
 
         def beside(units: Preferences) -> Preferences:
             return units.with_reference(log_probs(model, units, "reference"))
@@ -196,7 +196,7 @@ class Compared:
         return cls(beside(data), None if data.paired else beside(data.mismatched()))
 
     def measure(self, model: RWKV, beta: float) -> Measured:
-        """What the model's log-probabilities say; rewards are `beta` times the ratio."""
+        """Measure the model; rewards are `beta` times the ratio."""
         log_p = log_probs(model, self.data, "log p")
         baseline = 0.0
         if self.others:
@@ -206,10 +206,10 @@ class Compared:
 
 
 def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float = 0.0) -> Measured:
-    """What ln p of every trained token says, (data.targets,) float32. `baseline` is KTO's."""
+    """Measure by ln p of every trained token, (data.targets,) float32. `baseline` is KTO's."""
     sums = np.zeros(len(METRICS))
     answers, end = [], 0  # (trained tokens, ln p, ln p by the reference)
-    # without a reference all rewards are 0, and are not told
+    # without a reference all rewards are 0, and are not shown
     compared = data.with_reference(np.zeros_like(log_p)) if data.reference is None else data
     loss = loss_for(data, beta)
     for unit in compared:
@@ -230,7 +230,7 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
 
 
 def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
-    """Whose metrics are taken: DPO's, or without pairs KTO's, whose rewards are the same."""
+    """Choose the loss with the metrics: DPO, or without pairs KTO, whose rewards are the same."""
     return PreferenceLoss(
         kind="dpo" if data.paired else "kto",
         beta=beta,
@@ -245,7 +245,7 @@ def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
 
 
 def _reference_figures(found: Measured) -> dict[str, float]:
-    """The reference's own log p of the answers."""
+    """Return figures of the reference's own log p of the answers."""
     if found.reference is None:
         return {}
     chosen = found.data.chosen
@@ -257,7 +257,7 @@ def _reference_figures(found: Measured) -> dict[str, float]:
 
 
 def _figures_per_token(found: Measured) -> dict[str, float]:
-    """The accuracies of pairs by the means over the tokens of an answer."""
+    """Return the accuracies of pairs by the means over the tokens of an answer."""
     if not found.data.paired:
         return {}
     figures = {"raw_accuracy_per_token": _share_above(found.log_p / found.tokens)}
@@ -268,5 +268,5 @@ def _figures_per_token(found: Measured) -> dict[str, float]:
 
 
 def _share_above(values: np.ndarray) -> float:
-    """The share of pairs whose chosen answer has the larger value (A,); ties are wrong."""
+    """Return the share of pairs whose chosen answer has the larger value (A,); ties are wrong."""
     return float((values[0::2] > values[1::2]).mean())

@@ -1,4 +1,4 @@
-"""Published evaluations as settings of scripts.evaluate. A flag that is given goes before them."""
+"""Presets: published evaluations as settings of scripts.evaluate. A given flag overrides them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 # name -> flag -> value
 PRESETS: dict[str, dict[str, Any]] = {
-    # as BlinkDL scores the G1 models; the rows are those of HuggingFaceH4/MATH-500
+    # BlinkDL's scoring of the G1 models; the rows are those of HuggingFaceH4/MATH-500
     "math500": {
         "score": "math_verify",
         "sft_field": "problem,answer",

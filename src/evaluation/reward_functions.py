@@ -1,8 +1,8 @@
 """Reward functions of a Python file, which run in a process of their own (reward_worker.py).
 
 The file is the user's own code: it may print, raise, hang, crash or return nonsense. None of that stops the
-one that asks, who gets a FunctionFailed with the reason. It is no sandbox: a function can do what its user
-can. So a file comes from the command line only, never from data or a checkpoint.
+caller, who gets a FunctionFailed with the reason. It is no sandbox: a function can do what its user can. So a
+file comes only from the command line, never from data or a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rwkv_miss.progress import clear
 
 WORKER = pathlib.Path(__file__).with_name("reward_worker.py")
 SIGNATURE = "def NAME(prompt: str, answers: list[str], right: str) -> list[float]"
-LOADING = 60.0  # seconds that a file may take to be imported, and what it imports
-POLL = 0.1  # seconds between two looks at whether the process lives
-BRIEFLY = 0.5  # seconds in which a process says where it is, or ends by itself
-LINES = 50  # of what the functions print in a call that are shown
+LOADING = 60.0  # seconds for the import of a file, with its own imports
+POLL = 0.1  # seconds between two checks whether the process lives
+BRIEFLY = 0.5  # seconds in which a process reports its place, or ends by itself
+LINES = 50  # lines of the functions' output in a call that are shown
 CHUNK = 1 << 16  # bytes of a read, and of a write: a pipe holds as many
 LONGEST_REPLY = 1 << 20  # bytes; the worker's own are shorter
 MEDDLED = (
@@ -41,7 +41,7 @@ LARGEST = 1e9  # the size of a reward: squares of larger numbers may overflow wh
 
 
 class FunctionFailed(Exception):
-    """Why a function gave no rewards; `kind` is alike for reasons that the user needs to read once."""
+    """Failure of a function to give rewards; `kind` is alike for reasons that the user needs to read once."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -49,18 +49,18 @@ class FunctionFailed(Exception):
 
 
 class TimedOut(Exception):
-    """No reply came in time."""
+    """Timeout: no reply came in time."""
 
 
 class Ended(Exception):
-    """The process is gone, or cannot reply any more."""
+    """End of the process, which cannot reply any more."""
 
 
 class RewardFunctions:
-    """The functions `names` of a file, each of which has so many seconds for a call.
+    """Reward functions `names` of a file; a call may take `seconds`.
 
-    The bytes that were read at first are what runs to the end, whatever becomes of the file. The process is
-    started anew after a failure that it did not survive.
+    The bytes that were read first run to the end, even if the file changes. The process is started again
+    after a failure that it did not survive.
     """
 
     def __init__(self, path: str, names: tuple[str, ...], seconds: float, reserved: tuple[str, ...] = ()):
@@ -70,7 +70,7 @@ class RewardFunctions:
         self.worker: Worker | None = None
 
     def start(self) -> None:
-        """Import the file, unless its process is there already. FunctionFailed where it can't be imported."""
+        """Import the file, unless its process is there already. Raises FunctionFailed for one that fails."""
         if self.worker and self.worker.process.poll() is not None:
             self.close()
         if self.worker:
@@ -85,7 +85,8 @@ class RewardFunctions:
             raise
 
     def call(self, name: str, prompt: str, answers: list[str], right: str) -> list[float]:
-        """What a function gives for the answers to a prompt: as many numbers, else FunctionFailed."""
+        """Return a function's rewards for the answers to a prompt. Raises FunctionFailed without a number
+        each."""
         self.start()
         reply = self._ask(
             {"name": name, "prompt": prompt, "answers": answers, "right": right}, self.seconds, name
@@ -112,7 +113,8 @@ class RewardFunctions:
             self.worker = None
 
     def _ask(self, message: dict[str, Any], seconds: float, name: str) -> dict[str, Any]:
-        """The reply to a message. FunctionFailed where none comes in time, or it tells a failure."""
+        """Return the reply to a message. Raises FunctionFailed after a timeout, or if it reports a
+        failure."""
         whose = name or "its import"
         try:
             reply = self.worker.exchange(message, seconds)
@@ -129,7 +131,7 @@ class RewardFunctions:
             self._kill()
             reason = f"{whose} ended its process: {how}{where}" if how else f"{whose} {MEDDLED}"
             raise FunctionFailed(f"{name}: {how or 'reply'}", reason) from None
-        except BaseException:  # Ctrl-C: the reply that is on its way belongs to no later message
+        except BaseException:  # Ctrl-C: the reply on its way belongs to no later message
             self._kill()
             raise
         if "refused" in reply:
@@ -143,7 +145,7 @@ class RewardFunctions:
         self.worker = None
 
     def _place(self, number: int | None) -> str:
-        """A line of the file: ` (rewards.py, line 12: while True:)`."""
+        """Name a line of the file: ` (rewards.py, line 12: while True:)`."""
         if not number or os.path.dirname(self.path) == str(WORKER.parent):  # no business of the user's
             return ""
         lines = self.source.decode("utf-8", "replace").splitlines()
@@ -152,7 +154,7 @@ class RewardFunctions:
 
 
 class Worker:
-    """The process, its pipes, and what it prints, which is shown after the file's name."""
+    """Worker process, its pipes, and its output, which is shown after the file's name."""
 
     def __init__(self, name: str):
         self.name = name
@@ -179,7 +181,7 @@ class Worker:
         self.end = weakref.finalize(self, end_process, self.process, ours, os.getpid())
 
     def exchange(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a message and wait for the reply, while what is printed is shown. Raises TimedOut, Ended."""
+        """Send a message and wait for the reply; output is shown meanwhile. Raises TimedOut, Ended."""
         rest, reply = memoryview(json.dumps(message).encode() + b"\n"), b""
         deadline = time.monotonic() + seconds
         self.printed = Printed(self.name)
@@ -199,7 +201,7 @@ class Worker:
                         selector.unregister(self.requests)
                 if self.replies in ready:
                     reply += self._read_reply(LONGEST_REPLY - len(reply))
-                # a process that it has started may hold the pipes open
+                # a child process may hold the pipes open
                 if not ready and self.process.poll() is not None:
                     raise Ended
         self._show_the_rest()
@@ -209,7 +211,7 @@ class Worker:
             raise Ended from None
 
     def whereabouts(self, path: str) -> int | None:
-        """The line of a file that is being run: faulthandler prints it when the process gets a signal."""
+        """Find the line of a file that is being run: faulthandler prints it when a signal arrives."""
         self.printed.tail.clear()
         with contextlib.suppress(OSError):
             self.process.send_signal(signal.SIGUSR1)
@@ -223,7 +225,7 @@ class Worker:
         return place
 
     def how_it_ended(self) -> str:
-        """`exit code 3`, `signal SIGSEGV`. Nothing where it lives."""
+        """Say `exit code 3` or `signal SIGSEGV`; "" while it lives."""
         try:
             code = self.process.wait(BRIEFLY)
         except subprocess.TimeoutExpired:
@@ -234,7 +236,7 @@ class Worker:
         return f"signal {known.get(-code, -code)}"
 
     def place_of_crash(self, path: str) -> int | None:
-        """The line of a file in which the process has crashed, as faulthandler has printed it."""
+        """Find the line of a file in which the process has crashed, from faulthandler's output."""
         self._show_the_rest()
         _, crashed, trace = self.printed.tail.rpartition(b"Fatal Python error")
         return line_of(path, trace) if crashed else None
@@ -262,7 +264,7 @@ class Worker:
         return chunk
 
     def _show(self, hidden: bool = False) -> bool:
-        """Show what was printed, or only keep it: as much as one read gives. False where there is no more."""
+        """Show output, or only keep it: as much as one read gives. Returns False if there is no more."""
         try:
             chunk = os.read(self.output, CHUNK)
         except BlockingIOError:
@@ -271,7 +273,7 @@ class Worker:
         return bool(chunk)
 
     def _show_the_rest(self) -> None:
-        """Show what is in the pipe, which a thread or another process may go on filling."""
+        """Show the output in the pipe, which a thread or another process may go on filling."""
         for _ in range(16):
             if not self._show():
                 break
@@ -279,7 +281,7 @@ class Worker:
 
 
 class Printed:
-    """What a file prints during a call: its first lines are shown on stderr, its last bytes are kept."""
+    """Output of a file during a call: its first lines are shown on stderr, its last bytes are kept."""
 
     def __init__(self, name: str):
         self.name = name
@@ -296,7 +298,7 @@ class Printed:
                 self.end()
 
     def end(self) -> None:
-        """A last line without an end."""
+        """End a last line without an end."""
         if self.partial:
             self._line(self.partial)
             self.partial = b""
@@ -306,7 +308,7 @@ class Printed:
         if self.lines > LINES + 1:
             return
         clear()
-        # what a model wrote may be printed, so it must not rule the terminal
+        # a model's text may be printed, so it must not control the terminal
         text = f"{self.name}: {printable(line.decode('utf-8', 'replace'))}"
         if self.lines > LINES:
             text = f"note: the reward functions print more than {LINES} lines; the rest is left out"
@@ -314,13 +316,13 @@ class Printed:
 
 
 def line_of(path: str, trace: bytes) -> int | None:
-    """The number of the innermost line of a file in a trace by faulthandler."""
+    """Return the number of the innermost line of a file in a trace by faulthandler."""
     found = re.search(rb'File "%b", line (\d+)' % re.escape(os.fsencode(path)), trace)
     return int(found[1]) if found else None
 
 
 def end_process(process: subprocess.Popen, descriptors: tuple[int, ...], owner: int) -> None:
-    """Kill a process with all that it has started, and close its pipes. Nothing in a fork of its owner."""
+    """Kill a process with its children, and close its pipes. A fork of its owner does nothing."""
     if os.getpid() != owner:
         return
     kill_group(process)
@@ -337,7 +339,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def read_source(path: str) -> bytes:
-    """The bytes of a file of functions. UserError where it can't be read."""
+    """Read the bytes of a file of functions. Raises UserError if it can't be read."""
     try:
         return pathlib.Path(path).read_bytes()
     except OSError as error:

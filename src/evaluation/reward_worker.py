@@ -1,10 +1,10 @@
-"""The process in which reward functions run: python reward_worker.py REQUESTS REPLIES PARENT
+"""Worker process in which reward functions run: python reward_worker.py REQUESTS REPLIES PARENT
 
-The first two are file descriptors of pipes, the third is the process that asks. Requests and replies are
+The first two are file descriptors of pipes, the third is the calling process. Requests and replies are
 lines of JSON: the file with its functions comes first, then one line for each call. Whatever a function does
-to this process, the one that asks goes on (see reward_functions.py).
+to this process, the caller goes on (see reward_functions.py).
 
-It imports the standard library, and what the file of the functions imports. So it starts in 50 ms.
+It imports only the standard library, and the imports of the file. So it starts in 50 ms.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class Refused(Exception):
-    """A mistake that has no traceback: what was returned, or what the file lacks.
+    """Mistake without a traceback: a wrong return value, or a missing function.
 
-    `kind` is alike for mistakes that need to be told once.
+    `kind` is alike for mistakes that need to be reported once.
     """
 
     def __init__(self, reason: str, kind: str = ""):
@@ -43,7 +43,7 @@ class Refused(Exception):
 def main() -> None:
     requests, replies, parent = map(int, sys.argv[1:])
     end_with(parent)
-    # where it was when it crashed, or when the parent's patience was over
+    # reports its place at a crash, or after a timeout
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     with open(requests, "rb") as lines, open(replies, "w", encoding="ascii") as answers:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process with its parent, also in a function that never returns.
+    """Make the kernel end this process with its parent, also in a function that never returns.
 
     Other systems than Linux cannot. There it ends when it next waits for a request.
     """
@@ -74,7 +74,7 @@ def end_with(parent: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # a function that fills the memory is what the kernel shall end, not the training
+        # if memory is short, the kernel shall end this process, not the training
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
     if os.getppid() != parent:  # it ended before that
@@ -82,13 +82,13 @@ def end_with(parent: int) -> None:
 
 
 def load(path: str, source: str, names: list[str], reserved: list[str]) -> ModuleType:
-    """The module of a file, which imports from beside it, as by `python FILE`.
+    """Load the module of a file, which imports from its folder, as by `python FILE`.
 
-    The source has the file's bytes as latin-1. Refused where a function is missing.
+    The source has the file's bytes as latin-1. Raises Refused if a function is missing.
     """
     sys.path[0], sys.argv = os.path.dirname(os.path.realpath(path)), [path]
     code = source.encode("latin-1")
-    # the file may change while this runs: a traceback shows what was run
+    # the file may change while this runs: a traceback shows the source that was run
     linecache.cache[path] = len(code), None, code.decode("utf-8", "replace").splitlines(True), path
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules:
@@ -110,12 +110,12 @@ def load(path: str, source: str, names: list[str], reserved: list[str]) -> Modul
 
 
 def check_function(name: str, function: Any, defined: list[str]) -> None:
-    """Refused for what cannot be called with (prompt, answers, right)."""
+    """Raise Refused for a function that cannot be called with (prompt, answers, right)."""
     if not callable(function):
         has = f"it has {', '.join(defined)}" if defined else "it has none"
         what = "it has no function" if function is None else f"{described_value(function)} is no function, as"
         raise Refused(f"{what} {name}; {has}")
-    with contextlib.suppress(ValueError):  # what is written in C may not tell its parameters
+    with contextlib.suppress(ValueError):  # a C function may not tell its parameters
         try:
             inspect.signature(function).bind("", [], "")
         except TypeError:
@@ -126,7 +126,7 @@ def check_function(name: str, function: Any, defined: list[str]) -> None:
 
 
 def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: str) -> list[float]:
-    """What a function gives for each answer. Refused for what is not as many numbers."""
+    """Call a function: a number for each answer. Raises Refused for anything else."""
     count = len(answers)
     returned = getattr(module, name)(prompt, answers, right)
     expected = f"expected a list of {plural(count, 'number')}, one for each answer"
@@ -142,12 +142,12 @@ def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: 
 
 
 def plural(count: int, what: str) -> str:
-    """`1 value`, `2 values`; what counts elsewhere is not imported here."""
+    """Write `1 value`, `2 values`; formatting.counted is not imported here."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def as_number(value: Any, name: str, where: str) -> float:
-    """float(value), which takes bool, numpy's numbers and torch's scalars; Refused for texts and all else."""
+    """Convert to float, also bool, numpy's numbers and torch's scalars. Raises Refused for all else."""
     with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
         if not isinstance(value, (str, bytes)):
             return float(value)
@@ -158,7 +158,7 @@ def as_number(value: Any, name: str, where: str) -> float:
 
 
 def described_value(value: Any) -> str:
-    """`None`, `the text 'good'`, `a value of the type dict`."""
+    """Describe a value: `None`, `the text 'good'`, `a value of the type dict`."""
     if value is None:
         return "None"
     if isinstance(value, (str, int, float)):
@@ -168,7 +168,7 @@ def described_value(value: Any) -> str:
 
 
 def described(error: BaseException, path: str) -> dict[str, str]:
-    """An exception in words, with the line of the user's file that it came from."""
+    """Describe an exception, with the line of the user's file that it came from."""
     kind = type(error).__name__
     try:
         message = (error.msg if isinstance(error, SyntaxError) else str(error))[:LONGEST]
@@ -187,7 +187,7 @@ def described(error: BaseException, path: str) -> dict[str, str]:
 
 
 def place(path: str, number: int | None, line: str | None) -> str:
-    """`rewards.py, line 12: return score`."""
+    """Name a line: `rewards.py, line 12: return score`."""
     where = f"{os.path.basename(path)}, line {number}"
     return f"{where}: {line.strip()}" if line and line.strip() else where
 

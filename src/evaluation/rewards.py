@@ -1,4 +1,4 @@
-"""What a drawn answer is worth: the weighted sum of the rewards that --rewards names.
+"""Rewards of drawn answers: the weighted sum of the rewards that --rewards names.
 
 rewards = Rewards.of(config, template)      # UserError for settings that make no sense
 rewards.check(questions)                    # notes; UserError where the rewards cannot judge these questions
@@ -27,38 +27,38 @@ from .scoring import SCORES, require_readable
 
 
 class GivenAnswer(Protocol):
-    """An answer as the model gave it; an engine's Answer is one."""
+    """Answer as the model gave it; an engine's Answer is one."""
 
     text: str
-    tokens: Sequence[int]  # the end of document included
+    tokens: Sequence[int]  # with the end of document
     cut: bool  # whether it reached the limit of tokens before its end
 
 
 class Scored(NamedTuple):
-    """What the G answers of a group are worth."""
+    """Rewards of the G answers of a group."""
 
     values: Tensor  # (G, rewards) float64, on the CPU
     total: Tensor  # (G,) float64: their weighted sums
 
 
 class Failed(NamedTuple):
-    """Why a group has no rewards."""
+    """Failure of a group's rewards."""
 
     kind: str  # alike for reasons that the user needs to read once
     reason: str
 
 
 class Spoken(NamedTuple):
-    """What a reward looks at."""
+    """Text of an answer for the rewards."""
 
     whole: str  # the answer with its thoughts
-    said: str  # without them, as scripts.evaluate judges it
+    said: str  # without thoughts, as scripts.evaluate judges it
     tokens: int
     cut: bool
 
 
 def partial(said: str, right: str) -> float:
-    """The share of characters that are right in their place, of the longer text's.
+    """Compute the share of characters that are right in their place, of the longer text's.
 
     "1234" for "1235" -> 0.75, "12345" for "1234" -> 0.8
     """
@@ -67,7 +67,7 @@ def partial(said: str, right: str) -> float:
 
 
 def overlong(tokens: int, most_without: int, limit: int) -> float:
-    """0 up to `most_without` tokens, from there in a straight line to -1 at the limit of tokens.
+    """Punish length: 0 up to `most_without` tokens, from there in a straight line to -1 at the limit.
 
     The soft punishment of arXiv 2503.14476, equation 13.
     """
@@ -77,24 +77,24 @@ def overlong(tokens: int, most_without: int, limit: int) -> float:
 
 
 def _unless_cut(agree: Callable[[str, str], bool]) -> Callable[[Spoken, str], float]:
-    """1 for an answer that came to its end and is right, else 0."""
+    """Return a reward: 1 for an answer that came to its end and is right, else 0."""
     return lambda spoken, right: float(not spoken.cut and agree(spoken.said, right))
 
 
-# what each built-in reward gives for (an answer, the right one) in this process
+# built-in rewards, which run in this process: (an answer, the reference answer) -> reward
 JUDGES: dict[str, Callable[[Spoken, str], float]] = {
     **{name: _unless_cut(SCORES[name].agree) for name in ("exact", "number", "boxed")},
     "partial": lambda spoken, right: partial(spoken.said, right),
 }
-# the least and the most that a built-in reward gives
+# lower and upper bound of a built-in reward
 RANGES = dict.fromkeys(REWARDS, (0.0, 1.0)) | {"length": (-1.0, 0.0)}
-# what a text may keep busy for hours, each in a process of its own
+# rewards that a text may keep busy for hours, each in a process of its own
 GUARDED = {"regex": "guarded_regex.py", "math_verify": "guarded_mathematics.py"}
-PARSED = 64  # right answers that math_verify reads before a run; each takes milliseconds, or seconds
+PARSED = 64  # reference answers that math_verify reads before a run; each takes milliseconds, or seconds
 
 
 class Rewards:
-    """The rewards of a run, in one process."""
+    """Rewards of a run, in one process."""
 
     def __init__(self, config: Config, template: Template):
         self.config, self.template = config, template
@@ -111,9 +111,9 @@ class Rewards:
 
     @classmethod
     def of(cls, config: Config, template: Template) -> Rewards:
-        """The rewards of --rewards, for answers in this template; --reward_file is imported.
+        """Make the rewards of --rewards, for answers in this template; --reward_file is imported.
 
-        UserError for a file without the functions, and where math_verify is not installed.
+        Raises UserError for a file without the functions, and if math_verify is not installed.
         """
         if "math_verify" in config.rewards:
             require_math_verify()
@@ -130,13 +130,13 @@ class Rewards:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of --reward_file, whose bytes at the start are what runs to the end."""
+        """Return the SHA-256 of --reward_file; the bytes read at the start run to the end."""
         return self.own.digest if self.own else None
 
     def check(self, questions: Sequence[Question]) -> list[str]:
-        """Notes on rewards that look wrong. UserError where they cannot judge answers to these questions.
+        """Return notes on odd rewards. Raises UserError if they cannot judge answers to these questions.
 
-        The user's functions are called once, with right answers to the first question and an empty one.
+        The user's functions are called once, with reference answers to the first question and an empty one.
         """
         for name in self.names:
             if name in SCORES:
@@ -162,7 +162,7 @@ class Rewards:
         return notes
 
     def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
-        """What each of a group's answers to a question is worth."""
+        """Score each of a group's answers to a question."""
         spoken = [self._spoken(question, answer) for answer in answers]
         try:
             columns = [self._column(name, spoken, question) for name in self.names]
@@ -190,7 +190,7 @@ class Rewards:
         return Spoken(whole_text(*asked).strip(), answer_text(*asked), len(answer.tokens), answer.cut)
 
     def _column(self, name: str, spoken: list[Spoken], question: Question) -> list[float]:
-        """What one reward gives for each answer."""
+        """Return one reward of each answer."""
         prompt, right = question.prompt, question.right
         whole = [answer.whole for answer in spoken]
         if name == "length":

@@ -1,4 +1,4 @@
-"""Whether an answer is right: as it stands, by its final number (GSM8K), or by its result (MATH)."""
+"""Scoring of an answer: as it stands, by its final number (GSM8K), or by its result (MATH)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LONGEST = 1000  # characters of a number: a model that repeats itself writes mor
 
 
 def concluded(text: str) -> str | None:
-    """What follows the last `####` or `answer is` of a text. None without either."""
+    """Return the text after the last `####` or `answer is`. None without either."""
     found = list(CONCLUSION.finditer(text))
     return text[found[-1].end() :] if found else None
 
 
 def numbers(text: str) -> list[Fraction]:
-    r"""The numbers in a text, in their order.
+    r"""Find the numbers in a text, in their order.
 
     "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` -> [1.75]
     """
@@ -48,14 +48,14 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
-    r"""`\frac{3}{4}` -> 3/4, `1\frac34` -> 7/4."""
+    r"""Convert `\frac{3}{4}` to 3/4, `1\frac34` to 7/4."""
     whole = int(match[1] or 0)
     numerator, denominator = int(match[2] or match[3]), int(match[4] or match[5])
     return f" {whole * denominator + numerator}/{denominator}"
 
 
 def final_number(text: str) -> Fraction | None:
-    """The first number after the last `####` or `answer is`. Of a text that has neither, its last number."""
+    """Find the first number after the last `####` or `answer is`. Without either it is the last number."""
     conclusion = concluded(text)
     if conclusion is None:
         found = numbers(text)
@@ -65,12 +65,12 @@ def final_number(text: str) -> Fraction | None:
 
 
 def same_number(answer: str, right: str) -> bool:
-    """GSM8K: both end in the same number."""
+    """Tell for GSM8K whether both end in the same number."""
     return (number := final_number(answer)) is not None and number == final_number(right)
 
 
 def result(text: str) -> str | None:
-    r"""What the last \boxed{...} of a text holds.
+    r"""Return the content of the last \boxed{...} of a text.
 
     Without one, it is the rest of the line after the last `answer is` or `####`.
     """
@@ -94,7 +94,7 @@ def _concluded_line(text: str) -> str | None:
 
 
 def _in_braces(text: str) -> str | None:
-    """`{a{b}}c` -> `a{b}`. None where the first brace is not closed."""
+    """Return `a{b}` of `{a{b}}c`. None if the first brace is not closed."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -103,7 +103,7 @@ def _in_braces(text: str) -> str | None:
     return None
 
 
-# sizes of brackets, spaces, and the signs of money, percent and degrees: they do not change a result
+# sizes of brackets, spaces, and signs of money, percent and degrees: they do not change a result
 DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\?%|\^\{?\\circ\}?|\s")
 WRAPPED = re.compile(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}")
 UNIT = re.compile(r"(?<=[\d}])(?:\s|\\[!,;: ])*\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$")
@@ -111,7 +111,7 @@ FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}")
 
 
 def normalised(answer: str) -> str:
-    r"""A result of MATH in one way of writing.
+    r"""Normalise a result of MATH.
 
     `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` -> `5`, `\left( 1, 2 \right)` -> `(1,2)`
     """
@@ -127,7 +127,7 @@ def normalised(answer: str) -> str:
 
 
 def value(text: str) -> Fraction | None:
-    """The number that a normalised result is, if it is one."""
+    """Return the number that a normalised result is, if it is one."""
     if len(text) >= LONGEST:
         return None
     if match := FRACTION.fullmatch(text):
@@ -139,7 +139,7 @@ def value(text: str) -> Fraction | None:
 
 
 def canonical(text: str) -> Fraction | str | None:
-    """The result of a text, equal for equal results: a number, or else its normalised text."""
+    """Return the result of a text, equal for equal results: a number, or else its normalised text."""
     found = result(text)
     if found is None:
         return None
@@ -149,17 +149,17 @@ def canonical(text: str) -> Fraction | str | None:
 
 
 def same_result(answer: str, right: str) -> bool:
-    """MATH: the normalised results are the same text, or equal numbers."""
+    """Tell for MATH whether the normalised results are the same text, or equal numbers."""
     return (found := canonical(answer)) is not None and found == canonical(right)
 
 
 class Score(NamedTuple):
-    """When an answer is right."""
+    """Score: decides when an answer is right."""
 
-    agree: Callable[[str, str], bool]  # whether (answer, right) say the same
-    result: Callable[[str], Hashable | None]  # what an answer says, alike for like results; None: nothing
-    result_of_right: Callable[[str], object | None]  # the same of a right answer
-    wanted: str  # what a right answer must have
+    agree: Callable[[str, str], bool]  # whether (answer, reference answer) agree
+    result: Callable[[str], Hashable | None]  # result of an answer, alike for like results; None without one
+    result_of_right: Callable[[str], object | None]  # result of a reference answer
+    wanted: str  # what a reference answer must have
 
 
 SCORES = {
@@ -171,7 +171,7 @@ SCORES = {
 
 
 def require_readable(name: str, questions: Sequence[Question], flag: str) -> None:
-    """UserError for a right answer that the score of this name can't read. `flag` asked for the score."""
+    """Raise UserError for a reference answer that this score can't read. `flag` asked for the score."""
     score = SCORES[name]
     for question in questions:
         if score.result_of_right(question.right) is None:

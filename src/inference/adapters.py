@@ -2,10 +2,10 @@
 
 Most methods change a weight by a matrix of low rank: MiSS, LoRA, PiSSA, VeRA and others. Their two factors
 are kept here in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
-tensors of their file. The weights that these change are merged in fp32 when the adapter is chosen. A tensor T
+tensors of their file. Their weights are merged in fp32 when the adapter is chosen. A tensor T
 that was trained as a whole, or an initial state, stands for base + scale (T - base).
 
-On a GPU what is chosen is then rounded to the dtype of the activations: once, and not for every token.
+On a GPU the chosen tensors are then rounded to the dtype of the activations: once, and not for every token.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
 from .unmerged_linear import Columns, LowRank, UnmergedLinear, factors_of, side_by_side, together
 
-MIXES = 8  # of rows, that are remembered: a step's and those of prompts that are read beside it
+MIXES = 8  # mixes of rows that are remembered: a step's and those of prompts that are read beside it
 
-# what a GPU's kernels read in any dtype: shares of the token shift, vectors between the products, states
+# tensors that a GPU's kernels read in any dtype: shares of the token shift, vectors between the products,
+# states
 NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weight|ln_x\.bias|time_state)$")
 
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter file that fits the model."""
+    """Adapter file that fits the model."""
 
     path: Any
     fingerprint: str
@@ -54,19 +55,19 @@ class Adapter:
 
     @functools.cached_property
     def columns(self) -> dict[str, Columns]:
-        """The factors as linears take them when no other adapter is beside this one; they are not copied."""
+        """Return the factors as linears take them without another adapter; they are not copied."""
         return {name: side_by_side([factor]) for name, factor in self.factors.items()}
 
     def replaced(self) -> list[str]:
-        """The names of the model's tensors that have another value with it."""
+        """Name the model's tensors that have another value with the adapter."""
         return [*(f"{name}.weight" for name in self.merging), *self.whole]
 
     def merged_only(self) -> list[str]:
-        """Those of replaced() that cannot differ by row: an initial state can, since each row has its own."""
+        """Name those of replaced() that cannot differ by row. An initial state can: each row has its own."""
         return [name for name in self.replaced() if not is_state(name)]
 
     def reason_to_merge(self) -> str:
-        """Say why rows cannot differ by it; "" where they can."""
+        """Say why rows cannot differ by the adapter; "" if they can."""
         if not (names := self.merged_only()):
             return ""
         whole = [name for name in names if name in self.whole]
@@ -77,7 +78,7 @@ class Adapter:
         return f"{what} ({listed(whole or names, 3)}), and a model has those once for all rows"
 
     def value(self, name: str, base: Tensor) -> Tensor:
-        """The value of one of replaced(), in fp32, given the base's."""
+        """Compute the value of one of replaced(), in fp32, from the base's."""
         exact = torch.promote_types(base.dtype, torch.float32)
         if name in self.whole:
             return self.whole[name].to(base.device, exact).reshape(base.shape)
@@ -88,7 +89,7 @@ class Adapter:
 
 
 class Adapters:
-    """A model with adapters by name; `use` chooses some of them. None is in use at first.
+    """Model with adapters by name; `use` chooses some of them. None is in use at first.
 
     The model's linears are replaced. Every file is read and checked here, as by load_adapter: a UserError for
     one that does not fit the model, before anything is changed.
@@ -96,11 +97,11 @@ class Adapters:
 
     def __init__(self, model: RWKV, files: Mapping[str, Any]):
         self.model, self.scale, self.used = model, 1.0, ()
-        # what a GPU computes every token in. A CPU's decoder takes what is added in fp32
+        # dtype of every token on a GPU; the CPU's decoder takes changes in fp32
         self.rounds_to = model.dtype if model.emb.weight.is_cuda else None
         self.random_factors: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
         self.by_name: dict[str, Adapter] = {}
-        # the base's tensors, for when no adapter replaces them
+        # the base's tensors, for the time when no adapter replaces them
         self.base: dict[str, nn.Parameter | None] = {}
         self.linears: dict[str, UnmergedLinear] = {}
         self.stack = Stack({})
@@ -112,14 +113,15 @@ class Adapters:
     def add(self, name: str, path: Any) -> None:
         """Read one more adapter; it is not in use yet. Decoders need refresh() after it.
 
-        UserError for a name that is taken, and as in the beginning for the file: then nothing is changed.
+        Raises UserError, before anything changes, for a name that is taken, and for a file as __init__()
+        does.
         """
         if name in self.by_name:
             raise UserError(f"there is an adapter {name!r} already, {self.by_name[name].path}; drop it first")
         self._put_beside(name, self._read(path))
 
     def drop(self, name: str) -> None:
-        """Forget an adapter. UserError for an unknown one, and for one that use() has chosen."""
+        """Forget an adapter. Raises UserError for an unknown one, and for one that use() has chosen."""
         self._check_names([name])
         if name in self.used:
             raise UserError(f"the model has adapter {name!r} in use; choose another one before it is dropped")
@@ -131,7 +133,7 @@ class Adapters:
         return read(self.model, path, self.random_factors, self.rounds_to or torch.float32)
 
     def _put_beside(self, name: str, adapter: Adapter) -> None:
-        """Make room for what an adapter changes, which is nothing yet."""
+        """Make room for an adapter's changes, which are zero so far."""
         for tensor in adapter.replaced():
             if tensor not in self.base:
                 self.base[tensor] = find(self.model, tensor)
@@ -146,7 +148,7 @@ class Adapters:
         """Make the model its base with these adapters, each times `scale`.
 
         Without names it is the base, bit for bit. Decoders keep copies of the model's tensors: call their
-        refresh() after this. UserError for unknown names.
+        refresh() after this. Raises UserError for unknown names.
         """
         self._check_names(names)
         self._leave()  # first, so that two merged weights never take memory at once
@@ -159,16 +161,16 @@ class Adapters:
             raise
 
     def rows(self, applied: Sequence[Applied]) -> contextlib.AbstractContextManager[None]:
-        """Context in which row b of the model's input has the adapters applied[b].
+        """Give row b of the model's input the adapters applied[b] inside the block.
 
-        `applied` has one for every row of the ids (B, T) of features(), or one for all of them. UserErrors of
-        check().
+        `applied` has one for every row of the ids (B, T) of features(), or one for all of them. Raises
+        UserErrors of check().
         """
         return self.showing(self.mix(applied))
 
     @contextlib.contextmanager
     def showing(self, mix: Mix) -> Iterator[None]:
-        """Context in which the linears have this beside them."""
+        """Put the mix beside the linears inside the block."""
         self._show(mix)
         try:
             yield
@@ -176,7 +178,7 @@ class Adapters:
             self._show(self.mix([BASE]))
 
     def mix(self, applied: Sequence[Applied]) -> Mix:
-        """What the linears need for rows with these adapters. UserErrors of check()."""
+        """Build the mix of the linears for rows with these adapters. Raises UserErrors as check() does."""
         key = tuple(applied)
         if key not in self.mixes:
             names = self._names_of(key)
@@ -192,16 +194,16 @@ class Adapters:
         return self.mixes[key]
 
     def stacked(self, applied: Sequence[Applied]) -> tuple[Stack, Tensor]:
-        """(a stack that has the adapters of these rows, their scales (B, adapters of the stack)).
+        """Return (a stack with the adapters of these rows, their scales (B, adapters of the stack)).
 
-        It is the stack of before where that has them, or has room for them. UserErrors of check().
+        The stack stays the same if it has them, or has room for them. Raises UserErrors of check().
         """
         needed = self._names_of([*applied, BASE])
         missing = [name for name in needed if name not in self.stack.names]
         if missing:
             self.mixes.clear()
         if not all(self.stack.take_in(name, self.by_name[name].factors, {*needed}) for name in missing):
-            # twice as much room as before, which is filled: there are few moments when it grows
+            # twice the old room, which is full: it rarely grows
             room = 1 << (len(needed) - 1).bit_length()
             others = [name for name in (*self.stack.names, *self.by_name) if name in self.by_name]
             kept = [name for name in dict.fromkeys([*needed, *others]) if self.by_name[name].factors]
@@ -209,11 +211,11 @@ class Adapters:
         return self.stack, scales(self._as_named(applied), self.stack.names)
 
     def _as_named(self, applied: Sequence[Applied]) -> list[Applied]:
-        """With what use() chose in the place of BASE."""
+        """Replace BASE by the choice of use()."""
         return [one if one.names else Applied(self.used, self.scale) for one in applied]
 
     def _names_of(self, applied: Sequence[Applied]) -> list[str]:
-        """The adapters with factors that these rows have."""
+        """Name the adapters with factors that these rows have."""
         for one in {*applied}:
             self.check(one)
         named = dict.fromkeys(name for one in self._as_named(applied) for name in one.names)
@@ -232,7 +234,7 @@ class Adapters:
                 )
 
     def check(self, applied: Applied) -> None:
-        """UserError for adapters that a row cannot have while others have other ones.
+        """Raise UserError for adapters that one row alone cannot have.
 
         Those are unknown ones, and ones that change a weight by more than factors, such as DoRA's.
         """
@@ -251,7 +253,7 @@ class Adapters:
             )
 
     def _refuse_merged(self, name: str, what: str) -> None:
-        """UserError, beginning with `what`, where the adapter is one that is merged when it is chosen."""
+        """Raise UserError, beginning with `what`, for an adapter that is merged when it is chosen."""
         adapter, base = self.by_name[name], self.model.base_identity
         if not (reason := adapter.reason_to_merge()):
             return
@@ -263,10 +265,10 @@ class Adapters:
         )
 
     def factors(self, applied: Applied) -> dict[str, LowRank]:
-        """What a row's adapters add to the model's linears, by their names: fp32, on a GPU in its dtype.
+        """Return a row's changes of the model's linears, by their names: fp32, on a GPU in its dtype.
 
-        For BASE it is that of use(), beside the tensors that use() has put into the model. Of one adapter
-        they are the adapter's own tensors, of several they are new ones. UserErrors of check().
+        BASE stands for use(), beside the tensors that use() has put into the model. For one adapter they are
+        its own tensors, for several they are new ones. Raises UserErrors of check().
         """
         self.check(applied)
         names, scale = applied if applied.names else (self.used, self.scale)
@@ -282,9 +284,9 @@ class Adapters:
 
     @torch.no_grad()
     def start(self, applied: Applied) -> State | None:
-        """The state of one row before its first token, of a `state` adapter.
+        """Return the state of one row before its first token, from a `state` adapter.
 
-        None where the adapters have none: the row starts as the model does. UserErrors of check().
+        It is None without one: the row starts as the model does. Raises UserErrors of check().
         """
         self.check(applied)
         adapters = [self.by_name[name] for name in applied.names]
@@ -304,7 +306,7 @@ class Adapters:
         return start
 
     def identity(self) -> dict[str, Any]:
-        """What the model is beside its base: the same for the same adapter files at the same scale."""
+        """Identify the model beside its base: equal for the same adapter files at the same scale."""
         names = sorted(self.by_name[name].fingerprint for name in self.used)
         return {"adapters": names, "scale": self.scale if self.used else 1.0}
 
@@ -330,22 +332,21 @@ class Adapters:
 
 
 def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(class, options) of the method of an adapter file."""
+    """Return (class, options) of the method of an adapter file."""
     cls = METHODS[metadata["method"]]
     return cls, cls.Options.parse(metadata["options"])
 
 
 @torch.no_grad()
 def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dtype) -> Adapter:
-    """An adapter file for a model, with its factors on the model's device. UserErrors of load_adapter.
+    """Read an adapter file for a model, with its factors on the model's device. Raises as load_adapter does.
 
-    The factors are rounded to `dtype`. Equal factors A are kept once, in `shared`; all of VeRA's of one width
-    are equal.
+    The factors are rounded to `dtype`. Equal factors A, as VeRA's of one width, are kept once, in `shared`.
     """
     with torch.device("meta"):
         shapes = RWKV(model.arch)
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
-    # copies, because somebody may train the adapter again and write over its file
+    # copies, because somebody may train the adapter again and overwrite its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
     cls, options = method_of(metadata) if linears else (None, None)
     adapter = Adapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
@@ -365,13 +366,13 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
 
 
 def kept_once(A: Tensor, shared: MutableMapping[Any, Tensor]) -> Tensor:
-    """The tensor equal to A that is in `shared` already, else A, which is put there."""
+    """Return the tensor equal to A that is in `shared`, else A, which is put there."""
     first = shared.setdefault((A.shape, hash(A.float().cpu().numpy().tobytes())), A)
     return first if torch.equal(first, A) else A
 
 
 def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:
-    """base + scale times the sum of (value - base) over the adapters, in fp32.
+    """Compute base + scale times the sum of (value - base) over the adapters, in fp32.
 
     With one adapter and scale 1 it is exactly the adapter's value.
     """
@@ -384,7 +385,7 @@ def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Ten
 
 
 def find(model: RWKV, name: str) -> nn.Parameter | None:
-    """A parameter of the model; None for an initial state that it has not."""
+    """Find a parameter of the model; None for an initial state that it does not have."""
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
 
@@ -397,6 +398,6 @@ def put(model: RWKV, name: str, tensor: Tensor | None) -> None:
 
 
 def zeros_of(model: RWKV, name: str) -> Tensor:
-    """The initial state of a layer that has none: it changes nothing."""
+    """Make the initial state of a layer without one: zeros, which change nothing."""
     arch = model.arch
     return torch.zeros(arch.n_head, arch.head_size, arch.head_size, device=model.emb.weight.device)

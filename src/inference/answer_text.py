@@ -1,4 +1,4 @@
-"""From an answer's tokens to its text: whole characters, the end of document, texts that end an answer."""
+"""Text of an answer from its tokens: whole characters, the end of document, texts that end an answer."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from ..data.tokenizer import Tokenizer
 
 
 class AnswerText:
-    """The text of an answer that grows token by token.
+    """Text of an answer that grows token by token.
 
-    `shown` is the text so far, in whole characters. What may be the beginning of a stop is in `held`, until
-    it is known to be none. `is_whole` tells whether the tokens end where a character ends.
+    `shown` is the text so far, in whole characters. A possible beginning of a stop is in `held`, until it
+    turns out to be none. `is_whole` tells whether the tokens end where a character ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.eod, self.decoder, self.stops = tokenizer.eod, tokenizer.decoder(), stops
         self.tokens: list[int] = []
         self.shown, self.held = "", ""
-        self.ended = ""  # what ended it: document, stop, or nothing so far
+        self.ended = ""  # the end that came: document, stop, or nothing so far
 
     @property
     def length(self) -> int:
-        """Characters, those that are held back included."""
+        """Characters, with those that are held back."""
         return len(self.shown) + len(self.held)
 
     @property
@@ -31,7 +31,7 @@ class AnswerText:
         return not self.decoder.pending
 
     def push(self, token: int) -> None:
-        """One token more. An end of document, or a stop, is not in the text."""
+        """Add one token. An end of document, or a stop, is not in the text."""
         self.tokens.append(token)
         if ends_document(self.tokens, self.eod):
             self.ended = "document"
@@ -45,16 +45,16 @@ class AnswerText:
             self.close()
 
     def close(self) -> None:
-        """The answer ends here: what was held back is text."""
+        """End the answer: held text is shown."""
         self.shown, self.held = self.shown + self.held, ""
 
 
 def ends_document(tokens: list[int], eod: tuple[int, ...]) -> bool:
-    """Whether the last tokens are the end of document, which begins at a multiple of its length."""
+    """Tell whether the last tokens are the end of document, which begins at a multiple of its length."""
     return len(tokens) % len(eod) == 0 and tuple(tokens[-len(eod) :]) == eod
 
 
 def overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a beginning of a stop: what must be held back."""
+    """Return the length of the longest end of `text` that begins a stop: it must be held back."""
     longest = min(len(text), max(map(len, stops), default=0))
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

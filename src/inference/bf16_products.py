@@ -11,15 +11,15 @@ from ..ops import native
 
 
 def instruction_is_there() -> bool:
-    """Whether this CPU multiplies pairs of bf16. Others compute the same numbers, slowly."""
+    """Tell whether this CPU multiplies pairs of bf16. Others compute the same numbers, slowly."""
     return bool(native.library("cpu").bf16_fast())
 
 
 def multiply(weight: Tensor, x: Tensor, parts: int, first: int = 0, last: int | None = None) -> Tensor:
-    """x (B, columns) fp32 @ the rows [first, last) of weight (rows, columns) bf16, transposed: y (B, rows),
-    zero elsewhere.
+    """Multiply x (B, columns) fp32 by the rows [first, last) of weight (rows, columns) bf16, transposed: y
+    (B, rows), zero elsewhere.
 
-    x is rounded to bf16, or with 2 parts split into two of them. What the decoder does, by itself: for tests.
+    x is rounded to bf16, or with 2 parts split into two. It is the decoder's product, alone, for tests.
     """
     B, (rows, columns) = len(x), weight.shape
     y = torch.zeros(B, rows)

@@ -1,4 +1,4 @@
-"""The turns of a conversation and the model's state after them."""
+"""Conversation: its turns, and the model's state after them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .sampling import Sampling
 
 
 class Turn(NamedTuple):
-    """A user's words, or what tools gave, with the answer to them."""
+    """Turn of a user, or results of tools, with the answer."""
 
     messages: list[dict]
-    pieces: list[str]  # what the model reads of them, each tokenised on its own
-    # whether the pieces are the conversation from its beginning; so it is for the first turn, and where a
-    # template wrote the conversation anew
+    pieces: list[str]  # the model's input for them, each tokenised on its own
+    # whether the pieces are the conversation from its beginning: for the first turn, and if a template
+    # rewrote the conversation
     whole: bool
 
 
 class Conversation:
-    """A chat whose state is kept between turns, so that every turn costs only its own tokens.
+    """Chat whose state is kept between turns, so that every turn costs only its own tokens.
 
     `state` is the state after the first `read` of the `turns`. The other turns are read before the next
     answer. `bos` are the ids that it begins with. `generator` gives every answer its seed.
@@ -56,7 +56,7 @@ class Conversation:
         return self.engine.tokenizer
 
     def reset(self) -> None:
-        """Begin anew; only the random numbers go on."""
+        """Start again without turns; only the random numbers go on."""
         self.turns: list[Turn] = []
         self.asked = self.template  # of the last turn
         self.read_again()
@@ -68,7 +68,7 @@ class Conversation:
         self.earlier: tuple[State | None, int] = None, 0  # `state` and `read` before the last answer
 
     def use_tools(self, tools: list[dict]) -> None:
-        """Begin anew with these tools. UserError for tools that the template can't write."""
+        """Start again with these tools. Raises UserError for tools that the template can't write."""
         if tools:
             self.template.segments([{"role": "user", "content": "?"}], tools)
         self.tools = tools
@@ -76,7 +76,7 @@ class Conversation:
 
     @property
     def calls(self) -> list[dict]:
-        """The tool calls of the last answer, as in OpenAI's API."""
+        """Return the tool calls of the last answer, as in OpenAI's API."""
         return self.turns[-1].messages[-1].get("tool_calls", []) if self.turns else []
 
     @property
@@ -86,7 +86,7 @@ class Conversation:
         return opening + [message for turn in self.turns for message in turn.messages]
 
     def undo(self) -> None:
-        """Take back the last turn. UserError if there is none."""
+        """Take back the last turn. Raises UserError if there is none."""
         if not self.turns:
             raise UserError("there is no turn to take back")
         self.turns.pop()
@@ -95,21 +95,22 @@ class Conversation:
             self.earlier = None, 0
 
     def twin(self, seed: int) -> Conversation:
-        """A copy of the conversation with its own random numbers; what is said in it is not said here."""
+        """Return a copy of the conversation with its own random numbers; what is said in it is not said
+        here."""
         other = copy.copy(self)
         other.turns, other.generator = list(self.turns), torch.Generator().manual_seed(seed)
         return other
 
     def unread(self) -> tuple[State | None, list[str]]:
-        """(the state to go on from, the pieces of the turns that it does not hold)."""
+        """Return (the state to go on from, the pieces of the turns that it does not hold)."""
         first = max((i for i, turn in enumerate(self.turns) if turn.whole), default=0)
         state, start = (self.state, self.read) if self.read > first else (None, first)
         return state, [piece for turn in self.turns[start:] for piece in turn.pieces]
 
     def answer(self, new: str | list[dict], max_tokens: int = 512) -> Generator[str, None, None]:
-        """The model's answer, in pieces, to a user's words or to messages of the roles user and tool.
+        """Yield the model's answer, in pieces, to a user's words or to messages of the roles user and tool.
 
-        If it is interrupted or closed, what was said until then is the answer.
+        If it is interrupted or closed, the text so far is the answer.
         """
         new = [{"role": "user", "content": new}] if isinstance(new, str) else new
         goes_on = self.turns and turns_alike(self.template, self.asked)
@@ -142,7 +143,7 @@ class Conversation:
         self.state, self.read = answer.state, len(self.turns)
 
     def _anew(self, new: list[dict]) -> list[str]:
-        """The pieces of the whole conversation. UserError for turns that the template has no form for."""
+        """Write the pieces of the whole conversation. Raises UserError for turns without a form."""
         try:
             return [piece for piece, _ in self._asked(new)]
         except UserError as error:
@@ -165,7 +166,7 @@ class Conversation:
 
 
 def turns_alike(one: Template, other: Template) -> bool:
-    """Whether both write turns in the same form, so that one goes on where the other asked."""
+    """Tell whether both write turns in the same form, so that one can go on after the other."""
     forms = [
         template.form if isinstance(template, RwkvTemplate) else template.record for template in (one, other)
     ]
@@ -173,7 +174,7 @@ def turns_alike(one: Template, other: Template) -> bool:
 
 
 def _noted(pieces: Generator[str, None, Answer], into: list[str]) -> Generator[str, None, Answer]:
-    """The same pieces and the same return value, with a copy of each piece."""
+    """Yield the same pieces and return the same value, with a copy of each piece."""
     while True:
         try:
             into.append(next(pieces))

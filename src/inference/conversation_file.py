@@ -1,6 +1,6 @@
-"""A conversation as a file, so that it goes on as if it had not stopped.
+"""Conversation file, from which a chat goes on as if it had not stopped.
 
-It holds what was said, the state after it, and the random numbers to come. The file is a checkpoint. Its
+It holds the turns, the state after them, and the random numbers to come. The file is a checkpoint. Its
 tensors are the parts of the state (model.LayerState), blocks.i.att_x, blocks.i.wkv and blocks.i.ffn_x, and
 `generator`. All else is metadata.
 
@@ -29,7 +29,7 @@ from .adapters import Adapters
 from .conversation import Conversation, Turn
 
 CHAT_FORMAT = "rwkv-miss chat"
-# the metadata beside format and format_version
+# fields of the metadata beside format, format_version and bos; older files lack some
 KINDS = {
     "base": str,
     "base_fingerprint": str,
@@ -47,7 +47,7 @@ KINDS = {
 def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
     """Write the conversation, whole or not at all.
 
-    UserError where the file can't be written, or is there already and is no saved chat.
+    Raises UserError where the file can't be written, or is there already and is no saved chat.
     """
     if os.path.exists(path) and (not os.path.isfile(path) or _format(path) != CHAT_FORMAT):
         raise UserError(f"{path} is there already and is no saved chat; choose another name")
@@ -76,8 +76,8 @@ def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
 def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     """Replace this conversation by a saved one; returns whether its state is used. Else its turns are read.
 
-    UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size. Then the
-    conversation stays as it was.
+    Raises UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size. Then
+    the conversation stays as it was.
     """
     metadata = _read_metadata(path)
     model, tokenizer = adapters.model, conversation.tokenizer
@@ -185,7 +185,7 @@ def _generator(path, state: Tensor | None) -> torch.Generator:
 
 
 def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
-    """The state of a file's tensors, on the model's device."""
+    """Build the state from a file's tensors, on the model's device."""
     arch, device = adapters.model.arch, adapters.model.emb.weight.device
     shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
     layers = range(arch.n_layer)

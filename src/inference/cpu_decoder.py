@@ -1,10 +1,10 @@
-"""One token after another of some rows on the CPU: a `Decoder` runs one of each row in one native call.
+"""CPU decoder: one native call computes the next token of each row.
 
-The native code is cuda/decode_cpu.cpp. Weights are read once for all rows. What a row gets has the same bits
+The native code is cuda/decode_cpu.cpp. Weights are read once for all rows. A row's results have the same bits
 whatever the other rows are, and whatever the number of threads is. A prompt is read with matrix products.
 
-Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. What an adapter
-(adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
+Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. An adapter's change
+(adapters.py) is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
 weights, as released files have them, give what fp32 ones do. For products in int8 activations are rounded,
 too, where the CPU multiplies bytes. A longer prompt is read in bf16 where the weights are bf16 and the CPU
 multiplies in it.
@@ -59,23 +59,23 @@ class Change(ctypes.Structure):
 
 
 class Table(NamedTuple):
-    """Additions of adapters to the matrices, which the native code has by number."""
+    """Table of adapters' changes to the matrices, which the native code has by number."""
 
-    number: int  # -1: they add nothing
-    kept: list[Tensor]  # that the native code points to
+    number: int  # -1: no changes
+    kept: list[Tensor]  # tensors that the native code points to
 
 
 class Decoder:
-    """The states of `rows` rows, and the native code that computes their next tokens.
+    """Decoder with the states of `rows` rows, and the native code that computes their next tokens.
 
     `int8`: single tokens use the large matrices quantised, in panels (int8_panels.py) where the CPU
     multiplies bytes; `huge_pages` asks for pages of 2 MB for these. `bf16_activations`: where the CPU has
     instructions for it, activations are rounded to bf16 for products with bf16 weights; else they are split
     into two parts there, which is almost exact. There are as many threads as torch has. Some of the model's
     matrices are shared with it. Others, and all vectors, are copies that are made here. So when the model
-    gets other tensors, as from Adapters.use, refresh() must be called. Of a model in training it is what the
-    model was when the decoder was made. Rows with another adapter than BASE need `adapters`. Raises
-    ValueError where problem() finds one.
+    gets other tensors, as from Adapters.use, refresh() must be called. Of a model in training it keeps the
+    values from the time it was made. Rows with another adapter than BASE need `adapters`. Raises ValueError
+    where problem() finds one.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Decoder:
         self.names = names_in_order(arch)
         # the tensors of the model that the native code points to
         self.kept: dict[str, list[Tensor]] = {}
-        # by the names of adapters; the one that was used last is the last one
+        # by the names of adapters, in the order of their last use
         self.tables: dict[tuple[str, ...], Table] = {}
         self.sources = [self._source(name) for name in self.names]
         self.bf16_type = TYPES[torch.bfloat16]
@@ -121,7 +121,7 @@ class Decoder:
         self.put_table, self.close_native = library.decode_table, library.decode_close
 
     def _open(self, library: ctypes.CDLL) -> ctypes.c_void_p:
-        """What the native code knows the model by."""
+        """Give the native code the model; returns its handle."""
         arch = self.arch
         sizes = (
             arch.n_layer,
@@ -149,7 +149,7 @@ class Decoder:
         return ctypes.c_void_p(handle)
 
     def _make_room(self, huge: bool) -> Region:
-        """A region with a place for each packed matrix; a matrix that takes another's place has its shape."""
+        """Allocate a region with a place for each packed matrix; a replacing matrix has the same shape."""
         sizes = {
             name: int8_panels.packed_bytes(*tensor.shape)
             for name, tensor in zip(self.names, self.sources)
@@ -161,16 +161,16 @@ class Decoder:
 
     @property
     def reading(self) -> torch.dtype:
-        """The dtype of a prompt's activations."""
+        """Return the dtype of a prompt's activations."""
         in_bf16 = self.model.dtype == torch.bfloat16 and multiplies_bf16()
         return torch.bfloat16 if in_bf16 else torch.float32
 
     def refresh(self) -> None:
-        """Take over those of the model's tensors that changed; what stayed the same costs nothing."""
+        """Take over those of the model's tensors that changed; the others cost nothing."""
         self._check_open()
-        # where this is interrupted, it is done again before the next token
+        # if this is interrupted, it is done again before the next token
         self.fresh = False
-        self.tables.clear()  # each is made again when a row asks for it
+        self.tables.clear()  # each is made again when a row needs it
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
             tensor = self._source(name)
             if tensor is before:
@@ -191,12 +191,12 @@ class Decoder:
             self.close()
 
     def _source(self, name: str) -> Tensor | None:
-        """The model's parameter of that name."""
+        """Find the model's parameter of that name."""
         owner, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf, None)
 
     def _matrix(self, name: str, tensor: Tensor | None) -> Matrix:
-        """A parameter as the native code reads it; all zero where the model has none of that name."""
+        """Describe a parameter for the native code; all zero if the model has none of that name."""
         if tensor is None:
             return Matrix()
         leaf = name.rpartition(".")[2]
@@ -222,10 +222,9 @@ class Decoder:
         return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, kind)
 
     def _table(self, names: tuple[str, ...]) -> int:
-        """Return the number of the native table for these adapters; -1 where they change no matrix.
+        """Return the number of the native table for these adapters; -1 if they change no matrix.
 
-        The factors of several adapters are copies. So of their tables only those stay that were used last, as
-        many as there are rows.
+        The factors of several adapters are copies. So only the last used tables stay, one a row.
         """
         table = self.tables.pop(names, None)
         if table is None:
@@ -253,9 +252,8 @@ class Decoder:
         return Table(number, kept)
 
     def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
-        """What these adapters add to linears; without names, what Adapters.use() has put beside them, or the
-        adapter in training.
-        """
+        """Return these adapters' changes; without names, those of Adapters.use() or of the adapter in
+        training."""
         if names:
             return self.adapters.factors(Applied(names))
         if training := adapted_linears(self.model):
@@ -265,7 +263,7 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
+        """Read ids (1, T) int64: logits (1, V) fp32 after the last token, and the state after it.
 
         The given state stays as it is; None is the one that the model's documents start from. A model that
         overflows has logits that are not finite. Raises ValueError for other shapes and after close(),
@@ -282,11 +280,11 @@ class Decoder:
 
     @torch.no_grad()
     def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
-        """P prompts of BASE, ids (P, T) int64, T >= 2 -> logits (P, V) fp32 after the last tokens, and the
-        states after them, of P rows. There may be no more than the decoder has rows.
+        """Read P prompts of BASE, ids (P, T) int64, T >= 2: logits (P, V) fp32 after the last tokens, and the
+        states after them, of P rows. The decoder must have P rows.
 
         Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
-        their last token; None where none is shorter.
+        their last token; None if none is shorter.
         """
         self._check_open()
         before = self.model.initial_state(len(ids))
@@ -294,7 +292,7 @@ class Decoder:
         return self._read_last(ids[:, -1].tolist(), state, BASE)
 
     def _read_last(self, tokens: list[int], state: State, applied: Applied) -> tuple[Tensor, State]:
-        """(logits, states) after one more token of each row of a state, which stays as it is."""
+        """Compute (logits, states) after one more token of each row of a state, which stays as it is."""
         rows, layers = len(tokens), self.arch.n_layer
         before = self._together(state, rows)
         after = [torch.empty(rows, layers, *shape[1:]) for shape in self.state_shapes]
@@ -303,7 +301,7 @@ class Decoder:
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """As read(), where no logits are wanted: of a chunk that others follow.
+        """Read a chunk that others follow, as read() does but without logits.
 
         The state has the dtype of `reading`.
         """
@@ -313,7 +311,7 @@ class Decoder:
         return self._read_many(ids, state, applied)
 
     def _read_many(self, ids: Tensor, state: State, applied: Applied, reset: Tensor | None = None) -> State:
-        """The state after tokens that are read with products of matrices, all at once."""
+        """Compute the state after tokens that are read with products of matrices, all at once."""
         to = self.reading
         state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
         with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
@@ -328,7 +326,7 @@ class Decoder:
             own[row] = part[0]
 
     def take(self, row: int) -> State:
-        """A copy of a row's state."""
+        """Copy a row's state."""
         self._check_row(row)
         parts = [part[row : row + 1].clone().unbind(1) for part in self.states]
         return [LayerState(*of_layer) for of_layer in zip(*parts)]
@@ -341,9 +339,9 @@ class Decoder:
             part[target].copy_(part[source])
 
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place.
+        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place.
 
-        A row that overflows has logits that are not finite, and the others are as they are without it. Raises
+        A row that overflows has logits that are not finite, and the others do not change. Raises
         ValueError for more tokens than rows and after close(), IndexError as read() does.
         """
         self._check_open()
@@ -410,7 +408,7 @@ class Decoder:
                     )
 
     def _ready(self, part: Tensor | None, layer: int) -> Tensor:
-        """A part of a state as the native code reads it; None is the WKV state that documents start from."""
+        """Prepare a part of a state for the native code; None is the WKV state that documents start from."""
         if part is None:
             part = self.model.blocks[layer].att.initial_state()
         if part is None:
@@ -418,7 +416,7 @@ class Decoder:
         return part.to("cpu", torch.float32)
 
     def _together(self, state: State, rows: int) -> list[Tensor]:
-        """The parts of a state with all layers, as the native code reads them: (rows, L, ...)."""
+        """Join the parts of a state with all layers, as the native code reads them: (rows, L, ...)."""
         return [
             torch.stack([self._ready(part, i).view(rows, *shape[1:]) for i, part in enumerate(parts)], 1)
             for parts, shape in zip(zip(*state, strict=True), self.state_shapes, strict=True)
@@ -426,7 +424,7 @@ class Decoder:
 
 
 def _addresses(states: Sequence[Tensor]) -> ctypes.Array:
-    """Where each part of each layer of each row is, of parts that have all of them, (rows, L, ...)."""
+    """Return the addresses of each part of each layer of each row, from parts (rows, L, ...)."""
     rows, layers = states[0].shape[:2]
     begins = np.array([part.data_ptr() for part in states])
     sizes = np.array([part[0, 0].nbytes for part in states])
@@ -435,7 +433,7 @@ def _addresses(states: Sequence[Tensor]) -> ctypes.Array:
 
 
 def problem(model: RWKV) -> str:
-    """Why the native code can't do this model's tokens; "" where it can."""
+    """Say why the native code can't compute this model's tokens; "" if it can."""
     if model.emb.weight.device.type != "cpu":
         return f"the model is on {model.emb.weight.device}"
     if (kernel := model.kernel) != "cpu":

@@ -1,6 +1,6 @@
-"""Tokens of many rows at once on a GPU: a `GraphedDecoder` records a token's launches once and replays them.
+"""GPU decoder with CUDA graphs: it records a token's launches once and replays them.
 
-These are CUDA graphs, of 1, 2, 4, ... rows. A token of a small model is hundreds of launches of a few
+There is a graph for 1, 2, 4, ... rows. A token of a small model is hundreds of launches of a few
 microseconds each. The CPU cannot launch them as fast as the GPU runs them. Prompts are read by the model.
 
 A graph holds addresses: of the weights, of the rows' states, of the adapters that lie side by side
@@ -22,24 +22,25 @@ from .adapter_stack import BASE, Applied, Mix, Owners, Stack, columns_of
 from .adapters import Adapters
 from .torch_decoder import TorchDecoder
 
-# error, as a share of the largest logit; the graph has the same operations, but may add in another order
+# largest error, as a share of the largest logit; the graph has the same operations, but may add in another
+# order
 ALLOWED = 1e-2
 
 
 class Recorded(NamedTuple):
-    """The graph of a token of some rows."""
+    """Graph of a token of some rows."""
 
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # (rows, V), where a replay writes them
 
 
 class GraphedDecoder(TorchDecoder):
-    """A model on a GPU that replays a recorded graph for every token of its rows.
+    """Decoder of a model on a GPU that replays a recorded graph for every token of its rows.
 
     The graph for twice as many rows is recorded when it is first needed; one that is too large serves too. So
-    a step may spoil the states of rows B and beyond: what is put there comes after it. Where rows have
-    adapters it is another graph, with room for those of adapters.stack. RuntimeError where recording fails,
-    or gives other logits than the model's.
+    a step may spoil the states of rows B and beyond, until a state is put there. Rows with adapters have
+    another graph, with room for those of adapters.stack. Raises RuntimeError if recording fails, or gives
+    other logits than the model's.
     """
 
     def __init__(self, model: RWKV, rows: int, adapters: Adapters | None = None):
@@ -48,21 +49,23 @@ class GraphedDecoder(TorchDecoder):
         self._forget()
 
     def _forget(self) -> None:
-        # kept, so that no other tensor gets the address of one of them: refresh() compares
+        # kept, so that no other tensor gets one of their addresses: refresh() compares them
         self.weights = [p.detach() for p in self.model.parameters()]
         self.graphs: dict[tuple[int, bool], Recorded] = {}  # (rows, whether they have adapters)
         self.stack: Stack | None = None
         self.shares: dict[Owners, Tensor] = {}
-        self.written: Tensor | None = None  # the scales that the shares are of
+        self.written: Tensor | None = None  # the scales of the written shares
 
     def refresh(self) -> None:
-        """Drop the graphs, and with them the weights that they hold, where the model has other ones now.
+        """Drop the graphs, and the weights that they hold, if the model has other ones now.
 
         Rows keep their states, unless the model has another dtype.
         """
         now = list(self.model.parameters())
         same = len(now) == len(self.weights) and all(map(_is_same, now, self.weights))
-        if same and self.adapters is not None:  # without them nobody knows what the linears have beside them
+        if (
+            same and self.adapters is not None
+        ):  # without `adapters` the changes beside the linears are unknown
             return
         if self.model.dtype != self.states.att_x.dtype:
             self.states = self._zeros()
@@ -74,7 +77,7 @@ class GraphedDecoder(TorchDecoder):
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
+        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place."""
         count = len(tokens)
         self.ids[:count].copy_(torch.tensor(tokens, dtype=torch.int64)[:, None])
         with_adapters = self.adapters is not None and self._put_shares(applied)
@@ -84,12 +87,12 @@ class GraphedDecoder(TorchDecoder):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Record the smallest and the largest graph of BASE; RuntimeError where that fails."""
+        """Record the smallest and the largest graph of BASE. Raises RuntimeError if that fails."""
         for count in (1, self.rows):
             self._graph(count, self.adapters is not None and self._put_shares([BASE] * count))
 
     def _put_shares(self, applied: Sequence[Applied]) -> bool:
-        """Write the rows' shares to where graphs read them; False where no row has an adapter's factors."""
+        """Write the rows' shares where graphs read them; returns False if no row has an adapter's factors."""
         stack, of_rows = self.adapters.stacked(applied)
         if not of_rows.any():
             return False
@@ -108,7 +111,7 @@ class GraphedDecoder(TorchDecoder):
         return True
 
     def _graph(self, count: int, with_adapters: bool) -> Recorded:
-        """The graph of the fewest rows that are at least `count`."""
+        """Return the smallest graph of at least `count` rows."""
         key = min(self.rows, 1 << (count - 1).bit_length()), with_adapters
         if key not in self.graphs:
             self.graphs[key] = self._record(*key)
@@ -124,7 +127,7 @@ class GraphedDecoder(TorchDecoder):
         with self._showing(count, with_adapters):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            # what libraries allocate and choose on their first call must not be in the graph
+            # first calls of libraries allocate and choose: that must not be in the graph
             with torch.cuda.stream(stream):
                 want = self._move_on(self.ids[:count])
             torch.cuda.current_stream().wait_stream(stream)
@@ -134,7 +137,7 @@ class GraphedDecoder(TorchDecoder):
                 logits = self._move_on(self.ids[:count])
         graph.replay()
         restore()
-        # a row that overflows is its own affair
+        # a row that overflows is ignored
         got, want = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (logits, want))
         error = (got - want).abs().max() / want.abs().max()
         if not bool(error <= ALLOWED):
@@ -142,7 +145,7 @@ class GraphedDecoder(TorchDecoder):
         return Recorded(graph, logits)
 
     def _showing(self, count: int, with_adapters: bool) -> contextlib.AbstractContextManager[None]:
-        """Context in which the linears have what the graph of so many rows reads."""
+        """Put beside the linears what the graph of `count` rows reads, inside the block."""
         if self.adapters is None:
             return contextlib.nullcontext()
         columns = self.stack.columns if with_adapters else {}

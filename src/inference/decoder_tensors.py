@@ -1,4 +1,4 @@
-"""The model's tensors as the CPU decoder's native code knows them: their order, their types, int8 rows."""
+"""Tensors of the model for the CPU decoder's native code: their order, their types, int8 rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = (
     "head.weight",
 )
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
-# the members of Layer6 and Layer7 of cuda/decode_cpu.h
+# members of Layer6 and Layer7 of cuda/decode_cpu.h
 LAYER = {
     6: (
         *NORMS,
@@ -63,14 +63,14 @@ class Matrix(ctypes.Structure):
 
 
 class Int8Rows(NamedTuple):
-    """weight (out, in) = values (out, in) int8 * scale (out,) fp32."""
+    """Quantised rows: weight (out, in) = values (out, in) int8 * scale (out,) fp32."""
 
     values: Tensor
     scale: Tensor
 
 
 def int8_rows(weight: Tensor) -> Int8Rows:
-    """Symmetric int8 with one scale for each row: the row's largest magnitude / 127.
+    """Quantise to symmetric int8 with one scale for each row: the row's largest magnitude / 127.
 
     rwkv_miss/quantised.py has a scale for each 64 weights.
     """
@@ -80,10 +80,10 @@ def int8_rows(weight: Tensor) -> Int8Rows:
 
 
 def names_in_order(arch: Arch) -> list[str]:
-    """The names of the model's tensors in the order in which decode_open() takes them."""
+    """Name the model's tensors in the order in which decode_open() takes them."""
     return [*MODEL, *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version])]
 
 
 def is_multiplied(name: str, tensor: Tensor) -> bool:
-    """Whether it is one of the large matrices: not the embedding, whose rows are looked up."""
+    """Tell whether it is one of the large matrices: not the embedding, whose rows are looked up."""
     return name.endswith(".weight") and name != "emb.weight" and tensor.dim() == 2

@@ -1,4 +1,4 @@
-"""Which decoder answers for a model, and how much of a prompt it reads at once."""
+"""Choice of a model's decoder, and of the number of prompt tokens that it reads at once."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def fastest(
     huge_pages: str = "no",
     bf16_activations: bool = False,
 ) -> tuple[RowDecoder, str]:
-    """(the fastest decoder that answers for the model, what it is in words).
+    """Choose (the fastest decoder for the model, its description).
 
-    `rows` are the answers that it makes at once; `adapters` is what their requests choose from. `huge_pages`:
-    yes, no or auto (huge_pages.py), for the CPU's own decoder; the model's matrices then lie in other memory.
-    `bf16_activations`: rounded for its products with bf16 weights, which is faster for 8 rows and more.
-    UserError if int8, yes or bf16 activations are asked for where that decoder does not run, or the CPU has
-    no instructions for the last.
+    `rows`: the number of answers that it makes at once; `adapters`: those that their requests choose from.
+    `huge_pages`: yes, no or auto (huge_pages.py), for the CPU's own decoder; the model's matrices then lie in
+    other memory. `bf16_activations`: rounded for its products with bf16 weights, which is faster for 8 rows
+    and more. Raises UserError if int8, yes or bf16 activations are asked for where that decoder does not run,
+    or the CPU has no instructions for the last.
     """
     asked = {
         "--quant int8": int8,
@@ -61,7 +61,7 @@ def fastest(
         raise UserError(
             "--activations bf16: this CPU has no instructions for it (avx512_bf16); drop the flag"
         )
-    # the base's, which an adapter may stand in for
+    # the base's tensors, which an adapter may replace
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
     _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
     decoder = Decoder(
@@ -81,9 +81,9 @@ def fastest(
 
 
 def for_training(model: RWKV, rows: int) -> RowDecoder:
-    """A decoder for so many answers of a model between two steps of its training, with its adapter.
+    """Make a decoder for `rows` answers of a model between two steps of its training, with its adapter.
 
-    The next answers need another one: it may hold copies of what the training changes.
+    The next answers need another one: it may hold copies of trained tensors.
     """
     return TorchDecoder(model, rows) if problem(model) else Decoder(model, rows)
 
@@ -94,11 +94,11 @@ def _dtypes_of_matrices(model: RWKV) -> list[str]:
 
 
 def measured_chunk(decoder: RowDecoder, seconds: float = 0.06) -> int:
-    """The most tokens, a power of two, that the decoder reads within so many seconds here and now.
+    """Measure how many tokens, a power of two, the decoder reads within `seconds` here and now.
 
-    At least 16, also where these take longer. It is measured on prompts of 16, 32, ... tokens, three times
-    each, after one that is not counted; a step of all rows then comes on top. Prompts that are read in other
-    chunks have other last bits: give a server its chunk where it is to answer as another one did.
+    It returns at least 16, even if these take longer. It measures prompts of 16, 32, ... tokens, three times
+    each, after a warm-up; a step of all rows then comes on top. Prompts that are read in other chunks have
+    other last bits: two servers that must answer alike need the same chunk.
     """
     best = CHUNKS[0]
     for size in CHUNKS:
@@ -111,7 +111,7 @@ def measured_chunk(decoder: RowDecoder, seconds: float = 0.06) -> int:
 
 
 def _seconds(decoder: RowDecoder, ids: Tensor) -> float:
-    """Of one chunk. The logits are read, so that a GPU is through with it."""
+    """Time one chunk. Its logits are read, so that a GPU has finished."""
     start = time.perf_counter()
     decoder.read(ids, None)[0].cpu()
     return time.perf_counter() - start

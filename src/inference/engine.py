@@ -1,12 +1,12 @@
-"""Answers to many requests at once: rows of states, which requests take and leave between any two tokens.
+"""Engine for many requests at once: rows of states, which requests take and leave between any two tokens.
 
 A request waits, then its prompt is read, in chunks, and each of its answers takes a row of the decoder. With
 every step() all rows get one token more. The weights are read once for all of them, and a row costs little
-beside the first. What an answer says does not depend on who else has a row: a prompt is read alone and its
-chunks end at multiples of `chunk`, a row's logits are its own, and its random numbers come of its own seed.
-(Where many short prompts are to be read fast, they are read as one batch: see `together`.)
+beside the first. An answer does not depend on the other rows: a prompt is read alone and its chunks end at
+multiples of `chunk`, a row's logits are its own, and its random numbers come from its own seed. (Many short
+prompts may be read faster as one batch: see `together`.)
 
-Nothing here looks at a clock. So processes that call step() alike stay together, as ZeRO-3 needs it.
+Nothing here reads a clock. So processes that call step() alike stay together, as ZeRO-3 needs it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .sampling import choose, runs_native
 
 
 class _Prompt:
-    """A prompt that is being read, and its answers that have no row yet."""
+    """Prompt that is being read, and its answers that have no row yet."""
 
     def __init__(self, request: Request):
         self.request = request
@@ -49,14 +49,14 @@ class _Prompt:
 
 
 class Engine:
-    """Requests in, answers out, over the rows of a decoder (row_decoder.py).
+    """Engine over the rows of a decoder (row_decoder.py).
 
     `chunk`: tokens of a prompt that are read at once. `reads_first`: a step reads prompts until all rows are
     taken, which answers most in a given time; else it reads at most one chunk, of one prompt after the other,
     and nobody waits longer than that for the next token. `cache_bytes` are for states of prompts
-    (prefix_cache.py). `together`: prompts that wait are read as one batch of at most so many tokens, padding
-    included, where rows are free for their answers. The last bits of their states then depend on which ones
-    are read together. It has no use with a cache.
+    (prefix_cache.py). `together`: the most tokens, with padding, of waiting prompts that are read as one
+    batch, if rows are free for their answers. The last bits of their states then depend on which ones are
+    read together. It has no use with a cache.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Engine:
         return not self.rows and not self.prompts
 
     def submit(self, request: Request) -> list[Answer]:
-        """The answers, empty so far. UserError for a request that can't be answered."""
+        """Queue a request and return its answers, empty so far. Raises UserError for an impossible one."""
         self._check(request)
         prompt = _Prompt(request)
         self.prompts.append(prompt)
         return list(prompt.answers)
 
     def cancel(self, answer: Answer) -> None:
-        """End an answer, wherever it is: its row is free at once. One that is complete stays as it is."""
+        """End an answer, wherever it is: its row is free at once. A complete one stays as it is."""
         if answer.finish:
             return
         answer.finish = "cancelled"
@@ -108,13 +108,14 @@ class Engine:
                 self.prompts.remove(prompt)
 
     def refresh(self) -> None:
-        """Take over what changed of the model or its adapters, and forget what was read before."""
+        """Take over changes of the model or its adapters, and forget prompts that were read before."""
         self.decoder.refresh()
         self.cache.clear()
 
     def step(self) -> list[Answer]:
-        """One turn: a token for every row, then prompts are read, as reads_first has it, into rows that are
-        free. Returns the answers that changed. ChangedFile if the model's file was overwritten.
+        """Run a token for every row, then read prompts into free rows, by reads_first.
+
+        Returns the answers that changed. Raises ChangedFile if the model's file was overwritten.
         """
         check_mapped()
         with nan_passes():  # choose() names a model that overflows, by its logits
@@ -130,9 +131,9 @@ class Engine:
         return list(changed.values())
 
     def run(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:
-        """The answers to each request as soon as all n are complete, whatever the order.
+        """Yield the answers to each request as soon as all n are complete, in any order.
 
-        Requests are taken as rows get free. UserError for one that can't be answered; it ends the others.
+        Requests are taken as rows become free. Raises UserError for an impossible one, which ends the others.
         """
         coming, unfinished = iter(requests), {}  # id of an answer -> all that its request gets
         more = True
@@ -164,7 +165,7 @@ class Engine:
             self.decoder.adapters.check(request.applied)
 
     def _read_chunk(self, prompt: _Prompt) -> list[Answer]:
-        """Read a chunk of a prompt; after the last one its answers get rows. Returns those that changed."""
+        """Read a chunk of a prompt; after the last one its answers get rows. Returns the changed ones."""
         try:
             if not prompt.is_read:
                 self._read(prompt)
@@ -180,7 +181,7 @@ class Engine:
         return changed
 
     def _read_together(self) -> None:
-        """Read the prompts at the front in one batch, if several are to be read."""
+        """Read the prompts at the front in one batch, if there are several."""
         batch, longest, free = [], 0, self.decoder.rows - len(self.rows)
         for prompt in self.prompts if self.together else ():
             request = prompt.request
@@ -201,9 +202,9 @@ class Engine:
             prompt.state = [LayerState(*(part[row : row + 1] for part in layer)) for layer in state]
 
     def _pass_on(self, prompt: _Prompt) -> None:
-        """The next chunk is that of another prompt, so that a short one does not wait for a long one's end.
+        """Let another prompt read the next chunk, so that a short one does not wait for a long one's end.
 
-        As many take turns as there are rows: each of them has a state.
+        At most as many take turns as there are rows: each of them has a state.
         """
         if not prompt.is_read and prompt in self.prompts:
             self.prompts.remove(prompt)
@@ -227,7 +228,7 @@ class Engine:
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
 
     def _begin(self, prompt: _Prompt) -> None:
-        """From what the cache has of the prompt, or from the state before it."""
+        """Begin with the cache's longest state of the prompt, or with the state before it."""
         prompt.state = self._start(prompt.request)
         if not self.cache.limit:
             return
@@ -243,7 +244,7 @@ class Engine:
             answer.cached_tokens = prompt.read
 
     def _start(self, request: Request) -> State | None:
-        """The state before the prompt; None: the model's own."""
+        """Return the state before the prompt; None: the model's own."""
         if request.start is not None or self.decoder.adapters is None:
             return request.start
         return self.decoder.adapters.start(request.applied)
@@ -267,7 +268,7 @@ class Engine:
         return seated
 
     def _next_tokens(self) -> list[Answer]:
-        """A token for every row."""
+        """Run a token for every row."""
         answers = [running.answer for running in self.rows]
         if answers:
             tokens = [answer.tokens[-1] for answer in answers]
@@ -282,7 +283,7 @@ class Engine:
         return answers
 
     def _take_tokens(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Draw a token for each of these rows from its logits; whoever is complete leaves."""
+        """Draw a token for each of these rows from its logits; complete answers leave."""
         # a padded model has ids that no text stands for
         logits = logits[:, : self.tokenizer.vocab_size]
         drawn = choose(logits, [self.rows[row].drawing for row in rows], self.native_code)
@@ -304,7 +305,7 @@ class Engine:
         self.cache.add(kind, [*request.tokens, *running.read], running.answer.state, None)
 
     def _leave(self, rows: Iterable[int]) -> None:
-        """Free rows. The last ones move into their places, so that rows 0 to B - 1 are in use."""
+        """Free rows. The last rows move into their places, so that rows 0 to B - 1 are in use."""
         for row in sorted(rows, reverse=True):
             last = len(self.rows) - 1
             if row < last:

@@ -1,4 +1,4 @@
-"""The flags that a chat and a server have in common, and what follows from them."""
+"""Flags that a chat and a server have in common, and their consequences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data.templates import add_template_flags, recorded_template
 from ..data.tokenizer import Tokenizer
 from .sampling import Sampling
 
-NO_ADAPTER = "none"  # what /adapter takes for the base alone
+NO_ADAPTER = "none"  # value of /adapter for the base alone
 
 
 def add_files(add: Callable) -> None:
@@ -61,7 +61,7 @@ def add_text(add: Callable) -> None:
 def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False) -> None:
     """Add the flags for how an answer's tokens are drawn, and how many.
 
-    `recommended`: what is not given is None, and the program takes what is recommended for the template.
+    `recommended`: a flag that is not given is None, and the program uses the template's recommendation.
     """
     add(
         "--max_tokens",
@@ -90,7 +90,7 @@ def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False
 
 
 def add_device(add: Callable) -> None:
-    """Add the flags for where it is computed, in which numbers."""
+    """Add the flags for the device and the number formats."""
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add(
         "--precision",
@@ -159,7 +159,7 @@ def check_shared(args: argparse.Namespace) -> None:
 
 
 def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of add_device() tell decoders.fastest()."""
+    """Return the options of decoders.fastest() by the flags of add_device()."""
     return {
         "int8": args.quant == "int8",
         "huge_pages": args.huge_pages,
@@ -168,9 +168,9 @@ def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Recorded:
-    """How a model is asked: what the flags of add_text() say, else what files record.
+    """Settings of prompts: the flags of add_text(), else the records of files.
 
-    The files are adapters', the first one with a record counts, and then the model's.
+    The first adapter's file with a record counts, and then the model's.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer):
@@ -183,5 +183,5 @@ class Recorded:
         )
 
     def bos(self, paths: list[str]) -> tuple[int, ...]:
-        """The ids that every text begins with."""
+        """Return the ids that every text begins with."""
         return leading_token(self.args.bos, self.tokenizer, *paths, self.args.model)

@@ -1,4 +1,4 @@
-"""Streaming an answer, piece by piece, from the engine (engine.py)."""
+"""Stream of an answer, piece by piece, from the engine (engine.py)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .engine import Answer, Engine, Request
 def stream(engine: Engine, request: Request) -> Generator[str, None, Answer]:
     """Yield a request's only answer in pieces of whole characters; return it once it is complete.
 
-    Closed or interrupted, it is cancelled. UserError for a request that can't be answered, and for a model
-    that overflows.
+    Closed or interrupted, it is cancelled. Raises UserError for a request that can't be answered, and for a
+    model that overflows.
     """
     (answer,) = engine.submit(request)
     shown = 0

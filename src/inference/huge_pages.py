@@ -1,9 +1,9 @@
-"""Memory in pages of 2 MB, in which a CPU's decoder reads its weights faster.
+"""Huge pages, memory in pages of 2 MB, in which a CPU's decoder reads its weights faster.
 
 Every token reads all weights once, so the CPU walks through as many pages as they have. With 2 MB pages it
-looks up 512 times fewer of them. Weights that are mapped from a file stay in pages of 4 KB: it takes a copy,
-in memory that can't be dropped when another program needs it. Linux gives such pages to a region that asks
-for them (`transparent_hugepage` is `madvise` or `always`), as far as it has any.
+looks up 512 times fewer of them. Weights that are mapped from a file stay in pages of 4 KB: huge pages need a
+copy, in memory that can't be dropped when another program needs it. Linux gives such pages to a region that
+asks for them (`transparent_hugepage` is `madvise` or `always`), if it has any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SWITCH = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 class Region:
-    """Anonymous memory for tensors, in huge pages where `huge` and the system has them.
+    """Anonymous memory for tensors, in huge pages if `huge` and the system has them.
 
     It lives as long as one of its tensors does.
     """
@@ -41,7 +41,7 @@ class Region:
                 self.huge = False
 
     def take(self, size: int) -> Tensor:
-        """The next `size` bytes, uint8, from a multiple of 64 bytes on."""
+        """Take the next `size` bytes, uint8, from a multiple of 64 bytes on."""
         begin = self.start + self.used
         self.used += rounded(size)
         if self.used > self.size:
@@ -49,12 +49,12 @@ class Region:
         return self.memory[begin : begin + size]
 
     def huge_bytes(self) -> int:
-        """How much of it lies in huge pages now."""
+        """Count the bytes that lie in huge pages now."""
         begin = self.memory.data_ptr() + self.start
         return huge_bytes(begin, begin + self.size)
 
     def describe(self) -> str:
-        """ "258 MiB copied, 256 MiB of it into large memory pages"; why none of it."""
+        """Say "258 MiB copied, 256 MiB of it into large memory pages", or why none of it."""
         copied = f"{size_text(self.used)} copied"
         if found := self.huge_bytes():
             return f"{copied}, {size_text(min(found, self.used))} of it into large memory pages"
@@ -63,12 +63,12 @@ class Region:
 
 
 def rounded(size: int) -> int:
-    """Bytes of whole cache lines."""
+    """Round up to whole cache lines."""
     return -(-size // LINE) * LINE
 
 
 def problem() -> str:
-    """Why this system gives no huge pages; "" where it does."""
+    """Say why this system gives no huge pages; "" if it does."""
     try:
         with open(SWITCH) as file:
             chosen = file.read().partition("[")[2].partition("]")[0]
@@ -78,7 +78,7 @@ def problem() -> str:
 
 
 def huge_bytes(begin: int, end: int, smaps: str = "/proc/self/smaps") -> int:
-    """Bytes in huge pages of this process's mappings between two addresses, at most end - begin."""
+    """Count the bytes in huge pages of this process's mappings between two addresses, at most end - begin."""
     total, inside = 0, False
     try:
         with open(smaps) as file:
@@ -95,23 +95,21 @@ def huge_bytes(begin: int, end: int, smaps: str = "/proc/self/smaps") -> int:
 
 
 def wanted(asked: str, size: int) -> bool:
-    """Whether to copy `size` bytes: `asked` is yes, no or auto, which takes no more than a third of the free
-    memory, and leaves a GiB of it.
-    """
+    """Tell whether to copy `size` bytes. auto takes at most a third of the free memory, and leaves a GiB."""
     if asked != "auto":
         return asked == "yes"
     return not problem() and max(3 * size, size + GIB) <= free_memory("cpu")
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that a region needs for these tensors."""
+    """Count the bytes that a region needs for these tensors."""
     return sum(rounded(tensor.nbytes) for tensor in tensors)
 
 
 def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> tuple[Region | None, str]:
-    """(the region that the matrices by these names are in from now on, what is to be said about it).
+    """Move the matrices that every token reads into a region: all but the embedding.
 
-    Those that every token reads: all but the embedding. `asked` is yes, no or auto.
+    Returns (the region or None, a sentence about it). `asked` is yes, no or auto.
     """
     matrices = [p for name, p in weights.items() if p is not None and p.dim() > 1 and name != "emb.weight"]
     size = size_of(matrices)
@@ -124,9 +122,8 @@ def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> tupl
 
 
 def move(parameters: list[nn.Parameter]) -> Region:
-    """Put the parameters' numbers into a region, one after the other: the parameters stay the same objects,
-    and what they had is freed where nothing else has it.
-    """
+    """Move the parameters' values into a region. The parameters stay the same objects; old memory is
+    freed."""
     region = Region(size_of(parameters))
     for parameter in parameters:
         place = region.take(parameter.nbytes).view(parameter.dtype).view(parameter.shape)

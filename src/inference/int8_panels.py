@@ -1,4 +1,4 @@
-"""Matrices in int8 panels, the form in which the CPU's VNNI instructions multiply them.
+"""Int8 panels, the form in which the CPU's VNNI instructions multiply matrices.
 
 The format and the kernel are cuda/int8_panels.h: a scale in bf16 for each row and 64 columns, 8.25 bits a
 weight, and activations in int8 with a scale for each 32.
@@ -17,19 +17,19 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def instruction_is_there() -> bool:
-    """Whether this CPU multiplies bytes. Others compute the same numbers, slowly."""
+    """Tell whether this CPU multiplies bytes. Others compute the same numbers, slowly."""
     return bool(native.library("cpu").panels_fast())
 
 
 def packed_bytes(rows: int, columns: int) -> int:
-    """Of a packed matrix."""
+    """Count the bytes of a packed matrix."""
     size = native.library("cpu").panels_bytes
     size.restype = ctypes.c_int64
     return size(ctypes.c_int64(rows), ctypes.c_int64(columns))
 
 
 def pack(weight: Tensor, out: Tensor, threads: int) -> None:
-    """weight (rows, columns) fp32 or bf16 -> out (packed_bytes,) uint8."""
+    """Pack weight (rows, columns) fp32 or bf16 into out (packed_bytes,) uint8."""
     rows, columns = weight.shape
     native.library("cpu").panels_pack(
         ctypes.c_int64(DTYPES[weight.dtype]),
@@ -42,9 +42,9 @@ def pack(weight: Tensor, out: Tensor, threads: int) -> None:
 
 
 def multiply(packed: Tensor, rows: int, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """x (B, columns) fp32 @ the rows [first, last) of the matrix, transposed: y (B, rows), zero elsewhere.
+    """Multiply x (B, columns) fp32 by the rows [first, last) of the matrix: y (B, rows), zero elsewhere.
 
-    What the decoder does, by itself: for tests. `first` is a multiple of 16, and so is `last` unless it is
+    It is the decoder's product, alone, for tests. `first` is a multiple of 16, and so is `last` unless it is
     the number of rows.
     """
     B, columns = x.shape

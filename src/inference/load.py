@@ -1,4 +1,4 @@
-"""A model ready to answer: file, adapters and tokenizer put together."""
+"""Loading of a model that can answer: file, adapters and tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(
     precision: str = "auto",
     wkv: str = "auto",
 ) -> tuple[RWKV, Tokenizer]:
-    """(model, tokenizer): those of load_with(), with the adapter in use if there is one."""
+    """Load (model, tokenizer) as load_with() does, with the adapter in use if there is one."""
     files = {"adapter": adapter} if adapter else {}
     adapters, tokenizer = load_with(path, files, tokenizer, eod, accelerator, precision, wkv)
     adapters.use(list(adapters.by_name))
@@ -36,7 +36,7 @@ def load(
 
 
 def refuse_folders(files: Mapping[str, str]) -> None:
-    """UserError for an adapter, name -> path, that is a folder."""
+    """Raise UserError for an adapter, name -> path, that is a folder."""
     for folder in filter(os.path.isdir, files.values()):
         raise UserError(
             f"{folder} is a folder, and an adapter here is one .pth; "
@@ -53,16 +53,16 @@ def load_with(
     precision: str = "auto",
     wkv: str = "auto",
 ) -> tuple[Adapters, Tokenizer]:
-    """(model with the adapter files, none of them in use yet; tokenizer).
+    """Load (model with the adapter files, none of them in use yet; tokenizer).
 
-    "auto" is the GPU where there is one, bf16 on it, and the tokenizer that the files record. On a CPU with
-    its native kernels "auto" leaves a bf16 file as it is, mapped. Other files are taken in fp32, and so are
-    all with other kernels.
+    "auto" is the GPU if there is one, bf16 on it, and the tokenizer that the files record. On a CPU with its
+    native kernels "auto" leaves a bf16 file as it is, mapped. Other files are converted to fp32, and with
+    other kernels all are.
 
-    From bf16 weights too the decoder computes single tokens in fp32, and loses nothing. Prompts are then read
-    with activations in bf16, if the CPU has instructions for it. After 2 to 96 tokens of a real v6 model the
-    relative error of the logits, |error| / |logits|, is 6e-4 in the mean and 4e-3 at most. With "fp32" it is
-    7e-8 and 2e-7. The KL divergence is 1e-5 in the mean and 9e-5 at most. An adapter never changes the
+    The decoder computes single tokens in fp32 from bf16 weights, too, and loses nothing. Prompts are then
+    read with activations in bf16, if the CPU has instructions for it. After 2 to 96 tokens of a real v6 model
+    the relative error of the logits, |error| / |logits|, is 6e-4 in the mean and 4e-3 at most. With "fp32" it
+    is 7e-8 and 2e-7. The KL divergence is 1e-5 in the mean and 9e-5 at most. An adapter never changes the
     weights, whatever their precision (adapters.py).
     """
     refuse_folders(files)
@@ -81,7 +81,7 @@ def load_with(
 
 
 def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
-    """UserError where adapters that are to be switched record different tokenizers, and none is asked for."""
+    """Raise UserError if adapters that are to be switched record different tokenizers, and none is given."""
     records = {name: (read_metadata(path) or {}).get("tokenizer") for name, path in files.items()}
     different = {record for record in records.values() if record}
     if asked == "auto" and len(different) > 1:
@@ -93,6 +93,6 @@ def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
 
 
 def in_bf16(tensors: dict[str, Tensor]) -> bool:
-    """Whether all large matrices of a model are bf16."""
+    """Tell whether all large matrices of a model are bf16."""
     matrices = [tensor for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2]
     return all(matrix.dtype == torch.bfloat16 for matrix in matrices)

@@ -1,8 +1,8 @@
-"""States of prompts that were read, for prompts that begin alike.
+"""Prefix cache: states of prompts that were read, for prompts that begin alike.
 
 An RNN's state is all that is left of a prompt, of one size whatever the prompt's length. A prompt that goes
-on from a kept state has the bits that it has without, where both are read in the same chunks (engine.py). The
-states after answers are kept apart: theirs are the bits of single tokens.
+on from a kept state has the same bits as without it, if both are read in the same chunks (engine.py). The
+states after answers are kept apart: they have the bits of single tokens.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .adapters import Applied
 
 
 class Read(NamedTuple):
-    """What is kept of tokens that were read."""
+    """Cached result of reading some tokens."""
 
     state: State
-    logits: Tensor | None  # (1, V) after a whole prompt; None where others go on from it
+    logits: Tensor | None  # (1, V) after a whole prompt; None for the beginning of others
     start: State | None  # the state before the tokens: kept, so that no other one gets its id()
     size: int  # bytes
 
 
 class Kind(NamedTuple):
-    """What states must have in common to stand for each other.
+    """Kind of a state; only states of one kind can replace each other.
 
-    Two start states are the same where they are one object; None is the adapter's, or the model's own.
+    Two start states are the same if they are one object; None is the adapter's, or the model's own.
     """
 
     applied: Applied
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A kind, and a number of tokens. Of their text nothing is kept."""
+    """Kind, and a number of tokens. The tokens themselves are not kept."""
 
     applied: Applied
     start: int | None
@@ -51,14 +51,14 @@ class Key(NamedTuple):
 
 
 class PrefixCache:
-    """Kind and tokens -> state, in at most `limit` bytes: those that were used last."""
+    """Cache of kind and tokens -> state, in at most `limit` bytes: the last used ones stay."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.entries: OrderedDict[Key, Read] = OrderedDict()  # the one used last is at the end
 
     def longest(self, kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> tuple[int, Read | None]:
-        """(number of tokens, what is kept of them) of the longest beginning; (0, None) where none is kept.
+        """Find (number of tokens, cached result) of the longest beginning; (0, None) without one.
 
         Only the given lengths are looked up; after answers those that are kept.
         """
@@ -72,7 +72,7 @@ class PrefixCache:
         return 0, None
 
     def add(self, kind: Kind, tokens: Sequence[int], state: State, logits: Tensor | None) -> None:
-        """Keep the state after all these tokens; what was not used for longest makes room for it."""
+        """Keep the state after all these tokens; entries unused for longest are dropped to make room."""
         kept = [part for layer in state for part in layer] + ([] if logits is None else [logits])
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if size > self.limit:
@@ -86,7 +86,7 @@ class PrefixCache:
             self._drop(next(iter(self.entries)))
 
     def clear(self) -> None:
-        """Forget all, as when the weights change."""
+        """Forget all entries, as when the weights change."""
         self.entries.clear()
         self.size = 0
 
@@ -96,7 +96,7 @@ class PrefixCache:
 
 
 def _keys(kind: Kind, tokens: Sequence[int], lengths: Iterable[int]) -> list[Key]:
-    """Those of so many first tokens each, the shortest first."""
+    """Return the keys of the first `lengths` tokens, the shortest first."""
     start = None if kind.start is None else id(kind.start)
     keys, digest, before = [], hashlib.blake2b(digest_size=32), 0
     for length in sorted(lengths):

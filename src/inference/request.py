@@ -1,4 +1,4 @@
-"""What is asked of the engine (engine.py), and what it answers."""
+"""Requests to the engine (engine.py), and its answers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Finish = Literal["", "stop", "length", "cancelled", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be answered, and how."""
+    """Request to the engine."""
 
     tokens: Sequence[int]  # the prompt's, its leading token included; at least one
     max_tokens: int = 512
     sampling: Sampling = GREEDY
-    seed: int = 0  # answer i of n draws its own random numbers, which (seed, i) alone decides
+    seed: int = 0  # answer i of n draws its random numbers from (seed, i) alone
     stops: Sequence[str] = ()
     applied: Applied = BASE
     start: State | None = None  # the state before the prompt; None: the adapter's, or the model's own
     n: int = 1  # answers of this prompt, which is read once
-    logprobs: int | None = None  # k: ln p of each token, and the k likeliest with theirs
-    keep_state: bool = False  # whether Answer.state is wanted
-    characters: float = math.inf  # an answer ends as soon as it has more
+    logprobs: int | None = None  # k: ln p of each token, and of the k likeliest
+    keep_state: bool = False  # whether Answer.state is needed
+    characters: float = math.inf  # an answer ends as soon as it has more of them
     # The cache keeps the state after the answer for the next turn of its conversation, and this prompt may
     # begin with one of an earlier answer. Its last bits are those of single tokens, not of chunks.
     continues: bool = False
 
     def check(self, vocab_size: int) -> None:
-        """UserError for numbers that make no sense."""
+        """Raise UserError for numbers that make no sense."""
         self.sampling.check()
         if not len(self.tokens):
             raise UserError("the prompt has no token; give some text, or a leading token")
@@ -55,17 +55,17 @@ class Request:
 
 @dataclasses.dataclass(eq=False)
 class Answer:
-    """One of a request's answers, which grows with the steps of the engine until it has a `finish`."""
+    """Answer of a request, which grows with the steps of the engine until it has a `finish`."""
 
     request: Request
     index: int
-    # what was drawn, also an end of document, and what a stop cut off
+    # drawn tokens, with an end of document, and with those that a stop cut off
     tokens: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""  # whole characters; what may be the beginning of a stop comes when it is known to be none
+    text: str = ""  # whole characters, without a possible beginning of a stop
     finish: Finish = ""  # stop: end of document or a text of stops; length: max_tokens or characters
     error: UserError | None = None
-    logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, where they are asked for
-    cached_tokens: int = 0  # of the prompt, whose state was at hand
+    logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
+    cached_tokens: int = 0  # tokens of the prompt whose state was cached
     state: State | None = None  # with keep_state, at the end: it has read exactly the prompt and the text
 
     @property
@@ -74,10 +74,10 @@ class Answer:
 
     @property
     def cut(self) -> bool:
-        """Whether it reached the limit of its length before its end."""
+        """Tell whether it reached the limit of its length before its end."""
         return self.finish == "length"
 
     def generator(self) -> torch.Generator:
-        """The random numbers of this answer, from the first one on."""
+        """Make the random numbers of this answer, from the first one on."""
         seed = np.random.SeedSequence([self.request.seed % 2**64, self.index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed[0]))

@@ -1,4 +1,4 @@
-"""An answer while it has a row of a decoder: its text, its random numbers, the states it may go back to."""
+"""Running answer, which has a row of a decoder: its text, its random numbers, states to go back to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .sampling import Drawn, FadedCounts, Row
 
 
 class RunningAnswer:
-    """An answer that has a row. The row's state has read the prompt and all its tokens but the last one.
+    """Answer that has a row. The row's state has read the prompt and all its tokens but the last one.
 
-    A wanted state has read exactly the prompt and the text. The row's own state goes beyond that where a stop
-    or half a character is cut off, so it is copied where one may have begun: `states`, characters of the
+    Answer.state must have read exactly the prompt and the text. The row's own state goes beyond that if a
+    stop or half a character is cut off, so it is copied where one may have begun: `states`, characters of the
     text -> (tokens read, the state after them).
     """
 
@@ -32,14 +32,14 @@ class RunningAnswer:
         self.read: list[int] = []  # the tokens of the answer that the final state has read
 
     def take(self, drawn: Drawn, decoder: RowDecoder, row: int) -> None:
-        """The next token. UserError for one that the tokenizer has no text for."""
+        """Take the next token. Raises UserError for one that the tokenizer has no text for."""
         answer, text, request = self.answer, self.text, self.answer.request
         if drawn.error:
             raise drawn.error
         self.drawing.seen.add(drawn.token)
         if request.logprobs is not None:
             answer.logprobs.append(drawn)
-        # where the row's state is in the text, if it has read whole characters
+        # the number of characters that the row's state has read, if it has read whole ones
         characters = text.length if text.is_whole else None
         text.push(drawn.token)
         if text.ended:
@@ -58,7 +58,7 @@ class RunningAnswer:
             self._forget_states()
 
     def _forget_states(self) -> None:
-        """Drop the states that an answer of at least the text shown so far does not go back to."""
+        """Drop the states that an answer of at least the text shown so far can't go back to."""
         text = self.text
         if text.is_whole and not text.held:
             self.states.clear()
@@ -72,7 +72,7 @@ class RunningAnswer:
         count, state = self.states[characters]
         if text.is_whole and not text.ended:
             rest = text.tokens[count:]
-        else:  # the end cuts a token: what is left of it has others
+        else:  # the end cuts a token: the rest of the text has other tokens
             rest = self.tokenizer.encode(text.shown[characters:])
         if rest:
             ids = torch.tensor([rest], dtype=torch.int64)

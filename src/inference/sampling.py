@@ -1,4 +1,4 @@
-"""How the next tokens of many answers are chosen: temperature, top-p, top-k, penalties, and logprobs.
+"""Sampling of the next tokens of many answers: temperature, top-p, top-k, penalties, and logprobs.
 
 The native code (cuda/sampling_cpu.cpp) takes all rows in one call. NumPy does the same, row by row. It is the
 reference, and runs where the model's WKV is in torch. Neither wakes torch's other threads, which would spin
@@ -25,10 +25,10 @@ from ..ops import PLAIN, native, self_test
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings of the choice of the next token.
 
     temperature 0 (below 1e-5) is greedy. top_k 0 and top_p 1 leave the distribution whole. The penalties
-    lower the logit of a token that the answer holds already: presence once, frequency per occurrence. An
+    lower the logit of a token that is in the answer already: presence once, frequency per occurrence. An
     occurrence fades by `penalty_decay` with every token.
     """
 
@@ -48,11 +48,11 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether a token's logit depends on how often the answer holds it."""
+        """Tell whether a token's logit depends on how often it is in the answer."""
         return bool(self.presence_penalty or self.frequency_penalty)
 
     def check(self) -> None:
-        """UserError for a number that is out of its range."""
+        """Raise UserError for a number that is out of its range."""
         for name, fits, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
@@ -66,22 +66,22 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0)
-# as the releases of the G1 models recommend, for answers that begin with thoughts and with empty ones
+# recommended with the releases of the G1 models, for answers that begin with thoughts and with empty ones
 OPEN_THINK = Sampling(0.96, 0.76, 32, presence_penalty=1.0, frequency_penalty=0.1, penalty_decay=0.988)
 FAKE_THINK = Sampling(1.0, 0.28, 32)
 
 
 def recommended(opening: str) -> Sampling | None:
-    """The recommended sampling for answers after this opening; None where none is known."""
+    """Return the recommended sampling for answers after this opening; None if none is known."""
     if begins_thoughts(opening):
         return OPEN_THINK
     return FAKE_THINK if opening else None
 
 
 class FadedCounts:
-    """How often an answer holds each token: an occurrence fades by penalty_decay with every token after it.
+    """Counts of an answer's tokens: an occurrence fades by penalty_decay with every token after it.
 
-    It counts only where the sampling has penalties. `ids` (n,) int64 and `counts` (n,) float64 are views,
+    It counts only if the sampling has penalties. `ids` (n,) int64 and `counts` (n,) float64 are views,
     valid until the next token.
     """
 
@@ -91,7 +91,7 @@ class FadedCounts:
         self._ids, self._counts = np.empty(64, np.int64), np.empty(64)
 
     def add(self, token: int) -> None:
-        """The answer's next token."""
+        """Count the answer's next token."""
         if not self.sampling.penalises:
             return
         self.counts[:] *= self.sampling.penalty_decay
@@ -112,17 +112,17 @@ class FadedCounts:
         return self._counts[: len(self._places)]
 
     def penalties(self) -> np.ndarray:
-        """(n,) fp32: by how much the logits of `ids` are lowered."""
+        """Return (n,) fp32: how far the logits of `ids` are lowered."""
         sampling = self.sampling
         return sampling.presence_penalty + sampling.frequency_penalty * self.counts.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one row's token is chosen.
+    """Inputs to the choice of one row's token.
 
-    `seen`: the answer so far; None is an empty one. `generator` gives one number a token, where the sampling
-    is not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest.
+    `seen`: the answer so far; None is an empty one. `generator` gives one number a token, if the sampling is
+    not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest.
     """
 
     sampling: Sampling
@@ -132,7 +132,7 @@ class Row:
 
 
 class Drawn(NamedTuple):
-    """A row's token, or the error in its place.
+    """Token of a row, or an error instead.
 
     `logprob` is ln p of the token, `likeliest` holds (token, ln p), the likeliest first. p is the raw
     distribution's, before penalties and temperature.
@@ -145,15 +145,15 @@ class Drawn(NamedTuple):
 
 
 def runs_native(kernel: str) -> bool:
-    """Return whether native code chooses tokens beside this WKV kernel. It is built here if it has to be."""
+    """Tell whether native code chooses tokens beside this WKV kernel. It is built here if need be."""
     return kernel not in PLAIN and not self_test.status("cpu").reason
 
 
 def choose(logits: Tensor, rows: Sequence[Row], native_code: bool) -> list[Drawn]:
     """Choose one token for each row of logits (B, V), which may be a part of a larger tensor.
 
-    A row whose largest logit is not finite has an error and disturbs no other. What is drawn for a row
-    depends on nothing but the row. Raises ValueError where there is not a Row for each.
+    A row whose largest logit is not finite has an error and disturbs no other. A row's token depends on
+    nothing but the row. Raises ValueError unless there is a Row for each.
     """
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.numel():
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
@@ -189,7 +189,7 @@ class Choice(ctypes.Structure):
 def choose_native(
     logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
 ) -> list[Drawn]:
-    """choose() by the native code, with a number of [0, 1) for each row. logits (B, V) fp32 on the CPU."""
+    """Choose by the native code, with a number of [0, 1) for each row. logits (B, V) fp32 on the CPU."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     vocabulary = logits.shape[1]
@@ -207,7 +207,7 @@ def choose_native(
 
 
 def _fill(choice: Choice, row: Row, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """What the native code is told of a row; returns the arrays that it points to: penalties, ids, ln p."""
+    """Fill a row's Choice for the native code; returns the arrays that it points to: penalties, ids, ln p."""
     sampling, seen = row.sampling, row.seen
     choice.temperature = 0.0 if sampling.greedy else sampling.temperature
     choice.top_p, choice.top_k, choice.uniform = sampling.top_p, min(sampling.top_k, vocabulary), uniform
@@ -256,18 +256,18 @@ def _choose_one(raw: np.ndarray, row: Row, uniform: float) -> Drawn:
 
 
 def _draw(values: np.ndarray, sampling: Sampling, uniform: float) -> int:
-    """The token that a number of [0, 1) stands for, in the order of the ids."""
+    """Return the token that a number of [0, 1) stands for, in the order of the ids."""
     order, weights, total = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
     before = weights.cumsum(dtype=np.float64) - weights
     kept = np.sort(order[: max(1, int((before < sampling.top_p * total).sum()))])
     shares = np.exp((values[kept].astype(np.float64) - values.max()) / sampling.temperature).cumsum()
-    # rounding may make the product the whole sum: the last one's share has no end
+    # rounding may make the product the whole sum: the last share has no upper bound
     return int(kept[np.searchsorted(shares[:-1], uniform * shares[-1], side="right")])
 
 
 def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray, float]:
-    """(ids, weights, total weight) of the likeliest tokens in their order: top_k, or enough to reach top_p.
+    """Return (ids, weights, total weight) of the likeliest tokens in order: top_k, or enough for top_p.
 
     Of 65536 tokens 256 are most often enough. Sorting all takes longer than computing a small model's logits.
     """
@@ -285,7 +285,7 @@ def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest values, or of all, the largest first; of equal ones the first."""
+    """Return the places of the `count` largest values, or of all, largest first; of equal ones the first."""
     found = np.arange(len(values))
     if not count:
         return found[:0]

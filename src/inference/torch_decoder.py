@@ -1,4 +1,4 @@
-"""Answers of many rows at once in torch: any RWKV on any device, also one in training with its adapters.
+"""Torch decoder of many rows: any RWKV on any device, also one in training with its adapters.
 
 It is a RowDecoder (row_decoder.py), as the native one (cpu_decoder.py) and the one of CUDA graphs
 (cuda_graph.py) are; decoders.py chooses.
@@ -17,10 +17,10 @@ from .adapters import BASE, Adapters, Applied
 
 
 class TorchDecoder:
-    """The model's own forward over `rows` states.
+    """Decoder by the model's own forward, over `rows` states.
 
-    Rows with another adapter than BASE need `adapters`. The model is used as it is: the caller has it in eval
-    mode, and under ZeRO-3 every process makes the same calls.
+    Rows with another adapter than BASE need `adapters`. The model is used as it is: the caller has put it
+    into eval mode, and under ZeRO-3 every process makes the same calls.
     """
 
     def __init__(self, model: RWKV, rows: int, adapters: Adapters | None = None):
@@ -28,7 +28,7 @@ class TorchDecoder:
         self.states = self._zeros()
 
     def _zeros(self) -> LayerState:
-        """The states of all rows; each part has all layers, (L, rows, ...)."""
+        """Make the states of all rows; each part has all layers, (L, rows, ...)."""
         arch, rows, device, dtype = self.model.arch, self.rows, self.model.emb.weight.device, self.model.dtype
         width = torch.zeros(arch.n_layer, rows, arch.n_embd, device=device, dtype=dtype)
         heads = arch.n_head, arch.head_size, arch.head_size
@@ -38,7 +38,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
+        """Read ids (1, T) int64: logits (1, V) fp32 after the last token, and the state after it.
 
         The given state stays as it is; None is the one that the model's documents start from.
         """
@@ -47,25 +47,25 @@ class TorchDecoder:
 
     @torch.no_grad()
     def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
-        """P prompts of BASE, ids (P, T) int64, T >= 2 -> logits (P, V) fp32 after the last tokens, and the
+        """Read P prompts of BASE, ids (P, T) int64, T >= 2: logits (P, V) fp32 after the last tokens, and the
         states after them, of P rows.
 
         Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
-        their last token; None where none is shorter.
+        their last token; None if none is shorter.
         """
         device = self.model.emb.weight.device
         return self._next(ids, None, None if reset is None else reset.to(device))
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """As read(), where no logits are wanted: of a chunk that others follow."""
+        """Read a chunk that others follow, as read() does but without logits."""
         ids = ids.to(self.model.emb.weight.device)
         last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
         with self._with([applied]):
             return self.model.features(ids, self._ready(state), wanted=last)[1]
 
     def _ready(self, state: State | None) -> State | None:
-        """A state in the dtype of the model's activations."""
+        """Cast a state to the dtype of the model's activations."""
         if state is None:
             return None
         to = self.model.dtype
@@ -77,7 +77,7 @@ class TorchDecoder:
             torch._foreach_copy_([of_layer[row] for of_layer in own], [part[0] for part in parts])
 
     def take(self, row: int) -> State:
-        """A copy of a row's state."""
+        """Copy a row's state."""
         return self._layers([part[:, row : row + 1].clone() for part in self.states])
 
     def move(self, source: int, target: int) -> None:
@@ -87,12 +87,12 @@ class TorchDecoder:
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """The next token of rows 0 ... B - 1 -> logits (B, V) fp32; their states move on in place."""
+        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place."""
         with self._with(applied):
             return self._move_on(torch.tensor(tokens, dtype=torch.int64)[:, None])
 
     def _move_on(self, ids: Tensor) -> Tensor:
-        """The next token (B, 1) of the first rows -> logits (B, V)."""
+        """Run the next token (B, 1) of the first rows: logits (B, V)."""
         before = self._layers([part[:, : len(ids)] for part in self.states])
         logits, after = self._next(ids, before)
         for part in LayerState._fields:
@@ -108,11 +108,11 @@ class TorchDecoder:
         return self.adapters.rows(applied) if self.adapters else contextlib.nullcontext()
 
     def _layers(self, parts: list[Tensor]) -> State:
-        """Parts of a state with all layers, (L, B, ...) -> a state."""
+        """Turn parts of a state with all layers, (L, B, ...), into a state."""
         return [LayerState(*of_layer) for of_layer in zip(*(part.unbind() for part in parts), strict=True)]
 
     def refresh(self) -> None:
-        """Take over what changed of the model: nothing is kept of it here."""
+        """Do nothing: no copy of the model is kept here."""
 
     def close(self) -> None:
-        """Free what the decoder holds: nothing but tensors."""
+        """Free nothing but tensors."""

@@ -1,10 +1,10 @@
-"""A linear with adapters beside its weight, for rows of a batch that have different ones of them.
+"""Linear with adapters beside its weight, for rows of a batch with different adapters.
 
-The factors of all adapters that the batch has lie side by side, as columns of one B and rows of one A. Every
-row computes what all of them add, with each times the row's share: the adapter's scale, or 0. So a mix of any
-methods and ranks is two products more, and each factor is read once for the batch. (Gathering each row's own
-factors would read, write and read them again for every row.) MiSS needs no A: its shard sums are made once
-for each rank.
+The factors of all adapters in the batch lie side by side, as columns of one B and rows of one A. Every row
+computes the changes by all of them, each times the row's share: the adapter's scale, or 0. So a mix of any
+methods and ranks takes two more products, and each factor is read once for the batch. (Gathering each row's
+own factors would read, write and read them again for every row.) MiSS needs no A: its shard sums are made
+once for each rank.
 
 The rows that have no adapter add zeros: they get the base's numbers. Other rows' adapters change a row only
 by the order in which its own products are summed.
@@ -27,19 +27,20 @@ from ..model.layers import Head, Linear
 
 
 class LowRank(NamedTuple):
-    """What is added to a weight (out, in): scale B A."""
+    """Change of a weight (out, in): scale B A."""
 
     A: Tensor | None  # (r, in); None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
     B: Tensor  # (out, r), a view of a contiguous (r, out)
     scale: float
 
 
-# whose the columns are: (the adapter's place among those of the batch, how many), one after another
+# owners of the columns: (the adapter's place among those of the batch, its number of columns), one after
+# another
 Owners = tuple[tuple[int, int], ...]
 
 
 class Columns(NamedTuple):
-    """The factors of several adapters of one linear: a token's x adds (h * shares) B^T.
+    """Factors of several adapters of one linear: a token's x adds (h * shares) B^T.
 
     h (R,) are the shard sums of x for each of `ranks`, then A x.
     """
@@ -50,7 +51,7 @@ class Columns(NamedTuple):
     owners: Owners
 
     def place(self, owner: int) -> tuple[slice, slice | None]:
-        """(its columns of B, its rows of A)."""
+        """Return (the adapter's columns of B, its rows of A)."""
         start = 0
         for other, count in self.owners:
             if other == owner:
@@ -61,9 +62,9 @@ class Columns(NamedTuple):
 
 
 def factors_of(layer: AdapterLinear, dtype: torch.dtype = torch.float32) -> LowRank | None:
-    """What a layer of any method adds to its weight, as factors in `dtype`; None where it has no such form.
+    """Return the change of a layer of any method as factors in `dtype`; None if it has no such form.
 
-    A factor that is so already is not copied: it moves on with the training of the layer.
+    Factors already in `dtype` are shared, not copied, so they follow further training.
     """
     factors = layer.low_rank()
     if factors is None:
@@ -75,7 +76,7 @@ def factors_of(layer: AdapterLinear, dtype: torch.dtype = torch.float32) -> LowR
 
 
 def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
-    """The columns of adapters of one linear; None for those that leave it alone. One alone is not copied."""
+    """Join the columns of adapters of one linear; None without any. A single one is not copied."""
     have = [(place, factor) for place, factor in enumerate(factors) if factor is not None]
     # MiSS first; sorted() keeps the order of the others
     have = sorted(have, key=lambda one: one[1].A is not None)
@@ -92,14 +93,14 @@ def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
 
 
 class UnmergedLinear(Linear):
-    """A linear of the model with what adapters add, or nothing, beside its weight."""
+    """Linear of the model with the changes of adapters, or nothing, beside its weight."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.is_head = isinstance(linear, Head)
-        # what use() chose, for the CPU's decoder
+        # choice of use(), for the CPU's decoder
         self.low_rank: LowRank | None = None
         self.columns: Columns | None = None
         # (B, R) fp32 for an x (B, T, in), or (B, in) of one token of every row; (1, R) for any x
@@ -119,7 +120,7 @@ class UnmergedLinear(Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _inner(self, x: Tensor) -> Tensor:
-        """(tokens, R): the shard sums and A x, each times the row's share of its adapter."""
+        """Compute (tokens, R): the shard sums and A x, each times the row's share of its adapter."""
         tokens, (ranks, A, *_) = flat_tokens(x), self.columns
         sums = {rank: shard_sum(tokens, rank) for rank in {*ranks}}
         parts = [sums[rank] for rank in ranks]
@@ -132,12 +133,12 @@ class UnmergedLinear(Linear):
 
 
 def strided_shards(rank: int, width: int, device) -> Tensor:
-    """MiSS's A (r, in), of ones and zeros."""
+    """Build MiSS's A (r, in), of ones and zeros."""
     return F.one_hot(shard_index(width, rank, device=device), rank).t().float()
 
 
 def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None:
-    """What several adapters add to a weight (out, in = width), times `scale`."""
+    """Join the changes of a weight (out, in = width) by several adapters, times `scale`."""
     if not changes:
         return None
     if len(changes) == 1:
@@ -150,5 +151,5 @@ def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None
 
 
 def columns_together(parts: Sequence[Tensor]) -> Tensor:
-    """B's (out, r) -> (out, sum of r), in memory as they are: column by column."""
+    """Join B's (out, r) to (out, sum of r), in memory column by column."""
     return torch.cat([B.t() for B in parts]).t()

@@ -1,4 +1,4 @@
-"""The routes: which address answers what."""
+"""Routes of the server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .worker import Worker
 
 PAGE = pathlib.Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-# the page loads its own files and talks with its own server, and with nobody else
+# the page loads only its own files and talks only with its own server
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'"
     " data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -49,7 +49,7 @@ PAGE_HEADERS = {
 
 
 class Routes:
-    """What every address does. `describe` is what the operator chose, for /v1/server."""
+    """Endpoints of all routes. `describe` is the operator's choices, for /v1/server."""
 
     def __init__(self, dispatcher: Dispatcher, reader: Reader, describe: dict[str, Any]):
         self.dispatcher, self.reader, self.describe = dispatcher, reader, describe
@@ -74,7 +74,7 @@ class Routes:
         ]
 
     def _route(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET"):
-        """A route whose refusals become error objects, and which is counted."""
+        """Make a route whose refusals become error objects, and which is counted."""
 
         async def answered(request: Request) -> Response:
             try:
@@ -155,7 +155,7 @@ class Routes:
         return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
 
     async def _asked(self, request: Request, read: Callable[[Reader, dict], Asked]) -> Any:
-        """What the body of a request asks for. Long texts become tokens without stopping anybody."""
+        """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, lambda: read(self.reader, read_object(body)))
@@ -189,9 +189,9 @@ class Routes:
 def assemble(
     engine: Engine, served: ServedModels, defaults: Defaults, limits: Limits, guard: Guard, **describe: Any
 ) -> tuple[Starlette, Dispatcher]:
-    """A server's parts put together: (the application, its dispatcher).
+    """Assemble a server: (the application, its dispatcher).
 
-    The dispatcher's worker is to be started. `describe` is told by /v1/server.
+    The caller starts the dispatcher's worker. /v1/server shows `describe`.
     """
     dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
     reader = Reader(engine.tokenizer, served.find, limits, defaults)
@@ -199,11 +199,11 @@ def assemble(
 
 
 def make_app(routes: Routes, guard: Guard) -> Starlette:
-    """The application. Nothing of it runs before a server does."""
+    """Make the application. Nothing of it runs before a server does."""
     requests = routes.dispatcher.metrics.requests
 
     def refused(status: int) -> None:
-        requests["refused", status] += 1  # whatever the address, which a stranger may have made up
+        requests["refused", status] += 1  # whatever the path, which a stranger may have made up
 
     middleware = [Middleware(GuardMiddleware, guard=guard, refused=refused)]
     if guard.origins:
@@ -226,7 +226,7 @@ def make_app(routes: Routes, guard: Guard) -> Starlette:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """An address that does not exist, or not with this method."""
+    """Answer for a path that does not exist, or not with this method."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:80]!r}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)

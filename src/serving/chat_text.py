@@ -1,4 +1,4 @@
-"""The text of a chat's answer, as it comes: thoughts, content and tool calls told apart.
+"""Text of a chat's answer as it comes, separated into thoughts, content and tool calls.
 
 Everything works on pieces, so that a stream and a whole answer are the same characters.
 """
@@ -17,7 +17,7 @@ from .tools import Tools
 
 
 class Delta(NamedTuple):
-    """What an answer has more than before."""
+    """New parts of an answer."""
 
     thoughts: str = ""
     content: str = ""
@@ -25,7 +25,7 @@ class Delta(NamedTuple):
 
 
 class ChatText:
-    """An answer to a template's prompt. push() takes what was generated, finish() says that this was all."""
+    """Text of an answer to a template's prompt. push() takes generated text, finish() ends it."""
 
     def __init__(self, template: Template, tools: Tools):
         self.template, self.tools = template, tools
@@ -59,14 +59,14 @@ class ChatText:
 
 
 class _Splitter:
-    """(thoughts, content) of an answer. `opening` is what it begins with, though it is not generated."""
+    """Splitter of an answer into (thoughts, content). `opening` is its beginning, which was not generated."""
 
     def __init__(self, opening: str):
         self.text = ""
         if begins_thoughts(opening):
             self.inside = True
             _, closed, self.text = opening.partition(">")
-            self.bracket = not closed  # whether the tag still wants its end
+            self.bracket = not closed  # whether the tag still lacks its end
         else:
             # the opening of empty thoughts stops inside a tag, too
             self.bracket = bool(opening) and not opening.endswith(">")
@@ -94,7 +94,7 @@ class _Splitter:
         return thoughts, ""
 
     def finish(self) -> tuple[str, str]:
-        """What was held back: the beginning of a tag that never came."""
+        """Return the held text: the beginning of a tag that never came."""
         return (self._all(), "") if self.inside else ("", self._all())
 
     def _all(self) -> str:
@@ -117,7 +117,7 @@ class _Trimmed:
 
 
 class _Held:
-    """Pieces of a text up to the first place where one of the markers may begin."""
+    """Pieces of a text up to the first place where a marker may begin."""
 
     def __init__(self, markers: Sequence[str]):
         self.markers = markers
@@ -138,6 +138,6 @@ class _Held:
 
 
 def _markers(template: Template) -> list[str]:
-    """The first words of what a call may begin with."""
+    """Return the first words of possible calls."""
     styles = [template.tools] if isinstance(template, RwkvTemplate) else STYLES.values()
     return list({style.before_call.split()[0] for style in styles})

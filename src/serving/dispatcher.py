@@ -1,4 +1,4 @@
-"""From a request that may be answered to its reply: who may run, who has to wait, and who has left."""
+"""Dispatcher of requests: which may run, which have to wait, and whose client has left."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .request_parsing import Asked
 from .served_models import ServedModels
 from .worker import Job, Piece, Worker
 
-GONE = 499  # what logs elsewhere have for a client who left; nobody reads it
+GONE = 499  # status in other servers' logs of a client who left; nobody reads it
 
 
 class Dispatcher:
-    """Takes requests, as many as may wait, and counts what happens to them. It belongs to the event loop."""
+    """Dispatcher: takes as many requests as may wait, and counts their ends. It belongs to the event loop."""
 
     def __init__(self, worker: Worker, served: ServedModels, names: TokenNames, limits: Limits):
         self.worker, self.served, self.names, self.limits = worker, served, names, limits
@@ -43,13 +43,13 @@ class Dispatcher:
         return max(0, self.open - self.rows)
 
     async def begin(self, asked: Asked) -> Run:
-        """Hand a request to the engine. Refused where too many wait, or the engine refuses it."""
+        """Give a request to the engine. Raises Refused if too many wait, or the engine refuses it."""
         answers = sum(request.n for request in asked.requests)
         if self.closing:
             raise Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "10"})
         if self.worker.broken:
             raise Refused(503, self.worker.broken, code="broken")
-        # one that finds an idle server may be larger than what may wait
+        # a request to an idle server may be larger than the queue
         if self.open and self.open + answers > self.rows + self.limits.waiting:
             raise Refused(
                 429,
@@ -71,26 +71,26 @@ class Dispatcher:
         return run
 
     def _seconds_to_wait(self) -> int:
-        """How long it may take until a row is free, from how long requests took so far."""
+        """Estimate the seconds until a row is free, from the time that requests took so far."""
         whole = self.metrics.whole
         mean = whole.total / max(1, sum(whole.counts))
         return min(60, max(1, math.ceil(mean * self.waiting / self.rows)))
 
     def stop_all(self) -> None:
-        """End the answers that still run: their clients are told."""
+        """End the running answers: their clients are told."""
         for run in self.running:
             if run.job:
                 run.job.end()
 
 
 class Run:
-    """A request from begin() to its end, which is close()."""
+    """Request from begin() to its end, which is close()."""
 
     def __init__(self, dispatcher: Dispatcher, asked: Asked, answers: int):
         self.dispatcher, self.asked = dispatcher, asked
         self.entries = dispatcher.served.held(asked.requests[0].applied)
         self.job: Job | None = None
-        self.left = answers  # that are not finished
+        self.left = answers  # answers that are not finished
         self.began, self.first_token = time.monotonic(), 0.0
         self.tokens = 0
         self.cached = [0] * len(asked.requests)
@@ -99,7 +99,7 @@ class Run:
         dispatcher.running.add(self)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What comes of the answers. Raises Refused where one of them fails."""
+        """Yield new pieces of the answers. Raises Refused if one of them fails."""
         metrics = self.dispatcher.metrics
         assert self.job
         async for pieces in self.job.pieces():
@@ -143,7 +143,7 @@ class Run:
 async def reply(
     dispatcher: Dispatcher, request: Request, asked: Asked, choices: ChatChoices | TextChoices
 ) -> Response:
-    """The reply to a request: a stream, or the whole when it is there. Raises Refused."""
+    """Reply to a request: with a stream, or with the whole answer when it is there. Raises Refused."""
     run = await dispatcher.begin(asked)
     envelope = Envelope(choices.prefix, choices.kind, asked.model)
     headers = ignored_header(asked.ignored)

@@ -1,4 +1,4 @@
-"""What a client is told when its request can't be answered: OpenAI's error objects, with their codes."""
+"""Errors for clients, as OpenAI's error objects with their codes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ INVALID, AUTHENTICATION, RATE, SERVER = (
 
 
 class Refused(Exception):
-    """A request that is not answered.
+    """Refusal of a request.
 
-    `param` is the field that it is about, `headers` are sent along.
+    `param` is the field at fault, `headers` are sent along.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Refused(Exception):
         self.headers = dict(headers or {})
 
     def as_object(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         kinds = {401: AUTHENTICATION, 429: RATE}
         kind = kinds.get(self.status, SERVER if self.status >= 500 else INVALID)
         return {
@@ -41,10 +41,10 @@ class Refused(Exception):
 
 
 def wrong(param: str, message: str, code: str | None = "invalid_value") -> Refused:
-    """The refusal of a field's value."""
+    """Make the refusal of a field's value."""
     return Refused(400, f"{param}: {message}", param, code)
 
 
 def failed(message: str) -> Refused:
-    """The refusal of what is no fault of the client."""
+    """Make the refusal for a failure that is not the client's."""
     return Refused(500, message, code="internal_error")

@@ -1,4 +1,4 @@
-"""The fields of a request's JSON object: each is read once, by name, and checked."""
+"""Fields of a request's JSON object: each is read once, by name, and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..common.formatting import short
 from .errors import Refused, wrong
 
-# what clients send that changes no answer here, and nobody misses
+# fields of clients that change no answer here, and that nobody misses
 HARMLESS = {
     "user",
     "metadata",
@@ -24,7 +24,7 @@ LARGEST_SEED = 2**63
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Refused for anything else."""
+    """Read the JSON object of a request. Raises Refused for anything else."""
 
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
@@ -39,7 +39,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of an object. `within` is what a field's name begins with in messages.
+    """Fields of an object. `within` is the beginning of a field's name in messages.
 
     null counts as absent. Every method raises Refused, with the field's name.
     """
@@ -49,7 +49,7 @@ class Fields:
         self.seen: set[str] = set()
 
     def take(self, name: str) -> Any:
-        """A field's value as it is; None where it is absent."""
+        """Return a field's value as it is; None if it is absent."""
         self.seen.add(name)
         return self.values.get(name)
 
@@ -110,7 +110,7 @@ class Fields:
         return value
 
     def inner(self, name: str) -> Fields | None:
-        """The fields of an object within this one."""
+        """Return the fields of an object within this one."""
         value = self.take(name)
         if value is None:
             return None
@@ -119,5 +119,5 @@ class Fields:
         return Fields(value, f"{self.within}{name}.")
 
     def ignored(self) -> list[str]:
-        """The names of what nobody has read."""
+        """Name the fields that nobody has read."""
         return sorted(self.values.keys() - self.seen - HARMLESS)

@@ -1,4 +1,4 @@
-"""The flags of the server."""
+"""Flags of the server."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_key(args: argparse.Namespace) -> None:
-    """Read --api_key_file into --api_key. Raise UserError where a key is needed and none is given."""
+    """Read --api_key_file into --api_key. Raise UserError if a key is needed and none is given."""
     from .guard import is_own_machine
 
     if args.api_key and args.api_key_file:

@@ -1,8 +1,8 @@
-"""Who may ask: the key, the Host that was asked for, and the page that a browser asks from.
+"""Guard of the server: the key, the Host of the request, and the page that a browser asks from.
 
 A page of another site can make its visitor's browser send requests to 127.0.0.1, and by DNS rebinding even
-read what comes back. So a server that is bound to the own machine answers only to that machine's names, and
-a request with another site's Origin is refused.
+read the replies. So a server that is bound to its own machine answers only to that machine's names, and
+refuses a request with another site's Origin.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .errors import Refused
 from .replies import error_reply
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
-# what a browser fetches before anybody could type a key into the page, and what watches the process
+# fetched by a browser before anybody could type a key into the page, and by monitors
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """`hosts`: the names by which the server may be asked for; None: any. `origins`: other sites that may."""
+    """Guard with `hosts`, names of the server (None: any), and `origins`, other sites that may ask."""
 
     key: str = ""
     hosts: frozenset[str] | None = None
     origins: frozenset[str] = frozenset()
 
     def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
-        """Raises Refused."""
+        """Raise Refused for a request that may not be answered."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self.hosts is not None and host_name(host) not in self.hosts:
             raise Refused(
@@ -49,7 +49,7 @@ class Guard:
                 code="origin_not_allowed",
             )
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
-        # a browser asks whether it may ask without the key
+        # a browser asks without the key whether it may ask
         if not self.key or method == "OPTIONS" or is_open and method in ("GET", "HEAD"):
             return
         scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
@@ -63,13 +63,13 @@ class Guard:
 
 
 def same(given: str, key: str) -> bool:
-    """Whether they are equal, in a time that does not depend on where they differ."""
+    """Compare two texts in a time that does not depend on where they differ."""
     digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, key))
     return hmac.compare_digest(*digests)
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the name in a Host header, without its port."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
@@ -77,7 +77,7 @@ def host_name(host: str) -> str:
 
 
 def host_of_origin(origin: str) -> str:
-    """What the Host header of a page of this origin is; "" for none, such as a file's."""
+    """Return the Host header of a page of this origin; "" for none, such as a file's."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -85,7 +85,7 @@ def host_of_origin(origin: str) -> str:
 
 
 def is_own_machine(host: str) -> bool:
-    """Whether only the own machine can reach a server that is bound to this host."""
+    """Tell whether only its own machine can reach a server that is bound to this host."""
     if host == "localhost":
         return True
     try:
@@ -95,7 +95,7 @@ def is_own_machine(host: str) -> bool:
 
 
 class GuardMiddleware:
-    """Answers in the application's place where the guard refuses; `refused` is called with the status."""
+    """Middleware that answers instead of the application if the guard refuses; `refused` gets the status."""
 
     def __init__(self, app, guard: Guard, refused: Callable[[int], None]):
         self.app, self.guard, self.refused = app, guard, refused

@@ -1,4 +1,4 @@
-"""How much a client may ask for."""
+"""Limits of a client's requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The most of everything. Times are in seconds."""
+    """Upper limits. Times are in seconds."""
 
     body_bytes: int = 4 << 20  # of a request
     prompt_tokens: int = 65536
@@ -16,4 +16,4 @@ class Limits:
     waiting: int = 128  # answers that wait for a row
     connections: int = 256
     receiving: float = 30.0  # until a request has arrived
-    finishing: float = 30.0  # until what runs is finished, after SIGTERM
+    finishing: float = 30.0  # after SIGTERM, until running answers are finished

@@ -1,4 +1,4 @@
-"""The messages of a chat request, as the templates take them."""
+"""Messages of a chat request, as the templates take them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ ROLES = {
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The conversation: {"role", "content": text} and what else an answer or a result has. Raises Refused."""
+    """Read the conversation: {"role", "content": text} and an answer's or a result's fields. Raises
+    Refused."""
     given = fields.objects("messages", 1)
     if given is None:
         raise fields.refuse("messages", None, "a list of at least one message")
@@ -30,7 +31,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
 
 
 def without_thoughts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same, for a mode that has no place for the thoughts of earlier answers."""
+    """Drop the thoughts of earlier answers, for a mode that has no place for them."""
     plain = []
     for message in messages:
         if message["role"] == "assistant":
@@ -60,7 +61,7 @@ def _message(fields: Fields) -> dict[str, Any]:
 
 
 def _content(fields: Fields, required: bool) -> str:
-    """The text of a message, also where it comes in parts."""
+    """Read the text of a message, also if it comes in parts."""
     value = fields.take("content")
     if value is None and not required:
         return ""

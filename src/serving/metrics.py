@@ -1,4 +1,4 @@
-"""What /metrics tells: Prometheus' text format, in its version 0.0.4."""
+"""Metrics for /metrics: Prometheus' text format, in its version 0.0.4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Histogram:
-    """How often a number of seconds was at most each of SECONDS."""
+    """Histogram of seconds: how often they were at most each of SECONDS."""
 
     def __init__(self):
         self.counts, self.total = [0] * (len(SECONDS) + 1), 0.0
@@ -44,7 +44,7 @@ class Metrics:
         self.gone += 1
 
     def text(self, gauges: Sequence[tuple[str, str, float]]) -> str:
-        """Everything; `gauges` are (name, help, value) of what others know."""
+        """Write all metrics; `gauges` are (name, help, value) from other parts."""
         lines: list[str] = []
 
         def say(name: str, kind: str, about: str, values: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The answers of one request as OpenAI's choices, in a stream or whole."""
+"""Answers of one request as OpenAI's choices, in a stream or whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .worker import Piece
 
 
 class DrawnInText:
-    """The drawn tokens that an answer's text holds, and where each begins.
+    """Drawn tokens in an answer's text, and the place where each begins.
 
     The tokens of a stop and of half a character at the end are drawn, but are not in the text.
     """
@@ -24,7 +24,7 @@ class DrawnInText:
         self.waiting: list[tuple[int, Any]] = []
 
     def push(self, drawn: Sequence[Any], length: int) -> list[tuple[int, Any]]:
-        """(begin, drawn) of those that begin before `length`, the characters of the answer so far."""
+        """Return (begin, drawn) of those that begin before `length`, the characters of the answer so far."""
         for one in drawn:
             self.waiting.append((self.end, one))
             self.end += len(self.decoder.push(one.token))
@@ -34,7 +34,7 @@ class DrawnInText:
 
 
 class ChatChoices:
-    """Of a chat. push() gives what a stream has next, whole() what there is at the end."""
+    """Choices of a chat. push() returns a stream's next objects, whole() the complete one."""
 
     prefix, kind = "chatcmpl", "chat.completion"
 
@@ -88,7 +88,7 @@ class ChatChoices:
 
 
 class TextChoices:
-    """Of a completion, with the same methods."""
+    """Choices of a completion, with the same methods."""
 
     prefix = "cmpl"
     kind = "text_completion"

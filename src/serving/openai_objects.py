@@ -1,4 +1,4 @@
-"""OpenAI's objects: what an answer is in JSON, whole or in chunks."""
+"""OpenAI's JSON objects for an answer, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .chat_text import Delta
 
 
 class Envelope:
-    """What all objects of one request have in common. `kind` is the one of them that is whole."""
+    """Common part of all objects of one request. `kind` is that of the whole one."""
 
     def __init__(self, prefix: str, kind: str, model: str):
         self.kind = kind
@@ -22,7 +22,7 @@ class Envelope:
         return {"object": self.kind, **self.common, "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[dict], usage: dict | None, says_usage: bool) -> dict[str, Any]:
-        """A part of a stream; all parts have a usage where the last one tells it."""
+        """Make a part of a stream; all parts have a usage if the last one tells it."""
         kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
         told = {"usage": usage} if says_usage else {}
         return {"object": kind, **self.common, "choices": choices, **told}
@@ -38,7 +38,7 @@ def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 def message_object(delta: Delta) -> dict[str, Any]:
-    """A whole answer of a chat."""
+    """Make the whole answer of a chat."""
     message: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
     if delta.thoughts:
         message["reasoning_content"] = delta.thoughts
@@ -49,7 +49,7 @@ def message_object(delta: Delta) -> dict[str, Any]:
 
 
 def delta_object(delta: Delta) -> dict[str, Any]:
-    """A part of an answer of a chat; {} where it has nothing."""
+    """Make a part of an answer of a chat; {} if it has nothing."""
     parts: dict[str, Any] = {}
     if delta.thoughts:
         parts["reasoning_content"] = delta.thoughts
@@ -66,7 +66,7 @@ def calls_object(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class TokenNames:
-    """Tokens as OpenAI's objects show them."""
+    """Token names for OpenAI's objects."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -75,20 +75,21 @@ class TokenNames:
         return self.tokenizer.decode([token])
 
     def name(self, token: int) -> str:
-        """The token's text, or its bytes where it is no whole characters: then others have the same text."""
+        """Return the token's text, or its bytes if it is no whole characters, as other tokens' text is
+        equal."""
         text = self.text(token)
         if BROKEN not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes_of(token))
 
     def bytes_of(self, token: int) -> list[int]:
-        """The token's own bytes, which may be half a character."""
+        """Return the token's own bytes, which may be half a character."""
         if isinstance(self.tokenizer, ByteTokenizer):
             return list(self.tokenizer.table[token])
         return list(self.text(token).encode("utf-8"))
 
     def chat(self, drawn: Sequence[Any]) -> dict[str, Any]:
-        """The `logprobs` of a chat's answer; `drawn` are sampling.Drawn."""
+        """Make the `logprobs` of a chat's answer; `drawn` are sampling.Drawn."""
         content = []
         for one in drawn:
             top = [self._named(token, value) for token, value in one.likeliest]
@@ -96,7 +97,7 @@ class TokenNames:
         return {"content": content, "refusal": None}
 
     def completion(self, drawn: Sequence[tuple[int, Any]], offset: int) -> dict[str, Any]:
-        """The `logprobs` of a completion; `drawn` are (begin, drawn), `offset` is where the text begins."""
+        """Make the `logprobs` of a completion; `drawn` are (begin, drawn), the text begins at `offset`."""
         return {
             "tokens": [self.name(one.token) for _, one in drawn],
             "token_logprobs": [_finite(one.logprob) for _, one in drawn],
@@ -111,5 +112,5 @@ class TokenNames:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no -inf; OpenAI writes this for what is as good as impossible."""
+    """Bound ln p: JSON has no -inf; OpenAI writes this number for a practically impossible token."""
     return max(float(logprob), -9999.0)

@@ -1,4 +1,4 @@
-"""A server from its flags: a model and its adapters are loaded, and answer until a signal ends them."""
+"""Server from its flags: a model and its adapters are loaded, and answer until a signal ends them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .request_parsing import Defaults
 from .served_models import Records, ServedModels
 from .uvicorn_server import Server, bound
 
-SECONDS = 0.06  # that reading a chunk of a prompt may take, while others wait for their next token
+SECONDS = 0.06  # seconds for reading a chunk of a prompt, while others wait for their next token
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,15 +37,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Loaded(NamedTuple):
-    """The engine and the models that answer."""
+    """Engine and models that answer."""
 
     engine: Engine
     served: ServedModels
-    how: str  # which decoder it is, in words
+    how: str  # description of the decoder
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """Read the model and its adapters. UserError for files that do not fit."""
+    """Read the model and its adapters. Raises UserError for files that do not fit."""
     choose_template(args.template, args.tool_style, None, None)
     refuse_folders(args.adapter)
     cache = 0 if args.cache.strip() == "0" else parse_size(args.cache, "--cache")
@@ -92,7 +92,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
 
     def say_where() -> None:
         port = listener.getsockname()[1]
-        # all addresses of the machine are none that a browser can open
+        # a browser can't open the address that stands for all of the machine's
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
         host = f"[{name}]" if ":" in name else name
         print(

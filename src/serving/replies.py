@@ -1,4 +1,4 @@
-"""What goes back to a client: JSON objects, errors, and streams of server-sent events."""
+"""Replies to a client: JSON objects, errors, and streams of server-sent events."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.responses import Response
 from .errors import Refused
 from .limits import Limits
 
-QUIET_SECONDS = 15.0  # after which a stream says that it is still there
+QUIET_SECONDS = 15.0  # after which a stream shows that it is still there
 MOST_NAMED = 20
-DROPPED = 4  # times the largest body: what of one that is too large is read to its end
+DROPPED = 4  # times the largest body: the part of a larger one that is read and dropped
 
 
 def dumped(value: Any) -> bytes:
-    """JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes a question mark."""
+    """Write JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -32,7 +32,7 @@ def error_reply(refused: Refused) -> Response:
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """The warning of fields that nobody has read."""
+    """Make the warning about fields that nobody has read."""
     if not names:
         return {}
     shown = [name.encode("ascii", "backslashreplace").decode()[:40] for name in names[:MOST_NAMED]]
@@ -41,9 +41,9 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request. Refused where it is too large, or does not come.
+    """Read the body of a request. Raises Refused if it is too large, or does not come.
 
-    Some of what is too large is read and dropped: a client who is still sending would not see the reply.
+    A part of a body that is too large is read and dropped: a client sees no reply while it sends.
     """
     close = {"Connection": "close"}
     too_large = f"the request is larger than the {limits.body_bytes:,} bytes that this server reads"
@@ -76,13 +76,13 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def until_gone(request: Request) -> None:
-    """Returns when the client has left."""
+    """Return when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(Response):
-    """Server-sent events, each a JSON object, and [DONE] at the end. It ends where the client leaves."""
+    """Stream of server-sent events, each a JSON object, then [DONE]. It ends if the client leaves."""
 
     media_type = "text/event-stream"
 
@@ -93,7 +93,7 @@ class EventStream(Response):
         at_end: Callable[[], None],
         at_leaving: Callable[[], None],
     ):
-        """`at_end` is called in any case, `at_leaving` where the client leaves before the end."""
+        """Start the stream. `at_end` is always called, `at_leaving` if the client leaves before the end."""
         self.events, self.at_end, self.at_leaving = events, at_end, at_leaving
         self.status_code, self.background, self.body = 200, None, b""
         self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

@@ -1,4 +1,4 @@
-"""What a request asks for, in the engine's terms: its fields, checked."""
+"""Parsing of a request's fields into the engine's terms, with checks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER_NAMES = {
 
 
 class Chosen(NamedTuple):
-    """The model that a request names: base, or base with adapters."""
+    """Model that a request names: base, or base with adapters."""
 
     id: str
     applied: Applied
@@ -44,21 +44,21 @@ class Chosen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say otherwise."""
+    """Defaults for fields that a request leaves out."""
 
     max_tokens: int = 1024
     system: str = ""
     sampling: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of Sampling
-    seed: int | None = None  # None: another one for every request
+    seed: int | None = None  # None: a new one for every request
 
     def sampling_of(self, opening: str) -> Sampling:
-        """For answers with this opening: what the operator chose, else what is recommended for it."""
+        """Choose the sampling for answers with this opening: the operator's, else the recommended one."""
         return dataclasses.replace(recommended(opening) or Sampling(), **self.sampling)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads requests for one server. `find(fields)` is the model that one names."""
+    """Reader of requests to one server. `find(fields)` returns the model that one names."""
 
     tokenizer: Any
     find: Callable[[Fields], Chosen]
@@ -68,12 +68,12 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request that may be answered."""
+    """Request that may be answered."""
 
     model: str
     requests: list[Request]
     stream: bool
-    usage: bool  # whether a stream ends with it
+    usage: bool  # whether a stream ends with the usage
     ignored: list[str]  # fields that nobody has read
 
 
@@ -85,11 +85,11 @@ class AskedChat(Asked):
 
 @dataclasses.dataclass(frozen=True)
 class AskedText(Asked):
-    echoes: list[str]  # what the answers to each prompt begin with
+    echoes: list[str]  # the beginning of the answers to each prompt
 
 
 def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
-    """A request to /v1/chat/completions. Raises Refused."""
+    """Read a request to /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
     template = read_mode(fields, chosen.template)
@@ -110,7 +110,7 @@ def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
         stops=template.stops,
         logprobs=(top or 0) if wants_logprobs else None,
     )
-    # an answer that has to come out the same again reads all of its prompt, in chunks
+    # an answer that must be reproducible reads its whole prompt, in chunks
     seeded = fields.take("seed") is not None or reader.defaults.seed is not None
     if not request.sampling.greedy and not seeded:
         request = dataclasses.replace(request, continues=True)
@@ -119,7 +119,7 @@ def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
 
 
 def read_completion(reader: Reader, body: dict[str, Any]) -> AskedText:
-    """A request to /v1/completions. Raises Refused."""
+    """Read a request to /v1/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
     prompts = _prompts(reader, fields, chosen)
@@ -179,7 +179,7 @@ def _checked(reader: Reader, tokens: list[int], param: str) -> list[int]:
 
 
 def _prompts(reader: Reader, fields: Fields, chosen: Chosen) -> list[tuple[str, list[int]]]:
-    """(text, tokens) of each prompt. Ids are taken as they are."""
+    """Read (text, tokens) of each prompt. Ids are taken as they are."""
     value = fields.take("prompt")
     expected = "a text, a list of texts, ids, or a list of lists of ids"
     if value is None or value == "" or value == []:
@@ -210,7 +210,7 @@ def _is_id(value: Any) -> bool:
 def _request(
     reader: Reader, fields: Fields, sampling: Sampling, stops: tuple[str, ...], prompts: int = 1, **given
 ) -> Request:
-    """The engine's request, from the fields that both APIs have."""
+    """Make the engine's request from the fields that both APIs have."""
     limits = reader.limits
     n = fields.integer("n", 1, limits.answers, 1)
     if n * prompts > limits.answers:
@@ -266,7 +266,7 @@ def _stops(fields: Fields) -> list[str]:
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:
-    """(stream, whether it ends with the usage)."""
+    """Read (stream, whether it ends with the usage)."""
     stream = fields.flag("stream")
     options = fields.inner("stream_options")
     if options and not stream:
@@ -275,7 +275,7 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
 
 
 def _refuse_formats(fields: Fields) -> None:
-    """Refused for what would silently give another answer than the one that was asked for."""
+    """Raise Refused for a format that would silently change the answer."""
     response_format = fields.inner("response_format")
     if response_format and (kind := response_format.text("type", "text")) != "text":
         raise wrong("response_format", f"type {short(kind)}: this server writes text only")

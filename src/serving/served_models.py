@@ -1,4 +1,4 @@
-"""The models that clients may name: the base, and the base with adapters, which come and go."""
+"""Served models that clients may name: the base, and the base with adapters, which come and go."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .request_parsing import Chosen
 from .worker import Worker
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# what is said of every file that may not be named, whether it exists or not
+# the message for every file that may not be named, whether it exists or not
 OUTSIDE = "expected the name of a .pth below the server's --adapter_dir"
 
 
 @dataclasses.dataclass
 class Entry:
-    """An adapter under the name that clients know."""
+    """Adapter under the name that clients know."""
 
     name: str
     internal: str  # its name in the engine, which no other adapter ever had
@@ -39,15 +39,15 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """How a model is asked, by what its files record: the adapters' files at these paths, then the base."""
+    """Records of files that tell how to prompt a model: the adapters' files at these paths, then the base."""
 
     template: Callable[[list[str]], Template]
     bos: Callable[[list[str]], tuple[int, ...]]
-    tokenizer: str  # the name of the one that everything is read with
+    tokenizer: str  # the name of the tokenizer in use
 
 
 class ServedModels:
-    """Belongs to the event loop; what changes the engine's adapters is done in the worker's thread.
+    """Served models. They belong to the event loop; the worker's thread changes the engine's adapters.
 
     Adapters that the whole model has in use are a part of the base that clients see.
     """
@@ -83,7 +83,7 @@ class ServedModels:
         return [self.name, *(f"{self.name}:{name}" for name in list(self.entries))]
 
     def find(self, fields: Fields) -> Chosen:
-        """The model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
+        """Find the model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
         model = fields.text("model") or self.name
         given = fields.text("adapter_id") or ""
         scale = fields.number("adapter_scale", -100, 100, self.scale)
@@ -117,7 +117,7 @@ class ServedModels:
         )
 
     def held(self, applied: Applied) -> list[Entry]:
-        """The adapters of a request that begins to run; release() gives them back."""
+        """Hold the adapters of a request that begins to run; release() gives them back."""
         found = [self.entries[name] for name in self.entries if self.entries[name].internal in applied.names]
         if len(found) < len(applied.names):
             raise Refused(404, "the adapter was just dropped", "model", "model_not_found")
@@ -167,7 +167,7 @@ class ServedModels:
         return entry
 
     def _without_paths(self, message: str, path: str, file: str) -> str:
-        """What an error says, without the server's folders, which are none of a client's business."""
+        """Remove the server's folders from an error's text: they do not concern a client."""
         identity = self.adapters.model.base_identity
         base = str(identity.path) if identity and identity.path else ""
         message = message.replace(path, file)
@@ -182,7 +182,7 @@ class ServedModels:
             )
 
     def drop(self, name: str, worker: Worker) -> None:
-        """Take an adapter's name away; the adapter goes when the last request with it has ended."""
+        """Take an adapter's name away; the adapter is unloaded when the last request with it has ended."""
         entry = self.entries.pop(name, None)
         if entry is None:
             raise Refused(404, f"there is no adapter {short(name)}", "name", "model_not_found")
@@ -194,13 +194,13 @@ class ServedModels:
             worker.post(lambda: self._unload(entry.internal, worker))
 
     def _unload(self, internal: str, worker: Worker) -> None:
-        """Have the engine forget an adapter, in the worker's thread."""
+        """Make the engine forget an adapter, in the worker's thread."""
         self.adapters.drop(internal)
         worker.engine.refresh()
 
 
 def _labels(name: str) -> Iterator[str]:
-    """name, name@2, name@3, ..."""
+    """Yield name, name@2, name@3, ..."""
     yield name
     number = 2
     while True:
@@ -209,9 +209,7 @@ def _labels(name: str) -> Iterator[str]:
 
 
 def inside(folder: str, file: str) -> str:
-    """The real path of a file below `folder`, itself a real path. Refused for every other one, in the same
-    words whether it exists or not.
-    """
+    """Return the real path of a file below `folder`. Raises Refused, always in the same words, for others."""
     refused = wrong("file", f"got {short(file)}, {OUTSIDE}")
     if not file or "\0" in file or os.path.isabs(file):
         raise refused

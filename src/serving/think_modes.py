@@ -1,4 +1,4 @@
-"""How a request chooses whether and how long the model thinks: forms of RWKV's template."""
+"""Modes of thinking that a request may choose: forms of RWKV's template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..data.rwkv_template import FLOWERS, MODES, RwkvTemplate
 from .errors import wrong
 from .fields import Fields
 
-# OpenAI's names, and which length each asks for; "" is no thoughts
+# OpenAI's names -> length of thoughts; "" is none
 EFFORTS = {
     "none": "",
     "minimal": "short",
@@ -28,21 +28,21 @@ THINK_TYPES = {
 
 
 def modes_of(template: Template) -> list[str]:
-    """What `think_mode` may be; nothing with a Jinja template, which has one form."""
+    """List the values of `think_mode`; [] with a Jinja template, which has one form."""
     return list(MODES) if isinstance(template, RwkvTemplate) else []
 
 
 def efforts_of(template: Template) -> list[str]:
-    """What `reasoning_effort` may be."""
+    """List the values of `reasoning_effort`."""
     if not isinstance(template, RwkvTemplate):
         return []
     return [effort for effort in EFFORTS if mode_of_effort(template, effort)]
 
 
 def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
-    """The mode that an effort asks for, of the template's family; "" where the family has none.
+    """Return the mode for an effort, of the template's family; "" if the family has none.
 
-    A model that was not asked to think has the same form for none. Flowers know thoughts of one length.
+    The form for none is that of a model that was not asked to think. Flowers know thoughts of one length.
     """
     length = EFFORTS[effort]
     if template.form is FLOWERS:
@@ -55,7 +55,7 @@ def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
 
 
 def read_mode(fields: Fields, template: Template) -> Template:
-    """The template in the form that a request asks for. Refused where it has no such form, or for two."""
+    """Return the template in the form that a request asks for. Raises Refused for unknown or double ones."""
     effort = fields.choice("reasoning_effort", EFFORTS)
     mode = fields.text("think_mode")
     kind = fields.choice("think_type", THINK_TYPES)

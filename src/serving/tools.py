@@ -1,4 +1,4 @@
-"""The tools of a chat request, and whether one must be called."""
+"""Tools of a chat request, and whether one must be called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .fields import Fields
 
 
 class Tools(NamedTuple):
-    """What is described to the model, and what its answer is made to begin with."""
+    """Tools described to the model, and the forced beginning of its answer."""
 
     described: list[dict[str, Any]]
     begun: str  # the beginning of a call, after what the template's opening leaves open; "" for none
@@ -26,7 +26,7 @@ NO_TOOLS = Tools([], "", True)
 
 
 def read_tools(fields: Fields, template: Template) -> Tools:
-    """The fields tools, tool_choice and parallel_tool_calls. Raises Refused."""
+    """Read the fields tools, tool_choice and parallel_tool_calls. Raises Refused."""
     if fields.take("functions") or fields.take("function_call"):
         raise wrong("functions", "OpenAI has replaced them; send tools and tool_choice")
     described = fields.objects("tools") or []
@@ -50,7 +50,7 @@ def read_tools(fields: Fields, template: Template) -> Tools:
 
 
 def _wanted(choice: Any, names: list[str]) -> str:
-    """The function that must be called; "" for any."""
+    """Return the function that must be called; "" for any."""
     if choice == "required":
         return ""
     function = choice.get("function") if isinstance(choice, dict) else None
@@ -67,7 +67,7 @@ def _wanted(choice: Any, names: list[str]) -> str:
 
 
 def _begun_call(template: Template, name: str) -> str:
-    """What an answer begins with that must call a function; any where the name is "". Raises Refused."""
+    """Write the beginning of an answer that must call a function, any if the name is "". Raises Refused."""
     if not isinstance(template, RwkvTemplate):
         raise wrong(
             "tool_choice", f"the template is Jinja ({template.name}); only auto and none are possible"

@@ -1,4 +1,4 @@
-"""uvicorn for one application: connections that say nothing are closed, and the end is orderly."""
+"""Server by uvicorn for one application: it closes silent connections, and ends in order."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ KEEP_ALIVE = 15  # seconds that a connection may stay without a request
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a time for the head of every request, and one for a client to take what it is sent.
+    """Connection with a time limit for the head of every request, and one for a client to receive its reply.
 
-    Where there are too many connections a new one gets an error object.
+    If there are too many connections, a new one gets an error object.
     """
 
     receiving = 30.0
@@ -66,7 +66,7 @@ class Connection(H11Protocol):
             self.stalled = None
 
     def _watch(self) -> None:
-        """Have a time for the head of a request, as long as none is being answered."""
+        """Limit the time for the head of a request, as long as none is being answered."""
         if self.cycle is not None and not self.cycle.response_complete or self.transport.is_closing():
             self._unwatch()
         elif self.timer is None:
@@ -89,7 +89,7 @@ async def _too_many(scope, receive, send) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet. UserError where that is not possible."""
+    """Bind a socket to this address, which does not listen yet. Raises UserError if that is not possible."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -108,13 +108,13 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends at SIGTERM or SIGINT: what runs may finish, for limits.finishing seconds.
+    """Server that ends at SIGTERM or SIGINT: running answers may finish, for limits.finishing seconds.
 
     It also ends when a file of the model was overwritten.
     """
 
     def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, when_ready: Callable[[], None]):
-        """`when_ready` is called as soon as the server answers."""
+        """Prepare the server; `when_ready` is called as soon as it answers."""
         limits = dispatcher.limits
         connection = type(
             "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE,
-                # after `finishing` every answer is ended; this is for clients who do not take theirs
+                # after `finishing` every answer is ended; the rest is for clients who do not take theirs
                 timeout_graceful_shutdown=int(limits.finishing) + 5,
             )
         )
@@ -158,7 +158,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Both signals end the server in order; uvicorn would raise them once more at the end."""
+        """End the server in order at both signals; uvicorn would raise them again at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -171,7 +171,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
-        """The second signal ends the answers, too."""
+        """End the answers, too, at the second signal."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True

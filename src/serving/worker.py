@@ -1,7 +1,7 @@
-"""The one thread that runs the engine, and how the server's event loop talks with it.
+"""Worker: the one thread that runs the engine, and its exchange with the server's event loop.
 
-The engine is not for two threads. What the loop wants goes through a queue; what the engine gives comes back
-by loop.call_soon_threadsafe. An idle engine waits at the queue and takes no time.
+The engine is not for two threads. Calls of the loop go through a queue; the engine's results come back by
+loop.call_soon_threadsafe. An idle engine waits at the queue and takes no time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..inference.engine import Answer, Engine, Request
 
 
 class Piece(NamedTuple):
-    """What one answer of a job has more than before."""
+    """New part of one answer of a job."""
 
     index: int  # of the answer, over all requests of the job
     text: str
     tokens: int
-    drawn: Sequence[Any]  # of the new tokens, where log-probabilities were asked for
+    drawn: Sequence[Any]  # the new tokens, if log-probabilities were asked for
     finish: str  # "" while it goes on
     error: str
     prompt_tokens: int
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 class Job:
-    """Requests that one client has made together. It belongs to the event loop."""
+    """Job: requests that one client has made together. It belongs to the event loop."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request]):
         self.worker, self.requests = worker, requests
@@ -43,7 +43,7 @@ class Job:
         self.answers: list[Answer] = []  # the worker's
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What has come, until all answers are finished."""
+        """Yield new pieces until all answers are finished."""
         while self.unfinished:
             pieces = await self.arrived.get()
             while not self.arrived.empty():
@@ -52,13 +52,13 @@ class Job:
             yield pieces
 
     def cancel(self) -> None:
-        """Free the rows of what is not finished. Nothing more comes."""
+        """Free the rows of unfinished answers. Nothing more comes."""
         if self.unfinished:
             self.unfinished = 0
             self.worker.post(lambda: self.worker.forget(self, "cancelled"))
 
     def end(self) -> None:
-        """Finish the answers as they are: a client who listens is told "cancelled"."""
+        """Finish the answers as they are: a listening client is told "cancelled"."""
         self.worker.post(lambda: self.worker.forget(self, "cancelled"))
 
 
@@ -69,14 +69,16 @@ class _Followed(NamedTuple):
 
 
 class Worker:
-    """Runs an engine in a thread of its own, from start() until close()."""
+    """Worker that runs an engine in a thread of its own, from start() until close()."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.followed: dict[int, _Followed] = {}  # by id() of the answer
-        self.sent: dict[int, tuple[int, int]] = {}  # characters and tokens that a job has of an answer
-        self.broken = ""  # what went wrong in the engine itself
+        self.sent: dict[
+            int, tuple[int, int]
+        ] = {}  # characters and tokens of an answer that its job has received
+        self.broken = ""  # error of the engine itself
         self.changed_file: ChangedFile | None = None  # why the whole server has to end
         self.steps = 0
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -85,16 +87,16 @@ class Worker:
         self.thread.start()
 
     def close(self) -> None:
-        """End the thread, after what it is doing."""
+        """End the thread after its present work."""
         self.post(None)
         self.thread.join()
 
     def post(self, work: Callable[[], None] | None) -> None:
-        """Have something done between two steps."""
+        """Queue work for the time between two steps."""
         self.inbox.put(work)
 
     async def call(self, work: Callable[[], Any], undo: Callable[[], None]) -> Any:
-        """Run work() between two steps, and return or raise what it does.
+        """Run work() between two steps, and return its result or raise its error.
 
         If the caller is cancelled before that, work() is left out. If later, undo() runs after it.
         """
@@ -120,7 +122,7 @@ class Worker:
             raise
 
     async def submit(self, requests: Sequence[Request]) -> Job:
-        """Start a job. UserError where the engine refuses one of its requests; then none of them runs."""
+        """Start a job. Raises UserError if the engine refuses one of its requests; then none of them runs."""
         job = Job(self, requests)
         await self.call(lambda: self._submit(job), lambda: self.forget(job, "cancelled"))
         return job
@@ -140,7 +142,7 @@ class Worker:
             self.sent[id(answer)] = 0, 0
 
     def forget(self, job: Job, finish: str, error: str = "") -> None:
-        """End what is left of a job, in the worker's thread."""
+        """End the rest of a job, in the worker's thread."""
         ended = []
         for index, answer in enumerate(job.answers):
             if self.followed.pop(id(answer), None):
@@ -164,7 +166,7 @@ class Worker:
     def _step(self) -> None:
         try:
             changed = self.engine.step()
-        except Exception as error:  # a bug, or memory ran out: nobody may wait for ever
+        except Exception as error:  # a bug, or memory ran out: no client may wait for ever
             self._break(error)
             return
         self.steps += 1
@@ -196,7 +198,7 @@ class Worker:
         return piece
 
     def _break(self, error: Exception) -> None:
-        """All that runs ends with an error; so does all that comes."""
+        """End all running and coming answers with an error."""
         if isinstance(error, ChangedFile):
             # the server's operator is told which one
             self.broken = "the server ends, because a file of its model was overwritten"
