@@ -15,13 +15,15 @@ import socket
 import sys
 import tempfile
 
+import pytest
 import torch
 
+from rwkv_miss import read_checkpoint
 from src.model import RWKV
 from src.planning.step_memory import StepBytes
 from src.planning.throughput import Speed
 
-from .conftest import ROOT
+from .conftest import ROOT, close
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported by the fork server, not by a worker of pytest, which would take 10 s for them. DeepSpeed's
@@ -99,6 +101,15 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
     train.main()
 
 
+def flags_of(files, proj_dir, *more):
+    """Return the flags of a small run with base.pth and rows.jsonl of a folder; `more` wins over them."""
+    own = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir} --tokenizer bytes
+        --accelerator cpu --packing 0 --micro_bsz 4 --lr_init 1e-2
+    """
+    return [*own.split(), *map(str, more)]
+
+
 def run(flags, sabotage=None, counted=False, sample_tokens=9):
     """(exit code of rank 0, everything printed by the --devices processes); sabotage(rank) is called in each
     before the program starts. Without `counted` three things are left out, each a sixth or more of so small a
@@ -160,6 +171,35 @@ def losses(proj_dir):
     lines = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
+
+
+def lines(proj_dir, name="metrics.jsonl"):
+    """Return every step's loss and metrics."""
+    timing = ("seconds", "tokens_per_second")
+    found = [json.loads(line) for line in (proj_dir / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timing} for line in found]
+
+
+def same_lines(got, want, rel=1e-5):
+    """Compare the losses and metrics of two runs; equal where `rel` is 0."""
+    assert len(got) == len(want) > 0
+    for ours, theirs in zip(got, want):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            # differences of sums over tokens have the rounding errors of the sums. None: no such answer
+            same = value if value is None else pytest.approx(value, rel=rel, abs=1e-4 if rel else 0)
+            assert ours[name] == same, name
+
+
+def same_adapters(ours, theirs, ratio=1e-4, name="adapter.pth"):
+    """Compare what two runs have trained; equal in every bit where the ratio is 0."""
+    ours, theirs = (read_checkpoint(path / name) for path in (ours, theirs))
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        if ratio:
+            close(name, ours[name], tensor, ratio)
+        else:
+            assert torch.equal(ours[name], tensor), name
 
 
 # what is done to a run: each is called as a `sabotage`, or by one

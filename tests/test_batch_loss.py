@@ -16,7 +16,7 @@ from src.model.loss import loss_sum
 from src.planning.job import device_here
 
 from . import program
-from .conftest import close, make_arch, random_tensors, slow
+from .conftest import close, make_arch, random_tensors
 from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
 
 
@@ -224,33 +224,11 @@ def train(tmp_path_factory):
     return run
 
 
-TWO = ["--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
-
-
 @pytest.fixture(scope="module")
 def whole(train):
     _, losses = train("whole", "--epoch_count=2")
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     return losses
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--chunk_ctx", "50"],
-        slow("--chunk_ctx 75 --state_cp 1 --grad_cp 1 --strategy deepspeed_stage_3".split() + TWO),
-        slow(["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO]),
-        slow(["--chunk_ctx", "37", "--strategy", "ddp", *TWO]),
-    ],
-    ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"],
-)
-def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, request):
-    """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks,
-    some of them one.
-    """
-    card, losses = train(request.node.callspec.id, *flags)
-    assert losses == pytest.approx(whole[:3], rel=1e-5)
-    assert f"chunks     of {flags[1]} tokens, at most" in card and "the gradient is exact" in card
 
 
 def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
@@ -272,7 +250,9 @@ def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
 
 
 def test_a_run_resumes_with_other_chunks(train, whole):
-    train("resumed", "--chunk_ctx", "40")
+    card, losses = train("resumed", "--chunk_ctx", "40")
+    assert losses == pytest.approx(whole[:3], rel=1e-5)
+    assert "chunks     of 40 tokens, at most" in card and "the gradient is exact" in card
     _, losses = train(
         "resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto"
     )

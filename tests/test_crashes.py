@@ -30,7 +30,7 @@ from src.training.training_state import read_state, write_state
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
-from .program import at_file, in_turn, interrupt, kill, losses, spoil, succeed
+from .program import at_file, flags_of, in_turn, interrupt, kill, losses, spoil, succeed
 
 STEPS = 6
 
@@ -54,16 +54,7 @@ def run(files, tmp_path):
 
     def start(name, *flags, sabotage=None):
         base = [] if "none" in flags else ["--peft_config", "r=5"]
-        flags = [
-            *f"""
-                --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {tmp_path}/{name}
-                --tokenizer bytes --packing 0 --accelerator cpu --lr_init 1e-2
-            """.split(),
-            *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
-            *base,
-            *flags,
-        ]
-        return program.run(flags, sabotage)
+        return program.run(flags_of(files, tmp_path / name, *base, *flags), sabotage)
 
     return start
 
@@ -154,7 +145,9 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
         "parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop) if sabotage else stop
     )
     stopped = len(losses(tmp_path / "parts"))
-    assert code == 130 and stopped < STEPS and "stopped, go on with --resume auto" in output, output
+    assert code == 130 and output.count("stopping after this step and saving; ") == 1, output
+    assert f"stopped, go on with --resume auto: step {stopped} of {STEPS}" in output, output
+    assert read_metadata(tmp_path / "parts/adapter.pth")["step"] == stopped < STEPS
     output = succeed(run("parts", *flags, "--resume", "auto", sabotage=sabotage))
     assert f"step-{stopped:08d}.pth" in output and "the order of the data go on" in output
     same_run(tmp_path / "whole", tmp_path / "parts")

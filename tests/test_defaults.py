@@ -24,7 +24,7 @@ from src.training.resume import inherit, keep_rows_per_step
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import succeed
+from .program import losses, succeed
 
 AUTOMATIC = {name for name, field in FIELDS.items() if field.metadata["automatic"]}
 
@@ -359,10 +359,6 @@ def files(tmp_path_factory):
     rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(40, 60)))} for _ in range(120)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def losses(proj_dir):
-    return [json.loads(line)["loss"] for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):

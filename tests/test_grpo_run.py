@@ -11,8 +11,7 @@ import torch
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import at_file, kill, succeed
-from .test_preference_training import lines, same_adapters, same_lines
+from .program import at_file, kill, lines, same_adapters, same_lines, succeed
 
 QUESTIONS = 12  # of which a draw has 4
 TIMES = ("draw_seconds", "draw_tokens_per_second", "train_tokens_per_second")

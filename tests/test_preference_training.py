@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 import rwkv_miss
-from rwkv_miss import read_checkpoint
 from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
 from src.objectives.from_reference import a_few
@@ -26,8 +25,18 @@ from src.planning.step import PromptReading
 from src.training import trainer
 
 from . import program
-from .conftest import close, make_arch, random_tensors, slow
-from .program import at_file, call, interrupt, kill, spoil, succeed
+from .conftest import make_arch, random_tensors, slow
+from .program import (
+    at_file,
+    call,
+    interrupt,
+    kill,
+    lines,
+    same_adapters,
+    same_lines,
+    spoil,
+    succeed,
+)
 
 UNITS = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))
@@ -78,33 +87,6 @@ def flags_of(files, proj_dir, *flags):
 
 def start(files, proj_dir, *flags, sabotage=None):
     return succeed(program.run(flags_of(files, proj_dir, *flags), sabotage))
-
-
-def lines(proj_dir, name="metrics.jsonl"):
-    """Every step's loss and metrics."""
-    timing = ("seconds", "tokens_per_second")
-    found = [json.loads(line) for line in (proj_dir / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timing} for line in found]
-
-
-def same_lines(got, want, rel=1e-5):
-    assert len(got) == len(want) > 0
-    for ours, theirs in zip(got, want):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            # differences of sums over tokens have the rounding errors of the sums. None: no such answer
-            same = value if value is None else pytest.approx(value, rel=rel, abs=1e-4 if rel else 0)
-            assert ours[name] == same, name
-
-
-def same_adapters(ours, theirs, ratio=1e-4):
-    ours, theirs = (read_checkpoint(path / "adapter.pth") for path in (ours, theirs))
-    assert list(ours) == list(theirs)
-    for name, tensor in theirs.items():
-        if ratio:
-            close(name, ours[name], tensor, ratio)
-        else:
-            assert torch.equal(ours[name], tensor), name
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "torch"])
@@ -173,17 +155,6 @@ def test_micro_batches_make_the_same_steps(files, tmp_path, whole, loss):
     same_runs(tmp_path / "run", whole(loss))
 
 
-@pytest.mark.parametrize(
-    "loss, strategy",
-    [("kto", "ddp"), ("dpo", "deepspeed_stage_3"), slow("kto", "deepspeed_stage_3"),
-     slow("orpo", "deepspeed_stage_2")],
-)  # fmt: skip
-def test_two_processes_make_the_same_steps(files, tmp_path, whole, loss, strategy):
-    two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
-    start(files, tmp_path / "run", *evaluated(files, loss), *two)
-    same_runs(tmp_path / "run", whole(loss))
-
-
 def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
     """All pairs in every step, alone in their rows, or packed."""
     for name, packing, ctx_len in (("alone", "0", "128"), ("packed", "1", "200")):
@@ -241,7 +212,7 @@ def counting(path, turn, end, rank):
     ReferencePass._read = counted
 
 
-@pytest.mark.parametrize("cache, end, code", [("none", kill, -9), ("folder", interrupt, 130)])
+@pytest.mark.parametrize("cache, end, code", [("none", kill, -9), slow("folder", interrupt, 130)])
 def test_a_pass_of_the_reference_goes_on_where_it_ended(files, tmp_path, whole, cache, end, code):
     """3 turns of the training data and one of the held-out ones; another run with the same takes them all.
 
@@ -427,7 +398,7 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     assert before["kl"] == pytest.approx(kl_by_hand(files, *models), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [["--peft", "none", "--lr_init", "1e-4"], ["--peft", "state"]])
+@pytest.mark.parametrize("method", [slow(["--peft", "none", "--lr_init", "1e-4"]), ["--peft", "state"]])
 def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_path, method):
     """Also in a run that goes on and has lost the values. A trained head rounds otherwise with a gradient."""
     flags = ["--peft_config", "{}", *method, "--save_steps", "1", "--sft_weight", "0", "--data_cache", "none"]

@@ -27,7 +27,6 @@ from src.training.optimizer import parameter_groups
 from . import program
 from .answering import engine_of
 from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow
-from .program import losses
 
 # documents of 1 to 41 tokens; the second row goes on from before and is one document
 RESETS = torch.zeros(3, 41, dtype=torch.bool)
@@ -481,25 +480,6 @@ def train(files, proj_dir, *flags, version=7):
             ]
         )
     )
-
-
-@pytest.mark.parametrize("version", [slow(6), 7])
-def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sittings(files, tmp_path, version):
-    output = train(
-        files, tmp_path / "own", "--peft", "state", "--packing", "0", "--epoch_steps", "6", version=version
-    )
-    assert "trained    1,536 of " in output and "%): state\n" in output and "lr 0.01" in output
-    curve = losses(tmp_path / "own")
-    assert curve[-1] < curve[0] - 0.01
-    shared = "--peft state --ctx_len 150 --strategy deepspeed_stage_3 --devices 2".split()
-    shared += "--micro_bsz 4 --grad_cp 1".split()
-    train(files, tmp_path / "shared", *shared, "--epoch_steps", "2", version=version)
-    train(files, tmp_path / "shared", *shared, "--epoch_steps", "6", "--resume", "auto", version=version)
-    assert losses(tmp_path / "shared") == pytest.approx(curve, rel=1e-5)
-    ours, theirs = (rwkv_miss.read_checkpoint(tmp_path / run / "adapter.pth") for run in ("own", "shared"))
-    assert list(ours) == ["blocks.0.att.time_state", "blocks.1.att.time_state"] == list(theirs)
-    for name in ours:
-        close(name, theirs[name], ours[name], 1e-3)
 
 
 def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):

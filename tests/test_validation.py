@@ -42,7 +42,7 @@ from src.training.validation_log import base_wins, best_trained, is_over
 from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors, slow
-from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
+from .program import at_file, dropout, flags_of, in_turn, interrupt, kill, losses, succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -72,15 +72,7 @@ def files(tmp_path_factory):
 
 
 def start(files, proj_dir, *flags, sabotage=None, **options):
-    flags = [
-        *f"""
-            --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir}
-            --tokenizer bytes --accelerator cpu --lr_init 1e-2 --packing 0 --peft_config r=5
-        """.split(),
-        *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
-        *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
-        *flags,
-    ]
+    flags = flags_of(files, proj_dir, "--peft_config", "r=5", "--epoch_count", "1", *flags)
     return program.run(flags, sabotage, **options)
 
 

@@ -3,7 +3,6 @@ into every file.
 """
 
 import contextlib
-import json
 import re
 
 import pytest
@@ -19,9 +18,7 @@ from src.model import RWKV
 from src.training.optimizer import parameter_groups
 from src.training.outputs import whole_model
 
-from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
-from .program import losses
 
 WHOLE = [part for part in PARTS if part != "state"]  # which has tests of its own
 
@@ -268,64 +265,3 @@ def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
         and list(written) == list(rwkv_miss.read_checkpoint(base))
         and {t.dtype for t in written.values()} == {torch.bfloat16}
     )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    torch.save(
-        {n: t.bfloat16() for n, t in random_tensors(make_arch(7, vocab_size=256)).items()},
-        folder / "base.pth",
-    )
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "q" * i},
-                {"role": "assistant", "content": "ab c" * (1 + i % 3)},
-            ]
-        }
-        for i in range(1, 22)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def train(files, proj_dir, *flags):
-    return program.succeed(
-        program.run(
-            [
-                *f"""
-                    --load_model {files}/base.pth --data_file {files}/data.jsonl --proj_dir {proj_dir}
-                    --tokenizer bytes --peft_config r=7 --train_parts time ln,emb head --precision bf16
-                    --lr_init 1e-2 --packing 0 --accelerator cpu
-                """.split(),
-                *flags,
-            ]
-        )
-    )
-
-
-@pytest.mark.slow
-def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):
-    # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
-    schedule = ["--lr_schedule", "constant", "--adam_eps", "1e-2"]
-    output = train(files, tmp_path / "one", "--epoch_steps", "4", *schedule, "--micro_bsz", "6")
-    base = rwkv_miss.read_checkpoint(files / "base.pth")
-    wanted = in_parts(base, WHOLE)
-    assert "in 12 matrices, and emb, head, ln, time of the base" in output
-    assert (
-        f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)"
-        in (tmp_path / "one/run_card.md").read_text()
-    )
-    many = [*schedule, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
-    train(files, tmp_path / "many", "--epoch_steps", "2", *many)
-    train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")
-    # the same sums in another order: a weight between two bf16 values may be rounded the other way
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), rel=2e-3)
-    ours, theirs = (rwkv_miss.read_checkpoint(tmp_path / run / "adapter.pth") for run in ("one", "many"))
-    assert ours.keys() == theirs.keys() and all(t.dtype == torch.float32 for t in (ours | theirs).values())
-    assert not any(torch.equal(ours[name], base[name].float()) for name in wanted), (
-        "every one of them is trained"
-    )
-    for name in ours:
-        close(name, theirs[name] - base.get(name, 0), ours[name] - base.get(name, 0), 0.1)
