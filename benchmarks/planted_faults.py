@@ -87,7 +87,7 @@ class Copy:
 
     @contextlib.contextmanager
     def with_fault(self, fault: Fault):
-        """Context in which the tree has the fault."""
+        """Plant the fault in the tree inside the block."""
         file = self.tree / fault.file
         sound, times = file.read_bytes(), file.stat()
         file.write_text(planted(fault, self.tree), "utf-8")

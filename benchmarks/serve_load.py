@@ -140,7 +140,7 @@ def requests_of(server: Server, adapters: int, count: int, tokens: int) -> list[
 
 
 async def asked(client, body: dict) -> AsyncIterator[tuple[float, str, int]]:
-    """(seconds since the last one, new text, tokens or 0) of a stream."""
+    """Yield (seconds since the last piece, new text, tokens or 0) of a stream."""
     before = time.monotonic()
     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
         reply.raise_for_status()

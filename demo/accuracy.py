@@ -1,6 +1,6 @@
-"""How many held-out questions the base and the merged file answer exactly right. The last line is JSON.
+"""Count the held-out questions that the base and the merged file answer exactly right. The last line is JSON.
 
-Whether the merged file is the model that was trained is what python -m scripts.verify_merge says.
+python -m scripts.verify_merge tells whether the merged file equals the trained model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ with importing():
 
 
 def short(prompt: str) -> str:
-    """A prompt without the words of the template, on one line."""
+    """Strip the template's words from a prompt, and put it on one line."""
     return prompt.removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
 
 

@@ -1,8 +1,9 @@
-"""The picture of the chat page, docs/serving.png: the demo's base beside the adapter that it has trained.
+"""Make the picture of the chat page, docs/serving.png: the demo's base beside the adapter that it has
+trained.
 
 python -m demo.page_picture [--run out/demo] [--base FILE] [--out docs/serving.png]
 
-It reads what demo/demo-training-miss.sh has written, starts demo.serve and a Chromium, and types questions.
+It reads the files of demo/demo-training-miss.sh, starts demo.serve and a Chromium, and types questions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUESTIONS = ("sort kitchen", "sort garden")
 
 
 def picture(url: str, browser: str) -> bytes:
-    """A PNG of the page after the questions."""
+    """Take a PNG of the page after the questions."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": 1080, "height": 760}, locale="en-US")
@@ -59,7 +60,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def serve(base: str, adapter: str) -> tuple[subprocess.Popen, str]:
-    """(the server, its address)."""
+    """Start the server: (its process, its address)."""
     command = [sys.executable, "-m", "demo.serve", "--model", base, "--adapter", f"sorts={adapter}"]
     server = subprocess.Popen(
         [*command, "--name", "reverses", "--port", "0"], stderr=subprocess.PIPE, text=True, bufsize=1

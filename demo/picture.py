@@ -1,9 +1,9 @@
-"""The README's picture, docs/demo.png: answers before and after the demo's training, and its loss.
+"""Make the README's picture, docs/demo.png: answers before and after the demo's training, and its loss.
 
 python -m demo.picture [--run out/demo] [--base FILE] [--out docs/demo.png]
 
-It reads what demo/demo-training-miss.sh has written, and answers the held-out questions with the base and
-with the merged file. Shown are the first questions of the file that the base gets wrong.
+It reads the files of demo/demo-training-miss.sh, and answers the held-out questions with the base and with
+the merged file. It shows the first questions of the file that the base gets wrong.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MARGIN = 0.035
 
 
 def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, list[str]]:
-    """(questions, share that is right, answers) of a model file, as demo.accuracy has them."""
+    """Return (questions, share that is right, answers) of a model file, as demo.accuracy has them."""
     network, tokenizer = load(model, precision="fp32")
     template = recorded_template("auto", tokenizer, model)
     bos = leading_token("recorded", tokenizer, model)
@@ -55,13 +55,13 @@ def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, 
 def examples(
     questions: list[Question], before: list[str], after: list[str]
 ) -> list[tuple[Question, str, str]]:
-    """The first questions of one turn that the base gets wrong, with the answers before and after."""
+    """Return the first questions of one turn that the base gets wrong, with the answers before and after."""
     rows = zip(questions, before, after, strict=True)
     return [row for row in rows if row[1] != row[0].right and row[0].prompt.count("User:") == 1][:EXAMPLES]
 
 
 def numbers(path: str) -> int:
-    """How many numbers a checkpoint holds."""
+    """Count the numbers in a checkpoint."""
     return sum(tensor.numel() for tensor in read_checkpoint(path).values())
 
 
@@ -72,7 +72,7 @@ def draw(
     questions: int,
     trained: str,
 ) -> bytes:
-    """The picture as a PNG of 1600 x 800 pixels, the same bytes for the same figures."""
+    """Draw the picture as a PNG of 1600 x 800 pixels, the same bytes for the same figures."""
     figure = Figure(figsize=(16, 8), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     figure.text(MARGIN, 0.945, TITLE, size=30, color=INK, weight="bold", va="top")
@@ -88,7 +88,7 @@ def draw(
 def draw_answers(
     axes, rows: list[tuple[Question, str, str]], accuracies: tuple[float, float], questions: int
 ):
-    """A row for each question, and above them the shares of all questions that are answered right."""
+    """Draw a row for each question, and above them the shares of all questions that are answered right."""
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     columns = (0.0, 0.455, 0.76)
@@ -109,7 +109,7 @@ def draw_answers(
 
 
 def draw_losses(axes, losses: list[float], trained: str):
-    """The loss of each step, on a logarithmic axis."""
+    """Draw the loss of each step, on a logarithmic axis."""
     axes.semilogy(range(1, len(losses) + 1), losses, color=RIGHT, linewidth=2.5, solid_joinstyle="round")
     left = axes.get_position().x0 - 0.045
     axes.figure.text(left, 0.83, "training loss", size=24, color=GREY, va="top")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for a model file, or for a base and its adapters, unmerged.
+"""Run an OpenAI-compatible server for a model file, or for a base and its adapters, unmerged.
 
 python -m demo.serve --model merged.pth
 """

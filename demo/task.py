@@ -20,9 +20,8 @@ FEWEST = 3  # letters, of which there are 17,576 strings
 def rows(
     task: str, count: int, seed: int, excluded: set[str] = frozenset(), lengths: Sequence[int] = LENGTHS
 ) -> list[dict]:
-    """`count` conversations of one or two questions about strings of so many letters, none of which is in
-    `excluded`.
-    """
+    """Make `count` conversations of one or two questions about strings of `lengths` letters, none of which
+    is in `excluded`."""
     rng = random.Random(seed)
 
     def turn() -> list[dict]:
@@ -38,7 +37,7 @@ def rows(
 
 
 def write(path: str, data: list[dict]) -> None:
-    """A line for each row. The folder is made where it is not there."""
+    """Write a line for each row. The folder is made if it does not exist."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in data)

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(args: argparse.Namespace) -> tuple[int, int]:
-    """(documents, tokens, ends of document included) written. A UserError leaves nothing behind."""
+    """Write the documents: (documents, tokens with ends of document). A UserError leaves nothing behind."""
     tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
     # with this mask a row is always one document
     encoder = Encoder(tokenizer, choose_template(args.template, args.tool_style, None, tokenizer), "all")
@@ -82,7 +82,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def without_weights(row: dict) -> dict:
-    """The row without the weights of its answers, which these files have no place for."""
+    """Drop the weights of a row's answers, which these files have no place for."""
     if "messages" not in row:
         return row
     words = [{name: v for name, v in message.items() if name != "weight"} for message in row["messages"]]
@@ -90,9 +90,9 @@ def without_weights(row: dict) -> dict:
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
-    """formats.read_records() of several names.
+    """Read the records of several names.
 
-    A weight is a UserError: how often a run sees a record is no matter of the file that holds it.
+    Raises UserError for a weight: how often a run sees a record does not belong into the file that holds it.
     """
     for name in data:
         for source in sources(fetch_data(name), reading):
@@ -105,16 +105,15 @@ def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tu
 
 
 class JsonlWriter:
-    """Writes {"text": ...} lines: add() for each document, then close(). Until then the file has a temporary
-    name; discard() removes it.
-    """
+    """Writer of {"text": ...} lines: add() for each document, then close(). Until then the file has a
+    temporary name; discard() removes it."""
 
     def __init__(self, path: str, tokenizer):
         self.path, self.tokenizer = path, tokenizer
         self.file = open(path + ".tmp", "w", encoding="utf-8")
 
     def add(self, ids) -> None:
-        """A document; its end is left out."""
+        """Add a document without its end."""
         text = self.tokenizer.decode(ids[: len(ids) - len(self.tokenizer.eod)].tolist())
         self.file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""A base with weighted adapters as a live model: every adapter's own forward, as in training, none merged."""
+"""Blended adapters: a base with weighted adapters as a live model, each with its own forward, none merged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BlendedLinear(nn.Module):
         return y
 
     def merged(self) -> Tensor:
-        """V + sum of w_i delta_i, (out, in) fp32."""
+        """Compute V + sum of w_i delta_i, (out, in) fp32."""
         exact = torch.promote_types(self.linear.weight.dtype, torch.float32)
         weight = self.linear.weight.to(exact, copy=True)
         for layer, factor in zip(self.layers, self.weights):
@@ -51,7 +51,7 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
     """Put adapters with their weights onto a model, in place; returns the changed linears by name.
 
     The base that they name does not matter. Tensors T that were trained as a whole become base + sum of w_i
-    (T_i - base), in fp32 as in training. UserError for adapters that do not fit.
+    (T_i - base), in fp32 as in training. Raises UserError for adapters that do not fit.
     """
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
     whole: dict[str, list[tuple[Tensor, float]]] = {}

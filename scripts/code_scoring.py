@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: whether the program that a model wrote passes the problem's tests.
+"""Code scoring for HumanEval and MBPP: whether a program of the model passes the problem's tests.
 
 read_problems() makes the questions, Problem.program() makes a program of an answer, and passed() runs the
 programs.
@@ -48,7 +48,7 @@ os._exit({PASSED})
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the model is asked, and the tests of its answer.
+    """Problem for the model, and the tests of its answer.
 
     HumanEval gives the beginning of a function: `start` is its text, `name` its name. In MBPP both are empty,
     because the answer is the whole program.
@@ -60,29 +60,29 @@ class Problem:
     name: str = ""
 
     def program(self, answer: str) -> str:
-        """The answer's code with the problem's tests behind it."""
+        """Write the answer's code with the problem's tests after it."""
         return f"{self._completed(code_of(answer))}\n{self.tests}\n"
 
     def _completed(self, code: str) -> str:
-        """The code with what HumanEval gives before it."""
+        """Put HumanEval's beginning of the function before the code."""
         if not self.name:
             return code
         if re.search(rf"def\s+{re.escape(self.name)}\b", code):
             imports_and_helpers = self.start[: self.start.rindex(f"def {self.name}")]
             return f"{imports_and_helpers}\n{code}"
-        # the answer goes on inside the function
+        # the answer continues inside the function
         indent = "" if code.startswith((" ", "\t")) else "    "
         return f"{self.start}{indent}{code}"
 
 
 def code_of(answer: str) -> str:
-    """The first block between ``` of an answer, or all of it."""
+    """Return the first block between ``` of an answer, or all of it."""
     block = CODE_BLOCK.search(answer)
     return block[1] if block else answer
 
 
 def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
-    """A question of every row of HumanEval or MBPP; what is right is a Problem.
+    """Read a question from every row of HumanEval or MBPP; its reference answer is a Problem.
 
     Raises UserError for a row that is neither.
     """
@@ -117,7 +117,7 @@ def _of_humaneval(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _of_mbpp(row: dict[str, Any]) -> Problem:
-    """A row of MBPP, or of its sanitized version, which has `prompt` and `test_imports`.
+    """Read a row of MBPP, or of its sanitized version, which has `prompt` and `test_imports`.
 
     In MBPP itself they are `text` and `test_setup_code`.
     """
@@ -129,7 +129,7 @@ def _of_mbpp(row: dict[str, Any]) -> Problem:
 
 
 def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY) -> list[bool]:
-    """Whether each program came to its end without an exception, within `seconds` and `memory` bytes.
+    """Tell whether each program ended without an exception, within `seconds` and `memory` bytes.
 
     As many run at once as there are cores.
     """

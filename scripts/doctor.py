@@ -31,7 +31,7 @@ from src.common.startup import importing
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "gpu"
-# what is not listed here, training imports
+# other packages are imported by a training
 OPTIONAL = {
     "deepspeed": "only --strategy deepspeed_stage_1, _2 and _3 need it",
     "tokenizers": "only --tokenizer FILE.json needs it",
@@ -41,9 +41,8 @@ GIB = 2**30
 
 
 class Check(NamedTuple):
-    """A line: ok, warn or missing; of what; what was seen, what to do. Without something `needed`, training
-    does not work.
-    """
+    """Line of the report: ok, warn or missing; the subject; what was seen, what to do. Without a `needed`
+    one training does not work."""
 
     state: str
     name: str
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 def examine_and_tell() -> None:
-    """All checks for people or, with --json, for machines."""
+    """Print all checks for people or, with --json, for machines."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.doctor", description=__doc__.partition("\n\n")[0], allow_abbrev=False
     )
@@ -80,7 +79,7 @@ def examine_and_tell() -> None:
     as_json, checks = args.json, []
     if args.fat:
         build_all()
-    # what the examined libraries print would not be JSON
+    # output of the examined libraries would not be JSON
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         for check in examine():
             checks.append(check)
@@ -158,7 +157,7 @@ def python() -> Check:
 
 
 def packages() -> Iterator[Check]:
-    """A line for each package of requirements.txt."""
+    """Yield a line for each package of requirements.txt."""
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         name, minimum, system = re.match(r'([\w-]+)>=([\d.]+)(?:; sys_platform == "(\w+)")?', line).groups()
         if name == "ninja":
@@ -178,7 +177,7 @@ def packages() -> Iterator[Check]:
 
 
 def server() -> Check:
-    """What only demo.serve needs."""
+    """Check what only demo.serve needs."""
     absent = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if absent:
         return Check("missing", "server", f"only demo.serve needs it: pip install {' '.join(absent)}")
@@ -206,7 +205,7 @@ def machine() -> Iterator[Check]:
 
 
 def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
-    """Free space where the folder is, or will be made."""
+    """Check the free space where the folder is, or will be made."""
     exists = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(exists).free / GIB
     writable = os.access(exists, os.W_OK)
@@ -215,7 +214,7 @@ def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
 
 
 def gpus(torch) -> Iterator[Check]:
-    """CUDA of torch, the driver, and each GPU with its architecture."""
+    """Yield lines on torch's CUDA, the driver, and each GPU with its architecture."""
     from src.common import device
 
     built_for, driver = torch.version.cuda, driver_version()
@@ -272,7 +271,7 @@ def dotted(cuda: int) -> str:
 
 
 def tools() -> Iterator[Check]:
-    """What native kernels are built with, and where they are kept."""
+    """Yield lines on the tools that build native kernels, and their cache."""
     from src.ops import toolchain
 
     for name, find in {"C++ compiler": toolchain.find_cxx, "ninja": toolchain.find_ninja}.items():
@@ -285,7 +284,7 @@ def tools() -> Iterator[Check]:
 
 
 def nvcc() -> Check:
-    """The compiler of a GPU's kernels."""
+    """Check the compiler of a GPU's kernels."""
     from src.ops import toolchain
 
     try:
@@ -296,7 +295,7 @@ def nvcc() -> Check:
 
 
 def build_all() -> None:
-    """The CUDA kernels for all architectures; it needs nvcc and no GPU."""
+    """Build the CUDA kernels for all architectures; it needs nvcc and no GPU."""
     from src.ops import build, toolchain
 
     try:
@@ -320,7 +319,7 @@ def first_line(*command: str) -> str:
 
 
 def kernels_of_gpus(torch) -> Iterator[Check]:
-    """`kernels` on the first GPU of each kind: what is right on one may be wrong on another."""
+    """Yield `kernels` for the first GPU of each kind: what is right on one may be wrong on another."""
     from src.ops import self_test
 
     kinds: set[str] = set()
@@ -333,7 +332,7 @@ def kernels_of_gpus(torch) -> Iterator[Check]:
 
 
 def kernels(device: str, where: str = "") -> Iterator[Check]:
-    """Whether the native kernels of a device are built and right, and what --wkv auto takes there."""
+    """Yield whether the native kernels of a device are built and right, and what --wkv auto chooses there."""
     from src import ops
     from src.ops import self_test
 
@@ -357,7 +356,7 @@ def kernels(device: str, where: str = "") -> Iterator[Check]:
 
 
 def records() -> list[dict]:
-    """What scripts/gpu_check.sh has written, the newest first."""
+    """Read the records of scripts/gpu_check.sh, the newest first."""
     return sorted(
         (json.loads(path.read_text()) for path in RECORDS.glob("*.json")),
         key=lambda record: record["date"],
@@ -366,7 +365,7 @@ def records() -> list[dict]:
 
 
 def evidence() -> Iterator[Check]:
-    """How far each CUDA kernel has been tried, here or elsewhere."""
+    """Yield how far each CUDA kernel has been tried, here or elsewhere."""
     from src.ops import build
 
     compiled = f"compiled for sm_{', '.join(map(str, build.ARCHITECTURES))}, emulated on a CPU in CI"

@@ -57,7 +57,7 @@ with importing():
     from src.model import RWKV, read_model_file
     from src.planning.base_model import check_reference
 
-DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
+DOUBTED = 16  # questions whose reference answers tell whether the tokenizer is the model's
 WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the limit
 
 
@@ -136,7 +136,7 @@ def evaluate_preferences(args: argparse.Namespace) -> None:
 
 
 def encoder_for(args: argparse.Namespace) -> Encoder:
-    """How the rows become tokens: as the adapters record it, else the model. No weight is read."""
+    """Make the encoder of the rows, as the adapters record it, else the model. No weight is read."""
     arch = Arch.detect(read_model_file(args.model))
     if args.reference:
         check_reference(Config(load_model=args.model, reference=args.reference), arch)
@@ -157,7 +157,7 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
 
 
 def beside_reference(args: argparse.Namespace, data: Preferences, base: RWKV) -> Compared:
-    """The data with ln p by the reference: another model, or the base that has adapters, now without them."""
+    """Add ln p by the reference: another model, or the base without its adapters."""
     if args.reference:
         model, _ = load(args.reference, None, args.tokenizer, args.eod, precision=args.precision)
         return Compared.with_reference(data, model)
@@ -168,11 +168,11 @@ def beside_reference(args: argparse.Namespace, data: Preferences, base: RWKV) ->
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags. UserError for those that do not go together, before a model is loaded."""
+    """Parse the flags. Raises UserError for those that do not go together, before a model is loaded."""
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
     add_flags(parser)
     args = parser.parse_args(argv)
-    if args.preset:  # its values are defaults, before which what is given goes
+    if args.preset:  # its values are defaults, which given flags override
         parser.set_defaults(**PRESETS[args.preset])
         args = parser.parse_args(argv)
     check(args)
@@ -190,7 +190,7 @@ def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> 
 
 
 def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
-    """The score in a line, after one on what rewards could teach where each question has several answers."""
+    """Print the score, after a line on what rewards could teach if each question has several answers."""
     count, samples = sum(map(sum, right)), len(right[0])
     if samples > 1:
         mixed = sum(0 < sum(row) < samples for row in right)
@@ -203,7 +203,7 @@ def tell_scores(scores: Scores, right: list[list[bool]]) -> None:
 
 
 def name_local_files(args: argparse.Namespace) -> None:
-    """Have the flags name local files."""
+    """Make the flags name local files."""
     for name in ("questions", "preferences"):
         if given := getattr(args, name):
             setattr(args, name, fetch_data(given))
@@ -214,7 +214,7 @@ def name_local_files(args: argparse.Namespace) -> None:
 
 
 class Answered(NamedTuple):
-    """Questions with their answers, and what these had: a limit of tokens, and leading ids.
+    """Questions with their answers, and the answers' limit of tokens and leading ids.
 
     None: it is not known.
     """
@@ -226,7 +226,7 @@ class Answered(NamedTuple):
 
 
 def ask_model(args: argparse.Namespace) -> Answered:
-    """The questions, answered by the model."""
+    """Let the model answer the questions."""
     args.precision, _ = choose_precision(args.precision, choose_accelerator("auto"))
     about = about_files(args) if args.save else {}
     if args.save:
@@ -264,7 +264,8 @@ def ask_model(args: argparse.Namespace) -> Answered:
 
 
 def about_files(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the answers and is known before the model is read; an evaluation goes on with the same."""
+    """Return what decides the answers and is known before the model is read; a resumed evaluation needs
+    the same."""
     return {
         "model": Identity(args.model).fingerprint,
         "adapter": Identity(args.adapter).fingerprint if args.adapter else None,
@@ -275,7 +276,7 @@ def about_files(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_answered(args: argparse.Namespace) -> Answered:
-    """The questions, with the answers of --answers."""
+    """Read the questions, with the answers of --answers."""
     questions = questions_of(args, choose_template(args.template, args.tool_style, None, None))
     return Answered(questions, read_answers(args.answers, len(questions)), None, None)
 
@@ -283,7 +284,7 @@ def read_answered(args: argparse.Namespace) -> Answered:
 def first_answers(
     tokenizer: Tokenizer, questions: list[Question], bos: tuple[int, ...] = ()
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids of the first prompts and their right answers. An empty list where one of them has no tokens."""
+    """Encode the first prompts and their reference answers. [] if one of them has no tokens."""
     first = questions[:DOUBTED]
     try:
         return [(question.ids(tokenizer, bos), tokenizer.encode(f" {question.right}")) for question in first]
@@ -292,7 +293,7 @@ def first_answers(
 
 
 def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn where they are many.
+    """Say how many of `count` answers reached the limit of tokens, and warn if they are many.
 
     None: it is not known.
     """
@@ -310,7 +311,8 @@ def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
 
 
 def questions_of(args: argparse.Namespace, template: Template) -> list[Question]:
-    """The first --limit questions of the file. UserError for a right answer that the score can't read."""
+    """Read the first --limit questions of the file. Raises UserError for a reference answer that the score
+    can't read."""
     if args.score == "code":
         return read_problems(args.questions, template)[: args.limit]
     questions = read_questions(args.questions, template, Reading.of(args))[: args.limit]
@@ -319,7 +321,7 @@ def questions_of(args: argparse.Namespace, template: Template) -> list[Question]
 
 
 def judged(score: str, asked: Answered) -> list[list[bool]]:
-    """Whether each answer to each question is right."""
+    """Tell whether each answer to each question is right."""
     pairs = [
         (answer.text, question.right)
         for question, answers in zip(asked.questions, asked.answers, strict=True)
@@ -335,7 +337,7 @@ def judged(score: str, asked: Answered) -> list[list[bool]]:
 
 
 def results(score: str, asked: Answered) -> list[list[Hashable | None]] | None:
-    """What each answer to each question says. None where there is no majority."""
+    """Return the result of each answer to each question. None if there is no majority."""
     if score == "code" or len(asked.answers[0]) == 1:
         return None
     return [[SCORES[score].result(answer.text) for answer in answers] for answers in asked.answers]

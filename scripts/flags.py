@@ -19,7 +19,7 @@ with importing():
     from src.config import FIELDS
     from src.config.schema import PRESETS, uncommon_bounds
 
-# heading, what it is about, and the first setting there; the others follow in the order of the dataclass
+# heading, its subject, and its first setting; the others follow in the order of the dataclass
 GROUPS = (
     ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
     ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
@@ -41,7 +41,7 @@ def flag_names(field: dataclasses.Field) -> str:
 
 
 def value_kind(field: dataclasses.Field) -> str:
-    """What the flag takes."""
+    """Name the values that the flag takes."""
     choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
     if choices:
         return ", ".join(choices)
@@ -63,7 +63,7 @@ def default_text(field: dataclasses.Field) -> str:
 
 
 def help_text(field: dataclasses.Field) -> str:
-    """The help line as Markdown: flags as code, and no bar that would end the cell."""
+    """Write the help line as Markdown: flags as code, and no bar that would end the cell."""
     text = re.sub(r"(?<![\w-])--[a-z]\w*", r"`\g<0>`", field.metadata["help"])
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
@@ -77,7 +77,7 @@ def table(fields: list[dataclasses.Field]) -> list[str]:
 
 
 def preset_table() -> list[str]:
-    """What each preset sets, by adapter method."""
+    """Write the table of presets by adapter method."""
     lines = ["| preset | with `--peft` | settings |", "|---|---|---|"]
     for preset, (common, by_method) in PRESETS.items():
         for method, options in by_method.items():

@@ -26,7 +26,7 @@ from .doctor import RECORDS, driver_version, records, run
 
 BENCHMARKS = ("wkv", "training", "decode", "sizes")
 STOPPED = (124, 137)  # exit codes of `timeout`
-# ncu's metrics, as its own words begin, and what they are here
+# names of ncu's metrics, as they begin, and the names here
 METRICS = {
     "gpu__time_duration": "us",
     "dram__throughput": "dram_percent",
@@ -94,7 +94,7 @@ def problem(name: str, code: int, limit: int) -> str:
 
 
 def last_line(text: str, having: str = "") -> str:
-    """The last line with some word in it, without the === that tools put around."""
+    """Find the last line with a word in it, without the === that tools put around."""
     return next(
         (line.strip("= ") for line in reversed(text.splitlines()) if having in line and line.strip()),
         "no verdict",
@@ -106,9 +106,9 @@ def last_json(text: str) -> dict:
 
 
 def kernel_figures(text: str) -> dict[str, dict[str, float]]:
-    """kernel -> medians of its launches, from ncu's CSV.
+    """Read kernel -> medians of its launches from ncu's CSV.
 
-    Microseconds, and in percent the shares of the memory's bandwidth and of the tensor cores' time.
+    They are microseconds, and in percent the shares of the memory's bandwidth and of the tensor cores' time.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -132,7 +132,7 @@ def kernel_figures(text: str) -> dict[str, dict[str, float]]:
 
 
 def short_name(mangled: str) -> str:
-    """ "wkv7_chunked scan" of a mangled name, which has the name of its file, a hash, and its own."""
+    """Return "wkv7_chunked scan" for a mangled name, which has the name of its file, a hash, and its own."""
     found = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
     if not found:
         return mangled
@@ -140,7 +140,7 @@ def short_name(mangled: str) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """A row for each card and date: what passed, the worst errors, and speed. "" without runs."""
+    """Write a row for each card and date: what passed, the worst errors, and speed. "" without runs."""
     if not runs:
         return ""
     lines = [
@@ -156,7 +156,7 @@ def table(runs: list[dict]) -> str:
 
 
 def figures_of(record: dict) -> list[str]:
-    """The cells of a record's figures; "-" where there is none."""
+    """Write the cells of a record's figures; "-" for a missing one."""
     errors = [
         max((found[dtype] for found in record["errors"].values() if dtype in found), default=None)
         for dtype in ("float32", "bfloat16")

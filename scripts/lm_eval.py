@@ -80,19 +80,18 @@ def main(argv: list[str]) -> None:
 
 
 def numbers_of(scores: dict[str, Any]) -> dict[str, float]:
-    """A task's figures, without its name and other texts."""
+    """Return a task's figures, without its name and other texts."""
     return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
 
 
 def protocol(bos: tuple[int, ...]) -> str:
-    """What stands before every text, in words."""
+    """Describe the beginning of every text."""
     if not bos:
         return "none; a text with nothing before it is scored after the end of a document"
     return f"{list(bos)} + text" + (", BlinkDL's protocol" if bos == (0,) else "")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """The flags."""
     parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE]")
     parser.add_argument("--adapter", help="adapter of that base")
@@ -138,14 +137,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def needed(data_file: str | None) -> str:
-    """The file. UserError without one."""
+    """Return the file. Raises UserError without one."""
     if data_file is None:
         raise UserError('task lambada_local needs --data_file, LAMBADA\'s rows as {"text": ...}')
     return data_file
 
 
 def known(name: str, manager: TaskManager) -> str:
-    """The name. UserError for one that the harness does not know."""
+    """Return the name. Raises UserError for one that the harness does not know."""
     if name not in manager.all_tasks:
         near = [task for task in manager.all_tasks if name.split("_")[0] in task][:10]
         hint = f"near: {', '.join(near)}" if near else "python -m lm_eval ls tasks lists them"
@@ -154,9 +153,9 @@ def known(name: str, manager: TaskManager) -> str:
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
-    """The harness's manager, and the tasks of the flags, with all that they read: before the model is loaded.
+    """Load the harness's manager, and the tasks of the flags with their data, before the model.
 
-    Raises UserError for a task that is unknown, that lacks its data, or that runs what the model writes.
+    Raises UserError for a task that is unknown, that lacks its data, or that runs the model's text as code.
     """
     from lm_eval.tasks import TaskManager
 

@@ -54,12 +54,12 @@ with importing():
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
-FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the first guess: the rates that are tried
+FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the first guess: the rates of the sweep
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
-    """(this program's own flags, the run's settings, where they come from)"""
+    """Parse (this program's own flags, the run's settings, their origins)."""
     parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the sweep alone")
     own.add_argument(
@@ -86,7 +86,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
 
 
 def check(ours: argparse.Namespace, config: Config) -> None:
-    """The rules that a run has not."""
+    """Check the rules that a run does not have."""
     ours.rates = read_rates(ours.rates)
     if ours.steps < 0:
         raise UserError(f"--steps {ours.steps}: must not be negative")
@@ -110,7 +110,7 @@ def check(ours: argparse.Namespace, config: Config) -> None:
 
 
 def read_rates(text: str) -> list[float]:
-    """Rising rates out of "1e-4,1e-5"; none of them for none."""
+    """Read rising rates from "1e-4,1e-5"; [] for none."""
     try:
         rates = sorted({float(part) for part in text.split(",")}) if text else []
     except ValueError:
@@ -124,7 +124,7 @@ def read_rates(text: str) -> list[float]:
 
 
 def grid(centre: float) -> list[float]:
-    """The rates that are tried where none are given."""
+    """Return the rates of a sweep without given ones."""
     return [float(f"{factor * centre:.2g}") for factor in FACTORS]
 
 
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> int:
-    """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
+    """Train at every rate, print and write the results; returns 0 if one is worth it, else 1."""
     given = fetch_inputs(given)  # the command names the commits of the hub's files
     require_folder(given.proj_dir)
     # one process from the run's start, whatever the run will have
@@ -175,7 +175,7 @@ def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> i
 
 
 def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
-    """Steps at every rate; UserError where the warm-up takes all of them."""
+    """Count the steps at every rate. Raises UserError if the warm-up takes all of them."""
     steps = ours.steps or min(of_run, STEPS)
     if config.warmup_steps >= steps:
         raise UserError(
@@ -198,7 +198,7 @@ def show_plan(plan: Plan, model: RWKV) -> None:
 
 
 def loss_before(model: RWKV, config: Config, held_out: Units) -> float:
-    """The held-out loss before any training; UserError where it is not finite."""
+    """Compute the held-out loss before any training. Raises UserError if it is not finite."""
     before = held_out_loss(model, config, held_out)
     if not math.isfinite(before):
         raise UserError(
@@ -219,16 +219,15 @@ def show_header(setting: str, config: Config, before: float) -> None:
 
 
 def line(trial: Trial, before: float) -> str:
-    """A row of the table."""
+    """Write a row of the table."""
     held = f"{trial.deciding_loss:9.4f}" if trial.deciding_loss is not None else f"{'-':>9}"
     numbers = f"{trial.rate:>10g} {trial.losses[0]:9.4f} {trial.last:9.4f} {held}"
     return f"{numbers}    {verdict(trial, before)}".rstrip()
 
 
 def verdict(trial: Trial, before: float) -> str:
-    """What is wrong with a training, if anything is: it diverged, or it has only made the held-out loss
-    worse.
-    """
+    """Say what is wrong with a training: it diverged, or it only made the held-out loss worse; "" for
+    nothing."""
     if trial.deciding_loss is None:
         return f"diverged: not finite after {counted(len(trial.losses), 'step')}"
     if trial.deciding_loss < before:
@@ -294,7 +293,7 @@ def conclude(
 
 
 def holds_run(config: Config) -> bool:
-    """Whether train.py would refuse to begin a run in the folder."""
+    """Tell whether train.py would refuse to begin a run in the folder."""
     files = (output_path(config), os.path.join(config.proj_dir, BEST))
     return any(map(os.path.exists, files)) or bool(
         list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
@@ -302,7 +301,7 @@ def holds_run(config: Config) -> bool:
 
 
 def finite(value):
-    """The same for JSON, which has no number for what is not finite."""
+    """Replace what JSON has no number for by None."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -311,12 +310,12 @@ def finite(value):
 
 
 def further(rate: float, direction: int) -> str:
-    """The rate and three more of the grid's spacing beyond it."""
+    """List the rate and three more of the grid's spacing beyond it."""
     return ",".join(f"{rate * 10 ** (direction * i / 2):.2g}" for i in range(4))
 
 
 def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
-    """A PNG: the losses at the end over the rates, and every training's running mean over its steps."""
+    """Draw a PNG: the losses at the end over the rates, and every training's running mean over its steps."""
     figure = Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2)
     ended = [trial for trial in done if trial.deciding_loss is not None]

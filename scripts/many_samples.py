@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
-    """The chance that of k answers out of so many, `right` of them right, at least one is right.
+    """Compute the chance that at least one of k out of `answers` answers, `right` of them right, is right.
 
     Averaged over the questions it is the unbiased estimate of arXiv 2107.03374, equation 1.
     """
@@ -17,15 +17,15 @@ def pass_at_k(answers: int, right: int, k: int) -> float:
 
 
 def counts_to_report(answers: int) -> list[int]:
-    """The k of pass@k for so many answers: 1, 2, 4, ... and all of them."""
+    """List the k of pass@k for `answers` answers: 1, 2, 4, ... and all of them."""
     powers = [1 << i for i in range(answers.bit_length())]
     return sorted({*powers, answers})
 
 
 def most_frequent(results: Sequence[Hashable | None]) -> int | None:
-    """The place of the first answer with the most frequent result; of equally frequent ones the first seen.
+    """Find the first answer with the most frequent result; of equally frequent ones the first seen counts.
 
-    None stands for an answer without a result, which has no vote. Without a vote there is no answer.
+    An answer with the result None has no vote. Without a vote it returns None.
     """
     votes = Counter(result for result in results if result is not None)
     if not votes:
@@ -37,9 +37,9 @@ def most_frequent(results: Sequence[Hashable | None]) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The figures of an evaluation."""
+    """Figures of an evaluation."""
 
-    pass_at: dict[int, float]  # k -> mean of pass@k; that of 1 is the share of right answers
+    pass_at: dict[int, float]  # k -> mean of pass@k; pass@1 is the share of right answers
     majority: float | None  # share of questions whose most frequent answer is right; None: not asked for
 
     @property
@@ -47,14 +47,14 @@ class Scores:
         return self.pass_at[1]
 
     def text(self) -> str:
-        """In words, for several answers to each question."""
+        """Write the scores for people, for several answers to each question."""
         parts = [f"pass@{k} {share:.1%}" for k, share in self.pass_at.items()]
         if self.majority is not None:
             parts.append(f"majority {self.majority:.1%}")
         return ", ".join(parts)
 
     def record(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the scores for JSON."""
         found = {f"pass@{k}": share for k, share in self.pass_at.items()}
         return found if self.majority is None else found | {"majority": self.majority}
 
@@ -62,9 +62,9 @@ class Scores:
 def scores_of(
     right: Sequence[Sequence[bool]], results: Sequence[Sequence[Hashable | None]] | None = None
 ) -> Scores:
-    """The scores of questions with equally many answers each: whether they are right, and what they say.
+    """Score questions with equally many answers each, by whether these are right, and by their results.
 
-    Without `results` there is no majority: programs, for one, have no normal form.
+    Without `results` there is no majority: programs, for example, have no normal form.
     """
     answers = len(right[0])
     pass_at = {

@@ -62,9 +62,8 @@ def main() -> None:
 
 
 def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row for SCALING: GiB of one process with MiSS r=64 or full training, bf16, recomputed layers,
-    one row of 1024 tokens at a time.
-    """
+    """Write a model's row for SCALING: GiB of one process with MiSS r=64 or full training, bf16,
+    recomputed layers, one row of 1024 tokens at a time."""
     arch = default_arch(7, n_layer, n_embd)
     run = ("cuda", "bf16", ROW, ROW)
     columns, steps = [], {}  # a step takes the same under every strategy
@@ -76,9 +75,8 @@ def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
 
 
 def row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, layers kept
-    or recomputed; and beside an nf4 base.
-    """
+    """Write a model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time,
+    layers kept or recomputed; and beside an nf4 base."""
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
     kept, *others = (
@@ -94,7 +92,8 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
 
 
 def cpu_row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row: GiB on a CPU with MiSS r=64 beside an fp32 base, one row of 1024 tokens at a time."""
+    """Write a model's row: GiB on a CPU with MiSS r=64 beside an fp32 base, one row of 1024 tokens at a
+    time."""
     arch = default_arch(7, n_layer, n_embd)
     columns = [
         sum(memory_parts(arch, Config(micro_bsz=1, **run), "cpu", "cpu", "fp32", ROW, ROW).values())

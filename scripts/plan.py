@@ -55,7 +55,7 @@ OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
-    """(this program's own flags, the run's settings, where they come from)"""
+    """Parse (this program's own flags, the run's settings, their origins)."""
     parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument(
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
-    """Print the plan; 0 if the run fits, else 1."""
+    """Print the plan; returns 0 if the run fits, else 1."""
     found = count(ours, config, origins)
     show(found)
     if ours.json:
@@ -105,7 +105,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a run needs. `fix`: the flags that make it fit, {} where it does, None where none is known."""
+    """Needs of a run. `fix`: the flags that make it fit, {} if it does, None if none is known."""
 
     plan: Plan
     model: RWKV  # on the meta device
@@ -116,7 +116,7 @@ class Needs:
 
 
 def count(ours: argparse.Namespace, typed: Config, origins: dict[str, str]) -> Needs:
-    """The plan of a run, and what it needs."""
+    """Plan a run, and count its needs."""
 
     def device_of(config: Config, head_size: int) -> Device:
         return planned_device(ours.memory, config, head_size)
@@ -172,7 +172,7 @@ def show(found: Needs) -> None:
 
 
 def for_machines(found: Needs) -> dict[str, object]:
-    """What --json prints."""
+    """Return what --json prints."""
     parameters = list(found.model.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),
@@ -196,9 +196,8 @@ def for_machines(found: Needs) -> dict[str, object]:
 
 
 def planned_device(memory: str, config: Config, head_size: int) -> Device:
-    """The device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16 and tensor
-    cores.
-    """
+    """Return the device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16
+    and tensor cores."""
     size = parse_size(memory) if memory else 0
     if not size or config.accelerator != "gpu":
         return dataclasses.replace(device_here(config, head_size), memory=size)
@@ -210,7 +209,7 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
 
 
 def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
-    """The speed of the whole run: as given, as recorded, or measured."""
+    """Find the speed of the whole run: as given, as recorded, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
@@ -221,7 +220,7 @@ def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
 
 
 def recorded_speed(path: str) -> float:
-    """The median speed of a run's steps, the first of which warms up."""
+    """Read the median speed of a run's steps; the first one warms up."""
     try:
         with open(path, encoding="utf-8") as file:
             return statistics.median([json.loads(line)["tokens_per_second"] for line in file][1:])

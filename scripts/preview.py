@@ -62,12 +62,12 @@ with importing():
     from src.reporting import data_text
 
 OWN = ("samples", "plain", "json", "strict")
-SHOWN_WEIGHTS = 6  # of more different ones only the range is told
+SHOWN_WEIGHTS = 6  # of more different weights only the range is shown
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """(this program's own flags, the run's settings)."""
+    """Parse (this program's own flags, the run's settings)."""
     parser = flag_parser("python -m scripts.preview", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the preview alone")
     own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """The run's tokenizer; World without a model to say otherwise."""
+    """Load the run's tokenizer; World without a model that says otherwise."""
     if config.load_model:
         return recorded_tokenizer(
             config.tokenizer,
@@ -110,7 +110,7 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
-    """Read everything: findings, what the files are, and the rows that can be used."""
+    """Read everything: findings, the kinds of files, and the rows that can be used."""
     reading, report = Reading.of(config), Report("skip")
     lint = Lint(encoder, longest_uncut(config), reading.rows)
     loaded = Loaded(config.data_file, encoder, [], [], [], reading.rows)
@@ -148,7 +148,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
 
 
 def statistics(config: Config, loaded: Loaded, documents: Units) -> dict:
-    """Figures about the data, by name."""
+    """Compute figures about the data, by name."""
     lengths = np.concatenate([np.diff(tokens.ends, prepend=0) for tokens in loaded.files])
     weights = weights_of(loaded.files)
     inputs = (documents.lengths - 1).tolist()
@@ -171,7 +171,7 @@ def statistics(config: Config, loaded: Loaded, documents: Units) -> dict:
 
 
 def weights_of(files: list[Tokens]) -> dict[str, int]:
-    """How many tokens have each weight in the loss; 0 is left out."""
+    """Count the tokens of each weight in the loss; 0 is left out."""
     found: collections.Counter[str] = collections.Counter()
     for tokens in files:
         weights, counts = np.unique(tokens.weights, return_counts=True)
@@ -182,7 +182,7 @@ def weights_of(files: list[Tokens]) -> dict[str, int]:
 
 
 def weights_line(weights: dict[str, int]) -> list[str]:
-    """The line about weights_of(), where there are other weights than 1."""
+    """Write the line about weights_of(), if there are other weights than 1."""
     if weights.keys() <= {"1"}:
         return []
     told = ", ".join(f"{float(weight):g} on {counted(count, 'token')}" for weight, count in weights.items())
@@ -200,7 +200,7 @@ def overview(
     lint: Lint,
     report: Report,
 ) -> list[str]:
-    """The lines about the data as a whole: what was read, `figures` of statistics(), and what was found."""
+    """Write the lines about the data as a whole: the files, `figures` of statistics(), and the findings."""
     length = figures["lengths"]
     trained = "the answers" if isinstance(documents, Preferences) else data_text.mask(encoder)
     lines = [
@@ -236,14 +236,14 @@ def overview(
 
 
 def guessed(config: Config) -> str:
-    """What to know where no model says which tokenizer and form it has."""
+    """Tell what is assumed if no model says which tokenizer and form it has."""
     if config.load_model or config.tokenizer != "auto":
         return ""
     return " (a guess; with --load_model it counts as the run will)"
 
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
-    """Print a conversation in the form of the template, or in every form where none is chosen."""
+    """Print a conversation in the form of the template, or in every form if none is chosen."""
     if known := modes_note(config.load_model, encoder.template):
         print(f"note: {known}")
     every_mode = config.template == "auto" and isinstance(encoder.template, RwkvTemplate)

@@ -1,4 +1,4 @@
-"""What scripts.preview tells of pairs and labelled answers as a whole."""
+"""Preview of pairs and labelled answers as a whole, for scripts.preview."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from src.reporting.preference_text import loss_warnings, too_long_text
 
 
 def answer_figures(units: Units, report: Report) -> dict:
-    """Figures about preferences, by name; none for other documents.
+    """Compute figures about preferences, by name; {} for other documents.
 
     The lengths of answers are medians in tokens, with the end.
     """
@@ -39,7 +39,7 @@ def answer_figures(units: Units, report: Report) -> dict:
 
 
 def answer_lines(config: Config, figures: dict, units: Units, report: Report) -> list[str]:
-    """Lines about answer_figures()."""
+    """Write the lines about answer_figures()."""
     if not isinstance(units, Preferences):
         return []
     lines = [_compared(figures, units), *report.left_out_lines()]
@@ -49,7 +49,7 @@ def answer_lines(config: Config, figures: dict, units: Units, report: Report) ->
 
 
 def _compared(figures: dict, units: Preferences) -> str:
-    """The line about how many answers there are, and how long they are."""
+    """Write the line about the number of answers, and their lengths."""
     if units.paired:
         return (
             f"pairs      {len(units):,}; a chosen answer has {figures['chosen_length']:g} tokens in the"

@@ -1,4 +1,4 @@
-"""What scripts.preview shows without data: a small conversation in each form that a template has."""
+"""Preview without data, for scripts.preview: a small conversation in each form that a template has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ CALLS = [{"type": "function", "function": {"name": "multiply", "arguments": {"a"
 
 
 def forms(encoder: Encoder, every_mode: bool, every_style: bool) -> Iterator[tuple[str, list[Document]]]:
-    """(what it is, its documents) of each form of the encoder's template; or of all modes, or tool styles."""
+    """Yield (description, documents) of each form of the encoder's template; or of all modes, or tool
+    styles."""
     template = encoder.template
 
     def written(form: Template, messages: list[dict], tools: list[dict] | None = None) -> list[Document]:
@@ -52,14 +53,14 @@ def forms(encoder: Encoder, every_mode: bool, every_style: bool) -> Iterator[tup
 
 
 def about(template: Template) -> str:
-    """The template's name, where its answers end, and how they are best drawn."""
+    """Describe the template: its name, the end of its answers, and the recommended sampling."""
     best = recommended(template.opening)
     ends = f", an answer ends at {' or '.join(map(repr, template.stops))}" if template.stops else ""
     return f"template {template.name}{ends}{f'; recommended: {best}' if best else ''}"
 
 
 def conversation(template: Template, thinks: bool = False) -> list[dict]:
-    """Two questions with their answers, with thoughts where the template begins them."""
+    """Make two questions with their answers, with thoughts if the template begins them."""
     messages = [SYSTEM]
     for turn, chinese in zip(TURNS, CHINESE_THOUGHTS, strict=True):
         question, thoughts, answer = turn
@@ -71,7 +72,7 @@ def conversation(template: Template, thinks: bool = False) -> list[dict]:
 
 
 def calling(template: Template) -> list[dict]:
-    """A question, the call of a tool, its result and the answer."""
+    """Make a question, the call of a tool, its result and the answer."""
     thoughts = {"reasoning_content": "I need the tool."} if begins_thoughts(template.opening) else {}
     return [
         {"role": "user", "content": TURNS[0][0]},

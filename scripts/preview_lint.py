@@ -1,4 +1,4 @@
-"""What is likely to be wrong with training data, found by reading all of it: python -m scripts.preview."""
+"""Lint of training data: likely mistakes, found by reading all of it: python -m scripts.preview."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADING_FORM = re.compile(r"### (?:System|User)\n")
 GLUED = re.compile(r"[A-Za-z.!:][A-Za-z]")  # the end of a prompt and the begin of its answer
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
-# the name of each finding, and what it means
+# finding -> its meaning
 MEANINGS = {
     "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
     "empty answer": "there are no words to learn, so the row is left out",
@@ -88,7 +88,7 @@ MEANINGS = {
 
 @dataclasses.dataclass
 class Finding:
-    """`count` records that something may be wrong with, and where the first one is."""
+    """Finding: `count` records with a possible mistake, and the place of the first."""
 
     name: str
     count: int
@@ -99,12 +99,12 @@ class Finding:
 
 
 class Lint:
-    """Collects findings record by record."""
+    """Collector of findings, record by record."""
 
     def __init__(self, encoder: Encoder, ctx_len: float, rows: str = SFT):
         self.encoder, self.ctx_len, self.rows = encoder, ctx_len, rows
         self.found: dict[str, Finding] = {}
-        # what Tokens has of each document, in order
+        # the arrays of Tokens for the documents, in order
         self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, weights)
         self.texts: list[bool] = []
         self.begins: list[bool] = []
@@ -112,14 +112,14 @@ class Lint:
         self.places: list[int] = []
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
-        self.answers: dict[bytes, bytes] = {}  # of each prompt the first one
+        self.answers: dict[bytes, bytes] = {}  # the first one of each prompt
 
     def note(self, name: str, where: str, count: int = 1) -> None:
         finding = self.found.setdefault(name, Finding(name, 0, where))
         finding.count += count
 
     def tokens(self) -> Tokens:
-        """The documents of the records looked at since the last call."""
+        """Return the documents of the records looked at since the last call."""
         tokens = tokens_of(self.documents, self.texts, self.begins, self.labels, self.places)
         for of_each in (self.documents, self.texts, self.begins, self.labels, self.places):
             of_each.clear()
@@ -166,7 +166,7 @@ class Lint:
                 yield "no target"
 
     def compare(self, where: str, record: dict) -> None:
-        """Note whether a record of the held-out data is among the records looked at."""
+        """Note if a record of the held-out data is among the records looked at."""
         documents = self.encoder.encode(record)
         if _key(documents, labels_of(record, len(documents))) in self.seen:
             self.note("held out", where)
@@ -174,14 +174,14 @@ class Lint:
             self.note("known prompt", where)
 
     def _prompt_key(self, ids: np.ndarray, weights: np.ndarray) -> bytes:
-        """The key of what stands before the first answer, or of the whole where nothing stands before it."""
+        """Key the text before the first answer, or the whole text if nothing stands before it."""
         start = len(self.encoder.bos)
         first = int(self.encoder.answers(weights)[start:].argmax())
         return _hash(ids[: start + first] if first else ids)
 
     @property
     def findings(self) -> list[Finding]:
-        """In the order of MEANINGS."""
+        """Return the findings in the order of MEANINGS."""
         return [self.found[name] for name in MEANINGS if name in self.found]
 
 
@@ -198,7 +198,7 @@ def _answers(record: dict) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
-    """Names of what is odd about the words of a record."""
+    """Yield names of findings about the words of a record."""
     if "text" in record:
         yield from _odd_text(record["text"], encoder)
     if "prompt" in record and ("chosen" in record or "label" in record):
@@ -210,7 +210,7 @@ def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
 
 
 def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder) -> Iterator[str]:
-    """What is odd about turns, of which those from number `first` on are trained where they are answers."""
+    """Yield findings about turns; answers from number `first` on are trained."""
     for i, message in enumerate(messages):
         content = message.get("content") or ""
         if message["role"] == "assistant" and i >= first:
@@ -226,7 +226,7 @@ def _odd_turns(messages: list[dict], first: int, record: dict, encoder: Encoder)
 
 
 def odd_question(record: dict, encoder: Encoder) -> set[str]:
-    """Names of what is odd about what a record asks, whatever is right."""
+    """Return the names of findings about a record's question, whatever its answer."""
     if "prompt" in record:
         return {"bare question"} if _is_bare_question(record["prompt"], record["completion"]) else set()
     asked = [message for message in record["messages"][:-1] if message["role"] != "assistant"]
@@ -234,14 +234,14 @@ def odd_question(record: dict, encoder: Encoder) -> set[str]:
 
 
 def _is_bare_question(prompt: str, answer: str) -> bool:
-    """Whether a prompt that is no part of a chat asks something, or ends where its answer can't go on."""
+    """Tell whether a prompt outside of a chat asks something, or ends where its answer can't go on."""
     if TURN.search(prompt) or any(mark in prompt for mark in (FLOWER, "### ", "<|")):
         return False
     return prompt.rstrip().endswith(("?", "？")) or bool(GLUED.match(prompt[-1] + answer[:1]))
 
 
 def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
-    """What is odd about a text that is written as a chat."""
+    """Yield findings about a text that is written as a chat."""
     forms = ((FLOWER_FORM, FLOWERS), (HEADING_FORM, HEADINGS))
     if any(begin.match(text) and form.between + form.ask in text for begin, form in forms):
         if encoder.loss_mask == "assistant":
@@ -272,7 +272,7 @@ def _key(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> b
 
 
 def _opposite(documents: list[tuple[np.ndarray, np.ndarray]], labels: list[int]) -> bytes:
-    """The key of a row that prefers the other answer."""
+    """Key the row that prefers the other answer."""
     if len(documents) == 2:
         return _key(documents[::-1], labels)
     return _key(documents, [-label for label in labels])

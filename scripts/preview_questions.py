@@ -1,4 +1,5 @@
-"""What scripts.preview tells of the questions of --loss grpo: what is asked, and what right answers get."""
+"""Preview of the questions of --loss grpo, for scripts.preview: the prompts, and the rewards of reference
+answers."""
 
 from __future__ import annotations
 
@@ -32,14 +33,14 @@ from src.reporting.preference_text import too_long_text
 from src.reporting.reward_text import describe_rewards
 
 PERCENTILES = (0, 50, 90, 99, 100)
-# rewards that are asked for all right answers; the others run in other processes, and see JUDGED of them
+# rewards of all reference answers; the others run in other processes, and see JUDGED of them
 HERE = ("exact", "number", "boxed", "partial", "length")
 JUDGED = 64
-SHOWN = 600  # characters of a right answer
+SHOWN = 600  # characters of a reference answer
 
 
 class RightAnswer(NamedTuple):
-    """A right answer, as if it had been drawn."""
+    """Reference answer, as if it had been drawn."""
 
     text: str
     tokens: Sequence[int]
@@ -47,17 +48,17 @@ class RightAnswer(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What was found in question files."""
+    """Findings about question files."""
 
     loaded: LoadedQuestions
     questions: Questions  # those that fit
-    right: list[RightAnswer]  # to each of the loaded ones
+    right: list[RightAnswer]  # reference answers to each of the loaded questions
     lint: Lint
     report: Report
 
 
 def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace, plain: bool) -> bool:
-    """Print what was found, and some questions; whether something is odd."""
+    """Print the findings, and some questions; returns whether something is odd."""
     draft = Draft(config)
     choose_loss(draft)
     check_rewards(draft.config)
@@ -77,10 +78,10 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
 
 
 def look(draft: Draft, encoder: Encoder) -> Looked:
-    """Read everything, and choose what a run would choose; what is odd goes to the Lint."""
+    """Read everything, and choose as a run would; findings go to the Lint."""
     config = draft.config
     lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
-    rights: dict[bytes, set[str]] = {}  # of each prompt
+    rights: dict[bytes, set[str]] = {}  # reference answers of each prompt
 
     def note(asked: Asked, row: dict) -> None:
         known = rights.setdefault(asked.prompt.tobytes(), set())
@@ -117,7 +118,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
 
 
 def as_drawn(question: Question, config: Config, encoder: Encoder) -> RightAnswer:
-    """The right answer as a model would draw it."""
+    """Make the reference answer as a model would draw it."""
     text = _written(question, encoder.template)
     try:
         tokens = [*encoder.tokenizer.encode(text), *encoder.tokenizer.eod]
@@ -127,7 +128,7 @@ def as_drawn(question: Question, config: Config, encoder: Encoder) -> RightAnswe
 
 
 def _written(question: Question, template: Template) -> str:
-    """What the template writes after a prompt, with empty thoughts where it begins them."""
+    """Write the template's text after a prompt, with empty thoughts if it begins them."""
     turns = [{"role": "user", "content": "?"}]
     asked = "".join(segment.text for segment in template.segments(turns, ask=True))
     answered = template.segments([*turns, {"role": "assistant", "content": question.right}])
@@ -140,7 +141,7 @@ def _written(question: Question, template: Template) -> str:
 
 
 def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) -> dict[str, dict]:
-    """What each built-in reward gives to right answers: {name: {"judged", "mean", "least", "below"}}.
+    """Score reference answers by each built-in reward: {name: {"judged", "mean", "least", "below"}}.
 
     `below` get less than the full reward, or none as it fails; that is a finding.
     """
@@ -172,7 +173,7 @@ def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) 
 
 
 def figures(config: Config, found: Looked) -> dict:
-    """Figures about the questions, by name; lengths are in tokens."""
+    """Compute figures about the questions, by name; lengths are in tokens."""
     prompts = [len(prompt) for prompt in found.loaded.prompts]
     right = [len(answer.tokens) for answer in found.right]
     return {
@@ -200,7 +201,7 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
 def overview(
     config: Config, origins: dict[str, str], encoder: Encoder, found: Looked, worth: dict[str, dict]
 ) -> list[str]:
-    """The lines about the questions as a whole."""
+    """Write the lines about the questions as a whole."""
     told = figures(config, found)
     longer = told["longer_than_max_tokens"]
     reason = origins.get("max_tokens", "").removeprefix(f"{CHOSEN}: ")
@@ -238,7 +239,7 @@ def _worth_line(name: str, values: dict) -> str:
 
 
 def sample_lines(found: Looked, i: int, rewards: Rewards, encoder: Encoder, plain: bool) -> list[str]:
-    """Question i as it is asked, its right answer, and what all rewards give for that."""
+    """Show question i as a prompt, its reference answer, and the rewards for that."""
     question, prompt, right = found.loaded.questions[i], found.loaded.prompts[i], found.right[i]
     asked = Document(prompt, np.zeros(len(prompt), np.float32))
     scored = rewards.score(question, [right])

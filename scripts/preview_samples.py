@@ -1,4 +1,5 @@
-"""What scripts.preview shows of the data: documents, and pairs or answers of preferences, token by token."""
+"""Preview of data samples, for scripts.preview: documents, and pairs or answers of preferences, token by
+token."""
 
 from __future__ import annotations
 
@@ -25,9 +26,8 @@ SHOWN_TOKENS = 600
 
 
 def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> str:
-    """A document with its tokens told apart: trained ones on green or `trained`, with a weight below 1 on
-    yellow, above on magenta.
-    """
+    """Colour the tokens of a document: trained ones on green or `trained`, with a weight below 1 on
+    yellow, above on magenta."""
     pieces, decoder, shade = [], tokenizer.decoder(), 0
     if document_text.begins_silently(row, tokenizer):
         pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
@@ -50,19 +50,19 @@ def coloured(row: Document, tokenizer: Tokenizer, trained: Shades = TRAINED) -> 
 
 
 def colours_of(weight: float, trained: Shades) -> Shades:
-    """The two shades of tokens with this weight in the loss."""
+    """Return the two shades of tokens with this weight in the loss."""
     if weight in (0, 1):
         return trained if weight else NOT_TRAINED
     return LIGHT if weight < 1 else HEAVY
 
 
 def shown(row: Document, tokenizer: Tokenizer, plain: bool, trained: Shades = TRAINED) -> str:
-    """A document as text: with what is trained in marks if `plain`, else coloured()."""
+    """Write a document as text: with the trained parts in marks if `plain`, else coloured()."""
     return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer, trained)
 
 
 def sample_lines(documents: Units, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
-    """Document or unit i, with a line about it."""
+    """Show document or unit i, with a line about it."""
     row = documents[i]
     if isinstance(row, Preference):
         return _unit_lines(documents, i, tokenizer, plain)
@@ -71,7 +71,7 @@ def sample_lines(documents: Units, i: int, tokenizer: Tokenizer, plain: bool) ->
 
 
 def _unit_lines(units: Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
-    """The prompt of a unit, and what is compared of each of its answers."""
+    """Show the prompt of a unit, and the compared part of each of its answers."""
     unit = units[i]
     lines = [f"{units.unit} {i + 1} of {len(units)}, {unit.inputs} tokens of a row; the prompt:"]
     prompt = Document(unit.prompt, np.zeros(len(unit.prompt), np.float32))

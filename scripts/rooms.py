@@ -1,6 +1,6 @@
-"""The rooms of src/ and what each imports from the others: python -m scripts.rooms
+"""Rooms of src/ and their imports from each other: python -m scripts.rooms
 
-Imports are read from the syntax trees, those within functions included. tests/test_rooms.py holds them to the
+Imports are read from the syntax trees, also those within functions. tests/test_rooms.py holds them to the
 order of docs/architecture.md.
 """
 
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Dotted name -> file, of every module of src."""
+    """Map dotted name -> file, of every module of src."""
     files = sorted((ROOT / "src").rglob("*.py"))
     return {
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -24,13 +24,13 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def room(module: str) -> str:
-    """src.data.formats.text -> data; src.run -> run, which is a room of its own."""
+    """Return the room of a module: src.data.formats.text -> data; src.run -> run, a room of its own."""
     return module.split(".")[1] if "." in module else module
 
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """Module -> the modules of src that it imports."""
+    """Map module -> the modules of src that it imports."""
     known = modules()
     return {name: set(_imported(name, file, known)) - {name} for name, file in known.items()}
 
@@ -54,7 +54,7 @@ def _imported(name: str, file: pathlib.Path, known: dict[str, pathlib.Path]):
 
 
 def between_rooms() -> dict[str, set[str]]:
-    """Room -> the rooms that it imports."""
+    """Map room -> the rooms that it imports."""
     found: dict[str, set[str]] = {}
     for name, imported in imports().items():
         found.setdefault(room(name), set()).update(room(other) for other in imported)

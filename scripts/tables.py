@@ -1,4 +1,4 @@
-"""Write the tables that commands count into the pages that have them: python -m scripts.tables
+"""Write the tables that commands print into their pages: python -m scripts.tables
 
 Such a table stands between <!-- begin: python -m NAME FLAGS --> and <!-- end: python -m NAME FLAGS -->.
 """

@@ -1,4 +1,4 @@
-"""Is a merged file what base + adapters are?
+"""Check whether a merged file equals base + adapters.
 
 python -m scripts.verify_merge --base base.pth --adapter adapter.pth --merged merged.pth
 
@@ -37,7 +37,7 @@ with importing():
 
 # Of the largest logit. In models of up to 32 layers the order of fp32 sums changes a tenth of it.
 TOLERANCE = 1e-4
-# what is compared; live is the base with its adapters beside it, as in training
+# the comparisons; live is the base with its adapters beside it, as in training
 EFFECT = "what the adapters do: base -> live"
 UNROUNDED = "live -> merged, not rounded"
 MERGED = "live -> merged file"
@@ -46,7 +46,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison of logits, both computed in `precision`, unless `what` says otherwise."""
+    """Comparison of logits, both computed in `precision`, unless `what` says otherwise."""
 
     what: str
     precision: str
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def summary(check: MergeCheck, rows: list[Row], tokens: int, problems: list[str]) -> dict[str, Any]:
-    """The result for machines."""
+    """Return the result for machines."""
     return {
         "ok": not problems,
         "problems": problems,
@@ -87,7 +87,6 @@ def summary(check: MergeCheck, rows: list[Row], tokens: int, problems: list[str]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags."""
     parser = Parser(prog="python -m scripts.verify_merge", description=__doc__)
     parser.add_argument("--base", "--base_model", required=True)
     add_adapters(parser, required=True, default="what the merged file records, else 1 each")
@@ -113,9 +112,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
-    """The tokens of each text of the probe."""
+    """Encode each text of the probe."""
     arch = Arch.detect(read_tensors(args.base))
-    # other projects' adapters in folders do not tell
+    # other projects' adapters in folders record no tokenizer
     files = filter(is_file_or_folder, [*args.adapter, args.merged, args.base])
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
@@ -139,13 +138,13 @@ def read_text(path: str) -> str:
 
 
 def comparable(check: MergeCheck) -> bool:
-    """Whether the merged file can be loaded as a model of the base's sizes at all."""
+    """Tell whether the merged file can be loaded as a model of the base's sizes at all."""
     base, merged = (read_tensors(path) for path in (check.base, check.merged))
     return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
 
 
 def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[Row]:
-    """All comparisons. One model is in memory at a time."""
+    """Make all comparisons. One model is in memory at a time."""
     dtype = read_tensors(merged)["head.weight"].dtype
     dtype = dtype if dtype in NAMES else torch.float32
     kernel, _ = ops.choose("auto", "cpu", Arch.detect(read_tensors(base)).head_size)
@@ -171,7 +170,7 @@ def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> lis
 
 
 def probe_problems(rows: list[Row]) -> list[str]:
-    """What is wrong if base and adapters in one weight, not rounded, are not the model that was trained."""
+    """Say what is wrong if base and adapters in one weight, not rounded, differ from the trained model."""
     problems = []
     for row in rows:
         found, allowed = row.distance, TOLERANCE * row.distance.max_logit
@@ -185,7 +184,7 @@ def probe_problems(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
-    """The comparisons for people, and what they mean."""
+    """Write the comparisons for people, with their meaning."""
     if not rows:
         return ["the logits were not compared, because the merged file has other tensors than the base"]
     lines = [
