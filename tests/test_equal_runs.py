@@ -38,7 +38,7 @@ KINDS |= {
     "parts": "--train_parts time,ln,emb,head --lr_init 3e-3 --adam_eps 1e-2",
     "packed": "--packing 1 --ctx_len 150 --lr_init 3e-3",
     "chunks": "--chunk_ctx 37 --lr_init 3e-3",
-    "sparse chunks": "--chunk_ctx 75 --state_cp 1 --grad_cp 1 --lr_init 3e-3",
+    "sparse_chunks": "--chunk_ctx 75 --state_cp 1 --grad_cp 1 --lr_init 3e-3",
     "dpo": f"--loss dpo --lr_init 3e-3 {PAIRS}",
     "orpo": f"--loss orpo --lr_init 3e-3 {PAIRS}",
     "kto": f"--loss kto --lr_init 3e-3 {ANSWERS}",
