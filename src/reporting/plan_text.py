@@ -5,6 +5,7 @@ from __future__ import annotations
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.merging.rounding import percent
 from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
@@ -140,11 +141,6 @@ def trained(config: Config, model: RWKV) -> str:
     count, total = report.trainable, report.total
     beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
     return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(config, model)}{beside}"
-
-
-def percent(share: float) -> str:
-    """Two digits: "7.2 %"."""
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def method(config: Config, model: RWKV) -> str:
