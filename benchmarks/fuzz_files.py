@@ -33,10 +33,10 @@ from rwkv_miss import UserError, convert
 from rwkv_miss.files.checkpoint import METADATA, read_metadata, write_checkpoint
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
+from src.chat.conversation_file import load_chat, save_chat
 from src.export import TextSettings, export
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
-from src.inference.conversation_file import load_chat, save_chat
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.sampling import Sampling

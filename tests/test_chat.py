@@ -18,13 +18,13 @@ from rwkv_miss import UserError
 from src.chat import commands
 from src.chat.columns import cells, side_by_side
 from src.chat.commands import named_mode
+from src.chat.conversation_file import load_chat, save_chat
 from src.data import rwkv_template
 from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import guessing
 from src.inference.conversation import Conversation
-from src.inference.conversation_file import load_chat, save_chat
 from src.inference.engine import Engine
 from src.inference.flags import named
 from src.inference.load import load_with

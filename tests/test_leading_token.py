@@ -15,6 +15,7 @@ from scripts.preview_lint import Lint
 from src import config as configuration
 from src.chat import program
 from src.chat.commands import Chat
+from src.chat.conversation_file import load_chat, save_chat
 from src.config import Config
 from src.config.validate import check_data
 from src.data.batches import make_schedule
@@ -28,7 +29,6 @@ from src.data.tokenizer import load_tokenizer
 from src.export import TextSettings, export, gguf_reader
 from src.inference.adapters import BASE
 from src.inference.conversation import Conversation
-from src.inference.conversation_file import load_chat, save_chat
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.sampling import GREEDY

@@ -19,7 +19,7 @@ ORDER = {
     "inference": {"common", "config", "ops", "model", "data"},
     "serving": {"common", "data", "inference"},
     "evaluation": {"common", "config", "ops", "model", "data", "inference"},
-    "chat": {"common", "data", "inference", "evaluation"},
+    "chat": {"common", "data", "model", "inference", "evaluation"},
     "export": {"common", "config", "ops", "model", "data"},
     "objectives": {
         "common",

@@ -21,10 +21,10 @@ from ..data.tool_styles import read_function, read_tools
 from ..evaluation.guessing import ENOUGH, doubt_of_text
 from ..inference.adapters import Adapters
 from ..inference.conversation import Conversation
-from ..inference.conversation_file import load_chat, save_chat
 from ..inference.flags import NO_ADAPTER
 from ..inference.sampling import recommended
 from .columns import side_by_side
+from .conversation_file import load_chat, save_chat
 
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
 MODE_NAMES = {

@@ -24,9 +24,9 @@ from ..data import leading_token, templates
 from ..data.chat_template import Template
 from ..data.tokenizer import Tokenizer
 from ..data.tool_styles import read_function
+from ..inference.adapters import Adapters
+from ..inference.conversation import Conversation, Turn
 from ..model import LayerState, State
-from .adapters import Adapters
-from .conversation import Conversation, Turn
 
 CHAT_FORMAT = "rwkv-miss chat"
 # fields of the metadata beside format, format_version and bos; older files lack some
