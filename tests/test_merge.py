@@ -49,7 +49,7 @@ def case(tmp_path, bases):
         method="miss",
         std=1e-2,
         rank=16,
-        layout="stride-r",
+        layout="stride",
         base=None,
         whole=(),
         **metadata,
@@ -141,9 +141,9 @@ def late(items):
 @pytest.mark.parametrize(
     "version, method, rank, layout",
     [
-        (6, "miss", 16, "stride-r"),
-        (7, "miss", 16, "stride-r"),
-        (7, "miss", 13, "stride-r"),
+        (6, "miss", 16, "stride"),
+        (7, "miss", 16, "stride"),
+        (7, "miss", 13, "stride"),
         (7, "miss", 13, "contiguous"),
         (6, "lora", 4, None),
         (7, "lora", 4, None),

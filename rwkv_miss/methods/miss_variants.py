@@ -62,8 +62,6 @@ class Options(adapter.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # its name in older files
-        object.__setattr__(self, "layout", self.layout.replace("stride-r", "stride"))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(
