@@ -40,6 +40,21 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 @dataclasses.dataclass(frozen=True)
+class About:
+    """A method's row in docs/methods.md, for a weight W of d outputs and k inputs, and rank r.
+
+    title: its name in text. change: of W. numbers: how many it trains beside W. start: their first values.
+    paper: the number at arXiv.
+    """
+
+    title: str = ""
+    change: str = ""
+    numbers: str = ""
+    start: str = ""
+    paper: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class NoOptions:
     """Settings of a method; subclasses add fields.
 
@@ -107,9 +122,14 @@ def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
     return dict(value)
 
 
-def names_with(of: str) -> Any:
+def option(default: Any, meaning: str) -> Any:
+    """Make the field of an option; `meaning` is its row in docs/methods.md."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def names_with(of: str, meaning: str = "") -> Any:
     """Make the field of an option that is a map from parts of names to ranks or factors; empty by default."""
-    return dataclasses.field(default_factory=dict, metadata={"of": of})
+    return dataclasses.field(default_factory=dict, metadata={"of": of, "meaning": meaning})
 
 
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
@@ -168,6 +188,7 @@ class AdapterMethod:
     """
 
     method: ClassVar[str]
+    about: ClassVar[About] = About()
     Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4  # the published rate: train.py's --lr_init paper
@@ -426,6 +447,11 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         self.revert()
         self.assign(tensors)
         self.prepare()
+
+
+def has_factors(method: type[AdapterMethod]) -> bool:
+    """Tell whether the change of a weight by this method is a product of two factors, magnitudes apart."""
+    return getattr(method, "low_rank", AdapterLinear.low_rank) is not AdapterLinear.low_rank
 
 
 def changes_frozen_weight(layer: AdapterLinear) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.__main__ import main
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import METHODS, adapted_linears, has_factors
 from rwkv_miss.convert import Hints, convert
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src.model import RWKV
@@ -294,7 +294,7 @@ HAS = {"miss", "bat", "lora", "lora_fa", "dora", "pissa", "vera"}
 def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options, to, tmp_path):
     magnitude = options.get("magnitude") or method == "dora"
     refused = (
-        (method == "bat" or magnitude)
+        (not has_factors(METHODS[method]) or magnitude)
         if to == "lora"
         else (
             method not in HAS
@@ -304,7 +304,7 @@ def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options
     )
     model = saved(tmp_path, 7, method, options)
     if refused:
-        way = "--to lora" if to == "peft" and not magnitude and method != "bat" else "merge"
+        way = "--to lora" if to == "peft" and not magnitude and has_factors(METHODS[method]) else "merge"
         with pytest.raises(rwkv_miss.UserError, match=way):
             convert(tmp_path / "a.pth", tmp_path / "out", to)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import METHODS
+from ..adapter import METHODS, has_factors
 from ..errors import UserError
 from ..methods.lora import ScaledOptions
 from .base import adapted_layers
@@ -41,10 +41,7 @@ class Folder:
 
 def refuse(adapter: Adapter, why: str) -> None:
     """Raise UserError that names the nearest way out."""
-    method = adapter.method
-    if METHODS[method].adapts_linears and not (
-        method == "bat" or adapter.metadata["options"].get("magnitude")
-    ):
+    if has_factors(METHODS[adapter.method]) and not adapter.metadata["options"].get("magnitude"):
         raise UserError(f"{why}; --to lora writes the same change of the weights as a LoRA")
     raise UserError(f"{why}; merge the adapter into its base (rwkv-miss merge), or keep its own file")
 

@@ -1,16 +1,7 @@
 """Adapter methods, one file each; importing this package registers them all."""
 
-from . import (  # noqa: F401
-    adalora,
-    bat,
-    dora,
-    lora,
-    lora_fa,
-    miss,
-    mora,
-    mos,
-    pissa,
-    prolora,
-    state,
-    vera,
-)
+import importlib
+import pkgutil
+
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import AdapterLinear, Gather, GradientOf, register
+from ..adapter import About, AdapterLinear, Gather, GradientOf, option, register
 from ..errors import UserError
 from ..functional import without_autocast
 from .lora import LoraLinear, ScaledOptions, check_rank
@@ -20,23 +20,17 @@ TRAINED = ("lora_A", "lora_E", "lora_B")
 class Options(ScaledOptions):
     """Options of AdaLoRA.
 
-    rank: the mean rank of the linears after the last pruning; with `rank_map` the ranks are summed up.
-
-    init_rank: the rank that a linear begins with, at most its smaller width. 0: 1.5 rank. The factor is
-    alpha / init_rank.
-    tinit, tfinal: optimizer steps before the first and after the last pruning. -1: 10 and 30 % of all.
-    delta_t: optimizer steps between two prunings.
-    beta1, beta2: smoothing of sensitivity and of its uncertainty.
-    orth: weight of the penalty on factors that are not orthogonal.
+    rank: the mean rank of the linears after the last pruning; with `rank_map` the ranks are summed up. The
+    factor is alpha / init_rank.
     """
 
-    init_rank: int = 0
-    tinit: int = -1
-    tfinal: int = -1
-    delta_t: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth: float = 0.5
+    init_rank: int = option(0, "rank of each linear at first, at most its smaller width. 0: 1.5 r")
+    tinit: int = option(-1, "optimizer steps before the first pruning. -1: 10 % of all")
+    tfinal: int = option(-1, "optimizer steps after the last pruning. -1: 30 % of all")
+    delta_t: int = option(10, "optimizer steps between two prunings")
+    beta1: float = option(0.85, "smoothing of the sensitivity")
+    beta2: float = option(0.85, "smoothing of the sensitivity's uncertainty")
+    orth: float = option(0.5, "weight of the penalty on factors that are not orthogonal")
     aliases: ClassVar[dict[str, str]] = {
         **ScaledOptions.aliases,
         "init_r": "init_rank",
@@ -110,6 +104,13 @@ class AdaLoraLinear(LoraLinear):
     offsets and averages. The file has E and offset; only a run's checkpoint keeps the averages.
     """
 
+    about = About(
+        "AdaLoRA",
+        "s B diag(E) A, the least important of all E pruned during training",
+        "r (d + k + 1), r the `init_rank`",
+        "E 0",
+        "2303.10512",
+    )
     Options = Options
     default_lr = 5e-4  # the paper's for MNLI and CoLA (table 8), the lowest there: P, Q and E begin small
 

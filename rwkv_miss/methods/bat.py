@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from .operators import bat_linear
 
@@ -20,13 +20,13 @@ ORDERS = ("col", "row")
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """rank r, the width of a block.
+    """Options of Bat. rank: r, the width of a block."""
 
-    order: "col", one r x r matrix for every r outputs (HF peft's), or "row", one for every r inputs
-    (RWKV-PEFT's, once called Bone). For a square linear the tensors look alike, so the file tells the order.
-    """
-
-    order: str = "col"
+    order: str = option(
+        "col",
+        "`col`: a matrix for every r outputs (Hugging Face peft); `row`: for every r inputs (RWKV-PEFT, once"
+        " called Bone). In a square linear the tensors look alike, so the file says which one it is",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +42,13 @@ class BatLinear(AdapterLinear):
     MiSS has at the same rank; r in with the order "row".
     """
 
+    about = About(
+        "Bat",
+        "(W + I) D, r x r blocks of W times a matrix for each block of outputs (`order` row: of inputs)",
+        "r d (row: r k)",
+        "0",
+        "2409.15371",
+    )
     Options = Options
     default_lr = 2e-5  # the paper's, as for MiSS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapter import prepare_again, register
+from ..adapter import About, prepare_again, register
 from ..errors import UserError
 from ..functional import times_columns, without_autocast
 from ..gemm import product
@@ -25,6 +25,13 @@ class DoraLinear(LoraLinear):
     without it.
     """
 
+    about = About(
+        "DoRA",
+        "m (W + s B A) / norm - W, row by row",
+        "r (d + k) + d",
+        "B 0, m the norms",
+        "2402.09353",
+    )
     # default_lr is LoRA's: A and B begin as there, with the same gradients
 
     def setup(self, options: Options) -> None:

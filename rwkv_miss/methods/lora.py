@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from ..functional import lora_linear
 
@@ -19,21 +19,20 @@ from ..functional import lora_linear
 class ScaledOptions(adapter.Options):
     """Options of all methods with factors A and B; rank: r.
 
-    alpha: the update is scaled by alpha / r. 0: 2 r, as in the MiSS paper's Table 7.
-
-    rslora: the update is scaled by alpha / sqrt(r), which keeps the size of the activations when r grows
-    (arXiv 2312.03732). alpha 0 is then 16, the same factor at rank 64.
-
-    dropout: the probability that a number of the adapter's input is left out, in training only.
-
-    alpha_map: linears with an alpha of their own, by parts of their names. A linear of rank_map keeps the
-    factor alpha / r of the others; with rslora it keeps their alpha.
+    A linear of rank_map keeps the factor alpha / r of the others; with rslora it keeps their alpha. rslora
+    keeps the size of the activations when r grows. Its alpha of 16 is the same factor at rank 64.
     """
 
-    alpha: float = 0.0
-    alpha_map: dict[str, float] = adapter.names_with("factors")
-    rslora: bool = False
-    dropout: float = 0.0
+    alpha: float = option(
+        0.0, "s = alpha / r. 0: 2 r as in the MiSS paper's Table 7, r for pissa, 16 with `rslora`"
+    )
+    alpha_map: dict[str, float] = adapter.names_with(
+        "factors",
+        'an alpha of its own for linears, by parts of their names as in `rank_map`: `{"ffn": 32,'
+        ' "blocks.0.att": 8.5}`',
+    )
+    rslora: bool = option(False, "true: s = alpha / sqrt(r) ([2312.03732](https://arxiv.org/abs/2312.03732))")
+    dropout: float = option(0.0, "share of the adapter's inputs left out, in training only")
     lora_plus: ClassVar[float] = 1.0
     aliases: ClassVar[dict[str, str]] = {
         **adapter.Options.aliases,
@@ -80,13 +79,13 @@ class ScaledOptions(adapter.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """Options of LoRA.
+    """Options of LoRA."""
 
-    lora_plus: the learning rate of B as a multiple of that of A. LoRA+ recommends about 16 (arXiv
-    2402.12354).
-    """
-
-    lora_plus: float = 1.0
+    lora_plus: float = option(
+        1.0,
+        "B's learning rate over A's; LoRA+ recommends about 16"
+        " ([2402.12354](https://arxiv.org/abs/2402.12354))",
+    )
     aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "loraplus_lr_ratio": "lora_plus"}
 
     def __post_init__(self) -> None:
@@ -111,6 +110,7 @@ def check_rank(layer: AdapterLinear, rank: int) -> None:
 class LoraLinear(AdapterLinear):
     """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; fp32."""
 
+    about = About("LoRA", "s B A", "r (d + k)", "B 0", "2106.09685")
     Options = Options
     # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
     default_lr = 2e-4

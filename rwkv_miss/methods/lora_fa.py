@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..adapter import register
+from ..adapter import About, register
 from .lora import LoraLinear, ScaledOptions
 
 
@@ -14,6 +14,7 @@ class LoraFALinear(LoraLinear):
     make another A.
     """
 
+    about = About("LoRA-FA", "s B A, A random and frozen", "r d", "B 0", "2308.03303")
     Options = ScaledOptions
     # default_lr is LoRA's: there, too, A hardly moves while B is near zero
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, register
 from ..functional import add_expanded_, miss_linear, shard_index
 from .miss_variants import Options, check_rank, variant_of
 
@@ -25,6 +25,7 @@ from .miss_variants import Options, check_rank, variant_of
 class MissLinear(AdapterLinear):
     """dW[o, i] = D[i mod r, o] with D = `miss` (r, out), fp32, zero at the start."""
 
+    about = About("MiSS", "dW[o, i] = D[i mod r, o]", "r d", "0", "2409.15371")
     Options = Options
     default_lr = 2e-5  # the paper's
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, prepare_again
+from ..adapter import AdapterLinear, option, prepare_again
 from ..errors import UserError
 from ..functional import (
     add_expanded_,
@@ -35,30 +35,27 @@ OF_INPUT_SHARDS = ("layout", "shards", "scale", "mini_r", "magnitude")
 class Options(adapter.Options):
     """Options of MiSS. The defaults are plain MiSS. rank: the number r of shards, from 1 to the input width.
 
-    layout: "stride" puts column i into shard i mod r, as the paper's code and every released file do.
-    "contiguous" puts neighbouring columns into a shard (equations 2-3).
-
-    shards: "plain" sums, or "balanced" ones. Balanced: signs alternate in a shard, and one more row of D, the
-    last of r + 1, belongs to the sum of all columns / sqrt(in).
-
-    scale: "sum", the paper's, or "sqrt": the sums / sqrt(in / r), which have the size of one column. The row
-    of all columns has that size already.
-
-    mini_r: 0, or an m that divides the output width. D is then (r, m), the same for every m outputs (HF peft
-    calls it mini).
-
-    magnitude: the norm of each row of the weight is trained apart from its direction (DoRA, arXiv
-    2402.09353).
-
-    expand: equation 1 as it stands, with shards of outputs: D is (r, in). It goes with none of the others.
+    With balanced shards the row of D for the mean of all inputs is the last one. It belongs to the sum of all
+    columns / sqrt(in), so `scale` leaves it alone. `expand` goes with none of the others.
     """
 
-    layout: str = "stride"
-    shards: str = "plain"
-    scale: str = "sum"
-    mini_r: int = 0
-    magnitude: bool = False
-    expand: bool = False
+    layout: str = option(
+        "stride",
+        "`stride` (every released file): column i is in shard i mod r; `contiguous` (the paper's equations"
+        " 2-3): neighbouring columns",
+    )
+    shards: str = option(
+        "plain",
+        "`plain`; `balanced`, this project's own: alternating signs and one row for the mean of all inputs,"
+        " r + 1 rows",
+    )
+    scale: str = option("sum", "`sum`; `sqrt`: the sums divided by sqrt(k / r), the size of one input")
+    mini_r: int = option(0, "0; m, which divides d: D is (r, m), the same for every m outputs (peft's mini)")
+    magnitude: bool = option(False, "true: the norm of each row is trained apart from its direction (DoRA)")
+    expand: bool = option(
+        False,
+        "true: the paper's equation 1, shards of outputs; for comparisons, it keeps the whole input",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

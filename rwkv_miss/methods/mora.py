@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, register
 from ..errors import UserError
 from ..functional import add_expanded_, miss_linear, shard_index
 
@@ -25,6 +25,13 @@ class MoraLinear(AdapterLinear):
     repeat over the outputs. It is MiSS of rank q with mini_r q.
     """
 
+    about = About(
+        "MoRA",
+        "M[i mod q, o mod q], q = floor(sqrt(r (d + k)))",
+        "floor(sqrt(r (d + k)))^2",
+        "0",
+        "2405.12130",
+    )
     Options = adapter.Options
     default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
 

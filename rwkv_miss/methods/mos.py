@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import register
+from ..adapter import About, option, register
 from ..errors import UserError
 from .lora import LoraLinear, ScaledOptions, check_rank
 
@@ -17,15 +17,14 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 class Options(ScaledOptions):
     """Options of MoS. rank: r of every linear.
 
-    budget e: all linears together have as many numbers as LoRA of this rank. 0: a quarter of r, at least 1.
-    shards l: how many parts a row of A and a column of B are put together from.
-    private: the ranks of the budget that every linear has for itself. -1: a quarter of e. The others are in
-    pools, from which all linears of a width draw.
+    The ranks of the budget that are not private are in pools, from which all linears of a width draw.
     """
 
-    budget: int = 0
-    shards: int = 4
-    private: int = -1
+    budget: int = option(
+        0, "e: all linears together have as many numbers as LoRA of this rank. 0: a quarter of r, at least 1"
+    )
+    shards: int = option(4, "parts that a row of A and a column of B are put together from")
+    private: int = option(-1, "ranks of the budget that a linear has for itself. -1: a quarter of e")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +57,13 @@ class MosLinear(LoraLinear):
     e = R out / (in + out).
     """
 
+    about = About(
+        "MoS",
+        "s B A, assembled from pools of shards that all linears draw from",
+        "e (d + k)",
+        "B 0",
+        "2410.00938",
+    )
     Options = Options
     # default_lr is LoRA's: every number is one of a LoRA's
     shared = ("mos_A", "mos_B")

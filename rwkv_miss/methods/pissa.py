@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from ..functional import lora_linear
 from . import lora
@@ -22,11 +22,11 @@ OVERSAMPLING = 10
 class Options(lora.Options):
     """Options of LoRA, and niter. alpha 0 stands for the factor 1, as in the paper.
 
-    niter: subspace iterations of a randomised SVD, whose numbers come from torch's generator. 0: the exact
-    SVD. At a width of 2048 it takes 24 times as long (1.8 s on one core), and more in wider layers.
+    The SVD's random numbers come from torch's generator. At a width of 2048 the exact one takes 24 times as
+    long (1.8 s on one core), and more in wider layers.
     """
 
-    niter: int = 4
+    niter: int = option(4, "subspace iterations of a randomised SVD; 0: the exact one, slow for wide layers")
     aliases: ClassVar[dict[str, str]] = {**lora.Options.aliases, "svd_niter": "niter"}
 
     def __post_init__(self) -> None:
@@ -67,6 +67,13 @@ class PissaLinear(LoraLinear):
     quantised afterwards the residual is quantised, not W (QPiSSA).
     """
 
+    about = About(
+        "PiSSA",
+        "s (B A - B0 A0), B0 A0 the r largest singular directions of W",
+        "r (d + k)",
+        "A0, B0",
+        "2404.02948",
+    )
     Options = Options
     constants = ("initial_A", "initial_B")
     decays = False  # with A and B at zero the weight is W - B0 A0, not W

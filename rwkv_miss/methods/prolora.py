@@ -7,21 +7,17 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from ..adapter import register
+from ..adapter import About, option, register
 from ..errors import UserError
 from .lora import LoraLinear, ScaledOptions, check_rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """Options of PRoLoRA. rank: r.
+    """Options of PRoLoRA. rank: r."""
 
-    unshared u: the number of ranks that are plain LoRA's. -1: an eighth.
-    shares m: of the other ranks one of m parts of A and B is trained.
-    """
-
-    unshared: int = -1
-    shares: int = 4
+    unshared: int = option(-1, "u, the ranks that are plain LoRA's. -1: an eighth of r")
+    shares: int = option(4, "m: of the other ranks one of m parts of A and B is trained")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +47,13 @@ class ProloraLinear(LoraLinear):
     R out, at u + (r - u) / m = R out / (in + out).
     """
 
+    about = About(
+        "PRoLoRA",
+        "s B A, of which u ranks are free and the others rotated copies of one of m parts",
+        "(u + (r - u) / m) (d + k)",
+        "B 0",
+        "2402.16902",
+    )
     Options = Options
     # default_lr is LoRA's: it is LoRA with tied parts
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import adapter
-from ..adapter import AdapterMethod, register
+from ..adapter import About, AdapterMethod, register
 from ..errors import UserError
 from .whole_tensors import add_states, state_names, train_whole
 
@@ -22,6 +22,7 @@ class Options(adapter.NoOptions):
 class StateTuning(AdapterMethod):
     """S_0 of every layer = `blocks.i.att.time_state` (H, N, N), fp32, zero or the base's own at the start."""
 
+    about = About("state", "none: the initial WKV state, (heads, N, N) a layer", start="0")
     Options = Options
     adapts_linears = False
     default_lr = 1e-2

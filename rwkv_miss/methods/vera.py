@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, register
+from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from .operators import vera_linear
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """Options of VeRA. rank: r, the width of the random matrices. d_initial: the first value of lambda_d."""
+    """Options of VeRA. rank: r, the width of the random matrices."""
 
     rank: int = 256
-    d_initial: float = 0.1
+    d_initial: float = option(0.1, "what the vector d starts with")
 
 
 @register("vera")
@@ -31,6 +31,13 @@ class VeraLinear(AdapterLinear):
     out + r numbers a linear. No useful rank has as many as MiSS, r out.
     """
 
+    about = About(
+        "VeRA",
+        "diag(b) B diag(d) A, A and B random, frozen, one pair for all linears",
+        "d + r",
+        "b 0",
+        "2310.11454",
+    )
     Options = Options
     # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
     default_lr = 4e-3

@@ -10,6 +10,7 @@ import os
 import yaml
 
 import rwkv_miss
+from rwkv_miss.adapter import METHODS
 from rwkv_miss.files import hub_names as hub
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint
 from rwkv_miss.files.model_files import name_of
@@ -26,14 +27,6 @@ from .run_card import table, training_score
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
-METHODS = {
-    "miss": "MiSS",
-    "bat": "Bat",
-    "lora": "LoRA",
-    "lora_fa": "LoRA-FA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-}
 
 
 def write_model_card(
@@ -114,7 +107,7 @@ def _what(config: Config, metadata: dict) -> str:
         base = f"[{name.repo}](https://huggingface.co/{name.repo})"
     if config.peft == "none":
         return f"{base}, trained as a whole" if base else "a new model"
-    return f"{METHODS.get(config.peft, config.peft)} for {base}"
+    return f"{METHODS[config.peft].about.title} for {base}"
 
 
 def _trained(
