@@ -25,6 +25,7 @@ if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.lr_sweep")
 
 from src.common.startup import importing, naming_missing_packages
+from src.objectives.kinds import objective_of
 
 with importing():
     import torch
@@ -40,11 +41,9 @@ with importing():
     from src.data.units import Units
     from src.model import RWKV
     from src.planning.base_model import build_model
-    from src.planning.defaults import first_guess, judged_by
+    from src.planning.defaults import first_guess
     from src.planning.job import Plan
-    from src.planning.step import unit_of
     from src.reporting import data_text, plan_text
-    from src.reporting.preference_text import loss_unit
     from src.run import prepare
     from src.training.optimizer import state_learning_rate
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
@@ -162,7 +161,7 @@ def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> i
     )
     data, schedule = plan.data, plan.schedule
     documents, held_out = with_reference(model, config, data.documents, data.held_out, schedule, steps)
-    before = loss_before(model, judged_by(config), held_out)
+    before = loss_before(model, objective_of(config).judged_by(), held_out)
     show_header(ours.setting, config, before)
     done = []
     for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
@@ -191,7 +190,7 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     print(f"trained    {plan_text.trained(config, model)}")
     print(*data.found.lines(), *data_text.data(config, data.documents, plan.schedule), sep="\n")
     print(
-        f"held out   {counted(len(data.held_out), unit_of(config))}, loss on"
+        f"held out   {counted(len(data.held_out), objective_of(config).unit)}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
@@ -209,11 +208,12 @@ def loss_before(model: RWKV, config: Config, held_out: Units) -> float:
 
 
 def show_header(setting: str, config: Config, before: float) -> None:
+    per = objective_of(config).metrics.loss_of
     print(
-        f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss, {loss_unit(config)}; last: mean of"
+        f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss, per {per}; last: mean of"
         " the last tenth of the steps"
     )
-    if judged_by(config) is not config:
+    if objective_of(config).judged_by() is not config:
         print(f"{'':>40}    held out: with the cross entropy of the chosen answers, which is not trained")
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
 

@@ -32,6 +32,8 @@ with importing():
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.model import RWKV
+    from src.objectives.kinds import objective_of
+    from src.objectives.work import Speed
     from src.planning.defaults import cheapest_fix
     from src.planning.draft import CHOSEN
     from src.planning.job import (
@@ -45,9 +47,8 @@ with importing():
     from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed
     from src.planning.step_memory import model_on_meta
-    from src.planning.throughput import Speed, speed_here
+    from src.planning.throughput import speed_here
     from src.reporting import data_text, plan_text
-    from src.reporting.preference_text import loss_lines, loss_warnings
     from src.run import prepare
 
 
@@ -147,7 +148,7 @@ def show(found: Needs) -> None:
     print(f"trained    {plan_text.trained(config, found.model)}")
     print(*data.found.lines(), *data_text.data(config, data.documents, schedule), sep="\n")
     print(plan_text.steps(config, schedule, plan.steps, len(data.documents)))
-    for line in loss_lines(config, data.documents, schedule, arch):
+    for line in objective_of(config).lines(data.documents, schedule, arch):
         print(line)
     print(plan_text.evaluation(config, len(plan.evaluated), len(data.held_out), plan.steps, cost))
     print(
@@ -156,7 +157,7 @@ def show(found: Needs) -> None:
     )
     print(*plan_text.chosen(config, plan.origins), sep="\n")
     bound = "estimated, at most" if cost.provided else "estimated"
-    for line in loss_warnings(config, data.documents):
+    for line in objective_of(config).warnings(data.documents, plan.tokenizer):
         print(f"warning    {line}")
     print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}")
     for name, size in found.memory.items():

@@ -28,6 +28,7 @@ if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.preview")
 
 from src.common.startup import importing, naming_missing_packages
+from src.objectives.sft import mask_text
 
 with importing():
     import numpy as np
@@ -202,7 +203,7 @@ def overview(
 ) -> list[str]:
     """Write the lines about the data as a whole: the files, `figures` of statistics(), and the findings."""
     length = figures["lengths"]
-    trained = "the answers" if isinstance(documents, Preferences) else data_text.mask(encoder)
+    trained = "the answers" if isinstance(documents, Preferences) else mask_text(encoder)
     lines = [
         *report.source_lines(),  # lint has the bad rows
         (

@@ -8,7 +8,7 @@ from src.config import Config
 from src.data.formats import Report
 from src.data.preferences import Preferences
 from src.data.units import Units
-from src.reporting.preference_text import loss_warnings, too_long_text
+from src.objectives.kinds import objective_of
 
 
 def answer_figures(units: Units, report: Report) -> dict:
@@ -43,9 +43,9 @@ def answer_lines(config: Config, figures: dict, units: Units, report: Report) ->
     if not isinstance(units, Preferences):
         return []
     lines = [_compared(figures, units), *report.left_out_lines()]
-    if too_long := too_long_text(config, units):
+    if too_long := units.too_long_text(config.ctx_len):
         lines.append(f"left out   {too_long}")
-    return lines + [f"warning    {text}" for text in loss_warnings(config, units)]
+    return lines + [f"warning    {text}" for text in objective_of(config).warnings(units, None)]
 
 
 def _compared(figures: dict, units: Preferences) -> str:

@@ -26,11 +26,10 @@ from src.data.formats import Reading, Report, encodable
 from src.data.leading_token import describe_leading
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
 from src.evaluation.rewards import RANGES, Failed, Rewards
+from src.objectives.rewards.sizes import longest_answer, needs_right
+from src.objectives.rewards.words import describe_rewards
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import CHOSEN, Draft
-from src.planning.own_answers import longest_answer, needs_right
-from src.reporting.preference_text import too_long_text
-from src.reporting.reward_text import describe_rewards
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards of all reference answers; the others run in other processes, and see JUDGED of them
@@ -220,7 +219,7 @@ def overview(
         *(_worth_line(name, values) for name, values in worth.items()),
         *found.report.left_out_lines(),
     ]
-    if too_long := too_long_text(config, found.questions):
+    if too_long := found.questions.too_long_text(config.ctx_len):
         lines.append(f"left out   {too_long}")
     lines += [f"finding    {encodable(str(finding))}" for finding in found.lint.findings]
     return [encodable(line) for line in lines] + ([] if found.lint.findings else ["finding    none"])

@@ -28,8 +28,9 @@ from .distributed.watchdog import Watchdog, watchdog
 from .model import RWKV
 from .objectives.base import TrainingData
 from .objectives.kinds import objective_of
+from .objectives.reference_model import reference_of
 from .objectives.rewards.samples import SAMPLES
-from .planning.base_model import build_model, new_arch, read_base, reference_of, template_of_run
+from .planning.base_model import build_model, new_arch, read_base, template_of_run
 from .planning.draft import Draft
 from .planning.job import (
     Data,

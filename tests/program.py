@@ -20,8 +20,8 @@ import torch
 
 from rwkv_miss import read_checkpoint
 from src.model import RWKV
+from src.objectives.work import Speed
 from src.planning.step_memory import StepBytes
-from src.planning.throughput import Speed
 
 from .conftest import ROOT, close
 

@@ -10,9 +10,9 @@ import torch
 
 from src.config import Config, parse
 from src.model.grpo_loss import CAP, METRICS, GrpoLoss, advantages, dead
+from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
-from src.planning.step import grpo_of
 
 from .conftest import ROOT
 
@@ -315,8 +315,8 @@ def test_the_loss_has_all_its_settings():
     )
     draft = Draft(*parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
     choose_loss(draft)
-    assert grpo_of(draft.config) == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
-    assert grpo_of(Config()) is None
+    assert objective_of(draft.config).loss == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
+    assert objective_of(Config()).loss is None
 
 
 # TRL's own losses and advantages; benchmarks/trl_fixtures.py has written them

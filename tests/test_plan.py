@@ -24,12 +24,13 @@ from src.data.batches import make_schedule
 from src.data.collate import collate
 from src.data.dataset import Document, Documents
 from src.model import RWKV
+from src.objectives.batch_sizes import fullest_rows, largest_batch
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
 from src.planning.draft import Draft
 from src.planning.job import estimate
-from src.planning.memory import fullest_rows, largest_batch, memory_parts
+from src.planning.memory import memory_parts
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
 from .conftest import ROOT, make_arch, slow

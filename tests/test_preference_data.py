@@ -14,7 +14,7 @@ import torch
 from rwkv_miss import UserError
 from src.config import Config
 from src.data import held_out, parallel, token_cache
-from src.data.answer_batches import collate_answers, collator
+from src.data.answer_batches import collate_answers
 from src.data.batches import Batches, make_schedule
 from src.data.dataset import load
 from src.data.encode import Encoder, Tokens
@@ -521,7 +521,7 @@ def test_a_pass_has_every_unit_once_and_counts_units(read, kind, shared, packing
         found += [(read, target) for batch in batches for _, read, target in contexts(batch)]
     assert units == 13 == preferences.weight
     assert sorted(found) == sorted((read, target) for _, read, target in loop([preferences]))
-    documents = collator(load_texts(read))([], 1.0)
+    documents = load_texts(read).collator()([], 1.0)
     assert "answer" not in documents
 
 

@@ -15,11 +15,12 @@ from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.objectives.batch_sizes import SharedPrompts
 from src.objectives.kinds import objective_of
-from src.planning import memory, step
+from src.objectives.preferences import objective
+from src.planning import memory
 from src.planning.base_model import build_model
-from src.planning.step import preference_of
-from src.planning.step_memory import Live, SharedPrompts, step_bytes
+from src.planning.step_memory import Live, step_bytes
 from src.reporting.document_text import short_unit, unit_sample
 
 from .conftest import make_arch
@@ -113,7 +114,7 @@ def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, mon
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown, alone = planned([*flags, "--loss", "simpo"], capsys)
     assert "prompts    each answer is read after its own prompt: a prompt read once would make " in shown
-    monkeypatch.setattr(step, "PASS_COST", {"cpu": 0, "gpu": 0})
+    monkeypatch.setattr(objective, "PASS_COST", {"cpu": 0, "gpu": 0})
     shown, once = planned([*flags, "--loss", "simpo"], capsys)
     found = re.search(
         r"prompts    a prompt is read once for both answers: (\d+) tokens .* place of (\d+),", shown
@@ -172,7 +173,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     units = units_of(tmp_path, texts)
     assert shared or units.lengths.tolist() == [38, 38]
     reference = torch.zeros(units.targets).numpy()
-    units = units.with_reference(reference) if preference_of(config).needs_reference else units
+    units = units.with_reference(reference) if objective_of(config).loss.needs_reference else units
     batch = collate_answers([[units[0]], [units[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp

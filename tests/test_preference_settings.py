@@ -13,10 +13,10 @@ from src.config.loss_rules import OF_LOSSES
 from src.config.loss_settings import LOSSES
 from src.config.parse import read_yaml
 from src.config.schema import FIELDS
+from src.objectives.kinds import objective_of
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
-from src.planning.step import preference_of
 from src.training.resume import MAY_CHANGE, inherit
 
 from .conftest import make_arch, random_tensors
@@ -138,14 +138,14 @@ def test_a_run_that_goes_on_keeps_its_loss():
 
 
 def test_the_loss_has_all_its_settings():
-    assert preference_of(Config()) is None
+    assert objective_of(Config()).loss is None
     given = {name: FIELDS[name].default.__class__(text) for name, text in GIVEN.items()}
-    loss = preference_of(Config(loss="dpo", **given))
+    loss = objective_of(Config(loss="dpo", **given)).loss
     assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
-    assert {name for name in LOSSES if preference_of(Config(loss=name)).needs_reference} == {
+    assert {name for name in LOSSES if objective_of(Config(loss=name)).loss.needs_reference} == {
         *OF_LOSSES["reference"][0]
     } - {"grpo"}
-    assert [name for name in LOSSES if not preference_of(Config(loss=name)).paired] == ["kto"]
+    assert [name for name in LOSSES if not objective_of(Config(loss=name)).loss.paired] == ["kto"]
 
 
 def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):

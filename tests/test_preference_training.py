@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import rwkv_miss
 from src.distributed.process_group import ALONE, Processes
 from src.model import RWKV
+from src.objectives.base import PromptReading
 from src.objectives.from_reference import a_few
 from src.objectives.policy import Policy
 from src.objectives.preferences import reference_blocks
 from src.objectives.preferences.kto_baseline import baseline
 from src.objectives.preferences.reference import ReferencePass
-from src.planning.step import PromptReading
 from src.training import trainer
 
 from . import program

@@ -14,8 +14,9 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src.config import Config, parse
+from src.objectives.kinds import objective_of
 from src.planning import job
-from src.planning.defaults import SearchSize, first_guess, judged_by, search_size
+from src.planning.defaults import SearchSize, first_guess, search_size
 from src.planning.job import Device, no_search
 from src.training import rate_search
 from src.training.rate_search import (
@@ -349,8 +350,8 @@ def test_words_for_rates():
 def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
     """A preference alone is the smaller the higher the rate, also where they get lost."""
     config = Config(loss=kind, sft_weight=sft_weight, lr_init=0.125, beta=0.5)
-    assert judged_by(config) == dataclasses.replace(config, sft_weight=judged)
-    assert judged_by(Config()) == Config(), "supervised training has nothing else"
+    assert objective_of(config).judged_by() == dataclasses.replace(config, sft_weight=judged)
+    assert objective_of(Config()).judged_by() == Config(), "supervised training has nothing else"
 
 
 def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch):

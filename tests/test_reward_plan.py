@@ -22,17 +22,16 @@ from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.objectives.kinds import objective_of
+from src.objectives.rewards.sizes import TOGETHER, draw_bytes, largest_groups, longest_answer
+from src.objectives.rewards.words import long_answers
+from src.objectives.work import DRAWN, Speed, Work
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess
 from src.planning.draft import Draft
-from src.planning.drawing import TOGETHER, draw_bytes
 from src.planning.job import read_data
-from src.planning.own_answers import largest_groups, longest_answer
 from src.planning.step_memory import Live, StepBytes, step_bytes
-from src.planning.throughput import DRAWN, Speed, Work
 from src.reporting.plan_text import above_guess
-from src.reporting.reward_text import long_answers
 
 from .conftest import make_arch
 from .test_plan import SIZES

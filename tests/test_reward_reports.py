@@ -18,7 +18,7 @@ from src.data.tokenizer import load_tokenizer
 from src.distributed.process_group import ALONE, Processes
 from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
-from src.objectives.loss_metrics import metrics_of
+from src.objectives.kinds import objective_of
 from src.objectives.rewards import evaluation as reward_evaluation
 from src.objectives.rewards import patient_rewards
 from src.objectives.rewards.evaluation import RewardEvaluation
@@ -40,7 +40,7 @@ GRPO = Config(
     max_tokens=24,
     precision="fp32",
 )
-DESCRIBED = metrics_of(GRPO)
+DESCRIBED = objective_of(GRPO).metrics
 METRICS = {
     "reward": 0.75,
     "reward_exact": 0.5,
@@ -77,7 +77,9 @@ def evaluation(step, reward, answer="dcba", units=64):
 def test_a_run_is_described_by_its_reward():
     """The names of the rewards that the run has, too."""
     assert [name for name in METRICS if name not in DESCRIBED.titles] == []
-    assert "reward_exact" not in metrics_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).titles
+    assert (
+        "reward_exact" not in objective_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).metrics.titles
+    )
     found = line(1, kl=math.nan)
     assert found["kl"] is None and found["units"] == 16
     sent = DESCRIBED.numbers("train", found)

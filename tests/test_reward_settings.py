@@ -6,9 +6,9 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src.config import parse, save, written_settings
+from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
-from src.planning.step import preference_of, unit_of
 from src.run import prepare
 from src.training.resume import inherit
 
@@ -86,8 +86,8 @@ def test_what_belongs_together_is_taken():
     config, origins = settings("--rewards", "own=1,exact=0.25", "--reward_file", "own.py")
     assert config.rewards == {"own": 1, "exact": 0.25} and origins["reward_file"] == "command line"
     config, _ = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
-    assert (config.inner_steps, config.beta) == (3, 0) and preference_of(config) is None
-    assert unit_of(config) == "question" and config.on_rewards and not config.on_preferences
+    assert (config.inner_steps, config.beta) == (3, 0) and objective_of(config).loss is None
+    assert objective_of(config).unit == "question" and config.on_rewards and not config.on_preferences
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,15 @@ from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
+from src.model.settings import chunks_of
 from src.objectives.base import TrainingData
 from src.objectives.kinds import objective_of
 from src.objectives.policy import policy_of
 from src.objectives.rewards.feed import AllFailed, RolloutFeed, Totals
 from src.objectives.rewards.rollouts import Rollouts
+from src.objectives.rewards.sizes import STATE_BYTES, STATES, rows_at_once
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
-from src.planning.drawing import STATE_BYTES, STATES, rows_at_once
-from src.planning.step import chunks_of, grpo_of
 from src.training.callbacks import Saver, StepReport
 from src.training.rollback import LastGood
 from src.training.trainer import FineTuning, make_trainer
@@ -109,7 +109,7 @@ def feed_of(
     rollouts = Rollouts(model, questions, ENCODER, judge, config)
     policy = policy_of(model, config, InTurn(world, rank, total, {} if all_have is None else all_have))
     schedule = make_schedule(questions, config, world)
-    return RolloutFeed(rollouts, schedule, steps, grpo_of(config), policy)
+    return RolloutFeed(rollouts, schedule, steps, objective_of(config).loss, policy)
 
 
 def plus(**of_others):

@@ -18,7 +18,8 @@ from src.model import RWKV, log_probs
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
 from src.model.rwkv import LayerState
-from src.planning.step import prompt_reading, tokens_of_layouts
+from src.objectives.kinds import objective_of
+from src.objectives.preferences.prompt_reading import tokens_of_layouts
 
 from .conftest import close, make_arch, random_tensors
 from .loss_cases import make_model
@@ -262,17 +263,19 @@ def test_the_plan_counts_what_the_batches_hold():
 def test_prompts_are_shared_where_that_is_faster(sizes, width, shared):
     preferences, config, schedule = data_of(*sizes)
     arch = make_arch(7, n_embd=width, head_size=32)
-    found = prompt_reading(config, preferences, schedule, arch)
+    found = objective_of(config).prompt_reading(preferences, schedule, arch)
     assert found.shared == shared
     words = "read once for both answers: " if shared else "after its own prompt: a prompt read once would"
     assert words in found.explanation
-    chunks = prompt_reading(dataclasses.replace(config, chunk_ctx=64), preferences, schedule, arch)
+    chunks = objective_of(dataclasses.replace(config, chunk_ctx=64)).prompt_reading(
+        preferences, schedule, arch
+    )
     assert not chunks.shared and chunks.explanation.endswith("rows run in chunks")
 
 
 def test_single_answers_and_documents_share_no_prompts():
     preferences, config, schedule = data_of((512, 256, 256))
     for loss, paired in (("kto", False), ("sft", True)):
-        given = dataclasses.replace(config, loss=loss), dataclasses.replace(preferences, paired=paired)
-        found = prompt_reading(*given, schedule, make_arch(7))
+        kind, given = dataclasses.replace(config, loss=loss), dataclasses.replace(preferences, paired=paired)
+        found = objective_of(kind).prompt_reading(given, schedule, make_arch(7))
         assert not found.shared and not found.explanation

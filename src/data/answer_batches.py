@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from .answer_unit import AnswerUnit, prompt_length
-from .collate import collate, padded_left, trained_tokens
+from .collate import padded_left, trained_tokens
 from .file_documents import Document
-from .preferences import Preferences
-from .units import Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +25,6 @@ class Columns:
 
 PREFERENCE = Columns({"chosen": torch.bool}, "reference", optional=True)
 GROUP = Columns({"advantage": torch.float32}, "drawn")
-
-
-def collator(documents: Units, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
-    """Choose how rows of these become a batch: (rows, step_weight) -> collate() or collate_answers()."""
-    if isinstance(documents, Preferences):
-        return functools.partial(collate_answers, chunk=chunk, shared=shared)
-    return functools.partial(collate, chunk=chunk)
 
 
 def collate_answers(

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import Config, accumulation
-from .answer_batches import collator
 from .file_documents import Document
 from .preferences import Preference
 from .units import Units
@@ -214,7 +213,7 @@ class Batches:
         self.schedule = schedule
         self.steps = range(first_step, steps)
         self.rank = rank
-        self.collate = collator(documents, chunk, shared)
+        self.collate = documents.collator(chunk, shared)
 
     def __len__(self) -> int:
         return len(self.steps) * self.schedule.accumulate

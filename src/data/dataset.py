@@ -31,6 +31,7 @@ class Documents(Units):
 
     items: Sequence[Document]
     unit: ClassVar[str] = "document"
+    by_prompt: ClassVar[bool] = False
     lost: np.ndarray | None = None  # (n,) int32: tokens that were cut off each conversation; None: off none
     # (n,) int32: the number of the long text that a document is a part of, -1 for a whole document; None: all
     # are whole

@@ -15,10 +15,10 @@ from ..common.formatting import counted
 from ..config import Config
 from ..config.launcher import is_first_process
 from .batches import pack
-from .dataset import Document, Documents
+from .dataset import Document
 from .encode import Encoder
 from .leading_token import begins_with
-from .preferences import Preference, Preferences
+from .preferences import Preference
 from .units import Units
 
 Batch = list[list[Document]] | list[list[Preference]]  # rows
@@ -58,7 +58,7 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     rest = documents.take(kept)
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
-        if not isinstance(documents, Documents) and len(np.unique(keys)) == 1:
+        if documents.by_prompt and len(np.unique(keys)) == 1:
             others = ", as all have one prompt, by which they are held out"
         raise UserError(
             f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"
@@ -79,7 +79,7 @@ def _keys(parts: Iterable[np.ndarray], units: Units, seed: int) -> np.ndarray:
 
 def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
     """Make the keys of documents, where those of one conversation have one key in common."""
-    if not isinstance(documents, Documents) or documents.conversation is None:
+    if documents.conversation is None:
         return keys
     keys = keys.copy()
     places = np.argsort(documents.conversation, kind="stable")
@@ -145,12 +145,10 @@ def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
     A document that is trained as a whole but for its leading token is asked with its first half. The encoder
     is the one that made the documents.
     """
-    if isinstance(held_out, Preferences):
-        held_out = Documents(_preferred(held_out, count))
     eod = tuple(encoder.tokenizer.eod)
     found: list[Question] = []
     conversations: set[int] = set()
-    for i, document in enumerate(held_out):
+    for i, document in enumerate(held_out.to_ask(count)):
         if len(found) == count:
             break
         conversation = -1 if held_out.conversation is None else int(held_out.conversation[i])
@@ -170,14 +168,3 @@ def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
             found.append(Question(ids[:start], ids[start:last]))
             conversations |= {conversation} - {-1}
     return found
-
-
-def _preferred(held_out: Preferences, count: int) -> list[Document]:
-    """Return the first `count` answers to prefer, each to another prompt."""
-    found: dict[bytes, Document] = {}
-    for unit in held_out:
-        if len(found) == count:
-            break
-        if unit.chosen[0]:
-            found.setdefault(unit.prompt.tobytes(), unit.answers[0])
-    return list(found.values())

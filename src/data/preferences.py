@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from ..config.launcher import is_first_process
+from .answer_batches import collate_answers
 from .answer_unit import AnswerUnit
 from .encode import Tokens
 from .file_documents import Document, FileDocuments, joined
+from .formats import places_text
 from .units import Units
 
 NAMED = 3  # number of left-out units that are named
@@ -98,6 +100,26 @@ class Preferences(Units):
             reference_starts=starts,
             others=None if self.others is None else self.others.take(chosen),
         )
+
+    def collator(self, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
+        return functools.partial(collate_answers, chunk=chunk, shared=shared)
+
+    def too_long_text(self, ctx_len: int) -> str:
+        if not self.too_long:
+            return ""
+        places = places_text(self.too_long, self.too_long_places)
+        what = f"{counted(self.too_long, self.unit)} of more than --ctx_len {ctx_len} tokens"
+        return f"{what}{', both answers counted' if self.paired else ''}: {places}"
+
+    def to_ask(self, count: int) -> list[Document]:
+        """The first `count` answers to prefer, each to another prompt."""
+        found: dict[bytes, Document] = {}
+        for unit in self:
+            if len(found) == count:
+                break
+            if unit.chosen[0]:
+                found.setdefault(unit.prompt.tobytes(), unit.answers[0])
+        return list(found.values())
 
     def line(self, i: int) -> int:
         """Return the line or row of its file that unit i, or its prompt, comes from."""

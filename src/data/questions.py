@@ -91,7 +91,8 @@ class Questions(Units):
         )
 
     def too_long_text(self, ctx_len: int) -> str:
-        """Say how many were left out, and where the first of them are."""
+        if not self.too_long:
+            return ""
         places = places_text(self.too_long, self.too_long_places)
         what = f"of more than --ctx_len {ctx_len} tokens with an answer of {self.max_tokens}"
         return f"{counted(self.too_long, 'question')} {what}: {places}"

@@ -4,9 +4,12 @@ questions."""
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+
+from .collate import collate
 
 
 class Units(Sequence):
@@ -55,10 +58,27 @@ class Units(Sequence):
     def held_out_by(self) -> Iterable[np.ndarray]:
         """Yield tokens of each unit, (n,) int32: units with equal ones are held out together."""
 
+    def collator(self, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
+        """The one way to make batches of rows of these: (rows, step_weight) -> what collate() or
+        collate_answers() makes of them.
+        """
+        return functools.partial(collate, chunk=chunk)
+
+    def to_ask(self, count: int) -> Sequence:
+        """The documents of which held_out.questions() takes the first `count` that can be asked."""
+        return self
+
+    conversation: np.ndarray | None = None  # (n,) int32, see dataset.Documents; None: each is one of its own
+    by_prompt = True  # whether held_out_by() is the prompt
+
     @property
     def alone(self) -> bool:
         """Tell whether a unit has its row for itself, also if rows are packed."""
         return False
+
+    def too_long_text(self, ctx_len: int) -> str:
+        """How many were left out because they take more than a row, and where the first are; "" for none."""
+        return ""
 
     @property
     def targets(self) -> int:

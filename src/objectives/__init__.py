@@ -1,5 +1,5 @@
-"""The kinds of training: what each minimises, measures and evaluates.
+"""The kinds of training: what each reads, minimises, measures and evaluates.
 
-Imports all rooms but export, serving and training. base.py has what the kinds share, preferences/ and
-rewards/ what one of them has.
+Imports common, config, ops, model, data, distributed, inference and evaluation. base.py has what the kinds
+share, preferences/ and rewards/ what one of them has.
 """

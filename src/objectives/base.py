@@ -12,20 +12,30 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
 
+from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Batches, Schedule
 from ..data.chat_template import Template
+from ..data.dataset import Loaded, load
 from ..data.encode import Encoder
+from ..data.formats import Reading, Report
+from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, questions
+from ..data.tokenizer import Tokenizer
 from ..data.units import Units
 from ..evaluation.rewards import Rewards
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..planning.step import chunks_of
+from ..model.settings import chunks_of
+from .batch_sizes import BatchSizes, largest_batch
+from .loss_metrics import LossMetrics
 from .policy import Policy
+from .work import Speed, Times
 
 
 class BetweenSteps(UserError):
@@ -113,11 +123,173 @@ class Evaluation:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptReading:
+    """Whether a prompt is read once for all its answers, and why, for the plan ("": there is no choice)."""
+
+    shared: bool = False
+    explanation: str = ""
+
+
 class Objective(abc.ABC):
-    """What a kind of training minimises, and what is beside it."""
+    """What a kind of training reads, minimises and measures."""
+
+    unit = "document"  # what an example is called
+    same = "word for word"  # how an example is in two files
+    usual_rows = 8  # the most rows that are chosen for a step
+    rate_share = 1.0  # the first guess of the rate, as a part of a supervised training's
+    looks = 1  # how often an example is looked at in a step or an evaluation
+    evaluations_between = 0  # the most that are chosen between the first evaluation and the last
+    row = "row"  # what a step has several of
+    one_row = ""  # what a row holds; "": as many documents as fit
+    evaluates = "loss on"  # what an evaluation is
+    asks_samples = True  # whether it has sample answers beside that
+    keeps_reference = False  # whether the model of --reference stays beside the one in training
 
     def __init__(self, config: Config):
         self.config, self.chunks = config, chunks_of(config)
+
+    @property
+    @abc.abstractmethod
+    def metrics(self) -> LossMetrics:
+        """What is told beside the loss, once the settings are filled in."""
+
+    # before a run
+
+    def defaults(self) -> Iterator[tuple[str, object, str]]:
+        """Yield (setting, value, why) for settings of the loss that are left to the program."""
+        return iter(())
+
+    def defaults_by_data(self, loaded: Loaded, tokenizer: Tokenizer) -> Iterator[tuple[str, object, str]]:
+        """Yield the same for those that the data decide."""
+        return iter(())
+
+    def load(self, path: str, encoder: Encoder, found: Report) -> Loaded:
+        """Read --data_file or --eval_file."""
+        config = self.config
+        return load(path, encoder, config.data_cache, Reading.of(config), found, config.random_seed)
+
+    def longest(self, loaded: Loaded) -> tuple[int, int, str]:
+        """Return (inputs of the longest row that is needed, inputs of all running text, what the row is)."""
+        return loaded.longest, loaded.texts, self.unit
+
+    def examples(self, loaded: Loaded) -> Units:
+        """Return what a run has of a file, with rows of ctx_len."""
+        return loaded.units(self.config.ctx_len)
+
+    def estimated(self, examples: Units, loaded: Loaded, tokenizer: Tokenizer) -> Units:
+        """Return the examples with what an estimate of the time needs of all that was loaded."""
+        return examples
+
+    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+        """Tell how prompts are read in a run.
+
+        Shared prompts are read in a pass of their own, and both they and the answers are padded to the
+        longest of the micro-batch. Separate rows are packed and need one pass. The result depends on the
+        settings, the data and the model's width alone, so that every rank and every resume has the same.
+        """
+        return PromptReading()
+
+    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+        """Return the sizes of the largest micro-batch. Without documents it has separate rows of one each."""
+        return BatchSizes(*largest_batch(schedule, self.config))
+
+    def beside(self, rows: int, trained: Tensor) -> dict:
+        """Return what a batch of so many rows and these trained tokens has beside tokens, as for a step."""
+        return {}
+
+    @property
+    def packs(self) -> bool:
+        """Whether examples share rows."""
+        return self.config.packing
+
+    def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
+        """Count the answers that a process samples at once for a step."""
+        return 0
+
+    def sampling_bytes(self, arch: Arch, precision: str, accelerator: str) -> int:
+        """Count the bytes that this takes."""
+        return 0
+
+    def trained_tokens(self, schedule: Schedule, steps: int) -> float:
+        """Count the tokens of all steps of a run."""
+        return steps / schedule.steps_per_pass * schedule.repeats * sum(schedule.lengths)
+
+    def share_read(self, documents: Units, schedule: Schedule, arch: Arch) -> float:
+        """Return the part of the tokens that is read; less than all where prompts of pairs are read once."""
+        return 1.0
+
+    def reference_work(self, arch: Arch, tokens: float) -> float:
+        """Return the pass of the reference over so many tokens, as tokens of the training."""
+        return 0.0
+
+    def evaluation_costs(self, held_out: Units) -> np.ndarray:
+        """Return the work of evaluating each example, (n,), as trained tokens."""
+        return FORWARD * (held_out.lengths - 1)
+
+    def evaluation_budget(self, held_out: Units, schedule: Schedule, steps: int) -> float:
+        """Return what all evaluations of a run may take, in the same."""
+        return EVALUATION * self.trained_tokens(schedule, steps) / self.looks
+
+    def times(
+        self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
+    ) -> Times:
+        """Estimate how long a run takes that has so many evaluations."""
+        tokens, share = self.trained_tokens(schedule, steps), self.share_read(data.documents, schedule, arch)
+        held_out_tokens = float((data.evaluated.lengths - 1).sum()) * share
+        read = FORWARD * evaluations * held_out_tokens * self.looks
+        training = tokens * share * (1 + FORWARD * (self.looks - 1))
+        if not speed.tokens:
+            return Times(tokens, read / training)
+        asked = questions(data.held_out, self.config.eval_samples, data.encoder) if evaluations else []
+        prompts = FORWARD * evaluations * sum(len(question.prompt) for question in asked)
+        answers = evaluations * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
+        once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
+        reference = self.reference_work(arch, once + held_out_tokens) / speed.tokens
+        evaluation = (read + prompts) / speed.tokens + answers
+        return Times(tokens, read / training, training / speed.tokens, evaluation, reference)
+
+    def no_search(self) -> str:
+        """Tell why there can't be a search for the learning rate; "" where there can."""
+        return ""
+
+    def judged_by(self) -> Config:
+        """Return the settings whose loss decides between rates."""
+        return self.config
+
+    # in words
+
+    @property
+    def description(self) -> str:
+        """The loss with its settings; "" for cross entropy."""
+        return ""
+
+    def lines(self, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
+        """Return the plan's lines about the loss and how prompts are read."""
+        return []
+
+    def warnings(self, documents: Units, tokenizer: Tokenizer) -> list[str]:
+        """Tell what of the loss or of its data is probably not meant so."""
+        return []
+
+    @property
+    @abc.abstractmethod
+    def trained_part(self) -> str:
+        """What of the data is trained, as in "loss on ..."."""
+
+    @abc.abstractmethod
+    def trained_text(self, documents: Units) -> str:
+        """Tell how many of the documents' tokens are trained, behind their number."""
+
+    def targets_text(self, documents: Units) -> str:
+        """Tell the same in short."""
+        return f", loss on {documents.targets:,}"
+
+    def evaluated_text(self, evaluated: Units) -> str:
+        """Tell what evaluations do with these."""
+        return f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated), self.unit)}"
+
+    # in a run
 
     @property
     @abc.abstractmethod

@@ -13,14 +13,13 @@ import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.files.model_files import read_tensors
 
-from ..data.answer_batches import collator
 from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV
 from ..model.log_probs import token_features
-from ..planning.base_model import build_reference
+from .reference_model import build_reference
 
 UNITS, TOKENS = 8, 4096  # held-out pairs or answers that a KL is measured on, and the most tokens of these
 
@@ -94,7 +93,7 @@ class ReferenceKl:
 
     def _features(self, model: RWKV) -> list[Tensor]:
         module, device = self.module, self.module.device
-        collate = collator(self.units, module.objective.chunks.size, module.shared)
+        collate = self.units.collator(module.objective.chunks.size, module.shared)
         batches = [collate(rows, 1.0) for rows in evaluation_batches(self.units, module.config)]
         return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
 

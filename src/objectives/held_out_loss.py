@@ -11,7 +11,6 @@ from torch import Tensor
 from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
-from ..data.answer_batches import collator
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions
 from ..data.leading_token import without_leading
 from ..data.units import Units
@@ -112,7 +111,7 @@ def _batches(trainer, documents: Units, weight: float, is_stopped: Callable[[], 
     """The batches of this rank, as many as every other one has, on its device."""
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
     batches = evaluation_batches(documents, module.config)
-    collate = collator(documents, module.objective.chunks.size, module.shared)
+    collate = documents.collator(module.objective.chunks.size, module.shared)
     with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
             stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)

@@ -1,6 +1,6 @@
 """What the lines of metrics.jsonl and validation.jsonl have beside the loss, and how it is told.
 
-There is one description for each kind of loss: LossMetrics. The bar, the printed lines, the pictures, the
+Each objective has one description: LossMetrics. The bar, the printed lines, the pictures, the
 cards, run.json and the writers all follow it.
 """
 
@@ -10,9 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
-
-from ..config import Config
-from ..planning.step import unit_of
 
 
 class Shown(NamedTuple):
@@ -158,119 +155,3 @@ def loss_text(line: dict) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-SUPERVISED = LossMetrics({}, nats=("loss", "the loss"))
-
-ACCURACIES = ("reward_accuracy", "raw_accuracy")  # the raw one for a loss without a reference
-
-PREFERENCES = LossMetrics(
-    {
-        "reward_accuracy": "reward accuracy",
-        "raw_accuracy": "raw accuracy",
-        "margin": "margin of the rewards",
-        "reward_chosen": "reward of the chosen answer",
-        "reward_rejected": "reward of the rejected answer",
-        "logp_chosen": "log p of the chosen answer",
-        "logp_rejected": "log p of the rejected answer",
-        "nll": "NLL of the chosen answer, per token",
-        "kl": "KL to the reference on a few answers, per token",
-        "baseline": "KTO's baseline",
-    },
-    shares=ACCURACIES,
-    bar=(
-        Shown(ACCURACIES, lambda share: f"accuracy {share:.0%}"),
-        Shown(("margin",), lambda margin: f"margin {margin:.2g}"),
-    ),
-    line=(
-        Shown(ACCURACIES, lambda share: f"accuracy {percent(share)}"),
-        Shown(("margin",), lambda margin: f"margin {margin:.3g}"),
-        Shown(("logp_chosen",), lambda nats: f"log p of a chosen answer {nats:.1f}"),
-        Shown(("kl",), lambda nats: f"KL {nats:.3g} per token"),
-    ),
-    loss_of="pair",
-    nats=("nll", "the loss of the chosen answers"),
-    picture="preferences.png",
-    panels=(
-        Panel("rewards", ("reward_chosen", "reward_rejected", "margin")),
-        Panel("accuracy", ACCURACIES),
-        Panel("log p of an answer", ("logp_chosen", "logp_rejected")),
-        Panel("per token", ("nll", "kl")),
-    ),
-    caption="rewards, accuracies, log p and KL over the steps",
-    heading="Preferences, of the training data",
-    explanation=(
-        "An accuracy is the share of pairs whose chosen answer wins: by its reward, which is against the"
-        " reference, or, raw, by its own log p. A high one alone proves nothing: the chosen answers"
-        " should not get less likely."
-    ),
-)
-
-
-def reward_metrics(names: Iterable[str]) -> LossMetrics:
-    """Those of answers that the model draws, and that are scored by these rewards."""
-    each = {f"reward_{name}": f"reward: {name}, without its weight" for name in names}
-    return LossMetrics(
-        {
-            "reward": "reward of an answer",
-            **(each if len(each) > 1 else {}),
-            "reward_std": "its spread in a group",
-            "dead_groups": "groups of equal rewards, which teach nothing",
-            "failed_groups": "groups whose reward failed",
-            "failed": "answers whose reward failed",
-            "length": "length of an answer, tokens",
-            "cut": "answers cut at --max_tokens",
-            "entropy": "entropy per token",
-            "kl": "KL to the reference per token, estimated",
-            "clip": "tokens that are clipped",
-            "engine_gap": "log p of training and engine, mean difference",
-            "engine_gap_max": "the same, largest",
-            "draw_seconds": "drawing, seconds",
-            "draw_tokens_per_second": "drawing, tokens/s",
-            "train_tokens_per_second": "training, tokens/s",
-        },
-        shares=("dead_groups", "cut", "clip"),
-        faults=("failed_groups", "failed"),
-        bar=(
-            Shown(("reward",), lambda reward: f"reward {reward:.2f}"),
-            Shown(("dead_groups",), lambda share: f"equal rewards {share:.0%}"),
-            Shown(("entropy",), lambda nats: f"entropy {nats:.2f}"),
-        ),
-        line=(
-            Shown(("reward",), lambda reward: f"reward {reward:.3f}"),
-            Shown(("dead_groups",), lambda share: f"groups of equal rewards {percent(share)}"),
-            Shown(("length",), lambda tokens: f"length {tokens:.4g} tokens"),
-            Shown(("cut",), lambda share: f"cut at --max_tokens {percent(share)}"),
-            Shown(("entropy",), lambda nats: f"entropy {nats:.3g} per token"),
-            Shown(("kl",), lambda nats: f"KL {nats:.3g} per token"),
-            Shown(
-                ("failed", "failed_groups"),
-                lambda count: f"rewards failed {count:.0f}" if count else "",
-                of="units",
-            ),
-        ),
-        score="reward",
-        picture="rewards.png",
-        panels=(
-            Panel("reward", ("reward", *(each if len(each) > 1 else ()))),
-            Panel("share", ("dead_groups", "cut", "clip")),
-            Panel("length of an answer (tokens)", ("length",)),
-            Panel("per token", ("entropy", "kl")),
-        ),
-        caption="reward, groups of equal rewards, length, entropy and KL over the steps",
-        heading="Drawn answers, of the training data",
-        explanation=(
-            "A group is the answers to one question. Where all get the same reward it teaches nothing: they"
-            " are all right, or all wrong. So a model that has learnt all and one that is lost look alike"
-            " but for their reward. An entropy near 0 means that the model has stopped trying anything else."
-        ),
-    )
-
-
-def metrics_of(config: Config) -> LossMetrics:
-    """The metrics of a run, once its settings are filled in."""
-    if config.on_rewards:
-        return reward_metrics(config.rewards)
-    if config.loss == "sft":
-        return SUPERVISED
-    return dataclasses.replace(PREFERENCES, loss_of=unit_of(config))

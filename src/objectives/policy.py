@@ -13,7 +13,7 @@ from ..config import Config
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..planning.step import chunks_of
+from ..model.settings import chunks_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from rwkv_miss.files.checkpoint import Arch
+
+from ..config import Config
+from ..data.batches import Schedule
+from ..data.encode import Encoder
+from ..data.units import Units
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from .base import Objective
+from .batch_sizes import BatchSizes, fullest_rows
 from .held_out_loss import HeldOutLoss
+from .loss_metrics import LossMetrics
 
+SUPERVISED = LossMetrics({}, nats=("loss", "the loss"))
 NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
 
@@ -19,11 +29,40 @@ class Supervised(Objective):
     """--loss sft."""
 
     loss = None  # is part of the model's pass over a batch
+    metrics = SUPERVISED
+
+    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+        found = super().largest_batch(schedule, documents, arch)
+        if documents is None:
+            return found
+        return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config))
 
     def __call__(
         self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         return batch_loss(model, batch, self.chunks, batch.get("width", 0)), NO_METRICS
 
+    @property
+    def trained_part(self) -> str:
+        return mask_text(self.config)
+
+    def trained_text(self, documents: Units) -> str:
+        return f", {documents.targets:,} of them trained{weighing(documents)}: {self.trained_part}"
+
     def evaluation(self, module) -> HeldOutLoss:
         return HeldOutLoss(module)
+
+
+def weighing(documents: Units) -> str:
+    """What the weights of the trained tokens add up to, where that is not their number."""
+    if documents.weight == documents.targets:
+        return ""
+    return f" (with weights that add up to {documents.weight:,.1f}, by which a loss is divided)"
+
+
+def mask_text(settings: Config | Encoder) -> str:
+    """What is trained, in words."""
+    names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
+    thoughts = f", thoughts times {settings.think_weight:g}" if settings.think_weight != 1 else ""
+    prompts = f", prompts times {settings.prompt_weight:g}" if settings.prompt_weight else ""
+    return names.get(settings.loss_mask, f"what follows {settings.loss_mask!r}") + thoughts + prompts

@@ -13,12 +13,9 @@ from rwkv_miss.adapter import check_parts
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
-from rwkv_miss.files.identity import Identity
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 
-from ..common.device import PRECISIONS
 from ..config import Config
-from ..config.launcher import is_first_process
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
 from ..data.recorded_tokenizer import recorded_tokenizer
@@ -26,9 +23,9 @@ from ..data.rwkv_template import RwkvTemplate
 from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
+from ..model.settings import dtype_of, dtype_of_base
 from .defaults import own_rank
 from .draft import Draft
-from .step import dtype_of
 
 
 def read_base(draft: Draft):
@@ -133,28 +130,3 @@ def build_model(
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model
-
-
-def dtype_of_base(config: Config, dtype: torch.dtype) -> torch.dtype | None:
-    """In which a base is read: full training keeps fp32, because everything is trained.
-
-    None: that of the file, as quantise() converts what it leaves.
-    """
-    if config.quant != "none":
-        return None
-    return dtype if config.adapter else torch.float32
-
-
-def reference_of(config: Config) -> Identity | None:
-    """Who the model of --reference is; None where the base itself is the reference."""
-    return Identity(config.reference, shown=is_first_process()) if config.reference else None
-
-
-def build_reference(config: Config) -> RWKV:
-    """The model of --reference, which computes as the base without its adapter does."""
-    dtype = PRECISIONS[config.precision]
-    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=config.wkv)
-    model.computes_in = dtype_of(config)
-    if config.quant != "none":
-        model.quantise(config.quant, dtype)
-    return model.requires_grad_(False).eval()

@@ -11,31 +11,21 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
+from ..objectives.kinds import objective_of
 from .draft import Draft
-from .step import unit_of
 
 # how the reason of a rate begins that no search has found
 GUESSED = "a first guess from method, rank and widths"
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
-ROWS, QUESTIONS = 8, 16  # rows in a step, and questions with --loss grpo
-# the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
-# 1/10 and 1/30 were measured on small models (docs/preferences.md)
-PREFERENCE_RATE = 1 / 20
-# the same of rewards: on the demo's model 3e-3 learns and 1e-2 collapses; a supervised one begins at 6e-3
-REWARD_RATE = 1 / 4
 STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
-# of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
-BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
-CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier faster than others rarer
 RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
 HELD_OUT = 100  # documents that are held out
 FEW = 0.05  # the largest share of the documents that is held out
 ENOUGH = 200  # steps; data that make less in one pass are read again
 PASSES = 5  # at most, where they are chosen
 WARM_UP = 0.05  # of a run's steps
-BETWEEN = 5  # evaluations of a run on rewards between the first and the last, at most
 # the search for a learning rate: steps of a trial and of all of them, and the run's part that these may be
 TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 1 / 4
 FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
@@ -43,48 +33,9 @@ SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
 def choose_loss(draft: Draft) -> None:
-    """Fill in the settings of a loss on preferences or rewards; under --loss sft nothing reads them.
-
-    The longest answer, max_tokens, is chosen with the data.
-    """
-    config = draft.config
-    if config.on_rewards:
-        choose_rewards(draft)
-    if not config.on_preferences:
-        return
-    if config.loss in BETAS:
-        draft.choose("beta", BETAS[config.loss], f"the usual one of --loss {config.loss}")
-    weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
-    if config.loss == "ipo":
-        weight = float(f"{1 / draft.config.beta:.3g}")  # IPO's own gradient is 1 / beta at first
-        reason = f"1 / beta, as much as the preference pulls; {reason}"
-    elif config.loss == "orpo":
-        reason = "a part of --loss orpo"
-    draft.choose("sft_weight", weight, reason)
-
-
-def choose_rewards(draft: Draft) -> None:
-    """Fill in rewards, clip_high, advantage_scale and beta of --loss grpo."""
-    config = draft.config
-    of_type = f"as in the paper of --grpo_type {config.grpo_type}"
-    draft.choose("rewards", {"exact": 1.0}, "the right answer, and nothing else")
-    wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
-    high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
-    draft.choose("clip_high", high, reason)
-    scale = "none" if config.grpo_type == "dr_grpo" else "group"
-    draft.choose("advantage_scale", scale, of_type)
-    draft.choose("beta", 0.0, "no KL, as rewards are checked and not learned")
-
-
-def judged_by(config: Config) -> Config:
-    """The settings whose loss decides between rates: the run's, with the cross entropy of the chosen answers
-    at least at weight 1.
-
-    A preference alone is the smaller the higher the rate, also where the right answers get lost.
-    """
-    if not config.on_preferences or config.sft_weight >= 1:
-        return config
-    return dataclasses.replace(config, sft_weight=1.0)
+    """Fill in what the loss has of its own; the longest answer, max_tokens, is chosen with the data."""
+    for choice in objective_of(draft.config).defaults():
+        draft.choose(*choice)
 
 
 def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
@@ -126,9 +77,9 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and config.eval_steps <= 0:
-        return 0.0, f"{counted(documents, unit_of(config))}, too few to leave some out"
+        return 0.0, f"{counted(documents, objective_of(config).unit)}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
-    return share, f"{counted(max(1, round(share * documents)), unit_of(config))} of {documents:,}"
+    return share, f"{counted(max(1, round(share * documents)), objective_of(config).unit)} of {documents:,}"
 
 
 def passes(steps: int, held_out: bool) -> tuple[int, str]:
@@ -163,7 +114,7 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
 
     Rewards may fall within a few steps, and best.pth is from an evaluation. Two are there anyway.
     """
-    between = min(BETWEEN, int(affordable) - 2)
+    between = min(objective_of(draft.config).evaluations_between, int(affordable) - 2)
     if between < 1:
         return
     inner_steps = draft.config.inner_steps
@@ -191,7 +142,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
         is_given = config.global_bsz or config.accumulate_grad_batches
-        if not is_given and _rows_of_a_step(config, rows) < usual_rows(config):
+        if not is_given and _rows_of_a_step(config, rows) < objective_of(config).usual_rows:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0)
@@ -205,7 +156,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """The ways to do a step, the fastest first."""
     most = _rows_of_a_process(config, rows)
-    sizes = [n for n in range(min(most, usual_rows(config)), 0, -1) if most % n == 0]
+    sizes = [n for n in range(min(most, objective_of(config).usual_rows), 0, -1) if most % n == 0]
     if config.global_bsz and config.accumulate_grad_batches:
         sizes = [most]
     for grad_cp in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
@@ -219,20 +170,15 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
     if config.global_bsz:
         return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
     if config.accumulate_grad_batches:
-        return usual_rows(config)
+        return objective_of(config).usual_rows
     return max(_rows_of_a_step(config, rows) // config.world, 1)
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
-    """A power of two up to usual_rows() with which the run has STEPS steps, if it can."""
-    most = usual_rows(config)
+    """A power of two up to usual_rows with which the run has STEPS steps, if it can."""
+    most = objective_of(config).usual_rows
     enough = most if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
     return 1 << max(min(enough, most), 1).bit_length() - 1
-
-
-def usual_rows(config: Config) -> int:
-    """The most rows that are chosen for a step."""
-    return QUESTIONS if config.on_rewards else ROWS
 
 
 def cheapest_fix(
@@ -320,8 +266,4 @@ def first_guess(config: Config, arch: Arch) -> float:
         rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum of its inputs
     else:
         rate = config.published_rate
-    if config.on_preferences and config.sft_weight == 0:
-        rate *= PREFERENCE_RATE
-    if config.on_rewards:
-        rate *= REWARD_RATE
-    return float(f"{rate:.2g}")
+    return float(f"{rate * objective_of(config).rate_share:.2g}")

@@ -20,24 +20,21 @@ from ..config import Config, accumulation, is_automatic
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
-from ..data.dataset import Documents, Loaded, load
 from ..data.encode import Encoder
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
     EVALUATION,
-    FORWARD,
-    USUAL_SAMPLE_TOKENS,
-    affordable,
     evaluations,
     hold_out,
     in_hash_order,
     paid_for,
-    questions,
 )
 from ..data.leading_token import leading_token
-from ..data.questions import LoadedQuestions, QuestionReader, Questions
 from ..data.tokenizer import Tokenizer
 from ..data.units import Units
+from ..objectives.base import TrainingData
+from ..objectives.kinds import objective_of
+from ..objectives.work import Speed
 from .defaults import (
     GUESSED,
     choose_batch,
@@ -50,18 +47,7 @@ from .defaults import (
     search_size,
 )
 from .draft import Draft
-from .memory import USABLE, fullest_rows, largest_batch, largest_shared, memory_parts, needed, reference_arch
-from .own_answers import (
-    evaluation_work,
-    largest_groups,
-    longest_answer,
-    needs_right,
-    tokens_of_draws,
-    training_work,
-    usual_length,
-)
-from .step import preference_of, prompt_reading, tokens_of_layouts, unit_of
-from .throughput import Speed, Work
+from .memory import USABLE, memory_parts, needed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
@@ -138,70 +124,28 @@ class Cost:
 def run_cost(plan: Plan, speed: Speed) -> Cost:
     """The cost of a run at this speed."""
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
-    data, evaluated = plan.data, plan.evaluated
-    memory = needed(estimate(config, arch, schedule, data.documents), config, device.accelerator)
+    documents, steps, objective = plan.data.documents, plan.steps, objective_of(plan.settings)
+    memory = needed(estimate(config, arch, schedule, documents), config, device.accelerator)
     room = USABLE * memory_of(device, config.world)
-    tokens, steps = trained_tokens(config, schedule), plan.steps
-    times = evaluations(config, steps) if evaluated else 0
-    if isinstance(data.documents, Questions):
-        tokens = schedule.repeats * sum(tokens_of_draws(schedule, steps, data.documents))
-        work = training_work(config, schedule, steps, data.documents)
-        read = sum(evaluation_work(evaluated) if times else [], start=Work(0)).times(times)
-        seconds = [part.seconds(speed) if speed.tokens else 0.0 for part in (work + read, read)]
-        drawing = Work(0, work.drawn).seconds(speed) if speed.tokens else 0.0
-        share = read.total / work.total
-        return Cost(memory, room, tokens, share, *seconds, 0.0, 0.0, drawing, provided(data.documents))
-    share = share_read(config, arch, schedule, data.documents)
-    held_out_tokens = float((evaluated.lengths - 1).sum()) * share
-    read = FORWARD * times * held_out_tokens * readings(config)
-    training = tokens * share * (1 + FORWARD * (readings(config) - 1))
-    asked = questions(data.held_out, config.eval_samples, data.encoder) if times else []
-    seconds = evaluation_seconds = search_seconds = reference_seconds = 0.0
-    if speed.tokens:
-        prompts = FORWARD * times * sum(len(question.prompt) for question in asked)
-        answers = times * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
-        evaluation_seconds = (read + prompts) / speed.tokens + answers
-        if is_automatic(config, "lr_init"):
-            size = search_size(steps)
-            part = size.trials * size.steps / steps
-            search_seconds = (1 + EVALUATION) * part * training / speed.tokens
-        once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
-        reference_seconds = reference_work(config, arch, once + held_out_tokens) / speed.tokens
-        seconds = training / speed.tokens + evaluation_seconds + search_seconds + reference_seconds
-    parts = (evaluation_seconds, search_seconds, reference_seconds)
-    return Cost(memory, room, tokens, read / training, seconds, *parts)
-
-
-def provided(asked: Questions) -> str:
-    """What an estimate of the time takes for granted."""
-    if asked.usual >= asked.max_tokens:
-        return f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
-    return f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
-
-
-def share_read(config: Config, arch: Arch, schedule: Schedule, documents: Units) -> float:
-    """The part of the tokens that is read; less than all where the prompts of pairs are read once."""
-    if not prompt_reading(config, documents, schedule, arch).shared:
-        return 1.0
-    separate, shared = tokens_of_layouts(documents, schedule)
-    return shared / separate
-
-
-def readings(config: Config) -> int:
-    """How often a unit is looked at: under kto once more with another prompt, for the baseline."""
-    return 2 if config.loss == "kto" else 1
-
-
-def reference_work(config: Config, arch: Arch, tokens: float) -> float:
-    """The pass of the reference over so many tokens, as tokens of the training."""
-    loss = preference_of(config)
-    if loss is None or not loss.needs_reference:
-        return 0.0
-    size = 1.0
-    if config.reference:
-        other = reference_arch(config)
-        size = other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
-    return FORWARD * size * readings(config) * tokens
+    data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
+    times = evaluations(config, steps) if plan.evaluated else 0
+    found = objective.times(data, arch, schedule, steps, times, speed)
+    search = 0.0
+    if is_automatic(config, "lr_init") and found.training:
+        size = search_size(steps)
+        search = (1 + EVALUATION) * size.trials * size.steps / steps * found.training
+    return Cost(
+        memory=memory,
+        room=room,
+        tokens=found.tokens,
+        evaluation=found.evaluation_share,
+        seconds=found.training + found.evaluation + search + found.reference,
+        evaluation_seconds=found.evaluation,
+        search_seconds=search,
+        reference_seconds=found.reference,
+        drawing_seconds=found.sampling,
+        provided=found.provided,
+    )
 
 
 def device_here(config: Config, head_size: int) -> Device:
@@ -257,56 +201,29 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
     bos = leading_token(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
-    loaded = load_file(config, config.data_file, encoder, found)
-    if config.on_rewards:
-        draft.choose("max_tokens", *longest_answer(config, loaded, tokenizer))
-        answer = draft.config.max_tokens - 1  # the first token is read after the last one of the prompt
-        length = row_length(loaded.longest + answer, config.chunk_ctx, 0, "question with its answer")
-    else:
-        length = row_length(loaded.longest, config.chunk_ctx, loaded.texts, unit_of(config))
-    draft.choose("ctx_len", *length)
-    documents = units_of(draft.config, loaded)
+    loaded = objective_of(config).load(config.data_file, encoder, found)
+    for choice in objective_of(config).defaults_by_data(loaded, tokenizer):
+        draft.choose(*choice)
+    longest, texts, unit = objective_of(draft.config).longest(loaded)
+    draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, unit))
+    documents = objective_of(draft.config).examples(loaded)
     draft.choose("eval_split", *held_out_share(config, len(documents)))
-    config = draft.config
+    config, objective = draft.config, objective_of(draft.config)
 
     def load_held_out(path: str) -> Units:
-        units = units_of(config, load_file(config, path, encoder, found))
-        if isinstance(units, Questions) and units.too_long:
-            found.notes.append(f"left out   {units.too_long_text(config.ctx_len)}")
+        units = objective.examples(objective.load(path, encoder, found))
+        if left_out := units.too_long_text(config.ctx_len):
+            found.notes.append(f"left out   {left_out}")
         return units
 
     train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):
-        alike = "word for word" if config.loss == "sft" else "whose prompts are"
         found.notes.append(
-            f"left out   {counted(both, unit_of(config))} of {config.data_file}, {alike} in"
+            f"left out   {counted(both, objective.unit)} of {config.data_file}, {objective.same} in"
             f" {config.eval_file} too"
         )
-    if isinstance(loaded, LoadedQuestions):
-        usual = usual_length(config, loaded, tokenizer)
-        train, held_out = (dataclasses.replace(part, usual=usual) for part in (train, held_out))
+    train, held_out = (objective.estimated(part, loaded, tokenizer) for part in (train, held_out))
     return Data(train, held_out, found, encoder)
-
-
-def load_file(config: Config, path: str, encoder: Encoder, found: Report) -> Loaded | LoadedQuestions:
-    """Read --data_file or --eval_file."""
-    reading, seed = Reading.of(config), config.random_seed
-    if config.on_rewards:
-        return QuestionReader(encoder, reading, found, needs_right(config)).load(path, seed)
-    return load(path, encoder, config.data_cache, reading, found, seed)
-
-
-def units_of(config: Config, loaded: Loaded | LoadedQuestions) -> Units:
-    """What a run with these settings has of a file."""
-    if isinstance(loaded, LoadedQuestions):
-        return loaded.units(config.ctx_len, config.group_size, config.max_tokens)
-    return loaded.units(config.ctx_len)
-
-
-def trained_tokens(config: Config, schedule: Schedule) -> float:
-    """Tokens of all steps of a run."""
-    passes = steps_of(config, schedule) / schedule.steps_per_pass
-    return passes * schedule.repeats * sum(schedule.lengths)
 
 
 def choose_evaluation(
@@ -319,22 +236,18 @@ def choose_evaluation(
     if not held_out:
         return held_out
     order, config = in_hash_order(held_out, draft.config.random_seed), draft.config
-    steps = steps_of(config, schedule)
-    if isinstance(held_out, Questions):
-        costs = np.array([work.total for work in evaluation_work(held_out.take(order))])
-        budget = EVALUATION * training_work(config, schedule, steps, held_out).total
-        # a run that goes on without them so far has no others
-        if not (before and is_automatic(before, "eval_steps")):
-            choose_eval_steps(draft, steps, budget / costs[: config.eval_docs or None].sum())
-        fits = paid_for(costs, budget / evaluations(draft.config, steps))
-    else:
-        times = evaluations(config, steps) * readings(config)
-        fits = affordable(held_out, order, trained_tokens(config, schedule), times)
+    steps, objective = steps_of(config, schedule), objective_of(config)
+    costs = objective.evaluation_costs(held_out.take(order))
+    budget = objective.evaluation_budget(held_out, schedule, steps)
+    # a run that goes on without them so far has no others
+    if objective.evaluations_between and not (before and is_automatic(before, "eval_steps")):
+        choose_eval_steps(draft, steps, budget / costs[: config.eval_docs or None].sum())
+    fits = paid_for(costs, budget / evaluations(draft.config, steps))
     if fits < len(order):
-        of_all = counted(len(order), f"held-out {unit_of(config)}")
+        of_all = counted(len(order), f"held-out {objective.unit}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
-        reason = f"all held-out {unit_of(config)}s take less than a tenth of the run"
+        reason = f"all held-out {objective.unit}s take less than a tenth of the run"
     draft.choose("eval_docs", min(fits, len(order)), reason)
     return held_out.take(np.sort(order[: draft.config.eval_docs]))
 
@@ -347,18 +260,19 @@ def estimate(
     Without the documents it is that of separate rows of one document, also for pairs whose prompts are read
     once.
     """
-    if isinstance(documents, Questions):
-        row, targets, shared = largest_groups(documents, config)
-    else:
-        row, targets = largest_batch(schedule, config)
-        shared = None
-    if config.on_preferences and documents is not None:
-        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
-        if prompt_reading(config, documents, sized, arch).shared:
-            shared = largest_shared(documents, sized)
-    inside = fullest_rows(documents, schedule, config) if isinstance(documents, Documents) else ()
+    sizes = objective_of(config).largest_batch(schedule, documents, arch)
     kernel, precision = config.wkv, config.precision
-    return memory_parts(arch, config, config.accelerator, kernel, precision, row, targets, shared, inside)
+    return memory_parts(
+        arch,
+        config,
+        config.accelerator,
+        kernel,
+        precision,
+        sizes.row,
+        sizes.targets,
+        sizes.shared,
+        sizes.documents,
+    )
 
 
 def memory_of(device: Device, world: int) -> int:
@@ -406,8 +320,8 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
     In a trial every process trains the whole model by itself, without ZeRO.
     """
     steps = steps_of(config, schedule)
-    if config.on_rewards:
-        return "a trial of a few steps has too few rewards to tell one rate from another"
+    if obstacle := objective_of(config).no_search():
+        return obstacle
     if search_size(steps) is None:
         return f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} too few to try rates in"
     deepspeed = config.strategy.startswith("deepspeed")

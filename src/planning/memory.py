@@ -22,11 +22,9 @@ too. Stage 3: base and trained too.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from rwkv_miss.files.checkpoint import Arch
@@ -36,12 +34,11 @@ from ..common.available_memory import MIB
 from ..common.device import PRECISIONS
 from ..common.zero_sizes import SIZES
 from ..config import Config
-from ..data.batches import Schedule
-from ..data.preferences import Preferences
-from ..data.units import Units
-from ..model import RWKV, read_model_file
-from .drawing import draw_bytes
-from .step_memory import SharedPrompts, StepBytes, model_on_meta, step_bytes
+from ..model import RWKV
+from ..objectives.batch_sizes import SharedPrompts
+from ..objectives.kinds import objective_of
+from ..objectives.reference_model import reference_arch
+from .step_memory import StepBytes, model_on_meta, step_bytes
 
 # glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
 # of up to 32 MiB: 0.4 to 0.9 was seen with glibc 2.41 (benchmarks/memory.py).
@@ -56,43 +53,7 @@ DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 # form on a CPU, which makes two
 TEMPORARIES = {"cpu": 2, "gpu": 1}
 SUB_GROUP = 10**9  # numbers of its share that a process of stage 3 updates at once, DeepSpeed's default
-LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
-
-
-def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
-    """(tokens of the longest row, most targets in micro_bsz rows); no micro-batch is larger."""
-    most = heapq.nlargest(config.micro_bsz, schedule.targets)
-    row = min(max(schedule.lengths), config.ctx_len)
-    return row, max(1, min(sum(most), row * config.micro_bsz))
-
-
-def fullest_rows(documents: Units, schedule: Schedule, config: Config) -> list[list[int]]:
-    """Return the lengths of the documents in the micro_bsz rows that have most of them."""
-    rows = heapq.nlargest(config.micro_bsz, schedule.rows, key=len)
-    return [(documents.lengths[row] - 1).tolist() for row in rows]
-
-
-def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompts:
-    """The micro-batch of the first pass that has most tokens where prompts are read once.
-
-    Of a long pass LOOKED_AT steps are looked at.
-    """
-    prompts = preferences.prompt_lengths
-    answers = preferences.answers.lengths - prompts
-    most = SharedPrompts(0, 0, 0)
-    count = schedule.steps_per_pass
-    for step in np.unique(np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(int)).tolist():
-        for group in range(schedule.accumulate * schedule.world):
-            rows = schedule.micro_rows(step, *divmod(group, schedule.world))
-            pairs = np.array([unit for row in rows for unit in schedule.rows[row]], np.int64)
-            if not len(pairs):
-                continue
-            longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())
-            prompt = max(1, prompts[2 * pairs].max() - 1)
-            found = SharedPrompts(len(pairs), int(prompt), int(longest))
-            most = max(most, found, key=lambda sizes: sizes.tokens)
-    return most
 
 
 class Zero(NamedTuple):
@@ -173,12 +134,13 @@ def memory_parts(
         # the backward is over before; of `gradients` the update has its own
         of_backward = parts["gradients"] + buckets + parts["activations"] + parts["working"]
         parts["update"] = max(0.0, update_bytes(zero, trained, accelerator) - of_backward)
-    if config.on_rewards:
-        # drawing is over before the forward begins
+    objective = objective_of(config)
+    if sampling := objective.sampling_bytes(arch, precision, accelerator):
+        # it is over before the forward begins
         of_step = parts["activations"] + parts["working"]
-        parts["drawing"] = max(0.0, draw_bytes(config, arch, precision, accelerator) - of_step)
-        if config.reference:  # it stays, as each draw is looked at
-            parts["reference"] = held_by_reference(config, precision)
+        parts["drawing"] = max(0.0, sampling - of_step)
+    if config.reference and objective.keeps_reference:
+        parts["reference"] = held_by_reference(config, precision)
     elif config.reference:
         # the pass is over before there are gradients, moments, copies and a step
         rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
@@ -215,11 +177,6 @@ def held_by_reference(config: Config, precision: str) -> float:
         model = RWKV(reference_arch(config))
     size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
     return size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
-
-
-def reference_arch(config: Config) -> Arch:
-    """The sizes of the model of --reference."""
-    return Arch.detect(read_model_file(config.reference))
 
 
 def saved_by_quant(model: RWKV, quant: str, size: int) -> int:

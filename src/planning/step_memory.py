@@ -26,11 +26,12 @@ from rwkv_miss.quantised import empty
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..model import RWKV
-from ..model.batch_loss import batch_loss, state_bytes
-from ..model.log_probs import token_log_probs
+from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
+from ..model.settings import chunks_of
+from ..objectives.batch_sizes import SharedPrompts
+from ..objectives.kinds import objective_of
 from ..ops import per_document
-from .step import chunks_of, grpo_of, preference_of
 
 # glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
 # back when it is freed.
@@ -48,25 +49,6 @@ class StepBytes:
     peak: float  # most that live at one time
     small: float  # most that live in blocks of at most HEAP_LIMIT
     large: float  # most that live in larger blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedPrompts:
-    """The sizes of a micro-batch in which prompts are read once, padding included."""
-
-    prompts: int
-    prompt: int  # tokens of the longest, without its last one
-    answer: int  # inputs of the longest, of which the last token of its prompt is the first
-    each: int = 2  # answers of a prompt
-
-    @property
-    def rows(self) -> int:
-        """Answers in all."""
-        return self.prompts * self.each
-
-    @property
-    def tokens(self) -> int:
-        return self.prompts * self.prompt + self.rows * self.answer
 
 
 def model_on_meta(arch: Arch, config: Config) -> RWKV:
@@ -157,7 +139,7 @@ def _count(
             for block in model.blocks:
                 block.att.kernel = "cpu"
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
-        packed = config.packing or config.on_rewards  # the answers to a question share a row
+        packed = objective_of(config).packs
         # with an initial state documents are cut out of their rows, where these have several
         packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
         batch = _batch(config, row, targets, packed)
@@ -171,7 +153,7 @@ def _count(
         ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward):
-                loss = _loss(model, batch, config)
+                loss, _ = objective_of(config)(model, batch)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
@@ -201,21 +183,13 @@ def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[Non
         per_document.layout = layout
 
 
-def _loss(model: RWKV, batch: dict, config: Config) -> Tensor:
-    """What a step takes the gradient of."""
-    chunks, of_answers = chunks_of(config), preference_of(config) or grpo_of(config)
-    if of_answers is None:
-        return batch_loss(model, batch, chunks)
-    return of_answers(token_log_probs(model, batch, chunks), batch)[0]
-
-
 def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
     """As the run's own batches are made, with equal shares of the trained tokens in equal chunks."""
     size, rows = config.chunk_ctx or row, config.micro_bsz
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
     trained = torch.zeros(sum(counts), dtype=torch.int64)
     return {
-        **_beside(config, rows, trained),
+        **objective_of(config).beside(rows, trained),
         "ids": torch.zeros(rows, row, dtype=torch.int64),
         "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
         "where": trained,
@@ -224,22 +198,6 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
         "ends": tuple(itertools.accumulate(counts)),
         "chunk": config.chunk_ctx,
     }
-
-
-def _beside(config: Config, rows: int, trained: Tensor) -> dict:
-    """What a batch has of answers beside tokens."""
-    drawn = torch.zeros(len(trained))
-    if config.on_rewards:
-        old = drawn if config.inner_steps > 1 else None
-        reference = drawn if config.beta else None
-        advantage = torch.zeros(rows * config.group_size)
-        return {"answer": trained, "advantage": advantage, "drawn": drawn, "old": old, "reference": reference}
-    if not config.on_preferences:
-        return {}
-    # how many answers there are is not known; what there is of each is a few numbers
-    reference = drawn if preference_of(config).needs_reference else None
-    chosen = torch.arange(2 * rows) % 2 == 0
-    return {"answer": trained, "chosen": chosen, "reference": reference, "baseline": 0.0}
 
 
 def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:

@@ -18,7 +18,8 @@ from ..data.batches import Schedule
 from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
-from .drawing import rows_of_draw
+from ..objectives.kinds import objective_of
+from ..objectives.work import Speed
 from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
@@ -26,45 +27,6 @@ WIDE = 2048  # channels from which a model is so slow that a shorter row is time
 TOKENS = {False: 256, True: 64}  # of one row, in a narrow model and in a wide one
 SECONDS = 1.0  # after so much time nothing is timed again
 NOISE = 99_991  # random numbers that weights are made of; a prime, so that no two rows of a matrix are alike
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """How fast a run is, and where that is known from."""
-
-    tokens: float  # trained a second, 0 where nothing tells
-    answer: float = 0.0  # seconds for one more token of all sample answers together
-    source: str = ""
-    drawn: float = 0.0  # tokens of answers a second, where a run draws them; 0: as DRAWN has it
-
-
-# The time of a drawn token, as a share of a trained one's: 128 answers of the demo's model took 0.10 s to
-# draw, and 0.19 s to train on with their prompts.
-DRAWN = 0.6
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a part of a run does, in tokens."""
-
-    trained: float  # what is only read counts as a part of a trained one
-    drawn: float = 0.0  # one after another, in answers that are drawn together
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.trained + other.trained, self.drawn + other.drawn)
-
-    def times(self, count: float) -> Work:
-        return Work(count * self.trained, count * self.drawn)
-
-    @property
-    def total(self) -> float:
-        """As so many trained tokens."""
-        return self.trained + DRAWN * self.drawn
-
-    def seconds(self, speed: Speed) -> float:
-        if not speed.drawn:
-            return self.total / speed.tokens
-        return self.trained / speed.tokens + self.drawn / speed.drawn
 
 
 def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
@@ -123,8 +85,8 @@ def measured_speed(
     seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
     source = "two layers and the head were timed here just now, on random numbers"
     source = f"{source}; loading, saving and the optimizer are not in it"
-    if config.on_rewards:
-        rows = rows_of_draw(config, arch, precision, "gpu" if device == "cuda" else "cpu")
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    if rows := objective_of(config).sampled_at_once(arch, precision, accelerator):
         return Speed(tokens / seconds, source=source, drawn=rows / next_tokens(rows))
     answer = next_tokens(config.eval_samples) if config.eval_samples else 0.0
     return Speed(tokens / seconds, answer, source)

@@ -9,12 +9,11 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
-from ..data.encode import Encoder
+from ..data.formats import places_text
 from ..data.leading_token import describe_leading
 from ..data.units import Units
+from ..objectives.kinds import objective_of
 from ..planning.job import Data
-from ..planning.step import unit_of
-from .preference_text import left_out, too_long_text
 
 
 def documents_line(config: Config, found: Data) -> str:
@@ -25,13 +24,9 @@ def documents_line(config: Config, found: Data) -> str:
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
     leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
-    trained = f", {documents.targets:,} of them trained{weighing(documents)}: {mask(config)}"
-    if config.on_preferences:
-        trained = f", {documents.targets:,} of them in answers"
-    elif config.on_rewards:
-        trained = " of prompts"
+    trained = objective_of(config).trained_text(documents)
     line = (
-        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), unit_of(config))}"
+        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.unit)}"
         f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
         f" {encoder.template.name}{leading}){left_out(config, found)}"
     )
@@ -40,10 +35,11 @@ def documents_line(config: Config, found: Data) -> str:
 
 def rows(config: Config, schedule: Schedule) -> str:
     """How documents lie in rows."""
-    if config.on_rewards:
-        return f"up to {counted(max(schedule.lengths), 'token')} for a question with its answers"
+    objective, longest = objective_of(config), counted(max(schedule.lengths), "token")
+    if objective.one_row:
+        return f"up to {longest} for a {objective.one_row}"
     if not config.packing:
-        return f"rows of up to {counted(max(schedule.lengths), 'token')}, a {unit_of(config)} in each"
+        return f"rows of up to {longest}, a {objective.unit} in each"
     return f"rows of {config.ctx_len} tokens, {fullness(config, schedule):.0%} full"
 
 
@@ -54,10 +50,9 @@ def fullness(config: Config, schedule: Schedule) -> float:
 
 def data(config: Config, documents: Units, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
-    count = counted(len(documents), unit_of(config))
-    trained = " of prompts" if config.on_rewards else f", loss on {documents.targets:,}"
+    count, trained = counted(len(documents), documents.unit), objective_of(config).targets_text(documents)
     lines = [f"data       {count}, {counted(documents.tokens, 'token')}{trained}"]
-    if too_long := too_long_text(config, documents):
+    if too_long := documents.too_long_text(config.ctx_len):
         lines.append(f"left out   {too_long}")
     if config.packing and not documents.alone:
         lines.append(
@@ -78,12 +73,9 @@ def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
     if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    unit = unit_of(config)
-    source, taken = recorded(config.eval_file or config.data_file), counted(len(evaluated), unit)
-    looked_at = f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
-    if config.on_rewards:
-        looked_at = f"{taken} of them {'is' if len(evaluated) == 1 else 'are'} answered"
-    return [f"held out   {counted(len(held_out), unit)} of {source}{cut}; {looked_at}"]
+    source, objective = recorded(config.eval_file or config.data_file), objective_of(config)
+    count, looked_at = counted(len(held_out), objective.unit), objective.evaluated_text(evaluated)
+    return [f"held out   {count} of {source}{cut}; {looked_at}"]
 
 
 def rewritten(documents: Units) -> list[str]:
@@ -106,23 +98,11 @@ def cut_warnings(config: Config, documents: Units) -> Iterator[str]:
         yield f"{left_out} left out: nothing in the first {config.ctx_len} tokens is trained"
 
 
-def weighing(documents: Units) -> str:
-    """What the weights of the trained tokens add up to, where that is not their number."""
-    if documents.weight == documents.targets:
-        return ""
-    return f" (with weights that add up to {documents.weight:,.1f}, by which a loss is divided)"
-
-
-def mask(settings: Config | Encoder) -> str:
-    """What is trained, in words."""
-    names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
-    thoughts = f", thoughts times {settings.think_weight:g}" if settings.think_weight != 1 else ""
-    prompts = f", prompts times {settings.prompt_weight:g}" if settings.prompt_weight else ""
-    return names.get(settings.loss_mask, f"what follows {settings.loss_mask!r}") + thoughts + prompts
-
-
-def trained_part(config: Config) -> str:
-    """mask(), and of a preference or reward the answers."""
-    if config.on_rewards:
-        return "the answers that are drawn"
-    return "the answers that are compared" if config.on_preferences else mask(config)
+def left_out(config: Config, found: Data) -> str:
+    """What of the rows teaches nothing or does not fit, for the end of a line; nothing where all do."""
+    parts = [found.documents.too_long_text(config.ctx_len)]
+    for file in found.found.files.values():
+        for reason, (count, places) in file.left_out.items():
+            parts.append(f"{counted(count, 'row')} in which {reason}: {places_text(count, places)}")
+    told = "; ".join(filter(None, parts))
+    return f"; left out: {told}" if told else ""

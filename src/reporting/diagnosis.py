@@ -15,10 +15,11 @@ from typing import NamedTuple
 from ..config import Config
 from ..config.schema import PUBLISHED
 from ..evaluation.rewards import RANGES
-from ..objectives.loss_metrics import ACCURACIES, percent
+from ..objectives.kinds import objective_of
+from ..objectives.loss_metrics import percent
+from ..objectives.preferences.metrics import ACCURACIES
 from ..planning.draft import CHOSEN
 from ..training.validation_log import all_right, answers_as_before, base_wins, evaluation_at
-from .preference_text import held_out_units
 
 WINDOW = 10  # steps that are looked at together
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
@@ -56,9 +57,9 @@ class Facts:
         searched: bool = False,
     ):
         self.config, self.lines, self.top, self.history = config, lines, top, history
-        self.origin, self.searched, self.by_loss = origin, searched, not config.on_rewards
+        self.origin, self.searched, self.by_loss = origin, searched, objective_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
-        self.steps, self.documents = steps_text(self.last), held_out_units(config)
+        self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).unit}s"
         self.range = None if self.by_loss else bounds(config)  # of a reward
         self.is_enough = step is not None or len(lines) >= WINDOW
         ends = evaluation_at(history, 0), evaluation_at(history, step)
@@ -383,7 +384,9 @@ def diagnosis(
 ) -> Diagnosis | None:
     """What speaks against a run that has ended; None for one that has learnt. The rest is as in Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
-    windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)] if config.on_rewards else []
+    windows = []
+    if not objective_of(config).metrics.by_loss:
+        windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
     facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, origin, searched)
     found = [rule for rule in RULES if rule.when(facts)]
     if all(rule.is_note for rule in found):

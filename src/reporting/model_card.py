@@ -19,10 +19,10 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
-from ..objectives.loss_metrics import LossMetrics, metrics_of
+from ..objectives.kinds import objective_of
+from ..objectives.loss_metrics import LossMetrics
 from ..training.validation_log import best_trained
 from .curves import pictures
-from .preference_text import describe_loss
 from .run_card import table, training_score
 
 README = "README.md"
@@ -54,8 +54,8 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         "## What was trained",
         table(["", ""], _trained(config, arch, metadata, metrics, summary)),
         "## What was measured",
-        table(["", ""], _measured(metrics_of(config), summary, history)),
-        *pictures(metrics_of(config)),
+        table(["", ""], _measured(objective_of(config).metrics, summary, history)),
+        *pictures(objective_of(config).metrics),
         "## How to use it",
         _usage(_base(config, metadata), name, is_adapter),
     ]
@@ -125,7 +125,7 @@ def _trained(
         if config.peft != "none"
         else "full training",
         "whole tensors": config.train_parts,
-        "loss": describe_loss(config) if config.loss != "sft" else "",
+        "loss": objective_of(config).description,
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"
         f" {sum(line['trained_tokens'] for line in metrics):,} of them trained",

@@ -15,16 +15,16 @@ from ..data.batches import Schedule
 from ..data.chat_template import Template
 from ..data.held_out import evaluations
 from ..data.leading_token import describe_leading
-from ..data.questions import Questions
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
+from ..model.settings import chunks_of
+from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
 from ..planning.draft import CHOSEN
 from ..planning.job import Cost, Plan, steps_of
 from ..planning.launches import slow_line
-from ..planning.step import chunks_of, unit_of
 from ..training.loggers import describe_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor, state_learning_rate
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
@@ -34,11 +34,8 @@ from .data_text import (
     documents_line,
     held_out,
     rows,
-    trained_part,
 )
 from .document_text import short_unit, unit_sample
-from .preference_text import loss_lines, loss_warnings
-from .reward_text import long_answers
 from .run_card import CARD
 
 LINES = 14  # of the plan, at most
@@ -66,7 +63,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         documents_line(config, run.data),
         *released_modes(config, run.template),
         f"{steps(config, run.schedule, run.steps, len(run.data.documents))}; {rows(config, run.schedule)}",
-        *loss_lines(config, run.data.documents, run.schedule, run.arch),
+        *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
         f"trained    {trained(config, model)}",
         f"rates      {rates(config, run.steps, run.origins)}{above_guess(config, run.arch)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
@@ -120,7 +117,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {template_text(run.template)}, loss on {trained_part(config)}"
+        f"template   {template_text(run.template)}, loss on {objective_of(config).trained_part}"
         f"{asks_otherwise(run.template)}; {describe_leading(run.data.encoder.bos)}",
         f"tokenizer  {run.tokenizer.name}; first sample, trained part between the marks:",
         unit_sample(documents[0], run.tokenizer),
@@ -171,7 +168,7 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
 
 def above_guess(config: Config, arch: Arch) -> str:
     """That a rate is far above the first guess, for a loss that has no search for it; else nothing."""
-    if not config.on_rewards or config.lr_init <= FAR * (guess := first_guess(config, arch)):
+    if not objective_of(config).no_search() or config.lr_init <= FAR * (guess := first_guess(config, arch)):
         return ""
     return f"; {config.lr_init / guess:.3g} times the first guess, {guess:g}: rewards may collapse"
 
@@ -198,21 +195,21 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     """The line of the plan about the loss on `evaluated` of `held` documents, or about the answers to so many
     questions, in a run of `total` steps.
     """
+    objective, unit = objective_of(config), objective_of(config).unit
     if not held:
         return (
-            f"evaluation none: no {unit_of(config)}s are held out (--eval_file FILE or --eval_split 0.05"
+            f"evaluation none: no {unit}s are held out (--eval_file FILE or --eval_split 0.05"
             " would tell what the run is worth)"
         )
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps > 0 else ""
     stop = ""
     if config.early_stop > 0:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
-    what = "greedy answers to" if config.on_rewards else "loss on"
-    asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
-    if config.on_rewards:  # samples are some of the answers that are counted anyway
-        asked = ""
+    asked = ""
+    if config.eval_samples and objective.asks_samples:
+        asked = f" and {counted(config.eval_samples, 'sample answer')}"
     return (
-        f"evaluation {what} {evaluated:,} of {counted(held, f'held-out {unit_of(config)}')}{asked}, "
+        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {unit}')}{asked}, "
         f"{evaluations(config, total)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
@@ -221,9 +218,8 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
 def warnings(run: Plan, cost: Cost) -> list[str]:
     """What of the data, the device or the settings is probably not meant so."""
     config, device, documents = run.settings, run.device, run.data.documents
-    texts = [*cut_warnings(config, documents), *loss_warnings(config, documents)]
-    if isinstance(documents, Questions) and (long := long_answers(documents, run.tokenizer)):
-        texts.append(long)
+    of_loss = objective_of(config).warnings(documents, run.tokenizer)
+    texts = [*cut_warnings(config, documents), *of_loss]
     if bad := run.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
@@ -270,18 +266,17 @@ def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str
 
     A given number of steps is more passes where documents share rows.
     """
-    passes = total / schedule.steps_per_pass
+    passes, objective = total / schedule.steps_per_pass, objective_of(config)
     length = ""
     if config.epoch_steps and documents > len(schedule.rows):
         length = f", or {total * schedule.rows_per_step / documents:.3g} with --packing 0"
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     if config.early_stop > 0:
-        risen = "reward falls" if config.on_rewards else "loss rises"
+        risen = "loss rises" if objective.metrics.by_loss else "reward falls"
         length += f"; ends early when the held-out {risen}"
-    unit = unit_of(config) if config.on_rewards else "row"
     return (
-        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, unit)} "
+        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
         f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}"
     )

@@ -6,13 +6,13 @@ import math
 import os
 
 from ..config import Config, command
-from ..objectives.loss_metrics import LossMetrics, loss_text, metrics_of, percent
+from ..objectives.kinds import objective_of
+from ..objectives.loss_metrics import LossMetrics, loss_text, percent
 from ..objectives.rewards.samples import answer_text
 from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
 from .diagnosis import Diagnosis, bounds, kl_in_words
-from .preference_text import held_out_units, loss_unit
 from .run_log import RunLog
 
 CARD = "run_card.md"
@@ -29,7 +29,7 @@ def card(
     doubted: Diagnosis | None,
 ) -> str:
     """The text of run_card.md: what was run, what came of it, and what it changed."""
-    described, metrics = metrics_of(config), log.metrics
+    described, metrics = objective_of(config).metrics, log.metrics
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
@@ -57,7 +57,7 @@ def card(
         *pictures(described),
         *_training_metrics(described, metrics),
         *_drawn(log.drawn),
-        f"## {held_out_units(config).capitalize()}",
+        f"## Held-out {objective_of(config).unit}s",
         *_validation(config, summary, log.history),
         "## Forgetting",
         *_forgetting(config, summary),
@@ -138,14 +138,14 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
             "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that"
             " it was not trained on."
         ]
-    described = metrics_of(config)
+    described = objective_of(config).metrics
     first, last, top = history[0], history[-1], best_trained(history)
     states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
         states[f"best, step {top['step']}"] = top
     rows = []
     if described.by_loss:
-        rows.append([f"loss, {loss_unit(config)}", *map(loss_text, states.values())])
+        rows.append([f"loss, per {described.loss_of}", *map(loss_text, states.values())])
     rows += [[title, *values] for _, title, values in described.rows([*states.values()])]
     parts = [table(["", *states], rows)]
     if "best" in summary:
@@ -197,15 +197,15 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
             " which it is very large."
         ),
     ]
-    described = metrics_of(config)
+    described = objective_of(config).metrics
     first, last = (summary.get(f"{described.in_summary}_{end}") for end in ("first", "last"))
     if first is not None and last is not None:
         change = last - first
         moved = f"rose by {change:.4f}" if change > 0 else f"fell by {-change:.4f}"
-        unit = f" {loss_unit(config)}" if described.by_loss else ""
+        unit = f" per {described.loss_of}" if described.by_loss else ""
         parts.append(
-            f"Beside it stands what came of the training: on {held_out_units(config)} the {described.score}"
-            f" {moved}{unit}."
+            f"Beside it stands what came of the training: on held-out {objective_of(config).unit}s the"
+            f" {described.score} {moved}{unit}."
         )
     return parts
 

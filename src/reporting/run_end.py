@@ -13,7 +13,8 @@ from rwkv_miss.version import VERSION, commit
 
 from ..common.files import write_text
 from ..config import Config
-from ..objectives.loss_metrics import LossMetrics, metrics_of
+from ..objectives.kinds import objective_of
+from ..objectives.loss_metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_over
 from .curves import draw_pictures
@@ -57,7 +58,7 @@ def finish(
             "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is"
             " odd in the data or the base"
         )
-    described = metrics_of(config)
+    described = objective_of(config).metrics
     draw_pictures(described, metrics, history, config.proj_dir)
     summary = {
         "version": VERSION,
@@ -88,7 +89,7 @@ def finish(
 
 def _validation_summary(config: Config, history: list[dict]) -> dict:
     """What run.json says of the held-out documents and of best.pth."""
-    described = metrics_of(config)
+    described = objective_of(config).metrics
     name, summary = described.in_summary, {}
     if history:
         ends = {"first": history[0], "last": history[-1]}
@@ -122,7 +123,7 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
     if is_over(history, config.early_stop):
         count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
         once, never = "loss fell no further", "loss did not fall"
-        if config.on_rewards:
+        if not objective_of(config).metrics.by_loss:
             once, never = "reward rose no further", "reward did not rise"
         stopped = once if best_trained(history) else never
         return f"ended early, as the held-out {stopped}{count}"
@@ -142,7 +143,7 @@ def _last_words(
     """What a run prints at its end: what came of it, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
-    described = metrics_of(config)
+    described = objective_of(config).metrics
     what = "loss" if described.by_loss else "reward of drawn answers"
     lines = [
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, {what}"
@@ -150,7 +151,7 @@ def _last_words(
     ]
     # a run that was stopped may have done steps after its last evaluation, or have only that of before them
     last = history[-1]["step"] if history else 0
-    if last and config.on_rewards and (known := held_out_words(config, last, history)):
+    if last and not described.by_loss and (known := held_out_words(config, last, history)):
         when = "" if last == summary["steps"] else f", at step {last}"
         lines.append(f"held out:  {known}{when}; {described.evaluation_text(history[-1], with_score=False)}")
     elif last and (known := described.evaluation_text(history[-1])):

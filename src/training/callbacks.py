@@ -33,7 +33,7 @@ from ..data.tokenizer import Tokenizer
 from ..distributed.process_group import over_ranks, processes_of
 from ..evaluation.guessing import worse_than_guessing
 from ..objectives.base import BetweenSteps, StepSize
-from ..objectives.loss_metrics import metrics_of
+from ..objectives.kinds import objective_of
 from .loggers import Writer
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
@@ -119,7 +119,7 @@ class StepReport(Callback):
             # a resumed run does the steps after its checkpoint again
             before = read_lines(self.path, trainer.global_step)
             write_lines(self.path, before)
-            self.metrics = metrics_of(module.config)
+            self.metrics = objective_of(module.config).metrics
             self.early_warning = self.warnings(module.config, before)
         self.inner_steps = module.config.inner_steps
         self.last_good.start(trainer)

@@ -19,7 +19,6 @@ from rwkv_miss.progress import progress
 
 from .. import ops
 from ..config import Config
-from ..data.answer_batches import collator
 from ..data.batches import Schedule, make_schedule
 from ..data.collate import to_device
 from ..data.held_out import evaluation_batches
@@ -29,8 +28,6 @@ from ..model import RWKV
 from ..objectives.base import Objective, TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.policy import policy_of
-from ..planning.defaults import judged_by
-from ..planning.step import prompt_reading
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
@@ -69,7 +66,7 @@ def trials(
         tried = dataclasses.replace(config, **{setting: rate})
         with put_back(model):
             watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
-            trial = trial_of(model, judged_by(tried), rate, list(watched), held_out)
+            trial = trial_of(model, objective_of(tried).judged_by(), rate, list(watched), held_out)
         yield trial
 
 
@@ -90,7 +87,7 @@ def with_reference(
     model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
 ) -> tuple[Units, Units]:
     """Give both the values of the reference where the loss needs them, for so many steps."""
-    shared = prompt_reading(config, documents, schedule, model.arch).shared
+    shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
     data, policy = TrainingData(documents, held_out, held_out), policy_of(model, config)
     found = objective_of(config).with_reference(data, schedule, steps, policy, shared)
     return found.documents, found.evaluated
@@ -134,7 +131,7 @@ def train(
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    shared = prompt_reading(config, documents, schedule, model.arch).shared
+    shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
     objective, policy = objective_of(config), policy_of(model, config, processes)
     feed = objective.feed(TrainingData(documents), schedule, range(steps), policy, shared)
     batches = iter(feed)
@@ -193,7 +190,7 @@ def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Proce
     device, objective = model.emb.weight.device, objective_of(config)
 
     def batches(documents: Units) -> Iterator[dict]:
-        collate = collator(documents, objective.chunks.size)
+        collate = documents.collator(objective.chunks.size)
         mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
             batch = collate(rows, 1)

@@ -40,8 +40,7 @@ from ..model.log_probs import token_log_probs
 from ..objectives.base import Feed, TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.policy import Policy
-from ..planning.base_model import reference_of
-from ..planning.step import prompt_reading
+from ..objectives.reference_model import reference_of
 from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
 
@@ -103,7 +102,7 @@ class FineTuning(pl.LightningModule):
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
-        reading = prompt_reading(self.config, self.data.documents, self.schedule, self.model.arch)
+        reading = self.objective.prompt_reading(self.data.documents, self.schedule, self.model.arch)
         self.shared = reading.shared  # whether the prompt of a pair is read once
         config = self.config
         # stage 3 has the model's parts in the processes later, see ReferenceAtStart

@@ -11,7 +11,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
 from ..common.files import append_line, write_lines
-from ..objectives.loss_metrics import metrics_of
+from ..objectives.kinds import objective_of
 from .callbacks import StepReport, refuse_overwritten
 from .validation_log import BEST, VALIDATION, best_trained, describe, is_over
 
@@ -40,7 +40,7 @@ class Watch(Callback):
         self.evaluation.start(trainer)
 
     def on_train_start(self, trainer, module) -> None:
-        self.metrics = metrics_of(module.config)
+        self.metrics = objective_of(module.config).metrics
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
         self._if_due(trainer, module)

@@ -17,7 +17,7 @@ from src.data.collate import to_device, trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors
-from src.planning.step import chunks_of, dtype_of
+from src.model.settings import chunks_of, dtype_of
 from src.planning.step_memory import model_on_meta
 
 from .device import FakeGpu

@@ -24,11 +24,11 @@ from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
+from src.model.settings import chunks_of
+from src.objectives.work import Speed
 from src.planning import memory as planned_memory
 from src.planning.defaults import SHORTEST_SEARCHED
-from src.planning.step import chunks_of
 from src.planning.step_memory import StepBytes, step_bytes
-from src.planning.throughput import Speed
 from src.training import forgetting, rate_search, validation
 from src.training.optimizer import parameter_groups
 from src.training.run_folder import RATE_SEARCH

@@ -20,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from src.config import Config
 from src.model import default_arch
 from src.model.batch_loss import batch_loss
+from src.model.settings import chunks_of
 from src.planning.memory import memory_parts
-from src.planning.step import chunks_of
 from src.training.optimizer import parameter_groups
 
 from .device import FakeGpu

@@ -6,25 +6,176 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor
+
+from rwkv_miss.files.checkpoint import Arch
+
 from ... import ops
+from ...common.formatting import counted
+from ...config import Config, accumulation, is_automatic
 from ...data.batches import Schedule
+from ...data.held_out import FORWARD
+from ...data.preferences import Preferences
+from ...data.tokenizer import Tokenizer
 from ...data.units import Units
 from ...model.preference_loss import PreferenceLoss
-from ...planning.step import preference_of
-from ..base import Evaluated, Feed, Objective, TrainingData
+from ..base import Evaluated, Feed, Objective, PromptReading, TrainingData
+from ..batch_sizes import BatchSizes, largest_shared
 from ..from_reference import ReferenceKl
 from ..held_out_loss import HeldOutLoss
+from ..loss_metrics import LossMetrics
 from ..policy import Policy
+from ..reference_model import reference_arch
 from .kto_baseline import WithBaseline, baseline
+from .metrics import PREFERENCES
+from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
 from .reference import ReferencePass
+from .words import describe_loss, loss_warnings
+
+# of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
+BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
+# the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
+# 1/10 and 1/30 were measured on small models (docs/preferences.md)
+RATE_SHARE = 1 / 20
 
 
 class OnPreferences(Objective):
     """A loss on pairs of answers, or under kto on single ones."""
 
+    same = "whose prompts are"
+
     @functools.cached_property
     def loss(self) -> PreferenceLoss:
-        return preference_of(self.config)
+        config = self.config
+        return PreferenceLoss(
+            config.loss,
+            beta=config.beta,
+            sft_weight=config.sft_weight,
+            average=config.loss_average == "mean",
+            label_smoothing=config.label_smoothing,
+            gamma=config.simpo_gamma,
+            orpo_lambda=config.orpo_lambda,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+
+    @property
+    def unit(self) -> str:
+        return "pair" if self.loss.paired else "answer"
+
+    @property
+    def metrics(self) -> LossMetrics:
+        return dataclasses.replace(PREFERENCES, loss_of=self.unit)
+
+    @property
+    def looks(self) -> int:
+        """Under kto each example is looked at once more with another prompt, for the baseline."""
+        return 1 if self.loss.paired else 2
+
+    @property
+    def rate_share(self) -> float:
+        """A preference alone gets a smaller rate than what has the cross entropy of right answers in it."""
+        return RATE_SHARE if self.config.sft_weight == 0 else 1.0
+
+    def defaults(self) -> Iterator[tuple[str, object, str]]:
+        config = self.config
+        beta = config.beta
+        if is_automatic(config, "beta") and config.loss in BETAS:
+            beta = BETAS[config.loss]
+            yield "beta", beta, f"the usual one of --loss {config.loss}"
+        weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
+        if config.loss == "ipo":
+            weight = float(f"{1 / beta:.3g}")  # IPO's own gradient is 1 / beta at first
+            reason = f"1 / beta, as much as the preference pulls; {reason}"
+        elif config.loss == "orpo":
+            reason = "a part of --loss orpo"
+        yield "sft_weight", weight, reason
+
+    def judged_by(self) -> Config:
+        """Return the run's settings, with the cross entropy of the chosen answers at least at weight 1.
+
+        A preference alone is the smaller the higher the rate, also where the right answers get lost.
+        """
+        return (
+            self.config if self.config.sft_weight >= 1 else dataclasses.replace(self.config, sft_weight=1.0)
+        )
+
+    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+        if not documents.paired:
+            return PromptReading()
+        if self.config.chunk_ctx:
+            return PromptReading(False, "each answer is read after its own prompt: rows run in chunks")
+        separate, shared = tokens_of_layouts(documents, schedule)
+        second = PASS_COST["gpu" if self.config.accelerator == "gpu" else "cpu"] / arch.n_embd
+        if separate + second > LEAST_GAIN * (shared + 2 * second):
+            return PromptReading(
+                True,
+                f"a prompt is read once for both answers: {shared:,.0f} tokens a micro-batch in the place of"
+                f" {separate:,.0f}, padding included",
+            )
+        return PromptReading(
+            False,
+            f"each answer is read after its own prompt: a prompt read once would make {shared:,.0f} tokens of"
+            f" the {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}",
+        )
+
+    def share_read(self, documents: Units, schedule: Schedule, arch: Arch) -> float:
+        if not self.prompt_reading(documents, schedule, arch).shared:
+            return 1.0
+        separate, shared = tokens_of_layouts(documents, schedule)
+        return shared / separate
+
+    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+        config, found = self.config, super().largest_batch(schedule, documents, arch)
+        if documents is None:
+            return found
+        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+        if not self.prompt_reading(documents, sized, arch).shared:
+            return found
+        return dataclasses.replace(found, shared=largest_shared(documents, sized))
+
+    def beside(self, rows: int, trained: Tensor) -> dict:
+        # how many answers there are is not known; what there is of each is a few numbers
+        reference = torch.zeros(len(trained)) if self.loss.needs_reference else None
+        chosen = torch.arange(2 * rows) % 2 == 0
+        return {"answer": trained, "chosen": chosen, "reference": reference, "baseline": 0.0}
+
+    def reference_work(self, arch: Arch, tokens: float) -> float:
+        if not self.loss.needs_reference:
+            return 0.0
+        size = 1.0
+        if self.config.reference:
+            other = reference_arch(self.config)
+            size = other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
+        return FORWARD * size * self.looks * tokens
+
+    @property
+    def description(self) -> str:
+        return describe_loss(self.config, self.loss)
+
+    def lines(self, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
+        config, said = self.config, self.description
+        if self.loss.needs_reference:
+            kept_in = config.proj_dir if config.data_cache == "none" else "--data_cache"
+            said += f", read once before step 1 and kept in {kept_in}"
+        if not self.loss.paired:
+            of_all = f"of {counted(len(documents), 'answer')}"
+            said += f"; {int(documents.chosen.sum()):,} {of_all} to be preferred"
+        in_a_step = counted(round(len(documents) / schedule.steps_per_pass), self.unit)
+        prompts = self.prompt_reading(documents, schedule, arch).explanation
+        return [
+            f"loss       {said}; about {in_a_step} in a step",
+            *([f"prompts    {prompts}"] if prompts else []),
+        ]
+
+    def warnings(self, documents: Preferences, tokenizer: Tokenizer) -> list[str]:
+        return loss_warnings(self.loss, documents)
+
+    trained_part = "the answers that are compared"
+
+    def trained_text(self, documents: Preferences) -> str:
+        return f", {documents.targets:,} of them in answers"
 
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool

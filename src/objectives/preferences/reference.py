@@ -28,7 +28,6 @@ from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from ...common.late_reading import Numbers
 from ...config import Config, accumulation
-from ...data.answer_batches import collator
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...data.held_out import evaluation_rows
@@ -36,9 +35,8 @@ from ...data.preferences import Preferences
 from ...data.token_cache import cache_folder, remove_old
 from ...model import RWKV
 from ...ops.build import announce
-from ...planning.base_model import build_reference, reference_of
-from ...planning.step import unit_of
 from ..policy import Policy, policy_of
+from ..reference_model import build_reference, reference_of
 from .reference_blocks import Blocks, blocks_in
 
 VERSION = 1  # a change of the code that changes the values raises it
@@ -125,7 +123,7 @@ class ReferencePass:
                 remove_old(folder.parent)
             values = _Values(documents, self._known(blocks), blocks)
             units = sum(_units(rounds.batches(number)) for number in range(rounds.count))
-            with Progress(f"the reference reads {what}", units, f"{unit_of(self.config)}s", first) as bar:
+            with Progress(f"the reference reads {what}", units, f"{documents.unit}s", first) as bar:
                 for number in range(rounds.count):
                     batches = rounds.batches(number)
                     if not values.take_known(batches):
@@ -145,7 +143,7 @@ class ReferencePass:
         if values.not_finite is None:
             return
         values.blocks.clear()
-        unit, line = unit_of(self.config), values.documents.line(values.not_finite)
+        unit, line = values.documents.unit, values.documents.line(values.not_finite)
         raise UserError(
             f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not finite"
             f" for the {unit} of line or row {line} of {what}; look for what is odd in it or in the model, or"
@@ -169,7 +167,7 @@ class ReferencePass:
         units = [[documents[i] for i in row] for row in batches[rank]]
         lengths = documents.lengths - 1
         width = max([1, *(int(lengths[row].sum()) for rows in batches for row in rows)])
-        collate = collator(documents, self.config.chunk_ctx, self.shared)
+        collate = documents.collator(self.config.chunk_ctx, self.shared)
         batch = to_device(collate(units, 1.0) | {"width": width}, self.device)
         found = torch.zeros(sum(sizes), device=self.device)
         # chunks have the tokens of several answers in turns

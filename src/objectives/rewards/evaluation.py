@@ -28,9 +28,9 @@ from ...inference.engine import Engine
 from ...inference.request import Answer, Request
 from ...inference.torch_decoder import TorchDecoder
 from ...model import RWKV
-from ...planning.drawing import rows_at_once
 from ..base import Evaluated, Evaluation
 from .patient_rewards import PatientRewards
+from .sizes import rows_at_once
 
 
 class Judged(NamedTuple):

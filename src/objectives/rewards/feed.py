@@ -29,10 +29,10 @@ from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...evaluation.rewards import Failed
 from ...model.grpo_loss import GrpoLoss, reward_metric
-from ...planning.base_model import build_reference, reference_of
-from ...planning.step import chunks_of
+from ...model.settings import chunks_of
 from ..base import BetweenSteps, Feed, StepSize
 from ..policy import Policy, policy_of
+from ..reference_model import build_reference, reference_of
 from .rollouts import Group, Rollouts
 
 KL_EVERY = 10  # draws, of which the KL of one is measured where none is trained

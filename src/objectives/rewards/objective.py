@@ -2,23 +2,177 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_miss.files.checkpoint import Arch
+
+from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.chat_template import Template
+from ...data.encode import Encoder
+from ...data.formats import Reading, Report
+from ...data.held_out import EVALUATION
+from ...data.questions import LoadedQuestions, QuestionReader, Questions
+from ...data.tokenizer import Tokenizer
+from ...data.units import Units
 from ...evaluation.rewards import Rewards
 from ...model.grpo_loss import GrpoLoss
-from ...planning.step import grpo_of
-from ..base import Evaluation, Feed, Objective, TrainingData
+from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
+from ..batch_sizes import BatchSizes
+from ..loss_metrics import LossMetrics
 from ..policy import Policy
+from ..work import Speed, Times, Work
+from .metrics import reward_metrics
+from .sizes import (
+    draw_bytes,
+    evaluation_work,
+    largest_groups,
+    longest_answer,
+    needs_right,
+    rows_of_draw,
+    tokens_of_draws,
+    training_work,
+    usual_length,
+)
+from .words import describe_rewards, long_answers, reward_lines
+
+CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier faster than others rarer
 
 
 class OnRewards(Objective):
     """The loss of GRPO on answers that the model gives to questions."""
 
+    unit = "question"
+    same = "whose prompts are"
+    usual_rows = 16
+    # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training begins at 6e-3
+    rate_share = 1 / 4
+    evaluations_between = 5
+    row = "question"
+    one_row = "question with its answers"
+    evaluates = "greedy answers to"
+    asks_samples = False  # they are some of the answers that are counted anyway
+    keeps_reference = True  # each draw is looked at
+    packs = True  # the answers to a question share a row
+
     @functools.cached_property
     def loss(self) -> GrpoLoss:
-        return grpo_of(self.config)
+        config = self.config
+        return GrpoLoss(
+            config.grpo_type,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            beta=config.beta,
+            max_tokens=config.max_tokens,
+            rewards=tuple(config.rewards),
+        )
+
+    @property
+    def metrics(self) -> LossMetrics:
+        return reward_metrics(self.config.rewards)
+
+    def defaults(self) -> Iterator[tuple[str, object, str]]:
+        config = self.config
+        of_type = f"as in the paper of --grpo_type {config.grpo_type}"
+        yield "rewards", {"exact": 1.0}, "the right answer, and nothing else"
+        wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
+        high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
+        yield "clip_high", high, reason
+        yield "advantage_scale", "none" if config.grpo_type == "dr_grpo" else "group", of_type
+        yield "beta", 0.0, "no KL, as rewards are checked and not learned"
+
+    def defaults_by_data(
+        self, loaded: LoadedQuestions, tokenizer: Tokenizer
+    ) -> Iterator[tuple[str, object, str]]:
+        yield "max_tokens", *longest_answer(self.config, loaded, tokenizer)
+
+    def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
+        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_right(self.config))
+        return reader.load(path, self.config.random_seed)
+
+    def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
+        answer = self.config.max_tokens - 1  # the first token is read after the last one of the prompt
+        return loaded.longest + answer, 0, "question with its answer"
+
+    def examples(self, loaded: LoadedQuestions) -> Questions:
+        return loaded.units(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
+
+    def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
+        return dataclasses.replace(examples, usual=usual_length(self.config, loaded, tokenizer))
+
+    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+        return PromptReading(not self.config.chunk_ctx)
+
+    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+        return largest_groups(documents, self.config)
+
+    def beside(self, rows: int, trained: Tensor) -> dict:
+        numbers = torch.zeros(len(trained))
+        return {
+            "answer": trained,
+            "advantage": torch.zeros(rows * self.config.group_size),
+            "drawn": numbers,
+            "old": numbers if self.config.inner_steps > 1 else None,
+            "reference": numbers if self.config.beta else None,
+        }
+
+    def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
+        return rows_of_draw(self.config, arch, precision, accelerator)
+
+    def sampling_bytes(self, arch: Arch, precision: str, accelerator: str) -> int:
+        return draw_bytes(self.config, arch, precision, accelerator)
+
+    def evaluation_costs(self, held_out: Questions) -> np.ndarray:
+        return np.array([work.total for work in evaluation_work(held_out)])
+
+    def evaluation_budget(self, held_out: Questions, schedule: Schedule, steps: int) -> float:
+        return EVALUATION * training_work(self.config, schedule, steps, held_out).total
+
+    def times(
+        self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
+    ) -> Times:
+        asked = data.documents
+        work = training_work(self.config, schedule, steps, asked)
+        read = sum(evaluation_work(data.evaluated) if evaluations else [], start=Work(0)).times(evaluations)
+        seconds = (0.0, 0.0, 0.0)
+        if speed.tokens:
+            seconds = [part.seconds(speed) for part in (work, read, Work(0, work.drawn))]
+        training, evaluation, sampling = seconds
+        usual = f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
+        if asked.usual >= asked.max_tokens:
+            usual = f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
+        tokens = schedule.repeats * sum(tokens_of_draws(schedule, steps, asked))
+        return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
+
+    def no_search(self) -> str:
+        return "a trial of a few steps has too few rewards to tell one rate from another"
+
+    @property
+    def description(self) -> str:
+        return describe_rewards(self.config)
+
+    def lines(self, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
+        return reward_lines(self.config, arch)
+
+    def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
+        return [text] if (text := long_answers(documents, tokenizer)) else []
+
+    trained_part = "the answers that are drawn"
+
+    def trained_text(self, documents: Units) -> str:
+        return " of prompts"
+
+    targets_text = trained_text
+
+    def evaluated_text(self, evaluated: Units) -> str:
+        answered = "is" if len(evaluated) == 1 else "are"
+        return f"{counted(len(evaluated), self.unit)} of them {answered} answered"
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool

@@ -29,8 +29,8 @@ from ...inference.request import Answer, Request
 from ...inference.sampling import Sampling
 from ...model import RWKV
 from ...model.grpo_loss import advantages
-from ...planning.drawing import TOGETHER, rows_at_once
 from .patient_rewards import PatientRewards
+from .sizes import TOGETHER, rows_at_once
 
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
 

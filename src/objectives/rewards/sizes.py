@@ -1,4 +1,4 @@
-"""What is chosen and counted for a run that trains on answers of its own, --loss grpo."""
+"""How long rollouts may be, how many are sampled at once, and what work they are."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import math
 import statistics
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
 
-from ..config import Config
-from ..config.loss_settings import REWARDS
-from ..data.batches import Schedule
-from ..data.chat_template import begins_thoughts
-from ..data.held_out import FORWARD
-from ..data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit, text_length
-from ..data.tokenizer import Tokenizer
-from .step_memory import SharedPrompts
-from .throughput import Work
+from ...common.device import PRECISIONS
+from ...config import Config, accumulation
+from ...config.loss_settings import REWARDS
+from ...data.batches import Schedule
+from ...data.chat_template import begins_thoughts
+from ...data.held_out import FORWARD
+from ...data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit, text_length
+from ...data.tokenizer import Tokenizer
+from ...model.batch_loss import state_bytes
+from ..batch_sizes import BatchSizes, SharedPrompts
+from ..work import Work
 
 WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that don't look at the right answer
 FREE = 512  # tokens of an answer for rewards that say nothing of its length
 MEASURED = 1000  # right answers whose lengths tell how long answers probably are
 BESIDE = 1.5  # so many times as long as right ones: a model that learns also gives wrong ones
+# More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
+ROWS = {"cpu": 128, "gpu": 512}
+STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
+TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
+# numbers of such a token for each channel, while a layer reads it
+READING = 22
+# fp32 numbers of a row for each token of the vocabulary: the logits, and what is made of them
+LIKELIHOODS = 3
+STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # that these may take
 
 
 def needs_right(config: Config) -> bool:
@@ -83,20 +95,16 @@ def usual_length(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) 
     return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
 
-def largest_groups(questions: Questions, config: Config) -> tuple[int, int, SharedPrompts | None]:
-    """(tokens of the longest row, most trained tokens of a micro-batch, its sizes with prompts that are read
-    once).
-
-    Answers are counted as long as they may be.
-    """
+def largest_groups(questions: Questions, config: Config) -> BatchSizes:
+    """Return the sizes of the largest micro-batch, with answers as long as they may be."""
     prompt = int(questions.prompt_lengths.max(initial=1))
     trained = config.micro_bsz * questions.answer_tokens
     # of all answers to a question, each after its prompt
     row = questions.group_size * (prompt - 1 + questions.max_tokens)
     if config.chunk_ctx:
-        return row, trained, None
+        return BatchSizes(row, trained)
     shared = SharedPrompts(config.micro_bsz, max(1, prompt - 1), questions.max_tokens, questions.group_size)
-    return row, trained, shared
+    return BatchSizes(row, trained, shared)
 
 
 def tokens_of_draws(schedule: Schedule, steps: int, asked: Questions) -> tuple[float, float]:
@@ -121,3 +129,30 @@ def training_work(config: Config, schedule: Schedule, steps: int, asked: Questio
 def evaluation_work(evaluated: Questions) -> list[Work]:
     """What an evaluation does for each question, which gets one answer."""
     return [Work(FORWARD * prompt, evaluated.likely_tokens) for prompt in evaluated.prompt_lengths.tolist()]
+
+
+def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> int:
+    """The rows of the engine for so many answers, of activations of `itemsize` bytes.
+
+    It does not depend on the memory that is free: matrix products of other sizes may round otherwise, and a
+    run that goes on draws what it would have drawn.
+    """
+    room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, 1, itemsize))
+    return max(1, min(answers, ROWS[accelerator], room))
+
+
+def rows_of_draw(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Answers that a process draws at once."""
+    answers = config.micro_bsz * accumulation(config) * config.group_size
+    return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
+
+
+def draw_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Bytes of the states of answers that are drawn at once, of the likelihoods of their next tokens, and of
+    prompts that are read meanwhile.
+    """
+    itemsize = PRECISIONS[precision].itemsize
+    a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
+    prompts = min(TOGETHER, config.micro_bsz * accumulation(config) * config.ctx_len)
+    read = READING * itemsize * arch.n_embd * prompts
+    return rows_of_draw(config, arch, precision, accelerator) * a_row + read

@@ -7,11 +7,11 @@ import os
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 
-from ..common.formatting import counted
-from ..config import Config
-from ..data.questions import Questions, text_length
-from ..data.tokenizer import Tokenizer
-from ..planning.drawing import rows_of_draw
+from ...common.formatting import counted
+from ...config import Config
+from ...data.questions import Questions, text_length
+from ...data.tokenizer import Tokenizer
+from .sizes import rows_of_draw
 
 
 def describe_rewards(config: Config) -> str:

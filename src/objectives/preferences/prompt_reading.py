@@ -1,0 +1,35 @@
+"""Whether the prompt of a pair is read once for both answers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...data.batches import Schedule
+from ...data.preferences import Preferences
+
+# What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
+# for a token, and as long for what comes with each operator. The CPU's number was measured at width 96
+# (docs/speed.md); the GPU's is an estimate from its launches.
+PASS_COST = {"cpu": 32_000, "gpu": 2_000_000}
+LEAST_GAIN = 1.05  # prompts are shared where that is faster by so much at least
+SAMPLED_STEPS = 32  # so many steps of the first pass are looked at
+
+
+def tokens_of_layouts(preferences: Preferences, schedule: Schedule) -> tuple[float, float]:
+    """Tokens of the mean micro-batch, padding included: of separate rows, and with shared prompts."""
+    prompts, answers = preferences.prompt_lengths, preferences.answers.lengths - preferences.prompt_lengths
+    separate, shared, count = 0, 0, 0
+    all_steps = schedule.steps_per_pass
+    sampled = np.linspace(0, all_steps - 1, min(SAMPLED_STEPS, all_steps)).astype(int)
+    for step in np.unique(sampled).tolist():
+        for group in range(schedule.accumulate * schedule.world):
+            rows = schedule.micro_rows(step, *divmod(group, schedule.world))
+            if not rows:
+                continue
+            pairs = np.array([unit for row in rows for unit in schedule.rows[row]])
+            separate += len(rows) * max(schedule.lengths[row] for row in rows)
+            # an answer's row begins with the last token of its prompt, and ends before its own last one
+            longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())
+            shared += len(pairs) * (max(1, prompts[2 * pairs].max() - 1) + 2 * longest)
+            count += 1
+    return separate / count, shared / count

@@ -1,0 +1,32 @@
+"""The model of --reference."""
+
+from __future__ import annotations
+
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.identity import Identity
+
+from ..common.device import PRECISIONS
+from ..config import Config
+from ..config.launcher import is_first_process
+from ..model import RWKV, read_model_file
+from ..model.settings import dtype_of, dtype_of_base
+
+
+def reference_of(config: Config) -> Identity | None:
+    """Who the model of --reference is; None where the base itself is the reference."""
+    return Identity(config.reference, shown=is_first_process()) if config.reference else None
+
+
+def build_reference(config: Config) -> RWKV:
+    """The model of --reference, which computes as the base without its adapter does."""
+    dtype = PRECISIONS[config.precision]
+    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=config.wkv)
+    model.computes_in = dtype_of(config)
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def reference_arch(config: Config) -> Arch:
+    """The sizes of the model of --reference."""
+    return Arch.detect(read_model_file(config.reference))

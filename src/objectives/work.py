@@ -1,0 +1,57 @@
+"""What a run does, in tokens, and how long that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How fast a run is, and where that is known from."""
+
+    tokens: float  # trained a second, 0 where nothing tells
+    answer: float = 0.0  # seconds for one more token of all sample answers together
+    source: str = ""
+    drawn: float = 0.0  # tokens of answers a second, where a run draws them; 0: as DRAWN has it
+
+
+# The time of a drawn token, as a share of a trained one's: 128 answers of the demo's model took 0.10 s to
+# draw, and 0.19 s to train on with their prompts.
+DRAWN = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a part of a run does, in tokens."""
+
+    trained: float  # what is only read counts as a part of a trained one
+    drawn: float = 0.0  # one after another, in answers that are drawn together
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.trained + other.trained, self.drawn + other.drawn)
+
+    def times(self, count: float) -> Work:
+        return Work(count * self.trained, count * self.drawn)
+
+    @property
+    def total(self) -> float:
+        """As so many trained tokens."""
+        return self.trained + DRAWN * self.drawn
+
+    def seconds(self, speed: Speed) -> float:
+        if not speed.drawn:
+            return self.total / speed.tokens
+        return self.trained / speed.tokens + self.drawn / speed.drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What the parts of a run take, as an estimate, without the search for a learning rate."""
+
+    tokens: float  # to train on, repeated ones included
+    evaluation_share: float  # of all evaluations without sample answers, of the training's work
+    training: float = 0.0  # seconds; 0 where no speed is known
+    evaluation: float = 0.0  # with sample answers
+    reference: float = 0.0  # of the pass of the reference, where none is kept already
+    sampling: float = 0.0  # of the training's, what sampling the answers takes
+    provided: str = ""  # what the time takes for granted, as "if ..."
