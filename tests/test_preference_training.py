@@ -21,8 +21,8 @@ from src.objectives.from_reference import a_few
 from src.objectives.policy import Policy
 from src.objectives.preferences import reference_blocks
 from src.objectives.preferences.kto_baseline import baseline
+from src.objectives.preferences.objective import OnPreferences
 from src.objectives.preferences.reference import ReferencePass
-from src.training import trainer
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
@@ -166,7 +166,7 @@ def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
 
 
 def read_prompts(once, rank):
-    trainer.prompt_reading = lambda *_: PromptReading(once)
+    OnPreferences.prompt_reading = lambda *_: PromptReading(once)
 
 
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])

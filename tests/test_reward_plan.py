@@ -22,7 +22,7 @@ from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.objectives.kinds import objective_of
-from src.objectives.rewards.sizes import TOGETHER, draw_bytes, largest_groups, longest_answer
+from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer, rollout_bytes
 from src.objectives.rewards.words import long_answers
 from src.objectives.work import DRAWN, Speed, Work
 from src.planning import memory
@@ -309,7 +309,7 @@ def test_drawing_takes_no_more_than_is_planned(version, kernel):
         while not engine.idle:
             engine.step()
         decoder.close()
-    room = draw_bytes(config, arch, "fp32", "cpu")
+    room = rollout_bytes(config, arch, "fp32", "cpu")
     assert room / 4 < live.peak < room
 
 

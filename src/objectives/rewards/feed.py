@@ -1,9 +1,9 @@
-"""The batches of a training on rewards, whose answers the model draws for each step, or for some of them.
+"""The batches of a training on rewards, whose answers the model samples for each step, or for some of them.
 
-A draw is for `inner_steps` optimizer steps. All questions of a step go through one engine in each process.
-Then the processes add up what they have, and share out the groups evenly, each over its micro-batches. Groups
-of equal rewards train nothing where there is no KL, and are left out. The step is divided by all answers all
-the same, so that nothing changes but the time.
+A rollout phase is for `inner_steps` optimizer steps. All questions of a step go through one engine in each
+process. Then the processes add up what they have, and share out the groups evenly, each over its
+micro-batches. Groups of equal rewards train nothing where there is no KL, and are left out. The step is
+divided by all answers all the same, so that nothing changes but the time.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
 from .rollouts import Group, Rollouts
 
-KL_EVERY = 10  # draws, of which the KL of one is measured where none is trained
+KL_EVERY = 10  # phases, of which the KL of one is measured where none is trained
 
 
 class AllFailed(BetweenSteps):
-    """No group of a draw has rewards."""
+    """No group of a phase has rewards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What a draw has, over all processes."""
+    """What a phase has, over all processes."""
 
     answers: float = 0  # that were scored
     tokens: float = 0  # of these
@@ -72,9 +72,9 @@ class Reference:
             built = build_reference(config).to(policy.device)
             self.log_probs = policy_of(built, config).log_probs
 
-    def of(self, batch: dict, draw: int) -> Tensor | None:
-        """(n,), where the KL of this draw is trained or measured."""
-        due = self.log_probs and (self.trained or draw % KL_EVERY == 0)
+    def of(self, batch: dict, phase: int) -> Tensor | None:
+        """(n,), where the KL of this phase is trained or measured."""
+        due = self.log_probs and (self.trained or phase % KL_EVERY == 0)
         return self.log_probs(batch) if due else None
 
 
@@ -86,7 +86,7 @@ def _without_adapter(policy: Policy, batch: dict) -> Tensor:
 class RolloutFeed(Feed):
     """The micro-batches of one rank in order, on its device, which Lightning iterates over.
 
-    They are those of data.batches.Batches, of drawn answers. At the first micro-batch of a draw the model is
+    They are those of data.batches.Batches, of rollouts. At the first micro-batch of a phase the model is
     asked, as it is then.
     """
 
@@ -98,12 +98,12 @@ class RolloutFeed(Feed):
         self.chunk = chunks_of(self.config).size
         self.shared = not self.chunk  # whether a prompt is read once for its answers, see prompt_reading()
         self.reference = Reference(self.config, policy)
-        self.first_group: Group | None = None  # of the newest draw, for whoever shows it
+        self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
         self.batches: list[dict] = []
         self.micro = 0
-        self.draw_sums: Tensor | None = None  # metrics of this rank's newest draw
-        # the same for the step that is under way, and for the first one on a draw the time that it took
+        self.phase_sums: Tensor | None = None  # metrics of this rank's newest phase
+        # the same for the step that is under way, and for the first one of a phase the time that it took
         self.step_sums: Tensor | None = None
 
     def __len__(self) -> int:
@@ -112,16 +112,16 @@ class RolloutFeed(Feed):
     def __iter__(self) -> Iterator[dict]:
         for step in self.steps:
             if step % self.schedule.repeats == 0:
-                self._draw(step)
+                self._sample(step)
             else:
-                self.step_sums = self.draw_sums
+                self.step_sums = self.phase_sums
             for micro in range(self.schedule.accumulate):
                 self.micro = micro
                 yield self.batches[micro]
 
     def keep(self, log_probs: Tensor) -> None:
-        """Take ln p of the micro-batch's tokens, as the training has them, (n,). Those of the first step on a
-        draw are what later ones are compared with.
+        """Take ln p of the micro-batch's tokens, as the training has them, (n,). Those of the first step of a
+        phase are what later ones are compared with.
         """
         batch = self.batches[self.micro]
         if batch["old"] is None:
@@ -132,18 +132,18 @@ class RolloutFeed(Feed):
         return StepSize(int(totals.read), int(totals.trained), totals.groups + totals.failed)
 
     def waits_for(self, step: int) -> bool:
-        # who draws waits for the GPU anyway, and a bad state should draw nothing
+        # who samples waits for the GPU anyway, and a bad state should sample nothing
         return step % self.schedule.repeats == 0
 
-    may_stop_after = waits_for  # a checkpoint has no answers in it, so the next step has to draw new ones
+    may_stop_after = waits_for  # a checkpoint has no answers in it, so the next step has to sample new ones
 
     def abandon(self) -> None:
-        """Train no further on the newest draw: the state that it was drawn from, or made, is gone."""
+        """Train no further on the newest phase: the state that sampled it, or that it made, is gone."""
         self.totals = dataclasses.replace(self.totals, trained=0, read=0)
         self._share_out([])
 
-    def _draw(self, step: int) -> None:
-        draw, begun = step // self.schedule.repeats, time.perf_counter()
+    def _sample(self, step: int) -> None:
+        phase, begun = step // self.schedule.repeats, time.perf_counter()
         places = [
             place
             for micro in range(self.schedule.accumulate)
@@ -154,7 +154,7 @@ class RolloutFeed(Feed):
         error = None
         with self.policy.undisturbed():
             try:
-                groups = self.rollouts.groups(draw, places)
+                groups = self.rollouts.groups(phase, places)
             except UserError as caught:
                 error = caught
             seconds = time.perf_counter() - begun
@@ -162,12 +162,12 @@ class RolloutFeed(Feed):
             self.totals = self._totals(groups, units, error)
             self._check(step, groups, error)
             self.first_group = groups[0] if groups else None
-            self.draw_sums = self._sums(groups)
-            drawn = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
-            self.step_sums = self.draw_sums + self.loss.sums(self.policy.device, **drawn)
+            self.phase_sums = self._sums(groups)
+            sampled = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
+            self.step_sums = self.phase_sums + self.loss.sums(self.policy.device, **sampled)
             self._share_out(self._share_of(units))
             for batch in self.batches:
-                batch["reference"] = self.reference.of(batch, draw)
+                batch["reference"] = self.reference.of(batch, phase)
 
     def _is_trained(self, group: Group) -> bool:
         return not group.failed and (group.live or self.loss.beta > 0)
@@ -187,7 +187,7 @@ class RolloutFeed(Feed):
         return Totals(*self.policy.processes.total(mine.tensor().to(device)).tolist())
 
     def _check(self, step: int, groups: list[Group], error: UserError | None) -> None:
-        """UserError, on all ranks, where one of them could not draw, or no group has rewards."""
+        """UserError, on all ranks, where one of them could not sample, or no group has rewards."""
         if self.totals.broken:
             raise error or UserError(f"the model of another process overflows in the draw of step {step + 1}")
         if not self.totals.groups:

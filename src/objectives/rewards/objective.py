@@ -30,13 +30,13 @@ from ..policy import Policy
 from ..work import Speed, Times, Work
 from .metrics import reward_metrics
 from .sizes import (
-    draw_bytes,
     evaluation_work,
     largest_groups,
     longest_answer,
     needs_right,
-    rows_of_draw,
-    tokens_of_draws,
+    rollout_bytes,
+    rollout_tokens,
+    rollouts_at_once,
     training_work,
     usual_length,
 )
@@ -58,7 +58,7 @@ class OnRewards(Objective):
     one_row = "question with its answers"
     evaluates = "greedy answers to"
     asks_samples = False  # they are some of the answers that are counted anyway
-    keeps_reference = True  # each draw is looked at
+    keeps_reference = True  # each rollout phase is looked at
     packs = True  # the answers to a question share a row
 
     @functools.cached_property
@@ -123,10 +123,10 @@ class OnRewards(Objective):
         }
 
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
-        return rows_of_draw(self.config, arch, precision, accelerator)
+        return rollouts_at_once(self.config, arch, precision, accelerator)
 
     def sampling_bytes(self, arch: Arch, precision: str, accelerator: str) -> int:
-        return draw_bytes(self.config, arch, precision, accelerator)
+        return rollout_bytes(self.config, arch, precision, accelerator)
 
     def evaluation_costs(self, held_out: Questions) -> np.ndarray:
         return np.array([work.total for work in evaluation_work(held_out)])
@@ -147,7 +147,7 @@ class OnRewards(Objective):
         usual = f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
         if asked.usual >= asked.max_tokens:
             usual = f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
-        tokens = schedule.repeats * sum(tokens_of_draws(schedule, steps, asked))
+        tokens = schedule.repeats * sum(rollout_tokens(schedule, steps, asked))
         return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
 
     def no_search(self) -> str:

@@ -13,7 +13,7 @@ SHARE = 0.1  # of the groups may run out of time where these are more
 
 
 class PatientRewards:
-    """Rewards for the answers of one draw, or of one evaluation.
+    """Rewards for the answers of one rollout phase, or of one evaluation.
 
     Once failures have taken PATIENCE times `timeout` seconds, or as long as a tenth of `groups` that run out
     of time, no more is asked, and all that is left fails.

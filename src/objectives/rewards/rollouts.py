@@ -1,7 +1,7 @@
 """Answers that the model in training gives to its questions, and what they are worth.
 
-They are drawn at temperature 1 from the whole distribution. It is the only one for which ln p of the training
-is that of the draw. What is drawn depends on the model, the seed of the run, the number of the draw and the
+They are sampled at temperature 1 from the whole distribution, the only one for which ln p of the training is
+that of the sampling. A rollout depends on the model, the seed of the run, the number of its phase and the
 place of the question in the data. The number of processes changes no more than the rounding of prompts that
 are read together.
 """
@@ -36,11 +36,11 @@ FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawnAnswer:
+class Rollout:
     """One answer, as the rewards see it."""
 
     text: str
-    tokens: list[int]  # all that were drawn: an end of document, or the text that ended it, too
+    tokens: list[int]  # all that were sampled: an end of document, or the text that ended it, too
     cut: bool  # whether it reached the limit of tokens before its end
     log_probs: np.ndarray  # ln p of each token, (t,) float32
 
@@ -49,11 +49,11 @@ class DrawnAnswer:
 class Group:
     """The answers to one question."""
 
-    draw: int  # the number of the draw
+    phase: int  # the number of the sampling, which is for `inner_steps` steps
     place: int  # of the question in the data
     question: Question
     prompt: np.ndarray  # its tokens
-    answers: list[DrawnAnswer]
+    answers: list[Rollout]
     scored: Scored | Failed
     advantages: Tensor | None  # (G,) float64; None where the reward failed
 
@@ -69,7 +69,7 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Drawn tokens."""
+        """Sampled tokens."""
         return sum(len(answer.tokens) for answer in self.answers)
 
     def unit(self) -> AnswerGroup:
@@ -90,20 +90,20 @@ class Rollouts:
         self.rewards, self.config = rewards, config
         self.told: set[str] = set()  # kinds of failures that were said
 
-    def groups(self, draw: int, places: Sequence[int]) -> list[Group]:
+    def groups(self, phase: int, places: Sequence[int]) -> list[Group]:
         """A group for each of these questions. UserError where the model overflows.
 
         Dropout and gradients are to be off.
         """
         rewards = PatientRewards(self.rewards, self.config.reward_timeout, len(places))
         return [
-            self._judged(rewards, draw, place, answers)
-            for place, answers in zip(places, self._drawn(draw, places), strict=True)
+            self._judged(rewards, phase, place, answers)
+            for place, answers in zip(places, self._sampled(phase, places), strict=True)
         ]
 
-    def request(self, draw: int, place: int) -> Request:
+    def request(self, phase: int, place: int) -> Request:
         """What the engine is asked for a question."""
-        seeds = np.random.SeedSequence([self.config.random_seed, draw, place])
+        seeds = np.random.SeedSequence([self.config.random_seed, phase, place])
         return Request(
             self.questions.prompts[place].tolist(),
             self.config.max_tokens,
@@ -114,35 +114,35 @@ class Rollouts:
             logprobs=0,
         )
 
-    def _drawn(self, draw: int, places: Sequence[int]) -> list[list[DrawnAnswer]]:
+    def _sampled(self, phase: int, places: Sequence[int]) -> list[list[Rollout]]:
         """The answers to each question."""
         answers = len(places) * self.config.group_size
         if not answers:
             return []
-        # made anew: between two draws the training has the memory
+        # made anew: between two phases the training has the memory
         rows = rows_at_once(self.model.arch, self.model.dtype.itemsize, self.config.accelerator, answers)
         with contextlib.closing(for_training(self.model, rows)) as decoder:
             engine = Engine(decoder, self.encoder.tokenizer, together=TOGETHER)
-            submitted = [engine.submit(self.request(draw, place)) for place in places]
+            submitted = [engine.submit(self.request(phase, place)) for place in places]
             while not engine.idle:
                 for answer in engine.step():
                     if answer.error:
-                        raise UserError(f"draw {draw + 1}: {answer.error}; lower --lr_init")
-        return [list(map(_drawn_answer, group)) for group in submitted]
+                        raise UserError(f"draw {phase + 1}: {answer.error}; lower --lr_init")
+        return [list(map(_rollout, group)) for group in submitted]
 
-    def _judged(self, rewards: PatientRewards, draw: int, place: int, answers: list[DrawnAnswer]) -> Group:
+    def _judged(self, rewards: PatientRewards, phase: int, place: int, answers: list[Rollout]) -> Group:
         question = self.questions[place]
         scored = rewards.score(question, answers)
         found = None
         if isinstance(scored, Failed):
             if scored.kind not in self.told:
                 self.told.add(scored.kind)
-                say(f"note: a group of draw {draw + 1} is left out, as its reward failed: {scored.reason}")
+                say(f"note: a group of draw {phase + 1} is left out, as its reward failed: {scored.reason}")
         else:
             found = advantages(scored.total[None], self.config.advantage_scale == "group")[0]
-        return Group(draw, place, question, self.questions.prompts[place], answers, scored, found)
+        return Group(phase, place, question, self.questions.prompts[place], answers, scored, found)
 
 
-def _drawn_answer(answer: Answer) -> DrawnAnswer:
-    log_probs = np.array([drawn.logprob for drawn in answer.logprobs], np.float32)
-    return DrawnAnswer(answer.text, answer.tokens, answer.cut, log_probs)
+def _rollout(answer: Answer) -> Rollout:
+    log_probs = np.array([token.logprob for token in answer.logprobs], np.float32)
+    return Rollout(answer.text, answer.tokens, answer.cut, log_probs)

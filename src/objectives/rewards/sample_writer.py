@@ -11,7 +11,7 @@ from .samples import SAMPLES, is_due, sample_line
 
 
 class SampleWriter(Callback):
-    """One line each time: the first group of the first process's newest draw.
+    """One line each time: the first group of the first process's newest rollout phase.
 
     {"step", "prompt", "right", "answers": [{"answer", "tokens", "cut", "reward", "reward_NAME",
     "advantage"}]}

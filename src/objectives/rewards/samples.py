@@ -1,4 +1,4 @@
-"""samples.jsonl: now and then the drawn answers to one question, as they were rewarded."""
+"""samples.jsonl: now and then the rollouts of one question, as they were rewarded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LINES = 20  # about so many in a run
 
 
 def is_due(step: int, total: int, inner_steps: int) -> bool:
-    """Whether the draw of this step is written down: after the first step, after the last, and in between."""
-    draw, draws = (step - 1) // inner_steps, -(-total // inner_steps)
+    """Tell whether the rollouts of this step are written down: the first, the last, and some in between."""
+    phase, phases = (step - 1) // inner_steps, -(-total // inner_steps)
     if (step - 1) % inner_steps:
         return False
-    return draw % max(1, draws // LINES) == 0 or draw == draws - 1
+    return phase % max(1, phases // LINES) == 0 or phase == phases - 1
 
 
 def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
-    """The line of a drawn group, whose rewards have these names."""
+    """The line of a sampled group, whose rewards have these names."""
     line: dict[str, Any] = {
         "step": step,
         "prompt": both_ends(group.question.prompt, SAMPLE_CHARACTERS),

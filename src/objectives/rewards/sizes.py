@@ -24,7 +24,7 @@ WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that don't look at the r
 FREE = 512  # tokens of an answer for rewards that say nothing of its length
 MEASURED = 1000  # right answers whose lengths tell how long answers probably are
 BESIDE = 1.5  # so many times as long as right ones: a model that learns also gives wrong ones
-# More rows make a token's operators larger and no more of them. At the end of a draw few rows are left.
+# More rows make a token's operators larger and no more of them. At the end of a phase few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
 STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
 TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
@@ -107,19 +107,19 @@ def largest_groups(questions: Questions, config: Config) -> BatchSizes:
     return BatchSizes(row, trained, shared)
 
 
-def tokens_of_draws(schedule: Schedule, steps: int, asked: Questions) -> tuple[float, float]:
-    """Tokens of all (prompts, answers) that a run of so many steps draws, the answers as long as is likely.
+def rollout_tokens(schedule: Schedule, steps: int, asked: Questions) -> tuple[float, float]:
+    """Tokens of all (prompts, answers) that a run of so many steps samples, the answers as long as is likely.
 
     `asked` are questions of the run, all of them or some.
     """
-    draws = steps / schedule.steps_per_pass
-    most = draws * sum(schedule.targets)
-    return draws * sum(schedule.lengths) - most, most * asked.likely_tokens / asked.max_tokens
+    passes = steps / schedule.steps_per_pass
+    most = passes * sum(schedule.targets)
+    return passes * sum(schedule.lengths) - most, most * asked.likely_tokens / asked.max_tokens
 
 
 def training_work(config: Config, schedule: Schedule, steps: int, asked: Questions) -> Work:
     """What a run of so many steps does where answers are as long as is likely, and none of equal reward."""
-    prompts, answers = tokens_of_draws(schedule, steps, asked)
+    prompts, answers = rollout_tokens(schedule, steps, asked)
     prompts_of_training = prompts * (config.group_size if config.chunk_ctx else 1)
     batch = prompts_of_training + answers
     reference = FORWARD * batch if config.beta else 0.0
@@ -135,24 +135,24 @@ def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> i
     """The rows of the engine for so many answers, of activations of `itemsize` bytes.
 
     It does not depend on the memory that is free: matrix products of other sizes may round otherwise, and a
-    run that goes on draws what it would have drawn.
+    run that goes on samples what it would have sampled.
     """
     room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, 1, itemsize))
     return max(1, min(answers, ROWS[accelerator], room))
 
 
-def rows_of_draw(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
-    """Answers that a process draws at once."""
+def rollouts_at_once(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Count the rollouts that a process samples at once."""
     answers = config.micro_bsz * accumulation(config) * config.group_size
     return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
 
 
-def draw_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
-    """Bytes of the states of answers that are drawn at once, of the likelihoods of their next tokens, and of
-    prompts that are read meanwhile.
+def rollout_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
+    """Count the bytes of the states of rollouts that are sampled at once, of the likelihoods of their next
+    tokens, and of prompts that are read meanwhile.
     """
     itemsize = PRECISIONS[precision].itemsize
     a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
     prompts = min(TOGETHER, config.micro_bsz * accumulation(config) * config.ctx_len)
     read = READING * itemsize * arch.n_embd * prompts
-    return rows_of_draw(config, arch, precision, accelerator) * a_row + read
+    return rollouts_at_once(config, arch, precision, accelerator) * a_row + read

@@ -11,7 +11,7 @@ from ...common.formatting import counted
 from ...config import Config
 from ...data.questions import Questions, text_length
 from ...data.tokenizer import Tokenizer
-from .sizes import rows_of_draw
+from .sizes import rollouts_at_once
 
 
 def describe_rewards(config: Config) -> str:
@@ -54,7 +54,7 @@ def _describe_kl(config: Config) -> str:
 
 def reward_lines(config: Config, arch: Arch) -> list[str]:
     """The lines of the plan about the loss and how prompts are read."""
-    rows = rows_of_draw(config, arch, config.precision, config.accelerator)
+    rows = rollouts_at_once(config, arch, config.precision, config.accelerator)
     read = f"is read once for its {config.group_size} answers, to draw them and to train on them"
     if config.chunk_ctx:
         read = "is read once to draw, and before each answer to train on it, as rows run in chunks"
