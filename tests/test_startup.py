@@ -196,7 +196,8 @@ RUN_AS_MODULES = [
     path.relative_to(ROOT)
     for folder in ("scripts", "demo")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if "__main__" in path.read_text() and path.stem not in ("rooms", "task")  # which need no other file
+    if '__name__ == "__main__"' in path.read_text()
+    and path.stem not in ("rooms", "task")  # which need no other file
 ]
 
 
