@@ -103,11 +103,9 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
 
 def flags_of(files, proj_dir, *more):
     """Return the flags of a small run with base.pth and rows.jsonl of a folder; `more` wins over them."""
-    own = f"""
-        --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir} --tokenizer bytes
-        --accelerator cpu --packing 0 --micro_bsz 4 --lr_init 1e-2
-    """
-    return [*own.split(), *map(str, more)]
+    paths = ("--load_model", files / "base.pth", "--data_file", files / "rows.jsonl", "--proj_dir", proj_dir)
+    own = "--tokenizer bytes --accelerator cpu --packing 0 --micro_bsz 4 --lr_init 1e-2".split()
+    return [str(word) for word in (*paths, *own, *more)]
 
 
 def run(flags, sabotage=None, counted=False, sample_tokens=9):

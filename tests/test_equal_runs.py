@@ -37,6 +37,7 @@ KINDS |= {
     "full": "--peft none --lr_init 1e-4",
     "parts": "--train_parts time,ln,emb,head --lr_init 3e-3 --adam_eps 1e-2",
     "packed": "--packing 1 --ctx_len 150 --lr_init 3e-3",
+    "nf4": "--quant nf4 --lr_init 3e-3",
     "chunks": "--chunk_ctx 37 --lr_init 3e-3",
     "sparse_chunks": "--chunk_ctx 75 --state_cp 1 --grad_cp 1 --lr_init 3e-3",
     "dpo": f"--loss dpo --lr_init 3e-3 {PAIRS}",
@@ -45,9 +46,9 @@ KINDS |= {
 }
 FAST = ("miss ddp", "miss deepspeed_stage_3", "packed deepspeed_stage_2", "state deepspeed_stage_3",
         "full deepspeed_stage_3", "dpo deepspeed_stage_3", "kto ddp")  # fmt: skip
-CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ("packed", "orpo")]
+CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ("packed", "nf4", "orpo")]
 CASES += ["miss ddp", "chunks ddp", "kto ddp"]
-CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "chunks", "orpo")]
+CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "nf4", "chunks", "orpo")]
 
 
 @pytest.fixture(scope="module")
