@@ -279,8 +279,10 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
         objective_of(config)(model, batch)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
     sizes = largest_groups(Questions([Question(["a"], "b")] * 2, prompts, 3, 11), config)
-    assert sizes[0] == 3 * (7 - 1 + 11) and sizes[1] == len(batch["targets"])
-    planned = step_bytes(make_arch(7, **SIZES), config, kernel, "fp32", *sizes)
+    assert sizes.row == 3 * (7 - 1 + 11) and sizes.targets == len(batch["targets"])
+    planned = step_bytes(
+        make_arch(7, **SIZES), config, kernel, "fp32", sizes.row, sizes.targets, sizes.shared
+    )
     assert planned.activations == pytest.approx(max(kept), rel=0.01 if chunk else 0, abs=8)
     assert planned.peak == pytest.approx(live.peak, rel=0.01)
 

@@ -19,8 +19,9 @@ from src.config.parse import read_yaml
 from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
+from src.objectives.kinds import objective_of
 from src.planning.draft import Draft
-from src.planning.job import choose_evaluation, trained_tokens
+from src.planning.job import choose_evaluation
 from src.reporting import document_text, plan_text
 from src.training import callbacks, trainer
 
@@ -210,7 +211,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     assert evaluations == held_out.evaluations(config, steps)
 
     def share(tokens):
-        return evaluations * tokens / 3 / trained_tokens(config, schedule)
+        return evaluations * tokens / 3 / objective_of(config).trained_tokens(schedule, steps)
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents

@@ -144,9 +144,9 @@ class OnRewards(Objective):
         if speed.tokens:
             seconds = [part.seconds(speed) for part in (work, read, Work(0, work.drawn))]
         training, evaluation, sampling = seconds
-        usual = f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
-        if asked.usual >= asked.max_tokens:
-            usual = f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
+        usual = f"if answers have all {counted(asked.max_tokens, 'token')}; shorter ones take less"
+        if asked.usual < asked.max_tokens:
+            usual = f"if answers are about as long as the right ones, {counted(round(asked.usual), 'token')}"
         tokens = schedule.repeats * sum(rollout_tokens(schedule, steps, asked))
         return Times(tokens, read.total / work.total, training, evaluation, 0.0, sampling, usual)
 
