@@ -188,7 +188,9 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     config, data, device = plan.settings, plan.data, plan.device
     print(plan_text.base(config, model.arch, plan_text.frozen_bytes(model)))
     print(f"trained    {plan_text.trained(config, model)}")
-    print(*data.found.lines(), *data_text.data(config, data.documents, plan.schedule), sep="\n")
+    print(data_text.documents_line(config, data), *data_text.sources(config, data), sep="\n")
+    for warning in data_text.cut_warnings(config, data.documents):
+        print(f"warning    {warning}")
     print(
         f"held out   {counted(len(data.held_out), objective_of(config).unit)}, loss on"
         f" {counted(data.held_out.targets, 'token')}"

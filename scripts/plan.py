@@ -146,7 +146,7 @@ def show(found: Needs) -> None:
         print(slow)
     print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
-    print(*data.found.lines(), *data_text.data(config, data.documents, schedule), sep="\n")
+    print(data_text.documents_line(config, data), *data_text.sources(config, data), sep="\n")
     print(plan_text.steps(config, schedule, plan.steps, len(data.documents)))
     for line in objective_of(config).lines(data.documents, schedule, arch):
         print(line)
@@ -157,7 +157,8 @@ def show(found: Needs) -> None:
     )
     print(*plan_text.chosen(config, plan.origins), sep="\n")
     bound = "estimated, at most" if cost.provided else "estimated"
-    for line in objective_of(config).warnings(data.documents, plan.tokenizer):
+    warnings = objective_of(config).warnings(data.documents, plan.tokenizer)
+    for line in [*data_text.cut_warnings(config, data.documents), *warnings]:
         print(f"warning    {line}")
     print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}")
     for name, size in found.memory.items():

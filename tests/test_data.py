@@ -184,22 +184,19 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
-    lines = data_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
-    assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
-    assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
-    assert (
-        lines[2]
-        == "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which"
-        " begins with the last token of the one before"
-    )
-    assert lines[3:] == ["warning    1 document left out: nothing in the first 8 tokens is trained"]
+    schedule = rows_and_steps.make_schedule(documents, config, 1)
+    assert len(schedule.rows) == 3 and data_text.rows(config, schedule) == "rows of 8 tokens, 75% full"
+    assert data_text.long_texts(config, documents) == [
+        "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins"
+        " with the last token of the one before"
+    ]
+    warned = [*data_text.cut_warnings(config, documents)]
+    assert warned == ["1 document left out: nothing in the first 8 tokens is trained"]
     cut = load(rows[2:], ctx_len=26)
     assert (cut.cut, cut.cut_tokens) == (0, 0) and load(
         [{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26
     ).cut == 1
-    config = Config(packing=False)
-    documents = load(rows)
-    assert len(data_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
+    assert not data_text.long_texts(Config(packing=False), load(rows))
 
 
 # broken rows

@@ -167,9 +167,8 @@ def test_a_card_of_local_files_names_no_repository_and_no_folder(run):
     text = model_card(config, summary, metrics, history, str(folder / "run" / "adapter.pth"))
     assert {"base_model", "datasets", "license"}.isdisjoint(ModelCard(text).data.to_dict())
     assert "secret" not in text and "`a\\|b.jsonl` (weight 2), `c.jsonl`" in text
-    assert "| held-out loss before | 3.2500 |" in text
-    assert "| held-out loss at step 2 | not finite |" in text
-    assert "| held-out loss, best, step 1 | 1.5000 |" in text
+    assert "|  | before, step 0 | after, step 2 | best, step 1 |" in text
+    assert "| loss, per token | 3.2500 | not finite | 1.5000 |" in text
     assert "`base.pth`" in text and "--model base.pth --adapter" in text
 
 

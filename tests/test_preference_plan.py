@@ -70,10 +70,10 @@ def test_the_plan_names_the_loss_and_what_is_left_out(flags, capsys, tmp_path):
     shown, _ = planned([*flags, "--loss", "dpo"], capsys)
     data = tmp_path / "pairs.jsonl"
     for words in (
-        "data       36 pairs, ",
-        f"left out   1 row, in which both answers are the same: {data}, line 41\n",
-        f"left out   1 row, in which an answer is empty: {data}, line 42\n",
-        f"left out   1 pair of more than --ctx_len 48 tokens, both answers counted: {data}, line 43\n",
+        f"data       {data} (JSONL, 42 rows, prompt -> chosen / rejected): 36 pairs, ",
+        f"left out: 1 pair of more than --ctx_len 48 tokens, both answers counted: {data}, line 43; 1 row in"
+        f" which both answers are the same: {data}, line 41; 1 row in which an answer is empty: {data}, line"
+        " 42\n",
         "loss       dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base,"
         " adapter off, read once before step 1 and kept in --data_cache; about ",
         "evaluation loss on 4 of 4 held-out pairs",

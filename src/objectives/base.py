@@ -272,18 +272,9 @@ class Objective(abc.ABC):
         """Tell what of the loss or of its data is probably not meant so."""
         return []
 
-    @property
-    @abc.abstractmethod
-    def trained_part(self) -> str:
-        """What of the data is trained, as in "loss on ..."."""
-
     @abc.abstractmethod
     def trained_text(self, documents: Units) -> str:
         """Tell how many of the documents' tokens are trained, behind their number."""
-
-    def targets_text(self, documents: Units) -> str:
-        """Tell the same in short."""
-        return f", loss on {documents.targets:,}"
 
     def evaluated_text(self, evaluated: Units) -> str:
         """Tell what evaluations do with these."""

@@ -42,12 +42,8 @@ class Supervised(Objective):
     ) -> tuple[Tensor, Tensor]:
         return batch_loss(model, batch, self.chunks, batch.get("width", 0)), NO_METRICS
 
-    @property
-    def trained_part(self) -> str:
-        return mask_text(self.config)
-
     def trained_text(self, documents: Units) -> str:
-        return f", {documents.targets:,} of them trained{weighing(documents)}: {self.trained_part}"
+        return f", {documents.targets:,} of them trained{weighing(documents)}: {mask_text(self.config)}"
 
     def evaluation(self, module) -> HeldOutLoss:
         return HeldOutLoss(module)

@@ -40,32 +40,24 @@ def rows(config: Config, schedule: Schedule) -> str:
         return f"up to {longest} for a {objective.one_row}"
     if not config.packing:
         return f"rows of up to {longest}, a {objective.unit} in each"
-    return f"rows of {config.ctx_len} tokens, {fullness(config, schedule):.0%} full"
+    full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
+    return f"rows of {config.ctx_len} tokens, {full:.0%} full"
 
 
-def fullness(config: Config, schedule: Schedule) -> float:
-    """The share of the places in packed rows that have a token."""
-    return sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
+def sources(config: Config, found: Data) -> list[str]:
+    """Lines of the details about files and rows, without what documents_line() says of them."""
+    said = (f"format     {config.data_file}: ", "left out   ")
+    return [line for line in found.found.lines() if not line.startswith(said)]
 
 
-def data(config: Config, documents: Units, schedule: Schedule) -> list[str]:
-    """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
-    count, trained = counted(len(documents), documents.unit), objective_of(config).targets_text(documents)
-    lines = [f"data       {count}, {counted(documents.tokens, 'token')}{trained}"]
-    if too_long := documents.too_long_text(config.ctx_len):
-        lines.append(f"left out   {too_long}")
-    if config.packing and not documents.alone:
-        lines.append(
-            f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
-            f"{fullness(config, schedule):.1%} full; documents in a row do not see each other"
-        )
-    lines += [f"turns      {text}" for text in rewritten(documents)]
-    if documents.split:
-        lines.append(
-            f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens,"
-            " cut into several documents, each of which begins with the last token of the one before"
-        )
-    return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
+def long_texts(config: Config, documents: Units) -> list[str]:
+    """The line of the details about texts that became several documents, if any did."""
+    if not documents.split:
+        return []
+    return [
+        f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut"
+        " into several documents, each of which begins with the last token of the one before"
+    ]
 
 
 def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:

@@ -20,10 +20,8 @@ from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
 from ..objectives.kinds import objective_of
-from ..objectives.loss_metrics import LossMetrics
-from ..training.validation_log import best_trained
 from .curves import pictures
-from .run_card import table, training_score
+from .run_card import evaluations_table, table, training_score
 
 README = "README.md"
 WRITTEN = "<!-- A run writes this text anew at its end. Without this line it leaves your text alone. -->"
@@ -54,7 +52,7 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
         "## What was trained",
         table(["", ""], _trained(config, arch, metadata, metrics, summary)),
         "## What was measured",
-        table(["", ""], _measured(objective_of(config).metrics, summary, history)),
+        *_measured(config, summary, history),
         *pictures(objective_of(config).metrics),
         "## How to use it",
         _usage(_base(config, metadata), name, is_adapter),
@@ -149,22 +147,16 @@ def _data_name(path: str, weight: float) -> str:
     return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
 
 
-def _measured(described: LossMetrics, summary: dict, history: list[dict]) -> list[list[str]]:
-    """Rows of the table about the results."""
-    score = described.score
-    rows = [[f"training {score}", training_score(described, summary)]]
-    if history:
-        first, last, top = history[0], history[-1], best_trained(history)
-        rows.append([f"held-out {score} before", described.score_text(first)])
-        rows.append([f"held-out {score} at step {last['step']}", described.score_text(last)])
-        if top and top is not last:
-            rows.append([f"held-out {score}, best, step {top['step']}", described.score_text(top)])
-        for name, title, values in described.rows([first, last]):
-            if name != score:
-                rows.append([f"held-out {title}", " to ".join(values)])
+def _measured(config: Config, summary: dict, history: list[dict]) -> list[str]:
+    """What came of the training, and of the held-out data, as in the run card."""
+    described = objective_of(config).metrics
+    rows = [[f"training {described.score}", training_score(described, summary)]]
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
-    return rows
+    parts = [table(["", ""], rows)]
+    if history:
+        parts += [f"On held-out {objective_of(config).unit}s:", evaluations_table(config, history)]
+    return parts
 
 
 def _usage(base: str, name: str, is_adapter: bool) -> str:

@@ -25,16 +25,10 @@ from ..planning.defaults import first_guess, search_size
 from ..planning.draft import CHOSEN
 from ..planning.job import Cost, Plan, steps_of
 from ..planning.launches import slow_line
-from ..training.loggers import describe_writers, places_to_watch
+from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor, state_learning_rate
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
-from .data_text import (
-    cut_warnings,
-    data,
-    documents_line,
-    held_out,
-    rows,
-)
+from .data_text import cut_warnings, documents_line, held_out, long_texts, rows, sources
 from .document_text import short_unit, unit_sample
 from .run_card import CARD
 
@@ -62,7 +56,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         f"{base(config, run.arch, frozen_bytes(model))}; tokenizer {run.tokenizer.name}",
         documents_line(config, run.data),
         *released_modes(config, run.template),
-        f"{steps(config, run.schedule, run.steps, len(run.data.documents))}; {rows(config, run.schedule)}",
+        steps(config, run.schedule, run.steps, len(run.data.documents)),
         *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
         f"trained    {trained(config, model)}",
         f"rates      {rates(config, run.steps, run.origins)}{above_guess(config, run.arch)}",
@@ -101,25 +95,20 @@ def details(run: Plan, model: RWKV) -> list[str]:
     if held:
         digests["held out"] = held.digest
     return [
-        f"adapter    {training(config, model)}",
-        *run.data.found.lines(),
-        *data(config, documents, schedule),
+        *sources(config, run.data),
+        *long_texts(config, documents),
         *chunks(
             chunks_of(config),
             max(schedule.lengths),
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
         *held_out(config, held, run.evaluated),
-        f"optimizer  AdamW, {rates(config, run.steps, run.origins)}, clip {config.grad_clip:g}",
-        (
-            f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy"
-            f" {config.strategy}"
-        ),
+        f"optimizer  AdamW, clip {config.grad_clip:g}, strategy {config.strategy}",
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
-        describe_writers(config),
-        f"template   {template_text(run.template)}, loss on {objective_of(config).trained_part}"
-        f"{asks_otherwise(run.template)}; {describe_leading(run.data.encoder.bos)}",
-        f"tokenizer  {run.tokenizer.name}; first sample, trained part between the marks:",
+        *absent_writers(),
+        f"template   {template_text(run.template)}{asks_otherwise(run.template)};"
+        f" {describe_leading(run.data.encoder.bos)}",
+        "sample     trained part between the marks:",
         unit_sample(documents[0], run.tokenizer),
         *chosen(config, run.origins),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
@@ -241,19 +230,6 @@ def base(config: Config, arch: Arch, held: float) -> str:
     return f"model      {recorded(config.load_model) or 'new model'}: {arch.describe()}{quantised}"
 
 
-def training(config: Config, model: RWKV) -> str:
-    """trained() with every option of the adapter and what of the model it is in."""
-    if config.peft == "none":
-        return (
-            f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are"
-            " trained"
-        )
-    chosen = ", ".join(
-        f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, "")
-    )
-    return f"{config.peft} {chosen}: {model.injection.line()}".replace(" :", ":")
-
-
 def asks_otherwise(template: Template) -> str:
     """What a chat reads before an answer and the training does not, if there is such a thing."""
     if not template.asked_only:
@@ -262,7 +238,7 @@ def asks_otherwise(template: Template) -> str:
 
 
 def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str:
-    """Return the line of the plan about its optimizer steps.
+    """Return the line of the plan about its optimizer steps and their rows.
 
     A given number of steps is more passes where documents share rows.
     """
@@ -278,7 +254,7 @@ def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str
     return (
         f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
-        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}"
+        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(config, schedule)}"
     )
 
 

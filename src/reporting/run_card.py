@@ -139,15 +139,8 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
             " it was not trained on."
         ]
     described = objective_of(config).metrics
-    first, last, top = history[0], history[-1], best_trained(history)
-    states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
-    if top:
-        states[f"best, step {top['step']}"] = top
-    rows = []
-    if described.by_loss:
-        rows.append([f"loss, per {described.loss_of}", *map(loss_text, states.values())])
-    rows += [[title, *values] for _, title, values in described.rows([*states.values()])]
-    parts = [table(["", *states], rows)]
+    first, last = history[0], history[-1]
+    parts = [evaluations_table(config, history)]
     if "best" in summary:
         parts.append(
             f"`{summary['best']}` is the state of step {summary['best_step']}, {described.score}"
@@ -168,6 +161,19 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
     return parts
 
 
+def evaluations_table(config: Config, history: list[dict]) -> str:
+    """The scores and metrics of the first evaluation, of the last and of the best one."""
+    described = objective_of(config).metrics
+    first, last, top = history[0], history[-1], best_trained(history)
+    states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
+    if top:
+        states[f"best, step {top['step']}"] = top
+    rows = [[title, *values] for _, title, values in described.rows([*states.values()])]
+    if described.by_loss:
+        rows.insert(0, [f"loss, per {described.loss_of}", *map(loss_text, states.values())])
+    return table(["", *states], rows)
+
+
 def reward_text(answer: dict) -> str:
     """ ", reward 0.5" of an answer that was scored."""
     if "reward" not in answer:
@@ -184,7 +190,7 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
         return ["The tokenizer has no tokens for the fixed text, `src/evaluation/forgetting.txt`."]
     measured = summary["forgetting"].items()
     rows = [[name, f"{kl:.4f}", perplexity(kl), kl_in_words(kl)] for name, kl in measured]
-    parts = [
+    return [
         (
             "How far the model of the last step has moved from its base on a fixed text,"
             " `src/evaluation/forgetting.txt`, that the training has nothing to do with:"
@@ -197,17 +203,6 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
             " which it is very large."
         ),
     ]
-    described = objective_of(config).metrics
-    first, last = (summary.get(f"{described.in_summary}_{end}") for end in ("first", "last"))
-    if first is not None and last is not None:
-        change = last - first
-        moved = f"rose by {change:.4f}" if change > 0 else f"fell by {-change:.4f}"
-        unit = f" per {described.loss_of}" if described.by_loss else ""
-        parts.append(
-            f"Beside it stands what came of the training: on held-out {objective_of(config).unit}s the"
-            f" {described.score} {moved}{unit}."
-        )
-    return parts
 
 
 def perplexity(kl: float) -> str:

@@ -141,8 +141,7 @@ def places_to_watch(config: Config) -> list[str]:
     return places
 
 
-def describe_writers(config: Config) -> str:
-    """Line of the plan's details about where the numbers can be seen."""
+def absent_writers() -> list[str]:
+    """The line of the plan's details about a place where the numbers can't be seen, if there is one."""
     problem = tensorboard_problem()
-    absent = [f"TensorBoard {problem}"] if problem else []
-    return f"watch it   {'; '.join(absent + places_to_watch(config))}"
+    return [f"watch it   TensorBoard {problem}"] if problem else []

@@ -172,8 +172,6 @@ class OnPreferences(Objective):
     def warnings(self, documents: Preferences, tokenizer: Tokenizer) -> list[str]:
         return loss_warnings(self.loss, documents)
 
-    trained_part = "the answers that are compared"
-
     def trained_text(self, documents: Preferences) -> str:
         return f", {documents.targets:,} of them in answers"
 

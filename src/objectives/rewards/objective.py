@@ -163,12 +163,8 @@ class OnRewards(Objective):
     def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
         return [text] if (text := long_answers(documents, tokenizer)) else []
 
-    trained_part = "the answers that are drawn"
-
     def trained_text(self, documents: Units) -> str:
         return " of prompts"
-
-    targets_text = trained_text
 
     def evaluated_text(self, evaluated: Units) -> str:
         answered = "is" if len(evaluated) == 1 else "are"
