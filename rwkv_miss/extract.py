@@ -47,8 +47,8 @@ def extract_base(
     the prefix, if they are no whole RWKV-6 or 7, or if `out` is the input or a model that would be lost.
     """
     refuse_inputs(out, path)
-    found, notes = _read(path)
-    named = renamed(path, found, lambda name: _of_part(name, prefix))
+    model, notes = _read(path)
+    named = renamed(path, model, lambda name: _of_part(name, prefix))
     inside = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
     parts = Counter(name.partition(".")[0] + "." for name in named if not name.startswith(prefix))
     if not inside:

@@ -96,10 +96,10 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
         )
     chosen: set[str] = set()
     for target in DEFAULT_TARGETS if targets is None else targets:
-        found = {name for name in linears if name == target or name.endswith(f".{target}")}
-        if not found and targets is not None:
+        matches = {name for name in linears if name == target or name.endswith(f".{target}")}
+        if not matches and targets is not None:
             raise UserError(f"target {target!r} matches no linear layer; this model has: {leaves or 'none'}")
-        chosen |= found
+        chosen |= matches
     if not chosen:
         raise UserError(f"no linear layer to adapt: targets is empty; this model has: {leaves or 'none'}")
     _refuse_unfit(modules, chosen)
@@ -234,13 +234,13 @@ def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> Non
     layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
-            constant, found = getattr(layer, key), earlier.get(f"{name}.{key}")
-            if found is None or found.shape != constant.shape:
+            constant, value = getattr(layer, key), earlier.get(f"{name}.{key}")
+            if value is None or value.shape != constant.shape:
                 raise UserError(
                     f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of"
                     " another base or rank"
                 )
-            constant.copy_(found)
+            constant.copy_(value)
         try:
             layer.start()
         except UserError as error:

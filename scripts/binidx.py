@@ -85,8 +85,8 @@ def without_weights(row: dict) -> dict:
     """Drop the weights of a row's answers, which these files have no place for."""
     if "messages" not in row:
         return row
-    words = [{name: v for name, v in message.items() if name != "weight"} for message in row["messages"]]
-    return row | {"messages": words}
+    messages = [{name: v for name, v in message.items() if name != "weight"} for message in row["messages"]]
+    return row | {"messages": messages}
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:

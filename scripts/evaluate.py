@@ -121,16 +121,16 @@ def evaluate_preferences(args: argparse.Namespace) -> None:
     rows = []
     for adapter in args.adapter or [None]:
         adapters.use([adapter] if adapter else [])
-        found = compared.measure(adapters.model, args.beta or BETA)
+        measured = compared.measure(adapters.model, args.beta or BETA)
         about = {"model": recorded(args.model), "adapter": recorded(adapter)}
-        worst = found.worst(args.show, encoder.tokenizer)
-        print("\n".join([*worst, f"{adapter or args.model}: {found.counted}", *found.lines()]))
-        rows += [about | row for row in found.rows(encoder.tokenizer, range(len(data)))]
-        summary = {"preferences": args.preferences, **found.counts, **about, "precision": args.precision}
+        worst = measured.worst(args.show, encoder.tokenizer)
+        print("\n".join([*worst, f"{adapter or args.model}: {measured.counted}", *measured.lines()]))
+        rows += [about | row for row in measured.rows(encoder.tokenizer, range(len(data)))]
+        summary = {"preferences": args.preferences, **measured.counts, **about, "precision": args.precision}
         summary |= {"bos": list(encoder.bos), "reference": None}
         if compared.data.reference is not None:
             summary |= {"reference": recorded(args.reference or args.model), "beta": args.beta or BETA}
-        print(json.dumps(summary | found.figures))
+        print(json.dumps(summary | measured.figures))
     if args.save:
         write_lines(args.save, rows)
 
@@ -148,9 +148,9 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
         bos = leading_token(args.bos, tokenizer, *files)
         chosen[tokenizer.name, template.record, bos] = Encoder(tokenizer, template, bos=bos)
     if len(chosen) > 1:
-        told = " and ".join(f"{name}, {template[:40]!r}, {bos}" for name, template, bos in chosen)
+        listed = " and ".join(f"{name}, {template[:40]!r}, {bos}" for name, template, bos in chosen)
         raise UserError(
-            f"the adapters record different tokenizers, templates or leading tokens ({told}); give"
+            f"the adapters record different tokenizers, templates or leading tokens ({listed}); give"
             " --tokenizer, --template and --bos, or measure them one by one"
         )
     return next(iter(chosen.values()))

@@ -38,9 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.gpu_record", description=__doc__.partition("\n\n")[0], allow_abbrev=False
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("folder", nargs="?", type=pathlib.Path, help="of outputs and exit codes")
-    what.add_argument("--table", action="store_true", help="print the table only")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("folder", nargs="?", type=pathlib.Path, help="of outputs and exit codes")
+    action.add_argument("--table", action="store_true", help="print the table only")
     args = parser.parse_args()
     if args.folder:
         write_record(args.folder)
@@ -133,10 +133,10 @@ def kernel_figures(text: str) -> dict[str, dict[str, float]]:
 
 def short_name(mangled: str) -> str:
     """Return "wkv7_chunked scan" for a mangled name, which has the name of its file, a hash, and its own."""
-    found = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
-    if not found:
+    match = re.search(r"_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
+    if not match:
         return mangled
-    return f"{found[1]} {mangled[found.end() :][: int(found[2])]}"
+    return f"{match[1]} {mangled[match.end() :][: int(match[2])]}"
 
 
 def table(runs: list[dict]) -> str:

@@ -55,8 +55,8 @@ class Scores:
 
     def record(self) -> dict[str, float]:
         """Return the scores for JSON."""
-        found = {f"pass@{k}": share for k, share in self.pass_at.items()}
-        return found if self.majority is None else found | {"majority": self.majority}
+        shares = {f"pass@{k}": share for k, share in self.pass_at.items()}
+        return shares if self.majority is None else shares | {"majority": self.majority}
 
 
 def scores_of(

@@ -50,7 +50,7 @@ def option_rows() -> list[list[str]]:
 
 
 def in_order() -> list[str]:
-    """The methods' names, the default's first."""
+    """List the methods' names, the default's first."""
     return sorted(METHODS, key=lambda name: (name != "miss", name))
 
 

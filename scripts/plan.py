@@ -97,11 +97,11 @@ def main() -> None:
 
 def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
-    found = count(ours, config, origins)
-    show(found)
+    counted_plan = count(ours, config, origins)
+    show(counted_plan)
     if ours.json:
-        print(json.dumps(for_machines(found)))
-    return 0 if found.fix == {} else 1
+        print(json.dumps(for_machines(counted_plan)))
+    return 0 if counted_plan.fix == {} else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,24 +173,24 @@ def statistics(config: Config, loaded: Loaded, documents: Units) -> dict:
 
 def weights_of(files: list[Tokens]) -> dict[str, int]:
     """Count the tokens of each weight in the loss; 0 is left out."""
-    found: collections.Counter[str] = collections.Counter()
+    tokens_by_weight: collections.Counter[str] = collections.Counter()
     for tokens in files:
         weights, counts = np.unique(tokens.weights, return_counts=True)
         for weight, count in zip(weights.tolist(), counts.tolist()):
             if weight:
-                found[f"{weight:g}"] += count
-    return dict(found)
+                tokens_by_weight[f"{weight:g}"] += count
+    return dict(tokens_by_weight)
 
 
 def weights_line(weights: dict[str, int]) -> list[str]:
     """Write the line about weights_of(), if there are other weights than 1."""
     if weights.keys() <= {"1"}:
         return []
-    told = ", ".join(f"{float(weight):g} on {counted(count, 'token')}" for weight, count in weights.items())
+    parts = ", ".join(f"{float(weight):g} on {counted(count, 'token')}" for weight, count in weights.items())
     if len(weights) > SHOWN_WEIGHTS:
-        told = f"from {min(map(float, weights)):g} to {max(map(float, weights)):g}"
+        parts = f"from {min(map(float, weights)):g} to {max(map(float, weights)):g}"
     total = sum(float(weight) * count for weight, count in weights.items())
-    return [f"weights    {told}; they add up to {total:,.1f}, by which a loss is divided"]
+    return [f"weights    {parts}; they add up to {total:,.1f}, by which a loss is divided"]
 
 
 def overview(
@@ -245,8 +245,8 @@ def guessed(config: Config) -> str:
 
 def show_forms(config: Config, encoder: Encoder, plain: bool) -> None:
     """Print a conversation in the form of the template, or in every form if none is chosen."""
-    if known := modes_note(config.load_model, encoder.template):
-        print(f"note: {known}")
+    if note := modes_note(config.load_model, encoder.template):
+        print(f"note: {note}")
     every_mode = config.template == "auto" and isinstance(encoder.template, RwkvTemplate)
     for what, documents in forms(encoder, every_mode, config.tool_style == "auto"):
         print(what)

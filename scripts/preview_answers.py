@@ -56,9 +56,9 @@ def _compared(figures: dict, units: Preferences) -> str:
             f" median, a rejected one {figures['rejected_length']:g}; the chosen one is longer in"
             f" {figures['chosen_longer']:.0%} of the pairs, shorter in {figures['rejected_longer']:.0%}"
         )
-    told = [
+    lines = [
         f"{figures[name]:,} {label}, of {figures[f'{name}_length']:g} tokens in the median"
         for name, label in (("chosen", "to prefer"), ("rejected", "to avoid"))
         if figures[name]
     ]
-    return f"answers    {'; '.join(told)}"
+    return f"answers    {'; '.join(lines)}"

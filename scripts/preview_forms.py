@@ -64,10 +64,10 @@ def conversation(template: Template, thinks: bool = False) -> list[dict]:
     messages = [SYSTEM]
     for turn, chinese in zip(TURNS, CHINESE_THOUGHTS, strict=True):
         question, thoughts, answer = turn
-        said = {"role": "assistant", "content": answer}
+        message = {"role": "assistant", "content": answer}
         if thinks or begins_thoughts(template.opening):
-            said["reasoning_content"] = chinese if template.opening.endswith(CHINESE_HM) else thoughts
-        messages += [{"role": "user", "content": question}, said]
+            message["reasoning_content"] = chinese if template.opening.endswith(CHINESE_HM) else thoughts
+        messages += [{"role": "user", "content": question}, message]
     return messages
 
 

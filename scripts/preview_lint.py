@@ -229,8 +229,8 @@ def odd_question(record: dict, encoder: Encoder) -> set[str]:
     """Return the names of findings about a record's question, whatever its answer."""
     if "prompt" in record:
         return {"bare question"} if _is_bare_question(record["prompt"], record["completion"]) else set()
-    asked = [message for message in record["messages"][:-1] if message["role"] != "assistant"]
-    return set(_odd_turns(asked, 0, record, encoder))
+    prompt = [message for message in record["messages"][:-1] if message["role"] != "assistant"]
+    return set(_odd_turns(prompt, 0, record, encoder))
 
 
 def _is_bare_question(prompt: str, answer: str) -> bool:

@@ -154,12 +154,12 @@ def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) 
         with Rewards.of(dataclasses.replace(config, rewards={name: 1.0}), encoder.template) as alone:
             scored = [alone.score(questions[i], [found.right[i]]) for i in places]
         values = [math.nan if isinstance(score, Failed) else float(score.total[0]) for score in scored]
-        known = [value for value in values if not math.isnan(value)]
+        finite = [value for value in values if not math.isnan(value)]
         below = [i for i, value in zip(places, values) if not value >= RANGES[name][1]]
         worth[name] = {
             "judged": len(values),
-            "mean": math.fsum(known) / len(known) if known else None,
-            "least": min(known, default=None),
+            "mean": math.fsum(finite) / len(finite) if finite else None,
+            "least": min(finite, default=None),
             "below": len(below),
         }
         for i in below:

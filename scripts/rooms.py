@@ -31,8 +31,8 @@ def room(module: str) -> str:
 @functools.cache
 def imports() -> dict[str, set[str]]:
     """Map module -> the modules of src that it imports."""
-    known = modules()
-    return {name: set(_imported(name, file, known)) - {name} for name, file in known.items()}
+    names = modules()
+    return {name: set(_imported(name, file, names)) - {name} for name, file in names.items()}
 
 
 def _imported(name: str, file: pathlib.Path, known: dict[str, pathlib.Path]):

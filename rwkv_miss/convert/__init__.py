@@ -109,14 +109,14 @@ def convert(
     if to not in writable:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(writable)}")
     if layout and layout not in FORMATS[to].layouts:
-        known = ", ".join(FORMATS[to].layouts)
+        layouts = ", ".join(FORMATS[to].layouts)
         raise UserError(
-            f"--layout {layout!r} is unknown; choose one of: {known}"
-            if known
+            f"--layout {layout!r} is unknown; choose one of: {layouts}"
+            if layouts
             else f"--layout {layout} is for --to peft and lora; {to} has one layout"
         )
     refuse_inputs(out, path)
-    found, adapter = read_any(path, hints)
+    from_form, adapter = read_any(path, hints)
     if hints.base:
         adapter = with_base(adapter, hints.base)
     adapter = dataclasses.replace(adapter, layout=layout)
@@ -126,7 +126,7 @@ def convert(
     notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
     return Conversion(
         os.fspath(out),
-        found,
+        from_form,
         to,
         adapter.metadata["method"],
         len(adapter.metadata["linears"]),

@@ -38,8 +38,8 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     Raises UserError where the file is not the one that the adapter names, or lacks one of its linears.
     """
     tensors, _ = read_described(path)
-    known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
-    if known and identity.fingerprint != known:
+    fingerprint, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
+    if fingerprint and identity.fingerprint != fingerprint:
         raise UserError(
             f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
             " one as --base"

@@ -133,14 +133,14 @@ class Peft(Format):
                 " model's file"
             )
         prefix, linears, whole = split(source)
-        read = {
+        reader = {
             "MISS": read_miss,
             "BONE": read_miss,
             "LORA": read_lora,
             "ADALORA": read_adalora,
             "VERA": read_vera,
         }[kind]
-        method, options, own = read(source, linears, whole, hints)
+        method, options, own = reader(source, linears, whole, hints)
         about = provenance(source)
         layout = layout_of([*own, *whole], bool(about.get("arch")))
         own = {in_pth(layout, name): parts for name, parts in own.items()}
@@ -168,14 +168,14 @@ class Peft(Format):
 def provenance(source: Source) -> dict[str, Any]:
     """Return this package's record in the header of a folder's tensors: the base, the step, the tokenizer."""
     try:
-        known = json.loads(source.header.get(PROVENANCE, "{}"))
+        record = json.loads(source.header.get(PROVENANCE, "{}"))
     except (ValueError, TypeError, RecursionError):
-        known = None
-    if not isinstance(known, dict):
+        record = None
+    if not isinstance(record, dict):
         raise UserError(
             f"{source.path}: {PROVENANCE} in the header of {TENSORS} is no JSON object; the file is damaged"
         )
-    return {name: value for name, value in known.items() if name not in CONSUMED}
+    return {name: value for name, value in record.items() if name not in CONSUMED}
 
 
 def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -59,11 +59,11 @@ class Lightning(Format):
         for target in manifest["targets"]:
             name = target["name"] + (".master" if trained else "")
             D = source.tensors.get(name)
-            wanted = torch.float32 if trained else PACKAGE_DTYPES[manifest["dtype"]]
-            if D is None or list(D.shape) != target["shape"] or D.dtype != wanted:
+            dtype = torch.float32 if trained else PACKAGE_DTYPES[manifest["dtype"]]
+            if D is None or list(D.shape) != target["shape"] or D.dtype != dtype:
                 found = "nothing" if D is None else f"{tuple(D.shape)}, {D.dtype}"
                 raise UserError(
-                    f"{source.path}: {name} is {found}, its manifest says {tuple(target['shape'])}, {wanted}"
+                    f"{source.path}: {name} is {found}, its manifest says {tuple(target['shape'])}, {dtype}"
                 )
             tensors[target["name"].removesuffix(".weight.D") + ".miss"] = (D.float() * scale).t().contiguous()
         if not trained:
@@ -259,10 +259,10 @@ def canonical(value: Any) -> str:
 def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Return hash (SHA-256) the manifest without its digest and the tensors' bytes in its order."""
     named = {field: value for field, value in manifest.items() if field != "content_version"}
-    found = hashlib.sha256(canonical(named).encode())
+    sha = hashlib.sha256(canonical(named).encode())
     for tensor in tensors.values():
-        found.update(memory(tensor.contiguous()))
-    return found.hexdigest()
+        sha.update(memory(tensor.contiguous()))
+    return sha.hexdigest()
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:
@@ -288,9 +288,9 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     The manifest is the one that the adapter was read with, or a new one with alpha = r. Raises UserError for
     what a package can't hold, and if the base is not known.
     """
-    known = origin_of(adapter, "rwkv-lightning").get("manifest")
+    manifest = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
-    if not adapter.base and not known:
+    if not adapter.base and not manifest:
         raise UserError(
             "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that"
             " file: --base MODEL.pth"
@@ -300,14 +300,14 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
             f"--base {adapter.base} is a folder, and rwkv_lightning's package names the SHA-256 of a model's"
             " file; make that with python -m scripts.export --to pth, and give it as --base"
         )
-    base = sha256(adapter.base) if adapter.base else known.get("base_fingerprint")
-    if known and base != known.get("base_fingerprint"):
+    base = sha256(adapter.base) if adapter.base else manifest.get("base_fingerprint")
+    if manifest and base != manifest.get("base_fingerprint"):
         raise UserError(
             f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not"
-            f" {known.get('base_fingerprint')}"
+            f" {manifest.get('base_fingerprint')}"
         )
-    if known:
-        return with_widths(adapter, known), dict(known)
+    if manifest:
+        return with_widths(adapter, manifest), dict(manifest)
     return adapter, new_manifest(adapter, base)
 
 
@@ -330,9 +330,9 @@ def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
     SHA-256."""
     ranks = sorted({options.rank for options in adapter.options_by_linear().values()})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
-        found = ", ".join(map(str, ranks))
+        listed = ", ".join(map(str, ranks))
         raise UserError(
-            f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found};"
+            f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {listed};"
             f" {WAY_OUT}"
         )
     targets = []

@@ -50,10 +50,10 @@ def one_rank(adapter: Adapter) -> int:
     """Return the rank of all linears. Raises UserError if they differ."""
     ranks = {options.rank for options in adapter.options_by_linear().values()}
     if len(ranks) > 1:
-        found = ", ".join(map(str, sorted(ranks)))
+        listed = ", ".join(map(str, sorted(ranks)))
         refuse(
             adapter,
-            f"peft's {adapter.method} has one rank for all linears, and this adapter has {found}",
+            f"peft's {adapter.method} has one rank for all linears, and this adapter has {listed}",
         )
     return ranks.pop()
 

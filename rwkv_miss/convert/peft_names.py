@@ -118,6 +118,6 @@ def target_modules(linears: list[str], arch: dict[str, Any] | None, layout: str)
         return names
     layers = Arch.from_dict(arch).n_layer
     everywhere = [in_layout(layout, f"blocks.{i}.{name}") for i in range(layers) for name in LINEARS]
-    words = {name.rpartition(".")[2] for name in names}
-    chosen = [name for name in everywhere if name.rpartition(".")[2] in words]
-    return sorted(words) if sorted(chosen) == names else names
+    last_names = {name.rpartition(".")[2] for name in names}
+    chosen = [name for name in everywhere if name.rpartition(".")[2] in last_names]
+    return sorted(last_names) if sorted(chosen) == names else names

@@ -28,15 +28,15 @@ def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str
         if row is None:
             raise UserError(f"{path} has no row of layer {layer}, which {linear} is of")
         try:
-            said, alpha = int(row["Rank"]), float(row["Alpha"])
+            given, alpha = int(row["Rank"]), float(row["Alpha"])
         except (TypeError, ValueError):
             raise UserError(
                 f"{path}: layer {layer} has Rank {row['Rank']!r} and Alpha {row['Alpha']!r}, expected numbers"
             ) from None
-        if said != rank or row["Mode"] != "lora" or not 0 < alpha < float("inf"):
+        if given != rank or row["Mode"] != "lora" or not 0 < alpha < float("inf"):
             raise UserError(
-                f"{path}: layer {layer} has Mode {row['Mode']}, Rank {said} and Alpha {alpha:g}, and {linear}"
-                f" is a LoRA of rank {rank}; the profile is of another training"
+                f"{path}: layer {layer} has Mode {row['Mode']}, Rank {given} and Alpha {alpha:g},"
+                f" and {linear} is a LoRA of rank {rank}; the profile is of another training"
             )
         alphas[linear] = alpha
     return alphas

@@ -165,10 +165,10 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         raise UserError(
             f"{len(tensors)} tensors have only {len(plain)} names without {' and '.join(PREFIXES)}"
         )
-    taken = " and ".join(
+    prefixes = " and ".join(
         prefix for prefix in PREFIXES if any(prefix in name for name in tensors.keys() - plain.keys())
     )
-    return plain, [f"{taken} was taken off the names of the tensors"] if taken else []
+    return plain, [f"{prefixes} was taken off the names of the tensors"] if prefixes else []
 
 
 def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -209,13 +209,13 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 def check_use(kind: str, states: bool, hints: Hints) -> None:
     """Raise UserError for a hint that decides nothing in such a file."""
-    given = [name for name in ("alpha", "profile", "init") if getattr(hints, name) not in ("", None)]
-    if given and kind != "lora":
+    flags = [name for name in ("alpha", "profile", "init") if getattr(hints, name) not in ("", None)]
+    if flags and kind != "lora":
         found = f".{kind} tensors" if kind else "initial states alone"
-        raise UserError(f"--{given[0]} is for LoRA and PiSSA, and the file has {found}; drop the flag")
-    if len(given) > 1:
+        raise UserError(f"--{flags[0]} is for LoRA and PiSSA, and the file has {found}; drop the flag")
+    if len(flags) > 1:
         raise UserError(
-            f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers,"
+            f"--{flags[0]} and --{flags[1]} contradict each other: --alpha is the same for all layers,"
             " --profile has one for each, and PiSSA, for which --init is, has the factor 1; keep one of the"
             " flags"
         )

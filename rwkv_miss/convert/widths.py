@@ -63,16 +63,16 @@ def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
             f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from:"
             f" {origins(*names)}"
         )
-    wanted = "rwkv-peft" if hint == "openmose" else hint
-    if not possible or wanted and wanted not in possible:
-        said = f"--origin {hint}, but" if hint and possible else "contradiction:"
+    expected = "rwkv-peft" if hint == "openmose" else hint
+    if not possible or expected and expected not in possible:
+        reason = f"--origin {hint}, but" if hint and possible else "contradiction:"
         raise UserError(
-            f"{said} the tensors are no blocks of one model's linears that way: "
+            f"{reason} the tensors are no blocks of one model's linears that way: "
             + ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8])
         )
-    if not wanted and len(possible) > 1:
+    if not expected and len(possible) > 1:
         raise UserError(
             f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other"
             " results; say which: " + origins(*names)
         )
-    return wanted or possible[0]
+    return expected or possible[0]

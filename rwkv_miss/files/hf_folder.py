@@ -131,10 +131,10 @@ def _stored(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{file} is missing: {INDEX} names {len(files)} files of weights; download or copy the whole"
                 " folder"
             )
-        found, header = read_safetensors(file)
-        if twice := stored.keys() & found.keys():
+        tensors, header = read_safetensors(file)
+        if twice := stored.keys() & tensors.keys():
             raise UserError(f"{path} is damaged: {min(twice)[:100]} is in two of its files")
-        stored |= found
+        stored |= tensors
     if not stored:
         raise UserError(f"{path} has no tensors")
     return stored, header
@@ -220,8 +220,8 @@ def _with_value_residual(
     if os.path.exists(os.path.join(path, VALUE_RESIDUAL_FILE)):
         return tensors | read_safetensors(os.path.join(path, VALUE_RESIDUAL_FILE))[0], []
     kept = [entry for name, entry in provenance.entries.items() if name in VALUE_RESIDUAL]
-    found = [tensors[name] for name in provenance.entries if name in VALUE_RESIDUAL and name in tensors]
-    if [math.prod(entry.shape) for entry in kept] == [tensor.numel() for tensor in found]:
+    extra = [tensors[name] for name in provenance.entries if name in VALUE_RESIDUAL and name in tensors]
+    if [math.prod(entry.shape) for entry in kept] == [tensor.numel() for tensor in extra]:
         return tensors, []
     note = f"{VALUE_RESIDUAL_FILE} is absent: the value residual of block 0, which nothing reads, is zero"
     return tensors | _zeros(path, provenance.entries, tensors), [note]

@@ -94,8 +94,8 @@ def in_usual_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     places = {name: place for place, name in enumerate(BLOCK)}
 
     def place(name: str) -> tuple[int, int, int]:
-        if found := re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", name):
-            return 1, int(found[1]), places.get(found[2], len(places))
+        if match := re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", name):
+            return 1, int(match[1]), places.get(match[2], len(places))
         roots = ("emb.", "blocks.", "ln_out.weight", "ln_out.bias", "head.")
         return next((i for i, root in enumerate(roots) if name.startswith(root)), len(roots)), 0, 0
 

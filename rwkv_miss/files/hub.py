@@ -55,21 +55,21 @@ def pin(name: HubName, shown: bool = True) -> HubName:
             if name.file:
                 commit = _metadata(hub, name).commit_hash
             else:
-                told = hub.HfApi().repo_info(
+                info = hub.HfApi().repo_info(
                     name.repo, repo_type=name.repo_type, revision=name.revision or None
                 )
-                commit, files = told.sha, [one.rfilename for one in told.siblings]
+                commit, files = info.sha, [one.rfilename for one in info.siblings]
                 _require_hub(hub, name, commit, *files)
                 name = dataclasses.replace(name, file=_choose(name, files))
         except Exception as error:
             if not _is_unreachable(error):
                 raise
-            found = _from_cache(hub, name)
-            if found is None:
+            cached = _from_cache(hub, name)
+            if cached is None:
                 raise
             if shown:
-                print_notes([f"{_why_unreachable(hub, error)}; the cache has {found}"])
-            return found
+                print_notes([f"{_why_unreachable(hub, error)}; the cache has {cached}"])
+            return cached
         _keep_revision(hub, name, commit)
     return name.at(commit)
 
@@ -82,8 +82,8 @@ def fetch(name: HubName, shown: bool = True) -> Fetched:
             return Fetched(_file(hub, name, shown), str(name))
         folder = os.path.join(_storage(hub, name), "snapshots", name.revision)
         if not _is_whole(folder):
-            told = hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, revision=name.revision)
-            names = [one.rfilename for one in told.siblings if "/" not in one.rfilename]
+            info = hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, revision=name.revision)
+            names = [one.rfilename for one in info.siblings if "/" not in one.rfilename]
             # the weights last: where they all are, everything is
             for file in sorted(filter(_is_read, names), key=lambda file: (file.endswith(READ[-1]), file)):
                 _file(hub, name.at(name.revision, file), shown)
@@ -128,9 +128,9 @@ def _choose(name: HubName, files: list[str]) -> str:
 
 def _metadata(hub: Any, name: HubName) -> Any:
     """Ask the hub about a file: commit_hash, etag, location, size."""
-    told = hub.get_hf_file_metadata(_address(hub, name))
-    _require_hub(hub, name, told.commit_hash, told.etag)
-    return told
+    metadata = hub.get_hf_file_metadata(_address(hub, name))
+    _require_hub(hub, name, metadata.commit_hash, metadata.etag)
+    return metadata
 
 
 def _require_hub(hub: Any, name: HubName, commit: str | None, *paths: str | None) -> None:
@@ -199,9 +199,9 @@ def _is_whole(folder: str) -> bool:
 
 def _file(hub: Any, name: HubName, shown: bool) -> str:
     """Return the path of a file at a commit, in the cache."""
-    found = os.path.join(_storage(hub, name), "snapshots", name.revision, *name.file.split("/"))
-    if os.path.isfile(found):
-        return found
+    file = os.path.join(_storage(hub, name), "snapshots", name.revision, *name.file.split("/"))
+    if os.path.isfile(file):
+        return file
     _complete(hub, name, shown)
     # it finds the bytes, and gives them their name in the cache
     return hub.hf_hub_download(name.repo, name.file, repo_type=name.repo_type, revision=name.revision)
@@ -224,13 +224,13 @@ def _complete(hub: Any, name: HubName, shown: bool) -> None:
 
     Other processes wait for the one that downloads.
     """
-    told, storage = _metadata(hub, name), _storage(hub, name)
-    blob = os.path.join(storage, "blobs", told.etag)
-    lock = os.path.join(hub.constants.HF_HUB_CACHE, ".locks", os.path.basename(storage), f"{told.etag}.lock")
+    meta, storage = _metadata(hub, name), _storage(hub, name)
+    blob = os.path.join(storage, "blobs", meta.etag)
+    lock = os.path.join(hub.constants.HF_HUB_CACHE, ".locks", os.path.basename(storage), f"{meta.etag}.lock")
     for path in (blob, lock):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     headers = hub.utils.build_hf_headers()
-    if urlsplit(told.location).netloc != urlsplit(_address(hub, name)).netloc:
+    if urlsplit(meta.location).netloc != urlsplit(_address(hub, name)).netloc:
         headers.pop("authorization", None)  # a token is for the hub, not for where it keeps large files
     headers["Accept-Encoding"] = "identity"  # or the sizes would be of something else
     partial = f"{blob}.incomplete"  # the name that huggingface_hub gave it before version 2
@@ -238,20 +238,20 @@ def _complete(hub: Any, name: HubName, shown: bool) -> None:
         if os.path.exists(blob):
             return
         with open(partial, "ab") as file:
-            if told.size is not None and file.tell() > told.size:
+            if meta.size is not None and file.tell() > meta.size:
                 file.truncate(0)
             begun = file.seek(0, os.SEEK_END)
-            _require_room(hub, name, (told.size or 0) - begun)
-            total = told.size and told.size / 1e6
+            _require_room(hub, name, (meta.size or 0) - begun)
+            total = meta.size and meta.size / 1e6
             with Progress(f"downloading {name.file}", total, "MB", shown, begun / 1e6) as bar, _quiet(hub):
                 hub.file_download.http_get(
-                    told.location,
+                    meta.location,
                     _Counted(file, bar),
                     resume_size=begun,
                     headers=headers,
-                    expected_size=told.size,
+                    expected_size=meta.size,
                 )
-        _check_sum(name, partial, told.etag, shown)
+        _check_sum(name, partial, meta.etag, shown)
         os.replace(partial, blob)
 
 
@@ -349,8 +349,8 @@ def _asked(question: Callable[[], list[str]]) -> list[str]:
 
 
 def _revisions(hub: Any, name: HubName) -> list[str]:
-    told = hub.HfApi().list_repo_refs(name.repo, repo_type=name.repo_type)
-    names = [one.name for one in (*told.branches, *told.tags)]
+    refs = hub.HfApi().list_repo_refs(name.repo, repo_type=name.repo_type)
+    names = [one.name for one in (*refs.branches, *refs.tags)]
     return difflib.get_close_matches(name.revision, names, SHOWN, 0.5) or names
 
 

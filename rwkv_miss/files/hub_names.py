@@ -101,9 +101,9 @@ def parse(text: str, repo_type: str = MODEL) -> HubName:
     huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
     """
     rest, prefix = text.removeprefix(HUB), ""
-    for known in PREFIXES:
-        if rest.startswith(known):
-            prefix, rest, repo_type = known, rest.removeprefix(known), PREFIXES[known]
+    for start in PREFIXES:
+        if rest.startswith(start):
+            prefix, rest, repo_type = start, rest.removeprefix(start), PREFIXES[start]
     owner, _, rest = rest.partition("/")
     name, slash, file = rest.partition("/")
     name, at, revision = name.partition("@")

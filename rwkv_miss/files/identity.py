@@ -109,8 +109,8 @@ class Identity:
 def _state(path) -> list[int]:
     """Return size, times and inode of a file, or of each file of a folder: one of them changes with a
     file."""
-    found = map(os.stat, weight_paths(path))
-    return [fact for f in found for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
+    stats = map(os.stat, weight_paths(path))
+    return [fact for f in stats for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
 def _remembered(path: str, compute: Callable[[], str]) -> str:
@@ -138,9 +138,9 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
                 fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         with contextlib.suppress(ValueError, LookupError, TypeError):
-            known = json.loads(file.read())
-            if known["state"] == state and known["fingerprint"].startswith(DIGEST):
-                return known["fingerprint"]
+            record = json.loads(file.read())
+            if record["state"] == state and record["fingerprint"].startswith(DIGEST):
+                return record["fingerprint"]
         value = compute()
         changed = max(state[1::FACTS] + state[3::FACTS])
         if _state(path) == state and time.time_ns() - changed > SETTLED:

@@ -66,12 +66,12 @@ def keep(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[st
     if not storages:
         return dict(tensors)
     descriptor = os.open(path, os.O_RDONLY)
-    found = os.fstat(descriptor)
-    if found.st_size <= SMALL:
+    status = os.fstat(descriptor)
+    if status.st_size <= SMALL:
         os.close(descriptor)
         return copy.deepcopy(dict(tensors))
     users = [weakref.ref(storage) for storage in storages]
-    _mapped.append(_Mapped(os.fspath(path), descriptor, found.st_size, found.st_mtime_ns, users))
+    _mapped.append(_Mapped(os.fspath(path), descriptor, status.st_size, status.st_mtime_ns, users))
     return dict(tensors)
 
 

@@ -72,11 +72,11 @@ class Provenance(NamedTuple):
     def parse(text: str, path: str | os.PathLike[str]) -> Provenance:
         """Read what text() wrote. Raises UserError for anything else."""
         try:
-            told = json.loads(text)
+            record = json.loads(text)
             entries = {}
-            for name, (dtype, *shape) in told["tensors"].items():
+            for name, (dtype, *shape) in record["tensors"].items():
                 entries[name] = Entry(FLOATS[dtype], tuple(map(int, shape)))
-            metadata = None if told["metadata"] is None else dict(told["metadata"])
+            metadata = None if record["metadata"] is None else dict(record["metadata"])
             if not all(_is_possible(entry.shape) for entry in entries.values()):
                 raise ValueError("a size that no tensor has")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

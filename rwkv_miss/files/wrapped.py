@@ -64,8 +64,8 @@ def plain_names(
             )
         return tensors, []
     plain = renamed(path, tensors, without_prefixes)
-    taken = dict.fromkeys(name.removesuffix(short) for name, short in names.items() if name != short)
-    notes = [f"{path}: {' and '.join(taken)} is taken off the names of the tensors"] if taken else []
+    prefixes = dict.fromkeys(name.removesuffix(short) for name, short in names.items() if name != short)
+    notes = [f"{path}: {' and '.join(prefixes)} is taken off the names of the tensors"] if prefixes else []
     return plain, notes
 
 

@@ -159,8 +159,8 @@ def diff_files(
     def items() -> Iterator[tuple[str, Tensor]]:
         for name in linears:
             key = f"{name}.weight"
-            D, found = nearest(name, first[key], second[key], rank, options["layout"] == "contiguous")
-            report.linears.append(found)
+            D, fit = nearest(name, first[key], second[key], rank, options["layout"] == "contiguous")
+            report.linears.append(fit)
             yield f"{name}.miss", D
         for key in kept:
             yield key, second[key]
@@ -226,10 +226,10 @@ def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
     The leading token is the second's alone: a file without one was trained without one.
     """
-    said = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
+    source = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
     return {
-        "tokenizer": said.get("tokenizer"),
-        "eod": said.get("eod"),
+        "tokenizer": source.get("tokenizer"),
+        "eod": source.get("eod"),
         "template": second.get("template") or first.get("template"),
         "bos": second.get("bos") or [],
     }
@@ -277,13 +277,13 @@ def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -
     names = [name for name in names if name != "emb"]
     chosen = []
     for target in targets or DEFAULT_TARGETS:
-        found = [name for name in names if name == target or name.endswith(f".{target}")]
-        if targets and not found:
+        matches = [name for name in names if name == target or name.endswith(f".{target}")]
+        if targets and not matches:
             raise UserError(
                 f"target {target!r} matches no linear; there are:"
                 f" {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
             )
-        chosen += found
+        chosen += matches
     return [name for name in names if name in set(chosen)]
 
 

@@ -349,15 +349,15 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
     """
     record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
-        said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
-        for value, path in said[1:]:
-            if str(value) != str(said[0][0]):
+        pairs = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
+        for value, path in pairs[1:]:
+            if str(value) != str(pairs[0][0]):
                 raise UserError(
-                    f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r},"
+                    f"the adapters were trained with different {name}s: {pairs[0][1]} with {pairs[0][0]!r},"
                     f" {path} with {value!r}; a merged model has one"
                 )
-        if said:
-            record[name] = said[0][0]
+        if pairs:
+            record[name] = pairs[0][0]
         elif name == "eod" and record["tokenizer"] != base.get("tokenizer"):
             record[name] = None  # the base's belongs to another tokenizer
         else:

@@ -310,8 +310,8 @@ def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[M
 
 def _dtypes(tensors: dict[str, Tensor], adapters: Combination, chosen: torch.dtype | None) -> str:
     """Name the dtypes of the changed tensors in the merged file, for people."""
-    found = {str(chosen or tensors[key].dtype).removeprefix("torch.") for key in adapters.changed(tensors)}
-    return ", ".join(sorted(found)) or "no tensor of the base"
+    dtypes = {str(chosen or tensors[key].dtype).removeprefix("torch.") for key in adapters.changed(tensors)}
+    return ", ".join(sorted(dtypes)) or "no tensor of the base"
 
 
 def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[torch.dtype | None, str]:
@@ -360,8 +360,8 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
         misfit = any(
             getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
         )
-    wanted = metadata.get("base_fingerprint")
-    if misfit or (not force and wanted and identity.fingerprint != wanted):
+    fingerprint = metadata.get("base_fingerprint")
+    if misfit or (not force and fingerprint and identity.fingerprint != fingerprint):
         advice = "merge into that one" + ("" if misfit else ", or --force")
         raise UserError(
             f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs};"

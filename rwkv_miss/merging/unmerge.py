@@ -228,8 +228,8 @@ def _of_the_record(
 ) -> list[str]:
     """Return the claims of the merged file's metadata that are not true."""
     problems = []
-    wanted = record.get("base_fingerprint")
-    if wanted is not None and base.fingerprint != str(wanted):
+    fingerprint = record.get("base_fingerprint")
+    if fingerprint is not None and base.fingerprint != str(fingerprint):
         problems.append(f"by its own record it is a merge into another base, {record.get('base')}")
     for m in check.adapters:
         if recorded and m.fingerprint not in recorded:

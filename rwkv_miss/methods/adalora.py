@@ -186,9 +186,9 @@ class AdaLoraLinear(LoraLinear):
         sensitivity, uncertainty = (
             getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty")
         )
-        known, now = product.isfinite(), product.abs()  # a step that overflowed carries no information
-        sensitivity.lerp_(now.where(known, sensitivity), 1 - self.options.beta1)
-        uncertainty.lerp_((now - sensitivity).abs().where(known, uncertainty), 1 - self.options.beta2)
+        finite, now = product.isfinite(), product.abs()  # a step that overflowed carries no information
+        sensitivity.lerp_(now.where(finite, sensitivity), 1 - self.options.beta1)
+        uncertainty.lerp_((now - sensitivity).abs().where(finite, uncertainty), 1 - self.options.beta2)
 
     def importance(self) -> Tensor:
         """Compute the importance of each triplet, (r)."""

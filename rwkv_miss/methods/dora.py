@@ -62,8 +62,8 @@ class DoraLinear(LoraLinear):
         """Compute ||V|| row by row, (out); W A^T is computed in `dtype`."""
         A, B = self.lora_A, self.lora_B
         cross = product(dense(self.weight, self.in_features, dtype).to(dtype), A.to(dtype))
-        known = self._squares() if self.weight.requires_grad else self.squares
-        squares = known + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
+        sums = self._squares() if self.weight.requires_grad else self.squares
+        squares = sums + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ PARTS = {
 
 def split_parts(text: str) -> list[str]:
     """Split "ln,time" or "ln time" into ["ln", "time"], as PARTS are sorted. Raises UserError for others."""
-    given = re.split(r"[,\s]+", text.strip()) if text.strip() else []
-    for part in given:
+    names = re.split(r"[,\s]+", text.strip()) if text.strip() else []
+    for part in names:
         if part not in PARTS:
             raise UserError(f"part {part!r} is unknown; choose from: {', '.join(PARTS)}")
-    return [part for part in PARTS if part in given]
+    return [part for part in PARTS if part in names]
 
 
 def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:

@@ -189,13 +189,13 @@ def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
     arch, device = adapters.model.arch, adapters.model.emb.weight.device
     shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
     layers = range(arch.n_layer)
-    wanted = {f"blocks.{i}.{name}": shape for i in layers for name, shape in shapes._asdict().items()}
+    expected = {f"blocks.{i}.{name}": shape for i in layers for name, shape in shapes._asdict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != wanted or not all(tensor.is_floating_point() for tensor in tensors.values()):
-        different = (name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+    if found != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        different = (name for name in {**expected, **found} if found.get(name) != expected.get(name))
         wrong = next(different, "a tensor that is no number")
         raise _damaged(
-            path, f"{wrong} is {found.get(wrong)}, expected {wanted.get(wrong)} for {arch.describe()}"
+            path, f"{wrong} is {found.get(wrong)}, expected {expected.get(wrong)} for {arch.describe()}"
         )
     check_finite(tensors)
     own = {name: tensor.clone().to(device) for name, tensor in tensors.items()}

@@ -88,10 +88,10 @@ def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
             table.put(len(of), 0, after, len(of), _values(unit, columns, place))
             table.reset[len(of), 0] = begin == 0
             of.append(number)
-    read, begins = padded_left(prompts or [()])
+    padded, begins = padded_left(prompts or [()])
     return {
         **table.batch(0, columns),
-        "prompts": read,
+        "prompts": padded,
         "prompt_reset": begins,
         "prompt_of": torch.tensor(of or [0]),
     }

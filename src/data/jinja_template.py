@@ -91,10 +91,10 @@ class JinjaTemplate:
         """
         question = {"role": "user", "content": "A question?"}
         answer = {"role": "assistant", "content": "An answer."}
-        asked = self._render([question], True)
+        prompt = self._render([question], True)
         whole = self._render([question, answer])
         again = self._render([question, answer, question])
-        for text, message in ((asked, question), (whole, answer)):
+        for text, message in ((prompt, question), (whole, answer)):
             if message["content"] not in text:
                 raise UserError(
                     f"{self.name}: the template writes a conversation without the {message['role']}'s words;"
@@ -104,11 +104,11 @@ class JinjaTemplate:
         between = again.rpartition(answer["content"])[2].partition(question["content"])[0]
         stop = self.turn_end.strip() or between.rstrip()
         self.stops = (stop,) if stop else ()
-        begun = BEGUN_THOUGHTS.search(asked)
+        begun = BEGUN_THOUGHTS.search(prompt)
         self.opening = begun[0] if begun else ""
         documents = self.documents([question, answer, question, answer])
         with contextlib.suppress(_Changed):  # which documents() has allowed, as there are marks
-            self.asked_only = asked[self._common(asked, whole, [question], None) :]
+            self.asked_only = prompt[self._common(prompt, whole, [question], None) :]
         if self.marks and not any(segment.weight for segment in documents[0]):
             raise UserError(
                 f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"
@@ -152,13 +152,13 @@ class JinjaTemplate:
         self, messages: list[dict], new: list[dict], tools: list[dict] | None = None
     ) -> list[str] | None:
         *earlier, answer = messages
-        asked, before = self._render(earlier, True, tools), self._render(messages, False, tools)
+        prompt, before = self._render(earlier, True, tools), self._render(messages, False, tools)
         after = self._render([*messages, *new], True, tools)
-        if not (before.startswith(asked) and before.endswith(self.turn_end) and after.startswith(before)):
+        if not (before.startswith(prompt) and before.endswith(self.turn_end) and after.startswith(before)):
             return None
         # the model has read what it said, which the template may write otherwise
-        said, written = answer["content"].removeprefix(self.opening), before.removeprefix(asked)
-        if said.strip() != written.removesuffix(self.turn_end).strip():
+        content, written = answer["content"].removeprefix(self.opening), before.removeprefix(prompt)
+        if content.strip() != written.removesuffix(self.turn_end).strip():
             return None
         return [self.turn_end, after.removeprefix(before)]
 

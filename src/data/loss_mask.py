@@ -68,10 +68,10 @@ def marked(text: str, marker: str) -> list[Segment]:
     place = 0
     for begin, end in marked_spans(text, marker):
         segments.append(Segment(text[place:begin], 0.0))
-        words = text[begin:end].removesuffix(PLAIN.between).removesuffix(FLOWERS.end)
+        body = text[begin:end].removesuffix(PLAIN.between).removesuffix(FLOWERS.end)
         if text.startswith(HEADING, end):
-            words = words.removesuffix(HEADINGS.between)
-        segments += [Segment(words, 1.0), Segment(text[begin + len(words) : end], 1.0)]
+            body = body.removesuffix(HEADINGS.between)
+        segments += [Segment(body, 1.0), Segment(text[begin + len(body) : end], 1.0)]
         place = end
     segments.append(Segment(text[place:], 0.0))
     return [segment for segment in segments if segment.text]
@@ -91,8 +91,8 @@ def marked_spans(text: str, marker: str, read: Callable[[str], str] = str) -> li
     place = text.find(start)
     while place >= 0:
         begin = place + len(start)
-        found = after.search(text, begin)
-        spans.append((begin, found.start() if found else len(text)))
+        match = after.search(text, begin)
+        spans.append((begin, match.start() if match else len(text)))
         place = text.find(start, spans[-1][1])
     return spans
 

@@ -112,7 +112,7 @@ class Preferences(Units):
         return f"{what}{', both answers counted' if self.paired else ''}: {places}"
 
     def to_ask(self, count: int) -> list[Document]:
-        """The first `count` answers to prefer, each to another prompt."""
+        """Choose the first `count` preferred answers, each to another prompt."""
         found: dict[bytes, Document] = {}
         for unit in self:
             if len(found) == count:
@@ -276,10 +276,10 @@ def fit_units(
     places = tuple(f"{names[answers.of[i]]} {rows[i]}" for i in firsts)
     if long.all():
         shortest = int(whole.lengths.min()) - 1
-        what = "both answers of a pair lie in one row" if paired else "an answer lies in one row"
+        condition = "both answers of a pair lie in one row" if paired else "an answer lies in one row"
         raise UserError(
             f"{places[0]}: all {counted(len(whole), whole.unit)} have more tokens than --ctx_len {ctx_len};"
-            f" {what}, and the shortest takes {shortest}; raise it"
+            f" {condition}, and the shortest takes {shortest}; raise it"
         )
     return dataclasses.replace(
         whole.take(np.flatnonzero(~long)), too_long=int(long.sum()), too_long_places=places

@@ -173,19 +173,19 @@ class LoadedQuestions:
 
         Raises UserError where none does.
         """
-        found = Questions(self.questions, self.prompts, group_size, max_tokens)
-        taken = found.prompt_lengths - 1 + max_tokens
-        long = np.flatnonzero(taken > ctx_len)
+        units = Questions(self.questions, self.prompts, group_size, max_tokens)
+        row_lengths = units.prompt_lengths - 1 + max_tokens
+        long = np.flatnonzero(row_lengths > ctx_len)
         if not len(long):
-            return found
+            return units
         places = tuple(self.places[i] for i in long[:NAMED])
-        if len(long) == len(found):
+        if len(long) == len(units):
             raise UserError(
-                f"{places[0]}: all {counted(len(found), 'question')} with an answer of --max_tokens"
+                f"{places[0]}: all {counted(len(units), 'question')} with an answer of --max_tokens"
                 f" {max_tokens} have more tokens than --ctx_len {ctx_len}, and the shortest takes"
-                f" {taken.min():,}; raise it, or lower --max_tokens"
+                f" {row_lengths.min():,}; raise it, or lower --max_tokens"
             )
-        fitting = found.take(np.flatnonzero(taken <= ctx_len))
+        fitting = units.take(np.flatnonzero(row_lengths <= ctx_len))
         return dataclasses.replace(fitting, too_long=len(long), too_long_places=places)
 
 

@@ -62,18 +62,18 @@ def folder_tokenizer(path, vocab_size: int, eod: str = "") -> Tokenizer:
         return world
     if file.endswith(TOKENIZER):
         eod = eod or _end_of_text(path)
-    found = load_tokenizer(file, vocab_size, eod)
+    tokenizer = load_tokenizer(file, vocab_size, eod)
     if is_first_process():
         print_notes([f"--tokenizer auto: {file}, whose vocabulary is not World's"])
-    return found
+    return tokenizer
 
 
 def _has_vocabulary_of(world: ByteTokenizer, file: str) -> bool:
     """Tell whether a folder's file has World's pieces under World's ids, without building a tokenizer."""
     pieces = {token: piece for token, piece in world.table.items() if piece}
     if not file.endswith(TOKENIZER):
-        found = load_tokenizer(file, max(world.table) + 1)
-        return isinstance(found, ByteTokenizer) and pieces == {t: p for t, p in found.table.items() if p}
+        own = load_tokenizer(file, max(world.table) + 1)
+        return isinstance(own, ByteTokenizer) and pieces == {t: p for t, p in own.table.items() if p}
     texts = _vocabulary(file)
     same = sum(texts.get(token) in _forms(piece) for token, piece in pieces.items())
     return same >= ALIKE * len(pieces)
@@ -87,17 +87,17 @@ def _forms(piece: bytes) -> tuple[str, ...]:
 def _vocabulary(file: str) -> dict[int, str]:
     """Read id -> text from a tokenizer.json with a table of texts or a list of texts with scores."""
     model = read_json(file).get("model")
-    told: Any = model.get("vocab") if isinstance(model, Mapping) else None
-    if isinstance(told, Mapping):
-        return {token: text for text, token in told.items() if isinstance(token, int)}
-    if isinstance(told, list):
-        return {token: str(entry[0]) for token, entry in enumerate(told) if isinstance(entry, list) and entry}
+    vocab: Any = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocab, Mapping):
+        return {token: text for text, token in vocab.items() if isinstance(token, int)}
+    if isinstance(vocab, list):
+        return {i: str(entry[0]) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
     raise UserError(f"{file} has no vocabulary under model; give --tokenizer world, or another file")
 
 
 def _end_of_text(path) -> str:
     """Return the text of the token that ends a document, as transformers know it; "" without one."""
     file = os.path.join(path, TOKENIZER_CONFIG)
-    told = read_json(file).get("eos_token") if os.path.exists(file) else None
-    told = told.get("content") if isinstance(told, dict) else told
-    return told if isinstance(told, str) else ""
+    token = read_json(file).get("eos_token") if os.path.exists(file) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""

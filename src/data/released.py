@@ -43,14 +43,14 @@ def released(path: str) -> Released | None:
 
 def modes_note(path: str, template: Template) -> str:
     """Describe the modes of a released model, and the chosen ones, in a sentence; "" for any other file."""
-    found = released(path)
-    if not found:
+    release = released(path)
+    if not release:
         return ""
-    known = f"{found.file} is a released {found.name}, trained with --template {', '.join(found.modes)}"
+    note = f"{release.file} is a released {release.name}, trained with --template {', '.join(release.modes)}"
     if not isinstance(template, RwkvTemplate):
-        return f"{known}; chosen is Jinja, {template.name}"
-    if template.name in found.modes:
-        return f"{known}; chosen is {template.name}"
+        return f"{note}; chosen is Jinja, {template.name}"
+    if template.name in release.modes:
+        return f"{note}; chosen is {template.name}"
     other = {**FIRST_FORMS, **{first: name for name, first in FIRST_FORMS.items()}}.get(template.name)
-    advice = f"; --template {other} is its form" if other in found.modes else ""
-    return f"{known}, not with {template.name}, which is chosen{advice}"
+    advice = f"; --template {other} is its form" if other in release.modes else ""
+    return f"{note}, not with {template.name}, which is chosen{advice}"

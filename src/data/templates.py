@@ -144,10 +144,10 @@ def _note_of_folder(path) -> str:
 
 def _chat_template(file: str) -> str:
     """Read the template in a tokenizer_config.json, "" for none."""
-    told = read_json(file).get("chat_template")
-    if isinstance(told, list):  # several by name, as {"name": ..., "template": ...}
-        told = next((entry.get("template") for entry in told if _is_default(entry)), "")
-    return told if isinstance(told, str) else ""
+    template = read_json(file).get("chat_template")
+    if isinstance(template, list):  # several by name, as {"name": ..., "template": ...}
+        template = next((entry.get("template") for entry in template if _is_default(entry)), "")
+    return template if isinstance(template, str) else ""
 
 
 def _is_default(entry: Any) -> bool:

@@ -33,7 +33,7 @@ def thought_spans(before: str, text: str) -> list[tuple[int, int]]:
 
 def within(begins: np.ndarray, ends: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     """Tell which tokens lie wholly in one of the spans, (n,) bool; begins, ends: the tokens', (n,)."""
-    found = np.zeros(len(begins), dtype=bool)
+    inside = np.zeros(len(begins), dtype=bool)
     for first, last in spans:
-        found[np.searchsorted(begins, first) : np.searchsorted(ends, last, "right")] = True
-    return found
+        inside[np.searchsorted(begins, first) : np.searchsorted(ends, last, "right")] = True
+    return inside

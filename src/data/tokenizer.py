@@ -153,12 +153,12 @@ class ByteTokenizer(Tokenizer):
         with Progress("tokenising a long text", millions, "million characters", is_first_process()) as bar:
             while done + size < len(text):
                 part = text[done : done + size + beyond]
-                data, wanted = part.encode(self.encoding), len(part[:size].encode(self.encoding))
+                data, length = part.encode(self.encoding), len(part[:size].encode(self.encoding))
                 found = self.find(part, data)
                 ends = [0, *itertools.accumulate(map(self.sizes.__getitem__, found))]
-                if ends[-1] < wanted:
+                if ends[-1] < length:
                     break  # no token fits; the rest says where
-                count = bisect.bisect_right(ends, wanted) - 1
+                count = bisect.bisect_right(ends, length) - 1
                 # a token may end inside a character
                 while not _is_text(data[: ends[count]], self.encoding):
                     count -= 1
@@ -354,14 +354,14 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str, data: bytes) -> list[int]:
         try:
-            found = self.inner.encode(text, add_special_tokens=False)
+            encoded = self.inner.encode(text, add_special_tokens=False)
         except Exception:  # WordLevel without an unknown token, which does not say where it failed
             missing = "".join(sorted(set(text).difference(*self.inner.get_vocab())))
             raise UserError(f"tokenizer {self.name} has no token for {missing or text[:80]!r}") from None
-        back = self._decode(found.ids)
+        back = self._decode(encoded.ids)
         if back != text and not (self.inner.normalizer and back == self.inner.normalizer.normalize_str(text)):
-            self._check_covered(text, found)
-        return found.ids
+            self._check_covered(text, encoded)
+        return encoded.ids
 
     def _check_covered(self, text: str, found) -> None:
         """Raise UserError for a character that is in no token: BPE, for one, drops what it does not know.

@@ -195,10 +195,10 @@ def _without_nulls(schema: Any) -> Any:
 def _as_json(tools: list[dict]) -> str:
     lines = []
     for function in map(read_function, tools):
-        words = {"name": function["name"]}
+        described = {"name": function["name"]}
         if function.get("description"):
-            words["description"] = function["description"]
-        lines.append(_compact({**words, "arguments": _parameters(function).get("properties", {})}))
+            described["description"] = function["description"]
+        lines.append(_compact({**described, "arguments": _parameters(function).get("properties", {})}))
     return "\n".join(["Tools:", "[", ",\n".join(lines), "]", ONLY_A_CALL])
 
 
@@ -334,10 +334,10 @@ def in_order_of_calls(messages: list[dict]) -> list[dict]:
 
     for message in messages:
         if message["role"] == "tool":
-            wanted = message.get("tool_call_id")
-            if ids and wanted is not None and wanted not in ids:
+            call_id = message.get("tool_call_id")
+            if ids and call_id is not None and call_id not in ids:
                 raise UserError(
-                    f"tool_call_id {short(wanted)} is of no call in the answer before; it has"
+                    f"tool_call_id {short(call_id)} is of no call in the answer before; it has"
                     f" {', '.join(map(short, ids))}"
                 )
             results.append(message)

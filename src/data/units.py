@@ -59,13 +59,13 @@ class Units(Sequence):
         """Yield tokens of each unit, (n,) int32: units with equal ones are held out together."""
 
     def collator(self, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
-        """The one way to make batches of rows of these: (rows, step_weight) -> what collate() or
-        collate_answers() makes of them.
+        """Return the one function that makes batches of rows of these: (rows, step_weight) -> the batch of
+        collate() or collate_answers().
         """
         return functools.partial(collate, chunk=chunk)
 
     def to_ask(self, count: int) -> Sequence:
-        """The documents of which held_out.questions() takes the first `count` that can be asked."""
+        """Return documents of which held_out.questions() takes the first `count` that can be asked."""
         return self
 
     conversation: np.ndarray | None = None  # (n,) int32, see dataset.Documents; None: each is one of its own
@@ -77,7 +77,7 @@ class Units(Sequence):
         return False
 
     def too_long_text(self, ctx_len: int) -> str:
-        """How many were left out because they take more than a row, and where the first are; "" for none."""
+        """Tell how many were left out as longer than a row, and where the first are; "" for none."""
         return ""
 
     @property

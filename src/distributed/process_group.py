@@ -48,7 +48,7 @@ def over_ranks(
     """Join numbers (n,) of all ranks: the first `summed` are added, the others are joined two by two."""
     if world == 1:
         return numbers
-    found = [torch.empty_like(numbers) for _ in range(world)]
-    torch.distributed.all_gather(found, numbers)
-    both = torch.stack(found)
+    gathered = [torch.empty_like(numbers) for _ in range(world)]
+    torch.distributed.all_gather(gathered, numbers)
+    both = torch.stack(gathered)
     return torch.cat([both[:, :summed].sum(0), functools.reduce(joined, both[:, summed:])])

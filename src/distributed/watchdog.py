@@ -86,11 +86,11 @@ class Watchdog:
             )
             key = self._serve() if self.number == 0 else self._connect()
         except (DistError, OSError) as error:
-            what = f"{self.name} does not reach the first one at {self.address}:{self.port}"
+            problem = f"{self.name} does not reach the first one at {self.address}:{self.port}"
             if is_host:
-                what = f"{self.name} can't open port {self.port}"
+                problem = f"{self.name} can't open port {self.port}"
             raise UserError(
-                f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first"
+                f"{problem} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first"
                 " machine's address in a network of all machines and a free port there, and no firewall may"
                 " be between them"
             ) from None
@@ -197,16 +197,16 @@ class Watchdog:
     def _listen(self, file: TextIO, name: str) -> None:
         """Wait until the other end says goodbye or why it failed, or the connection breaks."""
         try:
-            said = file.readline().strip()
+            line = file.readline().strip()
         except OSError:
-            said = ""
-        if said == BYE:
+            line = ""
+        if line == BYE:
             return
         unsaid = "it was killed, perhaps for memory, or its machine can't be reached any more"
-        reason = said or f"{name} ended without a word: {unsaid}"
+        reason = line or f"{name} ended without a word: {unsaid}"
         if self._part(reason):
             self.reason = reason
-            if said:
+            if line:
                 time.sleep(2 * BRIEFLY)  # time for what happens to all of them
             self._tell()
             time.sleep(GRACE)

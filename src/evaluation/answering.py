@@ -97,9 +97,9 @@ def answers_to(
         for i in open_ones
     ]
     places = {i: place for place, i in enumerate(open_ones)}
-    known = {(places[i], sample) for i, sample in given if i in places}
+    answered = {(places[i], sample) for i, sample in given if i in places}
     with Progress("answering", len(keys), "answers", done=len(given)) as bar:
-        for place, answer in completed(engine, requests, bar, known):
+        for place, answer in completed(engine, requests, bar, answered):
             question, key = questions[open_ones[place]], (open_ones[place], answer.index)
             text = answer_text(answer.text, asking.template, question.opening)
             given[key] = Answer(text, answer.cut)
@@ -139,7 +139,7 @@ def exact_accuracy(
     model: RWKV, tokenizer: Tokenizer, questions: Sequence[Question], asking: Asking
 ) -> tuple[float, list[str]]:
     """Return (share of answers that are right as a whole, the answers)."""
-    given = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
-    answers = [answer.text for answer, *_ in given]
+    drawn = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
+    answers = [answer.text for answer, *_ in drawn]
     right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))
     return right / len(questions), answers

@@ -137,21 +137,21 @@ def read_answers(path: str, questions: int) -> list[list[Answer]]:
     try:
         with open(path, encoding="utf-8") as file:
             rows = [row for row in map(json.loads, file) if HEAD not in row]
-        found: dict[Key, Answer] = {}
+        answers: dict[Key, Answer] = {}
         for place, row in enumerate(rows):
             key = row.get("question", place), row.get("sample", 0)
-            found[key] = Answer(row["answer"], row.get("cut"))
+            answers[key] = Answer(row["answer"], row.get("cut"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save'
             " writes it"
         ) from None
-    samples = 1 + max((sample for _, sample in found), default=0)
+    samples = 1 + max((sample for _, sample in answers), default=0)
     expected = {(question, sample) for question in range(questions) for sample in range(samples)}
-    if found.keys() != expected:
+    if answers.keys() != expected:
         each = f" with {samples} answers each" if samples > 1 else ""
         raise UserError(
-            f"--answers {path} has {len(found)} answers, --questions has {questions} questions{each}; both"
+            f"--answers {path} has {len(answers)} answers, --questions has {questions} questions{each}; both"
             " must be of the same file, and the evaluation that writes it must have ended"
         )
-    return [[found[question, sample] for sample in range(samples)] for question in range(questions)]
+    return [[answers[question, sample] for sample in range(samples)] for question in range(questions)]

@@ -25,11 +25,11 @@ TEXT = pathlib.Path(__file__).with_name("forgetting.txt")
 def sections(tokenizer) -> dict[str, list[int]]:
     """Encode the fixed text's sections by name, without those that the tokenizer has no tokens for."""
     parts = re.split(r"^=== (.+) ===\n", TEXT.read_text(encoding="utf-8"), flags=re.M)[1:]
-    found = {}
+    encoded = {}
     for name, text in zip(parts[::2], parts[1::2], strict=True):
         with contextlib.suppress(UserError):
-            found[name] = tokenizer.encode(text)
-    return found
+            encoded[name] = tokenizer.encode(text)
+    return encoded
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:

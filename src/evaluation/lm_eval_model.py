@@ -65,11 +65,11 @@ class HarnessModel(LM):
 
         A request is (context, {"until": texts, "max_gen_toks": number}), greedy unless it has "do_sample".
         """
-        asked = [self._request(*request.args, place) for place, request in enumerate(requests)]
-        answers = [""] * len(asked)
-        engine = engine_for(self.model, self.tokenizer, len(asked))
-        with Progress("answering", len(asked), "answers") as bar:
-            for place, answer in completed(engine, asked, bar):
+        own_requests = [self._request(*request.args, place) for place, request in enumerate(requests)]
+        answers = [""] * len(own_requests)
+        engine = engine_for(self.model, self.tokenizer, len(own_requests))
+        with Progress("answering", len(own_requests), "answers") as bar:
+            for place, answer in completed(engine, own_requests, bar):
                 answers[place] = answer.text
         return answers
 

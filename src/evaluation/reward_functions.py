@@ -97,12 +97,12 @@ class RewardFunctions:
             raise FunctionFailed(f"{name}: reply", f"{name} {MEDDLED}")
         for place, value in enumerate(values, 1):
             if not abs(value) <= LARGEST:  # nor for NaN
-                what = (
+                expected = (
                     f"a number between -{LARGEST:g} and {LARGEST:g}" if math.isfinite(value) else "a number"
                 )
                 raise FunctionFailed(
                     f"{name}: {value}",
-                    f"{name} returned {value} for answer {place} of {len(values)}; expected {what}",
+                    f"{name} returned {value} for answer {place} of {len(values)}; expected {expected}",
                 )
         return values
 
@@ -232,8 +232,8 @@ class Worker:
             return ""
         if code >= 0:
             return f"exit code {code}"
-        known = {number.value: number.name for number in signal.Signals}
-        return f"signal {known.get(-code, -code)}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"signal {names.get(-code, -code)}"
 
     def place_of_crash(self, path: str) -> int | None:
         """Find the line of a file in which the process has crashed, from faulthandler's output."""
@@ -317,8 +317,8 @@ class Printed:
 
 def line_of(path: str, trace: bytes) -> int | None:
     """Return the number of the innermost line of a file in a trace by faulthandler."""
-    found = re.search(rb'File "%b", line (\d+)' % re.escape(os.fsencode(path)), trace)
-    return int(found[1]) if found else None
+    match = re.search(rb'File "%b", line (\d+)' % re.escape(os.fsencode(path)), trace)
+    return int(match[1]) if match else None
 
 
 def end_process(process: subprocess.Popen, descriptors: tuple[int, ...], owner: int) -> None:
@@ -343,10 +343,10 @@ def read_source(path: str) -> bytes:
     try:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
-        what = (
+        fault = (
             "there is no such file" if isinstance(error, FileNotFoundError) else str(error.strerror).lower()
         )
         raise UserError(
-            f"--reward_file {path}: {what}; expected a Python file with the functions that --rewards names:"
+            f"--reward_file {path}: {fault}; expected a Python file with the functions that --rewards names:"
             f" {SIGNATURE}"
         ) from None

@@ -49,15 +49,15 @@ def main() -> None:
     with open(requests, "rb") as lines, open(replies, "w", encoding="ascii") as answers:
         path, module = "", None
         for line in lines:
-            asked = json.loads(line)
-            if asked is None:
+            request = json.loads(line)
+            if request is None:
                 break
             try:
                 if module:
-                    reply = {"values": call(module, **asked)}
+                    reply = {"values": call(module, **request)}
                 else:
-                    path = asked["path"]
-                    module, reply = load(**asked), {}
+                    path = request["path"]
+                    module, reply = load(**request), {}
             except Refused as refused:
                 reply = {"kind": refused.kind, "refused": str(refused)}
             except BaseException as error:  # SystemExit and KeyboardInterrupt are a function's failures, too
@@ -113,8 +113,8 @@ def check_function(name: str, function: Any, defined: list[str]) -> None:
     """Raise Refused for a function that cannot be called with (prompt, answers, right)."""
     if not callable(function):
         has = f"it has {', '.join(defined)}" if defined else "it has none"
-        what = "it has no function" if function is None else f"{described_value(function)} is no function, as"
-        raise Refused(f"{what} {name}; {has}")
+        why = "it has no function" if function is None else f"{described_value(function)} is no function, as"
+        raise Refused(f"{why} {name}; {has}")
     with contextlib.suppress(ValueError):  # a C function may not tell its parameters
         try:
             inspect.signature(function).bind("", [], "")
@@ -136,8 +136,8 @@ def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: 
     if len(values) != count:
         length = len(returned) if hasattr(returned, "__len__") else len(values)
         more = not hasattr(returned, "__len__") and length > count
-        given = f"{length} or more values" if more else plural(length, "value")
-        raise Refused(f"{name} returned {given}; {expected}", "length")
+        counts = f"{length} or more values" if more else plural(length, "value")
+        raise Refused(f"{name} returned {counts}; {expected}", "length")
     return [as_number(value, name, f"answer {place} of {count}") for place, value in enumerate(values, 1)]
 
 

@@ -26,8 +26,8 @@ LONGEST = 1000  # characters of a number: a model that repeats itself writes mor
 
 def concluded(text: str) -> str | None:
     """Return the text after the last `####` or `answer is`. None without either."""
-    found = list(CONCLUSION.finditer(text))
-    return text[found[-1].end() :] if found else None
+    matches = list(CONCLUSION.finditer(text))
+    return text[matches[-1].end() :] if matches else None
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -81,8 +81,8 @@ def result(text: str) -> str | None:
     if rest.startswith("{"):
         return _in_braces(rest)
     # `\boxed 5`, up to the end of the mathematics
-    words = rest.split("$")[0].split()
-    return words[0] if words else None
+    parts = rest.split("$")[0].split()
+    return parts[0] if parts else None
 
 
 def _concluded_line(text: str) -> str | None:

@@ -107,14 +107,14 @@ def export(
     settings = settings or TextSettings()
     _check_flags(to, kind, layout, settings, drop_state)
     _check_output(path, out, to)
-    found = form_of(path)
-    if found == to:
+    file_form = form_of(path)
+    if file_form == to:
         raise UserError(f"{path} is {NAMES[to]} already")
     if to == "pth":
         form, arch, notes = to_checkpoint(path, out)
         return Exported(os.fspath(out), f"checkpoint from {form}", arch.describe(), _size(out), notes)
-    if found != "pth":
-        raise UserError(f"{path} is {NAMES[found]}; make a checkpoint of it first, with --to pth")
+    if file_form != "pth":
+        raise UserError(f"{path} is {NAMES[file_form]}; make a checkpoint of it first, with --to pth")
     model = read_model(path)
     written, notes = to, []
     if to == "safetensors":
@@ -217,12 +217,12 @@ def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Tem
 
     Without a tokenizer there is no leading token.
     """
-    told = model.metadata or {}
+    metadata = model.metadata or {}
     spec, eod = settings.tokenizer, settings.eod
-    if spec == "auto" and told.get("tokenizer"):
-        spec, eod = told["tokenizer"], eod or told.get("eod") or ""
+    if spec == "auto" and metadata.get("tokenizer"):
+        spec, eod = metadata["tokenizer"], eod or metadata.get("eod") or ""
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
-    template = choose_template(settings.template, settings.tool_style, told.get("template"), tokenizer)
+    template = choose_template(settings.template, settings.tool_style, metadata.get("template"), tokenizer)
     if tokenizer:
         return tokenizer, template, leading_token(settings.bos, tokenizer, model.path)
     if settings.bos not in ("recorded", "none"):

@@ -122,7 +122,7 @@ class Conversation:
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
         if before is None:
             ids = with_leading(ids, self.bos)
-        said: list[str] = []
+        parts: list[str] = []
         request = Request(
             ids,
             max_tokens,
@@ -133,10 +133,10 @@ class Conversation:
             keep_state=True,
         )
         try:
-            answer = yield from _noted(stream(self.engine, request), said)
+            answer = yield from _noted(stream(self.engine, request), parts)
         except (KeyboardInterrupt, GeneratorExit):
-            if said:
-                self._add(new, pieces, whole, "".join(said))
+            if parts:
+                self._add(new, pieces, whole, "".join(parts))
             raise
         self._add(new, pieces, whole, answer.text)
         self.earlier = self.state, self.read

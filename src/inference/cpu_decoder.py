@@ -88,8 +88,8 @@ class Decoder:
         huge_pages: bool = True,
         bf16_activations: bool = False,
     ):
-        if found := problem(model):
-            raise ValueError(f"no decoder for this model: {found}")
+        if reason := problem(model):
+            raise ValueError(f"no decoder for this model: {reason}")
         if rows < 1:
             raise ValueError(f"a decoder for {rows} rows, expected at least one")
         self.model, self.rows, self.adapters, self.int8 = model, rows, adapters, int8
@@ -428,8 +428,8 @@ def _addresses(states: Sequence[Tensor]) -> ctypes.Array:
     rows, layers = states[0].shape[:2]
     begins = np.array([part.data_ptr() for part in states])
     sizes = np.array([part[0, 0].nbytes for part in states])
-    found = begins + np.arange(rows * layers)[:, None] * sizes
-    return (ctypes.c_void_p * found.size)(*found.ravel().tolist())
+    addresses = begins + np.arange(rows * layers)[:, None] * sizes
+    return (ctypes.c_void_p * addresses.size)(*addresses.ravel().tolist())
 
 
 def problem(model: RWKV) -> str:

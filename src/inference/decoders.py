@@ -40,23 +40,23 @@ def fastest(
     and more. Raises UserError if int8, yes or bf16 activations are asked for where that decoder does not run,
     or the CPU has no instructions for the last.
     """
-    asked = {
+    flags = {
         "--quant int8": int8,
         "--huge_pages yes": huge_pages == "yes",
         "--activations bf16": bf16_activations,
     }
-    if found := problem(model):
-        for flag, given in asked.items():
+    if reason := problem(model):
+        for flag, given in flags.items():
             if given:
-                raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {found}")
+                raise UserError(f"{flag} is for the CPU's own decoder, which does not run here: {reason}")
         if model.kernel.startswith("cuda"):
             graphed = GraphedDecoder(model, rows, adapters)
             try:
                 graphed.check()
                 return graphed, "one CUDA graph a token"
             except RuntimeError as error:
-                found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
-        return TorchDecoder(model, rows, adapters), f"token by token in torch, as {found}"
+                reason = f"a CUDA graph does not work: {' '.join(str(error).split())}"
+        return TorchDecoder(model, rows, adapters), f"token by token in torch, as {reason}"
     if bf16_activations and not bf16_products.instruction_is_there():
         raise UserError(
             "--activations bf16: this CPU has no instructions for it (avx512_bf16); drop the flag"
@@ -76,8 +76,8 @@ def fastest(
         pages = decoder.region.describe()
     weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
     reading = str(decoder.reading).removeprefix("torch.")
-    words = [f"{weights} weights", pages, f"prompts in {reading}", counted(decoder.threads, "thread")]
-    return decoder, ", ".join(filter(None, words))
+    parts = [f"{weights} weights", pages, f"prompts in {reading}", counted(decoder.threads, "thread")]
+    return decoder, ", ".join(filter(None, parts))
 
 
 def for_training(model: RWKV, rows: int) -> RowDecoder:

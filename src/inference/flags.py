@@ -76,17 +76,17 @@ def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False
         "presence_penalty": "lowers the logit of a token that the answer holds already",
         "frequency_penalty": "lowers it once for each time that the answer holds the token",
     }
-    said = "as recommended for the template" if recommended else "%(default)s"
+    default_text = "as recommended for the template" if recommended else "%(default)s"
     for name, text in helps.items():
         default = getattr(Sampling, name)
         add(
             f"--{name}",
             type=type(default),
             default=None if recommended else default,
-            help=f"{text}; default {said}",
+            help=f"{text}; default {default_text}",
         )
-    seed, said = (None, "another one for every request") if recommended else (0, "%(default)s")
-    add("--seed", type=int, default=seed, help=f"of the random numbers; default {said}")
+    seed, default_text = (None, "another one for every request") if recommended else (0, "%(default)s")
+    add("--seed", type=int, default=seed, help=f"of the random numbers; default {default_text}")
 
 
 def add_device(add: Callable) -> None:

@@ -286,9 +286,9 @@ def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Return the places of the `count` largest values, or of all, largest first; of equal ones the first."""
-    found = np.arange(len(values))
+    order = np.arange(len(values))
     if not count:
-        return found[:0]
+        return order[:0]
     if count < len(values):
-        found = np.flatnonzero(values >= np.partition(values, -count)[-count])
-    return found[np.argsort(-values[found], kind="stable")][:count]
+        order = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return order[np.argsort(-values[order], kind="stable")][:count]

@@ -10,12 +10,13 @@ from .batch_loss import Chunks
 
 
 def chunks_of(config: Config) -> Chunks:
-    """How rows are cut into chunks."""
+    """Return the chunks in which rows are run."""
     return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
 
 def dtype_of(config: Config) -> torch.dtype | None:
-    """The dtype that full training computes in, on parameters in fp32. None: an adapter's, that of the base.
+    """Return the dtype that full training computes in, on parameters in fp32. None for an adapter: the
+    base's.
 
     It is the model's `computes_in`. There is no torch.autocast: it would decide for each operator, and return
     fp32 from some on a GPU, so that all after them is fp32.
@@ -24,9 +25,9 @@ def dtype_of(config: Config) -> torch.dtype | None:
 
 
 def dtype_of_base(config: Config, dtype: torch.dtype) -> torch.dtype | None:
-    """In which a base is read: full training keeps fp32, because everything is trained.
+    """Choose the dtype in which a base is read: full training keeps fp32, because everything is trained.
 
-    None: that of the file, as quantise() converts what it leaves.
+    None: the file's dtype, as quantise() converts the other tensors.
     """
     if config.quant != "none":
         return None

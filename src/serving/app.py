@@ -111,9 +111,9 @@ class Routes:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self.dispatcher.served.models():
-            known = ", ".join(self.dispatcher.served.models())
+            models = ", ".join(self.dispatcher.served.models())
             raise Refused(
-                404, f"there is no model {name[:80]!r}; there are {known}", "model", "model_not_found"
+                404, f"there is no model {name[:80]!r}; there are {models}", "model", "model_not_found"
             )
         return json_reply(self._model(name))
 
@@ -180,10 +180,10 @@ class Routes:
 
     async def page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        found = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
-        if name not in found:
+        files = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
+        if name not in files:
             raise Refused(404, "there is no such file", code="not_found")
-        return FileResponse(found[name], headers=PAGE_HEADERS, media_type=KINDS[found[name].suffix])
+        return FileResponse(files[name], headers=PAGE_HEADERS, media_type=KINDS[files[name].suffix])
 
 
 def assemble(

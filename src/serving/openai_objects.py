@@ -24,8 +24,8 @@ class Envelope:
     def chunk(self, choices: list[dict], usage: dict | None, says_usage: bool) -> dict[str, Any]:
         """Make a part of a stream; all parts have a usage if the last one tells it."""
         kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        told = {"usage": usage} if says_usage else {}
-        return {"object": kind, **self.common, "choices": choices, **told}
+        extra = {"usage": usage} if says_usage else {}
+        return {"object": kind, **self.common, "choices": choices, **extra}
 
 
 def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
             file=sys.stderr,
             flush=True,
         )
-        if known := modes_note(args.model, served.template):
-            print(f"note: {known}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
+        if note := modes_note(args.model, served.template):
+            print(f"note: {note}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
 
     dispatcher.worker.start()
     try:

@@ -111,19 +111,19 @@ class ServedModels:
         return Chosen(f"{self.name}:{'+'.join(names)}", applied, entries[0].template, entries[0].bos)
 
     def _unknown(self, param: str, name: str) -> Refused:
-        known = ", ".join(self.models())
+        models = ", ".join(self.models())
         return Refused(
-            404, f"{param}: there is no {short(name)}; there are {known}", param, "model_not_found"
+            404, f"{param}: there is no {short(name)}; there are {models}", param, "model_not_found"
         )
 
     def held(self, applied: Applied) -> list[Entry]:
         """Hold the adapters of a request that begins to run; release() gives them back."""
-        found = [self.entries[name] for name in self.entries if self.entries[name].internal in applied.names]
-        if len(found) < len(applied.names):
+        used = [self.entries[name] for name in self.entries if self.entries[name].internal in applied.names]
+        if len(used) < len(applied.names):
             raise Refused(404, "the adapter was just dropped", "model", "model_not_found")
-        for entry in found:
+        for entry in used:
             entry.users += 1
-        return found
+        return used
 
     def release(self, entries: list[Entry], worker: Worker) -> None:
         for entry in entries:

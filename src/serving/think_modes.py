@@ -79,8 +79,8 @@ def read_mode(fields: Fields, template: Template) -> Template:
     else:
         chosen = mode_of_effort(template, effort)
         if not chosen:
-            known = ", ".join(efforts_of(template))
+            efforts = ", ".join(efforts_of(template))
             raise wrong(
-                "reasoning_effort", f"template {template.name} has no form for {effort}; it has {known}"
+                "reasoning_effort", f"template {template.name} has no form for {effort}; it has {efforts}"
             )
     return RwkvTemplate(chosen, template.tools.name)

@@ -172,9 +172,9 @@ class Worker:
         self.steps += 1
         by_job: dict[int, tuple[Job, list[Piece]]] = {}
         for answer in changed:
-            found = self.followed.get(id(answer))
-            if found:
-                by_job.setdefault(id(found.job), (found.job, []))[1].append(self._piece(found))
+            followed = self.followed.get(id(answer))
+            if followed:
+                by_job.setdefault(id(followed.job), (followed.job, []))[1].append(self._piece(followed))
         for job, pieces in by_job.values():
             self._deliver(job, pieces)
 

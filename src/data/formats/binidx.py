@@ -98,10 +98,10 @@ class BinIdx:
                 f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16)"
                 " or 4 (int32)"
             )
-        wanted = HEADER.size + 12 * pieces + 8 * documents
-        if len(index) != wanted:
+        size = HEADER.size + 12 * pieces + 8 * documents
+        if len(index) != size:
             raise UserError(
-                f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents}"
+                f"{path} has {len(index)} bytes, expected {size} for {pieces} pieces and {documents}"
                 " boundaries; is it truncated?"
             )
         return TYPES[code], pieces

@@ -162,14 +162,14 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     """List the columns of every layout that these columns complete."""
     by_name = {name.strip().lower(): name for name in columns}
     has = [name for name in (*QUESTIONS, *ANSWERS) if name in by_name]
-    found = [(by_name[name],) for name in ("text", *CONVERSATIONS) if name in by_name]
+    candidates = [(by_name[name],) for name in ("text", *CONVERSATIONS) if name in by_name]
     context = [name for name in CONTEXTS if name in by_name and "instruction" in by_name]
     questions = [name for name in has if name in QUESTIONS and name not in context]
     for answer in (name for name in has if name in ANSWERS):
         for question in questions:
             beside = context[:1] if question == "instruction" else []
-            found.append(tuple(by_name[name] for name in (question, *beside, answer)))
-    return found
+            candidates.append(tuple(by_name[name] for name in (question, *beside, answer)))
+    return candidates
 
 
 def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool = False) -> Layout:
@@ -267,12 +267,12 @@ def _question(
     question, *context, answer = names
     if not context and (turns := _turns_of_both(record, question, answer)):
         return {"messages": turns}
-    asked = said(record[question], question)
+    question_text = said(record[question], question)
     for column in context:
         if record[column] not in (None, ""):
-            asked += "\n" + said(record[column], column)
+            question_text += "\n" + said(record[column], column)
     turns = [
-        {"role": "user", "content": asked},
+        {"role": "user", "content": question_text},
         {"role": "assistant", "content": said(record[answer], answer, True)},
     ]
     if history and record[history]:

@@ -276,8 +276,8 @@ def _convert(record: dict, columns: Columns) -> dict[str, Any]:
     if columns.system and record[columns.system] and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": text(record[columns.system], columns.system)}, *turns]
     tools = columns.tools and record[columns.tools]
-    told = {"tools": tools_of(tools, columns.tools)} if tools else {}
-    return {"messages": turns, **told, **dict(zip(names, answers)), **label}
+    extra = {"tools": tools_of(tools, columns.tools)} if tools else {}
+    return {"messages": turns, **extra, **dict(zip(names, answers)), **label}
 
 
 def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:

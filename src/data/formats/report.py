@@ -105,15 +105,15 @@ class Report:
 
     def require_records(self, source: Source) -> None:
         """Raise UserError if reading the source has found no record."""
-        found = self.files[source.path]
-        if not found.kinds:
-            told = found.left_out_texts()
-            if found.bad:
-                share = found.bad if told else f"all {found.bad}"
+        file = self.files[source.path]
+        if not file.kinds:
+            reasons = file.left_out_texts()
+            if file.bad:
+                share = file.bad if reasons else f"all {file.bad}"
                 # the file is named before, and the place of plain text is the file alone
-                first = found.reasons[0].removeprefix(f"{source.path}, ")
-                told.insert(0, f"{share} are bad, such as {first}")
-            what = f" that can be used: {'; '.join(told)}" if told else ""
+                first = file.reasons[0].removeprefix(f"{source.path}, ")
+                reasons.insert(0, f"{share} are bad, such as {first}")
+            what = f" that can be used: {'; '.join(reasons)}" if reasons else ""
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
@@ -162,12 +162,12 @@ def place_of(where: str) -> tuple[str, int]:
 
 def places_text(count: int, places: Sequence[str]) -> str:
     """Name the first places of `count` things, a file only once: "data.jsonl, line 3, line 7 ..."."""
-    told, named = [], ""
+    parts, named = [], ""
     for place in places:
         file, mark, number = place.rpartition(", ")
-        told.append(number if mark and file == named else place)
+        parts.append(number if mark and file == named else place)
         named = file
-    return ", ".join(told) + (" ..." if count > len(told) else "")
+    return ", ".join(parts) + (" ..." if count > len(parts) else "")
 
 
 def encodable(line: str) -> str:
