@@ -1,4 +1,4 @@
-"""The settings of a run: what they are, how they are read, whether they make sense, who started the run.
+"""Settings of a run: their definitions, parsing and rules, and the launcher of the run.
 
 Imports common only. Other rooms take the public names below from here; schema.py has the settings.
 """

@@ -1,4 +1,4 @@
-"""The adapter that a run trains, as one object: --peft, --peft_config and --train_parts, taken apart."""
+"""Adapter of a run, as one object: --peft, --peft_config and --train_parts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ METHOD_ALIASES = {"bone": "miss", "disha": "miss"}  # MiSS had these names in 20
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """What inject() takes."""
+    """Arguments of inject()."""
 
     method: str
     options: Mapping[str, Any]  # of the method, under the names that the user gave
-    targets: list[str] | None  # None: those of the paper
+    targets: list[str] | None  # None: the paper's
     train_parts: str = ""
 
     @classmethod
     def of(cls, method: str, given: Mapping[str, Any], train_parts: str = "") -> AdapterOptions:
-        """From a setting that holds the targets among the options. Raises UserError."""
+        """Parse a setting that holds the targets among the options. Raises UserError."""
         options, targets = dict(given), None
         for name in TARGET_NAMES:
             targets = options.pop(name, targets)
@@ -41,10 +41,10 @@ class AdapterOptions:
 
     @property
     def gives_rank(self) -> bool:
-        """Whether the rank is among the options, under any of its names."""
+        """Tell whether the rank is among the options, under any of its names."""
         aliases = METHODS[self.method].Options.aliases
         return any(aliases.get(name, name) == "rank" for name in self.options)
 
     def inject(self, model: nn.Module, earlier: Mapping[str, Any] | None = None) -> None:
-        """Put the adapter into the model; `earlier` is the checkpoint that a run goes on from."""
+        """Put the adapter into the model; `earlier` is the checkpoint that a run resumes from."""
         rwkv_miss.inject(model, self.method, self.targets, self.train_parts, earlier, **self.options)

@@ -1,4 +1,4 @@
-"""The settings of a run about what it reads, and how that becomes tokens. schema.py has the others."""
+"""Settings of a run about its data and their tokens. schema.py has the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOOL_STYLES = ("json", "signatures", MARKDOWN, HERMES)
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """The first settings of Config, in the order of the docs."""
+    """First settings of Config, in the order of the docs."""
 
     load_model: str = opt(
         "",

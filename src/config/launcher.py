@@ -1,6 +1,6 @@
-"""What started the processes of a run, and how many there are.
+"""Launcher of a run's processes, and their number.
 
-| started by               | what it tells
+| started by               | environment
 |--------------------------|---------------------------------------------------------------------------
 | `torchrun`               | RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 | `deepspeed`              | the same, but LOCAL_SIZE for LOCAL_WORLD_SIZE; --local_rank=N before the flags
@@ -28,17 +28,17 @@ PER_MACHINE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launcher that starts all processes of a run, and how many it starts."""
+    """Launcher that starts all processes of a run, and their number."""
 
     by: str  # torchrun, deepspeed, srun, or "the launcher" for any other that sets RANK
     world: int  # processes of the run
-    on_machine: int  # of these on this machine; 0 where the launcher does not tell
+    on_machine: int  # of these on this machine; 0 if the launcher does not tell
 
 
 def launched() -> Launch | None:
-    """What started this process beside all others.
+    """Find the launcher that started this process beside all others.
 
-    None where `python` started it, or Lightning as one of --devices.
+    It is None if `python` started it, or Lightning as one of --devices.
     """
     env = os.environ
     if "RANK" in env:
@@ -73,7 +73,7 @@ def launched() -> Launch | None:
 
 
 def whole_number(name: str) -> int:
-    """A number in the environment; 0 where there is none."""
+    """Read a number in the environment; 0 if there is none."""
     try:
         return int(os.environ.get(name, 0))
     except ValueError:
@@ -81,13 +81,13 @@ def whole_number(name: str) -> int:
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this one is, from 0 on."""
+    """Return the number of this process among those on this machine, from 0 on."""
     by_srun = (launch := launched()) is not None and launch.by == "srun"
     return whole_number("SLURM_LOCALID" if by_srun else "LOCAL_RANK")
 
 
 def drop_local_rank(argv: list[str]) -> list[str]:
-    """The flags without the `--local_rank=N` that `deepspeed` puts before them.
+    """Drop the `--local_rank=N` that `deepspeed` puts before the flags.
 
     LOCAL_RANK says the same, so there is no such setting. Without LOCAL_RANK the flag stays, and is refused
     like any flag that does not exist.
@@ -100,9 +100,9 @@ def drop_local_rank(argv: list[str]) -> list[str]:
 
 
 def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
-    """The settings with the launcher's --devices and --num_nodes where they were not given.
+    """Return the settings with the launcher's --devices and --num_nodes where they were not given.
 
-    UserError where one was given and contradicts the launcher.
+    Raises UserError where one was given and contradicts the launcher.
     """
     launch = launched()
     if launch is None:
@@ -129,7 +129,7 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
 
 
 def check_world(config: Config) -> int:
-    """Number of processes of the run. UserError where the environment contradicts it."""
+    """Count the processes of the run. Raises UserError if the environment contradicts it."""
     world = config.world
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and whole_number("WORLD_SIZE") != world:
@@ -155,7 +155,7 @@ def check_world(config: Config) -> int:
 
 
 def _needed_variables(config: Config, launch: Launch | None) -> tuple[str, ...]:
-    """What the environment must say so that the processes find each other."""
+    """Name the variables that the environment must have so that the processes find each other."""
     if config.world == 1:
         return ()
     if launch is None:
@@ -170,5 +170,5 @@ RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and writes for the whole run."""
+    """Tell whether this process prints and writes for the whole run."""
     return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)

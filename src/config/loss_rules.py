@@ -1,4 +1,4 @@
-"""Which settings belong to which --loss, and the rules of the losses on preferences."""
+"""Rules about which settings belong to which --loss, and rules of the losses on preferences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .loss_settings import LOSSES
 from .schema import Config, is_automatic
 
 GRPO = ("grpo",)
-# the settings of one loss or some, the losses that each of them is for, and what the others have
+# settings of one loss or some: its losses, and the value under the others
 OF_LOSSES = {
     "beta": (
         ("dpo", "ipo", "simpo", "kto", "grpo"),
@@ -51,12 +51,12 @@ OF_LOSSES = {
         (GRPO, {}),
     ),
 }
-# what says which tokens are trained; of answers that are compared or drawn these are all, and no others
+# settings that choose the trained tokens; compared or drawn answers are trained as wholes
 OF_SUPERVISED = ("loss_mask", "think_weight", "prompt_weight")
 
 
 def check_loss(config: Config) -> None:
-    """Every setting of a loss belongs to the one that is chosen, and there is a model that answers."""
+    """Check that every setting of a loss belongs to the chosen one, and that a model answers."""
     for name, (losses, instead) in OF_LOSSES.items():
         if config.loss not in losses and getattr(config, name) != getattr(Config(), name):
             other = f"; {instead[config.loss]}" if config.loss in instead else ""
@@ -86,7 +86,7 @@ def check_loss(config: Config) -> None:
 
 
 def check_preference(config: Config) -> None:
-    """The weight of the cross entropy beside a preference."""
+    """Check the weight of the cross entropy beside a preference."""
     if config.sft_weight < 0 and not is_automatic(config, "sft_weight"):
         raise UserError(
             f"--sft_weight {config.sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss"
@@ -99,11 +99,10 @@ def check_preference(config: Config) -> None:
 
 
 def check_by_hand(config: Config, origins: Mapping[str, str]) -> None:
-    """What depends on where a setting comes from. `origins` may lack what has its default.
+    """Check the rules that depend on a setting's origin. `origins` may lack settings with their defaults.
 
-    A --beta of the command line is above 0, which a config.yaml has where the choice is left to the loss.
-    That of grpo is 0 where there is no KL. Code is named on the command line only, so that no settings of
-    somebody else run it.
+    A --beta of the command line is above 0; a config.yaml has 0 if the choice is left to the loss. grpo's is
+    0 without a KL. Code is named only on the command line, so that nobody else's settings run it.
     """
     losses = OF_LOSSES["beta"][0]
     by_hand = config.loss in losses and origins.get("beta") == "command line"

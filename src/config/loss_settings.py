@@ -1,4 +1,4 @@
-"""The settings of a run about its loss: what is minimised, preferences between answers, and rewards."""
+"""Settings of a run about its loss: its kind, preferences between answers, and rewards."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 from .data_settings import DataSettings
 from .option import opt
 
-# on preferences; --loss has sft, the usual one, and grpo, on rewards, beside them
+# losses on preferences; --loss also takes sft, the usual one, and grpo, on rewards
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
-# the rewards of --loss grpo that are here (src/evaluation/rewards.py); others are functions of --reward_file
+# built-in rewards of --loss grpo (src/evaluation/rewards.py); others are functions of --reward_file
 REWARDS = ("exact", "number", "boxed", "math_verify", "partial", "regex", "length")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings(DataSettings):
-    """The settings of Config that follow those of the data."""
+    """Settings of Config that follow those of the data."""
 
     loss: str = opt(
         "sft",
@@ -157,10 +157,10 @@ class LossSettings(DataSettings):
 
     @property
     def on_preferences(self) -> bool:
-        """Whether the loss compares answers that the data has."""
+        """Tell whether the loss compares answers in the data."""
         return self.loss in LOSSES
 
     @property
     def on_rewards(self) -> bool:
-        """Whether the model learns from the rewards of answers that it draws itself."""
+        """Tell whether the model learns from the rewards of answers that it draws itself."""
         return self.loss == "grpo"

@@ -1,4 +1,4 @@
-"""A setting as a field of a dataclass: its help text, its other names, and the values that it takes."""
+"""Option: a setting as a field of a dataclass, with its help text, other names and allowed values."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Which numbers a setting takes; None is no bound."""
+    """Bounds of a setting's numbers; None is no bound."""
 
     low: float | None = None
     high: float | None = None
     below: float | None = None
 
     def text(self) -> str:
-        """What holds: "at least 0 and below 1"."""
+        """Describe the bounds: "at least 0 and below 1"."""
         sides = {"at least": self.low, "at most": self.high, "below": self.below}
         return " and ".join(
             f"{words} {number_text(bound)}" for words, bound in sides.items() if bound is not None
         )
 
     def complaint(self, value: float) -> str:
-        """What does not hold for a value: "must be at least 1"; nothing if all does."""
+        """Say what is wrong with a value: "must be at least 1"; "" for nothing."""
         if self.high is not None and value > self.high:
             return f"must not be above {number_text(self.high)}"
         too_small = self.low is not None and value < self.low
@@ -34,7 +34,7 @@ class Bounds:
 
 
 def number_text(number: float) -> str:
-    """A large power of two as 2^31."""
+    """Write a large power of two as 2^31."""
     if isinstance(number, int) and number >= 2**31:
         return f"2^{number.bit_length() - 1}"
     return f"{number:g}".replace("e+", "e")
@@ -52,12 +52,12 @@ def opt(
     words: dict[str, Any] | None = None,
     bare: Any = None,
 ) -> Any:
-    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
+    """Make a setting with its help text, the names that neighbouring projects use for it, and its allowed
+    values.
 
-    `automatic`: the default is no value but leaves the choice to the program, which fills it in
-    (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
-    that is too large. `words` are values that may be given as a word. `bare` is what a name without a value
-    has in a mapping.
+    `automatic`: the default is no value but leaves the choice to the program (src/planning/defaults.py).
+    `low` and `high` are the smallest and the largest number, `below` is the first that is too large. `words`:
+    values that may be given as a word. `bare`: the value of a name without one in a mapping.
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
     meta["bounds"], meta["bare"] = Bounds(low, high, below), bare

@@ -1,4 +1,4 @@
-"""Reading the settings, and writing them as config.yaml and as the full command.
+"""Parsing of the settings, and writing them as config.yaml and as the full command.
 
 A flag comes before the YAML file, the file before the preset. A launcher fills in what none of them gives.
 """
@@ -44,7 +44,7 @@ EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5"
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
-    """Config from the command line, and the origin of each value.
+    """Parse the command line: Config, and the origin of each value.
 
     An origin is "command line", "FILE.yaml", "preset NAME", the name of a launcher, or "default".
     """
@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
 
 def flag_parser(prog: str, description: str) -> Parser:
-    """A parser with a flag for every setting, to which a program may add its own."""
+    """Make a parser with a flag for every setting, to which a program may add its own."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config",
@@ -78,7 +78,7 @@ def flag_parser(prog: str, description: str) -> Parser:
 
 
 def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
-    """What a command line gives, by name, with older spellings translated and the user told."""
+    """Parse a command line to values by name; older spellings are translated, and the user is told."""
     if not _is_of_today(parser, argv):
         from .legacy import translate  # six files that other starts need not read
 
@@ -106,19 +106,19 @@ def _is_of_today(parser: Parser, argv: list[str]) -> bool:
 
 
 def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """parse() of flags that are read already, `config` among them, without validate()."""
+    """Make the settings of parsed flags, `config` among them, without validate()."""
     config, origins = _merged(given)
     check_by_hand(config, origins)
     return config, {name: origins.get(name, "default") for name in FIELDS}
 
 
 def written_settings(path: str) -> Config:
-    """What a run has written as its config.yaml, to be compared with: code that it names is not run."""
+    """Read a run's config.yaml, for a comparison: code that it names is not run."""
     return _merged({"config": path})[0]
 
 
 def _merged(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """The settings of all places, and the origins of those that are not defaults."""
+    """Merge the settings of all places; returns the origins of those that are not defaults, too."""
     file = given.get("config")
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if file:
@@ -155,7 +155,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def _first_of_each(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values in order of precedence, converted to their types, and their origins."""
+    """Take values in order of precedence, converted to their types, with their origins."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -180,7 +180,7 @@ def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _typed_value(name: str, value: Any) -> Any:
-    """A flag's text or a YAML value in the field's own type."""
+    """Convert a flag's text or a YAML value to the field's own type."""
     kind = type_of(name)
     if kind is dict:
         return _read_mapping(name, value)
@@ -204,7 +204,7 @@ def _typed_value(name: str, value: Any) -> Any:
 
 
 def _read_scalar(text: str, kind: type) -> str | bool | int | float:
-    """ValueError or KeyError for a text that is none of this kind."""
+    """Convert a text. Raises ValueError or KeyError if it is none of this kind."""
     if kind is str:
         return text
     if kind is bool:
@@ -213,7 +213,7 @@ def _read_scalar(text: str, kind: type) -> str | bool | int | float:
 
 
 def _finite_number(text: str, kind: type) -> int | float:
-    """1e3 is an int, too. A ValueError for what is no finite number of this kind."""
+    """Convert a text to a finite number of this kind, or raise ValueError. 1e3 is an int, too."""
     if kind is int:
         with contextlib.suppress(ValueError):
             return int(text)  # with all its digits, which a float would not keep
@@ -224,7 +224,7 @@ def _finite_number(text: str, kind: type) -> int | float:
 
 
 def _read_mapping(name: str, value: Any) -> dict[str, Any]:
-    """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32; a name alone has the setting's bare value."""
+    """Read {"r": 64} as a mapping, JSON or r=64,alpha=32; a name alone has the setting's bare value."""
     if isinstance(value, dict):
         return {str(name): given for name, given in value.items()}
     text = str(value).strip()
@@ -272,7 +272,7 @@ def save(config: Config, origins: dict[str, str], path: str, remarks: Sequence[s
 
 
 def command(config: Config) -> str:
-    """The command that does this run again from its beginning: every setting that is not the default."""
+    """Write the command that repeats this run from its beginning, with every setting that is no default."""
     words = ["python", "train.py"]
     default = Config()
     # --epoch_steps alone is one epoch
@@ -281,7 +281,7 @@ def command(config: Config) -> str:
         value = recorded(getattr(config, name))
         if name not in left_out and value != getattr(default, name):
             text = _flag_text(value)
-            # what begins like a flag is none
+            # a value that begins like a flag
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
 

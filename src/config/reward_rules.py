@@ -1,4 +1,4 @@
-"""The rules of --loss grpo: rewards that are there, steps that end with their draws, a model to draw from."""
+"""Rules of --loss grpo: its rewards exist, its steps end with their draws, and a model can draw."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rwkv_miss.methods.whole_tensors import split_parts
 from .loss_settings import REWARDS
 from .schema import Config
 
-# rewards with a setting of their own, which has a value exactly where they are asked for
+# rewards with a setting of their own, which is set exactly if they are used
 OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
 
 
 def check_rewards(config: Config) -> None:
-    """Check all rules of --loss grpo but one, where a resumed run does not name its --reward_file.
+    """Check all rules of --loss grpo but one, if a resumed run does not name its --reward_file.
 
     Such a run calls check_own_functions() once it has the settings of the run so far, which name the file.
     """
@@ -55,7 +55,7 @@ def check_rewards(config: Config) -> None:
 
 
 def check_weights(config: Config) -> None:
-    """Weights are numbers, of which one counts."""
+    """Check that weights are numbers, and that one counts."""
     for name, weight in config.rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"--rewards {name}: must be a weight such as 0.5, got {weight!r}")
@@ -67,7 +67,7 @@ def check_weights(config: Config) -> None:
 
 
 def check_own_functions(config: Config) -> None:
-    """A reward that is not built in is a function of --reward_file."""
+    """Check that a reward that is not built in is a function of --reward_file."""
     own = [name for name in config.rewards if name not in REWARDS]
     if "std" in own:
         raise UserError("--rewards std: reward_std is the spread of a group; give the function another name")
@@ -88,7 +88,7 @@ def check_own_functions(config: Config) -> None:
 
 
 def check_regex(pattern: str) -> None:
-    """It can be compiled."""
+    """Check that the pattern can be compiled."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -98,9 +98,8 @@ def check_regex(pattern: str) -> None:
 
 
 def check_draws(config: Config) -> None:
-    """Every process has the model that it draws from, rows are of one question, and what needs no answers at
-    hand falls between two draws.
-    """
+    """Check that every process has the model that it draws from, that rows are of one question, and that
+    work without answers falls between two draws."""
     if config.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
             f"--strategy {config.strategy} has no whole model in any process, which --loss grpo needs to draw"
@@ -120,7 +119,7 @@ def check_draws(config: Config) -> None:
 
 
 def check_reference_of_kl(config: Config) -> None:
-    """A KL has a model that it is measured to, and a reference is used."""
+    """Check that a KL has a reference model, and that a reference is used."""
     if config.reference and not config.beta:
         raise UserError(
             f"--reference {config.reference} has no meaning with --loss grpo without a KL; give --beta 0.04,"

@@ -1,4 +1,4 @@
-"""Every setting of a run.
+"""Schema: every setting of a run.
 
 One dataclass field is the flag, the YAML key, the help line and the row in the docs. RWKV-LM's and
 RWKV-PEFT's names are kept.
@@ -18,7 +18,7 @@ from .option import opt
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
-PUBLISHED = "the published rate of --peft"  # begins the reason of such a rate
+PUBLISHED = "the published rate of --peft"  # beginning of such a rate's reason
 PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
 
 
@@ -32,7 +32,7 @@ def _published_rates() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Config(LossSettings):
-    """The settings of a training run, with those of the data and the loss before them."""
+    """Settings of a training run, after those of the data and the loss."""
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
     peft_config: dict = opt(
@@ -293,14 +293,14 @@ class Config(LossSettings):
 
     @property
     def adapter(self) -> AdapterOptions | None:
-        """The adapter that --peft, --peft_config and --train_parts ask for; None in full training."""
+        """Adapter of --peft, --peft_config and --train_parts; None in full training."""
         if self.peft == "none":
             return None
         return AdapterOptions.of(self.peft, self.peft_config, self.train_parts)
 
     @property
     def published_rate(self) -> float:
-        """The learning rate that was published for what is trained."""
+        """Return the published learning rate for what is trained."""
         if self.peft != "none":
             return METHODS[self.peft].default_lr
         return FULL_LR if self.load_model else NEW_MODEL_LR
@@ -341,18 +341,18 @@ def type_of(name: str) -> type:
 
 
 def uncommon_bounds(name: str) -> str:
-    """What a number must be, for help and docs; nothing where it is "not negative", as nearly all are."""
+    """Describe a number's bounds for help and docs; "" for "not negative", as nearly all are."""
     bounds = FIELDS[name].metadata["bounds"]
     return bounds.text() if (bounds.low or 0) > 0 or bounds.below else ""
 
 
 def is_automatic(config: Config, name: str) -> bool:
-    """Whether the choice of a setting is left to the program, and has not been made yet."""
+    """Tell whether a setting is left to the program, and has not been chosen yet."""
     return FIELDS[name].metadata["automatic"] and getattr(config, name) == getattr(Config(), name)
 
 
 def accumulation(config: Config) -> int:
-    """Forward passes of one device in one optimizer step."""
+    """Count the forward passes of one device in one optimizer step."""
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.world)
     return config.accumulate_grad_batches or 1

@@ -1,7 +1,7 @@
-"""Whether settings make sense, alone and together: all rules, checked before anything is loaded.
+"""Validation of the settings, alone and together: all rules, checked before anything is loaded.
 
-A rule is a function that raises UserError. What depends on the checkpoint or the data is checked where they
-are read.
+A rule is a function that raises UserError. Rules about the checkpoint or the data are checked where they are
+read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .reward_rules import check_rewards
 from .schema import FIELDS, Config, accumulation, is_automatic, type_of
 
 BOS_WORDS = ("recorded", "none", "auto")
-WHOLE_NUMBERS = Bounds(below=2**31)  # where a setting has no bound of its own
+WHOLE_NUMBERS = Bounds(below=2**31)  # for a setting without bounds of its own
 
 
 def validate(config: Config) -> None:
-    """All rules."""
+    """Check all rules."""
     for rule in RULES:
         rule(config)
 
 
 def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
-    """A number is within the bounds that its setting has in schema.py."""
+    """Check that a number is within the bounds that its setting has in schema.py."""
     for name in names:
         bounds, value = FIELDS[name].metadata["bounds"], getattr(config, name)
         if type_of(name) not in (int, float):
@@ -44,7 +44,7 @@ def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
 
 
 def check_data(config: Config) -> None:
-    """The rules about the data alone."""
+    """Check the rules about the data alone."""
     check_bounds(config, ["ctx_len", "think_weight", "prompt_weight"])
     if not config.data_file:
         raise UserError("--data_file is missing: the data to train on")
@@ -62,13 +62,13 @@ def check_data(config: Config) -> None:
 
 
 def check_bos(bos: str) -> None:
-    """--bos is a word or a number. Whether the vocabulary has it is seen when that is read."""
+    """Check that --bos is a word or a number. The vocabulary is checked when it is read."""
     if bos not in BOS_WORDS and not re.fullmatch(r"[0-9]{1,9}", bos):
         raise UserError(f"--bos {bos}: expected {', '.join(BOS_WORDS)}, or the id of a token, such as 0")
 
 
 def check_base(config: Config) -> None:
-    """There is a folder to write, and a base or the sizes of a new model."""
+    """Check that there is a folder to write, and a base or the sizes of a new model."""
     if not config.proj_dir:
         raise UserError("--proj_dir is empty: give the folder that the run writes into")
     if not config.load_model and config.peft != "none":
@@ -84,7 +84,7 @@ def check_base(config: Config) -> None:
 
 
 def check_adapter(config: Config) -> None:
-    """The options can be taken apart; full training has none."""
+    """Check that the options can be parsed; full training has none."""
     if config.adapter:
         return
     if config.peft_config:
@@ -97,7 +97,7 @@ def check_adapter(config: Config) -> None:
 
 
 def check_learning_rates(config: Config) -> None:
-    """Every rate that is given is used."""
+    """Check that every given rate is used."""
     for part, factor in config.lr_map.items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise UserError(
@@ -118,7 +118,7 @@ def check_learning_rates(config: Config) -> None:
 
 
 def check_weight_decay(config: Config) -> None:
-    """Something that is trained decays."""
+    """Check that something that is trained decays."""
     decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
     if config.weight_decay and not decays:
         raise UserError(
@@ -128,7 +128,7 @@ def check_weight_decay(config: Config) -> None:
 
 
 def check_evaluation(config: Config) -> None:
-    """Evaluations have held-out data, from one place."""
+    """Check that evaluations have held-out data, from one place."""
     if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
     if config.eval_file and config.eval_split > 0:
@@ -147,7 +147,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def check_rows_per_step(config: Config) -> None:
-    """The rows of a step are whole forward passes of all devices."""
+    """Check that the rows of a step are whole forward passes of all devices."""
     given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
     each = max(getattr(config, given), 1) * config.world
     if config.global_bsz % each:
@@ -162,7 +162,7 @@ def check_rows_per_step(config: Config) -> None:
 
 
 def check_chunks(config: Config) -> None:
-    """Rows that run in chunks are longer than a chunk."""
+    """Check that rows that run in chunks are longer than a chunk."""
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
         raise UserError(
             f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that"
@@ -182,7 +182,7 @@ def check_chunks(config: Config) -> None:
 
 
 def check_memory(config: Config) -> None:
-    """What saves memory fits what is trained."""
+    """Check that memory savers fit what is trained."""
     if config.grad_cp not in (-1, 0, 1, 2):
         raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.quant != "none" and config.peft == "none":
@@ -193,7 +193,7 @@ def check_memory(config: Config) -> None:
 
 
 def check_strategy(config: Config) -> None:
-    """The strategy can do the precision, the quantisation and several machines."""
+    """Check that the strategy supports the precision, the quantisation and several machines."""
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError(
             "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter"
@@ -226,7 +226,7 @@ RULES = (
 
 
 def check_sizes(config: Config, arch: Arch) -> None:
-    """A size given by hand must be the checkpoint's; else a UserError shows both."""
+    """Check that a size given by hand is the checkpoint's. Raises UserError that shows both."""
     in_file = {
         "version": f"x0{arch.version}0",
         "n_layer": arch.n_layer,

@@ -1,4 +1,4 @@
-"""The model that a run begins with: recognised from its file's header, or new, and built with its adapter."""
+"""Base model of a run: recognised from its file's header, or new, and built with its adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .draft import Draft
 
 
 def read_base(draft: Draft):
-    """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
+    """Read (Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
 
     No weight is read yet. Names, shapes, adapter options and targets are checked on a model without memory.
     """
@@ -45,7 +45,7 @@ def read_base(draft: Draft):
     if config.adapter:
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
         draft.choose("peft_config", rank, reason)
-        # --peft_config may give other options only
+        # --peft_config may give options other than the rank
         if not draft.config.adapter.gives_rank:
             draft.put(peft_config={**rank, **draft.config.peft_config})
         draft.config.adapter.inject(model)
@@ -57,7 +57,7 @@ def read_base(draft: Draft):
 
 
 def check_reference(config: Config, arch: Arch) -> None:
-    """A UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
+    """Raise UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
     if not os.path.exists(config.reference):
         raise UserError(f"--reference {config.reference} does not exist{hint(config.reference)}")
     _, metadata = read_described(config.reference, shown=False)
@@ -79,7 +79,7 @@ def check_reference(config: Config, arch: Arch) -> None:
 
 
 def template_of_run(draft: Draft, tokenizer: Tokenizer | None) -> Template:
-    """How conversations are written; fills in the tool style. UserError for a template that is none."""
+    """Load the template of conversations; fills in the tool style. Raises UserError for a wrong template."""
     config = draft.config
     template = recorded_template(config.template, tokenizer, config.load_model, tool_style=config.tool_style)
     if isinstance(template, RwkvTemplate):
@@ -89,10 +89,10 @@ def template_of_run(draft: Draft, tokenizer: Tokenizer | None) -> Template:
 
 
 def new_arch(config: Config):
-    """(Arch, tokenizer) of a new model.
+    """Choose (Arch, tokenizer) of a new model.
 
-    It has RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary. One that is written and
-    not trained, with another vocabulary than World's, has no tokenizer yet: None.
+    It has RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary. The tokenizer is None
+    for a model that is written and not trained, with another vocabulary than World's.
     """
     vocab = config.vocab_size
     if config.tokenizer in ("auto", "world"):
@@ -115,10 +115,10 @@ def new_arch(config: Config):
 def build_model(
     config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None
 ) -> RWKV:
-    """The model with its adapter, before the first step. `resume_from` is the checkpoint to go on from."""
+    """Build the model with its adapter, before the first step or as in the checkpoint `resume_from`."""
     if config.load_model:
         base_dtype = dtype_of_base(config, dtype)
-        # as in the file: ZeRO-3 converts each tensor when it shares it out
+        # dtypes as in the file: ZeRO-3 converts each tensor when it shards it
         if config.strategy.startswith("deepspeed_stage_3"):
             base_dtype = None
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)

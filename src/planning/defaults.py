@@ -1,4 +1,4 @@
-"""What is chosen for the user: pure functions of the settings, the model, the data and the free memory."""
+"""Defaults for open settings: functions of the settings, the model, the data and the free memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..config import Config, accumulation, is_automatic
 from ..objectives.kinds import objective_of
 from .draft import Draft
 
-# how the reason of a rate begins that no search has found
+# beginning of a rate's reason if no search has found it
 GUESSED = "a first guess from method, rank and widths"
-SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
+SUGGESTED_CHUNK_CTX = 512  # tokens of a suggested chunk
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
-STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
+STEPS = 50  # the least steps of a run, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
-RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
+RANK_SHARE = 8  # divisor of the width for the rank, in a model that is too narrow for 64
 HELD_OUT = 100  # documents that are held out
 FEW = 0.05  # the largest share of the documents that is held out
 ENOUGH = 200  # steps; data that make less in one pass are read again
-PASSES = 5  # at most, where they are chosen
-WARM_UP = 0.05  # of a run's steps
-# the search for a learning rate: steps of a trial and of all of them, and the run's part that these may be
+PASSES = 5  # at most, if they are chosen
+WARM_UP = 0.05  # share of a run's steps
+# the search for a learning rate: steps of a trial and of all of them, and their largest share of the run
 TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 1 / 4
 FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
@@ -39,7 +39,7 @@ def choose_loss(draft: Draft) -> None:
 
 
 def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
-    """(peft_config, why): the method's own rank, less in a narrow model; {} for a method without a rank."""
+    """Choose (peft_config, why): the method's own rank, less in a narrow model; {} without a rank."""
     own = getattr(METHODS[method].Options(), "rank", 0)
     if not own:
         return {}, "there is nothing to choose"
@@ -49,10 +49,10 @@ def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
 
 
 def row_length(longest: int, chunk_ctx: int, texts: int = 0, unit: str = "document") -> tuple[int, str]:
-    """(ctx_len, why) for units of at most `longest` inputs: a power of two, unbounded with chunks.
+    """Choose (ctx_len, why) for units of at most `longest` inputs: a power of two, unbounded with chunks.
 
-    `texts` are the inputs of all documents where they are running text, which loses nothing when it is cut;
-    else 0.
+    `texts` are the inputs of all documents if they are running text, which loses nothing when it is cut; else
+    0.
     """
     length, reason = SHORTEST, f"the longest {unit} has {counted(longest, 'token')}"
     while length < longest:
@@ -68,12 +68,12 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0, unit: str = "docume
 
 
 def longest_uncut(config: Config) -> float:
-    """Inputs of the longest conversation that keeps its end, before or after the length of rows is chosen."""
+    """Return the inputs of the longest uncut conversation, before or after the length of rows is chosen."""
     return config.ctx_len or (math.inf if config.chunk_ctx else LONGEST)
 
 
 def held_out_share(config: Config, documents: int) -> tuple[float, str]:
-    """(eval_split, why). The share has two digits, so that it can be given as a flag."""
+    """Choose (eval_split, why). The share has two digits, so that it can be given as a flag."""
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and config.eval_steps <= 0:
@@ -83,7 +83,7 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
 
 
 def passes(steps: int, held_out: bool) -> tuple[int, str]:
-    """(epoch_count, why) for data that make so many steps in one pass."""
+    """Choose (epoch_count, why) for data with `steps` steps in one pass."""
     reason = f"one pass makes {counted(steps, 'step')}"
     if steps >= ENOUGH:
         return 1, reason
@@ -110,9 +110,9 @@ def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
 
 
 def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
-    """Fill in eval_steps of a run on rewards of so many steps, which can pay for `affordable` evaluations.
+    """Fill in eval_steps of a run on rewards of `steps` steps, with time for `affordable` evaluations.
 
-    Rewards may fall within a few steps, and best.pth is from an evaluation. Two are there anyway.
+    Rewards may fall within a few steps, and best.pth is from an evaluation. Two are made anyway.
     """
     between = min(objective_of(draft.config).evaluations_between, int(affordable) - 2)
     if between < 1:
@@ -125,15 +125,15 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
 
 
 def warm_up(steps: int) -> int:
-    """The steps of the warm-up in a run of so many steps."""
+    """Choose the steps of the warm-up in a run of `steps` steps."""
     return int(WARM_UP * steps)
 
 
 def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], room: float) -> None:
     """Fill in micro_bsz, accumulate_grad_batches and grad_cp for data of `rows` rows.
 
-    `needed` gives the bytes that a run of some settings needs; `room` is what there is. Where nothing fits,
-    the smallest is taken, because an estimate may be wrong.
+    `needed` returns the bytes that settings need; `room`: the bytes that there are. If nothing fits, the
+    smallest is taken, because an estimate may be wrong.
     """
     config = draft.config
     if is_automatic(config, "micro_bsz"):
@@ -148,13 +148,13 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
         tried = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0)
         reason = "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        # --global_bsz makes the number of passes, on however many devices
+        # --global_bsz decides the number of passes, on any number of devices
         if not (name == "accumulate_grad_batches" and config.global_bsz):
             draft.choose(name, getattr(tried, name), reason)
 
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:
-    """The ways to do a step, the fastest first."""
+    """Yield the ways to run a step, the fastest first."""
     most = _rows_of_a_process(config, rows)
     sizes = [n for n in range(min(most, objective_of(config).usual_rows), 0, -1) if most % n == 0]
     if config.global_bsz and config.accumulate_grad_batches:
@@ -166,7 +166,7 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
 
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
-    """Rows of one process in a step, or in a pass where the number of passes is given."""
+    """Count the rows of one process in a step, or in a pass if the number of passes is given."""
     if config.global_bsz:
         return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
     if config.accumulate_grad_batches:
@@ -175,7 +175,7 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
-    """A power of two up to usual_rows with which the run has STEPS steps, if it can."""
+    """Choose a power of two up to usual_rows with which the run has STEPS steps, if it can."""
     most = objective_of(config).usual_rows
     enough = most if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
     return 1 << max(min(enough, most), 1).bit_length() - 1
@@ -184,10 +184,10 @@ def _rows_of_a_step(config: Config, rows: int) -> int:
 def cheapest_fix(
     config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]
 ) -> dict[str, object] | None:
-    """The settings to change so that a run fits; {} where it fits as it is, None where nothing helps.
+    """Find the settings to change so that a run fits; {} if it fits as it is, None if nothing helps.
 
     The cheapest change is tried first. Fewer rows at once with more passes in a step cost nothing, so they
-    are tried with every other remedy. `precision` is that of the base, `tokens` the longest row.
+    are combined with every other remedy. `precision` is that of the base, `tokens` the longest row.
     """
     for changes in _remedies(config, precision, tokens):
         changed = dataclasses.replace(config, **changes)
@@ -196,14 +196,14 @@ def cheapest_fix(
                 continue
             if rows == config.micro_bsz:
                 return changes
-            if config.global_bsz:  # it makes the number of passes by itself
+            if config.global_bsz:  # it decides the number of passes
                 return {"micro_bsz": rows} | changes
             return {"micro_bsz": rows, "accumulate_grad_batches": passes} | changes
     return None
 
 
 def _halvings(config: Config) -> Iterator[tuple[int, int]]:
-    """(micro_bsz, accumulate_grad_batches) with the same rows in a step, the most rows at once first."""
+    """Yield (micro_bsz, accumulate_grad_batches) with the same rows in a step; most rows at once first."""
     rows, passes = config.micro_bsz, accumulation(config)
     yield rows, passes
     while rows % 2 == 0:
@@ -212,9 +212,9 @@ def _halvings(config: Config) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Changes beside micro_bsz, the cheapest first, each with those before it.
+    """Yield changes beside micro_bsz, the cheapest first, each with those before it.
 
-    Recomputing costs up to a forward, and chunks another. bf16 and nf4 cost digits. ZeRO-3 costs speed.
+    Recomputing costs up to a forward, and chunks another. bf16 and nf4 cost precision. ZeRO-3 costs speed.
     """
     changes: dict[str, object] = {}
     yield changes
@@ -237,14 +237,14 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class SearchSize:
-    """How many trials a search for the learning rate has at most, and how many steps each of them."""
+    """Size of a search for the learning rate: the most trials, and the steps of each."""
 
     trials: int
     steps: int
 
 
 def search_size(steps: int) -> SearchSize | None:
-    """The search before a run of so many steps; None where the run is too short for one."""
+    """Choose the size of the search before a run of `steps` steps; None if the run is too short for one."""
     if steps < SHORTEST_SEARCHED:
         return None
     most = min(SEARCH_STEPS, int(SEARCH_SHARE * steps))
@@ -253,17 +253,16 @@ def search_size(steps: int) -> SearchSize | None:
 
 
 def first_guess(config: Config, arch: Arch) -> float:
-    """A learning rate of two digits from method, rank and widths. A new model gets the published one.
+    """Guess a learning rate of two digits from method, rank and widths. A new model gets the published one.
 
-    A preference alone gets a smaller one than what has the cross entropy of the right answers in it, and so
-    do rewards.
+    A preference without the chosen answers' cross entropy gets a smaller one, and so do rewards.
     """
     if config.peft != "none":
         method = METHODS[config.peft]
         options = method.Options.parse(dict(config.adapter.options))
         rate = method.first_rate(arch.n_layer, arch.n_embd, options)
     elif config.load_model:
-        rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum of its inputs
+        rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum over its inputs
     else:
         rate = config.published_rate
     return float(f"{rate * objective_of(config).rate_share:.2g}")

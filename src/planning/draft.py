@@ -1,4 +1,4 @@
-"""The settings of a run while they are chosen: what was typed, and on top of it what the program fills in."""
+"""Draft of the settings while they are chosen: the typed ones, overlaid by those filled in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..config import Config, is_automatic
 
-CHOSEN = "chosen"  # the origin of a setting that the program has chosen begins with it
+CHOSEN = "chosen"  # beginning of the origin of a setting that the program has chosen
 
 
 class Draft:

@@ -1,4 +1,4 @@
-"""What is known of a run before its weights are read: the device, the data, and what is chosen from both."""
+"""Plan of a run before its weights are read: the device, the data, and the choices from both."""
 
 from __future__ import annotations
 
@@ -55,35 +55,35 @@ STAGE_3_CHUNKS = (2, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a run is, with the reasons for the precision and the kernel."""
+    """Device of a run, with the reasons for the precision and the kernel."""
 
     accelerator: str
     precision: str
     precision_reason: str
     kernel: str
     kernel_reason: str
-    memory: int = 0  # bytes; 0: what memory_of() finds
+    memory: int = 0  # bytes; 0: memory_of() finds it
     here: bool = True  # False for a device that is only described
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The documents of a run, and what was found while they were read."""
+    """Documents of a run, and the findings of reading them."""
 
     documents: Units  # to train on
     held_out: Units
     found: Report
-    encoder: Encoder  # which made the documents
+    encoder: Encoder  # it made the documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run that is ready to begin: what was typed, and what was chosen for it. No weight is read yet."""
+    """Plan of a run: what was typed, and what was chosen for it. No weight is read yet."""
 
     typed: Config
-    settings: Config  # with what was chosen for the rest; lr_init is open where a search is to find it
+    settings: Config  # with all choices; lr_init is open if a search is to find it
     origins: Mapping[str, str]  # of each setting: who chose its value, and why
-    before: Config | None  # the settings of the run that this one goes on with
+    before: Config | None  # the settings of the run that this one resumes
     resume_from: str | None  # its newest checkpoint
     arch: Arch
     device: Device
@@ -92,7 +92,7 @@ class Plan:
     data: Data
     reward_digest: str | None  # the hash of --reward_file
     schedule: Schedule
-    evaluated: Units  # those of Data.held_out whose loss is taken
+    evaluated: Units  # those of Data.held_out that evaluations read
 
     @property
     def steps(self) -> int:
@@ -101,28 +101,28 @@ class Plan:
 
 
 def steps_of(config: Config, schedule: Schedule) -> int:
-    """Optimizer steps of a run with these settings on the rows of the schedule."""
+    """Count the optimizer steps of a run with these settings on the rows of the schedule."""
     return config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run takes, as an estimate."""
+    """Estimated cost of a run."""
 
     memory: float  # bytes that it needs
     room: float  # bytes that it may use
-    tokens: float  # to train on, repeated ones included
+    tokens: float  # to train on, with repetitions
     evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
-    seconds: float  # of the whole run; 0 where no speed is known
-    evaluation_seconds: float  # of these, what the evaluations take with sample answers
-    search_seconds: float  # of these, what the search for a learning rate takes at most
-    reference_seconds: float  # of these, what the pass of the reference takes, where none is kept already
-    drawing_seconds: float = 0.0  # of these, what drawing the answers takes that are trained on
-    provided: str = ""  # what the time takes for granted, as "if ..."
+    seconds: float  # of the whole run; 0 if no speed is known
+    evaluation_seconds: float  # of these, the evaluations with sample answers
+    search_seconds: float  # of these, the search for a learning rate at most
+    reference_seconds: float  # of these, the pass of the reference, unless its values are kept already
+    drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
+    provided: str = ""  # the assumption of the time, as "if ..."
 
 
 def run_cost(plan: Plan, speed: Speed) -> Cost:
-    """The cost of a run at this speed."""
+    """Estimate the cost of a run at this speed."""
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
     documents, steps, objective = plan.data.documents, plan.steps, objective_of(plan.settings)
     memory = needed(estimate(config, arch, schedule, documents), config, device.accelerator)
@@ -149,7 +149,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
 
 
 def device_here(config: Config, head_size: int) -> Device:
-    """The device at hand. Raises UserError where what is asked for is not here."""
+    """Describe the device at hand. Raises UserError if the requested one is not here."""
     check_packages(config)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     if accelerator == "gpu" and local_rank():
@@ -160,9 +160,9 @@ def device_here(config: Config, head_size: int) -> Device:
 
 
 def check_packages(config: Config) -> None:
-    """A UserError where DeepSpeed is absent, and where torch is too old for chunks under stage 3.
+    """Raise UserError if DeepSpeed is absent, or if torch is too old for chunks under stage 3.
 
-    The one backward of a row in chunks needs gradient accumulators that older versions lack.
+    The single backward of a row in chunks needs gradient accumulators that older versions lack.
     """
     if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -180,22 +180,20 @@ def check_packages(config: Config) -> None:
 
 
 def choose_device(draft: Draft, device: Device) -> None:
-    """Fill in what the device and the method decide."""
+    """Fill in the settings that the device and the method decide."""
     draft.choose("accelerator", device.accelerator, "the device at hand")
     draft.choose("precision", device.precision, device.precision_reason.removeprefix("auto: "))
     draft.choose("wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
 
 
 def check_data_files(config: Config) -> None:
-    """A UserError for data that are not there or of no known format; only the files' beginnings are read."""
+    """Raise UserError for absent data or an unknown format; only the files' beginnings are read."""
     for path in filter(None, (config.data_file, config.eval_file)):
         sources(path, Reading.of(config))
 
 
 def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
-    """Read the data, and fill in what the loss has of its own, the length of rows and the share that is held
-    out.
-    """
+    """Read the data, and fill in the loss's own settings, the length of rows and the held-out share."""
     choose_loss(draft)
     config = draft.config
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
@@ -229,9 +227,9 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
 def choose_evaluation(
     draft: Draft, schedule: Schedule, held_out: Units, before: Config | None = None
 ) -> Units:
-    """The held-out documents whose loss is taken, with their number filled in.
+    """Choose the held-out documents for evaluations, and fill in their number.
 
-    `before` are the settings of a run that goes on.
+    `before` are the settings of a run that is resumed.
     """
     if not held_out:
         return held_out
@@ -239,7 +237,7 @@ def choose_evaluation(
     steps, objective = steps_of(config, schedule), objective_of(config)
     costs = objective.evaluation_costs(held_out.take(order))
     budget = objective.evaluation_budget(held_out, schedule, steps)
-    # a run that goes on without them so far has no others
+    # a run that is resumed without them so far has no others
     if objective.evaluations_between and not (before and is_automatic(before, "eval_steps")):
         choose_eval_steps(draft, steps, budget / costs[: config.eval_docs or None].sum())
     fits = paid_for(costs, budget / evaluations(draft.config, steps))
@@ -255,9 +253,9 @@ def choose_evaluation(
 def estimate(
     config: Config, arch: Arch, schedule: Schedule, documents: Units | None = None
 ) -> dict[str, float]:
-    """Bytes by part on one device. The batch's size is that of `config`, not of the schedule.
+    """Estimate the bytes by part on one device. The batch's size is that of `config`, not of the schedule.
 
-    Without the documents it is that of separate rows of one document, also for pairs whose prompts are read
+    Without the documents, rows are counted as separate and of one document, also for pairs with prompts read
     once.
     """
     sizes = objective_of(config).largest_batch(schedule, documents, arch)
@@ -276,10 +274,10 @@ def estimate(
 
 
 def memory_of(device: Device, world: int) -> int:
-    """Bytes that a run of `world` processes may use on its device.
+    """Count the bytes that a run of `world` processes may use on its device.
 
-    Several processes must choose alike, each by itself. What is free differs between them, so they take all
-    of the device's memory.
+    Several processes must choose alike, each by itself. The free memory differs between them, so they count
+    all of the device's memory.
     """
     if device.memory:
         return device.memory
@@ -287,7 +285,7 @@ def memory_of(device: Device, world: int) -> int:
 
 
 def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule:
-    """The steps of the run, with the batch and the length filled in."""
+    """Make the steps of the run, with the batch and the length filled in."""
     config = draft.config
     single_rows = dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0)
     one_by_one = make_schedule(data.documents, single_rows, config.world)
@@ -304,9 +302,9 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
 
 
 def choose_rate(draft: Draft, arch: Arch, device: Device, schedule: Schedule) -> None:
-    """Fill in the first guess where no search for the learning rate is possible; else it stays open.
+    """Fill in the first guess if no search for the learning rate is possible; else it stays open.
 
-    run_cost() and the plan come after it: to them an open rate means a search.
+    It precedes run_cost() and the plan, which take an open rate for a search.
     """
     config = draft.config
     if is_automatic(config, "lr_init") and (obstacle := no_search(config, arch, device, schedule)):
@@ -315,7 +313,7 @@ def choose_rate(draft: Draft, arch: Arch, device: Device, schedule: Schedule) ->
 
 
 def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) -> str:
-    """Why a run can't have a search for its learning rate; nothing where it can.
+    """Say why a run can't have a search for its learning rate; "" if it can.
 
     In a trial every process trains the whole model by itself, without ZeRO.
     """
@@ -330,7 +328,7 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
     if config.peft == "none" or deepspeed:
         alone = dataclasses.replace(config, strategy="auto")
         parts = estimate(alone, arch, schedule)
-        # beside an adapter the run has more copies than this later, for --rollback_steps
+        # beside an adapter the run has more copies later than this, for --rollback_steps
         copy = parts["trained"] if config.peft == "none" and device.accelerator == "cpu" else 0.0
         size = needed(parts | {"copy": copy}, alone, device.accelerator)
         room = USABLE * memory_of(device, config.world)

@@ -1,4 +1,4 @@
-"""What a GPU without native kernels costs: WKV in plain torch starts thousands of small kernels."""
+"""Launches of a GPU without native kernels: WKV in plain torch starts thousands of small kernels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..config import Config
 
-MICROSECONDS = 5.0  # that Python and torch take to start one kernel
-PRODUCTS = 1e14  # FLOP a second; an RTX 4090 does about so much in half precision, an H100 several times it
+MICROSECONDS = 5.0  # for Python and torch to start one kernel
+PRODUCTS = 1e14  # FLOP a second; an RTX 4090 does about this in half precision, an H100 several times it
 # version -> tokens of a chunk; kernels that WKV of a layer starts, in all and for each chunk, as counted from
 # ops.wkv6 and ops.wkv7 with kernel "torch" (a test counts again)
 CHUNK = {6: 32, 7: 16}
@@ -16,14 +16,14 @@ BACKWARD = {6: (131, 8), 7: (100, 14)}
 
 
 def wkv_launches(version: int, tokens: int, forwards: int = 1) -> int:
-    """Kernels that WKV of a layer starts in plain torch for rows of `tokens`, forward and backward."""
+    """Count the kernels that WKV of a layer starts in plain torch for `tokens`, forward and backward."""
     chunks = -(-tokens // CHUNK[version])
     (first, each), (last, back) = FORWARD[version], BACKWARD[version]
     return forwards * (first + each * chunks) + last + back * chunks
 
 
 def slow_line(config: Config, arch: Arch, kernel: str, reason: str, tokens: int) -> str:
-    """The line about a run on a GPU without native kernels, with rows of `tokens`; "" for any other run."""
+    """Warn about a run on a GPU without native kernels, with rows of `tokens`; "" for any other run."""
     if config.accelerator != "gpu" or kernel != "torch":
         return ""
     recomputed = config.grad_cp > 0

@@ -1,4 +1,4 @@
-"""What a run needs of a device's memory, part by part, before anything is loaded.
+"""Memory that a run needs on a device, part by part, before anything is loaded.
 
 | part        | bytes                                                          | where it comes from
 |-------------|----------------------------------------------------------------|---------------------------
@@ -40,38 +40,38 @@ from ..objectives.kinds import objective_of
 from ..objectives.reference_model import reference_arch
 from .step_memory import StepBytes, model_on_meta, step_bytes
 
-# glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
-# of up to 32 MiB: 0.4 to 0.9 was seen with glibc 2.41 (benchmarks/memory.py).
+# glibc's heap has holes, and never shrinks. The waste is a share of the most bytes in blocks of up to 32 MiB:
+# 0.4 to 0.9 was seen with glibc 2.41 (benchmarks/memory.py).
 HEAP_WASTE = 0.6
 # the share that torch's CUDA allocator wastes: an assumption, because this project has not run on a GPU
 CACHE_WASTE = 0.1
-# What a process of train.py holds before the model. It was seen on a CPU; CUDA's context and cuBLAS's
-# workspace are an assumption.
+# memory of a process of train.py before the model; seen on a CPU; CUDA's context and cuBLAS's workspace are
+# an assumption
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 # AdamW's temporaries beside ZeRO's flat tensor: torch takes _foreach on a GPU, which makes one, and the plain
 # form on a CPU, which makes two
 TEMPORARIES = {"cpu": 2, "gpu": 1}
 SUB_GROUP = 10**9  # numbers of its share that a process of stage 3 updates at once, DeepSpeed's default
-USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
+USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for unforeseen needs
 
 
 class Zero(NamedTuple):
-    """How DeepSpeed shares out what a run holds."""
+    """ZeRO's division of a run's tensors."""
 
-    stage: int  # 0: it does not
+    stage: int  # 0: none
     offload: bool  # from the GPU to the computer's memory
     world: int
 
     @classmethod
     def of(cls, config: Config, accelerator: str) -> Zero:
-        """That of --strategy."""
+        """Read it from --strategy."""
         is_zero = config.strategy.startswith("deepspeed")
         stage = int(config.strategy[len("deepspeed_stage_")]) if is_zero else 0
         return cls(stage, config.strategy.endswith("_offload") and accelerator == "gpu", config.world)
 
     def share(self, size: float, from_stage: int, offloaded: bool = False) -> float:
-        """What one process has on its device of something that is shared out from a stage on."""
+        """Return one process's bytes on its device of tensors that are divided from a stage on."""
         if offloaded:
             return 0
         return size / self.world if from_stage <= self.stage else size
@@ -89,11 +89,10 @@ def memory_parts(
     documents: Sequence[Sequence[int]] = (),
     step: StepBytes | None = None,
 ) -> dict[str, float]:
-    """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
+    """Count bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
 
-    `targets` are the trained tokens of a micro-batch, and `prompts` its sizes where prompts are read once.
-    `documents` are the lengths of those in each of its rows. `step` is what step_bytes() says of it, where
-    that is known.
+    `targets` are the trained tokens of a micro-batch, and `prompts` its sizes if prompts are read once.
+    `documents` are the lengths of those in each of its rows. `step` is the result of step_bytes(), if known.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -115,15 +114,15 @@ def memory_parts(
         sizes = SIZES[accelerator]
         buckets = 4 * min(sizes.bucket, trained)
         if stage == 3 and (zero.world > 1 or offload):
-            # whole at one time are the live ones and those that are fetched ahead; a parameter that is
-            # larger, such as the head, is whole too
+            # live and prefetched parameters are whole at one time; a larger parameter, such as the head, is
+            # whole too
             largest = max(p.numel() for p in model.parameters())
             buckets += base_size * min(max(sizes.live, largest) + sizes.ahead, frozen + trained)
         parts["DeepSpeed"] = zero.share(4 * trained, 1, offload) + buckets
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained + 2 * buffers
     step = step or step_bytes(arch, config, kernel, precision, row, targets, prompts, documents=documents)
-    # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
+    # under stage 3 AnywhereDeepSpeed makes glibc return freed memory
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
     parts |= {
         "activations": step.activations,
@@ -131,7 +130,7 @@ def memory_parts(
         "allocator": waste,
     }
     if stage and not offload:
-        # the backward is over before; of `gradients` the update has its own
+        # the backward is over before; the update counts its own part of `gradients`
         of_backward = parts["gradients"] + buckets + parts["activations"] + parts["working"]
         parts["update"] = max(0.0, update_bytes(zero, trained, accelerator) - of_backward)
     objective = objective_of(config)
@@ -165,14 +164,14 @@ def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
 def reference_bytes(
     config: Config, kernel: str, precision: str, accelerator: str, row: int, targets: int
 ) -> float:
-    """Bytes of the model of --reference and of its pass without gradients."""
+    """Count the bytes of the model of --reference and of its pass without gradients."""
     arch = reference_arch(config)
     forward = step_bytes(arch, config, kernel, precision, row, targets, backward=False)
     return held_by_reference(config, precision) + forward.peak + allocator_waste(forward, accelerator)
 
 
 def held_by_reference(config: Config, precision: str) -> float:
-    """Bytes of the weights of --reference."""
+    """Count the bytes of the weights of --reference."""
     with torch.device("meta"):
         model = RWKV(reference_arch(config))
     size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
@@ -180,7 +179,7 @@ def held_by_reference(config: Config, precision: str) -> float:
 
 
 def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
-    """Bytes by which quantised weights of the layers are smaller than weights of `size` bytes each."""
+    """Count the bytes that quantised weights of the layers save, against weights of `size` bytes each."""
     if quant == "none":
         return 0
     weights = [linear.weight for linear in model.layer_linears().values()]
@@ -188,15 +187,15 @@ def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
 
 
 def needed(parts: dict[str, float], config: Config, accelerator: str) -> float:
-    """Bytes that a machine's memory or a GPU's must have; the processes of a CPU share its memory."""
+    """Count the bytes that a CPU's or GPU's memory must have; the processes of a CPU share it."""
     return sum(parts.values()) * (config.devices if accelerator == "cpu" else 1)
 
 
 def allocator_waste(step: StepBytes, accelerator: str) -> float:
-    """Memory that the allocator holds beyond the most that tensors use at one time.
+    """Estimate the memory that the allocator holds beyond the peak of the tensors.
 
-    glibc gives large blocks back, and keeps the heap of the small ones at its highest. So on a CPU the most
-    of both adds up.
+    glibc returns large blocks, and keeps the heap of the small ones at its peak. So on a CPU the peaks of
+    both add up.
     """
     if accelerator == "gpu":
         return CACHE_WASTE * step.peak

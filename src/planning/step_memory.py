@@ -1,4 +1,4 @@
-"""The bytes that a training step asks for, counted by running it on tensors without memory.
+"""Step memory: the bytes of a training step, counted by running it on tensors without memory.
 
 A formula for every layer, adapter, kernel and precision would be wrong after the next change of the model.
 Here the model's own code runs under torch's FakeTensorMode, which makes tensors of shapes alone, and every
@@ -33,12 +33,12 @@ from ..objectives.batch_sizes import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..ops import per_document
 
-# glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
-# back when it is freed.
+# glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is
+# returned when it is freed.
 HEAP_LIMIT = 1 << 25
-COUNTED_CHUNKS = 4  # a row of more chunks is counted with so many; each further chunk adds the same
+COUNTED_CHUNKS = 4  # the most chunks of a row that are counted; each further chunk adds the same
 WKV = (torch.ops.rwkv.wkv6, torch.ops.rwkv.wkv7)
-LAYERS = 4  # a deeper model is counted with so many layers; each further layer adds the same
+LAYERS = 4  # the most layers that are counted; each further layer adds the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StepBytes:
 
 
 def model_on_meta(arch: Arch, config: Config) -> RWKV:
-    """The model with what is trained, as shapes alone."""
+    """Build the model with its trained parts, as shapes alone."""
     with torch.device("meta"):
         model = RWKV(arch)
         if config.adapter:
@@ -71,11 +71,12 @@ def step_bytes(
     backward: bool = True,
     documents: Sequence[Sequence[int]] = (),
 ) -> StepBytes:
-    """The bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in all.
+    """Count the bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in
+    all.
 
-    `kernel` and `precision` are not auto. With `shared` the batch has its sizes, in the place of the rows'.
-    Without `backward` it is a look at the batch without gradients. `documents` are the lengths of those in
-    each row, which count where they begin with a tuned state.
+    `kernel` and `precision` are not auto. With `shared` the batch has these sizes instead of the rows'.
+    Without `backward` the batch is run without gradients. `documents` are the lengths of those in each row,
+    which count if they begin with a tuned state.
     """
     chunks = chunks_of(config)
     whole = row
@@ -131,7 +132,7 @@ def _count(
 
         replace_tensors(model, fake)
         for p in model.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
+            p.grad = torch.empty_like(p) if p.requires_grad else None  # as from an earlier micro-batch
         model.set_kernel(kernel)
         model.head.on_gpu = kernel.startswith("cuda") or config.accelerator == "gpu"
         # only the CPU's native WKV runs here; the GPU's takes no more memory
@@ -161,9 +162,8 @@ def _count(
 
 @contextlib.contextmanager
 def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[None]:
-    """Context in which the documents that are cut out of rows (ops/per_document.py) are these, although the
-    tensors have no values. Every chunk has those of the one that has most.
-    """
+    """Make the documents that are cut out of rows (ops/per_document.py) these, although the tensors have
+    no values. Every chunk has those of the fullest one."""
 
     @functools.lru_cache(maxsize=1)  # as layout() itself
     def of_width(width: int) -> per_document.Layout:
@@ -184,7 +184,7 @@ def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[Non
 
 
 def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
-    """As the run's own batches are made, with equal shares of the trained tokens in equal chunks."""
+    """Make a batch as the run does, with equal shares of the trained tokens in equal chunks."""
     size, rows = config.chunk_ctx or row, config.micro_bsz
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
     trained = torch.zeros(sum(counts), dtype=torch.int64)
@@ -201,7 +201,7 @@ def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
 
 
 def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
-    """What of a batch is another with shared prompts, see data/answer_batches.py."""
+    """Make the batch fields that differ when prompts are shared, see data/answer_batches.py."""
     starts = torch.zeros(shared.prompts, shared.prompt, dtype=torch.bool)
     return {
         "ids": torch.zeros(shared.rows, shared.answer, dtype=torch.int64),
@@ -213,9 +213,9 @@ def _shared_batch(shared: SharedPrompts, packed: bool) -> dict:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size.
+    """Counter of the bytes of living storages: `now`, and the most at one time, `peak`, also by size.
 
-    Storages of `known` are left out. `tensor_cores` stands for the GPU that is not here.
+    Storages of `known` are left out. `tensor_cores`: count as on a GPU that is not here.
     """
 
     def __init__(self, known: list[Tensor], tensor_cores: bool = False):
@@ -229,7 +229,7 @@ class Live(TorchDispatchMode):
         return self.now_small + self.now_large
 
     def after(self, owner, method: str) -> list[int]:
-        """What lives after each call of a method, from now on."""
+        """Record the living bytes after each call of a method, from now on."""
         call, seen = getattr(owner, method), []
 
         def watched(*args, **kwargs):
@@ -242,7 +242,7 @@ class Live(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch._dynamo is told at each operator to look away, and it is not at work here
+        return False  # else torch._dynamo is consulted at each operator, and it is not at work here
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):

@@ -1,4 +1,4 @@
-"""How fast this machine trains a model: two layers and the head, measured for a moment on random weights."""
+"""Throughput of training on this machine: two layers and the head, timed briefly on random weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .step_memory import model_on_meta
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 WIDE = 2048  # channels from which a model is so slow that a shorter row is timed
 TOKENS = {False: 256, True: 64}  # of one row, in a narrow model and in a wide one
-SECONDS = 1.0  # after so much time nothing is timed again
-NOISE = 99_991  # random numbers that weights are made of; a prime, so that no two rows of a matrix are alike
+SECONDS = 1.0  # after this time nothing is timed again
+NOISE = 99_991  # random numbers for the weights; a prime, so that no two rows of a matrix are alike
 
 
 def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
-    """The speed of a whole run with these settings, which are filled in, on this machine."""
+    """Measure the speed of a whole run with these settings, which are filled in, on this machine."""
     device = "cuda" if config.accelerator == "gpu" else "cpu"
     trained = sum(schedule.targets) / sum(schedule.lengths)
     one = measured_speed(arch, config, config.wkv, config.precision, device, max(schedule.lengths), trained)
@@ -42,10 +42,10 @@ def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
 def measured_speed(
     arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float
 ) -> Speed:
-    """The speed of one process, timed with a row of at most `row` tokens, forward and backward.
+    """Time one process with a row of at most `row` tokens, forward and backward.
 
     The share `trained` of its tokens are targets. An answer is timed with one token after `eval_samples`
-    prompts, and drawing, where a run draws its answers, with one token of each row.
+    prompts, and drawing, if a run draws, with one token of each row.
     """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     full = config.peft == "none"
@@ -69,7 +69,7 @@ def measured_speed(
 
     @torch.no_grad()
     def next_tokens(rows: int) -> float:
-        """Seconds for one more token of each of so many rows."""
+        """Time one more token of each of `rows` rows."""
         inputs, outputs = ids[:, :1].expand(rows, 1), x[:1].expand(rows, -1)
 
         def next_token() -> None:
@@ -81,7 +81,7 @@ def measured_speed(
         return _fastest(next_token, device) * depth + _fastest(next_logits, device)
 
     depth = arch.n_layer / small.n_layer
-    layers(ids[:, :2])  # what torch imports on the first call, for --grad_cp above all, is no part of a step
+    layers(ids[:, :2])  # imports of torch on the first call, above all for --grad_cp, are no part of a step
     seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
     source = "two layers and the head were timed here just now, on random numbers"
     source = f"{source}; loading, saving and the optimizer are not in it"
@@ -93,7 +93,7 @@ def measured_speed(
 
 
 def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], Tensor]:
-    """A function that makes a tensor without memory, given its name, one with numbers.
+    """Return a function of a name and a tensor without memory that makes one with numbers.
 
     Tensors of the base get this dtype.
     """
@@ -103,7 +103,7 @@ def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], 
         of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
         if new.is_floating_point():
-            # the same numbers over and over: to draw new ones takes seconds for a large model
+            # the same numbers over and over: drawing new ones takes seconds for a large model
             for part in new.view(-1).split(NOISE):
                 part.copy_(noise[: len(part)])
         return new
@@ -112,7 +112,7 @@ def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], 
 
 
 def _random_model(arch: Arch, config: Config, kernel: str, dtype: torch.dtype, random: Callable) -> RWKV:
-    """The model of a run, adapter and quantisation included, with random numbers."""
+    """Build the model of a run, with adapter and quantisation, with random numbers."""
     model = model_on_meta(arch, config)
     replace_tensors(model, random)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def _random_head(arch: Arch, kernel: str, dtype: torch.dtype, trained: bool, ran
 
 
 def _fastest(work, device: str) -> float:
-    """Seconds of the faster of two calls, after one that warms up; of the first alone where that was slow."""
+    """Time the faster of two calls, after one that warms up; if the first was slow, it alone counts."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < SECONDS:
         begun = time.perf_counter()

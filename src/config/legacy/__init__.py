@@ -1,8 +1,8 @@
 """Command lines of RWKV-LM, RWKV-PEFT and RWKV-LM-RLHF, 2024 to 2026, in the flags of `Config`.
 
-Their scripts run as they stand. A flag that means something here under another name is translated; one
-without a meaning here is named with the reason; one that would change the result, and that this version
-cannot honour, stops the run. What a flag that is left out means there is translated or told, too.
+Their scripts run as they stand. A flag that has another name here is translated; one without a meaning here
+is named with the reason; one that would change the result, and that this version cannot honour, stops the
+run. Defaults of flags that are left out are translated or reported, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rwkv_miss.errors import UserError
 from . import data_flags, method_flags, preference_flags, rate_flags
 from .flag_values import integer, integer_of, is_on, product, stage, value
 
-# ignored whatever the value is, with the reason
+# ignored, whatever the value is; with the reason
 DROPPED = {
     "data_type": "the format is read from the file",
     "magic_prime": "the data order needs no prime number",
@@ -85,7 +85,7 @@ QUANTS = {
 }
 STRATEGIES = {"single_device": "auto", "single-device": "auto"}
 
-# what RWKV-LM and RWKV-PEFT say of stages and epochs
+# flags of RWKV-LM and RWKV-PEFT about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_pile_stage", "my_exit_tokens", "epoch_save")
 
 NAMES = {
@@ -102,7 +102,7 @@ NAMES = {
 }
 USUAL_CHUNK_CTX = 512  # that of RWKV-PEFT
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
-# old flags that people type for this program too: with these alone a command is no other project's script
+# old flags that people type for this program too: a command with these alone is no other project's script
 SHARED = {
     *method_flags.RANK_FLAGS,
     *preference_flags.NAMES,
@@ -114,12 +114,12 @@ SHARED = {
     "optimizer",
     "emb",
 }
-# what only scripts of RWKV-LM-RLHF have: there the layer profile chooses the method
+# flags that only RWKV-LM-RLHF has: there the layer profile chooses the method
 OF_RLHF = {"layer_profile", "quant_mode", *preference_flags.SWITCHES, *preference_flags.NUMBERS}
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(the command line in today's flags, notes for the user).
+    """Translate into (the command line in today's flags, notes for the user).
 
     Raises UserError where a flag cannot be honoured.
     """
@@ -150,7 +150,7 @@ def trainer_of(old: Mapping[str, str]) -> str:
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
+    """Split into the old flags with their values ("" for a flag that stands alone), and the other words.
 
     Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON
     has spaces; --sft_field was followed by one word for each column.
@@ -176,7 +176,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _full_training(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """No method is full training there, but in RWKV-LM-RLHF, where it stands in the layer profile."""
+    """Translate a missing method: full training, except in RWKV-LM-RLHF, whose layer profile has it."""
     if any(value(kept, name) is not None for name in ("peft", "peft_config")) or old.keys() & OF_RLHF:
         return []
     model = "" if value(kept, "load_model") else ", of a new model without --load_model"
@@ -185,7 +185,7 @@ def _full_training(old: Mapping[str, str], kept: list[str], notes: list[str]) ->
 
 
 def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; with another one that project reads no chunk_ctx.
+    """Translate RWKV-PEFT's `--train_type infctx` to --chunk_ctx; other types there read no chunk_ctx.
 
     RWKV-LM-RLHF has --infctx 1 and 0.
     """
@@ -208,7 +208,7 @@ def _train_type(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
 
 
 def _stage(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one."""
+    """Translate RWKV-LM's stages: 1 makes a model, the others go on with the newest one."""
     new: list[str] = []
     name = "train_stage" if "train_stage" in old else "my_pile_stage"
     if stage(old) != "0":
@@ -261,7 +261,7 @@ def _kernel(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[s
 
 
 def _renamed(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """Flags and values with another name today, or with a meaning that only this project gives them."""
+    """Translate flags and values that have another name today or a meaning of this project only."""
     new = []
     if "rwkv_version" in old:
         new += ["--my_testing", old["rwkv_version"]]
@@ -275,7 +275,7 @@ def _renamed(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
     return new
 
 
-# each gives flags of today for what it knows of the old and of the other words
+# each returns flags of today for its part of the old flags and of the other words
 TRANSLATIONS = (
     method_flags.method,
     _train_type,
@@ -287,7 +287,7 @@ TRANSLATIONS = (
     _renamed,
     preference_flags.preference,
 )
-# and these for what a script of another project leaves out
+# each returns flags for what a script of another project leaves out
 IMPLIED = (
     rate_flags.warm_up,
     rate_flags.schedule,
@@ -299,7 +299,7 @@ IMPLIED = (
 
 
 def newest_model(folder: str) -> str:
-    """RWKV-LM's `--load_model 0`: the rwkv-N.pth with the highest N in the folder, else rwkv-init.pth."""
+    """Find RWKV-LM's `--load_model 0`: the rwkv-N.pth with the highest N, else rwkv-init.pth."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [match for name in names if (match := re.fullmatch(r"rwkv-(init|\d+)\.pth", name))]
     numbered = {

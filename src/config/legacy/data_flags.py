@@ -1,4 +1,4 @@
-"""Flags of RWKV-LM's and RWKV-PEFT's scripts that are about the data, in the flags of `Config`."""
+"""Data flags of RWKV-LM's and RWKV-PEFT's scripts, in the flags of `Config`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from rwkv_miss.errors import UserError
 from .flag_values import integer_of, is_on, of_2026, product, stage, value
 from .preference_flags import SWITCHES
 
-# RWKV-PEFT's masks, and what each of them trains there. With --data_type sft it reads none, and trains the
-# answers.
+# RWKV-PEFT's masks, and what each of them trains. With --data_type sft it reads none, and trains the answers.
 LOSS_MASKS = {
     **dict.fromkeys(("none", ""), ("all", "trains every token; padding, which is trained there, is not")),
     "pad": ("all", "trains every token but the padding"),

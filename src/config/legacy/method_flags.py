@@ -1,4 +1,4 @@
-"""The adapter's method, its options and the parts beside it, as older scripts spell them.
+"""Method flags of older scripts: the adapter's method, its options and the parts beside it.
 
 RWKV-PEFT has had three spellings: a flag for each option of LoRA, JSON for each method, and --peft_config.
 """
@@ -28,7 +28,7 @@ CONFIGS = {
 
 # before that, one flag for each option of LoRA; the first two stand alone
 LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
-# the linears of --lora_parts; what else it names is trained whole
+# the linears of --lora_parts; its other names are trained whole
 LORA_PARTS = {
     "att": ["att.receptance", "att.key", "att.value", "att.output"],
     "ffn": ["ffn.key", "ffn.value"],

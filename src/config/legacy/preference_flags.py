@@ -1,6 +1,6 @@
-"""The flags of other trainers for preferences and rewards, in those of `Config`.
+"""Preference flags: other trainers' flags for preferences and rewards, in those of `Config`.
 
-They are RWKV-LM-RLHF's `--dpo 1 --dpo_beta 0.01` and the names of TRL's losses. What has the same meaning
+They are RWKV-LM-RLHF's `--dpo 1 --dpo_beta 0.01` and the names of TRL's losses. A flag with the same meaning
 under another name is an alias in schema.py. docs/preferences.md translates the values.
 """
 
@@ -25,7 +25,7 @@ SWITCHES = {
 }
 # flags that a loss needs beside its numbers; newer versions there divide dpo by the tokens
 BESIDE = {"dpo": ["--loss_average", "mean"], "simpo": ["--simpo_gamma", "0"], "grpo": ["--grpo_type", "grpo"]}
-# what changes nothing else there
+# flags without an effect here
 IGNORED = {
     "simpo_alpha": "it multiplied the whole loss, which the optimizer divides out again",
     "orpo_mode": "there is one way to compute it",
@@ -34,7 +34,7 @@ IGNORED = {
     "grpo_gen_temperature": "answers are always drawn at temperature 1",
     "grpo_gen_topp": "answers are always drawn from the whole distribution",
 }
-# files of tokens, and what they were made of
+# files of tokens, and their sources
 TOKENISED = {
     **dict.fromkeys(
         ("rlhf_train_file", "dpo_train_file"),
@@ -43,7 +43,7 @@ TOKENISED = {
     "train_data_file": "the JSONL that it was made of",
 }
 NUMBERS = {name: to for numbers in SWITCHES.values() for name, (to, _) in numbers.items() if to}
-# TRL's losses, for --loss and what goes with it
+# TRL's losses -> flags here
 LOSS_TYPES = {
     "sigmoid": ["--loss", "dpo"],
     "sigmoid_norm": ["--loss", "dpo", "--loss_average", "mean"],
@@ -63,7 +63,7 @@ NAMES = {*SWITCHES, *IGNORED, *TOKENISED, *NUMBERS, *OF_TRL, *DRAWING, "wpo", "s
 
 
 def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """Flags of today for what `old` has of preferences, with a note for each."""
+    """Translate the preference flags in `old`, with a note for each."""
     if is_on(old, "wpo"):
         raise UserError("--wpo weighs pairs in a way that is not here; use --loss dpo or simpo")
     notes += [f"--{name} is ignored: {reason}" for name, reason in IGNORED.items() if name in old]
@@ -83,7 +83,7 @@ def preference(old: Mapping[str, str], kept: list[str], notes: list[str]) -> lis
 
 
 def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """`--dpo 1` and its numbers, those that are not given with their defaults there."""
+    """Translate `--dpo 1` and its numbers; numbers that are not given have their defaults there."""
     new = ["--loss", loss]
     if BESIDE.get(loss) and value(kept, BESIDE[loss][0].removeprefix("--")) is None:
         new += BESIDE[loss]
@@ -97,7 +97,7 @@ def _switched_on(loss: str, old: Mapping[str, str], kept: list[str], notes: list
 
 
 def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: list[str]) -> None:
-    """Refuse a file of tokens, unless --data_file is there in its place."""
+    """Refuse a file of tokens, unless --data_file replaces it."""
     for name, made_of in TOKENISED.items():
         if name in old and value(kept, "data_file"):
             notes.append(f"--{name} is ignored: --data_file is given")
@@ -110,7 +110,7 @@ def _check_file(old: Mapping[str, str], kept: list[str], new: list[str], notes: 
 
 
 def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
-    """Another distribution than the model's own is an error."""
+    """Raise UserError for another distribution than the model's own."""
     for name, whole in DRAWING.items():
         if name in old and old[name] not in whole:
             raise UserError(
@@ -122,7 +122,7 @@ def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
 
 
 def _scale_rewards(old: Mapping[str, str], notes: list[str]) -> list[str]:
-    """TRL's word for the divisor of the advantages."""
+    """Translate TRL's word for the divisor of the advantages."""
     given = old.get("scale_rewards")
     if given is None:
         return []

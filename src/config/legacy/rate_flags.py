@@ -12,16 +12,16 @@ from collections.abc import Mapping
 
 from .flag_values import integer, number, of_2026, product, stage, value
 
-LR_FINAL = 1e-5  # of all of them
+LR_FINAL = 1e-5  # in all of them
 WSD_WARM_UP = 100
-# flags that RWKV-PEFT has had since it has cosines, and flags that came a little earlier
+# RWKV-PEFT's flags since it has cosines, and flags from shortly before
 WITH_COSINES = ("lr_schedule", "op", "optimizer")
 EARLY_2025 = ("disha_config", "rwkv_version")
 COSINES = (None, "cos", "cos_decay")
 
 
 def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """Give --lr_schedule and --lr_final, where the rate changes at all."""
+    """Give --lr_schedule and --lr_final, if the rate changes at all."""
     first, last = number(kept, "lr_init"), number(kept, "lr_final")
     new: list[str] = []
     if math.isnan(last) and not math.isnan(first):
@@ -58,7 +58,7 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
 
 
 def warm_up(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """Give --warmup_steps where none are given, because without them a run here chooses their number."""
+    """Give --warmup_steps if none are given, because otherwise a run here chooses their number."""
     if value(kept, "warmup_steps") not in (None, "-1"):
         return []
     steps = WSD_WARM_UP if value(kept, "lr_schedule") == "wsd" else 0
