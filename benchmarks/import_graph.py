@@ -65,6 +65,9 @@ def imported(tree: ast.AST, file: str) -> Iterator[tuple[str, list[str]]]:
             for alias in node.names:
                 name = ".".join(filter(None, [*above, node.module, alias.name]))
                 yield alias.asname or alias.name, module_files(name)
+        elif isinstance(node, ast.Attribute) and node.attr == "iter_modules":  # of a package's own folder
+            beside = (ROOT / file).parent.glob("*.py")
+            yield from (("", [module.relative_to(ROOT).as_posix()]) for module in beside)
         elif isinstance(node, ast.List | ast.Tuple | ast.Call):
             of_node = node.args if isinstance(node, ast.Call) else node.elts
             texts = [one.value if isinstance(one, ast.Constant) else "" for one in of_node]

@@ -1,4 +1,4 @@
-"""A training run from settings to files: check, load, plan, train, save."""
+"""Training run from settings to files: check, load, plan, train, save."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ from .training.validation_log import BEST, VALIDATION, best_trained, is_over
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of a plan."""
+    """Result of a plan."""
 
     settings: Config  # of the plan, with the rate that a search found
     step: int  # optimizer steps that are done
@@ -112,8 +112,8 @@ def prepare(
 ) -> Plan:
     """Choose what was left to the program. Wrong settings are found here, before a file is written.
 
-    With `for_run=False` nothing is asked that only a run needs: its folder, the user's code. `device` gives
-    the device for settings and a head size. `others` are the processes of other machines.
+    `for_run=False` leaves out what only a run needs: its folder, the user's code. `device` returns the device
+    for settings and a head size. `others` are the processes of other machines.
     """
     draft, before = Draft(typed, origins), earlier_settings(typed)
     if before:
@@ -163,9 +163,9 @@ def train(plan: Plan) -> Result:
 
 
 def train_in_folder(plan: Plan, started: float) -> Result:
-    """train() in a folder that is held already. The command began at `started`."""
+    """Do train() in a folder that is locked already. The command began at `started`."""
     config, resume_from = plan.settings, plan.resume_from
-    # before the model is there: what is timed shall not count among the run's memory
+    # before the model is there: the memory of this timing must not count as the run's
     cost = run_cost(plan, speed_here(plan.arch, config, plan.schedule)) if is_first_process() else None
     torch.manual_seed(config.random_seed)
     model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
@@ -183,7 +183,7 @@ def train_in_folder(plan: Plan, started: float) -> Result:
         resumed = plan_text.resume(plan, over)
         short = [*notes, *plan_text.plan(plan, model, cost, [] if over else resumed)]
         shown = [*short, *plan_text.details(plan, model)]
-        last = resumed if over else []  # that there is nothing to do is said at the end, where it is seen
+        last = resumed if over else []  # a run with nothing to do says so at the end, where it is seen
         print("\n".join([*(shown if config.verbose else short), *last]), flush=True)
         if resume_from:
             put_best_back(config, history)
@@ -195,7 +195,7 @@ def train_in_folder(plan: Plan, started: float) -> Result:
 
 
 def try_rewards(config: Config, template: Template, data: Data) -> str | None:
-    """The hash of --reward_file, if there is one. UserError where rewards cannot judge these questions."""
+    """Check that rewards can judge these questions, or raise UserError; return --reward_file's hash."""
     with objective_of(config).judge(template) as rewards:
         if not rewards:
             return None
@@ -206,7 +206,7 @@ def try_rewards(config: Config, template: Template, data: Data) -> str | None:
 
 
 def names_of_hub(config: Config, before: Config | None, others: Watchdog | None) -> dict[str, str]:
-    """The settings that name files of the hub, with the same commits in every process."""
+    """Return the settings that name files of the hub, with the same commits in every process."""
     if others and not is_first_process():
         return others.wait_for_hub_commits()
     names = pinned_names(config, before or settings_of_first_process(config))
@@ -216,7 +216,7 @@ def names_of_hub(config: Config, before: Config | None, others: Watchdog | None)
 
 
 def put_best_back(config: Config, history: list[dict]) -> None:
-    """Have best.pth be that of the history: it may be of a step that the run has yet to do again."""
+    """Restore the history's best.pth: the present one may be of a step that the run has yet to repeat."""
     folder = config.proj_dir
     note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best_trained(history))
     if note:
@@ -269,7 +269,7 @@ def prepare_folder(plan: Plan) -> None:
     config, folder = plan.settings, plan.settings.proj_dir
     best_file = os.path.join(folder, BEST)
     remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
-    if not plan.resume_from:  # of a run that was killed before its first checkpoint
+    if not plan.resume_from:  # the run was killed before its first checkpoint
         for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
@@ -277,8 +277,8 @@ def prepare_folder(plan: Plan) -> None:
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:
-    """The callbacks that write: the StepReport, those of the objective, a Watch where documents are held out,
-    and the Saver.
+    """Make the callbacks that write: the StepReport, the objective's, a Watch if documents are held out, the
+    Saver.
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
@@ -312,7 +312,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
 
 
 def fit(trainer, module, report) -> None:
-    """Trainer.fit, with its ways to end told in our words."""
+    """Run Trainer.fit, and describe its ends in our words."""
     from .training.trainer import naming_the_killed
 
     try:
@@ -329,7 +329,7 @@ def fit(trainer, module, report) -> None:
 
 
 def process_start() -> float:
-    """Seconds since the epoch at which this process was started, imports included."""
+    """Return when this process was started, before its imports, in seconds since the epoch."""
     try:
         with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
             ticks = float(stat.read().rpartition(")")[2].split()[19])

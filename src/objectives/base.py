@@ -1,4 +1,4 @@
-"""What a kind of training is to its steps and its evaluations: an Objective, and in a run its Feed.
+"""Interface of a kind of training to steps and evaluations: an Objective, and in a run its Feed.
 
 An Objective has settings and no state. sft.py, preferences/ and rewards/ have one each, and kinds.py tells
 which one a run has.
@@ -39,11 +39,11 @@ from .work import Speed, Times
 
 
 class BetweenSteps(UserError):
-    """An error that all processes raise between two steps: what was done before can be saved."""
+    """Error that all processes raise between two steps: the steps before can be saved."""
 
 
 class StepSize(NamedTuple):
-    """What a step has, over all processes."""
+    """Size of a step, over all processes."""
 
     tokens: int  # read
     targets: int  # trained; 0: no weight moves
@@ -51,29 +51,29 @@ class StepSize(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     loss: float  # lower is better; it may be not finite
     metrics: dict[str, float]  # beside it, by the names of LossMetrics
-    units: float  # that it is the mean of
-    tokens: int  # that were predicted or drawn
-    samples: list[dict[str, Any]]  # prompt, answer, right, and of a training on rewards reward
+    units: float  # the number of units in the mean
+    tokens: int  # predicted or drawn tokens
+    samples: list[dict[str, Any]]  # prompt, answer, right, and for a training on rewards reward
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on, and what judges it."""
+    """Data of a run, for training and evaluations."""
 
     documents: Units
     held_out: Units | None = None
-    evaluated: Units | None = None  # those of held_out that evaluations look at; None: all
-    # of a training on rewards
-    encoder: Encoder | None = None  # which made the questions
+    evaluated: Units | None = None  # those of held_out that evaluations read; None: all
+    # for a training on rewards
+    encoder: Encoder | None = None  # it made the questions
     rewards: Rewards | None = None
 
 
 class Feed:
-    """The micro-batches of one rank in order, and what a step has beside them: here those of the data."""
+    """Micro-batches of one rank in order, and a step's extra values: here the data's own batches."""
 
     always_has_loss = False  # also without a trained token
     step_sums: Tensor | None = None  # metrics that the step under way has before its first micro-batch
@@ -89,11 +89,11 @@ class Feed:
         return iter(self.batches)
 
     def before_step(self) -> dict:
-        """Return what every micro-batch of the next step has beside its own."""
+        """Return the extra values of every micro-batch of the next step."""
         return {}
 
     def size(self, step: int) -> StepSize:
-        """Return the size of a step (0-based), which is the one under way."""
+        """Return the size of a step (0-based), the present one."""
         schedule = self.schedule
         return StepSize(schedule.step_tokens(step), schedule.step_targets(step), schedule.step_weight(step))
 
@@ -106,33 +106,33 @@ class Feed:
         return False
 
     def abandon(self) -> None:
-        """Train no further on what was made by a state that is gone."""
+        """Drop everything that a rolled-back state has made."""
 
 
 class Evaluation:
-    """The evaluations of a run. All processes take part."""
+    """Evaluations of a run. All processes take part."""
 
     def start(self, trainer) -> None:
-        """Take what is gone later. The model is as before step 1, also in a resumed run."""
+        """Compute values that training would lose. The model is as before step 1, also in a resumed run."""
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
-        """Tell what the model is worth now. None where on some rank is_stopped() during the evaluation.
+        """Measure the model. None if on some rank is_stopped() during the evaluation.
 
-        Dropout and gradients are to be off.
+        The caller turns dropout and gradients off.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptReading:
-    """Whether a prompt is read once for all its answers, and why, for the plan ("": there is no choice)."""
+    """Decision whether a prompt is read once for all its answers, and its reason ("": there is no choice)."""
 
     shared: bool = False
     explanation: str = ""
 
 
 class Objective(abc.ABC):
-    """What a kind of training reads, minimises and measures."""
+    """Kind of training: its data, its loss and its measures."""
 
     unit = "document"  # what an example is called
     same = "word for word"  # how an example is in two files
@@ -152,7 +152,7 @@ class Objective(abc.ABC):
     @property
     @abc.abstractmethod
     def metrics(self) -> LossMetrics:
-        """What is told beside the loss, once the settings are filled in."""
+        """Return the metrics beside the loss, once the settings are filled in."""
 
     # before a run
 
@@ -195,12 +195,12 @@ class Objective(abc.ABC):
         return BatchSizes(*largest_batch(schedule, self.config))
 
     def beside(self, rows: int, trained: Tensor) -> dict:
-        """Return what a batch of so many rows and these trained tokens has beside tokens, as for a step."""
+        """Return a batch's entries beside tokens, for its rows and trained tokens, as for a step."""
         return {}
 
     @property
     def packs(self) -> bool:
-        """Whether examples share rows."""
+        """Tell whether examples share rows."""
         return self.config.packing
 
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
@@ -220,7 +220,7 @@ class Objective(abc.ABC):
         return 1.0
 
     def reference_work(self, arch: Arch, tokens: float) -> float:
-        """Return the pass of the reference over so many tokens, as tokens of the training."""
+        """Count the reference's pass over `tokens` tokens as tokens of the training."""
         return 0.0
 
     def evaluation_costs(self, held_out: Units) -> np.ndarray:
@@ -234,7 +234,7 @@ class Objective(abc.ABC):
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
     ) -> Times:
-        """Estimate how long a run takes that has so many evaluations."""
+        """Estimate the times of a run with `evaluations` evaluations."""
         tokens, share = self.trained_tokens(schedule, steps), self.share_read(data.documents, schedule, arch)
         held_out_tokens = float((data.evaluated.lengths - 1).sum()) * share
         read = FORWARD * evaluations * held_out_tokens * self.looks
@@ -285,7 +285,7 @@ class Objective(abc.ABC):
     @property
     @abc.abstractmethod
     def loss(self) -> Any:
-        """The loss with its settings, which are filled in: of ln p of trained tokens and their batch."""
+        """Loss of ln p of trained tokens and their batch, with its settings filled in."""
 
     def __call__(
         self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
@@ -311,10 +311,9 @@ class Objective(abc.ABC):
     def with_reference(
         self, data: TrainingData, schedule: Schedule, steps: int, policy: Policy, shared: bool
     ) -> TrainingData:
-        """Return the data of a run of so many steps with the values of the reference, where the loss needs
-        them.
+        """Return the data of a run of `steps` steps with the reference's values, if the loss needs them.
 
-        The model is as before step 1, also in a run that goes on. `shared`: a prompt is read once for its
+        The model is as before step 1, also in a resumed run. `shared`: a prompt is read once for its
         answers.
         """
         return data
@@ -330,7 +329,7 @@ class Objective(abc.ABC):
     def before_evaluation(
         self, units: Units, batches: Callable[[Units], Iterator[dict]], policy: Policy
     ) -> dict:
-        """Return what every batch of an evaluation of these units has beside its own."""
+        """Return the extra values of every batch in an evaluation of these units."""
         return {}
 
     @abc.abstractmethod
@@ -338,7 +337,7 @@ class Objective(abc.ABC):
         """Make the evaluations of a run, at its start."""
 
     def judge(self, template: Template) -> contextlib.AbstractContextManager[Rewards | None]:
-        """Open what judges the answers of a run; None where it samples none."""
+        """Open the judge of a run's answers; None if it samples none."""
         return contextlib.nullcontext()
 
     def callbacks(self, folder: str) -> list:

@@ -1,4 +1,4 @@
-"""How large the micro-batches of a run are, for its memory."""
+"""Sizes of a run's micro-batches, for its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrompts:
-    """The sizes of a micro-batch in which prompts are read once, padding included."""
+    """Sizes of a micro-batch in which prompts are read once, with padding."""
 
     prompts: int
     prompt: int  # tokens of the longest, without its last one
@@ -46,7 +46,7 @@ class BatchSizes:
 
 
 def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
-    """(tokens of the longest row, most targets in micro_bsz rows); no micro-batch is larger."""
+    """Return (tokens of the longest row, most targets in micro_bsz rows); no micro-batch is larger."""
     most = heapq.nlargest(config.micro_bsz, schedule.targets)
     row = min(max(schedule.lengths), config.ctx_len)
     return row, max(1, min(sum(most), row * config.micro_bsz))
@@ -59,9 +59,9 @@ def fullest_rows(documents: Units, schedule: Schedule, config: Config) -> list[l
 
 
 def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompts:
-    """The micro-batch of the first pass that has most tokens where prompts are read once.
+    """Find the micro-batch of the first pass with the most tokens, if prompts are read once.
 
-    Of a long pass LOOKED_AT steps are looked at.
+    In a long pass LOOKED_AT steps are sampled.
     """
     prompts = preferences.prompt_lengths
     answers = preferences.answers.lengths - prompts

@@ -21,18 +21,18 @@ from ..model import RWKV
 from ..model.log_probs import token_features
 from .reference_model import build_reference
 
-UNITS, TOKENS = 8, 4096  # held-out pairs or answers that a KL is measured on, and the most tokens of these
+UNITS, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
 
-Features = Callable[[RWKV], list[Tensor]]  # a model -> what its head gets of each text, (T, C)
+Features = Callable[[RWKV], list[Tensor]]  # a model -> the input of its head for each text, (T, C)
 
 
 class FromReference:
-    """Reference logits beside those of the model in training.
+    """Logits of the reference beside those of the model in training.
 
     The reference is the base in `file`, or the model that `load` reads from there. With an adapter on linears
-    alone the base is there at any time, under disabled(). Otherwise the features that its head gets are taken
-    at the start, and the head is read from the file. All ranks take part, because ZeRO-3 gathers the model on
-    the way.
+    alone the base is always available, under disabled(). Otherwise the inputs of its head are computed at the
+    start, and the head is read from the file. All ranks take part, because ZeRO-3 gathers the model on the
+    way.
     """
 
     def __init__(self, features: Features, file: str, load: Callable[[], RWKV] | None = None):
@@ -40,7 +40,7 @@ class FromReference:
         self.before: list[Tensor] | None = None
 
     def start(self, trainer, module) -> None:
-        """Take the features that are gone later. The model is that before step 1, also in a resumed run."""
+        """Compute features that training would lose. The model is as before step 1, also in a resumed run."""
         if self.load is None and only_linears_change(module.model):
             return
         with module.policy.undisturbed():
@@ -99,7 +99,7 @@ class ReferenceKl:
 
 
 def a_few(units: Preferences) -> Preferences:
-    """Take UNITS of these at equal distances, or the first of them that have TOKENS in all; at least one."""
+    """Take UNITS at equal distances, or the first that have TOKENS together; at least one."""
     places = np.unique(np.linspace(0, len(units) - 1, UNITS).astype(int))
     fitting = np.cumsum(units.lengths[places]) <= TOKENS
     return units.take(places[: max(1, np.count_nonzero(fitting))])

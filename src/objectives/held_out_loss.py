@@ -23,7 +23,7 @@ from .base import Evaluated, Evaluation
 
 
 class HeldOutLoss(Evaluation):
-    """The loss of a run's objective on the documents that it evaluates."""
+    """Evaluation by the objective's loss on a run's held-out documents."""
 
     def __init__(self, module):
         self.module, encoder = module, module.data.encoder
@@ -47,7 +47,7 @@ class HeldOutLoss(Evaluation):
         return Evaluated(*found, evaluated.weight, evaluated.targets, samples)
 
     def _answers(self) -> list[Answer]:
-        """The greedy answers to the questions. Every rank makes all of them, in step."""
+        """Answer the questions greedily. Every rank makes all answers, in step."""
         if not self.questions:
             return []
         engine = Engine(TorchDecoder(self.module.model, len(self.questions)), self.tokenizer)
@@ -61,7 +61,8 @@ class HeldOutLoss(Evaluation):
 
 
 def shortened(text: str, characters: int, cut: bool = False) -> str:
-    """A text of at most so many characters. A longer one ends in "…", and so does one that is `cut` already.
+    """Shorten a text to at most `characters`. A longer one ends in "…", and so does one that is `cut`
+    already.
 
     Half a character, as a limit of tokens leaves it, is left out.
     """
@@ -104,11 +105,11 @@ def validation_loss(
 
 
 class _Stopped(Exception):
-    """A rank was asked to stop between two batches; all of them raise it."""
+    """Stop of a rank between two batches; all of them raise it."""
 
 
 def _batches(trainer, documents: Units, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
-    """The batches of this rank, as many as every other one has, on its device."""
+    """Yield the batches of this rank, as many as every other one has, on its device."""
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
     batches = evaluation_batches(documents, module.config)
     collate = documents.collator(module.objective.chunks.size, module.shared)

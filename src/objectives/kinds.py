@@ -1,4 +1,4 @@
-"""Which kind of training a run is."""
+"""Choice of a run's kind of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lines of metrics.jsonl and validation.jsonl have beside the loss, and how it is told.
+"""Metrics beside the loss in metrics.jsonl and validation.jsonl, and their text.
 
 Each objective has one description: LossMetrics. The bar, the printed lines, the pictures, the
 cards, run.json and the writers all follow it.
@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 
 class Shown(NamedTuple):
-    """A number in a bar or in a printed line: the first of `names` that a line has, in words."""
+    """Number in a bar or in a printed line: the first of `names` that a line has."""
 
     names: tuple[str, ...]
-    text: Callable[[float], str]  # "" where there is nothing to say
-    of: str = ""  # the name of the number that this one is a part of
+    text: Callable[[float], str]  # "" if there is nothing to say
+    of: str = ""  # name of the whole that this number is a part of
 
 
 class Panel(NamedTuple):
-    """A part of the picture."""
+    """Part of the picture."""
 
     title: str
     names: tuple[str, ...]
@@ -29,20 +29,20 @@ class Panel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossMetrics:
-    """The metrics of a kind of loss, in the order of tables.
+    """Metrics of a kind of loss, in the order of tables.
 
-    `score` is the number by which evaluations are compared: the loss, or what is trained in its place. Then
+    `score` is the number by which evaluations are compared: the loss, or the training's goal instead. Then
     the loss of validation.jsonl is minus the score.
     """
 
-    titles: dict[str, str]  # name in the files -> what it is called in a table
-    shares: tuple[str, ...] = ()  # metrics that are told in percent
-    faults: tuple[str, ...] = ()  # counts that a table leaves out where they are 0
-    bar: tuple[Shown, ...] = ()  # the first ones are there also in a narrow terminal
+    titles: dict[str, str]  # name in the files -> name in a table
+    shares: tuple[str, ...] = ()  # metrics that are shown in percent
+    faults: tuple[str, ...] = ()  # counts that a table leaves out if they are 0
+    bar: tuple[Shown, ...] = ()  # a narrow terminal shows the first ones
     line: tuple[Shown, ...] = ()
     score: str = "loss"
-    loss_of: str = "token"  # what the loss is the mean of
-    nats: tuple[str, ...] = ()  # which number, if any, is a cross entropy per token; and its name
+    loss_of: str = "token"  # the loss is the mean over these
+    nats: tuple[str, ...] = ()  # the number, if any, that is a cross entropy per token; and its name
     picture: str = ""  # the file with the panels; "": none
     panels: tuple[Panel, ...] = ()
     caption: str = ""  # of the picture
@@ -51,13 +51,14 @@ class LossMetrics:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the loss tells what a state is worth."""
+        """Tell whether a state is judged by its loss."""
         return self.score == "loss"
 
     def fields(self, units: float, metrics: dict[str, float]) -> dict[str, float | None]:
-        """What a line gets: how many units it is about, and their metrics. What is not finite is None.
+        """Return the entries of a line: the number of units, and their metrics. A value that is not finite is
+        None.
 
-        Nothing without metrics, which supervised training does not have.
+        Supervised training has no metrics, and gets {}.
         """
         if not metrics:
             return {}
@@ -65,15 +66,15 @@ class LossMetrics:
         return {"units": round(units), **finite}
 
     def known(self, line: dict) -> dict[str, float]:
-        """The metrics that a line has a number for."""
+        """Return the metrics that a line has a number for."""
         return {name: line[name] for name in self.titles if line.get(name) is not None}
 
     def numbers(self, kind: str, line: dict) -> dict[str, float]:
-        """The same as a Writer takes them: {"train/margin": 0.3}."""
+        """Return them as a Writer takes them: {"train/margin": 0.3}."""
         return {f"{kind}/{name}": value for name, value in self.known(line).items()}
 
     def rows(self, lines: Sequence[dict]) -> list[tuple[str, str, list[str]]]:
-        """(name, title, values) of what a table tells of these lines: each metric that one of them has."""
+        """Return (name, title, values) of a table of these lines: each metric that one of them has."""
         found = []
         for name, title in self.titles.items():
             values = [line.get(name) for line in lines]
@@ -86,29 +87,29 @@ class LossMetrics:
         return found
 
     def bar_text(self, line: dict) -> str:
-        """For a bar: "loss 0.523, accuracy 94%, margin 1.2"."""
+        """Write for a bar: "loss 0.523, accuracy 94%, margin 1.2"."""
         loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.3f}"
         return ", ".join([loss] * self.by_loss + _said(self.bar, line))
 
     def evaluation_text(self, line: dict, with_score: bool = True) -> str:
-        """For a printed line: "accuracy 94 %, margin 1.2"; "" in supervised training."""
+        """Write for a printed line: "accuracy 94 %, margin 1.2"; "" in supervised training."""
         shown = [one for one in self.line if with_score or one.names != (self.score,)]
         return ", ".join(_said(shown, line))
 
     def step_text(self, line: dict, loss: float) -> str:
-        """What a printed line tells of a step; `loss` may be NaN, which the line has not."""
+        """Write a step for a printed line; `loss` may be NaN, which is not in the line."""
         told = f"loss {loss:.4f} per {self.loss_of}" if line["trained_tokens"] else "no loss"
         shown = [told] * self.by_loss
         return ", ".join(shown + _said(self.line, line))
 
     def value_text(self, name: str, value: float | None) -> str:
-        """A metric in a table."""
+        """Write a metric for a table."""
         if value is None:
             return "not measured"
         return percent(value) if name in self.shares else f"{value:.4g}"
 
     def score_text(self, line: dict) -> str:
-        """The score of an evaluation."""
+        """Write the score of an evaluation."""
         if self.by_loss:
             return loss_text(line)
         return "not known" if line[self.score] is None else f"{line[self.score]:.4f}"
@@ -123,7 +124,7 @@ class LossMetrics:
         return "validation" if self.by_loss else f"validation_{self.score}"
 
     def mean(self, lines: Iterable[dict]) -> dict[str, float]:
-        """The mean of each metric over the lines that have it."""
+        """Compute the mean of each metric over the lines that have it."""
         found: dict[str, list[float]] = {}
         for line in lines:
             for name, value in self.known(line).items():
@@ -131,7 +132,7 @@ class LossMetrics:
         return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
     def first_and_last(self, metrics: Sequence[dict]) -> tuple[dict[str, float], dict[str, float]]:
-        """The mean of each metric over the first tenth of the steps, and over the last one."""
+        """Compute the mean of each metric over the first tenth of the steps, and over the last one."""
         part = max(1, len(metrics) // 10)
         return self.mean(metrics[:part]), self.mean(metrics[-part:])
 
@@ -145,7 +146,7 @@ def _said(shown: Iterable[Shown], line: dict) -> list[str]:
 
 
 def _of(line: dict, name: str) -> str:
-    """ " of 16" where a line has this number."""
+    """Write " of 16" if a line has this number."""
     return f" of {line[name]:,}" if line.get(name) is not None else ""
 
 

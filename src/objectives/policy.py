@@ -1,4 +1,4 @@
-"""The model that a run trains, as its processes ask it."""
+"""Policy: the model in training, for calls by a run's processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..model.settings import chunks_of
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The model that a run trains, as its processes ask it. They all ask at once."""
+    """Model in training, for calls by all processes at once."""
 
     log_probs: Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
     processes: Processes
@@ -27,7 +27,7 @@ class Policy:
     device: torch.device
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
-        """Context for a look at the model during its training, see undisturbed()."""
+        """Use the model during its training, as in undisturbed()."""
         return undisturbed(self.whole, self.device)
 
 
@@ -43,9 +43,9 @@ def policy_of(model: RWKV, config: Config, processes: Processes = ALONE) -> Poli
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context for a look at a model during its training: without dropout and gradients.
+    """Use a model during its training, without dropout and gradients.
 
-    Afterwards everything is as before, the random numbers too.
+    Afterwards everything is as before, also the random numbers.
     """
     modes = {module: module.training for module in model.modules()}
     gpus = [device] if device.type == "cuda" else []

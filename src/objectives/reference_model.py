@@ -13,12 +13,12 @@ from ..model.settings import dtype_of, dtype_of_base
 
 
 def reference_of(config: Config) -> Identity | None:
-    """Who the model of --reference is; None where the base itself is the reference."""
+    """Identify the model of --reference; None if the base itself is the reference."""
     return Identity(config.reference, shown=is_first_process()) if config.reference else None
 
 
 def build_reference(config: Config) -> RWKV:
-    """The model of --reference, which computes as the base without its adapter does."""
+    """Load the model of --reference, which computes as the base without its adapter does."""
     dtype = PRECISIONS[config.precision]
     model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=config.wkv)
     model.computes_in = dtype_of(config)
@@ -28,5 +28,5 @@ def build_reference(config: Config) -> RWKV:
 
 
 def reference_arch(config: Config) -> Arch:
-    """The sizes of the model of --reference."""
+    """Return the sizes of the model of --reference."""
     return Arch.detect(read_model_file(config.reference))

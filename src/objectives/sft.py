@@ -26,7 +26,7 @@ NO_METRICS = torch.zeros(0, dtype=torch.float64)
 
 
 class Supervised(Objective):
-    """--loss sft."""
+    """Objective of --loss sft."""
 
     loss = None  # is part of the model's pass over a batch
     metrics = SUPERVISED
@@ -50,14 +50,14 @@ class Supervised(Objective):
 
 
 def weighing(documents: Units) -> str:
-    """What the weights of the trained tokens add up to, where that is not their number."""
+    """Say the sum of the trained tokens' weights, if it is not their number."""
     if documents.weight == documents.targets:
         return ""
     return f" (with weights that add up to {documents.weight:,.1f}, by which a loss is divided)"
 
 
 def mask_text(settings: Config | Encoder) -> str:
-    """What is trained, in words."""
+    """Name the trained tokens."""
     names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
     thoughts = f", thoughts times {settings.think_weight:g}" if settings.think_weight != 1 else ""
     prompts = f", prompts times {settings.prompt_weight:g}" if settings.prompt_weight else ""

@@ -1,4 +1,4 @@
-"""What a run does, in tokens, and how long that takes."""
+"""Work of a run, in tokens, and the time that it takes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How fast a run is, and where that is known from."""
+    """Speed of a run, and its source."""
 
-    tokens: float  # trained a second, 0 where nothing tells
+    tokens: float  # trained a second, 0 if unknown
     answer: float = 0.0  # seconds for one more token of all sample answers together
     source: str = ""
-    drawn: float = 0.0  # tokens of answers a second, where a run draws them; 0: as DRAWN has it
+    drawn: float = 0.0  # tokens of answers a second, if a run draws them; 0: by DRAWN
 
 
 # The time of a drawn token, as a share of a trained one's: 128 answers of the demo's model took 0.10 s to
@@ -22,9 +22,9 @@ DRAWN = 0.6
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a part of a run does, in tokens."""
+    """Work of a part of a run, in tokens."""
 
-    trained: float  # what is only read counts as a part of a trained one
+    trained: float  # a token that is only read counts as a part of a trained one
     drawn: float = 0.0  # one after another, in answers that are drawn together
 
     def __add__(self, other: Work) -> Work:
@@ -35,7 +35,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        """As so many trained tokens."""
+        """Work in trained tokens."""
         return self.trained + DRAWN * self.drawn
 
     def seconds(self, speed: Speed) -> float:
@@ -46,9 +46,9 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What the parts of a run take, as an estimate, without the search for a learning rate."""
+    """Estimated seconds of a run's parts, without the search for a learning rate."""
 
-    tokens: float  # to train on, repeated ones included
+    tokens: float  # to train on, with repetitions
     evaluation_share: float  # of all evaluations without sample answers, of the training's work
     training: float = 0.0  # seconds; 0 where no speed is known
     evaluation: float = 0.0  # with sample answers

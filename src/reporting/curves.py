@@ -1,4 +1,4 @@
-"""The curves of a run as images."""
+"""Curves of a run as images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CURVE = "loss.png"
 
 
 def draw_pictures(described: LossMetrics, metrics: list[dict], history: list[dict], folder: str) -> None:
-    """The files of pictures()."""
+    """Draw the files of pictures()."""
     if described.by_loss:
         draw_losses(metrics, history, os.path.join(folder, CURVE), f"per {described.loss_of}")
     if described.picture:
@@ -21,7 +21,7 @@ def draw_pictures(described: LossMetrics, metrics: list[dict], history: list[dic
 
 
 def pictures(described: LossMetrics) -> list[str]:
-    """The pictures of a run, in Markdown."""
+    """List the pictures of a run, in Markdown."""
     files = {CURVE: "training and validation loss over the steps"} if described.by_loss else {}
     if described.picture:
         files[described.picture] = described.caption
@@ -29,7 +29,7 @@ def pictures(described: LossMetrics) -> list[str]:
 
 
 def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str = "per token") -> None:
-    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
+    """Draw the loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     steps, losses = _known(metrics, "loss")
@@ -44,7 +44,7 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str, unit: str =
 
 
 def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict], path: str) -> None:
-    """A PNG of the metrics beside the loss: running means over the steps, evaluations as marks."""
+    """Draw a PNG of the metrics beside the loss: running means over the steps, evaluations as marks."""
     plt = _pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True)
     for axes, (title, names) in zip(panels.flat, described.panels, strict=True):
@@ -66,7 +66,7 @@ def draw_panels(described: LossMetrics, metrics: list[dict], history: list[dict]
 
 
 def _legend_above(axes) -> None:
-    """Under the title, where it covers no curve; marks have the colour of their curve."""
+    """Put the legend under the title, where it covers no curve; marks have the colour of their curve."""
     curves = {}
     for drawn in axes.lines:
         curves.setdefault(drawn.get_color(), drawn)
@@ -85,19 +85,19 @@ def _legend_above(axes) -> None:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of each value and those before it, of a window at most."""
+    """Average each value and those before it, at most a window."""
     window = window_of(values)
     parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]
 
 
 def window_of(values: Sequence[float]) -> int:
-    """The steps that a running mean is taken over."""
+    """Choose the number of steps of a running mean."""
     return max(1, len(values) // 20)
 
 
 def _known(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the lines that have it."""
+    """Return (steps, values) of the lines that have it."""
     known = [line for line in lines if line.get(name) is not None]
     return [line["step"] for line in known], [line[name] for line in known]
 

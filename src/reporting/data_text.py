@@ -1,4 +1,4 @@
-"""What the plan says of the data: what is trained on, how it lies in rows, and what is held out."""
+"""Lines of the plan about the data: the documents, their rows, and the held-out ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..planning.job import Data
 
 
 def documents_line(config: Config, found: Data) -> str:
-    """The line of the plan about what is trained on."""
+    """Write the line of the plan about the documents."""
     documents = found.documents
-    file = found.found.files.get(config.data_file)  # None where there are several
+    file = found.found.files.get(config.data_file)  # None for several files
     described = f" ({file.describe()})" if file else ""
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
@@ -34,7 +34,7 @@ def documents_line(config: Config, found: Data) -> str:
 
 
 def rows(config: Config, schedule: Schedule) -> str:
-    """How documents lie in rows."""
+    """Describe how documents lie in rows."""
     objective, longest = objective_of(config), counted(max(schedule.lengths), "token")
     if objective.one_row:
         return f"up to {longest} for a {objective.one_row}"
@@ -45,13 +45,13 @@ def rows(config: Config, schedule: Schedule) -> str:
 
 
 def sources(config: Config, found: Data) -> list[str]:
-    """Lines of the details about files and rows, without what documents_line() says of them."""
+    """Write the lines of the details about files and rows, without what documents_line() says of them."""
     said = (f"format     {config.data_file}: ", "left out   ")
     return [line for line in found.found.lines() if not line.startswith(said)]
 
 
 def long_texts(config: Config, documents: Units) -> list[str]:
-    """The line of the details about texts that became several documents, if any did."""
+    """Write the line of the details about texts that became several documents, if any did."""
     if not documents.split:
         return []
     return [
@@ -61,7 +61,7 @@ def long_texts(config: Config, documents: Units) -> list[str]:
 
 
 def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
-    """Line of the details about the documents that are not trained on, if there are any."""
+    """Write the line of the details about the documents that are not trained on, if there are any."""
     if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
@@ -71,7 +71,7 @@ def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
 
 
 def rewritten(documents: Units) -> list[str]:
-    """How many conversations became several documents, if any did."""
+    """Say how many conversations became several documents, if any did."""
     conversations, several = documents.rewritten
     if not conversations:
         return []
@@ -80,7 +80,7 @@ def rewritten(documents: Units) -> list[str]:
 
 
 def cut_warnings(config: Config, documents: Units) -> Iterator[str]:
-    """What --ctx_len takes away."""
+    """Say what --ctx_len cuts off."""
     of_all = f"of {counted(len(documents), 'document')}"
     if documents.cut:
         lost = counted(documents.cut_tokens, "token")
@@ -91,7 +91,7 @@ def cut_warnings(config: Config, documents: Units) -> Iterator[str]:
 
 
 def left_out(config: Config, found: Data) -> str:
-    """What of the rows teaches nothing or does not fit, for the end of a line; nothing where all do."""
+    """Name the rows left out and why, for the end of a line; "" if none."""
     parts = [found.documents.too_long_text(config.ctx_len)]
     for file in found.found.files.values():
         for reason, (count, places) in file.left_out.items():

@@ -21,7 +21,7 @@ from ..objectives.preferences.metrics import ACCURACIES
 from ..planning.draft import CHOSEN
 from ..training.validation_log import all_right, answers_as_before, base_wins, evaluation_at
 
-WINDOW = 10  # steps that are looked at together
+WINDOW = 10  # steps that are averaged
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
 STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
 TENTH = 0.1  # of the range of a reward: rewards that differ by less are alike
@@ -39,11 +39,11 @@ KL_IN_WORDS = {
 
 
 class Facts:
-    """What rules look at: a run so far, or one that has ended and recommends its state of `step`.
+    """Facts of a run for the rules, while it goes or after its end, when it recommends the state of `step`.
 
-    `lines` are those of metrics.jsonl, of a run so far the first and the last WINDOW. `top` are the WINDOW
-    lines with the highest reward. `history` are the evaluations. `origin` tells where the learning rate is
-    from, and `searched` whether the run searched for it.
+    `lines` are those of metrics.jsonl; while a run goes they are its first and its last WINDOW. `top` are the
+    WINDOW lines with the highest reward. `history` are the evaluations. `origin` tells where the learning
+    rate is from, and `searched` whether the run searched for it.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Facts:
         self.before, self.after = ends
 
     def mean(self, name: str) -> float:
-        """The mean of a metric over the last steps; NaN where none of them knows it."""
+        """Return the mean of a metric over the last steps; NaN where none of them has it."""
         return mean_and_error(known(self.last, name))[0]
 
     # the score, which is the loss or a reward
 
     @functools.cached_property
     def change(self) -> tuple[float | None, float | None]:
-        """The score before and after, held out; a reward may also be that of the drawn answers."""
+        """The score before and after, held out; without such an evaluation the reward of drawn answers."""
         name = "loss" if self.by_loss else "reward"
         if self.after:
             return self.before[name], self.after[name]
@@ -93,7 +93,7 @@ class Facts:
 
     @property
     def score(self) -> str:
-        """Name the score and how it moved."""
+        """The score and how it moved, in words."""
         before, after = self.change
         if after is None:
             return f"loss on {self.documents} is not finite"
@@ -106,14 +106,14 @@ class Facts:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the score got no better; a held-out loss that is not finite did not."""
+        """True if the score got no better, or the held-out loss is not finite."""
         return self.gain <= 0 or (self.by_loss and bool(self.after) and self.after["loss"] is None)
 
     # training losses; their rows differ
 
     @property
     def is_blind(self) -> bool:
-        """Whether training losses are all that is known."""
+        """True if only training losses are known."""
         return self.by_loss and not self.history
 
     @functools.cached_property
@@ -123,17 +123,17 @@ class Facts:
 
     @property
     def has_risen(self) -> bool:
-        """Whether the training loss ends far above both losses of the base.
+        """True if the training loss ends far above both losses of the base.
 
-        These are that of the first step, before a weight moved, and the held-out one. Either may be of easier
-        rows.
+        One is the loss of the first step, before a weight moved, the other the held-out one. Either may be of
+        easier rows.
         """
         begin, _, last = self.losses
         return self.by_loss and last > (1 + FAR) * max(begin, (self.before or {}).get("loss") or 0.0)
 
     @property
     def learnt(self) -> float:
-        """The share by which the training loss fell; 0 where it only comes back from what it rose by."""
+        """The share by which the training loss fell; 0 if it rose before and only came back."""
         begin, first, last = self.losses
         return (first - last) / first if self.by_loss and first and last < begin else 0.0
 
@@ -151,9 +151,9 @@ class Facts:
 
     @functools.cached_property
     def lost(self) -> str:
-        """How much less likely the chosen answers are than before the training, and where; "" for not.
+        """The fall of log p of chosen answers since the start, in words; "" if it has not fallen.
 
-        Rewards of steps tell it where they are of whole answers, and the reference is the start of the run.
+        Without held-out data the rewards of steps show it, if they are sums and the run is its own reference.
         """
         config = self.config
         if self.history:
@@ -180,7 +180,7 @@ class Facts:
 
     @functools.cached_property
     def is_dead(self) -> bool:
-        """Whether nearly all groups have equal rewards, as far as there are enough to tell."""
+        """True if nearly all groups have equal rewards, and there are enough groups to tell."""
         share, groups = self.mean("dead_groups"), sum(known(self.last, "units"))
         return share > DEAD and (self.is_enough or share == 1 and groups >= GROUPS)
 
@@ -191,7 +191,7 @@ class Facts:
 
     @property
     def near(self) -> str:
-        """The end of the range of the reward that all answers are near to; "" for none."""
+        """The end of the reward's range, highest or lowest, that all answers are near; "" for neither."""
         if not self.range:
             return ""
         (lowest, highest), top = self.range, mean_and_error(known(self.top, "reward"))[0]
@@ -201,7 +201,7 @@ class Facts:
 
     @functools.cached_property
     def fall(self) -> tuple[float, str] | None:
-        """(what the reward was, when) where it is lower now by more than chance."""
+        """(earlier reward, its steps) if the reward is lower now by more than chance."""
         (now, error), (top, other) = (mean_and_error(known(w, "reward")) for w in (self.last, self.top))
         first = self.lines[0].get("reward")
         least = TENTH * (self.range[1] - self.range[0] if self.range else abs(top))
@@ -214,12 +214,12 @@ class Facts:
 
     @property
     def failed(self) -> float:
-        """The share of the groups whose reward failed."""
+        """The share of groups whose reward failed."""
         return sum(known(self.last, "failed_groups")) / max(1, sum(known(self.last, "units")))
 
 
 class Rule(NamedTuple):
-    """What can be said of a run. A note is no doubt: at the end it stands beside doubts only."""
+    """A warning about a run. A note is no doubt: at the end it is only shown beside doubts."""
 
     name: str  # while a run goes each is said once
     when: Callable[[Facts], bool]
@@ -373,7 +373,7 @@ RULES = (
 
 
 class Diagnosis(NamedTuple):
-    """Why a run may not have learnt."""
+    """Doubts whether a run has learnt."""
 
     known: list[str]  # a sentence each
     advice: str  # what to try next
@@ -382,7 +382,7 @@ class Diagnosis(NamedTuple):
 def diagnosis(
     config: Config, metrics: list[dict], step: int, history: list[dict], origin: str, searched: bool
 ) -> Diagnosis | None:
-    """What speaks against a run that has ended; None for one that has learnt. The rest is as in Facts."""
+    """Return the doubts about a run that has ended; None if it has learnt. Arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
     if not objective_of(config).metrics.by_loss:
@@ -395,7 +395,7 @@ def diagnosis(
 
 
 class Warnings:
-    """The warnings after every step, each said once. `before` are the lines of a run that goes on."""
+    """Warnings after every step, each given once. `before` are the earlier lines of a resumed run."""
 
     def __init__(self, config: Config, before: Iterable[dict]):
         self.config, self.lines, self.top, self.said = config, [], [], set()
@@ -403,7 +403,7 @@ class Warnings:
             self(line)
 
     def __call__(self, line: dict) -> str:
-        """The warnings to be said after this step, with what to do; "" for none."""
+        """Return the new warnings after this step, with remedies; "" for none."""
         if "rolled_back_to" in line or self.config.loss == "sft":
             return ""
         self.lines.append(line)
@@ -419,13 +419,13 @@ class Warnings:
 
 
 def advice(found: Sequence[Rule], facts: Facts) -> str:
-    """What these rules say is to be tried; where they say nothing, what was not tried yet."""
+    """Join the remedies of these rules; if they have none, the settings that were not tried yet."""
     tries = dict.fromkeys(remedy for rule in found for remedy in rule.remedies(facts))
     return ", or ".join(tries or other_settings(facts))
 
 
 def lower_rate(f: Facts) -> str:
-    """A lower rate; for a run on rewards that wrote nothing better than its base, from the beginning."""
+    """Advise a lower rate; if no state of a run on rewards was better than its base, also a new start."""
     rate = f"a lower --lr_init than {f.config.lr_init:g}"
     if f.by_loss or not base_wins(f.history):
         return rate
@@ -438,7 +438,7 @@ def larger_beta(f: Facts) -> str:
 
 
 def likelier(f: Facts) -> list[str]:
-    """What keeps chosen answers likely."""
+    """Advise settings that keep chosen answers likely."""
     config = f.config
     if config.loss == "orpo":
         return [f"--orpo_lambda below {config.orpo_lambda:g}"]
@@ -448,7 +448,7 @@ def likelier(f: Facts) -> list[str]:
 
 
 def other_settings(f: Facts) -> list[str]:
-    """What was not tried yet."""
+    """Advise what was not tried yet."""
     config, rate = f.config, f"{f.config.lr_init:g}"
     if not f.by_loss:
         tries = (
@@ -485,7 +485,7 @@ def kl_in_words(kl: float) -> str:
 
 
 def bounds(config: Config) -> tuple[float, float] | None:
-    """The lowest and the highest reward there can be; None where a function of --reward_file has a part."""
+    """Return the lowest and the highest possible reward; None if a function of --reward_file has a part."""
     weights = {name: weight for name, weight in config.rewards.items() if weight}
     if not weights.keys() <= RANGES.keys():
         return None
@@ -494,7 +494,7 @@ def bounds(config: Config) -> tuple[float, float] | None:
 
 
 def highest(now: Sequence[dict], *windows: Sequence[dict]) -> Sequence[dict]:
-    """The window with the highest mean reward, of those with WINDOW steps that know it; else `now`."""
+    """Return the window of WINDOW steps with the highest mean reward; `now` if none has rewards."""
     whole = [window for window in (now, *windows) if len(window) == WINDOW and known(window, "reward")]
     return max(whole, key=lambda window: mean_and_error(known(window, "reward"))[0], default=now)
 
@@ -505,21 +505,21 @@ def steps_text(lines: Sequence[dict]) -> str:
 
 
 def tenths(lines: Sequence[dict], name: str) -> tuple[float, float]:
-    """The mean of a metric over the first tenth of the steps, and over the last."""
+    """Return the mean of a metric over the first tenth of the steps, and over the last."""
     part = max(1, len(lines) // 10)
     return mean_and_error(known(lines[:part], name))[0], mean_and_error(known(lines[-part:], name))[0]
 
 
 def known(lines: Sequence[dict], *names: str) -> list[float]:
-    """Of each line the first metric of these names that it has."""
+    """Return from each line the first of these metrics that it has."""
     found = ([line[name] for name in names if line.get(name) is not None] for line in lines)
     return [values[0] for values in found if values]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, by how much each value differs from the one before.
+    """Return the mean and its standard error, from the differences of neighbouring values.
 
-    So a steady rise or fall is no noise.
+    So a steady rise or fall does not count as noise.
     """
     if len(values) < 2:
         return (values[0] if values else math.nan), math.inf

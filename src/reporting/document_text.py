@@ -1,4 +1,4 @@
-"""A document as people see it, in the plan and in the preview: what is trained stands between marks."""
+"""Text of a document for people, in the plan and in the preview: its trained parts stand between marks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SAMPLE = 80  # characters of each part of short_sample()
 
 
 def sample(row: Document, tokenizer, limit: int = 600) -> str:
-    """A document decoded, its trained parts between the marks. Behind them is a weight that is not 1."""
+    """Decode a document, its trained parts between the marks. A weight that is not 1 follows them."""
     text = "".join(marked(part, weight) for part, weight in parts_of(row, tokenizer))
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
     return "\n".join(f"    | {line}" for line in shown.splitlines())
 
 
 def marked(part: str, weight: float) -> str:
-    """A part of a document between the marks, where it is trained."""
+    """Put a part of a document between the marks, if it is trained."""
     times = "" if weight in (0, 1) else f"×{weight:g}"
     return f"«{part}»{times}" if weight else part
 
 
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning and its first part of the largest weight, on one line with a mark between them.
+    """Write a document's beginning and its first part of the largest weight, on one line with a mark between.
 
     Of each it shows the SAMPLE characters that are next to the mark.
     """
@@ -42,9 +42,7 @@ def short_sample(row: Document, tokenizer) -> str:
 
 
 def short_unit(unit: Document | Preference | Question, tokenizer) -> str:
-    """short_sample() of a document, or of a preference or question: its prompt, and what is compared or
-    right, on one line.
-    """
+    """Write short_sample() of a document, or the prompt with its answers, on one line."""
     if isinstance(unit, Document):
         return short_sample(unit, tokenizer)
     if isinstance(unit, Question):
@@ -67,12 +65,12 @@ def short_unit(unit: Document | Preference | Question, tokenizer) -> str:
 
 
 def one_line(row: Document, tokenizer) -> str:
-    """All of a document on one line."""
+    """Write all of a document on one line."""
     return "⏎".join("".join(part for part, _ in parts_of(row, tokenizer)).splitlines())
 
 
 def unit_sample(unit: Document | Preference | Question, tokenizer) -> str:
-    """sample() of a document, or of each answer of a preference; a question with its right answer."""
+    """Write sample() of a document or of each compared answer; a question with its reference answer."""
     if isinstance(unit, Document):
         return sample(unit, tokenizer)
     if isinstance(unit, Question):
@@ -86,7 +84,7 @@ def unit_sample(unit: Document | Preference | Question, tokenizer) -> str:
 
 
 def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
-    """A document's text in pieces, and the weight of each. What cannot be seen has a sign."""
+    """Split a document's text into pieces with their weights. Invisible characters have a sign."""
     parts: list[tuple[str, float]] = []
     decoder = tokenizer.decoder()
     text, inside = "␂" if begins_silently(row, tokenizer) else "", float(row.weights[0])
@@ -101,12 +99,12 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, float]]:
 
 
 def begins_silently(row: Document, tokenizer) -> bool:
-    """Whether a document begins with an end of document that has no text, as World's, which is its --bos."""
+    """Tell whether a document begins with a textless end of document, as World's, which is its --bos."""
     end = tuple(tokenizer.eod)
     return begins_with(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
 
 
 def ends_silently(row: Document, tokenizer) -> bool:
-    """Whether a document ends with an end of document that has no text, as World's."""
+    """Tell whether a document ends with an end of document that has no text, as World's."""
     end = list(tokenizer.eod)
     return row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)

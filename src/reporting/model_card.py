@@ -1,6 +1,6 @@
-"""README.md of a run: what the Hugging Face hub shows of a repository, should the user upload the files.
+"""Model card, README.md of a run: the Hugging Face hub shows it if the user uploads the files.
 
-It says nothing of this machine: no paths, and no settings but those that tell what the file is.
+It contains nothing about this machine: no paths, and only settings that describe the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WRITTEN = "<!-- A run writes this text anew at its end. Without this line it lea
 def write_model_card(
     config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str
 ) -> None:
-    """Write README.md unless the user has one there. `file` is what the run recommends."""
+    """Write README.md unless the user has one there. `file` is the run's recommendation."""
     path = os.path.join(config.proj_dir, README)
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as there:
@@ -40,7 +40,7 @@ def write_model_card(
 
 
 def model_card(config: Config, summary: dict, metrics: list[dict], history: list[dict], file: str) -> str:
-    """The text of README.md."""
+    """Write the text of README.md."""
     metadata = rwkv_miss.read_metadata(file) or {}
     described = metadata.get("arch")
     arch = Arch(**described) if described else Arch.detect(read_checkpoint(file))
@@ -61,7 +61,7 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
 
 
 def _head(config: Config, arch: Arch) -> dict:
-    """The YAML that the hub reads. What is not known is left out, the license among it."""
+    """Make the YAML that the hub reads. Unknown facts are left out, also the license."""
     method = [config.peft] if config.peft != "none" else []
     head: dict = {
         "library_name": "rwkv-miss",
@@ -77,12 +77,12 @@ def _head(config: Config, arch: Arch) -> dict:
 
 
 def _hub_name(path: str) -> hub.HubName | None:
-    """The name of what came from the hub."""
+    """Return the name of a file from the hub."""
     return hub.parse(hub.recorded(path)) if hub.is_hub_name(hub.recorded(path)) else None
 
 
 def _datasets(data_file: str) -> list[str]:
-    """OWNER/NAME of every data set of the hub, once."""
+    """List OWNER/NAME of every data set of the hub, once."""
     found = {}
     for path, _ in weighted_paths(hub.recorded(data_file)):
         if hub.is_hub_name(path) and (name := hub.parse(path, hub.DATA)).repo_type == hub.DATA:
@@ -93,7 +93,7 @@ def _datasets(data_file: str) -> list[str]:
 
 
 def _base(config: Config, metadata: dict) -> str:
-    """The base's name: of the hub, else as the file records it, without its folder; "" for a new model."""
+    """Name the base: by the hub, else as the file records it, without its folder; "" for a new model."""
     if _hub_name(config.load_model):
         return hub.recorded(config.load_model)
     return metadata.get("base") or (name_of(config.load_model) if config.load_model else "")
@@ -111,7 +111,7 @@ def _what(config: Config, metadata: dict) -> str:
 def _trained(
     config: Config, arch: Arch, metadata: dict, metrics: list[dict], summary: dict
 ) -> list[list[str]]:
-    """Rows of the table about the training."""
+    """Make the rows of the table about the training."""
     files = [_data_name(path, weight) for path, weight in weighted_paths(hub.recorded(config.data_file))]
     options = {name: value for name, value in (metadata.get("options") or {}).items() if value}
     template = metadata.get("template") or "rwkv"
@@ -142,13 +142,13 @@ def _code(text: str | None) -> str:
 
 
 def _data_name(path: str, weight: float) -> str:
-    """A data file without its folder on this machine."""
+    """Name a data file without its folder on this machine."""
     shown = path if hub.is_hub_name(path) or names_dataset(path) else os.path.basename(path.rstrip("/\\"))
     return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
 
 
 def _measured(config: Config, summary: dict, history: list[dict]) -> list[str]:
-    """What came of the training, and of the held-out data, as in the run card."""
+    """Write the results of the training and of the held-out data, as in the run card."""
     described = objective_of(config).metrics
     rows = [[f"training {described.score}", training_score(described, summary)]]
     if moved := (summary.get("forgetting") or {}).get("all"):

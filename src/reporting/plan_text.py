@@ -1,4 +1,4 @@
-"""The plan that a run prints before its first step, and the details that run_card.md has beside it."""
+"""Plan as a run prints it before its first step, and its details in run_card.md."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .document_text import short_unit, unit_sample
 from .run_card import CARD
 
 LINES = 14  # of the plan, at most
-FAR = 5  # so many times the first guess a rate on rewards is told
+FAR = 5  # a rate on rewards this many times the first guess gets a warning
 LABEL = 11  # characters that a line begins with
 
 
 def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
-    """What the run trains, on what, how, where and for how long, in at most LINES lines.
+    """Say what the run trains, on what, how, where and for how long, in at most LINES lines.
 
     `resumed` are the lines of resume().
     """
@@ -70,25 +70,25 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     ]
     if len(lines) <= LINES:
         return lines
-    # what is too much shares the last line but one, as nothing of it may be dropped
+    # the surplus shares the last line but one, as nothing of it may be dropped
     first, rest, last = lines[: LINES - 2], lines[LINES - 2 : -1], lines[-1]
     return [*first, rest[0][:LABEL] + "; ".join(line[LABEL:] for line in rest), last]
 
 
 def template_text(template: Template) -> str:
-    """Its name, and how it writes tools."""
+    """Name the template, and how it writes tools."""
     tools = f" (tools in the form {template.tools.name})" if isinstance(template, RwkvTemplate) else ""
     return f"{template.name}{tools}"
 
 
 def released_modes(config: Config, template: Template) -> list[str]:
-    """The line about the modes of a released G1 model; none for any other base."""
+    """Write the line about the modes of a released G1 model; [] for any other base."""
     known = modes_note(config.load_model, template)
     return [f"template   {known}"] if known else []
 
 
 def details(run: Plan, model: RWKV) -> list[str]:
-    """What the plan has no room for: for run_card.md, and for the terminal with --verbose."""
+    """Write the lines that the plan has no room for: for run_card.md, and for the terminal with --verbose."""
     config, device, schedule = run.settings, run.device, run.schedule
     documents, held = run.data.documents, run.data.held_out
     digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest}
@@ -130,7 +130,7 @@ def trained(config: Config, model: RWKV) -> str:
 
 
 def method(config: Config, model: RWKV) -> str:
-    """The adapter with its rank and what is not its default."""
+    """Describe the adapter: its rank and the options that are not defaults."""
     report = model.injection
     usual = vars(METHODS[config.peft].Options())
     options = report.options.items()
@@ -141,7 +141,7 @@ def method(config: Config, model: RWKV) -> str:
 
 
 def rates(config: Config, total: int, origins: dict[str, str]) -> str:
-    """The learning rates."""
+    """Describe the learning rates."""
     if not config.lr_init:
         size = search_size(total)
         most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
@@ -156,14 +156,14 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
 
 
 def above_guess(config: Config, arch: Arch) -> str:
-    """That a rate is far above the first guess, for a loss that has no search for it; else nothing."""
+    """Warn if a rate is far above the first guess, for a loss without a search; else ""."""
     if not objective_of(config).no_search() or config.lr_init <= FAR * (guess := first_guess(config, arch)):
         return ""
     return f"; {config.lr_init / guess:.3g} times the first guess, {guess:g}: rewards may collapse"
 
 
 def needs(cost: Cost, where: str) -> str:
-    """The line of the plan about memory and time."""
+    """Write the line of the plan about memory and time."""
     most = "at most about" if cost.provided else "about"  # of answers that are as long as they may be
     memory = f"{most} {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
@@ -181,9 +181,8 @@ def needs(cost: Cost, where: str) -> str:
 
 
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
-    """The line of the plan about the loss on `evaluated` of `held` documents, or about the answers to so many
-    questions, in a run of `total` steps.
-    """
+    """Write the line of the plan about evaluations: the loss on `evaluated` of `held` documents, or the
+    answers to as many questions, in a run of `total` steps."""
     objective, unit = objective_of(config), objective_of(config).unit
     if not held:
         return (
@@ -205,7 +204,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
 
 
 def warnings(run: Plan, cost: Cost) -> list[str]:
-    """What of the data, the device or the settings is probably not meant so."""
+    """List what in the data, the device or the settings is probably not intended."""
     config, device, documents = run.settings, run.device, run.data.documents
     of_loss = objective_of(config).warnings(documents, run.tokenizer)
     texts = [*cut_warnings(config, documents), *of_loss]
@@ -225,13 +224,13 @@ def warnings(run: Plan, cost: Cost) -> list[str]:
 
 
 def base(config: Config, arch: Arch, held: float) -> str:
-    """The line of the plan about the base, of which `held` bytes are frozen."""
+    """Write the line of the plan about the base, of which `held` bytes are frozen."""
     quantised = f"; its layers in {config.quant}, {size_text(held)} in all" if config.quant != "none" else ""
     return f"model      {recorded(config.load_model) or 'new model'}: {arch.describe()}{quantised}"
 
 
 def asks_otherwise(template: Template) -> str:
-    """What a chat reads before an answer and the training does not, if there is such a thing."""
+    """Say what a chat reads before an answer and the training does not, if anything."""
     if not template.asked_only:
         return ""
     return f"; asks with {template.asked_only!r}, which it does not write before an answer without thoughts"
@@ -259,7 +258,7 @@ def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
-    """The line of the plan about rows in chunks.
+    """Write the line of the plan about rows in chunks.
 
     The longest row has `width` tokens. A state of a micro-batch has `each` bytes.
     """
@@ -274,7 +273,7 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
 
 
 def chosen(config: Config, origins: dict[str, str]) -> list[str]:
-    """Lines of the plan about what was left to the program, and the command that says it all."""
+    """Write the lines of the plan about the program's choices, and the command with all of them."""
     by_reason: dict[str, list[str]] = {}
     for name, origin in origins.items():
         kind, _, reason = origin.partition(": ")
@@ -288,7 +287,7 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
 
 
 def resume(run: Plan, over: bool) -> list[str]:
-    """Lines of the plan about a run that goes on: from which checkpoint, and what is different now."""
+    """Write the lines of the plan about a resumed run: its checkpoint, and what is different now."""
     config, before, path = run.settings, run.before, run.resume_from
     if over:
         step = checkpoint_step(path)

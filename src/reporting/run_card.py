@@ -1,4 +1,4 @@
-"""What a run leaves for people: run_card.md."""
+"""Run card for people: run_card.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def card(
     log: RunLog,
     doubted: Diagnosis | None,
 ) -> str:
-    """The text of run_card.md: what was run, what came of it, and what it changed."""
+    """Write the text of run_card.md: what was run, its results, and what it changed."""
     described, metrics = objective_of(config).metrics, log.metrics
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
@@ -73,7 +73,7 @@ def _has_not_learnt(doubted: Diagnosis | None) -> list[str]:
 
 
 def held_out_words(config: Config, step: int, history: list[dict]) -> str:
-    """What became of held-out questions up to the state of a step; "" if it is not known, or nothing asked.
+    """Tell how held-out questions were answered before the run and at a step; "" if that is not known.
 
     "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
     """
@@ -92,7 +92,7 @@ def held_out_words(config: Config, step: int, history: list[dict]) -> str:
 
 
 def _drawn(drawn: list[dict]) -> list[str]:
-    """The first and the last group of answers that were written down."""
+    """Show the first and the last logged group of answers."""
     parts = []
     for line in drawn[:1] + drawn[1:][-1:]:
         parts += [
@@ -112,7 +112,7 @@ def _rate_search(config: Config) -> list[str]:
 
 
 def training_score(described: LossMetrics, summary: dict) -> str:
-    """What is trained, at the begin of a run and at its end."""
+    """Write the training's score at the beginning of a run and at its end."""
     if described.by_loss:
         return f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}"
     ends = [summary[f"metrics_{part}"].get(described.score) for part in ("first", "last")]
@@ -120,7 +120,7 @@ def training_score(described: LossMetrics, summary: dict) -> str:
 
 
 def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
-    """The metrics beside the loss; nothing for supervised training."""
+    """Write the metrics beside the loss; [] for supervised training."""
     if not described.titles:
         return []
     first, last = described.first_and_last(metrics)
@@ -175,7 +175,7 @@ def evaluations_table(config: Config, history: list[dict]) -> str:
 
 
 def reward_text(answer: dict) -> str:
-    """ ", reward 0.5" of an answer that was scored."""
+    """Write ", reward 0.5" of an answer that was scored."""
     if "reward" not in answer:
         return ""
     return ", reward not known" if answer["reward"] is None else f", reward {answer['reward']:.4g}"
@@ -206,20 +206,20 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
 
 
 def perplexity(kl: float) -> str:
-    """What it does to the perplexity: "+1.0 %", "2.7 times"."""
+    """Write a KL's effect on the perplexity: "+1.0 %", "2.7 times"."""
     return f"+{100 * math.expm1(kl):.1f} %" if kl < 0.5 else f"{math.exp(min(kl, 99)):,.3g} times"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Write a table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def as_it_is(title: str, text: str) -> list[str]:
-    """A text of a model under its title."""
+    """Put a model's text under its title."""
     return [f"{title}:", _as_it_is(text or "(nothing)")]
 
 
 def _as_it_is(text: str) -> str:
-    """A block of code by indentation, which no text can end; control characters become their pictures."""
+    """Write a block of code by indentation, which no text can end; control characters are pictures."""
     return "\n".join(f"    {line}" for line in text.translate(PICTURES).split("\n"))

@@ -1,4 +1,4 @@
-"""The end of a run: pictures, run.json, the cards, and its last lines."""
+"""End of a run: pictures, run.json, the cards, and its last lines."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ STOPPED = "stopped, go on with --resume auto"
 
 
 def is_summed_up(config: Config, step: int) -> bool:
-    """Whether the end of the run at this step has been written down.
+    """Tell whether the end of the run at this step has been written down.
 
-    A run that was stopped there has no card. With other settings it may end there all the same.
+    A run that was stopped there has no card. With other settings it may still end there.
     """
     path = os.path.join(config.proj_dir, SUMMARY)
     if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):
@@ -46,10 +46,10 @@ def finish(
     total_steps: int,
     measured: dict | None = None,
 ) -> None:
-    """The loss curve, run.json, at the end of the training run_card.md, and the next command.
+    """Write the loss curve, run.json, at the end of the training run_card.md, and print the next command.
 
-    `measured` is what only the process knows that trained: it is absent for a run that was killed after its
-    last step. Where the process was started after that step, there is no first one for it to time.
+    `measured` is known only to the process that trained: it is absent for a run that was killed after its
+    last step.
     """
     log = RunLog.read(config.proj_dir, step)
     metrics, history = log.metrics, log.history
@@ -64,7 +64,7 @@ def finish(
         "version": VERSION,
         "commit": commit() or None,
         "steps": step,
-        "planned_steps": max(total_steps, step),  # a run that goes on may be asked for less than is done
+        "planned_steps": max(total_steps, step),  # a resumed run may be asked for less than is done
         "loss_first": metrics[0]["loss"],
         "loss_last": metrics[-1]["loss"],
         "train_seconds": sum(line["seconds"] for line in metrics),
@@ -82,13 +82,13 @@ def finish(
         text = card(config, plan, summary, log, doubted)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)
-    # the last file: what is_summed_up() looks at
+    # last, because is_summed_up() looks for it
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     print("\n".join(_last_words(config, state, summary, history, doubted)))
 
 
 def _validation_summary(config: Config, history: list[dict]) -> dict:
-    """What run.json says of the held-out documents and of best.pth."""
+    """Summarise the held-out documents and best.pth for run.json."""
     described = objective_of(config).metrics
     name, summary = described.in_summary, {}
     if history:
@@ -103,7 +103,7 @@ def _validation_summary(config: Config, history: list[dict]) -> dict:
 
 
 def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[dict]) -> dict:
-    """What run.json says of the metrics beside the loss: first and last steps, and the evaluations."""
+    """Summarise the metrics beside the loss for run.json: first and last steps, and the evaluations."""
     if not described.titles:
         return {}
     first, last = described.first_and_last(metrics)
@@ -117,7 +117,7 @@ def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[
 
 
 def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> str:
-    """How the run ended."""
+    """Say how the run ended."""
     if step >= total_steps:
         return "done"
     if is_over(history, config.early_stop):
@@ -131,7 +131,7 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
 
 
 def _recommended(summary: dict) -> tuple[str, int]:
-    """(file, step) of the state to go on with: best.pth where the steps after it made it no better."""
+    """Choose (file, step) of the state to go on with: best.pth if later steps made it no better."""
     if summary.get("best_step", summary["steps"]) < summary["steps"]:
         return summary["best"], summary["best_step"]
     return summary["output"], summary["steps"]
@@ -140,7 +140,7 @@ def _recommended(summary: dict) -> tuple[str, int]:
 def _last_words(
     config: Config, state: str, summary: dict, history: list[dict], doubted: Diagnosis | None
 ) -> list[str]:
-    """What a run prints at its end: what came of it, and the next command."""
+    """Write the last lines of a run: its results, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
     described = objective_of(config).metrics
@@ -149,7 +149,7 @@ def _last_words(
         f"{state}: step {summary['steps']} of {summary['planned_steps']}, {what}"
         f" {training_score(described, summary)}; {start}wrote {summary['output']}"
     ]
-    # a run that was stopped may have done steps after its last evaluation, or have only that of before them
+    # a stopped run may have done steps after its last evaluation, or have only earlier runs' evaluations
     last = history[-1]["step"] if history else 0
     if last and not described.by_loss and (known := held_out_words(config, last, history)):
         when = "" if last == summary["steps"] else f", at step {last}"
@@ -185,7 +185,7 @@ def _last_words(
 
 
 def _next_command(config: Config, trained: str) -> str:
-    """What to do with the file of trained tensors: chat with a model, merge an adapter."""
+    """Write the next command for the file of trained tensors: chat with a model, merge an adapter."""
     if config.peft == "none":
         return f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', trained])}"
     files = {

@@ -1,4 +1,4 @@
-"""What a run has written down of itself."""
+"""Logs of a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..training.validation_log import VALIDATION
 
 
 class RunLog(NamedTuple):
-    """The lines of its files, up to a step."""
+    """Lines of a run's files, up to a step."""
 
-    metrics: list[dict]  # of the steps that have a loss
+    metrics: list[dict]  # of the steps with a loss
     history: list[dict]  # the evaluations
-    drawn: list[dict] = []  # of a training on rewards, groups of answers
+    drawn: list[dict] = []  # groups of answers of a training on rewards
 
     @classmethod
     def read(cls, folder: str, step: int) -> RunLog:
-        """That of the run in a folder."""
+        """Read the logs of the run in a folder."""
         with open(os.path.join(folder, METRICS), encoding="utf-8") as file:
             metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
         others = (read_lines(os.path.join(folder, name), step) for name in (VALIDATION, SAMPLES))

@@ -1,4 +1,4 @@
-"""What happens around the steps: the progress bar and metrics.jsonl, saving, and stopping on Ctrl-C."""
+"""Callbacks around the steps: the progress bar and metrics.jsonl, saving, and stopping on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ Warnings = Callable[[Config, list[dict]], Callable[[dict], str | None]]
 
 
 def works_behind(device: torch.device) -> bool:
-    """Whether a device does its work behind the program that gives it."""
+    """Tell whether a device works asynchronously, behind the program."""
     return device.type == "cuda"
 
 
 def scalar(number: Tensor | float, device: torch.device) -> Tensor:
-    """A number as an fp32 tensor of no dimensions; nobody waits for a device that is to get it."""
+    """Make an fp32 tensor without dimensions from a number, without waiting for the device."""
     if torch.is_tensor(number):
         return number.detach().to(device, torch.float32)
     return torch.full((), number, dtype=torch.float32, device=device)
@@ -61,9 +61,9 @@ def scalar(number: Tensor | float, device: torch.device) -> Tensor:
 
 @dataclasses.dataclass
 class Done:
-    """An optimizer step that was made and is not yet reported.
+    """Optimizer step that was made and is not yet reported.
 
-    `rolled_back_to`: the step whose state was put in the place of this one's.
+    `rolled_back_to`: the step whose state replaced this one's.
     """
 
     step: int
@@ -81,10 +81,11 @@ def refuse_overwritten(trainer) -> None:
 
 
 class StepReport(Callback):
-    """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop.
+    """Report of every optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to
+    stop.
 
-    On a GPU a step is reported and judged when the next one has been given to it, so that it never waits.
-    Before an evaluation, a checkpoint and the end all steps are.
+    On a GPU a step is reported and judged when the next one has been started, so that the GPU never waits.
+    Before an evaluation, a checkpoint and the end all steps are reported.
 
     `tokenizer` is that of a base that was trained with it; None: the model is new. `warnings`, of the
     settings and the lines so far, is a function of each new line: the warning to say after it, if any.
@@ -104,11 +105,11 @@ class StepReport(Callback):
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.warnings = warnings
         self.training = self.stop = False
-        self.asked = 0.0  # when the stop was asked for, on the monotonic clock
+        self.asked = 0.0  # time of the request to stop, on the monotonic clock
         self.inner_steps = 1  # steps on the same drawn answers
         self.unread: deque[Done] = deque()
         self.first_step_seconds: float | None = None
-        self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
+        self.peak_memory = 0  # of the rank with the most, in bytes; 0 if unknown
 
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
@@ -134,13 +135,13 @@ class StepReport(Callback):
 
     @contextlib.contextmanager
     def answering_signals(self):
-        """Around Trainer.fit: Ctrl-C, a scheduler's end of time and a closed terminal are answered here."""
+        """Handle Ctrl-C, a scheduler's end of time and a closed terminal, around Trainer.fit."""
         before = self._take_signals()
         try:
             yield
         finally:
             for number, handler in before.items():
-                # what a stopped run has yet to write is not lost to a launcher's late SIGTERM
+                # a launcher's late SIGTERM must not cost the files that a stopped run is writing
                 if not self.stop or number == signal.SIGINT:
                     signal.signal(number, handler)
 
@@ -150,12 +151,13 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step, or the steps on the same draw, and saves.
+        """Handle a signal: the first one ends the run after its step, or the steps on the same draw, and
+        saves.
 
         Ctrl-C after more than ONE_REQUEST ends it now; the other signals do not, as launchers and schedulers
         repeat them. Before the first step any signal ends the run.
         """
-        if not self.training:  # nothing of ours is there to be put away
+        if not self.training:  # nothing of ours needs to be put away
             self._tell(b"\ninterrupted before the first step; the same command starts again\n")
             os._exit(128 + signum)
         if self.stop:
@@ -168,7 +170,7 @@ class StepReport(Callback):
         self._tell(b"\nstopping after %s and saving; press Ctrl-C again to quit now without saving\n" % steps)
 
     def _tell(self, text: bytes) -> None:
-        """By the system's own call, as print() may be what the signal interrupted."""
+        """Write a text by the system's own call, as the signal may have interrupted print()."""
         if is_first_process():
             os.write(2, text)
 
@@ -180,7 +182,8 @@ class StepReport(Callback):
         self.last_good.before_update()
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
         if self.at_boundary and not module.feed.size(trainer.global_step).targets:
-            # else momentum and weight decay would move the weights; the schedule sets it anew after the step
+            # else momentum and weight decay would move the weights; the schedule sets the rate again after
+            # the step
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
         elif self.at_boundary:
@@ -199,13 +202,13 @@ class StepReport(Callback):
             self.last_good.keep(trainer)
 
     def _send(self, trainer, module) -> Done:
-        """The step that was just done, with its numbers on their way."""
+        """Return the step that was just done, with its numbers on their way to the CPU."""
         # one sum over all ranks has the loss, the share of them that want to go on, which is NaN where one
         # sees that the base was overwritten, and whether a gradient is not finite
         going_on = math.nan if change_of_mapped() else float(not self.stop) / trainer.world_size
         mine = [module.step_loss, going_on, gradient_norm(trainer)]
         numbers = torch.stack([scalar(number, module.device) for number in mine])
-        # not by the strategy, which has the ranks wait for each other first
+        # not by the strategy, which makes the ranks wait for each other first
         if module.step_metrics is not None:
             numbers = torch.cat([numbers, module.step_metrics.float()])
             numbers = over_ranks(numbers, len(mine), module.objective.joined, trainer.world_size)
@@ -217,16 +220,16 @@ class StepReport(Callback):
         return Done(step, begin, self.begin, module.feed.size(step - 1), Numbers(numbers))
 
     def _read(self, trainer, module) -> bool:
-        """Read the steps that are to be read now, and judge them; whether the run went back."""
+        """Read the steps that are due, and judge them; returns whether the run went back."""
         went_back = False
         behind = 0 if self._is_needed(trainer, module) else 1
-        # a stop that a rank asked for is known only here
+        # a rank's request to stop becomes known here
         while len(self.unread) > (0 if trainer.should_stop else behind):
             went_back |= self._judge(trainer, module, self.unread.popleft())
         return went_back
 
     def _is_needed(self, trainer, module) -> bool:
-        """Whether the numbers of the last step are needed now, or are there.
+        """Tell whether the numbers of the last step are needed now, or are there.
 
         Those of a GPU are read a step later, when it has its next work already.
         """
@@ -238,12 +241,12 @@ class StepReport(Callback):
         return not works_behind(module.device) or looked_at or stopping or first_or_last
 
     def _judge(self, trainer, module, done: Done) -> bool:
-        """Report a step; whether the run went back."""
+        """Report a step; returns whether the run went back."""
         step = done.step
         loss, going_on, norm, *sums = done.numbers.read()
         if math.isnan(going_on):
             refuse_overwritten(trainer)
-        # what is undone was made from a bad state, and its loss tells nothing of the one that is back
+        # an undone step came from a bad state, and its loss tells nothing of the restored one
         went_back = False
         if done.size.targets and done.rolled_back_to is None:
             done.rolled_back_to = self.last_good.judge(trainer, step, loss, norm)
@@ -272,7 +275,7 @@ class StepReport(Callback):
         return went_back
 
     def _line(self, module, done: Done, loss: float, metrics: dict[str, float]) -> dict:
-        """A step's line of metrics.jsonl, with the metrics beside the loss."""
+        """Make a step's line of metrics.jsonl, with the metrics beside the loss."""
         size, seconds = done.size, done.end.seconds_since(done.begin)
         has_loss = size.targets or module.feed.always_has_loss
         if drawing := metrics.get("draw_seconds"):
@@ -289,13 +292,13 @@ class StepReport(Callback):
         }
 
     def _remark(self, line: dict, loss: float) -> None:
-        """Say what is odd about a step."""
+        """Warn about an odd step."""
         step = line["step"]
         # a training on rewards has many such steps; it counts them
         if not line["trained_tokens"] and self.metrics.by_loss:
             say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
         elif step == 1 and self.tokenizer and self.metrics.nats:
-            # only a cross entropy has a relation to the vocabulary
+            # only a cross entropy can be compared with the vocabulary
             name, words = self.metrics.nats
             nats = loss if name == "loss" else line.get(name)
             if nats is not None and (doubt := worse_than_guessing(nats, self.tokenizer, words)):
@@ -304,14 +307,14 @@ class StepReport(Callback):
             say(warning)
 
     def _show(self, line: dict, loss: float, now: float) -> None:
-        """The bar, and now and then a line where there is none."""
+        """Update the bar, or print a line now and then if there is none."""
         step = line["step"]
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        # where all groups are dead nothing is read to be trained, but it is drawn
+        # if all groups are dead, nothing is read to be trained, but answers are drawn
         if not line["tokens"] and (drawing := line.get("draw_tokens_per_second")):
             speed = f"{drawing:,.0f} tokens/s drawn"
         said = f"{self.metrics.step_text(line, loss)}, lr {line['lr']:.2e}, {speed}"
-        if not self.steps_here:  # the first one prepares what the others find: it says nothing of their time
+        if not self.steps_here:  # the first step has extra work, and its time says nothing
             self.bar.warm_up()
             self.begun = now
         self.bar.update(min(self.steps_here, 1), f"{self.metrics.bar_text(line)}, {speed}")
@@ -342,7 +345,7 @@ class StepReport(Callback):
 
 
 class Saver(Callback):
-    """Saves the trained tensors, and a checkpoint to resume from.
+    """Callback that saves the trained tensors, and a checkpoint to resume from.
 
     It does so every `every` steps, at the end, and when the run is asked to stop. `write` puts the trained
     tensors into the file `output`; it is called on every rank, and rank 0 writes. A run that goes on from

@@ -1,4 +1,4 @@
-"""What a run forgets: how far the tuned model has moved from its base on a fixed text."""
+"""Forgetting: how far the tuned model has moved from its base on a fixed text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..objectives.from_reference import FromReference
 
 
 class Forgetting(Callback):
-    """Measures mean KL(base || tuned) at the end of a run, of each section of the text and of "all".
+    """Callback that measures mean KL(base || tuned) at the end of a run, for each section of the text and
+    "all".
 
-    They are in `result`, which is empty where the tokenizer has no tokens for the text. It is None for a new
-    model, which has no base file, and for a run that was interrupted. A resumed run must not have its state
-    back at its start, so this callback stands before the Saver.
+    They are in `result`, which is empty if the tokenizer has no tokens for the text. It is None for a new
+    model, which has no base file, and for a run that was interrupted. It starts before a resumed run has its
+    state back, so this callback stands before the Saver.
     """
 
     def __init__(self, tokenizer, base_file: str, is_complete):

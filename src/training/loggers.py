@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides its own files.
+"""Loggers of a run's numbers besides its own files.
 
-To TensorBoard where it is installed, to Weights & Biases where it is asked for.
+They go to TensorBoard if it is installed, and to Weights & Biases on request.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
 
 
 class Writer(Protocol):
-    """What StepReport and Watch call, on rank 0."""
+    """Interface of a logger for StepReport and Watch, on rank 0."""
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Values of a step under names such as train/loss."""
+        """Log values of a step under names such as train/loss."""
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Answers of the model: prompt, answer, the right one, and its reward, if it has one."""
+        """Log answers of the model: prompt, answer, the reference answer, and the reward, if it has one."""
 
     def close(self, failed: bool) -> None:
-        """The run is over."""
+        """End the log."""
 
 
 class TensorBoard:
-    """Event files in proj_dir/tensorboard; those of steps that a resumed run does again are hidden."""
+    """Event files in proj_dir/tensorboard; those of steps that a resumed run repeats are hidden."""
 
     def __init__(self, config: Config, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +61,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of a project, which a resumed run goes on with.
+    """Run of a project in Weights & Biases; a resumed run continues it.
 
     The key, and staying offline, are wandb's own settings.
     """
@@ -98,7 +98,7 @@ class WeightsAndBiases:
 
 
 def check_wandb(project: str) -> None:
-    """UserError where --wandb can't work: the package is absent, or has no key and is not offline."""
+    """Raise UserError if --wandb can't work: the package is absent, or has no key and is not offline."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {project} needs the package wandb: pip install wandb, or drop the flag")
     import wandb
@@ -112,27 +112,27 @@ def check_wandb(project: str) -> None:
 
 
 def tensorboard_problem() -> str | None:
-    """Why there is no TensorBoard, or None.
+    """Say why there is no TensorBoard, or None.
 
-    Nobody asked for it, so a broken installation is no reason to end a run.
+    It is optional, so a broken installation does not end a run.
     """
     if importlib.util.find_spec("tensorboard") is None:
         return "not installed (pip install tensorboard)"
     try:
         import torch.utils.tensorboard  # noqa: F401
-    except Exception as error:  # whatever packages raise that do not fit each other
+    except Exception as error:  # packages that do not fit each other raise anything
         return f"broken here: {error}"
     return None
 
 
 def open_writers(config: Config, first_step: int) -> list[Writer]:
-    """The writers of a run that goes on after `first_step`."""
+    """Open the loggers of a run that goes on after `first_step`."""
     writers: list[Writer] = [] if tensorboard_problem() else [TensorBoard(config, first_step)]
     return [*writers, WeightsAndBiases(config, first_step)] if config.wandb else writers
 
 
 def places_to_watch(config: Config) -> list[str]:
-    """Where the numbers can be seen while they come."""
+    """Return the places where the numbers can be seen while they come."""
     places = []
     if not tensorboard_problem():
         places.append(f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}")
@@ -142,6 +142,6 @@ def places_to_watch(config: Config) -> list[str]:
 
 
 def absent_writers() -> list[str]:
-    """The line of the plan's details about a place where the numbers can't be seen, if there is one."""
+    """Write the line of the plan's details about a place where the numbers can't be seen, if any."""
     problem = tensorboard_problem()
     return [f"watch it   TensorBoard {problem}"] if problem else []

@@ -1,4 +1,4 @@
-"""What is trained at which learning rate, and how that changes over a run."""
+"""Optimizer: which tensors are trained at which learning rate, and its schedule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..planning.defaults import warm_up
 
 
 def state_learning_rate(config: Config) -> float | None:
-    """The rate of an initial state that is trained beside an adapter; else None.
+    """Return the rate of an initial state that is trained beside an adapter; else None.
 
     An initial state that is trained alone has the rate lr_init.
     """
@@ -26,9 +26,9 @@ def state_learning_rate(config: Config) -> float | None:
 
 
 def learning_rate_factor(config: Config, rate: float, total: int):
-    """A function that gives the factor of `rate` at an optimizer step, counted from 0.
+    """Return a function of the optimizer step, counted from 0: the factor of `rate`.
 
-    It is a linear warm-up, then what --lr_schedule says.
+    It is a linear warm-up, then --lr_schedule.
     """
     warmup = warm_up(total) if is_automatic(config, "warmup_steps") else config.warmup_steps
     final = 0.1 if config.lr_final < 0 else config.lr_final / rate
@@ -57,12 +57,13 @@ def parameter_groups(
     state_lr: float | None = None,
     lr_map: dict[str, float] | None = None,
 ) -> list[dict]:
-    """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
+    """Make RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
     Rates: the base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at
-    `state_lr` where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map`
-    multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}. What layers share is called
-    shared.NAME, as in the adapter file.
+    `state_lr` if it is given, and an adapter's tensors at the method's own multiple (LoRA+). `lr_map`
+    multiplies the rates by parts of
+    names: {"ffn": 0.5, "blocks.0": 2}. Tensors that layers share are called shared.NAME, as in the adapter
+    file.
 
     Weight decay acts on matrices named `.weight`, and on the adapter's matrices, where it pulls towards the
     base. PiSSA's have none, because their zero is not the base. Vectors, initial states and the low-rank maps
@@ -89,10 +90,10 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.AdamW:
-    """AdamW over the groups of parameter_groups().
+    """Make AdamW over the groups of parameter_groups().
 
     On a GPU all tensors take one launch, not a dozen for each few. ZeRO has one flat tensor for a group, and
-    offloaded it is on the CPU. There fused sums round otherwise than the plain ones.
+    offloaded it is on the CPU, where fused sums round differently from plain ones.
     """
     fused = config.accelerator == "gpu" and not config.strategy.startswith("deepspeed")
     return torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""The trained tensors that a run writes."""
+"""Outputs of a run: the trained tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .run_folder import NEW_MODEL
 
 
 def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
-    """--init_only: the initialisation as a file."""
+    """Write the initialisation as a file, for --init_only."""
     path = os.path.join(config.proj_dir, NEW_MODEL)
     if os.path.exists(path):
         raise UserError(f"{path} is there already; give it as --load_model, or choose another --proj_dir")
@@ -34,16 +34,16 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
 
 
 def writer(config: Config, model: RWKV, encoder: Encoder):
-    """A function that writes the trained tensors or, in full training, the whole model.
+    """Return a function that writes the trained tensors or, in full training, the whole model.
 
     It is called on every rank. Its keywords become metadata.
     """
-    from .trainer import whole_parameters  # lightning, which merge and chat need not pay
+    from .trainer import whole_parameters  # lightning, which merge and chat need not import
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {
         "python": platform.python_version()
     }
-    # of the base beside which it was trained; the merge needs none
+    # facts about the base of the training; the merge needs none
     made_with = {
         "tokenizer": encoder.tokenizer.name,
         "eod": config.eod,
@@ -72,7 +72,7 @@ def writer(config: Config, model: RWKV, encoder: Encoder):
 
 
 def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
-    """(name, tensor) of a fully trained model, one in memory at a time.
+    """Yield (name, tensor) of a fully trained model, one in memory at a time.
 
     Order, shapes and dtypes are the base's; a new model is bf16. Inside `gather(parameter)` the parameter is
     whole, so all ranks must walk through.

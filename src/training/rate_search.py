@@ -1,4 +1,4 @@
-"""The search for a learning rate before the first step.
+"""Search for a learning rate before the first step.
 
 Trials of a few steps train from the run's own start on the run's own first rows, each at one rate. They begin
 near the first guess and go to the better side until the best rate has a worse one on both sides. Afterwards
@@ -38,25 +38,25 @@ BAR = 20  # characters of the longest bar
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A search that is done."""
+    """Search that is done."""
 
-    guess: float  # the rate that it began near
-    bottom: float  # the rate at the bottom of the valley
-    part: float  # what is taken of it, as a long run likes another rate than a short one
-    rate: float  # that is taken
+    guess: float  # the rate near which it began
+    bottom: float  # the rate at the bottom of the losses
+    part: float  # factor on it, as a long run needs another rate than a short one
+    rate: float  # the chosen rate
     at_end: bool  # whether the best rate is the first or the last one that was tried
     before: float | None  # the loss before any training; None where it is not finite
     steps: int  # of each trial
     seconds: float  # of the whole search
-    loss_of: str  # "held-out" documents, or "training" rows; of a preference alone also what is added
+    loss_of: str  # "held-out" documents, or "training" rows; for a preference also what is added
     trials: list[Trial]  # in the order of their rates
 
 
 def enclose(loss_at: Callable[[float], float], first: float, most: int) -> dict[float, float]:
-    """Loss by rate of at most so many rates, from the one next to `first` to the better side.
+    """Return the losses of at most `most` rates, from the one next to `first` to the better side.
 
     The rates are 1 and 3 of every decade. They end when the best one has a worse one on both sides. A loss is
-    infinite where a training diverged.
+    infinite if the training diverged.
     """
     low = high = round(2 * math.log10(first))
     tried = {rung(low): loss_at(rung(low))}
@@ -74,21 +74,21 @@ def enclose(loss_at: Callable[[float], float], first: float, most: int) -> dict[
 
 
 def rung(k: int) -> float:
-    """The rate number k: 0.001 for -6, 0.003 for -5, 0.01 for -4."""
+    """Return rate number k: 0.001 for -6, 0.003 for -5, 0.01 for -4."""
     decade, half = divmod(k, 2)
     return float(f"{3 if half else 1}e{decade}")
 
 
 def best_of(tried: dict[float, float]) -> float:
-    """The rate with the lowest loss, of equal ones the lowest rate."""
+    """Return the rate with the lowest loss, of equal ones the lowest rate."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
 def bottom_of(tried: dict[float, float]) -> float:
-    """The rate at the bottom of the valley, of losses by rate in rising order.
+    """Return the rate at the bottom of the losses by rate, in rising order.
 
-    It is that of the parabola through the best one and its two neighbours, over the logarithm. It is the best
-    one itself where a neighbour diverged or was not tried.
+    It is the minimum of the parabola through the best one and its two neighbours, over the logarithm. It is
+    the best one itself if a neighbour diverged or was not tried.
     """
     rates = list(tried)
     at = rates.index(best_of(tried))
@@ -97,7 +97,7 @@ def bottom_of(tried: dict[float, float]) -> float:
     if len(around) == 3 and all(math.isfinite(tried[rate]) for rate in around):
         (x0, x1, x2), (y0, y1, y2) = map(math.log, around), (tried[rate] for rate in around)
         left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        # the slope is left in the middle of the first two and right in that of the others
+        # the slope between the first two points, and between the others
         if right > left:
             bottom = (x0 + x1) / 2 - left * ((x2 - x0) / 2) / (right - left)
     return math.exp(bottom)
@@ -113,7 +113,7 @@ def found_of(
     seconds: float,
     loss_of: str,
 ) -> Found:
-    """What the losses by rate come to. UserError where every trial diverged."""
+    """Make the result of the losses by rate. Raises UserError if every trial diverged."""
     best = best_of(tried)
     if math.isinf(tried[best]):
         raise UserError(
@@ -128,10 +128,10 @@ def found_of(
 
 
 class RateSearch:
-    """Finds the rate of a run inside its trainer, when its processes know each other.
+    """Search for a run's rate inside its trainer, when its processes are connected.
 
-    The loss on held-out documents decides, that of judged_by(). Where none are held out, it is that of the
-    rows of the step after a trial's last one. `draft` has the run's settings, with the rate once it is found.
+    The loss on held-out documents, by judged_by(), decides. If none are held out, it is the loss on the rows
+    of the step after a trial's last one. `draft` has the run's settings, with the rate once it is found.
     """
 
     def __init__(self, plan: Plan):
@@ -188,7 +188,7 @@ class RateSearch:
         return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
 
     def _deciding(self, module) -> Units:
-        """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
+        """Choose the documents judged after each trial; reading them takes a tenth of the search."""
         schedule, size, evaluated = module.schedule, self.size, module.data.evaluated
         if not evaluated:
             rows = [schedule.rows[row] for row in schedule.step_rows(size.steps)]
@@ -200,7 +200,7 @@ class RateSearch:
 
 
 def as_json(found: Found) -> dict:
-    """The search as it is kept in the run's folder; a loss that is not finite is null."""
+    """Convert the search to its form in the run's folder; a loss that is not finite is null."""
     trials = [
         {
             "rate": trial.rate,
@@ -213,9 +213,9 @@ def as_json(found: Found) -> dict:
 
 
 def recorded_search(folder: str) -> dict | None:
-    """The search of the run in a folder; None for a run whose rate was not searched for.
+    """Read the search of the run in a folder; None for a run without a search.
 
-    UserError for a file that is damaged.
+    Raises UserError for a file that is damaged.
     """
     path = os.path.join(folder, RATE_SEARCH)
     try:
@@ -228,14 +228,14 @@ def recorded_search(folder: str) -> dict | None:
 
 
 def reason(found: Found) -> str:
-    """Why this rate is taken."""
+    """Say why this rate is taken."""
     trials = counted(len(found.trials), "trial")
     end = "; the best is the last rate that was tried, and one beyond may be better" if found.at_end else ""
     return f"{found.part:g} times {found.bottom:g}, where {trials} before step 1 have the lowest loss{end}"
 
 
 def search_table(search: dict | None) -> list[str]:
-    """The trials as lines with bars that show how far the loss fell; nothing without a search."""
+    """Write the trials as lines with bars that show how far the loss fell; [] without a search."""
     if search is None:
         return []
     before, trials = search["before"], search["trials"]
@@ -255,7 +255,7 @@ def search_table(search: dict | None) -> list[str]:
 
 
 def trial_text(trial: Trial, loss_of: str) -> str:
-    """A trial with the loss of each step, for --verbose."""
+    """Write a trial with the loss of each step, for --verbose."""
     steps = " ".join(f"{loss:.4f}" for loss in trial.losses)
     end = "diverged" if trial.deciding_loss is None else f"{loss_of} loss {trial.deciding_loss:.4f}"
     return f"trial      rate {trial.rate:g}: {steps}; {end}"

@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, with which settings, and with how many rows in a step."""
+"""Resuming of a run: its checkpoint, its settings, and its number of rows in a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..planning.draft import Draft
 from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, checkpoint_step, list_checkpoints, output_path
 from .validation_log import BEST
 
-# Settings that a resumed run may change without becoming another run. They say how a step is computed, how
+# Settings that a resumed run may change and still be the same run. They decide how a step is computed, how
 # many steps there are, and what is kept.
 MAY_CHANGE = {
     "proj_dir",
@@ -52,14 +52,14 @@ MAY_CHANGE = {
 }
 
 
-# what may change, and is not chosen anew
+# settings that may change, and are not chosen again
 LENGTH = ("epoch_count", "eval_steps", "early_stop")
 # what a step does at once; its results are equal to rounding
 BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
 
 
 def earlier_settings(config: Config) -> Config | None:
-    """The settings of the run that --resume auto goes on with; None where there is no such run."""
+    """Read the settings of the run that --resume auto goes on with; None without such a run."""
     if config.resume != "auto" or not list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS)):
         return None
     file = os.path.join(config.proj_dir, CONFIG)
@@ -72,17 +72,17 @@ def earlier_settings(config: Config) -> Config | None:
 
 
 def settings_of_first_process(config: Config) -> Config | None:
-    """What the first process has written, in one that Lightning started after that; else None."""
+    """Read the first process's settings, in a process that Lightning started after that; else None."""
     file = os.path.join(config.proj_dir, CONFIG)
     by_lightning = launched() is None and whole_number("LOCAL_RANK") > 0
     return written_settings(file) if by_lightning and os.path.exists(file) else None
 
 
 def inherit(draft: Draft, before: Config) -> None:
-    """Fill in what was chosen for the run so far.
+    """Fill in the choices for the run so far.
 
-    Settings that may change are left out. The length is an exception where no other --epoch_steps was given,
-    and so is the batch where the processes are as many as before and no other batch was given.
+    Settings that may change are left out. The length is an exception if no other --epoch_steps was given. So
+    is the batch if there are as many processes as before and no other batch was given.
     """
     config = draft.config
     length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
@@ -103,13 +103,14 @@ def inherit(draft: Draft, before: Config) -> None:
 
 
 def find_checkpoint(config: Config, before: Config | None) -> str | None:
-    """The checkpoint to go on from, or None. `before` is what earlier_settings() gave.
+    """Find the checkpoint to go on from, or None. `before` is from earlier_settings().
 
-    A run that would overwrite another one, or resume with a changed plan, is a UserError.
+    Raises UserError if the run would overwrite another one, or resume with a changed plan.
     """
     paths = list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
     if not before:
-        # an output without a summary is of a run that was killed before its first checkpoint was complete
+        # an output without a summary comes from a run that was killed before its first checkpoint was
+        # complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
         outputs = list(filter(os.path.exists, (os.path.join(config.proj_dir, BEST), output_path(config))))
         if is_first_process() and not cut_off and (paths or outputs):
@@ -131,7 +132,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. Resume with --config"
             f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
         )
-    # when the command was checked, a share might have been chosen yet
+    # a share might have been chosen only after the command was checked
     if config.eval_steps > 0 and not (config.eval_file or config.eval_split):
         raise UserError(
             f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
@@ -141,14 +142,14 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
 
 
 def _shown(value: object) -> object:
-    """A value in an error; an empty text is seen."""
+    """Make an empty text visible in an error."""
     return "''" if value == "" else value
 
 
 def inputs(
     model: RWKV, documents: Units, held_out: Units, reference: Identity | None = None
 ) -> dict[str, str | None]:
-    """Hashes of what a resumed run must find unchanged. `reference` is who the model of --reference is."""
+    """Hash the inputs that must not change on resuming. `reference`: identity of --reference's model."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}
     if held_out:
         hashes["held-out data"] = held_out.digest
@@ -158,7 +159,7 @@ def inputs(
 
 
 def check_inputs(path: str, inputs: dict[str, str | None]) -> None:
-    """UserError unless base and data are those of the run whose checkpoint is at `path`."""
+    """Raise UserError unless base and data are those of the run whose checkpoint is at `path`."""
     recorded = read_metadata(path)["inputs"]
     for name, value in inputs.items():
         if value != recorded[name]:
@@ -169,9 +170,9 @@ def check_inputs(path: str, inputs: dict[str, str | None]) -> None:
 
 
 def reward_note(path: str, digest: str | None) -> str | None:
-    """That --reward_file, which has this hash, is another one than the run with the checkpoint at `path` had.
+    """Note that --reward_file, with this hash, changed since the checkpoint at `path`; None if not.
 
-    It may be: a function that failed was mended.
+    It may change: the user may have mended a function.
     """
     before = read_metadata(path).get("reward_file")
     if before == digest:
@@ -183,10 +184,10 @@ def reward_note(path: str, digest: str | None) -> str | None:
 
 
 def keep_rows_per_step(draft: Draft, before: Config) -> None:
-    """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be.
+    """Keep the rows of a step as before, by --global_bsz if need be. Raises UserError if that can't be.
 
-    Passes as many as before are no wish but the same command, or the run's config.yaml: on other devices
-    there are more or fewer of them.
+    A number of passes as before is no wish, but comes from the same command, or the run's config.yaml: other
+    devices need another number.
     """
     config, rows = draft.config, rows_per_step(before)
     if config.micro_bsz and rows_per_step(config) == rows:
@@ -211,5 +212,5 @@ def keep_rows_per_step(draft: Draft, before: Config) -> None:
 
 
 def rows_per_step(config: Config) -> int:
-    """Rows of all processes in one optimizer step."""
+    """Count the rows of all processes in one optimizer step."""
     return config.micro_bsz * config.world * accumulation(config)

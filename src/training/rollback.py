@@ -1,4 +1,4 @@
-"""Going back to the last good state when a loss is not finite, or jumps, and on with the next step."""
+"""Rollback to the last good state when a loss is not finite, or jumps; then the next step follows."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from rwkv_miss.errors import UserError
 from .run_folder import checkpoint_step, list_checkpoints
 from .training_state import read_state, write_state
 
-WINDOW, ENOUGH = 50, 20  # losses that a spike is judged by, and how many of them are enough to judge
+WINDOW, ENOUGH = 50, 20  # losses that a spike is judged by, and the number that is enough
 TRIES = 3  # times that a run goes back to the same state
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """The state after a step, as training_state.read_state() gives it."""
+    """State after a step, as training_state.read_state() gives it."""
 
     step: int
     tensors: Mapping[str, Tensor]
 
 
 class LastGood:
-    """Keeps the last good state, judges every step, and goes back.
+    """Last good state: it judges every step, and goes back.
 
-    A state is good once the next step's loss, which is its own, was fine. An adapter's is kept in main memory
-    every `every` steps; in full training (`folder` is given) it is the newest checkpoint. Going back restores
-    the trained tensors and the optimizer. The step is not taken back: the data that led to the trouble are
-    left behind, the learning rate and all later steps stay in their places.
+    A state is good once the next step's loss, which measures it, was fine. An adapter's is kept in main
+    memory every `every` steps; in full training (`folder` is given) it is the newest checkpoint. Going back
+    restores the trained tensors and the optimizer. The step counter is not taken back: the data that led to
+    the trouble are skipped, and the learning rate and all later steps stay in their places.
 
-    A GPU copies a state beside its other work, on a stream of its own. So before anything of the state is
-    changed in place, before_update() has to be called.
+    A GPU copies a state beside its other work, on a stream of its own. So before_update() has to be called
+    before the state is changed in place.
     """
 
     def __init__(self, every: int, sigmas: float, folder: str | None = None):
         self.every, self.sigmas, self.folder = every, sigmas, folder
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.good: Kept | None = None
-        # several where steps are judged after the next one was begun
+        # several if steps are judged after the next one was begun
         self.unproven: deque[Kept] = deque()
         self.target, self.tries = -1, 0
         self.stream: torch.cuda.Stream | None = None
 
     def start(self, trainer: pl.Trainer) -> None:
-        """The state that the run begins or goes on with is good."""
+        """Take the first state, of a new or a resumed run, as good."""
         device = trainer.strategy.root_device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.every and not self.folder:
             self.good = self._copy(trainer)
 
     def keep(self, trainer: pl.Trainer) -> None:
-        """Keep the state after the step that was just done, where it is time."""
+        """Keep the state after the step that was just done, if it is time."""
         if self.every and not self.folder and trainer.global_step % self.every == 0:
             self.unproven.append(self._copy(trainer))
 
     def before_update(self) -> None:
-        """Have a GPU end its copy before its next work; nobody waits for it here."""
+        """Make a GPU finish its copy before its next work, without waiting here."""
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -82,7 +82,7 @@ class LastGood:
         return Kept(trainer.global_step, tensors)
 
     def fault(self, loss: float) -> str | None:
-        """What is wrong with a step's loss, or None."""
+        """Say what is wrong with a step's loss, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if self.sigmas and len(self.losses) >= ENOUGH:
@@ -96,9 +96,8 @@ class LastGood:
     def judge(self, trainer: pl.Trainer, step: int, loss: float, norm: float) -> int | None:
         """Judge a step by its loss and the norm of its gradient, on every rank alike.
 
-        Returns the step whose state is back in place, None where all is well. Steps after this one that were
-        made already are undone, too. UserError when there is nothing to go back to, or going back did not
-        help.
+        Returns the step whose state was restored, None if all is well. Later steps that were made already are
+        undone, too. Raises UserError if there is nothing to go back to, or going back did not help.
         """
         fault = self.fault(loss)
         if fault is None:

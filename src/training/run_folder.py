@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, whether it can be written, and that one run at a time uses it."""
+"""Run folder: its files, whether it can be written, and its lock for one run at a time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
-MERGED = "merged.pth"  # what the merge that is suggested writes
+MERGED = "merged.pth"  # the file that the suggested merge writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
 
 
 def require_folder(folder: str) -> None:
-    """UserError unless files can be made in the folder, which need not be there yet.
+    """Raise UserError unless files can be made in the folder, which need not be there yet.
 
     Call it before work that would be lost.
     """
@@ -48,17 +48,17 @@ def require_folder(folder: str) -> None:
 
 
 def existing_part(folder: str) -> str:
-    """The folder, or its nearest parent that exists: where it will be made."""
+    """Return the folder, or its nearest parent that exists: where it will be made."""
     folder = os.path.abspath(folder)
     return folder if os.path.exists(folder) else existing_part(os.path.dirname(folder))
 
 
 @contextlib.contextmanager
 def folder_of_run(folder: str, others: Watchdog | None) -> Iterator[None]:
-    """The context in which a process of a run uses the run's folder.
+    """Use the run's folder in a process of the run, inside the block.
 
-    The first process holds the folder. The others, which only read, look into it after that. `others` is the
-    connection to them where the first one does not start them.
+    The first process locks the folder. The others, which only read, look into it after that. `others` is the
+    connection to them if the first one does not start them.
     """
     if is_first_process():
         with alone_in(folder):
@@ -73,10 +73,10 @@ def folder_of_run(folder: str, others: Watchdog | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: str) -> Iterator[None]:
-    """Hold the folder for one run; a second one is a UserError.
+    """Lock the folder for one run. Raises UserError for a second one.
 
-    The folder is made, and removed if it is empty at the end. The system gives it back when the process dies.
-    Windows and some network file systems have no such lock; there nothing is held.
+    The folder is made, and removed if it is empty at the end. The system releases the lock when the process
+    dies. Windows and some network file systems have no such lock; there nothing is locked.
     """
     require_folder(folder)
     there = existing_part(folder)
@@ -84,13 +84,13 @@ def alone_in(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove_empty(folder, there)  # while it is held: nobody else is about to use it
+        _remove_empty(folder, there)  # while it is locked: nobody else is about to use it
         if place is not None:
             os.close(place)
 
 
 def _hold(folder: str) -> int | None:
-    """Make the folder and lock it; the file descriptor that keeps the lock, None where there are no locks."""
+    """Make the folder and lock it; returns the file descriptor of the lock, None if there are no locks."""
     if fcntl is None:
         os.makedirs(folder, exist_ok=True)
         return None
@@ -112,7 +112,7 @@ def _hold(folder: str) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(place), os.stat(folder)):
                 return place
-        os.close(place)  # the lock of a folder that is no longer there
+        os.close(place)  # the lock of a folder that was removed
 
 
 def _remove_empty(folder: str, there: str) -> None:
@@ -133,7 +133,7 @@ def checkpoint_step(path: str) -> int:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """Paths of the checkpoints in a folder, oldest first.
+    """List the paths of the checkpoints in a folder, oldest first.
 
     Each is whole, because a file gets its name when it is complete.
     """
@@ -147,7 +147,7 @@ def remove_old(folder: str, keep: int) -> None:
 
 
 def remove_leftovers(*paths: str) -> None:
-    """Remove what a killed process left of one of these files, or of a checkpoint in one of these folders.
+    """Remove a killed process's leftovers of one of these files, or of a checkpoint in one of these folders.
 
     It has a temporary name of rwkv_miss.files.output.whole_file(). Others may write beside it.
     """
@@ -160,7 +160,7 @@ def remove_leftovers(*paths: str) -> None:
 def keep_best(path: str, folder: str) -> None:
     """Keep best.pth at `path`, as it is now, in the folder of checkpoints too.
 
-    The next best.pth may be of a step that a run which goes on from this checkpoint does not come to.
+    A run that resumes from this checkpoint may never reach the step of the next best.pth.
     """
     kept = os.path.join(folder, os.path.basename(path))
     if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
@@ -168,10 +168,10 @@ def keep_best(path: str, folder: str) -> None:
 
 
 def restore_best(path: str, folder: str, wanted: dict | None) -> str:
-    """Have best.pth at `path` be the state of the evaluation `wanted`.
+    """Restore best.pth at `path` to the state of the evaluation `wanted`.
 
-    That is the best one up to the step that a run goes on from. Where there is none, or its state is lost,
-    best.pth is removed. Returns what the user should know, "" for nothing.
+    That is the best one up to the step that a run resumes from. If there is none, or its state is lost,
+    best.pth is removed. Returns a note for the user, "" for nothing.
     """
     found = _evaluation(path)
     best = (wanted["step"], wanted["loss"]) if wanted else None
@@ -190,7 +190,7 @@ def restore_best(path: str, folder: str, wanted: dict | None) -> str:
 
 
 def _evaluation(path: str) -> tuple | None:
-    """(step, loss) of the evaluation whose state a file holds; None where there is no file."""
+    """Return (step, loss) of the evaluation whose state a file holds; None without a file."""
     if not os.path.exists(path):
         return None
     metadata = read_metadata(path) or {}
@@ -198,7 +198,7 @@ def _evaluation(path: str) -> tuple | None:
 
 
 def _link(path: str, other: str) -> None:
-    """Make `other` another name of the file at `path`, or a copy where there are no hard links."""
+    """Make `other` another name of the file at `path`, or a copy if there are no hard links."""
     temporary = f"{other}.tmp"  # what a killed run leaves, the next one takes over
     with contextlib.suppress(FileNotFoundError):
         os.remove(temporary)

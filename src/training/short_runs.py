@@ -1,4 +1,4 @@
-"""Short trainings of one model, which show what a learning rate is worth.
+"""Short trainings of one model, which compare learning rates.
 
 Each has the same start and the same batches. There is no trainer around them. Several processes may share a
 step's rows, as in a run; then each has the whole model, and all get the same numbers.
@@ -35,17 +35,17 @@ INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A training at one rate."""
+    """Training at one rate."""
 
     rate: float
     losses: list[float]  # of each step, nats per trained token, up to the first that is not finite
-    # after the last step, on the documents that decide between rates. None: that step was not reached, or the
+    # after the last step, on the documents that decide between rates; None: the step was not reached, or the
     # loss is not finite
     deciding_loss: float | None
 
     @property
     def last(self) -> float:
-        """The mean loss of the last tenth of the steps."""
+        """Mean loss of the last tenth of the steps."""
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         return sum(tail) / len(tail)
 
@@ -59,9 +59,8 @@ def trials(
     setting: str,
     rates: list[float],
 ) -> Iterator[Trial]:
-    """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr".
-    Its loss afterwards is that of judged_by(). The model ends as it began.
-    """
+    """Train for `steps` steps at each rate, the value of `setting`, "lr_init" or "state_lr". The loss
+    afterwards is that of judged_by(). The model ends as it began."""
     for rate in rates:
         tried = dataclasses.replace(config, **{setting: rate})
         with put_back(model):
@@ -78,7 +77,7 @@ def trial_of(
     documents: Units,
     processes: Processes = ALONE,
 ) -> Trial:
-    """The training with these losses, whose end the model is in. Its loss on `documents` decides."""
+    """Describe the training with these losses, whose end the model is in. Its loss on `documents` decides."""
     loss = held_out_loss(model, config, documents, processes) if math.isfinite(losses[-1]) else math.nan
     return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
@@ -86,7 +85,7 @@ def trial_of(
 def with_reference(
     model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
 ) -> tuple[Units, Units]:
-    """Give both the values of the reference where the loss needs them, for so many steps."""
+    """Give both the values of the reference for `steps` steps, if the loss needs them."""
     shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
     data, policy = TrainingData(documents, held_out, held_out), policy_of(model, config)
     found = objective_of(config).with_reference(data, schedule, steps, policy, shared)
@@ -95,7 +94,7 @@ def with_reference(
 
 @contextlib.contextmanager
 def put_back(model: RWKV):
-    """Context for a training of which the model keeps nothing, nor the random numbers."""
+    """Undo a training after the block: the model and the random numbers are restored."""
     # in main memory: a GPU that is full with a run has no room for it
     start = {name: tensor.to("cpu", copy=True) for name, tensor in _changing(model).items()}
     device = model.emb.weight.device
@@ -111,9 +110,9 @@ def put_back(model: RWKV):
 
 
 def _changing(model: RWKV) -> dict[str, Tensor]:
-    """What a training may change, without its gradients.
+    """Return what a training may change, without its gradients.
 
-    That is the trained parameters, and the buffers in which methods keep what they derive.
+    These are the trained parameters, and the buffers of values that methods derive.
     """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**trained, **dict(model.named_buffers())}
@@ -122,7 +121,7 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
 def train(
     model: RWKV, config: Config, documents: Units, steps: int, processes: Processes = ALONE
 ) -> Iterator[float]:
-    """Do train.py's optimizer steps with these settings; the loss of each, up to the first not finite."""
+    """Do train.py's optimizer steps; yields the loss of each, up to the first that is not finite."""
     schedule = make_schedule(documents, config, processes.world)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
@@ -172,7 +171,7 @@ def _backward(
     shares: int,
     scaler: torch.amp.GradScaler,
 ) -> Tensor:
-    """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
+    """Backpropagate a micro-batch; return its part of the loss. `shares`: micro-batches in the step."""
     batch = to_device(batch, model.emb.weight.device)
     total, _ = objective(model, batch)
     loss = total / (batch["step_weight"] or 1.0)
@@ -183,9 +182,7 @@ def _backward(
 
 @torch.no_grad()
 def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Processes = ALONE) -> float:
-    """The loss over the trained tokens of the documents, nats per token of weight 1; of preferences over the
-    units.
-    """
+    """Compute the loss over the documents' trained tokens, nats per token; of preferences, per unit."""
     model.eval()
     device, objective = model.emb.weight.device, objective_of(config)
 

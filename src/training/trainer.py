@@ -1,4 +1,4 @@
-"""The training step, its Lightning module, and the Trainer that runs it under any strategy."""
+"""Training step, its Lightning module, and the Trainer that runs it under any strategy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from .resume import inputs
 
 
 class ScaledFp16(MixedPrecision):
-    """Loss scaling without autocast: the frozen base is fp16 already, the adapter is fp32 and stays so."""
+    """Precision plugin that scales the loss without autocast: a frozen base in fp16, an adapter in fp32."""
 
     def __init__(self, device: str):
         # from 65536 a short run would spend its first steps on finding a scale that fits
@@ -56,9 +56,10 @@ class ScaledFp16(MixedPrecision):
         return contextlib.nullcontext()
 
     def optimizer_step(self, optimizer, model, closure, **kwargs):
-        """Unscaled before it is clipped: Lightning leaves both to a fused optimizer, which does one of them.
+        """Unscale the gradient before it is clipped. Lightning leaves both to a fused optimizer, which does
+        only one.
 
-        Where the gradient overflowed, a fused optimizer does nothing, and nobody waits to know.
+        If the gradient overflowed, a fused optimizer does nothing, without a wait for that fact.
         """
         result = closure()
         self.scaler.unscale_(optimizer)
@@ -69,10 +70,11 @@ class ScaledFp16(MixedPrecision):
 
 
 class FineTuning(pl.LightningModule):
-    """The loss of an optimizer step is the objective's, over all that the step has.
+    """Lightning module of a training.
 
-    It does not depend on how they fall into micro-batches and ranks. `find_rate` is called in
-    setup() where lr_init is open: the processes know each other then, and each has the whole model.
+    The loss of an optimizer step is the objective's over the whole step, whatever its micro-batches and
+    ranks. `find_rate` is called in setup(), when the process group exists and before ZeRO shards the model,
+    if lr_init is still open.
     """
 
     def __init__(
@@ -99,13 +101,13 @@ class FineTuning(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         agree(self.config, self.inputs() | self._code(), self.first_step)
-        # here, and not earlier, the number of processes is known
+        # the number of processes is known from here on
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
         reading = self.objective.prompt_reading(self.data.documents, self.schedule, self.model.arch)
-        self.shared = reading.shared  # whether the prompt of a pair is read once
+        self.shared = reading.shared  # the prompt of a pair is read once
         config = self.config
-        # stage 3 has the model's parts in the processes later, see ReferenceAtStart
+        # stage 3 shards the model later, see ReferenceAtStart
         if not config.strategy.startswith("deepspeed_stage_3"):
             self.read_reference()
         if self.find_rate and is_automatic(config, "lr_init"):
@@ -118,17 +120,16 @@ class FineTuning(pl.LightningModule):
         )
 
     def read_reference(self) -> None:
-        """Give the documents the values of the reference, where the loss needs them.
+        """Give the documents the values of the reference, if the loss needs them.
 
-        The model is as it is before step 1, also in a run that goes on: the state of a checkpoint comes
-        later.
+        The model is that before step 1, also in a resumed run: the state of a checkpoint comes later.
         """
         steps, shared = self.total_steps, self.shared
         self.data = self.objective.with_reference(self.data, self.schedule, steps, self.policy, shared)
 
     @property
     def policy(self) -> Policy:
-        """The model under the run's strategy."""
+        """Make the policy of the model under the run's strategy."""
         strategy = self.trainer.strategy
         processes, whole = processes_of(self.trainer), strategy.model
         return Policy(strategy.predict_step, processes, self.model, whole, strategy.root_device)
@@ -164,7 +165,7 @@ class FineTuning(pl.LightningModule):
         )
 
     def training_step(self, batch: dict, index: int) -> Tensor:
-        """The micro-batch's share of the step's loss.
+        """Compute the micro-batch's share of the step's loss.
 
         It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
@@ -179,28 +180,28 @@ class FineTuning(pl.LightningModule):
         return scaled if penalty is None else scaled + penalty
 
     def gather(self, parameters: list[nn.Parameter]):
-        """Context in which every rank sees the parameters whole."""
+        """Show every rank the parameters whole, inside the block."""
         return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: dict, index: int) -> tuple[Tensor, Tensor]:
-        """Return the objective of a batch of held-out rows; held_out_loss.validation_loss() asks for it."""
+        """Compute the objective for a batch of held-out rows; held_out_loss.validation_loss() calls it."""
         return self.objective(self.model, batch)
 
     def predict_step(self, batch: dict) -> Tensor:
-        """ln p of the trained tokens of a batch."""
+        """Compute ln p of the trained tokens of a batch."""
         return token_log_probs(self.model, batch, self.objective.chunks, batch["width"])
 
     def _code(self) -> dict[str, str | None]:
-        """The hash of the user's code, which all processes have to share. A resumed run may have another."""
+        """Hash the user's code, which all processes have to share. A resumed run may have another."""
         return {"file of --reward_file": self.data.rewards.digest} if self.data.rewards else {}
 
     def inputs(self) -> dict[str, str | None]:
-        """Hashes of what a resumed run must find unchanged."""
+        """Hash the inputs that a resumed run must find unchanged."""
         return inputs(self.model, self.data.documents, self.data.held_out, self.reference)
 
 
 class ReferenceAtStart(pl.Callback):
-    """Under stage 3 the reference is asked when the model is shared out, and before a checkpoint is in it."""
+    """Callback for the reference pass under stage 3: the model is sharded, no checkpoint loaded yet."""
 
     def on_fit_start(self, trainer, module) -> None:
         if module.config.strategy.startswith("deepspeed_stage_3"):
@@ -210,7 +211,7 @@ class ReferenceAtStart(pl.Callback):
 def make_trainer(
     config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0
 ) -> pl.Trainer:
-    """Lightning's Trainer for settings that are filled in; `first_step` steps are done already."""
+    """Make Lightning's Trainer for settings that are filled in; `first_step` steps are done already."""
     _quiet()
     environment = cluster_environment(config.num_nodes)
     if config.accelerator == "cpu" and config.num_nodes > 1:
@@ -226,7 +227,7 @@ def make_trainer(
         dtype = torch.float32 if config.peft == "none" else PRECISIONS[config.precision]
         strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, dtype, config.accelerator)
     elif strategy == "ddp" or config.world > 1:
-        # every rank derives the same, and a method's may be larger than what it trains
+        # every rank derives the same buffers, and a method's may be larger than its trained tensors
         strategy = DDPStrategy(broadcast_buffers=False)
     if config.precision == "fp16" and not config.strategy.startswith("deepspeed"):
         plugins.append(ScaledFp16("cuda" if config.accelerator == "gpu" else "cpu"))
@@ -257,15 +258,15 @@ def make_trainer(
 
 
 def set_global_step(trainer: pl.Trainer, step: int) -> None:
-    """Have trainer.global_step, which has no setter, go on from this step."""
+    """Make trainer.global_step, which has no setter, go on from this step."""
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
     progress.optimizer.step.total.completed = step
 
 
 def cluster_environment(num_nodes: int) -> ClusterEnvironment:
-    """Where Lightning reads ranks.
+    """Choose where Lightning reads ranks.
 
-    By itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM.
+    By itself it would take the processes of `deepspeed` for its own, and requeue jobs of SLURM.
     """
     launch = launched()
     if launch is None:
@@ -277,9 +278,9 @@ def cluster_environment(num_nodes: int) -> ClusterEnvironment:
 
 @contextlib.contextmanager
 def naming_the_killed(trainer: pl.Trainer):
-    """Around Trainer.fit: say which of the processes that Lightning started was killed.
+    """Name the killed process among those that Lightning started, around Trainer.fit.
 
-    All that the others see is a lost connection.
+    The others see only a lost connection.
     """
     try:
         yield
@@ -300,7 +301,7 @@ def naming_the_killed(trainer: pl.Trainer):
 
 @contextlib.contextmanager
 def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
-    """Context in which every rank sees the parameters whole; under ZeRO-3 a rank has a share of each."""
+    """Show every rank the parameters whole, inside the block; under ZeRO-3 a rank has a share of each."""
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
         return
@@ -311,10 +312,10 @@ def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
 
 
 def _quiet() -> None:
-    """Silence what the libraries say about themselves; their warnings about the run stay."""
+    """Silence the libraries' lines about themselves; their warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # says which process ended when it ends the others
+    # it says which process ended when it ends the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")  # what stays in its place

@@ -1,8 +1,8 @@
-"""What a run goes on from: the trained tensors, and what the optimizer keeps for them.
+"""State of a training, from which a run resumes: the trained tensors, and the optimizer's state.
 
-They are whole, and the same under every strategy.
-The order of the data, the learning rate and the random numbers are functions of the step, so they need no
-keeping, and a checkpoint does not depend on how many processes wrote it.
+They are whole, and the same under every strategy. The order of the data, the learning rate and the random
+numbers are functions of the step, so they need not be kept, and a checkpoint does not depend on how many
+processes wrote it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter as NAME, the optimizer's tensors for it as NAME:exp_avg and so on, and buffers.
+    """Yield every trained parameter as NAME, the optimizer's tensors for it as NAME:exp_avg etc., and
+    buffers.
 
     All ranks must walk through it, because ZeRO gathers on the way; all of them see whole tensors, one at a
     time.
@@ -33,7 +34,7 @@ def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def write_state(trainer: pl.Trainer, state: Mapping[str, Tensor]) -> None:
-    """Put what read_state() gave back into the model and the optimizer, on every rank."""
+    """Put the tensors of read_state() back into the model and the optimizer, on every rank."""
     model = trainer.lightning_module.model
     kept: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -47,13 +48,13 @@ def write_state(trainer: pl.Trainer, state: Mapping[str, Tensor]) -> None:
 
 
 def _buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that are saved: the others follow from them and from the parameters."""
+    """Yield the buffers to save: the others follow from them and from the parameters."""
     saved = model.state_dict().keys()
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def _read(trainer: pl.Trainer, p: torch.nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
-    """(parameter, what the optimizer keeps for it), whole."""
+    """Return (parameter, its optimizer state), whole."""
     if hasattr(trainer.strategy, "deepspeed_engine"):
         return trainer.strategy.read_whole(p)
     return p.detach(), dict(trainer.optimizers[0].state.get(p, {}))
@@ -65,7 +66,7 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
         return
     p.copy_(whole)
     optimizer = trainer.optimizers[0]
-    # the counter of updates goes where AdamW makes it
+    # the counter of updates is where AdamW makes it
     counter = p.device if optimizer.param_groups[0]["fused"] else "cpu"
     optimizer.state[p] = {
         key: value.to(p.device if value.dim() else counter, copy=True) for key, value in kept.items()
@@ -73,7 +74,7 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
 
 
 def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
-    """The gradient of the step that is about to be made, over all micro-batches and ranks, before clipping.
+    """Return the gradient of the coming step, over all micro-batches and ranks, before clipping.
 
     It is whole, and the same on every rank.
     """
@@ -83,9 +84,9 @@ def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
 
 
 def gradient_norm(trainer: pl.Trainer) -> Tensor | float:
-    """Norm of the gradient of the step that was just made; not finite where the gradient was not.
+    """Compute the gradient norm of the step that was just made; not finite if the gradient was not.
 
-    On a GPU it stays there. 0 where loss scaling looks after that itself.
+    On a GPU it stays there. It is 0 if loss scaling checks that itself.
     """
     if hasattr(trainer.strategy, "deepspeed_engine"):
         return trainer.strategy.deepspeed_engine.get_global_grad_norm()

@@ -17,11 +17,12 @@ from .validation_log import BEST, VALIDATION, best_trained, describe, is_over
 
 
 class Watch(Callback):
-    """Evaluates held-out documents before the first step, every `eval_steps` and after the last: a JSON line.
+    """Callback that evaluates held-out documents before the first step, every `eval_steps` and after the
+    last.
 
-    `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is
-    the best one, and whether the run is over, are functions of it. `write` puts the trained tensors into a
-    file; it is called on every rank.
+    Each evaluation is a JSON line. `history` holds the lines up to the step that the run goes on from, and
+    grows: the best evaluation, and whether the run is over, are functions of it. `write` puts the trained
+    tensors into a file; it is called on every rank.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Watch(Callback):
         self._if_due(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        # who asks for a stop does not want to wait: the evaluation is made when the run goes on
+        # a run that is asked to stop ends soon: the evaluation is made when it is resumed
         if (index + 1) % module.accumulate == 0 and (
             trainer.global_step == module.total_steps or not trainer.should_stop
         ):
@@ -62,9 +63,9 @@ class Watch(Callback):
                 trainer.should_stop = True
 
     def _evaluate(self, trainer, module) -> bool:
-        """Whether it was done.
+        """Evaluate, and tell whether it was done.
 
-        A run that is asked to stop leaves it to the run that goes on, except after its last step.
+        A run that is asked to stop leaves it to the resumed run, except after its last step.
         """
         step = trainer.global_step
         may_stop = step < module.total_steps
@@ -95,7 +96,7 @@ class Watch(Callback):
         return True
 
     def _save(self, trainer, loss: float) -> None:
-        """The best state so far, whole under its name or not at all; all ranks fail together."""
+        """Save the best state so far, whole under its name or not at all; all ranks fail together."""
         error = None
         try:
             self.write(trainer, self.best_path, validation_loss=loss)

@@ -1,4 +1,4 @@
-"""The evaluations of a run, as validation.jsonl has them: which is the best, and when to stop."""
+"""Validation log: a run's evaluations in validation.jsonl, the best one, and when to stop."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ def is_worse(before: dict, after: dict) -> bool:
 
 
 def is_over(history: list[dict], early_stop: int) -> bool:
-    """Whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
+    """Tell whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
     top = best_trained(history)
     since = sum(line["step"] > (top["step"] if top else 0) for line in history)
     return 0 < early_stop <= since
 
 
 def evaluation_at(history: list[dict], step: int) -> dict | None:
-    """The evaluation of the state of a step; None where that was not evaluated."""
+    """Find the evaluation of the state of a step; None if it was not evaluated."""
     return next((line for line in history if line["step"] == step), None)
 
 
 def answers_as_before(before: dict, after: dict) -> bool:
-    """Whether the sample answers of two evaluations are the same word for word, and not all of them right."""
+    """Tell whether two evaluations' sample answers are the same word for word, and not all of them right."""
     answers = [[sample["answer"] for sample in line["samples"]] for line in (before, after)]
     return bool(answers[0]) and answers[0] == answers[1] and not all_right(before)
 
 
 def all_right(line: dict) -> bool:
-    """Whether an evaluation has sample answers, and all of them are right."""
+    """Tell whether an evaluation has sample answers, and all of them are right."""
     return bool(line["samples"]) and all(sample["answer"] == sample["right"] for sample in line["samples"])
 
 
 def describe(history: list[dict], total: int, metrics: LossMetrics) -> list[str]:
-    """The newest evaluation for the user: the score beside the best one, and the samples, a line each."""
+    """Describe the newest evaluation: the score beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
     unit = f" per {metrics.loss_of}" if metrics.by_loss else ""
     said = [f"validation {metrics.score} {metrics.score_text(line)}{unit}"]

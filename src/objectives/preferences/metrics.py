@@ -1,4 +1,4 @@
-"""What is told of a training on preferences beside the loss."""
+"""Metrics of a training on preferences, beside the loss."""
 
 from __future__ import annotations
 

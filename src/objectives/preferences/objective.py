@@ -33,15 +33,15 @@ from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
 from .reference import ReferencePass
 from .words import describe_loss, loss_warnings
 
-# of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
+# values of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
 BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
-# the rate of a preference without cross entropy, as a part of a supervised training's: in TRL 1e-6 and 2e-5;
-# 1/10 and 1/30 were measured on small models (docs/preferences.md)
+# The rate of a preference without cross entropy, relative to a supervised training's: in TRL 1e-6 and 2e-5;
+# 1/10 and 1/30 were measured on small models (docs/preferences.md).
 RATE_SHARE = 1 / 20
 
 
 class OnPreferences(Objective):
-    """A loss on pairs of answers, or under kto on single ones."""
+    """Objective of a loss on pairs of answers, or under kto on single ones."""
 
     same = "whose prompts are"
 

@@ -1,4 +1,4 @@
-"""Whether the prompt of a pair is read once for both answers."""
+"""Choice whether the prompt of a pair is read once for both answers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import numpy as np
 from ...data.batches import Schedule
 from ...data.preferences import Preferences
 
-# What a pass through the layers costs beside its tokens, in tokens times n_embd. A wider model needs longer
-# for a token, and as long for what comes with each operator. The CPU's number was measured at width 96
+# Cost of a pass through the layers beside its tokens, in tokens times n_embd. A wider model takes longer for
+# a token, but as long for the overhead of each operator. The CPU's number was measured at width 96
 # (docs/speed.md); the GPU's is an estimate from its launches.
 PASS_COST = {"cpu": 32_000, "gpu": 2_000_000}
-LEAST_GAIN = 1.05  # prompts are shared where that is faster by so much at least
-SAMPLED_STEPS = 32  # so many steps of the first pass are looked at
+LEAST_GAIN = 1.05  # the least speed-up for which prompts are shared
+SAMPLED_STEPS = 32  # number of steps of the first pass that are sampled
 
 
 def tokens_of_layouts(preferences: Preferences, schedule: Schedule) -> tuple[float, float]:
-    """Tokens of the mean micro-batch, padding included: of separate rows, and with shared prompts."""
+    """Count the tokens of the mean micro-batch with padding: of separate rows, and with shared prompts."""
     prompts, answers = preferences.prompt_lengths, preferences.answers.lengths - preferences.prompt_lengths
     separate, shared, count = 0, 0, 0
     all_steps = schedule.steps_per_pass

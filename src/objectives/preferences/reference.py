@@ -1,11 +1,11 @@
-"""ln p of the answers by the reference of a preference: one pass without gradient before the training.
+"""Reference pass of a preference: ln p of the answers, without gradient, before the training.
 
-The reference is the model as it is before step 1: the base, as a fresh adapter changes nothing. Or it is the
-one of --reference, which is freed after the pass. The pass reads the run's own micro-batches of its first
-pass over the data, in the same rows, so that each value has the bits that the model gives in its first step.
+The reference is the model before step 1: the base, as a fresh adapter changes nothing. Or it is the model of
+--reference, which is freed after the pass. The pass reads the run's own micro-batches of its first pass over
+the data, in the same rows, so that each value has the bits of the model's first step.
 
-The values are kept in the cache folder of the tokens, or in the run's folder where that is none. The folder's
-name is a hash of all that decides them: other data or another batch are another folder.
+The values are kept in the cache folder of the tokens, or without one in the run's folder. The folder's name
+is a hash of all that decides them: other data or another batch have another folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
 from .reference_blocks import Blocks, blocks_in
 
-VERSION = 1  # a change of the code that changes the values raises it
+VERSION = 1  # raised when the code changes the values
 FOLDER = "reference"  # in the run's folder
 
 Rows = list[list[int]]  # of a batch: the places of the units of each row
@@ -47,7 +47,7 @@ Rows = list[list[int]]  # of a batch: the places of the units of each row
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """What is read, in which every process reads a batch at a time."""
+    """Rounds of reading, in each of which every process reads a batch."""
 
     order: str  # names the order of the units
     count: int
@@ -55,7 +55,7 @@ class Rounds:
 
 
 def training_rounds(schedule: Schedule, steps: int) -> Rounds:
-    """The micro-batches of the first `steps` steps, up to the end of the first pass over the data."""
+    """Make rounds of the micro-batches of the first `steps` steps, up to the end of the first pass."""
 
     def batches_of(number: int) -> list[Rows]:
         step, micro = divmod(number, schedule.accumulate)
@@ -66,7 +66,7 @@ def training_rounds(schedule: Schedule, steps: int) -> Rounds:
 
 
 def held_out_rounds(held_out: Preferences, config: Config, world: int) -> Rounds:
-    """The batches of an evaluation."""
+    """Make rounds of the batches of an evaluation."""
     batches = evaluation_rows(held_out, config)
 
     def batches_of(number: int) -> list[Rows]:
@@ -77,7 +77,7 @@ def held_out_rounds(held_out: Preferences, config: Config, world: int) -> Rounds
 
 
 class ReferencePass:
-    """Gives preferences the values of the reference; all processes take part, and get the same.
+    """Pass of the reference over preferences; all processes take part, and get the same values.
 
     `shared`: the prompt of a pair is read once.
     """
@@ -91,12 +91,12 @@ class ReferencePass:
             self.other = None
 
     def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:
-        """With the values of what a run of so many steps reads; those of other units are not numbers."""
+        """Add reference log-probs for the units that `steps` steps read; the rest stay NaN."""
         rounds = training_rounds(schedule, steps)
         return self._with_others(documents, lambda _: rounds, "the training data")
 
     def held_out(self, documents: Preferences) -> Preferences:
-        """With all values."""
+        """Add the reference log-probs of all units."""
         world = self.processes.world
         return self._with_others(
             documents, lambda units: held_out_rounds(units, self.config, world), "the held-out data"
@@ -105,7 +105,7 @@ class ReferencePass:
     def _with_others(
         self, documents: Preferences, rounds_of: Callable[[Preferences], Rounds], what: str
     ) -> Preferences:
-        """The documents, and under kto the mismatched units beside them, each with their values."""
+        """Add values to the documents, and under kto to the mismatched units beside them."""
         if not len(documents):
             return documents
         known = self._with_values(documents, rounds_of(documents), what)
@@ -139,7 +139,7 @@ class ReferencePass:
         return documents.with_reference(found)
 
     def _check(self, values: _Values, what: str) -> None:
-        """Raise UserError where a value is not finite. All processes see the same ones; none is kept."""
+        """Raise UserError if a value is not finite. All processes see the same values; none is kept."""
         if values.not_finite is None:
             return
         values.blocks.clear()
@@ -151,7 +151,7 @@ class ReferencePass:
         )
 
     def _known(self, blocks: Blocks) -> np.ndarray:
-        """What an earlier pass has left, in every process."""
+        """Return the values of an earlier pass, in every process."""
         found = blocks.read()
         count = torch.tensor(float(len(found)), dtype=torch.float64, device=self.device)
         shared = torch.zeros(int(self.processes.total(count)), device=self.device)
@@ -161,7 +161,7 @@ class ReferencePass:
     def _read(
         self, documents: Preferences, batches: list[Rows], log_probs: Callable[[dict], Tensor]
     ) -> Numbers:
-        """The values of a round, of all its units in order, on their way from the device."""
+        """Start reading all units of a round in order; they are on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
         units = [[documents[i] for i in row] for row in batches[rank]]
@@ -178,7 +178,7 @@ class ReferencePass:
 
     @contextlib.contextmanager
     def _reference_model(self) -> Iterator[Callable[[dict], Tensor]]:
-        """Context with a function: a batch -> ln p by the reference, which is read when it is first asked."""
+        """Give the block a function: a batch -> ln p by the reference, which is read at the first call."""
         models: list[RWKV] = []
 
         def log_probs(batch: dict) -> Tensor:
@@ -198,7 +198,7 @@ class ReferencePass:
                 torch.cuda.empty_cache()
 
     def _folder(self, documents: Preferences, order: str) -> pathlib.Path:
-        """Where the values of these documents are kept, which are read in this order."""
+        """Return the folder for the values of these documents, read in this order."""
         config = self.config
         # a method may change the base, up to its rounding
         start = [self.model.base_fingerprint, config.peft, config.peft_config, config.train_parts]
@@ -210,7 +210,7 @@ class ReferencePass:
             documents.digest,
             self.other or start,
             [config.precision, config.quant, config.wkv, config.accelerator, config.chunk_ctx, self.shared],
-            # which units are in a batch together
+            # the units that are in a batch together
             [config.packing, config.ctx_len, config.micro_bsz, accumulation(config), self.processes.world],
             config.random_seed,
         ]
@@ -221,7 +221,7 @@ class ReferencePass:
 
 
 class _Values:
-    """The values of documents as they come in, round by round; `known` are those of the first rounds."""
+    """Values of documents as they come in, round by round; `known` are those of the first rounds."""
 
     def __init__(self, documents: Preferences, known: np.ndarray, blocks: Blocks):
         self.documents, self.known, self.blocks = documents, known, blocks
@@ -229,11 +229,11 @@ class _Values:
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.values = np.full(int(self.sizes.sum()), np.nan, np.float32)
         self.position = 0
-        self.not_finite: int | None = None  # the first unit with such a value
+        self.not_finite: int | None = None  # the first unit with a value that is not finite
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
     def take_known(self, batches: list[Rows]) -> bool:
-        """Take the values of the next round, where an earlier pass has read it; whether it has."""
+        """Take the next round's values from an earlier pass; returns whether it has read them."""
         size = sum(_count(self.documents, rows) for rows in batches)
         end = self.position + size
         if end > len(self.known):
@@ -243,7 +243,7 @@ class _Values:
         return True
 
     def add(self, batches: list[Rows], numbers: Numbers) -> None:
-        """The values of the next round. They are looked at when the device has its next work."""
+        """Add the next round's values. They are read when the device has its next work."""
         if self.position < len(self.known):
             raise UserError(f"{self.blocks.folder} has values that do not fit the data; remove it")
         self.late.append((batches, numbers))
@@ -251,7 +251,7 @@ class _Values:
             self._take()
 
     def all(self) -> np.ndarray:
-        """The values of all units, (targets,) float32; those of units in no round are not numbers."""
+        """Return the values of all units, (targets,) float32; NaN for units in no round."""
         while self.late:
             self._take()
         return self.values
@@ -275,10 +275,10 @@ class _Values:
 
 
 def _units(batches: list[Rows]) -> int:
-    """Units of the batches of a round."""
+    """Count the units of the batches of a round."""
     return sum(len(row) for rows in batches for row in rows)
 
 
 def _count(documents: Preferences, rows: Rows) -> int:
-    """Trained tokens of these rows."""
+    """Count the trained tokens of these rows."""
     return int(sum(documents.target_counts[i] for row in rows for i in row))

@@ -1,4 +1,4 @@
-"""The values of a reference pass on disk, in blocks that each appear whole, so that a killed pass goes on."""
+"""Blocks of a reference pass's values on disk; each appears whole, so that a killed pass can go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = "[0-9]" * 12  # of the files
 
 
 class Blocks:
-    """float32 numbers one after another in the files of a folder. A file's name is how many are before it.
+    """Blocks of float32 numbers in the files of a folder. A file's name is the count of numbers before it.
 
     One process writes. The others, and one whose folder is None, keep nothing.
     """
@@ -33,7 +33,7 @@ class Blocks:
         self.begun = self.last = time.monotonic()
 
     def read(self) -> np.ndarray:
-        """All that is there, (n,) float32. What is added comes after it."""
+        """Read all numbers there, (n,) float32. Later add() continues after them."""
         parts = [np.empty(0, np.float32)]
         while self.folder is not None and self._path.exists():
             part = np.fromfile(self._path, np.float32)
@@ -44,7 +44,7 @@ class Blocks:
         return np.concatenate(parts)
 
     def add(self, values: np.ndarray) -> None:
-        """More of them, which are written now and then."""
+        """Add numbers, which are written now and then."""
         self.waiting.append(values)
         now = time.monotonic()
         if now - self.last > max(PAUSE, PAUSE_SHARE * (now - self.begun)):
@@ -52,7 +52,7 @@ class Blocks:
             self.last = now
 
     def write(self) -> None:
-        """Write what is not on the disk yet. Where that fails, a note says so, and no more is kept."""
+        """Write what is not on the disk yet. If that fails, a note says so, and no more is kept."""
         values = np.concatenate([np.empty(0, np.float32), *self.waiting])
         self.waiting.clear()
         if self.folder is None or not len(values):
@@ -65,7 +65,7 @@ class Blocks:
             self.folder = None
 
     def clear(self) -> None:
-        """Remove all that is there, and what waits."""
+        """Remove all files, and the waiting numbers."""
         self.waiting.clear()
         self.written = 0
         for kept in self.folder.glob(NAMES) if self.folder else ():
@@ -78,14 +78,14 @@ class Blocks:
 
 @contextlib.contextmanager
 def blocks_in(folder: pathlib.Path, is_writer: bool) -> Iterator[Blocks]:
-    """The blocks of a folder. The process that writes holds it, and another run with the same one waits."""
+    """Open the blocks of a folder. The writing process locks it, and another run with the same one waits."""
     with contextlib.ExitStack() as stack:
         place = None
         if is_writer:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", "the values of the reference"))
-                os.utime(folder)  # when it was last used
+                os.utime(folder)  # time of the last use
                 for left in folder.glob("*.tmp"):  # of a killed pass
                     left.unlink()
                 place = folder

@@ -1,4 +1,4 @@
-"""What the plan and the cards say of a loss on preferences."""
+"""Lines of the plan and the cards about a loss on preferences."""
 
 from __future__ import annotations
 

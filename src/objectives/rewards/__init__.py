@@ -1,1 +1,1 @@
-"""Training on rewards: answers that the model samples, what they are worth, and the steps on them."""
+"""Training on rewards: answers that the model samples, their rewards, and the steps on them."""

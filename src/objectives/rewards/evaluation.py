@@ -1,4 +1,4 @@
-"""An evaluation of a training on rewards: greedy answers to the held-out questions, and what they are worth.
+"""Evaluation of a training on rewards: greedy answers to the held-out questions, with their rewards.
 
 The questions are asked in blocks that do not depend on the number of processes, which take turns with them.
 So one process and two get the same numbers.
@@ -34,19 +34,19 @@ from .sizes import rows_at_once
 
 
 class Judged(NamedTuple):
-    """The answer to a question, and what it is worth."""
+    """Answer to a question, with its rewards."""
 
     place: int  # of the question
     text: str
     tokens: int
     cut: bool
-    values: tuple[float, ...]  # of each reward; empty where they failed
-    total: float  # their weighted sum; NaN where they failed
+    values: tuple[float, ...]  # of each reward; empty if they failed
+    total: float  # their weighted sum; NaN if they failed
 
 
 @dataclasses.dataclass
 class Share:
-    """What one process has of the answers."""
+    """Share of one process in the answers."""
 
     judged: list[Judged] = dataclasses.field(default_factory=list)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)  # why rewards failed, by kind
@@ -62,11 +62,11 @@ class Share:
 
 
 class RewardEvaluation(Evaluation):
-    """The rewards of greedy answers to the held-out questions. Every process gets the same."""
+    """Evaluation by rewards of greedy answers to the held-out questions. Every process gets the same."""
 
     def __init__(self, encoder: Encoder, rewards: Rewards, timeout: float):
         self.encoder, self.rewards, self.timeout = encoder, rewards, timeout
-        self.told: set[str] = set()  # kinds of failures that were said
+        self.told: set[str] = set()  # kinds of failures that were reported
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
         module, processes = trainer.lightning_module, processes_of(trainer)
@@ -81,10 +81,10 @@ class RewardEvaluation(Evaluation):
         processes: Processes = ALONE,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Evaluated | None:
-        """The rewards of greedy answers, the first of which are samples.
+        """Score greedy answers; the first ones are samples.
 
-        None where on some rank is_stopped() between two blocks. UserError, on all ranks, where the model
-        overflows. Dropout and gradients are to be off.
+        Returns None if on some rank is_stopped() between two blocks. Raises UserError, on all ranks, if the
+        model overflows. The caller turns dropout and gradients off.
         """
         blocks = list(_blocks(len(questions), _rows(model)))
         own = sum(map(len, blocks[processes.rank :: processes.world]))
@@ -95,7 +95,7 @@ class RewardEvaluation(Evaluation):
                 if processes.total(stopped):
                     return None
                 number = turn + processes.rank
-                # after an error this process goes on taking turns, as the others wait for it
+                # after an error this process still takes turns, as the others wait for it
                 if number >= len(blocks) or mine.error:
                     continue
                 try:
@@ -113,7 +113,7 @@ class RewardEvaluation(Evaluation):
         return self._evaluated(questions, judged, samples)
 
     def _given(self, model: RWKV, questions: Questions, block: range, bar: Progress) -> list[Answer]:
-        """The answers to the questions at these places. UserError where the model overflows."""
+        """Answer the questions at these places. Raises UserError if the model overflows."""
         engine = Engine(TorchDecoder(model, len(block)), self.encoder.tokenizer)
         stops = self.encoder.template.stops
         requests = [
@@ -123,7 +123,7 @@ class RewardEvaluation(Evaluation):
         return [given[number] for number in range(len(block))]
 
     def _tell(self, failures: dict[str, str]) -> None:
-        """Say each kind of failure once."""
+        """Report each kind of failure once."""
         for kind, reason in failures.items():
             if kind not in self.told and is_first_process():
                 say(f"note: a held-out question is left out, as its rewards failed: {reason}")
@@ -156,7 +156,7 @@ class RewardEvaluation(Evaluation):
 
 
 def _rows(model: RWKV) -> int:
-    """How many questions are asked at once: whatever memory is free, and however many processes there are."""
+    """Choose how many questions are asked at once, whatever memory is free on any of the processes."""
     accelerator = "gpu" if model.emb.weight.is_cuda else "cpu"
     return rows_at_once(model.arch, model.dtype.itemsize, accelerator, ROWS[accelerator])
 

@@ -44,7 +44,7 @@ class AllFailed(BetweenSteps):
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What a phase has, over all processes."""
+    """Totals of a phase over all processes."""
 
     answers: float = 0  # that were scored
     tokens: float = 0  # of these
@@ -55,12 +55,12 @@ class Totals:
     broken: float = 0  # processes whose model overflows
 
     def tensor(self) -> Tensor:
-        """(7,) float64, in the order of the fields."""
+        """Return (7,) float64, in the order of the fields."""
         return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
 
 
 class Reference:
-    """ln p by the model without its adapter, or by that of --reference. None where neither is there."""
+    """Reference of a draw: ln p by the base, or by the model of --reference. None without both."""
 
     def __init__(self, config: Config, policy: Policy):
         self.trained = config.beta > 0
@@ -73,7 +73,7 @@ class Reference:
             self.log_probs = policy_of(built, config).log_probs
 
     def of(self, batch: dict, phase: int) -> Tensor | None:
-        """(n,), where the KL of this phase is trained or measured."""
+        """Return (n,) if the KL of this phase is trained or measured."""
         due = self.log_probs and (self.trained or phase % KL_EVERY == 0)
         return self.log_probs(batch) if due else None
 
@@ -96,7 +96,7 @@ class RolloutFeed(Feed):
         self.rollouts, self.schedule, self.steps, self.loss = rollouts, schedule, steps, loss
         self.policy, self.rewards, self.config = policy, rollouts.rewards, rollouts.config
         self.chunk = chunks_of(self.config).size
-        self.shared = not self.chunk  # whether a prompt is read once for its answers, see prompt_reading()
+        self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
         self.reference = Reference(self.config, policy)
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
@@ -187,7 +187,7 @@ class RolloutFeed(Feed):
         return Totals(*self.policy.processes.total(mine.tensor().to(device)).tolist())
 
     def _check(self, step: int, groups: list[Group], error: UserError | None) -> None:
-        """UserError, on all ranks, where one of them could not sample, or no group has rewards."""
+        """Raise UserError on all ranks if one of them could not sample, or no group has rewards."""
         if self.totals.broken:
             raise error or UserError(f"the model of another process overflows in the draw of step {step + 1}")
         if not self.totals.groups:
@@ -199,7 +199,7 @@ class RolloutFeed(Feed):
             )
 
     def _sums(self, groups: list[Group]) -> Tensor:
-        """The metrics of all scored answers, also of groups that train nothing. The time comes beside it."""
+        """Sum the metrics of all scored answers, also of dead groups. The time is added elsewhere."""
         scored = [group for group in groups if not group.failed]
         answers = [answer for group in scored for answer in group.answers]
         totals = [group.scored.total for group in scored]
@@ -224,7 +224,7 @@ class RolloutFeed(Feed):
     def _share_of(self, units: list[AnswerGroup]) -> list[AnswerGroup]:
         """Return the groups that this process trains on: an equal share of all, alike in length.
 
-        Without it a process whose groups are all alive would keep those waiting whose groups are not.
+        Otherwise a process with only live groups would make the others wait.
         """
         processes = self.policy.processes
         everyone = itertools.chain.from_iterable(processes.gathered(units))
@@ -248,6 +248,6 @@ class RolloutFeed(Feed):
 
 
 def _read(unit: AnswerGroup, shared: bool) -> int:
-    """Tokens that a group takes of a batch: a prompt that is read once counts once."""
+    """Count the tokens of a group in a batch; a prompt that is read once counts once."""
     once = (len(unit.prompt) - 1) * (len(unit.answers) - 1)
     return unit.inputs - once if shared else unit.inputs

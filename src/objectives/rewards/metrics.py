@@ -1,4 +1,4 @@
-"""What is told of a training on rewards in the place of the loss."""
+"""Metrics of a training on rewards, which replace the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..loss_metrics import LossMetrics, Panel, Shown, percent
 
 
 def reward_metrics(names: Iterable[str]) -> LossMetrics:
-    """Those of answers that the model draws, and that are scored by these rewards."""
+    """Describe the metrics of drawn answers that are scored by these rewards."""
     each = {f"reward_{name}": f"reward: {name}, without its weight" for name in names}
     return LossMetrics(
         {

@@ -46,7 +46,7 @@ CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier fa
 
 
 class OnRewards(Objective):
-    """The loss of GRPO on answers that the model gives to questions."""
+    """Objective of GRPO on answers that the model gives to questions."""
 
     unit = "question"
     same = "whose prompts are"

@@ -1,4 +1,4 @@
-"""Rewards that are given up where they fail for long: a function that hangs would hold every group up."""
+"""Rewards with a limit on the time of failures: a function that hangs would delay every group."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ...data.questions import Question
 from ...evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 
-PATIENCE = 3  # times --reward_timeout, at least
-SHARE = 0.1  # of the groups may run out of time where these are more
+PATIENCE = 3  # multiples of --reward_timeout, at least
+SHARE = 0.1  # of the groups may time out, if that is more
 
 
 class PatientRewards:
@@ -25,7 +25,7 @@ class PatientRewards:
         self.waited = 0.0  # seconds, for rewards that failed
 
     def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
-        """As Rewards.score()."""
+        """Score as Rewards.score() does."""
         if self.waited > self.patience:
             return Failed(
                 "given up",

@@ -47,7 +47,7 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The answers to one question."""
+    """Group of answers to one question."""
 
     phase: int  # the number of the sampling, which is for `inner_steps` steps
     place: int  # of the question in the data
@@ -55,16 +55,16 @@ class Group:
     prompt: np.ndarray  # its tokens
     answers: list[Rollout]
     scored: Scored | Failed
-    advantages: Tensor | None  # (G,) float64; None where the reward failed
+    advantages: Tensor | None  # (G,) float64; None if the reward failed
 
     @property
     def failed(self) -> bool:
-        """Whether nothing is known of what the answers are worth."""
+        """Tell whether the rewards failed."""
         return self.advantages is None
 
     @property
     def live(self) -> bool:
-        """Whether some answers are better than others."""
+        """Tell whether some answers are better than others."""
         return self.advantages is not None and bool(self.advantages.any())
 
     @property
@@ -73,7 +73,7 @@ class Group:
         return sum(len(answer.tokens) for answer in self.answers)
 
     def unit(self) -> AnswerGroup:
-        """What is trained."""
+        """Return the unit to train on."""
         return AnswerGroup.of(
             self.prompt,
             [answer.tokens for answer in self.answers],
@@ -83,15 +83,15 @@ class Group:
 
 
 class Rollouts:
-    """Draws groups for questions, by the model as it is, and has them scored."""
+    """Rollouts of groups for questions, by the model as it is; the groups are scored."""
 
     def __init__(self, model: RWKV, questions: Questions, encoder: Encoder, rewards: Rewards, config: Config):
         self.model, self.questions, self.encoder = model, questions, encoder
         self.rewards, self.config = rewards, config
-        self.told: set[str] = set()  # kinds of failures that were said
+        self.told: set[str] = set()  # kinds of failures that were reported
 
     def groups(self, phase: int, places: Sequence[int]) -> list[Group]:
-        """A group for each of these questions. UserError where the model overflows.
+        """Draw a group for each of these questions. Raises UserError if the model overflows.
 
         Dropout and gradients are to be off.
         """
@@ -102,7 +102,7 @@ class Rollouts:
         ]
 
     def request(self, phase: int, place: int) -> Request:
-        """What the engine is asked for a question."""
+        """Make the request to the engine for a question."""
         seeds = np.random.SeedSequence([self.config.random_seed, phase, place])
         return Request(
             self.questions.prompts[place].tolist(),
@@ -115,7 +115,7 @@ class Rollouts:
         )
 
     def _sampled(self, phase: int, places: Sequence[int]) -> list[list[Rollout]]:
-        """The answers to each question."""
+        """Sample the answers to each question."""
         answers = len(places) * self.config.group_size
         if not answers:
             return []

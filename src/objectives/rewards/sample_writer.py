@@ -1,4 +1,4 @@
-"""The callback that writes samples.jsonl (sample_log.py)."""
+"""Callback that writes samples.jsonl (sample_log.py)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from ...data.held_out import SAMPLE_CHARACTERS
 from ...evaluation.rewards import Failed
 
 SAMPLES = "samples.jsonl"
-LINES = 20  # about so many in a run
+LINES = 20  # approximate number in a run
 
 
 def is_due(step: int, total: int, inner_steps: int) -> bool:
@@ -21,7 +21,7 @@ def is_due(step: int, total: int, inner_steps: int) -> bool:
 
 
 def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
-    """The line of a sampled group, whose rewards have these names."""
+    """Make the line of a sampled group, whose rewards have these names."""
     line: dict[str, Any] = {
         "step": step,
         "prompt": both_ends(group.question.prompt, SAMPLE_CHARACTERS),
@@ -46,7 +46,7 @@ def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def answer_text(answer: dict[str, Any]) -> str:
-    """An answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
+    """Write an answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
     known = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
     known.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
     return f"{', '.join(known)}: {answer['answer']!r}"

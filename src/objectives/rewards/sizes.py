@@ -1,4 +1,4 @@
-"""How long rollouts may be, how many are sampled at once, and what work they are."""
+"""Sizes of rollouts: their length, the number sampled at once, and their work."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from ...model.batch_loss import state_bytes
 from ..batch_sizes import BatchSizes, SharedPrompts
 from ..work import Work
 
-WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that don't look at the right answer
-FREE = 512  # tokens of an answer for rewards that say nothing of its length
-MEASURED = 1000  # right answers whose lengths tell how long answers probably are
-BESIDE = 1.5  # so many times as long as right ones: a model that learns also gives wrong ones
+WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that ignore the reference answer
+FREE = 512  # tokens of an answer for rewards without a limit on its length
+MEASURED = 1000  # reference answers whose lengths are the estimate of an answer's length
+BESIDE = 1.5  # assume answers 1.5 x as long as the reference answers: wrong answers are longer
 # More rows make a token's operators larger and no more of them. At the end of a phase few rows are left.
 ROWS = {"cpu": 128, "gpu": 512}
-STATES = 3  # of a row while a token is made: the old one, the new one, and a copy in between
-TOGETHER = 4096  # tokens of prompts that are read as one batch, padding included
-# numbers of such a token for each channel, while a layer reads it
+STATES = 3  # states of a row while a token is made: the old one, the new one, and a copy in between
+TOGETHER = 4096  # tokens of prompts that are read as one batch, with padding
+# numbers for each channel of such a token, while a layer reads it
 READING = 22
-# fp32 numbers of a row for each token of the vocabulary: the logits, and what is made of them
+# fp32 numbers of a row for each token of the vocabulary: the logits, and values made from them
 LIKELIHOODS = 3
-STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # that these may take
+STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # the most for these
 
 
 def needs_right(config: Config) -> bool:
-    """Whether a reward compares with the right answer. What functions of --reward_file do is not known."""
+    """Tell whether a reward compares with the reference answer. Functions of --reward_file are not known."""
     return any(name in REWARDS and name not in WITHOUT_RIGHT for name in config.rewards)
 
 
 def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
-    """(max_tokens, why): the most that a reward needs, within a given --ctx_len.
+    """Choose (max_tokens, why): the most that a reward needs, within a given --ctx_len.
 
-    A reward that says nothing of the length does not raise the limit of one that does and has a weight.
+    A reward without a limit on the length does not raise the limit of another reward with a weight.
     """
     telling = [name for name, weight in config.rewards.items() if weight and _tells_length(name)]
     limits = (_limit(name, config, loaded, tokenizer) for name in telling or config.rewards)
@@ -67,7 +67,7 @@ def _tells_length(name: str) -> bool:
 
 
 def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
-    """The tokens that an answer may have for one reward, and why."""
+    """Choose the most tokens of an answer for one reward, and say why."""
     if any(begins_thoughts(question.opening) for question in loaded.questions):
         return THOUGHTS, "the template begins answers with thoughts"
     if name == "length":  # which falls over a fifth of the answer, as in DAPO
@@ -82,9 +82,10 @@ def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokeni
 
 
 def usual_length(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> float:
-    """Tokens of an answer in the mean, for estimates of time: half as many again as right answers have.
+    """Estimate the mean tokens of an answer, for the time: half as many again as reference answers have.
 
-    inf where they do not tell: there are none, or what is right comes after a way to it.
+    It is inf without an estimate: there are no reference answers, or they give only the result of a longer
+    answer.
     """
     if any(weight and name in LIMITS for name, weight in config.rewards.items()):
         return math.inf
@@ -108,7 +109,7 @@ def largest_groups(questions: Questions, config: Config) -> BatchSizes:
 
 
 def rollout_tokens(schedule: Schedule, steps: int, asked: Questions) -> tuple[float, float]:
-    """Tokens of all (prompts, answers) that a run of so many steps samples, the answers as long as is likely.
+    """Count the tokens of all (prompts, answers) that a run of `steps` steps samples, at the likely length.
 
     `asked` are questions of the run, all of them or some.
     """
@@ -118,7 +119,7 @@ def rollout_tokens(schedule: Schedule, steps: int, asked: Questions) -> tuple[fl
 
 
 def training_work(config: Config, schedule: Schedule, steps: int, asked: Questions) -> Work:
-    """What a run of so many steps does where answers are as long as is likely, and none of equal reward."""
+    """Estimate the work of a run of `steps` steps, with answers of likely length, none of equal reward."""
     prompts, answers = rollout_tokens(schedule, steps, asked)
     prompts_of_training = prompts * (config.group_size if config.chunk_ctx else 1)
     batch = prompts_of_training + answers
@@ -127,12 +128,12 @@ def training_work(config: Config, schedule: Schedule, steps: int, asked: Questio
 
 
 def evaluation_work(evaluated: Questions) -> list[Work]:
-    """What an evaluation does for each question, which gets one answer."""
+    """Estimate the work of an evaluation for each question, which gets one answer."""
     return [Work(FORWARD * prompt, evaluated.likely_tokens) for prompt in evaluated.prompt_lengths.tolist()]
 
 
 def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> int:
-    """The rows of the engine for so many answers, of activations of `itemsize` bytes.
+    """Choose the engine's rows for `answers` answers, with activations of `itemsize` bytes.
 
     It does not depend on the memory that is free: matrix products of other sizes may round otherwise, and a
     run that goes on samples what it would have sampled.

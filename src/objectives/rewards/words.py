@@ -1,4 +1,4 @@
-"""What the plan and the cards say of a loss on rewards."""
+"""Text of the plan and the cards about a loss on rewards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sizes import rollouts_at_once
 
 
 def describe_rewards(config: Config) -> str:
-    """The loss with its settings.
+    """Describe the loss with its settings.
 
     "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, against the mean
     of a question's answers, in units of their spread; clip 0.2 and 0.28; no KL"
@@ -34,7 +34,7 @@ def describe_rewards(config: Config) -> str:
 
 
 def long_answers(asked: Questions, tokenizer: Tokenizer) -> str:
-    """How many right answers can't be drawn, as they and an end are too long; nothing where none is."""
+    """Say how many reference answers can't be drawn, as they and an end are too long; "" if all can."""
     lengths = [text_length(tokenizer, question.right) for question in asked.questions]
     if not (long := sum(length >= asked.max_tokens for length in lengths)):
         return ""
@@ -53,7 +53,7 @@ def _describe_kl(config: Config) -> str:
 
 
 def reward_lines(config: Config, arch: Arch) -> list[str]:
-    """The lines of the plan about the loss and how prompts are read."""
+    """Write the lines of the plan about the loss and how prompts are read."""
     rows = rollouts_at_once(config, arch, config.precision, config.accelerator)
     read = f"is read once for its {config.group_size} answers, to draw them and to train on them"
     if config.chunk_ctx:
