@@ -162,7 +162,7 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
 
 
 def evaluations_table(config: Config, history: list[dict]) -> str:
-    """The scores and metrics of the first evaluation, of the last and of the best one."""
+    """Make the table of scores and metrics: of the first evaluation, of the last and of the best one."""
     described = objective_of(config).metrics
     first, last, top = history[0], history[-1], best_trained(history)
     states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
