@@ -16,8 +16,7 @@ with importing():
 def main() -> None:
     with one_line_errors(), naming_missing_packages():
         watch_launcher()
-        settings, origins = config.parse(sys.argv[1:])
-        run.main(settings, origins)
+        run.main(config.parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def train(folder: pathlib.Path, flags: Sequence[str], log: pathlib.Path) -> Ran:
     shutil.rmtree(folder, ignore_errors=True)
     begun = time.process_time()
     with open(log, "a") as file, contextlib.redirect_stdout(file):
-        run.main(*parse([*flags, "--proj_dir", str(folder)]))
+        run.main(parse([*flags, "--proj_dir", str(folder)]))
     return Ran(folder, round(time.process_time() - begun, 1))
 
 

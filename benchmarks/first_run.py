@@ -83,7 +83,7 @@ class Task:
     @property
     def config(self) -> Config:
         """The settings that decide how the test's texts are read."""
-        return parse([*self.words, "--ctx_len", "1024", "--micro_bsz", "4"])[0]
+        return parse([*self.words, "--ctx_len", "1024", "--micro_bsz", "4"])
 
     @property
     def words(self) -> list[str]:

@@ -35,8 +35,9 @@ with importing():
     from src.common.device import PRECISIONS
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
-    from src.config import Config, command, is_automatic, settle, validate
+    from src.config import Config, command, is_automatic, settle, validate, value_or_zero
     from src.config.parse import flag_parser, read_flags
+    from src.config.schema import origin_of
     from src.data.fetch import fetch_inputs
     from src.data.units import Units
     from src.model import RWKV
@@ -57,8 +58,8 @@ FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the first guess: 
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
-    """Parse (this program's own flags, the run's settings, their origins)."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse (this program's own flags, the run's settings)."""
     parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the sweep alone")
     own.add_argument(
@@ -78,10 +79,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     )
     given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, origins = settle(given)
+    config = settle(given)
     validate(config)
     check(ours, config)
-    return ours, config, origins
+    return ours, config
 
 
 def check(ours: argparse.Namespace, config: Config) -> None:
@@ -132,17 +133,17 @@ def main() -> None:
         sys.exit(sweep(*parse(sys.argv[1:])))
 
 
-def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> int:
+def sweep(ours: argparse.Namespace, given: Config) -> int:
     """Train at every rate, print and write the results; returns 0 if one is worth it, else 1."""
     given = fetch_inputs(given)  # the command names the commits of the hub's files
     require_folder(given.proj_dir)
     # one process from the run's start, whatever the run will have
     alone = dataclasses.replace(given, strategy="auto", resume="none")
-    plan = prepare(alone, origins, for_run=False)
+    plan = prepare(alone, for_run=False)
     if not plan.data.held_out:
         raise UserError(
             "rates are compared by the loss on held-out documents, and there are none"
-            f" ({plan.origins['eval_split']}); give --eval_file, or --eval_split 0.05"
+            f" ({origin_of(plan.settings, 'eval_split')}); give --eval_file, or --eval_split 0.05"
         )
     # a chosen warm-up is a share of each training, not of the run
     config = dataclasses.replace(plan.settings, warmup_steps=given.warmup_steps)
@@ -176,7 +177,7 @@ def sweep(ours: argparse.Namespace, given: Config, origins: dict[str, str]) -> i
 def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
     """Count the steps at every rate. Raises UserError if the warm-up takes all of them."""
     steps = ours.steps or min(of_run, STEPS)
-    if config.warmup_steps >= steps:
+    if value_or_zero(config, "warmup_steps") >= steps:
         raise UserError(
             f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
             " its full rate; raise --steps, or drop the warm-up"

@@ -29,13 +29,12 @@ with importing():
     from src import ops
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
-    from src.config import Config, settle, validate
+    from src.config import Config, is_automatic, settle
     from src.config.parse import flag_parser, read_flags
     from src.model import RWKV
     from src.objectives.kinds import objective_of
     from src.objectives.work import Speed
     from src.planning.defaults import cheapest_fix
-    from src.planning.draft import CHOSEN
     from src.planning.job import (
         Cost,
         Device,
@@ -55,8 +54,8 @@ with importing():
 OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
-    """Parse (this program's own flags, the run's settings, their origins)."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse (this program's own flags, the run's settings)."""
     parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument(
@@ -83,11 +82,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
     given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, origins = settle(given)
-    validate(config)
+    config = settle(given)
     if not 0 <= ours.tokens_per_second < math.inf:
         raise UserError(f"--tokens_per_second {ours.tokens_per_second}: must be a number above 0")
-    return ours, config, origins
+    return ours, config
 
 
 def main() -> None:
@@ -95,9 +93,9 @@ def main() -> None:
         sys.exit(plan(*parse(sys.argv[1:])))
 
 
-def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+def plan(ours: argparse.Namespace, config: Config) -> int:
     """Print the plan; returns 0 if the run fits, else 1."""
-    counted_plan = count(ours, config, origins)
+    counted_plan = count(ours, config)
     show(counted_plan)
     if ours.json:
         print(json.dumps(for_machines(counted_plan)))
@@ -116,13 +114,13 @@ class Needs:
     cost: Cost
 
 
-def count(ours: argparse.Namespace, typed: Config, origins: dict[str, str]) -> Needs:
+def count(ours: argparse.Namespace, typed: Config) -> Needs:
     """Plan a run, and count its needs."""
 
     def device_of(config: Config, head_size: int) -> Device:
         return planned_device(ours.memory, config, head_size)
 
-    plan = prepare(typed, origins, for_run=False, device=device_of)
+    plan = prepare(typed, for_run=False, device=device_of)
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
 
     def memory_of(settings: Config) -> dict[str, float]:
@@ -132,7 +130,7 @@ def count(ours: argparse.Namespace, typed: Config, origins: dict[str, str]) -> N
         return needed(memory_of(changed), changed, device.accelerator) <= USABLE * device.memory
 
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
-    if fix and "chunk_ctx" in fix and plan.origins["ctx_len"].startswith(CHOSEN):
+    if fix and "chunk_ctx" in fix and is_automatic(typed, "ctx_len"):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     speed = find_speed(ours, plan)
     return Needs(plan, model_on_meta(arch, config), memory_of(config), fix, speed, run_cost(plan, speed))
@@ -155,7 +153,7 @@ def show(found: Needs) -> None:
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
-    print(*plan_text.chosen(config, plan.origins), sep="\n")
+    print(*plan_text.chosen(config), sep="\n")
     bound = "estimated, at most" if cost.provided else "estimated"
     warnings = objective_of(config).warnings(data.documents, plan.tokenizer)
     for line in [*data_text.cut_warnings(config, data.documents), *warnings]:

@@ -84,7 +84,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     )
     given = read_flags(parser, sys.argv[1:] if argv is None else argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, _ = settle(given)
+    config = settle(given)
     if config.data_file:
         check_data(config)
     elif ours.json or ours.strict:

@@ -19,6 +19,7 @@ from src.common.formatting import counted
 from src.config import Config
 from src.config.loss_settings import REWARDS
 from src.config.reward_rules import check_rewards
+from src.config.schema import CHOSEN
 from src.data.chat_template import Template
 from src.data.encode import Encoder
 from src.data.file_documents import Document
@@ -29,7 +30,7 @@ from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.objectives.rewards.sizes import longest_answer, needs_right
 from src.objectives.rewards.words import describe_rewards
 from src.planning.defaults import choose_loss, row_length
-from src.planning.draft import CHOSEN, Draft
+from src.planning.draft import Draft
 
 PERCENTILES = (0, 50, 90, 99, 100)
 # rewards of all reference answers; the others run in other processes, and see JUDGED of them
@@ -62,14 +63,14 @@ def preview_questions(config: Config, encoder: Encoder, ours: argparse.Namespace
     choose_loss(draft)
     check_rewards(draft.config)
     found = look(draft, encoder)
-    config, origins = draft.config, draft.origins
+    config = draft.config
     with Rewards.of(config, encoder.template) as rewards:
         worth = worth_of(rewards, config, encoder, found)
         if ours.json:
             findings = [dataclasses.asdict(finding) for finding in found.lint.findings]
             print(json.dumps({**figures(config, found), "rewards": worth, "findings": findings}))
         else:
-            print("\n".join(overview(config, origins, encoder, found, worth)))
+            print("\n".join(overview(config, encoder, found, worth)))
             count = min(ours.samples, len(found.loaded.questions))
             for i in np.unique(np.linspace(0, len(found.loaded.questions) - 1, count).astype(int)).tolist():
                 print("\n".join(sample_lines(found, i, rewards, encoder, plain)))
@@ -197,13 +198,11 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
     return {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES}
 
 
-def overview(
-    config: Config, origins: dict[str, str], encoder: Encoder, found: Looked, worth: dict[str, dict]
-) -> list[str]:
+def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, dict]) -> list[str]:
     """Write the lines about the questions as a whole."""
     told = figures(config, found)
     longer = told["longer_than_max_tokens"]
-    reason = origins.get("max_tokens", "").removeprefix(f"{CHOSEN}: ")
+    reason = config.origins.get("max_tokens", "").removeprefix(f"{CHOSEN}: ")
     lines = [
         *found.report.source_lines(),
         f"template   {encoder.template.name}; tokenizer {encoder.tokenizer.name};"

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.mapped import naming_changed_files
+from rwkv_miss.files.output import whole_file
 from rwkv_miss.interrupts import EXIT_CODE
 from rwkv_miss.progress import print_notes
 
 from . import ops
 from .common.device import PRECISIONS
 from .common.files import read_lines
-from .config import Config, save
+from .config import Config, save, value_or_zero
 from .config.launcher import is_first_process
+from .config.parse import checked
 from .config.reward_rules import check_own_functions
 from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
@@ -68,13 +72,18 @@ from .training.run_folder import (
     CONFIG,
     METRICS,
     RATE_SEARCH,
+    ROWS,
     checkpoint_step,
     folder_of_run,
     output_path,
     remove_leftovers,
+    require_folder,
     restore_best,
 )
 from .training.validation_log import BEST, VALIDATION, best_trained, is_over
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Result:
     is_complete: bool  # False: stopped before the end, and --resume auto goes on
 
 
-def main(typed: Config, origins: Mapping[str, str]) -> None:
+def main(typed: Config) -> None:
     """Run the settings in this process, which may be one of several.
 
     It looks into the run's folder only when that is held.
@@ -97,27 +106,32 @@ def main(typed: Config, origins: Mapping[str, str]) -> None:
             if is_first_process():
                 write_new_model(typed, *new_arch(typed))
             return
-        result = train_in_folder(prepare(typed, origins, others=others), started)
+        result = train_in_folder(prepare(typed, others=others), started)
     if not result.is_complete:
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
 
 def prepare(
     typed: Config,
-    origins: Mapping[str, str] | None = None,
     *,
+    rows: Iterable[dict] | None = None,
     for_run: bool = True,
     device: Callable[[Config, int], Device] = device_here,
     others: Watchdog | None = None,
 ) -> Plan:
-    """Choose what was left to the program. Wrong settings are found here, before a file is written.
+    """Choose what was left to the program. Wrong settings are found here, before the run writes a file.
 
-    `for_run=False` leaves out what only a run needs: its folder, the user's code. `device` returns the device
-    for settings and a head size. `others` are the processes of other machines.
+    `rows` are the data where --data_file is empty; they become a file in the run's folder. `for_run=False`
+    leaves out what only a run needs: its folder, the user's code. `device` returns the device for settings
+    and a head size. `others` are the processes of other machines.
     """
-    draft, before = Draft(typed, origins), earlier_settings(typed)
-    if before:
-        inherit(draft, before)
+    if rows is not None:
+        typed = with_rows(typed, rows)
+    typed = checked(typed)
+    draft, earlier = Draft(typed), earlier_settings(typed)
+    if earlier:
+        inherit(draft, earlier)
+    before = earlier and earlier.settings
     check_own_functions(draft.config)
     draft.put(**fetch_files(names_of_hub(draft.config, before, others), is_first_process()))
     arch, tokenizer = read_base(draft)
@@ -136,10 +150,10 @@ def prepare(
     schedule = plan_steps(draft, arch, found, data)
     evaluated = choose_evaluation(draft, schedule, data.held_out, before)
     choose_rate(draft, arch, found, schedule)
+    draft.put(**{name: value_or_zero(draft.config, name) for name in ("eval_steps", "early_stop")})
     return Plan(
         typed=typed,
         settings=draft.config,
-        origins=draft.origins,
         before=before,
         resume_from=resume_from,
         arch=arch,
@@ -153,16 +167,31 @@ def prepare(
     )
 
 
-def train(plan: Plan) -> Result:
-    """Do what a plan says, and write the files of the run, whose folder nobody else uses meanwhile."""
+def with_rows(config: Config, rows: Iterable[dict]) -> Config:
+    """Write rows as rows.jsonl in the run's folder, and have the settings name that file."""
+    if config.data_file:
+        raise UserError(f"data_file {config.data_file} and rows were given; drop one of them")
+    require_folder(config.proj_dir)
+    os.makedirs(config.proj_dir, exist_ok=True)
+    path = os.path.join(config.proj_dir, ROWS)
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    return dataclasses.replace(config, data_file=path)
+
+
+def train(plan: Plan, callbacks: Sequence[Callback] = ()) -> Result:
+    """Do what a plan says, and write the files of the run, whose folder nobody else uses meanwhile.
+
+    `callbacks` are Lightning's. They are called after the report of a step, and before its checkpoint.
+    """
     started = time.time()
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
-        return train_in_folder(plan, started)
+        return train_in_folder(plan, started, callbacks)
 
 
-def train_in_folder(plan: Plan, started: float) -> Result:
+def train_in_folder(plan: Plan, started: float, callbacks: Sequence[Callback] = ()) -> Result:
     """Do train() in a folder that is locked already. The command began at `started`."""
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
@@ -188,9 +217,9 @@ def train_in_folder(plan: Plan, started: float) -> Result:
         if resume_from:
             put_best_back(config, history)
     if not over:
-        return do_steps(plan, model, shown, started, history)
+        return do_steps(plan, model, shown, started, history, callbacks)
     if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
-        finish(config, plan.origins, shown, first_step, plan.steps)
+        finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
 
 
@@ -223,7 +252,14 @@ def put_best_back(config: Config, history: list[dict]) -> None:
         print(f"note:      {note}", flush=True)
 
 
-def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history: list[dict]) -> Result:
+def do_steps(
+    plan: Plan,
+    model: RWKV,
+    shown: list[str],
+    started: float,
+    history: list[dict],
+    callbacks: Sequence[Callback],
+) -> Result:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come.
 
     `shown` are the lines of the plan, for the run card.
@@ -242,7 +278,7 @@ def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history:
     report, *watch, saver = reporters(plan, model, started, history)
     forgetting = Forgetting(plan.tokenizer, config.load_model, is_complete)
     trainer = make_trainer(
-        config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, saver], first_step
+        config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, *callbacks, saver], first_step
     )
     begun = time.perf_counter()
     with objective_of(config).judge(plan.template) as rewards:
@@ -251,7 +287,7 @@ def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history:
         search = RateSearch(plan)
         module = FineTuning(model, config, data, plan.steps, first_step, search.run)
         fit(trainer, module, report)
-    settled, step = search.draft, trainer.global_step
+    settled, step = search.draft.config, trainer.global_step
     if trainer.is_global_zero:
         measured = {
             "fit_seconds": time.perf_counter() - begun,
@@ -260,8 +296,8 @@ def do_steps(plan: Plan, model: RWKV, shown: list[str], started: float, history:
         }
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result
-        finish(settled.config, settled.origins, shown, step, plan.steps, measured)
-    return Result(settled.config, step, is_complete(step))
+        finish(settled, shown, step, plan.steps, measured)
+    return Result(settled, step, is_complete(step))
 
 
 def prepare_folder(plan: Plan) -> None:
@@ -273,7 +309,7 @@ def prepare_folder(plan: Plan) -> None:
         for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
-    save(config, plan.origins, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
+    save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:

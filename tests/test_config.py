@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import pathlib
+import pickle
 import shlex
 import subprocess
 import sys
@@ -11,10 +13,11 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src import config
-from src.config import FIELDS, Config, accumulation, command, legacy, parse
+from src.config import AUTO, FIELDS, Config, accumulation, command, is_automatic, legacy, parse, written
 from src.config.adapter_options import AdapterOptions
-from src.config.schema import NAMES, PRESETS, type_of
+from src.config.schema import NAMES, PRESETS, origin_of, type_of
 from src.config.validate import check_bounds, check_sizes
+from src.planning.draft import Draft
 
 from .conftest import ROOT, make_arch
 
@@ -22,7 +25,7 @@ REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
 
 def settings(*flags):
-    return parse([*REQUIRED, *flags])[0]
+    return parse([*REQUIRED, *flags])
 
 
 def mistake(*flags):
@@ -37,7 +40,7 @@ def mistake(*flags):
 def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lr_init: 3e-4\nwarmup_steps: 7\npreset: paper-table7\n")
-    values, origins = parse([*REQUIRED, "--config", str(path), "--lr_init", "1e-3"])
+    values = parse([*REQUIRED, "--config", str(path), "--lr_init", "1e-3"])
     expected = {
         "lr_init": (1e-3, "command line"),
         "warmup_steps": (7, str(path)),
@@ -46,23 +49,21 @@ def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_pa
         "peft_config": ({"rank": 64}, "preset paper-table7"),
         "grad_clip": (1.0, "default"),
     }
-    assert {name: (getattr(values, name), origins[name]) for name in expected} == expected
-    assert list(origins) == list(FIELDS)
+    assert {name: (getattr(values, name), origin_of(values, name)) for name in expected} == expected
     assert {type(getattr(values, name)) for name in ("lr_init", "weight_decay")} == {float}
 
 
 def test_the_preset_may_come_from_either_place_and_gives_way_to_both(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("peft: lora\nweight_decay: 0.125\n")
-    values, origins = parse(
-        [*REQUIRED, "--config", str(path), "--preset", "paper-table8", "--global_bsz", "24"]
-    )
+    values = parse([*REQUIRED, "--config", str(path), "--preset", "paper-table8", "--global_bsz", "24"])
     assert (values.weight_decay, values.global_bsz, values.peft_config) == (
         0.125,
         24,
         {"rank": 64, "alpha": 128.0},
     )
-    assert origins["peft_config"] == "preset paper-table8" and origins["global_bsz"] == "command line"
+    assert values.origins["peft_config"] == "preset paper-table8"
+    assert values.origins["global_bsz"] == "command line"
 
 
 def test_the_presets_are_the_papers_tables_7_and_8():
@@ -113,11 +114,11 @@ def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tm
         "--tokenizer",
         "[yes]",
     ]
-    values, origins = parse([*REQUIRED, *flags])
+    values = parse([*REQUIRED, *flags])
     path = tmp_path / "config.yaml"
-    config.save(values, origins, path)
-    again, sources = parse(["--config", str(path)])
-    assert again == values and set(sources.values()) == {str(path)}
+    config.save(values, path)
+    again = parse(["--config", str(path)])
+    assert again == values and {origin_of(again, name) for name in FIELDS} == {str(path)}
     lines = path.read_text().splitlines()
     assert len(lines) == len(FIELDS)
     for line in (
@@ -128,10 +129,45 @@ def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tm
         assert line in lines
 
 
+def test_a_setting_is_never_written_to():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().ctx_len = 9
+
+
+def test_what_is_left_to_the_program_is_no_number():
+    """A forgotten choice stops the run where it is used, and does not count as 0 or -1."""
+    for use in (bool, lambda value: value < 3, lambda value: value + 1, lambda value: 2 * value, dict, list):
+        with pytest.raises(TypeError):
+            use(AUTO)
+    assert pickle.loads(pickle.dumps(Config())) == Config(), "as ranks compare their settings"
+    typed = {name: str(written(Config(), name)) for name in FIELDS if getattr(Config(), name) is AUTO}
+    assert len(typed) > 15
+    flags = [f"--{name}={value}" for name, value in typed.items() if value != "{}"]
+    assert all(is_automatic(settings(*flags), name) for name in typed)
+
+
+def test_the_file_says_what_was_chosen_and_why(tmp_path):
+    """A choice that looks like the word for no choice, such as 0, is one in the record of the run."""
+    draft = Draft(parse([*REQUIRED, "--loss", "grpo", "--clip_high", "0.3"]))
+    draft.choose("beta", 0.0, "no KL: cheap")
+    draft.choose("ctx_len", 64, "the longest")
+    draft.choose("clip_high", 0.1, "not asked for")
+    path = str(tmp_path / "config.yaml")
+    config.save(draft.config, path)
+    lines = pathlib.Path(path).read_text().splitlines()
+    assert {"ctx_len: 64  # chosen", "clip_high: 0.3  # command line", "max_tokens: 0  # default"} <= {*lines}
+    recorded = config.recorded_settings(path)
+    assert recorded.settings == draft.config and recorded.chosen == {
+        "beta": "no KL: cheap",
+        "ctx_len": "the longest",
+    }
+    assert is_automatic(parse(["--config", path]), "beta"), "as a command it leaves the choice open"
+
+
 def test_every_default_survives_the_file(tmp_path):
     values = Config(load_model="base.pth", data_file="rows.jsonl")
-    config.save(values, dict.fromkeys(FIELDS, "default"), tmp_path / "config.yaml")
-    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == values
+    config.save(values, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == values
 
 
 # names
@@ -225,10 +261,10 @@ def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
             {**dict(zip(["load_model", "data_file"], "ab")), "peft_config": {"r": 8, "targets": ["key"]}}
         )
     )
-    assert parse(["--config", str(path)])[0].adapter == AdapterOptions("miss", {"r": 8}, ["key"])
+    assert parse(["--config", str(path)]).adapter == AdapterOptions("miss", {"r": 8}, ["key"])
     path.write_text("load_model: a\ndata_file: b\npeft_config: {1: 2}\n")
     # whose name is then refused
-    assert parse(["--config", str(path)])[0].adapter == AdapterOptions("miss", {"1": 2}, None)
+    assert parse(["--config", str(path)]).adapter == AdapterOptions("miss", {"1": 2}, None)
     given = settings("--peft_config", "alpha=1e2,layout=contiguous,magnitude=True,expand=false").peft_config
     assert given == {"alpha": 100.0, "layout": "contiguous", "magnitude": True, "expand": False}
     assert settings().adapter == AdapterOptions("miss", {}, None)
@@ -363,8 +399,9 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
 
 
 def test_every_setting_is_read_somewhere():
-    """As `config.NAME`, `c.NAME` or `values["NAME"]`; the rules of validate.py alone would not make a setting
-    do something.
+    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `value_or_zero(config, "NAME")`.
+
+    The rules of validate.py alone would not make a setting do something.
     """
     read = set()
     for path in (ROOT / "src").rglob("*.py"):
@@ -379,6 +416,8 @@ def test_every_setting_is_read_somewhere():
                 read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "value_or_zero":
+                read.add(getattr(node.args[1], "value", ""))
     dead = sorted(set(FIELDS) - read)
     assert not dead, f"settings that nothing reads: {dead}"
 
@@ -387,7 +426,7 @@ def test_every_setting_explains_itself():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     words = " ".join(done.stdout.split())
-    for field in dataclasses.fields(Config):
+    for field in FIELDS.values():
         assert f"--{field.name} " in words and len(field.metadata["help"]) > 3
         for choice in field.metadata["choices"]:
             assert choice.removeprefix("deepspeed_stage") in field.metadata["help"], (
@@ -405,6 +444,6 @@ def test_the_command_of_a_run_is_read_back_as_its_settings():
         packing=False,
         peft_config={"r": 5},
     )
-    assert parse(shlex.split(command(settings))[2:])[0] == settings
+    assert parse(shlex.split(command(settings))[2:]) == settings
     one, two = (command(Config(epoch_count=count, epoch_steps=70)) for count in (1, 2))
     assert one == "python train.py --epoch_steps 70" and two.startswith("python train.py --epoch_count 2 ")

@@ -9,15 +9,15 @@ import shlex
 
 import pytest
 import torch
-import yaml
 
 from rwkv_miss.errors import UserError
 from src.common.formatting import size_text
-from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
+from src.config import AUTO, FIELDS, Config, accumulation, is_automatic, parse, recorded_settings, validate
 from src.config.loss_rules import OF_LOSSES
-from src.config.parse import read_yaml
+from src.config.parse import Recorded
+from src.config.schema import CHOSEN
 from src.planning.defaults import choose_batch, choose_length, held_out_share, own_rank, row_length
-from src.planning.draft import CHOSEN, Draft
+from src.planning.draft import Draft
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
@@ -125,10 +125,10 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     choose_batch(draft, rows, needed, room)
     config = draft.config
     assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
-    assert bool(config.accumulate_grad_batches) == (
+    assert is_automatic(config, "accumulate_grad_batches") != (
         "accumulate_grad_batches" in settings or "global_bsz" not in settings
     )
-    assert draft.origins["micro_bsz"].startswith(
+    assert draft.config.origins["micro_bsz"].startswith(
         f"{CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
     )
 
@@ -148,7 +148,7 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
     draft = Draft(Config(**settings))
     choose_batch(draft, rows, lambda tried: 0, 1)
-    assert ("less than 50 steps" in draft.origins["micro_bsz"]) == few
+    assert ("less than 50 steps" in draft.config.origins["micro_bsz"]) == few
 
 
 def length_of(config):
@@ -159,31 +159,31 @@ def length_of(config):
     "steps, held_out, settings, length",
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
-        (200, True, {}, (1, -1, -1, 10)),
+        (200, True, {}, (1, AUTO, AUTO, 10)),
         (199, True, {}, (2, 199, 1, 19)),
         (60, True, {}, (4, 60, 1, 12)),
         (3, True, {}, (5, 3, 1, 0)),
-        (60, False, {}, (1, -1, -1, 3)),
-        (60, True, {"epoch_steps": 30}, (1, -1, -1, 1)),
+        (60, False, {}, (1, AUTO, AUTO, 3)),
+        (60, True, {"epoch_steps": 30}, (1, AUTO, AUTO, 1)),
         # what is given stays, and brings nothing that was not asked for
-        (60, True, {"epoch_count": 1}, (1, -1, -1, 3)),
-        (60, True, {"epoch_count": 7}, (7, -1, -1, 21)),
-        (60, False, {"epoch_count": 2}, (2, -1, -1, 6)),
-        (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, -1, -1, 3)),
+        (60, True, {"epoch_count": 1}, (1, AUTO, AUTO, 3)),
+        (60, True, {"epoch_count": 7}, (7, AUTO, AUTO, 21)),
+        (60, False, {"epoch_count": 2}, (2, AUTO, AUTO, 6)),
+        (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, AUTO, AUTO, 3)),
         (60, True, {"warmup_steps": 0}, (4, 60, 1, 0)),
         # the run ends after a pass without a better evaluation
         (60, True, {"eval_steps": 20}, (4, 20, 3, 12)),
         (60, True, {"eval_steps": 25}, (4, 25, 3, 12)),
         (60, True, {"eval_steps": 20, "early_stop": 5}, (4, 20, 5, 12)),
         (60, True, {"early_stop": 0}, (4, 60, 0, 12)),
-        (60, True, {"eval_steps": 0}, (4, 0, -1, 12)),
+        (60, True, {"eval_steps": 0}, (4, 0, AUTO, 12)),
     ],
 )
 def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
     draft = Draft(Config(**settings))
     choose_length(draft, steps, held_out)
     assert length_of(draft.config) == length
-    assert not draft.origins.keys() & settings.keys()
+    assert not draft.config.origins.keys() & settings.keys()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out,
 def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
     draft = Draft(Config(**settings))
     choose_length(draft, steps, held_out)
-    assert draft.origins["epoch_count"] == f"chosen: {reason}"
+    assert draft.config.origins["epoch_count"] == f"chosen: {reason}"
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():
@@ -232,7 +232,7 @@ def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     choose_batch(draft, 999, None, 0)
     config = draft.config
     assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (3, 1, 0)
-    assert "micro_bsz" not in draft.origins
+    assert "micro_bsz" not in draft.config.origins
 
 
 # a run that goes on
@@ -254,7 +254,7 @@ BEFORE = Config(
 
 def going_on(**settings):
     draft = Draft(Config(**FILES, **settings))
-    inherit(draft, BEFORE)
+    inherit(draft, Recorded(BEFORE, {}))
     keep_rows_per_step(draft, BEFORE)
     return draft
 
@@ -273,14 +273,14 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
         ({}, (4, 60, 1, 12)),
         ({"epoch_count": 6}, (6, 60, 1, 12)),
         ({"early_stop": 3}, (4, 60, 3, 12)),
-        ({"epoch_steps": 30}, (1, -1, -1, 12)),
+        ({"epoch_steps": 30}, (1, AUTO, AUTO, 12)),
         ({"early_stop": 0}, (4, 60, 0, 12)),
     ],
 )
 def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
     draft = Draft(Config(**FILES, **settings))
-    inherit(draft, before)
+    inherit(draft, Recorded(before, {}))
     choose_length(draft, 60, True)
     assert length_of(draft.config) == length
 
@@ -288,7 +288,7 @@ def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
 def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
     draft = Draft(Config(**FILES))
-    inherit(draft, before)
+    inherit(draft, Recorded(before, {}))
     choose_length(draft, 60, True)
     assert length_of(draft.config) == (1, 0, 0, 0)
 
@@ -371,7 +371,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     assert "have the lowest loss" in output
     # 24 rows of 256 tokens make less than 50 steps, with one row each
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
-    saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))
+    saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone
     filled = AUTOMATIC - OF_LOSSES.keys()
     assert not [name for name in filled if is_automatic(saved, name)], "the saved settings are filled in"
@@ -388,7 +388,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     words = shlex.split(line)
     assert words[:2] == ["python", "train.py"]
     # it is printed before the search, which finds the same again; the card's has what was found
-    assert parse(words[2:])[0] == dataclasses.replace(saved, lr_init=0.0)
+    assert parse(words[2:]) == dataclasses.replace(saved, lr_init=AUTO)
     assert f"--lr_init {saved.lr_init}" in (tmp_path / "first/run_card.md").read_text()
     succeed(program.run([*words[2:], "--proj_dir", str(tmp_path / "second")]))
     succeed(
@@ -396,8 +396,8 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     )
     curve = losses(tmp_path / "first")
     assert len(curve) >= 20 and curve == losses(tmp_path / "second") == losses(tmp_path / "third")
-    origin = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
-    assert origin == dataclasses.asdict(saved) | {"proj_dir": str(tmp_path / "second")}
+    second = recorded_settings(str(tmp_path / "second/config.yaml")).settings
+    assert second == dataclasses.replace(saved, proj_dir=str(tmp_path / "second"))
 
 
 def test_several_processes_choose_alike(files, tmp_path):

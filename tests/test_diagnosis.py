@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from src.config import Config
-from src.config.schema import PUBLISHED
-from src.planning.draft import CHOSEN
+from src.config.schema import CHOSEN, PUBLISHED
 from src.reporting import run_end
 from src.reporting.diagnosis import GROUPS, RULES, WINDOW, Facts, Warnings, advice, bounds, diagnosis
 
@@ -21,6 +20,7 @@ from .program import succeed
 SFT = Config(load_model="base.pth", lr_init=1e-4, epoch_count=2, peft_config={"r": 8})
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
 GRPO = Config(
+    beta=0.0,
     load_model="base.pth",
     loss="grpo",
     rewards={"exact": 1.0, "partial": 1.0},
@@ -41,7 +41,7 @@ def sft(*losses, before=("a",), after=("b",), right="4", steps=(3.0, 3.0), confi
         samples = [{"prompt": "2+2?", "answer": answer, "right": right} for answer in answers]
         history.append({"step": step, "loss": loss, "samples": samples, **(beside if step else {})})
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(steps, 1)]
-    return Facts(config, lines, (), len(history) - 1, history, GIVEN)
+    return Facts(config, lines, (), len(history) - 1, history)
 
 
 def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **beside):
@@ -252,7 +252,8 @@ def test_a_rule_holds_for_its_run_and_for_none_near_by(name):
 def judged(run, config=SFT, origin=GIVEN, searched=False, step=None):
     """The diagnosis of a run that has ended."""
     step = run.history[-1]["step"] if step is None and run.history else step or 0
-    return diagnosis(config, run.lines, step, run.history, origin, searched)
+    told = dataclasses.replace(config, origins={"lr_init": origin})
+    return diagnosis(told, run.lines, step, run.history, searched)
 
 
 def test_a_run_that_has_learnt_has_no_doubt_and_it_is_the_recommended_state_that_is_judged():
@@ -442,7 +443,7 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     assert f"\ntry next:  {words}" in output and f"\n- try next: {words}" in card
     for text in trained("moved", "1e-2"):
         assert "learnt next" not in text and "of before the training" not in text and "try next" not in text
-    config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"))
-    run_end.finish(config, {"lr_init": GIVEN}, [], 4, 12)
+    config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"), early_stop=0)
+    run_end.finish(config, [], 4, 12)
     stopped = capsys.readouterr().out
     assert stopped.startswith("stopped, go on with --resume auto") and "note:" not in stopped

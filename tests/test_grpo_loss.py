@@ -313,7 +313,7 @@ def test_the_loss_has_all_its_settings():
     flags = (
         "--load_model b.pth --data_file d.jsonl --loss grpo --grpo_type dr_grpo --clip_low 0.1 --beta 0.04"
     )
-    draft = Draft(*parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
+    draft = Draft(parse([*flags.split(), "--rewards", "number=1,partial=0.5", "--max_tokens", "33"]))
     choose_loss(draft)
     assert objective_of(draft.config).loss == GrpoLoss("dr_grpo", 0.1, 0.1, 0.04, 33, ("number", "partial"))
     assert objective_of(Config()).loss is None

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src.common import device
-from src.config import Config
+from src.config import AUTO, Config
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.data.encode import Encoder
@@ -80,9 +80,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
         (400, 20, {}, (4, 50, 1, 10)),
-        (400, 0, {}, (1, -1, -1, 2)),
-        (1600, 20, {}, (1, -1, -1, 10)),
-        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, -1, 5)),
+        (400, 0, {}, (1, AUTO, AUTO, 2)),
+        (1600, 20, {}, (1, AUTO, AUTO, 10)),
+        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, AUTO, 5)),
     ],
 )
 def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_out, settings, length):
@@ -94,7 +94,7 @@ def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_o
     config = draft.config
     assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
     assert steps_of(config, schedule) == length[0] * rows / 8
-    assert draft.origins["warmup_steps"] == "chosen: 5% of the run"
+    assert draft.config.origins["warmup_steps"] == "chosen: 5% of the run"
 
 
 def test_an_epoch_is_the_data_once_or_so_many_steps():

@@ -272,14 +272,11 @@ def test_a_run_does_not_go_on_with_another(tmp_path):
         before = earlier_settings(config)
         draft = Draft(config)
         inherit(draft, before)
-        return find_checkpoint(draft.config, before)
+        return find_checkpoint(draft.config, before.settings)
 
     def write(**settings):
-        config, origins = (
-            Config(data_file="rows.jsonl", **settings),
-            dict.fromkeys(configuration.FIELDS, "default"),
-        )
-        configuration.save(config, origins, str(tmp_path / "config.yaml"))
+        config = Config(data_file="rows.jsonl", **settings)
+        configuration.save(config, str(tmp_path / "config.yaml"))
 
     write(bos="auto")
     assert go_on("auto").endswith("step-00000002.pth")

@@ -8,7 +8,7 @@ import pytest
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
-from src.config import parse
+from src.config import AUTO, parse
 from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
 from src.config.legacy import (
     DROPPED,
@@ -30,7 +30,7 @@ SAID = [*METHOD, "--warmup_steps", "0"]
 
 
 def read(*flags):
-    return parse([*REQUIRED, *flags])[0]
+    return parse([*REQUIRED, *flags])
 
 
 def mistake(*flags):
@@ -291,7 +291,7 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
             --head_size 64 --my_exit_tokens 1498226207 --magic_prime 2926181 --strategy deepspeed_stage_2
         """.split(),
     ]
-    first, _ = parse(
+    first = parse(
         [*common, "--wandb", "", *"--train_stage 1 --epoch_count 1 --epoch_save 1 --micro_bsz 1".split()]
     )
     assert (first.peft, first.init_only, first.load_model, first.version) == ("none", True, "", "x070")
@@ -303,7 +303,7 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     for name in ("rwkv-final.pth", "rwkv-x.pth"):
         (tmp_path / name).touch()
         assert newest_model(folder) == str(tmp_path / "rwkv-10.pth")
-    run, _ = parse(
+    run = parse(
         [
             *common,
             *"--load_model 0 --train_stage 3 --epoch_count 999999 --epoch_save 10 --micro_bsz 16".split(),
@@ -444,7 +444,7 @@ DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
         (["--dataload", "pad"], {"packing": True}, "--packing 0 does as there"),
         (["--dataload", "get"], {"packing": True}, "--dataload get is ignored: a row began anywhere"),
         (["--dataload", "pad", "--packing", "0"], {"packing": False}, ""),
-        (["--epoch_begin", "0"], {"eval_split": -1}, "--eval_split 0 trains all, as there"),
+        (["--epoch_begin", "0"], {"eval_split": AUTO}, "--eval_split 0 trains all, as there"),
         (["--data_type", "sft"], {"template": "auto"}, "--template alpaca does as there"),
         # parts
         (
@@ -527,7 +527,7 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
 )
 def test_old_flags_that_people_type_for_this_program_imply_nothing(flags):
     config = read(*flags)
-    assert (config.peft, config.warmup_steps, config.lr_schedule) == ("miss", -1, "cos")
+    assert (config.peft, config.warmup_steps, config.lr_schedule) == ("miss", AUTO, "cos")
 
 
 def test_what_a_preset_or_a_file_gives_is_not_left_out(tmp_path):

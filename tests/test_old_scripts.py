@@ -182,7 +182,7 @@ def test_lora_of_2024(files, tmp_path):
 def test_a_new_model_with_another_vocabulary_needs_no_tokenizer(tmp_path):
     """demo-training-prepare-v7-pile.sh: only the training needs one."""
     where = ["--proj_dir", str(tmp_path), "--data_file", "pile"]
-    config, _ = parse([*where, *words(PREPARE.replace("65536", "50304"))])
+    config = parse([*where, *words(PREPARE.replace("65536", "50304"))])
     arch, tokenizer = new_arch(config)
     assert (arch.vocab_size, tokenizer) == (50304, None)
     write_new_model(config, arch, tokenizer)

@@ -136,7 +136,8 @@ def test_the_count_is_that_of_the_trainers_step(
 
 
 def test_a_deep_model_is_the_sum_of_its_layers():
-    deep, config = make_arch(7, **SIZES | {"n_layer": 7}), Config(peft_config={"r": 5}, micro_bsz=2)
+    deep = make_arch(7, **SIZES | {"n_layer": 7})
+    config = Config(peft_config={"r": 5}, micro_bsz=2, grad_cp=1)
     from src.planning import step_memory
 
     at_once = step_memory._count(deep, config, "torch", "fp32", 37, 74)
@@ -409,7 +410,7 @@ def needs(config):
     """A device of 100 and a run that takes: rows x length (of a chunk, if there are any), less by
     recomputing, and a base of 64, halved by bf16.
     """
-    rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) * {-1: 1, 2: 0.75, 1: 0.5}[config.grad_cp]
+    rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) * {0: 1, 2: 0.75, 1: 0.5}[config.grad_cp]
     return rows + (32 if config.precision == "bf16" else 64)
 
 
@@ -436,7 +437,7 @@ def needs(config):
     ],
 )
 def test_the_cheapest_fix_comes_first(room, fix):
-    config = Config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024)
+    config = Config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024, grad_cp=0)
     assert cheapest_fix(config, "fp32", 1000, lambda changed: needs(changed) <= room) == fix
 
 

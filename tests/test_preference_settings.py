@@ -8,11 +8,11 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import write_checkpoint
-from src.config import Config, parse, save
+from src.config import AUTO, Config, parse, recorded_settings, save
 from src.config.loss_rules import OF_LOSSES
 from src.config.loss_settings import LOSSES
-from src.config.parse import read_yaml
-from src.config.schema import FIELDS
+from src.config.parse import Recorded
+from src.config.schema import type_of
 from src.objectives.kinds import objective_of
 from src.planning.base_model import check_reference
 from src.planning.defaults import choose_loss
@@ -67,7 +67,7 @@ def test_a_setting_belongs_to_its_losses_and_is_an_error_elsewhere(name, loss):
     given = {**GIVEN, **ALONE}[name]
     flags = ("--loss", loss, f"--{name}", given)
     if loss in OF_LOSSES[name][0] and (loss, name) != ("orpo", "sft_weight"):
-        assert str(getattr(parse([*REQUIRED, *flags])[0], name)).removesuffix(".0") == given
+        assert str(getattr(parse([*REQUIRED, *flags]), name)).removesuffix(".0") == given
     else:
         said = mistake(*flags)
         assert said.startswith(f"--{name} {given}") and f"has no meaning with --loss {loss}" in said
@@ -100,27 +100,34 @@ def test_mistakes_are_explained(flags, words):
 
 @pytest.mark.parametrize(
     "loss, beta, sft_weight",
-    [("dpo", 0.1, 1), ("ipo", 0.1, 10), ("simpo", 2, 1), ("orpo", 0, 1), ("kto", 0.1, 1), ("sft", 0, -1)],
+    [
+        ("dpo", 0.1, 1),
+        ("ipo", 0.1, 10),
+        ("simpo", 2, 1),
+        ("orpo", AUTO, 1),
+        ("kto", 0.1, 1),
+        ("sft", AUTO, AUTO),
+    ],
 )
 def test_what_is_chosen_is_saved_and_read_again(loss, beta, sft_weight, tmp_path):
-    draft = Draft(*parse([*REQUIRED, "--loss", loss]))
+    draft = Draft(parse([*REQUIRED, "--loss", loss]))
     choose_loss(draft)
-    config, origins = draft.config, draft.origins
+    config = draft.config
     assert (config.beta, config.sft_weight) == (beta, sft_weight)
-    assert origins["sft_weight"].startswith("chosen: ") == (loss != "sft")
-    save(config, origins, str(tmp_path / "config.yaml"))
-    assert Config(**read_yaml(str(tmp_path / "config.yaml"))) == config
-    again = Draft(*parse(["--config", str(tmp_path / "config.yaml")]))
+    assert config.origins.get("sft_weight", "").startswith("chosen: ") == (loss != "sft")
+    save(config, str(tmp_path / "config.yaml"))
+    assert recorded_settings(str(tmp_path / "config.yaml")).settings == config
+    again = Draft(parse(["--config", str(tmp_path / "config.yaml")]))
     choose_loss(again)
     assert again.config == config
 
 
 def test_what_is_given_stays():
-    draft = Draft(*parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"]))
+    draft = Draft(parse([*REQUIRED, "--loss", "dpo", "--beta", "0.5", "--sft_weight", "0"]))
     typed = draft.config
     choose_loss(draft)
     assert draft.config == typed and (typed.beta, typed.sft_weight) == (0.5, 0)
-    draft = Draft(*parse([*REQUIRED, "--loss", "ipo", "--beta", "0.3"]))
+    draft = Draft(parse([*REQUIRED, "--loss", "ipo", "--beta", "0.3"]))
     choose_loss(draft)
     assert draft.config.sft_weight == 3.33, "as much as the preference pulls at first"
 
@@ -130,16 +137,17 @@ def test_a_run_that_goes_on_keeps_its_loss():
     minimise another.
     """
     assert MAY_CHANGE & {"loss", *OF_LOSSES} == {"reward_file", "reward_timeout"}, "which are told of"
-    before = parse([*REQUIRED, "--loss", "simpo", "--beta", "3", "--sft_weight", "0.5"])[0]
-    draft = Draft(*parse([*REQUIRED, "--loss", "simpo"]))
-    inherit(draft, before)
+    before = parse([*REQUIRED, "--loss", "simpo", "--beta", "3", "--sft_weight", "0.5"])
+    draft = Draft(parse([*REQUIRED, "--loss", "simpo"]))
+    inherit(draft, Recorded(before, {}))
     choose_loss(draft)
-    assert (draft.config.beta, draft.config.sft_weight) == (3, 0.5) and "so far" in draft.origins["beta"]
+    assert (draft.config.beta, draft.config.sft_weight) == (3, 0.5)
+    assert "so far" in draft.config.origins["beta"]
 
 
 def test_the_loss_has_all_its_settings():
     assert objective_of(Config()).loss is None
-    given = {name: FIELDS[name].default.__class__(text) for name, text in GIVEN.items()}
+    given = {name: type_of(name)(text) for name, text in GIVEN.items()}
     loss = objective_of(Config(loss="dpo", **given)).loss
     assert dataclasses.astuple(loss) == ("dpo", 0.25, 0.5, True, 0.125, 1.5, 0.25, 2, 3)
     assert {name for name in LOSSES if objective_of(Config(loss=name)).loss.needs_reference} == {
@@ -189,8 +197,7 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     ],
 )
 def test_what_other_trainers_call_it(flags, today):
-    plain = dataclasses.asdict(parse(REQUIRED)[0])
-    assert dataclasses.asdict(parse([*REQUIRED, *flags.split()])[0]) == plain | today
+    assert parse([*REQUIRED, *flags.split()]) == dataclasses.replace(parse(REQUIRED), **today)
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def under(monkeypatch):
 def test_the_numbers_of_a_launcher_need_no_flags(under, variables, sizes, by):
     under(variables)
     argv = ["--local_rank=1", *FLAGS] if variables is DEEPSPEED else FLAGS
-    config, origins = configuration.parse(argv)
+    config = configuration.parse(argv)
     assert (config.devices, config.num_nodes) == sizes
-    assert (origins["devices"], origins["num_nodes"]) == (by, by)
+    assert (config.origins["devices"], config.origins["num_nodes"]) == (by, by)
     assert check_world(config) == sizes[0] * sizes[1]
     assert is_first_process() == (not variables)
 
@@ -133,7 +133,7 @@ def test_lightning_reads_the_ranks_that_the_launcher_set(under, variables):
 )
 def test_where_no_launcher_starts_them_lightning_does(under, variables):
     under(variables)
-    config, _ = configuration.parse([*FLAGS, "--devices", "4"])
+    config = configuration.parse([*FLAGS, "--devices", "4"])
     assert (config.devices, check_world(config)) == (4, 4)
     environment = cluster_environment(config.num_nodes)
     assert type(environment) is LightningEnvironment and not environment.creates_processes_externally
@@ -179,14 +179,14 @@ def test_where_no_launcher_starts_them_lightning_does(under, variables):
 def test_numbers_that_do_not_fit_together_are_errors_that_name_both(under, variables, flags, words):
     under(variables)
     with pytest.raises(UserError) as error:
-        check_world(configuration.parse([*FLAGS, *flags])[0])
+        check_world(configuration.parse([*FLAGS, *flags]))
     for word in words:
         assert word in str(error.value)
 
 
 def test_of_several_machines_only_the_first_prints(under):
     under(MEET | {"NODE_RANK": "1"})
-    config, _ = configuration.parse([*FLAGS, "--num_nodes", "2", "--devices", "2"])
+    config = configuration.parse([*FLAGS, "--num_nodes", "2", "--devices", "2"])
     assert check_world(config) == 4
     assert not is_first_process()
     assert "LOCAL_RANK" not in os.environ
@@ -214,7 +214,7 @@ def test_of_several_machines_only_the_first_prints(under):
 )
 def test_each_process_that_no_other_one_looks_after_has_a_watchdog(under, variables, flags, place):
     under(variables)
-    held = watchdog(configuration.parse([*FLAGS, *flags])[0])
+    held = watchdog(configuration.parse([*FLAGS, *flags]))
     if place is None:
         assert isinstance(held, contextlib.nullcontext)
     else:

@@ -131,7 +131,7 @@ def test_the_first_guess_is_near_the_published_rate_for_the_models_that_it_was_p
     method, published
 ):
     """7B: 32 layers of 4096. Within a factor of 2.5, as the ones for small models were fitted."""
-    config, _ = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    config = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
     if method != "none":
         config = dataclasses.replace(config, peft_config={"rank": 64})
     large = first_guess(config, make_arch(7, n_layer=32, n_embd=4096, head_size=64))
@@ -141,7 +141,7 @@ def test_the_first_guess_is_near_the_published_rate_for_the_models_that_it_was_p
 
 @pytest.mark.parametrize("method", [*METHODS, "none"])
 def test_every_method_has_a_first_guess(method):
-    config, _ = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    config = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
     assert 1e-4 < first_guess(config, make_arch(7)) <= 1
 
 
@@ -299,7 +299,7 @@ def test_nothing_held_out_leaves_the_training_loss_to_decide(files, tmp_path):
 
 def test_a_short_run_takes_the_first_guess_and_says_so(files, tmp_path):
     output = train(files, tmp_path, "--epoch_steps", "5")
-    config, _ = parse(flags(files, tmp_path))
+    config = parse(flags(files, tmp_path))
     guess = first_guess(dataclasses.replace(config, peft_config={"rank": 6}), make_arch(7, vocab_size=256))
     assert settings(tmp_path)["lr_init"] == guess and f"lr {guess:g} to" in output
     assert "first guess from method, rank and widths" in output and "5 steps are too few" in output
@@ -336,8 +336,8 @@ def test_words_for_rates():
         (["--preset", "paper-table7"], 2e-5, "preset paper-table7"),
         (["--lr_init", "3e-4"], 3e-4, "command line"),
     ):
-        config, origins = parse([*base, *more])
-        assert (config.lr_init, origins["lr_init"]) == (rate, origin)
+        config = parse([*base, *more])
+        assert (config.lr_init, config.origins["lr_init"]) == (rate, origin)
     with pytest.raises(UserError, match="--lr_init much: expected a number such as 0.5 or auto or paper"):
         parse([*base, "--lr_init", "much"])
     with pytest.raises(UserError, match="--lr_init -1"):

@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src import config as configuration
-from src.config import Config
+from src.config import AUTO, Config
 from src.config.launcher import RANK_VARIABLES
 from src.planning.draft import Draft
 from src.training.resume import earlier_settings, find_checkpoint, inherit, settings_of_first_process
@@ -39,11 +39,7 @@ def folder(tmp_path):
             path.parent.mkdir(exist_ok=True)
             path.touch()
         if "config.yaml" in names:
-            configuration.save(
-                Config(**SETTINGS),
-                dict.fromkeys(configuration.FIELDS, "default"),
-                str(tmp_path / "config.yaml"),
-            )
+            configuration.save(Config(**SETTINGS), str(tmp_path / "config.yaml"))
         return str(tmp_path)
 
     return make
@@ -55,10 +51,10 @@ STEP_2, STEP_10 = "checkpoints/step-00000002.pth", "checkpoints/step-00000010.pt
 def go_on(proj_dir, **settings):
     """The checkpoint that a command with --resume auto finds."""
     config = Config(**SETTINGS | {"proj_dir": proj_dir, "resume": "auto"} | settings)
-    draft, before = Draft(config), earlier_settings(config)
-    if before:
-        inherit(draft, before)
-    return find_checkpoint(draft.config, before)
+    draft, earlier = Draft(config), earlier_settings(config)
+    if earlier:
+        inherit(draft, earlier)
+    return find_checkpoint(draft.config, earlier and earlier.settings)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
         ({"think_weight": 0.5}, "think_weight 1.0, now it is 0.5"),
         ({"prompt_weight": 0.1}, "prompt_weight 0.0, now it is 0.1"),
         (
-            {"eval_split": -1.0, "eval_steps": 5},
+            {"eval_split": AUTO, "eval_steps": 5},
             "holds no documents out, so that --eval_steps 5 has none to evaluate; drop it",
         ),
     ],
@@ -142,7 +138,7 @@ def test_another_run_is_not_gone_on_with(folder, changed, words):
 def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
     """Its config.yaml has auto, and not what that was."""
     proj_dir = folder("config.yaml", STEP_2)
-    before = earlier_settings(Config(proj_dir=proj_dir, resume="auto"))
+    before = earlier_settings(Config(proj_dir=proj_dir, resume="auto")).settings
     assert before == Config(**SETTINGS) and before.precision == "auto"
     assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(
         STEP_2
@@ -163,15 +159,15 @@ def test_checkpoints_without_the_settings_of_their_run(folder):
 def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
     proj_dir = folder("config.yaml", STEP_2)
     before = Config(**SETTINGS, peft="adalora", peft_config={"rank": 4, "delta_t": 2})
-    configuration.save(before, dict.fromkeys(configuration.FIELDS, "default"), f"{proj_dir}/config.yaml")
+    configuration.save(before, f"{proj_dir}/config.yaml")
     now = Config(**SETTINGS, peft="dora", proj_dir=proj_dir, resume="auto")
     draft = Draft(now)
     inherit(draft, earlier_settings(now))
-    assert draft.config.peft_config == {}, (
+    assert draft.config.peft_config is AUTO, (
         "which dora would refuse, before the user is told that the method is another"
     )
     with pytest.raises(UserError, match="has peft adalora, now it is dora"):
-        find_checkpoint(draft.config, earlier_settings(now))
+        find_checkpoint(draft.config, earlier_settings(now).settings)
 
 
 @pytest.mark.parametrize(

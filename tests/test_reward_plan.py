@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_miss import UserError
-from src.config import Config
+from src.config import Config, value_or_zero
 from src.data.answer_batches import GROUP, collate_answers
 from src.data.answer_unit import AnswerGroup
 from src.data.held_out import evaluations
@@ -200,16 +200,17 @@ def test_evaluations_take_a_tenth_at_most(flags, capsys):
         (300, 1, 99.0, 50),
         (300, 4, 7.0, 52),  # a draw has four steps
         (300, 1, 4.9, 100),
-        (300, 1, 2.9, -1),
+        (300, 1, 2.9, 0),
         (3, 1, 99.0, 1),
-        (8, 8, 99.0, -1),  # all of one draw
+        (8, 8, 99.0, 0),  # all of one draw
     ],
 )
 def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, every):
     draft = Draft(Config(loss="grpo", inner_steps=inner))
     choose_eval_steps(draft, steps, affordable)
-    assert draft.config.eval_steps == every and ("eval_steps" in draft.origins) == (every > 0)
-    assert every < 0 or evaluations(draft.config, steps) <= min(7, affordable)
+    assert value_or_zero(draft.config, "eval_steps") == every
+    assert ("eval_steps" in draft.config.origins) == (every > 0)
+    assert every == 0 or evaluations(draft.config, steps) <= min(7, affordable)
     given = Draft(Config(loss="grpo", inner_steps=inner, eval_steps=0))
     choose_eval_steps(given, steps, affordable)
     assert given.config.eval_steps == 0

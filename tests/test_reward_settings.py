@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from rwkv_miss.errors import UserError
-from src.config import parse, save, written_settings
+from src.config import AUTO, parse, recorded_settings, save
 from src.objectives.kinds import objective_of
 from src.planning.defaults import choose_loss
 from src.planning.draft import Draft
@@ -83,10 +83,10 @@ def test_mistakes_are_explained(flags, words):
 def test_what_belongs_together_is_taken():
     settings("--beta", "0.04", "--train_parts", "ln", "--reference", "base.pth")
     settings("--rewards", "regex=1,length=0.5,exact=0", "--reward_regex", "^x+$", "--reward_length", "8")
-    config, origins = settings("--rewards", "own=1,exact=0.25", "--reward_file", "own.py")
-    assert config.rewards == {"own": 1, "exact": 0.25} and origins["reward_file"] == "command line"
-    config, _ = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
-    assert (config.inner_steps, config.beta) == (3, 0) and objective_of(config).loss is None
+    config = settings("--rewards", "own=1,exact=0.25", "--reward_file", "own.py")
+    assert config.rewards == {"own": 1, "exact": 0.25} and config.origins["reward_file"] == "command line"
+    config = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
+    assert (config.inner_steps, config.beta) == (3, AUTO) and objective_of(config).loss is None
     assert objective_of(config).unit == "question" and config.on_rewards and not config.on_preferences
 
 
@@ -103,35 +103,35 @@ def test_what_belongs_together_is_taken():
     ],
 )
 def test_what_is_chosen_is_saved_and_read_again(flags, high, scale, tmp_path):
-    draft = Draft(*settings(*flags.split()))
+    draft = Draft(settings(*flags.split()))
     choose_loss(draft)
-    config, origins = draft.config, draft.origins
+    config = draft.config
     assert (config.clip_high, config.advantage_scale, config.beta) == (high, scale, 0)
-    assert config.rewards == {"exact": 1} and origins["rewards"].startswith("chosen: ")
-    save(config, origins, str(tmp_path / "config.yaml"))
-    again = Draft(*parse(["--config", str(tmp_path / "config.yaml")]))
+    assert config.rewards == {"exact": 1} and config.origins["rewards"].startswith("chosen: ")
+    save(config, str(tmp_path / "config.yaml"))
+    again = Draft(parse(["--config", str(tmp_path / "config.yaml")]))
     choose_loss(again)
     assert again.config == config
 
 
 def test_code_is_named_on_the_command_line_only(tmp_path):
     """No settings file runs code, not even that of the run that goes on."""
-    config, origins = settings("--rewards", "own=1", "--reward_file", "own.py")
+    config = settings("--rewards", "own=1", "--reward_file", "own.py")
     path = str(tmp_path / "config.yaml")
-    save(config, origins, path)
+    save(config, path)
     with pytest.raises(UserError, match="config.yaml has reward_file own.py, whose code would be run"):
         parse(["--config", path])
-    assert parse(["--config", path, "--reward_file", "own.py"])[0] == config
-    before = written_settings(path)
-    assert before == config, "it may be compared with"
+    assert parse(["--config", path, "--reward_file", "own.py"]) == config
+    before = recorded_settings(path)
+    assert before.settings == config, "it may be compared with"
     for flags in ((), ("--rewards", "own=1", "--resume", "auto")):
-        resumed = Draft(*settings(*flags))
+        resumed = Draft(settings(*flags))
         with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
             inherit(resumed, before)
-    new, origins = settings(*flags, "--proj_dir", str(tmp_path / "no run yet"))
+    new = settings(*flags, "--proj_dir", str(tmp_path / "no run yet"))
     with pytest.raises(UserError, match="--rewards own: expected one of .* FILE.py with a function own"):
-        prepare(new, origins)
-    resumed = Draft(*settings("--rewards", "own=1", "--reward_file", "moved.py"))
+        prepare(new)
+    resumed = Draft(settings("--rewards", "own=1", "--reward_file", "moved.py"))
     inherit(resumed, before)
     assert (resumed.config.rewards, resumed.config.reward_file) == ({"own": 1}, "moved.py")
 
@@ -150,9 +150,8 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
     ],
 )
 def test_what_trl_calls_it(flags, today):
-    plain = dataclasses.asdict(settings()[0])
-    found = parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])[0]
-    assert dataclasses.asdict(found) == plain | today
+    found = parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])
+    assert found == dataclasses.replace(settings(), **today)
 
 
 def test_a_reward_without_a_weight_has_the_weight_1():
@@ -160,4 +159,4 @@ def test_a_reward_without_a_weight_has_the_weight_1():
         ("--rewards exact", {"exact": 1}),
         ("--rewards exact,partial=0.5", {"exact": 1, "partial": 0.5}),
     ):
-        assert settings(*flags.split())[0].rewards == wanted
+        assert settings(*flags.split()).rewards == wanted

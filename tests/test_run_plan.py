@@ -14,8 +14,7 @@ import torch
 from rwkv_miss import progress
 from scripts import plan as plan_program
 from src.common.formatting import size_text
-from src.config import Config
-from src.config.parse import read_yaml
+from src.config import Config, recorded_settings
 from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
@@ -194,12 +193,12 @@ def cut_to_length(rows):
 )
 def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(settings):
     train, held = cut_to_length(documents(400, 0)), documents(300, 1) + documents(20, 2, trained=False)
-    settings = {"epoch_count": 1, "micro_bsz": 4, "ctx_len": 64, **settings}
+    settings = {"epoch_count": 1, "micro_bsz": 4, "ctx_len": 64, "eval_steps": 0, **settings}
     config = Config(**settings)
     draft, schedule = Draft(config), make_schedule(train, config, 1)
     chosen = choose_evaluation(draft, schedule, cut_to_length(held))
     assert draft.config.eval_docs == len(chosen)
-    assert draft.origins["eval_docs"].startswith("chosen: of 300 held-out documents")
+    assert draft.config.origins["eval_docs"].startswith("chosen: of 300 held-out documents")
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
     evaluations = sum(
         step in (0, steps) or config.eval_steps > 0 and step % config.eval_steps == 0
@@ -224,22 +223,22 @@ def test_few_held_out_documents_are_all_taken_and_one_always_is():
         chosen = choose_evaluation(draft, schedule, cut_to_length(documents(count, 1)))
         assert len(chosen) == draft.config.eval_docs == taken
     draft = Draft(Config())
-    assert not choose_evaluation(draft, None, Documents([])) and not draft.origins
+    assert not choose_evaluation(draft, None, Documents([])) and not draft.config.origins
 
 
 def test_the_share_is_kept(files, tmp_path):
     run = tmp_path / "run"
     succeed(evaluated(files, run))
-    config = read_yaml(str(run / "config.yaml"))
-    [line] = [
-        line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("eval_docs: ")
-    ]
-    assert 0 < config["eval_docs"] < 40 and "# chosen: of 40 held-out documents" in line
+    recorded = recorded_settings(str(run / "config.yaml"))
+    assert 0 < recorded.settings.eval_docs < 40
+    assert recorded.chosen["eval_docs"].startswith("of 40 held-out documents")
     tokens = validation(run)[0]["tokens"]
     # twice as long, more would be affordable
     succeed(evaluated(files, run, "--epoch_count", "2", "--resume", "auto"))
     assert [line["tokens"] for line in validation(run)] == 3 * [tokens]
-    assert read_yaml(str(run / "config.yaml"))["eval_docs"] == config["eval_docs"]
+    again = recorded_settings(str(run / "config.yaml"))
+    assert again.settings.eval_docs == recorded.settings.eval_docs
+    assert again.chosen["eval_docs"] == f"as the run has it so far: {recorded.chosen['eval_docs']}"
 
 
 def chatty(rank):

@@ -21,7 +21,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata, write_checkpoint
-from src.config import Config, parse
+from src.config import Config, parse, recorded_settings
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.held_out import SAMPLE_TOKENS
@@ -492,7 +492,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     proj_dir, output = watched
     text = (proj_dir / "run_card.md").read_text()
     [line] = [line for line in text.splitlines() if line.startswith("    python train.py")]
-    assert parse(shlex.split(line)[2:])[0] == Config(**read_yaml(proj_dir / "config.yaml"))
+    assert parse(shlex.split(line)[2:]) == recorded_settings(str(proj_dir / "config.yaml")).settings
     lines, end = validation_lines(proj_dir), summary(proj_dir)
     base = RWKV.load(files / "base.pth")
     assert (

@@ -325,5 +325,5 @@ def test_a_search_for_the_rate_weighs_as_the_run_does():
 
 def test_the_settings_are_written_and_a_config_of_before_means_none(tmp_path):
     (tmp_path / "config.yaml").write_text("data_file: a\n")
-    before, _ = settle({"config": str(tmp_path / "config.yaml")})
+    before = settle({"config": str(tmp_path / "config.yaml")})
     assert (before.think_weight, before.prompt_weight) == (1, 0)

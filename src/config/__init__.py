@@ -3,19 +3,23 @@
 Imports common only. Other rooms take the public names below from here; schema.py has the settings.
 """
 
-from .parse import command, parse, save, settle, written_settings
-from .schema import FIELDS, Config, accumulation, is_automatic
+from .option import AUTO
+from .parse import command, parse, recorded_settings, save, settle
+from .schema import FIELDS, Config, accumulation, is_automatic, value_or_zero, written
 from .validate import validate
 
 __all__ = [
+    "AUTO",
     "FIELDS",
     "Config",
     "accumulation",
     "command",
     "is_automatic",
     "parse",
+    "recorded_settings",
     "save",
     "settle",
     "validate",
-    "written_settings",
+    "value_or_zero",
+    "written",
 ]

@@ -99,7 +99,7 @@ def drop_local_rank(argv: list[str]) -> list[str]:
     ]
 
 
-def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
+def follow_launcher(config: Config) -> Config:
     """Return the settings with the launcher's --devices and --num_nodes where they were not given.
 
     Raises UserError where one was given and contradicts the launcher.
@@ -107,7 +107,7 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
     launch = launched()
     if launch is None:
         return config
-    given = config.devices if origins["devices"] != "default" else max(launch.world // config.num_nodes, 1)
+    given = config.devices if "devices" in config.origins else max(launch.world // config.num_nodes, 1)
     devices = launch.on_machine or given
     told = f"{launch.by} started {launch.world} processes" + (
         f", {launch.on_machine} of them on this machine" if launch.on_machine else ""
@@ -117,13 +117,13 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> Config:
             f"{told}, but every machine must have {devices}: {launch.world} is not a multiple of it"
         )
     for name, number in (("devices", devices), ("num_nodes", launch.world // devices)):
-        if origins[name] == "default":
-            config = dataclasses.replace(config, **{name: number})
-            origins[name] = launch.by
+        if name not in config.origins:
+            told_by = {**config.origins, name: launch.by}
+            config = dataclasses.replace(config, **{name: number}, origins=told_by)
         elif getattr(config, name) != number:
             raise UserError(
-                f"{told}, so that --{name} is {number}, but it is {getattr(config, name)} ({origins[name]}); "
-                f"drop --{name}, or have {launch.by} start as many as it says"
+                f"{told}, so that --{name} is {number}, but it is {getattr(config, name)}"
+                f" ({config.origins[name]}); drop --{name}, or have {launch.by} start as many as it says"
             )
     return config
 

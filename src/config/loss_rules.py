@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rwkv_miss.errors import UserError
 
 from .loss_settings import LOSSES
-from .schema import Config, is_automatic
+from .option import AUTO
+from .schema import Config, value_or_zero
 
 GRPO = ("grpo",)
 # settings of one loss or some: its losses, and the value under the others
@@ -87,32 +86,33 @@ def check_loss(config: Config) -> None:
 
 def check_preference(config: Config) -> None:
     """Check the weight of the cross entropy beside a preference."""
-    if config.sft_weight < 0 and not is_automatic(config, "sft_weight"):
+    if value_or_zero(config, "sft_weight") < 0:
         raise UserError(
             f"--sft_weight {config.sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss"
         )
-    if config.loss == "orpo" and config.sft_weight not in (-1, 1):
+    if config.loss == "orpo" and config.sft_weight not in (AUTO, 1):
         raise UserError(
             f"--sft_weight {config.sft_weight:g} has no meaning with --loss orpo, whose cross entropy has the"
             " weight 1; --orpo_lambda weighs the odds ratio against it"
         )
 
 
-def check_by_hand(config: Config, origins: Mapping[str, str]) -> None:
-    """Check the rules that depend on a setting's origin. `origins` may lack settings with their defaults.
+def check_by_hand(config: Config) -> None:
+    """Check the rules that depend on a setting's origin.
 
     A --beta of the command line is above 0; a config.yaml has 0 if the choice is left to the loss. grpo's is
     0 without a KL. Code is named only on the command line, so that nobody else's settings run it.
     """
     losses = OF_LOSSES["beta"][0]
-    by_hand = config.loss in losses and origins.get("beta") == "command line"
-    if by_hand and config.loss != "grpo" and config.beta <= 0:
+    by_hand = config.loss in losses and config.origins.get("beta") == "command line"
+    if by_hand and config.loss != "grpo" and (beta := value_or_zero(config, "beta")) <= 0:
         raise UserError(
-            f"--beta {config.beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
+            f"--beta {beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
         )
-    if config.reward_file and origins.get("reward_file") != "command line":
+    where = config.origins.get("reward_file")
+    if config.reward_file and where != "command line":
         raise UserError(
-            f"{origins.get('reward_file')} has reward_file {config.reward_file}, whose code would be run:"
+            f"{where} has reward_file {config.reward_file}, whose code would be run:"
             " that counts on the command line only. If you trust the file, add --reward_file"
             f" {config.reward_file} to the command; else remove the line"
         )

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
+
+
+class Auto(enum.Enum):
+    """The value of a number or mapping that is left to the program; it is neither a number nor true or false.
+
+    The command line and YAML have 0, -1 or auto for it, as the help says.
+    """
+
+    AUTO = "auto"
+
+    def __bool__(self) -> bool:
+        raise TypeError("AUTO has no truth value: ask is_automatic(), or take value_or_zero()")
+
+
+AUTO = Auto.AUTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +71,16 @@ def opt(
     """Make a setting with its help text, the names that neighbouring projects use for it, and its allowed
     values.
 
-    `automatic`: the default is no value but leaves the choice to the program (src/planning/defaults.py).
-    `low` and `high` are the smallest and the largest number, `below` is the first that is too large. `words`:
-    values that may be given as a word. `bare`: the value of a name without one in a mapping.
+    `automatic`: the default leaves the choice to the program (src/planning/defaults.py); a Config then has
+    AUTO, or "auto" where the setting is a text. `low` and `high` are the smallest and the largest number,
+    `below` is the first that is too large. `words`: values that may be given as a word. `bare`: the value of
+    a name without one in a mapping.
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
     meta["bounds"], meta["bare"] = Bounds(low, high, below), bare
+    meta["type"], meta["written"] = type(default), default  # what a file and the help have for the default
+    if automatic and not isinstance(default, str):
+        return dataclasses.field(default=AUTO, metadata=meta)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -26,7 +26,21 @@ from ..common.files import write_text
 from .adapter_options import METHOD_ALIASES, TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .loss_rules import check_by_hand
-from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
+from .option import AUTO
+from .schema import (
+    CHOSEN,
+    FIELDS,
+    NAMES,
+    PAPER,
+    PRESETS,
+    PUBLISHED,
+    Config,
+    origin_of,
+    read,
+    type_of,
+    uncommon_bounds,
+    written,
+)
 from .validate import validate
 
 # values of other projects' scripts for flags that are here too; legacy/ knows what they mean
@@ -43,19 +57,16 @@ FOREIGN = {
 EXPECTED = {bool: "0 or 1", int: "a whole number", float: "a number such as 0.5", str: "a text"}
 
 
-def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
-    """Parse the command line: Config, and the origin of each value.
-
-    An origin is "command line", "FILE.yaml", "preset NAME", the name of a launcher, or "default".
-    """
-    config, origins = settle(
+def parse(argv: list[str]) -> Config:
+    """Parse the command line."""
+    config = settle(
         read_flags(
             flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
         )
     )
-    config = follow_launcher(config, origins)
+    config = follow_launcher(config)
     validate(config)
-    return config, origins
+    return config
 
 
 def flag_parser(prog: str, description: str) -> Parser:
@@ -67,7 +78,8 @@ def flag_parser(prog: str, description: str) -> Parser:
         help="YAML with any of these settings; an earlier run's config.yaml is one",
     )
     for field in FIELDS.values():
-        default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
+        default = field.metadata["written"]
+        default = "" if default in ("", {}) else f" [{default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         bounds = f"; {text}" if (text := uncommon_bounds(field.name)) else ""
         help = (field.metadata["help"] + bounds + default).replace("%", "%%")
@@ -105,20 +117,30 @@ def _is_of_today(parser: Parser, argv: list[str]) -> bool:
     return True
 
 
-def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+def settle(given: dict[str, Any]) -> Config:
     """Make the settings of parsed flags, `config` among them, without validate()."""
-    config, origins = _merged(given)
-    check_by_hand(config, origins)
-    return config, {name: origins.get(name, "default") for name in FIELDS}
+    config = _merged(given)
+    check_by_hand(config)
+    return config
 
 
-def written_settings(path: str) -> Config:
-    """Read a run's config.yaml, for a comparison: code that it names is not run."""
-    return _merged({"config": path})[0]
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """The settings in the config.yaml of a run. Code that they name is not run."""
+
+    settings: Config
+    chosen: Mapping[str, str]  # of those that were left to the program: why it chose them
 
 
-def _merged(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """Merge the settings of all places; returns the origins of those that are not defaults, too."""
+def recorded_settings(path: str) -> Recorded:
+    """Read a run's config.yaml. What was chosen is no longer AUTO, also where it is 0."""
+    config = _merged({"config": path})
+    chosen = {name: why for name, why in (_load_yaml(path).get(CHOSEN) or {}).items() if name in FIELDS}
+    return Recorded(dataclasses.replace(config, **{name: written(config, name) for name in chosen}), chosen)
+
+
+def _merged(given: dict[str, Any]) -> Config:
+    """Merge the settings of all places."""
     file = given.get("config")
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if file:
@@ -126,14 +148,42 @@ def _merged(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     values, origins = _first_of_each(layers)
     if values.get("preset"):
         values, origins = _first_of_each([*layers, (f"preset {values['preset']}", _preset_values(values))])
-    config = Config(**values)
-    if config.lr_init == PAPER:
-        config = dataclasses.replace(config, lr_init=config.published_rate)
-        origins["lr_init"] += f": {PUBLISHED} {config.peft}"
-    return config, origins
+    return _config_of(values, origins)
+
+
+def checked(config: Config) -> Config:
+    """The settings of a Config that was made in Python: of their types, and valid. Raises UserError."""
+    values = {name: value for name in FIELDS if (value := getattr(config, name)) is not AUTO}
+    for name, value in values.items():
+        typed = _typed_value(name, value)
+        # a text may be more than one: a name of the hub has the local file
+        if not isinstance(value, str) or value != typed:
+            values[name] = typed
+    config = _config_of(values, config.origins)
+    validate(config)
+    return config
+
+
+def _config_of(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    """Typed values as settings: words for no number have their meaning."""
+    config = Config(**{name: read(name, value) for name, value in values.items()}, origins=origins)
+    if config.lr_init != PAPER:
+        return config
+    origins = {**origins, "lr_init": f"{origins.get('lr_init', 'given')}: {PUBLISHED} {config.peft}"}
+    return dataclasses.replace(config, lr_init=config.published_rate, origins=origins)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file, without the reasons that a run's config.yaml has beside them."""
+    values = _load_yaml(path)
+    values.pop(CHOSEN, None)
+    for name in values:
+        if name not in NAMES:
+            raise UserError(f"{path}: unknown setting {name!r}{did_you_mean(str(name), NAMES)}")
+    return values
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         if not os.path.isdir(path):
             raise UserError(f"config file {path} does not exist")
@@ -148,9 +198,6 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
-    for name in values:
-        if name not in NAMES:
-            raise UserError(f"{path}: unknown setting {name!r}{did_you_mean(str(name), NAMES)}")
     return values
 
 
@@ -257,18 +304,30 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def save(config: Config, origins: dict[str, str], path: str, remarks: Sequence[str] = ()) -> None:
-    """Write the resolved settings as YAML, each with its origin, and `remarks` as comments at the end.
-
-    The file works as --config.
+def save(config: Config, path: str, remarks: Sequence[str] = ()) -> None:
+    """Write the settings as YAML, each with its origin; then, under `chosen`, why the program chose what was
+    left to it. `remarks` are comments at the end. The file works as --config.
     """
+    chosen = {
+        name: reason
+        for name in FIELDS
+        for kind, _, reason in [origin_of(config, name).partition(": ")]
+        if kind == CHOSEN
+    }
     lines = [
-        f"{yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]}  # {origin}"
-        for name, origin in origins.items()
-        for value in [recorded(getattr(config, name))]
+        f"{_yaml({name: recorded(written(config, name))})}  # {origin}"
+        for name in FIELDS
+        for origin in [CHOSEN if name in chosen else origin_of(config, name)]
     ]
+    if chosen:
+        lines += [f"{CHOSEN}:", *(f"  {_yaml({name: reason})}" for name, reason in chosen.items())]
     lines += [f"# {remark}" for remark in remarks]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _yaml(pair: dict[str, Any]) -> str:
+    """A name and its value as a line."""
+    return yaml.safe_dump(pair, default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
 
 
 def command(config: Config) -> str:
@@ -278,8 +337,8 @@ def command(config: Config) -> str:
     # --epoch_steps alone is one epoch
     left_out = {"resume", "epoch_count"} if config.epoch_steps and config.epoch_count == 1 else {"resume"}
     for name in FIELDS:
-        value = recorded(getattr(config, name))
-        if name not in left_out and value != getattr(default, name):
+        value = recorded(written(config, name))
+        if name not in left_out and value != written(default, name):
             text = _flag_text(value)
             # a value that begins like a flag
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]

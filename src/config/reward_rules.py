@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError, did_you_mean
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from .loss_settings import REWARDS
-from .schema import Config
+from .schema import Config, value_or_zero
 
 # rewards with a setting of their own, which is set exactly if they are used
 OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
@@ -30,19 +30,20 @@ def check_rewards(config: Config) -> None:
     check_weights(config)
     if config.resume != "auto" or config.reward_file:
         check_own_functions(config)
+    rewards, longest = value_or_zero(config, "rewards"), value_or_zero(config, "max_tokens")
     for name, setting in OF_REWARDS.items():
         given = getattr(config, setting)
-        if name in config.rewards and not given:
+        if name in rewards and not given:
             raise UserError(f"--rewards {name} needs --{setting}; give it, or drop the reward")
-        if given and name not in config.rewards:
+        if given and name not in rewards:
             raise UserError(
                 f"--{setting} {given} has no meaning without the reward {name}: add {name}=1 to --rewards, or"
                 " drop the flag"
             )
     check_regex(config.reward_regex)
-    if config.reward_length >= config.max_tokens > 0:
+    if config.reward_length >= longest > 0:
         raise UserError(
-            f"--reward_length {config.reward_length} is not below --max_tokens {config.max_tokens}, where"
+            f"--reward_length {config.reward_length} is not below --max_tokens {longest}, where"
             " answers are cut: no answer would be too long; lower it, or raise --max_tokens"
         )
     if config.spike_sigmas:
@@ -56,19 +57,20 @@ def check_rewards(config: Config) -> None:
 
 def check_weights(config: Config) -> None:
     """Check that weights are numbers, and that one counts."""
-    for name, weight in config.rewards.items():
+    rewards = value_or_zero(config, "rewards")
+    for name, weight in rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"--rewards {name}: must be a weight such as 0.5, got {weight!r}")
-    if config.rewards and not any(config.rewards.values()):
+    if rewards and not any(rewards.values()):
         raise UserError(
-            f"--rewards {','.join(f'{name}=0' for name in config.rewards)}: no reward has a weight, so that"
+            f"--rewards {','.join(f'{name}=0' for name in rewards)}: no reward has a weight, so that"
             " there is nothing to learn; give one of them a weight above 0"
         )
 
 
 def check_own_functions(config: Config) -> None:
     """Check that a reward that is not built in is a function of --reward_file."""
-    own = [name for name in config.rewards if name not in REWARDS]
+    own = [name for name in value_or_zero(config, "rewards") if name not in REWARDS]
     if "std" in own:
         raise UserError("--rewards std: reward_std is the spread of a group; give the function another name")
     for name in own:
@@ -110,7 +112,7 @@ def check_draws(config: Config) -> None:
             "--packing 0 has no meaning with --loss grpo, whose questions never share a row; drop it"
         )
     for name in ("save_steps", "eval_steps", "epoch_steps"):
-        steps = getattr(config, name)
+        steps = value_or_zero(config, name)
         if steps > 0 and steps % config.inner_steps:
             raise UserError(
                 f"--{name} {steps} is not a multiple of --inner_steps {config.inner_steps}, the steps on the"
@@ -120,12 +122,13 @@ def check_draws(config: Config) -> None:
 
 def check_reference_of_kl(config: Config) -> None:
     """Check that a KL has a reference model, and that a reference is used."""
-    if config.reference and not config.beta:
+    beta = value_or_zero(config, "beta")
+    if config.reference and not beta:
         raise UserError(
             f"--reference {config.reference} has no meaning with --loss grpo without a KL; give --beta 0.04,"
             " for example, or drop it"
         )
-    if not config.beta or config.reference:
+    if not beta or config.reference:
         return
     for flag, changes in (
         (f"--peft {config.peft}", config.peft in ("none", "state")),
@@ -133,6 +136,6 @@ def check_reference_of_kl(config: Config) -> None:
     ):
         if changes:
             raise UserError(
-                f"--beta {config.beta:g} needs the model as it was, and {flag} changes the model itself,"
+                f"--beta {beta:g} needs the model as it was, and {flag} changes the model itself,"
                 f" which can't be switched off as an adapter can; give --reference {config.load_model}"
             )

@@ -7,19 +7,21 @@ RWKV-PEFT's names are kept.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
+from typing import Any
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.quantised import CODES
 
 from .adapter_options import AdapterOptions
 from .loss_settings import LossSettings
-from .option import opt
+from .option import AUTO, opt
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 PUBLISHED = "the published rate of --peft"  # beginning of such a rate's reason
-PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
+CHOSEN = "chosen"  # begins the origin of a setting that the program has chosen
+PAPER = "paper"  # --lr_init paper, until the method is known
 
 
 def _published_rates() -> str:
@@ -291,12 +293,15 @@ class Config(LossSettings):
         choices=("none", "auto"),
     )
 
+    # of settings that are not the default: where they are from, or "chosen: " and why
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
     @property
     def adapter(self) -> AdapterOptions | None:
         """Adapter of --peft, --peft_config and --train_parts; None in full training."""
         if self.peft == "none":
             return None
-        return AdapterOptions.of(self.peft, self.peft_config, self.train_parts)
+        return AdapterOptions.of(self.peft, value_or_zero(self, "peft_config"), self.train_parts)
 
     @property
     def published_rate(self) -> float:
@@ -311,7 +316,7 @@ class Config(LossSettings):
         return self.devices * self.num_nodes
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "origins"}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
 _COMMON = {
@@ -336,8 +341,19 @@ PRESETS = {
 
 
 def type_of(name: str) -> type:
-    default = FIELDS[name].default
-    return dict if default is dataclasses.MISSING else type(default)
+    return FIELDS[name].metadata["type"]
+
+
+def written(config: Config, name: str) -> Any:
+    """The value as files and commands have it, where AUTO is a number or empty."""
+    value = getattr(config, name)
+    return FIELDS[name].metadata["written"] if value is AUTO else value
+
+
+def read(name: str, value: Any) -> Any:
+    """The value of a setting that files and commands write like this: written() undone."""
+    meta = FIELDS[name].metadata
+    return FIELDS[name].default if meta["automatic"] and value == meta["written"] else value
 
 
 def uncommon_bounds(name: str) -> str:
@@ -348,11 +364,24 @@ def uncommon_bounds(name: str) -> str:
 
 def is_automatic(config: Config, name: str) -> bool:
     """Tell whether a setting is left to the program, and has not been chosen yet."""
-    return FIELDS[name].metadata["automatic"] and getattr(config, name) == getattr(Config(), name)
+    return FIELDS[name].metadata["automatic"] and getattr(config, name) == FIELDS[name].default
+
+
+def origin_of(config: Config, name: str) -> str:
+    """Where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or why it was
+    chosen.
+    """
+    is_default = value_or_zero(config, name) == value_or_zero(Config(), name)
+    return config.origins.get(name, "default" if is_default else "given")
+
+
+def value_or_zero(config: Config, name: str) -> Any:
+    """The value of a number or mapping that was given or chosen; 0 or {} where it is left to the program."""
+    return type_of(name)() if is_automatic(config, name) else getattr(config, name)
 
 
 def accumulation(config: Config) -> int:
     """Count the forward passes of one device in one optimizer step."""
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.world)
-    return config.accumulate_grad_batches or 1
+    return value_or_zero(config, "accumulate_grad_batches") or 1

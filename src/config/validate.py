@@ -16,9 +16,9 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from .loss_rules import check_loss
-from .option import Bounds
+from .option import AUTO, Bounds
 from .reward_rules import check_rewards
-from .schema import FIELDS, Config, accumulation, is_automatic, type_of
+from .schema import FIELDS, Config, accumulation, type_of, value_or_zero, written
 
 BOS_WORDS = ("recorded", "none", "auto")
 WHOLE_NUMBERS = Bounds(below=2**31)  # for a setting without bounds of its own
@@ -33,7 +33,7 @@ def validate(config: Config) -> None:
 def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
     """Check that a number is within the bounds that its setting has in schema.py."""
     for name in names:
-        bounds, value = FIELDS[name].metadata["bounds"], getattr(config, name)
+        bounds, value = FIELDS[name].metadata["bounds"], written(config, name)
         if type_of(name) not in (int, float):
             continue
         complaint = bounds.complaint(value)
@@ -87,7 +87,7 @@ def check_adapter(config: Config) -> None:
     """Check that the options can be parsed; full training has none."""
     if config.adapter:
         return
-    if config.peft_config:
+    if value_or_zero(config, "peft_config"):
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts):
         raise UserError(
@@ -129,35 +129,37 @@ def check_weight_decay(config: Config) -> None:
 
 def check_evaluation(config: Config) -> None:
     """Check that evaluations have held-out data, from one place."""
-    if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
+    share, every = value_or_zero(config, "eval_split"), value_or_zero(config, "eval_steps")
+    if not 0 <= share < 1:
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
-    if config.eval_file and config.eval_split > 0:
+    if config.eval_file and share:
         raise UserError(
             f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of"
             " them"
         )
     for name in ("eval_steps", "eval_docs"):
-        if getattr(config, name) > 0 and not (config.eval_file or config.eval_split):
+        if value_or_zero(config, name) and not config.eval_file and config.eval_split == 0:
             raise UserError(
                 f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
                 "or --eval_split 0.05"
             )
-    if config.early_stop > 0 and config.eval_steps <= 0:
+    if value_or_zero(config, "early_stop") and not every:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 
 
 def check_rows_per_step(config: Config) -> None:
     """Check that the rows of a step are whole forward passes of all devices."""
-    given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
-    each = max(getattr(config, given), 1) * config.world
+    rows, passes = (value_or_zero(config, name) for name in ("micro_bsz", "accumulate_grad_batches"))
+    given = "micro_bsz" if rows else "accumulate_grad_batches"
+    each = (rows or passes or 1) * config.world
     if config.global_bsz % each:
         raise UserError(
             f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}"
         )
-    if config.micro_bsz and config.accumulate_grad_batches not in (0, accumulation(config)):
+    if rows and passes not in (0, accumulation(config)):
         raise UserError(
             f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
-            f"but {config.accumulate_grad_batches} was given; drop one of them"
+            f"but {passes} was given; drop one of them"
         )
 
 
@@ -173,7 +175,7 @@ def check_chunks(config: Config) -> None:
             f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of"
             f" --chunk_ctx {config.chunk_ctx}"
         )
-    if config.chunk_ctx >= config.ctx_len > 0:
+    if config.chunk_ctx >= value_or_zero(config, "ctx_len") > 0:
         raise UserError(
             f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there"
             " would be nothing to cut; raise --ctx_len to the length that your documents need, or drop"
@@ -183,7 +185,7 @@ def check_chunks(config: Config) -> None:
 
 def check_memory(config: Config) -> None:
     """Check that memory savers fit what is trained."""
-    if config.grad_cp not in (-1, 0, 1, 2):
+    if config.grad_cp not in (AUTO, 0, 1, 2):
         raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.quant != "none" and config.peft == "none":
         raise UserError(

@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
-from ..config import Config
+from ..config import Config, value_or_zero
 from ..config.launcher import is_first_process
 from .batches import pack
 from .dataset import Document
@@ -40,7 +40,7 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
     The choice depends on the documents' own content and the seed, so that it is the same in every process and
     in a resumed run. Raises UserError where either side would be left without a trained token.
     """
-    if not config.eval_file and config.eval_split <= 0:
+    if not config.eval_file and not value_or_zero(config, "eval_split"):
         return documents, documents.take(np.zeros(0, np.int64))
     keys = _keys(documents.held_out_by(), documents, config.random_seed)
     if config.eval_file:
@@ -92,7 +92,8 @@ def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
 
 def evaluations(config: Config, steps: int) -> int:
     """Count the evaluations of a run of `steps` steps: first, every eval_steps, and last."""
-    return 2 + ((steps - 1) // config.eval_steps if config.eval_steps > 0 else 0)
+    every = value_or_zero(config, "eval_steps")
+    return 2 + ((steps - 1) // every if every else 0)
 
 
 def in_hash_order(held_out: Units, seed: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from rwkv_miss.adapter import FIRST_MOVE, METHODS
 from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
-from ..config import Config, accumulation, is_automatic
+from ..config import Config, accumulation, is_automatic, value_or_zero
 from ..objectives.kinds import objective_of
 from .draft import Draft
 
@@ -69,14 +69,14 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0, unit: str = "docume
 
 def longest_uncut(config: Config) -> float:
     """Return the inputs of the longest uncut conversation, before or after the length of rows is chosen."""
-    return config.ctx_len or (math.inf if config.chunk_ctx else LONGEST)
+    return value_or_zero(config, "ctx_len") or (math.inf if config.chunk_ctx else LONGEST)
 
 
 def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     """Choose (eval_split, why). The share has two digits, so that it can be given as a flag."""
     if config.eval_file:
         return 0.0, "--eval_file is given"
-    if documents < HELD_OUT and config.eval_steps <= 0:
+    if documents < HELD_OUT and not value_or_zero(config, "eval_steps"):
         return 0.0, f"{counted(documents, objective_of(config).unit)}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
     return share, f"{counted(max(1, round(share * documents)), objective_of(config).unit)} of {documents:,}"
@@ -141,7 +141,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
             if (size := needed(tried)) <= room:
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
-        is_given = config.global_bsz or config.accumulate_grad_batches
+        is_given = config.global_bsz or not is_automatic(config, "accumulate_grad_batches")
         if not is_given and _rows_of_a_step(config, rows) < objective_of(config).usual_rows:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
@@ -155,21 +155,22 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """Yield the ways to run a step, the fastest first."""
-    most = _rows_of_a_process(config, rows)
+    most, given = _rows_of_a_process(config, rows), value_or_zero(config, "accumulate_grad_batches")
     sizes = [n for n in range(min(most, objective_of(config).usual_rows), 0, -1) if most % n == 0]
-    if config.global_bsz and config.accumulate_grad_batches:
+    if config.global_bsz and given:
         sizes = [most]
     for grad_cp in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
         for size in sizes:
-            passes = config.accumulate_grad_batches or most // size
+            passes = given or most // size
             yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=grad_cp)
 
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
     """Count the rows of one process in a step, or in a pass if the number of passes is given."""
+    passes = value_or_zero(config, "accumulate_grad_batches")
     if config.global_bsz:
-        return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
-    if config.accumulate_grad_batches:
+        return config.global_bsz // (config.world * (passes or 1))
+    if passes:
         return objective_of(config).usual_rows
     return max(_rows_of_a_step(config, rows) // config.world, 1)
 
@@ -177,7 +178,7 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 def _rows_of_a_step(config: Config, rows: int) -> int:
     """Choose a power of two up to usual_rows with which the run has STEPS steps, if it can."""
     most = objective_of(config).usual_rows
-    enough = most if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
+    enough = most if config.epoch_steps else rows * (value_or_zero(config, "epoch_count") or 1) // STEPS
     return 1 << max(min(enough, most), 1).bit_length() - 1
 
 
@@ -218,7 +219,7 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     """
     changes: dict[str, object] = {}
     yield changes
-    for recompute in RECOMPUTE[RECOMPUTE.index(max(config.grad_cp, 0)) + 1 :]:
+    for recompute in RECOMPUTE[RECOMPUTE.index(value_or_zero(config, "grad_cp")) + 1 :]:
         changes = changes | {"grad_cp": recompute}
         yield changes
     row = min(tokens, config.ctx_len)

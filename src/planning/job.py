@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
 from ..common.formatting import counted, size_text
-from ..config import Config, accumulation, is_automatic
+from ..config import Config, accumulation, is_automatic, value_or_zero
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
@@ -82,7 +81,6 @@ class Plan:
 
     typed: Config
     settings: Config  # with all choices; lr_init is open if a search is to find it
-    origins: Mapping[str, str]  # of each setting: who chose its value, and why
     before: Config | None  # the settings of the run that this one resumes
     resume_from: str | None  # its newest checkpoint
     arch: Arch
@@ -238,8 +236,9 @@ def choose_evaluation(
     costs = objective.evaluation_costs(held_out.take(order))
     budget = objective.evaluation_budget(held_out, schedule, steps)
     # a run that is resumed without them so far has no others
-    if objective.evaluations_between and not (before and is_automatic(before, "eval_steps")):
-        choose_eval_steps(draft, steps, budget / costs[: config.eval_docs or None].sum())
+    if objective.evaluations_between and (before is None or before.eval_steps):
+        taken = costs[: value_or_zero(config, "eval_docs") or None]
+        choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(draft.config, steps))
     if fits < len(order):
         of_all = counted(len(order), f"held-out {objective.unit}")

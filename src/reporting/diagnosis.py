@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..config import Config
-from ..config.schema import PUBLISHED
+from ..config.schema import CHOSEN, PUBLISHED, origin_of
 from ..evaluation.rewards import RANGES
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..objectives.preferences.metrics import ACCURACIES
-from ..planning.draft import CHOSEN
 from ..training.validation_log import all_right, answers_as_before, base_wins, evaluation_at
 
 WINDOW = 10  # steps that are averaged
@@ -42,8 +41,8 @@ class Facts:
     """Facts of a run for the rules, while it goes or after its end, when it recommends the state of `step`.
 
     `lines` are those of metrics.jsonl; while a run goes they are its first and its last WINDOW. `top` are the
-    WINDOW lines with the highest reward. `history` are the evaluations. `origin` tells where the learning
-    rate is from, and `searched` whether the run searched for it.
+    WINDOW lines with the highest reward. `history` are the evaluations. `searched`: whether the run searched
+    for its learning rate.
     """
 
     def __init__(
@@ -53,11 +52,10 @@ class Facts:
         top: Sequence[dict] = (),
         step: int | None = None,
         history: Sequence[dict] = (),
-        origin: str = "",
         searched: bool = False,
     ):
         self.config, self.lines, self.top, self.history = config, lines, top, history
-        self.origin, self.searched, self.by_loss = origin, searched, objective_of(config).metrics.by_loss
+        self.searched, self.by_loss = searched, objective_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
         self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).unit}s"
         self.range = None if self.by_loss else bounds(config)  # of a reward
@@ -380,14 +378,14 @@ class Diagnosis(NamedTuple):
 
 
 def diagnosis(
-    config: Config, metrics: list[dict], step: int, history: list[dict], origin: str, searched: bool
+    config: Config, metrics: list[dict], step: int, history: list[dict], searched: bool
 ) -> Diagnosis | None:
     """Return the doubts about a run that has ended; None if it has learnt. Arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
     if not objective_of(config).metrics.by_loss:
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
-    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, origin, searched)
+    facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, searched)
     found = [rule for rule in RULES if rule.when(facts)]
     if all(rule.is_note for rule in found):
         return None
@@ -469,10 +467,11 @@ def other_settings(f: Facts) -> list[str]:
         base = ["a base that knows more of the task"] if config.load_model else []
         *most, last = [*passes, "more data", method, *base]
         return [*most, f"{last}; the learning rate was searched for already"]
-    if PUBLISHED in f.origin:
+    origin = origin_of(config, "lr_init")
+    if PUBLISHED in origin:
         return [f"{search}; {rate} is the published one of --peft {config.peft}, and small models need more"]
-    if f.origin.startswith(CHOSEN):
-        why = f.origin.removeprefix(f"{CHOSEN}: ")
+    if origin.startswith(CHOSEN):
+        why = origin.removeprefix(f"{CHOSEN}: ")
         return [
             *passes,
             f"another --lr_init, which python -m scripts.lr_sweep finds; {rate} was chosen: {why}",

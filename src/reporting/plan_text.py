@@ -10,7 +10,8 @@ from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
-from ..config import Config, command
+from ..config import FIELDS, Config, command, is_automatic
+from ..config.schema import CHOSEN, origin_of
 from ..data.batches import Schedule
 from ..data.chat_template import Template
 from ..data.held_out import evaluations
@@ -22,7 +23,6 @@ from ..model.batch_loss import Chunks, state_bytes
 from ..model.settings import chunks_of
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
-from ..planning.draft import CHOSEN
 from ..planning.job import Cost, Plan, steps_of
 from ..planning.launches import slow_line
 from ..training.loggers import absent_writers, places_to_watch
@@ -59,7 +59,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         steps(config, run.schedule, run.steps, len(run.data.documents)),
         *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
         f"trained    {trained(config, model)}",
-        f"rates      {rates(config, run.steps, run.origins)}{above_guess(config, run.arch)}",
+        f"rates      {rates(config, run.steps)}{above_guess(config, run.arch)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
         evaluation(config, len(run.evaluated), len(run.data.held_out), run.steps, cost),
@@ -110,7 +110,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         f" {describe_leading(run.data.encoder.bos)}",
         "sample     trained part between the marks:",
         unit_sample(documents[0], run.tokenizer),
-        *chosen(config, run.origins),
+        *chosen(config),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
 
@@ -140,9 +140,9 @@ def method(config: Config, model: RWKV) -> str:
     return f"{config.peft}{described}{where}"
 
 
-def rates(config: Config, total: int, origins: dict[str, str]) -> str:
+def rates(config: Config, total: int) -> str:
     """Describe the learning rates."""
-    if not config.lr_init:
+    if is_automatic(config, "lr_init"):
         size = search_size(total)
         most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
         return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
@@ -150,7 +150,7 @@ def rates(config: Config, total: int, origins: dict[str, str]) -> str:
     state_rate = state_learning_rate(config)
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
-    kind, _, reason = origins["lr_init"].partition(": ")
+    kind, _, reason = origin_of(config, "lr_init").partition(": ")
     why = f"; {reason}" if kind == CHOSEN else ""
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
@@ -272,11 +272,11 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
     ]
 
 
-def chosen(config: Config, origins: dict[str, str]) -> list[str]:
+def chosen(config: Config) -> list[str]:
     """Write the lines of the plan about the program's choices, and the command with all of them."""
     by_reason: dict[str, list[str]] = {}
-    for name, origin in origins.items():
-        kind, _, reason = origin.partition(": ")
+    for name in FIELDS:
+        kind, _, reason = origin_of(config, name).partition(": ")
         # accelerator, precision and kernel have lines of their own
         if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):
             by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")

@@ -40,7 +40,6 @@ def is_summed_up(config: Config, step: int) -> bool:
 
 def finish(
     config: Config,
-    origins: dict[str, str],
     plan: list[str],
     step: int,
     total_steps: int,
@@ -78,7 +77,7 @@ def finish(
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        doubted = diagnosis(config, metrics, kept_step, history, origins["lr_init"], searched)
+        doubted = diagnosis(config, metrics, kept_step, history, searched)
         text = card(config, plan, summary, log, doubted)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)

@@ -5,7 +5,6 @@ They go to TensorBoard if it is installed, and to Weights & Biases on request.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 from rwkv_miss.errors import UserError
 
 from ..common.files import write_text
-from ..config import Config
+from ..config import FIELDS, Config, written
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
 
@@ -79,7 +78,7 @@ class WeightsAndBiases:
                 dir=config.proj_dir,
                 id=known,
                 resume="allow",
-                config=dataclasses.asdict(config),
+                config={name: written(config, name) for name in FIELDS},
             )
         except wandb.errors.Error as error:
             raise UserError(f"--wandb {config.wandb}: {error}") from None

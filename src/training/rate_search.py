@@ -135,7 +135,7 @@ class RateSearch:
     """
 
     def __init__(self, plan: Plan):
-        self.config, self.draft = plan.settings, Draft(plan.settings, plan.origins)
+        self.config, self.draft = plan.settings, Draft(plan.settings)
         self.guess = first_guess(plan.settings, plan.arch)
         self.size = search_size(plan.steps)
         self.part = METHODS[self.config.peft].long_run if self.config.adapter else LONG_RUN
@@ -152,7 +152,7 @@ class RateSearch:
             folder = self.config.proj_dir
             lines = search_table(as_json(found))
             write_text(os.path.join(folder, RATE_SEARCH), json.dumps(as_json(found), indent=1))
-            save(self.draft.config, self.draft.origins, os.path.join(folder, CONFIG), lines)
+            save(self.draft.config, os.path.join(folder, CONFIG), lines)
             say("\n".join(lines))
         return rate
 

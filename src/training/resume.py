@@ -10,8 +10,9 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.identity import Identity
 
-from ..config import FIELDS, Config, accumulation, is_automatic, written_settings
+from ..config import AUTO, FIELDS, Config, accumulation, is_automatic, value_or_zero, written
 from ..config.launcher import is_first_process, launched, whole_number
+from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
 from ..data.units import Units
 from ..model import RWKV
@@ -52,13 +53,14 @@ MAY_CHANGE = {
 }
 
 
+SO_FAR = "as the run has it so far"  # begins the reason of what is not chosen anew
 # settings that may change, and are not chosen again
 LENGTH = ("epoch_count", "eval_steps", "early_stop")
 # what a step does at once; its results are equal to rounding
 BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
 
 
-def earlier_settings(config: Config) -> Config | None:
+def earlier_settings(config: Config) -> Recorded | None:
     """Read the settings of the run that --resume auto goes on with; None without such a run."""
     if config.resume != "auto" or not list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS)):
         return None
@@ -68,38 +70,43 @@ def earlier_settings(config: Config) -> Config | None:
             f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose"
             " another --proj_dir"
         )
-    return written_settings(file)
+    return recorded_settings(file)
 
 
 def settings_of_first_process(config: Config) -> Config | None:
     """Read the first process's settings, in a process that Lightning started after that; else None."""
     file = os.path.join(config.proj_dir, CONFIG)
     by_lightning = launched() is None and whole_number("LOCAL_RANK") > 0
-    return written_settings(file) if by_lightning and os.path.exists(file) else None
+    return recorded_settings(file).settings if by_lightning and os.path.exists(file) else None
 
 
-def inherit(draft: Draft, before: Config) -> None:
-    """Fill in the choices for the run so far.
+def inherit(draft: Draft, earlier: Recorded) -> None:
+    """Fill in the choices for the run so far, with the reasons of then.
 
     Settings that may change are left out. The length is an exception if no other --epoch_steps was given. So
     is the batch if there are as many processes as before and no other batch was given.
     """
-    config = draft.config
+    config, before = draft.config, earlier.settings
     length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
-    as_before = config.accumulate_grad_batches in (0, accumulation(before))
+    as_before = config.accumulate_grad_batches in (AUTO, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in FIELDS:
         # options of another method; find_checkpoint() says that it is another
         foreign = name == "peft_config" and config.peft != before.peft
         kept = name not in MAY_CHANGE or name in (*length, *batch)
         if kept and not is_automatic(before, name) and not foreign:
-            draft.choose(name, getattr(before, name), "as the run has it so far")
+            draft.choose(name, getattr(before, name), _still(earlier.chosen.get(name, "")))
     if before.reward_file and not config.reward_file:
         raise UserError(
             f"--resume auto: rewards of the run in {config.proj_dir} are functions of {before.reward_file},"
             f" and code counts on the command line only; add --reward_file {before.reward_file}"
         )
     check_rewards(draft.config)
+
+
+def _still(reason: str) -> str:
+    """The reason for a value that the run so far has for this reason."""
+    return reason if reason.startswith(SO_FAR) else f"{SO_FAR}: {reason}" if reason else SO_FAR
 
 
 def find_checkpoint(config: Config, before: Config | None) -> str | None:
@@ -121,7 +128,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             )
         return None
     changed = [
-        f"{name} {_shown(getattr(before, name))}, now it is {_shown(recorded(getattr(config, name)))}"
+        f"{name} {_shown(written(before, name))}, now it is {_shown(recorded(written(config, name)))}"
         for name in FIELDS
         if name not in MAY_CHANGE
         and not is_automatic(before, name)
@@ -133,7 +140,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
         )
     # a share might have been chosen only after the command was checked
-    if config.eval_steps > 0 and not (config.eval_file or config.eval_split):
+    if value_or_zero(config, "eval_steps") and not config.eval_file and config.eval_split == 0:
         raise UserError(
             f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
@@ -190,25 +197,26 @@ def keep_rows_per_step(draft: Draft, before: Config) -> None:
     devices need another number.
     """
     config, rows = draft.config, rows_per_step(before)
-    if config.micro_bsz and rows_per_step(config) == rows:
+    if not is_automatic(config, "micro_bsz") and rows_per_step(config) == rows:
         return
     if config.accumulate_grad_batches == accumulation(before):
-        draft.put(accumulate_grad_batches=0)
+        draft.put(accumulate_grad_batches=AUTO)
         config = draft.config
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
-    if config.global_bsz not in (0, rows) or config.micro_bsz and config.accumulate_grad_batches:
+    given = {name: value_or_zero(config, name) for name in ("micro_bsz", "accumulate_grad_batches")}
+    if config.global_bsz not in (0, rows) or all(given.values()):
         raise UserError(
             f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and"
             " --accumulate_grad_batches, which are then chosen to fit, or choose another --proj_dir"
         )
-    given = [name for name in ("micro_bsz", "accumulate_grad_batches") if getattr(config, name)]
-    each = math.prod(getattr(config, name) for name in given) * config.world
+    given = {name: value for name, value in given.items() if value}
+    each = math.prod(given.values()) * config.world
     if rows % each:
         raise UserError(
             f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
             f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits"
         )
-    draft.put(global_bsz=rows)
+    draft.change("global_bsz", rows, f"{SO_FAR}, on other devices or with another --micro_bsz")
 
 
 def rows_per_step(config: Config) -> int:

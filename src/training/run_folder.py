@@ -25,6 +25,7 @@ ADAPTER = "adapter.pth"
 MODEL = "model.pth"  # of full training
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
+ROWS = "rows.jsonl"  # that were given to prepare()
 RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
 MERGED = "merged.pth"  # the file that the suggested merge writes

@@ -48,7 +48,7 @@ def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer
     telling = [name for name, weight in config.rewards.items() if weight and _tells_length(name)]
     limits = (_limit(name, config, loaded, tokenizer) for name in telling or config.rewards)
     limit, reason = max(limits, key=lambda choice: choice[0])
-    if not config.ctx_len:
+    if is_automatic(config, "ctx_len"):
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
     room = max(config.ctx_len + 1 - loaded.longest, config.ctx_len // 2, 1)
