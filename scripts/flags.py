@@ -17,7 +17,7 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.config import FIELDS
-    from src.config.schema import PRESETS, uncommon_bounds
+    from src.config.schema import PRESETS, type_of, uncommon_bounds
 
 # heading, its subject, and its first setting; the others follow in the order of the dataclass
 GROUPS = (
@@ -45,9 +45,9 @@ def value_kind(field: dataclasses.Field) -> str:
     choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
     if choices:
         return ", ".join(choices)
-    if field.default is dataclasses.MISSING:
+    if type_of(field.name) is dict:
         return "JSON, or key=value pairs"
-    kind = {bool: "0 or 1", int: "whole number", float: "number", str: "text"}[type(field.default)]
+    kind = {bool: "0 or 1", int: "whole number", float: "number", str: "text"}[type_of(field.name)]
     bounds = uncommon_bounds(field.name)
     return f"{kind}, {bounds}" if bounds else kind
 

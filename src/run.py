@@ -22,7 +22,7 @@ from rwkv_miss.progress import print_notes
 from . import ops
 from .common.device import PRECISIONS
 from .common.files import read_lines
-from .config import Config, save, value_or_zero
+from .config import Config, is_automatic, save, value_or_zero
 from .config.launcher import is_first_process
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
@@ -30,7 +30,7 @@ from .data.chat_template import Template
 from .data.fetch import fetch_files, pinned_names
 from .distributed.watchdog import Watchdog, watchdog
 from .model import RWKV
-from .objectives.base import TrainingData
+from .objectives.base import Objective, TrainingData
 from .objectives.kinds import objective_of
 from .objectives.reference_model import reference_of
 from .objectives.rewards.samples import SAMPLES
@@ -179,19 +179,34 @@ def with_rows(config: Config, rows: Iterable[dict]) -> Config:
     return dataclasses.replace(config, data_file=path)
 
 
-def train(plan: Plan, callbacks: Sequence[Callback] = ()) -> Result:
+def train(
+    plan: Plan,
+    callbacks: Sequence[Callback] = (),
+    objective: Callable[[Config], Objective] = objective_of,
+) -> Result:
     """Do what a plan says, and write the files of the run, whose folder nobody else uses meanwhile.
 
     `callbacks` are Lightning's. They are called after the report of a step, and before its checkpoint.
+    `objective` makes what is minimised.
     """
     started = time.time()
+    if objective is not objective_of and is_automatic(plan.settings, "lr_init"):
+        raise UserError(
+            "lr_init is left to a search, which compares rates by the losses of --loss alone; give a rate"
+            " beside an objective of your own"
+        )
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
-        return train_in_folder(plan, started, callbacks)
+        return train_in_folder(plan, started, callbacks, objective)
 
 
-def train_in_folder(plan: Plan, started: float, callbacks: Sequence[Callback] = ()) -> Result:
+def train_in_folder(
+    plan: Plan,
+    started: float,
+    callbacks: Sequence[Callback] = (),
+    objective: Callable[[Config], Objective] = objective_of,
+) -> Result:
     """Do train() in a folder that is locked already. The command began at `started`."""
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
@@ -217,7 +232,7 @@ def train_in_folder(plan: Plan, started: float, callbacks: Sequence[Callback] = 
         if resume_from:
             put_best_back(config, history)
     if not over:
-        return do_steps(plan, model, shown, started, history, callbacks)
+        return do_steps(plan, model, shown, started, history, callbacks, objective(config))
     if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
         finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
@@ -259,6 +274,7 @@ def do_steps(
     started: float,
     history: list[dict],
     callbacks: Sequence[Callback],
+    objective: Objective,
 ) -> Result:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come.
 
@@ -275,17 +291,17 @@ def do_steps(
         return step >= plan.steps or is_over(history, config.early_stop)
 
     first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
-    report, *watch, saver = reporters(plan, model, started, history)
+    report, *watch, saver = reporters(plan, model, started, history, objective)
     forgetting = Forgetting(plan.tokenizer, config.load_model, is_complete)
     trainer = make_trainer(
         config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, *callbacks, saver], first_step
     )
     begun = time.perf_counter()
-    with objective_of(config).judge(plan.template) as rewards:
+    with objective.judge(plan.template) as rewards:
         found = plan.data
         data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
         search = RateSearch(plan)
-        module = FineTuning(model, config, data, plan.steps, first_step, search.run)
+        module = FineTuning(model, config, data, plan.steps, first_step, search.run, objective)
         fit(trainer, module, report)
     settled, step = search.draft.config, trainer.global_step
     if trainer.is_global_zero:
@@ -312,7 +328,7 @@ def prepare_folder(plan: Plan) -> None:
     save(config, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
 
 
-def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> list:
+def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], objective: Objective) -> list:
     """Make the callbacks that write: the StepReport, the objective's, a Watch if documents are held out, the
     Saver.
 
@@ -344,7 +360,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict]) -> l
         resume_from,
     )
     watches = [watch] if plan.data.held_out else []
-    return [report, *objective_of(config).callbacks(folder), *watches, saver]
+    return [report, *objective.callbacks(folder), *watches, saver]
 
 
 def fit(trainer, module, report) -> None:

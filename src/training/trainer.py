@@ -37,7 +37,7 @@ from ..distributed.process_group import processes_of
 from ..distributed.processes import choose_interface
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
-from ..objectives.base import Feed, TrainingData
+from ..objectives.base import Feed, Objective, TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.policy import Policy
 from ..objectives.reference_model import reference_of
@@ -85,12 +85,13 @@ class FineTuning(pl.LightningModule):
         total_steps: int,
         first_step: int = 0,
         find_rate: Callable[[FineTuning], float] | None = None,
+        objective: Objective | None = None,
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
         everything = data.held_out if data.evaluated is None else data.evaluated
         self.data = dataclasses.replace(data, evaluated=everything)
-        self.objective, self.reference = objective_of(config), reference_of(config)
+        self.objective, self.reference = objective or objective_of(config), reference_of(config)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device

@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
 from ...common.device import PRECISIONS
-from ...config import Config, accumulation
+from ...config import Config, accumulation, is_automatic
 from ...config.loss_settings import REWARDS
 from ...data.batches import Schedule
 from ...data.chat_template import begins_thoughts
