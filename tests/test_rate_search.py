@@ -373,7 +373,7 @@ def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch)
     search.config, search.part = Config(loss="dpo", sft_weight=0.0), 0.7
     search.guess, search.size = 1e-3, SearchSize(7, 10)
     monkeypatch.setattr(search, "_deciding", lambda module: [])
-    module = types.SimpleNamespace(model=None, documents=[], evaluated=[1])
+    module = types.SimpleNamespace(model=None, data=types.SimpleNamespace(documents=[], evaluated=[1]))
     found = search._search(module, ALONE, False)
     assert set(trained) == {0.0} and set(judged) == {1.0} and len(judged) == len(trained) + 1
     first = search_table(as_json(found))[0]
