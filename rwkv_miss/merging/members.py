@@ -25,7 +25,7 @@ from ..methods.whole_tensors import PARTS
 from .rounding import Scratch
 
 LARGEST_WEIGHT = 1e30  # of an adapter; beyond it nothing is left in fp32
-RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file take from its metadata
+RECORDED = ("tokenizer", "eod", "template")  # metadata that readers of a merged file use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Member:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     weight: float = 1.0
-    notes: Sequence[str] = ()  # what was noticed while the file was read
+    notes: Sequence[str] = ()  # for the user, about reading the file
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:

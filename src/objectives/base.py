@@ -134,15 +134,15 @@ class PromptReading:
 class Objective(abc.ABC):
     """Kind of training: its data, its loss and its measures."""
 
-    unit = "document"  # what an example is called
+    unit = "document"  # name of an example
     same = "word for word"  # how an example is in two files
     usual_rows = 8  # the most rows that are chosen for a step
     rate_share = 1.0  # the first guess of the rate, as a part of a supervised training's
     looks = 1  # how often an example is looked at in a step or an evaluation
     evaluations_between = 0  # the most that are chosen between the first evaluation and the last
-    row = "row"  # what a step has several of
-    one_row = ""  # what a row holds; "": as many documents as fit
-    evaluates = "loss on"  # what an evaluation is
+    row = "row"  # name of the parts that a step consists of
+    one_row = ""  # content of a row; "": as many documents as fit
+    evaluates = "loss on"  # text for an evaluation
     asks_samples = True  # whether it has sample answers beside that
     keeps_reference = False  # whether the model of --reference stays beside the one in training
 

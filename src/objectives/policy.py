@@ -23,7 +23,7 @@ class Policy:
     log_probs: Callable[[dict], Tensor]  # a batch on the device -> ln p of its trained tokens, (n,)
     processes: Processes
     model: RWKV
-    whole: nn.Module  # what the run's strategy has made of the model
+    whole: nn.Module  # the model as the run's strategy wraps it
     device: torch.device
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:

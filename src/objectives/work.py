@@ -53,5 +53,5 @@ class Times:
     training: float = 0.0  # seconds; 0 where no speed is known
     evaluation: float = 0.0  # with sample answers
     reference: float = 0.0  # of the pass of the reference, where none is kept already
-    sampling: float = 0.0  # of the training's, what sampling the answers takes
-    provided: str = ""  # what the time takes for granted, as "if ..."
+    sampling: float = 0.0  # seconds of the training in which answers are sampled
+    provided: str = ""  # assumption behind the time, as "if ..."

@@ -23,7 +23,7 @@ from ..training.validation_log import all_right, answers_as_before, base_wins, e
 WINDOW = 10  # steps that are averaged
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
 STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
-TENTH = 0.1  # of the range of a reward: rewards that differ by less are alike
+TENTH = 0.1  # share of a reward's range: rewards that differ by less are alike
 NATS = 1.0  # by which log p of a chosen answer must fall
 DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
 LITTLE = 0.02  # a score that gets better by a smaller share has not got better

@@ -32,7 +32,7 @@ from .data_text import cut_warnings, documents_line, held_out, long_texts, rows,
 from .document_text import short_unit, unit_sample
 from .run_card import CARD
 
-LINES = 14  # of the plan, at most
+LINES = 14  # the most lines of a plan
 FAR = 5  # a rate on rewards this many times the first guess gets a warning
 LABEL = 11  # characters that a line begins with
 

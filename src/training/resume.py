@@ -56,7 +56,7 @@ MAY_CHANGE = {
 SO_FAR = "as the run has it so far"  # begins the reason of what is not chosen anew
 # settings that may change, and are not chosen again
 LENGTH = ("epoch_count", "eval_steps", "early_stop")
-# what a step does at once; its results are equal to rounding
+# sizes of a step's parts; the results are equal to rounding
 BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
 
 

@@ -200,7 +200,7 @@ def _evaluation(path: str) -> tuple | None:
 
 def _link(path: str, other: str) -> None:
     """Make `other` another name of the file at `path`, or a copy if there are no hard links."""
-    temporary = f"{other}.tmp"  # what a killed run leaves, the next one takes over
+    temporary = f"{other}.tmp"  # the next run takes over a killed run's
     with contextlib.suppress(FileNotFoundError):
         os.remove(temporary)
     try:

@@ -97,7 +97,7 @@ class FineTuning(pl.LightningModule):
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
         self.step_metrics: Tensor | None = None  # of the same, where the objective has any
         self.feed: Feed | None = None
-        self.beside: dict = {}  # what every micro-batch of the step has beside its own
+        self.beside: dict = {}  # entries of every micro-batch of the step
         self.gradient_norm: Tensor | float = 0.0  # of the last step, before it was clipped, on the device
 
     def setup(self, stage: str) -> None:

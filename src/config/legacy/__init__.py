@@ -100,7 +100,7 @@ NAMES = {
     *STAGE_FLAGS,
     *preference_flags.NAMES,
 }
-USUAL_CHUNK_CTX = 512  # that of RWKV-PEFT
+USUAL_CHUNK_CTX = 512  # RWKV-PEFT's default
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 # old flags that people type for this program too: a command with these alone is no other project's script
 SHARED = {

@@ -46,9 +46,9 @@ class AllFailed(BetweenSteps):
 class Totals:
     """Totals of a phase over all processes."""
 
-    answers: float = 0  # that were scored
-    tokens: float = 0  # of these
-    groups: float = 0  # that were scored
+    answers: float = 0  # scored ones
+    tokens: float = 0  # of the scored answers
+    groups: float = 0  # scored ones
     failed: float = 0  # groups
     trained: float = 0  # tokens of answers in the batches
     read: float = 0  # tokens of the batches

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ...data.questions import Question
 from ...evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 
-PATIENCE = 3  # multiples of --reward_timeout, at least
-SHARE = 0.1  # of the groups may time out, if that is more
+PATIENCE = 3  # timeouts that are waited for, at least
+SHARE = 0.1  # share of the groups that may time out, if these are more than PATIENCE
 
 
 class PatientRewards:
