@@ -38,8 +38,8 @@ with importing():
     from src.config import Config, command, is_automatic, settle, validate, value_or_zero
     from src.config.parse import flag_parser, read_flags
     from src.config.schema import origin_of
+    from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
-    from src.data.units import Units
     from src.model import RWKV
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess
@@ -193,13 +193,13 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     for warning in data_text.cut_warnings(config, data.documents):
         print(f"warning    {warning}")
     print(
-        f"held out   {counted(len(data.held_out), objective_of(config).unit)}, loss on"
+        f"held out   {counted(len(data.held_out), objective_of(config).word)}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
 
 
-def loss_before(model: RWKV, config: Config, held_out: Units) -> float:
+def loss_before(model: RWKV, config: Config, held_out: Examples) -> float:
     """Compute the held-out loss before any training. Raises UserError if it is not finite."""
     before = held_out_loss(model, config, held_out)
     if not math.isfinite(before):

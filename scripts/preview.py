@@ -47,6 +47,7 @@ with importing():
     from src.data.batches import pack
     from src.data.dataset import Loaded, fit
     from src.data.encode import Encoder, Tokens
+    from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.data.formats import SFT, LeftOut, Reading, Report, encodable, read_source, sample, sources
     from src.data.leading_token import describe_leading, leading_token
@@ -56,7 +57,6 @@ with importing():
     from src.data.rwkv_template import RwkvTemplate
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer
-    from src.data.units import Units
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
     from src.planning.draft import Draft
@@ -148,7 +148,7 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Loaded]:
     return lint, report, loaded
 
 
-def statistics(config: Config, loaded: Loaded, documents: Units) -> dict:
+def statistics(config: Config, loaded: Loaded, documents: Examples) -> dict:
     """Compute figures about the data, by name."""
     lengths = np.concatenate([np.diff(tokens.ends, prepend=0) for tokens in loaded.files])
     weights = weights_of(loaded.files)
@@ -196,7 +196,7 @@ def weights_line(weights: dict[str, int]) -> list[str]:
 def overview(
     config: Config,
     encoder: Encoder,
-    documents: Units,
+    documents: Examples,
     figures: dict,
     lint: Lint,
     report: Report,

@@ -108,7 +108,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     draft.choose("max_tokens", *longest_answer(config, loaded, encoder.tokenizer))
     draft.choose("ctx_len", *row_length(loaded.longest + draft.config.max_tokens - 1, config.chunk_ctx))
     config = draft.config
-    questions = loaded.units(config.ctx_len, config.group_size, config.max_tokens)
+    questions = loaded.examples(config.ctx_len, config.group_size, config.max_tokens)
     if questions.too_long:
         lint.note("too long", questions.too_long_places[0], questions.too_long)
     right = [as_drawn(question, config, encoder) for question in loaded.questions]

@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 
 from src.common.formatting import counted
-from src.data.answer_unit import prompt_length
+from src.data.answer_example import prompt_length
 from src.data.dataset import Document
+from src.data.examples import Examples
 from src.data.preferences import Preference, Preferences
 from src.data.tokenizer import Tokenizer
-from src.data.units import Units
 from src.reporting import document_text
 
 Shades = tuple[str, str]
@@ -61,25 +61,25 @@ def shown(row: Document, tokenizer: Tokenizer, plain: bool, trained: Shades = TR
     return document_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer, trained)
 
 
-def sample_lines(documents: Units, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
-    """Show document or unit i, with a line about it."""
+def sample_lines(documents: Examples, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
+    """Show document or example i, with a line about it."""
     row = documents[i]
     if isinstance(row, Preference):
-        return _unit_lines(documents, i, tokenizer, plain)
+        return _example_lines(documents, i, tokenizer, plain)
     about = f"document {i + 1} of {len(documents)}, {len(row.ids)} tokens, {row.targets} trained:"
     return [about, shown(row, tokenizer, plain)]
 
 
-def _unit_lines(units: Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
-    """Show the prompt of a unit, and the compared part of each of its answers."""
-    unit = units[i]
-    lines = [f"{units.unit} {i + 1} of {len(units)}, {unit.inputs} tokens of a row; the prompt:"]
-    prompt = Document(unit.prompt, np.zeros(len(unit.prompt), np.float32))
+def _example_lines(examples: Preferences, i: int, tokenizer: Tokenizer, plain: bool) -> list[str]:
+    """Show the prompt of an example, and the compared part of each of its answers."""
+    example = examples[i]
+    lines = [f"{examples.word} {i + 1} of {len(examples)}, {example.inputs} tokens of a row; the prompt:"]
+    prompt = Document(example.prompt, np.zeros(len(example.prompt), np.float32))
     lines.append(shown(prompt, tokenizer, plain))
-    for answer, is_chosen in zip(unit.answers, unit.chosen):
+    for answer, is_chosen in zip(example.answers, example.chosen):
         begin = prompt_length(answer)
         words = "chosen" if is_chosen else "rejected"
-        if not units.paired:
+        if not examples.paired:
             words = f"completion, label {str(is_chosen).lower()}"
         lines.append(f"  {words}, {counted(answer.targets, 'token')} compared:")
         after = Document(answer.ids[begin:], answer.weights[begin:])

@@ -20,7 +20,7 @@ from src.data.dataset import load
 from src.data.encode import Encoder, Tokens
 from src.data.formats import LABELS, PAIRS, LeftOut, Reading, Report
 from src.data.held_out import affordable, evaluation_batches, hold_out, in_hash_order, questions
-from src.data.preferences import Preferences, fit_units
+from src.data.preferences import Preferences, fit_examples
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
 
@@ -164,15 +164,17 @@ LONG = "data.jsonl, line 4"
 def test_what_is_left_out_is_counted_and_named(read):
     report = Report()
     loaded = read(ROWS, report=report)
-    assert loaded.longest == 2 * 36 + 3 + 0 and [unit.content.tolist() for unit in loaded.preferences(80)]
+    assert loaded.longest == 2 * 36 + 3 + 0 and [
+        example.content.tolist() for example in loaded.preferences(80)
+    ]
     preferences = loaded.preferences(12)
     assert (len(preferences), preferences.too_long, preferences.too_long_places) == (3, 1, (LONG,))
     assert report.lines()[-2:] == [
         "left out   2 rows, in which both answers are the same: data.jsonl, line 3, line 7",
         "left out   1 row, in which an answer is empty: data.jsonl, line 5",
     ]
-    assert [text_of(unit.prompt) for unit in preferences] == ["a\n", "a\n", "b\n"]
-    assert loaded.units(12).digest == preferences.digest
+    assert [text_of(example.prompt) for example in preferences] == ["a\n", "a\n", "b\n"]
+    assert loaded.examples(12).digest == preferences.digest
     with pytest.raises(UserError, match="data.jsonl, line 1: all 4 pairs have more tokens than --ctx_len 5"):
         loaded.preferences(5)
     with pytest.raises(
@@ -186,7 +188,7 @@ def test_answers_with_a_label(read):
     rows = [labelled("a\n", "b", True), pair("c\n", "d", "e"), labelled("f\n", "g", False), ROWS[2]]
     loaded = read(rows, LABELS)
     preferences = loaded.preferences(9)
-    found = [(text_of(unit.answers[0].ids), unit.chosen) for unit in preferences]
+    found = [(text_of(example.answers[0].ids), example.chosen) for example in preferences]
     assert found == [("a\nb\0", [True]), ("c\nd\0", [True]), ("c\ne\0", [False]), ("f\ng\0", [False])]
     assert not preferences.paired and preferences.weight == 4 and loaded.longest == 3
 
@@ -214,7 +216,7 @@ def test_the_cache_gives_the_same(read, tmp_path, monkeypatch, processes):
     assert plain.files[0].places.tolist() == [1, 1, 2, 2, 4, 4, 6, 6]
 
 
-# units
+# examples
 
 
 def random_rows(count, seed=0, kind=PAIRS):
@@ -230,24 +232,26 @@ def random_rows(count, seed=0, kind=PAIRS):
 
 
 @pytest.mark.parametrize("kind", [PAIRS, LABELS])
-def test_units_are_what_the_rows_say(read, kind):
+def test_examples_are_what_the_rows_say(read, kind):
     rows = random_rows(23, kind=kind)
     preferences = read(rows, kind).preferences(64)
     assert len(preferences) == 23 and preferences.weight == 23.0
-    for i, (row, unit) in enumerate(zip(rows, preferences, strict=True)):
+    for i, (row, example) in enumerate(zip(rows, preferences, strict=True)):
         answers = [row["chosen"], row["rejected"]] if kind == PAIRS else [row["completion"]]
         wanted = [f"{row['prompt']}{answer}\0" for answer in answers]
-        assert [text_of(answer.ids) for answer in unit.answers] == wanted
-        assert unit.chosen == ([True, False] if kind == PAIRS else [row["label"]])
-        assert text_of(unit.prompt) == row["prompt"] and unit.weight == 1 and unit.reference is None
-        assert unit.inputs == preferences.lengths[i] - 1 == sum(len(text) - 1 for text in wanted)
-        assert unit.targets == preferences.target_counts[i] == sum(len(answer) + 1 for answer in answers)
-    assert preferences.tokens == sum(len(a.ids) for unit in preferences for a in unit.answers)
-    assert preferences.targets == sum(unit.targets for unit in preferences)
+        assert [text_of(answer.ids) for answer in example.answers] == wanted
+        assert example.chosen == ([True, False] if kind == PAIRS else [row["label"]])
+        assert text_of(example.prompt) == row["prompt"] and example.weight == 1 and example.reference is None
+        assert example.inputs == preferences.lengths[i] - 1 == sum(len(text) - 1 for text in wanted)
+        assert example.targets == preferences.target_counts[i] == sum(len(answer) + 1 for answer in answers)
+    assert preferences.tokens == sum(len(a.ids) for example in preferences for a in example.answers)
+    assert preferences.targets == sum(example.targets for example in preferences)
     assert preferences.weight_sums.tolist() == [1.0] * 23
     chosen = np.array([22, 0, 7, 7])
     taken = preferences.take(chosen)
-    assert [unit.content.tolist() for unit in taken] == [preferences[i].content.tolist() for i in chosen]
+    assert [example.content.tolist() for example in taken] == [
+        preferences[i].content.tolist() for i in chosen
+    ]
     assert taken.lengths.tolist() == preferences.lengths[chosen].tolist()
     assert taken.digest != preferences.digest == read(rows, kind).preferences(64).digest
     assert len(preferences.take(np.zeros(0, np.int64))) == 0 == preferences.take(np.arange(0)).targets
@@ -267,13 +271,13 @@ def test_reference_values_stay_with_their_tokens(read, kind):
     preferences = read(random_rows(11, kind=kind), kind).preferences(64)
     values = -np.arange(preferences.targets, dtype=np.float32)
     known = preferences.with_reference(values)
-    flat = [part for unit in known for part in unit.reference]
+    flat = [part for example in known for part in example.reference]
     assert np.concatenate(flat).tolist() == values.tolist() and known.digest == preferences.digest
     assert all(len(p) == a.targets for u in known for p, a in zip(u.reference, u.answers, strict=True))
     order = np.array([4, 4, 0, 10])
     taken = known.take(order)
-    for i, unit in zip(order, taken):
-        assert [part.tolist() for part in unit.reference] == [part.tolist() for part in known[i].reference]
+    for i, example in zip(order, taken):
+        assert [part.tolist() for part in example.reference] == [part.tolist() for part in known[i].reference]
     batch = collate_answers([[taken[0], taken[2]], [taken[3]]], 3.0)
     wanted = [*taken[0].reference, *taken[2].reference, *taken[3].reference]
     assert batch["reference"].tolist() == np.concatenate(wanted).tolist()
@@ -288,26 +292,26 @@ def test_mismatched_answers_are_those_of_other_prompts(read, ctx_len):
     preferences = read(rows, LABELS).preferences(ctx_len)
     mixed = preferences.mismatched()
     assert len(mixed) == len(preferences) and mixed.chosen.tolist() == preferences.chosen.tolist()
-    prompts = {text_of(unit.prompt) for unit in preferences}
+    prompts = {text_of(example.prompt) for example in preferences}
     by_answer: dict[str, set[str]] = {}
-    for unit in preferences:
-        answer = text_of(unit.answers[0].ids[len(unit.prompt) :])
-        by_answer.setdefault(answer, set()).add(text_of(unit.prompt))
+    for example in preferences:
+        answer = text_of(example.answers[0].ids[len(example.prompt) :])
+        by_answer.setdefault(answer, set()).add(text_of(example.prompt))
     used = []
-    for i, (unit, other) in enumerate(zip(preferences, mixed)):
-        assert text_of(other.prompt) == text_of(unit.prompt) in prompts
+    for i, (example, other) in enumerate(zip(preferences, mixed)):
+        assert text_of(other.prompt) == text_of(example.prompt) in prompts
         said = text_of(other.answers[0].ids[len(other.prompt) :])
         used.append(said)
         assert other.inputs == mixed.lengths[i] - 1 <= ctx_len and other.targets == len(said)
         whole = {answer for answer in by_answer if answer.startswith(said)}
-        assert any(by_answer[answer] - {text_of(unit.prompt)} for answer in whole)
+        assert any(by_answer[answer] - {text_of(example.prompt)} for answer in whole)
         assert said in by_answer or other.inputs == ctx_len
     if ctx_len == 64:
         assert sorted(used) == sorted(text_of(u.answers[0].ids[len(u.prompt) :]) for u in preferences)
     again = read(rows, LABELS).preferences(ctx_len).mismatched()
     assert again.digest == mixed.digest != preferences.digest
     taken = mixed.take(np.array([3, 0]))
-    assert [unit.content.tolist() for unit in taken] == [mixed[i].content.tolist() for i in (3, 0)]
+    assert [example.content.tolist() for example in taken] == [mixed[i].content.tolist() for i in (3, 0)]
     with pytest.raises(ValueError, match="expected single answers"):
         read(random_rows(3)).preferences(64).mismatched()
 
@@ -315,12 +319,12 @@ def test_mismatched_answers_are_those_of_other_prompts(read, ctx_len):
 def test_mismatched_pairs_of_answers_never_keep_their_prompt(read):
     """The two answers of a pair stand side by side, and have one prompt."""
     preferences = read([pair(f"{i}\n", f"yes{i}", f"no{i}") for i in range(7)], LABELS).preferences(64)
-    for unit in preferences.mismatched():
-        prompt, answer = text_of(unit.answers[0].ids[:-1]).split("\n")
+    for example in preferences.mismatched():
+        prompt, answer = text_of(example.answers[0].ids[:-1]).split("\n")
         assert prompt not in answer
     # and where all have one prompt, there are no others
     alike = read([labelled("q\n", answer, True) for answer in "abc"], LABELS).preferences(64)
-    assert sorted(text_of(unit.answers[0].ids) for unit in alike.mismatched()) == [
+    assert sorted(text_of(example.answers[0].ids) for example in alike.mismatched()) == [
         "q\na\0",
         "q\nb\0",
         "q\nc\0",
@@ -332,20 +336,20 @@ def test_mismatched_pairs_of_answers_never_keep_their_prompt(read):
 
 @pytest.mark.parametrize("kind", [PAIRS, LABELS])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.8])
-def test_the_units_of_a_prompt_are_held_out_together(read, kind, share):
+def test_the_examples_of_a_prompt_are_held_out_together(read, kind, share):
     preferences = read(random_rows(40, kind=kind), kind).preferences(64)
     config = Config(eval_split=share, data_file="d")
     train, held = hold_out(config, preferences, None)
     assert isinstance(train, Preferences) and isinstance(held, Preferences)
-    sides = [{text_of(unit.prompt) for unit in side} for side in (train, held)]
+    sides = [{text_of(example.prompt) for example in side} for side in (train, held)]
     assert not sides[0] & sides[1] and len(train) + len(held) == 40
     assert max(1, round(share * 40)) <= len(held) <= round(share * 40) + 12
     # the choice is the prompts' own, not the rows'
     backwards = read(random_rows(40, kind=kind)[::-1], kind).preferences(64)
     _, other = hold_out(config, backwards, None)
-    assert {text_of(unit.prompt) for unit in other} == sides[1]
+    assert {text_of(example.prompt) for example in other} == sides[1]
     _, another = hold_out(Config(eval_split=share, data_file="d", random_seed=5), preferences, None)
-    assert {text_of(unit.prompt) for unit in another} != sides[1]
+    assert {text_of(example.prompt) for example in another} != sides[1]
     nothing = hold_out(Config(data_file="d"), preferences, None)
     assert nothing[0] is preferences and len(nothing[1]) == 0 and isinstance(nothing[1], Preferences)
 
@@ -354,7 +358,7 @@ def test_prompts_of_the_eval_file_are_not_trained(read):
     preferences = read(ROWS).preferences(80)
     held = read([pair("b\n", "other", "answers")], name="held.jsonl").preferences(80)
     train, found = hold_out(Config(eval_file="held.jsonl", data_file="d"), preferences, lambda path: held)
-    assert [text_of(unit.prompt) for unit in train] == ["a\n", "a\n", "long" * 9] and found is held
+    assert [text_of(example.prompt) for example in train] == ["a\n", "a\n", "long" * 9] and found is held
     with pytest.raises(UserError, match="1 of 1 pair of d would be held out, as all have one prompt"):
         hold_out(Config(eval_file="held.jsonl", data_file="d"), held, lambda path: held)
 
@@ -363,9 +367,9 @@ def test_prompts_of_the_eval_file_are_not_trained(read):
 def test_the_bar_counts_what_is_held_out(read, kind, monkeypatch):
     bars = []
     monkeypatch.setattr(held_out, "progress", lambda items, *bar, **kw: bars.append((*bar, kw)) or items)
-    units = read(random_rows(7, kind=kind), kind).preferences(64)
-    hold_out(Config(eval_split=0.3, data_file="d"), units, None)
-    in_hash_order(units.take(np.array([0, 1, 2])), 3)
+    examples = read(random_rows(7, kind=kind), kind).preferences(64)
+    hold_out(Config(eval_split=0.3, data_file="d"), examples, None)
+    in_hash_order(examples.take(np.array([0, 1, 2])), 3)
     name = {PAIRS: "pairs", LABELS: "answers"}[kind]
     for found, count in zip(bars, (7, 3), strict=True):
         assert found == (f"choosing held-out {name}", count, {"unit": name, "shown": True})
@@ -382,17 +386,21 @@ def test_evaluation_and_samples(read, kind):
     assert affordable(held, order, 1e9, 2) == 19 and affordable(held, order, 1, 2) == 1
     batches = evaluation_batches(held, Config(ctx_len=64, micro_bsz=3))
     rows = [row for batch in batches for row in batch]
-    units = list(itertools.chain(*rows))
-    assert sorted(unit.content.tolist() for unit in units) == sorted(unit.content.tolist() for unit in held)
-    widths = [sum(unit.inputs for unit in row) for row in rows]
+    examples = list(itertools.chain(*rows))
+    assert sorted(example.content.tolist() for example in examples) == sorted(
+        example.content.tolist() for example in held
+    )
+    widths = [sum(example.inputs for example in row) for row in rows]
     assert widths == sorted(widths, reverse=True) and max(widths) <= 64 and len(rows) < 19
 
     asked = questions(held, 4, Encoder(BYTES))
     assert len(asked) == 4 and len({bytes(question.prompt) for question in asked}) == 4
     right = {}
-    for unit in held:
-        if unit.chosen[0]:
-            right.setdefault(text_of(unit.prompt), text_of(unit.answers[0].ids[len(unit.prompt) : -1]))
+    for example in held:
+        if example.chosen[0]:
+            right.setdefault(
+                text_of(example.prompt), text_of(example.answers[0].ids[len(example.prompt) : -1])
+            )
     for question in asked:
         assert bytes(question.answer).decode() == right[bytes(question.prompt).decode()]
     assert len(questions(held, 99, Encoder(BYTES))) == len(right)
@@ -402,11 +410,11 @@ def test_evaluation_and_samples(read, kind):
 
 
 def loop(rows):
-    """(answer, all tokens before it, token) of every trained token, from a plain walk over the units."""
+    """(answer, all tokens before it, token) of every trained token, from a plain walk over the examples."""
     found = []
     answer = 0
-    for unit in itertools.chain(*rows):
-        for document in unit.answers:
+    for example in itertools.chain(*rows):
+        for document in example.answers:
             for i in range(1, len(document.ids)):
                 if document.weights[i]:
                     found.append((answer, document.ids[:i].tolist(), int(document.ids[i])))
@@ -440,7 +448,7 @@ def contexts(batch):
 
 
 def some_rows(preferences):
-    """Rows of several units, of one, and of odd lengths."""
+    """Rows of several examples, of one, and of odd lengths."""
     return [
         [preferences[0], preferences[1], preferences[2]],
         [preferences[3]],
@@ -455,10 +463,10 @@ def test_separate_rows_hold_every_answer_after_its_prompt(read, kind, chunk):
     batch = collate_answers(rows, 6.0, chunk)
     assert sorted(contexts(batch)) == sorted(loop(rows))
     assert batch["weights"] is None and batch["step_weight"] == 6.0 and batch["chunk"] == chunk
-    assert batch["chosen"].tolist() == [c for unit in itertools.chain(*rows) for c in unit.chosen]
+    assert batch["chosen"].tolist() == [c for example in itertools.chain(*rows) for c in example.chosen]
     assert batch["ids"].dtype == batch["answer"].dtype == torch.int64 and batch["reference"] is None
     # packed = alone
-    alone = [collate_answers([[unit]], 1.0, chunk) for unit in itertools.chain(*rows)]
+    alone = [collate_answers([[example]], 1.0, chunk) for example in itertools.chain(*rows)]
     size = 2 if kind == PAIRS else 1
     shifted = [(a + size * i, read, t) for i, one in enumerate(alone) for a, read, t in contexts(one)]
     assert sorted(shifted) == sorted(contexts(batch))
@@ -470,12 +478,12 @@ def test_shared_rows_hold_the_same_tokens_with_each_prompt_once(read):
     separate = collate_answers(rows, 6.0)
     assert sorted(contexts(batch)) == sorted(contexts(separate)) == sorted(loop(rows))
     assert batch["chosen"].tolist() == separate["chosen"].tolist()
-    units = list(itertools.chain(*rows))
+    examples = list(itertools.chain(*rows))
     assert batch["ids"].shape[0] == 12 and batch["prompt_of"].tolist() == sorted([*range(6)] * 2)
-    assert batch["prompts"].shape == (6, max(len(unit.prompt) for unit in units) - 1)
+    assert batch["prompts"].shape == (6, max(len(example.prompt) for example in examples) - 1)
     # the rows in which an answer is, one after another
     assert batch["answer"].tolist() == sorted(batch["answer"].tolist())
-    alike = [[unit] for unit in units if len(unit.prompt) == len(units[0].prompt)]
+    alike = [[example] for example in examples if len(example.prompt) == len(examples[0].prompt)]
     assert collate_answers(alike, 6.0, shared=True)["prompt_reset"] is None
     with pytest.raises(ValueError, match="whole rows"):
         collate_answers(rows, 6.0, 7, True)
@@ -502,11 +510,11 @@ def test_a_batch_without_rows_has_no_answer(shared):
 
 @pytest.mark.parametrize(("kind", "shared"), [(PAIRS, False), (PAIRS, True), (LABELS, False)])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_pass_has_every_unit_once_and_counts_units(read, kind, shared, packing):
+def test_a_pass_has_every_example_once_and_counts_examples(read, kind, shared, packing):
     preferences = read(random_rows(13, kind=kind), kind).preferences(90)
     config = Config(ctx_len=90, packing=packing, micro_bsz=2, accumulate_grad_batches=2)
     schedule = make_schedule(preferences, config, 2)
-    found, units = [], 0.0
+    found, examples = [], 0.0
     for step in range(schedule.steps_per_pass):
         weight = schedule.step_weight(step)
         batches = [
@@ -517,16 +525,16 @@ def test_a_pass_has_every_unit_once_and_counts_units(read, kind, shared, packing
         assert len(batches) == 4 and all(batch["step_weight"] == weight for batch in batches)
         chosen = sum(len(batch["chosen"]) for batch in batches)
         assert weight == chosen / (2 if kind == PAIRS else 1)
-        units += weight
+        examples += weight
         found += [(read, target) for batch in batches for _, read, target in contexts(batch)]
-    assert units == 13 == preferences.weight
+    assert examples == 13 == preferences.weight
     assert sorted(found) == sorted((read, target) for _, read, target in loop([preferences]))
     documents = load_texts(read).collator()([], 1.0)
     assert "answer" not in documents
 
 
 def load_texts(read):
-    return read([{"text": "x"}], "sft", name="texts.jsonl").units(9)
+    return read([{"text": "x"}], "sft", name="texts.jsonl").examples(9)
 
 
 def test_a_million_pairs_are_no_million_objects():
@@ -544,7 +552,7 @@ def test_a_million_pairs_are_no_million_objects():
     tokens = Tokens(ids, weights, ends, texts, begins, labels, rows)
     tracemalloc.start()
     try:
-        preferences = fit_units([tokens], [np.arange(2 * count)], ["d, line"], 70, True)
+        preferences = fit_examples([tokens], [np.arange(2 * count)], ["d, line"], 70, True)
         schedule = make_schedule(preferences, Config(ctx_len=70, packing=True, micro_bsz=1), 1)
         values = np.zeros(preferences.targets, np.float32)
         begin, _ = tracemalloc.get_traced_memory()

@@ -35,10 +35,10 @@ KINDS = {
 LN2 = torch.tensor(2.0).log().item()  # in fp32
 
 
-def make_batch(units, paired, seed=0, dtype=torch.float32):
+def make_batch(examples, paired, seed=0, dtype=torch.float32):
     """(log_probs, batch): answers of 1 to 13 tokens; those of different answers stand among each other."""
     random = torch.Generator().manual_seed(seed)
-    answers = 2 * units if paired else units
+    answers = 2 * examples if paired else examples
     counts = torch.randint(1, 14, (answers,), generator=random)
     answer = torch.repeat_interleave(torch.arange(answers), counts)
     answer = answer[torch.randperm(len(answer), generator=random)]
@@ -113,10 +113,10 @@ def by_the_formula(loss, log_probs, batch):
 
 @pytest.mark.parametrize("sft_weight", [None, 0.7])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("units", [1, 5, 17])
-def test_losses_gradients_and_metrics_are_the_formulas(name, units, sft_weight):
+@pytest.mark.parametrize("examples", [1, 5, 17])
+def test_losses_gradients_and_metrics_are_the_formulas(name, examples, sft_weight):
     loss = KINDS[name] if sft_weight is None else dataclasses.replace(KINDS[name], sft_weight=sft_weight)
-    log_probs, batch = make_batch(units, loss.paired, seed=units)
+    log_probs, batch = make_batch(examples, loss.paired, seed=examples)
     got, sums = loss(log_probs, batch)
     (gradient,) = torch.autograd.grad(got, log_probs)
     exact = log_probs.detach().double().requires_grad_()
@@ -154,7 +154,7 @@ def test_a_batch_may_be_cut_anywhere(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_batch_without_units_has_no_loss_but_a_graph(name):
+def test_a_batch_without_examples_has_no_loss_but_a_graph(name):
     log_probs = torch.zeros(0, requires_grad=True)
     batch = {
         "answer": torch.zeros(0, dtype=torch.int64),
@@ -169,20 +169,20 @@ def test_a_batch_without_units_has_no_loss_but_a_graph(name):
     assert all(math.isnan(value) for value in PreferenceLoss.means(sums.tolist()).values())
 
 
-@pytest.mark.parametrize("units", range(1, 130, 16))
-def test_the_first_step_of_dpo_is_ln_2_in_every_bit(units):
+@pytest.mark.parametrize("examples", range(1, 130, 16))
+def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
     """Whatever the answers, in whatever order their tokens come; and kto is half its weights."""
-    log_probs, batch = make_batch(units, True, seed=units)
+    log_probs, batch = make_batch(examples, True, seed=examples)
     batch["reference"] = log_probs.detach()
     for name in ("dpo", "dpo of means", "cdpo"):
         loss, sums = KINDS[name](log_probs, batch)
-        assert (loss / units).float().item() == LN2
+        assert (loss / examples).float().item() == LN2
         found = PreferenceLoss.means(sums.tolist())
         assert (found["margin"], found["reward_accuracy"]) == (0, 0), "a tie is wrong"
-    log_probs, batch = make_batch(units, False, seed=units)
+    log_probs, batch = make_batch(examples, False, seed=examples)
     batch |= {"reference": log_probs.detach(), "baseline": torch.zeros(())}
     desirable = int(batch["chosen"].sum())
-    wanted = 0.5 * (LOSS.desirable_weight * desirable + LOSS.undesirable_weight * (units - desirable))
+    wanted = 0.5 * (LOSS.desirable_weight * desirable + LOSS.undesirable_weight * (examples - desirable))
     assert KINDS["kto"](log_probs, batch)[0].item() == pytest.approx(wanted, rel=1e-14)
 
 

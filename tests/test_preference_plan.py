@@ -21,7 +21,7 @@ from src.objectives.preferences import objective
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.step_memory import Live, step_bytes
-from src.reporting.document_text import short_unit, unit_sample
+from src.reporting.document_text import example_sample, short_example
 
 from .conftest import make_arch
 from .test_plan import SIZES
@@ -93,7 +93,7 @@ def test_the_time_has_the_pass_of_the_reference(flags, capsys, checkpoint):
     assert of["simpo"]["seconds"] == pytest.approx(tokens / 10 + of["simpo"]["evaluation_seconds"])
     assert of["dpo"]["reference_seconds"] == pytest.approx((tokens / 3 + held_out) / 3 / 10)
     assert of["dpo"]["seconds"] == pytest.approx(of["simpo"]["seconds"] + of["dpo"]["reference_seconds"])
-    # every unit is read with another prompt, too: by the reference, and before each step
+    # every example is read with another prompt, too: by the reference, and before each step
     kto = of["kto"]
     assert kto["seconds"] == pytest.approx(
         kto["tokens"] / 10 * 4 / 3 + kto["reference_seconds"] + kto["evaluation_seconds"]
@@ -126,21 +126,23 @@ def test_prompts_that_are_read_once_take_less_time_and_memory(flags, capsys, mon
     assert once["memory"]["activations"] < 0.95 * alone["memory"]["activations"]
 
 
-def units_of(tmp_path, rows):
-    file = tmp_path / "units.jsonl"
+def examples_of(tmp_path, rows):
+    file = tmp_path / "examples.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = Report("stop")
     return load(str(file), BYTES, "none", Reading(rows=PAIRS), report, 1).preferences(999)
 
 
 def test_a_pair_is_shown_with_what_is_compared(tmp_path):
-    [unit] = units_of(tmp_path, [{"prompt": "ask\n" + "q" * 90, "chosen": " yes", "rejected": " no" * 40}])
-    shown = short_unit(unit, BYTES.tokenizer)
+    [example] = examples_of(
+        tmp_path, [{"prompt": "ask\n" + "q" * 90, "chosen": " yes", "rejected": " no" * 40}]
+    )
+    shown = short_example(example, BYTES.tokenizer)
     assert shown == f"... {'q' * 80}« yes␀» rather than «{' no' * 26} n ...»"
-    text = unit_sample(unit, BYTES.tokenizer)
+    text = example_sample(example, BYTES.tokenizer)
     assert text.splitlines()[0] == "    chosen:" and "    rejected:" in text and "« yes␀»" in text
-    single = dataclasses.replace(unit, answers=unit.answers[:1], chosen=[False])
-    assert short_unit(single, BYTES.tokenizer).endswith("« yes␀» (not to be preferred)")
+    single = dataclasses.replace(example, answers=example.answers[:1], chosen=[False])
+    assert short_example(single, BYTES.tokenizer).endswith("« yes␀» (not to be preferred)")
 
 
 @pytest.mark.parametrize(
@@ -170,11 +172,11 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
     texts = [{"prompt": "!" * 7, "chosen": "#" * (19 - 7), "rejected": "$" * (18 - 7)}] * 2
     if shared:
         texts[1] = texts[1] | {"prompt": "!" * 4}
-    units = units_of(tmp_path, texts)
-    assert shared or units.lengths.tolist() == [38, 38]
-    reference = torch.zeros(units.targets).numpy()
-    units = units.with_reference(reference) if objective_of(config).loss.needs_reference else units
-    batch = collate_answers([[units[0]], [units[1]]], 2.0, chunk, shared is not None)
+    examples = examples_of(tmp_path, texts)
+    assert shared or examples.lengths.tolist() == [38, 38]
+    reference = torch.zeros(examples.targets).numpy()
+    examples = examples.with_reference(reference) if objective_of(config).loss.needs_reference else examples
+    batch = collate_answers([[examples[0]], [examples[1]]], 2.0, chunk, shared is not None)
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)
     model.grad_cp = grad_cp
     for p in model.parameters():

@@ -38,7 +38,7 @@ from .program import (
     succeed,
 )
 
-UNITS = 12  # pairs or answers to train on, of which a step has 4
+EXAMPLES = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))
 
 
@@ -54,7 +54,7 @@ def files(tmp_path_factory):
     def text():
         return "".join(rng.choices("abc d", k=rng.choice([1, 2, 3, 5, 17])))
 
-    for name, count in (("rows", UNITS), ("held", 5)):
+    for name, count in (("rows", EXAMPLES), ("held", 5)):
         prompts = [name[0] + text() for _ in range(count)]
         pairs = [{"prompt": p, "chosen": text() + "!", "rejected": text() + "?"} for p in prompts]
         answers = [{"prompt": p, "completion": text(), "label": i % 3 > 0} for i, p in enumerate(prompts)]
@@ -105,7 +105,7 @@ def test_the_first_loss_is_ln_2_in_every_bit(files, tmp_path, kernel):
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
-    """loss -> the folder of a run of three steps on four units each, in one process; each is made once."""
+    """loss -> the folder of a run of three steps on four examples each, in one process; each is made once."""
     folder = tmp_path_factory.mktemp("whole")
 
     @functools.cache
@@ -158,8 +158,8 @@ def test_micro_batches_make_the_same_steps(files, tmp_path, whole, loss):
 def test_rows_that_several_pairs_share_make_the_same_steps(files, tmp_path):
     """All pairs in every step, alone in their rows, or packed."""
     for name, packing, ctx_len in (("alone", "0", "128"), ("packed", "1", "200")):
-        start(files, tmp_path / name, "--packing", packing, "--ctx_len", ctx_len, "--micro_bsz", str(UNITS),
-              "--epoch_count", "3")  # fmt: skip
+        start(files, tmp_path / name, "--packing", packing, "--ctx_len", ctx_len,
+              "--micro_bsz", str(EXAMPLES), "--epoch_count", "3")  # fmt: skip
     rows = [len(set(line["tokens"] for line in lines(tmp_path / name))) for name in ("alone", "packed")]
     assert rows == [1, 1], "every step has all of them"
     same_lines(lines(tmp_path / "packed"), lines(tmp_path / "alone"))
@@ -257,13 +257,13 @@ def test_values_that_are_not_finite_are_not_kept(files, tmp_path):
 
 
 def test_values_of_training_data_are_not_taken_for_those_of_held_out_data(files, tmp_path):
-    """A training reads its units in another order than an evaluation. What is old leaves the cache."""
+    """A training reads its examples in another order than an evaluation. What is old leaves the cache."""
     old = tmp_path / "cache" / ("0" * 24)
     old.mkdir(parents=True)
     os.utime(old, (0, 0))
     for trained, held in (("rows", "held"), ("held", "rows")):
         data = ["--data_file", files / f"pairs-{trained}.jsonl", "--eval_file", files / f"pairs-{held}.jsonl"]
-        start(files, tmp_path / trained, *data, "--eval_docs", str(UNITS), "--eval_samples", "0")
+        start(files, tmp_path / trained, *data, "--eval_docs", str(EXAMPLES), "--eval_samples", "0")
         for name in ("metrics.jsonl", "validation.jsonl"):
             assert lines(tmp_path / trained, name)[0]["margin"] == 0, (trained, name)
     assert not old.exists()
@@ -346,7 +346,7 @@ def test_a_head_that_zero_shares_out_is_the_bases_too(files, tmp_path):
 
 
 class Long(list):
-    """Units by their lengths."""
+    """Examples by their lengths."""
 
     def take(self, places):
         return [int(place) for place in places]
@@ -356,7 +356,7 @@ class Long(list):
         return np.array(self)
 
 
-def test_a_kl_looks_at_a_few_units_at_equal_distances():
+def test_a_kl_looks_at_a_few_examples_at_equal_distances():
     for lengths, places in (
         ([9] * 5, [0, 1, 2, 3, 4]),
         ([9] * 99, [0, 14, 28, 42, 56, 70, 84, 98]),
@@ -379,7 +379,7 @@ def test_a_run_goes_on_with_the_same_reference_only(files, tmp_path):
 @pytest.mark.parametrize("strategy", ["auto", slow("deepspeed_stage_3")])
 def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
     """It is the formula's, in float64, over all pairs."""
-    flags = ["--micro_bsz", str(UNITS), "--reference", files / "other.pth", "--strategy", strategy]
+    flags = ["--micro_bsz", str(EXAMPLES), "--reference", files / "other.pth", "--strategy", strategy]
     start(files, tmp_path / "run", *flags, *evaluated(files, "dpo"))
     margins, nll = [], []
     for row in map(json.loads, (files / "pairs-rows.jsonl").read_text().splitlines()):
@@ -389,10 +389,10 @@ def test_the_first_loss_against_another_reference(files, tmp_path, strategy):
         )
         margins.append(sum((-1) ** i * float((b - o).sum()) for i, (b, o) in enumerate(zip(base, other))))
         nll.append(-float(base[0].mean()))
-    want = sum(math.log1p(math.exp(-0.1 * m)) + n for m, n in zip(margins, nll)) / UNITS
+    want = sum(math.log1p(math.exp(-0.1 * m)) + n for m, n in zip(margins, nll)) / EXAMPLES
     first = lines(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(want, rel=1e-5)
-    assert first["margin"] == pytest.approx(0.1 * sum(margins) / UNITS, rel=1e-4)
+    assert first["margin"] == pytest.approx(0.1 * sum(margins) / EXAMPLES, rel=1e-4)
     models = (RWKV.load(files / f"{name}.pth", torch.float64) for name in ("base", "other"))
     before = lines(tmp_path / "run", "validation.jsonl")[0]
     assert before["kl"] == pytest.approx(kl_by_hand(files, *models), rel=1e-4)

@@ -175,44 +175,46 @@ def test_what_does_not_fit_with_its_answer_is_left_out_and_named(read):
     loaded = read([asked("x" * n) for n in (30, 3, 40, 5, 50, 60)])
     shortest = len(loaded.prompts[1])
     # an answer's first token is read after the last one of the prompt
-    units = loaded.units(ctx_len=shortest + 2 + 7 - 1, group_size=3, max_tokens=7)
-    assert [question.prompt.count("x") for question in units.questions] == [3, 5]
-    assert units.too_long == 4 and units.too_long_places == tuple(f"data.jsonl, line {n}" for n in (1, 3, 5))
-    assert units.lengths.tolist() == [shortest + 21, shortest + 2 + 21]
-    assert units.targets == 42 and units.weight == 2 and units.tokens == 2 * shortest + 2
+    examples = loaded.examples(ctx_len=shortest + 2 + 7 - 1, group_size=3, max_tokens=7)
+    assert [question.prompt.count("x") for question in examples.questions] == [3, 5]
+    assert examples.too_long == 4 and examples.too_long_places == tuple(
+        f"data.jsonl, line {n}" for n in (1, 3, 5)
+    )
+    assert examples.lengths.tolist() == [shortest + 21, shortest + 2 + 21]
+    assert examples.targets == 42 and examples.weight == 2 and examples.tokens == 2 * shortest + 2
     with pytest.raises(
         UserError, match=rf"line 1: all 6 questions .* the shortest takes {shortest + 6}; raise"
     ):
-        loaded.units(ctx_len=shortest + 5, group_size=3, max_tokens=7)
+        loaded.examples(ctx_len=shortest + 5, group_size=3, max_tokens=7)
 
 
 def test_equal_questions_are_held_out_together(read):
     """Whatever their right answers are; a question of --eval_file is not trained on."""
     rows = [asked(str(i % 20), str(i)) for i in range(60)]
-    units = read(rows).units(256, 4, 8)
+    examples = read(rows).examples(256, 4, 8)
     config = Config(loss="sft", eval_split=0.1, data_file="data.jsonl")
-    train, held = hold_out(config, units, None)
+    train, held = hold_out(config, examples, None)
     assert len(held) == 6 and len(train) == 54
     assert not {q.prompt for q in train.questions} & {q.prompt for q in held.questions}
-    assert (train.group_size, train.max_tokens, train.unit) == (4, 8, "question")
+    assert (train.group_size, train.max_tokens, train.word) == (4, 8, "question")
     order = in_hash_order(held, config.random_seed)
-    other = read(rows[::-1]).units(256, 4, 8)
+    other = read(rows[::-1]).examples(256, 4, 8)
     _, again = hold_out(config, other, None)
     chosen = in_hash_order(again, config.random_seed)
     assert [again.questions[i].right for i in chosen] == [held.questions[i].right for i in order]
 
     config = Config(loss="sft", eval_file="held.jsonl", data_file="data.jsonl")
-    more = read([asked("7", "other"), asked("new")], name="held.jsonl").units(256, 4, 8)
-    train, held = hold_out(config, units, lambda path: more)
+    more = read([asked("7", "other"), asked("new")], name="held.jsonl").examples(256, 4, 8)
+    train, held = hold_out(config, examples, lambda path: more)
     assert len(train) == 57 and len(held) == 2
-    same = read([asked("a", str(i)) for i in range(200)]).units(256, 4, 8)
+    same = read([asked("a", str(i)) for i in range(200)]).examples(256, 4, 8)
     with pytest.raises(UserError, match="200 of 200 questions .* as all have one prompt"):
         hold_out(Config(eval_split=0.1, data_file="data.jsonl"), same, None)
 
 
 def test_the_digest_is_of_prompts_and_right_answers(read):
     def digest(rows):
-        return read(rows).units(256, 4, 8).digest
+        return read(rows).examples(256, 4, 8).digest
 
     rows = [asked("a", "1"), asked("b", "2")]
     assert digest(rows) == digest(rows)
@@ -222,8 +224,8 @@ def test_the_digest_is_of_prompts_and_right_answers(read):
 
 def test_a_question_has_a_row_of_its_own(read):
     """Also with --packing 1, and in every pass in another order."""
-    units = read([asked(str(i)) for i in range(7)]).units(256, 4, 8)
-    schedule = make_schedule(units, Config(ctx_len=256, micro_bsz=2, accumulate_grad_batches=1), world=1)
+    examples = read([asked(str(i)) for i in range(7)]).examples(256, 4, 8)
+    schedule = make_schedule(examples, Config(ctx_len=256, micro_bsz=2, accumulate_grad_batches=1), world=1)
     assert sorted(map(tuple, schedule.rows)) == [(i,) for i in range(7)]
     assert schedule.steps_per_pass == 4 and schedule.step_weight(0) == 2
     assert list(schedule.targets) == [32] * 7

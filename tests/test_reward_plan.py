@@ -11,7 +11,7 @@ import torch
 from rwkv_miss import UserError
 from src.config import Config, value_or_zero
 from src.data.answer_batches import GROUP, collate_answers
-from src.data.answer_unit import AnswerGroup
+from src.data.answer_example import AnswerGroup
 from src.data.held_out import evaluations
 from src.data.questions import THOUGHTS, Question, Questions
 from src.data.templates import load_template
@@ -266,7 +266,7 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
         precision="fp32",
     )
     groups = [group(7, [11, 11, 11]), group(4 if not chunk else 7, [11, 11, 11])]
-    batch = collate_answers([[unit] for unit in groups], 1.0, chunk, not chunk, GROUP)
+    batch = collate_answers([[example] for example in groups], 1.0, chunk, not chunk, GROUP)
     reference = torch.zeros(len(batch["targets"])) if beta else None
     batch |= {"width": batch["ids"].shape[1], "old": None, "reference": reference}
     model = build_model(config, make_arch(7, **SIZES), kernel, torch.float32)

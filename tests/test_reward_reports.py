@@ -377,7 +377,7 @@ def greedy(model, prompt, count):
 def test_an_evaluation_is_of_greedy_answers_to_every_question(model, asked):
     found = evaluator(Awarded()).answers(model, asked, 2)
     answers = [greedy(model, prompt, 5) for prompt in asked.prompts]
-    assert found.tokens == sum(map(len, answers)) and found.units == 11
+    assert found.tokens == sum(map(len, answers)) and found.examples == 11
     assert found.metrics["length"] == pytest.approx(found.tokens / 11)
     assert found.metrics["cut"] == sum(tokens[-1] != 0 for tokens in answers) / 11
     assert found.metrics["reward_exact"] == 5 / 11 and found.metrics["failed"] == 0
@@ -412,7 +412,7 @@ def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model,
     evaluating = evaluator(Awarded(fails={1, 4}))
     found = evaluating.answers(model, asked, 2)
     assert found.metrics["failed"] == 2 and found.metrics["reward_exact"] == 4 / 9
-    assert found.samples[1]["reward"] is None and found.units == 11
+    assert found.samples[1]["reward"] is None and found.examples == 11
     evaluating.answers(model, asked, 2)
     said = capsys.readouterr().out
     assert said.count("rewards failed: question 1 took too long") == 1 and "question 4" not in said, said

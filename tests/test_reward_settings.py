@@ -87,7 +87,7 @@ def test_what_belongs_together_is_taken():
     assert config.rewards == {"own": 1, "exact": 0.25} and config.origins["reward_file"] == "command line"
     config = settings("--inner_steps", "3", "--save_steps", "12", "--rollback_steps", "20", "--beta", "0")
     assert (config.inner_steps, config.beta) == (3, AUTO)
-    assert objective_of(config).unit == "question" and config.on_rewards and not config.on_preferences
+    assert objective_of(config).word == "question" and config.on_rewards and not config.on_preferences
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from src.data.answer_batches import collate_answers
 from src.data.batches import make_schedule
 from src.data.encode import tokens_of
 from src.data.file_documents import Document
-from src.data.preferences import Preference, fit_units
+from src.data.preferences import Preference, fit_examples
 from src.model import RWKV, log_probs
 from src.model.batch_loss import Chunks
 from src.model.log_probs import token_log_probs
@@ -38,7 +38,7 @@ def make_rows(sizes=SIZES, vocab=67, seed=0):
         ids = [np.concatenate([begin, rng.integers(vocab, size=answer)]) for answer in answers]
         return Preference([Document(*both) for both in zip(ids, weights, strict=True)], [True, False])
 
-    return [[pair(*unit) for unit in row] for row in sizes]
+    return [[pair(*example) for example in row] for row in sizes]
 
 
 def scales_of(found):
@@ -65,7 +65,7 @@ def gradients(model, found):
 def one_by_one(model, rows):
     """The specification: torch's log_softmax of the logits of every answer alone, after its prompt."""
     parts = []
-    for answer in (answer for row in rows for unit in row for answer in unit.answers):
+    for answer in (answer for row in rows for example in row for answer in example.answers):
         ids = torch.from_numpy(answer.ids.astype(np.int64))
         logits, _ = model(ids[None, :-1])
         every = logits[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
@@ -86,7 +86,7 @@ def same(got, want, ratio, of_gradients=None):
 def test_both_layouts_have_what_the_answers_have_alone(version, peft):
     model, rows = make_model(version, peft=peft), make_rows()
     want = one_by_one(model, rows)
-    assert len(want[0]) == sum(sum(unit[1:]) for row in SIZES for unit in row)
+    assert len(want[0]) == sum(sum(example[1:]) for row in SIZES for example in row)
     for shared in (False, True):
         same(results(model, rows, shared), want, 1e-11)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_with_dropout_the_gradient_is_that_of_what_was_drawn():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_without_a_unit_there_is_nothing_but_a_gradient_of_zero(shared):
+def test_without_an_example_there_is_nothing_but_a_gradient_of_zero(shared):
     """A rank of a short step: it takes part in the reductions."""
     model = make_model(7)
     found = token_log_probs(model, collate_answers([], 1.0, shared=shared), Chunks())
@@ -220,7 +220,7 @@ def test_chunks_and_shared_prompts_are_refused_together():
 
 def data_of(*sizes):
     """Preferences of these pairs, and their schedule of micro-batches of 3 rows."""
-    answers = [answer for row in make_rows([sizes]) for unit in row for answer in unit.answers]
+    answers = [answer for row in make_rows([sizes]) for example in row for answer in example.answers]
     count = len(answers)
     tokens = tokens_of(
         [(answer.ids, answer.weights) for answer in answers],
@@ -229,7 +229,7 @@ def data_of(*sizes):
         labels=[1, -1] * (count // 2),
         places=list(range(count)),
     )
-    preferences = fit_units([tokens], [np.arange(count)], ["data.jsonl"], 2048, paired=True)
+    preferences = fit_examples([tokens], [np.arange(count)], ["data.jsonl"], 2048, paired=True)
     config = Config(loss="dpo", ctx_len=2048, micro_bsz=3, accumulate_grad_batches=2, accelerator="cpu")
     return preferences, config, make_schedule(preferences, config, 2)
 
@@ -241,9 +241,9 @@ def test_the_plan_counts_what_the_batches_hold():
     for group in range(schedule.steps_per_pass * 4):
         step, (micro, rank) = group // 4, divmod(group % 4, 2)
         rows = schedule.micro_rows(step, micro, rank)
-        units = [[preferences[i] for i in schedule.rows[row]] for row in rows]
+        examples = [[preferences[i] for i in schedule.rows[row]] for row in rows]
         for shared in tokens:
-            batch = collate_answers(units, 1.0, shared=shared)
+            batch = collate_answers(examples, 1.0, shared=shared)
             if rows:
                 read = batch["prompts"].numel() if shared else 0
                 tokens[shared].append(batch["ids"].numel() + read)

@@ -1,4 +1,4 @@
-"""Batches of units of answers: an answer after its prompt, or a prompt read once for all of its answers."""
+"""Batches of examples of answers: an answer after its prompt, or a prompt read once for all its answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .answer_unit import AnswerUnit, prompt_length
+from .answer_example import AnswerExample, prompt_length
 from .collate import padded_left, trained_tokens
 from .file_documents import Document
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Extra values in a batch, by the name of the units' attribute: a list with one for each answer."""
+    """Extra values in a batch, by the name of the examples' attribute: a list with one for each answer."""
 
     of_answers: dict[str, torch.dtype]  # one value each
     of_tokens: str  # one float32 for each trained token
@@ -28,7 +28,7 @@ GROUP = Columns({"advantage": torch.float32}, "drawn")
 
 
 def collate_answers(
-    rows: Sequence[Sequence[AnswerUnit]],
+    rows: Sequence[Sequence[AnswerExample]],
     step_weight: float,
     chunk: int = 0,
     shared: bool = False,
@@ -36,11 +36,11 @@ def collate_answers(
 ) -> dict:
     """Make the batch of these rows: collate() of their answers' documents, in order, and
 
-    answer: (n,) int64, the answer that each trained token belongs to; those of a unit follow each other. Of
+    answer: (n,) int64, the answer of each trained token; those of an example follow each other. Of
     preferences chosen: (A,) bool, and reference: (n,) float32, None without a reference; a pair is the
     answers 2p, chosen, and 2p + 1. Of groups advantage: (A,) float32, and drawn: (n,) float32.
 
-    With `shared`, the prompt of a unit stands in the batch once. ids: (A, T), a row for each answer, which
+    With `shared`, the batch has the prompt of an example once. ids: (A, T), a row for each answer, which
     begins with the last token of its prompt. prompts: (P, S) int64, the tokens before that one, padded on the
     left. prompt_reset: (P, S) bool, true where a padded prompt begins; None if none is padded. prompt_of:
     (A,) int64, the prompt of each row. `reset` is true where an answer's row begins and its prompt has no
@@ -50,42 +50,44 @@ def collate_answers(
     """
     if shared and chunk:
         raise ValueError("collate_answers: shared prompts have whole rows, got a chunk")
-    units = list(itertools.chain(*rows))
-    batch = _shared(units, columns) if shared else _separate(rows, chunk, columns)
-    if columns.optional and (not units or getattr(units[0], columns.of_tokens) is None):
+    examples = list(itertools.chain(*rows))
+    batch = _shared(examples, columns) if shared else _separate(rows, chunk, columns)
+    if columns.optional and (not examples or getattr(examples[0], columns.of_tokens) is None):
         batch[columns.of_tokens] = None
     for name, dtype in columns.of_answers.items():
-        values = itertools.chain.from_iterable(getattr(unit, name) for unit in units)
+        values = itertools.chain.from_iterable(getattr(example, name) for example in examples)
         batch[name] = torch.tensor(list(values), dtype=dtype)
     return {**batch, "step_weight": step_weight}
 
 
-def _separate(rows: Sequence[Sequence[AnswerUnit]], chunk: int, columns: Columns) -> dict:
+def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: Columns) -> dict:
     """Put every answer after its own prompt; the answers of a row stand one after another."""
-    width = max([sum(unit.inputs for unit in row) for row in rows] + [1])
+    width = max([sum(example.inputs for example in row) for row in rows] + [1])
     table = _Table(max(len(rows), 1), width)
     number = 0
     for i, row in enumerate(rows):
         start = 0
-        for unit in row:
-            for place, answer in enumerate(unit.answers):
-                table.put(i, start, answer, number, _values(unit, columns, place))
+        for example in row:
+            for place, answer in enumerate(example.answers):
+                table.put(i, start, answer, number, _values(example, columns, place))
                 table.reset[i, start] = start > 0
                 start, number = start + answer.inputs, number + 1
     return table.batch(chunk, columns)
 
 
-def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
+def _shared(examples: list[AnswerExample], columns: Columns) -> dict:
     """Give each answer a row, which goes on from the state after its prompt."""
-    prompts = [unit.prompt[:-1] for unit in units]
-    lengths = [answer.inputs + 1 - prompt_length(answer) for unit in units for answer in unit.answers]
+    prompts = [example.prompt[:-1] for example in examples]
+    lengths = [
+        answer.inputs + 1 - prompt_length(answer) for example in examples for answer in example.answers
+    ]
     table = _Table(max(len(lengths), 1), max([*lengths, 1]))
     of: list[int] = []  # the prompt of each row
-    for number, unit in enumerate(units):
-        for place, answer in enumerate(unit.answers):
+    for number, example in enumerate(examples):
+        for place, answer in enumerate(example.answers):
             begin = prompt_length(answer) - 1
             after = Document(answer.ids[begin:], answer.weights[begin:])
-            table.put(len(of), 0, after, len(of), _values(unit, columns, place))
+            table.put(len(of), 0, after, len(of), _values(example, columns, place))
             table.reset[len(of), 0] = begin == 0
             of.append(number)
     padded, begins = padded_left(prompts or [()])
@@ -97,8 +99,8 @@ def _shared(units: list[AnswerUnit], columns: Columns) -> dict:
     }
 
 
-def _values(unit: AnswerUnit, columns: Columns, place: int) -> np.ndarray | None:
-    values = getattr(unit, columns.of_tokens)
+def _values(example: AnswerExample, columns: Columns, place: int) -> np.ndarray | None:
+    values = getattr(example, columns.of_tokens)
     return None if values is None else values[place]
 
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import Config, accumulation
+from .examples import Examples
 from .file_documents import Document
 from .preferences import Preference
-from .units import Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Schedule:
         return rows[group * size : (group + 1) * size]
 
 
-def make_schedule(documents: Units, config: Config, world: int) -> Schedule:
+def make_schedule(documents: Examples, config: Config, world: int) -> Schedule:
     """Make the schedule of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
     if config.packing and not documents.alone:
@@ -201,7 +201,7 @@ class Batches:
 
     def __init__(
         self,
-        documents: Units,
+        documents: Examples,
         schedule: Schedule,
         steps: int,
         rank: int,

@@ -16,21 +16,21 @@ from rwkv_miss.progress import progress
 from ..config.launcher import is_first_process
 from .chat_template import Template
 from .encode import Encoder, Tokens
+from .examples import Examples
 from .file_documents import Document, FileDocuments, joined
 from .formats import BY_NAME, PAIRS, SFT, Reading, Report, sample, sources
 from .loss_mask import trains_by_marker
-from .preferences import Preferences, fit_units
+from .preferences import Preferences, fit_examples
 from .rwkv_template import DEFAULT
 from .token_cache import tokenise
-from .units import Units
 
 
 @dataclasses.dataclass
-class Documents(Units):
+class Documents(Examples):
     """Encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
 
     items: Sequence[Document]
-    unit: ClassVar[str] = "document"
+    word: ClassVar[str] = "document"
     by_prompt: ClassVar[bool] = False
     lost: np.ndarray | None = None  # (n,) int32: tokens that were cut off each conversation; None: off none
     # (n,) int32: the number of the long text that a document is a part of, -1 for a whole document; None: all
@@ -200,10 +200,10 @@ class Loaded:
 
         Raises UserError where none fits.
         """
-        return fit_units(self.files, self.chosen, self.names, ctx_len, self.rows == PAIRS)
+        return fit_examples(self.files, self.chosen, self.names, ctx_len, self.rows == PAIRS)
 
-    def units(self, ctx_len: int) -> Units:
-        """Return the units that a run on these rows trains on."""
+    def examples(self, ctx_len: int) -> Examples:
+        """Return the examples that a run on these rows trains on."""
         return self.documents(ctx_len) if self.rows == SFT else self.preferences(ctx_len)
 
     def _marker_is_absent(self) -> bool:

@@ -17,9 +17,9 @@ from ..config.launcher import is_first_process
 from .batches import pack
 from .dataset import Document
 from .encode import Encoder
+from .examples import Examples
 from .leading_token import begins_with
 from .preferences import Preference
-from .units import Units
 
 Batch = list[list[Document]] | list[list[Preference]]  # rows
 EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
@@ -31,7 +31,9 @@ SAMPLE_TOKENS = 300  # the most tokens of a sample answer; a character may take 
 USUAL_SAMPLE_TOKENS = 100
 
 
-def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> tuple[Units, Units]:
+def hold_out(
+    config: Config, documents: Examples, load: Callable[[str], Examples]
+) -> tuple[Examples, Examples]:
     """Split into (documents to train on, documents held out); they may be preferences or questions.
 
     The documents of --eval_file are held out, or the share --eval_split of `documents`; without either, none.
@@ -62,22 +64,22 @@ def hold_out(config: Config, documents: Units, load: Callable[[str], Units]) -> 
             others = ", as all have one prompt, by which they are held out"
         raise UserError(
             f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"
-            f" {counted(len(keys), documents.unit)} of {config.data_file} would be held out{others}"
+            f" {counted(len(keys), documents.word)} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
-        raise UserError(f"{source}: none of the {len(held)} held-out {held.unit}s has a trained token")
+        raise UserError(f"{source}: none of the {len(held)} held-out {held.word}s has a trained token")
     return rest, held
 
 
-def _keys(parts: Iterable[np.ndarray], units: Units, seed: int) -> np.ndarray:
-    """Make (n,) keys of 16 bytes for these parts of the units: equal for equal tokens, else random."""
-    key, names, count = seed.to_bytes(8, "little"), f"{units.unit}s", len(units)
+def _keys(parts: Iterable[np.ndarray], examples: Examples, seed: int) -> np.ndarray:
+    """Make (n,) keys of 16 bytes for these parts of the examples: equal for equal tokens, else random."""
+    key, names, count = seed.to_bytes(8, "little"), f"{examples.word}s", len(examples)
     watched = progress(parts, f"choosing held-out {names}", count, unit=names, shown=is_first_process())
     digests = (hashlib.blake2b(part, digest_size=16, key=key).digest() for part in watched)
     return np.fromiter(digests, "S16", count)
 
 
-def _conversation_keys(keys: np.ndarray, documents: Units) -> np.ndarray:
+def _conversation_keys(keys: np.ndarray, documents: Examples) -> np.ndarray:
     """Make the keys of documents, where those of one conversation have one key in common."""
     if documents.conversation is None:
         return keys
@@ -96,7 +98,7 @@ def evaluations(config: Config, steps: int) -> int:
     return 2 + ((steps - 1) // every if every else 0)
 
 
-def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
+def in_hash_order(held_out: Examples, seed: int) -> np.ndarray:
     """Order the places of the documents with a trained token by their content alone."""
     places = np.flatnonzero(held_out.target_counts)
     chosen = held_out.take(places)
@@ -104,7 +106,7 @@ def in_hash_order(held_out: Units, seed: int) -> np.ndarray:
     return places[np.argsort(keys, kind="stable")]
 
 
-def affordable(held_out: Units, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
+def affordable(held_out: Examples, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
     """Count the documents, from the first in `order`, that each of `evaluations` may read; at least one."""
     costs = FORWARD * (held_out.lengths[order] - 1)
     return paid_for(costs, EVALUATION * trained_tokens / evaluations)
@@ -115,7 +117,7 @@ def paid_for(costs: np.ndarray, budget: float) -> int:
     return max(1, int(np.searchsorted(np.cumsum(costs), budget, side="right")))
 
 
-def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:
+def evaluation_rows(held_out: Examples, config: Config) -> list[list[list[int]]]:
     """Make batches of micro_bsz packed rows, the longest first, so that memory runs out at once if it does.
 
     A row is the places of its documents.
@@ -126,7 +128,7 @@ def evaluation_rows(held_out: Units, config: Config) -> list[list[list[int]]]:
     return [rows[at : at + config.micro_bsz] for at in range(0, len(rows), config.micro_bsz)]
 
 
-def evaluation_batches(held_out: Units, config: Config) -> list[Batch]:
+def evaluation_batches(held_out: Examples, config: Config) -> list[Batch]:
     """Return the documents of evaluation_rows()."""
     return [[[held_out[i] for i in row] for row in rows] for rows in evaluation_rows(held_out, config)]
 
@@ -139,7 +141,7 @@ class Question:
     answer: list[int]
 
 
-def questions(held_out: Units, count: int, encoder: Encoder) -> list[Question]:
+def questions(held_out: Examples, count: int, encoder: Encoder) -> list[Question]:
     """Choose the questions for samples: the first `count` documents, up to their last answer.
 
     A conversation of several documents gives the first one. Preferences give preferred answers, one a prompt.

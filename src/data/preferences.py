@@ -1,7 +1,7 @@
 """Preferences: pairs of a chosen and a rejected answer, or single answers with a label, as flat arrays.
 
-A *unit* of a preference loss is a pair, or under KTO one answer. It lies in one row: each of its answers is a
-document of its own, prompt + answer + end.
+An *example* of a preference loss is a pair, or under KTO one answer. It lies in one row: each of its answers
+is a document of its own, prompt + answer + end.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from rwkv_miss.progress import progress
 from ..common.formatting import counted
 from ..config.launcher import is_first_process
 from .answer_batches import collate_answers
-from .answer_unit import AnswerUnit
+from .answer_example import AnswerExample
 from .encode import Tokens
+from .examples import Examples
 from .file_documents import Document, FileDocuments, joined
 from .formats import places_text
-from .units import Units
 
-NAMED = 3  # number of left-out units that are named
+NAMED = 3  # number of left-out examples that are named
 
 
 @dataclasses.dataclass
-class Preference(AnswerUnit):
-    """Unit of a preference loss. In a pair the chosen answer comes first."""
+class Preference(AnswerExample):
+    """Example of a preference loss. In a pair the chosen answer comes first."""
 
     chosen: list[bool]
     # ln p of the trained tokens of each answer by the reference model, (targets,) float32
@@ -42,38 +42,38 @@ class Preference(AnswerUnit):
 
     @property
     def content(self) -> np.ndarray:
-        """Key of the unit, (n,) int32: its tokens, with the length and the label of each answer."""
+        """Key of the example, (n,) int32: its tokens, with the length and the label of each answer."""
         marks = [[len(answer.ids), chosen] for answer, chosen in zip(self.answers, self.chosen)]
         parts = [part for answer, mark in zip(self.answers, marks) for part in (mark, answer.ids)]
         return np.concatenate(parts).astype(np.int32)
 
 
 @dataclasses.dataclass
-class Preferences(Units):
-    """Pairs of a run, or its answers with labels. A unit is never cut.
+class Preferences(Examples):
+    """Pairs of a run, or its answers with labels. An example is never cut.
 
     There may be 10^6 of them, so they are flat arrays and no objects.
     """
 
-    answers: FileDocuments | MixedDocuments  # of all units, one unit after another
+    answers: FileDocuments | MixedDocuments  # of all examples, one example after another
     chosen: np.ndarray  # (A,) bool: whether each answer is one to prefer
-    paired: bool  # a unit is two answers, chosen and rejected; else it is one
-    ctx_len: int  # tokens that a unit may take of a row
-    too_long: int = 0  # units that were left out because they take more
+    paired: bool  # an example is two answers, chosen and rejected; else it is one
+    ctx_len: int  # tokens that an example may take of a row
+    too_long: int = 0  # examples that were left out because they take more
     too_long_places: tuple[str, ...] = ()  # where the first of them are
     reference: np.ndarray | None = None  # ln p of trained tokens by the reference model, (N,) float32
     reference_starts: np.ndarray | None = None  # (A,) int64: where those of each answer begin
-    # under KTO the mismatched() units of these, at the same places, with their reference
+    # under KTO the mismatched() examples of these, at the same places, with their reference
     others: Preferences | None = None
 
     @property
-    def unit(self) -> str:
-        """Word for one unit."""
+    def word(self) -> str:
+        """The word for one example, such as document."""
         return "pair" if self.paired else "answer"
 
     @property
     def size(self) -> int:
-        """Answers of a unit."""
+        """Answers of an example."""
         return 2 if self.paired else 1
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class Preferences(Units):
         return Preference(answers, [bool(self.chosen[place]) for place in places], reference)
 
     def take(self, chosen: np.ndarray) -> Preferences:
-        """Return the units at these places."""
+        """Return the examples at these places."""
         places = (np.asarray(chosen, np.int64)[:, None] * self.size + np.arange(self.size)).ravel()
         starts = None if self.reference is None else self.reference_starts[places]
         return dataclasses.replace(
@@ -108,36 +108,36 @@ class Preferences(Units):
         if not self.too_long:
             return ""
         places = places_text(self.too_long, self.too_long_places)
-        what = f"{counted(self.too_long, self.unit)} of more than --ctx_len {ctx_len} tokens"
+        what = f"{counted(self.too_long, self.word)} of more than --ctx_len {ctx_len} tokens"
         return f"{what}{', both answers counted' if self.paired else ''}: {places}"
 
     def to_ask(self, count: int) -> list[Document]:
         """Choose the first `count` preferred answers, each to another prompt."""
         found: dict[bytes, Document] = {}
-        for unit in self:
+        for example in self:
             if len(found) == count:
                 break
-            if unit.chosen[0]:
-                found.setdefault(unit.prompt.tobytes(), unit.answers[0])
+            if example.chosen[0]:
+                found.setdefault(example.prompt.tobytes(), example.answers[0])
         return list(found.values())
 
     def line(self, i: int) -> int:
-        """Return the line or row of its file that unit i, or its prompt, comes from."""
+        """Return the line or row of its file that example i, or its prompt, comes from."""
         return self.answers.line(i * self.size)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """One more than the tokens that each unit takes of a row, (U,) int32."""
-        return (self._of_units(self.answers.lengths - 1) + 1).astype(np.int32)
+        """One more than the tokens that each example takes of a row, (U,) int32."""
+        return (self._of_examples(self.answers.lengths - 1) + 1).astype(np.int32)
 
     @functools.cached_property
     def target_counts(self) -> np.ndarray:
-        """Trained tokens of each unit, (U,) int32."""
-        return self._of_units(self._counted[0]).astype(np.int32)
+        """Trained tokens of each example, (U,) int32."""
+        return self._of_examples(self._counted[0]).astype(np.int32)
 
     @functools.cached_property
     def weight_sums(self) -> np.ndarray:
-        """1 for each unit, (U,) float64: a step's loss is divided by its units."""
+        """1 for each example, (U,) float64: a step's loss is divided by its examples."""
         return np.ones(len(self))
 
     @property
@@ -155,16 +155,16 @@ class Preferences(Units):
         return self.answers.trained()
 
     def contents(self) -> Iterable[np.ndarray]:
-        """Yield the key of each unit, (n,) int32."""
-        return (unit.content for unit in self)
+        """Yield the key of each example, (n,) int32."""
+        return (example.content for example in self)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """Yield the prompts: units with equal ones are held out together."""
+        """Yield the prompts: examples with equal ones are held out together."""
         firsts = range(0, len(self.answers), self.size)
         return (self.answers[i].ids[: self.prompt_lengths[i]] for i in firsts)
 
-    def _of_units(self, values: np.ndarray) -> np.ndarray:
-        """Return sum over the answers of each unit."""
+    def _of_examples(self, values: np.ndarray) -> np.ndarray:
+        """Return sum over the answers of each example."""
         return values.reshape(-1, self.size).sum(1)
 
     @functools.cached_property
@@ -183,18 +183,18 @@ class Preferences(Units):
         return int(self.answers.lengths.sum(dtype=np.int64))
 
     def with_reference(self, values: np.ndarray) -> Preferences:
-        """Add ln p of every trained token by the reference model, (targets,) float32, unit by unit."""
+        """Add ln p of every trained token by the reference model, (targets,) float32, example by example."""
         if values.shape != (self.targets,):
             raise ValueError(f"reference: expected ({self.targets},) values, got {values.shape}")
         ends = np.cumsum(self._counted[0], dtype=np.int64)
         return dataclasses.replace(self, reference=values, reference_starts=ends - self._counted[0])
 
     def mismatched(self) -> Preferences:
-        """Pair the prompts with answers of other units, for KTO's baseline.
+        """Pair the prompts with answers of other examples, for KTO's baseline.
 
-        Unit i is the prompt of unit i with another unit's answer, which loses its end where both have more
-        than ctx_len tokens. It is the answer to another prompt, except where more than half of all units ask
-        the same. It depends on the data alone.
+        Example i is the prompt of example i with another example's answer, which loses its end where both
+        have more than ctx_len tokens. It is the answer to another prompt, except where more than half of all
+        examples ask the same. It depends on the data alone.
         """
         if self.paired:
             raise ValueError("mismatched(): expected single answers, got pairs")
@@ -258,10 +258,10 @@ class MixedDocuments(Sequence):
         return self.answers.trained()[0], self.prompt_lengths
 
 
-def fit_units(
+def fit_examples(
     files: list[Tokens], chosen: list[np.ndarray], names: list[str], ctx_len: int, paired: bool
 ) -> Preferences:
-    """Choose the units that fit into rows of ctx_len tokens, from the chosen documents of each file.
+    """Choose the examples that fit into rows of ctx_len tokens, from the chosen documents of each file.
 
     `names` are of the files, for what is left out. Raises UserError where nothing fits.
     """
@@ -278,7 +278,7 @@ def fit_units(
         shortest = int(whole.lengths.min()) - 1
         condition = "both answers of a pair lie in one row" if paired else "an answer lies in one row"
         raise UserError(
-            f"{places[0]}: all {counted(len(whole), whole.unit)} have more tokens than --ctx_len {ctx_len};"
+            f"{places[0]}: all {counted(len(whole), whole.word)} have more tokens than --ctx_len {ctx_len};"
             f" {condition}, and the shortest takes {shortest}; raise it"
         )
     return dataclasses.replace(

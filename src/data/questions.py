@@ -17,6 +17,7 @@ from rwkv_miss.errors import UserError
 from ..common.formatting import counted
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
 from .encode import Encoder
+from .examples import Examples
 from .formats import (
     BY_NAME,
     LeftOut,
@@ -33,7 +34,6 @@ from .parallel import Converter, parts_of
 from .rwkv_template import DEFAULT
 from .templates import answer_text
 from .tokenizer import Tokenizer
-from .units import Units
 
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
@@ -62,9 +62,9 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass
-class Questions(Units):
+class Questions(Examples):
     """Questions of a run on its own answers: group_size answers to each, of at most max_tokens tokens. So
-    the sizes of a unit are only bounds."""
+    the sizes of an example are only bounds."""
 
     questions: list[Question]
     prompts: list[np.ndarray]  # tokens of each, (p,) int32 with p >= 1, with the leading one
@@ -73,7 +73,7 @@ class Questions(Units):
     too_long: int = 0  # questions that were left out because they and an answer take more than --ctx_len
     too_long_places: tuple[str, ...] = ()  # where the first of them are
     usual: float = math.inf  # mean tokens of an answer, as an estimate; inf: unknown
-    unit: ClassVar[str] = "question"
+    word: ClassVar[str] = "question"
     alone: ClassVar[bool] = True
 
     def __len__(self) -> int:
@@ -168,24 +168,24 @@ class LoadedQuestions:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompts))
 
-    def units(self, ctx_len: int, group_size: int, max_tokens: int) -> Questions:
+    def examples(self, ctx_len: int, group_size: int, max_tokens: int) -> Questions:
         """Return the questions that fit, with an answer of max_tokens, into rows of ctx_len tokens.
 
         Raises UserError where none does.
         """
-        units = Questions(self.questions, self.prompts, group_size, max_tokens)
-        row_lengths = units.prompt_lengths - 1 + max_tokens
+        examples = Questions(self.questions, self.prompts, group_size, max_tokens)
+        row_lengths = examples.prompt_lengths - 1 + max_tokens
         long = np.flatnonzero(row_lengths > ctx_len)
         if not len(long):
-            return units
+            return examples
         places = tuple(self.places[i] for i in long[:NAMED])
-        if len(long) == len(units):
+        if len(long) == len(examples):
             raise UserError(
-                f"{places[0]}: all {counted(len(units), 'question')} with an answer of --max_tokens"
+                f"{places[0]}: all {counted(len(examples), 'question')} with an answer of --max_tokens"
                 f" {max_tokens} have more tokens than --ctx_len {ctx_len}, and the shortest takes"
                 f" {row_lengths.min():,}; raise it, or lower --max_tokens"
             )
-        fitting = units.take(np.flatnonzero(row_lengths <= ctx_len))
+        fitting = examples.take(np.flatnonzero(row_lengths <= ctx_len))
         return dataclasses.replace(fitting, too_long=len(long), too_long_places=places)
 
 

@@ -66,7 +66,7 @@ def read_preferences(path: str, encoder: Encoder, reading: Reading) -> Preferenc
 
 @torch.no_grad()
 def log_probs(model: RWKV, data: Preferences, doing: str) -> np.ndarray:
-    """Compute ln p of every trained token, unit by unit and answer by answer: (data.targets,) float32."""
+    """Compute ln p of every trained token, in order, by example and answer: (data.targets,) float32."""
     device = model.emb.weight.device
     counts = data.target_counts
     ends = np.cumsum(counts, dtype=np.int64)
@@ -94,9 +94,9 @@ def prompts_once(data: Preferences, places: list[int]) -> bool:
 
 
 def batches(lengths: np.ndarray) -> list[list[int]]:
-    """Cut places of units in ascending length into batches of at most TOKENS, padded to their longest.
+    """Cut places of examples in ascending length into batches of at most TOKENS, padded to their longest.
 
-    A longer unit is alone, so that the order of its tokens is that of their chunks.
+    A longer example is alone, so that the order of its tokens is that of their chunks.
     """
     found: list[list[int]] = []
     for place in np.argsort(lengths, kind="stable").tolist():
@@ -165,13 +165,13 @@ class Measured:
         ]
 
     def rows(self, tokenizer: Tokenizer, places: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Yield the texts and numbers of the units at these places."""
+        """Yield the texts and numbers of the examples at these places."""
         for i in places:
-            unit = self.data[i]
-            row: dict[str, Any] = {"prompt": tokenizer.decode(unit.prompt.tolist())}
-            for place, (answer, chosen) in enumerate(zip(unit.answers, unit.chosen, strict=True)):
+            example = self.data[i]
+            row: dict[str, Any] = {"prompt": tokenizer.decode(example.prompt.tolist())}
+            for place, (answer, chosen) in enumerate(zip(example.answers, example.chosen, strict=True)):
                 name, number = "chosen" if chosen else "rejected", i * self.data.size + place
-                row[name] = tokenizer.decode(answer.ids[len(unit.prompt) :].tolist())
+                row[name] = tokenizer.decode(answer.ids[len(example.prompt) :].tolist())
                 row[f"tokens_{name}"] = int(self.tokens[number])
                 row[f"logp_{name}"] = float(self.log_p[number])
                 if self.reference is not None:
@@ -190,8 +190,8 @@ class Compared:
     def with_reference(cls, data: Preferences, model: RWKV) -> Compared:
         """Add ln p by `model`, the reference."""
 
-        def beside(units: Preferences) -> Preferences:
-            return units.with_reference(log_probs(model, units, "reference"))
+        def beside(examples: Preferences) -> Preferences:
+            return examples.with_reference(log_probs(model, examples, "reference"))
 
         return cls(beside(data), None if data.paired else beside(data.mismatched()))
 
@@ -212,11 +212,11 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     # without a reference all rewards are 0, and are not shown
     compared = data.with_reference(np.zeros_like(log_p)) if data.reference is None else data
     loss = loss_for(data, beta)
-    for unit in compared:
-        start, end = end, end + unit.targets
-        batch = collate_answers([[unit]], 1.0) | {"baseline": baseline}
+    for example in compared:
+        start, end = end, end + example.targets
+        batch = collate_answers([[example]], 1.0) | {"baseline": baseline}
         sums += loss(torch.from_numpy(log_p[start:end]), batch)[1].numpy()
-        for answer, reference in zip(unit.answers, unit.reference, strict=True):
+        for answer, reference in zip(example.answers, example.reference, strict=True):
             part = slice(start, start := start + answer.targets)
             totals = [values.sum(dtype=np.float64) for values in (log_p[part], reference)]
             answers.append((answer.targets, *totals))

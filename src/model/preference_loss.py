@@ -24,14 +24,14 @@ WITH_REFERENCE = ("dpo", "ipo", "kto")  # losses whose rewards are against a ref
 METRICS = (
     "chosen",  # number of answers
     "rejected",
-    "pairs",  # units of two answers
-    "singles",  # units of one answer
+    "pairs",  # examples of two answers
+    "singles",  # examples of one answer
     "nll",  # per token, of the chosen answers
     "logp_chosen",
     "logp_rejected",
     "reward_chosen",
     "reward_rejected",
-    "reward_right",  # units
+    "reward_right",  # examples
     "raw_right",  # pairs
     "baseline",  # one of each single
 )
@@ -65,7 +65,7 @@ class Answers(NamedTuple):
 class PreferenceLoss:
     """Loss on preferences with its settings.
 
-    | kind  | loss of a unit, with b for beta                                          | arXiv      |
+    | kind  | loss of an example, with b for beta                                          | arXiv      |
     |-------|-------------------------------------------------------------------------|------------|
     | dpo   | -ln s(b (ln p(c) - ln ref(c) - (ln p(r) - ln ref(r))))                  | 2305.18290 |
     | ipo   | ((ln p(c) - ln ref(c))/|c| - (ln p(r) - ln ref(r))/|r| - 1/(2 b))^2     | 2310.12036 |
@@ -96,17 +96,17 @@ class PreferenceLoss:
 
     @property
     def paired(self) -> bool:
-        """Tell whether a unit is a pair of answers; else it is one answer with a label."""
+        """Tell whether an example is a pair of answers; else it is one answer with a label."""
         return self.kind != "kto"
 
     def __call__(self, log_probs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return (the loss, summed over the units of a batch; the sums of METRICS (len(METRICS),)); float64.
+        """Return (the loss, summed over a batch's examples; the sums of METRICS (len(METRICS),)); float64.
 
         log_probs (n,) are ln p of the answers' tokens. The batch is that of collate_answers(): answer (n,)
         has the answer of each token, chosen (A,) tells the chosen answers; in pairs 2i is chosen and 2i + 1
         rejected. Each answer has a token. `reference` (n,) are ln ref, for losses that need it. kto reads
-        `baseline`, a number that is the same for all units of a step. Without units the loss is 0, with a
-        graph.
+        `baseline`, a number that is the same for all examples of a step. Without examples the loss is 0,
+        with a graph.
         """
         answers, chosen = Answers.of(log_probs, batch), batch["chosen"]
         if self.needs_reference and batch["reference"] is None and len(chosen):
@@ -165,12 +165,12 @@ class PreferenceLoss:
         def of(side: Tensor, values: Tensor) -> Tensor:
             return torch.where(side, values, 0.0)
 
-        units = len(chosen) // 2 if self.paired else len(chosen)
+        examples = len(chosen) // 2 if self.paired else len(chosen)
         sums = {
             "chosen": chosen,
             "rejected": ~chosen,
-            "pairs": units if self.paired else 0,
-            "singles": 0 if self.paired else units,
+            "pairs": examples if self.paired else 0,
+            "singles": 0 if self.paired else examples,
             "nll": of(chosen, -answers.logp / answers.tokens),
             "logp_chosen": of(chosen, answers.logp),
             "logp_rejected": of(~chosen, answers.logp),
@@ -178,7 +178,7 @@ class PreferenceLoss:
             "reward_rejected": of(~chosen, rewards),
             "reward_right": right,
             "raw_right": raw_right,
-            "baseline": 0 if self.paired else units * baseline,
+            "baseline": 0 if self.paired else examples * baseline,
         }
         values = [torch.as_tensor(sums[name], dtype=torch.float64, device=chosen.device) for name in METRICS]
         return torch.stack([value.sum() for value in values])
@@ -211,7 +211,7 @@ class PreferenceLoss:
             return of[name] / of[count] if of[count] else math.nan
 
         reward = {side: mean(f"reward_{side}", side) for side in ("chosen", "rejected")}
-        units = of["pairs"] + of["singles"]
+        examples = of["pairs"] + of["singles"]
         found = {
             "nll": mean("nll", "chosen"),
             "logp_chosen": mean("logp_chosen", "chosen"),
@@ -219,7 +219,7 @@ class PreferenceLoss:
             "reward_chosen": reward["chosen"],
             "reward_rejected": reward["rejected"],
             "margin": reward["chosen"] - reward["rejected"],
-            "reward_accuracy": of["reward_right"] / units if units else math.nan,
+            "reward_accuracy": of["reward_right"] / examples if examples else math.nan,
         }
         if of["pairs"]:
             found["raw_accuracy"] = mean("raw_right", "pairs")

@@ -24,10 +24,10 @@ from ..data.batches import Batches, Schedule
 from ..data.chat_template import Template
 from ..data.dataset import Loaded, load
 from ..data.encode import Encoder
+from ..data.examples import Examples
 from ..data.formats import Reading, Report
 from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, questions
 from ..data.tokenizer import Tokenizer
-from ..data.units import Units
 from ..evaluation.rewards import Rewards
 from ..model import RWKV
 from ..model.log_probs import token_log_probs
@@ -47,7 +47,7 @@ class StepSize(NamedTuple):
 
     tokens: int  # read
     targets: int  # trained; 0: no weight moves
-    weight: float  # units: documents, pairs, questions
+    weight: float  # examples: documents, pairs, questions
 
 
 class Evaluated(NamedTuple):
@@ -55,7 +55,7 @@ class Evaluated(NamedTuple):
 
     loss: float  # lower is better; it may be not finite
     metrics: dict[str, float]  # beside it, by the names of LossMetrics
-    units: float  # the number of units in the mean
+    examples: float  # the number of examples in the mean
     tokens: int  # predicted or drawn tokens
     samples: list[dict[str, Any]]  # prompt, answer, right, and for a training on rewards reward
 
@@ -64,9 +64,9 @@ class Evaluated(NamedTuple):
 class TrainingData:
     """Data of a run, for training and evaluations."""
 
-    documents: Units
-    held_out: Units | None = None
-    evaluated: Units | None = None  # those of held_out that evaluations read; None: all
+    documents: Examples
+    held_out: Examples | None = None
+    evaluated: Examples | None = None  # those of held_out that evaluations read; None: all
     # for a training on rewards
     encoder: Encoder | None = None  # it made the questions
     rewards: Rewards | None = None
@@ -134,7 +134,7 @@ class PromptReading:
 class Objective(abc.ABC):
     """Kind of training: its data, its loss and its measures."""
 
-    unit = "document"  # name of an example
+    word = "document"  # name of an example
     same = "word for word"  # how an example is in two files
     usual_rows = 8  # the most rows that are chosen for a step
     rate_share = 1.0  # the first guess of the rate, as a part of a supervised training's
@@ -171,17 +171,17 @@ class Objective(abc.ABC):
 
     def longest(self, loaded: Loaded) -> tuple[int, int, str]:
         """Return (inputs of the longest row that is needed, inputs of all running text, what the row is)."""
-        return loaded.longest, loaded.texts, self.unit
+        return loaded.longest, loaded.texts, self.word
 
-    def examples(self, loaded: Loaded) -> Units:
+    def examples(self, loaded: Loaded) -> Examples:
         """Return what a run has of a file, with rows of ctx_len."""
-        return loaded.units(self.config.ctx_len)
+        return loaded.examples(self.config.ctx_len)
 
-    def estimated(self, examples: Units, loaded: Loaded, tokenizer: Tokenizer) -> Units:
+    def estimated(self, examples: Examples, loaded: Loaded, tokenizer: Tokenizer) -> Examples:
         """Return the examples with what an estimate of the time needs of all that was loaded."""
         return examples
 
-    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         """Tell how prompts are read in a run.
 
         Shared prompts are read in a pass of their own, and both they and the answers are padded to the
@@ -190,7 +190,7 @@ class Objective(abc.ABC):
         """
         return PromptReading()
 
-    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         """Return the sizes of the largest micro-batch. Without documents it has separate rows of one each."""
         return BatchSizes(*largest_batch(schedule, self.config))
 
@@ -215,7 +215,7 @@ class Objective(abc.ABC):
         """Count the tokens of all steps of a run."""
         return steps / schedule.steps_per_pass * schedule.repeats * sum(schedule.lengths)
 
-    def share_read(self, documents: Units, schedule: Schedule, arch: Arch) -> float:
+    def share_read(self, documents: Examples, schedule: Schedule, arch: Arch) -> float:
         """Return the part of the tokens that is read; less than all where prompts of pairs are read once."""
         return 1.0
 
@@ -223,11 +223,11 @@ class Objective(abc.ABC):
         """Count the reference's pass over `tokens` tokens as tokens of the training."""
         return 0.0
 
-    def evaluation_costs(self, held_out: Units) -> np.ndarray:
+    def evaluation_costs(self, held_out: Examples) -> np.ndarray:
         """Return the work of evaluating each example, (n,), as trained tokens."""
         return FORWARD * (held_out.lengths - 1)
 
-    def evaluation_budget(self, held_out: Units, schedule: Schedule, steps: int) -> float:
+    def evaluation_budget(self, held_out: Examples, schedule: Schedule, steps: int) -> float:
         """Return what all evaluations of a run may take, in the same."""
         return EVALUATION * self.trained_tokens(schedule, steps) / self.looks
 
@@ -264,21 +264,21 @@ class Objective(abc.ABC):
         """The loss with its settings; "" for cross entropy."""
         return ""
 
-    def lines(self, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
+    def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         """Return the plan's lines about the loss and how prompts are read."""
         return []
 
-    def warnings(self, documents: Units, tokenizer: Tokenizer) -> list[str]:
+    def warnings(self, documents: Examples, tokenizer: Tokenizer) -> list[str]:
         """Tell what of the loss or of its data is probably not meant so."""
         return []
 
     @abc.abstractmethod
-    def trained_text(self, documents: Units) -> str:
+    def trained_text(self, documents: Examples) -> str:
         """Tell how many of the documents' tokens are trained, behind their number."""
 
-    def evaluated_text(self, evaluated: Units) -> str:
+    def evaluated_text(self, evaluated: Examples) -> str:
         """Tell what evaluations do with these."""
-        return f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated), self.unit)}"
+        return f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated), self.word)}"
 
     # in a run
 
@@ -327,9 +327,9 @@ class Objective(abc.ABC):
         return Feed(batches, schedule)
 
     def before_evaluation(
-        self, units: Units, batches: Callable[[Units], Iterator[dict]], policy: Policy
+        self, examples: Examples, batches: Callable[[Examples], Iterator[dict]], policy: Policy
     ) -> dict:
-        """Return the extra values of every batch in an evaluation of these units."""
+        """Return the extra values of every batch in an evaluation of these examples."""
         return {}
 
     @abc.abstractmethod

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.examples import Examples
 from ..data.preferences import Preferences
-from ..data.units import Units
 
 LOOKED_AT = 256  # steps of a pass, for the largest micro-batch
 
@@ -52,7 +52,7 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
     return row, max(1, min(sum(most), row * config.micro_bsz))
 
 
-def fullest_rows(documents: Units, schedule: Schedule, config: Config) -> list[list[int]]:
+def fullest_rows(documents: Examples, schedule: Schedule, config: Config) -> list[list[int]]:
     """Return the lengths of the documents in the micro_bsz rows that have most of them."""
     rows = heapq.nlargest(config.micro_bsz, schedule.rows, key=len)
     return [(documents.lengths[row] - 1).tolist() for row in rows]
@@ -70,7 +70,7 @@ def largest_shared(preferences: Preferences, schedule: Schedule) -> SharedPrompt
     for step in np.unique(np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(int)).tolist():
         for group in range(schedule.accumulate * schedule.world):
             rows = schedule.micro_rows(step, *divmod(group, schedule.world))
-            pairs = np.array([unit for row in rows for unit in schedule.rows[row]], np.int64)
+            pairs = np.array([example for row in rows for example in schedule.rows[row]], np.int64)
             if not len(pairs):
                 continue
             longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())

@@ -21,7 +21,7 @@ from ..model import RWKV
 from ..model.log_probs import token_features
 from .reference_model import build_reference
 
-UNITS, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
+EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
 
 Features = Callable[[RWKV], list[Tensor]]  # a model -> the input of its head for each text, (T, C)
 
@@ -81,7 +81,7 @@ class ReferenceKl:
 
     def __init__(self, module):
         config = module.config
-        self.module, self.units = module, a_few(module.data.evaluated)
+        self.module, self.examples = module, a_few(module.data.evaluated)
         other = module.reference and module.reference.fingerprint != module.model.base_fingerprint
         load = (lambda: build_reference(config)) if other else None
         self.reference = FromReference(self._features, config.reference or config.load_model, load)
@@ -93,13 +93,13 @@ class ReferenceKl:
 
     def _features(self, model: RWKV) -> list[Tensor]:
         module, device = self.module, self.module.device
-        collate = self.units.collator(module.objective.chunks.size, module.shared)
-        batches = [collate(rows, 1.0) for rows in evaluation_batches(self.units, module.config)]
+        collate = self.examples.collator(module.objective.chunks.size, module.shared)
+        batches = [collate(rows, 1.0) for rows in evaluation_batches(self.examples, module.config)]
         return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
 
 
-def a_few(units: Preferences) -> Preferences:
-    """Take UNITS at equal distances, or the first that have TOKENS together; at least one."""
-    places = np.unique(np.linspace(0, len(units) - 1, UNITS).astype(int))
-    fitting = np.cumsum(units.lengths[places]) <= TOKENS
-    return units.take(places[: max(1, np.count_nonzero(fitting))])
+def a_few(examples: Preferences) -> Preferences:
+    """Take EXAMPLES at equal distances, or the first that have TOKENS together; at least one."""
+    places = np.unique(np.linspace(0, len(examples) - 1, EXAMPLES).astype(int))
+    fitting = np.cumsum(examples.lengths[places]) <= TOKENS
+    return examples.take(places[: max(1, np.count_nonzero(fitting))])

@@ -11,9 +11,9 @@ from torch import Tensor
 from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
+from ..data.examples import Examples
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions
 from ..data.leading_token import without_leading
-from ..data.units import Units
 from ..distributed.process_group import processes_of
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
@@ -73,10 +73,10 @@ def shortened(text: str, characters: int, cut: bool = False) -> str:
 
 
 def validation_loss(
-    trainer, documents: Units, is_stopped: Callable[[], bool] = lambda: False
+    trainer, documents: Examples, is_stopped: Callable[[], bool] = lambda: False
 ) -> tuple[float, dict[str, float]] | None:
     """Compute (the mean loss over all trained tokens of the documents, weighted, in nats, or over their
-    units; the other means of a preference).
+    examples; the other means of a preference).
 
     Every rank takes part and gets the same numbers. None where on some rank is_stopped() between two batches.
     Packing and the number of processes do not change the result: rows don't see each other, each batch is
@@ -89,8 +89,8 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
     sums: Tensor | None = None
 
-    def batches(units: Units) -> Iterator[dict]:
-        return _batches(trainer, units, weight, is_stopped)
+    def batches(examples: Examples) -> Iterator[dict]:
+        return _batches(trainer, examples, weight, is_stopped)
 
     try:
         beside = objective.before_evaluation(documents, batches, module.policy)
@@ -108,7 +108,7 @@ class _Stopped(Exception):
     """Stop of a rank between two batches; all of them raise it."""
 
 
-def _batches(trainer, documents: Units, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
+def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
     """Yield the batches of this rank, as many as every other one has, on its device."""
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
     batches = evaluation_batches(documents, module.config)

@@ -54,16 +54,16 @@ class LossMetrics:
         """Tell whether a state is judged by its loss."""
         return self.score == "loss"
 
-    def fields(self, units: float, metrics: dict[str, float]) -> dict[str, float | None]:
-        """Return the entries of a line: the number of units, and their metrics. A value that is not finite is
-        None.
+    def fields(self, examples: float, metrics: dict[str, float]) -> dict[str, float | None]:
+        """Return the entries of a line: the number of examples, and their metrics. A value that is not
+        finite is None.
 
         Supervised training has no metrics, and gets {}.
         """
         if not metrics:
             return {}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        return {"units": round(units), **finite}
+        return {"units": round(examples), **finite}
 
     def known(self, line: dict) -> dict[str, float]:
         """Return the metrics that a line has a number for."""

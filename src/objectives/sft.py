@@ -13,7 +13,7 @@ from rwkv_miss.files.checkpoint import Arch
 from ..config import Config
 from ..data.batches import Schedule
 from ..data.encode import Encoder
-from ..data.units import Units
+from ..data.examples import Examples
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from .base import Objective
@@ -31,7 +31,7 @@ class Supervised(Objective):
     loss = None  # is part of the model's pass over a batch
     metrics = SUPERVISED
 
-    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         found = super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
@@ -42,14 +42,14 @@ class Supervised(Objective):
     ) -> tuple[Tensor, Tensor]:
         return batch_loss(model, batch, self.chunks, batch.get("width", 0)), NO_METRICS
 
-    def trained_text(self, documents: Units) -> str:
+    def trained_text(self, documents: Examples) -> str:
         return f", {documents.targets:,} of them trained{weighing(documents)}: {mask_text(self.config)}"
 
     def evaluation(self, module) -> HeldOutLoss:
         return HeldOutLoss(module)
 
 
-def weighing(documents: Units) -> str:
+def weighing(documents: Examples) -> str:
     """Say the sum of the trained tokens' weights, if it is not their number."""
     if documents.weight == documents.targets:
         return ""

@@ -48,13 +48,13 @@ def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
     return {"rank": rank}, reason
 
 
-def row_length(longest: int, chunk_ctx: int, texts: int = 0, unit: str = "document") -> tuple[int, str]:
-    """Choose (ctx_len, why) for units of at most `longest` inputs: a power of two, unbounded with chunks.
+def row_length(longest: int, chunk_ctx: int, texts: int = 0, word: str = "document") -> tuple[int, str]:
+    """Choose (ctx_len, why) for examples of at most `longest` inputs: a power of two, unbounded with chunks.
 
     `texts` are the inputs of all documents if they are running text, which loses nothing when it is cut; else
     0.
     """
-    length, reason = SHORTEST, f"the longest {unit} has {counted(longest, 'token')}"
+    length, reason = SHORTEST, f"the longest {word} has {counted(longest, 'token')}"
     while length < longest:
         length *= 2
     if length > LONGEST and not chunk_ctx:
@@ -77,9 +77,9 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and not value_or_zero(config, "eval_steps"):
-        return 0.0, f"{counted(documents, objective_of(config).unit)}, too few to leave some out"
+        return 0.0, f"{counted(documents, objective_of(config).word)}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
-    return share, f"{counted(max(1, round(share * documents)), objective_of(config).unit)} of {documents:,}"
+    return share, f"{counted(max(1, round(share * documents)), objective_of(config).word)} of {documents:,}"
 
 
 def passes(steps: int, held_out: bool) -> tuple[int, str]:

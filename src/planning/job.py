@@ -20,6 +20,7 @@ from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
 from ..data.encode import Encoder
+from ..data.examples import Examples
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
     EVALUATION,
@@ -30,7 +31,6 @@ from ..data.held_out import (
 )
 from ..data.leading_token import leading_token
 from ..data.tokenizer import Tokenizer
-from ..data.units import Units
 from ..objectives.base import TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.work import Speed
@@ -69,8 +69,8 @@ class Device:
 class Data:
     """Documents of a run, and the findings of reading them."""
 
-    documents: Units  # to train on
-    held_out: Units
+    documents: Examples  # to train on
+    held_out: Examples
     found: Report
     encoder: Encoder  # it made the documents
 
@@ -90,7 +90,7 @@ class Plan:
     data: Data
     reward_digest: str | None  # the hash of --reward_file
     schedule: Schedule
-    evaluated: Units  # those of Data.held_out that evaluations read
+    evaluated: Examples  # those of Data.held_out that evaluations read
 
     @property
     def steps(self) -> int:
@@ -200,22 +200,22 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     loaded = objective_of(config).load(config.data_file, encoder, found)
     for choice in objective_of(config).defaults_by_data(loaded, tokenizer):
         draft.choose(*choice)
-    longest, texts, unit = objective_of(draft.config).longest(loaded)
-    draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, unit))
+    longest, texts, example = objective_of(draft.config).longest(loaded)
+    draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, example))
     documents = objective_of(draft.config).examples(loaded)
     draft.choose("eval_split", *held_out_share(config, len(documents)))
     config, objective = draft.config, objective_of(draft.config)
 
-    def load_held_out(path: str) -> Units:
-        units = objective.examples(objective.load(path, encoder, found))
-        if left_out := units.too_long_text(config.ctx_len):
+    def load_held_out(path: str) -> Examples:
+        examples = objective.examples(objective.load(path, encoder, found))
+        if left_out := examples.too_long_text(config.ctx_len):
             found.notes.append(f"left out   {left_out}")
-        return units
+        return examples
 
     train, held_out = hold_out(config, documents, load_held_out)
     if config.eval_file and (both := len(documents) - len(train)):
         found.notes.append(
-            f"left out   {counted(both, objective.unit)} of {config.data_file}, {objective.same} in"
+            f"left out   {counted(both, objective.word)} of {config.data_file}, {objective.same} in"
             f" {config.eval_file} too"
         )
     train, held_out = (objective.estimated(part, loaded, tokenizer) for part in (train, held_out))
@@ -223,8 +223,8 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
 
 
 def choose_evaluation(
-    draft: Draft, schedule: Schedule, held_out: Units, before: Config | None = None
-) -> Units:
+    draft: Draft, schedule: Schedule, held_out: Examples, before: Config | None = None
+) -> Examples:
     """Choose the held-out documents for evaluations, and fill in their number.
 
     `before` are the settings of a run that is resumed.
@@ -241,16 +241,16 @@ def choose_evaluation(
         choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(draft.config, steps))
     if fits < len(order):
-        of_all = counted(len(order), f"held-out {objective.unit}")
+        of_all = counted(len(order), f"held-out {objective.word}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
-        reason = f"all held-out {objective.unit}s take less than a tenth of the run"
+        reason = f"all held-out {objective.word}s take less than a tenth of the run"
     draft.choose("eval_docs", min(fits, len(order)), reason)
     return held_out.take(np.sort(order[: draft.config.eval_docs]))
 
 
 def estimate(
-    config: Config, arch: Arch, schedule: Schedule, documents: Units | None = None
+    config: Config, arch: Arch, schedule: Schedule, documents: Examples | None = None
 ) -> dict[str, float]:
     """Estimate the bytes by part on one device. The batch's size is that of `config`, not of the schedule.
 

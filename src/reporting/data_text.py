@@ -9,9 +9,9 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.examples import Examples
 from ..data.formats import places_text
 from ..data.leading_token import describe_leading
-from ..data.units import Units
 from ..objectives.kinds import objective_of
 from ..planning.job import Data
 
@@ -26,7 +26,7 @@ def documents_line(config: Config, found: Data) -> str:
     leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
     trained = objective_of(config).trained_text(documents)
     line = (
-        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.unit)}"
+        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.word)}"
         f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
         f" {encoder.template.name}{leading}){left_out(config, found)}"
     )
@@ -39,7 +39,7 @@ def rows(config: Config, schedule: Schedule) -> str:
     if objective.one_row:
         return f"up to {longest} for a {objective.one_row}"
     if not config.packing:
-        return f"rows of up to {longest}, a {objective.unit} in each"
+        return f"rows of up to {longest}, a {objective.word} in each"
     full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
     return f"rows of {config.ctx_len} tokens, {full:.0%} full"
 
@@ -50,7 +50,7 @@ def sources(config: Config, found: Data) -> list[str]:
     return [line for line in found.found.lines() if not line.startswith(said)]
 
 
-def long_texts(config: Config, documents: Units) -> list[str]:
+def long_texts(config: Config, documents: Examples) -> list[str]:
     """Write the line of the details about texts that became several documents, if any did."""
     if not documents.split:
         return []
@@ -60,17 +60,17 @@ def long_texts(config: Config, documents: Units) -> list[str]:
     ]
 
 
-def held_out(config: Config, held_out: Units, evaluated: Units) -> list[str]:
+def held_out(config: Config, held_out: Examples, evaluated: Examples) -> list[str]:
     """Write the line of the details about the documents that are not trained on, if there are any."""
     if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
     source, objective = recorded(config.eval_file or config.data_file), objective_of(config)
-    count, looked_at = counted(len(held_out), objective.unit), objective.evaluated_text(evaluated)
+    count, looked_at = counted(len(held_out), objective.word), objective.evaluated_text(evaluated)
     return [f"held out   {count} of {source}{cut}; {looked_at}"]
 
 
-def rewritten(documents: Units) -> list[str]:
+def rewritten(documents: Examples) -> list[str]:
     """Say how many conversations became several documents, if any did."""
     conversations, several = documents.rewritten
     if not conversations:
@@ -79,7 +79,7 @@ def rewritten(documents: Units) -> list[str]:
     return [f"{counts}, because the template rewrites earlier turns"]
 
 
-def cut_warnings(config: Config, documents: Units) -> Iterator[str]:
+def cut_warnings(config: Config, documents: Examples) -> Iterator[str]:
     """Say what --ctx_len cuts off."""
     of_all = f"of {counted(len(documents), 'document')}"
     if documents.cut:

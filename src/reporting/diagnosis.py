@@ -57,7 +57,7 @@ class Facts:
         self.config, self.lines, self.top, self.history = config, lines, top, history
         self.searched, self.by_loss = searched, objective_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
-        self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).unit}s"
+        self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
         self.range = None if self.by_loss else bounds(config)  # of a reward
         self.is_enough = step is not None or len(lines) >= WINDOW
         ends = evaluation_at(history, 0), evaluation_at(history, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.answer_unit import prompt_length
+from ..data.answer_example import prompt_length
 from ..data.dataset import Document
 from ..data.leading_token import begins_with
 from ..data.preferences import Preference
@@ -41,16 +41,16 @@ def short_sample(row: Document, tokenizer) -> str:
     return f"{shown} (« » is what {'is trained' if alike else 'weighs most in the loss'})"
 
 
-def short_unit(unit: Document | Preference | Question, tokenizer) -> str:
+def short_example(example: Document | Preference | Question, tokenizer) -> str:
     """Write short_sample() of a document, or the prompt with its answers, on one line."""
-    if isinstance(unit, Document):
-        return short_sample(unit, tokenizer)
-    if isinstance(unit, Question):
-        asked, right = ("⏎".join(text.splitlines()) for text in (unit.prompt, str(unit.right)))
+    if isinstance(example, Document):
+        return short_sample(example, tokenizer)
+    if isinstance(example, Question):
+        asked, right = ("⏎".join(text.splitlines()) for text in (example.prompt, str(example.right)))
         asked = asked if len(asked) <= SAMPLE else f"... {asked[-SAMPLE:]}"
         return f"{asked} (right: {right if len(right) <= SAMPLE else f'{right[:SAMPLE]} ...'})"
     shown, ends = "", []
-    for answer in unit.answers:
+    for answer in example.answers:
         begin = prompt_length(answer)
         prompt, compared = (
             Document(answer.ids[part], answer.weights[part]) for part in (slice(0, begin), slice(begin, None))
@@ -60,7 +60,7 @@ def short_unit(unit: Document | Preference | Question, tokenizer) -> str:
         line = one_line(compared, tokenizer)
         ends.append(f"«{line if len(line) <= SAMPLE else f'{line[:SAMPLE]} ...'}»")
     if len(ends) == 1:
-        return f"{shown}{ends[0]} ({'to be' if unit.chosen[0] else 'not to be'} preferred)"
+        return f"{shown}{ends[0]} ({'to be' if example.chosen[0] else 'not to be'} preferred)"
     return f"{shown}{ends[0]} rather than {ends[1]}"
 
 
@@ -69,16 +69,16 @@ def one_line(row: Document, tokenizer) -> str:
     return "⏎".join("".join(part for part, _ in parts_of(row, tokenizer)).splitlines())
 
 
-def unit_sample(unit: Document | Preference | Question, tokenizer) -> str:
+def example_sample(example: Document | Preference | Question, tokenizer) -> str:
     """Write sample() of a document or of each compared answer; a question with its reference answer."""
-    if isinstance(unit, Document):
-        return sample(unit, tokenizer)
-    if isinstance(unit, Question):
-        return "\n".join(f"    | {line}" for line in f"{unit.prompt}\nright: {unit.right}".splitlines())
+    if isinstance(example, Document):
+        return sample(example, tokenizer)
+    if isinstance(example, Question):
+        return "\n".join(f"    | {line}" for line in f"{example.prompt}\nright: {example.right}".splitlines())
     names = {True: "chosen", False: "rejected"}
     shown = [
         f"    {names[chosen]}:\n{sample(answer, tokenizer)}"
-        for answer, chosen in zip(unit.answers, unit.chosen)
+        for answer, chosen in zip(example.answers, example.chosen)
     ]
     return "\n".join(shown)
 

@@ -155,7 +155,7 @@ def _measured(config: Config, summary: dict, history: list[dict]) -> list[str]:
         rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
     parts = [table(["", ""], rows)]
     if history:
-        parts += [f"On held-out {objective_of(config).unit}s:", evaluations_table(config, history)]
+        parts += [f"On held-out {objective_of(config).word}s:", evaluations_table(config, history)]
     return parts
 
 

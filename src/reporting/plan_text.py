@@ -29,7 +29,7 @@ from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor, state_learning_rate
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 from .data_text import cut_warnings, documents_line, held_out, long_texts, rows, sources
-from .document_text import short_unit, unit_sample
+from .document_text import example_sample, short_example
 from .run_card import CARD
 
 LINES = 14  # the most lines of a plan
@@ -66,7 +66,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(run, cost),
-        f"sample     {short_unit(run.data.documents[0], run.tokenizer)}",
+        f"sample     {short_example(run.data.documents[0], run.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
@@ -109,7 +109,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         f"template   {template_text(run.template)}{asks_otherwise(run.template)};"
         f" {describe_leading(run.data.encoder.bos)}",
         "sample     trained part between the marks:",
-        unit_sample(documents[0], run.tokenizer),
+        example_sample(documents[0], run.tokenizer),
         *chosen(config),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
@@ -183,10 +183,10 @@ def needs(cost: Cost, where: str) -> str:
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
     """Write the line of the plan about evaluations: the loss on `evaluated` of `held` documents, or the
     answers to as many questions, in a run of `total` steps."""
-    objective, unit = objective_of(config), objective_of(config).unit
+    objective, word = objective_of(config), objective_of(config).word
     if not held:
         return (
-            f"evaluation none: no {unit}s are held out (--eval_file FILE or --eval_split 0.05"
+            f"evaluation none: no {word}s are held out (--eval_file FILE or --eval_split 0.05"
             " would tell what the run is worth)"
         )
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps > 0 else ""
@@ -197,7 +197,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     if config.eval_samples and objective.asks_samples:
         asked = f" and {counted(config.eval_samples, 'sample answer')}"
     return (
-        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {unit}')}{asked}, "
+        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{asked}, "
         f"{evaluations(config, total)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )

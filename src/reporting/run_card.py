@@ -57,7 +57,7 @@ def card(
         *pictures(described),
         *_training_metrics(described, metrics),
         *_drawn(log.drawn),
-        f"## Held-out {objective_of(config).unit}s",
+        f"## Held-out {objective_of(config).word}s",
         *_validation(config, summary, log.history),
         "## Forgetting",
         *_forgetting(config, summary),

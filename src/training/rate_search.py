@@ -23,8 +23,8 @@ from rwkv_miss.progress import Progress, say
 from ..common.files import write_text
 from ..common.formatting import counted
 from ..config import save
+from ..data.examples import Examples
 from ..data.held_out import affordable, in_hash_order
-from ..data.units import Units
 from ..distributed.process_group import Processes, processes_of
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
@@ -187,7 +187,7 @@ class RateSearch:
         before = start.deciding_loss
         return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
 
-    def _deciding(self, module) -> Units:
+    def _deciding(self, module) -> Examples:
         """Choose the documents judged after each trial; reading them takes a tenth of the search."""
         schedule, size, evaluated = module.schedule, self.size, module.data.evaluated
         if not evaluated:

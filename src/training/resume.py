@@ -14,7 +14,7 @@ from ..config import AUTO, FIELDS, Config, accumulation, is_automatic, value_or_
 from ..config.launcher import is_first_process, launched, whole_number
 from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
-from ..data.units import Units
+from ..data.examples import Examples
 from ..model import RWKV
 from ..planning.draft import Draft
 from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, checkpoint_step, list_checkpoints, output_path
@@ -154,7 +154,7 @@ def _shown(value: object) -> object:
 
 
 def inputs(
-    model: RWKV, documents: Units, held_out: Units, reference: Identity | None = None
+    model: RWKV, documents: Examples, held_out: Examples, reference: Identity | None = None
 ) -> dict[str, str | None]:
     """Hash the inputs that must not change on resuming. `reference`: identity of --reference's model."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}

@@ -21,8 +21,8 @@ from .. import ops
 from ..config import Config
 from ..data.batches import Schedule, make_schedule
 from ..data.collate import to_device
+from ..data.examples import Examples
 from ..data.held_out import evaluation_batches
-from ..data.units import Units
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
 from ..objectives.base import Objective, TrainingData
@@ -53,8 +53,8 @@ class Trial:
 def trials(
     model: RWKV,
     config: Config,
-    documents: Units,
-    held_out: Units,
+    documents: Examples,
+    held_out: Examples,
     steps: int,
     setting: str,
     rates: list[float],
@@ -74,7 +74,7 @@ def trial_of(
     config: Config,
     rate: float,
     losses: list[float],
-    documents: Units,
+    documents: Examples,
     processes: Processes = ALONE,
 ) -> Trial:
     """Describe the training with these losses, whose end the model is in. Its loss on `documents` decides."""
@@ -83,8 +83,8 @@ def trial_of(
 
 
 def with_reference(
-    model: RWKV, config: Config, documents: Units, held_out: Units, schedule: Schedule, steps: int
-) -> tuple[Units, Units]:
+    model: RWKV, config: Config, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
+) -> tuple[Examples, Examples]:
     """Give both the values of the reference for `steps` steps, if the loss needs them."""
     shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
     data, policy = TrainingData(documents, held_out, held_out), policy_of(model, config)
@@ -119,7 +119,7 @@ def _changing(model: RWKV) -> dict[str, Tensor]:
 
 
 def train(
-    model: RWKV, config: Config, documents: Units, steps: int, processes: Processes = ALONE
+    model: RWKV, config: Config, documents: Examples, steps: int, processes: Processes = ALONE
 ) -> Iterator[float]:
     """Do train.py's optimizer steps; yields the loss of each, up to the first that is not finite."""
     schedule = make_schedule(documents, config, processes.world)
@@ -181,12 +181,12 @@ def _backward(
 
 
 @torch.no_grad()
-def held_out_loss(model: RWKV, config: Config, held_out: Units, processes: Processes = ALONE) -> float:
-    """Compute the loss over the documents' trained tokens, nats per token; of preferences, per unit."""
+def held_out_loss(model: RWKV, config: Config, held_out: Examples, processes: Processes = ALONE) -> float:
+    """Compute the loss over the documents' trained tokens, nats per token; of preferences, per example."""
     model.eval()
     device, objective = model.emb.weight.device, objective_of(config)
 
-    def batches(documents: Units) -> Iterator[dict]:
+    def batches(documents: Examples) -> Iterator[dict]:
         collate = documents.collator(objective.chunks.size)
         mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):

@@ -78,7 +78,7 @@ class Watch(Callback):
             "step": step,
             "loss": found.loss if math.isfinite(found.loss) else None,
             "tokens": found.tokens,
-            **self.metrics.fields(found.units, found.metrics),
+            **self.metrics.fields(found.examples, found.metrics),
             "samples": found.samples,
         }
         self.history.append(line)

@@ -1,8 +1,8 @@
 """KTO's baseline: how far the model has moved from the reference on answers to other prompts.
 
 It is one number for an optimizer step: the mean of ln p - ln ref of an answer over the step's mismatched
-units, of all ranks and micro-batches, not below 0. A pass without gradient before the step computes it. So it
-does not depend on the step's micro-batches.
+examples, of all ranks and micro-batches, not below 0. A pass without gradient before the step computes it.
+So it does not depend on the step's micro-batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class WithBaseline(Feed):
     def __init__(self, batches: Batches, schedule: Schedule, steps: range, policy: Policy, chunk: int):
         super().__init__(batches, schedule)
         others = batches.documents.others
-        # the same units in each step, in rows of other lengths
+        # the same examples in each step, in rows of other lengths
         lengths = dataclasses.replace(schedule, lengths=schedule.rows.sums(others.lengths - 1))
         self.others = iter(Batches(others, lengths, steps.stop, policy.processes.rank, steps.start, chunk))
         self.policy = policy
@@ -39,10 +39,10 @@ class WithBaseline(Feed):
 
 
 def baseline(batches: Iterable[dict], policy: Policy) -> Tensor:
-    """Compute the baseline of the mismatched units of all processes, a scalar in fp32."""
+    """Compute the baseline of the mismatched examples of all processes, a scalar in fp32."""
     sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
     for batch in batches:
-        found = policy.log_probs(batch)  # also without units: all ranks run the same operations
+        found = policy.log_probs(batch)  # also without examples: all ranks run the same operations
         if len(batch["chosen"]):
             sums[0] += (found - batch["reference"]).double().sum()
             sums[1] += len(batch["chosen"])

@@ -15,10 +15,10 @@ from ... import ops
 from ...common.formatting import counted
 from ...config import Config, accumulation, is_automatic
 from ...data.batches import Schedule
+from ...data.examples import Examples
 from ...data.held_out import FORWARD
 from ...data.preferences import Preferences
 from ...data.tokenizer import Tokenizer
-from ...data.units import Units
 from ...model.preference_loss import PreferenceLoss
 from ..base import Evaluated, Feed, Objective, PromptReading, TrainingData
 from ..batch_sizes import BatchSizes, largest_shared
@@ -61,12 +61,12 @@ class OnPreferences(Objective):
         )
 
     @property
-    def unit(self) -> str:
+    def word(self) -> str:
         return "pair" if self.loss.paired else "answer"
 
     @property
     def metrics(self) -> LossMetrics:
-        return dataclasses.replace(PREFERENCES, loss_of=self.unit)
+        return dataclasses.replace(PREFERENCES, loss_of=self.word)
 
     @property
     def looks(self) -> int:
@@ -101,7 +101,7 @@ class OnPreferences(Objective):
             self.config if self.config.sft_weight >= 1 else dataclasses.replace(self.config, sft_weight=1.0)
         )
 
-    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         if not documents.paired:
             return PromptReading()
         if self.config.chunk_ctx:
@@ -120,13 +120,13 @@ class OnPreferences(Objective):
             f" the {separate:,.0f} of a micro-batch, and a second pass costs as much as {second:,.0f}",
         )
 
-    def share_read(self, documents: Units, schedule: Schedule, arch: Arch) -> float:
+    def share_read(self, documents: Examples, schedule: Schedule, arch: Arch) -> float:
         if not self.prompt_reading(documents, schedule, arch).shared:
             return 1.0
         separate, shared = tokens_of_layouts(documents, schedule)
         return shared / separate
 
-    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         config, found = self.config, super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
@@ -162,7 +162,7 @@ class OnPreferences(Objective):
         if not self.loss.paired:
             of_all = f"of {counted(len(documents), 'answer')}"
             said += f"; {int(documents.chosen.sum()):,} {of_all} to be preferred"
-        in_a_step = counted(round(len(documents) / schedule.steps_per_pass), self.unit)
+        in_a_step = counted(round(len(documents) / schedule.steps_per_pass), self.word)
         prompts = self.prompt_reading(documents, schedule, arch).explanation
         return [
             f"loss       {said}; about {in_a_step} in a step",
@@ -196,9 +196,9 @@ class OnPreferences(Objective):
         return WithBaseline(found.batches, schedule, steps, policy, self.chunks.size)
 
     def before_evaluation(
-        self, units: Units, batches: Callable[[Units], Iterator[dict]], policy: Policy
+        self, examples: Examples, batches: Callable[[Examples], Iterator[dict]], policy: Policy
     ) -> dict:
-        return {} if self.loss.paired else {"baseline": baseline(batches(units.others), policy)}
+        return {} if self.loss.paired else {"baseline": baseline(batches(examples.others), policy)}
 
     def evaluation(self, module) -> HeldOutLoss:
         return WithKl(module) if self.loss.needs_reference else HeldOutLoss(module)

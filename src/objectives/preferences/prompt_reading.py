@@ -26,7 +26,7 @@ def tokens_of_layouts(preferences: Preferences, schedule: Schedule) -> tuple[flo
             rows = schedule.micro_rows(step, *divmod(group, schedule.world))
             if not rows:
                 continue
-            pairs = np.array([unit for row in rows for unit in schedule.rows[row]])
+            pairs = np.array([example for row in rows for example in schedule.rows[row]])
             separate += len(rows) * max(schedule.lengths[row] for row in rows)
             # an answer's row begins with the last token of its prompt, and ends before its own last one
             longest = max(answers[2 * pairs].max(), answers[2 * pairs + 1].max())

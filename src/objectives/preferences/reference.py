@@ -42,14 +42,14 @@ from .reference_blocks import Blocks, blocks_in
 VERSION = 1  # raised when the code changes the values
 FOLDER = "reference"  # in the run's folder
 
-Rows = list[list[int]]  # of a batch: the places of the units of each row
+Rows = list[list[int]]  # of a batch: the places of the examples of each row
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
     """Rounds of reading, in each of which every process reads a batch."""
 
-    order: str  # names the order of the units
+    order: str  # names the order of the examples
     count: int
     batches: Callable[[int], list[Rows]]  # number of a round -> the batch of each process
 
@@ -91,21 +91,21 @@ class ReferencePass:
             self.other = None
 
     def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:
-        """Add reference log-probs for the units that `steps` steps read; the rest stay NaN."""
+        """Add reference log-probs for the examples that `steps` steps read; the rest stay NaN."""
         rounds = training_rounds(schedule, steps)
         return self._with_others(documents, lambda _: rounds, "the training data")
 
     def held_out(self, documents: Preferences) -> Preferences:
-        """Add the reference log-probs of all units."""
+        """Add the reference log-probs of all examples."""
         world = self.processes.world
         return self._with_others(
-            documents, lambda units: held_out_rounds(units, self.config, world), "the held-out data"
+            documents, lambda examples: held_out_rounds(examples, self.config, world), "the held-out data"
         )
 
     def _with_others(
         self, documents: Preferences, rounds_of: Callable[[Preferences], Rounds], what: str
     ) -> Preferences:
-        """Add values to the documents, and under kto to the mismatched units beside them."""
+        """Add values to the documents, and under kto to the mismatched examples beside them."""
         if not len(documents):
             return documents
         known = self._with_values(documents, rounds_of(documents), what)
@@ -122,14 +122,14 @@ class ReferencePass:
             if blocks.folder and self.config.data_cache != "none":
                 remove_old(folder.parent)
             values = _Values(documents, self._known(blocks), blocks)
-            units = sum(_units(rounds.batches(number)) for number in range(rounds.count))
-            with Progress(f"the reference reads {what}", units, f"{documents.unit}s", first) as bar:
+            examples = sum(_examples(rounds.batches(number)) for number in range(rounds.count))
+            with Progress(f"the reference reads {what}", examples, f"{documents.word}s", first) as bar:
                 for number in range(rounds.count):
                     batches = rounds.batches(number)
                     if not values.take_known(batches):
                         values.add(batches, self._read(documents, batches, log_probs))
                     self._check(values, what)
-                    bar.update(_units(batches))
+                    bar.update(_examples(batches))
             found = values.all()
             self._check(values, what)
         seconds = time.perf_counter() - begun
@@ -143,10 +143,10 @@ class ReferencePass:
         if values.not_finite is None:
             return
         values.blocks.clear()
-        unit, line = values.documents.unit, values.documents.line(values.not_finite)
+        word, line = values.documents.word, values.documents.line(values.not_finite)
         raise UserError(
             f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not finite"
-            f" for the {unit} of line or row {line} of {what}; look for what is odd in it or in the model, or"
+            f" for the {word} of line or row {line} of {what}; look for what is odd in it or in the model, or"
             " choose another --precision"
         )
 
@@ -161,14 +161,14 @@ class ReferencePass:
     def _read(
         self, documents: Preferences, batches: list[Rows], log_probs: Callable[[dict], Tensor]
     ) -> Numbers:
-        """Start reading all units of a round in order; they are on their way from the device."""
+        """Start reading all examples of a round in order; they are on their way from the device."""
         sizes = [_count(documents, rows) for rows in batches]
         rank = self.processes.rank
-        units = [[documents[i] for i in row] for row in batches[rank]]
+        examples = [[documents[i] for i in row] for row in batches[rank]]
         lengths = documents.lengths - 1
         width = max([1, *(int(lengths[row].sum()) for rows in batches for row in rows)])
         collate = documents.collator(self.config.chunk_ctx, self.shared)
-        batch = to_device(collate(units, 1.0) | {"width": width}, self.device)
+        batch = to_device(collate(examples, 1.0) | {"width": width}, self.device)
         found = torch.zeros(sum(sizes), device=self.device)
         # chunks have the tokens of several answers in turns
         order = batch["answer"].argsort(stable=True)
@@ -210,7 +210,7 @@ class ReferencePass:
             documents.digest,
             self.other or start,
             [config.precision, config.quant, config.wkv, config.accelerator, config.chunk_ctx, self.shared],
-            # the units that are in a batch together
+            # the examples that are in a batch together
             [config.packing, config.ctx_len, config.micro_bsz, accumulation(config), self.processes.world],
             config.random_seed,
         ]
@@ -229,7 +229,7 @@ class _Values:
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.values = np.full(int(self.sizes.sum()), np.nan, np.float32)
         self.position = 0
-        self.not_finite: int | None = None  # the first unit with a value that is not finite
+        self.not_finite: int | None = None  # the first example with a value that is not finite
         self.late: deque[tuple[list[Rows], Numbers]] = deque()
 
     def take_known(self, batches: list[Rows]) -> bool:
@@ -251,7 +251,7 @@ class _Values:
             self._take()
 
     def all(self) -> np.ndarray:
-        """Return the values of all units, (targets,) float32; NaN for units in no round."""
+        """Return the values of all examples, (targets,) float32; NaN for examples in no round."""
         while self.late:
             self._take()
         return self.values
@@ -263,19 +263,19 @@ class _Values:
         self.blocks.add(values)
 
     def _put(self, batches: list[Rows], values: np.ndarray) -> None:
-        units = [i for rows in batches for row in rows for i in row]
-        if not units:
+        examples = [i for rows in batches for row in rows for i in row]
+        if not examples:
             return
-        places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in units]
+        places = [np.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in examples]
         self.values[np.concatenate(places)] = values
         if self.not_finite is None and not np.isfinite(values).all():
             self.not_finite = next(
-                i for i, at in zip(units, places) if not np.isfinite(self.values[at]).all()
+                i for i, at in zip(examples, places) if not np.isfinite(self.values[at]).all()
             )
 
 
-def _units(batches: list[Rows]) -> int:
-    """Count the units of the batches of a round."""
+def _examples(batches: list[Rows]) -> int:
+    """Count the examples of the batches of a round."""
     return sum(len(row) for rows in batches for row in rows)
 
 

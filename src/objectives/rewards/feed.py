@@ -24,7 +24,7 @@ from rwkv_miss.errors import UserError
 
 from ...config import Config
 from ...data.answer_batches import GROUP, collate_answers
-from ...data.answer_unit import AnswerGroup
+from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...evaluation.rewards import Failed
@@ -158,29 +158,29 @@ class RolloutFeed(Feed):
             except UserError as caught:
                 error = caught
             seconds = time.perf_counter() - begun
-            units = [group.unit() for group in groups if self._is_trained(group)]
-            self.totals = self._totals(groups, units, error)
+            examples = [group.example() for group in groups if self._is_trained(group)]
+            self.totals = self._totals(groups, examples, error)
             self._check(step, groups, error)
             self.first_group = groups[0] if groups else None
             self.phase_sums = self._sums(groups)
             sampled = {"draws": 1, "draw_seconds": seconds, "drawn_tokens": sum(g.tokens for g in groups)}
             self.step_sums = self.phase_sums + self.loss.sums(self.policy.device, **sampled)
-            self._share_out(self._share_of(units))
+            self._share_out(self._share_of(examples))
             for batch in self.batches:
                 batch["reference"] = self.reference.of(batch, phase)
 
     def _is_trained(self, group: Group) -> bool:
         return not group.failed and (group.live or self.loss.beta > 0)
 
-    def _totals(self, groups: list[Group], units: list[AnswerGroup], error: UserError | None) -> Totals:
+    def _totals(self, groups: list[Group], examples: list[AnswerGroup], error: UserError | None) -> Totals:
         scored = [group for group in groups if not group.failed]
         mine = Totals(
             answers=sum(len(group.answers) for group in scored),
             tokens=sum(group.tokens for group in scored),
             groups=len(scored),
             failed=len(groups) - len(scored),
-            trained=sum(unit.targets for unit in units),
-            read=sum(_read(unit, self.shared) for unit in units),
+            trained=sum(example.targets for example in examples),
+            read=sum(_read(example, self.shared) for example in examples),
             broken=float(error is not None),
         )
         device = self.policy.device
@@ -221,33 +221,33 @@ class RolloutFeed(Feed):
             **{reward_metric(name): float(value) for name, value in by_name},
         )
 
-    def _share_of(self, units: list[AnswerGroup]) -> list[AnswerGroup]:
+    def _share_of(self, examples: list[AnswerGroup]) -> list[AnswerGroup]:
         """Return the groups that this process trains on: an equal share of all, alike in length.
 
         Otherwise a process with only live groups would make the others wait.
         """
         processes = self.policy.processes
-        everyone = itertools.chain.from_iterable(processes.gathered(units))
-        by_length = sorted(everyone, key=lambda unit: max(answer.inputs for answer in unit.answers))
+        everyone = itertools.chain.from_iterable(processes.gathered(examples))
+        by_length = sorted(everyone, key=lambda example: max(answer.inputs for answer in example.answers))
         return by_length[processes.rank :: processes.world]
 
-    def _share_out(self, units: list[AnswerGroup]) -> None:
+    def _share_out(self, examples: list[AnswerGroup]) -> None:
         """Make the micro-batches of groups in the order of their lengths: as few as can be, evenly full.
 
         The others are empty.
         """
         weight = self.loss.divisor(self.totals.answers, self.totals.tokens)
-        full = -(-len(units) // self.schedule.micro_bsz)
+        full = -(-len(examples) // self.schedule.micro_bsz)
         self.batches = []
         for micro in range(self.schedule.accumulate):
-            begin, end = (min(n, full) * len(units) // max(full, 1) for n in (micro, micro + 1))
-            rows = [[unit] for unit in units[begin:end]]
+            begin, end = (min(n, full) * len(examples) // max(full, 1) for n in (micro, micro + 1))
+            rows = [[example] for example in examples[begin:end]]
             batch = collate_answers(rows, weight, self.chunk, self.shared, GROUP)
             batch |= {"width": batch["ids"].shape[1], "old": None, "reference": None}
             self.batches.append(to_device(batch, self.policy.device))
 
 
-def _read(unit: AnswerGroup, shared: bool) -> int:
+def _read(example: AnswerGroup, shared: bool) -> int:
     """Count the tokens of a group in a batch; a prompt that is read once counts once."""
-    once = (len(unit.prompt) - 1) * (len(unit.answers) - 1)
-    return unit.inputs - once if shared else unit.inputs
+    once = (len(example.prompt) - 1) * (len(example.answers) - 1)
+    return example.inputs - once if shared else example.inputs

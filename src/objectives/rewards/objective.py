@@ -16,11 +16,11 @@ from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.chat_template import Template
 from ...data.encode import Encoder
+from ...data.examples import Examples
 from ...data.formats import Reading, Report
 from ...data.held_out import EVALUATION
 from ...data.questions import LoadedQuestions, QuestionReader, Questions
 from ...data.tokenizer import Tokenizer
-from ...data.units import Units
 from ...evaluation.rewards import Rewards
 from ...model.grpo_loss import GrpoLoss
 from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
@@ -48,7 +48,7 @@ CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier fa
 class OnRewards(Objective):
     """Objective of GRPO on answers that the model gives to questions."""
 
-    unit = "question"
+    word = "question"
     same = "whose prompts are"
     usual_rows = 16
     # on the demo's model 3e-3 learns and 1e-2 collapses; a supervised training begins at 6e-3
@@ -101,15 +101,15 @@ class OnRewards(Objective):
         return loaded.longest + answer, 0, "question with its answer"
 
     def examples(self, loaded: LoadedQuestions) -> Questions:
-        return loaded.units(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
+        return loaded.examples(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
 
     def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
         return dataclasses.replace(examples, usual=usual_length(self.config, loaded, tokenizer))
 
-    def prompt_reading(self, documents: Units, schedule: Schedule, arch: Arch) -> PromptReading:
+    def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         return PromptReading(not self.config.chunk_ctx)
 
-    def largest_batch(self, schedule: Schedule, documents: Units | None, arch: Arch) -> BatchSizes:
+    def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         return largest_groups(documents, self.config)
 
     def beside(self, rows: int, trained: Tensor) -> dict:
@@ -157,18 +157,18 @@ class OnRewards(Objective):
     def description(self) -> str:
         return describe_rewards(self.config)
 
-    def lines(self, documents: Units, schedule: Schedule, arch: Arch) -> list[str]:
+    def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
         return reward_lines(self.config, arch)
 
     def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
         return [text] if (text := long_answers(documents, tokenizer)) else []
 
-    def trained_text(self, documents: Units) -> str:
+    def trained_text(self, documents: Examples) -> str:
         return " of prompts"
 
-    def evaluated_text(self, evaluated: Units) -> str:
+    def evaluated_text(self, evaluated: Examples) -> str:
         answered = "is" if len(evaluated) == 1 else "are"
-        return f"{counted(len(evaluated), self.unit)} of them {answered} answered"
+        return f"{counted(len(evaluated), self.word)} of them {answered} answered"
 
     def feed(
         self, data: TrainingData, schedule: Schedule, steps: range, policy: Policy, shared: bool

@@ -19,7 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
 from ...config import Config
-from ...data.answer_unit import AnswerGroup
+from ...data.answer_example import AnswerGroup
 from ...data.encode import Encoder
 from ...data.questions import Question, Questions
 from ...evaluation.rewards import Failed, Rewards, Scored
@@ -72,8 +72,8 @@ class Group:
         """Sampled tokens."""
         return sum(len(answer.tokens) for answer in self.answers)
 
-    def unit(self) -> AnswerGroup:
-        """Return the unit to train on."""
+    def example(self) -> AnswerGroup:
+        """Return the example to train on."""
         return AnswerGroup.of(
             self.prompt,
             [answer.tokens for answer in self.answers],

@@ -1,4 +1,4 @@
-"""Units whose answers to one prompt are compared: each answer is a document of its own, prompt + answer."""
+"""Examples whose answers to one prompt are compared: each answer is a document, prompt + answer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .file_documents import Document
 
 
 @dataclasses.dataclass
-class AnswerUnit:
-    """Unit of answers to one prompt; all have the same tokens before the first trained one."""
+class AnswerExample:
+    """Example of answers to one prompt; all have the same tokens before the first trained one."""
 
     answers: list[Document]
 
@@ -32,8 +32,8 @@ class AnswerUnit:
 
 
 @dataclasses.dataclass
-class AnswerGroup(AnswerUnit):
-    """Unit of answers that a model gave to one question, with the advantage of each.
+class AnswerGroup(AnswerExample):
+    """Example of answers that a model gave to one question, with the advantage of each.
 
     All their tokens are trained, the end among them.
     """
@@ -45,7 +45,7 @@ class AnswerGroup(AnswerUnit):
     def of(
         cls, prompt: np.ndarray, tokens: list[list[int]], advantage: list[float], drawn: list[np.ndarray]
     ) -> AnswerGroup:
-        """Make the unit from the tokens of a prompt, (p,) with p >= 1, and those of each answer."""
+        """Make the example from the tokens of a prompt, (p,) with p >= 1, and those of each answer."""
         answers = []
         for answer in tokens:
             ids = np.concatenate([prompt, answer]).astype(np.int32)

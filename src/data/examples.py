@@ -1,4 +1,4 @@
-"""Units that a run trains on, as its schedule, evaluations and plan see them: documents, preferences,
+"""Examples that a run trains on, as its schedule, evaluations and plan see them: documents, preferences,
 questions."""
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import numpy as np
 from .collate import collate
 
 
-class Units(Sequence):
-    """Sequence of units, each in one row: dataset.Documents, preferences.Preferences or
+class Examples(Sequence):
+    """Sequence of examples, each in one row: dataset.Documents, preferences.Preferences or
     questions.Questions."""
 
     @property
     @abc.abstractmethod
-    def unit(self) -> str:
-        """Word for one unit."""
+    def word(self) -> str:
+        """The word for one example, such as document."""
 
     @property
     @abc.abstractmethod
     def lengths(self) -> np.ndarray:
-        """One more than the tokens that each unit takes of a row, (n,) int32."""
+        """One more than the tokens that each example takes of a row, (n,) int32."""
 
     @property
     @abc.abstractmethod
     def target_counts(self) -> np.ndarray:
-        """Trained tokens of each unit, (n,) int32."""
+        """Trained tokens of each example, (n,) int32."""
 
     @property
     @abc.abstractmethod
     def weight_sums(self) -> np.ndarray:
-        """Share of each unit in the divisor of a step's loss, (n,) float64 or int32."""
+        """Share of each example in the divisor of a step's loss, (n,) float64 or int32."""
 
     @property
     @abc.abstractmethod
     def tokens(self) -> int:
-        """Tokens of all units."""
+        """Tokens of all examples."""
 
     @property
     @abc.abstractmethod
@@ -47,16 +47,16 @@ class Units(Sequence):
         """Hash everything that is trained on, with SHA-256."""
 
     @abc.abstractmethod
-    def take(self, chosen: np.ndarray) -> Units:
-        """Return the units at these places."""
+    def take(self, chosen: np.ndarray) -> Examples:
+        """Return the examples at these places."""
 
     @abc.abstractmethod
     def contents(self) -> Iterable[np.ndarray]:
-        """Yield the key of each unit, (n,) int32."""
+        """Yield the key of each example, (n,) int32."""
 
     @abc.abstractmethod
     def held_out_by(self) -> Iterable[np.ndarray]:
-        """Yield tokens of each unit, (n,) int32: units with equal ones are held out together."""
+        """Yield tokens of each example, (n,) int32: examples with equal ones are held out together."""
 
     def collator(self, chunk: int = 0, shared: bool = False) -> Callable[[list[list], float], dict]:
         """Return the one function that makes batches of rows of these: (rows, step_weight) -> the batch of
@@ -73,7 +73,7 @@ class Units(Sequence):
 
     @property
     def alone(self) -> bool:
-        """Tell whether a unit has its row for itself, also if rows are packed."""
+        """Tell whether an example has its row for itself, also if rows are packed."""
         return False
 
     def too_long_text(self, ctx_len: int) -> str:
@@ -82,7 +82,7 @@ class Units(Sequence):
 
     @property
     def targets(self) -> int:
-        """Trained tokens of all units."""
+        """Trained tokens of all examples."""
         return int(self.target_counts.sum(dtype=np.int64))
 
     @property
@@ -94,7 +94,7 @@ class Units(Sequence):
 
     @property
     def cut(self) -> int:
-        """Units that were longer than ctx_len and lost their end."""
+        """Examples that were longer than ctx_len and lost their end."""
         return 0
 
     @property
@@ -104,15 +104,15 @@ class Units(Sequence):
 
     @property
     def split(self) -> int:
-        """Texts that became several units, of which at least one is here."""
+        """Texts that became several examples, of which at least one is here."""
         return 0
 
     @property
     def rewritten(self) -> tuple[int, int]:
-        """(conversations that became several units, of which at least one is here; these units)."""
+        """(conversations that became several examples, of which at least one is here; these examples)."""
         return 0, 0
 
     @property
     def untrained(self) -> int:
-        """Units that were left out because they have no trained token."""
+        """Examples that were left out because they have no trained token."""
         return 0
