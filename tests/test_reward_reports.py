@@ -168,7 +168,7 @@ def finished(tmp_path, metrics, history, drawn=()):
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
-    doubted = diagnosis(config, metrics, 10, history, "command line", False)
+    doubted = diagnosis(config, metrics, 10, history, False)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
     said = run_end._last_words(config, run_end._state(config, 20, 20, history), summary, history, doubted)
     return card, "\n".join(model_card._measured(config, summary, history)), said
