@@ -152,7 +152,7 @@ def _merged(given: dict[str, Any]) -> Config:
 
 
 def checked(config: Config) -> Config:
-    """The settings of a Config that was made in Python: of their types, and valid. Raises UserError."""
+    """Return the settings of a Config that was made in Python, of their types. UserError if one is wrong."""
     values = {name: value for name in FIELDS if (value := getattr(config, name)) is not AUTO}
     for name, value in values.items():
         typed = _typed_value(name, value)
@@ -174,7 +174,7 @@ def _config_of(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file, without the reasons that a run's config.yaml has beside them."""
+    """Read the settings in a YAML file, without the reasons that a run's config.yaml has beside them."""
     values = _load_yaml(path)
     values.pop(CHOSEN, None)
     for name in values:
@@ -326,7 +326,7 @@ def save(config: Config, path: str, remarks: Sequence[str] = ()) -> None:
 
 
 def _yaml(pair: dict[str, Any]) -> str:
-    """A name and its value as a line."""
+    """Write a name and its value as a line."""
     return yaml.safe_dump(pair, default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
 
 

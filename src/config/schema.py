@@ -345,13 +345,13 @@ def type_of(name: str) -> type:
 
 
 def written(config: Config, name: str) -> Any:
-    """The value as files and commands have it, where AUTO is a number or empty."""
+    """Return the value as files and commands have it, where AUTO is a number or empty."""
     value = getattr(config, name)
     return FIELDS[name].metadata["written"] if value is AUTO else value
 
 
 def read(name: str, value: Any) -> Any:
-    """The value of a setting that files and commands write like this: written() undone."""
+    """Return the value of a setting that files and commands write like this: written() undone."""
     meta = FIELDS[name].metadata
     return FIELDS[name].default if meta["automatic"] and value == meta["written"] else value
 
@@ -368,15 +368,15 @@ def is_automatic(config: Config, name: str) -> bool:
 
 
 def origin_of(config: Config, name: str) -> str:
-    """Where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or why it was
-    chosen.
+    """Tell where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or the
+    reason why it was chosen.
     """
     is_default = value_or_zero(config, name) == value_or_zero(Config(), name)
     return config.origins.get(name, "default" if is_default else "given")
 
 
 def value_or_zero(config: Config, name: str) -> Any:
-    """The value of a number or mapping that was given or chosen; 0 or {} where it is left to the program."""
+    """Return the value of a number or mapping; 0 or {} where it is left to the program."""
     return type_of(name)() if is_automatic(config, name) else getattr(config, name)
 
 

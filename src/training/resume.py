@@ -105,7 +105,7 @@ def inherit(draft: Draft, earlier: Recorded) -> None:
 
 
 def _still(reason: str) -> str:
-    """The reason for a value that the run so far has for this reason."""
+    """Return the reason for a value that the run so far has for this reason."""
     return reason if reason.startswith(SO_FAR) else f"{SO_FAR}: {reason}" if reason else SO_FAR
 
 
