@@ -14,7 +14,7 @@ from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
-    from src.data.leading_token import leading_token
+    from src.data.bos import bos_ids
     from src.data.questions import read_questions
     from src.data.templates import recorded_template
     from src.evaluation.answering import Asking, exact_accuracy
@@ -35,7 +35,7 @@ def main() -> None:
         args = parser.parse_args()
         merged, tokenizer = load(args.merged, precision="fp32")
         template = recorded_template("auto", tokenizer, args.merged)
-        bos = leading_token("recorded", tokenizer, args.merged)
+        bos = bos_ids("recorded", tokenizer, args.merged)
         questions = read_questions(args.questions, template)
         asking = Asking(args.max_tokens, template, bos)
         after, answers = exact_accuracy(merged, tokenizer, questions, asking)

@@ -27,7 +27,7 @@ with importing():
     from rwkv_miss import UserError, read_checkpoint
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
-    from src.data.leading_token import leading_token
+    from src.data.bos import bos_ids
     from src.data.questions import Question, read_questions
     from src.data.templates import recorded_template
     from src.evaluation.answering import Asking, exact_accuracy
@@ -47,7 +47,7 @@ def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, 
     """Return (questions, share that is right, answers) of a model file, as demo.accuracy has them."""
     network, tokenizer = load(model, precision="fp32")
     template = recorded_template("auto", tokenizer, model)
-    bos = leading_token("recorded", tokenizer, model)
+    bos = bos_ids("recorded", tokenizer, model)
     questions = read_questions(questions_file, template)
     return questions, *exact_accuracy(network, tokenizer, questions, Asking(64, template, bos))
 

@@ -29,11 +29,11 @@ with importing():
     from src.common.device import choose_accelerator, choose_precision
     from src.common.files import write_lines
     from src.config import Config
+    from src.data.bos import bos_ids, text_of
     from src.data.chat_template import Template
     from src.data.encode import Encoder
     from src.data.fetch import fetch_data
     from src.data.formats import Reading
-    from src.data.leading_token import leading_token, text_of
     from src.data.preferences import Preferences
     from src.data.questions import Question, answer_limit, read_questions
     from src.data.recorded_tokenizer import recorded_tokenizer
@@ -145,12 +145,12 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
         files = [path for path in (adapter, args.model) if path]
         tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
         template = recorded_template(args.template, tokenizer, *files, tool_style=args.tool_style)
-        bos = leading_token(args.bos, tokenizer, *files)
+        bos = bos_ids(args.bos, tokenizer, *files)
         chosen[tokenizer.name, template.record, bos] = Encoder(tokenizer, template, bos=bos)
     if len(chosen) > 1:
         listed = " and ".join(f"{name}, {template[:40]!r}, {bos}" for name, template, bos in chosen)
         raise UserError(
-            f"the adapters record different tokenizers, templates or leading tokens ({listed}); give"
+            f"the adapters record different tokenizers, templates or BOS tokens ({listed}); give"
             " --tokenizer, --template and --bos, or measure them one by one"
         )
     return next(iter(chosen.values()))
@@ -214,7 +214,7 @@ def name_local_files(args: argparse.Namespace) -> None:
 
 
 class Answered(NamedTuple):
-    """Questions with their answers, and the answers' limit of tokens and leading ids.
+    """Questions with their answers, and the answers' limit of tokens and the ids of the BOS.
 
     None: it is not known.
     """
@@ -235,7 +235,7 @@ def ask_model(args: argparse.Namespace) -> Answered:
     template = recorded_template(
         args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
     )
-    bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
+    bos = bos_ids(args.bos, tokenizer, args.adapter, args.model)
     if bos:
         print(f"every question begins with {text_of(bos)}")
     questions = questions_of(args, template)

@@ -16,7 +16,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from rwkv_miss.files.hub import local_path
-    from src.data.leading_token import HELP as BOS_HELP
+    from src.data.bos import HELP as BOS_HELP
     from src.data.templates import add_template_flags
     from src.export import TARGETS, TextSettings, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES

@@ -26,8 +26,8 @@ with importing():
     from src.common.device import PRECISIONS, choose_accelerator, choose_precision
     from src.common.files import write_text
     from src.config.validate import check_bos
+    from src.data.bos import bos_ids
     from src.data.fetch import fetch_data
-    from src.data.leading_token import leading_token
     from src.data.templates import add_template_flags, recorded_template
     from src.inference.load import load
 
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
     template = recorded_template(
         args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
     )
-    bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
-    print(f"leading token: {protocol(bos)}")
+    bos = bos_ids(args.bos, tokenizer, args.adapter, args.model)
+    print(f"BOS: {protocol(bos)}")
     results = lm_eval.simple_evaluate(
         HarnessModel(model, tokenizer, template, bos),
         tasks=tasks,

@@ -45,12 +45,12 @@ with importing():
     from src.config.parse import flag_parser, read_flags
     from src.config.validate import check_data
     from src.data.batches import pack
+    from src.data.bos import bos_ids, describe_bos
     from src.data.dataset import Loaded, fit
     from src.data.encode import Encoder, Tokens
     from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.data.formats import SFT, LeftOut, Reading, Report, encodable, read_source, sample, sources
-    from src.data.leading_token import describe_leading, leading_token
     from src.data.preferences import Preferences
     from src.data.recorded_tokenizer import recorded_tokenizer
     from src.data.released import modes_note
@@ -208,7 +208,7 @@ def overview(
         *report.source_lines(),  # lint has the bad rows
         (
             f"template   {encoder.template.name}, loss on {trained}; tokenizer"
-            f" {encoder.tokenizer.name}{guessed(config)}; {describe_leading(encoder.bos)}"
+            f" {encoder.tokenizer.name}{guessed(config)}; {describe_bos(encoder.bos)}"
         ),
         (
             f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         template = recorded_template(
             config.template, tokenizer, config.load_model, tool_style=config.tool_style
         )
-        bos = leading_token(config.bos, tokenizer, config.load_model)
+        bos = bos_ids(config.bos, tokenizer, config.load_model)
         encoder = Encoder(
             tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight
         )

@@ -20,11 +20,11 @@ from src.config import Config
 from src.config.loss_settings import REWARDS
 from src.config.reward_rules import check_rewards
 from src.config.schema import CHOSEN
+from src.data.bos import describe_bos
 from src.data.chat_template import Template
 from src.data.encode import Encoder
 from src.data.file_documents import Document
 from src.data.formats import Reading, Report, encodable
-from src.data.leading_token import describe_leading
 from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.objectives.rewards.sizes import longest_answer, needs_right
@@ -206,7 +206,7 @@ def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, d
     lines = [
         *found.report.source_lines(),
         f"template   {encoder.template.name}; tokenizer {encoder.tokenizer.name};"
-        f" {describe_leading(encoder.bos)}",
+        f" {describe_bos(encoder.bos)}",
         f"questions  {told['rows']:,}; a prompt has {_spread(told['lengths'])}",
         f"right      answers have {_spread(told['right_lengths'])}, with their end",
         f"max_tokens {config.max_tokens}{f': {reason}' if reason else ''};"

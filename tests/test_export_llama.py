@@ -210,7 +210,7 @@ def test_a_flower_ends_a_turn(tmp_path, library):
     model.close()
 
 
-def test_a_chat_begins_with_the_leading_token(tmp_path, library):
+def test_a_chat_begins_with_the_bos(tmp_path, library):
     """llama.cpp's tokenizer adds none, whatever add_bos_token says, so the chat template begins with it."""
     path = tmp_path / "m.pth"
     tensors = random_tensors(make_arch(7, 1, 64, 64, 65536))

@@ -76,7 +76,7 @@ def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     last = json.loads(printed.splitlines()[-1])
-    assert "leading token: none" in printed and last["bos"] == []
+    assert "BOS: none" in printed and last["bos"] == []
     ours = json.loads(out.read_text())
     package = package_model(model, lambda text: list(text.encode("utf-16-le")))
     theirs = lm_eval.evaluator.simple_evaluate(

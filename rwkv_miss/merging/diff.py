@@ -224,7 +224,7 @@ def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[
 def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Return tokenizer, end of document and template from two files' metadata; the second's come first.
 
-    The leading token is the second's alone: a file without one was trained without one.
+    The BOS is the second's alone: a file without one was trained without one.
     """
     source = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
     return {

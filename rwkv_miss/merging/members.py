@@ -342,9 +342,9 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tokenizer, end of document, template and leading token: the adapters' records, else the base's.
+    """Return tokenizer, end of document, template and BOS: the adapters' records, else the base's.
 
-    An adapter without a leading token was trained without one, whatever the base records. Raises UserError
+    An adapter without a BOS was trained without one, whatever the base records. Raises UserError
     where two adapters contradict each other.
     """
     record: dict[str, Any] = {"bos": _common_bos(members)}
@@ -373,7 +373,7 @@ def _common_bos(members: Sequence[Member]) -> list[int]:
         theirs = other.metadata.get("bos") or []
         if theirs != bos:
             raise UserError(
-                f"the adapters were trained with different leading tokens (--bos): {first.path} with"
+                f"the adapters were trained with different BOS tokens (--bos): {first.path} with"
                 f" {bos or 'none'}, {other.path} with {theirs or 'none'}; a merged model has one"
             )
     return bos

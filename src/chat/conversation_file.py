@@ -20,7 +20,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import check_sums
 
-from ..data import leading_token, templates
+from ..data import templates
+from ..data.bos import recorded_bos
 from ..data.chat_template import Template
 from ..data.tokenizer import Tokenizer
 from ..data.tool_styles import read_function
@@ -100,7 +101,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     if not (0 <= read <= len(turns) and bool(tensors) == bool(read) and begins):
         raise _damaged(path, f"{len(tensors)} tensors of a state after {read} of {len(turns)} turns")
     template = _template(path, metadata["template"], tokenizer)
-    bos = leading_token.from_record(path, metadata, tokenizer)
+    bos = recorded_bos(path, metadata, tokenizer)
 
     conversation.system = metadata["system"]
     conversation.template, conversation.bos = template, bos

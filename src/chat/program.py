@@ -9,7 +9,7 @@ import sys
 
 from rwkv_miss.files.hub import local_path
 
-from ..data.leading_token import with_leading
+from ..data.bos import with_bos
 from ..data.released import modes_note
 from ..data.tool_styles import read_tools
 from ..inference.conversation import Conversation
@@ -74,7 +74,7 @@ def show_answer(args: argparse.Namespace, chat: Chat) -> None:
     """Answer --prompt on stdout."""
     conversation = chat.conversation
     if args.raw:
-        ids = with_leading(conversation.tokenizer.encode(args.prompt), conversation.bos)
+        ids = with_bos(conversation.tokenizer.encode(args.prompt), conversation.bos)
         request = Request(ids, args.max_tokens, conversation.sampling, args.seed)
         show(stream(conversation.engine, request))
     elif args.compare:

@@ -10,10 +10,10 @@ import numpy as np
 
 from rwkv_miss.errors import UserError
 
+from .bos import begins_with
 from .chat_template import Segment, Template
 from .encode_answers import answers_segments, compared
 from .formats import EMPTY, LeftOut, WrongSetting, has_empty_answer
-from .leading_token import begins_with
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
 from .thoughts import thought_spans, within
@@ -70,7 +70,7 @@ class Encoder:
     """Encoder of records to tokens.
 
     `loss_mask` is that of record_segments(). `bos` are the ids that every document begins with, as
-    leading_token() gives them.
+    bos_ids() gives them.
     """
 
     tokenizer: Tokenizer
@@ -85,7 +85,7 @@ class Encoder:
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
         """Encode a record: (ids (n,) int32, weights (n,) float32) of each document, from first to last token.
 
-        The leading token never has a weight, the end of document always. Most records are one document (see
+        The BOS never has a weight, the end of document always. Most records are one document (see
         record_segments).
 
         Raises UserError for a record that the template or the tokenizer cannot express, and LeftOut for one

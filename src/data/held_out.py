@@ -15,10 +15,10 @@ from ..common.formatting import counted
 from ..config import Config, value_or_zero
 from ..config.launcher import is_first_process
 from .batches import pack
+from .bos import begins_with
 from .dataset import Document
 from .encode import Encoder
 from .examples import Examples
-from .leading_token import begins_with
 from .preferences import Preference
 
 Batch = list[list[Document]] | list[list[Preference]]  # rows
@@ -145,7 +145,7 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[Question
     """Choose the questions for samples: the first `count` documents, up to their last answer.
 
     A conversation of several documents gives the first one. Preferences give preferred answers, one a prompt.
-    A document that is trained as a whole but for its leading token is asked with its first half. The encoder
+    A document that is trained as a whole but for its BOS is asked with its first half. The encoder
     is the one that made the documents.
     """
     eod = tuple(encoder.tokenizer.eod)

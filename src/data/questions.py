@@ -15,6 +15,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 
 from ..common.formatting import counted
+from .bos import with_bos
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
 from .encode import Encoder
 from .examples import Examples
@@ -29,7 +30,6 @@ from .formats import (
     sample,
     sources,
 )
-from .leading_token import with_leading
 from .parallel import Converter, parts_of
 from .rwkv_template import DEFAULT
 from .templates import answer_text
@@ -54,11 +54,11 @@ class Question(NamedTuple):
         return "".join(self.pieces)
 
     def ids(self, tokenizer: Tokenizer, bos: tuple[int, ...] = ()) -> list[int]:
-        """Encode the prompt, after its leading token."""
+        """Encode the prompt, after its BOS."""
         tokens: list[int] = []
         for piece in self.pieces:
             tokens += tokenizer.encode(piece)
-        return with_leading(tokens, bos)
+        return with_bos(tokens, bos)
 
 
 @dataclasses.dataclass
@@ -67,7 +67,7 @@ class Questions(Examples):
     the sizes of an example are only bounds."""
 
     questions: list[Question]
-    prompts: list[np.ndarray]  # tokens of each, (p,) int32 with p >= 1, with the leading one
+    prompts: list[np.ndarray]  # tokens of each, (p,) int32 with p >= 1, with its BOS
     group_size: int
     max_tokens: int
     too_long: int = 0  # questions that were left out because they and an answer take more than --ctx_len

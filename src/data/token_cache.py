@@ -1,7 +1,7 @@
 """Token cache: records are tokenised once and kept in files that all processes map into memory.
 
 Large data are tokenised in parallel. A cache entry is a folder of flat arrays. Its name is a hash of all that
-decides the tokens: the data's bytes, tokenizer, template, loss mask, leading token and the code. So a changed
+decides the tokens: the data's bytes, tokenizer, template, loss mask, BOS and the code. So a changed
 file is another entry. It appears in one rename, and one process makes it while the others wait.
 """
 

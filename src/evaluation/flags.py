@@ -14,7 +14,7 @@ from rwkv_miss.files.output import require_writable
 from ..common.device import PRECISIONS
 from ..config import FIELDS
 from ..config.validate import check_bos
-from ..data.leading_token import HELP as BOS_HELP
+from ..data.bos import HELP as BOS_HELP
 from ..data.questions import LIMITS, THOUGHTS
 from ..data.templates import add_template_flags
 from ..inference.sampling import Sampling

@@ -15,9 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
+from ..data.bos import with_bos
 from ..data.chat_template import Template
 from ..data.formats import read_records
-from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT
 from ..inference.request import Request
 from ..inference.sampling import GREEDY, Sampling
@@ -109,7 +109,7 @@ class HarnessModel(LM):
 
     def _begun(self, ids: list[int]) -> list[int]:
         """Return the ids of a context, with at least one."""
-        return with_leading(ids, self.bos) or list(self.tokenizer.eod)
+        return with_bos(ids, self.bos) or list(self.tokenizer.eod)
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -24,8 +24,8 @@ from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..common.formatting import counted, size_text
 from ..config.validate import check_bos
+from ..data.bos import bos_ids
 from ..data.chat_template import Template
-from ..data.leading_token import leading_token
 from ..data.templates import choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
@@ -213,9 +213,9 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
 
 
 def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
-    """Choose the tokenizer (None for "none"), the chat template and the leading token: as given or recorded.
+    """Choose the tokenizer (None for "none"), the chat template and the BOS: as given or recorded.
 
-    Without a tokenizer there is no leading token.
+    Without a tokenizer there is no BOS.
     """
     metadata = model.metadata or {}
     spec, eod = settings.tokenizer, settings.eod
@@ -224,7 +224,7 @@ def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Tem
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
     template = choose_template(settings.template, settings.tool_style, metadata.get("template"), tokenizer)
     if tokenizer:
-        return tokenizer, template, leading_token(settings.bos, tokenizer, model.path)
+        return tokenizer, template, bos_ids(settings.bos, tokenizer, model.path)
     if settings.bos not in ("recorded", "none"):
         raise UserError(
             f"--bos {settings.bos} needs a tokenizer, which --tokenizer none leaves out; drop one of them"

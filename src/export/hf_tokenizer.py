@@ -9,8 +9,8 @@ from pathlib import Path
 from rwkv_miss.files.hf_names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from rwkv_miss.files.output import write_bytes, write_json, write_text
 
+from ..data.bos import text_of
 from ..data.chat_template import Template
-from ..data.leading_token import text_of
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from . import fast_tokenizer
@@ -26,7 +26,7 @@ Files = tuple[dict[str, Callable[[str], None]], list[str]]
 def official_files(tokenizer: Tokenizer | None, template: Template, bos: tuple[int, ...]) -> Files:
     """Write tokenizer.json for any tokenizer that has the form; a byte table is matched greedily.
 
-    It adds the leading token `bos` wherever special tokens are asked for.
+    It adds the BOS `bos` wherever special tokens are asked for.
     """
     described: dict[str, object] = {"tokenizer_class": FAST, "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, JsonTokenizer):
@@ -77,7 +77,7 @@ def fla_files(
         table = VOCABULARY
         content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in pieces).encode()
         if bos:
-            notes = [f"rwkv7-hf's tokenizer adds no leading token; put {text_of(bos)} before a text yourself"]
+            notes = [f"rwkv7-hf's tokenizer adds no BOS; put {text_of(bos)} before a text yourself"]
     else:
         reason = f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for"
         return {}, [f"no tokenizer is in the folder: {reason}"]
@@ -89,7 +89,7 @@ def fla_files(
 
 
 def _begun(content: bytes, described: dict[str, object], tokenizer: Tokenizer, bos: tuple[int, ...]) -> bytes:
-    """Put the leading token before a text in a tokenizer.json and its configuration."""
+    """Put the BOS before a text in a tokenizer.json and its configuration."""
     (token,) = bos
     if isinstance(tokenizer, JsonTokenizer):
         name = tokenizer.inner.id_to_token(token)

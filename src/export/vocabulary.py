@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..data.bos import text_of
 from ..data.chat_template import Template, begins_thoughts
-from ..data.leading_token import text_of
 from ..data.rwkv_template import HEADINGS, TURN_END, RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, Tokenizer
 from .chat_template import jinja

@@ -10,8 +10,8 @@ import torch
 
 from rwkv_miss.errors import UserError
 
+from ..data.bos import with_bos
 from ..data.chat_template import Segment, Template
-from ..data.leading_token import with_leading
 from ..data.rwkv_template import DEFAULT, RwkvTemplate
 from ..data.tokenizer import Tokenizer
 from ..model import State
@@ -121,7 +121,7 @@ class Conversation:
             pieces = self._anew(new)
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
         if before is None:
-            ids = with_leading(ids, self.bos)
+            ids = with_bos(ids, self.bos)
         parts: list[str] = []
         request = Request(
             ids,

@@ -12,9 +12,9 @@ from rwkv_miss.errors import UserError
 
 from ..common.device import PRECISIONS
 from ..config.validate import check_bos
+from ..data.bos import HELP as BOS_HELP
+from ..data.bos import bos_ids
 from ..data.chat_template import Template
-from ..data.leading_token import HELP as BOS_HELP
-from ..data.leading_token import leading_token
 from ..data.templates import add_template_flags, recorded_template
 from ..data.tokenizer import Tokenizer
 from .sampling import Sampling
@@ -184,4 +184,4 @@ class Recorded:
 
     def bos(self, paths: list[str]) -> tuple[int, ...]:
         """Return the ids that every text begins with."""
-        return leading_token(self.args.bos, self.tokenizer, *paths, self.args.model)
+        return bos_ids(self.args.bos, self.tokenizer, *paths, self.args.model)

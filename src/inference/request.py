@@ -23,7 +23,7 @@ Finish = Literal["", "stop", "length", "cancelled", "error"]
 class Request:
     """Request to the engine."""
 
-    tokens: Sequence[int]  # the prompt's, its leading token included; at least one
+    tokens: Sequence[int]  # the prompt's, its BOS included; at least one
     max_tokens: int = 512
     sampling: Sampling = GREEDY
     seed: int = 0  # answer i of n draws its random numbers from (seed, i) alone
@@ -42,7 +42,7 @@ class Request:
         """Raise UserError for numbers that make no sense."""
         self.sampling.check()
         if not len(self.tokens):
-            raise UserError("the prompt has no token; give some text, or a leading token")
+            raise UserError("the prompt has no token; give some text, or a BOS")
         if outside := [token for token in self.tokens if not 0 <= token < vocab_size]:
             raise UserError(f"token {outside[0]} is not in the vocabulary of {vocab_size:,} tokens")
         for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0)):

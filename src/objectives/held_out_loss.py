@@ -11,9 +11,9 @@ from torch import Tensor
 from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
+from ..data.bos import without_bos
 from ..data.examples import Examples
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions
-from ..data.leading_token import without_leading
 from ..distributed.process_group import processes_of
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
@@ -38,7 +38,7 @@ class HeldOutLoss(Evaluation):
         decode = self.tokenizer.decode
         samples = [
             {
-                "prompt": decode(without_leading(question.prompt, self.bos)),
+                "prompt": decode(without_bos(question.prompt, self.bos)),
                 "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.cut),
                 "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
             }

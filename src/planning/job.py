@@ -18,6 +18,7 @@ from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic, value_or_zero
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
+from ..data.bos import bos_ids
 from ..data.chat_template import Template
 from ..data.encode import Encoder
 from ..data.examples import Examples
@@ -29,7 +30,6 @@ from ..data.held_out import (
     in_hash_order,
     paid_for,
 )
-from ..data.leading_token import leading_token
 from ..data.tokenizer import Tokenizer
 from ..objectives.base import TrainingData
 from ..objectives.kinds import objective_of
@@ -195,13 +195,13 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     choose_loss(draft)
     config = draft.config
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
-    bos = leading_token(config.bos, tokenizer, config.load_model)
+    bos = bos_ids(config.bos, tokenizer, config.load_model)
     encoder = Encoder(tokenizer, template, config.loss_mask, bos, config.think_weight, config.prompt_weight)
     loaded = objective_of(config).load(config.data_file, encoder, found)
     for choice in objective_of(config).defaults_by_data(loaded, tokenizer):
         draft.choose(*choice)
-    longest, texts, example = objective_of(draft.config).longest(loaded)
-    draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, example))
+    longest, texts, word = objective_of(draft.config).longest(loaded)
+    draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
     documents = objective_of(draft.config).examples(loaded)
     draft.choose("eval_split", *held_out_share(config, len(documents)))
     config, objective = draft.config, objective_of(draft.config)

@@ -9,9 +9,9 @@ from rwkv_miss.files.hub_names import recorded
 from ..common.formatting import counted
 from ..config import Config
 from ..data.batches import Schedule
+from ..data.bos import describe_bos
 from ..data.examples import Examples
 from ..data.formats import places_text
-from ..data.leading_token import describe_leading
 from ..objectives.kinds import objective_of
 from ..planning.job import Data
 
@@ -23,12 +23,12 @@ def documents_line(config: Config, found: Data) -> str:
     described = f" ({file.describe()})" if file else ""
     several = "".join(f" ({text})" for text in rewritten(documents))
     encoder = found.encoder
-    leading = f", {describe_leading(encoder.bos)}" if encoder.bos else ""
+    bos = f", {describe_bos(encoder.bos)}" if encoder.bos else ""
     trained = objective_of(config).trained_text(documents)
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.word)}"
         f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
-        f" {encoder.template.name}{leading}){left_out(config, found)}"
+        f" {encoder.template.name}{bos}){left_out(config, found)}"
     )
     return line.encode("utf-8", "backslashreplace").decode()
 

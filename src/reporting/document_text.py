@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..data.answer_example import prompt_length
+from ..data.bos import begins_with
 from ..data.dataset import Document
-from ..data.leading_token import begins_with
 from ..data.preferences import Preference
 from ..data.questions import Question
 

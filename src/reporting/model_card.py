@@ -132,7 +132,7 @@ def _trained(
         "longest row": f"{config.ctx_len:,} tokens",
         "tokenizer": os.path.basename(metadata.get("tokenizer") or ""),
         "template": "a Jinja template, in the file" if "{" in template else template,
-        "leading token": ", ".join(map(str, metadata.get("bos") or [])),
+        "BOS": ", ".join(map(str, metadata.get("bos") or [])),
     }
     return [[name, value.replace("|", "\\|").replace("\n", " ")] for name, value in rows.items() if value]
 

@@ -13,9 +13,9 @@ from ..common.formatting import counted, size_text
 from ..config import FIELDS, Config, command, is_automatic
 from ..config.schema import CHOSEN, origin_of
 from ..data.batches import Schedule
+from ..data.bos import describe_bos
 from ..data.chat_template import Template
 from ..data.held_out import evaluations
-from ..data.leading_token import describe_leading
 from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
@@ -107,7 +107,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         *absent_writers(),
         f"template   {template_text(run.template)}{asks_otherwise(run.template)};"
-        f" {describe_leading(run.data.encoder.bos)}",
+        f" {describe_bos(run.data.encoder.bos)}",
         "sample     trained part between the marks:",
         example_sample(documents[0], run.tokenizer),
         *chosen(config),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from rwkv_miss.errors import UserError
 
 from ..common.formatting import counted, short
+from ..data.bos import with_bos
 from ..data.chat_template import Template
-from ..data.leading_token import with_leading
 from ..data.rwkv_template import RwkvTemplate
 from ..inference.adapters import Applied
 from ..inference.engine import Request
@@ -163,7 +163,7 @@ def _chat_tokens(
         ids = [token for piece in pieces for token in reader.tokenizer.encode(piece)]
     except UserError as error:
         raise wrong("messages", str(error)) from None
-    return _checked(reader, with_leading(ids, chosen.bos), "messages")
+    return _checked(reader, with_bos(ids, chosen.bos), "messages")
 
 
 def _checked(reader: Reader, tokens: list[int], param: str) -> list[int]:
@@ -192,7 +192,7 @@ def _prompts(reader: Reader, fields: Fields, chosen: Chosen) -> list[tuple[str, 
     for prompt in value:
         try:
             if isinstance(prompt, str):
-                text, ids = prompt, with_leading(reader.tokenizer.encode(prompt), chosen.bos)
+                text, ids = prompt, with_bos(reader.tokenizer.encode(prompt), chosen.bos)
             elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
                 text, ids = reader.tokenizer.decode(prompt), list(prompt)
             else:

@@ -19,10 +19,10 @@ from src.chat.conversation_file import load_chat, save_chat
 from src.config import Config
 from src.config.validate import check_data
 from src.data.batches import make_schedule
+from src.data.bos import bos_ids
 from src.data.dataset import Document, Documents, load
 from src.data.encode import Encoder
 from src.data.held_out import questions
-from src.data.leading_token import leading_token
 from src.data.questions import Question, read_questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
@@ -64,8 +64,8 @@ class Listener(Scripted):
 
 @pytest.mark.parametrize("spec, bos", SETTINGS.items())
 def test_training_chat_and_evaluation_begin_alike(spec, bos, tmp_path):
-    assert leading_token(spec, WORLD) == bos
-    [(ids, _)] = Encoder(WORLD, bos=leading_token(spec, WORLD)).encode(ROW)
+    assert bos_ids(spec, WORLD) == bos
+    [(ids, _)] = Encoder(WORLD, bos=bos_ids(spec, WORLD)).encode(ROW)
     prompt = [*bos, *WORLD.encode("User: hi\n\nAssistant:")]
     assert ids.tolist() == [*prompt, *WORLD.encode(" you"), 0]
     conversation = Conversation(Engine(Listener(), WORLD), GREEDY, bos=bos)
@@ -91,13 +91,13 @@ def test_the_harness_begins_alike(spec, bos):
     assert harness._tokens("The cat", " sat") == ([*bos, *WORLD.encode("The cat")], WORLD.encode(" sat"))
     assert harness._tokens("", "cat") == (list(bos) or [0], WORLD.encode("cat"))
     asked = ["--model", "m", "--tasks", "piqa"]
-    assert leading_token(arguments(asked).bos, WORLD) == (0,), "BlinkDL's protocol where nothing is said"
+    assert bos_ids(arguments(asked).bos, WORLD) == (0,), "BlinkDL's protocol where nothing is said"
     assert ("[0] + text" in protocol(bos)) == (bos == (0,))
 
 
 @pytest.mark.parametrize("tokenizer", [WORLD, BYTES, UTF16], ids=lambda tokenizer: tokenizer.name)
 def test_auto_is_the_end_of_document_and_no_target(tokenizer):
-    bos = leading_token("auto", tokenizer)
+    bos = bos_ids("auto", tokenizer)
     assert bos == tokenizer.eod
     for loss_mask in ("assistant", "all", "m"):
         for record in ({"text": "some words"}, {"ids": tokenizer.encode("some words")}, ROW):
@@ -151,7 +151,7 @@ def test_the_first_part_of_a_long_text_begins_with_it_and_every_packed_document(
 )
 def test_what_it_takes_is_said(spec, tokenizer, message):
     with pytest.raises(UserError, match=message):
-        leading_token(spec, tokenizer)
+        bos_ids(spec, tokenizer)
     if "expected" in message:
         with pytest.raises(UserError, match=message):
             check_data(Config(data_file="rows.jsonl", bos=spec))
@@ -179,11 +179,11 @@ def test_files_record_it_and_those_without_a_record_mean_none(adapted, tmp_path)
     merged, twice = tmp_path / "merged.pth", tmp_path / "twice.pth"
     merge_file(base, adapter, merged)
     for paths in ((adapter,), (adapter, base), (merged,), ("", merged)):
-        assert leading_token("recorded", BYTES, *paths) == (33,)
-        assert leading_token("none", BYTES, *paths) == ()
+        assert bos_ids("recorded", BYTES, *paths) == (33,)
+        assert bos_ids("none", BYTES, *paths) == ()
     _, plain = adapted("plain.pth", tokenizer="bytes")
     for paths in ((), (base,), (plain, merged)):
-        assert leading_token("recorded", BYTES, *paths) == ()
+        assert bos_ids("recorded", BYTES, *paths) == ()
     # an adapter that was trained without it, on what was trained with it
     model = RWKV.load(merged)
     rwkv_miss.inject(model, "miss", rank=4)
@@ -196,7 +196,7 @@ def test_adapters_that_differ_in_it_make_no_merged_model(adapted, tmp_path):
     base, one = adapted("one.pth", bos=[33])
     _, two = adapted("second.pth")
     for pair in ([one, two], [two, one]):
-        with pytest.raises(UserError, match=r"different leading tokens \(--bos\): .*none"):
+        with pytest.raises(UserError, match=r"different BOS tokens \(--bos\): .*none"):
             merge_file(base, pair, tmp_path / "merged.pth")
     _, third = adapted("the third.pth", bos=[33])
     merge_file(base, [one, third], tmp_path / "merged.pth")
@@ -209,10 +209,10 @@ def test_a_damaged_record_is_named(bos, adapted):
     with pytest.raises(UserError, match="a.pth is damaged: its bos is .*, expected a list of numbers"):
         read_adapter(path)
     with pytest.raises(UserError, match="a.pth is damaged: its bos is .*expected a list of ids"):
-        leading_token("recorded", BYTES, path)
+        bos_ids("recorded", BYTES, path)
     rwkv_miss.write_checkpoint(path.with_name("m.pth"), {}.items(), {"bos": [300]})
     with pytest.raises(UserError, match="began with token 300, which tokenizer bytes lacks"):
-        leading_token("recorded", BYTES, path.with_name("m.pth"))
+        bos_ids("recorded", BYTES, path.with_name("m.pth"))
 
 
 def test_a_saved_chat_goes_on_with_its_own(adapted, tmp_path):
@@ -258,7 +258,7 @@ def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     data = read_data(Draft(config), WORLD, DEFAULT)
     assert data.encoder.bos == bos
     line = data_text.documents_line(config, data)
-    assert line.endswith(f"(template rwkv{f', leading token {bos[0]}' if bos else ''})")
+    assert line.endswith(f"(template rwkv{f', BOS token {bos[0]}' if bos else ''})")
     shown = document_text.short_sample(data.documents[0], WORLD)
     assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))
 
@@ -338,7 +338,7 @@ def test_the_tokenizer_of_a_hugging_face_folder_adds_it(spec, bos, trained, tmp_
     if bos:
         assert theirs.token_to_id(told["tokenizer_config.json"]["bos_token"]) == bos[0]
     done = export(model, tmp_path / "fla", "hf", layout="fla", settings=TextSettings(bos=spec))
-    assert ["adds no leading token" in note for note in done.notes] == [True] * len(bos)
+    assert ["adds no BOS" in note for note in done.notes] == [True] * len(bos)
 
 
 def test_a_tokenizer_json_gets_it_too(trained, tmp_path):
@@ -397,7 +397,7 @@ def test_another_adapter_has_another(adapted):
     conversation = Conversation(engine_of(adapters.model, tokenizer), GREEDY)
 
     def bos_of(paths):
-        return leading_token("recorded", tokenizer, *paths, base)
+        return bos_ids("recorded", tokenizer, *paths, base)
 
     talk = Chat(conversation, adapters, lambda paths: DEFAULT, 2, 0, bos_of)
     talk.take("/adapter a")
@@ -423,4 +423,4 @@ def test_a_run_writes_it_into_its_files(peft, adapted, tmp_path):
     trainer = types.SimpleNamespace(is_global_zero=True, global_step=3, strategy=None)
     write = writer(Config(load_model=str(base), peft=peft), model, Encoder(BYTES, bos=(33,)))
     write(trainer, str(tmp_path / "out.pth"))
-    assert leading_token("recorded", BYTES, tmp_path / "out.pth") == (33,)
+    assert bos_ids("recorded", BYTES, tmp_path / "out.pth") == (33,)

@@ -1,4 +1,4 @@
-"""Leading token of every document: --bos.
+"""BOS, the token that every document begins with: --bos.
 
 In pre-training a document follows the end of another one, which in World is token 0. Whether a tuned model
 should be prompted after it depends on its training, so adapters and merged files record it. It is in front of
@@ -23,7 +23,7 @@ HELP = (
 )
 
 
-def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
+def bos_ids(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
     """Return the ids that a document begins with; () for none.
 
     `spec` is none, auto, an id, or recorded. auto is the end of document, 0 in World. recorded is the record
@@ -37,7 +37,7 @@ def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
         return tuple(tokenizer.eod)
     if spec == "recorded":
         path = next(filter(None, paths), None)
-        return from_record(path, model_metadata(path) or {}, tokenizer) if path else ()
+        return recorded_bos(path, model_metadata(path) or {}, tokenizer) if path else ()
     token = int(spec)
     others = f"auto is its end of document, {text_of(tokenizer.eod)}; none is no token"
     if token not in tokenizer.ids:
@@ -53,8 +53,8 @@ def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
     return (token,)
 
 
-def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Read the leading token in a file's metadata; () without one. Raises UserError for no list of ids."""
+def recorded_bos(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Read the BOS in a file's metadata; () without one. Raises UserError for no list of ids."""
     ids = metadata.get("bos") or []
     if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise UserError(
@@ -69,13 +69,13 @@ def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[i
     return tuple(ids)
 
 
-def with_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
-    """Put the leading token before the ids of a document, unless it is there."""
+def with_bos(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+    """Put the BOS before the ids of a document, unless it is there."""
     return ids if begins_with(ids, bos) else [*bos, *ids]
 
 
-def without_leading(ids: list[int], bos: tuple[int, ...]) -> list[int]:
-    """Return the ids of a document after its leading token."""
+def without_bos(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+    """Return the ids of a document after its BOS."""
     return ids[len(bos) :] if begins_with(ids, bos) else ids
 
 
@@ -89,6 +89,6 @@ def text_of(bos: tuple[int, ...]) -> str:
     return f"token {bos[0]}" if len(bos) == 1 else f"tokens {' '.join(map(str, bos))}"
 
 
-def describe_leading(bos: tuple[int, ...]) -> str:
-    """Describe the setting for people: "no leading token", "leading token 0"."""
-    return f"leading {text_of(bos)}" if bos else "no leading token"
+def describe_bos(bos: tuple[int, ...]) -> str:
+    """Describe the setting for people: "no BOS", "BOS token 0"."""
+    return f"BOS {text_of(bos)}" if bos else "no BOS"
