@@ -107,7 +107,7 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
         "gzip": {"d.jsonl.gz": gzip.compress(lines(ROWS), mtime=0)},
         "UTF-16": {"d.jsonl": lines(ROWS).decode().encode("utf-16")},
     }
-    writer = binidx.Writer(os.path.join(folder, "d"), 256)
+    writer = binidx.BinidxWriter(os.path.join(folder, "d"), 256)
     for i in range(1, 8):
         writer.add([*range(1, 1 + i), 0])
     writer.close()

@@ -26,7 +26,7 @@ with importing():
     from src.data.encode import Encoder
     from src.data.fetch import fetch_data
     from src.data.formats import Reading, Report, read_source, sources
-    from src.data.formats.binidx import Writer
+    from src.data.formats.binidx import BinidxWriter
     from src.data.templates import add_template_flags, choose_template
     from src.data.tokenizer import load_tokenizer
 
@@ -63,7 +63,11 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     encoder = Encoder(tokenizer, choose_template(args.template, args.tool_style, None, tokenizer), "all")
     count = tokens = 0
     try:
-        writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)
+        writer = (
+            JsonlWriter(args.out, tokenizer)
+            if args.to_jsonl
+            else BinidxWriter(args.out, tokenizer.vocab_size)
+        )
         try:
             for where, row in rows(args.data, Reading.of(args), tokenizer.eod):
                 try:

@@ -41,8 +41,8 @@ with importing():
     from src.data.tokenizer import Tokenizer
     from src.evaluation.answering import Asking, answers_to, engine_for
     from src.evaluation.answers_file import (
-        Answer,
         AnswersFile,
+        SavedAnswer,
         digest,
         read_answers,
         require_unstarted_or_same,
@@ -220,7 +220,7 @@ class Answered(NamedTuple):
     """
 
     questions: list[Question]
-    answers: list[list[Answer]]  # equally many to each question
+    answers: list[list[SavedAnswer]]  # equally many to each question
     limit: int | None
     bos: list[int] | None
 

@@ -25,7 +25,7 @@ from src.data.chat_template import Template
 from src.data.encode import Encoder
 from src.data.file_documents import Document
 from src.data.formats import Reading, Report, encodable
-from src.data.questions import Asked, LoadedQuestions, Question, QuestionReader, Questions
+from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.objectives.rewards.sizes import longest_answer, needs_right
 from src.objectives.rewards.words import describe_rewards
@@ -83,7 +83,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
     rights: dict[bytes, set[str]] = {}  # reference answers of each prompt
 
-    def note(asked: Asked, row: dict) -> None:
+    def note(asked: ReadQuestion, row: dict) -> None:
         known = rights.setdefault(asked.prompt.tobytes(), set())
         if known:
             lint.note("duplicate" if asked.question.right in known else "other answer", asked.where)
@@ -100,7 +100,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
             lint.note("nothing asked", places[0], count)
     if config.eval_file:
 
-        def compare(asked: Asked, row: dict) -> None:
+        def compare(asked: ReadQuestion, row: dict) -> None:
             if asked.prompt.tobytes() in rights:
                 lint.note("known prompt", asked.where)
 

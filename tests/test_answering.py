@@ -16,7 +16,7 @@ from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import answering
 from src.evaluation.answering import Asking, answers_to, completed, engine_for, exact_accuracy, rows_for
-from src.evaluation.answers_file import Answer, AnswersFile
+from src.evaluation.answers_file import AnswersFile, SavedAnswer
 from src.inference.engine import Engine, Request
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
@@ -161,7 +161,7 @@ def test_an_answer_in_utf16_ends_at_a_whole_unit():
 def test_who_reaches_the_limit_is_cut_and_who_ends_there_is_not(limit, cut):
     tokenizer = load_tokenizer("utf16", 256)
     tokens = [*tokenizer.encode("ab"), *tokenizer.eod]
-    assert asked(tokenizer, tokens, Question(["q"], "ab"), Asking(limit)) == Answer("ab", cut)
+    assert asked(tokenizer, tokens, Question(["q"], "ab"), Asking(limit)) == SavedAnswer("ab", cut)
 
 
 def test_a_sample_answer_is_cut_between_characters():

@@ -79,7 +79,7 @@ def test_binidx(monkeypatch, code, pieces, boundaries, eod, documents):
 @pytest.mark.parametrize("vocab_size, code", [(256, 8), (65536, 8), (65537, 4)])
 def test_binidx_is_written_as_the_specification_has_it(vocab_size, code):
     documents = [[5, 6, 0], [vocab_size - 1, 0], [7] * 1000]
-    writer = binidx.Writer("ours", vocab_size)
+    writer = binidx.BinidxWriter("ours", vocab_size)
     for document in documents:
         writer.add(document)
     assert not os.path.exists("ours.bin") and not os.path.exists("ours.idx"), "nothing half-written"
@@ -87,7 +87,7 @@ def test_binidx_is_written_as_the_specification_has_it(vocab_size, code):
     write_binidx("theirs", documents, [0, 1, 2, 3], code)
     for suffix in ("bin", "idx"):
         assert open(f"ours.{suffix}", "rb").read() == open(f"theirs.{suffix}", "rb").read()
-    writer = binidx.Writer("ours", vocab_size)
+    writer = binidx.BinidxWriter("ours", vocab_size)
     writer.add([1])
     writer.discard()
     assert sorted(os.listdir()) == ["ours.bin", "ours.idx", "theirs.bin", "theirs.idx"]

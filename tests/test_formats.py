@@ -17,7 +17,7 @@ from rwkv_miss.files import hub
 from src.config import Config
 from src.data import token_cache
 from src.data.dataset import load_documents
-from src.data.formats import Found, Reading, Report, read_records, sample, sources
+from src.data.formats import Reading, Report, SourceFindings, read_records, sample, sources
 from src.data.tokenizer import load_tokenizer
 
 from .test_binidx import write_binidx
@@ -321,7 +321,7 @@ def test_rows_of_several_layouts(read):
         "format     rows.jsonl: JSONL, 4 rows, question -> answer (2), text (1), messages (1); not used: id,"
         " note"
     ]
-    again = Found.from_json(json.loads(json.dumps(report.files["rows.jsonl"].to_json())))
+    again = SourceFindings.from_json(json.loads(json.dumps(report.files["rows.jsonl"].to_json())))
     assert again == report.files["rows.jsonl"]
 
 

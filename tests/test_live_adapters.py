@@ -9,7 +9,7 @@ import rwkv_miss
 from rwkv_miss import METHODS, UserError
 from src.data.tokenizer import load_tokenizer
 from src.inference import int8_panels
-from src.inference.adapters import NEVER_CAST, Adapter, Adapters, UnmergedLinear
+from src.inference.adapters import NEVER_CAST, Adapters, FittedAdapter, UnmergedLinear
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
 from src.inference.engine import Engine
@@ -373,7 +373,7 @@ def test_a_stopped_choice_leaves_the_base(checkpoint, tmp_path, monkeypatch):
     files = {name: train(base, tmp_path / f"{name}.pth", name) for name in ("miss", "dora")}
     adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
     before, calls, ids = dict(adapters.model.named_parameters()), [], some_ids(adapters.model.arch, 5)
-    want, merged = logits_of(adapters.model, ids), Adapter.value
+    want, merged = logits_of(adapters.model, ids), FittedAdapter.value
 
     def value(self, *rest):
         calls.append(1)
@@ -381,7 +381,7 @@ def test_a_stopped_choice_leaves_the_base(checkpoint, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return merged(self, *rest)
 
-    monkeypatch.setattr(Adapter, "value", value)
+    monkeypatch.setattr(FittedAdapter, "value", value)
     with pytest.raises(KeyboardInterrupt):
         adapters.use(["miss", "dora"], 0.5)
     assert adapters.used == () and all(p is before[name] for name, p in adapters.model.named_parameters())

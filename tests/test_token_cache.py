@@ -24,7 +24,7 @@ from src.data import batches, dataset, parallel
 from src.data import token_cache as module
 from src.data.dataset import FileDocuments, load_documents
 from src.data.encode import Encoder, Tokens
-from src.data.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
+from src.data.formats import BINIDX, BY_NAME, DataSource, Reading, Report, WrongSetting, binidx, sources
 from src.data.formats.text import Position
 from src.data.parallel import TokenConverter, in_parallel
 from src.data.templates import load_template
@@ -136,7 +136,7 @@ def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monk
 
     monkeypatch.setattr(parallel, "in_parallel", in_parallel)
     assert equal(tokenise(path, encoder), whole) and asked == [5]
-    writer = binidx.Writer(str(tmp_path / "ids"), 256)
+    writer = binidx.BinidxWriter(str(tmp_path / "ids"), 256)
     writer.add([1, 2, 0])
     writer.close()
     assert tokenise(str(tmp_path / "ids"), encoder).ids.tolist() == [1, 2, 0] and asked == [5]
@@ -285,7 +285,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
-    convert = TokenConverter(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
+    convert = TokenConverter(DataSource("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
     rows = [(f"row {i}", json.dumps(row)) for i, row in enumerate(make_rows(90))]
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
     parts = in_parallel(convert, [*chunks, [("row 90", '{"text": "\\ud800"}')]], 2)
@@ -297,7 +297,7 @@ def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
         reason, WrongSetting
     )
     assert len(tokens.ids) == len(tokens.ends) == 0
-    ids = dataclasses.replace(convert, source=Source("ids", BINIDX, 1.0, None, ()))
+    ids = dataclasses.replace(convert, source=DataSource("ids", BINIDX, 1.0, None, ()))
     [part] = in_parallel(ids, [[("row 91", {"ids": [256]})]], 2)
     assert isinstance(part.bad[0][1], WrongSetting) and part.bad[0][0] == "row 91"
 

@@ -15,7 +15,7 @@ from ..data.tool_styles import read_tools
 from ..inference.conversation import Conversation
 from ..inference.decoders import fastest
 from ..inference.engine import Engine, Request
-from ..inference.flags import Recorded, decoder_options
+from ..inference.flags import PromptSettings, decoder_options
 from ..inference.generate import stream
 from ..inference.load import load_with
 from .commands import Chat, note_calls, show
@@ -53,7 +53,7 @@ def load(args: argparse.Namespace) -> tuple[Chat, str]:
     adapters.use(list(args.adapter)[:1], args.scale)
     decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
     engine = Engine(decoder, tokenizer, chunk=CHUNK)
-    recorded, used = Recorded(args, tokenizer), list(args.adapter.values())[:1]
+    recorded, used = PromptSettings(args, tokenizer), list(args.adapter.values())[:1]
     template, bos = recorded.template(used), recorded.bos(used)
     conversation = Conversation(engine, sampling_of(args), template, args.system, bos)
     conversation.generator.manual_seed(args.seed)

@@ -15,7 +15,7 @@ from .file_documents import Document
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class BatchColumns:
     """Extra values in a batch, by the name of the examples' attribute: a list with one for each answer."""
 
     of_answers: dict[str, torch.dtype]  # one value each
@@ -23,8 +23,8 @@ class Columns:
     optional: bool = False  # may be absent: then the attribute is None, and so is the batch's value
 
 
-PREFERENCE = Columns({"chosen": torch.bool}, "reference", optional=True)
-GROUP = Columns({"advantage": torch.float32}, "drawn")
+PREFERENCE = BatchColumns({"chosen": torch.bool}, "reference", optional=True)
+GROUP = BatchColumns({"advantage": torch.float32}, "drawn")
 
 
 def collate_answers(
@@ -32,7 +32,7 @@ def collate_answers(
     step_weight: float,
     chunk: int = 0,
     shared: bool = False,
-    columns: Columns = PREFERENCE,
+    columns: BatchColumns = PREFERENCE,
 ) -> dict:
     """Make the batch of these rows: collate() of their answers' documents, in order, and
 
@@ -60,7 +60,7 @@ def collate_answers(
     return {**batch, "step_weight": step_weight}
 
 
-def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: Columns) -> dict:
+def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: BatchColumns) -> dict:
     """Put every answer after its own prompt; the answers of a row stand one after another."""
     width = max([sum(example.inputs for example in row) for row in rows] + [1])
     table = _Table(max(len(rows), 1), width)
@@ -75,7 +75,7 @@ def _separate(rows: Sequence[Sequence[AnswerExample]], chunk: int, columns: Colu
     return table.batch(chunk, columns)
 
 
-def _shared(examples: list[AnswerExample], columns: Columns) -> dict:
+def _shared(examples: list[AnswerExample], columns: BatchColumns) -> dict:
     """Give each answer a row, which goes on from the state after its prompt."""
     prompts = [example.prompt[:-1] for example in examples]
     lengths = [
@@ -99,7 +99,7 @@ def _shared(examples: list[AnswerExample], columns: Columns) -> dict:
     }
 
 
-def _values(example: AnswerExample, columns: Columns, place: int) -> np.ndarray | None:
+def _values(example: AnswerExample, columns: BatchColumns, place: int) -> np.ndarray | None:
     values = getattr(example, columns.of_tokens)
     return None if values is None else values[place]
 
@@ -123,7 +123,7 @@ class _Table:
         if values is not None:
             self.values[row, part][self.weights[row, part] != 0] = values
 
-    def batch(self, chunk: int, columns: Columns) -> dict:
+    def batch(self, chunk: int, columns: BatchColumns) -> dict:
         beside = {"answer": self.answer, columns.of_tokens: self.values}
         return {
             "ids": torch.from_numpy(self.ids),

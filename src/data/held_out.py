@@ -134,14 +134,14 @@ def evaluation_batches(held_out: Examples, config: Config) -> list[Batch]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class SampleQuestion:
     """Tokens before an answer, and those of the reference answer."""
 
     prompt: list[int]
     answer: list[int]
 
 
-def questions(held_out: Examples, count: int, encoder: Encoder) -> list[Question]:
+def questions(held_out: Examples, count: int, encoder: Encoder) -> list[SampleQuestion]:
     """Choose the questions for samples: the first `count` documents, up to their last answer.
 
     A conversation of several documents gives the first one. Preferences give preferred answers, one a prompt.
@@ -149,7 +149,7 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[Question
     is the one that made the documents.
     """
     eod = tuple(encoder.tokenizer.eod)
-    found: list[Question] = []
+    found: list[SampleQuestion] = []
     conversations: set[int] = set()
     for i, document in enumerate(held_out.to_ask(count)):
         if len(found) == count:
@@ -168,6 +168,6 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[Question
         before = np.flatnonzero(~answers[text:last])
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:
-            found.append(Question(ids[:start], ids[start:last]))
+            found.append(SampleQuestion(ids[:start], ids[start:last]))
             conversations |= {conversation} - {-1}
     return found

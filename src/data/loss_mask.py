@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from .chat_template import Segment, Template, TokenEnd
 from .formats import WrongSetting
-from .rwkv_template import FLOWERS, HEADING, HEADINGS, PLAIN, Form
+from .rwkv_template import FLOWERS, HEADING, HEADINGS, PLAIN, TurnForm
 
 
 def trains_by_marker(loss_mask: str) -> bool:
@@ -97,7 +97,7 @@ def marked_spans(text: str, marker: str, read: Callable[[str], str] = str) -> li
     return spans
 
 
-def _turn_of_others(form: Form) -> str:
+def _turn_of_others(form: TurnForm) -> str:
     """Write a regex for the beginning of a turn, after another one, that is not the assistant's."""
     roles = "|".join(re.escape(role) for name, role in form.roles.items() if name != "assistant")
     before = f"(?<={form.end}){form.between}" if form.end else f"(?<={form.between})"

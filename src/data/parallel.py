@@ -21,7 +21,7 @@ from rwkv_miss.errors import UserError
 
 from .encode import Encoder, Tokens, tokens_of
 from .encode_answers import labels_of
-from .formats import BINIDX, LeftOut, Reading, Report, Source, place_of, read_record
+from .formats import BINIDX, DataSource, LeftOut, Reading, Report, place_of, read_record
 from .formats.report import Kind
 
 LARGE = 8 << 20  # bytes from which several processes read
@@ -45,7 +45,7 @@ class Part:
 class Converter:
     """Work on a chunk of records (where, an item of source.read()); a subclass converts one record."""
 
-    source: Source
+    source: DataSource
     reading: Reading
     encoder: Encoder
 

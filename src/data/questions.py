@@ -21,10 +21,10 @@ from .encode import Encoder
 from .examples import Examples
 from .formats import (
     BY_NAME,
+    DataSource,
     LeftOut,
     Reading,
     Report,
-    Source,
     places_text,
     read_source,
     sample,
@@ -189,7 +189,7 @@ class LoadedQuestions:
         return dataclasses.replace(fitting, too_long=len(long), too_long_places=places)
 
 
-class Asked(NamedTuple):
+class ReadQuestion(NamedTuple):
     """Question that was read from a file."""
 
     question: Question
@@ -204,14 +204,14 @@ class QuestionConverter(Converter):
     needs_right: bool
     keeps_rows: bool
 
-    def made_of(self, row: dict[str, Any], where: str) -> tuple[Asked, dict[str, Any]]:
+    def made_of(self, row: dict[str, Any], where: str) -> tuple[ReadQuestion, dict[str, Any]]:
         question = question_of(row, self.encoder.template)
         ids = question.ids(self.encoder.tokenizer, self.encoder.bos)
         if not ids or is_blank(row):
             raise LeftOut(NO_QUESTION)
         if self.needs_right and not question.right.strip():
             raise LeftOut(NO_RIGHT_ANSWER)
-        return Asked(question, np.array(ids, np.int32), where), row if self.keeps_rows else {}
+        return ReadQuestion(question, np.array(ids, np.int32), where), row if self.keeps_rows else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,14 +228,17 @@ class QuestionReader:
     needs_right: bool = True
 
     def load(
-        self, data_file: str, seed: int = 0, look: Callable[[Asked, dict[str, Any]], None] | None = None
+        self,
+        data_file: str,
+        seed: int = 0,
+        look: Callable[[ReadQuestion, dict[str, Any]], None] | None = None,
     ) -> LoadedQuestions:
         """Read and tokenise the questions.
 
         `seed` decides which rows of a source with a weight are asked. `look` sees every question that is not
         left out, and its row. Raises UserError for files that cannot be read, and if nothing is left.
         """
-        found: list[Asked] = []
+        found: list[ReadQuestion] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
             convert = QuestionConverter(
                 source, self.reading, self.encoder, self.needs_right, keeps_rows=bool(look)
@@ -274,7 +277,7 @@ def read_questions(
     return questions
 
 
-def _rows(source: Source, report: Report, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(source: DataSource, report: Report, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     return read_source(source, report, reading, eod=(0,))
 
 

@@ -14,7 +14,7 @@ FLOWER = "✿"
 OTHER_FLOWER = "❀"  # replaces it in words that must not end a turn
 
 
-class Form(NamedTuple):
+class TurnForm(NamedTuple):
     """Form of turns, one after another."""
 
     roles: dict[str, str]
@@ -31,10 +31,10 @@ class Form(NamedTuple):
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
-PLAIN = Form(ROLES, ": ", "Assistant:", " ", "", TURN_END)
-FLOWERS = Form({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", "", FLOWER, "\n")
+PLAIN = TurnForm(ROLES, ": ", "Assistant:", " ", "", TURN_END)
+FLOWERS = TurnForm({**ROLES, "assistant": "Bot"}, FLOWER, f"Bot{FLOWER}", "", FLOWER, "\n")
 HEADING = "### "
-HEADINGS = Form(
+HEADINGS = TurnForm(
     {role: HEADING + name for role, name in {**ROLES, "tool": "Tool Output"}.items()},
     "\n",
     f"{HEADING}Assistant",
@@ -55,7 +55,7 @@ class Mode(NamedTuple):
 
     after_user: str  # after the user's words
     opening: str  # the beginning of an answer, which is not generated
-    form: Form = PLAIN
+    form: TurnForm = PLAIN
 
 
 # As the G1 models were trained. The openings stop inside a tag: the `>` that closes it may be one token with

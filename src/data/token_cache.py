@@ -30,7 +30,7 @@ from rwkv_miss.progress import Progress
 from ..config.launcher import is_first_process
 from ..ops.build import announce, locked
 from .encode import Encoder, Tokens
-from .formats import BY_NAME, Found, Reading, Report, Source
+from .formats import BY_NAME, DataSource, Reading, Report, SourceFindings
 from .parallel import TokenConverter, parts_of
 
 SMALL = 1 << 20  # fewer bytes of data get no cache entry: tokenising them is quick
@@ -40,7 +40,7 @@ ENTRY = re.compile(r"[0-9a-f]{24}")
 
 
 def tokenise(
-    source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
+    source: DataSource, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
 ) -> Tokens:
     """Return the documents of a source, from the cache folder if it has them.
 
@@ -82,7 +82,7 @@ def tokenise(
 
 
 def _make(
-    entry: pathlib.Path, chunks: Callable[[], Iterator[Tokens]], source: Source, report: Report
+    entry: pathlib.Path, chunks: Callable[[], Iterator[Tokens]], source: DataSource, report: Report
 ) -> None:
     """Write the cache entry beside its place, then rename it."""
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=MAKING, ignore_cleanup_errors=True) as work:
@@ -98,7 +98,7 @@ def cache_folder(cache: str) -> pathlib.Path:
     return user_cache("data") if cache == "auto" else pathlib.Path(cache).expanduser()
 
 
-def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
+def fingerprint(source: DataSource, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
     """Return hash everything that decides the tokens."""
     code = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
@@ -133,7 +133,7 @@ def _version(package: str) -> str:
     return ""
 
 
-def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
+def _encoded(source: DataSource, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
     """Yield the tokens of a source's records, a chunk of records at a time."""
     documents = 0
     for part in parts_of(TokenConverter(source, reading, encoder), report, "tokenising"):
@@ -171,7 +171,7 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
             length += len(part.ids)
 
 
-def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
+def _open(entry: pathlib.Path, source: DataSource, report: Report) -> Tokens | None:
     """Map the arrays of a cache entry into memory; the findings of reading go to the report.
 
     Returns None if the entry is absent, or incomplete because the machine went down.
@@ -193,7 +193,7 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # time of its last use
-        report.files[source.path] = Found.from_json(json.loads((entry / "found.json").read_text()))
+        report.files[source.path] = SourceFindings.from_json(json.loads((entry / "found.json").read_text()))
         return tokens
     except (OSError, ValueError):
         return None

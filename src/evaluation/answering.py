@@ -19,12 +19,11 @@ from ..data.templates import answer_text
 from ..data.tokenizer import Tokenizer
 from ..inference.decoders import fastest
 from ..inference.engine import Engine
-from ..inference.request import Answer as EngineAnswer
-from ..inference.request import Request
+from ..inference.request import Answer, Request
 from ..inference.sampling import GREEDY, Sampling
 from ..model import RWKV
 from ..model.batch_loss import state_bytes
-from .answers_file import Answer, AnswersFile
+from .answers_file import AnswersFile, SavedAnswer
 
 # Rows of the engine. A CPU computes at its peak from 16 rows on, and more rows read more states. A GPU's
 # weights take as long for 256 rows as for one.
@@ -76,7 +75,7 @@ def engine_for(model: RWKV, tokenizer: Tokenizer, answers: int, batch: int | Non
 
 def answers_to(
     engine: Engine, questions: Sequence[Question], asking: Asking, kept: AnswersFile | None = None
-) -> list[list[Answer]]:
+) -> list[list[SavedAnswer]]:
     """Ask the model each question: asking.samples answers each, without thoughts.
 
     An answer depends on its question, its place in the list, the number of the sample and asking.seed, and
@@ -102,7 +101,7 @@ def answers_to(
         for place, answer in completed(engine, requests, bar, answered):
             question, key = questions[open_ones[place]], (open_ones[place], answer.index)
             text = answer_text(answer.text, asking.template, question.opening)
-            given[key] = Answer(text, answer.cut)
+            given[key] = SavedAnswer(text, answer.cut)
             if kept:
                 kept.add(*key, question.prompt, given[key])
     if kept:
@@ -112,12 +111,12 @@ def answers_to(
 
 def completed(
     engine: Engine, requests: Sequence[Request], bar: Progress, known: Collection[tuple[int, int]] = ()
-) -> Iterator[tuple[int, EngineAnswer]]:
+) -> Iterator[tuple[int, Answer]]:
     """Yield (place of the request, one of its answers) as soon as it is complete. The bar counts answers.
 
     `known` are (place, index) of answers that are not needed. Raises UserError if the model overflows.
     """
-    places: dict[EngineAnswer, int] = {}
+    places: dict[Answer, int] = {}
     for place, request in enumerate(requests):
         for answer in engine.submit(request):
             places[answer] = place

@@ -22,7 +22,7 @@ HEAD = "evaluation"
 Key = tuple[int, int]  # the numbers of a question and of an answer to it
 
 
-class Answer(NamedTuple):
+class SavedAnswer(NamedTuple):
     """Answer of a model."""
 
     text: str
@@ -38,7 +38,7 @@ class AnswersFile:
 
     def __init__(self, path: str, about: Mapping[str, Any]):
         self.path = path
-        self.answers: dict[Key, Answer] = {}
+        self.answers: dict[Key, SavedAnswer] = {}
         self.rows: dict[Key, dict[str, Any]] = {}
         self.about = _as_read(about)
         if not _has_begun(path):
@@ -51,7 +51,7 @@ class AnswersFile:
         if not whole:
             self._write()
 
-    def add(self, question: int, sample: int, prompt: str, answer: Answer) -> None:
+    def add(self, question: int, sample: int, prompt: str, answer: SavedAnswer) -> None:
         """Add an answer, which is in the file when this returns."""
         row = {"question": question, "sample": sample, "prompt": prompt, **answer._asdict()}
         row["answer"] = row.pop("text")
@@ -66,7 +66,7 @@ class AnswersFile:
 
     def _keep(self, row: dict[str, Any]) -> None:
         key = row["question"], row["sample"]
-        self.rows[key], self.answers[key] = row, Answer(row["answer"], row["cut"])
+        self.rows[key], self.answers[key] = row, SavedAnswer(row["answer"], row["cut"])
 
     def _write(self) -> None:
         write_lines(self.path, [{HEAD: self.about}, *self.rows.values()])
@@ -128,7 +128,7 @@ def digest(questions: Sequence[Question]) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def read_answers(path: str, questions: int) -> list[list[Answer]]:
+def read_answers(path: str, questions: int) -> list[list[SavedAnswer]]:
     """Read the answers to `questions` questions from a file of an evaluation, or of rows {"answer"}.
 
     Rows without the number of a question are in the order of the questions. Raises UserError unless each
@@ -137,10 +137,10 @@ def read_answers(path: str, questions: int) -> list[list[Answer]]:
     try:
         with open(path, encoding="utf-8") as file:
             rows = [row for row in map(json.loads, file) if HEAD not in row]
-        answers: dict[Key, Answer] = {}
+        answers: dict[Key, SavedAnswer] = {}
         for place, row in enumerate(rows):
             key = row.get("question", place), row.get("sample", 0)
-            answers[key] = Answer(row["answer"], row.get("cut"))
+            answers[key] = SavedAnswer(row["answer"], row.get("cut"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save'

@@ -67,7 +67,7 @@ class RewardFunctions:
         self.path, self.names, self.seconds, self.reserved = os.path.abspath(path), names, seconds, reserved
         self.source = read_source(path)
         self.digest = hashlib.sha256(self.source).hexdigest()
-        self.worker: Worker | None = None
+        self.worker: RewardProcess | None = None
 
     def start(self) -> None:
         """Import the file, unless its process is there already. Raises FunctionFailed for one that fails."""
@@ -75,7 +75,7 @@ class RewardFunctions:
             self.close()
         if self.worker:
             return
-        self.worker = Worker(os.path.basename(self.path))
+        self.worker = RewardProcess(os.path.basename(self.path))
         file = {"path": self.path, "source": self.source.decode("latin-1")}
         file |= {"names": self.names, "reserved": self.reserved}
         try:
@@ -153,7 +153,7 @@ class RewardFunctions:
         return f" ({os.path.basename(self.path)}, line {number}{line and f': {line}'})"
 
 
-class Worker:
+class RewardProcess:
     """Worker process, its pipes, and its output, which is shown after the file's name."""
 
     def __init__(self, name: str):

@@ -29,7 +29,7 @@ LONGEST = 500  # characters of an exception's message
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-class Refused(Exception):
+class RewardMistake(Exception):
     """Mistake without a traceback: a wrong return value, or a missing function.
 
     `kind` is alike for mistakes that need to be reported once.
@@ -58,7 +58,7 @@ def main() -> None:
                 else:
                     path = request["path"]
                     module, reply = load(**request), {}
-            except Refused as refused:
+            except RewardMistake as refused:
                 reply = {"kind": refused.kind, "refused": str(refused)}
             except BaseException as error:  # SystemExit and KeyboardInterrupt are a function's failures, too
                 reply = described(error, path)
@@ -105,7 +105,7 @@ def load(path: str, source: str, names: list[str], reserved: list[str]) -> Modul
     for wanted in names:
         check_function(wanted, getattr(module, wanted, None), defined)
     if taken := sorted(set(reserved) & set(defined)):
-        raise Refused(f"its function {taken[0]} has the name of a built-in reward; rename it")
+        raise RewardMistake(f"its function {taken[0]} has the name of a built-in reward; rename it")
     return module
 
 
@@ -114,12 +114,12 @@ def check_function(name: str, function: Any, defined: list[str]) -> None:
     if not callable(function):
         has = f"it has {', '.join(defined)}" if defined else "it has none"
         why = "it has no function" if function is None else f"{described_value(function)} is no function, as"
-        raise Refused(f"{why} {name}; {has}")
+        raise RewardMistake(f"{why} {name}; {has}")
     with contextlib.suppress(ValueError):  # a C function may not tell its parameters
         try:
             inspect.signature(function).bind("", [], "")
         except TypeError:
-            raise Refused(
+            raise RewardMistake(
                 f"{name}{inspect.signature(function)} cannot be called with the prompt, the list of answers"
                 f" and the right answer; expected def {name}(prompt, answers, right)"
             ) from None
@@ -131,13 +131,15 @@ def call(module: ModuleType, name: str, prompt: str, answers: list[str], right: 
     returned = getattr(module, name)(prompt, answers, right)
     expected = f"expected a list of {plural(count, 'number')}, one for each answer"
     if isinstance(returned, (str, bytes, dict, set)) or not isinstance(returned, Iterable):
-        raise Refused(f"{name} returned {described_value(returned)}; {expected}", type(returned).__name__)
+        raise RewardMistake(
+            f"{name} returned {described_value(returned)}; {expected}", type(returned).__name__
+        )
     values = list(itertools.islice(returned, count + 1))
     if len(values) != count:
         length = len(returned) if hasattr(returned, "__len__") else len(values)
         more = not hasattr(returned, "__len__") and length > count
         counts = f"{length} or more values" if more else plural(length, "value")
-        raise Refused(f"{name} returned {counts}; {expected}", "length")
+        raise RewardMistake(f"{name} returned {counts}; {expected}", "length")
     return [as_number(value, name, f"answer {place} of {count}") for place, value in enumerate(values, 1)]
 
 
@@ -151,7 +153,7 @@ def as_number(value: Any, name: str, where: str) -> float:
     with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
         if not isinstance(value, (str, bytes)):
             return float(value)
-    raise Refused(
+    raise RewardMistake(
         f"{name} returned {described_value(value)} for {where}; expected a number",
         f"{type(value).__name__} for an answer",
     )

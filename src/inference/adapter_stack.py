@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .unmerged_linear import Columns, LowRank, Owners, side_by_side
+from .unmerged_linear import FactorColumns, LowRank, Owners, side_by_side
 
 # changes of linears by an adapter, by the linears' names
 Factors = Mapping[str, LowRank]
@@ -28,7 +28,7 @@ BASE = Applied()
 class Mix(NamedTuple):
     """Adapters side by side, and each row's share of them."""
 
-    columns: Mapping[str, Columns]  # by the names of linears
+    columns: Mapping[str, FactorColumns]  # by the names of linears
     shares: dict[Owners, Tensor]  # (B, R) fp32, or (1, R) where all rows have the same
 
 
@@ -42,7 +42,9 @@ def columns_of(owners: Owners, of_rows: Tensor) -> Tensor:
     return of_rows[:, [place for place, count in owners for _ in range(count)]]
 
 
-def shares(columns: Mapping[str, Columns], of_rows: Tensor, device: torch.device) -> dict[Owners, Tensor]:
+def shares(
+    columns: Mapping[str, FactorColumns], of_rows: Tensor, device: torch.device
+) -> dict[Owners, Tensor]:
     """Spread scales (B, adapters) to (B, R), once for all linears with the same columns."""
     return {
         owners: columns_of(owners, of_rows).to(device) for owners in {one.owners for one in columns.values()}

@@ -33,7 +33,7 @@ from rwkv_miss.merging.members import is_state
 
 from ..model import RWKV, State
 from .adapter_stack import BASE, Applied, Mix, Stack, scales, shares
-from .unmerged_linear import Columns, LowRank, UnmergedLinear, factors_of, side_by_side, together
+from .unmerged_linear import FactorColumns, LowRank, UnmergedLinear, factors_of, side_by_side, together
 
 MIXES = 8  # mixes of rows that are remembered: a step's and those of prompts that are read beside it
 
@@ -43,7 +43,7 @@ NEVER_CAST = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg]|k_k|k_a|r_k|ln_x\.weig
 
 
 @dataclasses.dataclass
-class Adapter:
+class FittedAdapter:
     """Adapter file that fits the model."""
 
     path: Any
@@ -54,7 +54,7 @@ class Adapter:
     whole: dict[str, Tensor]  # tensors that were trained as a whole
 
     @functools.cached_property
-    def columns(self) -> dict[str, Columns]:
+    def columns(self) -> dict[str, FactorColumns]:
         """Return the factors as linears take them without another adapter; they are not copied."""
         return {name: side_by_side([factor]) for name, factor in self.factors.items()}
 
@@ -100,7 +100,7 @@ class Adapters:
         # dtype of every token on a GPU; the CPU's decoder takes changes in fp32
         self.rounds_to = model.dtype if model.emb.weight.is_cuda else None
         self.random_factors: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-        self.by_name: dict[str, Adapter] = {}
+        self.by_name: dict[str, FittedAdapter] = {}
         # the base's tensors, for the time when no adapter replaces them
         self.base: dict[str, nn.Parameter | None] = {}
         self.linears: dict[str, UnmergedLinear] = {}
@@ -129,10 +129,10 @@ class Adapters:
         self.stack.forget(name)
         self.mixes.clear()
 
-    def _read(self, path: Any) -> Adapter:
+    def _read(self, path: Any) -> FittedAdapter:
         return read(self.model, path, self.random_factors, self.rounds_to or torch.float32)
 
-    def _put_beside(self, name: str, adapter: Adapter) -> None:
+    def _put_beside(self, name: str, adapter: FittedAdapter) -> None:
         """Make room for an adapter's changes, which are zero so far."""
         for tensor in adapter.replaced():
             if tensor not in self.base:
@@ -274,7 +274,7 @@ class Adapters:
         names, scale = applied if applied.names else (self.used, self.scale)
         return self._factors([self.by_name[name] for name in names], scale)
 
-    def _factors(self, chosen: list[Adapter], scale: float) -> dict[str, LowRank]:
+    def _factors(self, chosen: list[FittedAdapter], scale: float) -> dict[str, LowRank]:
         found = {}
         for name, linear in self.linears.items():
             factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
@@ -318,7 +318,7 @@ class Adapters:
             put(self.model, name, tensor)
         self.used = ()
 
-    def _enter(self, chosen: list[Adapter], scale: float) -> None:
+    def _enter(self, chosen: list[FittedAdapter], scale: float) -> None:
         for name, change in self._factors(chosen, scale).items():
             self.linears[name].low_rank = change
         for name, tensor in self.base.items():
@@ -338,7 +338,7 @@ def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dtype) -> Adapter:
+def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dtype) -> FittedAdapter:
     """Read an adapter file for a model, with its factors on the model's device. Raises as load_adapter does.
 
     The factors are rounded to `dtype`. Equal factors A, as VeRA's of one width, are kept once, in `shared`.
@@ -349,7 +349,7 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     # copies, because somebody may train the adapter again and overwrite its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
     cls, options = method_of(metadata) if linears else (None, None)
-    adapter = Adapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
+    adapter = FittedAdapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)
@@ -371,7 +371,7 @@ def kept_once(A: Tensor, shared: MutableMapping[Any, Tensor]) -> Tensor:
     return first if torch.equal(first, A) else A
 
 
-def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:
+def moved(base: Tensor, name: str, adapters: list[FittedAdapter], scale: float) -> Tensor:
     """Compute base + scale times the sum of (value - base) over the adapters, in fp32.
 
     With one adapter and scale 1 it is exactly the adapter's value.

@@ -27,7 +27,7 @@ from .torch_decoder import TorchDecoder
 ALLOWED = 1e-2
 
 
-class Recorded(NamedTuple):
+class RowGraph(NamedTuple):
     """Graph of a token of some rows."""
 
     graph: torch.cuda.CUDAGraph
@@ -51,7 +51,7 @@ class GraphedDecoder(TorchDecoder):
     def _forget(self) -> None:
         # kept, so that no other tensor gets one of their addresses: refresh() compares them
         self.weights = [p.detach() for p in self.model.parameters()]
-        self.graphs: dict[tuple[int, bool], Recorded] = {}  # (rows, whether they have adapters)
+        self.graphs: dict[tuple[int, bool], RowGraph] = {}  # (rows, whether they have adapters)
         self.stack: Stack | None = None
         self.shares: dict[Owners, Tensor] = {}
         self.written: Tensor | None = None  # the scales of the written shares
@@ -110,14 +110,14 @@ class GraphedDecoder(TorchDecoder):
             self.written = of_rows
         return True
 
-    def _graph(self, count: int, with_adapters: bool) -> Recorded:
+    def _graph(self, count: int, with_adapters: bool) -> RowGraph:
         """Return the smallest graph of at least `count` rows."""
         key = min(self.rows, 1 << (count - 1).bit_length()), with_adapters
         if key not in self.graphs:
             self.graphs[key] = self._record(*key)
         return self.graphs[key]
 
-    def _record(self, count: int, with_adapters: bool) -> Recorded:
+    def _record(self, count: int, with_adapters: bool) -> RowGraph:
         before = [part[:, :count].clone() for part in self.states]
 
         def restore() -> None:
@@ -142,7 +142,7 @@ class GraphedDecoder(TorchDecoder):
         error = (got - want).abs().max() / want.abs().max()
         if not bool(error <= ALLOWED):
             raise RuntimeError(f"for {count} rows its logits are {float(error):.0e} of the largest one off")
-        return Recorded(graph, logits)
+        return RowGraph(graph, logits)
 
     def _showing(self, count: int, with_adapters: bool) -> contextlib.AbstractContextManager[None]:
         """Put beside the linears what the graph of `count` rows reads, inside the block."""

@@ -167,7 +167,7 @@ def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class Recorded:
+class PromptSettings:
     """Settings of prompts: the flags of add_text(), else the records of files.
 
     The first adapter's file with a record counts, and then the model's.

@@ -39,7 +39,7 @@ class LowRank(NamedTuple):
 Owners = tuple[tuple[int, int], ...]
 
 
-class Columns(NamedTuple):
+class FactorColumns(NamedTuple):
     """Factors of several adapters of one linear: a token's x adds (h * shares) B^T.
 
     h (R,) are the shard sums of x for each of `ranks`, then A x.
@@ -75,7 +75,7 @@ def factors_of(layer: AdapterLinear, dtype: torch.dtype = torch.float32) -> LowR
     return LowRank(None if is_miss else A, B, 1.0)
 
 
-def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
+def side_by_side(factors: Sequence[LowRank | None]) -> FactorColumns | None:
     """Join the columns of adapters of one linear; None without any. A single one is not copied."""
     have = [(place, factor) for place, factor in enumerate(factors) if factor is not None]
     # MiSS first; sorted() keeps the order of the others
@@ -84,7 +84,7 @@ def side_by_side(factors: Sequence[LowRank | None]) -> Columns | None:
         return None
     A = [factor.A for _, factor in have if factor.A is not None]
     B = [factor.B for _, factor in have]
-    return Columns(
+    return FactorColumns(
         tuple(factor.B.shape[1] for _, factor in have if factor.A is None),
         None if not A else A[0] if len(A) == 1 else torch.cat(A),
         B[0] if len(B) == 1 else columns_together(B),
@@ -102,7 +102,7 @@ class UnmergedLinear(Linear):
         self.is_head = isinstance(linear, Head)
         # choice of use(), for the CPU's decoder
         self.low_rank: LowRank | None = None
-        self.columns: Columns | None = None
+        self.columns: FactorColumns | None = None
         # (B, R) fp32 for an x (B, T, in), or (B, in) of one token of every row; (1, R) for any x
         self.shares: Tensor | None = None
         self.train(linear.training)

@@ -31,7 +31,7 @@ from .limits import Limits
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
 from .replies import error_reply, ignored_header, json_reply, read_body
-from .request_parsing import Asked, Defaults, Reader, read_chat, read_completion
+from .request_parsing import Defaults, ParsedRequest, Reader, read_chat, read_completion
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
 from .worker import Worker
@@ -154,7 +154,7 @@ class Routes:
         asked = await self._asked(request, read_completion)
         return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
 
-    async def _asked(self, request: Request, read: Callable[[Reader, dict], Asked]) -> Any:
+    async def _asked(self, request: Request, read: Callable[[Reader, dict], ParsedRequest]) -> Any:
         """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
         loop = asyncio.get_running_loop()

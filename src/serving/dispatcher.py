@@ -19,7 +19,7 @@ from .metrics import Metrics
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import Envelope, TokenNames, usage_object
 from .replies import EventStream, ignored_header, json_reply, until_gone
-from .request_parsing import Asked
+from .request_parsing import ParsedRequest
 from .served_models import ServedModels
 from .worker import Job, Piece, Worker
 
@@ -42,7 +42,7 @@ class Dispatcher:
         """Answers that have no row yet."""
         return max(0, self.open - self.rows)
 
-    async def begin(self, asked: Asked) -> Run:
+    async def begin(self, asked: ParsedRequest) -> Run:
         """Give a request to the engine. Raises Refused if too many wait, or the engine refuses it."""
         answers = sum(request.n for request in asked.requests)
         if self.closing:
@@ -86,7 +86,7 @@ class Dispatcher:
 class Run:
     """Request from begin() to its end, which is close()."""
 
-    def __init__(self, dispatcher: Dispatcher, asked: Asked, answers: int):
+    def __init__(self, dispatcher: Dispatcher, asked: ParsedRequest, answers: int):
         self.dispatcher, self.asked = dispatcher, asked
         self.entries = dispatcher.served.held(asked.requests[0].applied)
         self.job: Job | None = None
@@ -141,7 +141,7 @@ class Run:
 
 
 async def reply(
-    dispatcher: Dispatcher, request: Request, asked: Asked, choices: ChatChoices | TextChoices
+    dispatcher: Dispatcher, request: Request, asked: ParsedRequest, choices: ChatChoices | TextChoices
 ) -> Response:
     """Reply to a request: with a stream, or with the whole answer when it is there. Raises Refused."""
     run = await dispatcher.begin(asked)

@@ -17,7 +17,7 @@ from ..data.templates import choose_template
 from ..inference.adapters import Adapters
 from ..inference.decoders import fastest, measured_chunk
 from ..inference.engine import Engine
-from ..inference.flags import Recorded, decoder_options
+from ..inference.flags import PromptSettings, decoder_options
 from ..inference.load import load_with, refuse_folders
 from .app import assemble
 from .flags import chosen_sampling, limits_of
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     serve(args, limits, listener, load(args))
 
 
-class Loaded(NamedTuple):
+class Serving(NamedTuple):
     """Engine and models that answer."""
 
     engine: Engine
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
     how: str  # description of the decoder
 
 
-def load(args: argparse.Namespace) -> Loaded:
+def load(args: argparse.Namespace) -> Serving:
     """Read the model and its adapters. Raises UserError for files that do not fit."""
     choose_template(args.template, args.tool_style, None, None)
     refuse_folders(args.adapter)
@@ -56,13 +56,13 @@ def load(args: argparse.Namespace) -> Loaded:
     )
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
     name = merged_name(adapters, name, args.scale)
-    recorded = Recorded(args, tokenizer)
+    recorded = PromptSettings(args, tokenizer)
     records = Records(recorded.template, recorded.bos, tokenizer.name)
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
     decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
     chunk = args.chunk or measured_chunk(decoder, SECONDS)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
-    return Loaded(engine, served, how)
+    return Serving(engine, served, how)
 
 
 def merged_name(adapters: Adapters, name: str, scale: float) -> str:
@@ -79,7 +79,7 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
     return f"{name}:{names[0]}"
 
 
-def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loaded: Loaded) -> None:
+def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loaded: Serving) -> None:
     """Answer until a signal ends the server."""
     engine, served, how = loaded
     own = is_own_machine(args.host)

@@ -67,7 +67,7 @@ class Reader:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """Request that may be answered."""
 
     model: str
@@ -78,13 +78,13 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedChat(Asked):
+class AskedChat(ParsedRequest):
     template: Template
     tools: Tools
 
 
 @dataclasses.dataclass(frozen=True)
-class AskedText(Asked):
+class AskedText(ParsedRequest):
     echoes: list[str]  # the beginning of the answers to each prompt
 
 

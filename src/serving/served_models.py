@@ -25,7 +25,7 @@ OUTSIDE = "expected the name of a .pth below the server's --adapter_dir"
 
 
 @dataclasses.dataclass
-class Entry:
+class ServedAdapter:
     """Adapter under the name that clients know."""
 
     name: str
@@ -57,7 +57,7 @@ class ServedModels:
         self.folder = os.path.realpath(folder) if folder else None
         used = [adapters.by_name[internal].path for internal in adapters.used]
         self.template, self.bos = records.template(used), records.bos(used)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, ServedAdapter] = {}
         self.used_names: set[str] = set()
         self.coming: set[str] = set()  # names of adapters that are being loaded
         for internal, adapter in adapters.by_name.items():
@@ -70,13 +70,15 @@ class ServedModels:
                 raise UserError(f"{error}. As the only --adapter it is merged on loading") from None
             self.entries[internal] = self._entry(internal, internal, adapter.path)
 
-    def _entry(self, name: str, internal: str, path: str) -> Entry:
+    def _entry(self, name: str, internal: str, path: str) -> ServedAdapter:
         metadata = read_metadata(path) or {}
         rank = (metadata.get("options") or {}).get("rank")
         described = {"name": name, "model": f"{self.name}:{name}", "method": metadata.get("method")}
         if rank is not None:
             described["rank"] = rank
-        return Entry(name, internal, self.records.template([path]), self.records.bos([path]), described)
+        return ServedAdapter(
+            name, internal, self.records.template([path]), self.records.bos([path]), described
+        )
 
     def models(self) -> list[str]:
         # a list of them first: requests are read in another thread
@@ -116,7 +118,7 @@ class ServedModels:
             404, f"{param}: there is no {short(name)}; there are {models}", param, "model_not_found"
         )
 
-    def held(self, applied: Applied) -> list[Entry]:
+    def held(self, applied: Applied) -> list[ServedAdapter]:
         """Hold the adapters of a request that begins to run; release() gives them back."""
         used = [self.entries[name] for name in self.entries if self.entries[name].internal in applied.names]
         if len(used) < len(applied.names):
@@ -125,12 +127,12 @@ class ServedModels:
             entry.users += 1
         return used
 
-    def release(self, entries: list[Entry], worker: Worker) -> None:
+    def release(self, entries: list[ServedAdapter], worker: Worker) -> None:
         for entry in entries:
             entry.users -= 1
             self._leave_if_unused(entry, worker)
 
-    async def add(self, name: str, file: str, worker: Worker) -> Entry:
+    async def add(self, name: str, file: str, worker: Worker) -> ServedAdapter:
         """Load an adapter while others answer. Raises Refused."""
         if not self.folder:
             raise Refused(403, "this server was started without --adapter_dir, so it loads no adapters")
@@ -143,7 +145,7 @@ class ServedModels:
         path = inside(self.folder, file)
         internal = next(label for label in _labels(name) if label not in self.used_names)
 
-        def load() -> Entry:
+        def load() -> ServedAdapter:
             self._check_tokenizer(path, file)
             entry = self._entry(name, internal, path)
             self.adapters.add(internal, path)
@@ -189,7 +191,7 @@ class ServedModels:
         entry.dropped = True
         self._leave_if_unused(entry, worker)
 
-    def _leave_if_unused(self, entry: Entry, worker: Worker) -> None:
+    def _leave_if_unused(self, entry: ServedAdapter, worker: Worker) -> None:
         if entry.dropped and not entry.users:
             worker.post(lambda: self._unload(entry.internal, worker))
 

@@ -17,14 +17,14 @@ where there is a "prompt", and turns that follow "messages" else:
 from .errors import LeftOut, WrongSetting
 from .layouts import EMPTY, LABELS, PAIRS, ROWS, SFT, has_empty_answer
 from .records import read_record, read_records, read_source
-from .report import Found, Report, encodable, place_of, places_text
-from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
+from .report import Report, SourceFindings, encodable, place_of, places_text
+from .sources import BINIDX, BY_NAME, DataSource, Reading, sample, sources
 
 __all__ = [
     "BINIDX",
     "BY_NAME",
     "EMPTY",
-    "Found",
+    "SourceFindings",
     "LABELS",
     "LeftOut",
     "PAIRS",
@@ -32,7 +32,7 @@ __all__ = [
     "Reading",
     "Report",
     "SFT",
-    "Source",
+    "DataSource",
     "WrongSetting",
     "encodable",
     "has_empty_answer",

@@ -161,7 +161,7 @@ def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
         yield ids[begin:]
 
 
-class Writer:
+class BinidxWriter:
     """Writer of PREFIX.bin and PREFIX.idx: add() for each document, then close().
 
     Until then both have temporary names; discard() removes them.

@@ -48,7 +48,7 @@ EXPECTED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class RecordLayout:
     """Way to read records with certain columns."""
 
     name: str  # for the plan
@@ -56,10 +56,10 @@ class Layout:
     convert: Callable[[dict[str, Any]], dict[str, Any]]  # a record as the file has it -> one of the forms
 
 
-TOKENS = Layout("", ("ids",), dict)  # for data that were tokenised before
+TOKENS = RecordLayout("", ("ids",), dict)  # for data that were tokenised before
 
 
-def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Layout, dict[str, Any]]:
+def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[RecordLayout, dict[str, Any]]:
     """Turn a record of a file into (layout, record in one of the forms). A column with null counts as absent.
 
     `fields` are the columns to use if the names do not tell: one with a text or conversation; question and
@@ -84,7 +84,7 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
 
 
 @functools.lru_cache(maxsize=1024)
-def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> Layout:
+def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> RecordLayout:
     """Find the layout of a record with these columns, of which `present` hold a value.
 
     Names are compared without case.
@@ -172,7 +172,7 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     return candidates
 
 
-def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool = False) -> Layout:
+def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool = False) -> RecordLayout:
     """Make a layout of these columns by their number.
 
     `is_raw`: a chosen answer continues the text of its prompt, as in pairs.
@@ -186,20 +186,20 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool =
     lower = tuple(name.strip().lower() for name in names)
     if lower == ("text",):
         convert = functools.partial(_whole, column=names[0], system=None, tools=None)
-        return Layout(names[0], names, convert)
+        return RecordLayout(names[0], names, convert)
     if len(names) == 1:
         used = (*names, *filter(None, (system, tools)))
         convert = functools.partial(_whole, column=names[0], system=system, tools=tools)
-        return Layout(" + ".join(used), used, convert)
+        return RecordLayout(" + ".join(used), used, convert)
     if lower == ("prompt", "completion") or is_raw and lower == ("prompt", "chosen"):
         convert = functools.partial(_continuation, prompt=names[0], completion=names[1])
-        return Layout(" + ".join(names), names, convert)
+        return RecordLayout(" + ".join(names), names, convert)
     if len(names) in (2, 3):
         *questions, answer = names
         extra = tuple(filter(None, (system, history)))
         named = ", ".join([f"{' + '.join(questions)} -> {answer}", *extra])
         convert = functools.partial(_question, names=names, system=system, history=history)
-        return Layout(named, (*names, *extra), convert)
+        return RecordLayout(named, (*names, *extra), convert)
     raise UserError(
         f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3"
         " (instruction, input, output)"

@@ -37,7 +37,7 @@ from .layouts import (
     RLHF_REJECTED,
     SYSTEMS,
     TOKENS,
-    Layout,
+    RecordLayout,
     check_fields,
     earlier_turns,
     has_layout,
@@ -63,7 +63,7 @@ EXPECTED = {
 ASSISTANT = "\n\nAssistant:"  # ends the prompt in texts that hold a whole chat
 
 
-class Columns(NamedTuple):
+class RecordColumns(NamedTuple):
     """Columns of a record, by their meaning."""
 
     asked: tuple[str, ...]  # a text, a conversation, or instruction and input; () if it is in the answers
@@ -93,7 +93,9 @@ def with_empty_cells(record: dict[str, Any], fields: tuple[str, ...]) -> dict[st
     }
 
 
-def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tuple[Layout, dict[str, Any]]:
+def preference(
+    record: dict[str, Any], fields: tuple[str, ...], rows: str
+) -> tuple[RecordLayout, dict[str, Any]]:
     """Do layouts.canonical() for a pair or a labelled answer.
 
     `rows` is PAIRS, or LABELS, which takes pairs too. Raises LeftOut where an answer is empty.
@@ -112,7 +114,7 @@ def preference(record: dict[str, Any], fields: tuple[str, ...], rows: str) -> tu
     columns = find_columns(names, present, fields, answers, label, is_whole)
     if is_whole:
         _check_beginnings(record, answers[0])
-    layout = Layout(columns.name, columns.used, functools.partial(_convert, columns=columns))
+    layout = RecordLayout(columns.name, columns.used, functools.partial(_convert, columns=columns))
     return layout, layout.convert(record)
 
 
@@ -163,7 +165,7 @@ def find_columns(
     answers: tuple[str, ...],
     label: str | None,
     is_whole: bool,
-) -> Columns:
+) -> RecordColumns:
     """Find the columns of a record with known answers and label; `is_whole`: the answers hold the prompt."""
     by_name = _by_name(names)
     if is_whole:
@@ -176,7 +178,7 @@ def find_columns(
             raise UserError(f"{EXPECTED[LABELS]}; got keys {shown(names)}")
     beside = {lower: name for lower, name in by_name.items() if name not in (*asked, *answers, label)}
     history = None if is_whole else beside.get("history")
-    return Columns(asked, answers, label, _first(SYSTEMS, beside), history, beside.get("tools"))
+    return RecordColumns(asked, answers, label, _first(SYSTEMS, beside), history, beside.get("tools"))
 
 
 def _by_name(names: tuple[str, ...]) -> dict[str, str]:
@@ -254,7 +256,7 @@ def _check_beginnings(record: dict, answer: str) -> None:
             )
 
 
-def _convert(record: dict, columns: Columns) -> dict[str, Any]:
+def _convert(record: dict, columns: RecordColumns) -> dict[str, Any]:
     """Convert a record to its form."""
     label = {} if columns.label is None else {"label": _label(record[columns.label], columns.label)}
     names = ("completion",) if columns.label else ("chosen", "rejected")
@@ -280,7 +282,7 @@ def _convert(record: dict, columns: Columns) -> dict[str, Any]:
     return {"messages": turns, **extra, **dict(zip(names, answers)), **label}
 
 
-def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
+def _texts(record: dict, columns: RecordColumns) -> tuple[str, list[str]] | None:
     """Return (prompt, answers) of texts that are no turns; None if they are turns."""
     answers = [text(record[column], column, may_be_empty=True) for column in columns.answers]
     if not columns.asked:
@@ -298,7 +300,7 @@ def _texts(record: dict, columns: Columns) -> tuple[str, list[str]] | None:
     return text(prompt, columns.asked[0]), answers
 
 
-def _parted_texts(answers: list[str], columns: Columns) -> tuple[str, list[str]]:
+def _parted_texts(answers: list[str], columns: RecordColumns) -> tuple[str, list[str]]:
     """Split two texts into (the common beginning, the answers): at `Assistant:`, or after a whole word."""
     common = os.path.commonprefix(answers)
     end = common.rfind(ASSISTANT)
@@ -326,7 +328,7 @@ def _answer(value: Any, column: str) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "" if value == "" else said(value, column)}]
 
 
-def _question(record: dict, columns: Columns) -> list[dict[str, Any]]:
+def _question(record: dict, columns: RecordColumns) -> list[dict[str, Any]]:
     """Read the turns before the answers."""
     asked, *context = columns.asked
     value = record[asked]
@@ -345,7 +347,7 @@ def _question(record: dict, columns: Columns) -> list[dict[str, Any]]:
     return turns
 
 
-def _parted(conversations: list[list[dict]], columns: Columns) -> tuple[list[dict], list[list[dict]]]:
+def _parted(conversations: list[list[dict]], columns: RecordColumns) -> tuple[list[dict], list[list[dict]]]:
     """Split whole conversations into (the turns before the answers, the answers)."""
     if len(conversations) == 1:
         [turns] = conversations

@@ -8,10 +8,10 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .errors import LeftOut
-from .layouts import SFT, TOKENS, Layout, canonical, with_empty_answer
+from .layouts import SFT, TOKENS, RecordLayout, canonical, with_empty_answer
 from .preference_layouts import preference, with_empty_cells
 from .report import Kind, Report, place_of
-from .sources import BINIDX, BY_NAME, DELIMITERS, Reading, Source, sources
+from .sources import BINIDX, BY_NAME, DELIMITERS, DataSource, Reading, sources
 
 
 def read_records(
@@ -28,7 +28,7 @@ def read_records(
 
 
 def read_source(
-    source: Source, report: Report, reading: Reading, eod: Sequence[int]
+    source: DataSource, report: Report, reading: Reading, eod: Sequence[int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the records of one source."""
     found = report.begin(source)
@@ -47,7 +47,7 @@ def read_source(
     report.require_records(source)
 
 
-def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
+def read_record(raw: Any, source: DataSource, reading: Reading) -> tuple[Kind, dict[str, Any]]:
     """Turn an item of source.read() into (the kind that Found counts, the record).
 
     Raises UserError that says what is wrong with it.
@@ -59,7 +59,7 @@ def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[
     return (layout.name, layout.used, tuple(parsed)), record
 
 
-def _understood(parsed: Any, source: Source, reading: Reading) -> tuple[Layout, dict[str, Any]]:
+def _understood(parsed: Any, source: DataSource, reading: Reading) -> tuple[RecordLayout, dict[str, Any]]:
     """Return a record's layout and its form."""
     has_cells = source.format in DELIMITERS.values()
     if reading.rows != SFT:

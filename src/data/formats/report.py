@@ -13,14 +13,14 @@ from ...common.formatting import counted
 from .errors import LeftOut, WrongSetting
 
 if TYPE_CHECKING:
-    from .sources import Source
+    from .sources import DataSource
 
 Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
 SHOWN = 3  # number of reasons in the plan, and of files with a line of their own
 
 
 @dataclasses.dataclass
-class Found:
+class SourceFindings:
     """Findings about one source."""
 
     format: str
@@ -81,7 +81,7 @@ class Found:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Found:
+    def from_json(cls, record: dict[str, Any]) -> SourceFindings:
         kinds: collections.Counter[Kind] = collections.Counter()
         for name, used, columns, count in record["kinds"]:
             kinds[name, tuple(used), tuple(columns)] = count
@@ -95,15 +95,15 @@ class Report:
 
     on_bad_row: str = "stop"  # a bad record is an error; "skip": it is counted
     hint: str = ""  # end of an error that leaving out the record would avoid
-    files: dict[str, Found] = dataclasses.field(default_factory=dict)
+    files: dict[str, SourceFindings] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def begin(self, source: Source) -> Found:
+    def begin(self, source: DataSource) -> SourceFindings:
         """Start the findings of a new reading of the source; a file may be named twice."""
-        self.files[source.path] = Found(source.format)
+        self.files[source.path] = SourceFindings(source.format)
         return self.files[source.path]
 
-    def require_records(self, source: Source) -> None:
+    def require_records(self, source: DataSource) -> None:
         """Raise UserError if reading the source has found no record."""
         file = self.files[source.path]
         if not file.kinds:

@@ -55,7 +55,7 @@ def _as_it_is(record: Any) -> Any:
     return record
 
 
-class Format(NamedTuple):
+class TextFormat(NamedTuple):
     """Format of a file of text."""
 
     name: str
@@ -63,12 +63,12 @@ class Format(NamedTuple):
     parse: Callable[[Any], Any] = _as_it_is  # item -> record, perhaps in another process
 
 
-JSONL = Format("JSONL", json_text.jsonl, json_text.parse_line)
-JSON = Format("JSON", json_text.json_file)
+JSONL = TextFormat("JSONL", json_text.jsonl, json_text.parse_line)
+JSON = TextFormat("JSON", json_text.json_file)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DataSource:
     """Source of records: a file, folder or data set.
 
     `read` and `parse` are a Format's, but `read` takes the ids that end a document instead of the path.
@@ -102,7 +102,7 @@ class Source:
             yield where, self.parse(found)
 
 
-def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
+def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[DataSource]:
     """Find the sources of --data_file: a file, all data files of a folder, a data set of the hub, or several.
 
     A data set of the hub is OWNER/NAME, if there is no such path. Several names have commas between them,
@@ -110,7 +110,7 @@ def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None 
     Raises UserError for a source that does not exist or is not recognised.
     """
     notes = [] if notes is None else notes
-    found: list[Source] = []
+    found: list[DataSource] = []
     for path, weight in weighted_paths(data_file):
         found += [dataclasses.replace(source, weight=weight) for source in _find(path, reading, notes)]
     return found
@@ -146,17 +146,19 @@ def _exists(path: str) -> bool:
     return os.path.exists(path) or binidx.prefix_of(path) is not None
 
 
-def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
+def _find(path: str, reading: Reading, notes: list[str]) -> list[DataSource]:
     fields, split = reading.fields, reading.split
     if os.path.isdir(path) and not tables.is_saved_dataset(path):
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
         described = f"Hugging Face data set, split {split}"
         files = tuple(_files_in(path))
-        return [Source(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)]
+        return [
+            DataSource(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)
+        ]
     if names_dataset(path):
         described = f"data set of the Hugging Face hub, split {split}"
-        return [Source(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
+        return [DataSource(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
     return [detect(path, fields)]
 
 
@@ -214,12 +216,12 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
+def detect(path: str, fields: tuple[str, ...] = ()) -> DataSource:
     """Find the format of a file by its content, and by its suffix if the content does not tell."""
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
         files = (f"{prefix}.bin", f"{prefix}.idx")
-        return Source(path, BINIDX, 1.0, functools.partial(binidx.documents, prefix), files)
+        return DataSource(path, BINIDX, 1.0, functools.partial(binidx.documents, prefix), files)
     if problem := _no_file(path):
         raise UserError(f"data file {path} can't be read: {problem}")
     suffix = _suffix(path)
@@ -234,11 +236,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     except OSError as error:
         raise UserError(f"data file {path} can't be read: {error.strerror}") from None
     if parquet or suffix == ".parquet":
-        return Source(path, "parquet", 1.0, lambda eod, at: tables.parquet(path, at), (path,))
+        return DataSource(path, "parquet", 1.0, lambda eod, at: tables.parquet(path, at), (path,))
     with text.open_text(path) as file:
         sample = file.read(SAMPLE)
     found = _text_format(path, suffix, sample, fields)
-    return Source(path, found.name, 1.0, lambda eod, at: found.read(path, at), (path,), found.parse)
+    return DataSource(path, found.name, 1.0, lambda eod, at: found.read(path, at), (path,), found.parse)
 
 
 def _no_file(path: str) -> str:
@@ -259,16 +261,16 @@ def _no_file(path: str) -> str:
     return ""
 
 
-def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> Format:
+def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> TextFormat:
     """Find the format of a file, by its beginning `sample`, and by its suffix if that does not tell."""
     lines = [line for line in sample.lstrip(text.BOM).split("\n", 1000) if line.strip()]
     first = lines[0].strip() if lines else ""
     if found := _json_format(first, len(lines), suffix, len(sample) == SAMPLE, fields):
         return found
     if delimiter := _delimiter(first, suffix, fields):
-        return Format(DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter))
+        return TextFormat(DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter))
     if suffix == ".txt":
-        return Format("plain text, one document", text.plain)
+        return TextFormat("plain text, one document", text.plain)
     if suffix == ".json":
         return JSON
     if suffix in JSONL_SUFFIXES or not first:
@@ -281,7 +283,7 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
 
 def _json_format(
     first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]
-) -> Format | None:
+) -> TextFormat | None:
     """Choose JSONL or JSON by the first line of the file; None for neither.
 
     `lines`: the number of lines in the sample, which is the whole file unless it `goes_on`.
