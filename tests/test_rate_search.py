@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from rwkv_miss import METHODS, UserError
-from src.config import Config, parse
+from src.config import AUTO, Config, parse
+from src.config.schema import origin_of
 from src.objectives.kinds import objective_of
 from src.planning import job
 from src.planning.defaults import SearchSize, first_guess, search_size
@@ -242,7 +243,10 @@ def test_a_resumed_run_searches_never_again(files, tmp_path):
     train(files, run)
     before, card = search(run), (run / "run_card.md").read_text()
     output = train(files, run, "--epoch_steps", "110", "--resume", "auto")
-    assert "have the lowest loss" not in output and search(run) == before and len(losses(run)) == 110
+    assert f"as the run has it so far: {before['reason']}" in output, (
+        "where the rate is from is not forgotten"
+    )
+    assert search_table(before)[0] not in output and search(run) == before and len(losses(run)) == 110
     assert settings(run)["lr_init"] == before["rate"]
     table = search_table(before)
     for text in (card, (run / "run_card.md").read_text(), (run / "config.yaml").read_text()):
@@ -328,8 +332,8 @@ def test_ctrl_c_ends_a_search_at_once(files, tmp_path):
 def test_words_for_rates():
     base = ["--load_model", "x", "--data_file", "x"]
     for more, rate, origin in (
-        ([], 0.0, "default"),
-        (["--lr_init", "auto"], 0.0, "command line"),
+        ([], AUTO, "default"),
+        (["--lr_init", "auto"], AUTO, "command line"),
         (["--lr_init", "paper"], 2e-5, "command line: the published rate of --peft miss"),
         (["--lr_init", "paper", "--peft", "lora"], 2e-4, "command line: the published rate of --peft lora"),
         (["--lr_init", "paper", "--peft", "none"], 1e-5, "command line: the published rate of --peft none"),
@@ -337,7 +341,7 @@ def test_words_for_rates():
         (["--lr_init", "3e-4"], 3e-4, "command line"),
     ):
         config = parse([*base, *more])
-        assert (config.lr_init, config.origins["lr_init"]) == (rate, origin)
+        assert (config.lr_init, origin_of(config, "lr_init")) == (rate, origin)
     with pytest.raises(UserError, match="--lr_init much: expected a number such as 0.5 or auto or paper"):
         parse([*base, "--lr_init", "much"])
     with pytest.raises(UserError, match="--lr_init -1"):

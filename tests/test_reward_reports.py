@@ -38,6 +38,7 @@ GRPO = Config(
     rewards={"exact": 1.0, "partial": 0.5},
     lr_init=3e-3,
     max_tokens=24,
+    beta=0.0,
     precision="fp32",
 )
 DESCRIBED = objective_of(GRPO).metrics
