@@ -606,7 +606,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
             --eval_split 0 --weight_decay 0.1 --lr_init 1e-2 --accelerator cpu --wkv torch
         """.split(),
     ]
-    run.main(*configuration.parse(flags))
+    run.main(configuration.parse(flags))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     empty = [line["step"] for line in lines if not line["trained_tokens"]]
     assert [line["step"] for line in lines if line["loss"] is None] == empty and len(empty) == 2

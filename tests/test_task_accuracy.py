@@ -300,7 +300,7 @@ def recipes():
 def test_the_commands_of_the_recipes_are_understood(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if words[1] == "train.py":
-        settings, _ = config.parse(words[2:])
+        settings = config.parse(words[2:])
         assert (settings.global_bsz, settings.lr_init, settings.peft_config) == (64, 2e-5, {"rank": 64})
     elif words[2] == "benchmarks.paper":
         with pytest.raises(UserError, match="glue has no folder CoLA"):

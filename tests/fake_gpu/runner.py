@@ -222,7 +222,7 @@ def run_quietly(flags: list[str]) -> str:
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            run.main(*configuration.parse(flags))
+            run.main(configuration.parse(flags))
     except BaseException:
         print(output.getvalue()[-2000:])
         raise
