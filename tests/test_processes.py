@@ -29,6 +29,7 @@ from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config.launcher import check_world, is_first_process
+from src.config.schema import origin_of
 from src.distributed.watchdog import Watchdog, watchdog
 from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment
@@ -100,7 +101,7 @@ def test_the_numbers_of_a_launcher_need_no_flags(under, variables, sizes, by):
     argv = ["--local_rank=1", *FLAGS] if variables is DEEPSPEED else FLAGS
     config = configuration.parse(argv)
     assert (config.devices, config.num_nodes) == sizes
-    assert (config.origins["devices"], config.origins["num_nodes"]) == (by, by)
+    assert [origin_of(config, name) for name in ("devices", "num_nodes")] == [by, by]
     assert check_world(config) == sizes[0] * sizes[1]
     assert is_first_process() == (not variables)
 
