@@ -25,7 +25,6 @@ if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.lr_sweep")
 
 from src.common.startup import importing, naming_missing_packages
-from src.objectives.kinds import objective_of
 
 with importing():
     import torch
@@ -41,6 +40,7 @@ with importing():
     from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.model import RWKV
+    from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess
     from src.planning.job import Plan

@@ -28,7 +28,6 @@ if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.preview")
 
 from src.common.startup import importing, naming_missing_packages
-from src.objectives.sft import mask_text
 
 with importing():
     import numpy as np
@@ -58,6 +57,7 @@ with importing():
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer
     from src.model import read_model_file
+    from src.objectives.sft import mask_text
     from src.planning.defaults import longest_uncut, row_length
     from src.planning.draft import Draft
     from src.reporting import data_text

@@ -485,6 +485,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
         micro_bsz=micro_bsz,
         accumulate_grad_batches=accumulate,
         random_seed=0,
+        lr_init=1e-3,
         packing=packed > 0,
         ctx_len=packed or 1024,
     )

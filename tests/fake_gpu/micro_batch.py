@@ -32,7 +32,7 @@ def config_of(peft: str, rank: int = 8, **settings) -> Config:
     return Config(
         peft=peft,
         peft_config={} if peft in ("none", "state") else {"rank": rank},
-        **{"precision": "bf16", **settings},
+        **{"precision": "bf16", "grad_cp": 0, **settings},
     )
 
 

@@ -25,11 +25,12 @@ from src.inference.generate import stream
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.settings import chunks_of
+from src.objectives import held_out_loss
 from src.objectives.work import Speed
 from src.planning import memory as planned_memory
 from src.planning.defaults import SHORTEST_SEARCHED
 from src.planning.step_memory import StepBytes, step_bytes
-from src.training import forgetting, rate_search, validation
+from src.training import forgetting, rate_search
 from src.training.optimizer import parameter_groups
 from src.training.run_folder import RATE_SEARCH
 from src.training.trainer import FineTuning
@@ -235,7 +236,7 @@ def train(flags: str) -> dict:
     The first step's numbers are read at once, those of the others a step later.
     """
     with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
-        with counted_steps(gpu) as seen, mock.patch.object(validation, "SAMPLE_TOKENS", 4):
+        with counted_steps(gpu) as seen, mock.patch.object(held_out_loss, "SAMPLE_TOKENS", 4):
             train_in(folder, 4, flags)
     return _between(*seen[2:]) | {
         "KiB": gpu.peak // KIB,
