@@ -34,9 +34,8 @@ with importing():
     from src.common.device import PRECISIONS
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
-    from src.config import Config, command, is_automatic, settle, validate, value_or_zero
+    from src.config import Config, command, settle, validate
     from src.config.parse import flag_parser, read_flags
-    from src.config.schema import origin_of
     from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.model import RWKV
@@ -143,11 +142,11 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     if not plan.data.held_out:
         raise UserError(
             "rates are compared by the loss on held-out documents, and there are none"
-            f" ({origin_of(plan.settings, 'eval_split')}); give --eval_file, or --eval_split 0.05"
+            f" ({plan.settings.origin_of('eval_split')}); give --eval_file, or --eval_split 0.05"
         )
     # a chosen warm-up is a share of each training, not of the run
     config = dataclasses.replace(plan.settings, warmup_steps=given.warmup_steps)
-    if is_automatic(config, "lr_init"):
+    if config.is_automatic("lr_init"):
         config = dataclasses.replace(config, lr_init=first_guess(config, plan.arch))
     steps = steps_of_a_training(ours, config, plan.steps)
     rates = ours.rates or grid(state_learning_rate(config) if ours.setting == "state_lr" else config.lr_init)
@@ -177,7 +176,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
 def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -> int:
     """Count the steps at every rate. Raises UserError if the warm-up takes all of them."""
     steps = ours.steps or min(of_run, STEPS)
-    if value_or_zero(config, "warmup_steps") >= steps:
+    if config.value_or_zero("warmup_steps") >= steps:
         raise UserError(
             f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
             " its full rate; raise --steps, or drop the warm-up"

@@ -29,7 +29,7 @@ with importing():
     from src import ops
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
-    from src.config import Config, is_automatic, settle
+    from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
     from src.model import RWKV
     from src.objectives.kinds import objective_of
@@ -130,7 +130,7 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
         return needed(memory_of(changed), changed, device.accelerator) <= USABLE * device.memory
 
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
-    if fix and "chunk_ctx" in fix and is_automatic(typed, "ctx_len"):
+    if fix and "chunk_ctx" in fix and typed.is_automatic("ctx_len"):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     speed = find_speed(ours, plan)
     return Needs(plan, model_on_meta(arch, config), memory_of(config), fix, speed, run_cost(plan, speed))

@@ -22,7 +22,7 @@ from rwkv_miss.progress import print_notes
 from . import ops
 from .common.device import PRECISIONS
 from .common.files import read_lines
-from .config import Config, is_automatic, save, value_or_zero
+from .config import Config, save
 from .config.launcher import is_first_process
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
@@ -101,7 +101,8 @@ def main(typed: Config) -> None:
     It looks into the run's folder only when that is held.
     """
     started = process_start()
-    with naming_changed_files(), watchdog(typed) as others, folder_of_run(typed.proj_dir, others):
+    watched = watchdog(typed.devices, typed.num_nodes)
+    with naming_changed_files(), watched as others, folder_of_run(typed.proj_dir, others):
         if typed.init_only:
             if is_first_process():
                 write_new_model(typed, *new_arch(typed))
@@ -132,7 +133,7 @@ def prepare(
     if earlier:
         inherit(draft, earlier)
     before = earlier and earlier.settings
-    check_own_functions(draft.config)
+    check_own_functions(draft.config.value_or_zero("rewards"), draft.config.reward_file)
     draft.put(**fetch_files(names_of_hub(draft.config, before, others), is_first_process()))
     arch, tokenizer = read_base(draft)
     found = device(draft.config, arch.head_size)
@@ -150,7 +151,7 @@ def prepare(
     schedule = plan_steps(draft, arch, found, data)
     evaluated = choose_evaluation(draft, schedule, data.held_out, before)
     choose_rate(draft, arch, found, schedule)
-    draft.put(**{name: value_or_zero(draft.config, name) for name in ("eval_steps", "early_stop")})
+    draft.put(**{name: draft.config.value_or_zero(name) for name in ("eval_steps", "early_stop")})
     return Plan(
         typed=typed,
         settings=draft.config,
@@ -190,7 +191,7 @@ def train(
     `objective` makes what is minimised.
     """
     started = time.time()
-    if objective is not objective_of and is_automatic(plan.settings, "lr_init"):
+    if objective is not objective_of and plan.settings.is_automatic("lr_init"):
         raise UserError(
             "lr_init is left to a search, which compares rates by the losses of --loss alone; give a rate"
             " beside an objective of your own"

@@ -13,9 +13,9 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src import config
-from src.config import AUTO, FIELDS, Config, accumulation, command, is_automatic, legacy, parse, written
+from src.config import AUTO, FIELDS, Config, command, legacy, parse
 from src.config.adapter_options import AdapterOptions
-from src.config.schema import NAMES, PRESETS, origin_of, type_of
+from src.config.schema import NAMES, PRESETS, type_of
 from src.config.validate import check_bounds, check_sizes
 from src.planning.draft import Draft
 
@@ -49,7 +49,7 @@ def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_pa
         "peft_config": ({"rank": 64}, "preset paper-table7"),
         "grad_clip": (1.0, "default"),
     }
-    assert {name: (getattr(values, name), origin_of(values, name)) for name in expected} == expected
+    assert {name: (getattr(values, name), values.origin_of(name)) for name in expected} == expected
     assert {type(getattr(values, name)) for name in ("lr_init", "weight_decay")} == {float}
 
 
@@ -91,7 +91,7 @@ def test_the_presets_are_the_papers_tables_7_and_8():
         for method, options in methods.items():
             values = settings("--preset", name, "--peft", method, "--micro_bsz", "8")
             assert METHODS[method].Options.parse(values.peft_config).rank == options["rank"]
-            assert values.micro_bsz * accumulation(values) == PRESETS[name][0]["global_bsz"]
+            assert values.micro_bsz * values.accumulation == PRESETS[name][0]["global_bsz"]
     assert "paper-table7 has settings for miss, lora, dora, pissa, not for --peft none" in mistake(
         "--preset", "paper-table7", "--peft", "none"
     )
@@ -118,7 +118,7 @@ def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tm
     path = tmp_path / "config.yaml"
     config.save(values, path)
     again = parse(["--config", str(path)])
-    assert again == values and {origin_of(again, name) for name in FIELDS} == {str(path)}
+    assert again == values and {again.origin_of(name) for name in FIELDS} == {str(path)}
     lines = path.read_text().splitlines()
     assert len(lines) == len(FIELDS)
     for line in (
@@ -140,10 +140,10 @@ def test_what_is_left_to_the_program_is_no_number():
         with pytest.raises(TypeError):
             use(AUTO)
     assert pickle.loads(pickle.dumps(Config())) == Config(), "as ranks compare their settings"
-    typed = {name: str(written(Config(), name)) for name in FIELDS if getattr(Config(), name) is AUTO}
+    typed = {name: str(Config().written(name)) for name in FIELDS if getattr(Config(), name) is AUTO}
     assert len(typed) > 15
     flags = [f"--{name}={value}" for name, value in typed.items() if value != "{}"]
-    assert all(is_automatic(settings(*flags), name) for name in typed)
+    assert all(settings(*flags).is_automatic(name) for name in typed)
 
 
 def test_the_file_says_what_was_chosen_and_why(tmp_path):
@@ -161,7 +161,7 @@ def test_the_file_says_what_was_chosen_and_why(tmp_path):
         "beta": "no KL: cheap",
         "ctx_len": "the longest",
     }
-    assert is_automatic(parse(["--config", path]), "beta"), "as a command it leaves the choice open"
+    assert parse(["--config", path]).is_automatic("beta"), "as a command it leaves the choice open"
 
 
 def test_every_default_survives_the_file(tmp_path):
@@ -369,7 +369,7 @@ def test_numbers_as_people_write_them():
     values = settings("--epoch_steps", "1e3", "--lr_init", "1", "--grad_cp", "True")
     assert (values.epoch_steps, values.lr_init, values.grad_cp) == (1000, 1.0, True)
     assert settings("--random_seed", str(2**63 - 1)).random_seed == 2**63 - 1, "no digit is lost"
-    assert accumulation(settings("--global_bsz", "48", "--devices", "2", "--micro_bsz", "3")) == 8
+    assert settings("--global_bsz", "48", "--devices", "2", "--micro_bsz", "3").accumulation == 8
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
 
 
 def test_every_setting_is_read_somewhere():
-    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `value_or_zero(config, "NAME")`.
+    """As `config.NAME`, `c.NAME`, `values["NAME"]` or `config.value_or_zero("NAME")`.
 
     The rules of validate.py alone would not make a setting do something.
     """
@@ -416,8 +416,8 @@ def test_every_setting_is_read_somewhere():
                 read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "value_or_zero":
-                read.add(getattr(node.args[1], "value", ""))
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "value_or_zero":
+                read.add(getattr(node.args[0], "value", ""))
     dead = sorted(set(FIELDS) - read)
     assert not dead, f"settings that nothing reads: {dead}"
 

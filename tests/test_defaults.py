@@ -12,7 +12,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from src.common.formatting import size_text
-from src.config import AUTO, FIELDS, Config, accumulation, is_automatic, parse, recorded_settings, validate
+from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
 from src.config.loss_rules import OF_LOSSES
 from src.config.parse import Recorded
 from src.config.schema import CHOSEN
@@ -116,7 +116,7 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     draft = Draft(Config(**settings))
 
     def needed(tried):
-        assert not is_automatic(tried, "micro_bsz") and not is_automatic(tried, "grad_cp")
+        assert not tried.is_automatic("micro_bsz") and not tried.is_automatic("grad_cp")
         assert tried.accumulate_grad_batches == settings.get(
             "accumulate_grad_batches", tried.accumulate_grad_batches
         )
@@ -124,8 +124,8 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 
     choose_batch(draft, rows, needed, room)
     config = draft.config
-    assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
-    assert is_automatic(config, "accumulate_grad_batches") != (
+    assert (config.micro_bsz, config.accumulation, config.grad_cp) == batch
+    assert config.is_automatic("accumulate_grad_batches") != (
         "accumulate_grad_batches" in settings or "global_bsz" not in settings
     )
     assert draft.config.origins["micro_bsz"].startswith(
@@ -315,8 +315,8 @@ def test_a_step_keeps_its_rows(settings, batch):
     draft = going_on(**settings)
     choose_batch(draft, 10, lambda tried: 0, 1)
     config = draft.config
-    assert (config.micro_bsz, accumulation(config)) == batch
-    assert resume.rows_per_step(config) == 8
+    assert (config.micro_bsz, config.accumulation) == batch
+    assert config.rows_per_step == 8
     validate(config)
 
 
@@ -374,7 +374,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone
     filled = AUTOMATIC - OF_LOSSES.keys()
-    assert not [name for name in filled if is_automatic(saved, name)], "the saved settings are filled in"
+    assert not [name for name in filled if saved.is_automatic(name)], "the saved settings are filled in"
 
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))
     assert merge.endswith(f"--out {tmp_path / 'first/merged.pth'}"), (

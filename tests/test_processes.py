@@ -29,7 +29,6 @@ from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config.launcher import check_world, is_first_process
-from src.config.schema import origin_of
 from src.distributed.watchdog import Watchdog, watchdog
 from src.training.run_folder import list_checkpoints
 from src.training.trainer import cluster_environment
@@ -101,8 +100,8 @@ def test_the_numbers_of_a_launcher_need_no_flags(under, variables, sizes, by):
     argv = ["--local_rank=1", *FLAGS] if variables is DEEPSPEED else FLAGS
     config = configuration.parse(argv)
     assert (config.devices, config.num_nodes) == sizes
-    assert [origin_of(config, name) for name in ("devices", "num_nodes")] == [by, by]
-    assert check_world(config) == sizes[0] * sizes[1]
+    assert [config.origin_of(name) for name in ("devices", "num_nodes")] == [by, by]
+    assert check_world(config.devices, config.num_nodes) == sizes[0] * sizes[1]
     assert is_first_process() == (not variables)
 
 
@@ -135,7 +134,7 @@ def test_lightning_reads_the_ranks_that_the_launcher_set(under, variables):
 def test_where_no_launcher_starts_them_lightning_does(under, variables):
     under(variables)
     config = configuration.parse([*FLAGS, "--devices", "4"])
-    assert (config.devices, check_world(config)) == (4, 4)
+    assert (config.devices, check_world(config.devices, config.num_nodes)) == (4, 4)
     environment = cluster_environment(config.num_nodes)
     assert type(environment) is LightningEnvironment and not environment.creates_processes_externally
     assert environment.main_address == "127.0.0.1"
@@ -180,7 +179,8 @@ def test_where_no_launcher_starts_them_lightning_does(under, variables):
 def test_numbers_that_do_not_fit_together_are_errors_that_name_both(under, variables, flags, words):
     under(variables)
     with pytest.raises(UserError) as error:
-        check_world(configuration.parse([*FLAGS, *flags]))
+        config = configuration.parse([*FLAGS, *flags])
+        check_world(config.devices, config.num_nodes)
     for word in words:
         assert word in str(error.value)
 
@@ -188,7 +188,7 @@ def test_numbers_that_do_not_fit_together_are_errors_that_name_both(under, varia
 def test_of_several_machines_only_the_first_prints(under):
     under(MEET | {"NODE_RANK": "1"})
     config = configuration.parse([*FLAGS, "--num_nodes", "2", "--devices", "2"])
-    assert check_world(config) == 4
+    assert check_world(config.devices, config.num_nodes) == 4
     assert not is_first_process()
     assert "LOCAL_RANK" not in os.environ
 
@@ -215,7 +215,8 @@ def test_of_several_machines_only_the_first_prints(under):
 )
 def test_each_process_that_no_other_one_looks_after_has_a_watchdog(under, variables, flags, place):
     under(variables)
-    held = watchdog(configuration.parse([*FLAGS, *flags]))
+    config = configuration.parse([*FLAGS, *flags])
+    held = watchdog(config.devices, config.num_nodes)
     if place is None:
         assert isinstance(held, contextlib.nullcontext)
     else:

@@ -14,7 +14,6 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src.config import AUTO, Config, parse
-from src.config.schema import origin_of
 from src.objectives.kinds import objective_of
 from src.planning import job
 from src.planning.defaults import SearchSize, first_guess, search_size
@@ -341,7 +340,7 @@ def test_words_for_rates():
         (["--lr_init", "3e-4"], 3e-4, "command line"),
     ):
         config = parse([*base, *more])
-        assert (config.lr_init, origin_of(config, "lr_init")) == (rate, origin)
+        assert (config.lr_init, config.origin_of("lr_init")) == (rate, origin)
     with pytest.raises(UserError, match="--lr_init much: expected a number such as 0.5 or auto or paper"):
         parse([*base, "--lr_init", "much"])
     with pytest.raises(UserError, match="--lr_init -1"):

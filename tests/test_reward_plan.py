@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_miss import UserError
-from src.config import Config, value_or_zero
+from src.config import Config
 from src.data.answer_batches import GROUP, collate_answers
 from src.data.answer_example import AnswerGroup
 from src.data.held_out import evaluations
@@ -208,7 +208,7 @@ def test_evaluations_take_a_tenth_at_most(flags, capsys):
 def test_evaluations_between_the_first_and_the_last(steps, inner, affordable, every):
     draft = Draft(Config(loss="grpo", inner_steps=inner))
     choose_eval_steps(draft, steps, affordable)
-    assert value_or_zero(draft.config, "eval_steps") == every
+    assert draft.config.value_or_zero("eval_steps") == every
     assert ("eval_steps" in draft.config.origins) == (every > 0)
     assert every == 0 or evaluations(draft.config, steps) <= min(7, affordable)
     given = Draft(Config(loss="grpo", inner_steps=inner, eval_steps=0))

@@ -128,25 +128,25 @@ def follow_launcher(config: Config) -> Config:
     return config
 
 
-def check_world(config: Config) -> int:
+def check_world(devices: int, num_nodes: int) -> int:
     """Count the processes of the run. Raises UserError if the environment contradicts it."""
-    world = config.world
+    world = devices * num_nodes
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and whole_number("WORLD_SIZE") != world:
         raise UserError(
             f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world};"
             " make them equal, or unset it"
         )
-    if launch is None and whole_number("NODE_RANK") >= config.num_nodes:
+    if launch is None and whole_number("NODE_RANK") >= num_nodes:
         raise UserError(
-            f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the"
+            f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {num_nodes}; the"
             " machines count from 0"
         )
-    needed = _needed_variables(config, launch)
+    needed = _needed_variables(world, num_nodes, launch)
     missing = [name for name in needed if name not in env]
     if missing:
         raise UserError(
-            f"{world} processes on {config.num_nodes} machines need {', '.join(needed)} in the environment of"
+            f"{world} processes on {num_nodes} machines need {', '.join(needed)} in the environment of"
             f" each; {', '.join(missing)} not set. MASTER_ADDR and MASTER_PORT are the first machine's"
             " address and a free port of it, the same everywhere; NODE_RANK counts the machines from 0. Or"
             " use torchrun, deepspeed or srun, which set them"
@@ -154,12 +154,12 @@ def check_world(config: Config) -> int:
     return world
 
 
-def _needed_variables(config: Config, launch: Launch | None) -> tuple[str, ...]:
+def _needed_variables(world: int, num_nodes: int, launch: Launch | None) -> tuple[str, ...]:
     """Name the variables that the environment must have so that the processes find each other."""
-    if config.world == 1:
+    if world == 1:
         return ()
     if launch is None:
-        return PER_MACHINE if config.num_nodes > 1 else ()
+        return PER_MACHINE if num_nodes > 1 else ()
     if launch.by == "srun":
         return ()
     return PER_MACHINE[:2]

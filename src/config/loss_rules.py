@@ -5,8 +5,8 @@ from __future__ import annotations
 from rwkv_miss.errors import UserError
 
 from .loss_settings import LOSSES
-from .option import AUTO
-from .schema import Config, value_or_zero
+from .option import AUTO, Auto
+from .schema import Config
 
 GRPO = ("grpo",)
 # settings of one loss or some: its losses, and the value under the others
@@ -81,18 +81,16 @@ def check_loss(config: Config) -> None:
             " with --loss sft first"
         )
     if config.on_preferences:
-        check_preference(config)
+        check_preference(config.loss, config.sft_weight)
 
 
-def check_preference(config: Config) -> None:
+def check_preference(loss: str, sft_weight: float | Auto) -> None:
     """Check the weight of the cross entropy beside a preference."""
-    if value_or_zero(config, "sft_weight") < 0:
+    if sft_weight is not AUTO and sft_weight < 0:
+        raise UserError(f"--sft_weight {sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss")
+    if loss == "orpo" and sft_weight not in (AUTO, 1):
         raise UserError(
-            f"--sft_weight {config.sft_weight:g}: must be a weight, 0 or more; -1 leaves it to the loss"
-        )
-    if config.loss == "orpo" and config.sft_weight not in (AUTO, 1):
-        raise UserError(
-            f"--sft_weight {config.sft_weight:g} has no meaning with --loss orpo, whose cross entropy has the"
+            f"--sft_weight {sft_weight:g} has no meaning with --loss orpo, whose cross entropy has the"
             " weight 1; --orpo_lambda weighs the odds ratio against it"
         )
 
@@ -105,7 +103,7 @@ def check_by_hand(config: Config) -> None:
     """
     losses = OF_LOSSES["beta"][0]
     by_hand = config.loss in losses and config.origins.get("beta") == "command line"
-    if by_hand and config.loss != "grpo" and (beta := value_or_zero(config, "beta")) <= 0:
+    if by_hand and config.loss != "grpo" and (beta := config.value_or_zero("beta")) <= 0:
         raise UserError(
             f"--beta {beta:g}: must be above 0; leave it out for the usual one of --loss {config.loss}"
         )

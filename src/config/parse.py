@@ -27,20 +27,7 @@ from .adapter_options import METHOD_ALIASES, TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
 from .loss_rules import check_by_hand
 from .option import AUTO
-from .schema import (
-    CHOSEN,
-    FIELDS,
-    NAMES,
-    PAPER,
-    PRESETS,
-    PUBLISHED,
-    Config,
-    origin_of,
-    read,
-    type_of,
-    uncommon_bounds,
-    written,
-)
+from .schema import CHOSEN, FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, read, type_of, uncommon_bounds
 from .validate import validate
 
 # values of other projects' scripts for flags that are here too; legacy/ knows what they mean
@@ -136,7 +123,7 @@ def recorded_settings(path: str) -> Recorded:
     """Read a run's config.yaml. What was chosen is no longer AUTO, also where it is 0."""
     config = _merged({"config": path})
     chosen = {name: why for name, why in (_load_yaml(path).get(CHOSEN) or {}).items() if name in FIELDS}
-    return Recorded(dataclasses.replace(config, **{name: written(config, name) for name in chosen}), chosen)
+    return Recorded(dataclasses.replace(config, **{name: config.written(name) for name in chosen}), chosen)
 
 
 def _merged(given: dict[str, Any]) -> Config:
@@ -311,13 +298,13 @@ def save(config: Config, path: str, remarks: Sequence[str] = ()) -> None:
     chosen = {
         name: reason
         for name in FIELDS
-        for kind, _, reason in [origin_of(config, name).partition(": ")]
+        for kind, _, reason in [config.origin_of(name).partition(": ")]
         if kind == CHOSEN
     }
     lines = [
-        f"{_yaml({name: recorded(written(config, name))})}  # {origin}"
+        f"{_yaml({name: recorded(config.written(name))})}  # {origin}"
         for name in FIELDS
-        for origin in [CHOSEN if name in chosen else origin_of(config, name)]
+        for origin in [CHOSEN if name in chosen else config.origin_of(name)]
     ]
     if chosen:
         lines += [f"{CHOSEN}:", *(f"  {_yaml({name: reason})}" for name, reason in chosen.items())]
@@ -337,8 +324,8 @@ def command(config: Config) -> str:
     # --epoch_steps alone is one epoch
     left_out = {"resume", "epoch_count"} if config.epoch_steps and config.epoch_count == 1 else {"resume"}
     for name in FIELDS:
-        value = recorded(written(config, name))
-        if name not in left_out and value != written(default, name):
+        value = recorded(config.written(name))
+        if name not in left_out and value != default.written(name):
             text = _flag_text(value)
             # a value that begins like a flag
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]

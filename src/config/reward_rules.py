@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError, did_you_mean
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from .loss_settings import REWARDS
-from .schema import Config, value_or_zero
+from .schema import Config
 
 # rewards with a setting of their own, which is set exactly if they are used
 OF_REWARDS = {"regex": "reward_regex", "length": "reward_length"}
@@ -27,10 +27,10 @@ def check_rewards(config: Config) -> None:
             "--group_size 1: an answer learns from being better or worse than others to the same question;"
             " give at least 2"
         )
-    check_weights(config)
+    rewards, longest = config.value_or_zero("rewards"), config.value_or_zero("max_tokens")
+    check_weights(rewards)
     if config.resume != "auto" or config.reward_file:
-        check_own_functions(config)
-    rewards, longest = value_or_zero(config, "rewards"), value_or_zero(config, "max_tokens")
+        check_own_functions(rewards, config.reward_file)
     for name, setting in OF_REWARDS.items():
         given = getattr(config, setting)
         if name in rewards and not given:
@@ -55,9 +55,8 @@ def check_rewards(config: Config) -> None:
     check_reference_of_kl(config)
 
 
-def check_weights(config: Config) -> None:
+def check_weights(rewards: dict[str, float]) -> None:
     """Check that weights are numbers, and that one counts."""
-    rewards = value_or_zero(config, "rewards")
     for name, weight in rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"--rewards {name}: must be a weight such as 0.5, got {weight!r}")
@@ -68,13 +67,13 @@ def check_weights(config: Config) -> None:
         )
 
 
-def check_own_functions(config: Config) -> None:
+def check_own_functions(rewards: dict[str, float], reward_file: str) -> None:
     """Check that a reward that is not built in is a function of --reward_file."""
-    own = [name for name in value_or_zero(config, "rewards") if name not in REWARDS]
+    own = [name for name in rewards if name not in REWARDS]
     if "std" in own:
         raise UserError("--rewards std: reward_std is the spread of a group; give the function another name")
     for name in own:
-        if config.reward_file and name.isidentifier():
+        if reward_file and name.isidentifier():
             continue
         wish = f", or --reward_file FILE.py with a function {name}"
         if not name.isidentifier():
@@ -82,9 +81,9 @@ def check_own_functions(config: Config) -> None:
         raise UserError(
             f"--rewards {name}: expected one of {', '.join(REWARDS)}{wish}{did_you_mean(name, REWARDS)}"
         )
-    if config.reward_file and not own:
+    if reward_file and not own:
         raise UserError(
-            f"--reward_file {config.reward_file} has no meaning without a reward of its own: name its"
+            f"--reward_file {reward_file} has no meaning without a reward of its own: name its"
             " function in --rewards, as in --rewards NAME=1, or drop the flag"
         )
 
@@ -112,7 +111,7 @@ def check_draws(config: Config) -> None:
             "--packing 0 has no meaning with --loss grpo, whose questions never share a row; drop it"
         )
     for name in ("save_steps", "eval_steps", "epoch_steps"):
-        steps = value_or_zero(config, name)
+        steps = config.value_or_zero(name)
         if steps > 0 and steps % config.inner_steps:
             raise UserError(
                 f"--{name} {steps} is not a multiple of --inner_steps {config.inner_steps}, the steps on the"
@@ -122,7 +121,7 @@ def check_draws(config: Config) -> None:
 
 def check_reference_of_kl(config: Config) -> None:
     """Check that a KL has a reference model, and that a reference is used."""
-    beta = value_or_zero(config, "beta")
+    beta = config.value_or_zero("beta")
     if config.reference and not beta:
         raise UserError(
             f"--reference {config.reference} has no meaning with --loss grpo without a KL; give --beta 0.04,"

@@ -301,7 +301,7 @@ class Config(LossSettings):
         """Adapter of --peft, --peft_config and --train_parts; None in full training."""
         if self.peft == "none":
             return None
-        return AdapterOptions.of(self.peft, value_or_zero(self, "peft_config"), self.train_parts)
+        return AdapterOptions.of(self.peft, self.value_or_zero("peft_config"), self.train_parts)
 
     @property
     def published_rate(self) -> float:
@@ -314,6 +314,38 @@ class Config(LossSettings):
     def world(self) -> int:
         """Processes on all machines."""
         return self.devices * self.num_nodes
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one device in one optimizer step."""
+        if self.global_bsz:
+            return self.global_bsz // (self.micro_bsz * self.world)
+        return self.value_or_zero("accumulate_grad_batches") or 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all processes in one optimizer step."""
+        return self.micro_bsz * self.world * self.accumulation
+
+    def is_automatic(self, name: str) -> bool:
+        """Tell whether a setting is left to the program, and has not been chosen yet."""
+        return FIELDS[name].metadata["automatic"] and getattr(self, name) == FIELDS[name].default
+
+    def value_or_zero(self, name: str) -> Any:
+        """Return the value of a number or mapping; 0 or {} where it is left to the program."""
+        return type_of(name)() if self.is_automatic(name) else getattr(self, name)
+
+    def written(self, name: str) -> Any:
+        """Return the value as files and commands have it, where AUTO is a number or empty."""
+        value = getattr(self, name)
+        return FIELDS[name].metadata["written"] if value is AUTO else value
+
+    def origin_of(self, name: str) -> str:
+        """Tell where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or
+        the reason why it was chosen.
+        """
+        is_default = self.value_or_zero(name) == Config().value_or_zero(name)
+        return self.origins.get(name, "default" if is_default else "given")
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "origins"}
@@ -344,12 +376,6 @@ def type_of(name: str) -> type:
     return FIELDS[name].metadata["type"]
 
 
-def written(config: Config, name: str) -> Any:
-    """Return the value as files and commands have it, where AUTO is a number or empty."""
-    value = getattr(config, name)
-    return FIELDS[name].metadata["written"] if value is AUTO else value
-
-
 def read(name: str, value: Any) -> Any:
     """Return the value of a setting that files and commands write like this: written() undone."""
     meta = FIELDS[name].metadata
@@ -360,28 +386,3 @@ def uncommon_bounds(name: str) -> str:
     """Describe a number's bounds for help and docs; "" for "not negative", as nearly all are."""
     bounds = FIELDS[name].metadata["bounds"]
     return bounds.text() if (bounds.low or 0) > 0 or bounds.below else ""
-
-
-def is_automatic(config: Config, name: str) -> bool:
-    """Tell whether a setting is left to the program, and has not been chosen yet."""
-    return FIELDS[name].metadata["automatic"] and getattr(config, name) == FIELDS[name].default
-
-
-def origin_of(config: Config, name: str) -> str:
-    """Tell where a value is from: "command line", "FILE.yaml", "preset NAME", a launcher, "default", or the
-    reason why it was chosen.
-    """
-    is_default = value_or_zero(config, name) == value_or_zero(Config(), name)
-    return config.origins.get(name, "default" if is_default else "given")
-
-
-def value_or_zero(config: Config, name: str) -> Any:
-    """Return the value of a number or mapping; 0 or {} where it is left to the program."""
-    return type_of(name)() if is_automatic(config, name) else getattr(config, name)
-
-
-def accumulation(config: Config) -> int:
-    """Count the forward passes of one device in one optimizer step."""
-    if config.global_bsz:
-        return config.global_bsz // (config.micro_bsz * config.world)
-    return value_or_zero(config, "accumulate_grad_batches") or 1

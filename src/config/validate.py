@@ -18,7 +18,7 @@ from rwkv_miss.methods.whole_tensors import split_parts
 from .loss_rules import check_loss
 from .option import AUTO, Bounds
 from .reward_rules import check_rewards
-from .schema import FIELDS, Config, accumulation, type_of, value_or_zero, written
+from .schema import FIELDS, Config, type_of
 
 BOS_WORDS = ("recorded", "none", "auto")
 WHOLE_NUMBERS = Bounds(below=2**31)  # for a setting without bounds of its own
@@ -33,7 +33,7 @@ def validate(config: Config) -> None:
 def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
     """Check that a number is within the bounds that its setting has in schema.py."""
     for name in names:
-        bounds, value = FIELDS[name].metadata["bounds"], written(config, name)
+        bounds, value = FIELDS[name].metadata["bounds"], config.written(name)
         if type_of(name) not in (int, float):
             continue
         complaint = bounds.complaint(value)
@@ -87,7 +87,7 @@ def check_adapter(config: Config) -> None:
     """Check that the options can be parsed; full training has none."""
     if config.adapter:
         return
-    if value_or_zero(config, "peft_config"):
+    if config.value_or_zero("peft_config"):
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts):
         raise UserError(
@@ -129,7 +129,7 @@ def check_weight_decay(config: Config) -> None:
 
 def check_evaluation(config: Config) -> None:
     """Check that evaluations have held-out data, from one place."""
-    share, every = value_or_zero(config, "eval_split"), value_or_zero(config, "eval_steps")
+    share, every = config.value_or_zero("eval_split"), config.value_or_zero("eval_steps")
     if not 0 <= share < 1:
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
     if config.eval_file and share:
@@ -138,27 +138,27 @@ def check_evaluation(config: Config) -> None:
             " them"
         )
     for name in ("eval_steps", "eval_docs"):
-        if value_or_zero(config, name) and not config.eval_file and config.eval_split == 0:
+        if config.value_or_zero(name) and not config.eval_file and config.eval_split == 0:
             raise UserError(
                 f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
                 "or --eval_split 0.05"
             )
-    if value_or_zero(config, "early_stop") and not every:
+    if config.value_or_zero("early_stop") and not every:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 
 
 def check_rows_per_step(config: Config) -> None:
     """Check that the rows of a step are whole forward passes of all devices."""
-    rows, passes = (value_or_zero(config, name) for name in ("micro_bsz", "accumulate_grad_batches"))
+    rows, passes = (config.value_or_zero(name) for name in ("micro_bsz", "accumulate_grad_batches"))
     given = "micro_bsz" if rows else "accumulate_grad_batches"
     each = (rows or passes or 1) * config.world
     if config.global_bsz % each:
         raise UserError(
             f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}"
         )
-    if rows and passes not in (0, accumulation(config)):
+    if rows and passes not in (0, config.accumulation):
         raise UserError(
-            f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
+            f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {config.accumulation}, "
             f"but {passes} was given; drop one of them"
         )
 
@@ -175,7 +175,7 @@ def check_chunks(config: Config) -> None:
             f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of"
             f" --chunk_ctx {config.chunk_ctx}"
         )
-    if config.chunk_ctx >= value_or_zero(config, "ctx_len") > 0:
+    if config.chunk_ctx >= config.value_or_zero("ctx_len") > 0:
         raise UserError(
             f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there"
             " would be nothing to cut; raise --ctx_len to the length that your documents need, or drop"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import Config, accumulation
+from ..config import Config
 from .examples import Examples
 from .file_documents import Document
 from .preferences import Preference
@@ -185,7 +185,7 @@ def make_schedule(documents: Examples, config: Config, world: int) -> Schedule:
         targets=targets,
         weights=targets if sums is documents.target_counts else rows.exact_sums(sums),
         micro_bsz=config.micro_bsz,
-        accumulate=accumulation(config),
+        accumulate=config.accumulation,
         world=world,
         seed=config.random_seed,
         repeats=config.inner_steps,

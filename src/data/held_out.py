@@ -12,7 +12,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
-from ..config import Config, value_or_zero
+from ..config import Config
 from ..config.launcher import is_first_process
 from .batches import pack
 from .bos import begins_with
@@ -42,7 +42,7 @@ def hold_out(
     The choice depends on the documents' own content and the seed, so that it is the same in every process and
     in a resumed run. Raises UserError where either side would be left without a trained token.
     """
-    if not config.eval_file and not value_or_zero(config, "eval_split"):
+    if not config.eval_file and not config.value_or_zero("eval_split"):
         return documents, documents.take(np.zeros(0, np.int64))
     keys = _keys(documents.held_out_by(), documents, config.random_seed)
     if config.eval_file:
@@ -94,7 +94,7 @@ def _conversation_keys(keys: np.ndarray, documents: Examples) -> np.ndarray:
 
 def evaluations(config: Config, steps: int) -> int:
     """Count the evaluations of a run of `steps` steps: first, every eval_steps, and last."""
-    every = value_or_zero(config, "eval_steps")
+    every = config.value_or_zero("eval_steps")
     return 2 + ((steps - 1) // every if every else 0)
 
 

@@ -23,7 +23,6 @@ from torch.distributed import DistError, TCPStore
 
 from rwkv_miss.errors import UserError
 
-from ..config import Config
 from ..config.launcher import check_world, launched
 
 BYE = "bye"
@@ -35,12 +34,12 @@ PATIENCE = 30.0  # seconds before a process says which one it waits for
 LATECOMERS = 10.0  # seconds that a failing rank 0 waits for ranks that are still starting
 
 
-def watchdog(config: Config) -> contextlib.AbstractContextManager:
+def watchdog(devices: int, num_nodes: int) -> contextlib.AbstractContextManager:
     """Return the context of the whole run in this process.
 
     It does nothing in a process that Lightning started, and on one machine without a launcher.
     """
-    world, launch, env = check_world(config), launched(), os.environ
+    world, launch, env = check_world(devices, num_nodes), launched(), os.environ
     if launch and world > 1:
         if launch.by == "srun":
             # Lightning knows how SLURM writes lists of machines
@@ -49,9 +48,9 @@ def watchdog(config: Config) -> contextlib.AbstractContextManager:
             slurm = SLURMEnvironment(auto_requeue=False)
             return Watchdog(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
         return Watchdog(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-    if config.num_nodes > 1 and "LOCAL_RANK" not in env:
+    if num_nodes > 1 and "LOCAL_RANK" not in env:
         number, address, port = int(env["NODE_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        return Watchdog(number, config.num_nodes, address, port, "machine")
+        return Watchdog(number, num_nodes, address, port, "machine")
     return contextlib.nullcontext()
 
 

@@ -15,7 +15,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 
-from ..config import Config, value_or_zero
+from ..config import Config
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
 from ..data.recorded_tokenizer import recorded_tokenizer
@@ -124,7 +124,7 @@ def build_model(
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    model.grad_cp, model.computes_in = value_or_zero(config, "grad_cp"), dtype_of(config)
+    model.grad_cp, model.computes_in = config.value_or_zero("grad_cp"), dtype_of(config)
     if config.adapter:
         config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)
     if config.quant != "none":

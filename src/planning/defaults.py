@@ -10,7 +10,7 @@ from rwkv_miss.adapter import FIRST_MOVE, METHODS
 from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
-from ..config import Config, accumulation, is_automatic, value_or_zero
+from ..config import Config
 from ..objectives.kinds import objective_of
 from .draft import Draft
 
@@ -69,14 +69,14 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0, word: str = "docume
 
 def longest_uncut(config: Config) -> float:
     """Return the inputs of the longest uncut conversation, before or after the length of rows is chosen."""
-    return value_or_zero(config, "ctx_len") or (math.inf if config.chunk_ctx else LONGEST)
+    return config.value_or_zero("ctx_len") or (math.inf if config.chunk_ctx else LONGEST)
 
 
 def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     """Choose (eval_split, why). The share has two digits, so that it can be given as a flag."""
     if config.eval_file:
         return 0.0, "--eval_file is given"
-    if documents < HELD_OUT and not value_or_zero(config, "eval_steps"):
+    if documents < HELD_OUT and not config.value_or_zero("eval_steps"):
         return 0.0, f"{counted(documents, objective_of(config).word)}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
     return share, f"{counted(max(1, round(share * documents)), objective_of(config).word)} of {documents:,}"
@@ -95,7 +95,7 @@ def passes(steps: int, held_out: bool) -> tuple[int, str]:
 def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
     """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
     epoch_steps = draft.config.epoch_steps
-    if is_automatic(draft.config, "epoch_count"):
+    if draft.config.is_automatic("epoch_count"):
         count, reason = 1, "--epoch_steps is given"
         if not epoch_steps:
             count, reason = passes(steps_per_pass, held_out)
@@ -136,16 +136,16 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
     smallest is taken, because an estimate may be wrong.
     """
     config = draft.config
-    if is_automatic(config, "micro_bsz"):
+    if config.is_automatic("micro_bsz"):
         for tried in _batches(config, rows):
             if (size := needed(tried)) <= room:
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
-        is_given = config.global_bsz or not is_automatic(config, "accumulate_grad_batches")
+        is_given = config.global_bsz or not config.is_automatic("accumulate_grad_batches")
         if not is_given and _rows_of_a_step(config, rows) < objective_of(config).usual_rows:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
-        tried = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0)
+        tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
         reason = "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
         # --global_bsz decides the number of passes, on any number of devices
@@ -155,11 +155,11 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:
     """Yield the ways to run a step, the fastest first."""
-    most, given = _rows_of_a_process(config, rows), value_or_zero(config, "accumulate_grad_batches")
+    most, given = _rows_of_a_process(config, rows), config.value_or_zero("accumulate_grad_batches")
     sizes = [n for n in range(min(most, objective_of(config).usual_rows), 0, -1) if most % n == 0]
     if config.global_bsz and given:
         sizes = [most]
-    for grad_cp in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
+    for grad_cp in RECOMPUTE if config.is_automatic("grad_cp") else (config.grad_cp,):
         for size in sizes:
             passes = given or most // size
             yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=grad_cp)
@@ -167,7 +167,7 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
     """Count the rows of one process in a step, or in a pass if the number of passes is given."""
-    passes = value_or_zero(config, "accumulate_grad_batches")
+    passes = config.value_or_zero("accumulate_grad_batches")
     if config.global_bsz:
         return config.global_bsz // (config.world * (passes or 1))
     if passes:
@@ -178,7 +178,7 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 def _rows_of_a_step(config: Config, rows: int) -> int:
     """Choose a power of two up to usual_rows with which the run has STEPS steps, if it can."""
     most = objective_of(config).usual_rows
-    enough = most if config.epoch_steps else rows * (value_or_zero(config, "epoch_count") or 1) // STEPS
+    enough = most if config.epoch_steps else rows * (config.value_or_zero("epoch_count") or 1) // STEPS
     return 1 << max(min(enough, most), 1).bit_length() - 1
 
 
@@ -205,7 +205,7 @@ def cheapest_fix(
 
 def _halvings(config: Config) -> Iterator[tuple[int, int]]:
     """Yield (micro_bsz, accumulate_grad_batches) with the same rows in a step; most rows at once first."""
-    rows, passes = config.micro_bsz, accumulation(config)
+    rows, passes = config.micro_bsz, config.accumulation
     yield rows, passes
     while rows % 2 == 0:
         rows, passes = rows // 2, passes * 2
@@ -219,7 +219,7 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     """
     changes: dict[str, object] = {}
     yield changes
-    for recompute in RECOMPUTE[RECOMPUTE.index(value_or_zero(config, "grad_cp")) + 1 :]:
+    for recompute in RECOMPUTE[RECOMPUTE.index(config.value_or_zero("grad_cp")) + 1 :]:
         changes = changes | {"grad_cp": recompute}
         yield changes
     row = min(tokens, config.ctx_len)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..config import Config, is_automatic
+from ..config import Config
 from ..config.schema import CHOSEN
 
 
@@ -16,7 +16,7 @@ class Draft:
 
     def choose(self, name: str, value: object, reason: str) -> None:
         """Fill in a setting that was left to the program; one that was given stays as it is."""
-        if is_automatic(self.config, name):
+        if self.config.is_automatic(name):
             self.change(name, value, reason)
 
     def change(self, name: str, value: object, reason: str) -> None:

@@ -15,7 +15,7 @@ from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
 from ..common.formatting import counted, size_text
-from ..config import Config, accumulation, is_automatic, value_or_zero
+from ..config import Config
 from ..config.launcher import local_rank
 from ..data.batches import Schedule, make_schedule
 from ..data.bos import bos_ids
@@ -129,7 +129,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     times = evaluations(config, steps) if plan.evaluated else 0
     found = objective.times(data, arch, schedule, steps, times, speed)
     search = 0.0
-    if is_automatic(config, "lr_init") and found.training:
+    if config.is_automatic("lr_init") and found.training:
         size = search_size(steps)
         search = (1 + EVALUATION) * size.trials * size.steps / steps * found.training
     return Cost(
@@ -237,7 +237,7 @@ def choose_evaluation(
     budget = objective.evaluation_budget(held_out, schedule, steps)
     # a run that is resumed without them so far has no others
     if objective.evaluations_between and (before is None or before.eval_steps):
-        taken = costs[: value_or_zero(config, "eval_docs") or None]
+        taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(draft.config, steps))
     if fits < len(order):
@@ -295,7 +295,7 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     room = USABLE * memory_of(device, config.world)
     choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
     config = draft.config
-    schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+    schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
     choose_length(draft, schedule.steps_per_pass, bool(data.held_out))
     return schedule
 
@@ -306,7 +306,7 @@ def choose_rate(draft: Draft, arch: Arch, device: Device, schedule: Schedule) ->
     It precedes run_cost() and the plan, which take an open rate for a search.
     """
     config = draft.config
-    if is_automatic(config, "lr_init") and (obstacle := no_search(config, arch, device, schedule)):
+    if config.is_automatic("lr_init") and (obstacle := no_search(config, arch, device, schedule)):
         reason = f"{GUESSED}; no search: {obstacle}"
         draft.choose("lr_init", first_guess(config, arch), reason)
 

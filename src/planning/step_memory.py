@@ -24,7 +24,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from ..common.device import PRECISIONS
-from ..config import Config, value_or_zero
+from ..config import Config
 from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
@@ -116,7 +116,7 @@ def _count(
     # as native.has_tensor_core_form()
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
     model = model_on_meta(arch, config)
-    model.grad_cp = value_or_zero(config, "grad_cp")
+    model.grad_cp = config.value_or_zero("grad_cp")
     model.computes_in = half if full else None
     quantised = set()
     if config.quant != "none":

@@ -13,7 +13,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.files.checkpoint import Arch
 
 from ..common.device import PRECISIONS
-from ..config import Config, value_or_zero
+from ..config import Config
 from ..data.batches import Schedule
 from ..model import RWKV
 from ..model.layers import Head
@@ -120,7 +120,7 @@ def _random_model(arch: Arch, config: Config, kernel: str, dtype: torch.dtype, r
             layer.prepare()  # else stored norms are random numbers, and give NaN
     if config.quant != "none":
         model.quantise(config.quant, dtype)
-    model.grad_cp = value_or_zero(config, "grad_cp")
+    model.grad_cp = config.value_or_zero("grad_cp")
     model.set_kernel(kernel)
     return model
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..config import Config
-from ..config.schema import CHOSEN, PUBLISHED, origin_of
+from ..config.schema import CHOSEN, PUBLISHED
 from ..evaluation.rewards import RANGES
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
@@ -467,7 +467,7 @@ def other_settings(f: Facts) -> list[str]:
         base = ["a base that knows more of the task"] if config.load_model else []
         *most, last = [*passes, "more data", method, *base]
         return [*most, f"{last}; the learning rate was searched for already"]
-    origin = origin_of(config, "lr_init")
+    origin = config.origin_of("lr_init")
     if PUBLISHED in origin:
         return [f"{search}; {rate} is the published one of --peft {config.peft}, and small models need more"]
     if origin.startswith(CHOSEN):

@@ -10,8 +10,8 @@ from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
-from ..config import FIELDS, Config, command, is_automatic
-from ..config.schema import CHOSEN, origin_of
+from ..config import FIELDS, Config, command
+from ..config.schema import CHOSEN
 from ..data.batches import Schedule
 from ..data.bos import describe_bos
 from ..data.chat_template import Template
@@ -142,7 +142,7 @@ def method(config: Config, model: RWKV) -> str:
 
 def rates(config: Config, total: int) -> str:
     """Describe the learning rates."""
-    if is_automatic(config, "lr_init"):
+    if config.is_automatic("lr_init"):
         size = search_size(total)
         most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
         return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
@@ -150,7 +150,7 @@ def rates(config: Config, total: int) -> str:
     state_rate = state_learning_rate(config)
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
-    kind, _, reason = origin_of(config, "lr_init").partition(": ")
+    kind, _, reason = config.origin_of("lr_init").partition(": ")
     why = f"; {reason}" if kind == CHOSEN else ""
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
@@ -276,7 +276,7 @@ def chosen(config: Config) -> list[str]:
     """Write the lines of the plan about the program's choices, and the command with all of them."""
     by_reason: dict[str, list[str]] = {}
     for name in FIELDS:
-        kind, _, reason = origin_of(config, name).partition(": ")
+        kind, _, reason = config.origin_of(name).partition(": ")
         # accelerator, precision and kernel have lines of their own
         if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):
             by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")

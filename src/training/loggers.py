@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rwkv_miss.errors import UserError
 
 from ..common.files import write_text
-from ..config import FIELDS, Config, written
+from ..config import FIELDS, Config
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
 
@@ -78,7 +78,7 @@ class WeightsAndBiases:
                 dir=config.proj_dir,
                 id=known,
                 resume="allow",
-                config={name: written(config, name) for name in FIELDS},
+                config={name: config.written(name) for name in FIELDS},
             )
         except wandb.errors.Error as error:
             raise UserError(f"--wandb {config.wandb}: {error}") from None

@@ -11,7 +11,7 @@ from rwkv_miss.adapter import METHODS, adapted_linears, most_specific
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from ..config import Config, is_automatic
+from ..config import Config
 from ..planning.defaults import warm_up
 
 
@@ -30,7 +30,7 @@ def learning_rate_factor(config: Config, rate: float, total: int):
 
     It is a linear warm-up, then --lr_schedule.
     """
-    warmup = warm_up(total) if is_automatic(config, "warmup_steps") else config.warmup_steps
+    warmup = warm_up(total) if config.is_automatic("warmup_steps") else config.warmup_steps
     final = 0.1 if config.lr_final < 0 else config.lr_final / rate
 
     def factor(step: int) -> float:

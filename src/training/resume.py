@@ -10,7 +10,7 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.files.identity import Identity
 
-from ..config import AUTO, FIELDS, Config, accumulation, is_automatic, value_or_zero, written
+from ..config import AUTO, FIELDS, Config
 from ..config.launcher import is_first_process, launched, whole_number
 from ..config.parse import Recorded, recorded_settings
 from ..config.reward_rules import check_rewards
@@ -88,13 +88,13 @@ def inherit(draft: Draft, earlier: Recorded) -> None:
     """
     config, before = draft.config, earlier.settings
     length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
-    as_before = config.accumulate_grad_batches in (AUTO, accumulation(before))
-    batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
+    as_before = config.accumulate_grad_batches in (AUTO, before.accumulation)
+    batch = BATCH if config.world == before.world and config.is_automatic("micro_bsz") and as_before else ()
     for name in FIELDS:
         # options of another method; find_checkpoint() says that it is another
         foreign = name == "peft_config" and config.peft != before.peft
         kept = name not in MAY_CHANGE or name in (*length, *batch)
-        if kept and not is_automatic(before, name) and not foreign:
+        if kept and not before.is_automatic(name) and not foreign:
             draft.choose(name, getattr(before, name), _still(earlier.chosen.get(name, "")))
     if before.reward_file and not config.reward_file:
         raise UserError(
@@ -128,10 +128,10 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             )
         return None
     changed = [
-        f"{name} {_shown(written(before, name))}, now it is {_shown(recorded(written(config, name)))}"
+        f"{name} {_shown(before.written(name))}, now it is {_shown(recorded(config.written(name)))}"
         for name in FIELDS
         if name not in MAY_CHANGE
-        and not is_automatic(before, name)
+        and not before.is_automatic(name)
         and getattr(before, name) != recorded(getattr(config, name))
     ]
     if changed:
@@ -140,7 +140,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
         )
     # a share might have been chosen only after the command was checked
-    if value_or_zero(config, "eval_steps") and not config.eval_file and config.eval_split == 0:
+    if config.value_or_zero("eval_steps") and not config.eval_file and config.eval_split == 0:
         raise UserError(
             f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
@@ -196,17 +196,17 @@ def keep_rows_per_step(draft: Draft, before: Config) -> None:
     A number of passes as before is no wish, but comes from the same command, or the run's config.yaml: other
     devices need another number.
     """
-    config, rows = draft.config, rows_per_step(before)
-    if not is_automatic(config, "micro_bsz") and rows_per_step(config) == rows:
+    config, rows = draft.config, before.rows_per_step
+    if not config.is_automatic("micro_bsz") and config.rows_per_step == rows:
         return
-    if config.accumulate_grad_batches == accumulation(before):
+    if config.accumulate_grad_batches == before.accumulation:
         draft.put(accumulate_grad_batches=AUTO)
         config = draft.config
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
-    given = {name: value_or_zero(config, name) for name in ("micro_bsz", "accumulate_grad_batches")}
+    given = {name: config.value_or_zero(name) for name in ("micro_bsz", "accumulate_grad_batches")}
     if config.global_bsz not in (0, rows) or all(given.values()):
         raise UserError(
-            f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and"
+            f"{what}, now it has {config.global_bsz or config.rows_per_step}; drop --global_bsz and"
             " --accumulate_grad_batches, which are then chosen to fit, or choose another --proj_dir"
         )
     given = {name: value for name, value in given.items() if value}
@@ -217,8 +217,3 @@ def keep_rows_per_step(draft: Draft, before: Config) -> None:
             f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits"
         )
     draft.change("global_bsz", rows, f"{SO_FAR}, on other devices or with another --micro_bsz")
-
-
-def rows_per_step(config: Config) -> int:
-    """Count the rows of all processes in one optimizer step."""
-    return config.micro_bsz * config.world * accumulation(config)

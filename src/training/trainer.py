@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rwkv_miss.adapter import AroundSteps
 
 from ..common.device import PRECISIONS
-from ..config import Config, accumulation, is_automatic
+from ..config import Config
 from ..config.launcher import launched
 from ..data.batches import make_schedule
 from ..data.collate import to_device
@@ -103,7 +103,7 @@ class FineTuning(pl.LightningModule):
     def setup(self, stage: str) -> None:
         agree(self.config, self.inputs() | self._code(), self.first_step)
         # the number of processes is known from here on
-        self.accumulate = accumulation(self.config)
+        self.accumulate = self.config.accumulation
         self.schedule = make_schedule(self.data.documents, self.config, self.trainer.world_size)
         reading = self.objective.prompt_reading(self.data.documents, self.schedule, self.model.arch)
         self.shared = reading.shared  # the prompt of a pair is read once
@@ -111,7 +111,7 @@ class FineTuning(pl.LightningModule):
         # stage 3 shards the model later, see ReferenceAtStart
         if not config.strategy.startswith("deepspeed_stage_3"):
             self.read_reference()
-        if self.find_rate and is_automatic(config, "lr_init"):
+        if self.find_rate and config.is_automatic("lr_init"):
             self.config = config = dataclasses.replace(config, lr_init=self.find_rate(self))
         self.lr = config.lr_init
         self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps)
@@ -240,7 +240,7 @@ def make_trainer(
         plugins=plugins,
         max_steps=total_steps,
         max_epochs=-1,
-        accumulate_grad_batches=accumulation(config),
+        accumulate_grad_batches=config.accumulation,
         gradient_clip_val=config.grad_clip or None,
         callbacks=callbacks,
         logger=False,

@@ -13,7 +13,7 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ... import ops
 from ...common.formatting import counted
-from ...config import Config, accumulation, is_automatic
+from ...config import Config
 from ...data.batches import Schedule
 from ...data.examples import Examples
 from ...data.held_out import FORWARD
@@ -81,7 +81,7 @@ class OnPreferences(Objective):
     def defaults(self) -> Iterator[tuple[str, object, str]]:
         config = self.config
         beta = config.beta
-        if is_automatic(config, "beta") and config.loss in BETAS:
+        if config.is_automatic("beta") and config.loss in BETAS:
             beta = BETAS[config.loss]
             yield "beta", beta, f"the usual one of --loss {config.loss}"
         weight, reason = 1.0, "keeps the right answers likely, which the preference alone does not"
@@ -130,7 +130,7 @@ class OnPreferences(Objective):
         config, found = self.config, super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
-        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+        sized = dataclasses.replace(schedule, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
         if not self.prompt_reading(documents, sized, arch).shared:
             return found
         return dataclasses.replace(found, shared=largest_shared(documents, sized))

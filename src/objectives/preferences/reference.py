@@ -27,7 +27,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from ...common.late_reading import Numbers
-from ...config import Config, accumulation, written
+from ...config import Config
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...data.held_out import evaluation_rows
@@ -201,7 +201,7 @@ class ReferencePass:
         """Return the folder for the values of these documents, read in this order."""
         config = self.config
         # a method may change the base, up to its rounding
-        start = [self.model.base_fingerprint, config.peft, written(config, "peft_config"), config.train_parts]
+        start = [self.model.base_fingerprint, config.peft, config.written("peft_config"), config.train_parts]
         described = [
             VERSION,
             torch.__version__,
@@ -211,7 +211,7 @@ class ReferencePass:
             self.other or start,
             [config.precision, config.quant, config.wkv, config.accelerator, config.chunk_ctx, self.shared],
             # the examples that are in a batch together
-            [config.packing, config.ctx_len, config.micro_bsz, accumulation(config), self.processes.world],
+            [config.packing, config.ctx_len, config.micro_bsz, config.accumulation, self.processes.world],
             config.random_seed,
         ]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

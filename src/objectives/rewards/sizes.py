@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
 from ...common.device import PRECISIONS
-from ...config import Config, accumulation, is_automatic
+from ...config import Config
 from ...config.loss_settings import REWARDS
 from ...data.batches import Schedule
 from ...data.chat_template import begins_thoughts
@@ -48,7 +48,7 @@ def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer
     telling = [name for name, weight in config.rewards.items() if weight and _tells_length(name)]
     limits = (_limit(name, config, loaded, tokenizer) for name in telling or config.rewards)
     limit, reason = max(limits, key=lambda choice: choice[0])
-    if is_automatic(config, "ctx_len"):
+    if config.is_automatic("ctx_len"):
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
     room = max(config.ctx_len + 1 - loaded.longest, config.ctx_len // 2, 1)
@@ -144,7 +144,7 @@ def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> i
 
 def rollouts_at_once(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
     """Count the rollouts that a process samples at once."""
-    answers = config.micro_bsz * accumulation(config) * config.group_size
+    answers = config.micro_bsz * config.accumulation * config.group_size
     return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
 
 
@@ -154,6 +154,6 @@ def rollout_bytes(config: Config, arch: Arch, precision: str, accelerator: str) 
     """
     itemsize = PRECISIONS[precision].itemsize
     a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
-    prompts = min(TOGETHER, config.micro_bsz * accumulation(config) * config.ctx_len)
+    prompts = min(TOGETHER, config.micro_bsz * config.accumulation * config.ctx_len)
     read = READING * itemsize * arch.n_embd * prompts
     return rollouts_at_once(config, arch, precision, accelerator) * a_row + read
