@@ -159,9 +159,9 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
         f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
         f" {counted(plan.schedule.rows_per_step, 'row')} each"
     )
-    data, schedule = plan.data, plan.schedule
-    documents, held_out = with_reference(model, config, data.documents, data.held_out, schedule, steps)
-    before = loss_before(model, objective_of(config).judged_by(), held_out)
+    data, schedule, objective = plan.data, plan.schedule, objective_of(config)
+    documents, held_out = with_reference(model, objective, data.documents, data.held_out, schedule, steps)
+    before = loss_before(model, objective.judged_by(), held_out)
     show_header(ours.setting, config, before)
     done = []
     for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):

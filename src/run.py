@@ -219,7 +219,7 @@ def train_in_folder(
     over = first_step >= plan.steps or is_over(history, config.early_stop)
     notes = []
     if resume_from:
-        found = inputs(model, plan.data.documents, plan.data.held_out, reference_of(config))
+        found = inputs(model, plan.data.documents, plan.data.held_out, reference_of(config.reference))
         check_inputs(resume_from, found)
         if note := reward_note(resume_from, plan.reward_digest):
             notes.append(f"note:      {note}")

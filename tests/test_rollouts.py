@@ -25,7 +25,6 @@ from src.inference.engine import Engine
 from src.inference.torch_decoder import TorchDecoder
 from src.model.batch_loss import state_bytes
 from src.model.log_probs import token_log_probs
-from src.model.settings import chunks_of
 from src.objectives.base import TrainingData
 from src.objectives.kinds import objective_of
 from src.objectives.policy import policy_of
@@ -108,9 +107,13 @@ def feed_of(
 ):
     questions = questions_of(config)
     rollouts = Rollouts(model, questions, ENCODER, judge, config)
-    policy = policy_of(model, config, InTurn(world, rank, total, {} if all_have is None else all_have))
+    objective, processes = (
+        objective_of(config),
+        InTurn(world, rank, total, {} if all_have is None else all_have),
+    )
+    policy = policy_of(model, objective.chunks, processes)
     schedule = make_schedule(questions, config, world)
-    return RolloutFeed(rollouts, schedule, steps, objective_of(config).loss, policy)
+    return RolloutFeed(rollouts, schedule, steps, objective, policy)
 
 
 def plus(**of_others):
@@ -137,9 +140,10 @@ def test_answers_are_those_of_the_engine_one_by_one(version, kernel):
     lengths = {len(answer.tokens) for group in groups for answer in group.answers}
     assert len(groups[0].answers) == 3 and max(lengths) == 6
     for chunk in (0, 16):
-        feed = feed_of(config_of(chunk_ctx=chunk), model, Judge())
+        config = config_of(chunk_ctx=chunk)
+        feed, chunks = feed_of(config, model, Judge()), objective_of(config).chunks
         for batch in feed:
-            found = token_log_probs(model, batch, chunks_of(feed.config), batch["width"])
+            found = token_log_probs(model, batch, chunks, batch["width"])
             assert len(found) > 50
             torch.testing.assert_close(found.detach(), batch["drawn"], rtol=0, atol=1e-5)
 

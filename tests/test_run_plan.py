@@ -204,7 +204,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
         step in (0, steps) or config.eval_steps > 0 and step % config.eval_steps == 0
         for step in range(steps + 1)
     )
-    assert evaluations == held_out.evaluations(config, steps)
+    assert evaluations == held_out.evaluations(steps, config.eval_steps)
 
     def share(tokens):
         return evaluations * tokens / 3 / objective_of(config).trained_tokens(schedule, steps)

@@ -92,10 +92,9 @@ def _conversation_keys(keys: np.ndarray, documents: Examples) -> np.ndarray:
     return keys
 
 
-def evaluations(config: Config, steps: int) -> int:
+def evaluations(steps: int, eval_steps: int) -> int:
     """Count the evaluations of a run of `steps` steps: first, every eval_steps, and last."""
-    every = config.value_or_zero("eval_steps")
-    return 2 + ((steps - 1) // every if every else 0)
+    return 2 + ((steps - 1) // eval_steps if eval_steps else 0)
 
 
 def in_hash_order(held_out: Examples, seed: int) -> np.ndarray:
@@ -117,20 +116,23 @@ def paid_for(costs: np.ndarray, budget: float) -> int:
     return max(1, int(np.searchsorted(np.cumsum(costs), budget, side="right")))
 
 
-def evaluation_rows(held_out: Examples, config: Config) -> list[list[list[int]]]:
+def evaluation_rows(
+    held_out: Examples, ctx_len: int, micro_bsz: int, random_seed: int
+) -> list[list[list[int]]]:
     """Make batches of micro_bsz packed rows, the longest first, so that memory runs out at once if it does.
 
     A row is the places of its documents.
     """
     lengths = (held_out.lengths - 1).tolist()
-    packed = pack(lengths, config.ctx_len, config.random_seed)
+    packed = pack(lengths, ctx_len, random_seed)
     rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
-    return [rows[at : at + config.micro_bsz] for at in range(0, len(rows), config.micro_bsz)]
+    return [rows[at : at + micro_bsz] for at in range(0, len(rows), micro_bsz)]
 
 
-def evaluation_batches(held_out: Examples, config: Config) -> list[Batch]:
+def evaluation_batches(held_out: Examples, ctx_len: int, micro_bsz: int, random_seed: int) -> list[Batch]:
     """Return the documents of evaluation_rows()."""
-    return [[[held_out[i] for i in row] for row in rows] for rows in evaluation_rows(held_out, config)]
+    batches = evaluation_rows(held_out, ctx_len, micro_bsz, random_seed)
+    return [[[held_out[i] for i in row] for row in rows] for rows in batches]
 
 
 @dataclasses.dataclass(frozen=True)

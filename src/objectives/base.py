@@ -30,8 +30,8 @@ from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, questions
 from ..data.tokenizer import Tokenizer
 from ..evaluation.rewards import Rewards
 from ..model import RWKV
+from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
-from ..model.settings import chunks_of
 from .batch_sizes import BatchSizes, largest_batch
 from .loss_metrics import LossMetrics
 from .policy import Policy
@@ -147,7 +147,8 @@ class Objective(abc.ABC):
     keeps_reference = False  # whether the model of --reference stays beside the one in training
 
     def __init__(self, config: Config):
-        self.config, self.chunks = config, chunks_of(config)
+        self.config = config
+        self.chunks = Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
     @property
     @abc.abstractmethod

@@ -92,9 +92,10 @@ class ReferenceKl:
         return float(torch.cat(found).double().mean().clamp(min=0))
 
     def _features(self, model: RWKV) -> list[Tensor]:
-        module, device = self.module, self.module.device
+        module, device, config = self.module, self.module.device, self.module.config
         collate = self.examples.collator(module.objective.chunks.size, module.shared)
-        batches = [collate(rows, 1.0) for rows in evaluation_batches(self.examples, module.config)]
+        read = evaluation_batches(self.examples, config.ctx_len, config.micro_bsz, config.random_seed)
+        batches = [collate(rows, 1.0) for rows in read]
         return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
 
 

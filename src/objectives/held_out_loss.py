@@ -111,7 +111,8 @@ class _Stopped(Exception):
 def _batches(trainer, documents: Examples, weight: float, is_stopped: Callable[[], bool]) -> Iterator[dict]:
     """Yield the batches of this rank, as many as every other one has, on its device."""
     strategy, world, module = trainer.strategy, trainer.world_size, trainer.lightning_module
-    batches = evaluation_batches(documents, module.config)
+    config = module.config
+    batches = evaluation_batches(documents, config.ctx_len, config.micro_bsz, config.random_seed)
     collate = documents.collator(module.objective.chunks.size, module.shared)
     with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
 from ..distributed.process_group import ALONE, Processes
 from ..model import RWKV
+from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
-from ..model.settings import chunks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +30,8 @@ class Policy:
         return undisturbed(self.whole, self.device)
 
 
-def policy_of(model: RWKV, config: Config, processes: Processes = ALONE) -> Policy:
+def policy_of(model: RWKV, chunks: Chunks, processes: Processes = ALONE) -> Policy:
     """Make the policy of a model that each process has whole, and that no trainer runs."""
-    chunks = chunks_of(config)
 
     def log_probs(batch: dict) -> Tensor:
         return token_log_probs(model, batch, chunks, batch["width"])

@@ -12,21 +12,22 @@ from ..model import RWKV, read_model_file
 from ..model.settings import dtype_of, dtype_of_base
 
 
-def reference_of(config: Config) -> Identity | None:
+def reference_of(reference: str) -> Identity | None:
     """Identify the model of --reference; None if the base itself is the reference."""
-    return Identity(config.reference, shown=is_first_process()) if config.reference else None
+    return Identity(reference, shown=is_first_process()) if reference else None
 
 
 def build_reference(config: Config) -> RWKV:
     """Load the model of --reference, which computes as the base without its adapter does."""
     dtype = PRECISIONS[config.precision]
-    model = RWKV.load(config.reference, dtype_of_base(config, dtype), kernel=config.wkv)
-    model.computes_in = dtype_of(config)
+    of_base = dtype_of_base(config.peft, config.quant, dtype)
+    model = RWKV.load(config.reference, of_base, kernel=config.wkv)
+    model.computes_in = dtype_of(config.peft, config.precision)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model.requires_grad_(False).eval()
 
 
-def reference_arch(config: Config) -> Arch:
+def reference_arch(reference: str) -> Arch:
     """Return the sizes of the model of --reference."""
-    return Arch.detect(read_model_file(config.reference))
+    return Arch.detect(read_model_file(reference))

@@ -117,14 +117,15 @@ def build_model(
 ) -> RWKV:
     """Build the model with its adapter, before the first step or as in the checkpoint `resume_from`."""
     if config.load_model:
-        base_dtype = dtype_of_base(config, dtype)
+        base_dtype = dtype_of_base(config.peft, config.quant, dtype)
         # dtypes as in the file: ZeRO-3 converts each tensor when it shards it
         if config.strategy.startswith("deepspeed_stage_3"):
             base_dtype = None
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    model.grad_cp, model.computes_in = config.value_or_zero("grad_cp"), dtype_of(config)
+    model.grad_cp = config.value_or_zero("grad_cp")
+    model.computes_in = dtype_of(config.peft, config.precision)
     if config.adapter:
         config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)
     if config.quant != "none":

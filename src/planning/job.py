@@ -126,7 +126,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     memory = needed(estimate(config, arch, schedule, documents), config, device.accelerator)
     room = USABLE * memory_of(device, config.world)
     data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
-    times = evaluations(config, steps) if plan.evaluated else 0
+    times = evaluations(steps, config.eval_steps) if plan.evaluated else 0
     found = objective.times(data, arch, schedule, steps, times, speed)
     search = 0.0
     if config.is_automatic("lr_init") and found.training:
@@ -239,7 +239,7 @@ def choose_evaluation(
     if objective.evaluations_between and (before is None or before.eval_steps):
         taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
-    fits = paid_for(costs, budget / evaluations(draft.config, steps))
+    fits = paid_for(costs, budget / evaluations(steps, draft.config.value_or_zero("eval_steps")))
     if fits < len(order):
         of_all = counted(len(order), f"held-out {objective.word}")
         reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"

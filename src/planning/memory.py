@@ -165,7 +165,7 @@ def reference_bytes(
     config: Config, kernel: str, precision: str, accelerator: str, row: int, targets: int
 ) -> float:
     """Count the bytes of the model of --reference and of its pass without gradients."""
-    arch = reference_arch(config)
+    arch = reference_arch(config.reference)
     forward = step_bytes(arch, config, kernel, precision, row, targets, backward=False)
     return held_by_reference(config, precision) + forward.peak + allocator_waste(forward, accelerator)
 
@@ -173,7 +173,7 @@ def reference_bytes(
 def held_by_reference(config: Config, precision: str) -> float:
     """Count the bytes of the weights of --reference."""
     with torch.device("meta"):
-        model = RWKV(reference_arch(config))
+        model = RWKV(reference_arch(config.reference))
     size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
     return size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
 

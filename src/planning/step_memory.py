@@ -28,7 +28,6 @@ from ..config import Config
 from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
-from ..model.settings import chunks_of
 from ..objectives.batch_sizes import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..ops import per_document
@@ -78,7 +77,7 @@ def step_bytes(
     Without `backward` the batch is run without gradients. `documents` are the lengths of those in each row,
     which count if they begin with a tuned state.
     """
-    chunks = chunks_of(config)
+    chunks = objective_of(config).chunks
     whole = row
     if chunks.count(row) > COUNTED_CHUNKS:
         row = COUNTED_CHUNKS * chunks.size

@@ -20,7 +20,6 @@ from ..data.released import modes_note
 from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
-from ..model.settings import chunks_of
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
 from ..planning.job import Cost, Plan, steps_of
@@ -98,7 +97,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         *sources(config, run.data),
         *long_texts(config, documents),
         *chunks(
-            chunks_of(config),
+            objective_of(config).chunks,
             max(schedule.lengths),
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
@@ -198,7 +197,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
         asked = f" and {counted(config.eval_samples, 'sample answer')}"
     return (
         f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{asked}, "
-        f"{evaluations(config, total)} times: before the training{every} and at its end; "
+        f"{evaluations(total, config.eval_steps)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
 

@@ -83,12 +83,12 @@ def trial_of(
 
 
 def with_reference(
-    model: RWKV, config: Config, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
+    model: RWKV, objective: Objective, documents: Examples, held_out: Examples, schedule: Schedule, steps: int
 ) -> tuple[Examples, Examples]:
     """Give both the values of the reference for `steps` steps, if the loss needs them."""
-    shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
-    data, policy = TrainingData(documents, held_out, held_out), policy_of(model, config)
-    found = objective_of(config).with_reference(data, schedule, steps, policy, shared)
+    shared = objective.prompt_reading(documents, schedule, model.arch).shared
+    data, policy = TrainingData(documents, held_out, held_out), policy_of(model, objective.chunks)
+    found = objective.with_reference(data, schedule, steps, policy, shared)
     return found.documents, found.evaluated
 
 
@@ -130,8 +130,9 @@ def train(
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
     scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
-    shared = objective_of(config).prompt_reading(documents, schedule, model.arch).shared
-    objective, policy = objective_of(config), policy_of(model, config, processes)
+    objective = objective_of(config)
+    shared = objective.prompt_reading(documents, schedule, model.arch).shared
+    policy = policy_of(model, objective.chunks, processes)
     feed = objective.feed(TrainingData(documents), schedule, range(steps), policy, shared)
     batches = iter(feed)
     model.train()
@@ -186,16 +187,18 @@ def held_out_loss(model: RWKV, config: Config, held_out: Examples, processes: Pr
     model.eval()
     device, objective = model.emb.weight.device, objective_of(config)
 
+    sizes = (config.ctx_len, config.micro_bsz, config.random_seed)
+
     def batches(documents: Examples) -> Iterator[dict]:
         collate = documents.collator(objective.chunks.size)
-        mine = evaluation_batches(documents, config)[processes.rank :: processes.world]
+        mine = evaluation_batches(documents, *sizes)[processes.rank :: processes.world]
         for rows in progress(mine, "validation", unit="batches", shown=processes.world == 1):
             batch = collate(rows, 1)
             yield to_device(batch | {"width": batch["ids"].shape[1]}, device)
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     with ops.nan_passes():
-        beside = objective.before_evaluation(held_out, batches, policy_of(model, config, processes))
+        beside = objective.before_evaluation(held_out, batches, policy_of(model, objective.chunks, processes))
         for batch in batches(held_out):
             total += objective(model, batch | beside)[0]
     return float(processes.total(total)) / held_out.weight

@@ -91,7 +91,7 @@ class FineTuning(pl.LightningModule):
         self.model, self.config, self.find_rate = model, config, find_rate
         everything = data.held_out if data.evaluated is None else data.evaluated
         self.data = dataclasses.replace(data, evaluated=everything)
-        self.objective, self.reference = objective or objective_of(config), reference_of(config)
+        self.objective, self.reference = objective or objective_of(config), reference_of(config.reference)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device

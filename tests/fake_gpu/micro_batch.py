@@ -17,7 +17,8 @@ from src.data.collate import to_device, trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors
-from src.model.settings import chunks_of, dtype_of
+from src.model.settings import dtype_of
+from src.objectives.kinds import objective_of
 from src.planning.step_memory import model_on_meta
 
 from .device import FakeGpu
@@ -40,7 +41,7 @@ def model_on(device: str, arch: Arch, config: Config) -> RWKV:
     """A model as a run in half precision has it: the frozen base in it or quantised, what is trained fp32."""
     model = model_on_meta(arch, config)
     half = PRECISIONS[config.precision]
-    quantised, model.computes_in = set(), dtype_of(config)
+    quantised, model.computes_in = set(), dtype_of(config.peft, config.precision)
     if config.quant != "none":
         quantised, model.computes_in = {f"{name}.weight" for name in model.layer_linears()}, half
 
@@ -77,7 +78,7 @@ def tallied(arch: Arch, config: Config, rows: int, width: int) -> dict[str, dict
         if config.peft != "none":
             gpu.tell_base(p for p in model.parameters() if not p.requires_grad)
         gpu.begin()
-        batch_loss(model, batch, chunks_of(config), width).backward()
+        batch_loss(model, batch, objective_of(config).chunks, width).backward()
     return gpu.tally.as_dict()
 
 

@@ -24,8 +24,8 @@ from src.inference.engine import Engine, Request
 from src.inference.generate import stream
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
-from src.model.settings import chunks_of
 from src.objectives import held_out_loss
+from src.objectives.kinds import objective_of
 from src.objectives.work import Speed
 from src.planning import memory as planned_memory
 from src.planning.defaults import SHORTEST_SEARCHED
@@ -81,7 +81,7 @@ def step(method: str, version: int, weighted: bool = False) -> dict:
         model, batch = small_model_on(device, version, config), batch_on(device, 2, 37, weighted)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
-        loss = batch_loss(model, batch, chunks_of(config), batch["width"])
+        loss = batch_loss(model, batch, objective_of(config).chunks, batch["width"])
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -107,7 +107,7 @@ def memory(version: int, peft: str, quant: str, grad_cp: int, chunk_ctx: int) ->
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
-        batch_loss(model, batch, chunks_of(config), 512).backward()
+        batch_loss(model, batch, objective_of(config).chunks, 512).backward()
     peak = gpu.peak - before
     return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
 

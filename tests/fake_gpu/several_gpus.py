@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from src.config import Config
 from src.model import default_arch
 from src.model.batch_loss import batch_loss
-from src.model.settings import chunks_of
+from src.objectives.kinds import objective_of
 from src.planning.memory import memory_parts
 from src.training.optimizer import parameter_groups
 
@@ -36,7 +36,7 @@ class Loss(nn.Module):
 
     def __init__(self, version: int, config: Config, device: str, *sizes: int):
         super().__init__()
-        self.model, self.chunks = small_model_on(device, version, config, *sizes), chunks_of(config)
+        self.model, self.chunks = small_model_on(device, version, config, *sizes), objective_of(config).chunks
 
     def forward(self, batch: dict) -> Tensor:
         return batch_loss(self.model, batch, self.chunks, batch["width"])

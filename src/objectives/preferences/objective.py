@@ -146,7 +146,7 @@ class OnPreferences(Objective):
             return 0.0
         size = 1.0
         if self.config.reference:
-            other = reference_arch(self.config)
+            other = reference_arch(self.config.reference)
             size = other.n_layer * other.n_embd**2 / (arch.n_layer * arch.n_embd**2)
         return FORWARD * size * self.looks * tokens
 
@@ -181,7 +181,7 @@ class OnPreferences(Objective):
         if not self.loss.needs_reference:
             return data
         with policy.undisturbed(), ops.nan_passes():
-            reference = ReferencePass(self.config, shared, policy)
+            reference = ReferencePass(self, shared, policy)
             documents = reference.training(data.documents, schedule, steps)
             return dataclasses.replace(
                 data, documents=documents, evaluated=reference.held_out(data.evaluated)

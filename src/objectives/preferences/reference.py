@@ -27,7 +27,6 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import DELAY, Progress, duration_text
 
 from ...common.late_reading import Numbers
-from ...config import Config
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...data.held_out import evaluation_rows
@@ -35,6 +34,7 @@ from ...data.preferences import Preferences
 from ...data.token_cache import cache_folder, remove_old
 from ...model import RWKV
 from ...ops.build import announce
+from ..base import Objective
 from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
 from .reference_blocks import Blocks, blocks_in
@@ -65,9 +65,8 @@ def training_rounds(schedule: Schedule, steps: int) -> Rounds:
     return Rounds("training", min(steps, schedule.steps_per_pass) * schedule.accumulate, batches_of)
 
 
-def held_out_rounds(held_out: Preferences, config: Config, world: int) -> Rounds:
+def held_out_rounds(batches: list[Rows], world: int) -> Rounds:
     """Make rounds of the batches of an evaluation."""
-    batches = evaluation_rows(held_out, config)
 
     def batches_of(number: int) -> list[Rows]:
         now = batches[number * world : (number + 1) * world]
@@ -82,10 +81,11 @@ class ReferencePass:
     `shared`: the prompt of a pair is read once.
     """
 
-    def __init__(self, config: Config, shared: bool, policy: Policy):
-        self.config, self.shared, self.model, self.policy = config, shared, policy.model, policy
+    def __init__(self, objective: Objective, shared: bool, policy: Policy):
+        self.config, self.chunks, self.shared = objective.config, objective.chunks, shared
+        self.model, self.policy = policy.model, policy
         self.processes, self.device = policy.processes, policy.device
-        reference = reference_of(config)
+        reference = reference_of(self.config.reference)
         self.other = reference and reference.fingerprint
         if self.other == self.model.base_fingerprint:  # then it is not read a second time
             self.other = None
@@ -97,10 +97,13 @@ class ReferencePass:
 
     def held_out(self, documents: Preferences) -> Preferences:
         """Add the reference log-probs of all examples."""
-        world = self.processes.world
-        return self._with_others(
-            documents, lambda examples: held_out_rounds(examples, self.config, world), "the held-out data"
-        )
+        config = self.config
+
+        def rounds_of(examples: Preferences) -> Rounds:
+            batches = evaluation_rows(examples, config.ctx_len, config.micro_bsz, config.random_seed)
+            return held_out_rounds(batches, self.processes.world)
+
+        return self._with_others(documents, rounds_of, "the held-out data")
 
     def _with_others(
         self, documents: Preferences, rounds_of: Callable[[Preferences], Rounds], what: str
@@ -188,7 +191,7 @@ class ReferencePass:
                 return self.policy.log_probs(batch)
             if not models:
                 models.append(build_reference(self.config).to(self.device))
-            return policy_of(models[0], self.config).log_probs(batch)
+            return policy_of(models[0], self.chunks).log_probs(batch)
 
         try:
             yield log_probs

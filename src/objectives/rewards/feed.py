@@ -22,15 +22,13 @@ from rwkv_miss import disabled
 from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.errors import UserError
 
-from ...config import Config
 from ...data.answer_batches import GROUP, collate_answers
 from ...data.answer_example import AnswerGroup
 from ...data.batches import Schedule
 from ...data.collate import to_device
 from ...evaluation.rewards import Failed
 from ...model.grpo_loss import GrpoLoss, reward_metric
-from ...model.settings import chunks_of
-from ..base import BetweenSteps, Feed, StepSize
+from ..base import BetweenSteps, Feed, Objective, StepSize
 from ..policy import Policy, policy_of
 from ..reference_model import build_reference, reference_of
 from .rollouts import Group, Rollouts
@@ -62,15 +60,16 @@ class Totals:
 class Reference:
     """Reference of a draw: ln p by the base, or by the model of --reference. None without both."""
 
-    def __init__(self, config: Config, policy: Policy):
+    def __init__(self, objective: Objective, policy: Policy):
+        config = objective.config
         self.trained = config.beta > 0
         self.log_probs = None
-        model, other = policy.model, reference_of(config)
+        model, other = policy.model, reference_of(config.reference)
         if only_linears_change(model) and (other is None or other.fingerprint == model.base_fingerprint):
             self.log_probs = functools.partial(_without_adapter, policy)
         elif other:
             built = build_reference(config).to(policy.device)
-            self.log_probs = policy_of(built, config).log_probs
+            self.log_probs = policy_of(built, objective.chunks).log_probs
 
     def of(self, batch: dict, phase: int) -> Tensor | None:
         """Return (n,) if the KL of this phase is trained or measured."""
@@ -92,12 +91,14 @@ class RolloutFeed(Feed):
 
     always_has_loss = True  # of groups of equal rewards it is 0
 
-    def __init__(self, rollouts: Rollouts, schedule: Schedule, steps: range, loss: GrpoLoss, policy: Policy):
-        self.rollouts, self.schedule, self.steps, self.loss = rollouts, schedule, steps, loss
-        self.policy, self.rewards, self.config = policy, rollouts.rewards, rollouts.config
-        self.chunk = chunks_of(self.config).size
+    def __init__(
+        self, rollouts: Rollouts, schedule: Schedule, steps: range, objective: Objective, policy: Policy
+    ):
+        self.rollouts, self.schedule, self.steps, self.policy = rollouts, schedule, steps, policy
+        self.loss: GrpoLoss = objective.loss
+        self.rewards, self.chunk = rollouts.rewards, objective.chunks.size
         self.shared = not self.chunk  # the prompt is read once for its answers, see prompt_reading()
-        self.reference = Reference(self.config, policy)
+        self.reference = Reference(objective, policy)
         self.first_group: Group | None = None  # of the newest phase, for whoever shows it
         self.totals = Totals()
         self.batches: list[dict] = []

@@ -177,7 +177,7 @@ class OnRewards(Objective):
         from .rollouts import Rollouts
 
         rollouts = Rollouts(policy.model, data.documents, data.encoder, data.rewards, self.config)
-        return RolloutFeed(rollouts, schedule, steps, self.loss, policy)
+        return RolloutFeed(rollouts, schedule, steps, self, policy)
 
     def evaluation(self, module) -> Evaluation:
         from .evaluation import RewardEvaluation
