@@ -203,7 +203,9 @@ def overview(
 ) -> list[str]:
     """Write the lines about the data as a whole: the files, `figures` of statistics(), and the findings."""
     length = figures["lengths"]
-    trained = "the answers" if isinstance(documents, Preferences) else mask_text(encoder)
+    trained = "the answers"
+    if not isinstance(documents, Preferences):
+        trained = mask_text(config.loss_mask, config.think_weight, config.prompt_weight)
     lines = [
         *report.source_lines(),  # lint has the bad rows
         (

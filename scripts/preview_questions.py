@@ -27,8 +27,8 @@ from src.data.file_documents import Document
 from src.data.formats import Reading, Report, encodable
 from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
+from src.objectives.kinds import objective_of
 from src.objectives.rewards.sizes import longest_answer, needs_right
-from src.objectives.rewards.words import describe_rewards
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
 
@@ -91,7 +91,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
         for name in odd_question(row, encoder):
             lint.note(name, asked.where)
 
-    reader = QuestionReader(encoder, reading, report, needs_right(config))
+    reader = QuestionReader(encoder, reading, report, needs_right(config.rewards))
     loaded = reader.load(config.data_file, config.random_seed, note)
     for file in report.files.values():
         if file.bad:
@@ -105,7 +105,9 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
                 lint.note("known prompt", asked.where)
 
         QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)
-    draft.choose("max_tokens", *longest_answer(config, loaded, encoder.tokenizer))
+    ctx_len = config.value_or_zero("ctx_len")
+    longest = longest_answer(loaded, encoder.tokenizer, config.rewards, config.reward_length, ctx_len)
+    draft.choose("max_tokens", *longest)
     draft.choose("ctx_len", *row_length(loaded.longest + draft.config.max_tokens - 1, config.chunk_ctx))
     config = draft.config
     questions = loaded.examples(config.ctx_len, config.group_size, config.max_tokens)
@@ -214,7 +216,7 @@ def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, d
         f" {'are' if longer > 1 else 'is'} longer",
         f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
         f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
-        f"loss       {describe_rewards(config)}",
+        f"loss       {objective_of(config).description}",
         *(_worth_line(name, values) for name, values in worth.items()),
         *found.report.left_out_lines(),
     ]

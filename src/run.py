@@ -33,7 +33,7 @@ from .model import RWKV
 from .objectives.base import Objective, TrainingData
 from .objectives.kinds import objective_of
 from .objectives.reference_model import reference_of
-from .objectives.rewards.samples import SAMPLES
+from .objectives.rewards.metrics import SAMPLES
 from .planning.base_model import build_model, new_arch, read_base, template_of_run
 from .planning.draft import Draft
 from .planning.job import (

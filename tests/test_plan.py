@@ -189,7 +189,7 @@ def test_documents_that_begin_with_a_tuned_state_are_planned_for():
     tokens = [Document(np.zeros(n + 1, np.int32), np.ones(n + 1, np.float32)) for n in (17, 17, 2, 30, 8, 40)]
     documents = Documents(tokens)
     schedule = make_schedule(documents, config, 1)
-    rows = fullest_rows(documents, schedule, config)
+    rows = fullest_rows(documents, schedule, config.micro_bsz)
     assert sorted(map(sorted, rows)) == [[2, 8, 30], [17, 17]]
     wanted = step_bytes(arch, config, "cpu", "fp32", 40, 80, documents=rows)
     found = estimate(
@@ -397,8 +397,8 @@ def test_the_largest_batch_bounds_every_micro_batch():
     )
     config = Config(micro_bsz=2, packing=False, ctx_len=1024)
     schedule = make_schedule(documents, config, 1)
-    assert largest_batch(schedule, config) == (40, 71)
-    assert largest_batch(schedule, dataclasses.replace(config, ctx_len=16)) == (16, 32)
+    assert largest_batch(schedule, ctx_len=1024, micro_bsz=2) == (40, 71)
+    assert largest_batch(schedule, ctx_len=16, micro_bsz=2) == (16, 32)
     for step in range(schedule.steps_per_pass):
         assert sum(schedule.targets[row] for row in schedule.micro_rows(step, 0, 0)) <= 71
 

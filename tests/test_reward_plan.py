@@ -22,8 +22,7 @@ from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.objectives.kinds import objective_of
-from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer, rollout_bytes
-from src.objectives.rewards.words import long_answers
+from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer
 from src.objectives.work import DRAWN, Speed, Work
 from src.planning import memory
 from src.planning.base_model import build_model
@@ -103,18 +102,18 @@ def test_how_long_answers_may_be():
     """As scripts.evaluate has it for the score; of several rewards that tell, the one that needs most."""
     found = loaded(("ask", "1234"), ("asked", "12345678"))
 
-    def chosen(found=found, **settings):
-        return longest_answer(Config(loss="grpo", **settings), found, BYTES)
+    def chosen(found=found, rewards=(), reward_length=0, ctx_len=0):
+        return longest_answer(found, BYTES, rewards, reward_length, ctx_len)
 
     assert chosen(rewards={"exact": 1})[0] == 8 + 2 + 16
     assert chosen(rewards={"partial": 1, "exact": 0.5})[0] == 26
     limit, reason = chosen(rewards={"exact": 1, "number": 1})
     assert limit == 512 and reason == "for the reward number"
-    limit, reason = chosen(rewards={"regex": 1}, reward_regex="a")
+    limit, reason = chosen(rewards={"regex": 1})
     assert limit == 512 and "does not tell" in reason
-    assert chosen(rewards={"own": 1}, reward_file="x.py")[0] == 512
-    assert chosen(rewards={"own": 1, "exact": 0.1}, reward_file="x.py")[0] == 26
-    assert chosen(rewards={"own": 1, "exact": 0}, reward_file="x.py")[0] == 512  # which is only shown
+    assert chosen(rewards={"own": 1})[0] == 512
+    assert chosen(rewards={"own": 1, "exact": 0.1})[0] == 26
+    assert chosen(rewards={"own": 1, "exact": 0})[0] == 512  # which is only shown
     assert chosen(rewards={"exact": 1, "length": 1}, reward_length=100)[0] == 100 + 25 + 16
     thinking = loaded(("ask", "1"), template="think")
     assert chosen(thinking, rewards={"exact": 1})[0] == THOUGHTS == 2048
@@ -279,7 +278,8 @@ def test_the_count_is_that_of_a_real_step(checkpoint, kind, beta, chunk, grad_cp
         kept = live.after(model, "features")
         objective_of(config)(model, batch)[0].backward()
     prompts = [np.ones(7, np.int32), np.ones(4, np.int32)]
-    sizes = largest_groups(Questions([Question(["a"], "b")] * 2, prompts, 3, 11), config)
+    asked = Questions([Question(["a"], "b")] * 2, prompts, 3, 11)
+    sizes = largest_groups(asked, config.micro_bsz, config.chunk_ctx)
     assert sizes.row == 3 * (7 - 1 + 11) and sizes.targets == len(batch["targets"])
     planned = step_bytes(
         make_arch(7, **SIZES), config, kernel, "fp32", sizes.row, sizes.targets, sizes.shared
@@ -312,7 +312,7 @@ def test_drawing_takes_no_more_than_is_planned(version, kernel):
         while not engine.idle:
             engine.step()
         decoder.close()
-    room = rollout_bytes(config, arch, "fp32", "cpu")
+    room = objective_of(config).sampling_bytes(arch, "fp32", "cpu")
     assert room / 4 < live.peak < room
 
 
@@ -320,9 +320,10 @@ def test_right_answers_that_cannot_be_drawn_are_told():
     """The end of an answer is a token of it."""
     questions = [Question(["a"], right) for right in ("1", "1234", "12345")]
     prompts = [np.ones(1, np.int32)] * 3
-    told = long_answers(Questions(questions, prompts, 2, 4), BYTES)
+    warnings = objective_of(Config(loss="grpo")).warnings
+    (told,) = warnings(Questions(questions, prompts, 2, 4), BYTES)
     assert told == "2 of 3 right answers have more tokens than --max_tokens 4, so that they can't be drawn"
-    assert not long_answers(Questions(questions, prompts, 2, 6), BYTES)
+    assert not warnings(Questions(questions, prompts, 2, 6), BYTES)
 
 
 def test_a_rate_far_above_the_first_guess_is_told():

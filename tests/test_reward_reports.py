@@ -22,8 +22,7 @@ from src.objectives.kinds import objective_of
 from src.objectives.rewards import evaluation as reward_evaluation
 from src.objectives.rewards import patient_rewards
 from src.objectives.rewards.evaluation import RewardEvaluation
-from src.objectives.rewards.sample_writer import SampleWriter
-from src.objectives.rewards.samples import is_due
+from src.objectives.rewards.samples import SampleWriter, is_due
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.diagnosis import diagnosis
 from src.reporting.run_log import RunLog

@@ -193,7 +193,7 @@ class Objective(abc.ABC):
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
         """Return the sizes of the largest micro-batch. Without documents it has separate rows of one each."""
-        return BatchSizes(*largest_batch(schedule, self.config))
+        return BatchSizes(*largest_batch(schedule, self.config.ctx_len, self.config.micro_bsz))
 
     def beside(self, rows: int, trained: Tensor) -> dict:
         """Return a batch's entries beside tokens, for its rows and trained tokens, as for a step."""

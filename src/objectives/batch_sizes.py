@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import Config
 from ..data.batches import Schedule
 from ..data.examples import Examples
 from ..data.preferences import Preferences
@@ -45,16 +44,16 @@ class BatchSizes:
     documents: Sequence[Sequence[int]] = ()  # the lengths of those in each row
 
 
-def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
+def largest_batch(schedule: Schedule, ctx_len: int, micro_bsz: int) -> tuple[int, int]:
     """Return (tokens of the longest row, most targets in micro_bsz rows); no micro-batch is larger."""
-    most = heapq.nlargest(config.micro_bsz, schedule.targets)
-    row = min(max(schedule.lengths), config.ctx_len)
-    return row, max(1, min(sum(most), row * config.micro_bsz))
+    most = heapq.nlargest(micro_bsz, schedule.targets)
+    row = min(max(schedule.lengths), ctx_len)
+    return row, max(1, min(sum(most), row * micro_bsz))
 
 
-def fullest_rows(documents: Examples, schedule: Schedule, config: Config) -> list[list[int]]:
+def fullest_rows(documents: Examples, schedule: Schedule, micro_bsz: int) -> list[list[int]]:
     """Return the lengths of the documents in the micro_bsz rows that have most of them."""
-    rows = heapq.nlargest(config.micro_bsz, schedule.rows, key=len)
+    rows = heapq.nlargest(micro_bsz, schedule.rows, key=len)
     return [(documents.lengths[row] - 1).tolist() for row in rows]
 
 

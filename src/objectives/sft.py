@@ -10,9 +10,7 @@ from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 
-from ..config import Config
 from ..data.batches import Schedule
-from ..data.encode import Encoder
 from ..data.examples import Examples
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
@@ -35,7 +33,7 @@ class Supervised(Objective):
         found = super().largest_batch(schedule, documents, arch)
         if documents is None:
             return found
-        return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config))
+        return dataclasses.replace(found, documents=fullest_rows(documents, schedule, self.config.micro_bsz))
 
     def __call__(
         self, model: RWKV, batch: dict, keep: Callable[[Tensor], None] | None = None
@@ -43,7 +41,9 @@ class Supervised(Objective):
         return batch_loss(model, batch, self.chunks, batch.get("width", 0)), NO_METRICS
 
     def trained_text(self, documents: Examples) -> str:
-        return f", {documents.targets:,} of them trained{weighing(documents)}: {mask_text(self.config)}"
+        config = self.config
+        what = mask_text(config.loss_mask, config.think_weight, config.prompt_weight)
+        return f", {documents.targets:,} of them trained{weighing(documents)}: {what}"
 
     def evaluation(self, module) -> HeldOutLoss:
         return HeldOutLoss(module)
@@ -56,9 +56,9 @@ def weighing(documents: Examples) -> str:
     return f" (with weights that add up to {documents.weight:,.1f}, by which a loss is divided)"
 
 
-def mask_text(settings: Config | Encoder) -> str:
+def mask_text(loss_mask: str, think_weight: float, prompt_weight: float) -> str:
     """Name the trained tokens."""
     names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
-    thoughts = f", thoughts times {settings.think_weight:g}" if settings.think_weight != 1 else ""
-    prompts = f", prompts times {settings.prompt_weight:g}" if settings.prompt_weight else ""
-    return names.get(settings.loss_mask, f"what follows {settings.loss_mask!r}") + thoughts + prompts
+    thoughts = f", thoughts times {think_weight:g}" if think_weight != 1 else ""
+    prompts = f", prompts times {prompt_weight:g}" if prompt_weight else ""
+    return names.get(loss_mask, f"what follows {loss_mask!r}") + thoughts + prompts

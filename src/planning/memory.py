@@ -12,7 +12,7 @@
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
 | update      | what DeepSpeed's optimizer step needs beyond all of the step   | update_bytes
 | reference   | what --reference and its pass need beyond all above            | reference_bytes
-| drawing     | what drawing answers needs beyond activations and working      | rollout_bytes
+| drawing     | what drawing answers needs beyond activations and working      | sampling_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
 

@@ -8,7 +8,6 @@ import os
 from ..config import Config, command
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import LossMetrics, loss_text, percent
-from ..objectives.rewards.samples import answer_text
 from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
@@ -99,7 +98,7 @@ def _drawn(drawn: list[dict]) -> list[str]:
             f"### Answers drawn in step {line['step']}",
             *as_it_is("prompt", line["prompt"]),
             *as_it_is("right", line["right"]),
-            *as_it_is("answers", "\n".join(map(answer_text, line["answers"]))),
+            *as_it_is("answers", "\n".join(map(_answer_text, line["answers"]))),
         ]
         if "failed" in line:
             parts.append(f"Their rewards failed: {line['failed']}")
@@ -109,6 +108,13 @@ def _drawn(drawn: list[dict]) -> list[str]:
 def _rate_search(config: Config) -> list[str]:
     lines = search_table(recorded_search(config.proj_dir))
     return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
+
+
+def _answer_text(answer: dict) -> str:
+    """Write an answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
+    known = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
+    known.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
+    return f"{', '.join(known)}: {answer['answer']!r}"
 
 
 def training_score(described: LossMetrics, summary: dict) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import recorded
 
 from ... import ops
 from ...common.formatting import counted
@@ -31,7 +33,6 @@ from .kto_baseline import WithBaseline, baseline
 from .metrics import PREFERENCES
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts
 from .reference import ReferencePass
-from .words import describe_loss, loss_warnings
 
 # values of --beta: DPO's in its code, IPO's and KTO's in the range of their papers, SimPO's in its paper
 BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1}
@@ -152,7 +153,35 @@ class OnPreferences(Objective):
 
     @property
     def description(self) -> str:
-        return describe_loss(self.config, self.loss)
+        """The loss with its settings and what it compares with.
+
+        "dpo, beta 0.1, log p summed, with 1 x the NLL of the chosen answer; reference: the base, adapter off"
+        """
+        loss = self.loss
+        said = [loss.kind]
+        if loss.kind != "orpo":
+            said.append(f"beta {loss.beta:g}")
+        if loss.kind == "dpo":
+            said.append("log p per token" if loss.average else "log p summed")
+        if loss.kind == "simpo":
+            said.append(f"gamma {loss.gamma:g}")
+        if loss.kind == "orpo":
+            said.append(f"lambda {loss.orpo_lambda:g}")
+        if loss.label_smoothing:
+            said.append(f"label smoothing {loss.label_smoothing:g}")
+        if loss.kind == "kto":
+            said.append(f"weights {loss.desirable_weight:g} and {loss.undesirable_weight:g}")
+        said.append(
+            f"with {loss.sft_weight:g} x the NLL of the chosen answer" if loss.sft_weight else "without NLL"
+        )
+        return f"{', '.join(said)}; {self._reference_text()}"
+
+    def _reference_text(self) -> str:
+        if not self.loss.needs_reference:
+            return "no reference"
+        if self.config.reference:
+            return f"reference: {os.path.basename(recorded(self.config.reference).rstrip('/'))}"
+        return "reference: the base" + (", adapter off" if self.config.peft != "none" else "")
 
     def lines(self, documents: Preferences, schedule: Schedule, arch: Arch) -> list[str]:
         config, said = self.config, self.description
@@ -170,7 +199,17 @@ class OnPreferences(Objective):
         ]
 
     def warnings(self, documents: Preferences, tokenizer: Tokenizer) -> list[str]:
-        return loss_warnings(self.loss, documents)
+        preferred, count = int(documents.chosen.sum()), counted(len(documents.chosen), "answer")
+        if preferred == len(documents.chosen):  # never of pairs
+            return [f"all {count} have label true: nothing says what to avoid; --loss sft may be meant"]
+        if not preferred:
+            return [f"all {count} have label false: nothing says what to prefer, and the model may be lost"]
+        if self.loss.sft_weight != 0:
+            return []
+        return [
+            f"--sft_weight 0: nothing keeps the chosen answers likely, and --loss {self.loss.kind} may lose"
+            " them while its accuracy rises; watch log p of the chosen, and right answers"
+        ]
 
     def trained_text(self, documents: Preferences) -> str:
         return f", {documents.targets:,} of them in answers"

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from ..loss_metrics import LossMetrics, Panel, Shown, percent
 
+SAMPLES = "samples.jsonl"  # the file of some rollouts, beside the metrics
+
 
 def reward_metrics(names: Iterable[str]) -> LossMetrics:
     """Describe the metrics of drawn answers that are scored by these rewards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hub_names import recorded
 
+from ...common.device import PRECISIONS
 from ...common.formatting import counted
 from ...data.batches import Schedule
 from ...data.chat_template import Template
 from ...data.encode import Encoder
 from ...data.examples import Examples
 from ...data.formats import Reading, Report
-from ...data.held_out import EVALUATION
-from ...data.questions import LoadedQuestions, QuestionReader, Questions
+from ...data.held_out import EVALUATION, FORWARD
+from ...data.questions import LoadedQuestions, QuestionReader, Questions, text_length
 from ...data.tokenizer import Tokenizer
 from ...evaluation.rewards import Rewards
+from ...model.batch_loss import state_bytes
 from ...model.grpo_loss import GrpoLoss
 from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
 from ..batch_sizes import BatchSizes
@@ -30,17 +34,18 @@ from ..policy import Policy
 from ..work import Speed, Times, Work
 from .metrics import reward_metrics
 from .sizes import (
+    LIKELIHOODS,
+    READING,
+    STATES,
+    TOGETHER,
     evaluation_work,
     largest_groups,
     longest_answer,
     needs_right,
-    rollout_bytes,
     rollout_tokens,
-    rollouts_at_once,
-    training_work,
+    rows_at_once,
     usual_length,
 )
-from .words import describe_rewards, long_answers, reward_lines
 
 CLIP_HIGH = 0.28  # DAPO's, arXiv 2503.14476: rare tokens may become likelier faster than others rarer
 
@@ -90,10 +95,12 @@ class OnRewards(Objective):
     def defaults_by_data(
         self, loaded: LoadedQuestions, tokenizer: Tokenizer
     ) -> Iterator[tuple[str, object, str]]:
-        yield "max_tokens", *longest_answer(self.config, loaded, tokenizer)
+        config = self.config
+        ctx_len = config.value_or_zero("ctx_len")
+        yield "max_tokens", *longest_answer(loaded, tokenizer, config.rewards, config.reward_length, ctx_len)
 
     def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
-        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_right(self.config))
+        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_right(self.config.rewards))
         return reader.load(path, self.config.random_seed)
 
     def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
@@ -104,13 +111,13 @@ class OnRewards(Objective):
         return loaded.examples(self.config.ctx_len, self.config.group_size, self.config.max_tokens)
 
     def estimated(self, examples: Questions, loaded: LoadedQuestions, tokenizer: Tokenizer) -> Questions:
-        return dataclasses.replace(examples, usual=usual_length(self.config, loaded, tokenizer))
+        return dataclasses.replace(examples, usual=usual_length(loaded, tokenizer, self.config.rewards))
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         return PromptReading(not self.config.chunk_ctx)
 
     def largest_batch(self, schedule: Schedule, documents: Examples | None, arch: Arch) -> BatchSizes:
-        return largest_groups(documents, self.config)
+        return largest_groups(documents, self.config.micro_bsz, self.config.chunk_ctx)
 
     def beside(self, rows: int, trained: Tensor) -> dict:
         numbers = torch.zeros(len(trained))
@@ -123,22 +130,39 @@ class OnRewards(Objective):
         }
 
     def sampled_at_once(self, arch: Arch, precision: str, accelerator: str) -> int:
-        return rollouts_at_once(self.config, arch, precision, accelerator)
+        config = self.config
+        answers = config.micro_bsz * config.accumulation * config.group_size
+        return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
 
     def sampling_bytes(self, arch: Arch, precision: str, accelerator: str) -> int:
-        return rollout_bytes(self.config, arch, precision, accelerator)
+        """Count the bytes of the states of rollouts that are sampled at once, of the likelihoods of their
+        next tokens, and of prompts that are read meanwhile.
+        """
+        config, itemsize = self.config, PRECISIONS[precision].itemsize
+        a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
+        prompts = min(TOGETHER, config.micro_bsz * config.accumulation * config.ctx_len)
+        read = READING * itemsize * arch.n_embd * prompts
+        return self.sampled_at_once(arch, precision, accelerator) * a_row + read
 
     def evaluation_costs(self, held_out: Questions) -> np.ndarray:
         return np.array([work.total for work in evaluation_work(held_out)])
 
     def evaluation_budget(self, held_out: Questions, schedule: Schedule, steps: int) -> float:
-        return EVALUATION * training_work(self.config, schedule, steps, held_out).total
+        return EVALUATION * self._work(schedule, steps, held_out).total
+
+    def _work(self, schedule: Schedule, steps: int, asked: Questions) -> Work:
+        """Estimate the work of `steps` steps, with answers of likely length, none of equal reward."""
+        prompts, answers = rollout_tokens(schedule, steps, asked)
+        prompts_of_training = prompts * (asked.group_size if self.config.chunk_ctx else 1)
+        batch = prompts_of_training + answers
+        reference = FORWARD * batch if self.config.beta else 0.0
+        return Work(schedule.repeats * batch + FORWARD * prompts + reference, answers)
 
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
     ) -> Times:
         asked = data.documents
-        work = training_work(self.config, schedule, steps, asked)
+        work = self._work(schedule, steps, asked)
         read = sum(evaluation_work(data.evaluated) if evaluations else [], start=Work(0)).times(evaluations)
         seconds = (0.0, 0.0, 0.0)
         if speed.tokens:
@@ -155,13 +179,52 @@ class OnRewards(Objective):
 
     @property
     def description(self) -> str:
-        return describe_rewards(self.config)
+        """The loss with its settings.
+
+        "grpo (dapo), 8 answers to a question, of at most 24 tokens; reward exact + 0.5 partial, against the
+        mean of a question's answers, in units of their spread; clip 0.2 and 0.28; no KL"
+        """
+        config = self.config
+        terms = " + ".join(
+            name if weight == 1 else f"{weight:g} {name}" for name, weight in config.rewards.items()
+        ).replace("+ -", "- ")
+        scale = ", in units of their spread" if config.advantage_scale == "group" else ""
+        inner = f"; {config.inner_steps} steps on each draw" if config.inner_steps > 1 else ""
+        return (
+            f"grpo ({config.grpo_type}), {config.group_size} answers to a question, of at most"
+            f" {counted(config.max_tokens, 'token')}; reward {terms}, against the mean of a question's"
+            f" answers{scale}; clip {config.clip_low:g} and {config.clip_high:g}{inner}; {self._kl_text()}"
+        )
+
+    def _kl_text(self) -> str:
+        beta, reference = self.config.beta, self.config.reference
+        if not beta:
+            return "no KL"
+        if reference:
+            return f"KL {beta:g} to {os.path.basename(recorded(reference).rstrip('/'))}"
+        return f"KL {beta:g} to the base, adapter off"
 
     def lines(self, documents: Examples, schedule: Schedule, arch: Arch) -> list[str]:
-        return reward_lines(self.config, arch)
+        config = self.config
+        rows = self.sampled_at_once(arch, config.precision, config.accelerator)
+        read = f"is read once for its {config.group_size} answers, to draw them and to train on them"
+        if config.chunk_ctx:
+            read = "is read once to draw, and before each answer to train on it, as rows run in chunks"
+        return [
+            f"loss       {self.description}",
+            f"prompts    each {read}; {counted(rows, 'answer')} are drawn at once, at temperature 1",
+        ]
 
     def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
-        return [text] if (text := long_answers(documents, tokenizer)) else []
+        """Tell how many reference answers can't be drawn, as they and an end are too long."""
+        lengths = [text_length(tokenizer, question.right) for question in documents.questions]
+        if not (long := sum(length >= documents.max_tokens for length in lengths)):
+            return []
+        return [
+            f"{long:,} of {counted(len(lengths), 'right answer')} {'has' if long == 1 else 'have'} more"
+            f" tokens than --max_tokens {documents.max_tokens}, so that {'it' if long == 1 else 'they'}"
+            " can't be drawn"
+        ]
 
     def trained_text(self, documents: Examples) -> str:
         return " of prompts"
@@ -189,6 +252,6 @@ class OnRewards(Objective):
         return Rewards.of(self.config, template)
 
     def callbacks(self, folder: str) -> list:
-        from .sample_writer import SampleWriter
+        from .samples import SampleWriter
 
         return [SampleWriter(folder)]

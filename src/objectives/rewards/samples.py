@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback
+
+from ...common.files import append_line, read_lines, write_lines
 from ...common.formatting import both_ends
 from ...data.held_out import SAMPLE_CHARACTERS
 from ...evaluation.rewards import Failed
+from .metrics import SAMPLES
 
-SAMPLES = "samples.jsonl"
 LINES = 20  # approximate number in a run
+
+
+class SampleWriter(Callback):
+    """One line each time: the first group of the first process's newest rollout phase.
+
+    {"step", "prompt", "right", "answers": [{"answer", "tokens", "cut", "reward", "reward_NAME",
+    "advantage"}]}
+
+    Where the rewards of the group failed, "failed" says why, and its answers have no rewards.
+    """
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, SAMPLES)
+
+    def on_train_start(self, trainer, module) -> None:
+        if trainer.is_global_zero:
+            # a resumed run does the steps after its checkpoint again
+            write_lines(self.path, read_lines(self.path, trainer.global_step))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        step = trainer.global_step
+        if not trainer.is_global_zero or (index + 1) % module.accumulate:
+            return
+        if is_due(step, module.total_steps, module.config.inner_steps) and module.feed.first_group:
+            append_line(self.path, sample_line(step, module.feed.first_group, module.data.rewards.names))
 
 
 def is_due(step: int, total: int, inner_steps: int) -> bool:
@@ -43,10 +72,3 @@ def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
             answer[f"reward_{name}"] = value
         answer["advantage"] = float(group.advantages[number])
     return line | {"answers": answers}
-
-
-def answer_text(answer: dict[str, Any]) -> str:
-    """Write an answer of a line, in one line: "reward 1, advantage 0.935, 4 tokens: 'abc'"."""
-    known = [f"{name} {answer[name]:.3g}" for name in ("reward", "advantage") if name in answer]
-    known.append(f"{answer['tokens']} tokens{', cut' if answer['cut'] else ''}")
-    return f"{', '.join(known)}: {answer['answer']!r}"

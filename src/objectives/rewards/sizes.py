@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable, Mapping
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
-from ...common.device import PRECISIONS
-from ...config import Config
 from ...config.loss_settings import REWARDS
 from ...data.batches import Schedule
 from ...data.chat_template import begins_thoughts
@@ -35,44 +34,49 @@ LIKELIHOODS = 3
 STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # the most for these
 
 
-def needs_right(config: Config) -> bool:
+def needs_right(rewards: Iterable[str]) -> bool:
     """Tell whether a reward compares with the reference answer. Functions of --reward_file are not known."""
-    return any(name in REWARDS and name not in WITHOUT_RIGHT for name in config.rewards)
+    return any(name in REWARDS and name not in WITHOUT_RIGHT for name in rewards)
 
 
-def longest_answer(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
-    """Choose (max_tokens, why): the most that a reward needs, within a given --ctx_len.
+def longest_answer(
+    loaded: LoadedQuestions,
+    tokenizer: Tokenizer,
+    rewards: Mapping[str, float],
+    reward_length: int,
+    ctx_len: int,
+) -> tuple[int, str]:
+    """Choose (max_tokens, why): the most that a reward needs, within --ctx_len, which is 0 if it is open.
 
     A reward without a limit on the length does not raise the limit of another reward with a weight.
     """
-    telling = [name for name, weight in config.rewards.items() if weight and _tells_length(name)]
-    limits = (_limit(name, config, loaded, tokenizer) for name in telling or config.rewards)
+    telling = [name for name, weight in rewards.items() if weight and _tells_length(name)]
+    limits = (_limit(name, loaded, tokenizer, reward_length) for name in telling or rewards)
     limit, reason = max(limits, key=lambda choice: choice[0])
-    if config.is_automatic("ctx_len"):
+    if not ctx_len:
         return limit, reason
     # half of the row at least: a few long prompts are left out and do not shorten all answers
-    room = max(config.ctx_len + 1 - loaded.longest, config.ctx_len // 2, 1)
+    room = max(ctx_len + 1 - loaded.longest, ctx_len // 2, 1)
     if limit <= room:
         return limit, reason
-    if config.reward_length >= room:
+    if reward_length >= room:
         raise UserError(
-            f"--reward_length {config.reward_length}: --ctx_len {config.ctx_len} has room for answers of"
+            f"--reward_length {reward_length}: --ctx_len {ctx_len} has room for answers of"
             f" {room} tokens, so that none would be too long; raise --ctx_len, or lower --reward_length"
         )
-    return room, f"what --ctx_len {config.ctx_len} has room for"
+    return room, f"what --ctx_len {ctx_len} has room for"
 
 
 def _tells_length(name: str) -> bool:
     return name in REWARDS and name != "regex"
 
 
-def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> tuple[int, str]:
+def _limit(name: str, loaded: LoadedQuestions, tokenizer: Tokenizer, reward_length: int) -> tuple[int, str]:
     """Choose the most tokens of an answer for one reward, and say why."""
     if any(begins_thoughts(question.opening) for question in loaded.questions):
         return THOUGHTS, "the template begins answers with thoughts"
     if name == "length":  # which falls over a fifth of the answer, as in DAPO
-        length = config.reward_length
-        return length + length // 4 + 16, "--reward_length, a quarter more, and 16"
+        return reward_length + reward_length // 4 + 16, "--reward_length, a quarter more, and 16"
     if name in LIMITS:
         return LIMITS[name], f"for the reward {name}"
     if name in REWARDS and name not in WITHOUT_RIGHT:
@@ -81,13 +85,13 @@ def _limit(name: str, config: Config, loaded: LoadedQuestions, tokenizer: Tokeni
     return FREE, f"for the reward {name}, which does not tell how long an answer is"
 
 
-def usual_length(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) -> float:
+def usual_length(loaded: LoadedQuestions, tokenizer: Tokenizer, rewards: Mapping[str, float]) -> float:
     """Estimate the mean tokens of an answer, for the time: half as many again as reference answers have.
 
     It is inf without an estimate: there are no reference answers, or they give only the result of a longer
     answer.
     """
-    if any(weight and name in LIMITS for name, weight in config.rewards.items()):
+    if any(weight and name in LIMITS for name, weight in rewards.items()):
         return math.inf
     if any(begins_thoughts(question.opening) for question in loaded.questions):
         return math.inf
@@ -96,15 +100,15 @@ def usual_length(config: Config, loaded: LoadedQuestions, tokenizer: Tokenizer) 
     return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
 
-def largest_groups(questions: Questions, config: Config) -> BatchSizes:
+def largest_groups(questions: Questions, micro_bsz: int, chunk_ctx: int) -> BatchSizes:
     """Return the sizes of the largest micro-batch, with answers as long as they may be."""
     prompt = int(questions.prompt_lengths.max(initial=1))
-    trained = config.micro_bsz * questions.answer_tokens
+    trained = micro_bsz * questions.answer_tokens
     # of all answers to a question, each after its prompt
     row = questions.group_size * (prompt - 1 + questions.max_tokens)
-    if config.chunk_ctx:
+    if chunk_ctx:
         return BatchSizes(row, trained)
-    shared = SharedPrompts(config.micro_bsz, max(1, prompt - 1), questions.max_tokens, questions.group_size)
+    shared = SharedPrompts(micro_bsz, max(1, prompt - 1), questions.max_tokens, questions.group_size)
     return BatchSizes(row, trained, shared)
 
 
@@ -116,15 +120,6 @@ def rollout_tokens(schedule: Schedule, steps: int, asked: Questions) -> tuple[fl
     passes = steps / schedule.steps_per_pass
     most = passes * sum(schedule.targets)
     return passes * sum(schedule.lengths) - most, most * asked.likely_tokens / asked.max_tokens
-
-
-def training_work(config: Config, schedule: Schedule, steps: int, asked: Questions) -> Work:
-    """Estimate the work of a run of `steps` steps, with answers of likely length, none of equal reward."""
-    prompts, answers = rollout_tokens(schedule, steps, asked)
-    prompts_of_training = prompts * (config.group_size if config.chunk_ctx else 1)
-    batch = prompts_of_training + answers
-    reference = FORWARD * batch if config.beta else 0.0
-    return Work(schedule.repeats * batch + FORWARD * prompts + reference, answers)
 
 
 def evaluation_work(evaluated: Questions) -> list[Work]:
@@ -140,20 +135,3 @@ def rows_at_once(arch: Arch, itemsize: int, accelerator: str, answers: int) -> i
     """
     room = STATE_BYTES[accelerator] // (STATES * state_bytes(arch, 1, itemsize))
     return max(1, min(answers, ROWS[accelerator], room))
-
-
-def rollouts_at_once(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
-    """Count the rollouts that a process samples at once."""
-    answers = config.micro_bsz * config.accumulation * config.group_size
-    return rows_at_once(arch, PRECISIONS[precision].itemsize, accelerator, answers)
-
-
-def rollout_bytes(config: Config, arch: Arch, precision: str, accelerator: str) -> int:
-    """Count the bytes of the states of rollouts that are sampled at once, of the likelihoods of their next
-    tokens, and of prompts that are read meanwhile.
-    """
-    itemsize = PRECISIONS[precision].itemsize
-    a_row = STATES * state_bytes(arch, 1, itemsize) + LIKELIHOODS * 4 * arch.vocab_size
-    prompts = min(TOGETHER, config.micro_bsz * config.accumulation * config.ctx_len)
-    read = READING * itemsize * arch.n_embd * prompts
-    return rollouts_at_once(config, arch, precision, accelerator) * a_row + read
