@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears
 from .errors import UserError, listed
-from .files.checkpoint import (
-    Arch,
-    check_finite,
-    refuse_run_checkpoint,
-    write_checkpoint,
-)
+from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_checkpoint
 from .files.file_kinds import may_replace
 from .files.model_files import read_model
 from .files.untrusted import check_sums
@@ -32,16 +27,10 @@ ADAPTER_FORMAT = "rwkv-miss adapter"
 # the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
 # where torch keeps a module's hooks
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+HOOKS = """
+    _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks
+    _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
+""".split()
 
 
 @dataclasses.dataclass
@@ -483,18 +472,7 @@ def read_described(
     if shown:
         print_notes(notes)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
-        metadata = {
-            "format": ADAPTER_FORMAT,
-            "method": "state",
-            "options": {},
-            "linears": [],
-            "targets": [],
-            "train_parts": [],
-            "arch": None,
-            "base": None,
-            "base_fingerprint": None,
-            "versions": {},
-        }
+        metadata = {"format": ADAPTER_FORMAT, "method": "state", "options": {}, "linears": [], **DEFAULTS}
     return tensors, metadata or {}
 
 

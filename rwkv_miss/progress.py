@@ -24,11 +24,7 @@ BAR, LEAST_BAR = 20, 5  # characters
 
 
 def progress(
-    items: Iterable[T],
-    what: str,
-    total: float | None = None,
-    unit: str = "",
-    shown: bool = True,
+    items: Iterable[T], what: str, total: float | None = None, unit: str = "", shown: bool = True
 ) -> Iterator[T]:
     """Yield the items one by one, with a Progress that counts them; `total` where len() does not tell."""
     if total is None and hasattr(items, "__len__"):

@@ -194,12 +194,7 @@ def weights_line(weights: dict[str, int]) -> list[str]:
 
 
 def overview(
-    config: Config,
-    encoder: Encoder,
-    documents: Examples,
-    figures: dict,
-    lint: Lint,
-    report: Report,
+    config: Config, encoder: Encoder, documents: Examples, figures: dict, lint: Lint, report: Report
 ) -> list[str]:
     """Write the lines about the data as a whole: the files, `figures` of statistics(), and the findings."""
     length = figures["lengths"]

@@ -22,11 +22,7 @@ TOOL = {
     "function": {
         "name": "multiply",
         "description": "Multiplies two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": NUMBER, "b": NUMBER},
-            "required": ["a", "b"],
-        },
+        "parameters": {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}, "required": ["a", "b"]},
     },
 }
 CALLS = [{"type": "function", "function": {"name": "multiply", "arguments": {"a": 6, "b": 7}}}]

@@ -19,23 +19,8 @@ from ..files.output import refuse_inputs
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
 from .base import with_base
-from .formats import FORMATS, ORIGINS, Adapter, Format, Hints, refuse_what_would_be_lost
+from .formats import FORMATS, Adapter, Format, Hints, refuse_what_would_be_lost
 from .source import Source, open_source
-
-__all__ = [
-    "FORMATS",
-    "ORIGINS",
-    "Adapter",
-    "Conversion",
-    "Format",
-    "Hints",
-    "Source",
-    "check_hints",
-    "convert",
-    "format_of",
-    "open_source",
-    "read_any",
-]
 
 NO_HINTS = Hints()
 

@@ -27,19 +27,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # in the header of TENSORS: what save_adapter() records of a training and a peft configuration has no field
 # for
 PROVENANCE = "rwkv_miss_provenance"
-CONSUMED = {
-    "format",
-    "format_version",
-    "method",
-    "options",
-    "layout",
-    "linears",
-    "tied",
-    "targets",
-    "train_parts",
-    "trainable",
-    "origin",
-}
+CONSUMED = set(
+    "format format_version method options layout linears tied targets train_parts trainable origin".split()
+)
 PREFIX = "base_model.model."
 # modules of RWKV that peft can keep a copy of, and their tensors
 MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}

@@ -40,60 +40,24 @@ PARTS = {
 # a tensor with such a name belongs to an adapter, but is not one of PARTS
 FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")
 # fields of a configuration that do not change what the tensors mean, or are read below; others must be empty
-NEUTRAL = {
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "bias",
-    "r",
-    "init_weights",
-    "init_lora_weights",
-}
-# fields about how a LoRA starts or runs
-STARTS = {
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "runtime_config",
-    "qalora_group_size",
-    "ensure_weight_tying",
-}
+NEUTRAL = set(
+    """
+    peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version bias r
+    target_modules exclude_modules layers_to_transform layers_pattern modules_to_save init_weights
+    init_lora_weights
+    """.split()
+)
+# of a LoRA: its factor and dropout, and how it starts or runs
+OF_LORA = """
+    lora_alpha lora_dropout rank_pattern loftq_config eva_config corda_config lora_ga_config megatron_config
+    megatron_core runtime_config qalora_group_size ensure_weight_tying
+"""
 READ = {
-    "MISS": {"miss_dropout", "mini_r"},
-    "BONE": set(),
-    "LORA": (
-        {"lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"} | STARTS
-    ),
-    "ADALORA": (
-        {
-            "lora_alpha",
-            "lora_dropout",
-            "rank_pattern",
-            "target_r",
-            "init_r",
-            "tinit",
-            "tfinal",
-            "deltaT",
-            "beta1",
-            "beta2",
-            "orth_reg_weight",
-            "total_step",
-        }
-        | STARTS
-    ),
-    "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
+    "MISS": "miss_dropout mini_r",
+    "BONE": "",
+    "LORA": OF_LORA + "use_rslora use_dora alpha_pattern",
+    "ADALORA": OF_LORA + "target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step",
+    "VERA": "projection_prng_key save_projection vera_dropout d_initial",
 }
 # initialisations that leave the base as it is
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -125,7 +89,8 @@ class Peft(Format):
             )
         if not isinstance(kind, str) or kind not in READ:
             raise UserError(f"{source.path} is of peft_type {kind!r}; read are: {', '.join(READ)}")
-        unread = [key for key, value in source.config.items() if value and key not in NEUTRAL | READ[kind]]
+        read = NEUTRAL.union(READ[kind].split())
+        unread = [key for key, value in source.config.items() if value and key not in read]
         if unread:
             raise UserError(
                 f"{source.path}: {unread[0]} = {source.config[unread[0]]!r} changes what the adapter does in"

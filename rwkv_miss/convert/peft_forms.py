@@ -52,8 +52,7 @@ def one_rank(adapter: Adapter) -> int:
     if len(ranks) > 1:
         listed = ", ".join(map(str, sorted(ranks)))
         refuse(
-            adapter,
-            f"peft's {adapter.method} has one rank for all linears, and this adapter has {listed}",
+            adapter, f"peft's {adapter.method} has one rank for all linears, and this adapter has {listed}"
         )
     return ranks.pop()
 

@@ -26,11 +26,7 @@ class DoraLinear(LoraLinear):
     """
 
     about = About(
-        "DoRA",
-        "m (W + s B A) / norm - W, row by row",
-        "r (d + k) + d",
-        "B 0, m the norms",
-        "2402.09353",
+        "DoRA", "m (W + s B A) / norm - W, row by row", "r (d + k) + d", "B 0, m the norms", "2402.09353"
     )
     # default_lr is LoRA's: A and B begin as there, with the same gradients
 

@@ -53,8 +53,7 @@ class Options(adapter.Options):
     mini_r: int = option(0, "0; m, which divides d: D is (r, m), the same for every m outputs (peft's mini)")
     magnitude: bool = option(False, "true: the norm of each row is trained apart from its direction (DoRA)")
     expand: bool = option(
-        False,
-        "true: the paper's equation 1, shards of outputs; for comparisons, it keeps the whole input",
+        False, "true: the paper's equation 1, shards of outputs; for comparisons, it keeps the whole input"
     )
 
     def __post_init__(self) -> None:

@@ -275,10 +275,7 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     parts = FileDocuments(files, file[of], begins, np.minimum(rest, limit).astype(np.int32))
     text = np.where(counts > 1, np.arange(len(counts)), -1).astype(np.int32)[of]
     return Documents(
-        parts,
-        None if lost is None else lost[of],
-        text,
-        None if conversation is None else conversation[of],
+        parts, None if lost is None else lost[of], text, None if conversation is None else conversation[of]
     )
 
 

@@ -67,9 +67,7 @@ class JinjaTemplate:
     def __init__(self, name: str, source: str, eos: str):
         self.name, self.record, self.eos = name, source, eos
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[Generation, jinja2.ext.loopcontrols],
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = _to_json

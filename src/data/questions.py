@@ -19,17 +19,7 @@ from .bos import with_bos
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
 from .encode import Encoder
 from .examples import Examples
-from .formats import (
-    BY_NAME,
-    DataSource,
-    LeftOut,
-    Reading,
-    Report,
-    places_text,
-    read_source,
-    sample,
-    sources,
-)
+from .formats import BY_NAME, DataSource, LeftOut, Reading, Report, places_text, read_source, sample, sources
 from .parallel import Converter, parts_of
 from .rwkv_template import DEFAULT
 from .templates import answer_text
@@ -85,9 +75,7 @@ class Questions(Examples):
     def take(self, chosen: np.ndarray) -> Questions:
         """Return the questions at these places."""
         return dataclasses.replace(
-            self,
-            questions=[self.questions[i] for i in chosen],
-            prompts=[self.prompts[i] for i in chosen],
+            self, questions=[self.questions[i] for i in chosen], prompts=[self.prompts[i] for i in chosen]
         )
 
     def too_long_text(self, ctx_len: int) -> str:

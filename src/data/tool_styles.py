@@ -26,16 +26,7 @@ ONLY_A_CALL = "Return only a JSON function call."
 KEYS = ("name", "description", "parameters", "strict", "type")  # of a function
 SIMPLE_TYPES = ("string", "number", "integer", "boolean", "null")
 # parts of a JSON schema that a signature has no words for
-UNWRITABLE = (
-    "properties",
-    "additionalProperties",
-    "patternProperties",
-    "prefixItems",
-    "$ref",
-    "oneOf",
-    "allOf",
-    "not",
-)
+UNWRITABLE = "properties additionalProperties patternProperties prefixItems $ref oneOf allOf not".split()
 # characters that would end a name in a signature are left out
 WORD = re.compile(r"[^\s(),:?|`\"]+")
 

@@ -17,20 +17,10 @@ from rwkv_miss.errors import UserError
 from ..config import FIELDS, Config
 
 # settings that may differ between machines; for paths among them the contents are compared
-OF_A_MACHINE = {
-    "load_model",
-    "reference",
-    "data_file",
-    "eval_file",
-    "reward_file",
-    "proj_dir",
-    "tokenizer",
-    "template",
-    "data_cache",
-    "resume",
-    "wkv",
-    "wandb",
-}
+OF_A_MACHINE = """
+    load_model reference data_file eval_file reward_file proj_dir tokenizer template data_cache resume wkv
+    wandb
+""".split()
 
 
 def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> None:

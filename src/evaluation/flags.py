@@ -189,11 +189,7 @@ def add_preferences(parser: argparse.ArgumentParser) -> None:
             " else none, and there are no rewards"
         ),
     )
-    add(
-        "--beta",
-        type=float,
-        help=f"rewards are beta times the difference of the log p; default {BETA:g}",
-    )
+    add("--beta", type=float, help=f"rewards are beta times the difference of the log p; default {BETA:g}")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -37,12 +37,7 @@ class HarnessModel(LM):
     """
 
     def __init__(
-        self,
-        model: RWKV,
-        tokenizer,
-        template: Template = DEFAULT,
-        bos: tuple[int, ...] = (),
-        seed: int = 0,
+        self, model: RWKV, tokenizer, template: Template = DEFAULT, bos: tuple[int, ...] = (), seed: int = 0
     ):
         super().__init__()
         self.model, self.tokenizer, self.template = model, tokenizer, template

@@ -15,5 +15,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "top_p": 0.28,
         "top_k": 32,
-    },
+    }
 }

@@ -35,10 +35,7 @@ BEFORE_LAYERS = [
     _tensor("token_embd", "same", LARGE, "emb.weight"),
     *_norm("token_embd_norm", "blocks.0.ln0"),
 ]
-AFTER_LAYERS = [
-    *_norm("output_norm", "ln_out"),
-    _tensor("output", "same", LARGE, "head.weight"),
-]
+AFTER_LAYERS = [*_norm("output_norm", "ln_out"), _tensor("output", "same", LARGE, "head.weight")]
 LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
     *_norm("attn_norm_2", "ln2"),

@@ -56,10 +56,7 @@ def fla_files(
     """Write rwkv7-hf's tokenizer, whose vocabulary is a file in World format, or copy a tokenizer.json."""
     notes: list[str] = []
     if isinstance(tokenizer, JsonTokenizer):
-        described: dict[str, object] = {
-            "tokenizer_class": FAST,
-            "eos_token": tokenizer.decode(tokenizer.eod),
-        }
+        described: dict[str, object] = {"tokenizer_class": FAST, "eos_token": tokenizer.decode(tokenizer.eod)}
         table, content = TOKENIZER, Path(tokenizer.name).read_bytes()
         if bos:
             content = _begun(content, described, tokenizer, bos)

@@ -78,12 +78,7 @@ def common_config(arch: Arch) -> dict[str, object]:
 
 def official_config(arch: Arch, dtype: str, ids: Mapping[str, int | None]) -> dict[str, object]:
     """Build config.json of the official layout; `ids` are those of special_ids()."""
-    return {
-        **common_config(arch),
-        **ids,
-        "architectures": ["Rwkv7ForCausalLM"],
-        "dtype": dtype,
-    }
+    return {**common_config(arch), **ids, "architectures": ["Rwkv7ForCausalLM"], "dtype": dtype}
 
 
 def special_ids(begin: int | None, end: int | None) -> dict[str, int | None]:

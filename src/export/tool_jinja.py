@@ -116,14 +116,7 @@ INDENTED_CALL = (
 # style -> macros, text before, in, between and after the tools, a call
 PARTS = {
     "json": (COMPACT, "Tools:\n[\n", JSON_TOOL, ",\n", f"\n]\n{ONLY_A_CALL}", SHORT_CALL),
-    "signatures": (
-        COMPACT + SIGNATURES,
-        "Tools:\n",
-        SIGNATURE_TOOL,
-        "\n",
-        f"\n{ONLY_A_CALL}",
-        SHORT_CALL,
-    ),
+    "signatures": (COMPACT + SIGNATURES, "Tools:\n", SIGNATURE_TOOL, "\n", f"\n{ONLY_A_CALL}", SHORT_CALL),
     "markdown": ("", "", MARKDOWN_TOOL, "\n\n", "", INDENTED_CALL),
     "hermes": ("", "<tools>\n", HERMES_TOOL, "\n", "\n</tools>", SPACED_CALL),
 }

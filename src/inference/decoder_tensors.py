@@ -10,28 +10,15 @@ from torch import Tensor
 
 from rwkv_miss.files.checkpoint import Arch
 
-MODEL = (
-    "emb.weight",
-    "blocks.0.ln0.weight",
-    "blocks.0.ln0.bias",
-    "ln_out.weight",
-    "ln_out.bias",
-    "head.weight",
-)
+MODEL = "emb.weight blocks.0.ln0.weight blocks.0.ln0.bias ln_out.weight ln_out.bias head.weight".split()
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
 # members of Layer6 and Layer7 of cuda/decode_cpu.h
 LAYER = {
     6: (
         *NORMS,
         *(f"att.time_maa_{name}" for name in "xwkvrg"),
-        "att.time_decay",
-        "att.time_faaaa",
-        "ffn.time_maa_k",
-        "ffn.time_maa_r",
-        "att.time_maa_w1",
-        "att.time_maa_w2",
-        "att.time_decay_w1",
-        "att.time_decay_w2",
+        *("att.time_decay", "att.time_faaaa", "ffn.time_maa_k", "ffn.time_maa_r"),
+        *(f"att.time_{name}_w{i}" for name in ("maa", "decay") for i in (1, 2)),
         *(f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")),
         *(f"ffn.{name}.weight" for name in ("key", "receptance", "value")),
     ),

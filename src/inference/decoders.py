@@ -65,12 +65,7 @@ def fastest(
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
     _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
     decoder = Decoder(
-        model,
-        rows,
-        adapters,
-        int8=int8,
-        huge_pages=huge_pages != "no",
-        bf16_activations=bf16_activations,
+        model, rows, adapters, int8=int8, huge_pages=huge_pages != "no", bf16_activations=bf16_activations
     )
     if decoder.region:
         pages = decoder.region.describe()

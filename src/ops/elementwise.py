@@ -99,12 +99,7 @@ def readout7(
 
 
 def shift_mix(
-    z: Tensor,
-    last: Tensor,
-    reset: Tensor | None,
-    mixes: list[Tensor],
-    native: str,
-    again: Sequence[int] = (),
+    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: str, again: Sequence[int] = ()
 ) -> Sequence[Tensor]:
     """Mix z with the token before. The outputs numbered `again` are returned twice, for a second use of each.
 

@@ -212,14 +212,7 @@ def _mix7_readout(tensors, heads, eps, trained):
     check_sizes("mix7", tensors)
     given, vectors, after = tensors[:5], tensors[5:8], [*tensors[8:], *made[:3]]
     call(
-        "mix7_readout_backward",
-        tensors[0],
-        given,
-        vectors,
-        after,
-        made[3:] if trained else None,
-        heads,
-        eps,
+        "mix7_readout_backward", tensors[0], given, vectors, after, made[3:] if trained else None, heads, eps
     )
     return made
 

@@ -128,10 +128,7 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
 
 
 def addresses(
-    function: str,
-    device: torch.device,
-    tensors: Sequence[Tensor | list[Tensor] | None],
-    copies: list[Tensor],
+    function: str, device: torch.device, tensors: Sequence[Tensor | list[Tensor] | None], copies: list[Tensor]
 ) -> list:
     """Return the tensors' addresses in as few calls as possible: a C array for a list, null for None.
 

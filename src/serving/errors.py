@@ -5,13 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-INVALID, AUTHENTICATION, RATE, SERVER = (
-    "invalid_request_error",
-    "authentication_error",
-    "rate_limit_error",
-    "server_error",
-)
-
 
 class Refused(Exception):
     """Refusal of a request.
@@ -33,16 +26,15 @@ class Refused(Exception):
 
     def as_object(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
-        kinds = {401: AUTHENTICATION, 429: RATE}
-        kind = kinds.get(self.status, SERVER if self.status >= 500 else INVALID)
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
-        }
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        others = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = kinds.get(self.status, others)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def wrong(param: str, message: str, code: str | None = "invalid_value") -> Refused:
+def wrong(param: str, message: str) -> Refused:
     """Make the refusal of a field's value."""
-    return Refused(400, f"{param}: {message}", param, code)
+    return Refused(400, f"{param}: {message}", param, "invalid_value")
 
 
 def failed(message: str) -> Refused:

@@ -11,15 +11,9 @@ from ..common.formatting import short
 from .errors import Refused, wrong
 
 # fields of clients that change no answer here, and that nobody misses
-HARMLESS = {
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-}
+HARMLESS = set(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention".split()
+)
 LARGEST_SEED = 2**63
 
 
@@ -93,8 +87,8 @@ class Fields:
             raise self.refuse(name, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def choice(self, name: str, choices: Collection[str], default: str | None = None) -> str | None:
-        value = self.text(name, default)
+    def choice(self, name: str, choices: Collection[str]) -> str | None:
+        value = self.text(name)
         if value is not None and value not in choices:
             raise self.refuse(name, value, f"one of {', '.join(choices)}")
         return value

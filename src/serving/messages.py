@@ -12,13 +12,7 @@ from .errors import Refused
 from .fields import Fields
 
 # OpenAI's newer name of the system's role
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:

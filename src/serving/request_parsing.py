@@ -258,9 +258,7 @@ def _stops(fields: Fields) -> list[str]:
     fits = isinstance(stops, list) and len(stops) <= MOST_STOPS
     if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise fields.refuse(
-            "stop",
-            value,
-            f"a text, or at most {MOST_STOPS} of them, each of 1 to {LONGEST_STOP} characters",
+            "stop", value, f"a text, or at most {MOST_STOPS} of them, each of 1 to {LONGEST_STOP} characters"
         )
     return stops
 
