@@ -28,7 +28,6 @@ with importing():
     from scripts.many_samples import Scores, scores_of
     from src.common.device import choose_accelerator, choose_precision
     from src.common.files import write_lines
-    from src.config import Config
     from src.data.bos import bos_ids, text_of
     from src.data.chat_template import Template
     from src.data.encode import Encoder
@@ -139,7 +138,7 @@ def encoder_for(args: argparse.Namespace) -> Encoder:
     """Make the encoder of the rows, as the adapters record it, else the model. No weight is read."""
     arch = Arch.detect(read_model_file(args.model))
     if args.reference:
-        check_reference(Config(load_model=args.model, reference=args.reference), arch)
+        check_reference(args.reference, args.model, arch.vocab_size)
     chosen = {}
     for adapter in args.adapter or [None]:
         files = [path for path in (adapter, args.model) if path]

@@ -78,7 +78,7 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
     """Write a model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time,
     layers kept or recomputed; and beside an nf4 base."""
     arch = default_arch(7, n_layer, n_embd)
-    trainable = model_on_meta(arch, Config()).injection.trainable
+    trainable = model_on_meta(arch, Config().adapter).injection.trainable
     kept, *others = (
         memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in RUNS
     )

@@ -120,20 +120,21 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
         return estimate(settings, arch, schedule, plan.data.documents)
 
     def fits(changed: Config) -> bool:
-        return needed(memory_of(changed), changed, device.accelerator) <= USABLE * device.memory
+        return needed(memory_of(changed), changed.devices, device.accelerator) <= USABLE * device.memory
 
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and typed.is_automatic("ctx_len"):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     speed = find_speed(ours, plan)
-    return Needs(plan, model_on_meta(arch, config), memory_of(config), fix, speed, run_cost(plan, speed))
+    model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
+    return Needs(plan, model, memory_of(config), fix, speed, cost)
 
 
 def show(found: Needs) -> None:
     plan, cost = found.plan, found.cost
     config, device, data, schedule = plan.settings, plan.device, plan.data, plan.schedule
-    arch, longest = plan.arch, max(schedule.lengths)
-    if slow := slow_line(config, arch, device.kernel, device.kernel_reason, longest):
+    arch = plan.arch
+    if slow := slow_line(plan):
         print(slow)
     print(plan_text.base(config, arch, found.memory["base"]))
     print(f"trained    {plan_text.trained(config, found.model)}")
@@ -209,7 +210,7 @@ def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
         return Speed(recorded_speed(ours.metrics), source=f"the median of {ours.metrics}")
     if not plan.device.here:
         return Speed(0.0, source="the device is not here")
-    return speed_here(plan.arch, plan.settings, plan.schedule)
+    return speed_here(plan)
 
 
 def recorded_speed(path: str) -> float:
@@ -226,12 +227,7 @@ def recorded_speed(path: str) -> float:
 def describe_time(cost: Cost, speed: Speed) -> str:
     if not speed.tokens:
         return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
-    parts = {
-        "evaluation": cost.evaluation_seconds,
-        "the reference": cost.reference_seconds,
-        "drawing": cost.drawing_seconds,
-    }
-    beside = "".join(f", {duration_text(seconds)} of {part}" for part, seconds in parts.items() if seconds)
+    beside = "".join(f", {time} of {part}" for part, time in cost.parts.items())
     return (
         f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"
         f" {speed.tokens:,.0f} tokens/s{beside} ({'; '.join(filter(None, (speed.source, cost.provided)))})"

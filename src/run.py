@@ -149,7 +149,7 @@ def prepare(
     reward_digest = try_rewards(draft.config, template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
-    evaluated = choose_evaluation(draft, schedule, data.held_out, before)
+    evaluated = choose_evaluation(draft, schedule, data.held_out, bool(before and not before.eval_steps))
     choose_rate(draft, arch, found, schedule)
     draft.put(**{name: draft.config.value_or_zero(name) for name in ("eval_steps", "early_stop")})
     return Plan(
@@ -211,7 +211,7 @@ def train_in_folder(
     """Do train() in a folder that is locked already. The command began at `started`."""
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
-    cost = run_cost(plan, speed_here(plan.arch, config, plan.schedule)) if is_first_process() else None
+    cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
     torch.manual_seed(config.random_seed)
     model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
     first_step = checkpoint_step(resume_from) if resume_from else 0

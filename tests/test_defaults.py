@@ -78,7 +78,7 @@ def test_a_narrow_model_gets_a_small_rank(method, width, rank):
     ],
 )
 def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents, settings, held):
-    share, reason = held_out_share(Config(**settings), documents)
+    share, reason = held_out_share(documents, "document", **{"eval_file": "", "eval_steps": 0} | settings)
     assert round(share * documents) == held and f"{share:.2g}" == f"{share:g}"
     none = "--eval_file is given" if settings else "99 documents, too few to leave some out"
     assert reason == (f"{held} documents of {documents:,}" if held else none)

@@ -25,7 +25,6 @@ from src.planning.job import (
     memory_of,
     plan_steps,
     read_data,
-    steps_of,
 )
 
 ENCODER = Encoder(load_tokenizer("bytes", 256))
@@ -93,14 +92,15 @@ def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_o
     schedule = plan_steps(draft, None, DEVICE, data(rows, held_out))
     config = draft.config
     assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
-    assert steps_of(config, schedule) == length[0] * rows / 8
+    assert config.total_steps(schedule.steps_per_pass) == length[0] * rows / 8
     assert draft.config.origins["warmup_steps"] == "chosen: 5% of the run"
 
 
 def test_an_epoch_is_the_data_once_or_so_many_steps():
     schedule = make_schedule(documents(10), Config(packing=False, ctx_len=256, micro_bsz=4), 1)
-    assert steps_of(Config(epoch_count=1), schedule) == 3 and steps_of(Config(epoch_count=2), schedule) == 6
-    assert steps_of(Config(epoch_count=2, epoch_steps=5), schedule) == 10
+    assert schedule.steps_per_pass == 3
+    assert [Config(epoch_count=count).total_steps(3) for count in (1, 2)] == [3, 6]
+    assert Config(epoch_count=2, epoch_steps=5).total_steps(3) == 10
 
 
 @pytest.mark.parametrize("missing", ["data_file", "eval_file"])

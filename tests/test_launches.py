@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import types
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import ops
 from src.config import Config
+from src.planning.job import Device
 from src.planning.launches import slow_line, wkv_launches
 
 from .conftest import make_arch
@@ -43,10 +45,17 @@ def test_launches_of_wkv_in_plain_torch(version, tokens):
     assert seen.count == pytest.approx(wkv_launches(version, tokens), rel=0.1)
 
 
+def planned(config, arch, reason="as asked", kernel="torch"):
+    """What slow_line() reads of a Plan."""
+    device = Device(config.accelerator, "bf16", "", kernel, reason)
+    rows = types.SimpleNamespace(lengths=[1024])
+    return types.SimpleNamespace(settings=config, arch=arch, device=device, schedule=rows)
+
+
 def test_a_run_without_native_kernels_says_what_it_costs():
     arch = make_arch(7, n_layer=24, n_embd=2048, head_size=64)
     config = Config(accelerator="gpu", micro_bsz=8, grad_cp=0, peft="miss")
-    line = slow_line(config, arch, "torch", "auto: the chunked form, because no nvcc: pip install it", 1024)
+    line = slow_line(planned(config, arch, "auto: the chunked form, because no nvcc: pip install it"))
     launches, times = re.search(
         r"starts ([\d,]+) kernels a micro-batch, .* at least ([\d.]+) times", line
     ).groups()
@@ -55,6 +64,6 @@ def test_a_run_without_native_kernels_says_what_it_costs():
     assert float(times) == pytest.approx(1 + int(launches.replace(",", "")) * 5e-6 / 0.396, rel=0.05)
     assert line.endswith("because no nvcc: pip install it") and line.startswith("slow       ")
     chunked = dataclasses.replace(config, chunk_ctx=256)
-    assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(chunked, arch, "torch", "as asked", 1024)
-    assert slow_line(config, arch, "cuda", "", 1024) == ""
-    assert slow_line(Config(accelerator="cpu"), arch, "torch", "", 1024) == ""
+    assert f"{24 * 4 * wkv_launches(7, 256):,} kernels" in slow_line(planned(chunked, arch))
+    assert slow_line(planned(config, arch, kernel="cuda")) == ""
+    assert slow_line(planned(Config(accelerator="cpu"), arch)) == ""

@@ -309,10 +309,7 @@ def test_stage_3_leaves_no_holes_in_the_heap_of_a_cpu():
 
 def test_the_processes_of_a_cpu_share_its_memory():
     parts = {"base": 100.0, "working": 20.0}
-    assert (
-        memory.needed(parts, Config(devices=3), "cpu") == 360
-        and memory.needed(parts, Config(devices=3), "gpu") == 120
-    )
+    assert memory.needed(parts, 3, "cpu") == 360 and memory.needed(parts, 3, "gpu") == 120
 
 
 def test_free_is_what_machine_and_container_have_with_what_is_held_already(monkeypatch):

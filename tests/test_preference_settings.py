@@ -161,16 +161,16 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
     path = str(tmp_path / "other.pth")
     config = Config(load_model="base.pth", reference=path)
     torch.save(random_tensors(make_arch(6, vocab_size=base.vocab_size)), path)
-    check_reference(config, base)  # of another version and size
+    check_reference(config.reference, config.load_model, base.vocab_size)  # of another version and size
     torch.save(random_tensors(make_arch(7, vocab_size=base.vocab_size + 3)), path)
     with pytest.raises(UserError, match=f"vocabulary of {base.vocab_size + 3} tokens, base.pth one of"):
-        check_reference(config, base)
+        check_reference(config.reference, config.load_model, base.vocab_size)
     write_checkpoint(path, [], {"format": "rwkv-miss adapter", "base": "base.pth"})
     with pytest.raises(UserError, match="--reference .*is an adapter; merge it .*--base base.pth --adapter"):
-        check_reference(config, base)
+        check_reference(config.reference, config.load_model, base.vocab_size)
     os.remove(path)
     with pytest.raises(UserError, match=f"--reference {path} does not exist"):
-        check_reference(config, base)
+        check_reference(config.reference, config.load_model, base.vocab_size)
 
 
 # the flags of other trainers

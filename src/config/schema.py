@@ -327,6 +327,10 @@ class Config(LossSettings):
         """Rows of all processes in one optimizer step."""
         return self.micro_bsz * self.world * self.accumulation
 
+    def total_steps(self, steps_per_pass: int) -> int:
+        """Count the optimizer steps of the run, on data that have `steps_per_pass`."""
+        return self.epoch_count * (self.epoch_steps or steps_per_pass)
+
     def is_automatic(self, name: str) -> bool:
         """Tell whether a setting is left to the program, and has not been chosen yet."""
         return FIELDS[name].metadata["automatic"] and getattr(self, name) == FIELDS[name].default

@@ -52,30 +52,30 @@ def read_base(draft: Draft):
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
     check_parts("--lr_map", config.lr_map, trained)
     if config.reference:
-        check_reference(config, arch)
+        check_reference(config.reference, config.load_model, arch.vocab_size)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 
-def check_reference(config: Config, arch: Arch) -> None:
+def check_reference(reference: str, load_model: str, vocab_size: int) -> None:
     """Raise UserError unless --reference is a whole model, of any size, with the base's vocabulary."""
-    if not os.path.exists(config.reference):
-        raise UserError(f"--reference {config.reference} does not exist{hint(config.reference)}")
-    _, metadata = read_described(config.reference, shown=False)
+    if not os.path.exists(reference):
+        raise UserError(f"--reference {reference} does not exist{hint(reference)}")
+    _, metadata = read_described(reference, shown=False)
     if metadata.get("format") == ADAPTER_FORMAT:
         base = metadata.get("base") or "BASE"
         raise UserError(
-            f"--reference {config.reference} is an adapter; merge it into its base first (python -m rwkv_miss"
-            f" merge --base {base} --adapter {config.reference} --out merged.pth), and give the merged file"
+            f"--reference {reference} is an adapter; merge it into its base first (python -m rwkv_miss"
+            f" merge --base {base} --adapter {reference} --out merged.pth), and give the merged file"
         )
-    tensors = read_model_file(config.reference)
+    tensors = read_model_file(reference)
     other = Arch.detect(tensors)
-    if other.vocab_size != arch.vocab_size:
+    if other.vocab_size != vocab_size:
         raise UserError(
-            f"--reference {config.reference} has a vocabulary of {other.vocab_size} tokens,"
-            f" {config.load_model} one of {arch.vocab_size}; give a model with the same vocabulary"
+            f"--reference {reference} has a vocabulary of {other.vocab_size} tokens,"
+            f" {load_model} one of {vocab_size}; give a model with the same vocabulary"
         )
     with torch.device("meta"):
-        RWKV(other).check(tensors, config.reference)
+        RWKV(other).check(tensors, reference)
 
 
 def template_of_run(draft: Draft, tokenizer: Tokenizer | None) -> Template:

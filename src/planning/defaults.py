@@ -67,19 +67,22 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0, word: str = "docume
     return shorter, reason
 
 
-def longest_uncut(config: Config) -> float:
-    """Return the inputs of the longest uncut conversation, before or after the length of rows is chosen."""
-    return config.value_or_zero("ctx_len") or (math.inf if config.chunk_ctx else LONGEST)
+def longest_uncut(ctx_len: int, chunk_ctx: int) -> float:
+    """Return the inputs of the longest uncut conversation, with a ctx_len of 0 before it is chosen."""
+    return ctx_len or (math.inf if chunk_ctx else LONGEST)
 
 
-def held_out_share(config: Config, documents: int) -> tuple[float, str]:
-    """Choose (eval_split, why). The share has two digits, so that it can be given as a flag."""
-    if config.eval_file:
+def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -> tuple[float, str]:
+    """Choose (eval_split, why). The share has two digits, so that it can be given as a flag.
+
+    `word` is the name of a document.
+    """
+    if eval_file:
         return 0.0, "--eval_file is given"
-    if documents < HELD_OUT and not config.value_or_zero("eval_steps"):
-        return 0.0, f"{counted(documents, objective_of(config).word)}, too few to leave some out"
+    if documents < HELD_OUT and not eval_steps:
+        return 0.0, f"{counted(documents, word)}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
-    return share, f"{counted(max(1, round(share * documents)), objective_of(config).word)} of {documents:,}"
+    return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
 
 def passes(steps: int, held_out: bool) -> tuple[int, str]:
@@ -105,7 +108,7 @@ def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
         if count > 1 and draft.config.eval_steps > 0:
             a_pass = -(-steps_per_pass // draft.config.eval_steps)  # evaluations in it
             draft.choose("early_stop", a_pass, "a pass without a better evaluation ends the run")
-    steps = draft.config.epoch_count * (epoch_steps or steps_per_pass)
+    steps = draft.config.total_steps(steps_per_pass)
     draft.choose("warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
 
 
@@ -192,7 +195,7 @@ def cheapest_fix(
     """
     for changes in _remedies(config, precision, tokens):
         changed = dataclasses.replace(config, **changes)
-        for rows, passes in _halvings(changed):
+        for rows, passes in _halvings(changed.micro_bsz, changed.accumulation):
             if not fits(dataclasses.replace(changed, micro_bsz=rows, accumulate_grad_batches=passes)):
                 continue
             if rows == config.micro_bsz:
@@ -203,9 +206,8 @@ def cheapest_fix(
     return None
 
 
-def _halvings(config: Config) -> Iterator[tuple[int, int]]:
+def _halvings(rows: int, passes: int) -> Iterator[tuple[int, int]]:
     """Yield (micro_bsz, accumulate_grad_batches) with the same rows in a step; most rows at once first."""
-    rows, passes = config.micro_bsz, config.accumulation
     yield rows, passes
     while rows % 2 == 0:
         rows, passes = rows // 2, passes * 2

@@ -10,6 +10,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.progress import duration_text
 
 from .. import ops
 from ..common.available_memory import all_memory, free_memory
@@ -95,12 +96,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return steps_of(self.settings, self.schedule)
-
-
-def steps_of(config: Config, schedule: Schedule) -> int:
-    """Count the optimizer steps of a run with these settings on the rows of the schedule."""
-    return config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
+        return self.settings.total_steps(self.schedule.steps_per_pass)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +114,23 @@ class Cost:
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
     provided: str = ""  # the assumption of the time, as "if ..."
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """Time of each part of the run that takes any, beside the steps."""
+        seconds = {
+            "evaluation": self.evaluation_seconds,
+            "the search for the rate": self.search_seconds,
+            "the reference": self.reference_seconds,
+            "drawing": self.drawing_seconds,
+        }
+        return {part: duration_text(time) for part, time in seconds.items() if time}
+
 
 def run_cost(plan: Plan, speed: Speed) -> Cost:
     """Estimate the cost of a run at this speed."""
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
     documents, steps, objective = plan.data.documents, plan.steps, objective_of(plan.settings)
-    memory = needed(estimate(config, arch, schedule, documents), config, device.accelerator)
+    memory = needed(estimate(config, arch, schedule, documents), config.devices, device.accelerator)
     room = USABLE * memory_of(device, config.world)
     data = TrainingData(documents, plan.data.held_out, plan.evaluated, plan.data.encoder)
     times = evaluations(steps, config.eval_steps) if plan.evaluated else 0
@@ -148,7 +155,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
 
 def device_here(config: Config, head_size: int) -> Device:
     """Describe the device at hand. Raises UserError if the requested one is not here."""
-    check_packages(config)
+    check_packages(config.strategy, config.chunk_ctx)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     if accelerator == "gpu" and local_rank():
         # kernels are tested on the GPU of this process, which takes no memory of another's
@@ -157,21 +164,21 @@ def device_here(config: Config, head_size: int) -> Device:
     return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
 
 
-def check_packages(config: Config) -> None:
+def check_packages(strategy: str, chunk_ctx: int) -> None:
     """Raise UserError if DeepSpeed is absent, or if torch is too old for chunks under stage 3.
 
     The single backward of a row in chunks needs gradient accumulators that older versions lack.
     """
-    if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+    if strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install"
+            f"--strategy {strategy} needs the package deepspeed, which runs on Linux; pip install"
             " deepspeed, or use auto or ddp"
         )
-    stage_3 = config.strategy.startswith("deepspeed_stage_3")
-    if config.chunk_ctx and stage_3 and torch.__version__ < STAGE_3_CHUNKS:
+    stage_3 = strategy.startswith("deepspeed_stage_3")
+    if chunk_ctx and stage_3 and torch.__version__ < STAGE_3_CHUNKS:
         needed = ".".join(map(str, STAGE_3_CHUNKS))
         raise UserError(
-            f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is"
+            f"--chunk_ctx with --strategy {strategy} needs torch {needed} or newer, here it is"
             f" {torch.__version__}; "
             f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp'
         )
@@ -203,7 +210,8 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     longest, texts, word = objective_of(draft.config).longest(loaded)
     draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
     documents = objective_of(draft.config).examples(loaded)
-    draft.choose("eval_split", *held_out_share(config, len(documents)))
+    word, eval_steps = objective_of(config).word, config.value_or_zero("eval_steps")
+    draft.choose("eval_split", *held_out_share(len(documents), word, config.eval_file, eval_steps))
     config, objective = draft.config, objective_of(draft.config)
 
     def load_held_out(path: str) -> Examples:
@@ -223,20 +231,19 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
 
 
 def choose_evaluation(
-    draft: Draft, schedule: Schedule, held_out: Examples, before: Config | None = None
+    draft: Draft, schedule: Schedule, held_out: Examples, goes_without: bool = False
 ) -> Examples:
     """Choose the held-out documents for evaluations, and fill in their number.
 
-    `before` are the settings of a run that is resumed.
+    `goes_without`: the run is resumed, and has had no evaluations between the first and the last.
     """
     if not held_out:
         return held_out
     order, config = in_hash_order(held_out, draft.config.random_seed), draft.config
-    steps, objective = steps_of(config, schedule), objective_of(config)
+    steps, objective = config.total_steps(schedule.steps_per_pass), objective_of(config)
     costs = objective.evaluation_costs(held_out.take(order))
     budget = objective.evaluation_budget(held_out, schedule, steps)
-    # a run that is resumed without them so far has no others
-    if objective.evaluations_between and (before is None or before.eval_steps):
+    if objective.evaluations_between and not goes_without:
         taken = costs[: config.value_or_zero("eval_docs") or None]
         choose_eval_steps(draft, steps, budget / taken.sum())
     fits = paid_for(costs, budget / evaluations(steps, draft.config.value_or_zero("eval_steps")))
@@ -290,7 +297,7 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     one_by_one = make_schedule(data.documents, single_rows, config.world)
 
     def bytes_needed(tried: Config) -> float:
-        return needed(estimate(tried, arch, one_by_one, data.documents), tried, device.accelerator)
+        return needed(estimate(tried, arch, one_by_one, data.documents), tried.devices, device.accelerator)
 
     room = USABLE * memory_of(device, config.world)
     choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
@@ -316,7 +323,7 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
 
     In a trial every process trains the whole model by itself, without ZeRO.
     """
-    steps = steps_of(config, schedule)
+    steps = config.total_steps(schedule.steps_per_pass)
     if obstacle := objective_of(config).no_search():
         return obstacle
     if search_size(steps) is None:
@@ -329,7 +336,7 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
         parts = estimate(alone, arch, schedule)
         # beside an adapter the run has more copies later than this, for --rollback_steps
         copy = parts["trained"] if config.peft == "none" and device.accelerator == "cpu" else 0.0
-        size = needed(parts | {"copy": copy}, alone, device.accelerator)
+        size = needed(parts | {"copy": copy}, config.devices, device.accelerator)
         room = USABLE * memory_of(device, config.world)
         if size > room:
             return f"a trial needs {size_text(size)} of memory, and {size_text(room)} may be used"

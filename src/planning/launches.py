@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rwkv_miss.files.checkpoint import Arch
-
-from ..config import Config
+from .job import Plan
 
 MICROSECONDS = 5.0  # for Python and torch to start one kernel
 PRODUCTS = 1e14  # FLOP a second; an RTX 4090 does about this in half precision, an H100 several times it
@@ -22,9 +20,10 @@ def wkv_launches(version: int, tokens: int, forwards: int = 1) -> int:
     return forwards * (first + each * chunks) + last + back * chunks
 
 
-def slow_line(config: Config, arch: Arch, kernel: str, reason: str, tokens: int) -> str:
-    """Warn about a run on a GPU without native kernels, with rows of `tokens`; "" for any other run."""
-    if config.accelerator != "gpu" or kernel != "torch":
+def slow_line(plan: Plan) -> str:
+    """Warn about a run on a GPU without native kernels; "" for any other run."""
+    config, arch, device, tokens = plan.settings, plan.arch, plan.device, max(plan.schedule.lengths)
+    if device.accelerator != "gpu" or device.kernel != "torch":
         return ""
     recomputed = config.grad_cp > 0
     part = min(tokens, config.chunk_ctx or tokens)
@@ -32,6 +31,7 @@ def slow_line(config: Config, arch: Arch, kernel: str, reason: str, tokens: int)
     # a layer has about 12 C^2 weights: forward and gradient of the input, and of the weights where all train
     products = 2 * (2 + recomputed + (config.peft == "none")) * 12 * arch.n_embd**2 * arch.n_layer
     times = 1 + launches * MICROSECONDS * 1e-6 / (products * config.micro_bsz * tokens / PRODUCTS)
+    reason = device.kernel_reason
     help = reason.removeprefix("auto: ") if reason.startswith("auto: ") else "--wkv auto takes native ones"
     return (
         f"slow       no native kernels on the GPU: WKV starts {launches:,} kernels a micro-batch, at"

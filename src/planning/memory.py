@@ -11,7 +11,7 @@
 | activations | what the layers keep for the backward                          | step_bytes, counted
 | working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
 | update      | what DeepSpeed's optimizer step needs beyond all of the step   | update_bytes
-| reference   | what --reference and its pass need beyond all above            | reference_bytes
+| reference   | what --reference and its pass need beyond all above            | reference_weights, step_bytes
 | drawing     | what drawing answers needs beyond activations and working      | sampling_bytes
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
@@ -64,11 +64,11 @@ class Zero(NamedTuple):
     world: int
 
     @classmethod
-    def of(cls, config: Config, accelerator: str) -> Zero:
+    def of(cls, strategy: str, world: int, accelerator: str) -> Zero:
         """Read it from --strategy."""
-        is_zero = config.strategy.startswith("deepspeed")
-        stage = int(config.strategy[len("deepspeed_stage_")]) if is_zero else 0
-        return cls(stage, config.strategy.endswith("_offload") and accelerator == "gpu", config.world)
+        is_zero = strategy.startswith("deepspeed")
+        stage = int(strategy[len("deepspeed_stage_")]) if is_zero else 0
+        return cls(stage, strategy.endswith("_offload") and accelerator == "gpu", world)
 
     def share(self, size: float, from_stage: int, offloaded: bool = False) -> float:
         """Return one process's bytes on its device of tensors that are divided from a stage on."""
@@ -94,11 +94,11 @@ def memory_parts(
     `targets` are the trained tokens of a micro-batch, and `prompts` its sizes if prompts are read once.
     `documents` are the lengths of those in each of its rows. `step` is the result of step_bytes(), if known.
     """
-    model = model_on_meta(arch, config)
+    model = model_on_meta(arch, config.adapter)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    zero = Zero.of(config, accelerator)
+    zero = Zero.of(config.strategy, config.world, accelerator)
     stage, offload = zero.stage, zero.offload
     full = config.peft == "none"
     base_size = 4 if full else PRECISIONS[precision].itemsize
@@ -138,12 +138,15 @@ def memory_parts(
         # it is over before the forward begins
         of_step = parts["activations"] + parts["working"]
         parts["drawing"] = max(0.0, sampling - of_step)
+    held = reference_weights(config.reference, config.quant, base_size) if config.reference else 0
     if config.reference and objective.keeps_reference:
-        parts["reference"] = held_by_reference(config, precision)
+        parts["reference"] = held
     elif config.reference:
         # the pass is over before there are gradients, moments, copies and a step
         rest = sum(size for name, size in parts.items() if name not in ("base", "trained"))
-        of_pass = reference_bytes(config, kernel, precision, accelerator, row, targets)
+        other = reference_arch(config.reference)
+        forward = step_bytes(other, config, kernel, precision, row, targets, backward=False)
+        of_pass = held + forward.peak + allocator_waste(forward, accelerator)
         parts["reference"] = max(0.0, of_pass - rest)
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
@@ -161,21 +164,11 @@ def update_bytes(zero: Zero, trained: int, accelerator: str) -> float:
     return max(most, 4 * trained + share) if zero.stage == 1 else most
 
 
-def reference_bytes(
-    config: Config, kernel: str, precision: str, accelerator: str, row: int, targets: int
-) -> float:
-    """Count the bytes of the model of --reference and of its pass without gradients."""
-    arch = reference_arch(config.reference)
-    forward = step_bytes(arch, config, kernel, precision, row, targets, backward=False)
-    return held_by_reference(config, precision) + forward.peak + allocator_waste(forward, accelerator)
-
-
-def held_by_reference(config: Config, precision: str) -> float:
-    """Count the bytes of the weights of --reference."""
+def reference_weights(reference: str, quant: str, size: int) -> float:
+    """Count the bytes of the weights of --reference, of `size` bytes each where they are not quantised."""
     with torch.device("meta"):
-        model = RWKV(reference_arch(config.reference))
-    size = 4 if config.peft == "none" else PRECISIONS[precision].itemsize
-    return size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, config.quant, size)
+        model = RWKV(reference_arch(reference))
+    return size * sum(p.numel() for p in model.parameters()) - saved_by_quant(model, quant, size)
 
 
 def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
@@ -186,9 +179,9 @@ def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
     return sum(size * w.numel() - empty(quant, *w.shape, "meta").nbytes for w in weights)
 
 
-def needed(parts: dict[str, float], config: Config, accelerator: str) -> float:
+def needed(parts: dict[str, float], devices: int, accelerator: str) -> float:
     """Count the bytes that a CPU's or GPU's memory must have; the processes of a CPU share it."""
-    return sum(parts.values()) * (config.devices if accelerator == "cpu" else 1)
+    return sum(parts.values()) * (devices if accelerator == "cpu" else 1)
 
 
 def allocator_waste(step: StepBytes, accelerator: str) -> float:

@@ -25,9 +25,11 @@ from rwkv_miss.quantised import empty
 
 from ..common.device import PRECISIONS
 from ..config import Config
+from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
+from ..objectives.base import Objective
 from ..objectives.batch_sizes import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..ops import per_document
@@ -50,12 +52,12 @@ class StepBytes:
     large: float  # most that live in larger blocks
 
 
-def model_on_meta(arch: Arch, config: Config) -> RWKV:
+def model_on_meta(arch: Arch, adapter: AdapterOptions | None) -> RWKV:
     """Build the model with its trained parts, as shapes alone."""
     with torch.device("meta"):
         model = RWKV(arch)
-        if config.adapter:
-            config.adapter.inject(model)
+        if adapter:
+            adapter.inject(model)
     return model
 
 
@@ -114,7 +116,7 @@ def _count(
     full = config.peft == "none"
     # as native.has_tensor_core_form()
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
-    model = model_on_meta(arch, config)
+    model = model_on_meta(arch, config.adapter)
     model.grad_cp = config.value_or_zero("grad_cp")
     model.computes_in = half if full else None
     quantised = set()
@@ -139,10 +141,11 @@ def _count(
             for block in model.blocks:
                 block.att.kernel = "cpu"
         has_states = any(name.endswith(".time_state") for name, _ in model.named_parameters())
-        packed = objective_of(config).packs
+        objective = objective_of(config)
+        packed = objective.packs
         # with an initial state documents are cut out of their rows, where these have several
         packed = packed and (not has_states or any(len(lengths) > 1 for lengths in documents))
-        batch = _batch(config, row, targets, packed)
+        batch = _batch(objective, config.micro_bsz, row, targets, packed)
         if shared:
             batch |= _shared_batch(shared, not has_states)
         known = [*batch.values(), *model.buffers(), *model.parameters()]
@@ -153,7 +156,7 @@ def _count(
         ):
             activations = live.after(model, "features")
             with torch.set_grad_enabled(backward):
-                loss, _ = objective_of(config)(model, batch)
+                loss, _ = objective(model, batch)
             if backward:
                 loss.backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
@@ -182,20 +185,21 @@ def _documents_of(documents: Sequence[Sequence[int]], rows: int) -> Iterator[Non
         per_document.layout = layout
 
 
-def _batch(config: Config, row: int, targets: int, packed: bool) -> dict:
+def _batch(objective: Objective, rows: int, row: int, targets: int, packed: bool) -> dict:
     """Make a batch as the run does, with equal shares of the trained tokens in equal chunks."""
-    size, rows = config.chunk_ctx or row, config.micro_bsz
+    chunk = objective.chunks.size
+    size = chunk or row
     counts = [max(1, round(targets * min(size, row - start) / row)) for start in range(0, row, size)]
     trained = torch.zeros(sum(counts), dtype=torch.int64)
     return {
-        **objective_of(config).beside(rows, trained),
+        **objective.beside(rows, trained),
         "ids": torch.zeros(rows, row, dtype=torch.int64),
         "reset": torch.zeros(rows, row, dtype=torch.bool) if packed else None,
         "where": trained,
         "targets": trained,
         "weights": None,
         "ends": tuple(itertools.accumulate(counts)),
-        "chunk": config.chunk_ctx,
+        "chunk": chunk,
     }
 
 

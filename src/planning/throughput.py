@@ -14,12 +14,13 @@ from rwkv_miss.files.checkpoint import Arch
 
 from ..common.device import PRECISIONS
 from ..config import Config
-from ..data.batches import Schedule
+from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
 from ..objectives.kinds import objective_of
 from ..objectives.work import Speed
+from .job import Plan
 from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
@@ -29,8 +30,9 @@ SECONDS = 1.0  # after this time nothing is timed again
 NOISE = 99_991  # random numbers for the weights; a prime, so that no two rows of a matrix are alike
 
 
-def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
-    """Measure the speed of a whole run with these settings, which are filled in, on this machine."""
+def speed_here(plan: Plan) -> Speed:
+    """Measure the speed of a whole run on this machine."""
+    arch, config, schedule = plan.arch, plan.settings, plan.schedule
     device = "cuda" if config.accelerator == "gpu" else "cpu"
     trained = sum(schedule.targets) / sum(schedule.lengths)
     one = measured_speed(arch, config, config.wkv, config.precision, device, max(schedule.lengths), trained)
@@ -53,7 +55,11 @@ def measured_speed(
     dtype = torch.float32 if full else half
     random = _random_tensors(dtype, device)
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
-    model = _random_model(small, config, kernel, dtype, random)
+    model = _random_model(small, config.adapter, random)
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
+    model.grad_cp = config.value_or_zero("grad_cp")
+    model.set_kernel(kernel)
     if full:
         model.computes_in = half
     head = _random_head(arch, kernel, dtype, full, random)
@@ -111,17 +117,13 @@ def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], 
     return random
 
 
-def _random_model(arch: Arch, config: Config, kernel: str, dtype: torch.dtype, random: Callable) -> RWKV:
-    """Build the model of a run, with adapter and quantisation, with random numbers."""
-    model = model_on_meta(arch, config)
+def _random_model(arch: Arch, adapter: AdapterOptions | None, random: Callable) -> RWKV:
+    """Build the model of a run, with its adapter, with random numbers."""
+    model = model_on_meta(arch, adapter)
     replace_tensors(model, random)
     with torch.no_grad():
         for layer in adapted_linears(model).values():
             layer.prepare()  # else stored norms are random numbers, and give NaN
-    if config.quant != "none":
-        model.quantise(config.quant, dtype)
-    model.grad_cp = config.value_or_zero("grad_cp")
-    model.set_kernel(kernel)
     return model
 
 

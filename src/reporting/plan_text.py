@@ -22,7 +22,7 @@ from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
-from ..planning.job import Cost, Plan, steps_of
+from ..planning.job import Cost, Plan
 from ..planning.launches import slow_line
 from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor, state_learning_rate
@@ -48,7 +48,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     reason = device.precision_reason.removeprefix("auto: ")
     output = ADAPTER if config.peft != "none" else MODEL
     watch = f"; watch: {'; '.join(places)}" if (places := places_to_watch(config)) else ""
-    slow = slow_line(config, run.arch, device.kernel, device.kernel_reason, max(run.schedule.lengths))
+    slow = slow_line(run)
     lines = [
         *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
@@ -167,13 +167,7 @@ def needs(cost: Cost, where: str) -> str:
     memory = f"{most} {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"
-    parts = {
-        "evaluation": cost.evaluation_seconds,
-        "the search for the rate": cost.search_seconds,
-        "the reference": cost.reference_seconds,
-        "drawing": cost.drawing_seconds,
-    }
-    named = [f"{duration_text(seconds)} for {part}" for part, seconds in parts.items() if seconds]
+    named = [f"{time} for {part}" for part, time in cost.parts.items()]
     of_that = f", of which {' and '.join(named)}" if named else ""
     granted = f" ({cost.provided})" if cost.provided else ""
     return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}{granted}"
@@ -313,7 +307,7 @@ def resume(run: Plan, over: bool) -> list[str]:
             f"           {', '.join(changed)}: a step keeps its {counted(run.schedule.rows_per_step, 'row')},"
             f" accumulate is {run.schedule.accumulate}"
         )
-    planned, done = steps_of(before, run.schedule), checkpoint_step(path)
+    planned, done = before.total_steps(run.schedule.steps_per_pass), checkpoint_step(path)
     if planned != run.steps:
         rate = config.lr_init
         was = rate * learning_rate_factor(before, before.lr_init, planned)(done - 1)

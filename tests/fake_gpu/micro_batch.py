@@ -39,7 +39,7 @@ def config_of(peft: str, rank: int = 8, **settings) -> Config:
 
 def model_on(device: str, arch: Arch, config: Config) -> RWKV:
     """A model as a run in half precision has it: the frozen base in it or quantised, what is trained fp32."""
-    model = model_on_meta(arch, config)
+    model = model_on_meta(arch, config.adapter)
     half = PRECISIONS[config.precision]
     quantised, model.computes_in = set(), dtype_of(config.peft, config.precision)
     if config.quant != "none":
@@ -110,4 +110,4 @@ def layer(peft: str, version: int) -> dict:
 
 def trained_numbers(arch: Arch, config: Config) -> int:
     """How many parameters are trained."""
-    return sum(p.numel() for p in model_on_meta(arch, config).parameters() if p.requires_grad)
+    return sum(p.numel() for p in model_on_meta(arch, config.adapter).parameters() if p.requires_grad)
