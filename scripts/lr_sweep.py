@@ -39,13 +39,13 @@ with importing():
     from src.data.examples import Examples
     from src.data.fetch import fetch_inputs
     from src.model import RWKV
+    from src.objectives.base import Objective
     from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess
     from src.planning.job import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
-    from src.training.optimizer import state_learning_rate
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials, with_reference
     from src.training.validation_log import BEST
@@ -89,7 +89,7 @@ def check(ours: argparse.Namespace, config: Config) -> None:
     ours.rates = read_rates(ours.rates)
     if ours.steps < 0:
         raise UserError(f"--steps {ours.steps}: must not be negative")
-    if ours.setting == "state_lr" and state_learning_rate(config) is None:
+    if ours.setting == "state_lr" and config.state_learning_rate is None:
         raise UserError(
             "--setting state_lr is for --train_parts state, the initial state beside an adapter; all else"
             " learns at lr_init"
@@ -149,7 +149,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     if config.is_automatic("lr_init"):
         config = dataclasses.replace(config, lr_init=first_guess(config, plan.arch))
     steps = steps_of_a_training(ours, config, plan.steps)
-    rates = ours.rates or grid(state_learning_rate(config) if ours.setting == "state_lr" else config.lr_init)
+    rates = ours.rates or grid(config.state_learning_rate if ours.setting == "state_lr" else config.lr_init)
     torch.manual_seed(config.random_seed)
     model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision]).to(
         "cuda" if plan.device.accelerator == "gpu" else "cpu"
@@ -162,7 +162,7 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
     data, schedule, objective = plan.data, plan.schedule, objective_of(config)
     documents, held_out = with_reference(model, objective, data.documents, data.held_out, schedule, steps)
     before = loss_before(model, objective.judged_by(), held_out)
-    show_header(ours.setting, config, before)
+    show_header(ours.setting, objective, before)
     done = []
     for trial in trials(model, config, documents, held_out, steps, ours.setting, rates):
         done.append(trial)
@@ -186,10 +186,10 @@ def steps_of_a_training(ours: argparse.Namespace, config: Config, of_run: int) -
 
 def show_plan(plan: Plan, model: RWKV) -> None:
     config, data, device = plan.settings, plan.data, plan.device
-    print(plan_text.base(config, model.arch, plan_text.frozen_bytes(model)))
-    print(f"trained    {plan_text.trained(config, model)}")
-    print(data_text.documents_line(config, data), *data_text.sources(config, data), sep="\n")
-    for warning in data_text.cut_warnings(config, data.documents):
+    print(plan_text.base(plan, plan_text.frozen_bytes(model)))
+    print(f"trained    {plan_text.trained(config.peft, model)}")
+    print(data_text.documents_line(plan), *data_text.sources(plan), sep="\n")
+    for warning in data_text.cut_warnings(data.documents, config.ctx_len):
         print(f"warning    {warning}")
     print(
         f"held out   {counted(len(data.held_out), objective_of(config).word)}, loss on"
@@ -198,24 +198,24 @@ def show_plan(plan: Plan, model: RWKV) -> None:
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
 
 
-def loss_before(model: RWKV, config: Config, held_out: Examples) -> float:
+def loss_before(model: RWKV, objective: Objective, held_out: Examples) -> float:
     """Compute the held-out loss before any training. Raises UserError if it is not finite."""
-    before = held_out_loss(model, config, held_out)
+    before = held_out_loss(model, objective, held_out)
     if not math.isfinite(before):
         raise UserError(
             f"the loss on the held-out documents is {before} before any training; the base, or --precision"
-            f" {config.precision}, gives numbers that are not finite"
+            f" {objective.config.precision}, gives numbers that are not finite"
         )
     return before
 
 
-def show_header(setting: str, config: Config, before: float) -> None:
-    per = objective_of(config).metrics.loss_of
+def show_header(setting: str, objective: Objective, before: float) -> None:
+    per = objective.metrics.loss_of
     print(
         f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss, per {per}; last: mean of"
         " the last tenth of the steps"
     )
-    if objective_of(config).judged_by() is not config:
+    if objective.judged_by() is not objective:
         print(f"{'':>40}    held out: with the cross entropy of the chosen answers, which is not trained")
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
 
@@ -296,7 +296,7 @@ def conclude(
 
 def holds_run(config: Config) -> bool:
     """Tell whether train.py would refuse to begin a run in the folder."""
-    files = (output_path(config), os.path.join(config.proj_dir, BEST))
+    files = (output_path(config.proj_dir, config.peft), os.path.join(config.proj_dir, BEST))
     return any(map(os.path.exists, files)) or bool(
         list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
     )

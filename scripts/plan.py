@@ -132,25 +132,24 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
 
 def show(found: Needs) -> None:
     plan, cost = found.plan, found.cost
-    config, device, data, schedule = plan.settings, plan.device, plan.data, plan.schedule
-    arch = plan.arch
+    config, device, data = plan.settings, plan.device, plan.data
     if slow := slow_line(plan):
         print(slow)
-    print(plan_text.base(config, arch, found.memory["base"]))
-    print(f"trained    {plan_text.trained(config, found.model)}")
-    print(data_text.documents_line(config, data), *data_text.sources(config, data), sep="\n")
-    print(plan_text.steps(config, schedule, plan.steps, len(data.documents)))
-    for line in objective_of(config).lines(data.documents, schedule, arch):
+    print(plan_text.base(plan, found.memory["base"]))
+    print(f"trained    {plan_text.trained(config.peft, found.model)}")
+    print(data_text.documents_line(plan), *data_text.sources(plan), sep="\n")
+    print(plan_text.steps(plan))
+    for line in objective_of(config).lines(data.documents, plan.schedule, plan.arch):
         print(line)
-    print(plan_text.evaluation(config, len(plan.evaluated), len(data.held_out), plan.steps, cost))
+    print(plan_text.evaluation(plan, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
-    print(*plan_text.chosen(config), sep="\n")
+    print(*plan_text.chosen(plan), sep="\n")
     bound = "estimated, at most" if cost.provided else "estimated"
     warnings = objective_of(config).warnings(data.documents, plan.tokenizer)
-    for line in [*data_text.cut_warnings(config, data.documents), *warnings]:
+    for line in [*data_text.cut_warnings(data.documents, config.ctx_len), *warnings]:
         print(f"warning    {line}")
     print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, {bound}")
     for name, size in found.memory.items():

@@ -129,7 +129,7 @@ def prepare(
     if rows is not None:
         typed = with_rows(typed, rows)
     typed = checked(typed)
-    draft, earlier = Draft(typed), earlier_settings(typed)
+    draft, earlier = Draft(typed), earlier_settings(typed.proj_dir, typed.resume)
     if earlier:
         inherit(draft, earlier)
     before = earlier and earlier.settings
@@ -144,9 +144,9 @@ def prepare(
         check_wandb(typed.wandb)
     resume_from = find_checkpoint(draft.config, before) if for_run else None
     if before:
-        keep_rows_per_step(draft, before)
+        keep_rows_per_step(draft, before.rows_per_step, before.accumulation)
     data = read_data(draft, tokenizer, template)
-    reward_digest = try_rewards(draft.config, template, data) if for_run else None
+    reward_digest = try_rewards(objective_of(draft.config), template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
     evaluated = choose_evaluation(draft, schedule, data.held_out, bool(before and not before.eval_steps))
@@ -231,17 +231,17 @@ def train_in_folder(
         last = resumed if over else []  # a run with nothing to do says so at the end, where it is seen
         print("\n".join([*(shown if config.verbose else short), *last]), flush=True)
         if resume_from:
-            put_best_back(config, history)
+            put_best_back(config.proj_dir, history)
     if not over:
         return do_steps(plan, model, shown, started, history, callbacks, objective(config))
-    if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
+    if is_first_process() and not is_summed_up(config.proj_dir, first_step):  # killed after its last step
         finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
 
 
-def try_rewards(config: Config, template: Template, data: Data) -> str | None:
+def try_rewards(objective: Objective, template: Template, data: Data) -> str | None:
     """Check that rewards can judge these questions, or raise UserError; return --reward_file's hash."""
-    with objective_of(config).judge(template) as rewards:
+    with objective.judge(template) as rewards:
         if not rewards:
             return None
         notes = rewards.check([*data.documents, *data.held_out])
@@ -254,15 +254,14 @@ def names_of_hub(config: Config, before: Config | None, others: Watchdog | None)
     """Return the settings that name files of the hub, with the same commits in every process."""
     if others and not is_first_process():
         return others.wait_for_hub_commits()
-    names = pinned_names(config, before or settings_of_first_process(config))
+    names = pinned_names(config, before or settings_of_first_process(config.proj_dir))
     if others:
         others.tell_hub_commits(names)
     return names
 
 
-def put_best_back(config: Config, history: list[dict]) -> None:
+def put_best_back(folder: str, history: list[dict]) -> None:
     """Restore the history's best.pth: the present one may be of a step that the run has yet to repeat."""
-    folder = config.proj_dir
     note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best_trained(history))
     if note:
         print(f"note:      {note}", flush=True)
@@ -320,8 +319,8 @@ def do_steps(
 def prepare_folder(plan: Plan) -> None:
     """Remove what a killed run left, and write the settings."""
     config, folder = plan.settings, plan.settings.proj_dir
-    best_file = os.path.join(folder, BEST)
-    remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
+    output, best_file = output_path(folder, config.peft), os.path.join(folder, BEST)
+    remove_leftovers(output, best_file, os.path.join(folder, CHECKPOINTS))
     if not plan.resume_from:  # the run was killed before its first checkpoint
         for name in (BEST, VALIDATION, RATE_SEARCH, SAMPLES):
             with contextlib.suppress(FileNotFoundError):
@@ -353,7 +352,7 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], obje
     watch = Watch(folder, history, write, report)
     saver = Saver(
         checkpoints,
-        output_path(config),
+        output_path(folder, config.peft),
         config.save_steps,
         config.save_total_limit,
         write,

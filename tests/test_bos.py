@@ -257,7 +257,7 @@ def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     config = Config(data_file=str(tmp_path / "rows.jsonl"), bos=spec, ctx_len=99)
     data = read_data(Draft(config), WORLD, DEFAULT)
     assert data.encoder.bos == bos
-    line = data_text.documents_line(config, data)
+    line = data_text.documents_line(types.SimpleNamespace(settings=config, data=data))
     assert line.endswith(f"(template rwkv{f', BOS token {bos[0]}' if bos else ''})")
     shown = document_text.short_sample(data.documents[0], WORLD)
     assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))
@@ -269,7 +269,7 @@ def test_a_run_does_not_go_on_with_another(tmp_path):
 
     def go_on(bos):
         config = Config(data_file="rows.jsonl", proj_dir=str(tmp_path), resume="auto", bos=bos)
-        before = earlier_settings(config)
+        before = earlier_settings(config.proj_dir, config.resume)
         draft = Draft(config)
         inherit(draft, before)
         return find_checkpoint(draft.config, before.settings)

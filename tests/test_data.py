@@ -185,18 +185,19 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
 
     config = Config(ctx_len=8)
     schedule = rows_and_steps.make_schedule(documents, config, 1)
-    assert len(schedule.rows) == 3 and data_text.rows(config, schedule) == "rows of 8 tokens, 75% full"
-    assert data_text.long_texts(config, documents) == [
+    plan = types.SimpleNamespace(settings=config, schedule=schedule)
+    assert len(schedule.rows) == 3 and data_text.rows(plan) == "rows of 8 tokens, 75% full"
+    assert data_text.long_texts(documents, 8) == [
         "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins"
         " with the last token of the one before"
     ]
-    warned = [*data_text.cut_warnings(config, documents)]
+    warned = [*data_text.cut_warnings(documents, 8)]
     assert warned == ["1 document left out: nothing in the first 8 tokens is trained"]
     cut = load(rows[2:], ctx_len=26)
     assert (cut.cut, cut.cut_tokens) == (0, 0) and load(
         [{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26
     ).cut == 1
-    assert not data_text.long_texts(Config(packing=False), load(rows))
+    assert not data_text.long_texts(load(rows), 0)
 
 
 # broken rows

@@ -255,7 +255,7 @@ BEFORE = Config(
 def going_on(**settings):
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(BEFORE, {}))
-    keep_rows_per_step(draft, BEFORE)
+    keep_rows_per_step(draft, BEFORE.rows_per_step, BEFORE.accumulation)
     return draft
 
 

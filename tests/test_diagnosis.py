@@ -347,12 +347,12 @@ def test_a_run_on_rewards_is_judged_by_its_held_out_reward():
 
 
 def test_the_range_of_a_reward_is_known_unless_a_function_of_the_user_has_a_part():
-    assert bounds(GRPO) == (0.0, 2.0) and bounds(OWN) is None
+    assert bounds(GRPO.rewards) == (0.0, 2.0) and bounds(OWN.rewards) is None
     weights = {"exact": 2.0, "length": 0.5, "regex": -1.0, "own": 0.0}
-    assert bounds(dataclasses.replace(GRPO, rewards=weights)) == (-1.5, 2.0)
+    assert bounds(weights) == (-1.5, 2.0)
     dead = course(reward=5.0, noise=0.0, dead_groups=1.0)
     assert said(dead, OWN) == [(1, "dead")]
-    assert (WINDOW + 1 < said(course(reward=(5.0, 1.0)), OWN)[0][0] < 30) and bounds(OWN) is None
+    assert (WINDOW + 1 < said(course(reward=(5.0, 1.0)), OWN)[0][0] < 30) and bounds(OWN.rewards) is None
 
 
 # while a run goes

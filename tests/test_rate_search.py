@@ -353,8 +353,8 @@ def test_words_for_rates():
 def test_the_right_answers_count_between_rates(kind, sft_weight, judged):
     """A preference alone is the smaller the higher the rate, also where they get lost."""
     config = Config(loss=kind, sft_weight=sft_weight, lr_init=0.125, beta=0.5)
-    assert objective_of(config).judged_by() == dataclasses.replace(config, sft_weight=judged)
-    assert objective_of(Config()).judged_by() == Config(), "supervised training has nothing else"
+    assert objective_of(config).judged_by().config == dataclasses.replace(config, sft_weight=judged)
+    assert objective_of(Config()).judged_by().config == Config(), "supervised training has nothing else"
 
 
 def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch):
@@ -365,8 +365,8 @@ def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch)
         trained.append(config.sft_weight)
         yield 1.0
 
-    def trial_of(model, config, rate, losses, documents, processes):
-        judged.append(config.sft_weight)
+    def trial_of(model, objective, rate, losses, documents, processes):
+        judged.append(objective.config.sft_weight)
         return Trial(rate, losses, valley(1e-3)(rate) if rate else 3.0)
 
     monkeypatch.setattr(rate_search, "train", train)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from src.config import Config
 from src.data.released import modes_note, released
 from src.data.templates import load_template
 from src.reporting.plan_text import released_modes
@@ -64,8 +63,8 @@ def test_a_mode_that_the_model_does_not_know_is_named_with_its_own():
     assert "chosen is Jinja" in modes_note(
         new, load_template("{% for m in messages %}{{ m.role }}{{ m.content }};{% endfor %}")
     )
-    assert released_modes(Config(load_model=f"x/{new}"), load_template("rwkv")) == [
+    assert released_modes(f"x/{new}", load_template("rwkv")) == [
         f"template   {new} is a released G1d, trained with --template rwkv, think, fake-think,"
         " fake-think-compact, think-normal, think-short, think-long; chosen is rwkv"
     ]
-    assert released_modes(Config(load_model="base.pth"), load_template("rwkv")) == []
+    assert released_modes("base.pth", load_template("rwkv")) == []

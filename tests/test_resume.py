@@ -51,7 +51,7 @@ STEP_2, STEP_10 = "checkpoints/step-00000002.pth", "checkpoints/step-00000010.pt
 def go_on(proj_dir, **settings):
     """The checkpoint that a command with --resume auto finds."""
     config = Config(**SETTINGS | {"proj_dir": proj_dir, "resume": "auto"} | settings)
-    draft, earlier = Draft(config), earlier_settings(config)
+    draft, earlier = Draft(config), earlier_settings(config.proj_dir, config.resume)
     if earlier:
         inherit(draft, earlier)
     return find_checkpoint(draft.config, earlier and earlier.settings)
@@ -138,7 +138,7 @@ def test_another_run_is_not_gone_on_with(folder, changed, words):
 def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
     """Its config.yaml has auto, and not what that was."""
     proj_dir = folder("config.yaml", STEP_2)
-    before = earlier_settings(Config(proj_dir=proj_dir, resume="auto")).settings
+    before = earlier_settings(proj_dir, "auto").settings
     assert before == Config(**SETTINGS) and before.precision == "auto"
     assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(
         STEP_2
@@ -162,20 +162,20 @@ def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
     configuration.save(before, f"{proj_dir}/config.yaml")
     now = Config(**SETTINGS, peft="dora", proj_dir=proj_dir, resume="auto")
     draft = Draft(now)
-    inherit(draft, earlier_settings(now))
+    inherit(draft, earlier_settings(now.proj_dir, now.resume))
     assert draft.config.peft_config is AUTO, (
         "which dora would refuse, before the user is told that the method is another"
     )
     with pytest.raises(UserError, match="has peft adalora, now it is dora"):
-        find_checkpoint(draft.config, earlier_settings(now).settings)
+        find_checkpoint(draft.config, earlier_settings(now.proj_dir, now.resume).settings)
 
 
 @pytest.mark.parametrize(
     "variables, reads", [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)]
 )
 def test_what_lightning_starts_keeps_the_commits_of_the_first_process(folder, monkeypatch, variables, reads):
-    config = Config(proj_dir=folder("config.yaml"))
+    proj_dir = folder("config.yaml")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = settings_of_first_process(config)
+    found = settings_of_first_process(proj_dir)
     assert (found and found.load_model) == (SETTINGS["load_model"] if reads else None)

@@ -330,7 +330,10 @@ def test_a_rate_far_above_the_first_guess_is_told():
     arch = make_arch(7, n_layer=2, n_embd=32, head_size=16, vocab_size=256)
     config = Config(loss="grpo", load_model="base.pth", peft_config={"r": 4})
     guess = first_guess(config, arch)
-    assert not above_guess(dataclasses.replace(config, lr_init=5 * guess), arch)
-    high = dataclasses.replace(config, lr_init=20 * guess)
-    assert above_guess(high, arch) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
-    assert not above_guess(dataclasses.replace(high, loss="sft"), arch)
+
+    def told(**changes):
+        return above_guess(types.SimpleNamespace(settings=dataclasses.replace(config, **changes), arch=arch))
+
+    assert not told(lr_init=5 * guess)
+    assert told(lr_init=20 * guess) == f"; 20 times the first guess, {guess:g}: rewards may collapse"
+    assert not told(lr_init=20 * guess, loss="sft")

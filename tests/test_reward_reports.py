@@ -164,14 +164,15 @@ def finished(tmp_path, metrics, history, drawn=()):
     """(run card, what the model card says was measured, last words) of a run with these lines."""
     config = dataclasses.replace(GRPO, proj_dir=str(tmp_path))
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.1, "loss_last": 0.01, "output": "a.pth"}
-    summary |= run_end._validation_summary(config, history)
+    summary |= run_end._validation_summary(DESCRIBED, config.proj_dir, history)
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
     doubted = diagnosis(config, metrics, 10, history, False)
     card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
-    said = run_end._last_words(config, run_end._state(config, 20, 20, history), summary, history, doubted)
-    return card, "\n".join(model_card._measured(config, summary, history)), said
+    state = run_end._state(20, 20, history, config.early_stop, by_loss=False)
+    said = run_end._last_words(config, state, summary, history, doubted)
+    return card, "\n".join(model_card._measured(objective_of(config), summary, history)), said
 
 
 def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
@@ -199,7 +200,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     assert "failed" not in card and "failed" not in measured
     assert (
         "| training reward | 0.515 to 0.695 |" in measured
-        and run_card.evaluations_table(GRPO, history) in measured
+        and run_card.evaluations_table(DESCRIBED, history) in measured
     )
     assert said[0] == "done: step 20 of 20, reward of drawn answers 0.515 to 0.695; wrote a.pth"
     assert said[1] == (
@@ -208,11 +209,9 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     )
     [top] = [text for text in said if text.startswith("best:")]
     assert top.endswith("step 10, validation reward 0.8750; before training 0.5000, at the end 0.7500")
-    ended = run_end._state(dataclasses.replace(GRPO, early_stop=1), 20, 40, history)
+    ended = run_end._state(20, 40, history, early_stop=1, by_loss=False)
     assert ended == "ended early, as the held-out reward rose no further"
-    ended = run_end._state(
-        dataclasses.replace(GRPO, early_stop=1), 20, 40, [evaluation(0, 1.0), *history[1:]]
-    )
+    ended = run_end._state(20, 40, [evaluation(0, 1.0), *history[1:]], early_stop=1, by_loss=False)
     assert ended == "ended early, as the held-out reward did not rise"
 
 
@@ -221,7 +220,7 @@ def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_ans
     card, _, _ = finished(tmp_path, [line(1)], history)
     assert "| answers whose reward failed | 0 of 64 | 0 of 64 | 52 of 64 |" in card
     own = dataclasses.replace(GRPO, rewards={"own": 1.0})
-    assert run_card.held_out_words(own, 20, history) == "reward 0.5 to 0.75, on 64 held-out questions"
+    assert run_card.held_out_words(own.rewards, 20, history) == "reward 0.5 to 0.75, on 64 held-out questions"
     assert DESCRIBED.step_text(line(1, failed_groups=14.0), 0.0).endswith("rewards failed 14 of 16")
     assert DESCRIBED.value_text("kl", None) == "not measured"
 
@@ -230,7 +229,7 @@ def test_run_json_has_the_rewards(tmp_path):
     history = [evaluation(0, 0.5), evaluation(10, 0.875), evaluation(20, 0.75)]
     found = run_end._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
     assert json.loads(json.dumps(found)) == found and found["metrics_last"]["dead_groups"] == 0.4375
-    ends = run_end._validation_summary(dataclasses.replace(GRPO, proj_dir=str(tmp_path)), history)
+    ends = run_end._validation_summary(DESCRIBED, str(tmp_path), history)
     assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
     assert [found[f"validation_metrics_{name}"]["reward"] for name in ("first", "last", "best")] == [
         0.5,

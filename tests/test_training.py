@@ -152,16 +152,16 @@ def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
 
 def test_a_run_whose_settings_are_gone_or_spoilt_is_not_gone_on_with(tmp_path):
     config = Config(proj_dir=str(tmp_path), resume="auto")
-    assert earlier_settings(config) is None
+    assert earlier_settings(config.proj_dir, config.resume) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.pth").touch()
     with pytest.raises(
         rwkv_miss.UserError, match="config.yaml, with the settings of the run, is not there; put it back"
     ):
-        earlier_settings(config)
+        earlier_settings(config.proj_dir, config.resume)
     (tmp_path / "config.yaml").write_text("devices: two\n")
     with pytest.raises(rwkv_miss.UserError, match="config.yaml: --devices two: expected a whole number"):
-        earlier_settings(config)
+        earlier_settings(config.proj_dir, config.resume)
 
 
 def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, capsys):

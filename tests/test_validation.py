@@ -798,7 +798,7 @@ def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, plotted, count, 
 
 def test_a_kl_has_words_beside_it():
     rows = {"English": 0.004, "Code": 0.05, "Arithmetic": 0.5, "all": 1.5}
-    text = "\n".join(run_card._forgetting(Config(load_model="base.pth"), {"forgetting": rows}))
+    text = "\n".join(run_card._forgetting("base.pth", {"forgetting": rows}))
     for line in (
         "| English | 0.0040 | +0.4 % | small |",
         "| Code | 0.0500 | +5.1 % | moderate |",

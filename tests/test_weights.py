@@ -21,6 +21,7 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.loss import L2WRAP, head_loss, loss_sum
+from src.objectives.kinds import objective_of
 from src.reporting import document_text
 from src.training.short_runs import held_out_loss, put_back, train
 
@@ -318,7 +319,7 @@ def test_a_search_for_the_rate_weighs_as_the_run_does():
             packing=packing,
             warmup_steps=0,
         )
-        assert held_out_loss(model, config, documents) == pytest.approx(want, rel=1e-6)
+        assert held_out_loss(model, objective_of(config), documents) == pytest.approx(want, rel=1e-6)
         with put_back(model):
             assert next(train(model, config, documents, 1)) == pytest.approx(want, rel=1e-6)
 

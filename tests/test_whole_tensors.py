@@ -12,7 +12,7 @@ import rwkv_miss
 from rwkv_miss.__main__ import describe
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
-from src.config import Config, parse
+from src.config import parse
 from src.inference.load import load
 from src.model import RWKV
 from src.training.optimizer import parameter_groups
@@ -259,7 +259,7 @@ def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
         yield
         gathered.remove(p)
 
-    written = dict(whole_model(Config(load_model=str(base)), model, gather))
+    written = dict(whole_model(str(base), model, gather))
     assert (
         most == 1
         and list(written) == list(rwkv_miss.read_checkpoint(base))

@@ -24,6 +24,7 @@ from src.config import Config
 from src.data.collate import collate
 from src.data.dataset import Documents
 from src.model import RWKV
+from src.objectives.kinds import objective_of
 from src.planning.base_model import build_model
 from src.training.short_runs import held_out_loss, train
 
@@ -175,7 +176,7 @@ def untouched(task: Task) -> list[float | None]:
     )
     model = build_model(config, task.arch, "torch", torch.float32)
     return [
-        held_out_loss(model, config, task.held_out),
+        held_out_loss(model, objective_of(config), task.held_out),
         *(right(model, task.held_out) if task.answers else (None, None)),
     ]
 
@@ -200,7 +201,7 @@ def _train(run: Run, task: Task) -> Outcome:
     looks: list[float | None] = [None] * 4
     if math.isfinite(losses[-1]):
         seen = task.train.take(np.arange(min(len(task.train), len(task.held_out))))
-        looks = [held_out_loss(model, config, rows) for rows in (task.held_out, seen)] + [
+        looks = [held_out_loss(model, objective_of(config), rows) for rows in (task.held_out, seen)] + [
             *(right(model, task.held_out) if task.answers else ())
         ]
         looks = [

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
 
 from .adapter_options import AdapterOptions
@@ -309,6 +310,16 @@ class Config(LossSettings):
         if self.peft != "none":
             return METHODS[self.peft].default_lr
         return FULL_LR if self.load_model else NEW_MODEL_LR
+
+    @property
+    def state_learning_rate(self) -> float | None:
+        """Return the rate of an initial state that is trained beside an adapter; else None.
+
+        An initial state that is trained alone has the rate lr_init.
+        """
+        if "state" not in split_parts(self.train_parts):
+            return None
+        return self.state_lr or METHODS["state"].default_lr
 
     @property
     def world(self) -> int:

@@ -254,9 +254,9 @@ class Objective(abc.ABC):
         """Tell why there can't be a search for the learning rate; "" where there can."""
         return ""
 
-    def judged_by(self) -> Config:
-        """Return the settings whose loss decides between rates."""
-        return self.config
+    def judged_by(self) -> Objective:
+        """Return the objective whose loss decides between rates."""
+        return self
 
     # in words
 

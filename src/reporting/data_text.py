@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.formatting import counted
-from ..config import Config
-from ..data.batches import Schedule
 from ..data.bos import describe_bos
 from ..data.examples import Examples
 from ..data.formats import places_text
 from ..objectives.kinds import objective_of
-from ..planning.job import Data
+from ..planning.job import Data, Plan
 
 
-def documents_line(config: Config, found: Data) -> str:
+def documents_line(plan: Plan) -> str:
     """Write the line of the plan about the documents."""
-    documents = found.documents
+    config, found, documents = plan.settings, plan.data, plan.data.documents
     file = found.found.files.get(config.data_file)  # None for several files
     described = f" ({file.describe()})" if file else ""
     several = "".join(f" ({text})" for text in rewritten(documents))
@@ -28,13 +26,14 @@ def documents_line(config: Config, found: Data) -> str:
     line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), documents.word)}"
         f"{several}, {counted(documents.tokens, 'token')}{trained} (template"
-        f" {encoder.template.name}{bos}){left_out(config, found)}"
+        f" {encoder.template.name}{bos}){left_out(found, config.ctx_len)}"
     )
     return line.encode("utf-8", "backslashreplace").decode()
 
 
-def rows(config: Config, schedule: Schedule) -> str:
+def rows(plan: Plan) -> str:
     """Describe how documents lie in rows."""
+    config, schedule = plan.settings, plan.schedule
     objective, longest = objective_of(config), counted(max(schedule.lengths), "token")
     if objective.one_row:
         return f"up to {longest} for a {objective.one_row}"
@@ -44,29 +43,30 @@ def rows(config: Config, schedule: Schedule) -> str:
     return f"rows of {config.ctx_len} tokens, {full:.0%} full"
 
 
-def sources(config: Config, found: Data) -> list[str]:
-    """Write the lines of the details about files and rows, without what documents_line() says of them."""
-    said = (f"format     {config.data_file}: ", "left out   ")
-    return [line for line in found.found.lines() if not line.startswith(said)]
+def sources(plan: Plan) -> list[str]:
+    """Write the lines of the details about files and rows, beside what documents_line() says of them."""
+    found = plan.data.found
+    return [*found.source_lines(but=plan.settings.data_file), *found.bad_lines()]
 
 
-def long_texts(config: Config, documents: Examples) -> list[str]:
+def long_texts(documents: Examples, ctx_len: int) -> list[str]:
     """Write the line of the details about texts that became several documents, if any did."""
     if not documents.split:
         return []
     return [
-        f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut"
+        f"long texts {counted(documents.split, 'text')} of more than --ctx_len {ctx_len} tokens, cut"
         " into several documents, each of which begins with the last token of the one before"
     ]
 
 
-def held_out(config: Config, held_out: Examples, evaluated: Examples) -> list[str]:
+def held_out(plan: Plan) -> list[str]:
     """Write the line of the details about the documents that are not trained on, if there are any."""
-    if not held_out:
+    config, held = plan.settings, plan.data.held_out
+    if not held:
         return []
-    cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
+    cut = f", {held.cut:,} of them cut" if held.cut else ""
     source, objective = recorded(config.eval_file or config.data_file), objective_of(config)
-    count, looked_at = counted(len(held_out), objective.word), objective.evaluated_text(evaluated)
+    count, looked_at = counted(len(held), objective.word), objective.evaluated_text(plan.evaluated)
     return [f"held out   {count} of {source}{cut}; {looked_at}"]
 
 
@@ -79,20 +79,20 @@ def rewritten(documents: Examples) -> list[str]:
     return [f"{counts}, because the template rewrites earlier turns"]
 
 
-def cut_warnings(config: Config, documents: Examples) -> Iterator[str]:
+def cut_warnings(documents: Examples, ctx_len: int) -> Iterator[str]:
     """Say what --ctx_len cuts off."""
     of_all = f"of {counted(len(documents), 'document')}"
     if documents.cut:
         lost = counted(documents.cut_tokens, "token")
-        yield f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {lost} lost"
+        yield f"{documents.cut:,} {of_all} cut at --ctx_len {ctx_len}: {lost} lost"
     if documents.untrained:
         left_out = counted(documents.untrained, "document")
-        yield f"{left_out} left out: nothing in the first {config.ctx_len} tokens is trained"
+        yield f"{left_out} left out: nothing in the first {ctx_len} tokens is trained"
 
 
-def left_out(config: Config, found: Data) -> str:
+def left_out(found: Data, ctx_len: int) -> str:
     """Name the rows left out and why, for the end of a line; "" if none."""
-    parts = [found.documents.too_long_text(config.ctx_len)]
+    parts = [found.documents.too_long_text(ctx_len)]
     for file in found.found.files.values():
         for reason, (count, places) in file.left_out.items():
             parts.append(f"{counted(count, 'row')} in which {reason}: {places_text(count, places)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..config import Config
@@ -58,7 +58,7 @@ class Facts:
         self.searched, self.by_loss = searched, objective_of(config).metrics.by_loss
         self.last = lines[-WINDOW:]
         self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
-        self.range = None if self.by_loss else bounds(config)  # of a reward
+        self.range = None if self.by_loss else bounds(config.rewards)  # of a reward
         self.is_enough = step is not None or len(lines) >= WINDOW
         ends = evaluation_at(history, 0), evaluation_at(history, step)
         if not all(ends) or not self.by_loss and any(line["reward"] is None for line in ends):
@@ -483,9 +483,9 @@ def kl_in_words(kl: float) -> str:
     return next(words for end, words in KL_IN_WORDS.items() if kl < end)
 
 
-def bounds(config: Config) -> tuple[float, float] | None:
+def bounds(rewards: Mapping[str, float]) -> tuple[float, float] | None:
     """Return the lowest and the highest possible reward; None if a function of --reward_file has a part."""
-    weights = {name: weight for name, weight in config.rewards.items() if weight}
+    weights = {name: weight for name, weight in rewards.items() if weight}
     if not weights.keys() <= RANGES.keys():
         return None
     ends = [sorted(weight * end for end in RANGES[name]) for name, weight in weights.items()]

@@ -19,6 +19,7 @@ from rwkv_miss.version import VERSION
 from ..common.files import write_text
 from ..config import Config
 from ..data.formats.sources import names_dataset, weighted_paths
+from ..objectives.base import Objective
 from ..objectives.kinds import objective_of
 from .curves import pictures
 from .run_card import evaluations_table, table, training_score
@@ -45,33 +46,35 @@ def model_card(config: Config, summary: dict, metrics: list[dict], history: list
     described = metadata.get("arch")
     arch = Arch(**described) if described else Arch.detect(read_checkpoint(file))
     name, is_adapter = os.path.basename(file), config.peft != "none"
+    head = _head(arch, config.peft, config.load_model, config.data_file)
+    base = _base(config.load_model, metadata)
     parts = [
-        f"---\n{yaml.safe_dump(_head(config, arch), allow_unicode=True, sort_keys=False)}---\n\n{WRITTEN}",
+        f"---\n{yaml.safe_dump(head, allow_unicode=True, sort_keys=False)}---\n\n{WRITTEN}",
         f"# {os.path.basename(os.path.abspath(config.proj_dir))}",
-        f"`{name}` is {_what(config, metadata)}, written by rwkv-miss {VERSION}.",
+        f"`{name}` is {_what(config.peft, config.load_model, base)}, written by rwkv-miss {VERSION}.",
         "## What was trained",
-        table(["", ""], _trained(config, arch, metadata, metrics, summary)),
+        table(["", ""], _trained(config, arch, base, metadata, metrics, summary)),
         "## What was measured",
-        *_measured(config, summary, history),
+        *_measured(objective_of(config), summary, history),
         *pictures(objective_of(config).metrics),
         "## How to use it",
-        _usage(_base(config, metadata), name, is_adapter),
+        _usage(base, name, is_adapter),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(config: Config, arch: Arch) -> dict:
+def _head(arch: Arch, peft: str, load_model: str, data_file: str) -> dict:
     """Make the YAML that the hub reads. Unknown facts are left out, also the license."""
-    method = [config.peft] if config.peft != "none" else []
+    method = [peft] if peft != "none" else []
     head: dict = {
         "library_name": "rwkv-miss",
         "pipeline_tag": "text-generation",
         "tags": ["rwkv", f"rwkv{arch.version}", *method],
     }
-    if base := _hub_name(config.load_model):
+    if base := _hub_name(load_model):
         head["base_model"] = base.repo
         head["base_model_relation"] = "adapter" if method else "finetune"
-    if datasets := _datasets(config.data_file):
+    if datasets := _datasets(data_file):
         head["datasets"] = datasets
     return head
 
@@ -92,24 +95,24 @@ def _datasets(data_file: str) -> list[str]:
     return [*found]
 
 
-def _base(config: Config, metadata: dict) -> str:
+def _base(load_model: str, metadata: dict) -> str:
     """Name the base: by the hub, else as the file records it, without its folder; "" for a new model."""
-    if _hub_name(config.load_model):
-        return hub.recorded(config.load_model)
-    return metadata.get("base") or (name_of(config.load_model) if config.load_model else "")
+    if _hub_name(load_model):
+        return hub.recorded(load_model)
+    return metadata.get("base") or (name_of(load_model) if load_model else "")
 
 
-def _what(config: Config, metadata: dict) -> str:
-    base = _code(_base(config, metadata))
-    if name := _hub_name(config.load_model):
+def _what(peft: str, load_model: str, base: str) -> str:
+    base = _code(base)
+    if name := _hub_name(load_model):
         base = f"[{name.repo}](https://huggingface.co/{name.repo})"
-    if config.peft == "none":
+    if peft == "none":
         return f"{base}, trained as a whole" if base else "a new model"
-    return f"{METHODS[config.peft].about.title} for {base}"
+    return f"{METHODS[peft].about.title} for {base}"
 
 
 def _trained(
-    config: Config, arch: Arch, metadata: dict, metrics: list[dict], summary: dict
+    config: Config, arch: Arch, base: str, metadata: dict, metrics: list[dict], summary: dict
 ) -> list[list[str]]:
     """Make the rows of the table about the training."""
     files = [_data_name(path, weight) for path, weight in weighted_paths(hub.recorded(config.data_file))]
@@ -117,7 +120,7 @@ def _trained(
     template = metadata.get("template") or "rwkv"
     rows = {
         "model": arch.describe(),
-        "base": _code(_base(config, metadata)),
+        "base": _code(base),
         "digest of the base": _code(metadata.get("base_fingerprint")),
         "method": ", ".join([config.peft, *(f"{name} {value}" for name, value in options.items())])
         if config.peft != "none"
@@ -147,15 +150,15 @@ def _data_name(path: str, weight: float) -> str:
     return _code(shown) + (f" (weight {weight:g})" if weight != 1 else "")
 
 
-def _measured(config: Config, summary: dict, history: list[dict]) -> list[str]:
+def _measured(objective: Objective, summary: dict, history: list[dict]) -> list[str]:
     """Write the results of the training and of the held-out data, as in the run card."""
-    described = objective_of(config).metrics
+    described = objective.metrics
     rows = [[f"training {described.score}", training_score(described, summary)]]
     if moved := (summary.get("forgetting") or {}).get("all"):
         rows.append(["KL from the base per token, on a fixed text", f"{moved:.4f}"])
     parts = [table(["", ""], rows)]
     if history:
-        parts += [f"On held-out {objective_of(config).word}s:", evaluations_table(config, history)]
+        parts += [f"On held-out {objective.word}s:", evaluations_table(described, history)]
     return parts
 
 

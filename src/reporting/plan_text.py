@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.merging.rounding import percent
 from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
-from ..config import FIELDS, Config, command
+from ..config import FIELDS, command
 from ..config.schema import CHOSEN
-from ..data.batches import Schedule
 from ..data.bos import describe_bos
 from ..data.chat_template import Template
 from ..data.held_out import evaluations
@@ -25,7 +23,7 @@ from ..planning.defaults import first_guess, search_size
 from ..planning.job import Cost, Plan
 from ..planning.launches import slow_line
 from ..training.loggers import absent_writers, places_to_watch
-from ..training.optimizer import learning_rate_factor, state_learning_rate
+from ..training.optimizer import learning_rate_factor
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 from .data_text import cut_warnings, documents_line, held_out, long_texts, rows, sources
 from .document_text import example_sample, short_example
@@ -47,21 +45,22 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         processes = f", {counted(config.world, 'process', 'processes')} ({config.strategy})"
     reason = device.precision_reason.removeprefix("auto: ")
     output = ADAPTER if config.peft != "none" else MODEL
-    watch = f"; watch: {'; '.join(places)}" if (places := places_to_watch(config)) else ""
+    places = places_to_watch(config.proj_dir, config.wandb)
+    watch = f"; watch: {'; '.join(places)}" if places else ""
     slow = slow_line(run)
     lines = [
         *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
-        f"{base(config, run.arch, frozen_bytes(model))}; tokenizer {run.tokenizer.name}",
-        documents_line(config, run.data),
-        *released_modes(config, run.template),
-        steps(config, run.schedule, run.steps, len(run.data.documents)),
+        f"{base(run, frozen_bytes(model))}; tokenizer {run.tokenizer.name}",
+        documents_line(run),
+        *released_modes(config.load_model, run.template),
+        steps(run),
         *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
-        f"trained    {trained(config, model)}",
-        f"rates      {rates(config, run.steps)}{above_guess(config, run.arch)}",
+        f"trained    {trained(config.peft, model)}",
+        f"rates      {rates(run)}{above_guess(run)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
-        evaluation(config, len(run.evaluated), len(run.data.held_out), run.steps, cost),
+        evaluation(run, cost),
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(run, cost),
@@ -80,9 +79,9 @@ def template_text(template: Template) -> str:
     return f"{template.name}{tools}"
 
 
-def released_modes(config: Config, template: Template) -> list[str]:
+def released_modes(load_model: str, template: Template) -> list[str]:
     """Write the line about the modes of a released G1 model; [] for any other base."""
-    known = modes_note(config.load_model, template)
+    known = modes_note(load_model, template)
     return [f"template   {known}"] if known else []
 
 
@@ -94,14 +93,14 @@ def details(run: Plan, model: RWKV) -> list[str]:
     if held:
         digests["held out"] = held.digest
     return [
-        *sources(config, run.data),
-        *long_texts(config, documents),
+        *sources(run),
+        *long_texts(documents, config.ctx_len),
         *chunks(
             objective_of(config).chunks,
             max(schedule.lengths),
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
-        *held_out(config, held, run.evaluated),
+        *held_out(run),
         f"optimizer  AdamW, clip {config.grad_clip:g}, strategy {config.strategy}",
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         *absent_writers(),
@@ -109,7 +108,7 @@ def details(run: Plan, model: RWKV) -> list[str]:
         f" {describe_bos(run.data.encoder.bos)}",
         "sample     trained part between the marks:",
         example_sample(documents[0], run.tokenizer),
-        *chosen(config),
+        *chosen(run),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
 
@@ -118,35 +117,36 @@ def frozen_bytes(model: RWKV) -> int:
     return sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
-def trained(config: Config, model: RWKV) -> str:
+def trained(peft: str, model: RWKV) -> str:
     """Say how much of the model is trained, and by which method. The share is of the base's parameters."""
-    if config.peft == "none":
+    if peft == "none":
         return f"all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
     report = model.injection
     count, total = report.trainable, report.total
     beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
-    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(config, model)}{beside}"
+    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{beside}"
 
 
-def method(config: Config, model: RWKV) -> str:
+def method(peft: str, model: RWKV) -> str:
     """Describe the adapter: its rank and the options that are not defaults."""
     report = model.injection
-    usual = vars(METHODS[config.peft].Options())
+    usual = vars(METHODS[peft].Options())
     options = report.options.items()
     told = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
     described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
     where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
-    return f"{config.peft}{described}{where}"
+    return f"{peft}{described}{where}"
 
 
-def rates(config: Config, total: int) -> str:
+def rates(run: Plan) -> str:
     """Describe the learning rates."""
+    config, total = run.settings, run.steps
     if config.is_automatic("lr_init"):
         size = search_size(total)
         most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
         return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
-    state_rate = state_learning_rate(config)
+    state_rate = config.state_learning_rate
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
     kind, _, reason = config.origin_of("lr_init").partition(": ")
@@ -154,9 +154,12 @@ def rates(config: Config, total: int) -> str:
     return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
 
-def above_guess(config: Config, arch: Arch) -> str:
+def above_guess(run: Plan) -> str:
     """Warn if a rate is far above the first guess, for a loss without a search; else ""."""
-    if not objective_of(config).no_search() or config.lr_init <= FAR * (guess := first_guess(config, arch)):
+    config = run.settings
+    if not objective_of(config).no_search():
+        return ""
+    if config.lr_init <= FAR * (guess := first_guess(config, run.arch)):
         return ""
     return f"; {config.lr_init / guess:.3g} times the first guess, {guess:g}: rewards may collapse"
 
@@ -173,9 +176,10 @@ def needs(cost: Cost, where: str) -> str:
     return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}{granted}"
 
 
-def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
-    """Write the line of the plan about evaluations: the loss on `evaluated` of `held` documents, or the
-    answers to as many questions, in a run of `total` steps."""
+def evaluation(run: Plan, cost: Cost) -> str:
+    """Write the line of the plan about evaluations: the loss on some of the held-out documents, or the
+    answers to some of the questions."""
+    config, held, evaluated = run.settings, len(run.data.held_out), len(run.evaluated)
     objective, word = objective_of(config), objective_of(config).word
     if not held:
         return (
@@ -191,7 +195,7 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
         asked = f" and {counted(config.eval_samples, 'sample answer')}"
     return (
         f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{asked}, "
-        f"{evaluations(total, config.eval_steps)} times: before the training{every} and at its end; "
+        f"{evaluations(run.steps, config.eval_steps)} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
 
@@ -200,7 +204,7 @@ def warnings(run: Plan, cost: Cost) -> list[str]:
     """List what in the data, the device or the settings is probably not intended."""
     config, device, documents = run.settings, run.device, run.data.documents
     of_loss = objective_of(config).warnings(documents, run.tokenizer)
-    texts = [*cut_warnings(config, documents), *of_loss]
+    texts = [*cut_warnings(documents, config.ctx_len), *of_loss]
     if bad := run.data.found.bad:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
@@ -216,10 +220,11 @@ def warnings(run: Plan, cost: Cost) -> list[str]:
     return [f"warning    {text}" for text in texts]
 
 
-def base(config: Config, arch: Arch, held: float) -> str:
+def base(run: Plan, held: float) -> str:
     """Write the line of the plan about the base, of which `held` bytes are frozen."""
+    config = run.settings
     quantised = f"; its layers in {config.quant}, {size_text(held)} in all" if config.quant != "none" else ""
-    return f"model      {recorded(config.load_model) or 'new model'}: {arch.describe()}{quantised}"
+    return f"model      {recorded(config.load_model) or 'new model'}: {run.arch.describe()}{quantised}"
 
 
 def asks_otherwise(template: Template) -> str:
@@ -229,11 +234,12 @@ def asks_otherwise(template: Template) -> str:
     return f"; asks with {template.asked_only!r}, which it does not write before an answer without thoughts"
 
 
-def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str:
+def steps(run: Plan) -> str:
     """Return the line of the plan about its optimizer steps and their rows.
 
     A given number of steps is more passes where documents share rows.
     """
+    config, schedule, total, documents = run.settings, run.schedule, run.steps, len(run.data.documents)
     passes, objective = total / schedule.steps_per_pass, objective_of(config)
     length = ""
     if config.epoch_steps and documents > len(schedule.rows):
@@ -246,7 +252,7 @@ def steps(config: Config, schedule: Schedule, total: int, documents: int) -> str
     return (
         f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
-        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(config, schedule)}"
+        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(run)}"
     )
 
 
@@ -265,8 +271,9 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
     ]
 
 
-def chosen(config: Config) -> list[str]:
+def chosen(run: Plan) -> list[str]:
     """Write the lines of the plan about the program's choices, and the command with all of them."""
+    config = run.settings
     by_reason: dict[str, list[str]] = {}
     for name in FIELDS:
         kind, _, reason = config.origin_of(name).partition(": ")
@@ -289,7 +296,8 @@ def resume(run: Plan, over: bool) -> list[str]:
             what = f"ended at step {step} by --early_stop, and --early_stop 0 would let it go on"
         if step > run.steps:
             what = f"has {counted(step, 'step')}, more than the {run.steps:,} that are asked for"
-        return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
+        output = output_path(config.proj_dir, config.peft)
+        return [f"resume     {path} {what}; nothing to train. Output: {output}"]
     if before is None and config.resume != "auto":
         return []
     if before is None:

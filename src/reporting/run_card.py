@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 from ..config import Config, command
 from ..objectives.kinds import objective_of
@@ -32,10 +33,11 @@ def card(
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
+    kept = summary.get("best_step", summary["steps"])
     figures = {
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
-        "greedy answers": held_out_words(config, summary.get("best_step", summary["steps"]), log.history),
+        "greedy answers": held_out_words(config.rewards, kept, log.history),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
@@ -51,15 +53,15 @@ def card(
         _as_it_is(command(config)),
         "## Plan",
         _as_it_is("\n".join(plan)),
-        *_rate_search(config),
+        *_rate_search(config.proj_dir),
         "## Curves",
         *pictures(described),
         *_training_metrics(described, metrics),
         *_drawn(log.drawn),
         f"## Held-out {objective_of(config).word}s",
-        *_validation(config, summary, log.history),
+        *_validation(described, summary, log.history),
         "## Forgetting",
-        *_forgetting(config, summary),
+        *_forgetting(config.load_model, summary),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -71,7 +73,7 @@ def _has_not_learnt(doubted: Diagnosis | None) -> list[str]:
     return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
 
 
-def held_out_words(config: Config, step: int, history: list[dict]) -> str:
+def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict]) -> str:
     """Tell how held-out questions were answered before the run and at a step; "" if that is not known.
 
     "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
@@ -79,13 +81,13 @@ def held_out_words(config: Config, step: int, history: list[dict]) -> str:
     before, after = evaluation_at(history, 0), evaluation_at(history, step)
     if not (before and after) or None in (before.get("reward"), after.get("reward")):
         return ""
-    ends, count = bounds(config), f"{before['units']:,} held-out questions"
+    ends, count = bounds(rewards), f"{before['units']:,} held-out questions"
     reward = f"reward {before['reward']:.4g} to {after['reward']:.4g}" + (
         f" of at most {ends[1]:g}" if ends else ""
     )
     for name in JUDGES:
         shares = [line.get(f"reward_{name}") for line in (before, after)]
-        if name in config.rewards and None not in shares:
+        if name in rewards and None not in shares:
             return f"right {' to '.join(map(percent, shares))} of {count}; {reward}"
     return f"{reward}, on {count}"
 
@@ -105,8 +107,8 @@ def _drawn(drawn: list[dict]) -> list[str]:
     return parts
 
 
-def _rate_search(config: Config) -> list[str]:
-    lines = search_table(recorded_search(config.proj_dir))
+def _rate_search(proj_dir: str) -> list[str]:
+    lines = search_table(recorded_search(proj_dir))
     return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
 
 
@@ -138,15 +140,14 @@ def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
     ]
 
 
-def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]:
+def _validation(described: LossMetrics, summary: dict, history: list[dict]) -> list[str]:
     if not history:
         return [
             "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that"
             " it was not trained on."
         ]
-    described = objective_of(config).metrics
     first, last = history[0], history[-1]
-    parts = [evaluations_table(config, history)]
+    parts = [evaluations_table(described, history)]
     if "best" in summary:
         parts.append(
             f"`{summary['best']}` is the state of step {summary['best_step']}, {described.score}"
@@ -167,9 +168,8 @@ def _validation(config: Config, summary: dict, history: list[dict]) -> list[str]
     return parts
 
 
-def evaluations_table(config: Config, history: list[dict]) -> str:
+def evaluations_table(described: LossMetrics, history: list[dict]) -> str:
     """Make the table of scores and metrics: of the first evaluation, of the last and of the best one."""
-    described = objective_of(config).metrics
     first, last, top = history[0], history[-1], best_trained(history)
     states = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
@@ -187,8 +187,8 @@ def reward_text(answer: dict) -> str:
     return ", reward not known" if answer["reward"] is None else f", reward {answer['reward']:.4g}"
 
 
-def _forgetting(config: Config, summary: dict) -> list[str]:
-    if not config.load_model:
+def _forgetting(load_model: str, summary: dict) -> list[str]:
+    if not load_model:
         return ["A new model has nothing to forget."]
     if "forgetting" not in summary:
         return [NOT_MEASURED]

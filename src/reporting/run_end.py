@@ -26,13 +26,13 @@ from .run_log import RunLog
 STOPPED = "stopped, go on with --resume auto"
 
 
-def is_summed_up(config: Config, step: int) -> bool:
+def is_summed_up(proj_dir: str, step: int) -> bool:
     """Tell whether the end of the run at this step has been written down.
 
     A run that was stopped there has no card. With other settings it may still end there.
     """
-    path = os.path.join(config.proj_dir, SUMMARY)
-    if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):
+    path = os.path.join(proj_dir, SUMMARY)
+    if not (os.path.exists(path) and os.path.exists(os.path.join(proj_dir, CARD))):
         return False
     with open(path, encoding="utf-8") as file:
         return json.load(file)["steps"] == step
@@ -68,11 +68,11 @@ def finish(
         "loss_last": metrics[-1]["loss"],
         "train_seconds": sum(line["seconds"] for line in metrics),
         **(measured or {}),
-        "output": output_path(config),
-        **_validation_summary(config, history),
+        "output": output_path(config.proj_dir, config.peft),
+        **_validation_summary(described, config.proj_dir, history),
         **_metrics_summary(described, metrics, history),
     }
-    state = _state(config, step, total_steps, history)
+    state = _state(step, total_steps, history, config.early_stop, described.by_loss)
     doubted = None
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
@@ -86,14 +86,13 @@ def finish(
     print("\n".join(_last_words(config, state, summary, history, doubted)))
 
 
-def _validation_summary(config: Config, history: list[dict]) -> dict:
+def _validation_summary(described: LossMetrics, proj_dir: str, history: list[dict]) -> dict:
     """Summarise the held-out documents and best.pth for run.json."""
-    described = objective_of(config).metrics
     name, summary = described.in_summary, {}
     if history:
         ends = {"first": history[0], "last": history[-1]}
         summary = {f"{name}_{end}": described.score_of(line["loss"]) for end, line in ends.items()}
-    top = os.path.join(config.proj_dir, BEST)
+    top = os.path.join(proj_dir, BEST)
     if os.path.exists(top):
         kept = rwkv_miss.read_metadata(top)
         summary |= {"best": top, "best_step": kept["step"]}
@@ -115,14 +114,14 @@ def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[
     return summary
 
 
-def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> str:
+def _state(step: int, total_steps: int, history: list[dict], early_stop: int, by_loss: bool) -> str:
     """Say how the run ended."""
     if step >= total_steps:
         return "done"
-    if is_over(history, config.early_stop):
-        count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
+    if is_over(history, early_stop):
+        count = "" if early_stop == 1 else f" in {early_stop} evaluations"
         once, never = "loss fell no further", "loss did not fall"
-        if not objective_of(config).metrics.by_loss:
+        if not by_loss:
             once, never = "reward rose no further", "reward did not rise"
         stopped = once if best_trained(history) else never
         return f"ended early, as the held-out {stopped}{count}"
@@ -150,7 +149,7 @@ def _last_words(
     ]
     # a stopped run may have done steps after its last evaluation, or have only earlier runs' evaluations
     last = history[-1]["step"] if history else 0
-    if last and not described.by_loss and (known := held_out_words(config, last, history)):
+    if last and not described.by_loss and (known := held_out_words(config.rewards, last, history)):
         when = "" if last == summary["steps"] else f", at step {last}"
         lines.append(f"held out:  {known}{when}; {described.evaluation_text(history[-1], with_score=False)}")
     elif last and (known := described.evaluation_text(history[-1])):

@@ -33,10 +33,10 @@ class Writer(Protocol):
 class TensorBoard:
     """Event files in proj_dir/tensorboard; those of steps that a resumed run repeats are hidden."""
 
-    def __init__(self, config: Config, first_step: int):
+    def __init__(self, proj_dir: str, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = os.path.join(config.proj_dir, TENSORBOARD)
+        self.folder = os.path.join(proj_dir, TENSORBOARD)
         self.writer = SummaryWriter(self.folder, purge_step=first_step + 1 if first_step else 0)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
@@ -126,17 +126,17 @@ def tensorboard_problem() -> str | None:
 
 def open_writers(config: Config, first_step: int) -> list[Writer]:
     """Open the loggers of a run that goes on after `first_step`."""
-    writers: list[Writer] = [] if tensorboard_problem() else [TensorBoard(config, first_step)]
+    writers: list[Writer] = [] if tensorboard_problem() else [TensorBoard(config.proj_dir, first_step)]
     return [*writers, WeightsAndBiases(config, first_step)] if config.wandb else writers
 
 
-def places_to_watch(config: Config) -> list[str]:
+def places_to_watch(proj_dir: str, wandb: str) -> list[str]:
     """Return the places where the numbers can be seen while they come."""
     places = []
     if not tensorboard_problem():
-        places.append(f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}")
-    if config.wandb:
-        places.append(f"Weights & Biases, project {config.wandb}")
+        places.append(f"tensorboard --logdir {os.path.join(proj_dir, TENSORBOARD)}")
+    if wandb:
+        places.append(f"Weights & Biases, project {wandb}")
     return places
 
 

@@ -7,22 +7,11 @@ import math
 import torch
 from torch import nn
 
-from rwkv_miss.adapter import METHODS, adapted_linears, most_specific
+from rwkv_miss.adapter import adapted_linears, most_specific
 from rwkv_miss.inject import adapter_tensors
-from rwkv_miss.methods.whole_tensors import split_parts
 
 from ..config import Config
 from ..planning.defaults import warm_up
-
-
-def state_learning_rate(config: Config) -> float | None:
-    """Return the rate of an initial state that is trained beside an adapter; else None.
-
-    An initial state that is trained alone has the rate lr_init.
-    """
-    if "state" not in split_parts(config.train_parts):
-        return None
-    return config.state_lr or METHODS["state"].default_lr
 
 
 def learning_rate_factor(config: Config, rate: float, total: int):

@@ -29,7 +29,7 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     described = {"format": "rwkv-miss trained", "step": 0, "eod": config.eod}
     if tokenizer:
         described["tokenizer"] = tokenizer.name
-    write_checkpoint(path, whole_model(config, RWKV(arch)), described)
+    write_checkpoint(path, whole_model("", RWKV(arch)), described)
     print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 
 
@@ -60,7 +60,7 @@ def writer(config: Config, model: RWKV, encoder: Encoder):
                 if trainer.is_global_zero:
                     rwkv_miss.save_adapter(model, path, **described)
             return
-        items = whole_model(config, model, lambda p: whole_parameters(trainer, [p]))
+        items = whole_model(config.load_model, model, lambda p: whole_parameters(trainer, [p]))
         try:
             if trainer.is_global_zero:
                 write_checkpoint(path, items, {"format": "rwkv-miss trained", **described})
@@ -71,14 +71,14 @@ def writer(config: Config, model: RWKV, encoder: Encoder):
     return write
 
 
-def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
+def whole_model(load_model: str, model: RWKV, gather=contextlib.nullcontext):
     """Yield (name, tensor) of a fully trained model, one in memory at a time.
 
-    Order, shapes and dtypes are the base's; a new model is bf16. Inside `gather(parameter)` the parameter is
-    whole, so all ranks must walk through.
+    Order, shapes and dtypes are those of the base, --load_model; a new model is bf16. Inside
+    `gather(parameter)` the parameter is whole, so all ranks must walk through.
     """
     trained = dict(model.named_parameters())
-    like = read_tensors(config.load_model) if config.load_model else dict.fromkeys(trained)
+    like = read_tensors(load_model) if load_model else dict.fromkeys(trained)
     for name, base in like.items():
         with gather(trained[name]):
             p = trained[name].detach()

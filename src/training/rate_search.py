@@ -160,7 +160,9 @@ class RateSearch:
         """Do the trials."""
         model, config, size = module.model, self.config, self.size
         documents, loss_of = self._deciding(module), "held-out" if module.data.evaluated else "training"
-        if objective_of(config).judged_by() is not config:
+        objective = objective_of(config)
+        judge = objective.judged_by()
+        if judge is not objective:
             loss_of += f" {config.loss} and cross-entropy"
         done: list[Trial] = []
         begun = time.perf_counter()
@@ -173,15 +175,13 @@ class RateSearch:
                     for loss in train(model, tried, module.data.documents, size.steps, processes):
                         losses.append(loss)
                         bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
-                    done.append(
-                        trial_of(model, objective_of(tried).judged_by(), rate, losses, documents, processes)
-                    )
+                    done.append(trial_of(model, judge, rate, losses, documents, processes))
                 if config.verbose and shown:
                     say(trial_text(done[-1], loss_of))
                 return math.inf if done[-1].deciding_loss is None else done[-1].deciding_loss
 
             with put_back(model):
-                start = trial_of(model, objective_of(config).judged_by(), 0.0, [0.0], documents, processes)
+                start = trial_of(model, judge, 0.0, [0.0], documents, processes)
             tried = enclose(loss_at, self.guess, size.trials)
         seconds = time.perf_counter() - begun
         before = start.deciding_loss

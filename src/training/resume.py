@@ -60,11 +60,11 @@ LENGTH = ("epoch_count", "eval_steps", "early_stop")
 BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
 
 
-def earlier_settings(config: Config) -> Recorded | None:
+def earlier_settings(proj_dir: str, resume: str) -> Recorded | None:
     """Read the settings of the run that --resume auto goes on with; None without such a run."""
-    if config.resume != "auto" or not list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS)):
+    if resume != "auto" or not list_checkpoints(os.path.join(proj_dir, CHECKPOINTS)):
         return None
-    file = os.path.join(config.proj_dir, CONFIG)
+    file = os.path.join(proj_dir, CONFIG)
     if not os.path.exists(file):
         raise UserError(
             f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose"
@@ -73,9 +73,9 @@ def earlier_settings(config: Config) -> Recorded | None:
     return recorded_settings(file)
 
 
-def settings_of_first_process(config: Config) -> Config | None:
+def settings_of_first_process(proj_dir: str) -> Config | None:
     """Read the first process's settings, in a process that Lightning started after that; else None."""
-    file = os.path.join(config.proj_dir, CONFIG)
+    file = os.path.join(proj_dir, CONFIG)
     by_lightning = launched() is None and whole_number("LOCAL_RANK") > 0
     return recorded_settings(file).settings if by_lightning and os.path.exists(file) else None
 
@@ -119,7 +119,8 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
         # an output without a summary comes from a run that was killed before its first checkpoint was
         # complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
-        outputs = list(filter(os.path.exists, (os.path.join(config.proj_dir, BEST), output_path(config))))
+        files = (os.path.join(config.proj_dir, BEST), output_path(config.proj_dir, config.peft))
+        outputs = [path for path in files if os.path.exists(path)]
         if is_first_process() and not cut_off and (paths or outputs):
             raise UserError(
                 f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
@@ -190,16 +191,18 @@ def reward_note(path: str, digest: str | None) -> str | None:
     )
 
 
-def keep_rows_per_step(draft: Draft, before: Config) -> None:
+def keep_rows_per_step(draft: Draft, rows: int, passes: int) -> None:
     """Keep the rows of a step as before, by --global_bsz if need be. Raises UserError if that can't be.
+
+    The run had `rows` in a step so far, and `passes` in one process.
 
     A number of passes as before is no wish, but comes from the same command, or the run's config.yaml: other
     devices need another number.
     """
-    config, rows = draft.config, before.rows_per_step
+    config = draft.config
     if not config.is_automatic("micro_bsz") and config.rows_per_step == rows:
         return
-    if config.accumulate_grad_batches == before.accumulation:
+    if config.accumulate_grad_batches == passes:
         draft.put(accumulate_grad_batches=AUTO)
         config = draft.config
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"

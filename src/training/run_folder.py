@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 
-from ..config import Config
 from ..config.launcher import is_first_process
 from ..distributed.watchdog import Watchdog
 
@@ -210,5 +209,5 @@ def _link(path: str, other: str) -> None:
     os.replace(temporary, other)
 
 
-def output_path(config: Config) -> str:
-    return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
+def output_path(proj_dir: str, peft: str) -> str:
+    return os.path.join(proj_dir, MODEL if peft == "none" else ADAPTER)

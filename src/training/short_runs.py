@@ -28,7 +28,7 @@ from ..model import RWKV
 from ..objectives.base import Objective, TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.policy import policy_of
-from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
+from .optimizer import adamw, learning_rate_factor, parameter_groups
 
 INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
 
@@ -61,24 +61,25 @@ def trials(
 ) -> Iterator[Trial]:
     """Train for `steps` steps at each rate, the value of `setting`, "lr_init" or "state_lr". The loss
     afterwards is that of judged_by(). The model ends as it began."""
+    judge = objective_of(config).judged_by()
     for rate in rates:
         tried = dataclasses.replace(config, **{setting: rate})
         with put_back(model):
             watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
-            trial = trial_of(model, objective_of(tried).judged_by(), rate, list(watched), held_out)
+            trial = trial_of(model, judge, rate, list(watched), held_out)
         yield trial
 
 
 def trial_of(
     model: RWKV,
-    config: Config,
+    objective: Objective,
     rate: float,
     losses: list[float],
     documents: Examples,
     processes: Processes = ALONE,
 ) -> Trial:
     """Describe the training with these losses, whose end the model is in. Its loss on `documents` decides."""
-    loss = held_out_loss(model, config, documents, processes) if math.isfinite(losses[-1]) else math.nan
+    loss = held_out_loss(model, objective, documents, processes) if math.isfinite(losses[-1]) else math.nan
     return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
 
@@ -125,7 +126,7 @@ def train(
     schedule = make_schedule(documents, config, processes.world)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
-    groups = parameter_groups(model, rate, config.weight_decay, state_learning_rate(config), config.lr_map)
+    groups = parameter_groups(model, rate, config.weight_decay, config.state_learning_rate, config.lr_map)
     optimizer = adamw(groups, config, rate)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device
@@ -182,11 +183,12 @@ def _backward(
 
 
 @torch.no_grad()
-def held_out_loss(model: RWKV, config: Config, held_out: Examples, processes: Processes = ALONE) -> float:
+def held_out_loss(
+    model: RWKV, objective: Objective, held_out: Examples, processes: Processes = ALONE
+) -> float:
     """Compute the loss over the documents' trained tokens, nats per token; of preferences, per example."""
     model.eval()
-    device, objective = model.emb.weight.device, objective_of(config)
-
+    device, config = model.emb.weight.device, objective.config
     sizes = (config.ctx_len, config.micro_bsz, config.random_seed)
 
     def batches(documents: Examples) -> Iterator[dict]:

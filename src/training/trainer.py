@@ -41,7 +41,7 @@ from ..objectives.base import Feed, Objective, TrainingData
 from ..objectives.kinds import objective_of
 from ..objectives.policy import Policy
 from ..objectives.reference_model import reference_of
-from .optimizer import adamw, learning_rate_factor, parameter_groups, state_learning_rate
+from .optimizer import adamw, learning_rate_factor, parameter_groups
 from .resume import inputs
 
 
@@ -117,7 +117,7 @@ class FineTuning(pl.LightningModule):
         self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps)
         # now, while every parameter has its shape: ZeRO-3 takes it away
         self.groups = parameter_groups(
-            self.model, self.lr, config.weight_decay, state_learning_rate(config), config.lr_map
+            self.model, self.lr, config.weight_decay, config.state_learning_rate, config.lr_map
         )
 
     def read_reference(self) -> None:

@@ -128,25 +128,31 @@ class Report:
         return sum(found.bad for found in self.files.values())
 
     def lines(self) -> list[str]:
-        """Return lines of the plan: source_lines(), and the rows that were left out."""
-        lines = self.source_lines()
-        if self.bad:
-            be = "is" if self.bad == 1 else "are"
-            lines.append(
-                f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip),"
-                " such as:"
-            )
-            lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        return [encodable(line) for line in lines + self.left_out_lines()]
+        """Return lines about the sources, and about all rows that are not used."""
+        lines = [*self.source_lines(), *self.bad_lines(), *self.left_out_lines()]
+        return [encodable(line) for line in lines]
+
+    def bad_lines(self) -> list[str]:
+        """Return lines about rows that cannot be used."""
+        if not self.bad:
+            return []
+        be = "is" if self.bad == 1 else "are"
+        reasons = [f"    {reason}" for found in self.files.values() for reason in found.reasons]
+        return [
+            f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip),"
+            " such as:",
+            *map(encodable, reasons[:SHOWN]),
+        ]
 
     def left_out_lines(self) -> list[str]:
         """Return lines about rows that teach nothing."""
         texts = [text for found in self.files.values() for text in found.left_out_texts()]
         return [f"left out   {text}" for text in texts]
 
-    def source_lines(self) -> list[str]:
-        """Return lines about the sources, and notes about them."""
-        lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
+    def source_lines(self, but: str = "") -> list[str]:
+        """Return lines about the sources other than `but`, and notes about all of them."""
+        shown = list(self.files.items())[:SHOWN]
+        lines = [f"format     {path}: {found.describe()}" for path, found in shown if path != but]
         if len(self.files) > SHOWN:
             formats = collections.Counter(found.format for found in self.files.values())
             named = ", ".join(f"{count} {name}" for name, count in formats.items())

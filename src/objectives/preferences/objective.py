@@ -15,7 +15,6 @@ from rwkv_miss.files.hub_names import recorded
 
 from ... import ops
 from ...common.formatting import counted
-from ...config import Config
 from ...data.batches import Schedule
 from ...data.examples import Examples
 from ...data.held_out import FORWARD
@@ -93,14 +92,14 @@ class OnPreferences(Objective):
             reason = "a part of --loss orpo"
         yield "sft_weight", weight, reason
 
-    def judged_by(self) -> Config:
-        """Return the run's settings, with the cross entropy of the chosen answers at least at weight 1.
+    def judged_by(self) -> Objective:
+        """Return this one, with the cross entropy of the chosen answers at least at weight 1.
 
         A preference alone is the smaller the higher the rate, also where the right answers get lost.
         """
-        return (
-            self.config if self.config.sft_weight >= 1 else dataclasses.replace(self.config, sft_weight=1.0)
-        )
+        if self.config.sft_weight >= 1:
+            return self
+        return OnPreferences(dataclasses.replace(self.config, sft_weight=1.0))
 
     def prompt_reading(self, documents: Examples, schedule: Schedule, arch: Arch) -> PromptReading:
         if not documents.paired:
