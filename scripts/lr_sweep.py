@@ -43,7 +43,7 @@ with importing():
     from src.objectives.kinds import objective_of
     from src.planning.base_model import build_model
     from src.planning.defaults import first_guess
-    from src.planning.job import Plan
+    from src.planning.plan import Plan
     from src.reporting import data_text, plan_text
     from src.run import prepare
     from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder

@@ -35,9 +35,9 @@ with importing():
     from src.objectives.kinds import objective_of
     from src.objectives.work import Speed
     from src.planning.defaults import cheapest_fix
-    from src.planning.job import Cost, Device, Plan, device_here, estimate, run_cost
     from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed
+    from src.planning.plan import Cost, Device, Plan, device_here, estimate, run_cost
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import speed_here
     from src.reporting import data_text, plan_text

@@ -36,7 +36,7 @@ from .objectives.reference_model import reference_of
 from .objectives.rewards.metrics import SAMPLES
 from .planning.base_model import build_model, new_arch, read_base, template_of_run
 from .planning.draft import Draft
-from .planning.job import (
+from .planning.plan import (
     Data,
     Device,
     Plan,

@@ -13,7 +13,7 @@ from src.config import Config
 from src.data.collate import trained_tokens
 from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
-from src.planning.job import device_here
+from src.planning.plan import device_here
 
 from . import program
 from .conftest import close, make_arch, random_tensors

@@ -34,7 +34,7 @@ from src.inference.load import load_with
 from src.inference.sampling import GREEDY
 from src.model import RWKV
 from src.planning.draft import Draft
-from src.planning.job import read_data
+from src.planning.plan import read_data
 from src.reporting import data_text, document_text
 from src.training.outputs import writer
 from src.training.resume import earlier_settings, find_checkpoint, inherit

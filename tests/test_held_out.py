@@ -20,7 +20,7 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.objectives.policy import undisturbed
 from src.planning.draft import Draft
-from src.planning.job import read_data
+from src.planning.plan import read_data
 
 BYTES = load_tokenizer("bytes", 256, "")
 

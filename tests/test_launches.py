@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import ops
 from src.config import Config
-from src.planning.job import Device
 from src.planning.launches import slow_line, wkv_launches
+from src.planning.plan import Device
 
 from .conftest import make_arch
 from .test_wkv import both, make

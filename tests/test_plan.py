@@ -29,8 +29,8 @@ from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix
 from src.planning.draft import Draft
-from src.planning.job import estimate
 from src.planning.memory import memory_parts
+from src.planning.plan import estimate
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
 from .conftest import ROOT, make_arch, slow

@@ -10,7 +10,7 @@ from src.data.formats import Report
 from src.data.rwkv_template import MODES
 from src.data.templates import load_template
 from src.planning.draft import Draft
-from src.planning.job import read_data
+from src.planning.plan import read_data
 
 from .test_generate import named
 from .test_preview import show  # noqa: F401

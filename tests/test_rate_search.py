@@ -15,9 +15,9 @@ import yaml
 from rwkv_miss import METHODS, UserError
 from src.config import AUTO, Config, parse
 from src.objectives.kinds import objective_of
-from src.planning import job
+from src.planning import plan
 from src.planning.defaults import SearchSize, first_guess, search_size
-from src.planning.job import Device, no_search
+from src.planning.plan import Device, no_search
 from src.training import rate_search
 from src.training.rate_search import (
     RateSearch,
@@ -170,10 +170,10 @@ class Rows:
     ],
 )
 def test_where_no_search_is_possible_it_is_said_why(monkeypatch, settings, steps, memory, words):
-    monkeypatch.setattr(job, "estimate", lambda config, *_: {"trained": 40.0, config.strategy: 37.0})
-    monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
-    monkeypatch.setattr(job, "USABLE", 1.0)
-    monkeypatch.setattr(job, "size_text", lambda size: f"{size:g} bytes")
+    monkeypatch.setattr(plan, "estimate", lambda config, *_: {"trained": 40.0, config.strategy: 37.0})
+    monkeypatch.setattr(plan, "memory_of", lambda device, world: memory)
+    monkeypatch.setattr(plan, "USABLE", 1.0)
+    monkeypatch.setattr(plan, "size_text", lambda size: f"{size:g} bytes")
     config = Config(**settings, epoch_count=1)
     found = no_search(config, None, Device("cpu", "fp32", "", "cpu", ""), Rows(steps))
     assert words in found and bool(words) == bool(found)

@@ -28,7 +28,7 @@ from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess
 from src.planning.draft import Draft
-from src.planning.job import read_data
+from src.planning.plan import read_data
 from src.planning.step_memory import Live, StepBytes, step_bytes
 from src.reporting.plan_text import above_guess
 

@@ -97,6 +97,6 @@ def test_imports_are_read_from_the_trees():
     """From a room's own package, from a file of another room, of a module, and within a function."""
     found = rooms.imports()
     assert "src.model.rwkv" in found["src.model"]
-    assert "src.ops" in found["src.planning.job"]
+    assert "src.ops" in found["src.planning.plan"]
     assert "src.config.launcher" in found["src.distributed.processes"]
     assert "src.data.jinja_template" in found["src.data.templates"]

@@ -20,7 +20,7 @@ from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.objectives.kinds import objective_of
 from src.planning.draft import Draft
-from src.planning.job import choose_evaluation
+from src.planning.plan import choose_evaluation
 from src.reporting import document_text, plan_text
 from src.training import callbacks, trainer
 

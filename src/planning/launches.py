@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .job import Plan
+from .plan import Plan
 
 MICROSECONDS = 5.0  # for Python and torch to start one kernel
 PRODUCTS = 1e14  # FLOP a second; an RTX 4090 does about this in half precision, an H100 several times it

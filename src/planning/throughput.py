@@ -20,7 +20,7 @@ from ..model.layers import Head
 from ..model.rwkv import replace_tensors
 from ..objectives.kinds import objective_of
 from ..objectives.work import Speed
-from .job import Plan
+from .plan import Plan
 from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part

@@ -11,7 +11,7 @@ from ..data.bos import describe_bos
 from ..data.examples import Examples
 from ..data.formats import places_text
 from ..objectives.kinds import objective_of
-from ..planning.job import Data, Plan
+from ..planning.plan import Data, Plan
 
 
 def documents_line(plan: Plan) -> str:

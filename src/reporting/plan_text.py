@@ -20,8 +20,8 @@ from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
-from ..planning.job import Cost, Plan
 from ..planning.launches import slow_line
+from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path

@@ -29,7 +29,7 @@ from ..distributed.process_group import Processes, processes_of
 from ..objectives.kinds import objective_of
 from ..planning.defaults import first_guess, search_size
 from ..planning.draft import Draft
-from ..planning.job import Plan
+from ..planning.plan import Plan
 from .run_folder import CONFIG, RATE_SEARCH
 from .short_runs import Trial, put_back, train, trial_of
 

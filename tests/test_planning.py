@@ -15,9 +15,9 @@ from src.data.encode import Encoder
 from src.data.formats import Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.planning import job
+from src.planning import plan
 from src.planning.draft import Draft
-from src.planning.job import (
+from src.planning.plan import (
     Data,
     Device,
     check_data_files,
@@ -41,8 +41,8 @@ def data(count, held_out=0):
 
 def test_several_processes_do_not_ask_what_is_free(monkeypatch):
     """Each would find another number, and choose another batch."""
-    monkeypatch.setattr(job, "free_memory", lambda accelerator: f"free of {accelerator}")
-    monkeypatch.setattr(job, "all_memory", lambda accelerator: f"all of {accelerator}")
+    monkeypatch.setattr(plan, "free_memory", lambda accelerator: f"free of {accelerator}")
+    monkeypatch.setattr(plan, "all_memory", lambda accelerator: f"all of {accelerator}")
     assert (memory_of(DEVICE, 1), memory_of(DEVICE, 2)) == ("free of cpu", "all of cpu")
     described = Device("gpu", "bf16", "", "cuda", "", memory=5, here=False)
     assert memory_of(described, 1) == memory_of(described, 2) == 5
@@ -63,9 +63,9 @@ def test_several_processes_do_not_ask_what_is_free(monkeypatch):
 )
 def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settings, memory, batch):
     """A row needs 100."""
-    monkeypatch.setattr(job, "estimate", lambda tried, *_: tried.micro_bsz * 100)
-    monkeypatch.setattr(job, "needed", lambda size, *_: size)
-    monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
+    monkeypatch.setattr(plan, "estimate", lambda tried, *_: tried.micro_bsz * 100)
+    monkeypatch.setattr(plan, "needed", lambda size, *_: size)
+    monkeypatch.setattr(plan, "memory_of", lambda device, world: memory)
     draft = Draft(Config(**settings, packing=False, ctx_len=256, grad_cp=0))
     schedule = plan_steps(draft, None, DEVICE, data(401))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
@@ -86,8 +86,8 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
 )
 def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_out, settings, length):
     """A step has 8 rows, as all of them fit."""
-    monkeypatch.setattr(job, "estimate", lambda *_: 0)
-    monkeypatch.setattr(job, "needed", lambda *_: 0)
+    monkeypatch.setattr(plan, "estimate", lambda *_: 0)
+    monkeypatch.setattr(plan, "needed", lambda *_: 0)
     draft = Draft(Config(**settings, packing=False, ctx_len=256))
     schedule = plan_steps(draft, None, DEVICE, data(rows, held_out))
     config = draft.config
@@ -139,17 +139,17 @@ def test_kernels_are_tested_on_the_gpu_of_the_process(monkeypatch, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     set_to, seen = [], []
-    monkeypatch.setattr(job, "choose_accelerator", lambda *_: "gpu")
-    monkeypatch.setattr(job, "choose_precision", lambda *_: ("bf16", ""))
-    monkeypatch.setattr(job.ops, "choose", lambda *_: (seen.extend(set_to), ("cuda", ""))[1])
-    monkeypatch.setattr(job.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(job.torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(plan, "choose_accelerator", lambda *_: "gpu")
+    monkeypatch.setattr(plan, "choose_precision", lambda *_: ("bf16", ""))
+    monkeypatch.setattr(plan.ops, "choose", lambda *_: (seen.extend(set_to), ("cuda", ""))[1])
+    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(plan.torch.cuda, "set_device", set_to.append)
     assert device_here(Config(), 64).kernel == "cuda" and seen == taken
 
 
 def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
     """Before a base is read or a file is written."""
-    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     device_here(Config(accelerator="cpu", wkv="torch"), 64)
     with pytest.raises(UserError, match="--strategy deepspeed_stage_2 needs the package deepspeed"):
         device_here(Config(accelerator="cpu", wkv="torch", strategy="deepspeed_stage_2"), 64)
