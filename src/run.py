@@ -35,6 +35,7 @@ from .objectives.kinds import objective_of
 from .objectives.reference_model import reference_of
 from .objectives.rewards.metrics import SAMPLES
 from .planning.base_model import build_model, new_arch, read_base, template_of_run
+from .planning.defaults import choose_no_evaluations
 from .planning.draft import Draft
 from .planning.plan import (
     Data,
@@ -151,7 +152,7 @@ def prepare(
     schedule = plan_steps(draft, arch, found, data)
     evaluated = choose_evaluation(draft, schedule, data.held_out, bool(before and not before.eval_steps))
     choose_rate(draft, arch, found, schedule)
-    draft.put(**{name: draft.config.value_or_zero(name) for name in ("eval_steps", "early_stop")})
+    choose_no_evaluations(draft)
     return Plan(
         typed=typed,
         settings=draft.config,

@@ -127,6 +127,12 @@ def choose_eval_steps(draft: Draft, steps: int, affordable: float) -> None:
         draft.choose("eval_steps", every, "rewards may fall within a few steps")
 
 
+def choose_no_evaluations(draft: Draft) -> None:
+    """Fill in eval_steps and early_stop where nothing else was chosen for them."""
+    draft.choose("eval_steps", 0, "nothing asks for evaluations in between")
+    draft.choose("early_stop", 0, "only chosen passes end early")
+
+
 def warm_up(steps: int) -> int:
     """Choose the steps of the warm-up in a run of `steps` steps."""
     return int(WARM_UP * steps)
