@@ -19,6 +19,7 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from src.common.device import cpu_features
+from src.config import Config
 from src.model import RWKV
 from src.model.rwkv import VERSIONS
 from src.ops import build
@@ -137,6 +138,11 @@ def emulated_kernels():
 def slow(*values):
     """Return a case of a parametrized test that the second tier has."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def settled_config(**settings) -> Config:
+    """Settings as a plan leaves them, which has chosen what is recomputed."""
+    return Config(**{"grad_cp": 0} | settings)
 
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from src.config import Config
 from src.model import RWKV
 from src.ops import (
     build,
@@ -25,7 +24,7 @@ from src.ops import (
 from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
-from .conftest import close, make_arch, random_tensors, slow
+from .conftest import close, make_arch, random_tensors, settled_config, slow
 
 # B, T, C, heads: head sizes 8, 16, 64, 80, 256
 SIZES = [
@@ -454,7 +453,7 @@ def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
 
 
 def frozen_with_adapter(version, kernel, dtype):
-    config = Config(peft="miss", peft_config={"r": 5})
+    config = settled_config(peft="miss", peft_config={"r": 5})
     arch = make_arch(version, n_layer=3)
     torch.manual_seed(0)
     model = build_model(config, arch, kernel, dtype)

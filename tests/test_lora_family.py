@@ -12,13 +12,12 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import dropped
-from src.config import Config
 from src.inference.load import load
 from src.model import RWKV
 from src.planning.base_model import build_model
 from src.training.optimizer import parameter_groups
 
-from .conftest import close, make_arch
+from .conftest import close, make_arch, settled_config
 from .test_adapters import filled, rwkv
 
 
@@ -238,7 +237,9 @@ def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
     no continuation.
     """
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", rwkv().state_dict().items())
-    config = Config(load_model=str(tmp_path / "base.pth"), peft="pissa", peft_config={"rank": 5, "niter": 1})
+    config = settled_config(
+        load_model=str(tmp_path / "base.pth"), peft="pissa", peft_config={"rank": 5, "niter": 1}
+    )
     torch.manual_seed(1)
     first = build_model(config, make_arch(7), "torch", torch.float32)
     rwkv_miss.write_checkpoint(tmp_path / "step.pth", first.state_dict().items())

@@ -33,7 +33,7 @@ from src.planning.memory import memory_parts
 from src.planning.plan import estimate
 from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
-from .conftest import ROOT, make_arch, slow
+from .conftest import ROOT, make_arch, settled_config, slow
 
 SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
@@ -115,7 +115,7 @@ def test_the_count_is_that_of_the_trainers_step(
         "row": {"order": "row"},
         "magnitude": {"magnitude": True},
     }.get(option, {})
-    config = Config(
+    config = settled_config(
         load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)),
         peft=peft,
         grad_cp=grad_cp,
@@ -137,7 +137,7 @@ def test_the_count_is_that_of_the_trainers_step(
 
 def test_a_deep_model_is_the_sum_of_its_layers():
     deep = make_arch(7, **SIZES | {"n_layer": 7})
-    config = Config(peft_config={"r": 5}, micro_bsz=2, grad_cp=1)
+    config = settled_config(peft_config={"r": 5}, micro_bsz=2, grad_cp=1)
     from src.planning import step_memory
 
     at_once = step_memory._count(deep, config, "torch", "fp32", 37, 74)
@@ -152,7 +152,7 @@ def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(
 
     arch, config = (
         make_arch(7, **SIZES | {"n_layer": 2}),
-        Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse),
+        settled_config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse),
     )
     extrapolated = step_bytes(arch, config, "cpu", "fp32", 48, 96)  # 10 chunks
     monkeypatch.setattr(step_memory, "COUNTED_CHUNKS", 99)
@@ -180,7 +180,7 @@ def test_large_blocks_are_counted_apart():
 
 def test_documents_that_begin_with_a_tuned_state_are_planned_for():
     """They are copied out of rows that have several, with padding; the fullest rows are counted."""
-    arch, config = make_arch(7, **SIZES), Config(micro_bsz=2, peft="state", ctx_len=40)
+    arch, config = make_arch(7, **SIZES), settled_config(micro_bsz=2, peft="state", ctx_len=40)
     alone, halves, thirds = (
         step_bytes(arch, config, "cpu", "fp32", 36, 72, documents=[lengths] * 2).peak
         for lengths in ([36], [18, 18], [17, 17, 2])
@@ -201,7 +201,7 @@ def test_documents_that_begin_with_a_tuned_state_are_planned_for():
 def test_tensor_cores_save_what_the_kernel_asks_for():
     arch, config = (
         make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=67),
-        Config(peft_config={"r": 5}, packing=False, micro_bsz=2),
+        settled_config(peft_config={"r": 5}, packing=False, micro_bsz=2),
     )
     exact, chunked = (
         step_bytes(arch, config, kernel, "bf16", 64, 64).activations for kernel in ("cuda-exact", "cuda")
@@ -215,7 +215,7 @@ def test_tensor_cores_save_what_the_kernel_asks_for():
 
 def test_the_parts_of_the_7b_model_are_the_papers_sizes():
     arch = make_arch(6, n_layer=32, n_embd=4096, head_size=64, vocab_size=65536)
-    config = Config(micro_bsz=1, grad_cp=1)
+    config = settled_config(micro_bsz=1, grad_cp=1)
     parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 64, 64)
     assert parts["trained"] == parts["gradients"] == parts["Adam"] / 2 == 4 * 88_080_384
     assert 14 < parts["base"] / GIB < 14.5  # 7.6 B parameters of 2 bytes
@@ -230,7 +230,13 @@ def test_zero_divides_the_parts_of_its_stage():
 
     def parts(**settings):
         return memory_parts(
-            arch, Config(peft_config={"r": 5}, micro_bsz=8, **settings), "gpu", "torch", "bf16", 16, 16
+            arch,
+            settled_config(peft_config={"r": 5}, micro_bsz=8, **settings),
+            "gpu",
+            "torch",
+            "bf16",
+            16,
+            16,
         )
 
     one, divided = parts(), {}
@@ -243,7 +249,7 @@ def test_zero_divides_the_parts_of_its_stage():
 def test_no_part_is_negative_where_the_count_goes_on_from_few_layers():
     """Of 61 layers with --grad_cp the kept activations came out larger than the peak."""
     arch = make_arch(7, n_layer=61, n_embd=4096, head_size=64, vocab_size=65536)
-    parts = memory_parts(arch, Config(micro_bsz=1, grad_cp=1), "gpu", "cuda", "bf16", 1024, 1024)
+    parts = memory_parts(arch, settled_config(micro_bsz=1, grad_cp=1), "gpu", "cuda", "bf16", 1024, 1024)
     assert min(parts.values()) >= 0, parts
 
 
@@ -254,7 +260,9 @@ def test_what_deepspeed_holds_beside_its_shares():
     arch = make_arch(7, **SIZES)
 
     def parts(strategy, **settings):
-        config = Config(peft_config={"r": 5}, strategy=f"deepspeed_stage_{strategy}", micro_bsz=8, **settings)
+        config = settled_config(
+            peft_config={"r": 5}, strategy=f"deepspeed_stage_{strategy}", micro_bsz=8, **settings
+        )
         return memory_parts(arch, config, "gpu", "torch", "bf16", 16, 16)
 
     one, two, three = parts("2"), parts("2", devices=4), parts("3", devices=4)
@@ -279,7 +287,7 @@ def test_stage_3_holds_its_largest_parameter_whole(accelerator, vocab_size, ahea
     two, three = (
         memory_parts(
             arch,
-            Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
+            settled_config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
             accelerator,
             "torch",
             "bf16",
@@ -295,7 +303,7 @@ def test_stage_3_leaves_no_holes_in_the_heap_of_a_cpu():
     two, three = (
         memory_parts(
             make_arch(7, **SIZES),
-            Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=2),
+            settled_config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=2),
             "cpu",
             "torch",
             "fp32",
@@ -326,7 +334,7 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
     for row, tokens in ((37, 37), (9999, 256)):
         speed = throughput.measured_speed(
             make_arch(7, **SIZES | {"n_layer": 6}),
-            Config(peft_config={"r": 5}),
+            settled_config(peft_config={"r": 5}),
             "torch",
             "fp32",
             "cpu",
@@ -345,7 +353,7 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
 )
 def test_the_speed_of_methods_that_derive_something_from_the_weight(method, options):
     """The operators refuse NaN, which norms that are none would make."""
-    config = Config(peft=method, peft_config={"r": 5, **options})
+    config = settled_config(peft=method, peft_config={"r": 5, **options})
     assert (
         throughput.measured_speed(
             make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5
@@ -366,7 +374,7 @@ def test_what_the_first_call_imports_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(RWKV, "features", slow_at_first)
     monkeypatch.setattr(throughput, "SECONDS", 0.2)  # after which the first call alone would count
-    arch, config = make_arch(7, **SIZES), Config(peft_config={"r": 5}, grad_cp=1, eval_samples=0)
+    arch, config = make_arch(7, **SIZES), settled_config(peft_config={"r": 5}, grad_cp=1, eval_samples=0)
     speed = throughput.measured_speed(arch, config, "torch", "fp32", "cpu", 8, 0.5)
     assert 8 / speed.tokens < 0.3
 
@@ -381,7 +389,7 @@ def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):
 
 def test_full_training_has_no_frozen_base():
     parts = memory_parts(
-        make_arch(7, **SIZES), Config(peft="none", micro_bsz=8), "cpu", "torch", "bf16", 16, 16
+        make_arch(7, **SIZES), settled_config(peft="none", micro_bsz=8), "cpu", "torch", "bf16", 16, 16
     )
     # layer 0's v0, v1, v2 are never trained
     assert 0 < parts["base"] < parts["trained"] / 20 and "rollback" not in parts
@@ -392,7 +400,7 @@ def test_the_largest_batch_bounds_every_micro_batch():
     documents = Documents(
         [Document(torch.zeros(n + 1).int().numpy(), torch.tensor([True] * (n + 1)).numpy()) for n in lengths]
     )
-    config = Config(micro_bsz=2, packing=False, ctx_len=1024)
+    config = settled_config(micro_bsz=2, packing=False, ctx_len=1024)
     schedule = make_schedule(documents, config, 1)
     assert largest_batch(schedule, ctx_len=1024, micro_bsz=2) == (40, 71)
     assert largest_batch(schedule, ctx_len=16, micro_bsz=2) == (16, 32)
@@ -434,13 +442,16 @@ def needs(config):
     ],
 )
 def test_the_cheapest_fix_comes_first(room, fix):
-    config = Config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024, grad_cp=0)
+    config = settled_config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024, grad_cp=0)
     assert cheapest_fix(config, "fp32", 1000, lambda changed: needs(changed) <= room) == fix
 
 
 def test_a_fix_keeps_the_rows_of_a_step():
     fix = cheapest_fix(
-        Config(micro_bsz=6, global_bsz=12, ctx_len=1024), "bf16", 1000, lambda changed: changed.micro_bsz == 3
+        settled_config(micro_bsz=6, global_bsz=12, ctx_len=1024),
+        "bf16",
+        1000,
+        lambda changed: changed.micro_bsz == 3,
     )
     assert fix == {"micro_bsz": 3}
 
@@ -455,7 +466,7 @@ def test_a_fix_keeps_the_rows_of_a_step():
     ],
 )
 def test_a_base_is_shared_out_where_there_are_processes_to_share_it(settings, found):
-    config = Config(micro_bsz=1, ctx_len=256, **settings)
+    config = settled_config(micro_bsz=1, ctx_len=256, **settings)
     fix = cheapest_fix(
         config, "bf16", 256, lambda changed: changed.strategy == "deepspeed_stage_3" != config.strategy
     )

@@ -23,7 +23,7 @@ from src.planning.base_model import build_model
 from src.planning.step_memory import Live, step_bytes
 from src.reporting.document_text import example_sample, short_example
 
-from .conftest import make_arch
+from .conftest import make_arch, settled_config
 from .test_plan import SIZES
 
 BYTES = Encoder(load_tokenizer("bytes", 256))
@@ -193,7 +193,9 @@ def test_the_count_is_that_of_a_real_step(checkpoint, tmp_path, loss, peft, grad
 
 
 def test_the_pass_without_gradients_needs_less():
-    config = Config(load_model="x", loss="dpo", beta=0.1, sft_weight=1.0, micro_bsz=2, peft_config={"r": 5})
+    config = settled_config(
+        load_model="x", loss="dpo", beta=0.1, sft_weight=1.0, micro_bsz=2, peft_config={"r": 5}
+    )
     arch = make_arch(7, **SIZES)
     whole, look = (
         step_bytes(arch, config, "cpu", "fp32", 37, 40, None, backward) for backward in (True, False)

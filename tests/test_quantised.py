@@ -31,7 +31,7 @@ from src.planning.memory import memory_parts
 from src.training.short_runs import held_out_loss, train
 
 from . import program
-from .conftest import ROOT, close, make_arch, random_tensors
+from .conftest import ROOT, close, make_arch, random_tensors, settled_config
 from .program import flags_of, succeed
 
 SHAPES = [(3, 64), (5, 131), (2, 9), (7, 63), (4, 128), (1, 200)]  # out, in
@@ -315,7 +315,9 @@ def base_file(tmp_path, version=7, state=False, **sizes):
 
 def model_of(path, precision="fp32", **settings):
     torch.manual_seed(0)
-    config = Config(load_model=str(path), precision=precision, **{"peft_config": {"r": 5}, **settings})
+    config = settled_config(
+        load_model=str(path), precision=precision, **{"peft_config": {"r": 5}, **settings}
+    )
     return build_model(
         config,
         Arch.detect(read_model_file(path)),
@@ -408,7 +410,7 @@ def test_a_disabled_adapter_leaves_the_quantised_base(tmp_path):
 def test_the_plan_counts_what_is_held(tmp_path, kind):
     """To the byte; what a step takes is compared in test_plan.py."""
     path = base_file(tmp_path, 6, n_embd=80)
-    config = Config(load_model=str(path), peft_config={"r": 5}, quant=kind, micro_bsz=1)
+    config = settled_config(load_model=str(path), peft_config={"r": 5}, quant=kind, micro_bsz=1)
     for precision in ("fp32", "bf16"):
         model = model_of(path, precision, quant=kind)
         parts = memory_parts(model.arch, config, "cpu", "torch", precision, 37, 37)
@@ -418,12 +420,12 @@ def test_the_plan_counts_what_is_held(tmp_path, kind):
 
 def test_the_plan_counts_an_expanded_matrix_at_a_time(tmp_path):
     model = model_of(base_file(tmp_path, n_embd=80), "bf16", quant="nf4")
-    config = Config(peft_config={"r": 5}, quant="nf4", micro_bsz=1)
+    config = settled_config(peft_config={"r": 5}, quant="nf4", micro_bsz=1)
     dense_weight = (
         max(linear.in_features * linear.out_features for linear in model.layer_linears().values()) * 2
     )
     plain = step_memory.step_bytes(
-        model.arch, Config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3
+        model.arch, settled_config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3
     )
     quantised = step_memory.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
     assert (
@@ -490,7 +492,7 @@ def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_bas
         settings = {"peft_config": {"r": 12}, "quant": kind, "precision": "fp32", "micro_bsz": 16}
         settings |= {"ctx_len": task.width, "packing": False}
         settings |= {"lr_init": 5e-3, "warmup_steps": 6, "random_seed": 0}
-        config = Config(load_model=str(task.base), **settings)
+        config = settled_config(load_model=str(task.base), **settings)
         torch.manual_seed(0)
         model = build_model(config, task.arch, "cpu", torch.float32)
         before[kind] = held_out_loss(model, objective_of(config), task.held_out)

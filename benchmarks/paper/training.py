@@ -172,7 +172,7 @@ def _whole_lines(text: str):
 def untouched(task: Task) -> list[float | None]:
     """Look at the base: held-out loss, share of right tokens, share of right answers."""
     config = Config(
-        load_model=str(task.base), peft="none", precision="fp32", micro_bsz=16, ctx_len=task.width
+        load_model=str(task.base), peft="none", precision="fp32", micro_bsz=16, ctx_len=task.width, grad_cp=0
     )
     model = build_model(config, task.arch, "torch", torch.float32)
     return [
@@ -188,6 +188,7 @@ def _train(run: Run, task: Task) -> Outcome:
         peft=run.method,
         peft_config=run.options,
         micro_bsz=run.rows,
+        grad_cp=0,
         ctx_len=task.width,
         packing=False,
         lr_init=run.lr,

@@ -124,7 +124,7 @@ def build_model(
         model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    model.grad_cp = config.value_or_zero("grad_cp")
+    model.grad_cp = config.grad_cp
     model.computes_in = dtype_of(config.peft, config.precision)
     if config.adapter:
         config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)

@@ -227,7 +227,7 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     """
     changes: dict[str, object] = {}
     yield changes
-    for recompute in RECOMPUTE[RECOMPUTE.index(config.value_or_zero("grad_cp")) + 1 :]:
+    for recompute in RECOMPUTE[RECOMPUTE.index(config.grad_cp) + 1 :]:
         changes = changes | {"grad_cp": recompute}
         yield changes
     row = min(tokens, config.ctx_len)

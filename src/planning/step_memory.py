@@ -117,7 +117,7 @@ def _count(
     # as native.has_tensor_core_form()
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
     model = model_on_meta(arch, config.adapter)
-    model.grad_cp = config.value_or_zero("grad_cp")
+    model.grad_cp = config.grad_cp
     model.computes_in = half if full else None
     quantised = set()
     if config.quant != "none":

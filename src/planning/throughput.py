@@ -58,7 +58,7 @@ def measured_speed(
     model = _random_model(small, config.adapter, random)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
-    model.grad_cp = config.value_or_zero("grad_cp")
+    model.grad_cp = config.grad_cp
     model.set_kernel(kernel)
     if full:
         model.computes_in = half
