@@ -32,8 +32,8 @@ with importing():
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
     from src.model import RWKV
+    from src.objectives.estimates import Speed
     from src.objectives.kinds import objective_of
-    from src.objectives.work import Speed
     from src.planning.defaults import cheapest_fix
     from src.planning.launches import slow_line
     from src.planning.memory import USABLE, needed

@@ -20,7 +20,7 @@ import torch
 
 from rwkv_miss import read_checkpoint
 from src.model import RWKV
-from src.objectives.work import Speed
+from src.objectives.estimates import Speed
 from src.planning.step_memory import StepBytes
 
 from .conftest import ROOT, close

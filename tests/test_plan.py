@@ -24,7 +24,7 @@ from src.data.batches import make_schedule
 from src.data.collate import collate
 from src.data.dataset import Document, Documents
 from src.model import RWKV
-from src.objectives.batch_sizes import fullest_rows, largest_batch
+from src.objectives.estimates import fullest_rows, largest_batch
 from src.planning import memory, throughput
 from src.planning.base_model import build_model, read_base
 from src.planning.defaults import cheapest_fix

@@ -15,7 +15,7 @@ from src.data.encode import Encoder
 from src.data.formats import PAIRS, Reading, Report
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.objectives.batch_sizes import SharedPrompts
+from src.objectives.estimates import SharedPrompts
 from src.objectives.kinds import objective_of
 from src.objectives.preferences import objective
 from src.planning import memory

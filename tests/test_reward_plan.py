@@ -21,9 +21,9 @@ from src.inference.engine import Engine
 from src.inference.request import Request
 from src.inference.sampling import Sampling
 from src.model import RWKV
+from src.objectives.estimates import DRAWN, Speed, Work
 from src.objectives.kinds import objective_of
 from src.objectives.rewards.sizes import TOGETHER, largest_groups, longest_answer
-from src.objectives.work import DRAWN, Speed, Work
 from src.planning import memory
 from src.planning.base_model import build_model
 from src.planning.defaults import choose_eval_steps, first_guess

@@ -20,7 +20,7 @@ from src.evaluation.rewards import Failed, Scored
 from src.model import RWKV
 from src.objectives.kinds import objective_of
 from src.objectives.rewards import evaluation as reward_evaluation
-from src.objectives.rewards import patient_rewards
+from src.objectives.rewards import rollouts
 from src.objectives.rewards.evaluation import RewardEvaluation
 from src.objectives.rewards.samples import SampleWriter, is_due
 from src.reporting import curves, model_card, run_card, run_end
@@ -416,12 +416,12 @@ def test_rewards_that_fail_are_counted_and_rewards_that_hang_are_given_up(model,
     said = capsys.readouterr().out
     assert said.count("rewards failed: question 1 took too long") == 1 and "question 4" not in said, said
     hanging = Awarded(fails={*range(11)}, seconds=10.5)
-    monkeypatch.setattr(patient_rewards, "time", types.SimpleNamespace(monotonic=lambda: hanging.now))
+    monkeypatch.setattr(rollouts, "time", types.SimpleNamespace(monotonic=lambda: hanging.now))
     found = evaluator(hanging, timeout=10.0).answers(model, asked, 1)
     assert len(hanging.asked) == 3 and found.metrics["failed"] == 11 and math.isnan(found.loss)
     assert "were asked for no more" in capsys.readouterr().out
     hanging.asked.clear()
-    patient = patient_rewards.PatientRewards(hanging, 10.0, 100)  # a tenth of these may run out of time
+    patient = rollouts.PatientRewards(hanging, 10.0, 100)  # a tenth of these may run out of time
     failed = [patient.score(asked[0], [None]).kind for _ in range(12)]
     assert len(hanging.asked) == 10 and failed.count("given up") == 2
 

@@ -32,10 +32,9 @@ from ..evaluation.rewards import Rewards
 from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
-from .batch_sizes import BatchSizes, largest_batch
+from .estimates import BatchSizes, Speed, Times, largest_batch
 from .loss_metrics import LossMetrics
 from .policy import Policy
-from .work import Speed, Times
 
 
 class BetweenSteps(UserError):

@@ -1,15 +1,37 @@
-"""The model of --reference."""
+"""Reference: its model, and the distance of the model in training from it.
+
+The distance is taken on the same tokens, over the whole vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rwkv_miss
+from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.identity import Identity
+from rwkv_miss.files.model_files import read_tensors
 
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..config.launcher import is_first_process
+from ..data.collate import to_device
+from ..data.held_out import evaluation_batches
+from ..data.preferences import Preferences
+from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV, read_model_file
+from ..model.log_probs import token_features
 from ..model.settings import dtype_of, dtype_of_base
+
+EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
+
+Features = Callable[[RWKV], list[Tensor]]  # a model -> the input of its head for each text, (T, C)
 
 
 def reference_of(reference: str) -> Identity | None:
@@ -31,3 +53,83 @@ def build_reference(config: Config) -> RWKV:
 def reference_arch(reference: str) -> Arch:
     """Return the sizes of the model of --reference."""
     return Arch.detect(read_model_file(reference))
+
+
+class FromReference:
+    """Logits of the reference beside those of the model in training.
+
+    The reference is the base in `file`, or the model that `load` reads from there. With an adapter on linears
+    alone the base is always available, under disabled(). Otherwise the inputs of its head are computed at the
+    start, and the head is read from the file. All ranks take part, because ZeRO-3 gathers the model on the
+    way.
+    """
+
+    def __init__(self, features: Features, file: str, load: Callable[[], RWKV] | None = None):
+        self.features, self.file, self.load = features, file, load
+        self.before: list[Tensor] | None = None
+
+    def start(self, trainer, module) -> None:
+        """Compute features that training would lose. The model is as before step 1, also in a resumed run."""
+        if self.load is None and only_linears_change(module.model):
+            return
+        with module.policy.undisturbed():
+            model = self.load().to(module.device) if self.load else module.model
+            self.before = self.features(model)
+
+    def measure(self, trainer, module, kl: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """Return kl(logits of the reference, logits of the model) at each token of each text, (T,)."""
+        with module.policy.undisturbed():
+            before = self.before
+            if before is None:
+                with rwkv_miss.disabled(module.model):
+                    before = self.features(module.model)
+            base_head, after = self._head(module), self.features(module.model)
+            found = []
+            for pair in zip(before, after, strict=True):
+                # a few tokens at a time, because in many runs the logits of all would need the most memory
+                blocks = zip(*(x.split(TOKENS_AT_ONCE) for x in pair), strict=True)
+                found.append(torch.cat([kl(base_head(x), module.model.head(y)) for x, y in blocks]))
+        return found
+
+    def _head(self, module) -> Callable[[Tensor], Tensor]:
+        """Return a function from features (T, C) to the reference's logits (T, V)."""
+        if self.before is None:
+            return lambda x: _of_base(module.model, x)
+        weight = read_tensors(self.file)["head.weight"].to(module.device, module.model.dtype)
+        return lambda x: F.linear(x, weight)
+
+
+def _of_base(model: RWKV, x: Tensor) -> Tensor:
+    """Return the base's logits. The head is called as a module, so that ZeRO-3 gathers it."""
+    with rwkv_miss.disabled(model):
+        return model.head(x)
+
+
+class ReferenceKl:
+    """KL(model || reference) on the answers to a few held-out prompts, in nats per token."""
+
+    def __init__(self, module):
+        config = module.config
+        self.module, self.examples = module, a_few(module.data.evaluated)
+        other = module.reference and module.reference.fingerprint != module.model.base_fingerprint
+        load = (lambda: build_reference(config)) if other else None
+        self.reference = FromReference(self._features, config.reference or config.load_model, load)
+
+    def measure(self, trainer) -> float:
+        """Return the mean over the answers' tokens."""
+        found = self.reference.measure(trainer, self.module, lambda base, own: divergence(own, base))
+        return float(torch.cat(found).double().mean().clamp(min=0))
+
+    def _features(self, model: RWKV) -> list[Tensor]:
+        module, device, config = self.module, self.module.device, self.module.config
+        collate = self.examples.collator(module.objective.chunks.size, module.shared)
+        read = evaluation_batches(self.examples, config.ctx_len, config.micro_bsz, config.random_seed)
+        batches = [collate(rows, 1.0) for rows in read]
+        return [token_features(model, to_device(batch, device), module.objective.chunks) for batch in batches]
+
+
+def a_few(examples: Preferences) -> Preferences:
+    """Take EXAMPLES at equal distances, or the first that have TOKENS together; at least one."""
+    places = np.unique(np.linspace(0, len(examples) - 1, EXAMPLES).astype(int))
+    fitting = np.cumsum(examples.lengths[places]) <= TOKENS
+    return examples.take(places[: max(1, np.count_nonzero(fitting))])

@@ -15,7 +15,7 @@ from ..data.examples import Examples
 from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from .base import Objective
-from .batch_sizes import BatchSizes, fullest_rows
+from .estimates import BatchSizes, fullest_rows
 from .held_out_loss import HeldOutLoss
 from .loss_metrics import LossMetrics
 

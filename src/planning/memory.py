@@ -35,7 +35,7 @@ from ..common.device import PRECISIONS
 from ..common.zero_sizes import SIZES
 from ..config import Config
 from ..model import RWKV
-from ..objectives.batch_sizes import SharedPrompts
+from ..objectives.estimates import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..objectives.reference_model import reference_arch
 from .step_memory import StepBytes, model_on_meta, step_bytes

@@ -33,8 +33,8 @@ from ..data.held_out import (
 )
 from ..data.tokenizer import Tokenizer
 from ..objectives.base import TrainingData
+from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
-from ..objectives.work import Speed
 from .defaults import (
     GUESSED,
     choose_batch,

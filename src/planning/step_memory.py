@@ -30,7 +30,7 @@ from ..model import RWKV
 from ..model.batch_loss import state_bytes
 from ..model.rwkv import replace_tensors
 from ..objectives.base import Objective
-from ..objectives.batch_sizes import SharedPrompts
+from ..objectives.estimates import SharedPrompts
 from ..objectives.kinds import objective_of
 from ..ops import per_document
 

@@ -18,8 +18,8 @@ from ..config.adapter_options import AdapterOptions
 from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
+from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
-from ..objectives.work import Speed
 from .plan import Plan
 from .step_memory import model_on_meta
 

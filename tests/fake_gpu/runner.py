@@ -25,8 +25,8 @@ from src.inference.generate import stream
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.objectives import held_out_loss
+from src.objectives.estimates import Speed
 from src.objectives.kinds import objective_of
-from src.objectives.work import Speed
 from src.planning import memory as planned_memory
 from src.planning.defaults import SHORTEST_SEARCHED
 from src.planning.step_memory import StepBytes, step_bytes

@@ -22,12 +22,11 @@ from ...data.preferences import Preferences
 from ...data.tokenizer import Tokenizer
 from ...model.preference_loss import PreferenceLoss
 from ..base import Evaluated, Feed, Objective, PromptReading, TrainingData
-from ..batch_sizes import BatchSizes, largest_shared
-from ..from_reference import ReferenceKl
+from ..estimates import BatchSizes, largest_shared
 from ..held_out_loss import HeldOutLoss
 from ..loss_metrics import LossMetrics
 from ..policy import Policy
-from ..reference_model import reference_arch
+from ..reference_model import ReferenceKl, reference_arch
 from .kto_baseline import WithBaseline, baseline
 from .metrics import PREFERENCES
 from .prompt_reading import LEAST_GAIN, PASS_COST, tokens_of_layouts

@@ -29,7 +29,7 @@ from ...inference.request import Answer, Request
 from ...inference.torch_decoder import TorchDecoder
 from ...model import RWKV
 from ..base import Evaluated, Evaluation
-from .patient_rewards import PatientRewards
+from .rollouts import PatientRewards
 from .sizes import rows_at_once
 
 

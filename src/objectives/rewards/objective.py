@@ -28,10 +28,9 @@ from ...evaluation.rewards import Rewards
 from ...model.batch_loss import state_bytes
 from ...model.grpo_loss import GrpoLoss
 from ..base import Evaluation, Feed, Objective, PromptReading, TrainingData
-from ..batch_sizes import BatchSizes
+from ..estimates import BatchSizes, Speed, Times, Work
 from ..loss_metrics import LossMetrics
 from ..policy import Policy
-from ..work import Speed, Times, Work
 from .metrics import reward_metrics
 from .sizes import (
     LIKELIHOODS,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,17 +23,18 @@ from ...config import Config
 from ...data.answer_example import AnswerGroup
 from ...data.encode import Encoder
 from ...data.questions import Question, Questions
-from ...evaluation.rewards import Failed, Rewards, Scored
+from ...evaluation.rewards import Failed, GivenAnswer, Rewards, Scored
 from ...inference.decoders import for_training
 from ...inference.engine import Engine
 from ...inference.request import Answer, Request
 from ...inference.sampling import Sampling
 from ...model import RWKV
 from ...model.grpo_loss import advantages
-from .patient_rewards import PatientRewards
 from .sizes import TOGETHER, rows_at_once
 
 FROM_THE_MODEL = Sampling(temperature=1.0, top_p=1.0)
+PATIENCE = 3  # timeouts that are waited for, at least
+SHARE = 0.1  # share of the groups that may time out, if these are more than PATIENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,34 @@ class Group:
             self.advantages.tolist(),
             [answer.log_probs for answer in self.answers],
         )
+
+
+class PatientRewards:
+    """Rewards of one rollout phase, or of one evaluation, with a limit on the time of failures.
+
+    Without it a function that hangs would delay every group.
+
+    Once failures have taken PATIENCE times `timeout` seconds, or as long as a tenth of `groups` that run out
+    of time, no more is asked, and all that is left fails.
+    """
+
+    def __init__(self, rewards: Rewards, timeout: float, groups: int):
+        self.rewards = rewards
+        self.patience = max(PATIENCE, SHARE * groups) * timeout  # seconds
+        self.waited = 0.0  # seconds, for rewards that failed
+
+    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> Scored | Failed:
+        """Score as Rewards.score() does."""
+        if self.waited > self.patience:
+            return Failed(
+                "given up",
+                f"rewards that failed had taken {self.waited:.0f} s, and were asked for no more",
+            )
+        begun = time.monotonic()
+        scored = self.rewards.score(question, answers)
+        if isinstance(scored, Failed):
+            self.waited += time.monotonic() - begun
+        return scored
 
 
 class Rollouts:

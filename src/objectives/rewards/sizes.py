@@ -16,8 +16,7 @@ from ...data.held_out import FORWARD
 from ...data.questions import LIMITS, THOUGHTS, LoadedQuestions, Questions, answer_limit, text_length
 from ...data.tokenizer import Tokenizer
 from ...model.batch_loss import state_bytes
-from ..batch_sizes import BatchSizes, SharedPrompts
-from ..work import Work
+from ..estimates import BatchSizes, SharedPrompts, Work
 
 WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that ignore the reference answer
 FREE = 512  # tokens of an answer for rewards without a limit on its length
