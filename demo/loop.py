@@ -41,11 +41,15 @@ with importing():
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.loop", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--load_model", required=True, help="the base, a .pth of RWKV-6 or RWKV-7; it stays as it is")
+    add(
+        "--load_model",
+        required=True,
+        help="the base model, a .pth of RWKV-6 or RWKV-7; the file stays as it is",
+    )
     add("--data_file", required=True, help='rows to train on: {"text": ...} or {"messages": [...]}')
     add("--eval_file", required=True, help="rows for the validation loss")
     add("--proj_dir", required=True, help="folder for adapter.pth and merged.pth")
-    add("--prompt", required=True, help="what the merged model is asked at the end")
+    add("--prompt", required=True, help="prompt for the merged model at the end")
     add("--rank", type=int, default=12, help="rank of MiSS; default %(default)s, for real models 64")
     add("--ctx_len", type=int, default=128, help="tokens of a row; default %(default)s")
     add("--micro_bsz", type=int, default=16, help="rows of a step; default %(default)s")

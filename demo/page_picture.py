@@ -74,8 +74,8 @@ def serve(base: str, adapter: str) -> tuple[subprocess.Popen, str]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m demo.page_picture", description=__doc__)
     parser.add_argument("--run", default=RUN, help="folder of the demo's run; default %(default)s")
-    parser.add_argument("--base", default=BASE, help="its base; default %(default)s")
-    parser.add_argument("--out", default=OUT, help="where the picture goes; default %(default)s")
+    parser.add_argument("--base", default=BASE, help="the base model of the run; default %(default)s")
+    parser.add_argument("--out", default=OUT, help="file of the picture; default %(default)s")
     with one_line_errors():
         args = parser.parse_args(argv)
         adapter = os.path.join(args.run, "adapter.pth")

@@ -132,8 +132,8 @@ def main() -> None:
     with one_line_errors():
         parser = Parser(prog="python -m demo.picture", description=__doc__.partition("\n\n")[0])
         parser.add_argument("--run", default=RUN, help="folder of the demo's run [%(default)s]")
-        parser.add_argument("--base", default=BASE, help="the base that was trained [%(default)s]")
-        parser.add_argument("--out", default=OUT, help="the picture [%(default)s]")
+        parser.add_argument("--base", default=BASE, help="the base model of the run [%(default)s]")
+        parser.add_argument("--out", default=OUT, help="file of the picture [%(default)s]")
         args = parser.parse_args()
         metrics, adapter, merged, held_out = (
             os.path.join(args.run, name) for name in (METRICS, ADAPTER, MERGED, QUESTIONS)

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--heldout", type=int, default=500)
     parser.add_argument("--heldout_out", required=True)
-    parser.add_argument("--letters", type=int, help="of every string; without it 3 to 7")
+    parser.add_argument("--letters", type=int, help="number of letters in every string; default: 3 to 7")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.rows < 1 or args.heldout < 1:

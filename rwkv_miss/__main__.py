@@ -120,7 +120,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_commands(commands)
     extract.add_command(commands)
     converting = commands.add_parser(
-        "convert", help="an adapter of any project -> another project's file or folder"
+        "convert", help="turn an adapter of any project into another project's file or folder"
     )
     converting.add_argument("input", metavar="IN", help="file or folder")
     converting.add_argument("out", metavar="OUT")
@@ -128,23 +128,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes]
     )
     converting.add_argument(
-        "--origin", default="", help="the project that wrote IN, where its shapes alone could be of two"
+        "--origin", default="", help="the project that wrote IN, if its shapes could be two projects'"
     )
-    converting.add_argument("--alpha", type=float, help="LoRA's alpha, where the file does not hold it")
+    converting.add_argument("--alpha", type=float, help="LoRA's alpha, if the file does not hold it")
     converting.add_argument(
         "--profile",
         default="",
-        help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer",
+        help="RWKV-LM-RLHF's layer profile (.csv), if the alphas of LoRA differ by layer",
     )
     converting.add_argument(
-        "--init", default="", help="PiSSA's factors at the start, where they are in a file of their own"
+        "--init", default="", help="file with PiSSA's factors at the start, if they have a file of their own"
     )
     converting.add_argument(
         "--base",
         default="",
         help=(
-            "the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
-            "its model's widths"
+            "the base model: for --to rwkv-lightning, and for --to lora if the adapter does not record its"
+            " model's widths"
         ),
     )
     converting.add_argument(
@@ -152,13 +152,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default="",
         choices=LAYOUTS,
         help=(
-            "for --to peft and lora, whose names the folder has: Hugging Face's Rwkv7ForCausalLM (official),"
-            " flash-linear-attention's (fla), or the .pth's; what the adapter had, else official for RWKV-7"
+            "for --to peft and lora: the names of the tensors. official: Hugging Face's Rwkv7ForCausalLM."
+            " fla: flash-linear-attention. pth: the .pth's. Default: the adapter's own, else official for"
+            " RWKV-7"
         ),
     )
-    inspect = commands.add_parser("inspect", help="what a file is")
+    inspect = commands.add_parser("inspect", help="say what a file is")
     inspect.add_argument("file")
-    inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     return parser.parse_args(argv)
 
 

@@ -85,14 +85,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the command to the program's subparsers; the parsed arguments have its function as `run`."""
     parser = commands.add_parser(
-        "extract-base", help="the RWKV inside a larger checkpoint -> a .pth that can be a base"
+        "extract-base", help="write the RWKV inside a larger checkpoint as a .pth that can be a base model"
     )
     parser.add_argument(
         "input", metavar="IN", help="a .pth or safetensors file, such as a multimodal model's"
     )
     parser.add_argument("out", metavar="OUT")
     parser.add_argument(
-        "--prefix", default=PART, help="what the names of its tensors begin with [%(default)s]"
+        "--prefix", default=PART, help="beginning of the names of the RWKV's tensors [%(default)s]"
     )
     parser.set_defaults(run=run)
 

@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", help="prefix of the .bin and .idx to write, or with --to_jsonl the JSONL")
-    parser.add_argument("data", nargs="+", help="what --data_file of train.py takes")
+    parser.add_argument("data", nargs="+", help="files, folders or names, as for --data_file of train.py")
     parser.add_argument("--to_jsonl", action="store_true", help="write text instead of tokens")
     parser.add_argument("--tokenizer", default="world", help="world, bytes, utf16, or a file [world]")
     parser.add_argument(
-        "--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell"
+        "--eod",
+        default="",
+        help="text of the end-of-document token, for a tokenizer file that does not name it",
     )
     add_template_flags(parser.add_argument)
     for name in ("sft_field", "sft_split"):

@@ -38,14 +38,17 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
         parser.add_argument(
-            "--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]"
+            "--type",
+            default="",
+            choices=FILE_TYPES,
+            help=f"type of the large matrices in GGUF [{DEFAULT_TYPE}]",
         )
         parser.add_argument(
             "--layout",
             default="",
             choices=LAYOUTS,
             help=(
-                "of the Hugging Face folder. official: Rwkv7ForCausalLM. fla: flash-linear-attention and"
+                "form of the Hugging Face folder. official: Rwkv7ForCausalLM. fla: flash-linear-attention and"
                 f" rwkv7-hf [{LAYOUTS[0]}]"
             ),
         )
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             "--tokenizer",
             default="auto",
             help=(
-                "to put into gguf and hf, as in train.py, or none; auto: what the model records, else World"
+                "tokenizer for gguf and hf, as in train.py, or none; auto: the model's record, else World"
                 " [%(default)s]"
             ),
         )

@@ -39,7 +39,7 @@ def main() -> None:
         prog="python -m scripts.gpu_record", description=__doc__.partition("\n\n")[0], allow_abbrev=False
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("folder", nargs="?", type=pathlib.Path, help="of outputs and exit codes")
+    action.add_argument("folder", nargs="?", type=pathlib.Path, help="folder of outputs and exit codes")
     action.add_argument("--table", action="store_true", help="print the table only")
     args = parser.parse_args()
     if args.folder:

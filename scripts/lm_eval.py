@@ -94,16 +94,16 @@ def protocol(bos: tuple[int, ...]) -> str:
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE]")
-    parser.add_argument("--adapter", help="adapter of that base")
+    parser.add_argument("--adapter", help="an adapter .pth of this base model")
     parser.add_argument(
-        "--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local"
+        "--tasks", required=True, help="tasks or groups of the harness, separated by commas, or lambada_local"
     )
     parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
     parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
     parser.add_argument(
         "--num_fewshot", type=int, help="solved examples before each question (default: the task's)"
     )
-    parser.add_argument("--limit", type=int, help="questions of each task, from the first on (default: all)")
+    parser.add_argument("--limit", type=int, help="ask the first N questions of each task (default: all)")
     parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     parser.add_argument("--tokenizer", default="auto")
     parser.add_argument("--eod", default="")
@@ -112,8 +112,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--bos",
         default="auto",
         help=(
-            "the token before every text: auto (the end of document, 0 in World, as BlinkDL's evaluations"
-            " have it), none, recorded (as the adapter or the model was trained), or an id; default"
+            "the token before every text: auto (the end-of-document token, 0 in World, as in BlinkDL's"
+            " evaluations), none, recorded (as the adapter or the model was trained), or an id; default"
             " %(default)s"
         ),
     )
@@ -121,7 +121,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--precision",
         default="auto",
         choices=("auto", *PRECISIONS),
-        help="of the weights. auto: bf16 on a GPU that has it, or fp16; on a CPU fp32. Default %(default)s",
+        help="dtype of the weights. auto: bf16 on a GPU that has it, else fp16; on a CPU fp32. Default"
+        " %(default)s",
     )
     parser.add_argument("--out", help="JSON file for results and every sample")
     args = parser.parse_args(argv)

@@ -71,10 +71,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         "--steps",
         type=int,
         default=0,
-        help=f"optimizer steps of each training [those of the run, at most {STEPS}]",
+        help=f"optimizer steps of each training [the run's steps, at most {STEPS}]",
     )
     own.add_argument(
-        "--setting", choices=SETTINGS, default=SETTINGS[0], help="the setting whose values they are [lr_init]"
+        "--setting",
+        choices=SETTINGS,
+        default=SETTINGS[0],
+        help="the setting that --rates are values of [lr_init]",
     )
     given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})

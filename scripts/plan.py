@@ -56,23 +56,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         default="",
         metavar="SIZE",
         help=(
-            "memory of one device, such as 24GB [what is free on the one at hand]; with it, "
-            "--accelerator gpu describes a GPU that need not be here"
+            "memory of one device, such as 24GB [the free memory of this machine's device]; with it,"
+            " --accelerator gpu describes a GPU that need not be here"
         ),
     )
     own.add_argument(
         "--tokens_per_second",
         type=float,
         default=0.0,
-        help="speed of the whole run, for the estimate of its time",
+        help="speed of the whole run, from which its time is estimated",
     )
     own.add_argument(
         "--metrics",
         default="",
         metavar="FILE",
-        help="metrics.jsonl of an earlier run like this one: its speed instead",
+        help="metrics.jsonl of an earlier run like this one, from which its speed is taken",
     )
-    own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
+    own.add_argument("--json", action="store_true", default=False, help="print a last line for machines")
     given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config = settle(given)

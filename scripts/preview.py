@@ -76,11 +76,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         "--plain",
         action="store_true",
         default=False,
-        help="« » instead of colours; so it is too where the output is no terminal, or NO_COLOR is set",
+        help="mark trained text with « » instead of colours; also chosen if the output is no terminal or"
+        " NO_COLOR is set",
     )
-    own.add_argument("--json", action="store_true", default=False, help="JSON alone, for machines")
+    own.add_argument("--json", action="store_true", default=False, help="print JSON alone, for machines")
     own.add_argument(
-        "--strict", action="store_true", default=False, help="exit code 1 where something was found"
+        "--strict", action="store_true", default=False, help="exit code 1 if something was found"
     )
     given = read_flags(parser, sys.argv[1:] if argv is None else argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})

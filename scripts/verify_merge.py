@@ -94,13 +94,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--merged", required=True)
     parser.add_argument(
         "--text",
-        help="a file with the probe's text; default: src/evaluation/forgetting.txt, short and of four kinds",
+        help="a file with the text to compare logits on; default: src/evaluation/forgetting.txt, short and"
+        " of four kinds",
     )
     parser.add_argument(
         "--tokens",
         type=int,
         default=256,
-        help="how many of its tokens are read, the first of every kind; default %(default)s",
+        help="number of tokens to read, the first of every kind of text; default %(default)s",
     )
     parser.add_argument("--tokenizer", default="auto", help="auto: as recorded in the files")
     parser.add_argument("--eod", default="")

@@ -26,7 +26,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
-    merge = commands.add_parser("merge", help="base + adapters -> one .pth for any RWKV runtime")
+    merge = commands.add_parser("merge", help="write base model + adapters as one .pth for any RWKV runtime")
     # the other names are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
     add_adapters(merge, required=True)
@@ -37,12 +37,14 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         default="base",
         choices=("base", "auto", *DTYPE_NAMES),
         help=(
-            "base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the"
-            " update"
+            "base: every tensor keeps its dtype; auto: fp16 or fp32 for tensors that would lose over 5 %%"
+            " of the update"
         ),
     )
     merge.add_argument(
-        "--force", action="store_true", help="merge into another base than the adapter's, or a second time"
+        "--force",
+        action="store_true",
+        help="merge into another base model than the adapter's, or a second time",
     )
     add_output(merge)
     merge.set_defaults(run=run_merge)
@@ -50,7 +52,9 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
 def add_unmerge(commands: argparse._SubParsersAction) -> None:
     unmerge = commands.add_parser(
-        "unmerge", help="whether a file is a merge into a base, bit for bit: the base is then what undoes it"
+        "unmerge",
+        help="check bit for bit that a file is the base model + adapters, so that the base model undoes the"
+        " merge",
     )
     unmerge.add_argument("merged")
     unmerge.add_argument("--base", "--base_model", required=True)
@@ -61,20 +65,20 @@ def add_unmerge(commands: argparse._SubParsersAction) -> None:
 
 
 def add_diff(commands: argparse._SubParsersAction) -> None:
-    diff = commands.add_parser("diff", help="the MiSS adapter of A that comes nearest to B")
-    diff.add_argument("a", metavar="A", help="the checkpoint that is to be the base")
-    diff.add_argument("b", metavar="B", help="what became of it")
+    diff = commands.add_parser("diff", help="write the MiSS adapter that brings A nearest to B")
+    diff.add_argument("a", metavar="A", help="the checkpoint that becomes the base model")
+    diff.add_argument("b", metavar="B", help="a checkpoint that was trained from A")
     diff.add_argument("--rank", type=int, required=True)
     diff.add_argument("--out", "--output", required=True)
     diff.add_argument(
         "--targets",
-        help="names of linears with commas between them, such as key,att.value; default: all of the paper's",
+        help="names of linears, separated by commas, such as key,att.value; default: all of the paper's",
     )
     diff.add_argument(
-        "--layout", default="stride", choices=CHOICES["layout"], help="of the shards, as in training"
+        "--layout", default="stride", choices=CHOICES["layout"], help="layout of the shards, as in training"
     )
     diff.add_argument(
-        "--whole", action="store_true", help="take other tensors that differ along as they are in B"
+        "--whole", action="store_true", help="also store other tensors that differ, as they are in B"
     )
     add_output(diff)
     diff.set_defaults(run=run_diff)
@@ -89,12 +93,12 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
         required=required,
         action="append",
         default=None if required else [],
-        help="an adapter of that base; again for another one that is merged with it",
+        help="an adapter of this base model; give the flag again to merge several",
     )
     parser.add_argument(
         "--weights",
         type=weights,
-        help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}",
+        help=f"factors of the adapters, in their order, such as 0.7,-0.3; default: {default}",
     )
     # else argparse takes -0.5,1 for a flag
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
@@ -105,29 +109,29 @@ def add_hints(parser: Parser) -> None:
     parser.add_argument(
         "--origin",
         default="",
-        help="the project that wrote the adapter, where its shapes alone could be of two",
+        help="the project that wrote the adapter, if its shapes could be two projects'",
     )
     parser.add_argument(
-        "--alpha", "--lora_alpha", type=float, help="LoRA's alpha, where the adapter's file does not hold it"
+        "--alpha", "--lora_alpha", type=float, help="LoRA's alpha, if the adapter's file does not hold it"
     )
     parser.add_argument(
         "--profile",
         default="",
-        help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer",
+        help="RWKV-LM-RLHF's layer profile (.csv), if the alphas of LoRA differ by layer",
     )
     parser.add_argument(
         "--init",
         "--lora_init",
         default="",
-        help="PiSSA's factors at the start, where they are in a file of their own",
+        help="file with PiSSA's factors at the start, if they have a file of their own",
     )
 
 
 def add_output(parser: Parser) -> None:
     parser.add_argument(
-        "--layers", action="store_true", help=f"all layers in the table, not the {TABLE_ROWS} worst"
+        "--layers", action="store_true", help=f"show all layers in the table, not only the {TABLE_ROWS} worst"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
 
 
 def weights(text: str) -> list[float]:

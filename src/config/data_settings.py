@@ -16,8 +16,8 @@ class DataSettings:
 
     load_model: str = opt(
         "",
-        "the base: a .pth, a Hugging Face folder, or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face"
-        " hub. Empty: a new model with the sizes of --version, --n_layer and --n_embd",
+        "the base model: a .pth, a Hugging Face folder, or hf://OWNER/NAME[/FILE][@REVISION] of the"
+        " Hugging Face hub. Empty: a new model with the sizes of --version, --n_layer and --n_embd",
     )
     data_file: str = opt(
         "",
@@ -45,49 +45,50 @@ class DataSettings:
     )
     tokenizer: str = opt(
         "auto",
-        "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: as"
-        " --load_model records, else what lies in its Hugging Face folder, else world for a model with the"
-        " World vocabulary",
+        "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: the"
+        " tokenizer that --load_model records; else the one in its Hugging Face folder; else world, for"
+        " a model with the World vocabulary",
     )
-    eod: str = opt("", "the text of the end-of-document token, where a tokenizer file does not name it")
+    eod: str = opt("", "the text of the end-of-document token, for a tokenizer file that does not name it")
 
     template: str = opt(
         "auto",
-        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them), alpaca,"
-        " or a Jinja file with Hugging Face's conventions. auto: as --load_model records, else rwkv",
+        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them),"
+        " alpaca, or a Jinja file with Hugging Face's conventions. auto: the template that --load_model"
+        " records, else rwkv",
     )
     tool_style: str = opt(
         "auto",
-        "how rwkv and its modes write tools and their calls: json, signatures, markdown or hermes. auto: as"
-        " --load_model records, else json with the World vocabulary and hermes with others",
+        "how rwkv and its modes write tools and their calls: json, signatures, markdown or hermes."
+        " auto: the style that --load_model records; else json with the World vocabulary, hermes with"
+        " others",
         choices=("auto", *TOOL_STYLES),
         automatic=True,
     )
     loss_mask: str = opt(
         "assistant",
         "which tokens are trained. assistant: the assistant's turns, completions, and plain text as a"
-        " whole. all: everything. A marker such as Assistant: trains what follows it, up to the next"
-        " turn. START...END trains what stands between the two. The end of a document is always"
-        " trained",
+        " whole. all: everything. A marker such as Assistant: trains the text after it, up to the next"
+        " turn. START...END trains the text between the two. The end of a document is always trained",
     )
     think_weight: float = opt(
         1.0,
-        "the loss of what stands inside <think> and </think> is multiplied by this. The tags are not"
-        " inside. 0: thoughts are read and not trained",
+        "the loss of the text between <think> and </think> is multiplied by this. The tags keep the"
+        " weight of the answer. 0: thoughts are read and not trained",
         low=0,
         high=100,
     )
     prompt_weight: float = opt(
         0.0,
-        "the weight in the loss of what --loss_mask does not train, such as questions. 0: none",
+        "the weight in the loss of tokens that --loss_mask leaves out, such as questions. 0: none",
         low=0,
         high=100,
     )
     bos: str = opt(
         "recorded",
-        "the token that every document begins with, which is never trained. none: no token. auto: the end of"
-        " document, 0 in World, after which BlinkDL's evaluations ask. A number: the token of this id."
-        " recorded: as --load_model records, else none",
+        "the token that every document begins with. It is never trained. none: no token. auto: the"
+        " end-of-document token, 0 in World, as in BlinkDL's evaluations. A number: the token of this"
+        " id. recorded: the BOS that --load_model records, else none",
     )
     data_cache: str = opt(
         "auto",

@@ -27,9 +27,9 @@ class LossSettings(DataSettings):
     )
     beta: float = opt(
         0.0,
-        "how closely the model is held to the reference, above 0; with simpo the scale of the reward. Left"
-        " out: as in the loss's paper or its code, 0.1 for dpo, ipo and kto, 2 for simpo. orpo has"
-        " --orpo_lambda. grpo: the weight of the KL to the reference. Left out it is 0, no KL",
+        "dpo, ipo and kto: how closely the model is held to the reference, above 0. simpo: the scale"
+        " of the reward. Left out: 0.1 for dpo, ipo and kto, 2 for simpo. orpo has --orpo_lambda. grpo:"
+        " the weight of the KL to the reference. Left out: 0, no KL",
         alias=("pref_beta",),
         automatic=True,
         low=0,
@@ -37,8 +37,8 @@ class LossSettings(DataSettings):
     )
     sft_weight: float = opt(
         -1.0,
-        "the weight of the cross entropy of the chosen answer, per token, beside the preference. Without it"
-        " right answers may get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
+        "the weight of the cross entropy of the chosen answer, per token, beside the preference. With"
+        " 0 right answers can get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
         alias=("rpo_alpha", "pref_ftx"),
         automatic=True,
         low=-1,
@@ -46,8 +46,8 @@ class LossSettings(DataSettings):
     )
     loss_average: str = opt(
         "sum",
-        "what dpo compares. sum: the log-probability of an answer, as in the paper. mean: that divided by"
-        " its tokens. ipo, orpo and simpo always take the mean, and kto the sum",
+        "what dpo compares. sum: the log-probability of an answer, as in the paper. mean: the"
+        " log-probability per token. ipo, orpo and simpo always take the mean, and kto the sum",
         choices=("sum", "mean"),
     )
     label_smoothing: float = opt(
@@ -69,49 +69,56 @@ class LossSettings(DataSettings):
     undesirable_weight: float = opt(1.0, "kto: the weight of the answers with label false", low=0, high=1e30)
     reference: str = opt(
         "",
-        "the model that dpo, ipo, kto and the KL of grpo compare with, of any size: a file, a folder or a"
-        " name of the hub, as for --load_model. Empty: the base, with the adapter off",
+        "the reference model of dpo, ipo, kto and the KL of grpo, of any size: a file, a folder or a"
+        " name of the hub, as for --load_model. Empty: the base model, with the adapter off",
         alias=("ref_model",),
     )
 
     rewards: dict = opt(
         {},
-        "grpo: what an answer is rewarded for, with weights: exact=1,partial=0.5. A name alone has the"
-        " weight 1. exact, number, boxed or math_verify: 1 for the right answer, judged as by"
-        " scripts.evaluate. partial: the share of characters in the right place. regex: 1 where"
-        " --reward_regex is found. length: 0, and less for answers above --reward_length. Another name: the"
-        " function of this name in --reward_file. A weight of 0 shows a reward without training on it."
-        " Empty: exact=1",
+        "grpo: what a rollout is rewarded for, with weights: exact=1,partial=0.5. A name alone has the"
+        " weight 1. exact, number, boxed or math_verify: 1 for a right answer, judged as by"
+        " scripts.evaluate. partial: the share of characters in the right place. regex: 1 if"
+        " --reward_regex is found. length: 0, and less for rollouts above --reward_length. Another"
+        " name: the function of this name in --reward_file. A reward of weight 0 is shown and not"
+        " trained on. Empty: exact=1",
         automatic=True,
         bare=1.0,
     )
     reward_file: str = opt(
         "",
-        "grpo: a Python file with functions NAME(prompt, answers, right) that give a list of numbers, one"
-        " for each answer. Its code is run. It counts on the command line only, in no YAML file",
+        "grpo: a Python file with functions NAME(prompt, answers, right). Each returns a list of"
+        " numbers, one for each answer; right is the reference answer. The file's code is run, so only"
+        " the command line can name it, and no YAML file",
     )
-    reward_regex: str = opt("", "grpo: the regular expression of --rewards regex, looked for in the answer")
+    reward_regex: str = opt(
+        "", "grpo: the regular expression of --rewards regex, searched for in the rollout"
+    )
     reward_length: int = opt(
         0,
-        "grpo: --rewards length gives 0 to answers of up to so many tokens, and less to longer ones, down to"
-        " -1 at --max_tokens",
+        "grpo: the longest rollout, in tokens, that --rewards length gives 0. A longer one gets less,"
+        " down to -1 at --max_tokens",
         low=0,
     )
     reward_timeout: float = opt(
         10.0,
-        "grpo: seconds that the functions of --reward_file have for the answers to one question. Then they"
-        " are stopped, and the question is left out of the step",
+        "grpo: seconds that the functions of --reward_file have for the rollouts of one question. Then"
+        " they are stopped, and the question is left out of the step",
         low=0.1,
         high=1e6,
     )
     group_size: int = opt(
-        8, "grpo: answers drawn for each question, at least 2", alias=("num_generations",), low=1, high=2**16
+        8,
+        "grpo: rollouts of each question; --loss grpo needs 2 or more",
+        alias=("num_generations",),
+        low=1,
+        high=2**16,
     )
     max_tokens: int = opt(
         0,
-        "grpo: the most tokens of an answer; one without an end by then is cut, and is not right. 0: for"
-        " exact and partial the longest right answer, a quarter more, and 16; else by the reward. Within"
-        " --ctx_len",
+        "grpo: the longest rollout, in tokens. A rollout that has no end by then is cut. 0: for exact"
+        " and partial 1.25 times the longest reference answer, plus 16; for other rewards see"
+        " docs/rewards.md. It must fit into --ctx_len",
         alias=("max_completion_length",),
         automatic=True,
         low=0,
@@ -125,16 +132,16 @@ class LossSettings(DataSettings):
     )
     clip_low: float = opt(
         0.2,
-        "grpo: a token that has lost more than this share of its probability since the draw is not pushed"
-        " down any further",
+        "grpo: a token that has lost more than this share of its probability since the rollout is not"
+        " pushed down any further",
         alias=("epsilon",),
         low=0,
         high=1,
     )
     clip_high: float = opt(
         0.0,
-        "grpo: a token that has gained more than this share of its probability since the draw is not pushed"
-        " up any further. 0: 0.28 for --grpo_type dapo, else as --clip_low",
+        "grpo: a token that has gained more than this share of its probability since the rollout is"
+        " not pushed up any further. 0: 0.28 for --grpo_type dapo, else the value of --clip_low",
         alias=("epsilon_high",),
         automatic=True,
         low=0,
@@ -142,14 +149,14 @@ class LossSettings(DataSettings):
     )
     advantage_scale: str = opt(
         "auto",
-        "grpo: whether the rewards of a question, less their mean, are divided by their standard deviation"
-        " (group) or not (none). auto: none for --grpo_type dr_grpo, else group",
+        "grpo: group: the rewards of a question, minus their mean, are divided by their standard"
+        " deviation. none: they are not divided. auto: none for --grpo_type dr_grpo, else group",
         choices=("auto", "group", "none"),
         automatic=True,
     )
     inner_steps: int = opt(
         1,
-        "grpo: optimizer steps on the same drawn answers. More of them draw less often, and learn from"
+        "grpo: optimizer steps on the same rollouts. More steps need fewer rollouts, and learn from"
         " answers that are no longer the model's own",
         alias=("num_iterations",),
         low=1,

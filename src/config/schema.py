@@ -46,8 +46,8 @@ class Config(LossSettings):
     )
     train_parts: str = opt(
         "",
-        "parts of the base to train as whole tensors beside the adapter, separated by commas: emb,"
-        " head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
+        "parts of the base model to train as whole tensors beside the adapter, separated by commas:"
+        " emb, head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
         " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
         " Empty: none",
     )
@@ -64,7 +64,7 @@ class Config(LossSettings):
         choices=("", "x060", "x070"),
     )
     n_layer: int = opt(0, "number of layers; read from the checkpoint", low=0)
-    n_embd: int = opt(0, "width; read from the checkpoint", low=0)
+    n_embd: int = opt(0, "width of the model; read from the checkpoint", low=0)
     vocab_size: int = opt(
         0, "size of the vocabulary; read from the checkpoint, in a new model from the tokenizer", low=0
     )
@@ -82,8 +82,8 @@ class Config(LossSettings):
     ctx_len: int = opt(
         0,
         "longest row in tokens. A longer text becomes several rows, a longer conversation is cut, and"
-        " the plan says how many. 0: the longest document's length, as a power of two from 256 to"
-        " 4096; with --chunk_ctx without these bounds",
+        " the plan says how many. 0: the longest document's length, as a power of two from 256 to 4096;"
+        " with --chunk_ctx also above 4096",
         automatic=True,
         low=0,
     )
@@ -102,12 +102,12 @@ class Config(LossSettings):
     )
     state_cp: bool = opt(
         False,
-        "1: of n chunks keep only every sqrt(n)-th state. This saves memory and costs one more"
-        " forward pass. Needs --chunk_ctx",
+        "1: keep only every sqrt(n)-th state of a row of n chunks. This saves memory and costs one"
+        " more forward pass. Needs --chunk_ctx",
     )
     packing: bool = opt(
         True,
-        "1: short documents share rows of ctx_len tokens and do not see each other. 0: a row is one document",
+        "1: short documents share rows of ctx_len tokens and do not see each other. 0: one document a row",
     )
     micro_bsz: int = opt(
         0,
@@ -118,8 +118,8 @@ class Config(LossSettings):
     )
     accumulate_grad_batches: int = opt(
         0,
-        "forward passes in one optimizer step. 0: 1 where micro_bsz is given. Otherwise a step gets 8"
-        " rows over all devices, or fewer where the run would have less than 50 steps",
+        "forward passes in one optimizer step. 0: 1 if micro_bsz is given. Otherwise a step gets 8"
+        " rows over all devices, or fewer if the run would have fewer than 50 steps",
         automatic=True,
         low=0,
     )
@@ -128,8 +128,8 @@ class Config(LossSettings):
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: one. Where one pass over the data makes fewer than 200 steps and documents are"
-        " held out, up to 5, until the loss on them rises",
+        "number of epochs. 0: one. If one pass over the data makes fewer than 200 steps and documents"
+        " are held out: up to 5, until the held-out loss rises",
         alias=("epochs",),
         automatic=True,
         low=0,
@@ -149,22 +149,22 @@ class Config(LossSettings):
     )
     state_lr: float = opt(
         0.0,
-        "learning rate of the initial state beside an adapter. 0: its own, 1e-2. With --peft state"
-        " use --lr_init",
+        "learning rate of the initial state beside an adapter. 0: 1e-2. With --peft state use --lr_init",
         low=0,
         high=1e30,
     )
     lr_map: dict = opt(
         {},
         "factors of the learning rate by parts of the trained tensors' names: '{\"ffn\": 0.5,"
-        ' "blocks.0": 2}\' or ffn=0.5,blocks.0=2. The longest part that fits counts. A tensor that'
+        ' "blocks.0": 2}\' or ffn=0.5,blocks.0=2. The longest part that matches counts. A tensor that'
         " layers share is named shared.NAME",
     )
     lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init", high=1e30)
     lr_schedule: str = opt(
         "cos",
-        "how the rate goes down to lr_final: cos, linear, or exp, by the same factor at every step; or"
-        " constant; or wsd: constant, then down in a straight line over the last fifth",
+        "how the learning rate goes from lr_init to lr_final: cos; linear; exp, by the same factor at"
+        " every step; constant, which stays at lr_init; or wsd, which stays and falls in a straight"
+        " line over the last fifth",
         choices=("cos", "linear", "exp", "constant", "wsd"),
     )
     warmup_steps: int = opt(
@@ -179,7 +179,7 @@ class Config(LossSettings):
         -1,
         "activation checkpointing: what the backward pass computes again instead of keeping it. 0:"
         " nothing. 2: the time mixes, which saves most of the memory and is a little slower. 1: whole"
-        " layers, which takes the least memory and is slower. -1: 0; if one row does not fit, 2, then"
+        " layers, which takes the least memory and is slower. -1: 0, or if one row does not fit 2, then"
         " 1",
         automatic=True,
         words={"true": 1, "false": 0},
@@ -188,7 +188,7 @@ class Config(LossSettings):
 
     precision: str = opt(
         "auto",
-        "dtype of the frozen base: auto, fp32, bf16 or fp16. What is trained is always fp32",
+        "dtype of the frozen base model: auto, fp32, bf16 or fp16. What is trained is always fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
         automatic=True,
     )
@@ -202,8 +202,8 @@ class Config(LossSettings):
     strategy: str = opt(
         "auto",
         "how several processes share the work: ddp, deepspeed_stage_1, _2 or _3; stage 3 splits the"
-        " base too. deepspeed_stage_1_offload, _2_offload and _3_offload keep the optimizer in the"
-        " CPU's memory, and under stage 3 the parameters too. auto: none for one process, else ddp",
+        " base model too. deepspeed_stage_1_offload, _2_offload and _3_offload keep the optimizer in"
+        " the CPU's memory, and under stage 3 the parameters too. auto: none for one process, else ddp",
         choices=(
             "auto",
             "ddp",
@@ -224,8 +224,8 @@ class Config(LossSettings):
 
     eval_file: str = opt(
         "",
-        "held-out data, in any format of --data_file. Its loss is taken before, during and after the"
-        " training",
+        "held-out data, in any format of --data_file. Its loss is measured before, during and after"
+        " the training",
     )
     eval_split: float = opt(
         -1.0,
@@ -235,16 +235,17 @@ class Config(LossSettings):
     )
     eval_docs: int = opt(
         0,
-        "number of held-out documents to evaluate, chosen by a hash of their tokens. 0: as many as"
-        " keep all evaluations within a tenth of the run, counted in tokens",
+        "number of held-out documents to evaluate, chosen by a hash of their tokens. 0: as many as fit"
+        " if all evaluations may take a tenth of the run, counted in tokens",
         automatic=True,
         low=0,
     )
     eval_steps: int = opt(
         -1,
-        "evaluate every N optimizer steps, and keep the best state as best.pth, if it is better than the"
-        " base. 0: only before and after the training. -1: 0; where several passes are chosen, after each of"
-        " them; with --loss grpo up to 5 times, where all evaluations stay within a tenth of the run",
+        "evaluate every N optimizer steps, and keep the best state as best.pth, if it is better than"
+        " the base model. 0: only before and after the training. -1: 0; but after each pass if several"
+        " passes are chosen, and with --loss grpo up to 5 times, if all evaluations stay within a tenth"
+        " of the run",
         automatic=True,
         low=-1,
     )
@@ -252,8 +253,8 @@ class Config(LossSettings):
     early_stop: int = opt(
         -1,
         "end the training after N evaluations in a row that are not better than the best one; the one"
-        " before the training counts. 0: never. -1: 0; where several passes are chosen, after a pass without"
-        " a better one",
+        " before the training counts. 0: never. -1: 0; if several passes are chosen, the evaluations of one"
+        " pass",
         automatic=True,
         low=-1,
     )

@@ -17,9 +17,9 @@ from .tokenizer import Tokenizer
 
 # help for --bos in programs that read a record; train.py has its own
 HELP = (
-    "the token that every conversation or text begins with: recorded (as in the adapter's file, without an"
-    " adapter in the model's, else none), none, auto (the end of document, 0 in World), or the id of a token;"
-    " default %(default)s"
+    "the token that every conversation or text begins with: recorded (by the adapter's file, without an"
+    " adapter by the model's, else none), none, auto (the end-of-document token, 0 in World), or the id of a"
+    " token; default %(default)s"
 )
 
 

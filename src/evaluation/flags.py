@@ -39,14 +39,17 @@ def add_flags(parser: Parser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add flags about the model, and how it is prompted."""
     add = parser.add_argument
-    add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
+    add(
+        "--model",
+        help="the model that answers: base model or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]",
+    )
     add(
         "--adapter",
         action="append",
         default=[],
         help=(
-            "an adapter .pth of that base, used beside it; with --preferences several may be given, each of"
-            " which is measured by itself; default: none"
+            "an adapter .pth of this base model, used without a merge; with --preferences the flag may be"
+            " given several times, and each adapter is measured by itself; default: none"
         ),
     )
     add(
@@ -61,8 +64,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--eod",
         default="",
         help=(
-            "text of the end-of-document token, where a tokenizer file does not tell; "
-            "default: as the tokenizer says"
+            "text of the end-of-document token, for a tokenizer file that does not name it; default: as"
+            " the tokenizer says"
         ),
     )
     add_template_flags(add)
@@ -71,7 +74,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         choices=("auto", *PRECISIONS),
-        help="of the weights. auto: bf16 on a GPU that has it, or fp16; on a CPU fp32. Default %(default)s",
+        help="dtype of the weights. auto: bf16 on a GPU that has it, else fp16; on a CPU fp32. Default"
+        " %(default)s",
     )
 
 
@@ -81,8 +85,8 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     add(
         "--questions",
         help=(
-            "questions and right answers, in any format of train.py's --data_file; "
-            "with --score code HumanEval or MBPP"
+            "questions and reference answers, in any format of train.py's --data_file; with --score code"
+            " HumanEval or MBPP"
         ),
     )
     add("--limit", type=int, help="ask the first N questions only; default: all of the file")
@@ -95,10 +99,10 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         default="exact",
         choices=(*SCORES, "code"),
         help=(
-            "an answer is right if it is, as a whole, the right one (exact), ends in the same number"
-            " (number: GSM8K), has an equal \\boxed{} result (boxed: MATH), has equal mathematics by the"
-            " package math-verify (math_verify: MATH-500), or is a program that passes the tests (code:"
-            " HumanEval, MBPP); default %(default)s"
+            "when an answer is right. exact: it equals the reference answer. number: it ends in the same"
+            " number (GSM8K). boxed: its \\boxed{} result is equal (MATH). math_verify: the package"
+            " math-verify finds it equal (MATH-500). code: it is a program that passes the tests"
+            " (HumanEval, MBPP); default %(default)s"
         ),
     )
     add(
@@ -119,20 +123,21 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
         "--max_tokens",
         type=int,
         help=(
-            "the longest answer, in tokens. Default: for exact a quarter more than the longest right answer,"
-            f" and 16; {limits}; {THOUGHTS} where a template begins thoughts"
+            "the longest answer, in tokens. Default: for exact 1.25 times the longest reference answer,"
+            f" plus 16; {limits}; {THOUGHTS} with a template that begins thoughts"
         ),
     )
     add(
         "--batch",
         type=int,
-        help="answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer where the memory is small",
+        help="answers made at once. Default: 32 on a CPU and 256 on a GPU, fewer if the memory is small",
     )
     add(
         "--show",
         type=int,
         default=5,
-        help="answers to print, or with --preferences wrong pairs, the worst first; default %(default)s",
+        help="number of answers to print, or with --preferences of wrong pairs, the worst first; default"
+        " %(default)s",
     )
     add(
         "--save",
@@ -141,7 +146,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
             " stop. With --preferences: all pairs with their log p, at the end. Default: they are not kept"
         ),
     )
-    add("--answers", help="score the answers of such a file, in the place of a --model")
+    add("--answers", help="score the answers of a file that --save wrote, instead of asking a --model")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +165,21 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         default=0.0,
-        help="of the sampling; default %(default)s, the likeliest token each time",
+        help="how freely tokens are drawn; default %(default)s, the likeliest token each time",
     )
-    add("--top_p", type=float, default=1.0, help="sample from this share of the probability [%(default)s]")
-    add("--top_k", type=int, default=0, help="sample from so many tokens; 0: from all [%(default)s]")
-    add("--seed", type=int, default=0, help="of the samples; default %(default)s")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest tokens whose probabilities add up to this [%(default)s]",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=0,
+        help="draw among this many of the likeliest tokens; 0: among all [%(default)s]",
+    )
+    add("--seed", type=int, default=0, help="seed of the samples; default %(default)s")
     described = [
         f"{name}: {', '.join(f'{flag} {value}' for flag, value in flags.items())}"
         for name, flags in PRESETS.items()
@@ -178,15 +193,15 @@ def add_preferences(parser: argparse.ArgumentParser) -> None:
     add(
         "--preferences",
         help=(
-            "in the place of --questions: pairs of a chosen and a rejected answer, or answers with a label,"
-            " as train.py --loss takes them. Measured is how likely the model finds each"
+            "instead of --questions: pairs of a chosen and a rejected answer, or answers with a label, as"
+            " train.py --loss takes them. The model tells how likely it finds each answer, and writes none"
         ),
     )
     add(
         "--reference",
         help=(
-            "the model that rewards are measured against. Default: with an --adapter the base without it,"
-            " else none, and there are no rewards"
+            "the reference model for the rewards. Default: with an --adapter the base model without it;"
+            " else there are no rewards"
         ),
     )
     add("--beta", type=float, help=f"rewards are beta times the difference of the log p; default {BETA:g}")

@@ -27,21 +27,22 @@ def add_files(add: Callable) -> None:
     add(
         "--model",
         required=True,
-        help="base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION], or a Hugging Face folder",
+        help="base model or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION], or a Hugging Face folder",
     )
     add(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="adapter .pth trained on that base, or a name of the hub as above, by its file's name"
-        " unless NAME is given; a chat begins with the first of several, a server's requests choose",
+        help="an adapter .pth that was trained on this base model, or its name on the hub as for --model."
+        " Its name is the file's, unless NAME is given. Give the flag again for more adapters: a chat"
+        " begins with the first one, and a server's requests choose",
     )
     add(
         "--scale",
         type=float,
         default=1.0,
-        help="what the adapter changes is multiplied by this; 1: as it was trained",
+        help="factor of the adapter's change; 1: as it was trained",
     )
 
 
@@ -52,7 +53,11 @@ def add_text(add: Callable) -> None:
         default="auto",
         help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file",
     )
-    add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    add(
+        "--eod",
+        default="",
+        help="text of the end-of-document token, for a tokenizer file that does not name it",
+    )
     add_template_flags(add)
     add("--bos", default="recorded", help=BOS_HELP)
     add("--system", default="", help="text of a System: turn before the chat")
@@ -71,10 +76,10 @@ def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False
     )
     helps = {
         "temperature": "how freely tokens are drawn; 0: always the likeliest one",
-        "top_p": "draw among the likeliest tokens that have this share together; 1: among all",
-        "top_k": "draw among so many of the likeliest tokens; 0: among all",
-        "presence_penalty": "lowers the logit of a token that the answer holds already",
-        "frequency_penalty": "lowers it once for each time that the answer holds the token",
+        "top_p": "draw among the likeliest tokens whose probabilities add up to this; 1: among all",
+        "top_k": "draw among this many of the likeliest tokens; 0: among all",
+        "presence_penalty": "lowers the logit of a token that is in the answer already",
+        "frequency_penalty": "lowers a token's logit once for each time that it is in the answer",
     }
     default_text = "as recommended for the template" if recommended else "%(default)s"
     for name, text in helps.items():
@@ -85,8 +90,8 @@ def add_sampling(add: Callable, max_tokens: int = 512, recommended: bool = False
             default=None if recommended else default,
             help=f"{text}; default {default_text}",
         )
-    seed, default_text = (None, "another one for every request") if recommended else (0, "%(default)s")
-    add("--seed", type=int, default=seed, help=f"of the random numbers; default {default_text}")
+    seed, default_text = (None, "a new one for every request") if recommended else (0, "%(default)s")
+    add("--seed", type=int, default=seed, help=f"seed of the random numbers; default {default_text}")
 
 
 def add_device(add: Callable) -> None:
@@ -96,32 +101,32 @@ def add_device(add: Callable) -> None:
         "--precision",
         default="auto",
         choices=("auto", *PRECISIONS),
-        help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32"
-        " with --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"
-        " their prompts are read in bf16 where the CPU has instructions for it: faster, with logits about"
-        " 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32",
+        help="dtype of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but"
+        " fp32 with --wkv torch or reference. A CPU computes answers in fp32, from bf16 weights too. It"
+        " reads prompts in bf16, if it has instructions for that: faster, with logits about 1e-3 off;"
+        " fp32 avoids that. An --adapter is always computed in fp32",
     )
     add(
         "--quant",
         default="none",
         choices=("none", "int8"),
-        help="int8: answer from weights of one byte, on a CPU; prompts are read with those of --precision."
-        " The bytes are made at the start, and are others than those of train.py's --quant",
+        help="int8: answer from weights of one byte, on a CPU. Prompts are read with the weights of"
+        " --precision. The bytes are made at the start; train.py's --quant makes other ones",
     )
     add(
         "--huge_pages",
         default="auto",
         choices=("auto", "yes", "no"),
-        help="answer from a copy of the weights in large memory pages, of 2 MB, on a CPU, where Linux has"
-        " them: up to 1.6 times as fast. It takes memory of its own where the weights are mapped from the"
-        " file; auto: at most a third of what is free",
+        help="answer from a copy of the weights in memory pages of 2 MB, on a CPU under Linux: up to 1.6"
+        " times as fast. The copy takes memory beside the weights, if these are mapped from the file."
+        " auto: copy at most a third of the free memory",
     )
     add(
         "--activations",
         default="exact",
         choices=("exact", "bf16"),
-        help="bf16: those of an answer's products with bf16 weights are rounded, on a CPU with avx512_bf16:"
-        " a divergence of 5e-6 nats where it was measured; default %(default)s",
+        help="bf16: round the activations before products with bf16 weights, on a CPU with avx512_bf16."
+        " This was measured to cost a divergence of 5e-6 nats; default %(default)s",
     )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
 

@@ -43,27 +43,36 @@ def add_address(add: Callable) -> None:
     """Add the flags for the address, and for who may ask."""
     add("--host", default="127.0.0.1", help="address to listen at; default %(default)s, this machine only")
     add("--port", type=int, default=8000, help="port to listen at; 0: a free one; default %(default)s")
-    add("--api_key", default="", help="what clients have to send; needed where others can reach the --host")
-    add("--api_key_file", metavar="FILE", help="a file with the key, which command lines then do not show")
+    add(
+        "--api_key",
+        default="",
+        help="key that clients have to send; needed if other machines can reach the --host",
+    )
+    add(
+        "--api_key_file",
+        metavar="FILE",
+        help="a file with the key, so that the command line does not show it",
+    )
     add(
         "--allow_host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a further name that this machine is asked by, such as a proxy's",
+        help="another name under which clients reach this machine, such as a proxy's",
     )
     add(
         "--cors_origin",
         action="append",
         default=[],
         metavar="URL",
-        help="a site, such as https://chat.example.org, whose pages may ask from a browser; without it: none",
+        help="a site, such as https://chat.example.org, whose pages may send requests from a browser;"
+        " default: none",
     )
-    add("--name", help="what clients call the base; its file's name without suffix unless given")
+    add("--name", help="name of the base model for clients; default: its file's name without suffix")
     add(
         "--adapter_dir",
         metavar="FOLDER",
-        help="folder whose adapters clients may load with POST /v1/adapters; without it: none",
+        help="folder whose adapters clients may load with POST /v1/adapters; default: none",
     )
 
 
@@ -75,7 +84,8 @@ def add_engine(add: Callable) -> None:
         "--chunk",
         type=int,
         default=0,
-        help="tokens of a prompt that are read at once; 0: as many as take 60 ms, measured at the start",
+        help="tokens of a prompt that are read at once; 0: as many as the machine reads in 60 ms, measured"
+        " at the start",
     )
 
 
