@@ -154,9 +154,8 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
     for p in model.parameters():
         p.grad = None if p.grad is None else torch.full_like(p.grad, torch.inf)
     rwkv_miss.before_step(model, 2, 12)
-    assert len(before) == 2 * 7 and all(
-        torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()
-    )
+    assert len(before) == 2 * 7
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,8 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} == {
         id(t) for t in adapter_tensors(model).values() if t.requires_grad
-    } and not trained.keys() & keys
+    }
+    assert not trained.keys() & keys
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert list(shapes) == report.linears and len(shapes) == {6: 16, 7: 12}[version]
     shared = sum(
@@ -620,9 +621,8 @@ def test_a_rank_map_gives_linears_their_own_ranks():
     assert ranks["blocks.0.att.key"] == 2 and ranks["blocks.0.ffn.key"] == 2, (
         "the longer part, blocks.0, counts"
     )
-    assert (
-        ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3 and ranks["blocks.1.ffn.value"] == 5
-    )
+    assert ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3
+    assert ranks["blocks.1.ffn.value"] == 5
     assert {layer.scale for layer in adapted_linears(model).values()} == {2.0}, "another rank keeps alpha / r"
     for method in ("mos", "prolora"):  # what goes with the rank becomes smaller with it
         model = rwkv(7)
@@ -655,15 +655,13 @@ def test_mistakes_are_explained():
             rwkv_miss.inject(rwkv(7), *args, **options)
         return str(error.value)
 
-    assert "recptance" in message(
-        targets=["recptance"]
-    ) and "head, key, output, receptance, value" in message(targets=["recptance"])
+    assert "recptance" in message(targets=["recptance"])
+    assert "head, key, output, receptance, value" in message(targets=["recptance"])
     assert "blocks.0.att.receptance" in message(rank=49) and "48" in message(rank=49)
     assert "rank" in message(rnak=3)
     assert ", ".join(sorted(METHODS)) in message("misss")
-    assert "choose one of: stride, contiguous" in message(layout="diagonal") and "plain, balanced" in message(
-        shards="even"
-    )
+    assert "choose one of: stride, contiguous" in message(layout="diagonal")
+    assert "plain, balanced" in message(shards="even")
     model = rwkv(7)
     rwkv_miss.inject(model, rank=8)
     with pytest.raises(rwkv_miss.UserError, match="already"):

@@ -139,11 +139,8 @@ def test_a_library_is_built_once_and_found_again(project, capfd):
     library = project.build()
     assert ctypes.CDLL(str(library)).answer() == 42
     said = capfd.readouterr()
-    assert (
-        said.out == ""
-        and said.err.startswith(f"building {TITLE} with ninja (once, about 1 s)\nbuilt in ")
-        and said.err.count("\n") == 2
-    )
+    assert said.out == "" and said.err.startswith(f"building {TITLE} with ninja (once, about 1 s)\nbuilt in ")
+    assert said.err.count("\n") == 2
     assert project.runs() == 2 and project.temporary() == []
     assert project.build() == library and project.runs() == 2
     assert capfd.readouterr() == ("", "")
@@ -211,9 +208,8 @@ def test_a_compile_error_is_one_line_and_a_log(project):
     message = failure(project.build)
     log = pathlib.Path(message.rpartition(" ")[2])
     assert log.parent == project.cache and "nothing_either" in log.read_text()
-    assert message.startswith(
-        f"{TITLE} did not compile: {project.source}:1:"
-    ) and "error: 'nothing'" in message.replace("‘", "'").replace("’", "'")
+    assert message.startswith(f"{TITLE} did not compile: {project.source}:1:")
+    assert "error: 'nothing'" in message.replace("‘", "'").replace("’", "'")
     assert "--wkv torch" in message and project.temporary() == []
     runs = project.runs()
     failure(project.build)
@@ -276,9 +272,8 @@ def test_temporary_files_of_the_compiler_are_swept_with_the_rest(project):
     project.compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" >> "{project.record}"\nexec c++ "$@"\n')
     project.build()
     places = {pathlib.Path(line) for line in project.record.read_text().splitlines()}
-    assert {place.parent for place in places} == {project.cache} and not any(
-        place.exists() for place in places
-    )
+    assert {place.parent for place in places} == {project.cache}
+    assert not any(place.exists() for place in places)
 
 
 def test_strange_names_of_folders(tmp_path, monkeypatch):
@@ -307,11 +302,8 @@ def test_a_cache_that_cannot_be_written(project, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path / "file" / "cache"))
     message = failure(project.build)
-    assert (
-        str(tmp_path / "file" / "cache") in message
-        and "Not a directory" in message
-        and "set RWKV_KERNEL_CACHE" in message
-    )
+    assert str(tmp_path / "file" / "cache") in message and "Not a directory" in message
+    assert "set RWKV_KERNEL_CACHE" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -445,11 +437,8 @@ def test_the_cuda_library_is_for_the_architectures_at_hand(cuda):
     runs = cuda.record.read_text().splitlines()
     assert len(runs) == 3, "one object a source, and the link"
     for line in runs[:2]:
-        assert (
-            line.count("-gencode") == 2
-            and "arch=compute_80,code=sm_80" in line
-            and "arch=compute_90,code=sm_90" in line
-        )
+        assert line.count("-gencode") == 2 and "arch=compute_80,code=sm_80" in line
+        assert "arch=compute_90,code=sm_90" in line
         assert "fast" not in line and "-O3" in line and "-Xcompiler -fPIC" in line
     assert "-cudart static" in runs[2]
     assert build.cuda_library(["80", "90"]) == library
@@ -479,9 +468,8 @@ def test_the_compiler_of_the_host_s_part_can_be_chosen(cuda, monkeypatch):
 @pytest.mark.parametrize("architecture", ["70", "61", "gfx90a", "7.5"])
 def test_architectures_that_are_not_supported(cuda, architecture):
     message = failure(build.cuda_library, ["90", architecture])
-    assert (
-        f"architecture {architecture}" in message and "75 (Turing) or newer" in message and cuda.runs() == 0
-    )
+    assert f"architecture {architecture}" in message and "75 (Turing) or newer" in message
+    assert cuda.runs() == 0
 
 
 def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
@@ -508,9 +496,8 @@ def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
     assert toolchain.find_nvcc() == toolchain.Nvcc(found[3], (f"-I{wheels}/include",), (f"-L{wheels}/lib",))
     os.remove(found[3])
     message = failure(toolchain.find_nvcc)
-    assert (
-        message.startswith("no nvcc:") and 'pip install "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==' in message
-    )
+    assert message.startswith("no nvcc:")
+    assert 'pip install "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==' in message
 
 
 @pytest.fixture

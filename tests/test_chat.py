@@ -119,9 +119,8 @@ def test_adapters_are_chosen_in_the_chat(typed, files, letters):  # noqa: F811
         expected += said(files, letters, ["hello?"], names, scale)
     out, err = typed(script)
     got = answers(out)
-    assert [text.rstrip("\n") for text in got] == [text.rstrip("\n") for text in expected] and len(
-        set(expected)
-    ) == 6
+    assert [text.rstrip("\n") for text in got] == [text.rstrip("\n") for text in expected]
+    assert len(set(expected)) == 6
     assert [line for line in err if line != "a new conversation"] == [
         "adapter b, scale 1",
         "adapter b, scale 0.5",
@@ -174,11 +173,8 @@ def test_undo_and_reset(typed):
     """
     out, err = typed("hello? why /undo what /undo /undo hello? why /reset hello? /undo /undo".split())
     first, second, third, again, second_again, fresh = answers(out)
-    assert (again, second_again, fresh.rstrip("\n")) == (
-        first,
-        second,
-        first.rstrip("\n"),
-    ) and third != second
+    assert (again, second_again, fresh.rstrip("\n")) == (first, second, first.rstrip("\n"))
+    assert third != second
     assert err == [
         "taken back; 1 turn left",
         "taken back; 1 turn left",
@@ -248,10 +244,8 @@ def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
     )
     assert err[:3] == ["temperature 0", "temperature 0.5", "top_p 0.9"]
     assert err[3] == "error: top_p 2.0: expected more than 0 and at most 1"
-    assert (
-        err[4] == "error: temperature -1.0: expected 0 or more"
-        and err[5] == "error: top_p 'x': expected a number such as 0.7"
-    )
+    assert err[4] == "error: temperature -1.0: expected 0 or more"
+    assert err[5] == "error: top_p 'x': expected a number such as 0.7"
     assert err[6] == "error: there is no turn to take back"
 
 
@@ -264,11 +258,8 @@ def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
             "a question of more than so many tokens again",
         ]
     )
-    assert (
-        len(err) == 2
-        and err[0].startswith("WARNING: the loss is ")
-        and err[1].endswith("Is it the right model?")
-    )
+    assert len(err) == 2 and err[0].startswith("WARNING: the loss is ")
+    assert err[1].endswith("Is it the right model?")
 
 
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
@@ -293,35 +284,23 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
         "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry,"
         " /temperature, /top_p, /save, " in err[0]
     )
-    assert "no command /x. There are" in err[2] and all(
-        line.endswith("or another slash before it.") for line in err[:3]
-    )
-    assert (
-        "did you mean /help?" in err[1]
-        and "did you mean" not in err[2]
-        and all("type a space or another slash" in line for line in err[:3])
-    )
-    assert (
-        err[3] == "error: there is no adapter 'c'; there are: a, b"
-        and "twice" in err[4]
-        and "'much'" in err[5]
-        and "'nan'" in err[6]
-    )
+    assert "no command /x. There are" in err[2]
+    assert all(line.endswith("or another slash before it.") for line in err[:3])
+    assert "did you mean /help?" in err[1] and "did you mean" not in err[2]
+    assert all("type a space or another slash" in line for line in err[:3])
+    assert err[3] == "error: there is no adapter 'c'; there are: a, b" and "twice" in err[4]
+    assert "'much'" in err[5] and "'nan'" in err[6]
     assert "/save needs FILE" in err[7] and "off, think, normal, short, long, chinese, fake" in err[8]
-    assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(
-        err
-    ) == 9 + len(commands.COMMANDS) + 1
+    assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS]
+    assert len(err) == 9 + len(commands.COMMANDS) + 1
     assert [messages[0]["content"] for messages in asked] == ["/x", "/x", "/"]
 
 
 def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
     """And neither it nor a name that does not exist costs the state."""
     out, err = typed(["hello?", "/scale 1e38", "why", "/scale 1", "/adapter c", "why", "/adapter c", "so"])
-    assert (
-        "error: the largest logit is nan" in err[1]
-        and "an adapter's scale too large" in err[1]
-        and len(answers(out)) == 4
-    )
+    assert "error: the largest logit is nan" in err[1] and "an adapter's scale too large" in err[1]
+    assert len(answers(out)) == 4
     assert [text.count("User: ") for text in asked] == [1, 2, 2, 1]
 
 
@@ -331,19 +310,15 @@ def test_a_base_that_is_overwritten_ends_the_chat(typed, files, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         typed(["hello?", "/overwrite", "why", "so"])
     out, err = capsys.readouterr()
-    assert (
-        len(answers(out.split("\n"))) == 2 and err.count("base.pth was overwritten while it is in use") == 1
-    )
+    assert len(answers(out.split("\n"))) == 2
+    assert err.count("base.pth was overwritten while it is in use") == 1
 
 
 def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F811
     out, err = typed(["hello?", "/adapter", "/adapter a", "/scale 2", "/compare x"], adapters=False)
     assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"])[0].rstrip("\n")
-    assert (
-        err[0] == "no --adapter was given"
-        and "there are: none" in err[1]
-        and err[2] == "scale 2, once an adapter is in use"
-    )
+    assert err[0] == "no --adapter was given" and "there are: none" in err[1]
+    assert err[2] == "scale 2, once an adapter is in use"
     assert "start with --adapter" in err[3]
 
 
@@ -449,9 +424,8 @@ def test_a_released_model_is_told_with_its_modes(typed, files, tmp_path):
     shutil.copy(files.base, base)
     _, err = typed(["/mode short", "/mode flower"], "--model", base, adapters=False)
     # typed() leaves the first line out, which is the note
-    assert "/help lists the commands" in err[0] and err[1].startswith(
-        "template think-short; temperature 0.96"
-    )
+    assert "/help lists the commands" in err[0]
+    assert err[1].startswith("template think-short; temperature 0.96")
     assert err[2].endswith("think-long, not with flower, which is chosen") and len(err) == 4
     _, err = typed(["/mode flower"], adapters=False)
     assert len(err) == 1, "nothing is known of other files"
@@ -516,19 +490,13 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_stopped(sampling, files, letters,
     want = ["".join(conversation.answer(text, TOKENS)) for text in ("so?", "then")]
     other = Conversation(engine_of(adapters.model, tokenizer), sampling)
     assert load_chat(other, adapters, tmp_path / "chat.pth")
-    assert (
-        all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new))
-        and other.messages == messages
-    )
-    assert ["".join(other.answer(text, TOKENS)) for text in ("so?", "then")] == want and len(
-        set(want + said)
-    ) > 2
+    assert all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new))
+    assert other.messages == messages
+    assert ["".join(other.answer(text, TOKENS)) for text in ("so?", "then")] == want
+    assert len(set(want + said)) > 2
     save_chat(other, adapters, tmp_path / "chat.pth")  # a saved chat may be replaced
-    assert (
-        not load_chat(other, with_scale(adapters, 0.6), tmp_path / "chat.pth")
-        and other.state is None
-        and len(other.turns) == 4
-    )
+    assert not load_chat(other, with_scale(adapters, 0.6), tmp_path / "chat.pth") and other.state is None
+    assert len(other.turns) == 4
 
 
 def with_scale(adapters, scale):

@@ -88,9 +88,8 @@ def test_a_package_is_read_merged_and_written_again(alpha, dtype, tmp_path):
         tmp_path / "theirs" / "adapter.json"
     ).read_bytes()
     again = read_checkpoint(tmp_path / "back" / "adapter.pth")
-    assert list(again) == list(D) and all(
-        torch.equal(again[name], D[name]) and again[name].dtype == dtype for name in D
-    )
+    assert list(again) == list(D)
+    assert all(torch.equal(again[name], D[name]) and again[name].dtype == dtype for name in D)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -132,9 +131,8 @@ def test_a_native_adapter_becomes_a_package_for_its_base(tmp_path):
     }
     D = read_checkpoint(tmp_path / "out" / "adapter.pth")
     miss = read_checkpoint(tmp_path / "a.pth")
-    assert len(D) == 12 and all(
-        torch.equal(d, miss[name.replace(".weight.D", ".miss")].t().half()) for name, d in D.items()
-    )
+    assert len(D) == 12
+    assert all(torch.equal(d, miss[name.replace(".weight.D", ".miss")].t().half()) for name, d in D.items())
     convert(tmp_path / "out", tmp_path / "b.pth", "native")
     close("rounded to fp16", merged(tmp_path, 7, tmp_path / "b.pth"), logits(model), 3e-3)
 

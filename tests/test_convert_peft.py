@@ -439,9 +439,8 @@ def test_linears_with_the_most_frequent_rank_and_factor_are_not_named(tmp_path):
     assert config["alpha_pattern"].keys() == {"rwkv7.blocks.0.att.key", "rwkv7.blocks.1.ffn.key"}
     convert(tmp_path / "folder", tmp_path / "b.pth", "native")
     options = read_metadata(tmp_path / "b.pth")["options"]
-    assert options["rank_map"].keys() == {"blocks.1.ffn.key"} and options["alpha_map"] == {
-        "blocks.0.att.key": 7
-    }
+    assert options["rank_map"].keys() == {"blocks.1.ffn.key"}
+    assert options["alpha_map"] == {"blocks.0.att.key": 7}
 
 
 def test_a_lora_keeps_its_own_factors_as_a_lora(tmp_path):

@@ -176,11 +176,8 @@ def test_every_generation_is_what_their_forward_computes(tmp_path, version, gene
     report = ours(tmp_path)
     assert (report.method, report.linears) == (method, len(linears_of(version)))
     facts = describe(tmp_path / "ours.pth")
-    assert (
-        facts["kind"] == "adapter"
-        and facts["metadata"]["options"]["rank"] == rank
-        and facts["metadata"]["options"].get("order") == order
-    )
+    assert facts["kind"] == "adapter" and facts["metadata"]["options"]["rank"] == rank
+    assert facts["metadata"]["options"].get("order") == order
     assert facts["metadata"]["origin"] == {"format": "rwkv-peft", "tensor": leaf}
     assert facts["metadata"]["train_parts"] == (["ln", "time"] if version == 6 else ["ln"])
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
@@ -278,17 +275,13 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
     hints = {"lora": Hints(alpha=7.25), "pissa": Hints(init=str(init))}
     ours(tmp_path, hints.get(method, Hints(origin="rwkv-peft")))
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")
-    assert before.keys() == after.keys() and all(
-        t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items()
-    )
+    assert before.keys() == after.keys()
+    assert all(t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items())
     again = read_metadata(tmp_path / "ours.pth")
     parsed = [rwkv_miss.METHODS[method].Options.parse(found["options"]) for found in (facts, again)]
     linears = facts["linears"]
-    assert (
-        method == again["method"]
-        and sorted(linears) == sorted(again["linears"])
-        and again["train_parts"] == facts["train_parts"]
-    )
+    assert method == again["method"] and sorted(linears) == sorted(again["linears"])
+    assert again["train_parts"] == facts["train_parts"]
     assert [
         [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears]
         for o in parsed[:1]
@@ -361,10 +354,8 @@ def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp
 def test_a_rank_as_large_as_the_width_can_be_of_two_origins(tmp_path):
     torch.save({f"{name}.bone": draw(48, 48) for name in linears_of(7, SQUARE)}, tmp_path / "theirs.pth")
     refused(tmp_path, "could be of two origins")
-    assert (
-        ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss"
-        and ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
-    )
+    assert ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss"
+    assert ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
 
 
 @pytest.mark.parametrize(
@@ -626,9 +617,8 @@ def test_whole_tensors_do_not_write_into_what_two_models_share(tmp_path):
         model.load_state_dict(base, assign=True)
     before = base["blocks.1.att.g1"].clone()
     rwkv_miss.load_adapter(models[0], tmp_path / "ours.pth")
-    assert torch.equal(models[1].blocks[1].att.g1, before) and torch.equal(
-        models[0].blocks[1].att.g1, 2 * before
-    )
+    assert torch.equal(models[1].blocks[1].att.g1, before)
+    assert torch.equal(models[0].blocks[1].att.g1, 2 * before)
 
 
 def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):

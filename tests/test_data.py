@@ -87,11 +87,8 @@ def marked(row):
 
 def test_world_ids_and_mask(load, world):
     text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world)
-    assert (
-        text.ids.tolist() == [*world.encode("hello"), 0]
-        and text.weights.all()
-        and text.targets == len(text.ids) - 1
-    )
+    assert text.ids.tolist() == [*world.encode("hello"), 0] and text.weights.all()
+    assert text.targets == len(text.ids) - 1
     # User : hi \n\n Ass istant : | hello, end
     assert chat.ids.tolist() == [24281, 59, 4571, 261, 5585, 41693, 59, 38685, 0]
     assert chat.weights.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
@@ -194,9 +191,8 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     warned = [*data_text.cut_warnings(documents, 8)]
     assert warned == ["1 document left out: nothing in the first 8 tokens is trained"]
     cut = load(rows[2:], ctx_len=26)
-    assert (cut.cut, cut.cut_tokens) == (0, 0) and load(
-        [{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26
-    ).cut == 1
+    assert (cut.cut, cut.cut_tokens) == (0, 0)
+    assert load([{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26).cut == 1
     assert not data_text.long_texts(load(rows), 0)
 
 
@@ -429,11 +425,8 @@ def test_the_sample_shows_what_is_trained(world, raw):
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.weights[1] = False  # the mask may part a character; both halves are then shown as such
     shown = document_text.sample(cut, raw)
-    assert (
-        shown.startswith("    | «\ufffd»\ufffdx")
-        and shown.endswith("x ... (703 tokens)")
-        and len(shown) < 640
-    )
+    assert shown.startswith("    | «\ufffd»\ufffdx") and shown.endswith("x ... (703 tokens)")
+    assert len(shown) < 640
 
 
 # the loss
@@ -628,10 +621,8 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
         f"note: step {step} has no trained token; it has no loss, and no weight moved" in said
         for step in empty
     )
-    assert (
-        said.count("WARNING: the loss is ") == 1
-        and f"WARNING: the loss is {lines[0]['loss']:.2f}, worse than guessing" in said
-    )
+    assert said.count("WARNING: the loss is ") == 1
+    assert f"WARNING: the loss is {lines[0]['loss']:.2f}, worse than guessing" in said
 
 
 def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):

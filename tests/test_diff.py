@@ -96,9 +96,8 @@ def test_it_is_the_least_squares_solution(pair, monkeypatch, version, a, b, rank
         rest, change = (y - x - D.t() @ P).square().sum(), (y - x).square().sum()
         assert layer.explained == pytest.approx(float(1 - rest / change), abs=1e-6)
         assert layer.random == len(set(shard)) / width
-        assert layer.norm == pytest.approx(float(change**0.5)) and layer.base_norm == pytest.approx(
-            float(x.norm())
-        )
+        assert layer.norm == pytest.approx(float(change**0.5))
+        assert layer.base_norm == pytest.approx(float(x.norm()))
         all_of_it, rest_of_it = all_of_it + float(change), rest_of_it + float(rest)
     assert report.share("explained") == pytest.approx(1 - rest_of_it / all_of_it, abs=1e-6)
 
@@ -142,11 +141,8 @@ def test_a_merge_of_miss_is_recovered(merging, version, layout):
         "format_version",
     ):
         assert facts[name] == wanted[name], name
-    assert (
-        facts["tokenizer"] == "bytes"
-        and facts["template"] == "think"
-        and facts["difference_to"]["file"] == "merged.pth"
-    )
+    assert facts["tokenizer"] == "bytes" and facts["template"] == "think"
+    assert facts["difference_to"]["file"] == "merged.pth"
     merge_file(merging.folder / "base.pth", merging.folder / "d.pth", merging.folder / "again.pth")
     for key, tensor in read_checkpoint(merging.folder / "again.pth").items():
         torch.testing.assert_close(
@@ -174,9 +170,8 @@ def test_other_tensors_are_left_out_loudly_or_taken_along(pair):
     report = diff(folder, targets=["att.key"])
     others = {d.name: d for d in report.others}
     assert names < set(others) and len(others) == len(names) + 10, "the other linears are others"
-    assert others["ln_out.bias"].norm == pytest.approx(40**0.5) and report.lines()[-7].startswith(
-        "warning: 15 other tensors differ and ARE LEFT OUT"
-    )
+    assert others["ln_out.bias"].norm == pytest.approx(40**0.5)
+    assert report.lines()[-7].startswith("warning: 15 other tensors differ and ARE LEFT OUT")
     assert set(read_checkpoint(folder / "d.pth")) == {"blocks.0.att.key.miss", "blocks.1.att.key.miss"}
     report = diff(folder, 40, whole=True)
     assert {d.name for d in report.others} == names and report.parts == ["ln", "time", "state"]
@@ -258,20 +253,15 @@ def test_the_command(pair, capsys):
     flags = f"diff {folder}/a.pth {folder}/b.pth --rank 8 --out {folder}/d.pth".split()
     main(flags)
     text = capsys.readouterr().out
-    assert (
-        "MiSS of rank 8 has " in text
-        and "least of 12" in text
-        and "warning: 5 other tensors differ and ARE LEFT OUT" in text
-    )
+    assert "MiSS of rank 8 has " in text and "least of 12" in text
+    assert "warning: 5 other tensors differ and ARE LEFT OUT" in text
     main([*flags, "--json", "--targets", "key,att.value", "--layout", "contiguous", "--whole"])
     facts = json.loads(capsys.readouterr().out)
-    assert (
-        len(facts["layers"]) == 6 and facts["parts"] == ["ln", "time", "state"] and 0 < facts["explained"] < 1
-    )
+    assert len(facts["layers"]) == 6 and facts["parts"] == ["ln", "time", "state"]
+    assert 0 < facts["explained"] < 1
     metadata = read_metadata(folder / "d.pth")
-    assert metadata["options"]["layout"] == "contiguous" and metadata["base_fingerprint"] == fingerprint(
-        read_checkpoint(folder / "a.pth")
-    )
+    assert metadata["options"]["layout"] == "contiguous"
+    assert metadata["base_fingerprint"] == fingerprint(read_checkpoint(folder / "a.pth"))
     with pytest.raises(SystemExit):
         main([*flags[:4], "x", *flags[5:]])
     assert "--rank" in capsys.readouterr().err

@@ -85,11 +85,8 @@ def test_json_is_alone_on_stdout_whatever_is_printed_meanwhile(monkeypatch, caps
     with pytest.raises(SystemExit) as stopped:
         doctor.main()
     printed = capsys.readouterr()
-    assert (
-        stopped.value.code == 1
-        and json.loads(printed.out)["works"] is False
-        and printed.err == "a library that says hello\n"
-    )
+    assert stopped.value.code == 1 and json.loads(printed.out)["works"] is False
+    assert printed.err == "a library that says hello\n"
 
 
 def test_without_tools_training_works_and_each_line_has_the_fix(tmp_path):
@@ -127,17 +124,11 @@ def test_packages_that_are_optional_or_too_old(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     checks = {check.name: check for check in doctor.packages()}
-    assert (
-        checks["torch"].fatal
-        and "2.4.1+cu121 is too old" in checks["torch"].text
-        and 'pip install "torch>=2.5"' in checks["torch"].text
-    )
+    assert checks["torch"].fatal and "2.4.1+cu121 is too old" in checks["torch"].text
+    assert 'pip install "torch>=2.5"' in checks["torch"].text
     assert checks["lightning"].state == checks["numpy"].state == "ok"
-    assert (
-        checks["deepspeed"].state == "missing"
-        and not checks["deepspeed"].fatal
-        and "--strategy" in checks["deepspeed"].text
-    )
+    assert checks["deepspeed"].state == "missing" and not checks["deepspeed"].fatal
+    assert "--strategy" in checks["deepspeed"].text
     assert checks["pyyaml"].fatal
     monkeypatch.setattr(doctor.sys, "platform", "win32")
     assert "deepspeed" not in {check.name for check in doctor.packages()}
@@ -197,10 +188,8 @@ def test_gpus(monkeypatch):
     checks = {check.name: check for check in doctor.gpus(fake_torch())}
     assert checks["GPU"].state == "missing" and "driver may be too old for CUDA 13.0" in checks["GPU"].text
     checks = {check.name: check for check in doctor.gpus(fake_torch(cuda=None))}
-    assert (
-        checks["CUDA of torch"].state == "missing"
-        and "pip install --force-reinstall torch" in checks["CUDA of torch"].text
-    )
+    assert checks["CUDA of torch"].state == "missing"
+    assert "pip install --force-reinstall torch" in checks["CUDA of torch"].text
     assert not any(check.fatal for check in checks.values())
 
 
@@ -267,16 +256,12 @@ def test_kernels_and_the_cards_they_ran_on(records):
         "run on NVIDIA H100, 2025-11-02, commit abc1234, worst errors float32 1.0e-06, bfloat16 3.0e-03"
         in checks["wkv7 cuda"].text
     )
-    assert (
-        checks["wkv6 cuda"].state == "warn"
-        and "not run on a GPU yet: bash scripts/gpu_check.sh" in checks["wkv6 cuda"].text
-    )
+    assert checks["wkv6 cuda"].state == "warn"
+    assert "not run on a GPU yet: bash scripts/gpu_check.sh" in checks["wkv6 cuda"].text
     assert "compiled for sm_75" in checks["wkv6 cuda"].text
     checks = records(failures=["racecheck: exit code 1"])
-    assert (
-        checks["wkv7 cuda"].state == "warn"
-        and "failed there: racecheck: exit code 1" in checks["wkv7 cuda"].text
-    )
+    assert checks["wkv7 cuda"].state == "warn"
+    assert "failed there: racecheck: exit code 1" in checks["wkv7 cuda"].text
     checks = records(sources="of another day")
     assert checks["wkv7 cuda"].state == "warn" and "have changed since" in checks["wkv7 cuda"].text
 
@@ -419,7 +404,8 @@ def test_numerics_of_a_wrong_kernel(monkeypatch, capsys, name, wrong):
 
     monkeypatch.setattr(gpu_numerics, "results", results)
     code, found = numerics(monkeypatch, capsys)
-    assert code == 1 and {failure.split(":")[0] for failure in found["failures"]} == {
+    assert code == 1
+    assert {failure.split(":")[0] for failure in found["failures"]} == {
         f"wkv7 torch {dtype} {name}" for dtype in gpu_numerics.DTYPES
     }
 
@@ -478,12 +464,8 @@ def checkout(tmp_path):
 )
 def test_gpu_check_without_a_gpu_installs_nothing(checkout, nvidia_smi):
     done, calls = checkout(nvidia_smi)
-    assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr.startswith("no GPU:")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("no GPU:")
+    assert done.stderr.count("\n") == 1
     assert calls == []
 
 

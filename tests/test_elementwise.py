@@ -291,9 +291,8 @@ def test_what_is_not_finite_goes_on():
         == elementwise_reference.relu_squared(x)[0, 0, 1:].tolist()
     )
     gated = elementwise.value_residual(torch.zeros_like(x), torch.ones_like(x), x, "cpu")[0, 0]  # sigmoid(x)
-    assert gated[0].isnan() and gated[1:].tolist() == pytest.approx(
-        torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37
-    )
+    assert gated[0].isnan()
+    assert gated[1:].tolist() == pytest.approx(torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37)
 
 
 def test_a_variance_that_overflows_is_nan():
@@ -494,9 +493,8 @@ def test_a_model_with_a_frozen_base_trains_the_same_through_either_form(version,
     # so many functions in each of three layers, two runs; the first layer of v7 has no value residual
     calls = [name for name in calls if name.endswith("_forward")]
     again = calls.count("delta_inputs_forward") // 2  # in the backward
-    assert (
-        len(calls) - again == {6: 2 * 3 * 5, 7: 2 * (3 * 6 - 1)}[version] and again == {6: 0, 7: 6}[version]
-    )
+    assert len(calls) - again == {6: 2 * 3 * 5, 7: 2 * (3 * 6 - 1)}[version]
+    assert again == {6: 0, 7: 6}[version]
     for name, want in exact.items():
         # as between independent fp32 runtimes, and gradients of the same depth
         close(f"v{version} {name}", got[name], want, 2e-5)

@@ -219,15 +219,10 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
     )
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     keys, _ = read(tmp_path / "m.gguf")
-    assert (
-        len(keys["tokenizer.ggml.tokens"]) == 256
-        and keys["tokenizer.ggml.tokens"][0] == r"\x00"
-        and set(keys["tokenizer.ggml.token_type"]) == {1}
-    )
-    assert (
-        keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("think"))
-        and "tokenizer.ggml.eot_token_id" not in keys
-    )
+    assert len(keys["tokenizer.ggml.tokens"]) == 256 and keys["tokenizer.ggml.tokens"][0] == r"\x00"
+    assert set(keys["tokenizer.ggml.token_type"]) == {1}
+    assert keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("think"))
+    assert "tokenizer.ggml.eot_token_id" not in keys
     assert not any("newline" in note for note in told.notes)
 
 
@@ -250,13 +245,10 @@ def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_pa
         told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
         keys, _ = read(tmp_path / "m.gguf")
         assert not any("no token is ✿" in note for note in told.notes)
-        assert keys.get("tokenizer.ggml.eot_token_id") == eot and any(
-            "s hold blank lines, so" in note for note in told.notes
-        ) == (eot is None)
-        assert (
-            keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]
-            and keys["tokenizer.ggml.token_type"][4] == 5
-        )
+        assert keys.get("tokenizer.ggml.eot_token_id") == eot
+        assert any("s hold blank lines, so" in note for note in told.notes) == (eot is None)
+        assert keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]
+        assert keys["tokenizer.ggml.token_type"][4] == 5
     saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "template": "flower:json"})
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     assert "template flower: no token is ✿, which ends a turn; let llama.cpp stop at it" in told.notes
@@ -476,9 +468,8 @@ def test_an_initial_state_is_left_out_when_told_to(tmp_path):
     told = export(
         tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", drop_state=True, settings=TextSettings("none")
     )
-    assert told.notes[0].startswith("2 initial states left out") and not any(
-        "state" in name for name in read(tmp_path / "m.gguf")[1]
-    )
+    assert told.notes[0].startswith("2 initial states left out")
+    assert not any("state" in name for name in read(tmp_path / "m.gguf")[1])
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

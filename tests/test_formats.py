@@ -613,9 +613,8 @@ def test_parquet_of_pyarrow(read):
     write_parquet(rows, "rows.parquet")
     report = Report()
     got = list(read_records("rows.parquet", report))
-    assert [row for _, row in got] == [{"messages": CHAT}] * 600 + [{"text": "t"}] and got[599][
-        0
-    ] == "rows.parquet, row 600"
+    assert [row for _, row in got] == [{"messages": CHAT}] * 600 + [{"text": "t"}]
+    assert got[599][0] == "rows.parquet, row 600"
     assert report.lines() == [
         "format     rows.parquet: parquet, 601 rows, messages (600), text (1); not used: n"
     ]
@@ -756,9 +755,8 @@ def test_several_files_with_weights(read, tmp_path):
         ("d:2", 1),
     ]
     assert [row for _, row in read_records("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
-    assert len(list(read_records("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == [
-        "format     a.jsonl: JSONL, 1 row, text"
-    ]
+    assert len(list(read_records("a.jsonl,a.jsonl:0.5", report := Report()))) == 2
+    assert report.lines() == ["format     a.jsonl: JSONL, 1 row, text"]
     os.mkfifo("pipe")
     for spec, words in (
         ("a.jsonl:0", "a weight is a number above 0, such as 2"),
@@ -840,21 +838,16 @@ def test_weights_are_kept_exactly_and_drawn_by_the_seed():
     for count, weight in ((7, 1), (7, 2), (100, 0.25), (100, 2.5), (5, 0.3), (0, 2)):
         drawn = sample(count, weight, 1, 0)
         times = np.bincount(drawn, minlength=count)
-        assert (
-            len(drawn) == math.floor(weight) * count + round(weight % 1 * count)
-            and (np.diff(drawn) >= 0).all()
-        )
+        assert len(drawn) == math.floor(weight) * count + round(weight % 1 * count)
+        assert (np.diff(drawn) >= 0).all()
         assert not count or times.min() >= math.floor(weight) and times.max() <= math.ceil(weight)
         assert sample(count, weight, 1, 0).tolist() == drawn.tolist()
     assert len(sample(3, 0.1, 1, 0)) == len(sample(1, 0.5, 1, 0)) == 1 and len(sample(0, 0.5, 1, 0)) == 0, (
         "no source vanishes"
     )
     one = sample(100, 0.5, 1, 0).tolist()
-    assert (
-        one != sample(100, 0.5, 2, 0).tolist()
-        and one != sample(100, 0.5, 1, 1).tolist()
-        and one != list(range(0, 100, 2))
-    )
+    assert one != sample(100, 0.5, 2, 0).tolist() and one != sample(100, 0.5, 1, 1).tolist()
+    assert one != list(range(0, 100, 2))
 
 
 # documents
@@ -879,9 +872,8 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         documents = load_documents("a.jsonl:0.5,b:2,c.csv:3", raw, 8, cache=cache, report=report, seed=5)
         results.append(([(row.ids.tolist(), row.weights.tolist()) for row in documents], report))
     rows = [bytes(ids).decode() for ids, _ in results[0][0]]
-    assert rows[50:] == [f"b{i}\0" for i in range(10) for _ in range(2)] + ["cd\0"] * 3 and results[0][0][-1][
-        1
-    ] == [False, True, True]
+    assert rows[50:] == [f"b{i}\0" for i in range(10) for _ in range(2)] + ["cd\0"] * 3
+    assert results[0][0][-1][1] == [False, True, True]
     assert rows[:50] == [f"a{i:03}\0" for i in sample(100, 0.5, 5, 0)]
     assert results[0] == results[1] == results[2]
     assert results[0][1].lines() == [

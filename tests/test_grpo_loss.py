@@ -276,7 +276,8 @@ def test_metrics_are_means_of_what_was_summed():
         reward_own=32, spread=0.5, length=64, cut=4, entropy=16, draws=2, draw_seconds=3, drawn_tokens=90,
         tokens=32, clipped=8, gap=4, kl=16, kl_tokens=32,
     )  # fmt: skip
-    assert sums.shape == (len(METRICS) + 2,) and loss.means(sums.tolist()) == {
+    assert sums.shape == (len(METRICS) + 2,)
+    assert loss.means(sums.tolist()) == {
         "reward": 0.75,
         "reward_exact": 0.25,
         "reward_own": 2,

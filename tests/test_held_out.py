@@ -43,9 +43,8 @@ def test_a_share_is_held_out_by_content():
     assert not set(texts(train)) & set(texts(held))
     shuffled = random.Random(0).sample(rows, len(rows))
     again = hold_out(config, Documents(shuffled), None)[1]
-    assert sorted(texts(again)) == sorted(texts(held)) and texts(held) == [
-        text for text in texts(Documents(rows)) if text in set(texts(held))
-    ]
+    assert sorted(texts(again)) == sorted(texts(held))
+    assert texts(held) == [text for text in texts(Documents(rows)) if text in set(texts(held))]
     other = hold_out(dataclasses.replace(config, random_seed=6), Documents(rows), None)[1]
     assert set(texts(other)) != set(texts(held))
     assert len(hold_out(dataclasses.replace(config, eval_split=1e-9), Documents(rows[:50]), None)[1]) == 1
@@ -72,9 +71,8 @@ def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
         f"left out   2 documents of {config.data_file}, word for word in {config.eval_file} too"
         in read.found.lines()
     )
-    assert [text[0] for text in texts(held)] == list("xbyd") and [text[0] for text in texts(train)] == list(
-        "acef"
-    )
+    assert [text[0] for text in texts(held)] == list("xbyd")
+    assert [text[0] for text in texts(train)] == list("acef")
 
 
 def test_what_is_cut_is_counted_on_the_side_where_it_is(tmp_path):
@@ -88,10 +86,8 @@ def test_what_is_cut_is_counted_on_the_side_where_it_is(tmp_path):
     train, held = hold_out(Config(data_file=str(tmp_path / "rows"), eval_split=0.3), whole, None)
     for side in (train, held):
         conversations = [text for text in texts(side) if "b" in text]
-        assert (
-            side.cut == sum(int(text[:2]) % 2 for text in conversations) > 0
-            and side.cut_tokens == 20 * side.cut
-        )
+        assert side.cut == sum(int(text[:2]) % 2 for text in conversations) > 0
+        assert side.cut_tokens == 20 * side.cut
         assert side.split == len({text[0].lower() for text in texts(side) if text[0].isalpha()}) > 1
 
 
@@ -120,11 +116,8 @@ def test_every_document_is_evaluated_once_the_longest_first():
     evaluated = Documents([*itertools.chain.from_iterable(rows)])
     assert sorted(texts(evaluated)) == sorted(texts(held))
     widths = [sum(len(row.ids) - 1 for row in documents) for rows in batches for documents in rows]
-    assert (
-        widths == sorted(widths, reverse=True)
-        and max(widths) <= 50
-        and all(len(rows) == 3 for rows in batches[:-1])
-    )
+    assert widths == sorted(widths, reverse=True) and max(widths) <= 50
+    assert all(len(rows) == 3 for rows in batches[:-1])
 
 
 def test_a_look_at_the_model_leaves_no_trace():
@@ -141,8 +134,5 @@ def test_a_look_at_the_model_leaves_no_trace():
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
         raise ZeroDivisionError
-    assert (
-        [module.training for module in model.modules()] == modes
-        and torch.equal(torch.get_rng_state(), state)
-        and torch.is_grad_enabled()
-    )
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()

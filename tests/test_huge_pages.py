@@ -39,9 +39,8 @@ def test_moved_parameters_are_the_same_numbers_in_the_same_objects():
     region = move([odd, half, empty])
     gc.collect()
     for parameter, old_one in zip((odd, half, empty), before):
-        assert (
-            torch.equal(parameter, old_one) and parameter.dtype == old_one.dtype and parameter.is_contiguous()
-        )
+        assert torch.equal(parameter, old_one) and parameter.dtype == old_one.dtype
+        assert parameter.is_contiguous()
     assert odd.data_ptr() - region.memory.data_ptr() - region.start == 0 and half.data_ptr() != old
     del region
     gc.collect()

@@ -114,11 +114,8 @@ def test_a_file_is_hashed_once_until_it_changes(two_bases, tmp_path, count):
     path = tmp_path / "base.pth"
     shutil.copy(two_bases / "base.pth", path)
     first = Identity(path).fingerprint
-    assert (
-        Identity(str(path)).fingerprint == first
-        and Identity(path, read_checkpoint(path)).fingerprint == first
-        and count() == 1
-    )
+    assert Identity(str(path)).fingerprint == first
+    assert Identity(path, read_checkpoint(path)).fingerprint == first and count() == 1
     held = path.stat()
     # into the same inode, of the same size, with the time put back
     shutil.copyfile(two_bases / "other.pth", path)
@@ -157,10 +154,8 @@ def test_a_chat_without_an_adapter_hashes_nothing(two_bases, count):
     adapters, _ = load_with(two_bases / "base.pth", {}, tokenizer="bytes", accelerator="cpu")
     adapters.use()
     assert count() == 0
-    assert (
-        adapters.model.base_fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth"))
-        and count() == 1
-    )
+    assert adapters.model.base_fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth"))
+    assert count() == 1
 
 
 def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tmp_path):

@@ -89,10 +89,8 @@ def test_options_of_another_method_are_named(capsys):
     )
     assert values.adapter == AdapterOptions("miss", {"r": 8}, None)
     notes = capsys.readouterr().out
-    assert (
-        "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
-        and "--lora_r is ignored" in notes
-    )
+    assert "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
+    assert "--lora_r is ignored" in notes
     assert "whose names contain time or ln stay frozen" in notes
 
 
@@ -256,10 +254,8 @@ def test_a_translated_flag_leaves_a_note(flags, note, capsys):
 
 
 def test_masks():
-    assert (
-        read("--loss_mask", "all").loss_mask == "all"
-        and read("--loss_mask", "assistant").loss_mask == "assistant"
-    )
+    assert read("--loss_mask", "all").loss_mask == "all"
+    assert read("--loss_mask", "assistant").loss_mask == "assistant"
     assert "--loss_mask START...END" in mistake("--loss_mask", "se", "--mask_id", '{"mask0":"0","mask1":"1"}')
     assert "expected assistant, all, or a marker" in mistake("--loss_mask=...User:")
 

@@ -93,10 +93,8 @@ def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
         assert mine_greedy == wanted_greedy
         # fp32 against fp32: 2e-6 was the largest difference seen
         assert mine == pytest.approx(wanted, abs=1e-5)
-    assert (
-        last["results"]["lambada_local"]["acc,none"] == scores["acc,none"]
-        and last["lm_eval"] == lm_eval.__version__
-    )
+    assert last["results"]["lambada_local"]["acc,none"] == scores["acc,none"]
+    assert last["lm_eval"] == lm_eval.__version__
 
 
 @pytest.fixture(params=[6, 7])
@@ -232,11 +230,8 @@ def test_sampled_answers_are_those_of_their_seed_and_place(harness):
 def test_a_conversation_is_asked_in_the_models_template(model):
     harness = harness_model(model, "bytes", load_template("fake-think"))
     asked = harness.apply_chat_template([{"role": "user", "content": "Hi"}])
-    assert (
-        asked == "User: Hi\n\nAssistant: <think>\n</think"
-        and harness.chat_template(True) == "fake-think:hermes"
-        and harness.tokenizer_name == "bytes"
-    )
+    assert asked == "User: Hi\n\nAssistant: <think>\n</think"
+    assert harness.chat_template(True) == "fake-think:hermes" and harness.tokenizer_name == "bytes"
 
 
 FROM_A_FILE = """

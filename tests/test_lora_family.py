@@ -183,11 +183,8 @@ def test_the_frozen_a_is_in_the_file_and_not_trained(tmp_path):
     tensors = rwkv_miss.read_checkpoint(tmp_path / "a.pth")
     assert sum(t.numel() for name, t in tensors.items() if name.endswith("lora_B")) == report.trainable
     a = tensors["blocks.0.att.key.lora_A"]
-    assert (
-        a.dtype == torch.float32
-        and torch.equal(a, model.blocks[0].att.key.lora_A)
-        and float(a.abs().max()) > 0
-    )
+    assert a.dtype == torch.float32 and torch.equal(a, model.blocks[0].att.key.lora_A)
+    assert float(a.abs().max()) > 0
     with pytest.raises(rwkv_miss.UserError, match="lora_plus"):
         rwkv_miss.inject(rwkv(), "lora_fa", rank=5, lora_plus=2.0)
 
@@ -226,9 +223,8 @@ def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
     base, model = RWKV.load(tmp_path / "base.pth"), RWKV.load(tmp_path / "base.pth")
     weight = model.blocks[0].att.key.weight.detach()
     rwkv_miss.inject(model, "pissa", rank=5)
-    assert torch.equal(weight, base.blocks[0].att.key.weight) and not torch.equal(
-        weight, model.blocks[0].att.key.weight
-    )
+    assert torch.equal(weight, base.blocks[0].att.key.weight)
+    assert not torch.equal(weight, model.blocks[0].att.key.weight)
     assert (tmp_path / "base.pth").read_bytes() == content
 
 
@@ -399,9 +395,8 @@ def test_a_weight_with_a_zero_row_has_no_direction_and_the_model_stays_as_it_was
         with pytest.raises(rwkv_miss.UserError, match="blocks.1.att.key: 1 rows of the weight are zero"):
             rwkv_miss.inject(model, method, rank=5, **options)
         after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-        assert after.keys() == before.keys() and all(
-            after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items()
-        )
+        assert after.keys() == before.keys()
+        assert all(after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items())
     rwkv_miss.inject(model, "lora", rank=5)
 
 

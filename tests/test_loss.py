@@ -34,9 +34,8 @@ def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, t
         loss_sum(doubles[0] @ (doubles[1] if trained else weight.double()).t(), targets), doubles
     )
     got = gradients(head_loss(x, weight, targets, native, exact=exact), leaves)
-    assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [
-        dtype
-    ] * len(leaves)
+    assert got[0].dtype == torch.promote_types(dtype, torch.float32)
+    assert [g.dtype for g in got[1:]] == [dtype] * len(leaves)
     for name, mine, theirs in zip(("loss", "dx", "dweight")[: len(want)], got, want, strict=True):
         assert mine.shape == theirs.shape
         assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm(), name

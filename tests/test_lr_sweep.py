@@ -62,9 +62,8 @@ def sweep(*arguments):
 
 
 def results(proj_dir):
-    assert {path.name for path in proj_dir.iterdir()} >= {"lr_sweep.json", "lr_sweep.png"} and not list(
-        proj_dir.glob("*.tmp")
-    )
+    assert {path.name for path in proj_dir.iterdir()} >= {"lr_sweep.json", "lr_sweep.png"}
+    assert not list(proj_dir.glob("*.tmp"))
     assert (proj_dir / "lr_sweep.png").read_bytes()[:4] == b"\x89PNG"
     return json.loads((proj_dir / "lr_sweep.json").read_text())
 
@@ -128,11 +127,8 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
     together = list(trials(model, config, documents, other, 4, "lr_init", rates))
     assert all(torch.equal(start[name], tensor) for name, tensor in tensors.items())
     alone = next(trials(model, config, documents, other, 4, "lr_init", rates[1:]))
-    assert (
-        together[1] == alone
-        and together[0].losses[0] == alone.losses[0]
-        and together[0].losses[1:] != alone.losses[1:]
-    )
+    assert together[1] == alone and together[0].losses[0] == alone.losses[0]
+    assert together[0].losses[1:] != alone.losses[1:]
 
 
 @pytest.mark.parametrize(
@@ -216,11 +212,8 @@ def test_the_rate_of_the_initial_state_alone(files, tmp_path):
         == 0
     )
     found = results(tmp_path)
-    assert (
-        found["setting"] == "state_lr"
-        and f"--state_lr {found['best']:g}" in found["command"]
-        and "lr_init" not in found["command"]
-    )
+    assert found["setting"] == "state_lr" and f"--state_lr {found['best']:g}" in found["command"]
+    assert "lr_init" not in found["command"]
     first, second = found["trials"]
     assert first["losses"][0] == second["losses"][0] and first["losses"][1] != second["losses"][1]
 

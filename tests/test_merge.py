@@ -168,11 +168,8 @@ def test_merged_linears_are_base_plus_delta_and_the_rest_is_the_base(
             half_a_step = torch.finfo(dtype).eps / 2 * exact.abs().clamp(min=1e-4)
             assert ((tensor.double() - exact).abs() <= half_a_step + 1e-7).all(), key
             assert not torch.equal(tensor, base[key])
-    assert (
-        report.linears == len(LINEARS)
-        and report.replaced == 0
-        and report.bytes == (folder / "merged.pth").stat().st_size
-    )
+    assert report.linears == len(LINEARS) and report.replaced == 0
+    assert report.bytes == (folder / "merged.pth").stat().st_size
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.pth", "base.pth", "merged.pth"]
 
 
@@ -217,9 +214,8 @@ def test_a_dtype_converts_the_whole_file(case, bases, dtype, wanted, source):
     merged = read_checkpoint(folder / "merged.pth")
     assert {merged.pop(f"blocks.{i}.att.time_state").dtype for i in range(2)} == {wanted}
     assert torch.equal(merged.pop("steps"), base.pop("steps"))
-    assert {t.dtype for t in merged.values()} == {wanted} and report.dtype == str(wanted).removeprefix(
-        "torch."
-    )
+    assert {t.dtype for t in merged.values()} == {wanted}
+    assert report.dtype == str(wanted).removeprefix("torch.")
     assert torch.equal(merged["emb.weight"], base["emb.weight"].to(wanted))
     exact = base["blocks.1.att.key.weight"].float() + delta(folder, "blocks.1.att.key").float()
     assert torch.equal(merged["blocks.1.att.key.weight"], exact.to(wanted))
@@ -235,11 +231,8 @@ def test_whole_tensors_replace_or_are_appended(case, bases):
     assert list(merged) == [*base, *states]
     assert torch.equal(merged["blocks.1.att.w0"], vector.bfloat16().view(1, 1, 48))
     assert all(torch.equal(merged[name], state) for name, state in states.items())
-    assert (
-        report.replaced == 3
-        and "8 linears and 3 whole tensors" in report.lines()[0]
-        and "initial state" in report.lines()[-1]
-    )
+    assert report.replaced == 3 and "8 linears and 3 whole tensors" in report.lines()[0]
+    assert "initial state" in report.lines()[-1]
 
 
 def test_a_merge_of_other_adapters_is_a_base_like_any_other(case, tmp_path):
@@ -484,13 +477,8 @@ def test_merge_command(case, capsys):
     folder = case()
     inputs = "merge", "--base", folder / "base.pth", "--adapter", folder / "adapter.pth"
     code, out, err = command(capsys, *inputs, "--out", folder / "merged.pth", "--dtype", "fp32")
-    assert (
-        code == 0
-        and err == ""
-        and out.startswith("merged 8 linears into ")
-        and "(float32)" in out
-        and out.count("\n") == 1
-    )
+    assert code == 0 and err == "" and out.startswith("merged 8 linears into ") and "(float32)" in out
+    assert out.count("\n") == 1
     code, out, err = command(capsys, *inputs, "--out", folder / "base.pth")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     code, out, err = command(
@@ -538,10 +526,8 @@ def test_inspect(case, capsys):
     base, adapter, merged = facts.values()
     tensors = read_checkpoint(folder / "base.pth")
     assert base["arch"] == make_arch(7).to_dict() and base["dtypes"] == {"bfloat16": len(tensors)}
-    assert (
-        base["parameters"] == sum(t.numel() for t in tensors.values())
-        and base["bytes"] == (folder / "base.pth").stat().st_size
-    )
+    assert base["parameters"] == sum(t.numel() for t in tensors.values())
+    assert base["bytes"] == (folder / "base.pth").stat().st_size
     assert adapter["kind"] == "adapter" and adapter["metadata"]["method"] == "miss"
     assert adapter["parameters"] == sum(t.numel() for t in read_checkpoint(folder / "adapter.pth").values())
     assert (
@@ -583,11 +569,8 @@ def test_as_a_program(case):
         capture_output=True,
         text=True,
     )
-    assert (
-        run.returncode == 2
-        and run.stdout == ""
-        and run.stderr == f"error: {folder / 'absent.pth'} does not exist\n"
-    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == f"error: {folder / 'absent.pth'} does not exist\n"
 
 
 def test_a_real_checkpoint(data_dir, tmp_path):
@@ -627,6 +610,5 @@ def test_a_real_checkpoint(data_dir, tmp_path):
 def test_what_rounding_took_is_said_without_exponents(update, error, text):
     rounding = Rounding([Layer("head", update, error, 9, 0)])
     line, _, row = MergeReport("merged.pth", 1, 0, 0, "bf16", rounding, 0.1, 9).lines()[:3]
-    assert line.endswith(
-        f"rounding lost {text} of the update and left 0 % of its entries unchanged"
-    ) and row.split()[:3] == ["head", *text.split()]
+    assert line.endswith(f"rounding lost {text} of the update and left 0 % of its entries unchanged")
+    assert row.split()[:3] == ["head", *text.split()]

@@ -85,11 +85,8 @@ def test_whole_tensors_and_initial_states(merging):
     merged = read_checkpoint(merging.folder / "merged.pth")
     a, b, c = (read_checkpoint(merging.folder / f"{name}.pth") for name in "abc")
     states = [f"blocks.{i}.att.time_state" for i in range(2)]
-    assert (
-        list(merged) == [*merging.tensors, *states]
-        and report.states == 2
-        and report.parts == ["head", "ln", "state"]
-    )
+    assert list(merged) == [*merging.tensors, *states] and report.states == 2
+    assert report.parts == ["head", "ln", "state"]
     for key in ("ln_out.weight", "blocks.1.ln2.bias"):
         base = merging.tensors[key].double()
         torch.testing.assert_close(
@@ -235,23 +232,16 @@ def test_the_command(merging, capsys):
     """.split()
     main([*flags, "--weights", "-0.5,2"])
     text = capsys.readouterr().out
-    assert (
-        text.startswith("merged 12 linears of 2 adapters, times -0.5, 2, into ")
-        and text.count("\n") == 1 + 1 + 5
-    )
+    assert text.startswith("merged 12 linears of 2 adapters, times -0.5, 2, into ")
+    assert text.count("\n") == 1 + 1 + 5
     main([*flags, "--weights", "-0.5,2", "--layers"])
     assert capsys.readouterr().out.count("\n") == 1 + 1 + 12
     main([*flags, "--weights", "-0.5,2", "--json"])
     facts = json.loads(capsys.readouterr().out)
-    assert (
-        [entry["weight"] for entry in facts["adapters"]] == [-0.5, 2]
-        and len(facts["layers"]) == 12
-        and facts["dtype"] == "bfloat16"
-    )
-    assert (
-        facts["layers"][0]["lost"] >= facts["layers"][1]["lost"] > 0
-        and 0 < facts["layers"][0]["unchanged"] < 1
-    )
+    assert [entry["weight"] for entry in facts["adapters"]] == [-0.5, 2] and len(facts["layers"]) == 12
+    assert facts["dtype"] == "bfloat16"
+    assert facts["layers"][0]["lost"] >= facts["layers"][1]["lost"] > 0
+    assert 0 < facts["layers"][0]["unchanged"] < 1
     assert facts["fingerprint"] == fingerprint(read_checkpoint(merging.folder / "m.pth"))
     assert facts["base_fingerprint"] == fingerprint(merging.tensors)
     for wrong, words in (

@@ -29,10 +29,8 @@ def test_what_layers_share_is_one_tensor_after_a_move_and_a_copy():
     model = two_linears("vera", 3)
     for moved in (model.double(), copy.deepcopy(model), model.to("meta"), model.float()):
         assert moved[0].vera_A is moved[1].vera_A and moved[0].vera_B is moved[1].vera_B
-        assert (
-            moved[0].vera_A.dtype == moved[0].vera_lambda_b.dtype
-            and moved[0].vera_A.device == moved[0].vera_lambda_b.device
-        )
+        assert moved[0].vera_A.dtype == moved[0].vera_lambda_b.dtype
+        assert moved[0].vera_A.device == moved[0].vera_lambda_b.device
 
 
 def test_a_method_with_frozen_random_matrices_does_not_keep_its_input():
@@ -183,11 +181,8 @@ def test_mos_draws_its_rows_from_the_pools_of_its_widths():
         nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False)
     )
     report = rwkv_miss.inject(model, "mos", targets=["0", "1", "2"], rank=6, budget=3, private=1, shards=2)
-    assert (
-        model[0].mos_A is model[2].mos_A
-        and model[0].mos_A is not model[1].mos_A
-        and model[0].mos_B is model[2].mos_B
-    )
+    assert model[0].mos_A is model[2].mos_A and model[0].mos_A is not model[1].mos_A
+    assert model[0].mos_B is model[2].mos_B
     # two of three ranks of every linear are in the pools, in two shards each
     kept = {name: tuple(t.shape) for name, t in adapter_tensors(model).items() if name.startswith("shared.")}
     assert kept == {

@@ -359,11 +359,8 @@ def test_a_rate_map_multiplies_the_rates_by_the_longest_part_of_a_name():
         for g in parameter_groups(model, 1e-3, 0.0, None, {"ffn": 0.5, "blocks.1": 3, "att.w0": 0.0})
         for p in g["params"]
     }
-    assert (
-        rates["blocks.0.ffn.key.weight"] == 5e-4
-        and rates["blocks.0.att.key.weight"] == 1e-3
-        and rates["emb.weight"] == 1e-3
-    )
+    assert rates["blocks.0.ffn.key.weight"] == 5e-4 and rates["blocks.0.att.key.weight"] == 1e-3
+    assert rates["emb.weight"] == 1e-3
     assert rates["blocks.1.ffn.key.weight"] == 3e-3, "blocks.1 is longer than ffn"
     assert rates["blocks.1.att.w0"] == 6e-3 and rates["blocks.0.att.w0"] == 0.0
 

@@ -237,9 +237,8 @@ def test_other_programs_read_them_too(forms, tmp_path, capsys):
         model, tokenizer = load(forms[form], adapter, "bytes", accelerator="cpu")
         assert model(IDS)[0].shape == (2, 7, 259)
     facts = describe(forms["fla sharded"])
-    assert facts["kind"] == "Hugging Face folder, layout fla" and facts["tensors"] == len(
-        read_tensors(forms["fla"])
-    )
+    assert facts["kind"] == "Hugging Face folder, layout fla"
+    assert facts["tensors"] == len(read_tensors(forms["fla"]))
     assert Arch.from_dict(facts["arch"]).n_layer == 2
     main(["inspect", str(forms["official"])])
     assert "official: Hugging Face folder, layout official" in capsys.readouterr().out

@@ -219,9 +219,8 @@ def test_what_is_typed_into_the_settings_is_asked_for(browser):
         body = json.loads(bodies[-1])
         assert {name: body[name] for name in typed} == typed
         assert body["think_mode"] == "fake-think-compact"
-        assert prompts(server) == [] and server.engine.decoder.prompts == [
-            "System: Be brief.\n\nUser: hi\n\nAssistant: <think></think"
-        ]
+        assert prompts(server) == []
+        assert server.engine.decoder.prompts == ["System: Be brief.\n\nUser: hi\n\nAssistant: <think></think"]
         expect(page.locator(f"{DONE} .note")).to_have_text("Cut off at max tokens.")
         page.click("#reset")
         assert page.get_attribute("#top_p", "placeholder") == "0.7"

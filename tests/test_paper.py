@@ -50,11 +50,8 @@ def test_an_experiment_writes_its_table_plot_and_figures(name, outcome):
     names = {path.name for path in folder.iterdir()} - {f"{name}-figures.json"}
     assert names == {f"{name}.json", f"{name}.md", f"{name}.png"}
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
-    assert (
-        found["experiment"] == name
-        and found["commit"]
-        and found["command"] == f"python -m benchmarks.paper {name} --tiny"
-    )
+    assert found["experiment"] == name and found["commit"]
+    assert found["command"] == f"python -m benchmarks.paper {name} --tiny"
     text = (folder / f"{name}.md").read_text()
     assert found["command"] in text and found["claims"]
     shown = [
@@ -139,10 +136,8 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
         (row["method"], row["parameters"]) for row in timing if row["method"] in ("full", "miss", "lora")
     } == {("full", 64 * 64), ("miss", 2 * 64), ("lora", 2 * 64)}
     curves = found["curves"]["miss"]
-    assert (
-        len(curves["training"]) == len(curves["validation"]) == 100
-        and curves["training"][-1] < 0.5 * curves["training"][0]
-    )
+    assert len(curves["training"]) == len(curves["validation"]) == 100
+    assert curves["training"][-1] < 0.5 * curves["training"][0]
 
 
 def test_the_page_of_no_free_lunch_says_what_its_table_does():
@@ -166,9 +161,8 @@ def test_the_page_of_no_free_lunch_says_what_its_table_does():
 def test_the_readings_of_the_papers_data(reading, distinct):
     problem = experiment("no-free-lunch").Problem.make(reading, 50, 43)
     assert problem.x.shape == problem.t.shape == (50, 64) and problem.x_validation.shape == (200, 64)
-    assert len(problem.t[0].unique()) == distinct and len(problem.x[0].unique()) == (
-        1 if reading == "rep" else 64
-    )
+    assert len(problem.t[0].unique()) == distinct
+    assert len(problem.x[0].unique()) == (1 if reading == "rep" else 64)
 
 
 @pytest.fixture(scope="module")
@@ -236,12 +230,12 @@ def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
     found, _ = outcome("grad-norm")
     norms, cosines, _ = found["tables"].values()
     ratios = {row["gradients"]: row["miss"] for row in norms}
-    assert set(LINEAR) <= set(norms[0]) and set(ratios) == {
+    assert set(LINEAR) <= set(norms[0])
+    assert set(ratios) == {
         f"{name}, r = {r}" for name in ("demo", "random", "random, relu^2") for r in (3, 16)
     }
-    assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02) and ratios[
-        "random, r = 16"
-    ] == pytest.approx(1, abs=0.02)
+    assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02)
+    assert ratios["random, r = 16"] == pytest.approx(1, abs=0.02)
     assert ratios["random, relu^2, r = 3"] > 2, "the mean of the inputs adds up in the shards"
 
 
@@ -260,9 +254,8 @@ def test_resources_compares_equal_parameters(outcome):
     found, _ = outcome("resources")
     (rows,) = found["tables"].values()
     assert [row["method"] for row in rows] == list(experiment("resources").TINY.methods)
-    assert len({row["parameters"] for row in rows}) == 1 and all(
-        row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows
-    )
+    assert len({row["parameters"] for row in rows}) == 1
+    assert all(row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows)
     assert [
         (round(row["the paper's"], 2), round(row["the paper's peak / lora"], 3))
         for row in rows
@@ -324,10 +317,8 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
     assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None
     assert module.below(outcomes(1.0), outcomes(1.1)) is True
     diverged = outcomes(1.0, None)
-    assert (
-        module.below(outcomes(9.0, 9.0), diverged) is True
-        and module.below(diverged, outcomes(9.0, 9.0)) is False
-    )
+    assert module.below(outcomes(9.0, 9.0), diverged) is True
+    assert module.below(diverged, outcomes(9.0, 9.0)) is False
     assert module.below(diverged, diverged) is None
 
 

@@ -64,17 +64,11 @@ def outcome(held_out):
 def test_what_is_within_two_standard_errors_is_level():
     low, high = [outcome(x) for x in (1.0, 1.02, 0.98)], [outcome(x) for x in (1.1, 1.12, 1.08)]
     wide = [outcome(x) for x in (1.0, 1.3, 1.0)]
-    assert (
-        str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200"
-        and str(Spread.of(low[:1], "held_out")) == "1.0000"
-    )
+    assert str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200"
+    assert str(Spread.of(low[:1], "held_out")) == "1.0000"
     assert str(Spread.of(low, "tokens_right")) == str(Spread.of([outcome(None), *low], "held_out")) == "-"
-    assert (
-        below(low, high) is True
-        and below(high, low) is False
-        and below(low, wide) is None
-        and below(wide, low) is None
-    )
+    assert below(low, high) is True and below(high, low) is False and below(low, wide) is None
+    assert below(wide, low) is None
 
 
 def three(mean):
@@ -92,18 +86,14 @@ def test_verdicts_of_the_loss_curves():
 
     ahead = loss_curves.claims(found(miss=(1.0, 0.5), lora=(2.0, 0.9), **{"miss, balanced": (1.5, 0.3)}))
     assert [claim.agrees for claim in ahead] == [True, True, True]
-    assert (
-        ahead[0].ours == "MiSS's held-out loss against lora: below it on gsm8k"
-        and "below it on gsm8k" in ahead[2].ours
-    )
+    assert ahead[0].ours == "MiSS's held-out loss against lora: below it on gsm8k"
+    assert "below it on gsm8k" in ahead[2].ours
     behind = loss_curves.claims(
         found(miss=(1.0, 0.9), lora=(2.0, 0.5), pissa=(2.0, 0.9), **{"miss, balanced": (1.0, 0.9)})
     )
     assert [claim.agrees for claim in behind] == [True, False, False]
-    assert (
-        behind[1].ours.endswith("lora: above it on gsm8k; pissa: level with it on gsm8k")
-        and "level with it" in behind[2].ours
-    )
+    assert behind[1].ours.endswith("lora: above it on gsm8k; pissa: level with it on gsm8k")
+    assert "level with it" in behind[2].ours
 
 
 def test_verdicts_of_the_ranks():
@@ -119,16 +109,12 @@ def test_verdicts_of_the_ranks():
 
     falls = rank.claims(found([(0.9, 3.0), (0.7, 2.0), (0.5, 1.0)], [(1.0, 0.0), (0.9, 0.0), (0.8, 0.0)]))
     assert [claim.agrees for claim in falls] == [True, True, True]
-    assert (
-        "falls 2, is level 0 and rises 0 times" in falls[0].ours
-        and "lower at 3, level at 0, higher at 0 of 3" in falls[2].ours
-    )
+    assert "falls 2, is level 0 and rises 0 times" in falls[0].ours
+    assert "lower at 3, level at 0, higher at 0 of 3" in falls[2].ours
     rises = rank.claims(found([(0.5, 1.0), (0.7, 2.0), (0.7, 1.0)], [(0.4, 0.0), (0.7, 0.0), (0.6, 0.0)]))
     assert [claim.agrees for claim in rises] == [False, False, False]
-    assert (
-        "falls 0, is level 1 and rises 1 times" in rises[0].ours
-        and "lower at 0, level at 1, higher at 2 of 3" in rises[2].ours
-    )
+    assert "falls 0, is level 1 and rises 1 times" in rises[0].ours
+    assert "lower at 0, level at 1, higher at 2 of 3" in rises[2].ours
 
 
 def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
@@ -203,10 +189,8 @@ def test_right_answers_are_those_of_greedy_generation():
                 model(torch.tensor([ids[:-1]]))[0][0, given - 1 :].argmax(-1) == torch.tensor(ids[given:])
             ).tolist()
     shares = right(model, from_pairs(pairs))
-    assert (
-        shares == (pytest.approx(sum(tokens) / len(tokens)), pytest.approx(answers / len(pairs)))
-        and 0.3 < shares[1] < 0.8
-    )
+    assert shares == (pytest.approx(sum(tokens) / len(tokens)), pytest.approx(answers / len(pairs)))
+    assert 0.3 < shares[1] < 0.8
 
 
 @pytest.mark.parametrize("names", [("lora", "miss", "miss, balanced", "pissa")])

@@ -164,9 +164,8 @@ LONG = "data.jsonl, line 4"
 def test_what_is_left_out_is_counted_and_named(read):
     report = Report()
     loaded = read(ROWS, report=report)
-    assert loaded.longest == 2 * 36 + 3 + 0 and [
-        example.content.tolist() for example in loaded.preferences(80)
-    ]
+    assert loaded.longest == 2 * 36 + 3 + 0
+    assert [example.content.tolist() for example in loaded.preferences(80)]
     preferences = loaded.preferences(12)
     assert (len(preferences), preferences.too_long, preferences.too_long_places) == (3, 1, (LONG,))
     assert report.lines()[-2:] == [

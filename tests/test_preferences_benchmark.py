@@ -26,10 +26,8 @@ def test_the_preferred_answer_is_sorted_and_the_other_reversed(task):
     trained = {pair.question for pair in task.train}
     assert not (judging[0] & judging[1] or trained & (judging[0] | judging[1]))
     # twice as many steps read no prompt a second time
-    assert len(task.train) == 2 * task.steps * task.per_step and (
-        len(task.test),
-        len(task.valid),
-    ) == (300, 100)
+    assert len(task.train) == 2 * task.steps * task.per_step
+    assert (len(task.test), len(task.valid)) == (300, 100)
 
 
 def test_a_row_is_a_pair_or_the_preferred_answer_alone():

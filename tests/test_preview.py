@@ -220,11 +220,8 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     assert figures["fill"] == pytest.approx(
         (documents.tokens - len(documents)) / (figures["packed_rows"] * 30)
     )
-    assert (
-        figures["trained"] == figures["tokens"]
-        and figures["lengths"]["100%"] == 78
-        and figures["lengths"]["0%"] == 2
-    )
+    assert figures["trained"] == figures["tokens"] and figures["lengths"]["100%"] == 78
+    assert figures["lengths"]["0%"] == 2
     path = tmp_path / "data.jsonl"
     _, output = show(rows, "--json", "--ctx_len", "30", "--data_file", f"{path}:2,{path}:0.5")
     figures, documents = (
@@ -232,9 +229,8 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
         load_documents(f"{path}:2,{path}:0.5", load_tokenizer("bytes", 256), 30, seed=Config.random_seed),
     )
     assert figures["rows"] == 12 and figures["documents"] == len(documents) > 18
-    assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures[
-        "packed_rows"
-    ] * 30 == documents.tokens - len(documents)
+    assert figures["cut_tokens"] == documents.cut_tokens
+    assert figures["fill"] * figures["packed_rows"] * 30 == documents.tokens - len(documents)
 
 
 def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):

@@ -214,10 +214,8 @@ def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
     monkeypatch.setattr(
         self_test, "status", lambda device: self_test.Status(False, False, reason="no compiler")
     )
-    assert (
-        torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32))
-        and len(called) == 2
-    )
+    assert torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32))
+    assert len(called) == 2
 
 
 def test_turing_needs_few_registers():
@@ -367,9 +365,8 @@ def test_a_step_is_that_of_a_plain_base_with_the_quantised_values(
     for tensor, other in zip(adapter_tensors(model).values(), adapter_tensors(plain).values(), strict=True):
         with torch.no_grad():
             other.copy_(tensor.add_(0.05 * torch.randn(tensor.shape)))
-    assert model.dtype == plain.dtype == dtype and {
-        p.dtype for p in model.parameters() if p.requires_grad
-    } == {torch.float32}
+    assert model.dtype == plain.dtype == dtype
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     linears = model.layer_linears()
     assert len(linears) == {6: 16, 7: 12}[version]
     assert all(
@@ -428,10 +425,8 @@ def test_the_plan_counts_an_expanded_matrix_at_a_time(tmp_path):
         model.arch, settled_config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3
     )
     quantised = step_memory.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
-    assert (
-        quantised.activations == plain.activations
-        and plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
-    )
+    assert quantised.activations == plain.activations
+    assert plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
 
 
 def test_quantising_takes_one_matrix_at_a_time(tmp_path):

@@ -177,9 +177,8 @@ def test_what_does_not_fit_with_its_answer_is_left_out_and_named(read):
     # an answer's first token is read after the last one of the prompt
     examples = loaded.examples(ctx_len=shortest + 2 + 7 - 1, group_size=3, max_tokens=7)
     assert [question.prompt.count("x") for question in examples.questions] == [3, 5]
-    assert examples.too_long == 4 and examples.too_long_places == tuple(
-        f"data.jsonl, line {n}" for n in (1, 3, 5)
-    )
+    assert examples.too_long == 4
+    assert examples.too_long_places == tuple(f"data.jsonl, line {n}" for n in (1, 3, 5))
     assert examples.lengths.tolist() == [shortest + 21, shortest + 2 + 21]
     assert examples.targets == 42 and examples.weight == 2 and examples.tokens == 2 * shortest + 2
     with pytest.raises(

@@ -198,10 +198,8 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     assert "step 11" not in card and "loss.png" not in card and "per token, of the" not in card
     assert "Has it learnt" not in card
     assert "failed" not in card and "failed" not in measured
-    assert (
-        "| training reward | 0.515 to 0.695 |" in measured
-        and run_card.evaluations_table(DESCRIBED, history) in measured
-    )
+    assert "| training reward | 0.515 to 0.695 |" in measured
+    assert run_card.evaluations_table(DESCRIBED, history) in measured
     assert said[0] == "done: step 20 of 20, reward of drawn answers 0.515 to 0.695; wrote a.pth"
     assert said[1] == (
         "held out:  right 50 % to 75 % of 64 held-out questions; reward 0.5 to 0.75 of at most 1.5; length 6"
@@ -310,10 +308,8 @@ def test_drawn_answers_are_written_now_and_then_and_a_resumed_run_writes_them_ag
         "reward_partial": 0.5,
         "advantage": 0.75,
     }
-    assert len(first["answers"][1]["answer"]) <= 300 and (first["prompt"], first["right"]) == (
-        "abcd?",
-        "dcba",
-    )
+    assert len(first["answers"][1]["answer"]) <= 300
+    assert (first["prompt"], first["right"]) == ("abcd?", "dcba")
     assert len(whole) < 60 * 800
     assert sum(is_due(step, 100_000, 2) for step in range(1, 100_001)) <= 22
 

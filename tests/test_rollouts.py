@@ -429,9 +429,8 @@ def test_what_was_done_is_saved_where_all_rewards_fail(train, tmp_path):
     assert kept.name == "step-00000002.pth"
     # before the first step there is nothing to be saved
     _, _, _, _, error = train(Judge(failing="01234567"), 2)
-    assert isinstance(error, AllFailed) and [path.name for path in (tmp_path / "kept").iterdir()] == [
-        kept.name
-    ]
+    assert isinstance(error, AllFailed)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.name]
 
 
 def test_steps_on_a_draw_that_went_wrong_move_nothing(train):

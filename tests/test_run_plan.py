@@ -84,9 +84,8 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
     assert re.search(
         r"trained    [\d,]+ of [\d,]+ parameters \([\d.]+ %\): miss, rank 5 in 12 matrices$", said["trained"]
     )
-    assert "loss on" not in said["data"] and re.search(
-        "48 documents, [0-9,]+ tokens, [0-9,]+ of them trained", said["data"]
-    )
+    assert "loss on" not in said["data"]
+    assert re.search("48 documents, [0-9,]+ tokens, [0-9,]+ of them trained", said["data"])
     assert said["sample"].startswith("sample     rows 0") and "?« ab c" in said["sample"]
     inside = ("layout", "linears", "auto: ", "self-test", ".so", "kernel", "chosen", "in full", "hashes")
     assert not [word for word in inside if word in "\n".join(lines)]
@@ -260,10 +259,8 @@ def test_a_pipe_hears_of_the_validation(files, tmp_path):
         output,
         re.MULTILINE,
     )
-    assert (
-        len(re.findall("^validation: 100%, 40 of 40 documents", output, re.MULTILINE)) == 2
-        and "\r" not in output
-    )
+    assert len(re.findall("^validation: 100%, 40 of 40 documents", output, re.MULTILINE)) == 2
+    assert "\r" not in output
 
 
 # Ctrl-C
@@ -272,11 +269,9 @@ def test_a_pipe_hears_of_the_validation(files, tmp_path):
 def test_before_the_first_step_the_run_ends_at_once(files, tmp_path):
     stop = functools.partial(at_file, "validation.jsonl", 2, tmp_path / "run", interrupt)
     code, output = evaluated(files, tmp_path / "run", sabotage=stop)
-    assert (
-        code == 130
-        and output.splitlines()[-1] == "interrupted before the first step; the same command starts again"
-        and "step 0/6" not in output
-    )
+    assert code == 130
+    assert output.splitlines()[-1] == "interrupted before the first step; the same command starts again"
+    assert "step 0/6" not in output
     assert not (tmp_path / "run/adapter.pth").exists()
     succeed(evaluated(files, tmp_path / "run", "--epoch_steps", "1"))
 
@@ -301,14 +296,10 @@ def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
     stop = functools.partial(interrupt_in_validation, 2, 1)
     code, output = evaluated(files, tmp_path / "run", *more, sabotage=stop)
     words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
-    assert (
-        code == 130
-        and output.count(words) == 1
-        and "stopped, go on with --resume auto: step 2 of 6" in output
-    )
-    assert [line["step"] for line in validation(tmp_path / "run")] == [0] and len(
-        losses(tmp_path / "run")
-    ) == 2
+    assert code == 130 and output.count(words) == 1
+    assert "stopped, go on with --resume auto: step 2 of 6" in output
+    assert [line["step"] for line in validation(tmp_path / "run")] == [0]
+    assert len(losses(tmp_path / "run")) == 2
     succeed(evaluated(files, tmp_path / "run", *more, "--resume", "auto"))
     succeed(evaluated(files, tmp_path / "whole", *more))
     assert validation(tmp_path / "run") == validation(tmp_path / "whole")
@@ -317,7 +308,6 @@ def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
 def test_the_second_ctrl_c_ends_it_without_saving(files, tmp_path):
     stop = functools.partial(interrupt_in_validation, 6, 2)
     code, output = evaluated(files, tmp_path / "run", "--eval_docs", "40", sabotage=stop)
-    assert (
-        code == 130 and output.splitlines()[-1] == "ended within a step; what was saved before is unchanged"
-    )
+    assert code == 130
+    assert output.splitlines()[-1] == "ended within a step; what was saved before is unchanged"
     assert not (tmp_path / "run/adapter.pth").exists() and not os.path.exists(tmp_path / "run/run.json")

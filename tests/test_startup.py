@@ -177,11 +177,8 @@ def test_without_torch(program, tmp_path):
         env=with_torch(tmp_path, "raise ModuleNotFoundError(name='torch')"),
         stdout=subprocess.DEVNULL,
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: the package torch is not installed for ")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2 and done.stderr.startswith("error: the package torch is not installed for ")
+    assert done.stderr.count("\n") == 1
     done = run(program, env=with_torch(tmp_path, "import src.absent"), stdout=subprocess.DEVNULL)
     assert "Traceback" in done.stderr  # that would be a mistake of this project
 
@@ -204,7 +201,8 @@ RUN_AS_MODULES = [
 @pytest.mark.parametrize("path", RUN_AS_MODULES, ids=lambda path: path.stem)
 def test_a_program_that_is_started_by_its_path(path):
     done = run([str(path)])
-    assert done.returncode and done.stderr == (
+    assert done.returncode
+    assert done.stderr == (
         f"error: run this from the repository's folder as python -m {path.parent}.{path.stem}\n"
     )
 

@@ -141,9 +141,8 @@ def test_documents_are_padded_to_less_than_twice_their_tokens_and_none_is_lost()
     lengths = torch.cat([(group.tokens < reset.numel()).sum(1) for group in plan.groups])
     assert lengths.sum() == reset.numel() and len(lengths) == (reset | (torch.arange(700) == 0)).sum()
     long = [group for group in plan.groups if group.tokens.shape[1] > 16]
-    assert len(long) > 3 and sum(g.tokens.numel() for g in long) < 2 * sum(
-        (g.tokens < reset.numel()).sum() for g in long
-    )
+    assert len(long) > 3
+    assert sum(g.tokens.numel() for g in long) < 2 * sum((g.tokens < reset.numel()).sum() for g in long)
     assert layout(reset) is plan, "the layers of a model share one"
     elsewhere = torch.zeros_like(reset)
     elsewhere.on_cpu = reset  # a GPU's own are not read: it would have to be waited for
@@ -173,9 +172,8 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
         1e-5 if dtype == torch.float32 else 2e-2,
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert list(trained) == [f"blocks.{i}.att.time_state" for i in range(2)] and set(trained) == set(
-        model.state_dict()
-    ) - set(plain.state_dict())
+    assert list(trained) == [f"blocks.{i}.att.time_state" for i in range(2)]
+    assert set(trained) == set(model.state_dict()) - set(plain.state_dict())
     assert {(p.dtype, tuple(p.shape)) for p in trained.values()} == {(torch.float32, (3, 16, 16))}
     assert report.line().startswith("1,536 trainable") and report.trainable == 2 * 3 * 16 * 16
 
@@ -401,9 +399,8 @@ def test_the_state_learns_at_its_own_rate_without_decay():
     model = tuned(7, "state,time")
     groups = parameter_groups(model, 1e-5, 0.1, 1e-2)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert rates[id(model.blocks[0].att.time_state)] == (1e-2, 0.0) and rates[
-        id(model.blocks[0].att.key.miss)
-    ] == (1e-5, 0.1)
+    assert rates[id(model.blocks[0].att.time_state)] == (1e-2, 0.0)
+    assert rates[id(model.blocks[0].att.key.miss)] == (1e-5, 0.1)
 
 
 # chat and runs
@@ -488,11 +485,8 @@ def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
     )
     assert "in 12 matrices, and state of the base" in output and "initial state 0.01" in output
     tensors = rwkv_miss.read_checkpoint(tmp_path / "run/adapter.pth")
-    assert (
-        len(tensors) == 14
-        and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1
-        and tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
-    )
+    assert len(tensors) == 14 and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1
+    assert tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -335,10 +335,8 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
     assert score([metamath(row)["response"] for row in rows]) == 1.0
     assert score([f"#### {final_number(row['answer']) + 1}" for row in rows]) == 0.0
     assert score([row["answer"] if i % 4 else "" for i, row in enumerate(rows)]) == 0.75
-    assert (
-        score([row["answer"] for row in rows], "exact") == 1.0
-        and score([metamath(row)["response"] for row in rows], "exact") == 0.0
-    )
+    assert score([row["answer"] for row in rows], "exact") == 1.0
+    assert score([metamath(row)["response"] for row in rows], "exact") == 0.0
     maths = tmp_path / "math.jsonl"
     maths.write_text(
         json.dumps(
@@ -441,9 +439,8 @@ def test_samples_are_drawn_kept_and_scored(checkpoint, tmp_path, capsys, monkeyp
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert rows[0].keys() == {"evaluation"}
     numbered = [(row["question"], row["sample"]) for row in rows[1:]]
-    assert (
-        numbered == [(i, j) for i in range(3) for j in range(3)] and len({r["answer"] for r in rows[1:]}) > 5
-    )
+    assert numbered == [(i, j) for i in range(3) for j in range(3)]
+    assert len({r["answer"] for r in rows[1:]}) > 5
     right = [same_number(row["answer"], "7") for row in rows[1:]]
     assert found["accuracy"] == found["pass@1"] == sum(right) / 9 and "majority" in found
     assert found["pass@3"] == sum(any(right[i : i + 3]) for i in (0, 3, 6)) / 3

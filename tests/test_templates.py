@@ -424,10 +424,8 @@ def test_tools_and_a_document_end(jinja, tmp_path):
     tokenizer = whole_blank_line_tokenizer(tmp_path)
     template = load_template(WITH_EOS, tokenizer.decode(tokenizer.eod))
     [(ids, trained)] = Encoder(tokenizer, template).encode({"messages": [user("a"), assistant("b")]})
-    assert (
-        ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>")
-        and trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
-    )
+    assert ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>")
+    assert trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
 
 
 @pytest.mark.parametrize(

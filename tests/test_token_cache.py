@@ -97,26 +97,19 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
     assert len(tokens.ends) == 700 and tokens.texts.tolist() == ["text" in row for row in rows]
     for row, start, end in zip(rows, [0, *tokens.ends], tokens.ends):
         [(ids, weights)] = encoder.encode(row)
-        assert (
-            tokens.ids[start:end].tolist() == ids.tolist()
-            and tokens.weights[start:end].tolist() == weights.tolist()
-        )
+        assert tokens.ids[start:end].tolist() == ids.tolist()
+        assert tokens.weights[start:end].tolist() == weights.tolist()
         assert weights[-1] and ids[-1] == 0
 
 
 def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
     whole, first = tokenise(path, encoder), tokenise(path, encoder, str(cached))
-    assert (
-        f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
-    )
+    assert f"tokenised {path} in" in (said := capfd.readouterr().err)
+    assert f"kept in {entries(cached)[0]}" in said
     monkeypatch.setattr("src.data.parallel.read_record", None)
     second = tokenise(path, encoder, str(cached))
-    assert (
-        equal(whole, first)
-        and equal(whole, second)
-        and isinstance(second.ids.base, np.memmap)
-        and not second.ids.flags.writeable
-    )
+    assert equal(whole, first) and equal(whole, second) and isinstance(second.ids.base, np.memmap)
+    assert not second.ids.flags.writeable
     assert capfd.readouterr().err == "" and len(entries(cached)) == 1
     documents = load_documents(path, encoder.tokenizer, 50, cache=str(cached))
     monkeypatch.undo()
@@ -266,10 +259,8 @@ def test_a_folder_that_cannot_be_used(path, encoder, cached, capfd):
     tokens = module.tokenise(sources(path)[0], encoder, report := Report(), cache=str(cached))
     assert equal(tokens, tokenise(path, encoder)) and report.files[path].kinds.total() == 700
     note = capfd.readouterr().err
-    assert (
-        f"note: the cache for tokens, {cached}, cannot be used (" in note
-        and "--data_cache takes another folder" in note
-    )
+    assert f"note: the cache for tokens, {cached}, cannot be used (" in note
+    assert "--data_cache takes another folder" in note
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -277,10 +268,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert module.cache_folder("auto") == tmp_path / "rwkv-miss" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert (
-        module.cache_folder("auto") == tmp_path / ".cache" / "rwkv-miss" / "data"
-        and module.cache_folder("~/x") == tmp_path / "x"
-    )
+    assert module.cache_folder("auto") == tmp_path / ".cache" / "rwkv-miss" / "data"
+    assert module.cache_folder("~/x") == tmp_path / "x"
 
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
@@ -293,9 +282,8 @@ def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
         part = next(parts)
         assert equal(part.made, expected.made) and part.kinds == expected.kinds and part.bad == []
     [(where, reason)], tokens = (part := next(parts)).bad, part.made
-    assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,") and not isinstance(
-        reason, WrongSetting
-    )
+    assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,")
+    assert not isinstance(reason, WrongSetting)
     assert len(tokens.ids) == len(tokens.ends) == 0
     ids = dataclasses.replace(convert, source=DataSource("ids", BINIDX, 1.0, None, ()))
     [part] = in_parallel(ids, [[("row 91", {"ids": [256]})]], 2)
@@ -356,11 +344,8 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
         process.kill()
     _, said = process.communicate(timeout=60)  # until no process holds the pipe any more
     if number == signal.SIGINT:
-        assert (
-            process.returncode == 130
-            and said.strip() == "interrupted"
-            and sorted(os.listdir(cache)) == ["lock"]
-        )
+        assert process.returncode == 130 and said.strip() == "interrupted"
+        assert sorted(os.listdir(cache)) == ["lock"]
 
 
 def test_what_is_kept_of_a_document_is_little(encoder):
@@ -412,10 +397,8 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
         wanted += range(start + 1, start + kept)
     assert seen == wanted and (documents.cut, documents.cut_tokens) == (cut, lost)
     assert documents.split == sum(n > ctx_len + 1 for n, text in zip(lengths, texts) if text)
-    assert (
-        documents.lengths.tolist() == [len(row.ids) for row in documents]
-        and documents.lengths.max() <= ctx_len + 1
-    )
+    assert documents.lengths.tolist() == [len(row.ids) for row in documents]
+    assert documents.lengths.max() <= ctx_len + 1
     assert documents.target_counts.tolist() == [row.targets for row in documents]
     assert documents.targets == sum(1 for token in seen if token % 3 > 0)
 
@@ -433,6 +416,5 @@ def test_rows_of_several_files_in_any_order():
         files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1])
     )
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
-    assert dataset.Documents(rows).target_counts.tolist() == [row.targets for row in rows] and rows[
-        -1
-    ].ids.tolist() == [2]
+    assert dataset.Documents(rows).target_counts.tolist() == [row.targets for row in rows]
+    assert rows[-1].ids.tolist() == [2]

@@ -169,11 +169,8 @@ def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, ca
     count = sum(t.numel() for t in rwkv_miss.read_checkpoint(plain[0] / "adapter.pth").values())
     rwkv_miss_main(["inspect", str(path)])
     shown = capsys.readouterr().out
-    assert (
-        "checkpoint of a run" in shown
-        and f"trained      12, {count:,} parameters" in shown
-        and "step         6" in shown
-    )
+    assert "checkpoint of a run" in shown and f"trained      12, {count:,} parameters" in shown
+    assert "step         6" in shown
     assert f"for merge and chat there is {plain[0]}/adapter.pth" in shown
     alone, merged = shutil.copy(path, tmp_path), tmp_path / "merged.pth"
     for file, output in ((path, f"{plain[0]}/adapter.pth"), (alone, "the adapter.pth of its run")):

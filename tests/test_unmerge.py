@@ -87,9 +87,8 @@ def test_a_merge_is_one(merging, source, dtype, methods, weights):
     # the account that the check makes is the merge's, where fp32, in which a merge counts, is exact enough
     assert [layer.name for layer in found.rounding.layers] == linears
     for layer, other in zip(found.rounding.layers, report.rounding.layers, strict=True):
-        assert layer.update == pytest.approx(other.update, rel=1e-4) and layer.lost == pytest.approx(
-            other.lost, rel=1e-3, abs=1e-4
-        )
+        assert layer.update == pytest.approx(other.update, rel=1e-4)
+        assert layer.lost == pytest.approx(other.lost, rel=1e-3, abs=1e-4)
         assert abs(layer.unchanged_share - other.unchanged_share) < 0.01
     found = check(merging)
     assert found.ok and [changed.name for changed in found.changed] == [f"{name}.weight" for name in linears]
@@ -166,9 +165,8 @@ def test_a_merge_with_wrong_arithmetic_is_seen(merging, monkeypatch):
     )
     merging.merge(["a.pth"])
     found = check(merging, ["a.pth"])
-    assert len(found.problems) == 12 and all(
-        "the merge's sum is not the base + delta()" in problem for problem in found.problems
-    )
+    assert len(found.problems) == 12
+    assert all("the merge's sum is not the base + delta()" in problem for problem in found.problems)
     assert sum(changed.apart for changed in found.changed) == 0
 
 
@@ -200,10 +198,8 @@ def test_subtraction_does_not_undo(merging):
         )
         entries += base.numel()
     assert found.not_undone == pytest.approx(wrong / entries) and found.not_undone > 0.01
-    assert (
-        found.lines()[-1].startswith("  subtracting the adapters instead would")
-        and f"not give back {percent(found.not_undone)} of the entries" in found.lines()[-1]
-    )
+    assert found.lines()[-1].startswith("  subtracting the adapters instead would")
+    assert f"not give back {percent(found.not_undone)} of the entries" in found.lines()[-1]
 
 
 def test_whole_tensors_and_states(merging):
@@ -234,11 +230,8 @@ def test_weights_and_adapters_must_be_the_merges(merging):
     merging.merge(["a.pth", "b.pth"], [0.7, -0.3])
     assert check(merging, ["b.pth", "a.pth"]).ok, "in any order, each with its own weight"
     problems = check(merging, ["a.pth", "b.pth"], [-0.3, 0.7]).problems
-    assert (
-        "the weight of" in problems[0]
-        and "is 0.7, not -0.3" in problems[0]
-        and "not what the merge writes" in problems[2]
-    )
+    assert "the weight of" in problems[0] and "is 0.7, not -0.3" in problems[0]
+    assert "not what the merge writes" in problems[2]
     assert any(
         "no merge of" in problem and "c.pth" in problem
         for problem in check(merging, ["a.pth", "c.pth"]).problems
@@ -305,11 +298,8 @@ def test_the_base_itself(merging):
     merging.merge(["a.pth"])
     for adapters in ([], ["a.pth"]):
         found = check(merging, adapters)
-        assert (
-            found.ok
-            and not found.changed
-            and found.lines()[-1] == "no tensor differs, so there is nothing to undo"
-        )
+        assert found.ok and not found.changed
+        assert found.lines()[-1] == "no tensor differs, so there is nothing to undo"
 
 
 def test_the_command(merging, capsys):
@@ -335,12 +325,8 @@ def test_the_command(merging, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*flags, "--adapter", str(a), "--weights", "-2"])
     text = capsys.readouterr().out
-    assert (
-        stop.value.code == 1
-        and text.count("wrong: ") == 6
-        and "and 8 more" in text
-        and "is undone" not in text
-    )
+    assert stop.value.code == 1 and text.count("wrong: ") == 6 and "and 8 more" in text
+    assert "is undone" not in text
     with pytest.raises(SystemExit) as stop:
         main(["unmerge", str(merged), "--base", str(merging.folder / "absent.pth")])
     assert stop.value.code == 2

@@ -179,7 +179,8 @@ def test_everything_plain_is_read(tmp_path, zipped, protocol):
     assert all(
         torch.equal(got[name].double(), t.double()) and got[name].dtype == t.dtype
         for name, t in tensors.items()
-    ) and len(got) == len(tensors)
+    )
+    assert len(got) == len(tensors)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

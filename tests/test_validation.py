@@ -126,10 +126,8 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
     rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()][:2]
     model = RWKV.load(files / "base.pth")
     for sample, (question, answer) in zip(lines[0]["samples"], rows, strict=True):
-        assert (
-            sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
-            and sample["right"] == answer["content"].strip()
-        )
+        assert sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
+        assert sample["right"] == answer["content"].strip()
         text = greedy_text(engine_of(model, BYTES), sample["prompt"], SAMPLE_TOKENS)
         assert shortened(text.strip() + "\ufffd", 300) == sample["answer"]
     said = (
@@ -144,10 +142,8 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
         f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"
         in output
     )
-    assert (
-        same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth")
-        and read_metadata(proj_dir / "best.pth")["step"] == 6
-    )
+    assert same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth")
+    assert read_metadata(proj_dir / "best.pth")["step"] == 6
 
 
 def memory_by_rank(rank):
@@ -246,10 +242,8 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     ]
     assert same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000002.pth")
     assert not same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000001.pth")
-    assert (
-        read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0
-        and read_metadata(proj_dir / "adapter.pth")["step"] == 4
-    )
+    assert read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0
+    assert read_metadata(proj_dir / "adapter.pth")["step"] == 4
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", "--resume", "auto", sabotage=script))
     assert "ended at step 4 by --early_stop, and --early_stop 0 would let it go on; nothing" in output
 
@@ -351,10 +345,8 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
         "best:      the base, validation loss 4.0000; at the end 5.0000."
         " The training made it worse: keep the base"
     )
-    assert (
-        "validation loss 5.0000 per token, best 4.0000 before training" in output
-        and "merge it:" not in output
-    )
+    assert "validation loss 5.0000 per token, best 4.0000 before training" in output
+    assert "merge it:" not in output
     assert (proj_dir / "adapter.pth").exists() and not (proj_dir / "best.pth").exists()
     assert "best" not in summary(proj_dir)
     assert "better than the model before the training" in (proj_dir / "run_card.md").read_text()
@@ -504,23 +496,13 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
         in text
     )
     assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
-    assert (
-        "](loss.png)" in text
-        and text.count("### Sample") == 2
-        and f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
-    )
-    assert (
-        50 << 20 < end["peak_memory_bytes"] < 8 << 30
-        and f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB" in text
-    )
+    assert "](loss.png)" in text and text.count("### Sample") == 2
+    assert f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
+    assert 50 << 20 < end["peak_memory_bytes"] < 8 << 30
+    assert f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB" in text
     expected = moved(RWKV.load(files / "base.pth"), tuned(files, proj_dir / "adapter.pth"))
-    assert end["forgetting"] == pytest.approx(expected, rel=1e-4) and list(expected) == [
-        "English",
-        "Chinese",
-        "Code",
-        "Arithmetic",
-        "all",
-    ]
+    assert end["forgetting"] == pytest.approx(expected, rel=1e-4)
+    assert list(expected) == ["English", "Chinese", "Code", "Arithmetic", "all"]
     assert expected["all"] > 0.01 and f"| all | {end['forgetting']['all']:.4f} |" in text
 
 
@@ -584,10 +566,8 @@ def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run
     assert start(files, run, *again, sabotage=functools.partial(at_file, "loss.png", 1, run, kill))[0]
     assert "nothing to train" in succeed(start(files, run, *again))
     text = (run / "run_card.md").read_text()
-    assert (
-        text.count("not measured: the run was killed after its last step") == 2
-        and "| steps | 6 of 6 |" in text
-    )
+    assert text.count("not measured: the run was killed after its last step") == 2
+    assert "| steps | 6 of 6 |" in text
 
 
 def test_text_that_the_tokenizer_cannot_write_is_left_out():
@@ -788,11 +768,8 @@ def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, plotted, count, 
     metrics = [{"step": step, "loss": 3.0} for step in range(1, 9)]
     draw_losses(metrics, [{"step": 4 * i, "loss": 2.0} for i in range(count)], str(tmp_path / "loss.png"))
     validation = plotted["validation loss"]
-    assert (
-        validation.get_linestyle() == line
-        and validation.get_marker() == "o"
-        and len(validation.get_xdata()) == count
-    )
+    assert validation.get_linestyle() == line and validation.get_marker() == "o"
+    assert len(validation.get_xdata()) == count
     assert plotted["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

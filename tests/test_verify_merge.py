@@ -76,13 +76,8 @@ def test_a_merge_is_what_was_trained(merging, verify, version, dtype, methods, w
         merging.adapter(f"{method}.pth", method, seed=i, parts="" if i else parts)
     merging.merge(names, weights)
     code, facts = verify(names)
-    assert (
-        code == 0
-        and facts["ok"]
-        and facts["problems"] == []
-        and facts["tokens"] == 40
-        and facts["files"]["ok"]
-    )
+    assert code == 0 and facts["ok"] and facts["problems"] == [] and facts["tokens"] == 40
+    assert facts["files"]["ok"]
     effect, exact, merged, *short = facts["probe"]
     assert effect["max_logit_difference"] > 1e-2 and effect["mean_kl"] > 1e-5
     assert exact["max_logit_difference"] < 1e-5 * exact["max_logit"] and exact["top1_agreement"] == 1
@@ -92,10 +87,8 @@ def test_a_merge_is_what_was_trained(merging, verify, version, dtype, methods, w
         [] if dtype == torch.float32 else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], "both"]
     )
     if short:
-        assert (
-            merged["max_logit_difference"] > 10 * exact["max_logit_difference"]
-            and 0 < short[0]["mean_kl"] < effect["mean_kl"]
-        )
+        assert merged["max_logit_difference"] > 10 * exact["max_logit_difference"]
+        assert 0 < short[0]["mean_kl"] < effect["mean_kl"]
 
 
 def test_a_distance_of_logits():
@@ -105,9 +98,8 @@ def test_a_distance_of_logits():
     kl = F.kl_div(
         b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
-    assert found.max_logit_difference == float((a - b).double().abs().max()) and found.max_logit == float(
-        a.abs().max()
-    )
+    assert found.max_logit_difference == float((a - b).double().abs().max())
+    assert found.max_logit == float(a.abs().max())
     assert found.mean_kl == pytest.approx(float(kl.mean())) and found.max_kl == pytest.approx(float(kl.max()))
     assert found.top1_agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).double().mean()))
 
@@ -182,12 +174,8 @@ def test_a_wrong_file_ends_with_1(merging, verify):
     merging.adapter("b.pth", seed=2)
     merging.merge(["a.pth"])
     code, facts = verify(["a.pth"], "--weights", "0.9")
-    assert (
-        code == 1
-        and not facts["ok"]
-        and len(facts["probe"]) == 5
-        and any("not what the merge writes" in text for text in facts["problems"])
-    )
+    assert code == 1 and not facts["ok"] and len(facts["probe"]) == 5
+    assert any("not what the merge writes" in text for text in facts["problems"])
     code, facts = verify(["b.pth"])
     assert code == 1 and facts["probe"][2]["mean_kl"] > 0.1 * facts["probe"][0]["mean_kl"], (
         "another adapter is as far away as the base"
@@ -201,16 +189,12 @@ def test_a_wrong_file_ends_with_1(merging, verify):
         read_metadata(merging.folder / "merged.pth"),
     )
     code, facts = verify(["a.pth"])
-    assert code == 1 and facts["problems"] == [
-        "head.weight differs from the base in 1 entries, and no adapter changes it"
-    ]
+    assert code == 1
+    assert facts["problems"] == ["head.weight differs from the base in 1 entries, and no adapter changes it"]
     write_checkpoint(merging.folder / "merged.pth", {**tensors, "head.weight": wrong[:, :20]}.items())
     code, facts = verify(["a.pth"])
-    assert (
-        code == 1
-        and facts["probe"] == []
-        and "head.weight is (256, 20), (256, 40) in the base" in facts["problems"][0]
-    )
+    assert code == 1 and facts["probe"] == []
+    assert "head.weight is (256, 20), (256, 40) in the base" in facts["problems"][0]
 
 
 def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypatch):
@@ -223,12 +207,8 @@ def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypat
         BlendedLinear, "merged", lambda layer: right(layer) + 1e-3 * (right(layer) - layer.linear.weight)
     )
     code, facts = verify(["a.pth"])
-    assert (
-        code == 1
-        and facts["files"]["ok"]
-        and len(facts["problems"]) == 1
-        and "merging is not the same as having the adapters beside the base" in facts["problems"][0]
-    )
+    assert code == 1 and facts["files"]["ok"] and len(facts["problems"]) == 1
+    assert "merging is not the same as having the adapters beside the base" in facts["problems"][0]
 
 
 def test_the_probes_text(merging, verify, tmp_path, capsys):
@@ -265,16 +245,11 @@ def test_for_people(merging, capsys):
         """.split()
     )
     text = capsys.readouterr().out
-    assert (
-        f"these are what merging {a} gives, bit for bit" in text
-        and "worst of 12" in text
-        and "max |dlogit|   mean KL" in text
-    )
-    assert (
-        text.count("live -> merged file") == 2
-        and "the merged file is right: it is what was trained" in text
-        and "of what the adapters do, by mean KL" in text
-    )
+    assert f"these are what merging {a} gives, bit for bit" in text and "worst of 12" in text
+    assert "max |dlogit|   mean KL" in text
+    assert text.count("live -> merged file") == 2
+    assert "the merged file is right: it is what was trained" in text
+    assert "of what the adapters do, by mean KL" in text
     base = str(merging.folder / "base.pth")
     with pytest.raises(SystemExit, match="1"):
         main(["--base", base, "--adapter", str(a), "--merged", base])
@@ -308,8 +283,5 @@ def test_adapters_of_other_projects(merging, verify, capsys):
     convert(merging.folder / "a.pth", merging.folder / "peft", "peft")
     merge_file(merging.folder / "base.pth", merging.folder / "peft", merging.folder / "merged.pth")
     code, facts = verify(["peft"])
-    assert (
-        code == 0
-        and facts["files"]["adapters"][0]["adapter"].endswith("peft")
-        and facts["probe"][0]["mean_kl"] > 0
-    )
+    assert code == 0 and facts["files"]["adapters"][0]["adapter"].endswith("peft")
+    assert facts["probe"][0]["mean_kl"] > 0

@@ -32,9 +32,8 @@ def test_the_command_says_it(capsys, monkeypatch):
     monkeypatch.setattr("rwkv_miss.version.commit", lambda: "4ad1e2f")
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
-    assert (
-        ended.value.code == 0 and capsys.readouterr().out == f"rwkv-miss {version.VERSION}, commit 4ad1e2f\n"
-    )
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rwkv-miss {version.VERSION}, commit 4ad1e2f\n"
 
 
 def test_a_checkout_knows_its_commit_and_an_installed_package_no_other_projects(tmp_path):
@@ -47,8 +46,7 @@ def test_a_checkout_knows_its_commit_and_an_installed_package_no_other_projects(
     git(checkout, "init", "-q")
     git(checkout, "add", "rwkv_miss/version.py")
     git(checkout, "commit", "-q", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{7,}", module.commit()) and git(checkout, "rev-parse", "HEAD").startswith(
-        module.commit()
-    )
+    assert re.fullmatch("[0-9a-f]{7,}", module.commit())
+    assert git(checkout, "rev-parse", "HEAD").startswith(module.commit())
     (checkout / "rwkv_miss/version.py").write_text("changed")
     assert module.commit().endswith("-dirty")

@@ -114,9 +114,9 @@ def test_a_fresh_model_with_parts_computes_what_it_did_and_they_are_fp32(version
     dtypes = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     assert all(dtypes[name] == (torch.float32, True) for name in wanted)
     assert {dtypes[f"{name}.weight"] for name in report.linears} == {(dtype, False)}
+    assert report.whole == len(wanted)
     assert (
-        report.whole == len(wanted)
-        and f"and {len(wanted)} whole tensors (emb, head, ln, time), {report.trainable:,} trainable"
+        f"and {len(wanted)} whole tensors (emb, head, ln, time), {report.trainable:,} trainable"
         in report.line()
     )
     assert model.initial_state(1)[0].att_x.dtype == dtype
@@ -219,10 +219,8 @@ def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
     rwkv_miss.inject(model, train_parts="time,emb", rank=5)
     groups = parameter_groups(model, 1e-3, 0.1)
     places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0) and places[id(model.blocks[1].att.x_r)] == (
-        1e-3,
-        0.0,
-    )
+    assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0)
+    assert places[id(model.blocks[1].att.x_r)] == (1e-3, 0.0)
     assert places[id(model.emb.weight)] == (1e-3, 0.1)
 
 
@@ -260,8 +258,5 @@ def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
         gathered.remove(p)
 
     written = dict(whole_model(str(base), model, gather))
-    assert (
-        most == 1
-        and list(written) == list(rwkv_miss.read_checkpoint(base))
-        and {t.dtype for t in written.values()} == {torch.bfloat16}
-    )
+    assert most == 1 and list(written) == list(rwkv_miss.read_checkpoint(base))
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
