@@ -85,11 +85,7 @@ def test_two_processes_prune_what_one_does(run, plain, tmp_path):
 @pytest.mark.slow
 def test_zero_3_shares_out_factors_and_prunes_the_same(run, tmp_path):
     # 40 x 320 numbers: above what stage 3 leaves whole
-    options = {
-        "rank": 30,
-        "init_rank": 40,
-        "base": "wide",
-    }
+    options = {"rank": 30, "init_rank": 40, "base": "wide"}
     flags = ["--epoch_count", "2", "--ctx_len", "32"]
     program.succeed(run(tmp_path / "one", *flags, **options))
     program.succeed(run(tmp_path / "two", *flags, *TWO, "deepspeed_stage_3", **options))

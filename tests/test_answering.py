@@ -251,11 +251,7 @@ def test_the_limit_follows_the_task():
     tokenizer = load_tokenizer("utf16", 256)
     made = [Question(["q"], "four"), Question(["q"], "x" * 40)]
     assert answer_limit("exact", tokenizer, made) == 80 + 20 + 16
-    assert [answer_limit(score, tokenizer, made) for score in ("number", "boxed", "code")] == [
-        512,
-        512,
-        1024,
-    ]
+    assert [answer_limit(score, tokenizer, made) for score in ("number", "boxed", "code")] == [512, 512, 1024]
     thinking = [question._replace(opening=load_template("think").opening) for question in made]
     assert {answer_limit(score, tokenizer, thinking) for score in ("exact", "number", "code")} == {2048}
     closed = [question._replace(opening=load_template("fake-think").opening) for question in made]

@@ -30,14 +30,7 @@ def talk(monkeypatch):
         texts = read_texts(monkeypatch)
         tokenizer = named("bytes")
         conversation = Conversation(scripted(tokenizer), GREEDY, template=template)
-        made = Chat(
-            conversation,
-            without_adapters(None),
-            lambda *_: template,
-            500,
-            0,
-            lambda *_: (),
-        )
+        made = Chat(conversation, without_adapters(None), lambda *_: template, 500, 0, lambda *_: ())
         made.tokenizer_judged = True
 
         def then_say(text):

@@ -39,10 +39,7 @@ def test_native_to_native_is_a_copy(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content,message",
-    [
-        ({"x": torch.zeros(2)}, "no adapter of a known layout; its first tensors are x"),
-    ],
+    "content,message", [({"x": torch.zeros(2)}, "no adapter of a known layout; its first tensors are x")]
 )
 def test_what_no_format_knows_is_refused(tmp_path, content, message):
     write_checkpoint(tmp_path / "a.pth", content.items())

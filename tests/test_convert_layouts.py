@@ -85,10 +85,7 @@ def test_what_peft_wrote_there_merges_into_the_pth_and_is_written_again(folder, 
     keys, pattern = (
         (["key"], r"^rwkv7\.blocks\.0\.att\.key")
         if layout == "official"
-        else (
-            ["k_proj", "r_proj", "key"],
-            r"^model\.layers\.0\.attn\.k_proj",
-        )
+        else (["k_proj", "r_proj", "key"], r"^model\.layers\.0\.attn\.k_proj")
     )
     config = peft.LoraConfig(r=5, lora_alpha=9, target_modules=keys, rank_pattern={pattern: 2, "ffn.key": 3})
     live = trained(foreign(folder, layout), config)

@@ -567,11 +567,7 @@ def rows_in_step(decoder, starts, tokens, applied, count):
     [
         (SIZES[2], torch.bfloat16, ""),
         (SIZES[3], torch.float32, ""),
-        (
-            dict(version=7, n_layer=2, n_embd=328, head_size=8, dim_ffn=523, vocab_size=77),
-            torch.bfloat16,
-            "",
-        ),
+        (dict(version=7, n_layer=2, n_embd=328, head_size=8, dim_ffn=523, vocab_size=77), torch.bfloat16, ""),
         (
             dict(version=7, n_layer=2, n_embd=144, head_size=48, dim_ffn=211, vocab_size=65),
             torch.float32,

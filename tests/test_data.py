@@ -170,12 +170,9 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents] == [
-        "<12345678$>",
-        "<123456789>",
-        "<9$>",
-        "<1$>",
-    ], "the fourth is left out"
+    assert [marked(row) for row in documents] == ["<12345678$>", "<123456789>", "<9$>", "<1$>"], (
+        "the fourth is left out"
+    )
     assert (documents.split, documents.cut, documents.cut_tokens, documents.untrained) == (1, 0, 0, 1)
     assert documents.target_counts.tolist() == [row.targets for row in documents] == [8, 8, 1, 1]
     assert documents.targets == 18 and documents.tokens == 22

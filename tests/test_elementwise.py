@@ -27,13 +27,7 @@ from src.planning.base_model import build_model
 from .conftest import close, make_arch, random_tensors, settled_config, slow
 
 # B, T, C, heads: head sizes 8, 16, 64, 80, 256
-SIZES = [
-    (2, 1, 24, 3),
-    (1, 2, 48, 3),
-    (2, 15, 128, 2),
-    (1, 17, 160, 2),
-    (2, 16, 512, 2),
-]
+SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 15, 128, 2), (1, 17, 160, 2), (2, 16, 512, 2)]
 # Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq
 # of the low-rank mixes, a sum over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value
 # each, and the low-rank mixes rounded before their use
@@ -264,8 +258,7 @@ def test_the_op_takes_no_other_sizes():
     """A parameter that ZeRO-3 has let go is empty."""
     x, none = torch.randn(1, 4, 16), torch.empty(0)
     with pytest.raises(
-        ValueError,
-        match="delta_inputs: arguments are .*0.* expected one shape, and vectors of its last axis",
+        ValueError, match="delta_inputs: arguments are .*0.* expected one shape, and vectors of its last axis"
     ):
         elementwise.delta_inputs(x, x, none, torch.ones(16), 2, "cpu")
     with pytest.raises(ValueError, match="shift_mix: last and reset are .* because z is"):

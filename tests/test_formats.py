@@ -699,12 +699,7 @@ def test_names_of_data_sets(read, monkeypatch, capsys):
     assert "no file or folder no/such here; asking the hub" in capsys.readouterr().err
     os.mkdir("org")
     # mistyped paths, for which nothing is downloaded
-    for path in (
-        "org/some.data",
-        "name",
-        "org/data.jsonl",
-        "other/data.jsonl",
-    ):
+    for path in ("org/some.data", "name", "org/data.jsonl", "other/data.jsonl"):
         with pytest.raises(UserError, match=f"data file {path} can't be read: No such file"):
             list(read_records(path))
     monkeypatch.setitem(sys.modules, "datasets", None)

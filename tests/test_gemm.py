@@ -13,10 +13,7 @@ from src.common.device import choose_accelerator
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
 # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
-ROUNDING = {
-    torch.float32: 1e-6,
-    torch.bfloat16: 8e-3,
-}
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 
 def close(got, want, dtype, size=None):

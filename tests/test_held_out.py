@@ -127,10 +127,7 @@ def test_a_look_at_the_model_leaves_no_trace():
     model[1].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    with (
-        pytest.raises(ZeroDivisionError),
-        undisturbed(model, torch.device("cpu")),
-    ):
+    with pytest.raises(ZeroDivisionError), undisturbed(model, torch.device("cpu")):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         torch.rand(3)
         raise ZeroDivisionError

@@ -10,15 +10,7 @@ from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import AUTO, parse
 from src.config.adapter_options import METHOD_ALIASES, AdapterOptions
-from src.config.legacy import (
-    DROPPED,
-    NAMES,
-    QUANTS,
-    REFUSED,
-    STRATEGIES,
-    newest_model,
-    translate,
-)
+from src.config.legacy import DROPPED, NAMES, QUANTS, REFUSED, STRATEGIES, newest_model, translate
 from src.config.legacy.data_flags import LOSS_MASKS
 from src.config.parse import flag_parser, read_flags
 
@@ -117,7 +109,7 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     values = read(
         *"""
             --lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn
-        """.split(),
+        """.split()
     )
     assert values.adapter == AdapterOptions("lora", wanted, None)
     values = read("--lora", "--lora_parts=att")
@@ -168,7 +160,7 @@ def test_old_flags_with_values_that_make_no_sense(flags, words):
 
 def test_epochs_and_saving(capsys):
     values = read(
-        *"--epoch_steps 200 --epoch_count 3 --epoch_begin 0 --epoch_save 2 --warmup_steps -1".split(),
+        *"--epoch_steps 200 --epoch_count 3 --epoch_begin 0 --epoch_save 2 --warmup_steps -1".split()
     )
     assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (
         200,
@@ -343,10 +335,7 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
     for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
         assert split_parts(
             read("--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', *words).train_parts
-        ) == [
-            "ln",
-            "time",
-        ]
+        ) == ["ln", "time"]
     assert "stay frozen" not in capsys.readouterr().out
     assert read("--train_parts", "none").train_parts == ""
     assert read("--lora", "--lora_r", "8").train_parts == "ln,time", (
@@ -451,11 +440,7 @@ DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
         (
             [*LORA, "--lora_parts=ffn,ln", "--my_testing", "x060"],
             {
-                "peft_config": {
-                    "r": 8,
-                    "alpha": 32,
-                    "targets": ["ffn.key", "ffn.value", "ffn.receptance"],
-                },
+                "peft_config": {"r": 8, "alpha": 32, "targets": ["ffn.key", "ffn.value", "ffn.receptance"]},
                 "train_parts": "ln",
             },
             "",

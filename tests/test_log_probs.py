@@ -26,11 +26,7 @@ from .loss_cases import (
 )
 
 # bf16 rounds logits, their gradient and the products
-ROUNDING = {
-    torch.float64: 1e-13,
-    torch.float32: 3e-6,
-    torch.bfloat16: 2e-2,
-}
+ROUNDING = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
 def gradients(found, scales, leaves):
@@ -91,9 +87,7 @@ def test_an_adapted_head_has_those_of_its_logits(monkeypatch, method, rows):
     scales = torch.randn(rows)
     want = adapted.head(x).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     for mine, theirs in zip(
-        gradients(adapted.log_probs(x, targets), scales, leaves),
-        gradients(want, scales, leaves),
-        strict=True,
+        gradients(adapted.log_probs(x, targets), scales, leaves), gradients(want, scales, leaves), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
 

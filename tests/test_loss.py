@@ -11,11 +11,7 @@ from src.model.loss import head_loss, loss_sum
 from .loss_cases import VOCAB, adapted_head, head_inputs, head_kinds, head_rows
 
 # bf16 rounds logits, their gradient and the products
-ROUNDING = {
-    torch.float64: 1e-13,
-    torch.float32: 2e-6,
-    torch.bfloat16: 1.5e-2,
-}
+ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 
 
 def gradients(loss, leaves):

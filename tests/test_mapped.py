@@ -37,10 +37,7 @@ def copied(folder, name):
 
 
 CHANGES = {
-    "another of its size": (
-        lambda folder: copied(folder, "other"),
-        r"pth was overwritten .* in use, so",
-    ),
+    "another of its size": (lambda folder: copied(folder, "other"), r"pth was overwritten .* in use, so"),
     "a shorter one": (lambda folder: copied(folder, "short"), r"in use \(18.,... bytes, now .,...\), so"),
     "renamed over": (lambda folder: os.replace(folder / "other.pth", folder / "base.pth"), ""),
     "deleted": (lambda folder: os.remove(folder / "base.pth"), ""),

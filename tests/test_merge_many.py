@@ -147,11 +147,9 @@ def test_what_the_merged_file_says(merging, capsys):
         fingerprint(read_checkpoint(merging.folder / f"{n}.pth")) for n in "ab"
     ]
     assert facts["base_fingerprint"] == fingerprint(merging.tensors) and "method" not in facts
-    assert (facts["tokenizer"], facts["eod"], facts["template"]) == (
-        "utf16",
-        None,
-        "think",
-    ), "an adapter's word goes before the base's"
+    assert (facts["tokenizer"], facts["eod"], facts["template"]) == ("utf16", None, "think"), (
+        "an adapter's word goes before the base's"
+    )
     main(["inspect", str(merging.folder / "merged.pth")])
     assert "adapters     a.pth times 0.7, b.pth times -0.3" in capsys.readouterr().out
     merging.merge(["b.pth"], [0.5])

@@ -177,8 +177,7 @@ def test_what_is_left_out_is_counted_and_named(read):
     with pytest.raises(UserError, match="data.jsonl, line 1: all 4 pairs have more tokens than --ctx_len 5"):
         loaded.preferences(5)
     with pytest.raises(
-        UserError,
-        match="be used, left out 1 row, in which both answers are the same: data.jsonl, ",
+        UserError, match="be used, left out 1 row, in which both answers are the same: data.jsonl, "
     ):
         read([ROWS[2]])
 

@@ -52,11 +52,7 @@ def evaluation(step, loss=0.5, answer=None, units=100, **changed):
 
 def evaluations():
     """The best one is not the last."""
-    return [
-        evaluation(0, 0.69, margin=0.0),
-        evaluation(10, 0.2, margin=3.0),
-        evaluation(20, 0.3, margin=2.5),
-    ]
+    return [evaluation(0, 0.69, margin=0.0), evaluation(10, 0.2, margin=3.0), evaluation(20, 0.3, margin=2.5)]
 
 
 def test_a_line_has_the_metrics_and_what_is_not_finite_is_null():
@@ -152,10 +148,7 @@ NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapt
             {"loss_average": "mean", "label_smoothing": 0.1, "sft_weight": 0.0},
             f"dpo, beta 0.1, log p per token, label smoothing 0.1, without NLL; {BASE}",
         ),
-        (
-            {"loss": "ipo", "peft": "none", "peft_config": {}},
-            f"ipo, beta 0.1, {NLL}; reference: the base",
-        ),
+        ({"loss": "ipo", "peft": "none", "peft_config": {}}, f"ipo, beta 0.1, {NLL}; reference: the base"),
         ({"loss": "simpo", "beta": 2.0}, f"simpo, beta 2, gamma 1, {NLL}; no reference"),
         ({"loss": "orpo"}, f"orpo, lambda 0.1, {NLL}; no reference"),
         (

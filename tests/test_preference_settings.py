@@ -179,10 +179,7 @@ def test_a_reference_is_a_whole_model_with_the_same_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     "flags, today",
     [
-        (
-            "--dpo 1 --dpo_beta 0.02",
-            {"loss": "dpo", "loss_average": "mean", "beta": 0.02, "sft_weight": 0.1},
-        ),
+        ("--dpo 1 --dpo_beta 0.02", {"loss": "dpo", "loss_average": "mean", "beta": 0.02, "sft_weight": 0.1}),
         ("--dpo --dpo_alpha 0", {"loss": "dpo", "loss_average": "mean", "beta": 0.01, "sft_weight": 0}),
         ("--orpo 1 --orpo_mode 0 --orpo_alpha 0.006", {"loss": "orpo", "orpo_lambda": 0.006}),
         ("--orpo 1", {"loss": "orpo", "orpo_lambda": 0.01}),

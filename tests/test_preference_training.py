@@ -26,17 +26,7 @@ from src.objectives.reference_model import a_few
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
-from .program import (
-    at_file,
-    call,
-    interrupt,
-    kill,
-    lines,
-    same_adapters,
-    same_lines,
-    spoil,
-    succeed,
-)
+from .program import at_file, call, interrupt, kill, lines, same_adapters, same_lines, spoil, succeed
 
 EXAMPLES = 12  # pairs or answers to train on, of which a step has 4
 LN_2 = float(-F.logsigmoid(torch.zeros(())))

@@ -301,8 +301,7 @@ def test_without_colours(show, monkeypatch):
 def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
     _, output = show(
-        GOOD,
-        *f"--config {tmp_path}/config.yaml --micro_bsz 3 --epoch_save 1 --samples 1".split(),
+        GOOD, *f"--config {tmp_path}/config.yaml --micro_bsz 3 --epoch_save 1 --samples 1".split()
     )
     assert "ctx_len    7:" in output and "loss on everything" in output
     for flags, words in (

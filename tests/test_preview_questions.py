@@ -112,8 +112,7 @@ def test_a_right_answer_is_drawn_as_the_template_writes_it(look, mode):
 
 def test_what_people_read(show):  # noqa: F811
     code, output = show(
-        GOOD,
-        *"--loss grpo --rewards exact=1,regex=0.5 --reward_regex [24] --samples 1 --strict".split(),
+        GOOD, *"--loss grpo --rewards exact=1,regex=0.5 --reward_regex [24] --samples 1 --strict".split()
     )
     assert code == 1
     assert "questions  5; a prompt has 22 tokens" in output

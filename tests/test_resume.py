@@ -59,12 +59,7 @@ def go_on(proj_dir, **settings):
 
 @pytest.mark.parametrize(
     "files",
-    [
-        [],
-        ["config.yaml"],
-        ["config.yaml", "adapter.pth"],
-        ["config.yaml", "best.pth", "validation.jsonl"],
-    ],
+    [[], ["config.yaml"], ["config.yaml", "adapter.pth"], ["config.yaml", "best.pth", "validation.jsonl"]],
 )
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, files):
     assert go_on(folder(*files)) is None

@@ -375,10 +375,7 @@ def test_what_was_read_at_first_runs_to_the_end(functions_of, tmp_path):
         ("import os; os._exit(5)", "its import ended its process: exit code 5"),
         ("\0", "its import raised"),
         ("", "it has no function f; it has none"),
-        (
-            "import os\ndef g(p, a, r): 0\ndef h(p, a, r): 0\ndef _i(): 0",
-            "it has no function f; it has g, h",
-        ),
+        ("import os\ndef g(p, a, r): 0\ndef h(p, a, r): 0\ndef _i(): 0", "it has no function f; it has g, h"),
         ("f = 3", "3 is no function, as f; it has none"),
         (
             "def f(completions, **kwargs): 0",

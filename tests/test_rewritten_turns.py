@@ -401,12 +401,7 @@ def test_marks_alone_help_where_no_rule_does():
     template = load_template(source)
     turns = [user("a"), {**assistant("b"), "weight": 0.5}, user("c"), assistant("d")]
     [segments] = template.documents(turns)
-    assert segments == [
-        ("4[user]a;[assistant]", 0),
-        ("b;", 0.5),
-        ("[user]c;[assistant]", 0),
-        ("d;", 1),
-    ]
+    assert segments == [("4[user]a;[assistant]", 0), ("b;", 0.5), ("[user]c;[assistant]", 0), ("d;", 1)]
     assert segments == template.segments(turns) and template.asked_only == ""
     twice = source.replace(
         "{{ m.content }};{% endgen", "({% endgeneration %}{% generation %}{{ m.content }};{% endgen"

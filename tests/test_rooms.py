@@ -34,16 +34,7 @@ ORDER = {
         "evaluation",
         "objectives",
     },
-    "reporting": {
-        "common",
-        "config",
-        "model",
-        "data",
-        "planning",
-        "evaluation",
-        "objectives",
-        "training",
-    },
+    "reporting": {"common", "config", "model", "data", "planning", "evaluation", "objectives", "training"},
 }
 ALL = {"run": set(ORDER), **ORDER}
 

@@ -245,15 +245,7 @@ def chatty(rank):
 
 
 def test_a_pipe_hears_of_the_validation(files, tmp_path):
-    output = succeed(
-        evaluated(
-            files,
-            tmp_path / "run",
-            "--eval_docs",
-            "40",
-            sabotage=chatty,
-        )
-    )
+    output = succeed(evaluated(files, tmp_path / "run", "--eval_docs", "40", sabotage=chatty))
     assert re.search(
         r"^validation:  [ \d]\d%, \d+ of 40 documents, [\d.e+]+ documents/s, [\d.]+ s left$",
         output,

@@ -22,10 +22,7 @@ from src.ops import self_test
 
 FOUND = self_test.status("cpu")
 NATIVE = pytest.mark.skipif(bool(FOUND.reason), reason="the CPU's library does not run here")
-BY = [
-    pytest.param(choose_native, id="native", marks=NATIVE),
-    pytest.param(choose_numpy, id="numpy"),
-]
+BY = [pytest.param(choose_native, id="native", marks=NATIVE), pytest.param(choose_numpy, id="numpy")]
 by = pytest.mark.parametrize("by", BY)
 
 

@@ -34,11 +34,7 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "Of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}},
-            "required": ["city"],
-        },
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
 OTHER = {"type": "function", "function": {"name": "time"}}

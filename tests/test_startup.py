@@ -167,9 +167,7 @@ def test_ctrl_c_at_any_moment_of_a_start(program, module, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "program",
-    [program for program in PROGRAMS if "scripts.doctor" not in program],
-    ids=" ".join,
+    "program", [program for program in PROGRAMS if "scripts.doctor" not in program], ids=" ".join
 )
 def test_without_torch(program, tmp_path):
     done = run(

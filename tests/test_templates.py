@@ -19,13 +19,7 @@ from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
 from src.data.questions import read_questions
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
-from src.data.templates import (
-    answer_text,
-    choose_template,
-    from_record,
-    load_template,
-    recorded_template,
-)
+from src.data.templates import answer_text, choose_template, from_record, load_template, recorded_template
 from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.inference.sampling import GREEDY

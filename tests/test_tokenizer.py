@@ -428,10 +428,7 @@ def test_half_a_surrogate_pair_is_no_text(tokenizer):
 
 
 def test_the_model_must_have_the_tokenizers_ids(tmp_path):
-    files = {
-        vocabulary(tmp_path / "v.txt", {1: "a", 99: "b"}): 100,
-        characters(tmp_path / "t.json"): 12,
-    }
+    files = {vocabulary(tmp_path / "v.txt", {1: "a", 99: "b"}): 100, characters(tmp_path / "t.json"): 12}
     for spec, size in {"world": 65530, "bytes": 256, "utf16": 256, **files}.items():
         with pytest.raises(UserError, match=f"{size}, more than the model's {size - 1}; .*--tokenizer"):
             load_tokenizer(spec, size - 1)

@@ -112,10 +112,7 @@ def test_calls(style, expected):
     assert STYLES[style].calls(CALLS) == expected
     assert style != "json" or STYLES["signatures"].calls(CALLS) == expected
     # OpenAI's text of the arguments, the arguments themselves, and the function alone
-    spelt = [
-        {"id": "1", **CALLS[0]},
-        {"name": "g", "arguments": {}},
-    ]
+    spelt = [{"id": "1", **CALLS[0]}, {"name": "g", "arguments": {}}]
     assert STYLES[style].calls(spelt) == expected
 
 

@@ -274,11 +274,7 @@ def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, t
 @pytest.mark.slow
 def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     proj_dir = tmp_path / "run"
-    flags = command(
-        files,
-        proj_dir,
-        *"--epoch_count 2 --strategy ddp --devices 2 --micro_bsz 4".split(),
-    )[1:]
+    flags = command(files, proj_dir, *"--epoch_count 2 --strategy ddp --devices 2 --micro_bsz 4".split())[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

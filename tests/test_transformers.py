@@ -67,10 +67,7 @@ MODELS = {
     ),
 }
 # our tensors -> peft's
-METHODS = {
-    "miss": {"miss": "miss_block"},
-    "lora": {"lora_A": "lora_A", "lora_B": "lora_B"},
-}
+METHODS = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A", "lora_B": "lora_B"}}
 RANK = 7  # divides none of the widths
 LINEAR = [name for name, method in REGISTERED.items() if method.adapts_linears]
 

@@ -163,13 +163,7 @@ def test_everything_plain_is_read(tmp_path, zipped, protocol):
     module = torch.nn.BatchNorm1d(3)
     tensors = module.state_dict()  # an OrderedDict with versions beside its items
     # torch reads no legacy file of fp8
-    dtypes = [
-        torch.float64,
-        torch.bfloat16,
-        torch.int16,
-        torch.bool,
-        *[torch.float8_e5m2] * zipped,
-    ]
+    dtypes = [torch.float64, torch.bfloat16, torch.int16, torch.bool, *[torch.float8_e5m2] * zipped]
     tensors |= {str(dtype): torch.ones(2, 2, dtype=dtype) for dtype in dtypes}
     tensors |= {"p": torch.nn.Parameter(torch.ones(4)), "none": torch.ones(0, 3), "number": torch.tensor(2.0)}
     tensors["p"].note = "attributes come by another function"

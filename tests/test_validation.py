@@ -175,14 +175,7 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
     )
     succeed(start(files, tmp_path / "alone", *two))
     succeed(
-        start(
-            files,
-            tmp_path / "watched",
-            *two,
-            *THREE,
-            str(files / "held.jsonl"),
-            sabotage=memory_by_rank,
-        )
+        start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=memory_by_rank)
     )
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
     many = validation_lines(tmp_path / "watched")
@@ -255,14 +248,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
     )
     # step 5 has no checkpoint and is done again
-    assert code and [line["step"] for line in validation_lines(proj_dir)] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-    ], output
+    assert code and [line["step"] for line in validation_lines(proj_dir)] == [0, 1, 2, 3, 4, 5], output
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     assert f"--adapter {proj_dir}/adapter.pth" in output, "the last state is the best one"
@@ -595,10 +581,7 @@ def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_
     proj_dir = tmp_path / "run"
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
     # the first run leaves none, the second goes on from step 2, the last as well
-    for checkpoint in (
-        "step-00000002",
-        "step-00000004",
-    ):
+    for checkpoint in ("step-00000002", "step-00000004"):
         code, output = start(
             files,
             proj_dir,
