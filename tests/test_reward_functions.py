@@ -19,96 +19,53 @@ ANSWERS = ["7", "eight", ""]
 # each returns, raises or does something wrong for three answers
 MISBEHAVING = """
 import os, signal, subprocess, sys, time
-
 def raises(prompt, answers, right):
     return [float(answer) for answer in answers]
-
 def exits(prompt, answers, right):
     sys.exit("enough")
-
 def interrupts(prompt, answers, right):
     raise KeyboardInterrupt
-
 def is_too_deep(prompt, answers, right):
     return is_too_deep(prompt, answers, right)
-
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError
 def has_no_words(prompt, answers, right):
-    class Wordless(Exception):
-        def __str__(self):
-            raise ValueError
     raise Wordless
-
-def gives_nan(prompt, answers, right):
-    return [1, float("nan"), 0]
-
-def gives_inf(prompt, answers, right):
-    return [1, 2, -float("inf")]
-
-def gives_much(prompt, answers, right):
-    return [1, 1e200, 0]
-
-def gives_none(prompt, answers, right):
-    pass
-
-def gives_none_for_one(prompt, answers, right):
-    return [1, 0, None]
-
-def gives_too_few(prompt, answers, right):
-    return [1, 0]
-
-def gives_one(prompt, answers, right):
-    return [1]
-
-def gives_too_many(prompt, answers, right):
-    return [0.0] * 10_000_000
-
+def gives_nan(prompt, answers, right): return [1, float("nan"), 0]
+def gives_inf(prompt, answers, right): return [1, 2, -float("inf")]
+def gives_much(prompt, answers, right): return [1, 1e200, 0]
+def gives_none(prompt, answers, right): pass
+def gives_none_for_one(prompt, answers, right): return [1, 0, None]
+def gives_too_few(prompt, answers, right): return [1, 0]
+def gives_one(prompt, answers, right): return [1]
+def gives_too_many(prompt, answers, right): return [0.0] * 10_000_000
 def never_stops_giving(prompt, answers, right):
     while True:
         yield 1.0
-
-def gives_a_text(prompt, answers, right):
-    return "1.0"
-
-def gives_texts(prompt, answers, right):
-    return ["1", "0", "0"]
-
-def gives_a_number(prompt, answers, right):
-    return 0.5
-
-def gives_a_dict(prompt, answers, right):
-    return {"7": 1, "eight": 0, "": 0}
-
-def gives_lists(prompt, answers, right):
-    return [[1], [0], [0]]
-
-def gives_complex(prompt, answers, right):
-    return [1j, 0, 0]
-
-async def is_async(prompt, answers, right):
-    return [1, 0, 0]
-
+def gives_a_text(prompt, answers, right): return "1.0"
+def gives_texts(prompt, answers, right): return ["1", "0", "0"]
+def gives_a_number(prompt, answers, right): return 0.5
+def gives_a_dict(prompt, answers, right): return {"7": 1, "eight": 0, "": 0}
+def gives_lists(prompt, answers, right): return [[1], [0], [0]]
+def gives_complex(prompt, answers, right): return [1j, 0, 0]
+async def is_async(prompt, answers, right): return [1, 0, 0]
 def leaves(prompt, answers, right):
     os._exit(3)
-
 def crashes(prompt, answers, right):
     os.kill(os.getpid(), signal.SIGSEGV)
-
 def hangs(prompt, answers, right):
     time.sleep(1000)
-
 def loops(prompt, answers, right):
     while True:
         pass
-
 def closes_all(prompt, answers, right):
     os.closerange(0, 1000)
     time.sleep(1000)
-
 def changes_python(prompt, answers, right):
     import builtins
     builtins.float = str
     return [1, 0, 0]
-
 def writes(text, times=1):
     for descriptor in range(3, 1000):
         try:
@@ -117,29 +74,22 @@ def writes(text, times=1):
         except OSError:
             pass
     time.sleep(1000)
-
 def writes_json(prompt, answers, right):
     writes(b"[]\\n")
-
 def writes_words(prompt, answers, right):
     writes(b"words\\n")
-
 def writes_on(prompt, answers, right):
     writes(b"on " * 1000, 10**9)
-
 def prints_on(prompt, answers, right):
     while True:
         print("again " * 20)
-
 def prints_no_line(prompt, answers, right):
     while True:
         print("again", end="")
-
 def leaves_a_child(prompt, answers, right):
     if not os.fork():  # it holds the pipes open
         time.sleep(1000)
     os._exit(4)
-
 def sound(prompt, answers, right):
     return [float(answer == right) for answer in answers]
 """
@@ -147,13 +97,13 @@ def sound(prompt, answers, right):
 
 @pytest.fixture
 def functions_of(tmp_path):
-    """functions_of(source, *names) -> RewardFunctions, which are closed after the test."""
+    """functions_of(source, names) -> RewardFunctions, which are closed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def made(source, *names, seconds=10, file="own.py", reserved=()):
+        def made(source, names="f", seconds=10, file="own.py", reserved=()):
             path = tmp_path / file
             path.write_text(source)
-            functions = RewardFunctions(str(path), names, seconds, reserved)
+            functions = RewardFunctions(str(path), tuple(names.split()), seconds, reserved)
             stack.callback(functions.close)
             return functions
 
@@ -184,6 +134,7 @@ def without_line(reason):
     return re.sub(r"own.py, line \d+", "own.py, line N", reason)
 
 
+MUTE = "left its process without a way to reply"
 EXPECTED = "expected a list of 3 numbers, one for each answer"
 
 
@@ -233,21 +184,18 @@ def test_what_a_function_did_wrong_is_told_and_its_process_goes_on(misbehaving, 
         ("crashes", "signal SIGSEGV (own.py, line N: os.kill(os.getpid(), signal.SIGSEGV))"),
         ("hangs", "hangs took more than 0.5 s (own.py, line N: time.sleep(1000)); --reward_timeout N"),
         ("loops", "loops took more than 0.5 s (own.py, line N: "),
-        (
-            "closes_all",
-            "closes_all left its process without a way to reply; does it close or use file descriptors",
+        ("closes_all", f"closes_all {MUTE}; does it close or use file descriptors"),
+        *(
+            (name, f"{name} {MUTE}")
+            for name in ("changes_python", "writes_json", "writes_words", "writes_on")
         ),
-        ("changes_python", "changes_python left its process without a way to reply"),
-        ("writes_json", "writes_json left its process without a way to reply"),
-        ("writes_words", "writes_words left its process without a way to reply"),
-        ("writes_on", "writes_on left its process without a way to reply"),
         ("prints_on", 'prints_on took more than 0.5 s (own.py, line N: print("again " * 20))'),
         ("prints_no_line", "prints_no_line took more than 0.5 s (own.py, line N"),
         ("leaves_a_child", "leaves_a_child ended its process: exit code 4"),
     ],
 )
 def test_a_function_that_breaks_its_process_is_told_and_the_next_call_has_another(functions_of, name, reason):
-    functions = functions_of(MISBEHAVING, name, "sound", seconds=0.5)
+    functions = functions_of(MISBEHAVING, f"{name} sound", seconds=0.5)
     functions.start()
     process, before = functions.worker.process, set(os.listdir("/proc/self/fd"))
     failed = failure(functions, name)
@@ -274,8 +222,7 @@ def f(prompt, answers, right):
         "scalars": [Scalar(0.5), numpy.bool_(1)],
         "exact": [fractions.Fraction(1, 4), decimal.Decimal("0.5")], "one by one": (x for x in (1, 2)),
     }[prompt]
-""",
-        "f",
+"""
     )
     for kind, values in {
         "bool": [1, 0],
@@ -294,8 +241,7 @@ def test_texts_come_as_they_are(functions_of):
     functions = functions_of(
         "def f(prompt, answers, right):\n return [sum(map(ord, text)) for text in answers]\n"
         "def g(prompt, answers, right):\n return [prompt == answers[0], right == answers[1]]\n",
-        "f",
-        "g",
+        "f g",
     )
     assert functions.call("f", "", strange, "") == [sum(map(ord, text)) for text in strange]
     for first, second in zip(strange, strange[1:], strict=False):
@@ -309,8 +255,7 @@ def test_what_functions_print_is_shown_on_stderr_without_control_characters(func
         " print('\\x1b[2Ja line')\n print('to stderr', file=sys.stderr)\n os.system('echo by a program')\n"
         " print('no end', end='')\n return [1]\n"
         "def many(prompt, answers, right):\n print('\\n'.join(map(str, range(100_000))))\n return [1]\n",
-        "f",
-        "many",
+        "f many",
     )
     functions.call("f", "", [""], "")
     out, err = capfd.readouterr()
@@ -340,8 +285,7 @@ def test_a_file_imports_from_beside_it_and_is_no_main_program(functions_of, tmp_
         "kept = Kept()\n"
         "def f(prompt, answers, right):\n  kept.calls += 1\n"
         "  return [helper.worth, kept.calls, len(sys.argv)]\n"
-        "if __name__ == '__main__':\n  os._exit(9)\n",
-        "f",
+        "if __name__ == '__main__':\n  os._exit(9)\n"
     )
     assert functions.call("f", "", ANSWERS, "") == [0.5, 1, 1]
     assert functions.call("f", "", ANSWERS, "") == [0.5, 2, 1]  # the process is kept
@@ -350,7 +294,7 @@ def test_a_file_imports_from_beside_it_and_is_no_main_program(functions_of, tmp_
 @pytest.mark.parametrize("file", ["json.py", "os.path.py", "two words.py"])
 def test_a_file_may_have_any_name(functions_of, file):
     source = "import json\ndef f(prompt, answers, right):\n return [json.loads('1')]\n"
-    functions = functions_of(source, "f", file=file)
+    functions = functions_of(source, file=file)
     assert functions.call("f", "", [""], "") == functions.call("f", "", [""], "") == [1]
 
 
@@ -389,7 +333,7 @@ def test_what_was_read_at_first_runs_to_the_end(functions_of, tmp_path):
 )
 def test_a_file_that_cannot_be_used(functions_of, monkeypatch, source, reason):
     monkeypatch.setattr(reward_functions, "LOADING", 2 if "sleep" in source else 60)
-    functions = functions_of(source, "f", seconds=1, reserved=("exact", "number"))
+    functions = functions_of(source, seconds=1, reserved=("exact", "number"))
     with pytest.raises(FunctionFailed) as caught:
         functions.start()
     assert reason in caught.value.reason
@@ -397,7 +341,7 @@ def test_a_file_that_cannot_be_used(functions_of, monkeypatch, source, reason):
 
 
 def test_a_file_that_cannot_be_used_stays_so(functions_of):
-    functions = functions_of("", "f")
+    functions = functions_of("")
     for start in (functions.start, functions.start, lambda: functions.call("f", "", [""], "")):
         with pytest.raises(FunctionFailed, match="it has no function f"):
             start()
@@ -410,9 +354,7 @@ def test_what_may_be_called_may_be_a_reward(functions_of):
         " def __call__(self, prompt, answers, right, worth=2):\n  return [worth] * len(answers)\n"
         "rule = Rule()\nhalf = functools.partial(rule, worth=0.5)\n"
         "always = lambda *given: [1] * len(given[1])\n",
-        "rule",
-        "half",
-        "always",
+        "rule half always",
     )
     assert [functions.call(name, "", ["", ""], "") for name in functions.names] == [[2, 2], [0.5] * 2, [1, 1]]
 
@@ -428,8 +370,7 @@ def test_ctrl_c_in_the_middle_of_a_call_leaves_no_reply_for_the_next(functions_o
         "import os, signal\n"
         "def f(prompt, answers, right):\n os.kill(os.getppid(), signal.SIGINT)\n return [1]\n"
         "def g(prompt, answers, right):\n return [2]\n",
-        "f",
-        "g",
+        "f g",
     )
     with pytest.raises(KeyboardInterrupt):
         functions.call("f", "", [""], "")
@@ -456,7 +397,7 @@ def gone(process, seconds=10):
 def test_the_process_ends_with_the_one_that_asks(functions_of):
     """Even in the middle of a regular expression, which lets no other Python run for hours."""
     functions = functions_of(
-        "import re\ndef f(prompt, answers, right):\n return [re.search('(a+)+$', 'a' * 60 + 'b')]\n", "f"
+        "import re\ndef f(prompt, answers, right):\n return [re.search('(a+)+$', 'a' * 60 + 'b')]\n"
     )
     told, tell = os.pipe()
     asks = os.fork()
@@ -497,8 +438,7 @@ def test_what_a_function_has_started_ends_with_its_process(functions_of, capfd):
     functions = functions_of(
         "import subprocess\n"
         "def f(prompt, answers, right):\n"
-        " print(subprocess.Popen(['sleep', '1000']).pid)\n return [1]\n",
-        "f",
+        " print(subprocess.Popen(['sleep', '1000']).pid)\n return [1]\n"
     )
     functions.call("f", "", [""], "")
     started = int(capfd.readouterr().err.split()[-1])
@@ -511,8 +451,7 @@ def test_close_lets_a_file_tidy_up(functions_of, tmp_path):
     functions = functions_of(
         "import atexit, pathlib\n"
         f"atexit.register(pathlib.Path({str(tmp_path / 'tidy')!r}).touch)\n"
-        "def f(prompt, answers, right):\n return [1]\n",
-        "f",
+        "def f(prompt, answers, right):\n return [1]\n"
     )
     functions.call("f", "", [""], "")
     process = functions.worker.process
