@@ -4,7 +4,10 @@ import re
 
 
 def cases(table):
-    r"""Return the rows of a text table. Cells are parted by two spaces or more; \n in one is a line's end."""
-    rows = [re.split(" {2,}", line.strip()) for line in table.strip().splitlines()]
-    assert len({len(row) for row in rows}) == 1, "rows of one length"
-    return [tuple(cell.replace(r"\n", "\n") for cell in row) for row in rows]
+    r"""Return the rows of a text table. Two spaces or more part cells; the last ones may be left out.
+    \n in one is a line's end; a backslash ends a line that goes on in the next one; # begins a comment.
+    """
+    lines = [line.strip() for line in table.replace("\\\n", "").strip().splitlines()]
+    rows = [re.split(" {2,}", line.replace(r"\n", "\n")) for line in lines if not line.startswith("# ")]
+    width = max(map(len, rows))
+    return [tuple(row + [""] * (width - len(row))) for row in rows]

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import yaml
 
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import arguments as parse_merge
@@ -14,15 +15,19 @@ from src.config.legacy import DROPPED, NAMES, QUANTS, REFUSED, STRATEGIES, newes
 from src.config.legacy.data_flags import LOSS_MASKS
 from src.config.parse import flag_parser, read_flags
 
+from .tables import cases
+
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 ATTENTION = ["att.receptance", "att.key", "att.value", "att.output"]
 # what a script of another project implies where it does not say it
 METHOD = ["--peft", "miss"]
 SAID = [*METHOD, "--warmup_steps", "0"]
+BONE = '--peft bone --bone_config {"bone_mode":"bone","bone_r":8}'
 
 
 def read(*flags):
-    return parse([*REQUIRED, *flags])
+    """Read flags: one text, or their words."""
+    return parse([*REQUIRED, *(flags[0].split() if len(flags) == 1 else flags)])
 
 
 def mistake(*flags):
@@ -48,37 +53,26 @@ def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
 
 
-@pytest.mark.parametrize(
-    "flags, rank",
-    [
-        (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_load":"","bone_r":48}'], 48),
-        (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
-        (
-            ["--peft", "disha", "--disha_config", '{"mode":"bone",', '"load":"",', '"r":48}'],
-            48,
-        ),  # cut up by the shell
-        (["--peft", "miss", "--peft_config", '{"r":', "48}"], 48),
-        (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48),
-        (["--rank", "48"], 48),
-        (["--peft", "miss", "--r=48"], 48),
-    ],
-)
-def test_the_ranks_of_three_generations(flags, rank):
-    values = read(*flags, "--micro_bsz", "3")
-    assert values.adapter == AdapterOptions("miss", {"r": rank}, None) and values.micro_bsz == 3
+RANK_48 = """
+    --peft bone --bone_config {"bone_mode":"bone","bone_load":"","bone_r":48}
+    --peft disha --disha_config {"mode":"bone","load":"","r":48}
+    # cut up by the shell
+    --peft disha --disha_config {"mode":"bone", "load":"", "r":48}
+    --peft miss --peft_config {"r": 48}
+    --peft miss --miss_config={"r":48}
+    --rank 48
+    --peft miss --r=48
+"""
+
+
+@pytest.mark.parametrize("flags", [flags for (flags,) in cases(RANK_48)])
+def test_the_ranks_of_three_generations(flags):
+    values = read(f"{flags} --micro_bsz 3")
+    assert values.adapter == AdapterOptions("miss", {"r": 48}, None) and values.micro_bsz == 3
 
 
 def test_options_of_another_method_are_named(capsys):
-    values = read(
-        "--peft",
-        "bone",
-        "--bone_config",
-        '{"bone_mode":"bone","bone_r":8}',
-        "--lora_config",
-        '{"lora_r":4}',
-        "--lora_r",
-        "2",
-    )
+    values = read(f"{BONE} --lora_config " + '{"lora_r":4} --lora_r 2')
     assert values.adapter == AdapterOptions("miss", {"r": 8}, None)
     notes = capsys.readouterr().out
     assert "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
@@ -88,28 +82,22 @@ def test_options_of_another_method_are_named(capsys):
 
 def test_the_mode_bat_has_blocks_of_inputs():
     for flags in (
-        ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":8}'],
-        ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}'],
-        ["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":8}'],  # before there were modes
+        '--peft bone --bone_config {"bone_mode":"bat","bone_load":"","bone_r":8}',
+        '--peft disha --disha_config {"mode":"bat","load":"","r":8}',
+        '--peft bone --bone_config {"bone_load":"","bone_r":8}',  # before there were modes
     ):
-        values = read(*flags)
+        values = read(flags)
         assert values.adapter == AdapterOptions("bat", {"r": 8, "order": "row"}, None)
 
 
 def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     wanted = {"r": 64, "alpha": 128, "dropout": 0.01}
-    values = read(
-        "--peft",
-        "lora",
-        "--lora_config",
-        '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}',
-    )
+    options = '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}'
+    values = read(f"--peft lora --lora_config {options}")
     assert values.adapter == AdapterOptions("lora", wanted, None)
     assert "rwkv-0.pth is not there" in capsys.readouterr().out
     values = read(
-        *"""
-            --lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn
-        """.split()
+        "--lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn"
     )
     assert values.adapter == AdapterOptions("lora", wanted, None)
     values = read("--lora", "--lora_parts=att")
@@ -118,10 +106,10 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
 
 def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
     for flags in (
-        ["--peft", "pissa", "--pissa_config", '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}'],
-        "--lora --PISSA --svd_niter 7 --lora_r 32 --lora_alpha 64 --lora_parts=att,ffn".split(),
+        '--peft pissa --pissa_config {"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}',
+        "--lora --PISSA --svd_niter 7 --lora_r 32 --lora_alpha 64 --lora_parts=att,ffn",
     ):
-        values = read(*flags)
+        values = read(flags)
         parsed = METHODS["pissa"].Options.parse(values.adapter.options)
         assert (values.peft, values.adapter.targets) == ("pissa", None)
         assert (parsed.rank, parsed.niter, parsed.scale) == (32, 7, 1.0)
@@ -136,38 +124,27 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
     assert f"python -m rwkv_miss convert {tmp_path / 'rwkv-0.pth'} OUT.pth --to native" in error
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--peft", "bone", "--bone_config", "{r}"], "--bone_config {r}: expected JSON"),
-        (["--peft", "bone", "--bone_config", "8"], "--bone_config 8: expected JSON"),
-        (
-            ["--peft", "bone", "--bone_config", '{"bone_mode":"bot","bone_r":8}'],
-            "mode bot: expected bone, which is --peft miss, or bat",
-        ),
-        (
-            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', "--peft_config", "r=8"],
-            "keep the former",
-        ),
-        (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected a whole number"),
-        (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
-        (["--epoch_save", "often"], "--epoch_save often: expected a whole number"),
-    ],
-)
+SENSELESS = """
+    --peft bone --bone_config {r}                     --bone_config {r}: expected JSON
+    --peft bone --bone_config 8                       --bone_config 8: expected JSON
+    --peft bone --bone_config {"bone_mode":"bot","bone_r":8}\
+        mode bot: expected bone, which is --peft miss, or bat
+    --peft bone --bone_config {"bone_mode":"bone","bone_r":8} --peft_config r=8  keep the former
+    --lora --lora_r x --lora_parts att,ffn            --lora_r x: expected a whole number
+    --lora --lora_dropout x --lora_parts att,ffn      --lora_dropout x: expected a number
+    --epoch_save often                                --epoch_save often: expected a whole number
+"""
+
+
+@pytest.mark.parametrize("flags, words", cases(SENSELESS))
 def test_old_flags_with_values_that_make_no_sense(flags, words):
-    assert words in mistake(*flags)
+    assert words in mistake(flags)
 
 
 def test_epochs_and_saving(capsys):
-    values = read(
-        *"--epoch_steps 200 --epoch_count 3 --epoch_begin 0 --epoch_save 2 --warmup_steps -1".split()
-    )
-    assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (
-        200,
-        3,
-        400,
-        0,
-    )
+    values = read("--epoch_steps 200 --epoch_count 3 --epoch_begin 0 --epoch_save 2 --warmup_steps -1")
+    assert (values.epoch_steps, values.epoch_count) == (200, 3)
+    assert (values.save_steps, values.warmup_steps) == (400, 0)
     capsys.readouterr()
     assert read("--epoch_save", "1").save_steps == 0 and "saved at its end" in capsys.readouterr().out
     assert read("--epoch_steps", "5", "--epoch_save", "2", "--save_steps", "3").save_steps == 3
@@ -175,12 +152,8 @@ def test_epochs_and_saving(capsys):
 
 
 def test_quantised_bases(capsys):
-    assert [read("--quant", kind).quant for kind in ("none", "0", "int8", "nf4")] == [
-        "none",
-        "none",
-        "int8",
-        "nf4",
-    ]
+    meant = {"none": "none", "0": "none", "int8": "int8", "nf4": "nf4"}
+    assert {kind: read("--quant", kind).quant for kind in meant} == meant
     assert read("--quant=") == read() and "note" not in capsys.readouterr().out
     for kind in ("4bit", "fp4"):
         assert read("--quant", kind).quant == read(f"--quant={kind}").quant == "nf4"
@@ -192,11 +165,7 @@ def test_quantised_bases(capsys):
     [
         ("none", "all", "trains every token; padding, which is trained there, is not"),
         ("", "all", "trains every token; padding, which"),
-        (
-            "pad",
-            "all",
-            "trains every token but the padding: --loss_mask all; assistant trains the answers alone",
-        ),
+        ("pad", "all", "trains every token but the padding: --loss_mask all; assistant trains the answers"),
         ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
     ],
 )
@@ -216,32 +185,26 @@ def test_todays_flags_stay_as_they_are():
     assert translate(flags) == (flags, [])
 
 
-@pytest.mark.parametrize(
-    "flags, note",
-    [
-        (["--peft", "bone"], "--peft bone is --peft miss, its name today"),
-        (["--peft=disha"], "--peft disha is --peft miss"),
-        (
-            ["--epoch_steps", "10", "--epoch_save", "1"],
-            "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch",
-        ),
-        (["--epoch_begin", "0", "--warmup_steps", "-1"], "--warmup_steps 0, as there"),
-        (["--rank", "8"], "--rank 8 is --peft_config r=8"),
-        (
-            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}'],
-            "--bone_config is --peft_config",
-        ),
-        (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),
-        (["--PISSA", "--lora_parts", "att,ffn"], "--PISSA and its flags are --peft pissa with --peft_config"),
-        (["--emb"], "--emb is --train_parts emb"),
-        (["--train_type", "state"], "the state alone is trained: --peft state"),
-        (["--peft", "lora", "--state_tune"], "the state is trained beside the adapter: --train_parts state"),
-        (["--train_type", "infctx"], "--train_type infctx is --chunk_ctx 512: rows run in chunks"),
-        (["--train_stage", "1"], "--train_stage 1 is --peft none --init_only 1"),
-    ],
-)
+NOTES = """
+    --peft bone                                 --peft bone is --peft miss, its name today
+    --peft=disha                                --peft disha is --peft miss
+    --epoch_steps 10 --epoch_save 1  --epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch
+    --epoch_begin 0 --warmup_steps -1           --warmup_steps 0, as there
+    --rank 8                                    --rank 8 is --peft_config r=8
+    --peft bone --bone_config {"bone_mode":"bone","bone_r":8}  --bone_config is --peft_config
+    --lora --lora_parts att,ffn                 --lora and its flags are --peft lora with --peft_config
+    --PISSA --lora_parts att,ffn                --PISSA and its flags are --peft pissa with --peft_config
+    --emb                                       --emb is --train_parts emb
+    --train_type state                          the state alone is trained: --peft state
+    --peft lora --state_tune  the state is trained beside the adapter: --train_parts state
+    --train_type infctx                         --train_type infctx is --chunk_ctx 512: rows run in chunks
+    --train_stage 1                             --train_stage 1 is --peft none --init_only 1
+"""
+
+
+@pytest.mark.parametrize("flags, note", cases(NOTES))
 def test_a_translated_flag_leaves_a_note(flags, note, capsys):
-    _, notes = translate(flags)
+    _, notes = translate(flags.split())
     assert any(said.startswith(note) for said in notes)
 
 
@@ -254,34 +217,24 @@ def test_masks():
 
 def test_infctx(capsys):
     assert read("--train_type", "infctx").chunk_ctx == 512
-    assert (
-        read("--train_type=infctx", "--chunk_ctx", "64").chunk_ctx
-        == read("--chunk_ctx", "64").chunk_ctx
-        == 64
-    )
+    for flags in ("--train_type=infctx --chunk_ctx 64", "--chunk_ctx 64"):
+        assert read(flags).chunk_ctx == 64
     assert "ignored" not in capsys.readouterr().out
     whole = read(*SAID)
     assert read(*SAID, "--train_type", "none", "--chunk_ctx", "64") == read(*SAID, "--train_type=") == whole
     assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
     assert "--train_type prefix: expected none, infctx or state" in mistake("--train_type", "prefix")
-    assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake(
-        "--train_type", "infctx", "--ctx_len", "512"
-    )
+    assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake("--train_type infctx --ctx_len 512")
 
 
 def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     folder = str(tmp_path)
-    common = [
-        "--proj_dir",
-        folder,
-        *"""
-            --data_file data --data_type binidx --vocab_size 65536 --my_testing x070 --n_layer 2 --n_embd 64
-            --head_size 64 --my_exit_tokens 1498226207 --magic_prime 2926181 --strategy deepspeed_stage_2
-        """.split(),
-    ]
-    first = parse(
-        [*common, "--wandb", "", *"--train_stage 1 --epoch_count 1 --epoch_save 1 --micro_bsz 1".split()]
-    )
+    common = f"""--proj_dir {folder}
+        --data_file data --data_type binidx --vocab_size 65536 --my_testing x070 --n_layer 2 --n_embd 64
+        --head_size 64 --my_exit_tokens 1498226207 --magic_prime 2926181 --strategy deepspeed_stage_2
+    """.split()
+    stage_1 = "--train_stage 1 --epoch_count 1 --epoch_save 1 --micro_bsz 1"
+    first = parse([*common, "--wandb", "", *stage_1.split()])
     assert (first.peft, first.init_only, first.load_model, first.version) == ("none", True, "", "x070")
     with pytest.raises(UserError, match="make one with --train_stage 1"):
         parse([*common, "--load_model", "0", "--train_stage", "3"])
@@ -291,12 +244,8 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     for name in ("rwkv-final.pth", "rwkv-x.pth"):
         (tmp_path / name).touch()
         assert newest_model(folder) == str(tmp_path / "rwkv-10.pth")
-    run = parse(
-        [
-            *common,
-            *"--load_model 0 --train_stage 3 --epoch_count 999999 --epoch_save 10 --micro_bsz 16".split(),
-        ]
-    )
+    stage_3 = "--load_model 0 --train_stage 3 --epoch_count 999999 --epoch_save 10 --micro_bsz 16"
+    run = parse([*common, *stage_3.split()])
     assert (run.peft, run.init_only, run.resume, run.epoch_count) == ("none", False, "auto", 1)
     assert run.load_model.endswith("rwkv-10.pth") and run.save_steps == 10 * 40320 // 16
 
@@ -333,14 +282,10 @@ def test_a_command_line_of_today_reads_no_translator(monkeypatch):
 
 def test_parts_beside_the_adapter_in_three_spellings(capsys):
     for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
-        assert split_parts(
-            read("--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', *words).train_parts
-        ) == ["ln", "time"]
+        assert split_parts(read(*BONE.split(), *words).train_parts) == ["ln", "time"]
     assert "stay frozen" not in capsys.readouterr().out
     assert read("--train_parts", "none").train_parts == ""
-    assert read("--lora", "--lora_r", "8").train_parts == "ln,time", (
-        "the default of --lora_parts was att,ln,time"
-    )
+    assert read("--lora --lora_r 8").train_parts == "ln,time", "the default of --lora_parts was att,ln,time"
     assert read("--lora", "--lora_parts", "att,ffn", "--emb").train_parts == "emb"
     assert split_parts(read("--emb", "--train_parts", "ln time").train_parts) == ["emb", "ln", "time"]
 
@@ -349,7 +294,7 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
 def test_state_tuning_alone_and_beside_an_adapter(flag):
     for method in ([], ["--peft", "none"], ["--peft", "state"]):
         assert (values := read(*flag, *method)).peft == "state" and not values.train_parts
-    values = read("--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', *flag)
+    values = read(*BONE.split(), *flag)
     assert (values.peft, values.train_parts) == ("miss", "state")
     values = read("--lora", *flag)
     assert (values.peft, values.train_parts) == ("lora", "ln,time,state")
@@ -361,144 +306,85 @@ def test_the_merge_scripts(adapter):
     assert (args.base, args.adapter, args.out) == ("base.pth", ["rwkv-0.pth"], "merged.pth")
 
 
-LORA = ["--lora", "--lora_r", "8"]
-DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0".split()
+LORA = "--lora --lora_r 8"
+DECAY = "--lr_init 1 --lr_final 0.01 --epoch_begin 0"
+# flags, the settings that they mean today (YAML), and a part of the note
+SCRIPTS = """
+    # no --peft is full training there, with a base or with a new model
+    --epoch_begin 0  {peft: none}  no --peft is full training there: --peft none
+    --load_model= --my_testing x060 --n_layer 2 --n_embd 64 --data_type sft\
+        {peft: none, load_model: "", version: x060}  of a new model without --load_model: --peft none
+    --train_type finetune  {peft: none}  full training
+    LORA --epoch_begin 0  {peft: lora}
+    --state_tune  {peft: state}
+    --data_type jsonl --peft_config r=8  {peft: miss}
+    --layer_profile 24.csv --dpo 1  {peft: miss, loss: dpo}  --peft, --peft_config
+    # of 2024, of 2025, and cosines by tokens
+    DECAY  {lr_schedule: exp, warmup_steps: 0}  --lr_schedule exp, which is 0.1 halfway
+    DECAY --lr_final 0  {lr_schedule: linear, lr_final: 0}  --lr_schedule linear, which is 0.5 halfway
+    DECAY --lr_final 1  {lr_schedule: cos}
+    DECAY --lr_final -1  {lr_schedule: cos, lr_final: -1}
+    DECAY --op fla  {lr_schedule: cos}
+    DECAY --peft disha --disha_config {"mode":"bone","r":8}  {lr_schedule: cos}\
+        the rate is a cosine, 0.505 halfway, as since the middle of 2025 there; before, it was\
+ --lr_schedule exp, 0.1 halfway
+    DECAY --my_exit_tokens 99  {lr_schedule: cos, epoch_count: 1}
+    DECAY --lr_schedule cos_decay  {lr_schedule: cos, lr_final: 0.01}
+    DECAY --lr_schedule wsd  {lr_schedule: cos, lr_final: 0, warmup_steps: 100}\
+        --lr_schedule cos --lr_final 0, which is 0.5 halfway
+    DECAY --peft_config r=8 --epoch_count 4  {lr_schedule: cos}\
+        of 4 epochs there, so that the rate is 0.01 halfway; here it takes the whole run, 0.505
+    --lr_init 1 --epoch_begin 0  {lr_final: 1.0e-5}  no --lr_final is --lr_final 1e-05
+    DECAY --warmup_steps 7  {warmup_steps: 7}
+    # steps and rows
+    --epoch_begin 0 --epoch_steps 100 --accumulate_grad_batches 4 --epoch_save 2\
+        {epoch_steps: 25, save_steps: 50}\
+        --epoch_steps 100 counted forward passes there, of which a step has 4: --epoch_steps 25
+    --data_type jsonl --peft_config r=8 --epoch_steps 9  {epoch_steps: 9}  there it kept the first 9 documents
+    --data_type jsonl  {packing: true}  a row was one document there
+    --dataload pad  {packing: true}  --packing 0 does as there
+    --dataload get  {packing: true}  --dataload get is ignored: a row began anywhere
+    --dataload pad --packing 0  {packing: false}
+    --epoch_begin 0  {eval_split: AUTO}  --eval_split 0 trains all, as there
+    --data_type sft  {template: auto}  --template alpaca does as there
+    # parts
+    LORA --lora_parts=att --my_testing x060\
+        {peft_config: {r: 8, alpha: 32, targets: [att.receptance, att.key, att.value, att.output,\
+ att.gate]}, train_parts: ""}
+    LORA --lora_parts=ffn,ln --my_testing x060\
+        {peft_config: {r: 8, alpha: 32, targets: [ffn.key, ffn.value, ffn.receptance]}, train_parts: ln}
+    LORA --lora_parts=att,ffn,time,ln --my_testing x070  {train_parts: ln}\
+        time of --lora_parts is ignored: no tensor of RWKV-7
+    --peft bone --bone_config {"bone_mode":"bone","bone_r":8} --my_testing x070  {train_parts: ""}\
+        names contain ln stay frozen
+    --peft lora --lora_config {"lora_r":8,"lora_parts":"att,ffn"} --train_parts []\
+        {peft_config: {r: 8}, train_parts: ""}
+    --peft pissa --pissa_config {"pissa_r":8,"pissa_parts":"ffn"} --my_testing x070\
+        {peft_config: {r: 8, targets: [ffn.key, ffn.value]}}
+    --peft lora --train_parts=["time","ln"]  {train_parts: "time,ln"}
+    # names
+    --my_pile_stage 3 --load_model a.pth  {resume: auto}  --my_pile_stage 3 is --peft none
+    --rwkv_version x070  {version: x070}  the names today are --my_testing x070
+    --strategy single_device  {strategy: auto}  the names today are --strategy auto
+    --random_seed -1  {random_seed: 42, peft: miss}  --random_seed -1 is a seed by chance
+    --train_type states  {peft: state}
+    --peft lora --quant fp8  {quant: int8}  int8 is taken instead of fp8
+    # of RWKV-LM-RLHF
+    --layer_profile a.csv --quant 1 --quant_mode nf4 --infctx 1 --chunk_ctx 64 --state 0\
+        {quant: nf4, chunk_ctx: 64, peft: miss, train_parts: ""}  --quant 1 is --quant nf4
+    --layer_profile a.csv --state 1  {peft: miss, train_parts: state}  the state is
+    --layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0  {chunk_ctx: 0}  --infctx 0
+    --layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 0.7 --rlhf_train_file b\
+        {loss: grpo, group_size: 6, max_tokens: 1024, beta: 0.1, grpo_type: grpo}\
+        --rlhf_train_file is ignored: --data_file is given
+"""
 
 
-@pytest.mark.parametrize(
-    "flags, today, note",
-    [
-        # no --peft is full training there, with a base or with a new model
-        (["--epoch_begin", "0"], {"peft": "none"}, "no --peft is full training there: --peft none"),
-        (
-            "--load_model= --my_testing x060 --n_layer 2 --n_embd 64 --data_type sft".split(),
-            {"peft": "none", "load_model": "", "version": "x060"},
-            "of a new model without --load_model: --peft none",
-        ),
-        (["--train_type", "finetune"], {"peft": "none"}, "full training"),
-        ([*LORA, "--epoch_begin", "0"], {"peft": "lora"}, ""),
-        (["--state_tune"], {"peft": "state"}, ""),
-        (["--data_type", "jsonl", "--peft_config", "r=8"], {"peft": "miss"}, ""),
-        (
-            ["--layer_profile", "24.csv", "--dpo", "1"],
-            {"peft": "miss", "loss": "dpo"},
-            "--peft, --peft_config",
-        ),
-        # of 2024, of 2025, and cosines by tokens
-        (DECAY, {"lr_schedule": "exp", "warmup_steps": 0}, "--lr_schedule exp, which is 0.1 halfway"),
-        (
-            [*DECAY, "--lr_final", "0"],
-            {"lr_schedule": "linear", "lr_final": 0},
-            "--lr_schedule linear, which is 0.5 halfway",
-        ),
-        ([*DECAY, "--lr_final", "1"], {"lr_schedule": "cos"}, ""),
-        ([*DECAY, "--lr_final", "-1"], {"lr_schedule": "cos", "lr_final": -1}, ""),
-        ([*DECAY, "--op", "fla"], {"lr_schedule": "cos"}, ""),
-        (
-            [*DECAY, "--peft", "disha", "--disha_config", '{"mode":"bone","r":8}'],
-            {"lr_schedule": "cos"},
-            "the rate is a cosine, 0.505 halfway, as since the middle of 2025 there; before, it was"
-            " --lr_schedule exp, 0.1 halfway",
-        ),
-        ([*DECAY, "--my_exit_tokens", "99"], {"lr_schedule": "cos", "epoch_count": 1}, ""),
-        ([*DECAY, "--lr_schedule", "cos_decay"], {"lr_schedule": "cos", "lr_final": 0.01}, ""),
-        (
-            [*DECAY, "--lr_schedule", "wsd"],
-            {"lr_schedule": "cos", "lr_final": 0, "warmup_steps": 100},
-            "--lr_schedule cos --lr_final 0, which is 0.5 halfway",
-        ),
-        (
-            [*DECAY, "--peft_config", "r=8", "--epoch_count", "4"],
-            {"lr_schedule": "cos"},
-            "of 4 epochs there, so that the rate is 0.01 halfway; here it takes the whole run, 0.505",
-        ),
-        (["--lr_init", "1", "--epoch_begin", "0"], {"lr_final": 1e-5}, "no --lr_final is --lr_final 1e-05"),
-        ([*DECAY, "--warmup_steps", "7"], {"warmup_steps": 7}, ""),
-        # steps and rows
-        (
-            "--epoch_begin 0 --epoch_steps 100 --accumulate_grad_batches 4 --epoch_save 2".split(),
-            {"epoch_steps": 25, "save_steps": 50},
-            "--epoch_steps 100 counted forward passes there, of which a step has 4: --epoch_steps 25",
-        ),
-        (
-            ["--data_type", "jsonl", "--peft_config", "r=8", "--epoch_steps", "9"],
-            {"epoch_steps": 9},
-            "there it kept the first 9 documents",
-        ),
-        (["--data_type", "jsonl"], {"packing": True}, "a row was one document there"),
-        (["--dataload", "pad"], {"packing": True}, "--packing 0 does as there"),
-        (["--dataload", "get"], {"packing": True}, "--dataload get is ignored: a row began anywhere"),
-        (["--dataload", "pad", "--packing", "0"], {"packing": False}, ""),
-        (["--epoch_begin", "0"], {"eval_split": AUTO}, "--eval_split 0 trains all, as there"),
-        (["--data_type", "sft"], {"template": "auto"}, "--template alpaca does as there"),
-        # parts
-        (
-            [*LORA, "--lora_parts=att", "--my_testing", "x060"],
-            {"peft_config": {"r": 8, "alpha": 32, "targets": [*ATTENTION, "att.gate"]}, "train_parts": ""},
-            "",
-        ),
-        (
-            [*LORA, "--lora_parts=ffn,ln", "--my_testing", "x060"],
-            {
-                "peft_config": {"r": 8, "alpha": 32, "targets": ["ffn.key", "ffn.value", "ffn.receptance"]},
-                "train_parts": "ln",
-            },
-            "",
-        ),
-        (
-            [*LORA, "--lora_parts=att,ffn,time,ln", "--my_testing", "x070"],
-            {"train_parts": "ln"},
-            "time of --lora_parts is ignored: no tensor of RWKV-7",
-        ),
-        (
-            ["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_r":8}', "--my_testing", "x070"],
-            {"train_parts": ""},
-            "names contain ln stay frozen",
-        ),
-        (
-            ["--peft", "lora", "--lora_config", '{"lora_r":8,"lora_parts":"att,ffn"}', "--train_parts", "[]"],
-            {"peft_config": {"r": 8}, "train_parts": ""},
-            "",
-        ),
-        (
-            '--peft pissa --pissa_config {"pissa_r":8,"pissa_parts":"ffn"} --my_testing x070'.split(),
-            {"peft_config": {"r": 8, "targets": ["ffn.key", "ffn.value"]}},
-            "",
-        ),
-        (["--peft", "lora", '--train_parts=["time","ln"]'], {"train_parts": "time,ln"}, ""),
-        # names
-        (
-            ["--my_pile_stage", "3", "--load_model", "a.pth"],
-            {"resume": "auto"},
-            "--my_pile_stage 3 is --peft none",
-        ),
-        (["--rwkv_version", "x070"], {"version": "x070"}, "the names today are --my_testing x070"),
-        (["--strategy", "single_device"], {"strategy": "auto"}, "the names today are --strategy auto"),
-        (
-            ["--random_seed", "-1"],
-            {"random_seed": 42, "peft": "miss"},
-            "--random_seed -1 is a seed by chance",
-        ),
-        (["--train_type", "states"], {"peft": "state"}, ""),
-        (["--peft", "lora", "--quant", "fp8"], {"quant": "int8"}, "int8 is taken instead of fp8"),
-        # of RWKV-LM-RLHF
-        (
-            "--layer_profile a.csv --quant 1 --quant_mode nf4 --infctx 1 --chunk_ctx 64 --state 0".split(),
-            {"quant": "nf4", "chunk_ctx": 64, "peft": "miss", "train_parts": ""},
-            "--quant 1 is --quant nf4",
-        ),
-        ("--layer_profile a.csv --state 1".split(), {"peft": "miss", "train_parts": "state"}, "the state is"),
-        ("--layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0".split(), {"chunk_ctx": 0}, "--infctx 0"),
-        (
-            "--layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 0.7 --rlhf_train_file b".split(),
-            {"loss": "grpo", "group_size": 6, "max_tokens": 1024, "beta": 0.1, "grpo_type": "grpo"},
-            "--rlhf_train_file is ignored: --data_file is given",
-        ),
-    ],
-)
+@pytest.mark.parametrize("flags, today, note", cases(SCRIPTS))
 def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
-    config = read(*flags)
-    assert {name: getattr(config, name) for name in today} == today
+    config, today = read(*flags.replace("LORA", LORA).replace("DECAY", DECAY).split()), yaml.safe_load(today)
+    meant = {name: AUTO if value == "AUTO" else value for name, value in today.items()}
+    assert {name: getattr(config, name) for name in today} == meant
     said = capsys.readouterr().out
     assert note in said and all(len(line) < 200 for line in said.splitlines())
 
