@@ -2,7 +2,6 @@
 the tokens of the training.
 """
 
-import itertools
 import json
 import pickle
 
@@ -27,6 +26,7 @@ from src.model import RWKV
 
 from .answering import Scripted, scripted
 from .conftest import make_arch, random_tensors
+from .tables import cases
 from .test_data import assistant, user, whole_blank_line_tokenizer
 from .test_generate import named, without_adapters
 
@@ -39,6 +39,11 @@ def thinking(thoughts, text):
     return {"role": "assistant", "content": text, "reasoning_content": thoughts}
 
 
+def calling(name, arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 def shown(segments):
     """Pieces parted by |, the trained ones between < and >."""
     return "|".join(f"<{text}>" if trained else text for text, trained in segments)
@@ -47,89 +52,59 @@ def shown(segments):
 # RWKV's own
 
 
+HI, CLOSED = [user("hi"), assistant("yo")], "\nhm\n</think>\nyo>"
+THOUGHT, SPACED = [user("hi"), thinking("hm", "yo")], [user("hi "), thinking("hm", "yo")]
+
+
 @pytest.mark.parametrize(
     "name, messages, expected",
     [
-        (
-            "rwkv",
-            [user("hi"), thinking(" hm\n", "yo")],
-            "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>",
-        ),
+        ("rwkv", [user("hi"), thinking(" hm\n", "yo")], "User: hi\n\nAssistant:|< <think>" + CLOSED),
         (
             "rwkv",
             [user("hi"), assistant("<think>hm</think>\n\nyo")],
-            "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>",
+            "User: hi\n\nAssistant:|< <think>" + CLOSED,
         ),
         ("rwkv", [user("hi"), assistant("<think> is a tag")], "User: hi\n\nAssistant:|< <think> is a tag>"),
-        ("think", [user("hi"), thinking("hm", "yo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+        ("think", THOUGHT, "User: hi\n\nAssistant: <think|<>" + CLOSED),
         (
             "think",
-            [user("hi"), assistant("<think>\nhm\n</think>\nyo")],
-            "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+            [user("hi"), assistant("<think>" + CLOSED[:-1])],
+            "User: hi\n\nAssistant: <think|<>" + CLOSED,
         ),
         (
             "think",
-            [user("hi"), {"role": "assistant", "content": "yo", "reasoning": "hm"}],
-            "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+            [user("hi"), {**assistant("yo"), "reasoning": "hm"}],
+            "User: hi\n\nAssistant: <think|<>" + CLOSED,
         ),
-        ("think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think|<>\n</think>\nyo>"),
-        (
-            "think-normal",
-            [user("hi "), thinking("hm", "yo")],
-            "User: hi (think)\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
-        ),
+        ("think", HI, "User: hi\n\nAssistant: <think|<>\n</think>\nyo>"),
+        ("think-normal", SPACED, "User: hi (think)\n\nAssistant: <think|<>" + CLOSED),
         (
             "think-short",
-            [system("s"), user("hi"), thinking("hm", "yo")],
-            "System: s\n\nUser: hi (think a bit)\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+            [system("s"), *THOUGHT],
+            "System: s\n\nUser: hi (think a bit)\n\nAssistant: <think|<>" + CLOSED,
         ),
         (
             "think-long",
             [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
-            (
-                "User: a (think a lot)\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d (think a"
-                " lot)\n\nAssistant: <think|<>\ne\n</think>\nf>"
-            ),
+            "User: a (think a lot)\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|"
+            "User: d (think a lot)\n\nAssistant: <think|<>\ne\n</think>\nf>",
         ),
-        (
-            "think-normal-2025",
-            [user("hi "), thinking("hm", "yo")],
-            "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
-        ),
-        (
-            "think-short-2025",
-            [user("hi"), assistant("yo")],
-            "User: hi think a bit\n\nAssistant: <think|<>\n</think>\nyo>",
-        ),
-        (
-            "think-long-2025",
-            [user("hi"), thinking("hm", "yo")],
-            "User: hi think a lot\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
-        ),
-        ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
-        (
-            "fake-think-compact",
-            [user("hi"), assistant("yo")],
-            "User: hi\n\nAssistant: <think></think|<>\nyo>",
-        ),
+        ("think-normal-2025", SPACED, "User: hi think\n\nAssistant: <think|<>" + CLOSED),
+        ("think-short-2025", HI, "User: hi think a bit\n\nAssistant: <think|<>\n</think>\nyo>"),
+        ("think-long-2025", THOUGHT, "User: hi think a lot\n\nAssistant: <think|<>" + CLOSED),
+        ("fake-think", HI, "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
+        ("fake-think-compact", HI, "User: hi\n\nAssistant: <think></think|<>\nyo>"),
         (
             "rwkv",
             [
                 user("2+2"),
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [
-                        {"type": "function", "function": {"name": "add", "arguments": '{"a": [2, "é"]}'}}
-                    ],
-                },
+                calling("add", '{"a": [2, "é"]}'),
                 {"role": "tool", "content": "4\n\n\nok"},
                 assistant("4"),
             ],
-            (
-                'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2,'
-                ' "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>'
-            ),
+            'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2, "é"]}}\n'
+            "</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>",
         ),
         (
             "think-chinese",
@@ -182,20 +157,8 @@ def test_a_prompt_ends_where_the_answer_begins():
         ("think", assistant("<think>hm"), "an answer opens <think> and never closes it: '<think>hm'"),
         ("think", thinking("a", "<think>b</think>c"), "has its thoughts twice, such as in reasoning_content"),
         ("fake-think", assistant("<think>a</think><think>b</think>c"), "an answer has its thoughts twice"),
-        (
-            "fake-think",
-            thinking("hm", "yo"),
-            "thoughts, for which --template fake-think has no place; use think",
-        ),
-        (
-            "rwkv",
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-            },
-            "a tool call must be",
-        ),
+        ("fake-think", THOUGHT[1], "thoughts, for which --template fake-think has no place; use think"),
+        ("rwkv", calling("f", "{"), "a tool call must be"),
         ("rwkv", {"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must be"),
         ("flower", assistant("a ✿"), "an answer holds ✿, which ends a turn in --template flower"),
         ("flower", thinking("✿", "a"), "an answer holds ✿"),
@@ -253,16 +216,14 @@ WITH_EOS = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{%"
     " endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# as those are that take the thoughts out of all answers but the last
+FORGETFUL = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor"
+    " %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "generation": MARKED, "short": SHORT, "eos": WITH_EOS}
-TURNS = [
-    system("s é"),
-    user(" 1\n\n2"),
-    assistant("x\n\ny"),
-    user("🙂"),
-    assistant("."),
-    user("3"),
-    assistant("z"),
-]
+TURNS = [system("s é"), user(" 1\n\n2"), assistant("x\n\ny"), user("🙂"), assistant(".")]
+TURNS += [user("3"), assistant("z")]
 
 
 @pytest.fixture
@@ -310,15 +271,13 @@ def test_hugging_face_marks_the_same_tokens(jinja):
     assert jinja(CHATML).segments(TURNS) == segments
 
 
+WITH_MARKS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"
+
+
 @pytest.mark.parametrize(
     "name, stop, expected",
     [
-        ("chatml", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
-        (
-            "generation",
-            "<|im_end|>",
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>",
-        ),
+        *((name, "<|im_end|>", WITH_MARKS) for name in ("chatml", "generation")),
         ("short", "\nu:", "u: a\na:|< b>|<\n>"),
         ("eos", "</s>", "[user]a[assistant]|<b>|<</s>>"),
     ],
@@ -422,37 +381,25 @@ def test_tools_and_a_document_end(jinja, tmp_path):
     assert trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
 
 
-@pytest.mark.parametrize(
-    "source, words",
-    [
-        ("a\n{% for m in messages %}", "line 2: "),
-        ("\n\n{{ messages[0] x }}", "line 3: "),
-        ("{{ messages[0].content.nope() }}", "line 1: "),
-        ("\n{{ raise_exception('needs a system turn') }}", "line 2: needs a system turn"),
-        ("{{ ''.__class__.__mro__ }}", "line 1: access to attribute"),
-        ("{{ 1 / 0 }}", "line 1: division by zero"),
-        ("hello {{ mesages }}", "without the user's words; got 'hello '"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "without the assistant's words",
-        ),
-        (
-            "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
-            "changes when it follows ('1A question?' becomes '2A question?2An answer.'",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
-            "{% generation %} does not enclose",
-        ),
-        (
-            (
-                "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{%"
-                " endgeneration %}{% endfor %}"
-            ),
-            "inside another",
-        ),
-    ],
-)
+WRONG = r"""
+    a\n{% for m in messages %}                     line 2:
+    \n\n{{ messages[0] x }}                        line 3:
+    {{ messages[0].content.nope() }}               line 1:
+    \n{{ raise_exception('needs a system turn') }}  line 2: needs a system turn
+    {{ ''.__class__.__mro__ }}                     line 1: access to attribute
+    {{ 1 / 0 }}                                    line 1: division by zero
+    hello {{ mesages }}                            without the user's words; got 'hello '
+    {% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}  without the assistant's words
+    {% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}\
+        changes when it follows ('1A question?' becomes '2A question?2An answer.'
+    {% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}\
+        {% generation %} does not enclose
+    {% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}\
+{% endgeneration %}{% endfor %}  inside another
+"""
+
+
+@pytest.mark.parametrize("source, words", cases(WRONG))
 def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, source, words):
     with pytest.raises(UserError) as caught:
         jinja(source)
@@ -460,14 +407,8 @@ def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, s
 
 
 def test_a_template_that_rewrites_earlier_turns(jinja):
-    """As those do that take the thoughts out of all answers but the last: each answer is in a document of its
-    own, and a chat reads the whole text again.
-    """
-    forgetful = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
-        " endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    template = jinja(forgetful)
+    """Each answer is in a document of its own, and a chat reads the whole text again."""
+    template = jinja(FORGETFUL)
     one = template.segments([user("a"), assistant("b")])
     assert shown(one) == "[user]a;[assistant]|<b>|<;>"
     two = template.documents([user("a"), assistant("b"), user("c"), assistant("d")])
@@ -497,28 +438,20 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
     tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
     template = load_template(TEMPLATES.get(name, name), tokenizer.decode(tokenizer.eod))
     conversation = Conversation(scripted(tokenizer), GREEDY, system="s é", template=template)
-    for question, answer in (
-        itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
-    ):
+    for question, answer in zip(TURNS[1::2], TURNS[2::2]):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
         ending = template.stops[0] if name not in MODES else template.turn_end
         conversation.engine = scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})
     rest = tokenizer.encode(template.turn_end)
-    assert [
-        *conversation.state,
-        *rest,
-        *([] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod),
-    ] == ids.tolist()
+    eod = [] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod
+    assert [*conversation.state, *rest, *eod] == ids.tolist()
 
 
 def test_a_chat_reads_all_again_where_earlier_turns_change():
     tokenizer = named("bytes")
-    template = load_template(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
-        " endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    template = load_template(FORGETFUL)
     conversation = Conversation(scripted(tokenizer), GREEDY, template=template)
     for question, said in (("a", "b"), ("c", "d"), ("e", "f")):
         conversation.engine = scripted(tokenizer, [*tokenizer.encode(f"{said};[user]more"), *tokenizer.eod])
@@ -550,11 +483,8 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
-    assert (
-        recorded_template("auto", tokenizer, base).name
-        == "rwkv"
-        == recorded_template("auto", tokenizer, None).name
-    )
+    for path in (base, None):
+        assert recorded_template("auto", tokenizer, path).name == "rwkv"
     rwkv_miss.save_adapter(model, adapter, template="think-long:hermes")
     assert recorded_template("auto", tokenizer, adapter, merged).name == "think-long", (
         "an adapter's word comes before its base's"
@@ -600,63 +530,44 @@ def test_templates_reach_other_processes(jinja):
 
 
 def test_loss_masks_of_every_kind_of_row():
-    rows = {
-        "text": {"text": "User: a\n\nAssistant: b"},
-        "chat": {"messages": [user("a"), assistant("b")]},
-        "pair": {"prompt": "a ", "completion": "b"},
-    }
-    masks = {
-        name: {kind: shown(*record_segments(row, DEFAULT, name)) for kind, row in rows.items()}
-        for name in ("assistant", "all", "Assistant:", "a")
-    }
-    assert masks["assistant"] == {
-        "text": "<User: a\n\nAssistant: b>",
-        "chat": "User: a\n\nAssistant:|< b>",
-        "pair": "a |<b>",
-    }
-    assert masks["all"] == {
-        "text": "<User: a\n\nAssistant: b>",
-        "chat": "<User: a\n\nAssistant:>|< b>",
-        "pair": "<a >|<b>",
-    }
-    assert masks["Assistant:"] == {
-        "text": "User: a\n\nAssistant:|< b>",
-        "chat": "User: a\n\nAssistant:|< b>",
-        "pair": "a b",
-    }
-    assert masks["a"]["pair"] == "a|< b>"
+    rows = [{"text": "User: a\n\nAssistant: b"}, {"messages": HI}, {"prompt": "a ", "completion": "b"}]
+    for mask, *expected in (
+        ("assistant", "<User: a\n\nAssistant: b>", "User: hi\n\nAssistant:|< yo>", "a |<b>"),
+        ("all", "<User: a\n\nAssistant: b>", "<User: hi\n\nAssistant:>|< yo>", "<a >|<b>"),
+        ("Assistant:", "User: a\n\nAssistant:|< b>", "User: hi\n\nAssistant:|< yo>", "a b"),
+    ):
+        assert [shown(*record_segments(row, DEFAULT, mask)) for row in rows] == expected
+    assert shown(*record_segments(rows[2], DEFAULT, "a")) == "a|< b>"
+
+
+MARKED_TEXTS = r"""
+    Assistant:  no such word  no such word
+    Assistant:  Assistant:  Assistant:
+    Assistant:  User: a\n\nAssistant: b\n\nc\n\nUser: d\n\nAssistant: e\
+        User: a\n\nAssistant:|< b\n\nc>|<\n\n>|User: d\n\nAssistant:|< e>
+    Assistant:  Assistant: b\nUser: c  Assistant:|< b\nUser: c>
+    Assistant:  Assistant: b\n\nTool: c  Assistant:|< b>|<\n\n>|Tool: c
+    [...]  a[b]c[d]e[f  a[|<b>|]c[|<d>|]e[|<f>
+    [...]  [a[b]  [|<a>|[|<b>|]
+    Bot✿  User✿a✿\nBot✿b✿c✿\nUser✿d✿\nBot✿e  User✿a✿\nBot✿|<b✿c>|<✿>|\nUser✿d✿\nBot✿|<e>
+    Bot✿<think  Bot✿<think>\nhm</think>b✿\nTool✿c✿  Bot✿<think|<>\nhm</think>b>|<✿>|\nTool✿c✿
+    ### Assistant  ### User\na\n### Assistant\nb\n# c\n### User\nd\n### Assistant\ne\n### Tool Output\nf\
+        ### User\na\n### Assistant|<\nb\n# c>|<\n>|### User\nd\n### Assistant|<\ne>|<\n>|### Tool Output\nf
+    ### Assistant  ### Assistant\nb\n### Users\nc  ### Assistant|<\nb\n### Users\nc>
+    Assistant:  Assistant: b\n### User\nc  Assistant:|< b\n### User\nc>
+"""
 
 
 @pytest.mark.parametrize(
     "marker, text, expected",
     [
-        ("Assistant:", "no such word", "no such word"),
-        ("Assistant:", "Assistant:", "Assistant:"),
+        *cases(MARKED_TEXTS),
         ("Assistant:", "", ""),
-        (
-            "Assistant:",
-            "User: a\n\nAssistant: b\n\nc\n\nUser: d\n\nAssistant: e",
-            "User: a\n\nAssistant:|< b\n\nc>|<\n\n>|User: d\n\nAssistant:|< e>",
-        ),
-        ("Assistant:", "Assistant: b\nUser: c", "Assistant:|< b\nUser: c>"),
-        ("Assistant:", "Assistant: b\n\nTool: c", "Assistant:|< b>|<\n\n>|Tool: c"),
         (
             "Response:...\\n\\nInstruction:",
             "Response: a\n\nUser: b\n\nInstruction: c\n\nResponse: d",
             "Response:|< a\n\nUser: b>|\n\nInstruction: c\n\nResponse:|< d>",
         ),
-        ("[...]", "a[b]c[d]e[f", "a[|<b>|]c[|<d>|]e[|<f>"),
-        ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
-        ("Bot✿", "User✿a✿\nBot✿b✿c✿\nUser✿d✿\nBot✿e", "User✿a✿\nBot✿|<b✿c>|<✿>|\nUser✿d✿\nBot✿|<e>"),
-        ("Bot✿<think", "Bot✿<think>\nhm</think>b✿\nTool✿c✿", "Bot✿<think|<>\nhm</think>b>|<✿>|\nTool✿c✿"),
-        (
-            "### Assistant",
-            "### User\na\n### Assistant\nb\n# c\n### User\nd\n### Assistant\ne\n### Tool Output\nf",
-            "### User\na\n### Assistant|<\nb\n# c>|<\n>|### User\nd\n### Assistant|<\ne>|<\n>|"
-            "### Tool Output\nf",
-        ),
-        ("### Assistant", "### Assistant\nb\n### Users\nc", "### Assistant|<\nb\n### Users\nc>"),
-        ("Assistant:", "Assistant: b\n### User\nc", "Assistant:|< b\n### User\nc>"),
     ],
 )
 def test_a_marker(marker, text, expected):
