@@ -37,12 +37,7 @@ ROWS = [
 def folder(tmp_path_factory):
     """base.pth, an adapter of it, another base of the same sizes, a narrower one, rows."""
     folder = tmp_path_factory.mktemp("input")
-    for name, sizes in {
-        "base": {},
-        "other": {},
-        "narrow": {"n_embd": 32},
-        "letters": {"vocab_size": 67},
-    }.items():
+    for name, sizes in dict(base={}, other={}, narrow={"n_embd": 32}, letters={"vocab_size": 67}).items():
         tensors = random_tensors(make_arch(7, **{"vocab_size": 256, **sizes}), seed=len(name))
         rwkv_miss.write_checkpoint(folder / f"{name}.pth", tensors.items())
     model = RWKV.load(folder / "base.pth")
@@ -437,15 +432,9 @@ def test_no_gpu(refused):
     ],
 )
 def test_new_models(refused, values, words):
-    sizes = {
-        "load_model": None,
-        "peft_config": None,
-        "peft": "none",
-        "version": "x070",
-        "n_layer": 1,
-        "n_embd": 48,
-        "head_size": 16,
-    }
+    sizes = dict(
+        load_model=None, peft_config=None, peft="none", version="x070", n_layer=1, n_embd=48, head_size=16
+    )
     assert words in refused("train", **(sizes | values))
 
 

@@ -29,12 +29,9 @@ ARM = "processor : 0\nFeatures : fp asimd i8mm bf16\nCPU implementer : 0x41\nCPU
 def test_a_cpu_is_named_by_what_decides_its_speed(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text(X86)
-    assert cpu(path) == {
-        "name": "AMD EPYC 9R14",
-        "family": 25,
-        "model": 17,
-        "instructions": ["avx2", "avx512f", "avx512_bf16", "amx_tile"],
-    }
+    assert cpu(path) == dict(
+        name="AMD EPYC 9R14", family=25, model=17, instructions=["avx2", "avx512f", "avx512_bf16", "amx_tile"]
+    )
     path.write_text(ARM)
     found = cpu(path)
     assert found.pop("name")

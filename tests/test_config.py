@@ -67,14 +67,9 @@ def test_the_preset_may_come_from_either_place_and_gives_way_to_both(tmp_path):
 
 
 def test_the_presets_are_the_papers_tables_7_and_8():
-    common = {
-        "lr_init": 2e-5,
-        "lr_schedule": "cos",
-        "warmup_steps": 0,
-        "epoch_count": 1,
-        "weight_decay": 0.0,
-        "eval_split": 0.0,
-    }
+    common = dict(
+        lr_init=2e-5, lr_schedule="cos", warmup_steps=0, epoch_count=1, weight_decay=0.0, eval_split=0.0
+    )
     small, large = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
     assert PRESETS == {
         "paper-table7": (

@@ -39,13 +39,7 @@ def package(folder, alpha=5.0, dtype=torch.float16, seed=0, manifest=(), tensors
             name = f"blocks.{layer}.{target}.weight.D"
             D[name] = (0.1 * torch.randn(out, RANK)).to(dtype)
             targets.append(
-                {
-                    "name": name,
-                    "layer": layer,
-                    "target": f"{target}.weight",
-                    "in_features": width,
-                    "shape": [out, RANK],
-                }
+                dict(name=name, layer=layer, target=f"{target}.weight", in_features=width, shape=[out, RANK])
             )
     facts = {
         "format_version": 1,

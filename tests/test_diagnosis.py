@@ -74,14 +74,7 @@ def falling(nats, accuracy=0.98, count=100, seed=0):
 
 def course(count=40, seed=0, noise=0.03, **ends):
     """Steps on rewards. A metric with two ends goes from one to the other; rewards have noise."""
-    usual = {
-        "loss": 0.0,
-        "reward": 1.0,
-        "dead_groups": 0.4,
-        "failed_groups": 0.0,
-        "length": 10.0,
-        "cut": 0.02,
-    }
+    usual = dict(loss=0.0, reward=1.0, dead_groups=0.4, failed_groups=0.0, length=10.0, cut=0.02)
     rng, lines = random.Random(seed), []
     for step in range(1, count + 1):
         values = {"step": step, "units": 16, **usual}

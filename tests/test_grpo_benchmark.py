@@ -34,12 +34,7 @@ def test_a_line_is_made_once(tmp_path):
 
 def test_a_curve_has_the_means_of_ten_steps(tmp_path):
     steps = [
-        {
-            "draw_seconds": 9.0 if i == 0 else 1.0,
-            "seconds": 90.0 if i == 0 else 4.0,
-            "entropy": i,
-            "reward": 1.0,
-        }
+        dict(draw_seconds=9.0 if i == 0 else 1.0, seconds=90.0 if i == 0 else 4.0, entropy=i, reward=1.0)
         for i in range(20)
     ]
     steps[3]["entropy"] = None  # a step may lack a figure

@@ -148,14 +148,7 @@ def test_the_picture_of_the_rewards_takes_the_place_of_the_losses(tmp_path, plot
 def drawn_line(step):
     answers = [
         {"answer": "dcba", "tokens": 5, "cut": False, "reward": 1.5, "reward_exact": 1.0, "advantage": 0.9},
-        {
-            "answer": "d|b\n",
-            "tokens": 24,
-            "cut": True,
-            "reward": 0.25,
-            "reward_exact": 0.0,
-            "advantage": -0.9,
-        },
+        dict(answer="d|b\n", tokens=24, cut=True, reward=0.25, reward_exact=0.0, advantage=-0.9),
     ]
     return {"step": step, "prompt": "abcd?", "right": "dcba", "answers": answers}
 
@@ -299,15 +292,9 @@ def test_drawn_answers_are_written_now_and_then_and_a_resumed_run_writes_them_ag
     assert step_of(steps(0, 31))[-1] == 31 and steps(30, 60) == whole, "step 31 is done again"
     assert step_of(steps(0, 60, inner=4)) == [1 + 4 * draw for draw in range(15)]
     first = json.loads(whole.splitlines()[0])
-    assert first["answers"][0] == {
-        "answer": "dcba",
-        "tokens": 5,
-        "cut": False,
-        "reward": 1.5,
-        "reward_exact": 1.0,
-        "reward_partial": 0.5,
-        "advantage": 0.75,
-    }
+    assert first["answers"][0] == dict(
+        answer="dcba", tokens=5, cut=False, reward=1.5, reward_exact=1.0, reward_partial=0.5, advantage=0.75
+    )
     assert len(first["answers"][1]["answer"]) <= 300
     assert (first["prompt"], first["right"]) == ("abcd?", "dcba")
     assert len(whole) < 60 * 800

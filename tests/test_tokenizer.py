@@ -114,13 +114,7 @@ def byte_fallback(path):
                 "type": "Sequence",
                 "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
             },
-            "model": {
-                "type": "BPE",
-                "vocab": vocab,
-                "merges": [],
-                "unk_token": "<unk>",
-                "byte_fallback": True,
-            },
+            "model": dict(type="BPE", vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True),
         },
     )
 

@@ -335,14 +335,7 @@ def test_the_first_step_says_nothing_of_the_time_that_is_left(capsys):
     report.bar = Progress("training", 100, "steps", shown=False)
     report.begun, report.last_line, report.steps_here = 0.0, 0.0, 0
     for step, now in ((1, 30.0), (2, 31.0), (3, 32.0), (4, 33.0), (5, 34.0)):
-        line = {
-            "step": step,
-            "loss": 2.0,
-            "tokens": 10,
-            "trained_tokens": 1,
-            "lr": 1e-3,
-            "tokens_per_second": 10.0,
-        }
+        line = dict(step=step, loss=2.0, tokens=10, trained_tokens=1, lr=1e-3, tokens_per_second=10.0)
         report._show(line, 2.0, now)
     first, later = capsys.readouterr().out.splitlines()
     assert first.startswith("step 1/100 ") and "left" not in first

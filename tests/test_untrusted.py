@@ -238,13 +238,9 @@ def test_json_that_is_none(tmp_path, content):
         read_metadata(rezipped(path, lambda name, old: content if name.endswith(".json") else old))
 
 
-METADATA = {
-    "format": ADAPTER_FORMAT,
-    "format_version": 1,
-    "method": "miss",
-    "options": {"rank": 3},
-    "linears": ["blocks.0.att.key"],
-}
+METADATA = dict(
+    format=ADAPTER_FORMAT, format_version=1, method="miss", options={"rank": 3}, linears=["blocks.0.att.key"]
+)
 
 
 def test_an_adapter_of_the_fewest_words_is_read(tmp_path):

@@ -507,14 +507,9 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
     history = [
         {"step": step, "loss": loss, "samples": s} for step, loss, s in zip((0, 9), (2.0, None), samples)
     ]
-    summary = {
-        "steps": 9,
-        "planned_steps": 12,
-        "loss_first": 2.0,
-        "loss_last": 1.5,
-        "output": "out/adapter.pth",
-        "forgetting": {},
-    }
+    summary = dict(
+        steps=9, planned_steps=12, loss_first=2.0, loss_last=1.5, output="out/adapter.pth", forgetting={}
+    )
     text = card(
         Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, RunLog(metrics, history), None
     )
