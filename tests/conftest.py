@@ -92,6 +92,12 @@ def all_mapped(monkeypatch):
     monkeypatch.setattr(mapped, "_mapped", [])
 
 
+@pytest.fixture
+def in_its_folder(tmp_path, monkeypatch):
+    """The test runs in a folder of its own, tmp_path, so that a file is its name."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def data_dir(request):
     """The folder of the golden files, or a loud skip."""

@@ -3,6 +3,7 @@ merge and our live adapter compute.
 """
 
 import os
+import pathlib
 import re
 
 import pytest
@@ -19,18 +20,12 @@ from .conftest import close, make_arch, random_tensors
 from .test_adapters import filled
 from .test_convert import same_tensors
 
+pytestmark = pytest.mark.usefixtures("in_its_folder")
+
+FFN = ["ffn.key", "ffn.value"]
 LINEARS = {
-    6: (
-        "att.receptance",
-        "att.key",
-        "att.value",
-        "att.output",
-        "att.gate",
-        "ffn.key",
-        "ffn.receptance",
-        "ffn.value",
-    ),
-    7: ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
+    6: [*(f"att.{name}" for name in "receptance key value output gate".split()), *FFN, "ffn.receptance"],
+    7: [*(f"att.{name}" for name in "receptance key value output".split()), *FFN],
 }
 SQUARE = tuple(name for name in LINEARS[7] if name.startswith("att"))
 
@@ -92,9 +87,9 @@ def draw(*shape, dtype=torch.float32, std=0.1):
     return (std * torch.randn(shape)).to(dtype)
 
 
-def base_file(folder, version, dtype=torch.float32, **sizes):
+def base_file(version, dtype=torch.float32, **sizes):
     tensors = random_tensors(make_arch(version, **sizes), dtype)
-    write_checkpoint(folder / "base.pth", tensors.items())
+    write_checkpoint("base.pth", tensors.items())
     return tensors
 
 
@@ -114,16 +109,7 @@ def linears_of(version, names=None, layers=2):
 
 
 def theirs(
-    folder,
-    base,
-    generation,
-    version,
-    rank,
-    dtype=torch.float32,
-    names=None,
-    parts=True,
-    prefix="",
-    file="theirs.pth",
+    base, generation, version, rank, dtype=torch.float32, names=None, parts=True, prefix="", file="theirs.pth"
 ):
     """A file as their trainer saves it; returns its tensors under the names of the base."""
     torch.manual_seed(3)
@@ -133,18 +119,18 @@ def theirs(
         f"{name}.{leaf}": draw(*shape(*base[f"{name}.weight"].shape, rank), dtype=dtype)
         for name in linears_of(version, names)
     }
-    torch.save({prefix + name: tensor for name, tensor in tensors.items()}, folder / file)
+    torch.save({prefix + name: tensor for name, tensor in tensors.items()}, file)
     return tensors
 
 
-def ours(folder, hints=NO_HINTS, file="theirs.pth"):
-    return convert(folder / file, folder / "ours.pth", "native", hints)
+def ours(hints=NO_HINTS, file="theirs.pth"):
+    return convert(file, "ours.pth", "native", hints)
 
 
-def refused(folder, words, hints=NO_HINTS, file="theirs.pth", to="native"):
+def refused(words, hints=NO_HINTS, file="theirs.pth", to="native"):
     with pytest.raises(rwkv_miss.UserError, match=words):
-        convert(folder / file, folder / "out.pth", to, hints)
-    assert not list(folder.glob("out*"))
+        convert(file, "out.pth", to, hints)
+    assert not list(pathlib.Path().glob("out*"))
 
 
 def same_layer(name, merged, x, want):
@@ -154,34 +140,39 @@ def same_layer(name, merged, x, want):
     close(name, x @ merged.double().T, want, 2e-6)
 
 
-def live(folder, file="ours.pth", base="base.pth"):
+def live(file="ours.pth", base="base.pth"):
     """Logits of base + adapter."""
-    model = RWKV.load(folder / base)
-    rwkv_miss.load_adapter(model, folder / file)
+    model = RWKV.load(base)
+    rwkv_miss.load_adapter(model, file)
     return model(torch.arange(23)[None])[0]
 
 
-def merged_logits(folder):
-    return RWKV.load(folder / "merged.pth")(torch.arange(23)[None])[0]
+def merge_ours():
+    """The tensors of the base merged with our file."""
+    rwkv_miss.merge_file("base.pth", "ours.pth", "merged.pth")
+    return read_checkpoint("merged.pth")
+
+
+def merged_logits():
+    return RWKV.load("merged.pth")(torch.arange(23)[None])[0]
 
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize(
     "generation, rank", [(name, 8 if form[0] == "bat" else 13) for name, (*_, form) in GENERATIONS.items()]
 )
-def test_every_generation_is_what_their_forward_computes(tmp_path, version, generation, rank):
-    base = base_file(tmp_path, version)
-    tensors = theirs(tmp_path, base, generation, version, rank, torch.bfloat16)
+def test_every_generation_is_what_their_forward_computes(version, generation, rank):
+    base = base_file(version)
+    tensors = theirs(base, generation, version, rank, torch.bfloat16)
     leaf, forward, _, (method, order) = GENERATIONS[generation]
-    report = ours(tmp_path)
+    report = ours()
     assert (report.method, report.linears) == (method, len(linears_of(version)))
-    facts = describe(tmp_path / "ours.pth")
+    facts = describe("ours.pth")
     assert facts["kind"] == "adapter" and facts["metadata"]["options"]["rank"] == rank
     assert facts["metadata"]["options"].get("order") == order
     assert facts["metadata"]["origin"] == {"format": "rwkv-peft", "tensor": leaf}
     assert facts["metadata"]["train_parts"] == (["ln", "time"] if version == 6 else ["ln"])
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    merged = read_checkpoint(tmp_path / "merged.pth")
+    merged = merge_ours()
     assert list(merged) == list(base)
     for name, tensor in base.items():
         linear = name.removesuffix(".weight")
@@ -193,27 +184,24 @@ def test_every_generation_is_what_their_forward_computes(tmp_path, version, gene
             assert not torch.equal(merged[name], tensor)
         else:
             assert torch.equal(merged[name], tensors.get(name, tensor).float()), name
-    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+    close("logits", live(), merged_logits(), 1e-5)
 
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("kind", ["lora", "pissa", "pissa model."])
-def test_lora_and_pissa_are_what_their_forwards_compute(tmp_path, version, kind):
-    base, r, alpha = base_file(tmp_path, version), 5, 12.5
+def test_lora_and_pissa_are_what_their_forwards_compute(version, kind):
+    base, r, alpha = base_file(version), 5, 12.5
     torch.manual_seed(4)
     factors, initial = whole_tensors(base, torch.float32), {}
     for name in linears_of(version):
         out, inputs = base[f"{name}.weight"].shape
         factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
         initial |= {f"{name}.init_lora_A": draw(r, inputs), f"{name}.init_lora_B": draw(out, r)}
-    torch.save(factors, tmp_path / "theirs.pth")
-    torch.save(
-        {f"{kind.partition(' ')[2]}{name}": t for name, t in initial.items()}, tmp_path / "init_pissa.pth"
-    )
-    hints = Hints(alpha=alpha) if kind == "lora" else Hints(init=str(tmp_path / "init_pissa.pth"))
-    assert ours(tmp_path, hints).method == kind.partition(" ")[0]
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    merged = read_checkpoint(tmp_path / "merged.pth")
+    torch.save(factors, "theirs.pth")
+    torch.save({f"{kind.partition(' ')[2]}{name}": t for name, t in initial.items()}, "init_pissa.pth")
+    hints = Hints(alpha=alpha) if kind == "lora" else Hints(init="init_pissa.pth")
+    assert ours(hints).method == kind.partition(" ")[0]
+    merged = merge_ours()
     for name in linears_of(version):
         W, (A, B) = (
             base[f"{name}.weight"].double(),
@@ -225,7 +213,7 @@ def test_lora_and_pissa_are_what_their_forwards_compute(tmp_path, version, kind)
         else:
             want = pissa_forward(x, W, A, B, *(initial[f"{name}.init_lora_{side}"].double() for side in "AB"))
         same_layer(name, merged[f"{name}.weight"], x, want)
-    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+    close("logits", live(), merged_logits(), 1e-5)
 
 
 # both ways, bit for bit
@@ -233,13 +221,13 @@ def test_lora_and_pissa_are_what_their_forwards_compute(tmp_path, version, kind)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("generation, rank", [("v1", 16), ("v2", 13), ("disha", 7), ("disha bat", 8)])
-def test_their_file_comes_back_bit_for_bit(tmp_path, generation, rank, dtype):
-    base = base_file(tmp_path, 6)
-    theirs(tmp_path, base, generation, 6, rank, dtype)
-    ours(tmp_path)
-    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
-    same_tensors(tmp_path / "theirs.pth", tmp_path / "again.pth")
-    assert read_metadata(tmp_path / "again.pth") is None
+def test_their_file_comes_back_bit_for_bit(generation, rank, dtype):
+    base = base_file(6)
+    theirs(base, generation, 6, rank, dtype)
+    ours()
+    convert("ours.pth", "again.pth", "rwkv-peft")
+    same_tensors("theirs.pth", "again.pth")
+    assert read_metadata("again.pth") is None
 
 
 NATIVE = [
@@ -254,41 +242,35 @@ NATIVE = [
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method, options, parts", NATIVE)
-def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype):
+def test_our_file_comes_back_bit_for_bit(method, options, parts, dtype):
     model = RWKV(make_arch(7))
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, method, train_parts=parts, **options)
-    rwkv_miss.save_adapter(filled(model), tmp_path / "full.pth")
-    facts = read_metadata(tmp_path / "full.pth")
-    write_checkpoint(
-        tmp_path / "a.pth",
-        ((name, t.to(dtype)) for name, t in read_checkpoint(tmp_path / "full.pth").items()),
-        facts,
-    )
-    notes = convert(tmp_path / "a.pth", tmp_path / "theirs.pth", "rwkv-peft").notes
-    init = tmp_path / "theirs.init_pissa.pth"
+    rwkv_miss.save_adapter(filled(model), "full.pth")
+    facts = read_metadata("full.pth")
+    write_checkpoint("a.pth", ((name, t.to(dtype)) for name, t in read_checkpoint("full.pth").items()), facts)
+    notes = convert("a.pth", "theirs.pth", "rwkv-peft").notes
+    init = pathlib.Path("theirs.init_pissa.pth")
     assert init.exists() == (method == "pissa")
     assert notes == {
         "lora": ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"],
         "pissa": [f"the factors that the training began with are in {init}: --lora_init there, --init here"],
     }.get(method, [])
     hints = {"lora": Hints(alpha=7.25), "pissa": Hints(init=str(init))}
-    ours(tmp_path, hints.get(method, Hints(origin="rwkv-peft")))
-    before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")
+    ours(hints.get(method, Hints(origin="rwkv-peft")))
+    before, after = read_checkpoint("a.pth"), read_checkpoint("ours.pth")
     assert before.keys() == after.keys()
     assert all(t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items())
-    again = read_metadata(tmp_path / "ours.pth")
+    again = read_metadata("ours.pth")
     parsed = [rwkv_miss.METHODS[method].Options.parse(found["options"]) for found in (facts, again)]
     linears = facts["linears"]
     assert method == again["method"] and sorted(linears) == sorted(again["linears"])
     assert again["train_parts"] == facts["train_parts"]
-    assert [
+    first, second = (
         [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears]
-        for o in parsed[:1]
-    ] == [
-        [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears]
-        for o in parsed[1:]
-    ]
+        for o in parsed
+    )
+    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -306,22 +288,22 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
         ("pissa", {"alpha": 16.0}, "PiSSA with the factor 1 alone, this one has 2"),
     ],
 )
-def test_what_their_files_have_no_form_for_is_refused_and_nothing_written(tmp_path, method, options, words):
+def test_what_their_files_have_no_form_for_is_refused_and_nothing_written(method, options, words):
     model = RWKV(make_arch(7))
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, method, rank=8, **options)
-    rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
-    refused(tmp_path, words, file="a.pth", to="rwkv-peft")
+    rwkv_miss.save_adapter(filled(model), "a.pth")
+    refused(words, file="a.pth", to="rwkv-peft")
 
 
 def test_an_initial_file_is_never_written_over(tmp_path):
     model = RWKV(make_arch(7))
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, "pissa", rank=3)
-    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.save_adapter(model, "a.pth")
     (tmp_path / "b.init_pissa.pth").write_bytes(b"another")
     with pytest.raises(rwkv_miss.UserError, match="exists; move it away"):
-        convert(tmp_path / "a.pth", tmp_path / "b.pth", "rwkv-peft")
+        convert("a.pth", "b.pth", "rwkv-peft")
     assert (tmp_path / "b.init_pissa.pth").read_bytes() == b"another" and not (tmp_path / "b.pth").exists()
 
 
@@ -329,33 +311,32 @@ def test_an_initial_file_is_never_written_over(tmp_path):
 
 
 @pytest.mark.parametrize("generation", ["v0 col", "v1"])
-def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp_path, generation):
-    base = base_file(tmp_path, 7)
-    tensors = theirs(tmp_path, base, generation, 7, 8, names=SQUARE)
+def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(generation):
+    base = base_file(7)
+    tensors = theirs(base, generation, 7, 8, names=SQUARE)
     refused(
-        tmp_path,
         r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin"
-        r" openmose .*--origin bone-v0 ",
+        r" openmose .*--origin bone-v0 "
     )
     for origin, order, forward in (
         ("rwkv-peft", "row", row_forward),
         ("openmose", "row", row_forward),
         ("bone-v0", "col", col_forward),
     ):
-        ours(tmp_path, Hints(origin=origin))
-        assert read_metadata(tmp_path / "ours.pth")["options"]["order"] == order
-        rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+        ours(Hints(origin=origin))
+        assert read_metadata("ours.pth")["options"]["order"] == order
+        merged = merge_ours()
         name = "blocks.1.att.key"
         x = draw(5, 48, dtype=torch.float64)
         want = forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double())
-        same_layer(name, read_checkpoint(tmp_path / "merged.pth")[f"{name}.weight"], x, want)
+        same_layer(name, merged[f"{name}.weight"], x, want)
 
 
-def test_a_rank_as_large_as_the_width_can_be_of_two_origins(tmp_path):
-    torch.save({f"{name}.bone": draw(48, 48) for name in linears_of(7, SQUARE)}, tmp_path / "theirs.pth")
-    refused(tmp_path, "could be of two origins")
-    assert ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss"
-    assert ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
+def test_a_rank_as_large_as_the_width_can_be_of_two_origins():
+    torch.save({f"{name}.bone": draw(48, 48) for name in linears_of(7, SQUARE)}, "theirs.pth")
+    refused("could be of two origins")
+    assert ours(Hints(origin="rwkv-peft")).method == "miss"
+    assert ours(Hints(origin="bone-v0")).method == "bat"
 
 
 @pytest.mark.parametrize(
@@ -367,16 +348,14 @@ def test_a_rank_as_large_as_the_width_can_be_of_two_origins(tmp_path):
         ("disha", 13, "openmose", "bone-v0"),
     ],
 )
-def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(
-    tmp_path, generation, rank, right, wrong
-):
-    theirs(tmp_path, base_file(tmp_path, 6), generation, 6, rank)
-    refused(tmp_path, f"--origin {wrong}, but the tensors are no blocks", Hints(origin=wrong))
-    refused(tmp_path, "--origin peft: HF peft has no tensor of such a name", Hints(origin="peft"))
-    ours(tmp_path)
-    same = read_checkpoint(tmp_path / "ours.pth")
-    ours(tmp_path, Hints(origin=right))
-    assert all(torch.equal(t, same[name]) for name, t in read_checkpoint(tmp_path / "ours.pth").items())
+def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(generation, rank, right, wrong):
+    theirs(base_file(6), generation, 6, rank)
+    refused(f"--origin {wrong}, but the tensors are no blocks", Hints(origin=wrong))
+    refused("--origin peft: HF peft has no tensor of such a name", Hints(origin="peft"))
+    ours()
+    same = read_checkpoint("ours.pth")
+    ours(Hints(origin=right))
+    assert all(torch.equal(t, same[name]) for name, t in read_checkpoint("ours.pth").items())
 
 
 @pytest.mark.parametrize(
@@ -392,22 +371,28 @@ def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(
         },
     ],
 )
-def test_widths_of_no_model_are_a_contradiction(tmp_path, shapes):
-    torch.save({f"{name}.bone": draw(*shape) for name, shape in shapes.items()}, tmp_path / "theirs.pth")
-    refused(tmp_path, "contradiction: the tensors are no blocks of one model's linears")
+def test_widths_of_no_model_are_a_contradiction(shapes):
+    torch.save({f"{name}.bone": draw(*shape) for name, shape in shapes.items()}, "theirs.pth")
+    refused("contradiction: the tensors are no blocks of one model's linears")
 
 
-A, B, BONE = (
-    {"blocks.0.att.key.lora_A": draw(3, 48)},
-    {"blocks.0.att.key.lora_B": draw(48, 3)},
-    {"blocks.0.ffn.key.bone": draw(3, 192)},
-)
+def key(leaf, *shape):
+    """A tensor of att.key, by the end of its name."""
+    return {f"blocks.0.att.key.{leaf}": draw(*shape)}
+
+
+def ffn(name, *shape):
+    return {f"blocks.0.ffn.{name}": draw(*shape)}
+
+
+A, B, BONE = key("lora_A", 3, 48), key("lora_B", 48, 3), ffn("key.bone", 3, 192)
+STATE = {"blocks.0.att.time_state": draw(3, 16, 16)}
 
 
 @pytest.mark.parametrize(
     "content, hints, words",
     [
-        (A | B, Hints(), "does not hold LoRA's alpha: give the one of the training with --alpha"),
+        (A | B, NO_HINTS, "does not hold LoRA's alpha: give the one of the training with --alpha"),
         (A | B, Hints(alpha=0), "--alpha 0 is no factor"),
         (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
         (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
@@ -419,7 +404,7 @@ A, B, BONE = (
         (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"),
         (A, Hints(alpha=4), "has lora_A without lora_B"),
         (B, Hints(alpha=4), "has lora_B without lora_A"),
-        (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
+        (A | key("lora_B", 48, 4), Hints(alpha=4), "expected .r, inputs. and"),
         (
             A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)},
             Hints(alpha=4),
@@ -431,136 +416,119 @@ A, B, BONE = (
         (
             A | B,
             Hints(alpha=4, origin="rwkv-peft"),
-            "--origin rwkv-peft decides nothing in a file of LoRA; drop the flag",
+            "rwkv-peft decides nothing in a file of LoRA; drop the flag",
         ),
         (
-            {"blocks.0.att.time_state": draw(3, 16, 16)},
+            STATE,
             Hints(origin="bone-v0"),
             "decides nothing in a file of initial states; drop the flag, or choose",
         ),
-        (BONE | {"blocks.0.att.key.disha": draw(3, 48)}, Hints(), "of bone and disha"),
-        (
-            BONE | {"blocks.0.att.key.bone": draw(16, 3, 3)},
-            Hints(),
-            "two dimensions for some linears and three",
+        (BONE | key("disha", 3, 48), NO_HINTS, "of bone and disha"),
+        (BONE | key("bone", 16, 3, 3), NO_HINTS, "two dimensions for some linears and three"),
+        (key("bone", 16, 3, 4), NO_HINTS, "blocks.0.att.key.bone is .16, 3, 4., expected"),
+        (key("bone", 16), NO_HINTS, "is .16., expected"),
+        (key("bone", 0, 3), NO_HINTS, "expected numbers in fp32"),
+        *(
+            ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=dtype)}, NO_HINTS, f"is {dtype}")
+            for dtype in (torch.int8, torch.float8_e4m3fn)
         ),
-        ({"blocks.0.att.key.bone": draw(16, 3, 4)}, Hints(), "blocks.0.att.key.bone is .16, 3, 4., expected"),
-        ({"blocks.0.att.key.bone": draw(16)}, Hints(), "is .16., expected"),
-        ({"blocks.0.att.key.bone": draw(0, 3)}, Hints(), "expected numbers in fp32"),
-        ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.int8)}, Hints(), "is torch.int8"),
-        (
-            {"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.float8_e4m3fn)},
-            Hints(),
-            "is torch.float8_e4m3fn",
-        ),
-        (
-            BONE | {"blocks.0.ffn.key.weight": draw(192, 48)},
-            Hints(),
-            "blocks.0.ffn.key has a weight of its own",
-        ),
+        (BONE | ffn("key.weight", 192, 48), NO_HINTS, "blocks.0.ffn.key has a weight of its own"),
         (
             BONE | {"blocks.0.att.time_offset": draw(48)},
-            Hints(),
+            NO_HINTS,
             "time_offset is no adapter's tensor and none of RWKV-6 or RWKV-7",
         ),
         (
-            BONE | {"blocks.0.ffn.expert_0.key.bone_expert_0": draw(3, 48)},
-            Hints(),
+            BONE | ffn("expert_0.key.bone_expert_0", 3, 48),
+            NO_HINTS,
             "bone_expert_0 is of a mixture of experts",
         ),
         (
-            BONE | {"blocks.0.ffn.router.linear.weight": draw(3, 48)},
-            Hints(),
+            BONE | ffn("router.linear.weight", 3, 48),
+            NO_HINTS,
             "router.linear.weight is of a mixture of experts",
         ),
-        (
-            A | B | {"blocks.0.att.key.lora_M": draw(1, 48)},
-            Hints(alpha=4),
-            "lora_M is of DoRA with a norm for every input",
-        ),
-        ({"emb.bone": draw(3, 48)}, Hints(), "emb.bone adapts the embedding"),
+        (A | B | key("lora_M", 1, 48), Hints(alpha=4), "lora_M is of DoRA with a norm for every input"),
+        ({"emb.bone": draw(3, 48)}, NO_HINTS, "emb.bone adapts the embedding"),
         (
             BONE | {"model.blocks.0.ffn.key.bone": draw(3, 192)},
-            Hints(),
+            NO_HINTS,
             "2 tensors have only 1 names without _forward_module. and model.",
         ),
-        ({"blocks.0.att.time_state": draw(3, 16)}, Hints(), "time_state is .3, 16., expected .heads, N, N."),
+        ({"blocks.0.att.time_state": draw(3, 16)}, NO_HINTS, "time_state is .3, 16., expected .heads, N, N."),
     ],
 )
-def test_what_has_no_form_or_no_meaning_here_is_refused_by_name(tmp_path, content, hints, words):
-    torch.save(content, tmp_path / "theirs.pth")
-    refused(tmp_path, words, hints)
+def test_what_has_no_form_or_no_meaning_here_is_refused_by_name(content, hints, words):
+    torch.save(content, "theirs.pth")
+    refused(words, hints)
 
 
 @pytest.mark.parametrize(
     "changed, words",
     [
         (
-            {"blocks.0.att.key.init_lora_A": draw(4, 48)},
+            key("init_lora_A", 4, 48),
             r"init_lora_A should be \[3, 48\], found torch.float32 \[4, 48\]; it is of another training",
         ),
         ({"blocks.0.att.value.init_lora_A": draw(3, 48)}, "holds blocks.0.att.value.init_lora_A too"),
     ],
 )
-def test_initial_factors_of_another_training_are_refused(tmp_path, changed, words):
-    torch.save(A | B, tmp_path / "theirs.pth")
+def test_initial_factors_of_another_training_are_refused(changed, words):
+    torch.save(A | B, "theirs.pth")
     initial = {name.replace("lora_", "init_lora_"): tensor for name, tensor in (A | B).items()}
-    torch.save(initial | changed, tmp_path / "init_pissa.pth")
-    refused(tmp_path, words, Hints(init=str(tmp_path / "init_pissa.pth")))
+    torch.save(initial | changed, "init_pissa.pth")
+    refused(words, Hints(init="init_pissa.pth"))
 
 
 @pytest.mark.parametrize("prefix", ["model.", "_forward_module.", "_forward_module.model."])
-def test_prefixes_of_the_trainer_are_taken_off_and_named(tmp_path, prefix, capsys):
-    base = base_file(tmp_path, 7)
-    theirs(tmp_path, base, "disha", 7, 13)
-    ours(tmp_path)
-    plain = read_checkpoint(tmp_path / "ours.pth")
-    theirs(tmp_path, base, "disha", 7, 13, prefix=prefix)
-    main(["convert", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth"), "--to", "native"])
+def test_prefixes_of_the_trainer_are_taken_off_and_named(prefix, capsys):
+    base = base_file(7)
+    theirs(base, "disha", 7, 13)
+    ours()
+    plain = read_checkpoint("ours.pth")
+    theirs(base, "disha", 7, 13, prefix=prefix)
+    main(["convert", "theirs.pth", "ours.pth", "--to", "native"])
     named = " and ".join(part for part in ("_forward_module.", "model.") if part in prefix)
     assert f"note: {named} was taken off the names of the tensors" in capsys.readouterr().out
-    assert plain.keys() == read_checkpoint(tmp_path / "ours.pth").keys()
+    assert plain.keys() == read_checkpoint("ours.pth").keys()
 
 
 # states, the head, and layers that only some of are trained
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_states_are_value_by_key_and_those_of_fla_are_transposed(tmp_path, version):
-    base_file(tmp_path, version)
+def test_states_are_value_by_key_and_those_of_fla_are_transposed(version):
+    base_file(version)
     torch.manual_seed(5)
     states = {f"blocks.{layer}.att.time_state": draw(3, 16, 16, std=1.0) for layer in range(2)}
-    torch.save({f"model.{name}": tensor for name, tensor in states.items()}, tmp_path / "theirs.pth")
-    assert ours(tmp_path, Hints(origin="rwkv-peft")).notes == [
-        "model. was taken off the names of the tensors"
-    ]
-    assert "taken as (heads, value, key)" in ours(tmp_path).notes[1]
-    same = read_checkpoint(tmp_path / "ours.pth")
+    torch.save({f"model.{name}": tensor for name, tensor in states.items()}, "theirs.pth")
+    assert ours(Hints(origin="rwkv-peft")).notes == ["model. was taken off the names of the tensors"]
+    assert "taken as (heads, value, key)" in ours().notes[1]
+    same = read_checkpoint("ours.pth")
     assert all(torch.equal(same[name], tensor) for name, tensor in states.items())
-    logits = live(tmp_path)
-    torch.save({name: tensor.mT.contiguous() for name, tensor in states.items()}, tmp_path / "fla.pth")
-    assert "are transposed" in ours(tmp_path, Hints(origin="openmose"), "fla.pth").notes[0]
-    assert torch.equal(live(tmp_path), logits) and not torch.equal(live(tmp_path, "fla.pth"), logits)
-    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
-    same_tensors(tmp_path / "again.pth", tmp_path / "ours.pth")
-    convert(tmp_path / "ours.pth", tmp_path / "ours.safetensors", "safetensors")
-    assert convert(tmp_path / "ours.safetensors", tmp_path / "native.pth", "native").source == "safetensors"
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    assert torch.equal(merged_logits(tmp_path), logits)
+    logits = live()
+    torch.save({name: tensor.mT.contiguous() for name, tensor in states.items()}, "fla.pth")
+    assert "are transposed" in ours(Hints(origin="openmose"), "fla.pth").notes[0]
+    assert torch.equal(live(), logits) and not torch.equal(live("fla.pth"), logits)
+    convert("ours.pth", "again.pth", "rwkv-peft")
+    same_tensors("again.pth", "ours.pth")
+    convert("ours.pth", "ours.safetensors", "safetensors")
+    assert convert("ours.safetensors", "native.pth", "native").source == "safetensors"
+    merge_ours()
+    assert torch.equal(merged_logits(), logits)
 
 
-def test_an_adapted_head_and_other_ranks_by_layer(tmp_path):
-    base = base_file(tmp_path, 7, vocab_size=64)
+def test_an_adapted_head_and_other_ranks_by_layer():
+    base = base_file(7, vocab_size=64)
     torch.manual_seed(6)
     ranks = {"blocks.0.": 8, "blocks.1.": 16, "head": 4}
     tensors = {}
     for name in [*linears_of(7), "head"]:
         r = next(rank for start, rank in ranks.items() if name.startswith(start))
         tensors[f"{name}.bone"] = draw(base[f"{name}.weight"].shape[1] // r, r, r)
-    torch.save(tensors, tmp_path / "theirs.pth")
-    assert ours(tmp_path).linears == 13
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    merged = read_checkpoint(tmp_path / "merged.pth")
+    torch.save(tensors, "theirs.pth")
+    assert ours().linears == 13
+    merged = merge_ours()
     for name in ("blocks.0.ffn.value", "blocks.1.ffn.key", "head"):
         x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
         same_layer(
@@ -569,68 +537,67 @@ def test_an_adapted_head_and_other_ranks_by_layer(tmp_path):
             x,
             row_forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double()),
         )
-    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
-    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
-    same_tensors(tmp_path / "theirs.pth", tmp_path / "again.pth")
+    close("logits", live(), merged_logits(), 1e-5)
+    convert("ours.pth", "again.pth", "rwkv-peft")
+    same_tensors("theirs.pth", "again.pth")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whole_tensors_of_some_layers_and_of_no_part_are_honoured(tmp_path, dtype):
+def test_whole_tensors_of_some_layers_and_of_no_part_are_honoured(dtype):
     """RWKV-LM-RLHF trains layer by layer: norms and mixes of one layer, its gate's g1 and g2, block 0's v0,
     which none of our parts has, and a layer's own weights where the profile says full.
     """
-    base = base_file(tmp_path, 7, dtype, n_layer=3)
+    base = base_file(7, dtype, n_layer=3)
     layer = r"blocks\.2\.(att\.(g1|g2|x_r|w0|r_k|key\.weight)|ffn\.key\.weight|ln1\.weight)"
     whole = whole_tensors(base, dtype, layer + r"|blocks\.0\.att\.v0|emb\.weight")
     whole |= {name: 1.1 * base[name] for name in ("blocks.2.ffn.value.weight",)}
-    theirs(tmp_path, base, "v1", 7, 8, parts=False)
-    torch.save({**read_checkpoint(tmp_path / "theirs.pth"), **whole}, tmp_path / "both.pth")
-    ours(tmp_path, file="both.pth")
-    report = rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    theirs(base, "v1", 7, 8, parts=False)
+    torch.save({**read_checkpoint("theirs.pth"), **whole}, "both.pth")
+    ours(file="both.pth")
+    report = rwkv_miss.merge_file("base.pth", "ours.pth", "merged.pth")
     assert report.replaced == len(whole) == 11
-    merged = read_checkpoint(tmp_path / "merged.pth")
+    merged = read_checkpoint("merged.pth")
     assert all(torch.equal(merged[name], tensor) for name, tensor in whole.items())
-    model = RWKV.load(tmp_path / "base.pth")
-    rwkv_miss.load_adapter(model, tmp_path / "ours.pth")
+    model = RWKV.load("base.pth")
+    rwkv_miss.load_adapter(model, "ours.pth")
     parameters = dict(model.named_parameters())
     assert all(
         torch.equal(parameters[name].to(dtype).view_as(tensor), tensor) for name, tensor in whole.items()
     )
     trained = {name for name, p in parameters.items() if p.requires_grad and not name.endswith(".bat")}
     assert trained == whole.keys(), "what the file holds is trained on, and of a part in some layers no more"
-    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5 if dtype == torch.float32 else 3e-2)
-    assert torch.equal(RWKV.load(tmp_path / "base.pth").emb.weight.to(dtype), base["emb.weight"]), (
+    close("logits", live(), merged_logits(), 1e-5 if dtype == torch.float32 else 3e-2)
+    assert torch.equal(RWKV.load("base.pth").emb.weight.to(dtype), base["emb.weight"]), (
         "the base's file is as it was"
     )
 
 
-def test_whole_tensors_do_not_write_into_what_two_models_share(tmp_path):
-    base = base_file(tmp_path, 7)
+def test_whole_tensors_do_not_write_into_what_two_models_share():
+    base = base_file(7)
     torch.save(
-        {"blocks.0.att.key.bone": draw(3, 48), "blocks.1.att.g1": 2 * base["blocks.1.att.g1"]},
-        tmp_path / "theirs.pth",
+        {"blocks.0.att.key.bone": draw(3, 48), "blocks.1.att.g1": 2 * base["blocks.1.att.g1"]}, "theirs.pth"
     )
-    ours(tmp_path)
+    ours()
     with torch.device("meta"):
         models = [RWKV(make_arch(7)) for _ in range(2)]
     for model in models:
         model.load_state_dict(base, assign=True)
     before = base["blocks.1.att.g1"].clone()
-    rwkv_miss.load_adapter(models[0], tmp_path / "ours.pth")
+    rwkv_miss.load_adapter(models[0], "ours.pth")
     assert torch.equal(models[1].blocks[1].att.g1, before)
     assert torch.equal(models[0].blocks[1].att.g1, 2 * before)
 
 
-def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):
+def test_every_name_of_both_versions_is_one_that_may_be_whole():
     for version in (6, 7):
         base = random_tensors(make_arch(version))
         torch.save(
             {"blocks.0.att.key.bone": draw(3, 48)}
             | {name: t for name, t in base.items() if name != "blocks.0.att.key.weight"},
-            tmp_path / "theirs.pth",
+            "theirs.pth",
         )
-        ours(tmp_path)
-        parts = read_metadata(tmp_path / "ours.pth")["train_parts"]
+        ours()
+        parts = read_metadata("ours.pth")["train_parts"]
         assert parts == [part for part in PARTS if part != "state"] and in_parts(base, parts)
 
 
@@ -643,7 +610,7 @@ head,lora,3,9,0.01,1e-4
 
 
 def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
-    base = base_file(tmp_path, 7)
+    base = base_file(7)
     torch.manual_seed(8)
     wanted = {"blocks.0.": (4, 6), "blocks.1.": (8, 20), "head": (3, 9)}
     factors = {}
@@ -651,20 +618,16 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         r = next(rank for start, (rank, _) in wanted.items() if name.startswith(start))
         out, inputs = base[f"{name}.weight"].shape
         factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
-    torch.save(factors, tmp_path / "theirs.pth")
+    torch.save(factors, "theirs.pth")
     (tmp_path / "profile.csv").write_text(PROFILE)
-    refused(
-        tmp_path,
-        r"the ranks differ \(3, 4, 8\), and with them the factors alpha / r; one --alpha",
-        Hints(alpha=6),
-    )
-    ours(tmp_path, Hints(profile=str(tmp_path / "profile.csv")))
-    files = f"--base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth --out {tmp_path}/merged.pth"
+    refused(r"the ranks differ \(3, 4, 8\), and with them the factors alpha / r; one --alpha", Hints(alpha=6))
+    ours(Hints(profile="profile.csv"))
+    files = "--base base.pth --adapter theirs.pth --out merged.pth"
     line = ["merge", *files.split()]
-    main([*line, "--profile", str(tmp_path / "profile.csv")])
-    options = read_metadata(tmp_path / "ours.pth")["options"]
+    main([*line, "--profile", "profile.csv"])
+    options = read_metadata("ours.pth")["options"]
     assert set(options["rank_map"]) == set(options["alpha_map"]) and len(options["rank_map"]) == 7
-    merged = read_checkpoint(tmp_path / "merged.pth")
+    merged = read_checkpoint("merged.pth")
     for name in [*linears_of(7), "head"]:
         alpha = next(alpha for start, (_, alpha) in wanted.items() if name.startswith(start))
         x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
@@ -672,7 +635,7 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         same_layer(
             name, merged[f"{name}.weight"], x, lora_forward(x, base[f"{name}.weight"].double(), A, B, alpha)
         )
-    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+    close("logits", live(), merged_logits(), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -681,10 +644,8 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         (
             "0,lora,4",
             "0,lora,5",
-            (
-                "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the"
-                " profile is of another"
-            ),
+            "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the profile"
+            " is of another",
         ),
         ("0,lora", "0,bone", "has Mode bone"),
         ("4,6", "4,x", "has Rank '4' and Alpha 'x', expected numbers"),
@@ -698,12 +659,9 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
     ],
 )
 def test_a_profile_of_another_training_is_refused(tmp_path, old, new, words):
-    torch.save(
-        {"blocks.0.att.key.lora_A": draw(4, 48), "blocks.0.att.key.lora_B": draw(48, 4)},
-        tmp_path / "theirs.pth",
-    )
+    torch.save({"blocks.0.att.key.lora_A": draw(4, 48), "blocks.0.att.key.lora_B": draw(48, 4)}, "theirs.pth")
     (tmp_path / "profile.csv").write_text(PROFILE.replace(old, new))
-    refused(tmp_path, words, Hints(profile=str(tmp_path / "profile.csv")))
+    refused(words, Hints(profile="profile.csv"))
 
 
 # without a conversion: the command lines of their merge scripts
@@ -713,24 +671,14 @@ def test_a_profile_of_another_training_is_refused(tmp_path, old, new, words):
     "flag, generation",
     [("--lora_checkpoint", "v2"), ("--lora_checkpoint", "v1"), ("--peft_checkpoint", "disha")],
 )
-def test_the_merge_scripts_command_lines_take_their_own_files(tmp_path, capsys, flag, generation):
-    theirs(tmp_path, base_file(tmp_path, 6), generation, 6, 8)
-    ours(tmp_path)
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    main(
-        [
-            "merge",
-            "--base_model",
-            str(tmp_path / "base.pth"),
-            flag,
-            str(tmp_path / "theirs.pth"),
-            "--output",
-            str(tmp_path / "direct.pth"),
-        ]
-    )
-    same_tensors(tmp_path / "direct.pth", tmp_path / "merged.pth")
+def test_the_merge_scripts_command_lines_take_their_own_files(capsys, flag, generation):
+    theirs(base_file(6), generation, 6, 8)
+    ours()
+    merge_ours()
+    main(["merge", "--base_model", "base.pth", flag, "theirs.pth", "--output", "direct.pth"])
+    same_tensors("direct.pth", "merged.pth")
     method = GENERATIONS[generation][3][0]
-    assert f"note: {tmp_path / 'theirs.pth'} is read as rwkv-peft: {method}" in capsys.readouterr().out
+    assert f"note: theirs.pth is read as rwkv-peft: {method}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -739,13 +687,13 @@ def test_the_merge_scripts_command_lines_take_their_own_files(tmp_path, capsys, 
 )
 def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags, hints, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base_file(tmp_path, 7)
+    base_file(7)
     torch.save(A | B, "theirs.pth")
     torch.save(
         {name.replace("lora_", "init_lora_"): 2 * tensor for name, tensor in (A | B).items()}, "init.pth"
     )
-    ours(tmp_path, Hints(**hints))
-    rwkv_miss.merge_file("base.pth", "ours.pth", "merged.pth")
+    ours(Hints(**hints))
+    merge_ours()
     line = ["merge", "--base_model", "base.pth", "--lora_checkpoint", "theirs.pth", "--output", "direct.pth"]
     main([*line, *flags])
     same_tensors("direct.pth", "merged.pth")
@@ -754,77 +702,63 @@ def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags
 
 
 def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
-    theirs(tmp_path, base_file(tmp_path, 7), "v1", 7, 8, names=SQUARE)
-    line = (
-        f"merge --base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth --out {tmp_path}/out.pth".split()
-    )
+    theirs(base_file(7), "v1", 7, 8, names=SQUARE)
+    line = "merge --base base.pth --adapter theirs.pth --out out.pth".split()
     with pytest.raises(SystemExit):
         main(line)
     assert "could be of two origins" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
     main([*line, "--origin", "bone-v0", "--json"])
-    ours(tmp_path, Hints(origin="bone-v0"))
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    same_tensors(tmp_path / "out.pth", tmp_path / "merged.pth")
-    undo = f"unmerge {tmp_path}/out.pth --base {tmp_path}/base.pth --adapter {tmp_path}/theirs.pth".split()
+    ours(Hints(origin="bone-v0"))
+    merge_ours()
+    same_tensors("out.pth", "merged.pth")
+    undo = "unmerge out.pth --base base.pth --adapter theirs.pth".split()
     main([*undo, "--origin", "bone-v0"])
     with pytest.raises(SystemExit):
         main([*undo, "--origin", "rwkv-peft"])
 
 
 def test_a_whole_tensor_that_the_base_lacks_is_of_another_base(tmp_path):
-    base_file(tmp_path, 7)
+    base_file(7)
     torch.save(
-        {"blocks.0.att.key.bone": draw(3, 48), "blocks.0.att.time_maa_x": draw(1, 1, 48)},
-        tmp_path / "theirs.pth",
+        {"blocks.0.att.key.bone": draw(3, 48), "blocks.0.att.time_maa_x": draw(1, 1, 48)}, "theirs.pth"
     )
-    ours(tmp_path)
+    ours()
     for file in ("theirs.pth", "ours.pth"):
         with pytest.raises(
             rwkv_miss.UserError, match="replaces blocks.0.att.time_maa_x, which the base does not have"
         ):
-            rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / file, tmp_path / "merged.pth")
+            rwkv_miss.merge_file("base.pth", file, "merged.pth")
     with pytest.raises(
         rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"
     ):
-        live(tmp_path)
+        live()
     assert not (tmp_path / "merged.pth").exists()
 
 
-def test_inspect_says_what_a_file_of_theirs_is_and_what_it_leaves_open(tmp_path, capsys):
-    theirs(tmp_path, base_file(tmp_path, 7), "disha", 7, 13)
-    facts = describe(tmp_path / "theirs.pth")
+def test_inspect_says_what_a_file_of_theirs_is_and_what_it_leaves_open(capsys):
+    theirs(base_file(7), "disha", 7, 13)
+    facts = describe("theirs.pth")
     assert (facts["kind"], facts["arch"], facts["metadata"]["format"]) == ("adapter", None, "rwkv-peft")
     assert facts["metadata"]["method"] == "miss" and facts["metadata"]["options"]["rank"] == 13
-    main(["inspect", str(tmp_path / "theirs.pth")])
+    main(["inspect", "theirs.pth"])
     assert re.search(r"theirs.pth: adapter, .*format +rwkv-peft.*method +miss", capsys.readouterr().out, re.S)
-    torch.save(A | B, tmp_path / "lora.pth")
-    main(["inspect", str(tmp_path / "lora.pth")])
+    torch.save(A | B, "lora.pth")
+    main(["inspect", "lora.pth"])
     assert re.search(r"open +.*does not hold LoRA's alpha", capsys.readouterr().out)
     for to in ("peft", "safetensors"):
-        convert(tmp_path / "theirs.pth", tmp_path / to, to)
-        facts = describe(tmp_path / to)
+        convert("theirs.pth", to, to)
+        facts = describe(to)
         assert facts["kind"] == "adapter" and facts["metadata"]["method"] == "miss" and facts["bytes"] > 1000
 
 
 @pytest.mark.parametrize(
     "command",
-    [
-        ["inspect"],
-        ["convert", "OUT", "--to", "native"],
-        ["merge", "--base", "base.pth", "--out", "OUT", "--adapter"],
-    ],
+    ["inspect pipe", "convert pipe OUT --to native", "merge --base base.pth --out OUT --adapter pipe"],
 )
 def test_a_pipe_is_not_waited_for(tmp_path, command, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base_file(tmp_path, 7)
+    base_file(7)
     os.mkfifo("pipe")
     with pytest.raises(SystemExit):
-        main(
-            [
-                *command[:1],
-                *(["pipe"] if command[0] != "merge" else []),
-                *command[1:],
-                *(["pipe"] if command[0] == "merge" else []),
-            ]
-        )
+        main(command.split())
     assert "pipe is no regular file" in capsys.readouterr().err
