@@ -4,6 +4,7 @@ outputs; peft is the oracle throughout.
 
 import json
 import os
+import pathlib
 import warnings
 
 import peft
@@ -15,56 +16,58 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS, adapted_linears, has_factors
-from rwkv_miss.convert import Hints, convert
+from rwkv_miss.convert import NO_HINTS, Hints, convert
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors
 from .test_adapters import CASES, filled, fitting
 
+pytestmark = pytest.mark.usefixtures("in_its_folder")
+
 warnings.filterwarnings("ignore", module="peft")
 IDS = torch.arange(13)[None]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = ["key", "value"]
-# what peft is configured with -> the method that it is here
+LORA = dict(r=5, lora_alpha=9)
+PATTERNS = dict(
+    rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2}, alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5}
+)
+# what peft is configured with: the class, its options beside the linears, and the method that it is here
 READ = {
-    "miss": (lambda: peft.MissConfig(r=7, target_modules=KEYS, miss_dropout=0.1), "miss"),
+    "miss": (peft.MissConfig, dict(r=7, miss_dropout=0.1), "miss"),
     "miss-random": (
-        lambda: peft.MissConfig(r=5, target_modules=r".*\.(key|output)", init_weights=False),
+        peft.MissConfig,
+        dict(r=5, target_modules=r".*\.(key|output)", init_weights=False),
         "miss",
     ),
-    "bat": (lambda: peft.MissConfig(r=8, target_modules=KEYS, init_weights="bat"), "bat"),
-    "mini": (lambda: peft.MissConfig(r=7, target_modules=KEYS, init_weights="mini", mini_r=4), "miss"),
-    "lora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, lora_dropout=0.1), "lora"),
-    "rslora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, use_rslora=True), "lora"),
-    "patterns": (
-        lambda: peft.LoraConfig(
-            r=5,
-            lora_alpha=9,
-            target_modules=KEYS,
-            rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2},
-            alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5},
-        ),
-        "lora",
-    ),
-    "dora": (
-        lambda: peft.LoraConfig(
-            r=5, lora_alpha=9, target_modules=KEYS, use_dora=True, rank_pattern={"att.key": 3}
-        ),
-        "dora",
-    ),
-    "modules": (
-        lambda: peft.LoraConfig(
-            r=5, target_modules=KEYS, modules_to_save=["emb", "head", "ln1"], task_type=None
-        ),
-        "lora",
-    ),
-    "adalora": (
-        lambda: peft.AdaLoraConfig(init_r=5, target_r=2, total_step=10, lora_alpha=9, target_modules=KEYS),
-        "lora",
-    ),
-    "vera": (lambda: peft.VeraConfig(r=9, target_modules=KEYS), "vera"),
+    "bat": (peft.MissConfig, dict(r=8, init_weights="bat"), "bat"),
+    "mini": (peft.MissConfig, dict(r=7, init_weights="mini", mini_r=4), "miss"),
+    "lora": (peft.LoraConfig, dict(LORA, lora_dropout=0.1), "lora"),
+    "rslora": (peft.LoraConfig, dict(LORA, use_rslora=True), "lora"),
+    "patterns": (peft.LoraConfig, dict(LORA, **PATTERNS), "lora"),
+    "dora": (peft.LoraConfig, dict(LORA, use_dora=True, rank_pattern={"att.key": 3}), "dora"),
+    "modules": (peft.LoraConfig, dict(r=5, modules_to_save=["emb", "head", "ln1"], task_type=None), "lora"),
+    "adalora": (peft.AdaLoraConfig, dict(init_r=5, target_r=2, total_step=10, lora_alpha=9), "lora"),
+    "vera": (peft.VeraConfig, dict(r=9), "vera"),
 }
+
+
+def configured(kind, options, method=""):
+    """A configuration of peft, which peft changes where it is used."""
+    return kind(**{"target_modules": KEYS} | options)
+
+
+def theirs_of(name):
+    """Save a trained adapter of peft in the folder theirs, and return the model."""
+    live = trained(rwkv(7), configured(*READ[name]))
+    live.save_pretrained("theirs")
+    return live
+
+
+def refused(words, path="theirs", out="a.pth", to="native", hints=NO_HINTS):
+    with pytest.raises(rwkv_miss.UserError, match=words):
+        convert(path, out, to, hints)
 
 
 def rwkv(version):
@@ -105,61 +108,61 @@ def logits(model):
         return model(IDS)[0]
 
 
-def merged(tmp_path, version, adapter):
+def merged(version, adapter):
     """Logits of the base of rwkv(version), merged with an adapter file."""
-    write_checkpoint(tmp_path / "base.pth", rwkv(version).state_dict().items())
-    rwkv_miss.merge_file(tmp_path / "base.pth", adapter, tmp_path / "merged.pth")
-    return logits(RWKV.load(tmp_path / "merged.pth"))
+    write_checkpoint("base.pth", rwkv(version).state_dict().items())
+    rwkv_miss.merge_file("base.pth", adapter, "merged.pth")
+    return logits(RWKV.load("merged.pth"))
 
 
 def load(path, model):
     """A folder in peft; a tensor that it does not know, or misses, is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(model, str(path)).eval()
+        return peft.PeftModel.from_pretrained(model, path).eval()
 
 
 def same_folder(first, second):
-    a, b = (load_file(path / TENSORS) for path in (first, second))
+    a, b = (load_file(f"{path}/{TENSORS}") for path in (first, second))
     assert a.keys() == b.keys()
     assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def config_of(path, **changes):
     """A folder's configuration; with changes, written back."""
-    config = json.loads((path / CONFIG).read_text())
+    path = pathlib.Path(path, CONFIG)
+    config = json.loads(path.read_text())
     if changes:
-        (path / CONFIG).write_text(json.dumps({**config, **changes}))
+        path.write_text(json.dumps({**config, **changes}))
     return config
 
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("name", READ)
 def test_a_folder_of_peft_is_read_merged_and_written_again(name, version, tmp_path):
-    make, method = READ[name]
-    live = trained(rwkv(version), make())
-    live.save_pretrained(str(tmp_path / "theirs"))
-    done = convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    live, method = trained(rwkv(version), configured(*READ[name])), READ[name][-1]
+    live.save_pretrained("theirs")
+    done = convert("theirs", "ours.pth", "native")
     assert done.source == "peft" and done.method == method
     want = logits(live)
     # 2 fp32 orders of summation: 7e-7 seen
-    close("merged", merged(tmp_path, version, tmp_path / "ours.pth"), want, 3e-6)
+    close("merged", merged(version, "ours.pth"), want, 3e-6)
     ours = rwkv(version)
-    rwkv_miss.load_adapter(ours, tmp_path / "ours.pth")
+    rwkv_miss.load_adapter(ours, "ours.pth")
     close("unmerged", logits(ours.eval()), want, 3e-6)
 
-    convert(tmp_path / "ours.pth", tmp_path / "back", "peft")
-    again = logits(load(tmp_path / "back", rwkv(version)))
+    convert("ours.pth", "back", "peft")
+    again = logits(load("back", rwkv(version)))
     close("in peft again", again, want, 3e-6)
     first = tmp_path / "theirs"
     if name == "adalora":  # it has become a LoRA, which comes back as it was
-        assert config_of(tmp_path / "back")["peft_type"] == "LORA"
+        assert config_of("back")["peft_type"] == "LORA"
         first, want = tmp_path / "as-lora", again
-        convert(tmp_path / "back", tmp_path / "lora.pth", "native")
-        convert(tmp_path / "lora.pth", first, "peft")
+        convert("back", "lora.pth", "native")
+        convert("lora.pth", first, "peft")
     assert torch.equal(again, want) and torch.equal(logits(load(first, rwkv(version))), want)
-    assert config_of(first) == config_of(tmp_path / "back")
-    same_folder(first, tmp_path / "back")
+    assert config_of(first) == config_of("back")
+    same_folder(first, "back")
 
 
 class Net(nn.Module):
@@ -177,38 +180,30 @@ class Net(nn.Module):
 
 
 NET = [
-    (lambda: peft.MissConfig(r=4, target_modules=["key"])),
-    (lambda: peft.MissConfig(r=5, target_modules=["inner.key"], init_weights="bat")),
-    (lambda: peft.MissConfig(r=4, target_modules=["key"], init_weights="mini", mini_r=5)),
-    (
-        lambda: peft.LoraConfig(
-            r=4,
-            lora_alpha=7,
-            target_modules=["key"],
-            rank_pattern={"inner.key": 3},
-            alpha_pattern={"key": 5.5},
-        )
-    ),
-    (
-        lambda: peft.LoraConfig(
-            r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"key": 3}, use_rslora=True
-        )
-    ),
-    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key", "out"], use_dora=True)),
-    (lambda: peft.VeraConfig(r=4, target_modules=["key", "out"])),
+    (peft.MissConfig, dict(target_modules=["key"])),
+    (peft.MissConfig, dict(r=5, target_modules=["inner.key"], init_weights="bat")),
+    (peft.MissConfig, dict(target_modules=["key"], init_weights="mini", mini_r=5)),
+    (peft.LoraConfig, dict(lora_alpha=7, rank_pattern={"inner.key": 3}, alpha_pattern={"key": 5.5})),
+    (peft.LoraConfig, dict(lora_alpha=7, rank_pattern={"key": 3}, use_rslora=True)),
+    (peft.LoraConfig, dict(lora_alpha=7, target_modules=["key", "out"], use_dora=True)),
+    (peft.VeraConfig, dict(target_modules=["key", "out"])),
 ]
 
 
-@pytest.mark.parametrize("case", range(len(NET)))
-def test_in_float64_the_weights_of_peft_and_these_are_one(case, tmp_path):
+def for_net(options):
+    return dict(r=4, target_modules=["key"]) | options
+
+
+@pytest.mark.parametrize("kind, options", NET)
+def test_in_float64_the_weights_of_peft_and_these_are_one(kind, options):
     """HF's Bat is the order "col", its MiSS the layout "stride", its norms, factors and patterns are those of
     here.
     """
-    live = trained(Net(), NET[case]())
-    live.save_pretrained(str(tmp_path / "theirs"))
-    convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    live = trained(Net(), kind(**for_net(options)))
+    live.save_pretrained("theirs")
+    convert("theirs", "ours.pth", "native")
     ours = Net()
-    rwkv_miss.load_adapter(ours, tmp_path / "ours.pth")
+    rwkv_miss.load_adapter(ours, "ours.pth")
     layers = adapted_linears(ours.double())
     for layer in layers.values():
         layer.prepare()
@@ -219,7 +214,7 @@ def test_in_float64_the_weights_of_peft_and_these_are_one(case, tmp_path):
         assert error.abs().max() < 1e-13, name
 
 
-def test_after_training_in_peft_the_merged_file_has_its_logits(tmp_path):
+def test_after_training_in_peft_the_merged_file_has_its_logits():
     live = peft.get_peft_model(rwkv(7), peft.MissConfig(r=7, target_modules=KEYS, modules_to_save=["head"]))
     optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -227,11 +222,11 @@ def test_after_training_in_peft_the_merged_file_has_its_logits(tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    live.save_pretrained(str(tmp_path / "theirs"))
-    convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    live.save_pretrained("theirs")
+    convert("theirs", "ours.pth", "native")
     moved = (logits(live) - logits(rwkv(7))).abs().max()
     assert moved > 0.1, "nothing was trained"
-    close("merged", merged(tmp_path, 7, tmp_path / "ours.pth"), logits(live), 3e-6)
+    close("merged", merged(7, "ours.pth"), logits(live), 3e-6)
 
 
 def test_pissa_is_read_with_its_start_or_refused(tmp_path):
@@ -242,47 +237,43 @@ def test_pissa_is_read_with_its_start_or_refused(tmp_path):
         rwkv(7), peft.LoraConfig(r=5, lora_alpha=8, target_modules=KEYS, init_lora_weights="pissa")
     )
     live.peft_config["default"].init_lora_weights = True
-    live.save_pretrained(str(tmp_path / "start"))
+    live.save_pretrained("start")
     live.peft_config["default"].init_lora_weights = "pissa"
     with torch.no_grad():
         for p in live.parameters():
             if p.requires_grad:
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    live.eval().save_pretrained(str(tmp_path / "trained"))
-    live.save_pretrained(
-        str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
-    )
-    with pytest.raises(rwkv_miss.UserError, match="init_lora_weights = 'pissa' took .* --init FOLDER"):
-        convert(tmp_path / "trained", tmp_path / "a.pth", "native")
+    live.eval().save_pretrained("trained")
+    live.save_pretrained("converted", path_initial_model_for_weight_conversion="start")
+    refused("init_lora_weights = 'pissa' took .* --init FOLDER", "trained", "a.pth", "native")
     assert not (tmp_path / "a.pth").exists()
 
-    convert(tmp_path / "trained", tmp_path / "a.pth", "native", Hints(init=str(tmp_path / "start")))
-    assert read_metadata(tmp_path / "a.pth")["method"] == "pissa"
-    convert(tmp_path / "converted", tmp_path / "b.pth", "native")
-    convert(tmp_path / "a.pth", tmp_path / "ours", "peft")
+    convert("trained", "a.pth", "native", Hints(init="start"))
+    assert read_metadata("a.pth")["method"] == "pissa"
+    convert("converted", "b.pth", "native")
+    convert("a.pth", "ours", "peft")
     for path in ("a.pth", "b.pth"):
         # W - B0 A0 is rounded in the live model, and the merge starts from W: 2e-6 seen
-        close(path, merged(tmp_path, 7, tmp_path / path), logits(live), 1e-5)
-    close("of twice the rank", logits(load(tmp_path / "ours", rwkv(7))), logits(live), 1e-5)
-    assert config_of(tmp_path / "ours")["r"] == 10
+        close(path, merged(7, path), logits(live), 1e-5)
+    close("of twice the rank", logits(load("ours", rwkv(7))), logits(live), 1e-5)
+    assert config_of("ours")["r"] == 10
 
-    convert(tmp_path / "b.pth", tmp_path / "other", "peft")  # of another rank
+    convert("b.pth", "other", "peft")  # of another rank
     peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, target_modules=[*KEYS, "output"])).save_pretrained(
-        str(tmp_path / "more")
+        "more"
     )
     for path, message in (
         ("other", r"blocks\.0\.att\.key has .* there"),
         ("more", r"blocks\.0\.att\.output is not adapted"),
     ):
-        with pytest.raises(rwkv_miss.UserError, match=f"is of another training: {message}"):
-            convert(tmp_path / "trained", tmp_path / "c.pth", "native", Hints(init=str(tmp_path / path)))
+        refused(f"is of another training: {message}", "trained", "c.pth", "native", Hints(init=path))
 
 
-def saved(tmp_path, version, method, options, seed=1, **more):
+def saved(version, method, options, seed=1, **more):
     """An adapter file of a filled adapter, and the model that carries it."""
     model = rwkv(version)
     rwkv_miss.inject(model, method, **{"rank": fitting(method, options, 7), **options, **more})
-    rwkv_miss.save_adapter(filled(model, seed), tmp_path / "a.pth", step=5)
+    rwkv_miss.save_adapter(filled(model, seed), "a.pth", step=5)
     return model.eval()
 
 
@@ -293,27 +284,22 @@ HAS = {"miss", "bat", "lora", "lora_fa", "dora", "pissa", "vera"}
 @pytest.mark.parametrize("to", ["peft", "lora"])
 def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options, to, tmp_path):
     magnitude = options.get("magnitude") or method == "dora"
-    refused = (
-        (not has_factors(METHODS[method]) or magnitude)
-        if to == "lora"
-        else (
-            method not in HAS
-            or bool(options.keys() & {"layout", "shards", "scale", "magnitude", "expand"})
-            or options.get("order") == "row"
-        )
-    )
-    model = saved(tmp_path, 7, method, options)
-    if refused:
+    if to == "lora":
+        has_form = has_factors(METHODS[method]) and not magnitude
+    else:
+        unknown = options.keys() & {"layout", "shards", "scale", "magnitude", "expand"}
+        has_form = method in HAS and not unknown and options.get("order") != "row"
+    model = saved(7, method, options)
+    if not has_form:
         way = "--to lora" if to == "peft" and not magnitude and has_factors(METHODS[method]) else "merge"
-        with pytest.raises(rwkv_miss.UserError, match=way):
-            convert(tmp_path / "a.pth", tmp_path / "out", to)
+        refused(way, "a.pth", "out", to)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth"]
         return
-    convert(tmp_path / "a.pth", tmp_path / "out", to)
+    convert("a.pth", "out", to)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [CONFIG, TENSORS]
     # the same sums in two orders, and PiSSA's residual: 3e-6 seen
-    close(to, logits(load(tmp_path / "out", Official(rwkv(7)))), logits(model), 1e-5)
-    assert (config_of(tmp_path / "out")["peft_type"] == "LORA") == (
+    close(to, logits(load("out", Official(rwkv(7)))), logits(model), 1e-5)
+    assert (config_of("out")["peft_type"] == "LORA") == (
         to == "lora" or "lora" in method or method in ("pissa", "dora")
     )
 
@@ -330,16 +316,16 @@ def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options
         ("vera", {}),
     ],
 )
-def test_native_to_peft_and_back_keeps_every_bit(method, options, tmp_path):
-    saved(tmp_path, 6, method, options)
-    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
-    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
-    before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
+def test_native_to_peft_and_back_keeps_every_bit(method, options):
+    saved(6, method, options)
+    convert("a.pth", "folder", "peft")
+    convert("folder", "b.pth", "native")
+    before, after = read_checkpoint("a.pth"), read_checkpoint("b.pth")
     assert before.keys() == after.keys()
     assert all(
         torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
     )
-    said, says = read_metadata(tmp_path / "a.pth"), read_metadata(tmp_path / "b.pth")
+    said, says = read_metadata("a.pth"), read_metadata("b.pth")
     for name in ("method", "arch", "base", "base_fingerprint", "step", "versions"):
         assert said[name] == says[name], name
     parse = rwkv_miss.adapter.METHODS[method].Options.parse
@@ -347,131 +333,113 @@ def test_native_to_peft_and_back_keeps_every_bit(method, options, tmp_path):
     assert of[0] == of[1]
 
 
-def test_miss_as_a_lora_merges_into_the_same_bits(tmp_path):
+def test_miss_as_a_lora_merges_into_the_same_bits():
     """A = P and B = D^T: every sum of the product has one term beside zeros."""
-    saved(tmp_path, 7, "miss", {})
-    write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
-    convert(tmp_path / "a.pth", tmp_path / "folder", "lora")
-    convert(tmp_path / "folder", tmp_path / "lora.pth", "native")
-    assert read_metadata(tmp_path / "lora.pth")["method"] == "lora"
+    saved(7, "miss", {})
+    write_checkpoint("base.pth", rwkv(7).state_dict().items())
+    convert("a.pth", "folder", "lora")
+    convert("folder", "lora.pth", "native")
+    assert read_metadata("lora.pth")["method"] == "lora"
     for name in ("a", "lora"):
-        rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / f"{name}.pth", tmp_path / f"{name}-merged.pth")
-    first, second = (read_checkpoint(tmp_path / f"{name}-merged.pth") for name in ("a", "lora"))
+        rwkv_miss.merge_file("base.pth", f"{name}.pth", f"{name}-merged.pth")
+    first, second = (read_checkpoint(f"{name}-merged.pth") for name in ("a", "lora"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    A = load_file(tmp_path / "folder" / TENSORS)["base_model.model.rwkv7.blocks.0.att.key.lora_A.weight"]
+    A = load_file(f"folder/{TENSORS}")["base_model.model.rwkv7.blocks.0.att.key.lora_A.weight"]
     assert A.sum() == A.count_nonzero() == A.shape[1], "one 1 in every column"
 
 
 def test_whole_tensors_are_modules_or_refused(tmp_path):
-    model = saved(tmp_path, 7, "miss", {}, train_parts="emb,head,ln")
+    model = saved(7, "miss", {}, train_parts="emb,head,ln")
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * p.requires_grad
-    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
-    close("modules_to_save", logits(load(tmp_path / "folder", Official(rwkv(7)))), logits(model), 1e-5)
-    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
-    assert read_checkpoint(tmp_path / "a.pth").keys() == read_checkpoint(tmp_path / "b.pth").keys()
-    assert read_metadata(tmp_path / "b.pth")["train_parts"] == ["emb", "head"]
-    saved(tmp_path, 7, "miss", {}, train_parts="time")
-    with pytest.raises(
-        rwkv_miss.UserError,
-        match=r"blocks\.\d\.\w+\.\w+ is trained as a whole, and peft keeps whole modules only.*merge",
-    ):
-        convert(tmp_path / "a.pth", tmp_path / "time", "peft")
+    rwkv_miss.save_adapter(model, "a.pth")
+    convert("a.pth", "folder", "peft")
+    close("modules_to_save", logits(load("folder", Official(rwkv(7)))), logits(model), 1e-5)
+    convert("folder", "b.pth", "native")
+    assert read_checkpoint("a.pth").keys() == read_checkpoint("b.pth").keys()
+    assert read_metadata("b.pth")["train_parts"] == ["emb", "head"]
+    saved(7, "miss", {}, train_parts="time")
+    refused(
+        r"blocks\.\d\.\w+\.\w+ is trained as a whole, and peft keeps whole modules only.*merge",
+        "a.pth",
+        "time",
+        "peft",
+    )
     assert not (tmp_path / "time").exists()
 
 
-def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora(tmp_path):
-    model = saved(tmp_path, 7, "miss", {"rank_map": {"ffn": 3}})
-    with pytest.raises(
-        rwkv_miss.UserError, match="one rank for all linears, and this adapter has 3, 7; --to lora"
-    ):
-        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
-    convert(tmp_path / "a.pth", tmp_path / "out", "lora")
-    close("lora", logits(load(tmp_path / "out", Official(rwkv(7)))), logits(model), 1e-5)
+def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora():
+    model = saved(7, "miss", {"rank_map": {"ffn": 3}})
+    refused("one rank for all linears, and this adapter has 3, 7; --to lora", "a.pth", "out", "peft")
+    convert("a.pth", "out", "lora")
+    close("lora", logits(load("out", Official(rwkv(7)))), logits(model), 1e-5)
 
 
 @pytest.mark.parametrize("names", [("key", "inner.key"), ("0", "1.0")])
 @pytest.mark.parametrize("ranks", [(4, 3), (3, 4)])
-def test_a_name_that_is_the_end_of_another(names, ranks, tmp_path):
+def test_a_name_that_is_the_end_of_another(names, ranks):
     """peft compares the ends of names; ranks and factors are right for both all the same."""
 
     def fresh():
         torch.manual_seed(0)
-        return (
-            Net()
-            if "key" in names
-            else nn.Sequential(
-                nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)), nn.ReLU(), nn.Linear(15, 6)
-            )
-        )
+        if "key" in names:
+            return Net()
+        return nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)), nn.ReLU(), nn.Linear(15, 6))
 
     model = fresh()
-    rwkv_miss.inject(
-        model,
-        "lora",
-        targets=[*names, "3" if "0" in names else "out"],
-        rank=4,
-        alpha=6.0,
-        rank_map=dict(zip(names, ranks)),
-        alpha_map={names[0]: 6.0, names[1]: 5.0},
+    targets, maps = (
+        [*names, "3" if "0" in names else "out"],
+        (dict(zip(names, ranks)), dict(zip(names, (6.0, 5.0)))),
     )
-    rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
+    rwkv_miss.inject(model, "lora", targets, rank=4, alpha=6.0, rank_map=maps[0], alpha_map=maps[1])
+    rwkv_miss.save_adapter(filled(model), "a.pth")
+    convert("a.pth", "folder", "peft")
     x = torch.randn(3, 13)
-    close("outputs", load(tmp_path / "folder", fresh())(x), model(x), 1e-5)
-    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
-    options = rwkv_miss.adapter.METHODS["lora"].Options.parse(read_metadata(tmp_path / "b.pth")["options"])
+    close("outputs", load("folder", fresh())(x), model(x), 1e-5)
+    convert("folder", "b.pth", "native")
+    options = rwkv_miss.adapter.METHODS["lora"].Options.parse(read_metadata("b.pth")["options"])
     for name, layer in adapted_linears(model).items():
         assert (options.at(name).rank, options.at(name).scale) == (len(layer.lora_A), layer.scale)
 
 
-def test_linears_with_the_most_frequent_rank_and_factor_are_not_named(tmp_path):
-    saved(tmp_path, 7, "lora", {"alpha": 5.5, "rank_map": {"1.ffn.key": 3}, "alpha_map": {"0.att.key": 7.0}})
-    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
-    config = config_of(tmp_path / "folder")
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (
-        7,
-        5.5,
-        {"rwkv7.blocks.1.ffn.key": 3},
-    )
+def test_linears_with_the_most_frequent_rank_and_factor_are_not_named():
+    saved(7, "lora", {"alpha": 5.5, "rank_map": {"1.ffn.key": 3}, "alpha_map": {"0.att.key": 7.0}})
+    convert("a.pth", "folder", "peft")
+    config = config_of("folder")
+    assert (config["r"], config["lora_alpha"]) == (7, 5.5)
+    assert config["rank_pattern"] == {"rwkv7.blocks.1.ffn.key": 3}
     assert config["alpha_pattern"].keys() == {"rwkv7.blocks.0.att.key", "rwkv7.blocks.1.ffn.key"}
-    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
-    options = read_metadata(tmp_path / "b.pth")["options"]
+    convert("folder", "b.pth", "native")
+    options = read_metadata("b.pth")["options"]
     assert options["rank_map"].keys() == {"blocks.1.ffn.key"}
     assert options["alpha_map"] == {"blocks.0.att.key": 7}
 
 
-def test_a_lora_keeps_its_own_factors_as_a_lora(tmp_path):
-    saved(tmp_path, 7, "lora", {"alpha": 5.5})
+def test_a_lora_keeps_its_own_factors_as_a_lora():
+    saved(7, "lora", {"alpha": 5.5})
     for to in ("peft", "lora"):
-        convert(tmp_path / "a.pth", tmp_path / to, to)
-    assert config_of(tmp_path / "peft") == config_of(tmp_path / "lora")
-    same_folder(tmp_path / "peft", tmp_path / "lora")
+        convert("a.pth", to, to)
+    assert config_of("peft") == config_of("lora")
+    same_folder("peft", "lora")
 
 
 def test_the_older_names_of_bone_are_read(tmp_path):
     """peft before 0.19 called MiSS Bone; it is written as MiSS, which is what peft loads today."""
-    live = trained(rwkv(7), READ["miss"][0]())
-    live.save_pretrained(str(tmp_path / "theirs"))
-    tensors = load_file(tmp_path / "theirs" / TENSORS)
+    live = theirs_of("miss")
+    tensors = load_file(f"theirs/{TENSORS}")
     (tmp_path / "theirs" / TENSORS).unlink()
     torch.save(
         {name.replace("miss_block", "bone_block"): t for name, t in tensors.items()},
-        tmp_path / "theirs" / "adapter_model.bin",
+        "theirs/adapter_model.bin",
     )
-    config = config_of(tmp_path / "theirs")
-    (tmp_path / "theirs" / CONFIG).write_text(
-        json.dumps(
-            {name: value for name, value in config.items() if name not in ("miss_dropout", "mini_r")}
-            | {"peft_type": "BONE"}
-        )
-    )
-    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
-    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
-    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
-    assert torch.equal(logits(load(tmp_path / "back", rwkv(7))), logits(live))
+    config = config_of("theirs")
+    older = {name: value for name, value in config.items() if name not in ("miss_dropout", "mini_r")}
+    pathlib.Path("theirs", CONFIG).write_text(json.dumps(older | {"peft_type": "BONE"}))
+    convert("theirs", "a.pth", "native")
+    close("merged", merged(7, "a.pth"), logits(live), 3e-6)
+    convert("a.pth", "back", "peft")
+    assert torch.equal(logits(load("back", rwkv(7))), logits(live))
 
 
 @pytest.mark.parametrize(
@@ -506,44 +474,43 @@ def test_the_older_names_of_bone_are_read(tmp_path):
     ],
 )
 def test_what_a_configuration_says_is_done_or_refused(case, changes, message, tmp_path):
-    trained(rwkv(7), READ[case][0]()).save_pretrained(str(tmp_path / "theirs"))
-    config_of(tmp_path / "theirs", **changes)
-    with pytest.raises(rwkv_miss.UserError, match=message):
-        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    theirs_of(case)
+    config_of("theirs", **changes)
+    refused(message)
     assert not (tmp_path / "a.pth").exists()
 
 
 @pytest.mark.parametrize(
-    "config,message",
+    "kind, options, message",
     [
         (
-            lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="lora_only"),
+            peft.LoraConfig,
+            {"bias": "lora_only"},
             r"trains (inner\.)?key\.bias, of an adapted linear, as well \(bias: 'lora_only'\)",
         ),
-        (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="all"), "of an adapted linear"),
-        (lambda: peft.LoraConfig(r=4, target_modules=["key"], lora_bias=True), "lora_bias = True"),
-        (lambda: peft.VeraConfig(r=4, target_modules=["key"], save_projection=False), "no vera_A and vera_B"),
+        (peft.LoraConfig, {"bias": "all"}, "of an adapted linear"),
+        (peft.LoraConfig, {"lora_bias": True}, "lora_bias = True"),
+        (peft.VeraConfig, {"save_projection": False}, "no vera_A and vera_B"),
     ],
 )
-def test_tensors_without_a_form_here_are_refused_by_name(config, message, tmp_path):
-    trained(Net(), config()).save_pretrained(str(tmp_path / "theirs"))
-    with pytest.raises(rwkv_miss.UserError, match=message):
-        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+def test_tensors_without_a_form_here_are_refused_by_name(kind, options, message):
+    trained(Net(), kind(**for_net(options))).save_pretrained("theirs")
+    refused(message)
 
 
-def test_trained_biases_of_other_layers_are_whole_tensors(tmp_path):
+def test_trained_biases_of_other_layers_are_whole_tensors():
     live = trained(rwkv(7), peft.LoraConfig(r=4, target_modules=KEYS, bias="all"))
-    live.save_pretrained(str(tmp_path / "theirs"))
-    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
-    assert "blocks.0.ln1.bias" in read_checkpoint(tmp_path / "a.pth")
-    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
-    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
-    same_folder(tmp_path / "theirs", tmp_path / "back")
+    live.save_pretrained("theirs")
+    convert("theirs", "a.pth", "native")
+    assert "blocks.0.ln1.bias" in read_checkpoint("a.pth")
+    close("merged", merged(7, "a.pth"), logits(live), 3e-6)
+    convert("a.pth", "back", "peft")
+    same_folder("theirs", "back")
 
 
-def test_adalora_that_has_pruned_some_of_its_singular_values(tmp_path):
+def test_adalora_that_has_pruned_some_of_its_singular_values():
     """peft saves what is left, with the factor of the rank at the start; a linear may have lost all."""
-    live = trained(rwkv(7), READ["adalora"][0]())
+    live = trained(rwkv(7), configured(*READ["adalora"]))
     left = {
         name: layer.lora_E["default"]
         for name, layer in live.get_base_model().named_modules()
@@ -557,192 +524,159 @@ def test_adalora_that_has_pruned_some_of_its_singular_values(tmp_path):
         for name, E in left.items():
             E[~torch.tensor(kept[name])] = 0
     live.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": rows for name, rows in kept.items()}
-    live.save_pretrained(str(tmp_path / "theirs"))
-    assert {len(t) for name, t in load_file(tmp_path / "theirs" / TENSORS).items() if "lora_A" in name} == {
-        0,
-        1,
-        2,
-    }
-    assert convert(tmp_path / "theirs", tmp_path / "a.pth", "native").linears == 7
-    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
-    facts = read_metadata(tmp_path / "a.pth")
+    live.save_pretrained("theirs")
+    assert {len(t) for name, t in load_file(f"theirs/{TENSORS}").items() if "lora_A" in name} == {0, 1, 2}
+    assert convert("theirs", "a.pth", "native").linears == 7
+    close("merged", merged(7, "a.pth"), logits(live), 3e-6)
+    facts = read_metadata("a.pth")
     options = rwkv_miss.METHODS["lora"].Options.parse(facts["options"])
     # peft divides by the rank + 1e-5, which logits in fp32 hardly show
-    assert [options.at(name).scale for name in facts["linears"]] == [
-        pytest.approx(9 / (5 + 1e-5), rel=1e-9)
-    ] * 7
+    scales = [options.at(name).scale for name in facts["linears"]]
+    assert scales == [pytest.approx(9 / (5 + 1e-5), rel=1e-9)] * 7
 
 
-def test_ranks_beyond_a_width_are_refused_before_a_merge(tmp_path):
+def test_ranks_beyond_a_width_are_refused_before_a_merge():
     live = peft.get_peft_model(Net(), peft.LoraConfig(r=12, target_modules=["key"]))
-    live.save_pretrained(str(tmp_path / "theirs"))
-    with pytest.raises(rwkv_miss.UserError, match="has rank 12, beyond the smaller of its widths"):
-        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    live.save_pretrained("theirs")
+    refused("has rank 12, beyond the smaller of its widths")
 
 
-def test_hints_that_say_nothing_are_refused(tmp_path):
-    trained(rwkv(7), READ["bat"][0]()).save_pretrained(str(tmp_path / "theirs"))
-    convert(tmp_path / "theirs", tmp_path / "a.pth", "native", Hints(origin="peft"))
+def test_hints_that_say_nothing_are_refused():
+    theirs_of("bat")
+    convert("theirs", "a.pth", "native", Hints(origin="peft"))
     for path, hints, message in (
         ("theirs", Hints(alpha=8.0), "leaves nothing open that --alpha"),
         ("theirs", Hints(origin="rwkv-peft"), "a folder of peft"),
         ("a.pth", Hints(origin="peft"), "a.pth is native.*--origin"),
         ("a.pth", Hints(init="x"), "--init"),
     ):
-        with pytest.raises(rwkv_miss.UserError, match=message):
-            convert(tmp_path / path, tmp_path / "b.pth", "native", hints)
+        refused(message, path, "b.pth", "native", hints)
 
 
-def test_a_transformers_model_is_none_of_rwkv_and_converts_all_the_same(tmp_path):
+def test_a_transformers_model_is_none_of_rwkv_and_converts_all_the_same():
     """Names are the model's, and its task stays in the configuration."""
     transformers = pytest.importorskip("transformers")
 
     def llama():
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=67,
-                hidden_size=48,
-                intermediate_size=80,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                num_key_value_heads=3,
-            )
-        ).eval()
+        sizes = dict(vocab_size=67, hidden_size=48, intermediate_size=80, num_hidden_layers=2)
+        heads = dict(num_attention_heads=3, num_key_value_heads=3)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
     live = trained(
         llama(), peft.MissConfig(r=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     )
-    live.save_pretrained(str(tmp_path / "theirs"))
-    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    live.save_pretrained("theirs")
+    convert("theirs", "a.pth", "native")
     ours = llama()
-    rwkv_miss.load_adapter(ours, tmp_path / "a.pth")
+    rwkv_miss.load_adapter(ours, "a.pth")
     with torch.no_grad():
         want = live(IDS).logits
         close("here", ours(IDS).logits, want, 3e-6)
-        write_checkpoint(tmp_path / "base.pth", llama().state_dict().items())
+        write_checkpoint("base.pth", llama().state_dict().items())
         for to in ("peft", "lora"):
-            convert(tmp_path / "a.pth", tmp_path / to, to, Hints(base=str(tmp_path / "base.pth")))
-            again = load(tmp_path / to, llama())
+            convert("a.pth", to, to, Hints(base="base.pth"))
+            again = load(to, llama())
             assert type(again).__name__ == "PeftModelForCausalLM"
             close(to, again(IDS).logits, want, 3e-6)
 
 
 def test_the_command_line_knows_the_base(tmp_path, capsys):
-    saved(tmp_path, 7, "miss", {})
-    write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
-    write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7, n_embd=64)).items())
-    main(f"convert {tmp_path}/a.pth {tmp_path}/b.pth --to native --base {tmp_path}/base.pth".split())
+    saved(7, "miss", {})
+    write_checkpoint("base.pth", rwkv(7).state_dict().items())
+    write_checkpoint("other.pth", random_tensors(make_arch(7, n_embd=64)).items())
+    main("convert a.pth b.pth --to native --base base.pth".split())
     assert "miss of 12 linears" in capsys.readouterr().out
-    facts = read_metadata(tmp_path / "b.pth")
+    facts = read_metadata("b.pth")
     assert facts["base"] == "base.pth" and facts["arch"]["n_embd"] == 48
     for command in (["--to", "native"], ["--to", "lora"]):
         with pytest.raises(SystemExit):
-            main(
-                [
-                    "convert",
-                    str(tmp_path / "b.pth"),
-                    str(tmp_path / "c"),
-                    *command,
-                    "--base",
-                    str(tmp_path / "other.pth"),
-                ]
-            )
+            main(["convert", "b.pth", "c", *command, "--base", "other.pth"])
         assert "the adapter was trained on another base (base.pth) than" in capsys.readouterr().err
         assert not (tmp_path / "c").exists()
 
 
-def test_an_unknown_tensor_is_never_dropped(tmp_path):
-    trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
-    tensors = load_file(tmp_path / "theirs" / TENSORS)
-    save_file(
-        {**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, tmp_path / "theirs" / TENSORS
-    )
-    with pytest.raises(
-        rwkv_miss.UserError, match="emb.lora_embedding_A, neither a tensor of an adapted linear"
-    ):
-        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+def test_an_unknown_tensor_is_never_dropped():
+    theirs_of("lora")
+    tensors = load_file(f"theirs/{TENSORS}")
+    save_file({**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, f"theirs/{TENSORS}")
+    refused("emb.lora_embedding_A, neither a tensor of an adapted linear")
 
 
-def test_two_names_of_one_tensor(tmp_path):
-    trained(rwkv(7), READ["dora"][0]()).save_pretrained(str(tmp_path / "theirs"))
-    tensors = load_file(tmp_path / "theirs" / TENSORS)
+def test_two_names_of_one_tensor():
+    theirs_of("dora")
+    tensors = load_file(f"theirs/{TENSORS}")
     name = next(name for name in tensors if name.endswith("magnitude_vector"))
-    save_file({**tensors, f"{name}.weight": tensors[name].clone()}, tmp_path / "theirs" / TENSORS)
-    with pytest.raises(rwkv_miss.UserError, match="names a tensor twice"):
-        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    save_file({**tensors, f"{name}.weight": tensors[name].clone()}, f"theirs/{TENSORS}")
+    refused("names a tensor twice")
 
 
-def test_options_of_training_are_no_part_of_a_folder_and_said_so(tmp_path):
+def test_options_of_training_are_no_part_of_a_folder_and_said_so():
     for method, options in (("lora", {"lora_plus": 4.0}), ("pissa", {"lora_plus": 4.0})):
-        saved(tmp_path, 7, method, options)
+        saved(7, method, options)
         assert (
-            convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[-1]
+            convert("a.pth", "out", "peft").notes[-1]
             == "lora_plus 4, a ratio of learning rates, is no part of the folder"
         )
-    assert (
-        "PiSSA is a LoRA of twice the rank" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
-    )
-    saved(tmp_path, 7, "lora_fa", {})
-    assert "LoRA-FA is a LoRA" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
+    assert "PiSSA is a LoRA of twice the rank" in convert("a.pth", "out", "peft").notes[0]
+    saved(7, "lora_fa", {})
+    assert "LoRA-FA is a LoRA" in convert("a.pth", "out", "peft").notes[0]
 
 
-def test_dtypes_and_other_prefixes_stay(tmp_path):
-    trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
-    tensors = load_file(tmp_path / "theirs" / TENSORS)
+def test_dtypes_and_other_prefixes_stay():
+    theirs_of("lora")
+    tensors = load_file(f"theirs/{TENSORS}")
     save_file(
         {name.removeprefix("base_model.model."): t.bfloat16() for name, t in tensors.items()},
-        tmp_path / "theirs" / TENSORS,
+        f"theirs/{TENSORS}",
     )
-    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
-    assert "blocks.0.att.key.lora_A" in read_checkpoint(tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
-    same_folder(tmp_path / "theirs", tmp_path / "back")
+    convert("theirs", "a.pth", "native")
+    assert "blocks.0.att.key.lora_A" in read_checkpoint("a.pth")
+    convert("a.pth", "back", "peft")
+    same_folder("theirs", "back")
 
 
 @pytest.mark.parametrize("method", ["miss", "lora", "vera"])
 def test_an_adapter_that_is_not_whole_is_not_written(method, tmp_path):
-    saved(tmp_path, 7, method, {})
-    tensors, metadata = read_checkpoint(tmp_path / "a.pth"), read_metadata(tmp_path / "a.pth")
+    saved(7, method, {})
+    tensors, metadata = read_checkpoint("a.pth"), read_metadata("a.pth")
     for name in (list(tensors)[0], list(tensors)[-1]):
         without = {other: t for other, t in tensors.items() if other != name}
         for changed in (without, {**tensors, name: torch.zeros(5, 6)}):
             for facts in (metadata, {**metadata, "arch": None}):
-                write_checkpoint(tmp_path / "b.pth", changed.items(), facts)
+                write_checkpoint("b.pth", changed.items(), facts)
                 if changed is without or facts is metadata:
                     with pytest.raises(rwkv_miss.UserError):
-                        convert(tmp_path / "b.pth", tmp_path / "out", "peft")
+                        convert("b.pth", "out", "peft")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    saved(tmp_path, 7, "miss", {})
+    saved(7, "miss", {})
     for out, message in (("file", "is a file"), ("full", "holds notes.txt beside")):
         (tmp_path / "full").mkdir(exist_ok=True)
         (tmp_path / "full" / "notes.txt").write_text("mine")
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(rwkv_miss.UserError, match=message):
-            convert(tmp_path / "a.pth", tmp_path / out, "peft")
+        refused(message, "a.pth", out, "peft")
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
     (tmp_path / "out").mkdir()  # empty, and then one of its own
     for _ in range(2):
-        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+        convert("a.pth", "out", "peft")
     before = (tmp_path / "out" / TENSORS).read_bytes()
-    saved(tmp_path, 7, "miss", {}, seed=2)
+    saved(7, "miss", {}, seed=2)
 
     def fails(file):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(rwkv_miss.UserError, match="was not written: No space left on device"):
-        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    refused("was not written: No space left on device", "a.pth", "out", "peft")
     assert (tmp_path / "out" / TENSORS).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "file", "full", "out"]
 
 
 def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
-    saved(tmp_path, 7, "miss", {})
-    convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    saved(7, "miss", {})
+    convert("a.pth", "out", "peft")
     before = (tmp_path / "out" / TENSORS).read_bytes()
     rename = os.rename
 
@@ -753,20 +687,17 @@ def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(tmp_path, monke
 
     monkeypatch.setattr(os, "rename", fails)
     with pytest.raises(OSError):
-        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+        convert("a.pth", "out", "peft")
     assert (tmp_path / "out" / TENSORS).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
 
 
 def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
-    saved(tmp_path, 7, "miss", {})
-    convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    saved(7, "miss", {})
+    convert("a.pth", "out", "peft")
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
-    convert(tmp_path / "a.pth", tmp_path / "new", "peft")  # only to read it takes the package
+    convert("a.pth", "new", "peft")  # only to read it takes the package
     assert (tmp_path / "new" / TENSORS).read_bytes() == (tmp_path / "out" / TENSORS).read_bytes()
-    with pytest.raises(
-        rwkv_miss.UserError, match=rf"{tmp_path}/out/{TENSORS} .*absent: pip install safetensors"
-    ):
-        convert(tmp_path / "out", tmp_path / "new.pth", "native")
+    refused(rf"out/{TENSORS} .*absent: pip install safetensors", "out", "new.pth", "native")
     assert not (tmp_path / "new.pth").exists()
