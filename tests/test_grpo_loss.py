@@ -320,7 +320,7 @@ def test_the_loss_has_all_its_settings():
     assert objective_of(Config()).loss is None
 
 
-# TRL's own losses and advantages; benchmarks/trl_fixtures.py has written them
+# Losses and advantages of TRL 1.16.0 on random numbers; docs/worklog.md names the commit that wrote them.
 TRL = json.loads((ROOT / "tests/fixtures/grpo_losses.json").read_text(encoding="utf-8"))
 OF_TRL = [
     pytest.param(case, name, id=f"{name}, {len(case['old'])} answers")
