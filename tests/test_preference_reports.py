@@ -20,16 +20,8 @@ from src.training.callbacks import StepReport
 from src.training.validation_log import describe
 
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
-METRICS = {
-    "nll": 1.25,
-    "logp_chosen": -30.0,
-    "logp_rejected": -34.5,
-    "reward_chosen": 0.75,
-    "reward_rejected": -0.5,
-    "margin": 1.25,
-    "reward_accuracy": 0.9375,
-    "raw_accuracy": 0.5,
-}
+METRICS = dict(nll=1.25, logp_chosen=-30.0, logp_rejected=-34.5, reward_chosen=0.75, reward_rejected=-0.5)
+METRICS |= dict(margin=1.25, reward_accuracy=0.9375, raw_accuracy=0.5)
 KL = {"kl": 0.02}  # of evaluations alone
 
 
@@ -64,16 +56,21 @@ def test_a_line_has_the_metrics_and_what_is_not_finite_is_null():
     assert sent == {f"validation/{name}": value for name, value in METRICS.items() if name != "logp_chosen"}
 
 
-@pytest.mark.parametrize("total", [150, 1000, 9999])
-def test_the_bar_shows_loss_accuracy_and_margin_in_80_columns(monkeypatch, total, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+def begun_report(metrics, total):
+    """The report of a run that has half of its steps behind it, on a terminal."""
     report = StepReport("", total, 0.0, None, [])
-    report.metrics = PREFERENCES
+    report.metrics = metrics
     report.bar = Progress("training", total, "steps", shown=False)
     report.bar.terminal, report.steps_here = True, 1
     report.begun = report.last_line = 0.0
-    report.bar.done = total // 2
-    report.bar.first = 1
+    report.bar.done, report.bar.first = total // 2, 1
+    return report
+
+
+@pytest.mark.parametrize("total", [150, 1000, 9999])
+def test_the_bar_shows_loss_accuracy_and_margin_in_80_columns(monkeypatch, total, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = begun_report(PREFERENCES, total)
     report._show(line(total // 2 + 1), 0.5, 1.0)
     text = report.bar.text(0.2 * total)
     shown = " left, loss 0.500, accuracy 94%" + ", margin 1.2" * (total < 9999)
@@ -128,13 +125,8 @@ def test_the_card_has_the_metrics_first_last_and_best():
     ):
         assert words in text, text
     assert "loss, nats" not in text
-    assert "preferences.png" not in run_card.card(
-        Config(load_model="b.pth"),
-        [],
-        summary,
-        RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], []),
-        None,
-    )
+    log = RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], [])
+    assert "preferences.png" not in run_card.card(Config(load_model="b.pth"), [], summary, log, None)
 
 
 NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapter off"

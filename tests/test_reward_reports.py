@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rwkv_miss import UserError
-from rwkv_miss.progress import Progress
 from src.config import Config
 from src.data.questions import Question, Questions
 from src.data.rwkv_template import DEFAULT
@@ -26,10 +25,10 @@ from src.objectives.rewards.samples import SampleWriter, is_due
 from src.reporting import curves, model_card, run_card, run_end
 from src.reporting.diagnosis import diagnosis
 from src.reporting.run_log import RunLog
-from src.training.callbacks import StepReport
 from src.training.validation_log import best, best_trained, describe, is_over
 
 from .conftest import make_arch
+from .test_preference_reports import begun_report
 
 GRPO = Config(
     load_model="base.pth",
@@ -41,24 +40,10 @@ GRPO = Config(
     precision="fp32",
 )
 DESCRIBED = objective_of(GRPO).metrics
-METRICS = {
-    "reward": 0.75,
-    "reward_exact": 0.5,
-    "reward_partial": 0.625,
-    "reward_std": 0.25,
-    "dead_groups": 0.4375,
-    "failed_groups": 0.0,
-    "length": 9.5,
-    "cut": 0.03125,
-    "entropy": 0.3125,
-    "kl": 0.02,
-    "clip": 0.0,
-    "engine_gap": 1e-6,
-    "engine_gap_max": 8e-6,
-    "draw_seconds": 0.15,
-    "draw_tokens_per_second": 8000.0,
-    "train_tokens_per_second": 9000.0,
-}
+ANSWERS = dict(reward=0.75, reward_exact=0.5, reward_partial=0.625, reward_std=0.25, length=9.5, cut=0.03125)
+GROUPS = dict(dead_groups=0.4375, failed_groups=0.0, entropy=0.3125, kl=0.02, clip=0.0)
+ENGINE = dict(engine_gap=1e-6, engine_gap_max=8e-6, draw_seconds=0.15, draw_tokens_per_second=8000.0)
+METRICS = {**ANSWERS, **GROUPS, **ENGINE, "train_tokens_per_second": 9000.0}
 
 
 def line(step, **changed):
@@ -76,27 +61,17 @@ def evaluation(step, reward, answer="dcba", units=64):
 
 def test_a_run_is_described_by_its_reward():
     """The names of the rewards that the run has, too."""
-    assert [name for name in METRICS if name not in DESCRIBED.titles] == []
-    assert (
-        "reward_exact" not in objective_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).metrics.titles
-    )
-    found = line(1, kl=math.nan)
-    assert found["kl"] is None and found["units"] == 16
-    sent = DESCRIBED.numbers("train", found)
-    assert sent == {f"train/{name}": value for name, value in METRICS.items() if name != "kl"}
+    assert METRICS.keys() <= DESCRIBED.titles.keys()
+    other = objective_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).metrics
+    assert "reward_exact" not in other.titles
     assert DESCRIBED.score_of(-0.5) == 0.5 and DESCRIBED.score_text(evaluation(3, 0.875)) == "0.8750"
     assert DESCRIBED.score_text({"loss": None, "reward": None}) == "not known"
 
 
-@pytest.mark.parametrize("total", [150, 1000, 9999])
-def test_the_bar_shows_reward_dead_groups_and_entropy_in_80_columns(monkeypatch, total, capsys):
+def test_the_bar_shows_reward_dead_groups_and_entropy(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    report = StepReport("", total, 0.0, None, [])
-    report.metrics = DESCRIBED
-    report.bar = Progress("training", total, "steps", shown=False)
-    report.bar.terminal, report.steps_here = True, 1
-    report.begun = report.last_line = 0.0
-    report.bar.done, report.bar.first = total // 2, 1
+    total = 9999
+    report = begun_report(DESCRIBED, total)
     report._show(line(total // 2 + 1), 0.01, 1.0)
     text = report.bar.text(0.2 * total)
     assert len(text) <= 79 and text.endswith(" left, reward 0.75, equal rewards 44%"), text
@@ -147,7 +122,7 @@ def test_the_picture_of_the_rewards_takes_the_place_of_the_losses(tmp_path, plot
 
 def drawn_line(step):
     answers = [
-        {"answer": "dcba", "tokens": 5, "cut": False, "reward": 1.5, "reward_exact": 1.0, "advantage": 0.9},
+        dict(answer="dcba", tokens=5, cut=False, reward=1.5, reward_exact=1.0, advantage=0.9),
         dict(answer="d|b\n", tokens=24, cut=True, reward=0.25, reward_exact=0.0, advantage=-0.9),
     ]
     return {"step": step, "prompt": "abcd?", "right": "dcba", "answers": answers}
@@ -178,7 +153,6 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
         "![reward, groups of equal rewards, length, entropy and KL over the steps](rewards.png)",
         "| groups of equal rewards, which teach nothing | 43.8 % | 43.8 % |",
         "| reward of an answer | 0.5 | 0.75 | 0.875 |",
-        "|  | before, step 0 | after, step 20 | best, step 10 |",
         "`best.pth` is the state of step 10, reward 0.8750.",
         "before, reward 0.5:\n\n    abcd",
         "after, reward 0.75:\n\n    dcba",
@@ -217,16 +191,10 @@ def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_ans
 
 
 def test_run_json_has_the_rewards(tmp_path):
+    """Its metrics are those of test_preference_reports."""
     history = [evaluation(0, 0.5), evaluation(10, 0.875), evaluation(20, 0.75)]
-    found = run_end._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
-    assert json.loads(json.dumps(found)) == found and found["metrics_last"]["dead_groups"] == 0.4375
     ends = run_end._validation_summary(DESCRIBED, str(tmp_path), history)
     assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
-    assert [found[f"validation_metrics_{name}"]["reward"] for name in ("first", "last", "best")] == [
-        0.5,
-        0.75,
-        0.875,
-    ]
 
 
 def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
