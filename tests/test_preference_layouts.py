@@ -47,34 +47,30 @@ def read(tmp_path, monkeypatch):
     return run
 
 
+def pair(chosen, rejected, **more):
+    return {"chosen": chosen, "rejected": rejected, **more}
+
+
 ASKED = [user("2+2?")]
 YES, NO = [assistant("4")], [assistant("5")]
-CHAT = {"messages": ASKED, "chosen": YES, "rejected": NO}
-RAW = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+CHAT = pair(YES, NO, messages=ASKED)
+RAW = pair("4", "5", prompt="2+2=")
 SYSTEM = {"role": "system", "content": "s"}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 RESULT = {"role": "tool", "content": "4"}
 FORMS = [
     ("TRL's texts", RAW, RAW),
-    ("TRL's conversations", {"prompt": ASKED, "chosen": YES, "rejected": NO}, CHAT),
-    ("TRL's implicit conversations", {"chosen": ASKED + YES, "rejected": ASKED + NO}, CHAT),
-    (
-        "UltraFeedback",
-        {"prompt": "2+2?", "chosen": ASKED + YES, "rejected": ASKED + NO, "messages": ASKED + YES},
-        CHAT,
-    ),
-    (
-        "TRL's implicit texts",
-        {"chosen": "So 2+2 is 4", "rejected": "So 2+2 is 55"},
-        {"prompt": "So 2+2 is", "chosen": " 4", "rejected": " 55"},
-    ),
+    ("TRL's conversations", pair(YES, NO, prompt=ASKED), CHAT),
+    ("TRL's implicit conversations", pair(ASKED + YES, ASKED + NO), CHAT),
+    ("UltraFeedback", pair(ASKED + YES, ASKED + NO, prompt="2+2?", messages=ASKED + YES), CHAT),
+    ("TRL's implicit texts", pair("So 2+2 is 4", "So 2+2 is 55"), pair(" 4", " 55", prompt="So 2+2 is")),
     (
         "hh-rlhf",
-        {"chosen": "\n\nHuman: a\n\nAssistant: No x", "rejected": "\n\nHuman: a\n\nAssistant: No y"},
-        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " No x", "rejected": " No y"},
+        pair("\n\nHuman: a\n\nAssistant: No x", "\n\nHuman: a\n\nAssistant: No y"),
+        pair(" No x", " No y", prompt="\n\nHuman: a\n\nAssistant:"),
     ),
-    ("messages, texts", {"messages": ASKED, "chosen": "4", "rejected": "5"}, CHAT),
+    ("messages, texts", pair("4", "5", messages=ASKED), CHAT),
     (
         "one message each",
         {
@@ -84,17 +80,13 @@ FORMS = [
         },
         CHAT,
     ),
-    ("a text and messages", {"prompt": "2+2?", "chosen": YES, "rejected": "5"}, CHAT),
-    ("numbers", {"question": "2+2?", "chosen": 4, "rejected": 5}, CHAT),
+    ("a text and messages", pair(YES, "5", prompt="2+2?"), CHAT),
+    ("numbers", pair(4, 5, question="2+2?"), CHAT),
     ("RWKV-LM-RLHF", {"prompt": "2+2?", "chosen": "4", "reject": "5"}, CHAT),
-    (
-        "orca_dpo_pairs",
-        {"system": "s", "question": "2+2?", "chosen": "4", "rejected": "5"},
-        {**CHAT, "messages": [SYSTEM, *ASKED]},
-    ),
+    ("orca_dpo_pairs", pair("4", "5", system="s", question="2+2?"), {**CHAT, "messages": [SYSTEM, *ASKED]}),
     (
         "a system column beside a prompt",
-        {"system": "s", "prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        pair("4", "5", system="s", prompt="2+2?"),
         {**CHAT, "messages": [SYSTEM, *ASKED]},
     ),
     (
@@ -104,23 +96,23 @@ FORMS = [
     ),
     (
         "history",
-        {"query": "2+2?", "history": [["a", "b"]], "chosen": "4", "rejected": "5"},
+        pair("4", "5", query="2+2?", history=[["a", "b"]]),
         {**CHAT, "messages": [user("a"), assistant("b"), *ASKED]},
     ),
     (
         "several turns",
-        {"messages": [user("a"), assistant("b"), *ASKED], "chosen": "4", "rejected": "5"},
+        pair("4", "5", messages=[user("a"), assistant("b"), *ASKED]),
         {**CHAT, "messages": [user("a"), assistant("b"), *ASKED]},
     ),
     (
         "tools",
-        {"messages": ASKED, "tools": json.dumps(TOOLS), "chosen": [CALL, RESULT, *YES], "rejected": NO},
-        {"messages": ASKED, "tools": TOOLS, "chosen": [CALL, RESULT, *YES], "rejected": NO},
+        pair([CALL, RESULT, *YES], NO, messages=ASKED, tools=json.dumps(TOOLS)),
+        pair([CALL, RESULT, *YES], NO, messages=ASKED, tools=TOOLS),
     ),
-    ("implicit, equal answers", {"chosen": ASKED + YES, "rejected": ASKED + YES}, {**CHAT, "rejected": YES}),
+    ("implicit, equal answers", pair(ASKED + YES, ASKED + YES), {**CHAT, "rejected": YES}),
     (
         "implicit, one goes on",
-        {"chosen": ASKED + YES, "rejected": ASKED + YES + ASKED + NO},
+        pair(ASKED + YES, ASKED + YES + ASKED + NO),
         {**CHAT, "rejected": YES + ASKED + NO},
     ),
 ]
@@ -292,52 +284,27 @@ def test_the_loss_says_what_rows_are():
 BAD = [
     (PAIRS, {"prompt": "a", "chosen": "b"}, "'chosen' and no rejected answer", "rejected or reject or"),
     (PAIRS, {"prompt": "a", "reject": "b"}, "'reject' and no chosen answer", "chosen or chosen_response"),
-    (PAIRS, {"prompt": "a", "chosen": "b", "rejected": None}, "rejected must be", "got None"),
-    (PAIRS, {"prompt": ASKED, "chosen": None, "rejected": NO}, "chosen must be a text or a list", "None"),
-    (PAIRS, {"prompt": None, "chosen": "b", "rejected": "c"}, "do not share their beginning", "same prompt"),
-    (PAIRS, {"prompt": ASKED, "chosen": YES + ASKED, "rejected": NO}, "the last message is from user", ""),
-    (PAIRS, {"prompt": ASKED + YES, "chosen": YES, "rejected": NO}, "prompt ends with the assistant's", ""),
+    (PAIRS, pair("b", None, prompt="a"), "rejected must be", "got None"),
+    (PAIRS, pair(None, NO, prompt=ASKED), "chosen must be a text or a list", "None"),
+    (PAIRS, pair("b", "c", prompt=None), "do not share their beginning", "same prompt"),
+    (PAIRS, pair(YES + ASKED, NO, prompt=ASKED), "the last message is from user", ""),
+    (PAIRS, pair(YES, NO, prompt=ASKED + YES), "prompt ends with the assistant's", ""),
+    (PAIRS, pair(ASKED + YES, [user("3+3?"), *NO]), "do not share their beginning", "message 1"),
     (
         PAIRS,
-        {"chosen": ASKED + YES, "rejected": [user("3+3?"), *NO]},
-        "do not share their beginning",
-        "message 1",
-    ),
-    (
-        PAIRS,
-        {"chosen": ASKED + YES + [user("a")] + NO, "rejected": ASKED + YES + [user("b")] + NO},
+        pair(ASKED + YES + [user("a")] + NO, ASKED + YES + [user("b")] + NO),
         "part at message 3",
         "user's",
     ),
+    (PAIRS, pair(ASKED + YES, ASKED + NO, prompt=[SYSTEM]), "prompt is not its beginning", ""),
+    (PAIRS, pair([{**YES[0], "weight": 0}], NO, prompt=ASKED), "has the weight 0", "leave it out"),
+    (PAIRS, pair([{"role": "wizard", "content": "x"}], NO, prompt=ASKED), "a message must be", "wizard"),
+    (PAIRS, pair(["b"], "c", prompt="a"), "a message must be", ""),
+    (PAIRS, pair(True, "c", prompt="a"), "chosen must be a non-empty string, got True", ""),
+    (PAIRS, pair("b", "c", prompt=""), "prompt must be a non-empty string", ""),
     (
         PAIRS,
-        {"prompt": [SYSTEM], "chosen": ASKED + YES, "rejected": ASKED + NO},
-        "prompt is not its beginning",
-        "",
-    ),
-    (
-        PAIRS,
-        {"prompt": ASKED, "chosen": [{**YES[0], "weight": 0}], "rejected": NO},
-        "has the weight 0",
-        "leave it out",
-    ),
-    (
-        PAIRS,
-        {"prompt": ASKED, "chosen": [{"role": "wizard", "content": "x"}], "rejected": NO},
-        "a message must be",
-        "wizard",
-    ),
-    (PAIRS, {"prompt": "a", "chosen": ["b"], "rejected": "c"}, "a message must be", ""),
-    (
-        PAIRS,
-        {"prompt": "a", "chosen": True, "rejected": "c"},
-        "chosen must be a non-empty string, got True",
-        "",
-    ),
-    (PAIRS, {"prompt": "", "chosen": "b", "rejected": "c"}, "prompt must be a non-empty string", ""),
-    (
-        PAIRS,
-        {"prompt": "a", "messages": ASKED, "chosen": "b", "rejected": "c"},
+        pair("b", "c", prompt="a", messages=ASKED),
         "several columns for one thing, messages, prompt",
         "--sft_field",
     ),
@@ -365,7 +332,7 @@ BAD = [
         "is for --loss dpo",
         "--sft_field question,Chosen ",
     ),
-    (SFT, {"chosen": ASKED + YES, "rejected": NO}, "is for --loss dpo", "--sft_field chosen trains"),
+    (SFT, pair(ASKED + YES, NO), "is for --loss dpo", "--sft_field chosen trains"),
 ]
 
 
