@@ -150,7 +150,8 @@ def prepare(
     reward_digest = try_rewards(objective_of(draft.config), template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
-    evaluated = choose_evaluation(draft, schedule, data.held_out, bool(before and not before.eval_steps))
+    goes_without = before is not None and not before.value_or_zero("eval_steps")
+    evaluated = choose_evaluation(draft, schedule, data.held_out, goes_without)
     choose_rate(draft, arch, found, schedule)
     choose_no_evaluations(draft)
     return Plan(
