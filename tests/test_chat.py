@@ -62,25 +62,8 @@ def typed(files, letters, capsys, monkeypatch):  # noqa: F811
     def run(lines, *flags, adapters=True):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         given = ["--adapter", f"a={files.a}", "--adapter", files.b] if adapters else []
-        chat.main(
-            [
-                *map(
-                    str,
-                    [
-                        "--model",
-                        files.base,
-                        "--tokenizer",
-                        letters,
-                        "--max_tokens",
-                        TOKENS,
-                        "--temperature",
-                        0,
-                        *given,
-                        *flags,
-                    ],
-                )
-            ]
-        )
+        sound = f"--model {files.base} --tokenizer {letters} --max_tokens {TOKENS} --temperature 0".split()
+        chat.main([*sound, *map(str, [*given, *flags])])
         out, err = capsys.readouterr()
         return out.removesuffix("\n").split("\n"), err.splitlines()[1:]
 
@@ -231,17 +214,8 @@ def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, 
 
 
 def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
-    _, err = typed(
-        [
-            "/temperature",
-            "/temperature 0.5",
-            "/top_p 0.9",
-            "/top_p 2",
-            "/temperature -1",
-            "/top_p x",
-            "/retry",
-        ]
-    )
+    asked = "/temperature|/temperature 0.5|/top_p 0.9|/top_p 2|/temperature -1|/top_p x|/retry"
+    _, err = typed(asked.split("|"))
     assert err[:3] == ["temperature 0", "temperature 0.5", "top_p 0.9"]
     assert err[3] == "error: top_p 2.0: expected more than 0 and at most 1"
     assert err[4] == "error: temperature -1.0: expected 0 or more"
@@ -251,13 +225,8 @@ def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
 
 def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
     monkeypatch.setattr(guessing, "MARGIN", -99)
-    _, err = typed(
-        [
-            "short",
-            "a question of more than so many tokens as can tell",
-            "a question of more than so many tokens again",
-        ]
-    )
+    long = "a question of more tokens than are needed to tell"
+    _, err = typed(["short", long, f"{long}, again"])
     assert len(err) == 2 and err[0].startswith("WARNING: the loss is ")
     assert err[1].endswith("Is it the right model?")
 
@@ -268,18 +237,8 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
         Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"])
     )
     monkeypatch.setattr(commands.Chat, "judge_tokenizer", lambda self, text: None)
-    wrong = [
-        "/adapt b",
-        "/hepl",
-        "/x",
-        "/adapter c",
-        "/adapter a+a",
-        "/scale much",
-        "/scale nan",
-        "/save",
-        "/think deep",
-    ]
-    _, err = typed(["//x", *wrong, " /x", "//", "/help"])
+    wrong = "/adapt b|/hepl|/x|/adapter c|/adapter a+a|/scale much|/scale nan|/save|/think deep"
+    _, err = typed(["//x", *wrong.split("|"), " /x", "//", "/help"])
     assert (
         "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry,"
         " /temperature, /top_p, /save, " in err[0]
@@ -546,20 +505,16 @@ def test_the_template_is_saved(typed, files, letters, tmp_path):  # noqa: F811
 
 def test_a_file_that_is_no_saved_chat_is_not_replaced(typed, files, tmp_path):
     before = files.base.read_bytes()
-    wrong = [
-        f"save {files.base}",
-        f"save {tmp_path}",
-        f"save {tmp_path}/no/chat.pth",
-        f"load {files.base}",
-        f"load {tmp_path}/absent.pth",
-    ]
-    _, err = typed([f"/{line}" for line in wrong])
+    wrong = {
+        f"/save {files.base}": "is no saved chat",
+        f"/save {tmp_path}": "is no saved chat",
+        f"/save {tmp_path}/no/chat.pth": "can't be written",
+        f"/load {files.base}": "is no saved chat",
+        f"/load {tmp_path}/absent.pth": "does not exist",
+    }
+    _, err = typed(wrong)
     assert files.base.read_bytes() == before
-    for line, why in zip(
-        err,
-        ("is no saved chat", "is no saved chat", "can't be written", "is no saved chat", "does not exist"),
-        strict=True,
-    ):
+    for line, why in zip(err, wrong.values(), strict=True):
         assert line.startswith("error: ") and why in line
 
 
