@@ -39,15 +39,9 @@ def tool(name, properties=None, required=(), description="Does it."):
     }
 
 
-WEATHER = tool(
-    "get_weather",
-    {
-        "location": {"type": "string", "description": "A town.\n\nAny."},
-        "unit": {"enum": ["celsius", "fahrenheit"]},
-    },
-    ["location"],
-    'Says "hot"\n\nor cold.',
-)
+LOCATION = {"type": "string", "description": "A town.\n\nAny."}
+PARAMETERS = {"location": LOCATION, "unit": {"enum": ["celsius", "fahrenheit"]}}
+WEATHER = tool("get_weather", PARAMETERS, ["location"], 'Says "hot"\n\nor cold.')
 TWO_TOOLS = [WEATHER, {"name": "now", "description": "L'heure: é"}]
 
 
@@ -118,30 +112,15 @@ def test_calls(style, expected):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_results(style):
-    user = ("user", 'Function output:\n{"a": 1}\nb')
-    expected = {
-        "json": user,
-        "signatures": user,
-        "markdown": ("tool", '```json\n{"a": 1}\nb\n```'),
-        "hermes": ("tool", '{"a": 1}\nb'),
-    }
+    expected = dict.fromkeys(("json", "signatures"), ("user", 'Function output:\n{"a": 1}\nb'))
+    expected |= {"markdown": ("tool", '```json\n{"a": 1}\nb\n```'), "hermes": ("tool", '{"a": 1}\nb')}
     assert STYLES[style].result(' {"a": 1}\r\n\r\n\nb\n') == expected[style]
 
 
 def made_up(rng, depth=0):
     """Any JSON, with what a style might take for its own marks."""
-    words = [
-        "",
-        "é你🙂",
-        TICKS,
-        f"\n{TICKS}\n",
-        "</tool_call>",
-        "<tool_call>\n",
-        "**Tool Call:**",
-        '"\\',
-        "\u2028",
-        "a b",
-    ]
+    marks = [TICKS, f"\n{TICKS}\n", "</tool_call>", "<tool_call>\n", "**Tool Call:**"]
+    words = ["", "é你🙂", *marks, '"\\', "\u2028", "a b"]
     kind = rng.randrange(7 if depth < 3 else 5)
     if kind == 5:
         return [made_up(rng, depth + 1) for _ in range(rng.randrange(3))]
@@ -153,21 +132,15 @@ def made_up(rng, depth=0):
 @pytest.mark.parametrize("style", STYLES)
 def test_what_was_written_is_read(style):
     rng = random.Random(style)
-    contents = [
-        "",
-        "Let me look.",
-        f"Run\n{TICKS}json\n{{}}\n{TICKS}\nand see",
-        f"{TICKS}bash\nls\n{TICKS}",
-        "a\n\nb",
-    ]
+    code = [f"Run\n{TICKS}json\n{{}}\n{TICKS}\nand see", f"{TICKS}bash\nls\n{TICKS}"]
+    contents = ["", "Let me look.", *code, "a\n\nb"]
+
+    def made_up_call():
+        arguments = {f"k{i}": made_up(rng) for i in range(rng.randrange(4))}
+        return call(rng.choice(["f", "get_weather", "é.b-c"]), arguments)
+
     for _ in range(300):
-        calls = [
-            call(
-                rng.choice(["f", "get_weather", "é.b-c"]),
-                {f"k{i}": made_up(rng) for i in range(rng.randrange(4))},
-            )
-            for _ in range(rng.randrange(1, 4))
-        ]
+        calls = [made_up_call() for _ in range(rng.randrange(1, 4))]
         content = rng.choice(contents)
         text = "\n".join(filter(None, [content, STYLES[style].calls(calls)]))
         assert STYLES[style].parse(text) == (content, calls)
@@ -219,35 +192,19 @@ def test_answers_with_calls_that_are_none(style, monkeypatch):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ("f", "a tool must be"),
-        ({"type": "function"}, "a tool must be"),
-        ({"type": "function", "function": "f"}, "a tool must be"),
-        ({"name": ""}, "a tool must be"),
-        ({"name": "f", "description": 3}, "a tool must be"),
-    ],
-)
-def test_tools_that_are_none(style, wrong, words):
-    with pytest.raises(UserError, match=words):
-        STYLES[style].describe([WEATHER, wrong])
+def test_tools_that_are_none(style):
+    functions = [{"type": "function"}, {"type": "function", "function": "f"}]
+    for wrong in ("f", *functions, {"name": ""}, {"name": "f", "description": 3}):
+        with pytest.raises(UserError, match="a tool must be"):
+            STYLES[style].describe([WEATHER, wrong])
 
 
 @pytest.mark.parametrize("style", ["json", "signatures", "markdown"])
-@pytest.mark.parametrize(
-    "parameters, words",
-    [
-        ([], 'tool f: "parameters" must be the JSON schema of an object'),
-        ({"type": "string"}, "must be the JSON schema of an object"),
-        ({"properties": []}, "must be the JSON schema of an object"),
-        ({"properties": {"a": "string"}}, "must be the JSON schema of an object"),
-        ({"properties": {}, "required": "a"}, "must be the JSON schema of an object"),
-    ],
-)
-def test_parameters_that_are_no_schema(style, parameters, words):
-    with pytest.raises(UserError, match=words):
-        STYLES[style].describe([{"name": "f", "parameters": parameters}])
+def test_parameters_that_are_no_schema(style):
+    properties = [{"properties": []}, {"properties": {"a": "string"}}, {"properties": {}, "required": "a"}]
+    for parameters in ([], {"type": "string"}, *properties):
+        with pytest.raises(UserError, match='tool f: "parameters" must be the JSON schema of an object'):
+            STYLES[style].describe([{"name": "f", "parameters": parameters}])
 
 
 def test_nulls_of_a_table_are_no_part_of_a_schema():
@@ -317,31 +274,14 @@ def test_results_come_in_the_order_of_the_calls():
     def result(content, of=None):
         return {"role": "tool", "content": content, **({"tool_call_id": of} if of else {})}
 
-    answer = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": "x", **CALLS[0]}, {"id": "y", **CALLS[1]}],
-    }
-    asked = {"role": "user", "content": "?"}
-    turns = [
-        asked,
-        answer,
-        result("2", "y"),
-        result("1", "x"),
-        answer,
-        result("3", "x"),
-        result("4", "y"),
-        asked,
-    ]
-    shown = "".join(turn["content"] for turn in in_order_of_calls(turns))
+    both = [{"id": "x", **CALLS[0]}, {"id": "y", **CALLS[1]}]
+    answer, asked = {"role": "assistant", "content": "", "tool_calls": both}, {"role": "user", "content": "?"}
+    turns = [asked, answer, result("2", "y"), result("1", "x"), answer, result("3", "x"), result("4", "y")]
+    shown = "".join(turn["content"] for turn in in_order_of_calls([*turns, asked]))
     assert shown == "?1234?"
     for unordered in ([answer, result("2", "y"), result("1")], [asked, result("2", "y"), result("1", "x")]):
         assert in_order_of_calls(unordered) == unordered
-    no_ids = [
-        {**answer, "tool_calls": [CALLS[0], {"id": "y", **CALLS[1]}]},
-        result("2", "y"),
-        result("1", "x"),
-    ]
+    no_ids = [{**answer, "tool_calls": [CALLS[0], both[1]]}, result("2", "y"), result("1", "x")]
     assert in_order_of_calls(no_ids) == no_ids
     with pytest.raises(
         UserError, match="tool_call_id 'z' is of no call in the answer before; it has 'x', 'y'"
