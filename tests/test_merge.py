@@ -23,6 +23,12 @@ from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
 
+
+def facts_of(method, options, linears, base):
+    facts = dict(format=ADAPTER_FORMAT, method=method, options=options, linears=linears)
+    return facts | {"base_fingerprint": fingerprint(base), "versions": {"torch": torch.__version__}}
+
+
 LINEARS = [
     f"blocks.{layer}.{name}" for layer in (0, 1) for name in ("att.key", "att.output", "ffn.key", "ffn.value")
 ]
@@ -69,20 +75,15 @@ def case(tmp_path, bases):
         write_checkpoint(
             tmp_path / "adapter.pth",
             {**changes, **dict(whole)}.items(),
-            {
-                "format": ADAPTER_FORMAT,
-                "format_version": 1,
-                "method": method,
-                "options": options,
-                "layout": layout,
-                "linears": LINEARS,
-                "targets": ["key"],
-                "arch": make_arch(version).to_dict(),
-                "base": "base.pth",
-                "base_fingerprint": fingerprint(tensors),
-                "versions": {"torch": torch.__version__},
-                **metadata,
-            },
+            dict(
+                facts_of(method, options, LINEARS, tensors),
+                format_version=1,
+                layout=layout,
+                targets=["key"],
+                arch=make_arch(version).to_dict(),
+                base="base.pth",
+            )
+            | metadata,
         )
         return tmp_path
 
@@ -423,17 +424,12 @@ def test_the_inputs_are_never_overwritten(case):
 def test_a_second_merge_of_the_same_adapter(case):
     folder = case()
     merge(folder)
-    refused(
-        folder,
-        "merged.pth is already a merge of .*/adapter.pth into base.pth",
-        base="merged.pth",
-        out="again.pth",
-    )
-    merge(folder, base="merged.pth", out="again.pth", force=True)
+    again = {"base": "merged.pth", "out": "again.pth"}
+    refused(folder, "merged.pth is already a merge of .*/adapter.pth into base.pth", **again)
+    merge(folder, **again, force=True)
     twice = read_checkpoint(folder / "again.pth")["blocks.0.att.key.weight"].double()
-    exact = read_checkpoint(folder / "base.pth")["blocks.0.att.key.weight"].double() + 2 * delta(
-        folder, "blocks.0.att.key"
-    )
+    exact = read_checkpoint(folder / "base.pth")["blocks.0.att.key.weight"].double()
+    exact += 2 * delta(folder, "blocks.0.att.key")
     assert (twice - exact).norm() < 0.01 * exact.norm()
 
 
@@ -481,16 +477,8 @@ def test_merge_command(case, capsys):
     assert out.count("\n") == 1
     code, out, err = command(capsys, *inputs, "--out", folder / "base.pth")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
-    code, out, err = command(
-        capsys,
-        "merge",
-        "--base",
-        folder / "merged.pth",
-        *inputs[3:],
-        "--out",
-        folder / "again.pth",
-        "--force",
-    )
+    again = ["--base", folder / "merged.pth", "--out", folder / "again.pth", "--force"]
+    code, out, err = command(capsys, "merge", *inputs[3:], *again)
     assert code == 0 and (folder / "again.pth").exists()
 
 
@@ -545,30 +533,11 @@ def test_as_a_program(case):
         "import sys; from rwkv_miss.__main__ import main; main(); print({'src', 'lightning', 'deepspeed'} &"
         " sys.modules.keys())"
     )
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "merge",
-            "--base",
-            folder / "base.pth",
-            "--adapter",
-            folder / "adapter.pth",
-            "--out",
-            folder / "merged.pth",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    words = f"merge --base {folder}/base.pth --adapter {folder}/adapter.pth --out {folder}/merged.pth".split()
+    options = dict(cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script, *words], **options)
     assert run.returncode == 0 and run.stderr == "" and run.stdout.endswith("\nset()\n"), run.stderr
-    run = subprocess.run(
-        [sys.executable, "-m", "rwkv_miss", "inspect", folder / "absent.pth"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    run = subprocess.run([sys.executable, "-m", "rwkv_miss", "inspect", folder / "absent.pth"], **options)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr == f"error: {folder / 'absent.pth'} does not exist\n"
 
@@ -583,18 +552,7 @@ def test_a_real_checkpoint(data_dir, tmp_path):
         if re.search(r"att\.(receptance|gate)\.weight|ffn\.value\.weight", name)
     ]
     changes = {f"{name}.miss": 1e-3 * torch.randn(8, base[f"{name}.weight"].shape[0]) for name in linears}
-    write_checkpoint(
-        tmp_path / "adapter.pth",
-        changes.items(),
-        {
-            "format": ADAPTER_FORMAT,
-            "method": "miss",
-            "options": {"rank": 8},
-            "linears": linears,
-            "base_fingerprint": fingerprint(base),
-            "versions": {},
-        },
-    )
+    write_checkpoint(tmp_path / "adapter.pth", changes.items(), facts_of("miss", {"rank": 8}, linears, base))
     report = merge_file(path, tmp_path / "adapter.pth", tmp_path / "merged.pth")
     merged = torch.load(tmp_path / "merged.pth", weights_only=True)
     assert list(merged) == list(base) and report.linears == len(linears) == 36
