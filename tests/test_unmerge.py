@@ -39,41 +39,19 @@ def flip(tensors, key, bit=0, at=5):
 @pytest.mark.parametrize(
     "source, dtype, methods, weights",
     [
-        *(
-            (source, dtype, ("miss",), None)
-            for source, dtype in [
-                (torch.bfloat16, "base"),
-                (torch.float16, "base"),
-                (torch.float32, "base"),
-                (torch.float32, "bf16"),
-                (torch.bfloat16, "fp32"),
-            ]
-        ),
-        *(
-            (torch.bfloat16, "base", methods, weights)
-            for methods, weights in [
-                (("lora",), None),
-                (("dora",), None),
-                (("miss", "miss"), [0.5, -2]),
-                (("dora", "miss"), [0.5, 0.5]),
-            ]
-        ),
-        *(
-            (torch.float32, "base", methods, weights)
-            for methods, weights in [
-                (("miss",), [0.7]),
-                (("lora",), None),
-                (("bat",), None),
-                (("pissa",), None),
-                (("vera",), None),
-                (("miss", "lora"), None),
-                (("dora",), [-1]),
-            ]
-        ),
+        *((source, "base", "miss", None) for source in (torch.bfloat16, torch.float16, torch.float32)),
+        (torch.float32, "bf16", "miss", None),
+        (torch.bfloat16, "fp32", "miss", None),
+        *((torch.bfloat16, "base", method, None) for method in ("lora", "dora")),
+        (torch.bfloat16, "base", "miss miss", [0.5, -2]),
+        (torch.bfloat16, "base", "dora miss", [0.5, 0.5]),
+        (torch.float32, "base", "miss", [0.7]),
+        *((torch.float32, "base", method, None) for method in ("lora", "bat", "pissa", "vera", "miss lora")),
+        (torch.float32, "base", "dora", [-1]),
     ],
 )
 def test_a_merge_is_one(merging, source, dtype, methods, weights):
-    version = 6 if source == torch.float16 else 7
+    version, methods = 6 if source == torch.float16 else 7, methods.split()
     merging(version, source)
     names = [f"{i}.pth" for i in range(len(methods))]
     for i, (name, method) in enumerate(zip(names, methods)):
