@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 from typing import Any
 
 from . import extract
-from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
+from .convert import FORMATS, NO_HINTS, Source, convert, format_of, open_source
 from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
@@ -19,7 +20,7 @@ from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
 from .inject import ADAPTER_FORMAT
-from .merging.cli import add_commands
+from .merging.cli import add_commands, add_hints, hints
 from .merging.members import merged_adapters
 from .version import version_line
 
@@ -127,18 +128,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     converting.add_argument(
         "--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes]
     )
-    converting.add_argument(
-        "--origin", default="", help="the project that wrote IN, if its shapes could be two projects'"
-    )
-    converting.add_argument("--alpha", type=float, help="LoRA's alpha, if the file does not hold it")
-    converting.add_argument(
-        "--profile",
-        default="",
-        help="RWKV-LM-RLHF's layer profile (.csv), if the alphas of LoRA differ by layer",
-    )
-    converting.add_argument(
-        "--init", default="", help="file with PiSSA's factors at the start, if they have a file of their own"
-    )
+    add_hints(converting)
     converting.add_argument(
         "--base",
         default="",
@@ -180,13 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":
-            for line in convert(
-                args.input,
-                args.out,
-                args.to,
-                Hints(args.origin, args.alpha, args.init, args.base, args.profile),
-                args.layout,
-            ).lines():
+            with_base = dataclasses.replace(hints(args), base=args.base)
+            for line in convert(args.input, args.out, args.to, with_base, args.layout).lines():
                 print(line)
         elif args.json:
             print(json.dumps(describe(args.file)))

@@ -1,11 +1,36 @@
 """Products by the CPU's bf16 instructions, or by what stands for them where it has none, against float64."""
 
+import ctypes
+
 import pytest
 import torch
+from torch import Tensor
 
-from src.inference.bf16_products import multiply
+from src.ops import native
 
 SHAPES = [(1, 1), (33, 50), (101, 72), (64, 328), (5, 1000)]
+
+
+def multiply(weight: Tensor, x: Tensor, parts: int, first: int = 0, last: int | None = None) -> Tensor:
+    """Multiply x (B, columns) fp32 by the rows [first, last) of weight (rows, columns) bf16, transposed: y
+    (B, rows), zero elsewhere.
+
+    x is rounded to bf16, or with 2 parts split into two. It is the decoder's product, alone, for tests.
+    """
+    B, (rows, columns) = len(x), weight.shape
+    y = torch.zeros(B, rows)
+    native.library("cpu").bf16_multiply(
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(parts),
+        ctypes.c_int64(B),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(first),
+        ctypes.c_int64(rows if last is None else last),
+    )
+    return y
 
 
 def random(shape: tuple[int, int], seed: int) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """Products in int8 panels against float64 with the same rounded numbers, and the form itself by its bytes."""
 
+import ctypes
+
 import pytest
 import torch
+from torch import Tensor
 
 from src.inference import int8_panels
+from src.ops import native
 
 SHAPES = [(1, 1), (16, 64), (33, 50), (101, 72), (80, 200), (15, 129)]
 
@@ -36,6 +40,27 @@ def unpacked(panels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return whole[:rows, :columns]
 
 
+def multiply(packed: Tensor, rows: int, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """Multiply x (B, columns) fp32 by the rows [first, last) of the matrix: y (B, rows), zero elsewhere.
+
+    It is the decoder's product, alone, for tests. `first` is a multiple of 16, and so is `last` unless it is
+    the number of rows.
+    """
+    B, columns = x.shape
+    y = torch.zeros(B, rows)
+    native.library("cpu").panels_multiply(
+        ctypes.c_void_p(packed.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(B),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(first),
+        ctypes.c_int64(rows if last is None else last),
+    )
+    return y
+
+
 def random(rows: int, columns: int, seed: int) -> torch.Tensor:
     """Numbers of very different sizes, some rows of zeros, and an outlier."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +78,7 @@ def test_products_are_those_of_the_rounded_numbers(shape, dtype):
     weight, x = random(*shape, 1).to(dtype), random(19, shape[1], 2)
     panels = packed(weight, 2)
     w8, x8 = unpacked(panels, *shape), rounded(x, 32)
-    got, want, size = int8_panels.multiply(panels, shape[0], x), x8 @ w8.T, x8.abs() @ w8.T.abs()
+    got, want, size = multiply(panels, shape[0], x), x8 @ w8.T, x8.abs() @ w8.T.abs()
     # fp32 sums of up to 7 parts: 2^-24 for each of their operations
     assert ((got - want).abs() <= 2e-6 * size).all()
     blocks = torch.nn.functional.pad(weight.float(), (0, -shape[1] % 64)).unflatten(1, (-1, 64))
@@ -65,11 +90,11 @@ def test_products_are_those_of_the_rounded_numbers(shape, dtype):
 def test_a_row_is_the_same_bits_beside_any_others_and_in_any_share():
     weight, x = random(101, 200, 4), random(37, 200, 5)
     panels = packed(weight)
-    one_by_one = torch.cat([int8_panels.multiply(panels, 101, row[None]) for row in x])
+    one_by_one = torch.cat([multiply(panels, 101, row[None]) for row in x])
     for count in (2, 3, 4, 5, 7, 8, 11, 16, 17, 37):
-        together = int8_panels.multiply(panels, 101, x[:count].contiguous())
+        together = multiply(panels, 101, x[:count].contiguous())
         assert torch.equal(together, one_by_one[:count]), f"{count} rows"
-    shares = [int8_panels.multiply(panels, 101, x, *part) for part in ((0, 32), (32, 48), (48, 101))]
+    shares = [multiply(panels, 101, x, *part) for part in ((0, 32), (32, 48), (48, 101))]
     assert torch.equal(sum(shares), one_by_one)
     assert torch.equal(packed(weight, 3), panels)
 
@@ -78,18 +103,18 @@ def test_a_row_is_the_same_bits_beside_any_others_and_in_any_share():
 def test_what_is_not_finite_stays_so(bad):
     """So that the decoder's check finds it; other rows of activations do not change."""
     weight, x = random(20, 100, 6), random(3, 100, 7)
-    want = int8_panels.multiply(packed(weight), 20, x)
+    want = multiply(packed(weight), 20, x)
     x[1, 77] = bad
-    got = int8_panels.multiply(packed(weight), 20, x)
+    got = multiply(packed(weight), 20, x)
     assert not got[1].isfinite().any() and torch.equal(got[[0, 2]], want[[0, 2]])
     weight[5, 99] = bad
-    assert not int8_panels.multiply(packed(weight), 20, x[:1])[:, 5].isfinite().any()
+    assert not multiply(packed(weight), 20, x[:1])[:, 5].isfinite().any()
 
 
 def test_tiny_numbers_become_zero_and_large_ones_stay_finite():
     weight = torch.full((16, 64), 1e-38)
     weight[1], x = 3e38, torch.full((1, 64), 1e-36)
-    assert int8_panels.multiply(packed(weight), 16, x).tolist() == [[0.0] * 16]
+    assert multiply(packed(weight), 16, x).tolist() == [[0.0] * 16]
     x[:] = 1.0
     weight[1] = 1e36
-    assert int8_panels.multiply(packed(weight), 16, x)[0, 1].item() == pytest.approx(64e36, rel=0.01)
+    assert multiply(packed(weight), 16, x)[0, 1].item() == pytest.approx(64e36, rel=0.01)

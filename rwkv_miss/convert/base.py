@@ -50,10 +50,7 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
                 f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model"
                 " that it was trained on"
             )
-    try:
-        arch = Arch.detect(tensors).to_dict()
-    except UserError:  # not RWKV: the widths are read from its tensors
-        arch = None
+    arch = Arch.record_of(tensors)
     about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
     return dataclasses.replace(

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files.checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..files.output import write_folder, write_text
+from ..methods.miss_variants import beyond_plain
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
@@ -271,9 +272,8 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
     Raises UserError for a MiSS of another layout.
     """
     options = adapter.options
-    for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
-        if getattr(options, name) != value:
-            raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
+    if other := beyond_plain(options, "scale", "mini_r"):
+        raise UserError(f"rwkv_lightning's MiSS has no {other}; {WAY_OUT}")
     found = {}
     with torch.no_grad():
         for name, layer in adapted_layers(adapter):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapter import METHODS, has_factors
 from ..errors import UserError
 from ..methods.lora import ScaledOptions
+from ..methods.miss_variants import beyond_plain
 from .base import adapted_layers
 from .formats import Adapter
 
@@ -77,15 +78,8 @@ def tensor_of(adapter: Adapter, name: str) -> Tensor:
 def as_miss(adapter: Adapter) -> Folder:
     """Convert MiSS: D as it is. peft's layout is "stride", its sums are plain."""
     options = next(iter(adapter.options_by_linear().values()))
-    for name, value in {
-        "layout": "stride",
-        "shards": "plain",
-        "scale": "sum",
-        "magnitude": False,
-        "expand": False,
-    }.items():
-        if getattr(options, name) != value:
-            refuse(adapter, f"peft's MiSS has no {name}={getattr(options, name)}")
+    if other := beyond_plain(options, "mini_r"):
+        refuse(adapter, f"peft's MiSS has no {other}")
     mini = options.mini_r
     config = {
         "peft_type": "MISS",

@@ -29,6 +29,7 @@ from ..adapter import METHODS
 from ..errors import UserError
 from ..files.checkpoint import read_checkpoint, write_checkpoint
 from ..files.output import require_writable
+from ..methods.miss_variants import beyond_plain
 from ..methods.whole_tensors import PARTS
 from .formats import Adapter, Format, Hints, described, origins, rank_options, register
 from .profile import read_alphas
@@ -123,11 +124,8 @@ class RwkvPeft(Format):
         tensors = dict(adapter.tensors)
         if method in ("miss", "bat"):
             origin = adapter.metadata.get("origin")
-            leaf = (
-                origin.get("tensor")
-                if isinstance(origin, dict) and origin.get("tensor") in ("bone", "disha")
-                else "disha"
-            )
+            leaf = origin.get("tensor") if isinstance(origin, dict) else None
+            leaf = leaf if leaf in ("bone", "disha") else "disha"
             names = {f"{linear}.{method}": f"{linear}.{leaf}" for linear in adapter.metadata["linears"]}
             tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
         if method == "pissa":
@@ -363,20 +361,8 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
             f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state."
             " Merge the adapter instead"
         )
-    if method == "miss":
-        for name, only in {
-            "layout": "stride",
-            "shards": "plain",
-            "scale": "sum",
-            "mini_r": 0,
-            "magnitude": False,
-            "expand": False,
-        }.items():
-            if getattr(options, name) != only:
-                raise UserError(
-                    f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter"
-                    " instead"
-                )
+    if method == "miss" and (other := beyond_plain(options)):
+        raise UserError(f"RWKV-PEFT has no form for MiSS with {other}; merge the adapter instead")
     if method == "bat" and options.order != "row":
         raise UserError(
             "RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the"

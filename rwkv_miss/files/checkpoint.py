@@ -6,6 +6,7 @@ record, `rwkv_miss.json`, which other readers skip.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import io
@@ -107,6 +108,13 @@ class Arch:
             version == 7 and all(f"{att}v{i}" in tensors for i in range(3)),
             any(name.endswith(".att.time_state") for name in tensors),
         )
+
+    @staticmethod
+    def record_of(tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return to_dict() of the model that detect() finds; None for one that is no RWKV."""
+        with contextlib.suppress(UserError):
+            return Arch.detect(tensors).to_dict()
+        return None
 
     def describe(self) -> str:
         """Describe the model in one line for people."""

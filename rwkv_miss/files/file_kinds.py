@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from ..errors import UserError
 from .checkpoint import read_metadata
+from .output import refuse_inputs, require_writable
 from .safetensors_io import is_safetensors
 from .untrusted import first_bytes
 
@@ -38,3 +40,10 @@ def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
         raise UserError(
             f"{out} is there already, {found}, and would be lost; choose another name, or remove it first"
         )
+
+
+def check_output(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *kinds: str) -> None:
+    """Raise UserError unless a file can be written at `out`: no input, and nothing but one of these kinds."""
+    refuse_inputs(out, *inputs)
+    require_writable(out)
+    may_replace(out, *kinds)

@@ -105,7 +105,7 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
 
 
 def add_hints(parser: Parser) -> None:
-    """Add the flags about what an adapter of another project leaves open."""
+    """Add the flags about what an adapter of another project leaves open; hints() reads them."""
     parser.add_argument(
         "--origin",
         default="",

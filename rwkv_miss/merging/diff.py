@@ -22,10 +22,10 @@ from torch import Tensor
 from ..convert.formats import described
 from ..errors import UserError, listed
 from ..files.checkpoint import Arch, blocks, write_checkpoint
-from ..files.file_kinds import may_replace
+from ..files.file_kinds import check_output
 from ..files.identity import Identity
 from ..files.model_files import name_of
-from ..files.output import refuse_inputs, require_writable
+from ..files.output import require_writable
 from ..functional import shard_index, shard_sum
 from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from ..methods.whole_tensors import PARTS, in_parts
@@ -141,7 +141,7 @@ def diff_files(
     other keys or shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; nothing
     is left of a file that was begun.
     """
-    _check_out(out, (a, b))
+    check_output(out, (a, b), ADAPTER_FORMAT)
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
     _check_alike(a, b, first, second)
     options = described("miss", {"rank": rank, "layout": layout}, [])["options"]
@@ -177,7 +177,7 @@ def diff_files(
 def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Any]:
     """Record the two checkpoints for the adapter's metadata."""
     return {
-        "arch": _arch(first),
+        "arch": Arch.record_of(first),
         "base": name_of(a),
         "base_fingerprint": Identity(a, first).fingerprint,
         "difference_to": {"file": name_of(b), "fingerprint": Identity(b, second).fingerprint},
@@ -193,13 +193,6 @@ def _what_differs(
     linears = [name for name in candidates if f"{name}.weight" in different]
     adapted = {f"{name}.weight" for name in linears}
     return linears, [key for key in different if key not in adapted]
-
-
-def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise UserError unless an adapter can be written at `out`."""
-    refuse_inputs(out, *inputs)
-    require_writable(out)
-    may_replace(out, ADAPTER_FORMAT)
 
 
 def _check_rank(tensors: Mapping[str, Tensor], linears: list[str], rank: int) -> None:
@@ -233,14 +226,6 @@ def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
         "template": second.get("template") or first.get("template"),
         "bos": second.get("bos") or [],
     }
-
-
-def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Return the sizes of an RWKV model, None for another model."""
-    try:
-        return Arch.detect(tensors).to_dict()
-    except UserError:
-        return None
 
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..convert import NO_HINTS, Hints
 from ..errors import UserError
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
-from ..files.file_kinds import may_replace
+from ..files.file_kinds import check_output
 from ..files.identity import Identity
 from ..files.model_files import name_of, read_model
-from ..files.output import refuse_inputs, require_writable
+from ..files.output import require_writable
 from ..files.safetensors_io import is_safetensors
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
@@ -204,7 +204,7 @@ def merge_file(
     if dtype not in ("base", "auto", *DTYPE_NAMES):
         raise UserError(f"dtype {dtype!r} is unknown; choose one of: base, auto, {', '.join(DTYPE_NAMES)}")
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
-    _check_out(out, (base, *paths))
+    check_output(out, (base, *paths), MERGED_FORMAT)
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     identity = Identity(base, tensors)
     record = _record(base, before, identity.fingerprint, members)
@@ -245,13 +245,6 @@ def _report(
         choice=choice,
         read=[note for m in adapters.members for note in m.notes],
     )
-
-
-def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise UserError unless a merged file can be written at `out`."""
-    refuse_inputs(out, *inputs)
-    require_writable(out)
-    may_replace(out, MERGED_FORMAT)
 
 
 def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:

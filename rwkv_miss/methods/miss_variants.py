@@ -27,8 +27,7 @@ from ..functional import (
 from .operators import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
-# options that `expand` cannot be combined with
-OF_INPUT_SHARDS = ("layout", "shards", "scale", "mini_r", "magnitude")
+VARIANTS = ("layout", "shards", "scale", "mini_r", "magnitude", "expand")  # options beyond plain MiSS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +62,22 @@ class Options(adapter.Options):
                 raise UserError(
                     f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(choices)}"
                 )
-        if self.expand:
-            for name in OF_INPUT_SHARDS:
-                if getattr(self, name) != getattr(Options, name):
-                    raise UserError(
-                        f"{name}={getattr(self, name)} is about shards of inputs, expand has shards of"
-                        " outputs; drop one of the two"
-                    )
+        if self.expand and (other := beyond_plain(self, "expand")):
+            raise UserError(
+                f"{other} is about shards of inputs, expand has shards of outputs; drop one of the two"
+            )
 
     def shard_scale(self, width: int) -> float:
         """Return the factor on the shard sums of an input of this width."""
         return (self.rank / width) ** 0.5 if self.scale == "sqrt" else 1.0
+
+
+def beyond_plain(options: Options, *allowed: str) -> str:
+    """Return the first of VARIANTS that is not plain MiSS's, as "scale=sqrt"; "" for none but the allowed."""
+    for name in VARIANTS:
+        if name not in allowed and (value := getattr(options, name)) != getattr(Options, name):
+            return f"{name}={value}"
+    return ""
 
 
 def variant_of(options: Options) -> type[AdapterLinear] | None:
@@ -82,9 +86,7 @@ def variant_of(options: Options) -> type[AdapterLinear] | None:
         return ExpandedMiss
     if options.magnitude:
         return MissWithMagnitude
-    if all(getattr(options, name) == getattr(Options, name) for name in OF_INPUT_SHARDS):
-        return None
-    return ShardedMiss
+    return ShardedMiss if beyond_plain(options) else None
 
 
 def check_rank(rank: int, side: str, width: int) -> None:

@@ -28,15 +28,9 @@ from .conversation_file import load_chat, save_chat
 
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
 MODE_NAMES = {
-    "off": "rwkv",
-    "think": "think",
-    "normal": "think-normal",
-    "short": "think-short",
-    "long": "think-long",
-    "chinese": "think-chinese",
-    "fake": "fake-think",
-    "compact": "fake-think-compact",
-    "flower": "flower",
+    **{"off": "rwkv", "think": "think"},
+    **{length: f"think-{length}" for length in ("normal", "short", "long", "chinese")},
+    **{"fake": "fake-think", "compact": "fake-think-compact", "flower": "flower"},
 }
 
 
@@ -156,29 +150,20 @@ class Chat:
             self.conversation.template = self.chosen or self.template_of(self.paths())
             self.conversation.bos = self.bos_of(self.paths())
         again = self.conversation.turns and not self.conversation.read
-        note(
-            self.in_use()
-            + (
-                f"; {self.turns()} so far: read again with these weights before the next answer"
-                if again
-                else ""
-            )
-        )
+        rest = f"; {self.turns()} so far: read again with these weights before the next answer"
+        note(self.in_use() + (rest if again else ""))
 
     def turns(self) -> str:
-        count = len(self.conversation.turns)
-        return f"{count} turn" + "s" * (count != 1)
+        return counted(len(self.conversation.turns), "turn")
 
     def paths(self) -> list:
         """Return the files in use."""
         return [self.adapters.by_name[name].path for name in self.adapters.used]
 
     def in_use(self) -> str:
-        return (
-            f"adapter {'+'.join(self.adapters.used)}, scale {self.adapters.scale:g}"
-            if self.adapters.used
-            else "no adapter: the base answers"
-        )
+        if not self.adapters.used:
+            return "no adapter: the base answers"
+        return f"adapter {'+'.join(self.adapters.used)}, scale {self.adapters.scale:g}"
 
     @command("adapter", "[NAME|NAME+NAME|none]")
     def choose_adapter(self, argument: str) -> None:
@@ -263,12 +248,8 @@ class Chat:
         self.results = []
         self.chosen, bos = self.conversation.template, self.conversation.bos
         self.bos_of = lambda paths: bos
-        again = (
-            ""
-            if used or not self.conversation.turns
-            else ", saved with other adapters or another scale: read again before the next answer"
-        )
-        note(f"{self.turns()} of {argument}{again}")
+        again = ", saved with other adapters or another scale: read again before the next answer"
+        note(f"{self.turns()} of {argument}" + (again if self.conversation.turns and not used else ""))
 
     @command("think", "[MODE]")
     def choose_mode(self, argument: str) -> None:
@@ -359,14 +340,9 @@ class Chat:
         numbers. Raises UserError without an adapter."""
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
-            raise UserError(
-                "no adapter is in use, so there is nothing to compare the base with; "
-                + (
-                    f"/adapter NAME, of {', '.join(self.adapters.by_name)}"
-                    if self.adapters.by_name
-                    else "start with --adapter"
-                )
-            )
+            known = ", ".join(self.adapters.by_name)
+            advice = f"/adapter NAME, of {known}" if known else "start with --adapter"
+            raise UserError(f"no adapter is in use, so there is nothing to compare the base with; {advice}")
         kept = conversation.state, conversation.read, conversation.earlier
         answers = []
         try:

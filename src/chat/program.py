@@ -7,17 +7,14 @@ import itertools
 import os
 import sys
 
-from rwkv_miss.files.hub import local_path
-
 from ..data.bos import with_bos
 from ..data.released import modes_note
 from ..data.tool_styles import read_tools
 from ..inference.conversation import Conversation
 from ..inference.decoders import fastest
 from ..inference.engine import Engine, Request
-from ..inference.flags import PromptSettings, decoder_options
+from ..inference.flags import PromptSettings, decoder_options, load_named
 from ..inference.generate import stream
-from ..inference.load import load_with
 from .commands import Chat, note_calls, show
 from .flags import check_local, sampling_of
 
@@ -45,11 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace) -> tuple[Chat, str]:
     """Load (the chat, a description of its decoder). Raises UserError for files that do not fit."""
-    args.model = local_path(args.model)
-    args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
-    adapters, tokenizer = load_with(
-        args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
-    )
+    adapters, tokenizer = load_named(args)
     adapters.use(list(args.adapter)[:1], args.scale)
     decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
     engine = Engine(decoder, tokenizer, chunk=CHUNK)

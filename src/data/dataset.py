@@ -39,7 +39,7 @@ class Documents(Examples):
     # (n,) int32: the number of the conversation that became several documents, this one among them; -1 for a
     # whole conversation or text; None: all are
     conversation: np.ndarray | None = None
-    untrained: int = 0  # documents that were left out because they have no trained token
+    untrained: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,22 +49,18 @@ class Documents(Examples):
 
     @property
     def cut(self) -> int:
-        """Documents that were longer than ctx_len and lost their end."""
         return 0 if self.lost is None else int(np.count_nonzero(self.lost))
 
     @property
     def cut_tokens(self) -> int:
-        """Tokens that they lost in all."""
         return 0 if self.lost is None else int(self.lost.sum(dtype=np.int64))
 
     @property
     def split(self) -> int:
-        """Texts that became several documents, of which at least one is here."""
         return 0 if self.text is None else len(np.unique(self.text[self.text >= 0]))
 
     @property
     def rewritten(self) -> tuple[int, int]:
-        """(conversations that became several documents, of which at least one is here; these documents)."""
         if self.conversation is None:
             return 0, 0
         of = self.conversation[self.conversation >= 0]
@@ -79,7 +75,6 @@ class Documents(Examples):
 
     @property
     def target_counts(self) -> np.ndarray:
-        """Trained tokens of each document, (n,) int32."""
         return self._counted[0]
 
     @property
@@ -96,15 +91,12 @@ class Documents(Examples):
         return counts, counts if np.array_equal(counts, sums) else sums
 
     def take(self, chosen: np.ndarray) -> Documents:
-        """Return the documents at these places."""
         if isinstance(self.items, FileDocuments):
             items = self.items.take(chosen)
         else:
             items = [self.items[i] for i in chosen]
-        lost = None if self.lost is None else self.lost[chosen]
-        text = None if self.text is None else self.text[chosen]
-        conversation = None if self.conversation is None else self.conversation[chosen]
-        return Documents(items, lost, text, conversation, self.untrained)
+        columns = (self.lost, self.text, self.conversation)
+        return Documents(items, *(None if of is None else of[chosen] for of in columns), self.untrained)
 
     def learnable(self) -> Documents:
         """Return the documents with a trained token: a step without one would have no loss."""
@@ -128,7 +120,6 @@ class Documents(Examples):
         return digest.hexdigest()
 
     def contents(self) -> Iterable[np.ndarray]:
-        """Yield the key of each document, (n,) int32."""
         return (document.ids for document in self.items)
 
     def held_out_by(self) -> Iterable[np.ndarray]:

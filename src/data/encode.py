@@ -46,6 +46,11 @@ class Tokens:
         return np.repeat(firsts[records], counts) + number_in_record
 
 
+# of the fields of Tokens
+DTYPES = dict(ids=np.int32, weights=np.float32, ends=np.int64, texts=bool, begins=bool)
+DTYPES |= dict(labels=np.int8, places=np.int32)
+
+
 def tokens_of(
     documents: list[tuple[np.ndarray, np.ndarray]],
     texts: list[bool],
@@ -58,10 +63,10 @@ def tokens_of(
         np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in documents)]),
         np.concatenate([np.zeros(0, np.float32), *(weights for _, weights in documents)]),
         np.cumsum([len(ids) for ids, _ in documents], dtype=np.int64),
-        np.array(texts, dtype=bool),
-        np.array(begins, dtype=bool),
-        np.array(labels, dtype=np.int8),
-        np.array(places, dtype=np.int32),
+        np.array(texts, bool),
+        np.array(begins, bool),
+        np.array(labels, np.int8),
+        np.array(places, np.int32),
     )
 
 

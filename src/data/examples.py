@@ -70,11 +70,13 @@ class Examples(Sequence):
 
     conversation: np.ndarray | None = None  # (n,) int32, see dataset.Documents; None: each is one of its own
     by_prompt = True  # whether held_out_by() is the prompt
-
-    @property
-    def alone(self) -> bool:
-        """Tell whether an example has its row for itself, also if rows are packed."""
-        return False
+    alone = False  # whether an example has its row for itself, also if rows are packed
+    # changes to documents so that they fit into rows; preferences and questions are never cut
+    cut = cut_tokens = 0  # examples that were longer than ctx_len and lost their end; tokens that they lost
+    split = 0  # texts that became several examples, of which at least one is here
+    # (conversations that became several examples, of which at least one is here; these examples)
+    rewritten = 0, 0
+    untrained = 0  # examples that were left out because they have no trained token
 
     def too_long_text(self, ctx_len: int) -> str:
         """Tell how many were left out as longer than a row, and where the first are; "" for none."""
@@ -89,30 +91,3 @@ class Examples(Sequence):
     def weight(self) -> float:
         """The sum of weight_sums."""
         return float(self.weight_sums.sum(dtype=np.float64))
-
-    # Changes to documents so that they fit into rows. Preferences and questions are never cut.
-
-    @property
-    def cut(self) -> int:
-        """Examples that were longer than ctx_len and lost their end."""
-        return 0
-
-    @property
-    def cut_tokens(self) -> int:
-        """Tokens that they lost in all."""
-        return 0
-
-    @property
-    def split(self) -> int:
-        """Texts that became several examples, of which at least one is here."""
-        return 0
-
-    @property
-    def rewritten(self) -> tuple[int, int]:
-        """(conversations that became several examples, of which at least one is here; these examples)."""
-        return 0, 0
-
-    @property
-    def untrained(self) -> int:
-        """Examples that were left out because they have no trained token."""
-        return 0

@@ -68,7 +68,6 @@ class Preferences(Examples):
 
     @property
     def word(self) -> str:
-        """The word for one example, such as document."""
         return "pair" if self.paired else "answer"
 
     @property
@@ -90,7 +89,6 @@ class Preferences(Examples):
         return Preference(answers, [bool(self.chosen[place]) for place in places], reference)
 
     def take(self, chosen: np.ndarray) -> Preferences:
-        """Return the examples at these places."""
         places = (np.asarray(chosen, np.int64)[:, None] * self.size + np.arange(self.size)).ravel()
         starts = None if self.reference is None else self.reference_starts[places]
         return dataclasses.replace(
@@ -127,12 +125,10 @@ class Preferences(Examples):
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """One more than the tokens that each example takes of a row, (U,) int32."""
         return (self._of_examples(self.answers.lengths - 1) + 1).astype(np.int32)
 
     @functools.cached_property
     def target_counts(self) -> np.ndarray:
-        """Trained tokens of each example, (U,) int32."""
         return self._of_examples(self._counted[0]).astype(np.int32)
 
     @functools.cached_property
@@ -155,7 +151,6 @@ class Preferences(Examples):
         return self.answers.trained()
 
     def contents(self) -> Iterable[np.ndarray]:
-        """Yield the key of each example, (n,) int32."""
         return (example.content for example in self)
 
     def held_out_by(self) -> Iterable[np.ndarray]:

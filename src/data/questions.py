@@ -73,7 +73,6 @@ class Questions(Examples):
         return self.questions[i]
 
     def take(self, chosen: np.ndarray) -> Questions:
-        """Return the questions at these places."""
         return dataclasses.replace(
             self, questions=[self.questions[i] for i in chosen], prompts=[self.prompts[i] for i in chosen]
         )

@@ -29,7 +29,7 @@ from rwkv_miss.progress import Progress
 
 from ..config.launcher import is_first_process
 from ..ops.build import announce, locked
-from .encode import Encoder, Tokens
+from .encode import DTYPES, Encoder, Tokens
 from .formats import BY_NAME, DataSource, Reading, Report, SourceFindings
 from .parallel import TokenConverter, parts_of
 
@@ -146,15 +146,7 @@ def _encoded(source: DataSource, encoder: Encoder, report: Report, reading: Read
 def _joined(parts: list[Tokens]) -> Tokens:
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])
     parts = [dataclasses.replace(part, ends=part.ends + start) for part, start in zip(parts, starts)]
-    return Tokens(
-        ids=np.concatenate([part.ids for part in parts]),
-        weights=np.concatenate([part.weights for part in parts]),
-        ends=np.concatenate([part.ends for part in parts]),
-        texts=np.concatenate([part.texts for part in parts]),
-        begins=np.concatenate([part.begins for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        places=np.concatenate([part.places for part in parts]),
-    )
+    return Tokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in DTYPES})
 
 
 def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
@@ -162,8 +154,7 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
     folder.mkdir()
     length = 0
     with contextlib.ExitStack() as stack:
-        names = [field.name for field in dataclasses.fields(Tokens)]
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in DTYPES}
         for part in parts:
             for name, file in files.items():
                 array = getattr(part, name)
@@ -177,15 +168,7 @@ def _open(entry: pathlib.Path, source: DataSource, report: Report) -> Tokens | N
     Returns None if the entry is absent, or incomplete because the machine went down.
     """
     try:
-        tokens = Tokens(
-            ids=_mapped(entry / "ids", np.int32),
-            weights=_mapped(entry / "weights", np.float32),
-            ends=_mapped(entry / "ends", np.int64),
-            texts=_mapped(entry / "texts", np.bool_),
-            begins=_mapped(entry / "begins", np.bool_),
-            labels=_mapped(entry / "labels", np.int8),
-            places=_mapped(entry / "places", np.int32),
-        )
+        tokens = Tokens(**{name: _mapped(entry / name, dtype) for name, dtype in DTYPES.items()})
         if not len(tokens.ids) == len(tokens.weights) == tokens.ends[-1]:
             return None
         per_document = (tokens.texts, tokens.begins, tokens.labels, tokens.places)
@@ -199,9 +182,9 @@ def _open(entry: pathlib.Path, source: DataSource, report: Report) -> Tokens | N
         return None
 
 
-def _mapped(path: pathlib.Path, kind: type) -> np.ndarray:
+def _mapped(path: pathlib.Path, dtype: type) -> np.ndarray:
     """Map a file as a plain array, which is sliced in a tenth of a memmap's time."""
-    return np.memmap(path, kind, "r").view(np.ndarray)
+    return np.memmap(path, dtype, "r").view(np.ndarray)
 
 
 def remove_old(folder: pathlib.Path) -> None:

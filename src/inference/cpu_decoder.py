@@ -53,8 +53,7 @@ class Change(ctypes.Structure):
     _fields_ = [
         ("rank", ctypes.c_int64),
         ("scale", ctypes.c_double),
-        ("A", ctypes.c_void_p),
-        ("B", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in "AB"),
     ]
 
 
@@ -66,7 +65,7 @@ class Table(NamedTuple):
 
 
 class Decoder:
-    """Decoder with the states of `rows` rows, and the native code that computes their next tokens.
+    """RowDecoder with the states of `rows` rows, and the native code that computes their next tokens.
 
     `int8`: single tokens use the large matrices quantised, in panels (int8_panels.py) where the CPU
     multiplies bytes; `huge_pages` asks for pages of 2 MB for these. `bf16_activations`: where the CPU has
@@ -123,16 +122,8 @@ class Decoder:
     def _open(self, library: ctypes.CDLL) -> ctypes.c_void_p:
         """Give the native code the model; returns its handle."""
         arch = self.arch
-        sizes = (
-            arch.n_layer,
-            arch.n_embd,
-            arch.dim_att,
-            arch.n_head,
-            arch.head_size,
-            arch.dim_ffn,
-            arch.vocab_size,
-            self.rows,
-        )
+        names = "n_layer n_embd dim_att n_head head_size dim_ffn vocab_size"
+        sizes = [*(getattr(arch, name) for name in names.split()), self.rows]
         library.decode_open.restype = ctypes.c_void_p
         handle = library.decode_open(
             ctypes.c_int64(arch.version),
@@ -263,11 +254,8 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
-        """Read ids (1, T) int64: logits (1, V) fp32 after the last token, and the state after it.
-
-        The given state stays as it is; None is the one that the model's documents start from. A model that
-        overflows has logits that are not finite. Raises ValueError for other shapes and after close(),
-        IndexError for a token that is not in the vocabulary.
+        """Read ids as RowDecoder says. Raises ValueError for other shapes and after close(), IndexError for a
+        token that is not in the vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -280,12 +268,7 @@ class Decoder:
 
     @torch.no_grad()
     def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
-        """Read P prompts of BASE, ids (P, T) int64, T >= 2: logits (P, V) fp32 after the last tokens, and the
-        states after them, of P rows. The decoder must have P rows.
-
-        Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
-        their last token; None if none is shorter.
-        """
+        """Read prompts as RowDecoder says. The decoder must have as many rows."""
         self._check_open()
         before = self.model.initial_state(len(ids))
         state = self._read_many(ids[:, :-1], before, BASE, None if reset is None else reset[:, :-1])
@@ -301,10 +284,7 @@ class Decoder:
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """Read a chunk that others follow, as read() does but without logits.
-
-        The state has the dtype of `reading`.
-        """
+        """Read a chunk as RowDecoder says. The state has the dtype of `reading`."""
         if state is None:
             state = self.model.initial_state(1)
         self._check(ids, state)
@@ -319,30 +299,26 @@ class Decoder:
 
     @torch.no_grad()
     def put(self, row: int, state: State) -> None:
-        """Copy a state of one row into `row`."""
         self._check_row(row)
         self._check_state(state)
         for own, part in zip(self.states, self._together(state, 1)):
             own[row] = part[0]
 
     def take(self, row: int) -> State:
-        """Copy a row's state."""
         self._check_row(row)
         parts = [part[row : row + 1].clone().unbind(1) for part in self.states]
         return [LayerState(*of_layer) for of_layer in zip(*parts)]
 
     def move(self, source: int, target: int) -> None:
-        """Put the state of row `source` into row `target` too."""
         self._check_row(source)
         self._check_row(target)
         for part in self.states:
             part[target].copy_(part[source])
 
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place.
+        """Run the next tokens as RowDecoder says. A row that overflows does not change the others.
 
-        A row that overflows has logits that are not finite, and the others do not change. Raises
-        ValueError for more tokens than rows and after close(), IndexError as read() does.
+        Raises ValueError for more tokens than rows and after close(), IndexError as read() does.
         """
         self._check_open()
         if not 1 <= len(tokens) <= self.rows or len(tokens) != len(applied):

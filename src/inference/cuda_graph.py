@@ -77,7 +77,6 @@ class GraphedDecoder(TorchDecoder):
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place."""
         count = len(tokens)
         self.ids[:count].copy_(torch.tensor(tokens, dtype=torch.int64)[:, None])
         with_adapters = self.adapters is not None and self._put_shares(applied)

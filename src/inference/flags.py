@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.hub import local_path
 
 from ..common.device import PRECISIONS
 from ..config.validate import check_bos
@@ -17,6 +18,8 @@ from ..data.bos import bos_ids
 from ..data.chat_template import Template
 from ..data.templates import add_template_flags, recorded_template
 from ..data.tokenizer import Tokenizer
+from .adapters import Adapters
+from .load import load_with
 from .sampling import Sampling
 
 NO_ADAPTER = "none"  # value of /adapter for the base alone
@@ -161,6 +164,15 @@ def check_shared(args: argparse.Namespace) -> None:
         raise UserError(f"--scale {args.scale}: expected a finite number")
     if args.seed is not None and not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
+
+
+def load_named(args: argparse.Namespace) -> tuple[Adapters, Tokenizer]:
+    """Load what the flags name, as load_with() does. --model and --adapter name local files afterwards."""
+    args.model = local_path(args.model)
+    args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
+    return load_with(
+        args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
+    )
 
 
 def decoder_options(args: argparse.Namespace) -> dict[str, Any]:

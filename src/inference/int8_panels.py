@@ -39,24 +39,3 @@ def pack(weight: Tensor, out: Tensor, threads: int) -> None:
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(threads),
     )
-
-
-def multiply(packed: Tensor, rows: int, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Multiply x (B, columns) fp32 by the rows [first, last) of the matrix: y (B, rows), zero elsewhere.
-
-    It is the decoder's product, alone, for tests. `first` is a multiple of 16, and so is `last` unless it is
-    the number of rows.
-    """
-    B, columns = x.shape
-    y = torch.zeros(B, rows)
-    native.library("cpu").panels_multiply(
-        ctypes.c_void_p(packed.data_ptr()),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(columns),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_int64(B),
-        ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_int64(first),
-        ctypes.c_int64(rows if last is None else last),
-    )
-    return y

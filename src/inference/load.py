@@ -19,18 +19,9 @@ from ..model import RWKV, read_model_file
 from .adapters import Adapters
 
 
-def load(
-    path,
-    adapter=None,
-    tokenizer: str = "auto",
-    eod: str = "",
-    accelerator: str = "auto",
-    precision: str = "auto",
-    wkv: str = "auto",
-) -> tuple[RWKV, Tokenizer]:
-    """Load (model, tokenizer) as load_with() does, with the adapter in use if there is one."""
-    files = {"adapter": adapter} if adapter else {}
-    adapters, tokenizer = load_with(path, files, tokenizer, eod, accelerator, precision, wkv)
+def load(path, adapter=None, *how: str, **named: str) -> tuple[RWKV, Tokenizer]:
+    """Load (model, tokenizer), with the adapter in use if there is one; the rest is as for load_with()."""
+    adapters, tokenizer = load_with(path, {"adapter": adapter} if adapter else {}, *how, **named)
     adapters.use(list(adapters.by_name))
     return adapters.model, tokenizer
 

@@ -1,7 +1,7 @@
 """Torch decoder of many rows: any RWKV on any device, also one in training with its adapters.
 
-It is a RowDecoder (row_decoder.py), as the native one (cpu_decoder.py) and the one of CUDA graphs
-(cuda_graph.py) are; decoders.py chooses.
+It is a RowDecoder (row_decoder.py says what its methods do), as the native one (cpu_decoder.py) and the one
+of CUDA graphs (cuda_graph.py) are; decoders.py chooses.
 """
 
 from __future__ import annotations
@@ -38,27 +38,16 @@ class TorchDecoder:
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
-        """Read ids (1, T) int64: logits (1, V) fp32 after the last token, and the state after it.
-
-        The given state stays as it is; None is the one that the model's documents start from.
-        """
         with self._with([applied]):
             return self._next(ids, self._ready(state))
 
     @torch.no_grad()
     def read_together(self, ids: Tensor, reset: Tensor | None) -> tuple[Tensor, State]:
-        """Read P prompts of BASE, ids (P, T) int64, T >= 2: logits (P, V) fp32 after the last tokens, and the
-        states after them, of P rows.
-
-        Shorter ones are padded on the left. `reset` (P, T) bool is true where they begin, which is before
-        their last token; None if none is shorter.
-        """
         device = self.model.emb.weight.device
         return self._next(ids, None, None if reset is None else reset.to(device))
 
     @torch.no_grad()
     def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """Read a chunk that others follow, as read() does but without logits."""
         ids = ids.to(self.model.emb.weight.device)
         last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
         with self._with([applied]):
@@ -72,22 +61,18 @@ class TorchDecoder:
         return [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
 
     def put(self, row: int, state: State) -> None:
-        """Copy a state of one row into `row`."""
         for own, parts in zip(self.states, zip(*state, strict=True), strict=True):
             torch._foreach_copy_([of_layer[row] for of_layer in own], [part[0] for part in parts])
 
     def take(self, row: int) -> State:
-        """Copy a row's state."""
         return self._layers([part[:, row : row + 1].clone() for part in self.states])
 
     def move(self, source: int, target: int) -> None:
-        """Put the state of row `source` into row `target` too."""
         for part in self.states:
             part[:, target].copy_(part[:, source])
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], applied: Sequence[Applied]) -> Tensor:
-        """Run the next token of rows 0 ... B - 1: logits (B, V) fp32; their states change in place."""
         with self._with(applied):
             return self._move_on(torch.tensor(tokens, dtype=torch.int64)[:, None])
 

@@ -19,14 +19,17 @@ from ..inference.sampling import Sampling
 from .limits import Limits
 
 PACKAGES = ("starlette", "uvicorn")
-COUNTS = {
-    "limit_prompt": "prompt_tokens",
-    "limit_answer": "answer_tokens",
-    "limit_answers": "answers",
-    "limit_waiting": "waiting",
-    "limit_connections": "connections",
+# flag -> (the field of Limits, its meaning); the last two are times, the others counts
+LIMITS = {
+    "limit_prompt": ("prompt_tokens", "the longest prompt, in tokens"),
+    "limit_answer": ("answer_tokens", "the longest answer, in tokens"),
+    "limit_answers": ("answers", "the most answers to one request"),
+    "limit_waiting": ("waiting", "the most answers that may wait; others are told to try again"),
+    "limit_connections": ("connections", "the most connections"),
+    "limit_receiving": ("receiving", "seconds until a request has arrived"),
+    "limit_finishing": ("finishing", "seconds that running answers have after SIGTERM"),
 }
-TIMES = {"limit_receiving": "receiving", "limit_finishing": "finishing"}
+COUNTS, TIMES = list(LIMITS)[:-2], list(LIMITS)[-2:]
 
 
 def add_flags(add: Callable) -> None:
@@ -97,28 +100,9 @@ def add_limits(add: Callable) -> None:
         default=size_text(default.body_bytes).replace(" ", "").replace(".00", ""),
         help="the largest request; default %(default)s",
     )
-    helps = {
-        "limit_prompt": "the longest prompt, in tokens",
-        "limit_answer": "the longest answer, in tokens",
-        "limit_answers": "the most answers to one request",
-        "limit_waiting": "the most answers that may wait; others are told to try again",
-        "limit_connections": "the most connections",
-    }
-    for flag, text in helps.items():
-        add(
-            f"--{flag}", type=int, default=getattr(default, COUNTS[flag]), help=f"{text}; default %(default)s"
-        )
-    helps = {
-        "limit_receiving": "seconds until a request has arrived",
-        "limit_finishing": "seconds that running answers have after SIGTERM",
-    }
-    for flag, text in helps.items():
-        add(
-            f"--{flag}",
-            type=float,
-            default=getattr(default, TIMES[flag]),
-            help=f"{text}; default %(default)s",
-        )
+    for flag, (field, text) in LIMITS.items():
+        value = getattr(default, field)
+        add(f"--{flag}", type=type(value), default=value, help=f"{text}; default %(default)s")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -181,6 +165,5 @@ def chosen_sampling(args: argparse.Namespace) -> dict[str, float]:
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
-    names = {**COUNTS, **TIMES}
-    given = {field: getattr(args, flag) for flag, field in names.items()}
+    given = {field: getattr(args, flag) for flag, (field, _) in LIMITS.items()}
     return Limits(body_bytes=parse_size(args.limit_body, "--limit_body"), **given)

@@ -8,8 +8,6 @@ import socket
 import sys
 from typing import NamedTuple
 
-from rwkv_miss.files.hub import local_path
-
 from ..common.available_memory import parse_size, resident
 from ..common.formatting import counted, size_text
 from ..data.released import modes_note
@@ -17,8 +15,8 @@ from ..data.templates import choose_template
 from ..inference.adapters import Adapters
 from ..inference.decoders import fastest, measured_chunk
 from ..inference.engine import Engine
-from ..inference.flags import PromptSettings, decoder_options
-from ..inference.load import load_with, refuse_folders
+from ..inference.flags import PromptSettings, decoder_options, load_named
+from ..inference.load import refuse_folders
 from .app import assemble
 from .flags import chosen_sampling, limits_of
 from .guard import OWN_NAMES, Guard, is_own_machine
@@ -49,11 +47,7 @@ def load(args: argparse.Namespace) -> Serving:
     choose_template(args.template, args.tool_style, None, None)
     refuse_folders(args.adapter)
     cache = 0 if args.cache.strip() == "0" else parse_size(args.cache, "--cache")
-    args.model = local_path(args.model)
-    files = {name: local_path(path) for name, path in args.adapter.items()}
-    adapters, tokenizer = load_with(
-        args.model, files, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
-    )
+    adapters, tokenizer = load_named(args)
     name = args.name or os.path.splitext(os.path.basename(os.path.normpath(args.model)))[0]
     name = merged_name(adapters, name, args.scale)
     recorded = PromptSettings(args, tokenizer)

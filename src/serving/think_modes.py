@@ -8,14 +8,7 @@ from .errors import wrong
 from .fields import Fields
 
 # OpenAI's names -> length of thoughts; "" is none
-EFFORTS = {
-    "none": "",
-    "minimal": "short",
-    "low": "short",
-    "medium": "normal",
-    "high": "long",
-    "xhigh": "long",
-}
+EFFORTS = dict(none="", minimal="short", low="short", medium="normal", high="long", xhigh="long")
 # rwkv_lightning's names
 THINK_TYPES = {
     "fast": "fake-think-compact",
@@ -56,31 +49,26 @@ def mode_of_effort(template: RwkvTemplate, effort: str) -> str:
 
 def read_mode(fields: Fields, template: Template) -> Template:
     """Return the template in the form that a request asks for. Raises Refused for unknown or double ones."""
-    effort = fields.choice("reasoning_effort", EFFORTS)
-    mode = fields.text("think_mode")
-    kind = fields.choice("think_type", THINK_TYPES)
-    given = [
-        name
-        for name, value in (("reasoning_effort", effort), ("think_mode", mode), ("think_type", kind))
-        if value is not None
-    ]
-    if not given:
+    given = {
+        "reasoning_effort": fields.choice("reasoning_effort", EFFORTS),
+        "think_mode": fields.text("think_mode"),
+        "think_type": fields.choice("think_type", THINK_TYPES),
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
         return template
-    if len(given) > 1:
-        raise wrong(given[1], f"{given[0]} says it already; give one of the two")
+    name, value = names[0], given[names[0]]
+    if len(names) > 1:
+        raise wrong(names[1], f"{name} says it already; give one of the two")
     if not isinstance(template, RwkvTemplate):
-        raise wrong(given[0], f"the template is Jinja ({template.name}), which has one form; leave it out")
-    if mode is not None:
-        chosen = mode
-        if mode not in MODES:
-            raise wrong("think_mode", f"got {mode[:60]!r}, expected one of {', '.join(MODES)}")
-    elif kind is not None:
-        chosen = THINK_TYPES[kind]
-    else:
-        chosen = mode_of_effort(template, effort)
-        if not chosen:
+        raise wrong(name, f"the template is Jinja ({template.name}), which has one form; leave it out")
+    if name == "reasoning_effort":
+        mode = mode_of_effort(template, value)
+        if not mode:
             efforts = ", ".join(efforts_of(template))
-            raise wrong(
-                "reasoning_effort", f"template {template.name} has no form for {effort}; it has {efforts}"
-            )
-    return RwkvTemplate(chosen, template.tools.name)
+            raise wrong(name, f"template {template.name} has no form for {value}; it has {efforts}")
+    else:
+        mode = THINK_TYPES[value] if name == "think_type" else value
+        if mode not in MODES:
+            raise wrong(name, f"got {mode[:60]!r}, expected one of {', '.join(MODES)}")
+    return RwkvTemplate(mode, template.tools.name)

@@ -91,19 +91,25 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     """
     if fields:
         check_fields(fields, columns)
-        names = {name.strip().lower() for name in columns}
-        return _chosen(fields, is_raw=RLHF_REJECTED not in names)
+        return _chosen(fields, is_raw=RLHF_REJECTED not in by_lower(columns))
     # with all columns, a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
         if is_pair(columns):
             raise WrongSetting(f"{_for_pairs(columns)}; got keys {shown(columns)}")
-        lacks = "the answer is missing; " if _is_unanswered(columns) else ""
+        names = by_lower(columns).keys()
+        is_unanswered = not names.isdisjoint(QUESTIONS) and names.isdisjoint(ANSWERS)
+        lacks = "the answer is missing; " if is_unanswered else ""
         raise UserError(f"{lacks}{EXPECTED}; got keys {shown(columns)}")
     if len(found) > 1:
         choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
         raise UserError(f"the row has several layouts, choose one with {choices}; got keys {shown(columns)}")
     return _chosen(found[0], tuple(name for name in columns if name not in found[0]))
+
+
+def by_lower(columns: Iterable[str]) -> dict[str, str]:
+    """Map the names of columns in lower case, by which layouts know them, to the names as they are."""
+    return {name.strip().lower(): name for name in columns}
 
 
 def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
@@ -117,7 +123,7 @@ def check_fields(fields: tuple[str, ...], columns: tuple[str, ...]) -> None:
 
 def _for_pairs(columns: tuple[str, ...]) -> str:
     """Tell the user what to do with a row of a pair under --loss sft."""
-    by_name = {name.strip().lower(): name for name in columns}
+    by_name = by_lower(columns)
     asked = [by_name[name] for name in (*CONVERSATIONS, *QUESTIONS) if name in by_name][:1]
     chosen = [by_name[name] for name in CHOSEN if name in by_name][:1]
     return (
@@ -129,7 +135,7 @@ def _for_pairs(columns: tuple[str, ...]) -> str:
 @functools.lru_cache(maxsize=1024)
 def _labelled(present: tuple[str, ...]) -> tuple[str, str] | None:
     """Find (the column of a label, the --sft_field that ignores it) in records of answers with a label."""
-    label = next((name for name in present if name.strip().lower() == LABEL), None)
+    label = by_lower(present).get(LABEL)
     answers = [columns for columns in _candidates(present) if columns[0].strip().lower() != "text"]
     return (label, ",".join(answers[0])) if label and answers else None
 
@@ -148,19 +154,13 @@ def has_layout(columns: Iterable[str]) -> bool:
 
 def is_pair(columns: Iterable[str]) -> bool:
     """Tell whether these are the columns of a pair of answers."""
-    names = {name.strip().lower() for name in columns}
+    names = by_lower(columns).keys()
     return not names.isdisjoint(CHOSEN) and not names.isdisjoint(REJECTED)
-
-
-def _is_unanswered(columns: Iterable[str]) -> bool:
-    """Tell whether these are the columns of a question, with none of an answer."""
-    names = {name.strip().lower() for name in columns}
-    return not names.isdisjoint(QUESTIONS) and names.isdisjoint(ANSWERS)
 
 
 def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     """List the columns of every layout that these columns complete."""
-    by_name = {name.strip().lower(): name for name in columns}
+    by_name = by_lower(columns)
     has = [name for name in (*QUESTIONS, *ANSWERS) if name in by_name]
     candidates = [(by_name[name],) for name in ("text", *CONVERSATIONS) if name in by_name]
     context = [name for name in CONTEXTS if name in by_name and "instruction" in by_name]
@@ -180,7 +180,7 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = (), is_raw: bool =
     1 is a text or conversation, 2 are question and answer, 3 have an input between them. A system prompt,
     earlier turns and tools are taken from the other columns.
     """
-    beside = {name.strip().lower(): name for name in others}
+    beside = by_lower(others)
     system = next((beside[name] for name in SYSTEMS if name in beside), None)
     history, tools = beside.get("history"), beside.get("tools")
     lower = tuple(name.strip().lower() for name in names)
@@ -211,9 +211,7 @@ def _whole(record: dict, column: str, system: str | None, tools: str | None) -> 
     name = column.strip().lower()
     if name == "text" or not isinstance(value, list) and name not in CONVERSATIONS:
         return {"text": text(value, column)}
-    turns = messages(value, column)
-    if system and record[system] and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": text(record[system], system)})
+    turns = with_system(turns_of(value, column, last_is_answer=True), record, system)
     if tools and record[tools]:
         return {"messages": turns, "tools": tools_of(record[tools], tools)}
     return {"messages": turns}
@@ -258,7 +256,7 @@ def _turns_of_both(record: dict, question: str, answer: str) -> list[dict[str, A
         value = record[column]
         may_be_empty = role == "assistant"
         turns += value if is_turns(value) else [{"role": role, "content": said(value, column, may_be_empty)}]
-    return messages(turns, f"{question} + {answer}")
+    return turns_of(turns, f"{question} + {answer}", last_is_answer=True)
 
 
 def _question(
@@ -267,23 +265,35 @@ def _question(
     question, *context, answer = names
     if not context and (turns := _turns_of_both(record, question, answer)):
         return {"messages": turns}
-    question_text = said(record[question], question)
-    for column in context:
-        if record[column] not in (None, ""):
-            question_text += "\n" + said(record[column], column)
     turns = [
-        {"role": "user", "content": question_text},
+        {"role": "user", "content": words_of(record, question, context)},
         {"role": "assistant", "content": said(record[answer], answer, True)},
     ]
-    if history and record[history]:
-        turns = earlier_turns(record[history], history) + turns
-    if system and record[system]:
-        turns.insert(0, {"role": "system", "content": text(record[system], system)})
-    return {"messages": turns}
+    if history:
+        turns = earlier_turns(record, history) + turns
+    return {"messages": with_system(turns, record, system)}
 
 
-def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
-    """Read earlier turns as [[question, answer], ...]."""
+def words_of(record: dict, question: str, context: list[str]) -> str:
+    """Write a question with the columns that stand beside it, such as an instruction's input."""
+    words = said(record[question], question)
+    for column in context:
+        if record[column] not in (None, ""):
+            words += "\n" + said(record[column], column)
+    return words
+
+
+def with_system(turns: list[dict], record: dict, column: str | None) -> list[dict]:
+    """Put the system prompt of a column before turns that have none; None: there is no such column."""
+    if not column or not record[column] or turns and turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": text(record[column], column)}, *turns]
+
+
+def earlier_turns(record: dict, column: str | None) -> list[dict[str, str]]:
+    """Read earlier turns as [[question, answer], ...]; None: there is no such column."""
+    if not column or not (value := record[column]):
+        return []
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
     turns = []
@@ -291,11 +301,6 @@ def earlier_turns(value: Any, column: str) -> list[dict[str, str]]:
         turns.append({"role": "user", "content": text(question, column)})
         turns.append({"role": "assistant", "content": text(answer, column, True)})
     return turns
-
-
-def messages(value: Any, column: str) -> list[dict[str, Any]]:
-    """Read the turns of a conversation that the assistant ends."""
-    return turns_of(value, column, last_is_answer=True)
 
 
 def turns_of(value: Any, column: str, last_is_answer: bool = False) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from .layouts import (
     SYSTEMS,
     TOKENS,
     RecordLayout,
+    by_lower,
     check_fields,
     earlier_turns,
     has_layout,
@@ -48,6 +49,8 @@ from .layouts import (
     text,
     tools_of,
     turns_of,
+    with_system,
+    words_of,
 )
 
 EXPECTED = {
@@ -136,7 +139,7 @@ def find_answers(
         if len(fields) == 1:
             raise UserError(f"--sft_field {fields[0]}: one column is no pair of answers. {EXPECTED[rows]}")
         return ((fields[-2],), fields[-1]) if ends_with_label else (fields[-2:], None)
-    by_name = _by_name(names)
+    by_name = by_lower(names)
     chosen, rejected = _first(CHOSEN, by_name), _first(REJECTED, by_name)
     if chosen and rejected:
         return (chosen, rejected), None
@@ -167,7 +170,7 @@ def find_columns(
     is_whole: bool,
 ) -> RecordColumns:
     """Find the columns of a record with known answers and label; `is_whole`: the answers hold the prompt."""
-    by_name = _by_name(names)
+    by_name = by_lower(names)
     if is_whole:
         asked: tuple[str, ...] = ()
     elif fields:
@@ -179,10 +182,6 @@ def find_columns(
     beside = {lower: name for lower, name in by_name.items() if name not in (*asked, *answers, label)}
     history = None if is_whole else beside.get("history")
     return RecordColumns(asked, answers, label, _first(SYSTEMS, beside), history, beside.get("tools"))
-
-
-def _by_name(names: tuple[str, ...]) -> dict[str, str]:
-    return {name.strip().lower(): name for name in names}
 
 
 def _asked(by_name: dict[str, str], present: tuple[str, ...]) -> tuple[str, ...]:
@@ -275,8 +274,7 @@ def _convert(record: dict, columns: RecordColumns) -> dict[str, Any]:
         turns, answers = _parted(answers, columns)
     for answer in answers:
         _check_answer(answer)
-    if columns.system and record[columns.system] and (not turns or turns[0]["role"] != "system"):
-        turns = [{"role": "system", "content": text(record[columns.system], columns.system)}, *turns]
+    turns = with_system(turns, record, columns.system)
     tools = columns.tools and record[columns.tools]
     extra = {"tools": tools_of(tools, columns.tools)} if tools else {}
     return {"messages": turns, **extra, **dict(zip(names, answers)), **label}
@@ -337,14 +335,8 @@ def _question(record: dict, columns: RecordColumns) -> list[dict[str, Any]]:
         if turns[-1]["role"] == "assistant":
             raise UserError(f"{asked} ends with the assistant's message; expected what both answers answer")
     else:
-        words = said(value, asked)
-        for column in context:
-            if record[column] not in (None, ""):
-                words += "\n" + said(record[column], column)
-        turns = [{"role": "user", "content": words}]
-    if columns.history and record[columns.history]:
-        turns = [*earlier_turns(record[columns.history], columns.history), *turns]
-    return turns
+        turns = [{"role": "user", "content": words_of(record, asked, context)}]
+    return [*earlier_turns(record, columns.history), *turns]
 
 
 def _parted(conversations: list[list[dict]], columns: RecordColumns) -> tuple[list[dict], list[list[dict]]]:
