@@ -27,7 +27,7 @@ from src.inference.adapters import BASE, Adapters, Applied
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
 from src.inference.huge_pages import move_weights
-from src.inference.sampling import GREEDY, OPEN_THINK, FadedCounts, Row, Sampling, choose
+from src.inference.sampling import GREEDY, OPEN_THINK, FadedCounts, RowInputs, Sampling, choose
 from src.model import RWKV
 
 from . import llama
@@ -134,7 +134,7 @@ def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[st
             seen = FadedCounts(sampling)
             for token in torch.randint(65536, (SEEN,), generator=torch.Generator().manual_seed(0)).tolist():
                 seen.add(token)
-            given = [Row(sampling, seen, torch.Generator().manual_seed(i)) for i in range(len(logits))]
+            given = [RowInputs(sampling, seen, torch.Generator().manual_seed(i)) for i in range(len(logits))]
             work = functools.partial(choose, of_kind, given, native_code=True)
             found[f"{name}, {kind}"] = round(1e3 * min(timed(work, threads) for _ in range(4 * rounds)), 3)
     return found

@@ -66,7 +66,7 @@ def names(count: int, seed: int) -> list[str]:
     return list(found)
 
 
-class Facts:
+class FactSet:
     """Names, what each likes, and in which form the data ask for it."""
 
     def __init__(self, count: int, seed: int):
@@ -110,7 +110,7 @@ def is_right(answer: str, question: Question) -> bool:
 
 def trained(args, method: str, seed: int) -> dict:
     """Do a run, and count the right answers by measure."""
-    facts = Facts(args.facts, seed)
+    facts = FactSet(args.facts, seed)
     folder = args.out / f"{method}-{seed}-{args.lr_init}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = as_flags(
@@ -125,7 +125,7 @@ def trained(args, method: str, seed: int) -> dict:
     return done | shares(args, method, output, facts) | {"commit": commit()}
 
 
-def shares(args, method: str, output: str, facts: Facts) -> dict[str, float]:
+def shares(args, method: str, output: str, facts: FactSet) -> dict[str, float]:
     """Count the right answers by measure, with what a run has written."""
     files = {"path": output} if method == "none" else {"path": args.load_model, "adapter": output}
     model, tokenizer = load(**files, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")

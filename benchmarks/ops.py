@@ -69,7 +69,7 @@ SHAPES = {
 }
 
 
-class Form(NamedTuple):
+class OpForm(NamedTuple):
     """One way to compute an operator, with what its results get as gradients and which inputs want some."""
 
     name: str
@@ -128,7 +128,7 @@ def fla(version: int) -> Callable[..., Tensor]:
     return lambda r, w, k, v, a, b: chunk_rwkv7(r, log_decay7(w.float()), k, v, a, b, scale=1.0)[0]
 
 
-def wkv(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form]]:
+def wkv(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[OpForm]]:
     native = [name for name, device in ops.NATIVE.items() if device == args.device]
     kernels = args.kernels or [*reversed(ops.PLAIN), *(() if dtype == torch.float64 else native)]
     theirs = rwkv_lm.peers(args.rwkv_lm.absolute(), shape[1]) if args.rwkv_lm else {6: {}, 7: {}}
@@ -140,17 +140,17 @@ def wkv(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form]
         first = [(x if x.dim() == 2 else x[:1]).detach().requires_grad_() for x in inputs]
         exact = [x.detach().cpu().double().requires_grad_() for x in first]
         plain = functools.partial(wkv_of(version, "torch"), *exact)
-        want = [x.detach() for x in Form("", plain, exact, dy[:1].cpu().double())()]
+        want = [x.detach() for x in OpForm("", plain, exact, dy[:1].cpu().double())()]
         known, forms = {x.untyped_storage().data_ptr() for x in inputs}, []
         for name, run in runs.items():
-            got = Form("", functools.partial(run, *first), first, dy[:1])()
+            got = OpForm("", functools.partial(run, *first), first, dy[:1])()
             error = max(float((a.detach().cpu().double() - b).norm() / b.norm()) for a, b in zip(got, want))
             facts = {"kept_MB": kept_mb(functools.partial(run, *inputs), known), "error": f"{error:.1e}"}
-            forms.append(Form(f"wkv{version} {name}", functools.partial(run, *inputs), inputs, dy, facts))
+            forms.append(OpForm(f"wkv{version} {name}", functools.partial(run, *inputs), inputs, dy, facts))
         yield forms
 
 
-def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form]]:
+def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[OpForm]]:
     B, T, C = shape
     heads, eps = C // HEAD, 64e-5
 
@@ -187,10 +187,10 @@ def elementwise_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Itera
         gradients = [torch.randn_like(y) for y in (out if isinstance(out, (list, tuple)) else [out])]
         yield [
             *(
-                Form(f"{name}, {'native' if kind else 'plain'}", run, inputs, gradients, moved=moved * size)
+                OpForm(f"{name}, {'native' if kind else 'plain'}", run, inputs, gradients, moved=moved * size)
                 for kind, run in runs.items()
             ),
-            Form(f"{name}, beside a copy", lambda: other.copy_(activation), [], None, moved=2 * size),
+            OpForm(f"{name}, beside a copy", lambda: other.copy_(activation), [], None, moved=2 * size),
         ]
 
 
@@ -237,7 +237,7 @@ def adapted(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[st
     return found
 
 
-def linear_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form]]:
+def linear_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[OpForm]]:
     tokens, width, out, rank = shape
     x, dy = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, out).to(dtype)
     forms = []
@@ -247,11 +247,11 @@ def linear_forms(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[l
             nn.init.normal_(p, std=0.01)
         kept = kept_mb(functools.partial(model, x), {p.data_ptr() for p in model.parameters()}, tokens)
         facts = {"kept_MB": kept if trained else 0, "parameters": sum(p.numel() for p in trained)}
-        forms.append(Form(name, functools.partial(model, x), [x, *trained], dy, facts))
+        forms.append(OpForm(name, functools.partial(model, x), [x, *trained], dy, facts))
     yield forms
 
 
-def head(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form]]:
+def head(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[OpForm]]:
     tokens, width, vocab = shape
     x = torch.randn(tokens, width).to(dtype).requires_grad_()
     weight, targets = torch.randn(vocab, width).mul_(0.02).to(dtype), torch.randint(vocab, (tokens,))
@@ -260,19 +260,19 @@ def head(shape: tuple[int, ...], dtype: torch.dtype, args) -> Iterator[list[Form
         "blocks, plain softmax": lambda: head_loss(x, weight, targets),
         "blocks": lambda: head_loss(x, weight, targets, native=True),
     }
-    yield [Form(name, run, [x], None) for name, run in runs.items()]
+    yield [OpForm(name, run, [x], None) for name, run in runs.items()]
 
 
 OPERATORS = {"wkv": wkv, "elementwise": elementwise_forms, "linear": linear_forms, "head": head}
 
 
-def groups(shape: str, dtype: str, args) -> Iterator[list[Form]]:
+def groups(shape: str, dtype: str, args) -> Iterator[list[OpForm]]:
     """Make the forms that are compared, the one that the others are measured by first."""
     torch.manual_seed(0)
     return OPERATORS[args.operator](tuple(map(int, shape.split(","))), getattr(torch, dtype), args)
 
 
-def rows_of(forms: list[Form], shape: str, dtype: str, args) -> Iterator[dict[str, Any]]:
+def rows_of(forms: list[OpForm], shape: str, dtype: str, args) -> Iterator[dict[str, Any]]:
     """Measure forms in turns, and print a row for each."""
     seconds = fastest_by_turns({form.name: form for form in forms}, args.rounds, args.device)
     for form in forms:

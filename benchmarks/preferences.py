@@ -59,7 +59,7 @@ COLOURS = {"miss": "tab:blue", "lora": "tab:orange"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class LossCase:
     """Aim of a training.
 
     `target` is the share of right answers that the task sort asks for, beside ACCURACY.
@@ -75,11 +75,11 @@ class Objective:
 OBJECTIVES = {
     one.name: one
     for one in (
-        Objective("dpo", ["--loss", "dpo"], 1, True, 0.7),
-        Objective("dpo-without-nll", ["--loss", "dpo", "--sft_weight", "0"], 1, True),
-        Objective("supervised", [], 1, False),
-        Objective("orpo", ["--loss", "orpo"], 2, True, 0.8),
-        Objective("supervised-twice", [], 2, False),
+        LossCase("dpo", ["--loss", "dpo"], 1, True, 0.7),
+        LossCase("dpo-without-nll", ["--loss", "dpo", "--sft_weight", "0"], 1, True),
+        LossCase("supervised", [], 1, False),
+        LossCase("orpo", ["--loss", "orpo"], 2, True, 0.8),
+        LossCase("supervised-twice", [], 2, False),
     )
 }
 
@@ -209,7 +209,7 @@ class Trainings:
         """Return what names a training."""
         return {"task": self.name, "objective": objective, "method": method, "seed": seed}
 
-    def of(self, objective: Objective, method: str, seed: int) -> dict:
+    def of(self, objective: LossCase, method: str, seed: int) -> dict:
         """Return the line of a training, which is done where it is not yet."""
         line = self.line(objective.name, method, seed)
         return self.lines.of(line, lambda: self._train(objective, method, seed))
@@ -218,7 +218,7 @@ class Trainings:
         """Measure the base before any training."""
         return self.lines.of(self.line("base", "", 0), lambda: measures(self.task, None, self.before))
 
-    def _train(self, objective: Objective, method: str, seed: int) -> dict:
+    def _train(self, objective: LossCase, method: str, seed: int) -> dict:
         """Do a run; return what it found, and what became of the answers."""
         task, steps = self.task, objective.steps_factor * self.task.steps
         folder = self.folder / f"{objective.name}-{method}-{seed}".replace(" ", "-")

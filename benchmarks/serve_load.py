@@ -36,7 +36,7 @@ WORDS = "the model reads a prompt and writes an answer while others wait for the
 
 
 @dataclasses.dataclass
-class Server:
+class StartedServer:
     """A server in a process of its own."""
 
     address: tuple[str, int]
@@ -69,7 +69,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def served_model(layers: int, width: int, adapters: int, **flags) -> Iterator[Server]:
+def served_model(layers: int, width: int, adapters: int, **flags) -> Iterator[StartedServer]:
     """Return a server of a random model with random MiSS adapters a0, a1, ..., that ends with the context."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -82,7 +82,7 @@ def served_model(layers: int, width: int, adapters: int, **flags) -> Iterator[Se
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(command, stderr=log, stdout=log)
         try:
-            yield Server(_address(folder / "log", process), "model", folder / "log")
+            yield StartedServer(_address(folder / "log", process), "model", folder / "log")
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
@@ -120,7 +120,7 @@ class Seen:
     memory: list[float] = dataclasses.field(default_factory=list)
 
 
-def requests_of(server: Server, adapters: int, count: int, tokens: int) -> list[dict]:
+def requests_of(server: StartedServer, adapters: int, count: int, tokens: int) -> list[dict]:
     """Make different requests to the base and the adapters, greedy and drawn."""
     rng = random.Random(1)
     models = [server.model, *(f"{server.model}:a{number}" for number in range(adapters))]
@@ -188,7 +188,7 @@ async def long_prompts(client, tokens: int, every: float, end: float) -> None:
         await asyncio.sleep(every)
 
 
-async def load(server: Server, args, bodies: list[dict]) -> Seen:
+async def load(server: StartedServer, args, bodies: list[dict]) -> Seen:
     import httpx
 
     seen, alone = Seen(), []

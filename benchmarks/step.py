@@ -37,7 +37,7 @@ from .common import (
     same_flags,
     settings_without,
 )
-from .ops import Form, wkv_inputs, wkv_of
+from .ops import OpForm, wkv_inputs, wkv_of
 
 TARGETS = ["receptance", "key", "value", "gate", "output"]
 VARIANTS = {
@@ -220,7 +220,7 @@ def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
     """Make what a step is compared with: its matrix products in torch and here, and its WKV."""
     shape, tokens = (args.micro_bsz, args.ctx_len, args.n_embd), args.micro_bsz * args.ctx_len
     inputs, dy = wkv_inputs(args.version, shape, PRECISIONS[args.dtype], args.device)
-    wkv = Form("", functools.partial(wkv_of(args.version, args.device), *inputs), inputs, dy)
+    wkv = OpForm("", functools.partial(wkv_of(args.version, args.device), *inputs), inputs, dy)
 
     def wkv_of_all_layers() -> None:
         for _ in range(args.n_layer):

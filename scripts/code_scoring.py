@@ -1,6 +1,6 @@
 """Code scoring for HumanEval and MBPP: whether a program of the model passes the problem's tests.
 
-read_problems() makes the questions, Problem.program() makes a program of an answer, and passed() runs the
+read_problems() makes the questions, CodeProblem.program() makes a program of an answer, and passed() runs the
 programs.
 
 Each program runs in a process of its own. A program that never ends, fills the memory, writes a large file or
@@ -47,7 +47,7 @@ os._exit({PASSED})
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class CodeProblem:
     """Problem for the model, and the tests of its answer.
 
     HumanEval gives the beginning of a function: `start` is its text, `name` its name. In MBPP both are empty,
@@ -82,7 +82,7 @@ def code_of(answer: str) -> str:
 
 
 def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
-    """Read a question from every row of HumanEval or MBPP; its reference answer is a Problem.
+    """Read a question from every row of HumanEval or MBPP; its reference answer is a CodeProblem.
 
     Raises UserError for a row that is neither.
     """
@@ -97,7 +97,7 @@ def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
     return questions
 
 
-def _problem(where: str, row: dict[str, Any]) -> Problem:
+def _problem(where: str, row: dict[str, Any]) -> CodeProblem:
     if {"prompt", "test", "entry_point"} <= row.keys():
         return _of_humaneval(where, row)
     if (row.get("text") or row.get("prompt")) and row.get("test_list"):
@@ -108,15 +108,15 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
     )
 
 
-def _of_humaneval(where: str, row: dict[str, Any]) -> Problem:
+def _of_humaneval(where: str, row: dict[str, Any]) -> CodeProblem:
     start, name = row["prompt"], row["entry_point"]
     if f"def {name}" not in start:
         raise UserError(f"{where}: the prompt does not begin the function {name!r}, which entry_point names")
     question = f"Complete this Python function.\n```python\n{start.strip()}\n```"
-    return Problem(question, f"{row['test']}\ncheck({name})", start, name)
+    return CodeProblem(question, f"{row['test']}\ncheck({name})", start, name)
 
 
-def _of_mbpp(row: dict[str, Any]) -> Problem:
+def _of_mbpp(row: dict[str, Any]) -> CodeProblem:
     """Read a row of MBPP, or of its sanitized version, which has `prompt` and `test_imports`.
 
     In MBPP itself they are `text` and `test_setup_code`.
@@ -125,7 +125,7 @@ def _of_mbpp(row: dict[str, Any]) -> Problem:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     tests = "\n".join(row["test_list"])
     question = f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```"
-    return Problem(question, f"{setup}\n{tests}")
+    return CodeProblem(question, f"{setup}\n{tests}")
 
 
 def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY) -> list[bool]:

@@ -45,7 +45,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparedLogits:
     """Comparison of logits, both computed in `precision`, unless `what` says otherwise."""
 
     what: str
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(1)
 
 
-def summary(check: MergeCheck, rows: list[Row], tokens: int, problems: list[str]) -> dict[str, Any]:
+def summary(
+    check: MergeCheck, rows: list[ComparedLogits], tokens: int, problems: list[str]
+) -> dict[str, Any]:
     """Return the result for machines."""
     return {
         "ok": not problems,
@@ -144,7 +146,7 @@ def comparable(check: MergeCheck) -> bool:
     return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
 
 
-def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[Row]:
+def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[ComparedLogits]:
     """Make all comparisons. One model is in memory at a time."""
     dtype = read_tensors(merged)["head.weight"].dtype
     dtype = dtype if dtype in NAMES else torch.float32
@@ -157,20 +159,22 @@ def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> lis
 
     _, _, of_base = logits(base, torch.float32)
     model, blended, live = logits(base, torch.float32, adapters)
-    rows = [Row(EFFECT, "fp32", distance(of_base, live))]
+    rows = [ComparedLogits(EFFECT, "fp32", distance(of_base, live))]
     del of_base
     merge_blended(model, blended)
-    rows.append(Row(UNROUNDED, "fp32", distance(live, logits_of(model, texts))))
+    rows.append(ComparedLogits(UNROUNDED, "fp32", distance(live, logits_of(model, texts))))
     del model, blended
-    rows.append(Row(MERGED, "fp32", distance(live, logits(merged, torch.float32)[2])))
+    rows.append(ComparedLogits(MERGED, "fp32", distance(live, logits(merged, torch.float32)[2])))
     if dtype != torch.float32:
         _, _, live_short = logits(base, dtype, adapters)
-        rows.append(Row(MERGED, NAMES[dtype], distance(live_short, logits(merged, dtype)[2])))
-        rows.append(Row(f"live in fp32 -> live in {NAMES[dtype]}", "both", distance(live, live_short)))
+        rows.append(ComparedLogits(MERGED, NAMES[dtype], distance(live_short, logits(merged, dtype)[2])))
+        rows.append(
+            ComparedLogits(f"live in fp32 -> live in {NAMES[dtype]}", "both", distance(live, live_short))
+        )
     return rows
 
 
-def probe_problems(rows: list[Row]) -> list[str]:
+def probe_problems(rows: list[ComparedLogits]) -> list[str]:
     """Say what is wrong if base and adapters in one weight, not rounded, differ from the trained model."""
     problems = []
     for row in rows:
@@ -184,7 +188,7 @@ def probe_problems(rows: list[Row]) -> list[str]:
     return problems
 
 
-def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
+def table(rows: list[ComparedLogits], tokens: int, problems: list[str]) -> list[str]:
     """Write the comparisons for people, with their meaning."""
     if not rows:
         return ["the logits were not compared, because the merged file has other tensors than the base"]

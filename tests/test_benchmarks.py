@@ -112,7 +112,7 @@ def test_a_first_run_is_compared_with_the_best_rate(counted, best, found, publis
 
 
 def test_made_up_facts_are_asked_as_trained_in_other_forms_and_of_new_names():
-    made = facts.Facts(7, seed=1)
+    made = facts.FactSet(7, seed=1)
     asked = made.asked(DEFAULT)
     rows = [row["messages"] for row in made.rows()]
     assert [len(asked[measure]) for measure in facts.MEASURES] == [7, 14, facts.UNSEEN]

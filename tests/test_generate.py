@@ -24,7 +24,7 @@ from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.engine import Engine, Request
 from src.inference.generate import stream
-from src.inference.sampling import GREEDY, Row, Sampling, choose
+from src.inference.sampling import GREEDY, RowInputs, Sampling, choose
 from src.inference.torch_decoder import TorchDecoder
 from src.model import RWKV
 
@@ -115,7 +115,7 @@ LOGITS = PROBABILITIES.log() + 7
 
 
 def sample(logits, sampling, generator=None):
-    (drawn,) = choose(logits[None], [Row(sampling, generator=generator)], native_code=False)
+    (drawn,) = choose(logits[None], [RowInputs(sampling, generator=generator)], native_code=False)
     if drawn.error:
         raise drawn.error
     return drawn.token

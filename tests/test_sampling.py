@@ -11,7 +11,7 @@ from src.inference import sampling as module
 from src.inference.sampling import (
     GREEDY,
     FadedCounts,
-    Row,
+    RowInputs,
     Sampling,
     choose,
     choose_native,
@@ -57,7 +57,7 @@ def random_row(choice, vocabulary):
         0.99,
     )
     tokens = [choice(range(vocabulary)) for _ in range(choice([0, 10, 100]))]
-    return Row(sampling, seen_tokens(sampling, tokens), logprobs=choice([None, 0, 1, 20]))
+    return RowInputs(sampling, seen_tokens(sampling, tokens), logprobs=choice([None, 0, 1, 20]))
 
 
 def random_logits(choice, rows, vocabulary, seed):
@@ -111,7 +111,7 @@ def test_tokens_come_as_often_as_they_are_likely(by):
     """
     logits = 1.5 * torch.randn(400, generator=torch.Generator().manual_seed(0))
     for sampling in (Sampling(1, 1), Sampling(1.5, 0.8), Sampling(0.9, 0.9), Sampling(1.3, 0.95, 20)):
-        row = Row(sampling)
+        row = RowInputs(sampling)
         numbers = torch.rand(5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         batch = logits.expand(500, -1)
         tokens = [
@@ -134,14 +134,14 @@ def test_tokens_come_as_often_as_they_are_likely(by):
 def test_of_equal_logits_the_first_are_taken(by):
     logits = torch.zeros(1, 200)
     logits[0, 3::2] = -0.0
-    assert by(logits, [Row(GREEDY)], [0.0], 1)[0].token == 0
+    assert by(logits, [RowInputs(GREEDY)], [0.0], 1)[0].token == 0
     for sampling, kept in (
         (Sampling(1, 1, 5), 5),
         (Sampling(1, 0.5), 100),
         (Sampling(2, 1), 200),
         (Sampling(1, 0.75, 200), 150),
     ):
-        tokens = {by(logits, [Row(sampling)], [i / 997], 1)[0].token for i in range(997)}
+        tokens = {by(logits, [RowInputs(sampling)], [i / 997], 1)[0].token for i in range(997)}
         assert tokens == set(range(kept)), sampling
 
 
@@ -153,7 +153,7 @@ def test_a_row_that_overflows_disturbs_no_other(by):
     logits[3] = -torch.inf
     logits[4, :100] = -torch.inf
     for sampling in (GREEDY, Sampling(), Sampling(1e-3, 1), Sampling(1e300, 1), Sampling(1, 1, 131)):
-        rows = [Row(sampling, logprobs=2)] * 6
+        rows = [RowInputs(sampling, logprobs=2)] * 6
         found = by(logits, rows, [0.3] * 6, 1)
         for i, seen in ((0, "nan"), (2, "inf"), (3, "-inf")):
             assert found[i].token is None
@@ -175,7 +175,7 @@ def test_a_penalty_lowers_what_the_answer_holds(by):
         ([1, 0, 0], 2),  # 1.9 - 0.5625 < 1.5
         ([1, 2, 2, 2], 1),  # 1.9 - 0.53 > 1.5 - 0.94
     ):
-        found = by(logits, [Row(sampling, seen_tokens(sampling, tokens), logprobs=1)], [0.0], 1)[0]
+        found = by(logits, [RowInputs(sampling, seen_tokens(sampling, tokens), logprobs=1)], [0.0], 1)[0]
         assert found.token == chosen
         assert found.likeliest[0][0] == 1, "logprobs know no penalty"
     assert logits.tolist() == torch.tensor([[1.0, 1.9, 1.5]]).tolist()
@@ -199,7 +199,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(native_code):
 
     def tokens(rows, native_code=native_code):
         generators = {i: torch.Generator().manual_seed(i) for i in rows}
-        given = [Row(samplings[i], generator=generators[i]) for i in rows]
+        given = [RowInputs(samplings[i], generator=generators[i]) for i in rows]
         return [[x.token for x in choose(logits[rows], given, native_code)] for _ in range(20)]
 
     together = tokens([0, 1, 2, 3, 4])
@@ -224,7 +224,7 @@ def test_logits_that_do_not_fit_are_named(shape, rows):
     with pytest.raises(
         ValueError, match=rf"logits are \({shape[0]},.*expected \(B, V\) with B = {rows} rows"
     ):
-        choose(torch.zeros(shape), [Row(GREEDY)] * rows, native_code=False)
+        choose(torch.zeros(shape), [RowInputs(GREEDY)] * rows, native_code=False)
 
 
 def test_a_decay_outside_of_0_to_1_is_refused():

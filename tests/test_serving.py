@@ -35,7 +35,7 @@ from src.serving.errors import Refused
 from src.serving.fields import Fields
 from src.serving.guard import Guard
 from src.serving.limits import Limits
-from src.serving.request_parsing import Defaults, Reader, read_chat
+from src.serving.request_parsing import Defaults, RequestReader, read_chat
 from src.serving.served_models import ServedModels
 from src.serving.worker import Worker
 
@@ -288,7 +288,7 @@ def bodies():
 
 def test_every_one_of_many_clients_gets_the_answer_that_it_gets_alone(files, letters):  # noqa: F811
     engine, served = loaded(files, letters, 1)
-    reader = Reader(engine.tokenizer, served.find, Limits(), Defaults(sampling={"top_p": 1.0}))
+    reader = RequestReader(engine.tokenizer, served.find, Limits(), Defaults(sampling={"top_p": 1.0}))
     expected = []
     for body, extra in bodies():
         asked = read_chat(reader, {**body, **extra})
@@ -451,7 +451,10 @@ def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, t
     found = load(whole)
     said = capsys.readouterr().err
     assert f"note: adapter 'w' is merged into the model: {reason}" in said and "called tiny:w" in said
-    served, reader = found.served, Reader(found.engine.tokenizer, found.served.find, Limits(), Defaults())
+    served, reader = (
+        found.served,
+        RequestReader(found.engine.tokenizer, found.served.find, Limits(), Defaults()),
+    )
     assert served.models() == ["tiny:w"]
     for fields in ({"model": "tiny"}, {"adapter_id": "w"}, {"adapter_scale": 1}):
         with pytest.raises(Refused):

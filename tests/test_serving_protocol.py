@@ -21,7 +21,7 @@ from src.serving.errors import Refused
 from src.serving.fields import read_object
 from src.serving.guard import Guard, host_name, is_own_machine
 from src.serving.limits import Limits
-from src.serving.request_parsing import Chosen, Defaults, Reader, read_chat, read_completion
+from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.served_models import inside
 from src.serving.think_modes import efforts_of
 from src.serving.tools import NO_TOOLS, Tools
@@ -47,7 +47,7 @@ def reader(template=None, bos=(), limits=None, **defaults):
     def find(fields):
         return Chosen(fields.text("model") or "tiny", Applied(), template, bos)
 
-    return Reader(TOKENIZER, find, limits or Limits(), Defaults(**defaults))
+    return RequestReader(TOKENIZER, find, limits or Limits(), Defaults(**defaults))
 
 
 def chat(template=None, messages=HI, defaults=None, **fields):

@@ -19,7 +19,7 @@ import rwkv_miss
 from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
-from scripts.code_scoring import Problem, code_of, passed, read_problems
+from scripts.code_scoring import CodeProblem, code_of, passed, read_problems
 from src import config
 from src.data.formats import read_records
 from src.data.loss_mask import record_segments
@@ -282,7 +282,8 @@ def test_rows_that_are_no_problems(tmp_path):
         with pytest.raises(ValueError, match=f"problems.jsonl, line 1: .*{message}"):
             read_problems(str(problems))
     assert (
-        Problem("q", "assert f() == 1").program("def f(): return 1") == "def f(): return 1\nassert f() == 1\n"
+        CodeProblem("q", "assert f() == 1").program("def f(): return 1")
+        == "def f(): return 1\nassert f() == 1\n"
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from rwkv_miss import UserError
 from src.inference.adapters import BASE
-from src.inference.sampling import FadedCounts, Row, choose
+from src.inference.sampling import FadedCounts, RowInputs, choose
 from src.model import LayerState
 
 STATES = 997  # a prime, so that every token leads somewhere else
@@ -81,7 +81,7 @@ class Toy:
         decoder = tokenizer.decoder()
         start = request.start or self.adapters.start(request.applied) or toy_state(0)
         first = number = self._fed(int(start[0].att_x), request.tokens, request.applied)
-        row = Row(request.sampling, FadedCounts(request.sampling), answer.generator(), request.logprobs)
+        row = RowInputs(request.sampling, FadedCounts(request.sampling), answer.generator(), request.logprobs)
         while not finish:
             drawn = choose(self.table[number][None, : tokenizer.vocab_size], [row], native_code=False)[0]
             if drawn.error:

@@ -36,7 +36,7 @@ TINY = Settings(shapes=("33,48,40,4",))
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class AdapterCost:
     """Cost of an adapter beside its linear: FLOPs of both passes, numbers kept in between, parameters."""
 
     flops: int
@@ -46,47 +46,49 @@ class Cost:
 
 def _miss(
     N: int, k: int, d: int, rank: int, shards="plain", mini_r=0, magnitude=False, expand=False, **_
-) -> Cost:
+) -> AdapterCost:
     if expand:  # equation 1: x D^T, and the outputs' shards in the backward
-        return Cost(6 * N * rank * k, N * k, rank * k)
+        return AdapterCost(6 * N * rank * k, N * k, rank * k)
     rows, columns = rank + (shards == "balanced"), mini_r or d
-    return Cost(6 * N * rows * columns, N * rows + magnitude * d * (N + 2), rows * columns + magnitude * d)
+    return AdapterCost(
+        6 * N * rows * columns, N * rows + magnitude * d * (N + 2), rows * columns + magnitude * d
+    )
 
 
-def _mora(N: int, k: int, d: int, rank: int) -> Cost:
+def _mora(N: int, k: int, d: int, rank: int) -> AdapterCost:
     size = math.isqrt(rank * (k + d))
-    return Cost(6 * N * size**2, N * size, size**2)
+    return AdapterCost(6 * N * size**2, N * size, size**2)
 
 
-def _bat(N: int, k: int, d: int, rank: int, order="col") -> Cost:
+def _bat(N: int, k: int, d: int, rank: int, order="col") -> AdapterCost:
     if order == "row":  # x D for the blocks of x, and two such products in the backward
-        return Cost(6 * N * k * rank, N * k, k * rank)
+        return AdapterCost(6 * N * k * rank, N * k, k * rank)
     # the gradient of the whole weight, and W + dW twice
-    return Cost(2 * N * k * d + 6 * k * d * rank, N * k, d * rank)
+    return AdapterCost(2 * N * k * d + 6 * k * d * rank, N * k, d * rank)
 
 
-def _lora(N: int, k: int, d: int, rank: int) -> Cost:
-    return Cost(6 * N * rank * (k + d), N * (k + rank), rank * (k + d))
+def _lora(N: int, k: int, d: int, rank: int) -> AdapterCost:
+    return AdapterCost(6 * N * rank * (k + d), N * (k + rank), rank * (k + d))
 
 
-def _scaled_lora(N: int, k: int, d: int, rank: int) -> Cost:
+def _scaled_lora(N: int, k: int, d: int, rank: int) -> AdapterCost:
     # kept beside the parameter: B times the factor, made once for forward and backward
     lora = _lora(N, k, d, rank)
-    return Cost(lora.flops, lora.saved + rank * d, lora.parameters)
+    return AdapterCost(lora.flops, lora.saved + rank * d, lora.parameters)
 
 
-def _dora(N: int, k: int, d: int, rank: int) -> Cost:
+def _dora(N: int, k: int, d: int, rank: int) -> AdapterCost:
     # W A^T, A A^T and B (A A^T), whatever N is
     lora, norms = (_scaled_lora(N, k, d, rank), 2 * rank * (k * d + rank * (k + d)))
-    return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
+    return AdapterCost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
 
-def _adalora(N: int, k: int, d: int, rank: int, init_rank: int) -> Cost:
+def _adalora(N: int, k: int, d: int, rank: int, init_rank: int) -> AdapterCost:
     lora = _lora(N, k, d, init_rank)  # before the pruning, without the penalty
-    return Cost(lora.flops, lora.saved + init_rank * (d + 1), lora.parameters + init_rank)
+    return AdapterCost(lora.flops, lora.saved + init_rank * (d + 1), lora.parameters + init_rank)
 
 
-def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> Cost:
+def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> AdapterCost:
     shared = rank - unshared
     return dataclasses.replace(
         _put_together(N, k, d, rank),
@@ -94,20 +96,20 @@ def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> C
     )
 
 
-def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> Cost:
+def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> AdapterCost:
     private = budget // 4
     pools = (budget - private) * shards * (-(-k // shards) - (-d // shards))
     return dataclasses.replace(_put_together(N, k, d, rank), parameters=pools + private * (k + d))
 
 
-def _put_together(N: int, k: int, d: int, rank: int) -> Cost:
+def _put_together(N: int, k: int, d: int, rank: int) -> AdapterCost:
     """Count LoRA whose A and B are made in the forward, and kept."""
     lora = _lora(N, k, d, rank)
     return dataclasses.replace(lora, saved=lora.saved + rank * (k + d))
 
 
 # of N tokens, k inputs, d outputs and the method's options
-FORMULAS: dict[str, Callable[..., Cost]] = {
+FORMULAS: dict[str, Callable[..., AdapterCost]] = {
     "miss": _miss,
     "mora": _mora,
     "bat": _bat,
@@ -117,8 +119,8 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "adalora": _adalora,
     "prolora": _prolora,
     "mos": _mos,
-    "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), (N + d) * rank, rank * d),
-    "vera": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d) + 4 * d * rank, N * rank, rank + d),
+    "lora_fa": lambda N, k, d, rank: AdapterCost(N * rank * (4 * k + 6 * d), (N + d) * rank, rank * d),
+    "vera": lambda N, k, d, rank: AdapterCost(N * rank * (4 * k + 6 * d) + 4 * d * rank, N * rank, rank + d),
 }
 
 
@@ -169,14 +171,14 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
-def measure(layer: nn.Module, tokens: int) -> Cost:
+def measure(layer: nn.Module, tokens: int) -> AdapterCost:
     """Count the cost of an adapted linear, fp32, with an input that wants a gradient, as inside a model."""
     x = torch.randn(tokens, layer.in_features, requires_grad=True)
     layer(x).sum().backward()  # the first call tries out oneDNN (gemm.py): products that are not the layer's
     with Flops() as flops:
         layer(x).sum().backward()
     frozen = 4 * tokens * layer.in_features * layer.out_features
-    return Cost(
+    return AdapterCost(
         flops.total - frozen,
         saved_bytes(layer, x) // x.element_size(),
         sum(p.numel() for p in layer.parameters() if p.requires_grad),

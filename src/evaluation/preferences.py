@@ -32,7 +32,7 @@ LONGEST = 1 << 30  # tokens of a row: memory does not depend on it
 # metrics of means() about rewards, which are measured against a reference
 OF_REWARDS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "baseline")
 
-# rows of Measured.lines(): description, name of the figure, name of the reference's
+# rows of MeasuredPreferences.lines(): description, name of the figure, name of the reference's
 TABLE = (
     ("log p of the chosen answers", "logp_chosen", "reference_logp_chosen"),
     ("log p of the rejected answers", "logp_rejected", "reference_logp_rejected"),
@@ -107,7 +107,7 @@ def batches(lengths: np.ndarray) -> list[list[int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredPreferences:
     """Measurement of preference data by a model's log-probabilities.
 
     `figures` are the metrics of a training with these data held out. Names that end in _per_token compare
@@ -195,7 +195,7 @@ class Compared:
 
         return cls(beside(data), None if data.paired else beside(data.mismatched()))
 
-    def measure(self, model: RWKV, beta: float) -> Measured:
+    def measure(self, model: RWKV, beta: float) -> MeasuredPreferences:
         """Measure the model; rewards are `beta` times the ratio."""
         log_p = log_probs(model, self.data, "log p")
         baseline = 0.0
@@ -205,7 +205,7 @@ class Compared:
         return measured(self.data, log_p, beta, baseline)
 
 
-def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float = 0.0) -> Measured:
+def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float = 0.0) -> MeasuredPreferences:
     """Measure by ln p of every trained token, (data.targets,) float32. `baseline` is KTO's."""
     sums = np.zeros(len(METRICS))
     answers, end = [], 0  # (trained tokens, ln p, ln p by the reference)
@@ -224,7 +224,9 @@ def measured(data: Preferences, log_p: np.ndarray, beta: float, baseline: float 
     if data.reference is None:
         figures = {name: value for name, value in figures.items() if name not in OF_REWARDS}
     tokens, totals, references = map(np.array, zip(*answers, strict=True))
-    result = Measured(data, figures, tokens, totals, None if data.reference is None else references)
+    result = MeasuredPreferences(
+        data, figures, tokens, totals, None if data.reference is None else references
+    )
     figures |= _reference_figures(result) | _figures_per_token(result)
     return result
 
@@ -244,7 +246,7 @@ def loss_for(data: Preferences, beta: float) -> PreferenceLoss:
     )
 
 
-def _reference_figures(found: Measured) -> dict[str, float]:
+def _reference_figures(found: MeasuredPreferences) -> dict[str, float]:
     """Return figures of the reference's own log p of the answers."""
     if found.reference is None:
         return {}
@@ -256,7 +258,7 @@ def _reference_figures(found: Measured) -> dict[str, float]:
     return figures
 
 
-def _figures_per_token(found: Measured) -> dict[str, float]:
+def _figures_per_token(found: MeasuredPreferences) -> dict[str, float]:
     """Return the accuracies of pairs by the means over the tokens of an answer."""
     if not found.data.paired:
         return {}

@@ -57,7 +57,7 @@ class TextSettings(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class CheckedModel:
     """Checked model."""
 
     path: str
@@ -145,7 +145,7 @@ def _check_output(path, out, to: str) -> None:
         may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
 
 
-def _write_folder(model: Model, out, layout: str, settings: TextSettings) -> list[str]:
+def _write_folder(model: CheckedModel, out, layout: str, settings: TextSettings) -> list[str]:
     """Check the model and write it for Hugging Face; returns notes."""
     hugging_face.check(model.arch, layout)
     chosen = _chosen(model, settings)
@@ -153,7 +153,7 @@ def _write_folder(model: Model, out, layout: str, settings: TextSettings) -> lis
     return hugging_face.write(out, layout, model.tensors, model.arch, *chosen, model.provenance())
 
 
-def _write_gguf(model: Model, out, kind: str, settings: TextSettings) -> list[str]:
+def _write_gguf(model: CheckedModel, out, kind: str, settings: TextSettings) -> list[str]:
     """Check the model and write it for llama.cpp; returns notes."""
     notes = gguf.check(model.arch, kind)
     vocabulary = vocabulary_of(*_chosen(model, settings), model.arch.vocab_size)
@@ -186,17 +186,17 @@ def _size(path) -> int:
     return os.path.getsize(path)
 
 
-def read_model(path) -> Model:
+def read_model(path) -> CheckedModel:
     """Read a model with exactly the tensors of its version. Raises UserError for anything else."""
     tensors = read_model_file(path)
     arch = Arch.detect(tensors)
     with torch.device("meta"):
         RWKV(arch).check(tensors, path)
     check_dtypes(tensors, path)
-    return Model(os.fspath(path), arch, tensors, model_metadata(path))
+    return CheckedModel(os.fspath(path), arch, tensors, model_metadata(path))
 
 
-def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:
+def _without_state(model: CheckedModel, to: str, drop: bool) -> tuple[CheckedModel, list[str]]:
     """Return (the model without its initial state, notes). Raises UserError unless the user asked for it."""
     if not model.arch.initial_state:
         return model, []
@@ -212,7 +212,9 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
 
 
-def _chosen(model: Model, settings: TextSettings) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
+def _chosen(
+    model: CheckedModel, settings: TextSettings
+) -> tuple[Tokenizer | None, Template, tuple[int, ...]]:
     """Choose the tokenizer (None for "none"), the chat template and the BOS: as given or recorded.
 
     Without a tokenizer there is no BOS.

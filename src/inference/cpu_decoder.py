@@ -57,7 +57,7 @@ class Change(ctypes.Structure):
     ]
 
 
-class Table(NamedTuple):
+class ChangeTable(NamedTuple):
     """Table of adapters' changes to the matrices, which the native code has by number."""
 
     number: int  # -1: no changes
@@ -105,7 +105,7 @@ class Decoder:
         # the tensors of the model that the native code points to
         self.kept: dict[str, list[Tensor]] = {}
         # by the names of adapters, in the order of their last use
-        self.tables: dict[tuple[str, ...], Table] = {}
+        self.tables: dict[tuple[str, ...], ChangeTable] = {}
         self.sources = [self._source(name) for name in self.names]
         self.bf16_type = TYPES[torch.bfloat16]
         if bf16_products.instruction_is_there():
@@ -226,7 +226,7 @@ class Decoder:
         self.tables[names] = table
         return table.number
 
-    def _new_table(self, names: tuple[str, ...]) -> Table:
+    def _new_table(self, names: tuple[str, ...]) -> ChangeTable:
         changes = (Change * len(self.names))()
         kept = []
         for name, low_rank in self._factors(names).items():
@@ -236,11 +236,11 @@ class Decoder:
             )
             kept += [B] if A is None else [A, B]
         if not kept:
-            return Table(-1, kept)
+            return ChangeTable(-1, kept)
         taken = {table.number for table in self.tables.values()}
         number = next(number for number in itertools.count() if number not in taken)
         self.put_table(self.handle, ctypes.c_int64(number), changes)
-        return Table(number, kept)
+        return ChangeTable(number, kept)
 
     def _factors(self, names: tuple[str, ...]) -> dict[str, LowRank]:
         """Return these adapters' changes; without names, those of Adapters.use() or of the adapter in

@@ -9,7 +9,7 @@ from ..model import State
 from .answer_text import AnswerText
 from .request import Answer
 from .row_decoder import RowDecoder
-from .sampling import Drawn, FadedCounts, Row
+from .sampling import Drawn, FadedCounts, RowInputs
 
 
 class RunningAnswer:
@@ -26,7 +26,7 @@ class RunningAnswer:
         self.text = AnswerText(tokenizer, request.stops)
         answer.tokens = self.text.tokens
         seen = FadedCounts(request.sampling)
-        self.drawing = Row(request.sampling, seen, answer.generator(), request.logprobs)
+        self.drawing = RowInputs(request.sampling, seen, answer.generator(), request.logprobs)
         self.keeps_state = request.keep_state or request.continues
         self.states: dict[int, tuple[int, State]] = {}
         self.read: list[int] = []  # the tokens of the answer that the final state has read

@@ -118,7 +118,7 @@ class FadedCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RowInputs:
     """Inputs to the choice of one row's token.
 
     `seen`: the answer so far; None is an empty one. `generator` gives one number a token, if the sampling is
@@ -149,11 +149,11 @@ def runs_native(kernel: str) -> bool:
     return kernel not in PLAIN and not self_test.status("cpu").reason
 
 
-def choose(logits: Tensor, rows: Sequence[Row], native_code: bool) -> list[Drawn]:
+def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list[Drawn]:
     """Choose one token for each row of logits (B, V), which may be a part of a larger tensor.
 
     A row whose largest logit is not finite has an error and disturbs no other. A row's token depends on
-    nothing but the row. Raises ValueError unless there is a Row for each.
+    nothing but the row. Raises ValueError unless there is a RowInputs for each.
     """
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.numel():
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
@@ -187,7 +187,7 @@ class Choice(ctypes.Structure):
 
 
 def choose_native(
-    logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
+    logits: Tensor, rows: Sequence[RowInputs], uniform: Sequence[float], threads: int = 1
 ) -> list[Drawn]:
     """Choose by the native code, with a number of [0, 1) for each row. logits (B, V) fp32 on the CPU."""
     if logits.stride(1) != 1:
@@ -206,7 +206,7 @@ def choose_native(
     return [_drawn(*given) for given in zip(choices, rows, arrays)]
 
 
-def _fill(choice: Choice, row: Row, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
+def _fill(choice: Choice, row: RowInputs, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
     """Fill a row's Choice for the native code; returns the arrays that it points to: penalties, ids, ln p."""
     sampling, seen = row.sampling, row.seen
     choice.temperature = 0.0 if sampling.greedy else sampling.temperature
@@ -223,7 +223,7 @@ def _fill(choice: Choice, row: Row, uniform: float, vocabulary: int) -> tuple[np
     return penalties, ids, logprobs
 
 
-def _drawn(choice: Choice, row: Row, arrays: tuple[np.ndarray, ...]) -> Drawn:
+def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Drawn:
     if choice.token < 0:
         return Drawn(None, error=_overflow(choice.largest))
     if row.logprobs is None:
@@ -233,13 +233,13 @@ def _drawn(choice: Choice, row: Row, arrays: tuple[np.ndarray, ...]) -> Drawn:
 
 
 def choose_numpy(
-    logits: Tensor, rows: Sequence[Row], uniform: Sequence[float], threads: int = 1
+    logits: Tensor, rows: Sequence[RowInputs], uniform: Sequence[float], threads: int = 1
 ) -> list[Drawn]:
     """Do as choose_native(), in one thread of NumPy."""
     return [_choose_one(*given) for given in zip(logits.numpy(), rows, uniform)]
 
 
-def _choose_one(raw: np.ndarray, row: Row, uniform: float) -> Drawn:
+def _choose_one(raw: np.ndarray, row: RowInputs, uniform: float) -> Drawn:
     values = raw
     if row.seen and len(row.seen.ids):
         values = raw.copy()

@@ -23,7 +23,7 @@ SHORTEST_GROUP = 16  # documents up to this length share a group
 DECAY_OF_PADDING = -30.0
 
 
-class Group(NamedTuple):
+class DocumentGroup(NamedTuple):
     """Documents of similar length: D of them, the longest with L tokens."""
 
     tokens: Tensor  # (D, L) int64, places in the flattened rows (B * T,); B * T, one past the end, is padding
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 class Layout(NamedTuple):
     """Places of packed rows' documents in the groups, and the way back."""
 
-    groups: list[Group]
+    groups: list[DocumentGroup]
     places: Tensor  # (B * T,) int64, each token's output among those of all groups, padding included
     last: Tensor  # (B,) int64, each row's last document among those of all groups
 
@@ -70,7 +70,7 @@ def layout(reset: Tensor) -> Layout:
         places[tokens[inside]] = before + inside.flatten().nonzero().flatten()
         before += tokens.numel()
         order.append(chosen)
-        groups.append(Group(*map(sent, (tokens, first[chosen] // T, resets[chosen]))))
+        groups.append(DocumentGroup(*map(sent, (tokens, first[chosen] // T, resets[chosen]))))
     ends = torch.cat(order).argsort()[(first + length) % T == 0]
     return Layout(groups, sent(places), sent(ends))
 

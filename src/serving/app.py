@@ -31,7 +31,7 @@ from .limits import Limits
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
 from .replies import error_reply, ignored_header, json_reply, read_body
-from .request_parsing import Defaults, ParsedRequest, Reader, read_chat, read_completion
+from .request_parsing import Defaults, ParsedRequest, RequestReader, read_chat, read_completion
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
 from .worker import Worker
@@ -51,7 +51,7 @@ PAGE_HEADERS = {
 class Routes:
     """Endpoints of all routes. `describe` is the operator's choices, for /v1/server."""
 
-    def __init__(self, dispatcher: Dispatcher, reader: Reader, describe: dict[str, Any]):
+    def __init__(self, dispatcher: Dispatcher, reader: RequestReader, describe: dict[str, Any]):
         self.dispatcher, self.reader, self.describe = dispatcher, reader, describe
         self.created = int(time.time())
         # one thread: a client with large requests does not take all cores from the engine
@@ -154,7 +154,7 @@ class Routes:
         asked = await self._asked(request, read_completion)
         return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
 
-    async def _asked(self, request: Request, read: Callable[[Reader, dict], ParsedRequest]) -> Any:
+    async def _asked(self, request: Request, read: Callable[[RequestReader, dict], ParsedRequest]) -> Any:
         """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
         loop = asyncio.get_running_loop()
@@ -194,7 +194,7 @@ def assemble(
     The caller starts the dispatcher's worker. /v1/server shows `describe`.
     """
     dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
-    reader = Reader(engine.tokenizer, served.find, limits, defaults)
+    reader = RequestReader(engine.tokenizer, served.find, limits, defaults)
     return make_app(Routes(dispatcher, reader, describe), guard), dispatcher
 
 

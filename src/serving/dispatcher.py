@@ -33,7 +33,7 @@ class Dispatcher:
         self.worker, self.served, self.names, self.limits = worker, served, names, limits
         self.rows = worker.engine.decoder.rows
         self.metrics = Metrics()
-        self.running: set[Run] = set()
+        self.running: set[RunningRequest] = set()
         self.open = 0  # answers that are not finished
         self.closing = False
 
@@ -42,7 +42,7 @@ class Dispatcher:
         """Answers that have no row yet."""
         return max(0, self.open - self.rows)
 
-    async def begin(self, asked: ParsedRequest) -> Run:
+    async def begin(self, asked: ParsedRequest) -> RunningRequest:
         """Give a request to the engine. Raises Refused if too many wait, or the engine refuses it."""
         answers = sum(request.n for request in asked.requests)
         if self.closing:
@@ -58,7 +58,7 @@ class Dispatcher:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )
-        run = Run(self, asked, answers)
+        run = RunningRequest(self, asked, answers)
         try:
             run.job = await self.worker.submit(asked.requests)
         except UserError as error:
@@ -83,7 +83,7 @@ class Dispatcher:
                 run.job.end()
 
 
-class Run:
+class RunningRequest:
     """Request from begin() to its end, which is close()."""
 
     def __init__(self, dispatcher: Dispatcher, asked: ParsedRequest, answers: int):
@@ -164,7 +164,7 @@ async def reply(
         run.close()
 
 
-async def _collected(run: Run, choices: ChatChoices | TextChoices) -> list[dict[str, Any]]:
+async def _collected(run: RunningRequest, choices: ChatChoices | TextChoices) -> list[dict[str, Any]]:
     async for piece in run.pieces():
         for _ in choices.push(piece):
             pass
@@ -172,7 +172,7 @@ async def _collected(run: Run, choices: ChatChoices | TextChoices) -> list[dict[
 
 
 async def _events(
-    run: Run, choices: ChatChoices | TextChoices, envelope: Envelope
+    run: RunningRequest, choices: ChatChoices | TextChoices, envelope: Envelope
 ) -> AsyncGenerator[dict[str, Any], None]:
     says_usage = run.asked.usage
     try:

@@ -57,7 +57,7 @@ class Defaults:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class RequestReader:
     """Reader of requests to one server. `find(fields)` returns the model that one names."""
 
     tokenizer: Any
@@ -88,7 +88,7 @@ class AskedText(ParsedRequest):
     echoes: list[str]  # the beginning of the answers to each prompt
 
 
-def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
+def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     """Read a request to /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -118,7 +118,7 @@ def read_chat(reader: Reader, body: dict[str, Any]) -> AskedChat:
     return AskedChat(chosen.id, [request], stream, usage, fields.ignored(), template, tools)
 
 
-def read_completion(reader: Reader, body: dict[str, Any]) -> AskedText:
+def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     """Read a request to /v1/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
@@ -150,7 +150,7 @@ def read_completion(reader: Reader, body: dict[str, Any]) -> AskedText:
 
 
 def _chat_tokens(
-    reader: Reader, chosen: Chosen, template: Template, tools: Tools, messages: list[dict]
+    reader: RequestReader, chosen: Chosen, template: Template, tools: Tools, messages: list[dict]
 ) -> list[int]:
     if reader.defaults.system and all(message["role"] != "system" for message in messages):
         messages = [{"role": "system", "content": reader.defaults.system}, *messages]
@@ -166,7 +166,7 @@ def _chat_tokens(
     return _checked(reader, with_bos(ids, chosen.bos), "messages")
 
 
-def _checked(reader: Reader, tokens: list[int], param: str) -> list[int]:
+def _checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
     if len(tokens) > reader.limits.prompt_tokens:
         raise Refused(
             400,
@@ -178,7 +178,7 @@ def _checked(reader: Reader, tokens: list[int], param: str) -> list[int]:
     return tokens
 
 
-def _prompts(reader: Reader, fields: Fields, chosen: Chosen) -> list[tuple[str, list[int]]]:
+def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[tuple[str, list[int]]]:
     """Read (text, tokens) of each prompt. Ids are taken as they are."""
     value = fields.take("prompt")
     expected = "a text, a list of texts, ids, or a list of lists of ids"
@@ -208,7 +208,12 @@ def _is_id(value: Any) -> bool:
 
 
 def _request(
-    reader: Reader, fields: Fields, sampling: Sampling, stops: tuple[str, ...], prompts: int = 1, **given
+    reader: RequestReader,
+    fields: Fields,
+    sampling: Sampling,
+    stops: tuple[str, ...],
+    prompts: int = 1,
+    **given,
 ) -> Request:
     """Make the engine's request from the fields that both APIs have."""
     limits = reader.limits
