@@ -5,8 +5,8 @@ Each is one command that writes a table, a plot and its figures.
     python -m benchmarks.paper NAME [--tiny] [--out docs/results] [options of the experiment]
 
 Without NAME it lists them. An experiment is a module of this folder, NAME with underscores: FULL and TINY,
-two settings of one frozen dataclass (settings.py), and run(settings) -> Result (results.py). Its docstring's
-first line is what the list shows. The last line is JSON.
+two settings of one frozen dataclass (settings.py), and run(settings) -> PaperResult (results.py). The first
+line of its docstring is what the list shows. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .methods import adapted_linear, systems
-from .results import Claim, Result, Table
+from .results import Claim, PaperResult, Table
 from .settings import option
 
 
@@ -295,11 +295,11 @@ def draw(shape: str, measured: list[dict[str, Any]], figure) -> None:
     figure.suptitle(f"Beside the frozen linear: tokens, inputs, outputs, LoRA's rank = {shape}")
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     torch.manual_seed(0)
     measured = {shape: list(rows(shape)) for shape in settings.shapes}
     shape = settings.shapes[0]
-    return Result(
+    return PaperResult(
         "Complexity: FLOPs, memory and parameters of one adapted linear (Fig. 5)",
         "Every method at LoRA's parameter count. FLOPs are counted in the matrix products as they run,"
         " forward and backward, less the frozen linear's 4 N k d; adds, such as MiSS's shard sums, are none"

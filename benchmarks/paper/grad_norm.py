@@ -29,7 +29,7 @@ from rwkv_miss.inject import find_linears
 
 from . import tasks
 from .methods import named
-from .results import Claim, Result, Table
+from .results import Claim, PaperResult, Table
 from .settings import option
 
 STEP = 1e-3  # length of the SGD step against the trained tensors' or, where these are zero, the weights' own
@@ -272,7 +272,7 @@ def draw(found: dict[str, Case], figure) -> None:
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     torch.set_num_threads(1)  # a second one costs such small models more than it brings
     found = cases(settings)
     rank = settings.ranks[-1]
@@ -286,7 +286,7 @@ def run(settings: Settings) -> Result:
         ("gradients", "linears", "norm / full"),
         rows,
     )
-    return Result(
+    return PaperResult(
         "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",
         "Over the linears that the paper adapts. rwkv6-3m: a small RWKV-6 on Shakespeare; rwkv7-reverse and"
         " demo: small RWKV-7 that reverse digits or letters, on a task changed for fine-tuning. random:"

@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_miss import UserError
 
 from .methods import LINEAR
-from .results import Claim, Result, Table
+from .results import Claim, PaperResult, Table
 from .settings import option
 from .training import PAPER_LR, WORDS, Outcome, Runs, Spread, below, rate, untouched
 from .training import Settings as Training
@@ -203,7 +203,7 @@ def figures_of(m: Measured) -> dict[str, Any]:
     return described
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     known = ("full", "miss, balanced", *LINEAR)
     if not {*settings.systems} <= {*known}:
         raise UserError(f"--systems takes any of: {'; '.join(known)}; got {'; '.join(settings.systems)}")
@@ -215,7 +215,7 @@ def run(settings: Settings) -> Result:
         for task in settings.tasks
     ]
     figures = {task: {name: figures_of(m) for name, m in systems.items()} for task, systems in found.items()}
-    return Result(
+    return PaperResult(
         "Loss curves of six ways to fine-tune real small models (Fig. 4 left)",
         "shakespeare and gsm8k: English text, two tokens a character, to a 3M-parameter RWKV-6 trained on"
         " English; digits: a changed task to an RWKV-7 that reverses digits; letters: sorting to one that"

@@ -22,7 +22,7 @@ from .classify import Training, adapt, load_model, load_tokenizer, predict, quie
 from .glue import TASKS, Example, Task, read_task
 from .methods import systems
 from .metrics import mean_and_deviation
-from .results import Claim, Result, Table, require_package
+from .results import Claim, PaperResult, Table, require_package
 from .settings import option
 
 # what --tiny classifies: sentences that are made up, in a file as SST-2 has them
@@ -96,7 +96,7 @@ class Outcome:
     scores: dict[str, list[float]]
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     """Train every method at every rate on every task. UserError for what does not exist, before the first
     run.
     """
@@ -114,7 +114,7 @@ def run(settings: Settings) -> Result:
                         measure(task, label, lr, source, tokenizer, rows, (method, options), settings)
                     )
                     print(describe(outcomes[-1], task), flush=True)
-    return Result(
+    return PaperResult(
         (
             f"GLUE with {settings.model} (Table 2)"
             if settings.model

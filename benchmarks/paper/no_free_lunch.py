@@ -30,7 +30,7 @@ import rwkv_miss
 
 from . import start_and_step
 from .methods import systems
-from .results import Claim, Result, Table
+from .results import Claim, PaperResult, Table
 from .settings import option
 from .training import WORDS, Spread
 
@@ -349,7 +349,7 @@ def draw(
     timing.draw(start, step)
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     if settings.data not in READINGS:
         raise rwkv_miss.UserError(f"--data {settings.data} is unknown; choose one of: {', '.join(READINGS)}")
     torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
@@ -358,7 +358,7 @@ def run(settings: Settings) -> Result:
     outcomes, paper_lr = learnt.outcomes, settings.lrs[0]
     fixed = {label: Spread.over(o.best(paper_lr)) for label, o in outcomes.items()}
     own = {label: Spread.over(o.best(o.best_lr)) for label, o in outcomes.items()}
-    return Result(
+    return PaperResult(
         "No free lunch: a small network learns a changed function (App. B, Fig. 2)",
         f"A 64-64-64 ReLU network, f1 = sin 2πt learnt in {settings.pretrain} epochs (validation loss"
         f" {learnt.before:.4f}), f2 = f1 + 0.3 cos 3πt in {settings.epochs} with both linears adapted"

@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_miss import UserError
 
 from .loss_curves import system
-from .results import Claim, Result, Table
+from .results import Claim, PaperResult, Table
 from .settings import option
 from .training import PAPER_LR, START, Outcome, Runs, Spread, below, rate
 from .training import Settings as Training
@@ -169,7 +169,7 @@ def figures_of(m: Measured) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     runs = Runs(settings)
     width = min(task.arch.n_embd for task in runs.tasks.values())
     if any(rank < 2 or rank % 2 for rank in settings.ranks) or min(settings.ranks) > width:
@@ -184,7 +184,7 @@ def run(settings: Settings) -> Result:
         task: {method: [figures_of(m) for m in measured] for method, measured in methods.items()}
         for task, methods in found.items()
     }
-    return Result(
+    return PaperResult(
         "What a higher rank brings, seen and unseen (Table 4)",
         "gsm8k: GSM8K's questions and answers as text to a 3M-parameter RWKV-6; digits: a changed task to an"
         " RWKV-7 that reverses digits (benchmarks/paper/training_tasks.py). Each method and rank at its own"

@@ -33,7 +33,7 @@ from ..common import peak_above_start, release_freed, timed
 from ..step import add_peft, random_base, training_step
 from .methods import systems
 from .metrics import median_and_interval
-from .results import Claim, Result, Table, require_package
+from .results import Claim, PaperResult, Table, require_package
 from .settings import option
 
 MODELS = {
@@ -281,7 +281,7 @@ def check(settings: Settings) -> None:
         )
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> PaperResult:
     check(settings)
     torch.set_num_threads(1)
     # what is sampled can miss a short peak on a busy machine, and never see more than there is
@@ -303,7 +303,7 @@ def run(settings: Settings) -> Result:
         if settings.device == "cpu"
         else "wall time, bf16, the median step"
     )
-    return Result(
+    return PaperResult(
         "Resources: tokens a second and peak memory (Table 5, Fig. 3 left)",
         f"{settings.model} with random weights on {settings.device}, one row of {settings.ctx_len} tokens,"
         f" {clock} of {settings.rounds}. Memory is the most that was seen in two steps, of three processes,"

@@ -55,7 +55,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class PaperResult:
     """Result of an experiment: `notes` says how it was measured, `draw` fills an empty matplotlib figure, and
     `figures` is what neither text nor tables hold.
     """
@@ -88,7 +88,7 @@ def check_folder(folder: str) -> pathlib.Path:
 
 
 def write(
-    result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
+    result: PaperResult, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
 ) -> dict[str, Any]:
     """Write the files; return what NAME.json holds, without the tables."""
     short = {
@@ -120,7 +120,7 @@ def _json(value: Any, indent: str = "") -> str:
     return "\n".join([first, ",\n".join(lines), f"{indent}{last}"])
 
 
-def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -> str:
+def markdown(result: PaperResult, name: str, command: str, machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     claims = Table(
         "The paper's statements beside what was measured:",
