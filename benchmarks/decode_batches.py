@@ -59,7 +59,7 @@ class Rows:
         if self.kind != "bf16 act.":
             int8 = self.kind == "int8"
             return fastest(self.model, self.adapters, self.most, int8=int8, huge_pages=self.huge_pages)
-        _, pages = move_weights(dict(self.model.named_parameters()), self.huge_pages)
+        pages = move_weights(dict(self.model.named_parameters()), self.huge_pages)
         return Decoder(self.model, self.most, bf16_activations=True), f"activations in bf16, {pages}"
 
     def step(self, tokens: list[int]) -> torch.Tensor:

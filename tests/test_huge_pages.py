@@ -76,12 +76,12 @@ def test_a_decoder_says_the_same_from_moved_weights(tmp_path):
 
 def test_no_and_auto_are_as_the_words_say(monkeypatch):
     model = RWKV(make_arch(7), "cpu")
-    assert move_weights(dict(model.named_parameters()), "no") == (None, "")
+    assert move_weights(dict(model.named_parameters()), "no") == ""
     monkeypatch.setattr(huge_pages, "problem", lambda: "")
     monkeypatch.setattr(huge_pages, "free_memory", lambda kind: 1 << 20)
     assert re.fullmatch(
         r"not in large memory pages \(these need a copy, [\d.]+ KiB\)",
-        move_weights(dict(model.named_parameters()), "auto")[1],
+        move_weights(dict(model.named_parameters()), "auto"),
     )
     with pytest.raises(UserError, match="--huge_pages yes is for the CPU's own decoder.*kernel is torch"):
         fastest(RWKV(make_arch(7)), huge_pages="yes")

@@ -6,8 +6,8 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from ..inject import ADAPTER_FORMAT, DEFAULTS
 from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
-Class = TypeVar("Class", bound=type)
 
 # values of --origin: the project that wrote a file that another project's would look like, and what follows
 ORIGINS = {
@@ -107,19 +106,8 @@ class Adapter:
         return {name: self.options.at(name) for name in self.metadata["linears"]}
 
 
-def register(name: str) -> Callable[[Class], Class]:
-    """Return a class decorator that makes a format known as `name`."""
-
-    def add(cls: Class) -> Class:
-        cls.name = name
-        FORMATS[name] = cls
-        return cls
-
-    return add
-
-
 class Format:
-    """One layout of adapter files.
+    """One layout of adapter files. A subclass is known by its `name`.
 
     A format that is only read leaves `writes` False and does not override write().
     """
@@ -131,6 +119,9 @@ class Format:
     replaces: ClassVar[tuple[str, ...]] = ()
     hints: ClassVar[tuple[str, ...]] = ()  # the flags, such as --alpha, that read() uses
     layouts: ClassVar[tuple[str, ...]] = ()  # of the names of tensors, that write() may be asked for
+
+    def __init_subclass__(cls) -> None:
+        FORMATS[cls.name] = cls
 
     @classmethod
     def reads(cls, source: Source) -> bool:

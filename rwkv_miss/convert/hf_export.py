@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files.output import write_folder, write_json
 from ..files.safetensors_io import write_safetensors
 from .base import adapted_layers
-from .formats import Adapter, Format, origin_of, register
+from .formats import Adapter, Format, origin_of
 from .peft_forms import FORMS, PARTS, Folder, as_lora, own_factors, refuse
 from .peft_names import LAYOUTS, PTH, in_layout, layout_for, target_modules
 from .source import Source
@@ -35,10 +35,10 @@ PREFIX = "base_model.model."
 MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
 
 
-@register("lora")
 class Lora(Format):
     """A peft folder of a LoRA, for servers of LoRA adapters. It is read as any peft folder."""
 
+    name = "lora"
     writes = True
     layouts = LAYOUTS
 

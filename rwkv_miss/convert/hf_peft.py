@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..inject import checked_metadata
 from ..methods.lora import ScaledOptions
 from . import hf_export, peft_forms
-from .formats import Adapter, Format, Hints, described, rank_options, register
+from .formats import Adapter, Format, Hints, described, rank_options
 from .hf_export import CONFIG, CONSUMED, PREFIX, PROVENANCE, TENSORS
 from .peft_names import LAYOUTS, in_pth, layout_of
 from .source import Source, open_source
@@ -65,13 +65,13 @@ INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")
 
 
-@register("peft")
 class Peft(Format):
     """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA.
 
     PiSSA too, with the folder that was saved before its training (Hints.init).
     """
 
+    name = "peft"
     writes = True
     layouts = LAYOUTS
     hints = ("origin", "init")

@@ -25,7 +25,7 @@ from ..files.checkpoint import is_finite, memory, read_metadata, write_checkpoin
 from ..files.output import write_folder, write_text
 from ..methods.miss_variants import beyond_plain
 from .base import adapted_layers, linear_shapes, sha256
-from .formats import Adapter, Format, Hints, described, origin_of, register
+from .formats import Adapter, Format, Hints, described, origin_of
 from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
@@ -37,13 +37,13 @@ LARGEST_RANK = 1024
 WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 
 
-@register("rwkv-lightning")
 class Lightning(Format):
     """Format of rwkv_lightning_cuda. Reading multiplies the scale into D.
 
     The manifest is kept. A package that is written again has the same bits.
     """
 
+    name = "rwkv-lightning"
     writes = True
 
     @classmethod

@@ -6,14 +6,14 @@ import os
 
 from ..files.checkpoint import write_checkpoint
 from ..inject import ADAPTER_FORMAT, read_adapter
-from .formats import Adapter, Format, Hints, register
+from .formats import Adapter, Format, Hints
 from .source import Source
 
 
-@register("native")
 class Native(Format):
     """Format of the .pth files that save_adapter() writes."""
 
+    name = "native"
     writes = keeps_all = True
     replaces = (ADAPTER_FORMAT,)
 

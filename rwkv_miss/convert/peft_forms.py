@@ -81,14 +81,15 @@ def as_miss(adapter: Adapter) -> Folder:
     if other := beyond_plain(options, "mini_r"):
         refuse(adapter, f"peft's MiSS has no {other}")
     mini = options.mini_r
-    config = {
-        "peft_type": "MISS",
-        "r": one_rank(adapter),
-        "miss_dropout": 0.0,
-        "mini_r": mini or 1,
-        "init_weights": "mini" if mini else True,
-    }
-    return Folder(config, renamed(adapter, {"miss": "miss_block"}))
+    return Folder(
+        miss_config(adapter, mini_r=mini or 1, init_weights="mini" if mini else True),
+        renamed(adapter, {"miss": "miss_block"}),
+    )
+
+
+def miss_config(adapter: Adapter, **others: Any) -> dict[str, Any]:
+    """Build peft's fields of MiSS and its siblings."""
+    return {"peft_type": "MISS", "r": one_rank(adapter), "miss_dropout": 0.0, **others}
 
 
 def as_bat(adapter: Adapter) -> Folder:
@@ -99,13 +100,7 @@ def as_bat(adapter: Adapter) -> Folder:
             adapter,
             f"peft's Bat has one matrix for every r outputs, this adapter for every r inputs (order={order})",
         )
-    config = {
-        "peft_type": "MISS",
-        "r": one_rank(adapter),
-        "miss_dropout": 0.0,
-        "mini_r": 1,
-        "init_weights": "bat",
-    }
+    config = miss_config(adapter, mini_r=1, init_weights="bat")
     return Folder(config, renamed(adapter, {"bat": "miss_block"}))
 
 

@@ -31,7 +31,7 @@ from ..files.checkpoint import read_checkpoint, write_checkpoint
 from ..files.output import require_writable
 from ..methods.miss_variants import beyond_plain
 from ..methods.whole_tensors import PARTS
-from .formats import Adapter, Format, Hints, described, origins, rank_options, register
+from .formats import Adapter, Format, Hints, described, origins, rank_options
 from .profile import read_alphas
 from .source import Source
 from .widths import origin_of_blocks
@@ -61,13 +61,13 @@ REFUSED = {
 FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
 
 
-@register("rwkv-peft")
 class RwkvPeft(Format):
     """Format that RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and RWKV-PEFT's merge scripts take.
 
     A .pth file, with PiSSA two of them.
     """
 
+    name = "rwkv-peft"
     writes = True
     hints = ("origin", "alpha", "init", "profile")
 

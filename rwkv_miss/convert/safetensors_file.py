@@ -11,16 +11,16 @@ from ..files.file_kinds import SAFETENSORS
 from ..files.safetensors_io import write_safetensors
 from ..files.untrusted import json_object
 from ..inject import checked_metadata
-from .formats import Adapter, Format, Hints, register
+from .formats import Adapter, Format, Hints
 from .source import Source
 
 METADATA = "rwkv_miss"  # in the header
 
 
-@register("safetensors")
 class Safetensors(Format):
     """Format with the content of save_adapter(), bit for bit, in a file that runs no code when opened."""
 
+    name = "safetensors"
     writes = keeps_all = True
     replaces = (SAFETENSORS,)
 

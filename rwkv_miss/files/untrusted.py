@@ -32,6 +32,8 @@ PLAIN = re.compile(
 )
 NUMBERS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE"}  # codes of a pickle
 NUMBERS_IN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# what zipfile raises for a damaged archive
+DAMAGE = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, RuntimeError)
 # in a file of torch < 1.6: magic number, protocol, machine types, the tensors, the keys of their storages
 LEGACY_PICKLES = 5
 
@@ -200,14 +202,7 @@ def check_sums(path: str | os.PathLike[str]) -> None:
                 with archive.open(record) as file:
                     while file.read(READ_AT_ONCE):
                         pass
-            except (
-                zipfile.BadZipFile,
-                ValueError,
-                NotImplementedError,
-                EOFError,
-                OSError,
-                RuntimeError,
-            ) as error:
+            except DAMAGE as error:
                 raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
 
 

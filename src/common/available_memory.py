@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -26,9 +27,11 @@ def all_memory(accelerator: str) -> int:
     return min(_total(), _cgroup_limit(left=False))
 
 
-def _status(path: str, name: str) -> int:
-    with open(path) as file:
+def status_bytes(path: str, name: str) -> int:
+    """Read a size from a file of Linux with lines such as "VmRSS: 12 kB"; 0 if it is not there."""
+    with contextlib.suppress(OSError, StopIteration), open(path) as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+    return 0
 
 
 def _total() -> int:
@@ -39,25 +42,16 @@ def _total() -> int:
 
 def _available() -> int:
     """Read MemAvailable of Linux; elsewhere all of the machine's memory."""
-    try:
-        return _status("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return _total()
+    return status_bytes("/proc/meminfo", "MemAvailable") or _total()
 
 
 def resident() -> int:
     """Count the bytes that this process holds, with the files that it has mapped; 0 if unknown."""
-    try:
-        return _status("/proc/self/status", "VmRSS")
-    except OSError:
-        return 0
+    return status_bytes("/proc/self/status", "VmRSS")
 
 
 def _resident() -> int:
-    try:
-        return _status("/proc/self/status", "RssAnon")
-    except OSError:
-        return 0
+    return status_bytes("/proc/self/status", "RssAnon")
 
 
 def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:

@@ -11,6 +11,8 @@ import torch
 
 from rwkv_miss.errors import UserError
 
+from .available_memory import status_bytes
+
 MOST_PROCESSES = 8  # on one core; they are slow then, but they finish
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,11 +78,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes of the GPU, or of main memory, that this process has held; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status", encoding="utf-8") as status:
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return 0
+    return status_bytes("/proc/self/status", "VmHWM")
 
 
 def cuda_of_driver() -> int:

@@ -11,6 +11,7 @@ end of an answer, a result into a turn of its own. docs/templates.md shows all o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -104,16 +105,9 @@ def _no_constant(name: str) -> None:
 DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _indented(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2)
+_dumps = functools.partial(json.dumps, ensure_ascii=False)
+_compact = functools.partial(_dumps, separators=(",", ":"))
+_indented = functools.partial(_dumps, indent=2)
 
 
 def read_call(call: Any) -> dict[str, Any]:

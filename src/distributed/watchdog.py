@@ -123,12 +123,7 @@ class Watchdog:
 
     def wait_for_folder(self) -> None:
         """Wait until number 0 holds the run's folder, so that all see the same in it."""
-        try:
-            self.store.get(self.folder_key)
-        except DistError:
-            raise UserError(
-                "the first process ended before it held --proj_dir; its own message says why"
-            ) from None
+        self._wait_for(self.folder_key, "held --proj_dir")
 
     def tell_hub_commits(self, names: dict[str, str]) -> None:
         """Tell the others the commits of the hub's files of this run, as number 0."""
@@ -136,12 +131,14 @@ class Watchdog:
 
     def wait_for_hub_commits(self) -> dict[str, str]:
         """Wait for the commits that number 0 has found."""
+        return json.loads(self._wait_for(self.commits_key, "knew its files"))
+
+    def _wait_for(self, key: str, what: str) -> bytes:
+        """Wait for a value in the store; `what` number 0 did when it set it."""
         try:
-            return json.loads(self.store.get(self.commits_key))
+            return self.store.get(key)
         except DistError:
-            raise UserError(
-                "the first process ended before it knew its files; its own message says why"
-            ) from None
+            raise UserError(f"the first process ended before it {what}; its own message says why") from None
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None or issubclass(kind, SystemExit):

@@ -63,7 +63,7 @@ def fastest(
         )
     # the base's tensors, which an adapter may replace
     matrices = dict(model.named_parameters()) | (adapters.base if adapters else {})
-    _, pages = ("", "") if int8 else move_weights(matrices, huge_pages)
+    pages = "" if int8 else move_weights(matrices, huge_pages)
     decoder = Decoder(
         model, rows, adapters, int8=int8, huge_pages=huge_pages != "no", bf16_activations=bf16_activations
     )

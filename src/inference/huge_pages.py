@@ -106,19 +106,18 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(rounded(tensor.nbytes) for tensor in tensors)
 
 
-def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> tuple[Region | None, str]:
+def move_weights(weights: Mapping[str, nn.Parameter | None], asked: str) -> str:
     """Move the matrices that every token reads into a region: all but the embedding.
 
-    Returns (the region or None, a sentence about it). `asked` is yes, no or auto.
+    Returns a sentence about it, "" for no. `asked` is yes, no or auto.
     """
     matrices = [p for name, p in weights.items() if p is not None and p.dim() > 1 and name != "emb.weight"]
     size = size_of(matrices)
     if asked == "no":
-        return None, ""
+        return ""
     if not wanted(asked, size):
-        return None, f"not in large memory pages ({problem() or f'these need a copy, {size_text(size)}'})"
-    region = move(matrices)
-    return region, region.describe()
+        return f"not in large memory pages ({problem() or f'these need a copy, {size_text(size)}'})"
+    return move(matrices).describe()
 
 
 def move(parameters: list[nn.Parameter]) -> Region:

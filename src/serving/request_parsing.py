@@ -104,10 +104,10 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     request = _request(
         reader,
         fields,
-        reader.defaults.sampling_of(template.opening),
+        template.opening,
+        template.stops,
         tokens=tokens,
         applied=chosen.applied,
-        stops=template.stops,
         logprobs=(top or 0) if wants_logprobs else None,
     )
     # an answer that must be reproducible reads its whole prompt, in chunks
@@ -131,19 +131,8 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
         raise wrong("suffix", "this model writes on, and fills no gap; leave it out")
     fields.integer("best_of", 1, 1)
     _refuse_formats(fields)
-    requests = [
-        _request(
-            reader,
-            fields,
-            reader.defaults.sampling_of(""),
-            tokens=tokens,
-            applied=chosen.applied,
-            stops=(),
-            logprobs=logprobs,
-            prompts=len(prompts),
-        )
-        for _, tokens in prompts
-    ]
+    alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts)}
+    requests = [_request(reader, fields, "", (), tokens=tokens, **alike) for _, tokens in prompts]
     stream, usage = _streaming(fields)
     echoes = [text if echo else "" for text, _ in prompts]
     return AskedText(chosen.id, requests, stream, usage, fields.ignored(), echoes)
@@ -208,12 +197,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _request(
-    reader: RequestReader,
-    fields: Fields,
-    sampling: Sampling,
-    stops: tuple[str, ...],
-    prompts: int = 1,
-    **given,
+    reader: RequestReader, fields: Fields, opening: str, stops: tuple[str, ...], prompts: int = 1, **given
 ) -> Request:
     """Make the engine's request from the fields that both APIs have."""
     limits = reader.limits
@@ -227,7 +211,7 @@ def _request(
     seed = fields.integer("seed", -LARGEST_SEED, LARGEST_SEED - 1, reader.defaults.seed)
     return Request(
         max_tokens=min(reader.defaults.max_tokens, limits.answer_tokens) if most is None else most,
-        sampling=_sampling(fields, sampling),
+        sampling=_sampling(fields, reader.defaults.sampling_of(opening)),
         seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
         stops=(*stops, *_stops(fields)),
         n=n,

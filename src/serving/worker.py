@@ -28,7 +28,6 @@ class Piece(NamedTuple):
     drawn: Sequence[Any]  # the new tokens, if log-probabilities were asked for
     finish: str  # "" while it goes on
     error: str
-    prompt_tokens: int
     cached_tokens: int
 
 
@@ -148,7 +147,7 @@ class Worker:
             if self.followed.pop(id(answer), None):
                 self.sent.pop(id(answer))
                 self.engine.cancel(answer)
-                ended.append(Piece(index, "", 0, (), finish, error, answer.prompt_tokens, 0))
+                ended.append(Piece(index, "", 0, (), finish, error, 0))
         self._deliver(job, ended)
 
     def _run(self) -> None:
@@ -189,7 +188,6 @@ class Worker:
             tuple(answer.logprobs[tokens:]) if answer.logprobs else (),
             finish,
             error,
-            answer.prompt_tokens,
             answer.cached_tokens,
         )
         self.sent[key] = len(answer.text), len(answer.tokens)
@@ -208,7 +206,7 @@ class Worker:
             self.broken = f"the engine stopped: {type(error).__name__}; start the server again"
         for job in {id(found.job): found.job for found in self.followed.values()}.values():
             pieces = [
-                Piece(index, "", 0, (), "error", self.broken, 0, 0)
+                Piece(index, "", 0, (), "error", self.broken, 0)
                 for index, answer in enumerate(job.answers)
                 if id(answer) in self.followed
             ]
