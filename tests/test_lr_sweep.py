@@ -265,12 +265,12 @@ def test_a_preference_is_judged_with_the_chosen_answers_too(monkeypatch):
     """As in the search of a run; what is trained is the run's."""
     seen = []
     monkeypatch.setattr(short_runs, "train", lambda model, config, *_: iter([float(config.sft_weight)]))
-    monkeypatch.setattr(short_runs, "held_out_loss", lambda model, config, *_: seen.append(config) or 2.0)
+    monkeypatch.setattr(short_runs, "held_out_loss", lambda _, judge, *rest: seen.append(judge.config) or 2.0)
     monkeypatch.setattr(short_runs, "put_back", lambda model: contextlib.nullcontext())
     config = Config(loss="dpo", sft_weight=0.0)
     [trial] = trials(None, config, [], [], 1, "lr_init", [1e-3])
     assert trial == Trial(1e-3, [0.0], 2.0)
-    assert seen == [dataclasses.replace(config, lr_init=1e-3, sft_weight=1.0)]
+    assert seen == [dataclasses.replace(config, sft_weight=1.0)]
 
 
 def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):

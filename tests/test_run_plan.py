@@ -150,8 +150,8 @@ def test_a_longer_schedule_tells_the_rate_before_and_now():
     before, config = (
         Config(lr_init=1e-3, warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto") for n in (10, 20)
     )
-    path = "step-00000010.pth"
-    run = types.SimpleNamespace(settings=config, before=before, resume_from=path, steps=20, schedule=None)
+    path, schedule = "step-00000010.pth", types.SimpleNamespace(steps_per_pass=0)
+    run = types.SimpleNamespace(settings=config, before=before, resume_from=path, steps=20, schedule=schedule)
     told = plan_text.resume(run, over=False)[-1]
     assert told == (
         "           10 steps -> 20: the learning rate was 0.0001 in step 10 and is 0.00051 in step 11, as its"
