@@ -57,7 +57,7 @@ def examples(
 ) -> list[tuple[Question, str, str]]:
     """Return the first questions of one turn that the base gets wrong, with the answers before and after."""
     rows = zip(questions, before, after, strict=True)
-    return [row for row in rows if row[1] != row[0].right and row[0].prompt.count("User:") == 1][:EXAMPLES]
+    return [row for row in rows if row[1] != row[0].answer and row[0].prompt.count("User:") == 1][:EXAMPLES]
 
 
 def numbers(path: str) -> int:
@@ -103,7 +103,7 @@ def draw_answers(
         y = top - (i + 0.6) * height
         axes.text(0, y, short(question.prompt), size=25, color=INK, family="monospace", va="center")
         for x, answer in zip(columns[1:], answers):
-            colour, mark = (RIGHT, "✓") if answer == question.right else (WRONG, "✗")
+            colour, mark = (RIGHT, "✓") if answer == question.answer else (WRONG, "✗")
             axes.text(x, y, mark, size=25, color=colour, va="center")
             axes.text(x + 0.05, y, answer, size=25, color=colour, family="monospace", va="center")
 

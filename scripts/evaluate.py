@@ -184,7 +184,7 @@ def show(args: argparse.Namespace, asked: Answered, right: list[list[bool]]) -> 
     for question, (answer, *_), (is_right, *_) in list(rows)[: args.show]:
         expected = ""
         if not is_right:
-            expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
+            expected = ", fails the tests" if args.score == "code" else f", right is {question.answer!r}"
         print(f"{question.prompt!r} -> {answer.text!r}{expected}")
 
 
@@ -286,7 +286,7 @@ def first_answers(
     """Encode the first prompts and their reference answers. [] if one of them has no tokens."""
     first = questions[:DOUBTED]
     try:
-        return [(question.ids(tokenizer, bos), tokenizer.encode(f" {question.right}")) for question in first]
+        return [(question.ids(tokenizer, bos), tokenizer.encode(f" {question.answer}")) for question in first]
     except UserError:
         return []
 
@@ -322,7 +322,7 @@ def questions_of(args: argparse.Namespace, template: Template) -> list[Question]
 def judged(score: str, asked: Answered) -> list[list[bool]]:
     """Tell whether each answer to each question is right."""
     pairs = [
-        (answer.text, question.right)
+        (answer.text, question.answer)
         for question, answers in zip(asked.questions, asked.answers, strict=True)
         for answer in answers
     ]

@@ -28,7 +28,7 @@ from src.data.formats import Reading, Report, encodable
 from src.data.questions import LoadedQuestions, Question, QuestionReader, Questions, ReadQuestion
 from src.evaluation.rewards import RANGES, Failed, Rewards
 from src.objectives.kinds import objective_of
-from src.objectives.rewards.sizes import longest_answer, needs_right
+from src.objectives.rewards.sizes import longest_answer, needs_answer
 from src.planning.defaults import choose_loss, row_length
 from src.planning.draft import Draft
 
@@ -86,12 +86,12 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     def note(asked: ReadQuestion, row: dict) -> None:
         known = rights.setdefault(asked.prompt.tobytes(), set())
         if known:
-            lint.note("duplicate" if asked.question.right in known else "other answer", asked.where)
-        known.add(asked.question.right)
+            lint.note("duplicate" if asked.question.answer in known else "other answer", asked.where)
+        known.add(asked.question.answer)
         for name in odd_question(row, encoder):
             lint.note(name, asked.where)
 
-    reader = QuestionReader(encoder, reading, report, needs_right(config.rewards))
+    reader = QuestionReader(encoder, reading, report, needs_answer(config.rewards))
     loaded = reader.load(config.data_file, config.random_seed, note)
     for file in report.files.values():
         if file.bad:
@@ -133,13 +133,13 @@ def _written(question: Question, template: Template) -> str:
     """Write the template's text after a prompt, with empty thoughts if it begins them."""
     turns = [{"role": "user", "content": "?"}]
     asked = "".join(segment.text for segment in template.segments(turns, ask=True))
-    answered = template.segments([*turns, {"role": "assistant", "content": question.right}])
+    answered = template.segments([*turns, {"role": "assistant", "content": question.answer}])
     whole = "".join(segment.text for segment in answered)
     if question.opening == template.opening and whole.startswith(asked):
         return whole.removeprefix(asked)
     if not question.opening:
-        return f" {question.right}"
-    return f">{'' if '</think' in question.opening else '</think>'}\n{question.right}"
+        return f" {question.answer}"
+    return f">{'' if '</think' in question.opening else '</think>'}\n{question.answer}"
 
 
 def worth_of(rewards: Rewards, config: Config, encoder: Encoder, found: Looked) -> dict[str, dict]:
@@ -249,7 +249,7 @@ def sample_lines(found: Looked, i: int, rewards: Rewards, encoder: Encoder, plai
         values = zip(rewards.names, scored.values[0].tolist())
         worth = ", ".join(f"{name} {value:.3g}" for name, value in values)
         worth += f"; together {float(scored.total[0]):.3g}"
-    answer = question.right if len(question.right) <= SHOWN else f"{question.right[:SHOWN]} ..."
+    answer = question.answer if len(question.answer) <= SHOWN else f"{question.answer[:SHOWN]} ..."
     return [
         f"question {i + 1} of {len(found.loaded.questions)}, {len(prompt)} tokens, as it is asked:",
         shown(asked, encoder.tokenizer, plain),

@@ -78,7 +78,7 @@ def test_many_answers_at_once_are_those_of_one_at_a_time(model):
 
 def test_a_whole_answer_is_right_or_wrong(model):
     texts = [answer.text for (answer,) in answers_to(engine_of(model, 2), questions(), Asking(5))]
-    made = [q._replace(right=text if i % 3 else "no") for i, (q, text) in enumerate(zip(questions(), texts))]
+    made = [q._replace(answer=text if i % 3 else "no") for i, (q, text) in enumerate(zip(questions(), texts))]
     assert exact_accuracy(model, BYTES, made, Asking(5)) == (3 / 5, texts)
 
 

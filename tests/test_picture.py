@@ -52,7 +52,7 @@ def test_the_same_run_gives_the_same_opaque_picture(run, monkeypatch, capsys):
 
 def test_examples_are_the_first_questions_that_the_base_gets_wrong(run):
     questions, share, answers = picture.answers_of(str(ROOT / picture.BASE), str(run / "sort-heldout.jsonl"))
-    right = [answer == question.right for question, answer in zip(questions, answers, strict=True)]
+    right = [answer == question.answer for question, answer in zip(questions, answers, strict=True)]
     assert share == sum(right) / 4
     shown = picture.examples(questions, answers, answers)
     assert [row[0] for row in shown] == [

@@ -73,8 +73,8 @@ def test_training_asks_what_an_evaluation_asks(read, name, tokenizer):
     assert loaded.questions == wanted and len(wanted) == len(ROWS)
     for question, prompt in zip(wanted, loaded.prompts):
         assert prompt.tolist() == [*tokenizer.eod, *question.ids(tokenizer)] and prompt.dtype == np.int32
-    assert [question.right for question in wanted[:5]] == ["2", "5", "four", "d", "y"]
-    assert '"add"' in wanted[5].right and loaded.longest == max(map(len, loaded.prompts))
+    assert [question.answer for question in wanted[:5]] == ["2", "5", "four", "d", "y"]
+    assert '"add"' in wanted[5].answer and loaded.longest == max(map(len, loaded.prompts))
     if name == "think":
         assert wanted[0].prompt.endswith("<think") and wanted[0].opening == " <think"
 
@@ -89,13 +89,13 @@ def test_what_is_empty_is_left_out_and_counted(read):
         asked("b", "2"),
     ]
     loaded = read(rows, report=report)
-    assert [question.right for question in loaded.questions] == ["2"]
+    assert [question.answer for question in loaded.questions] == ["2"]
     assert loaded.places == ["data.jsonl, line 5"]
     assert report.files["data.jsonl"].left_out == {
         NO_QUESTION: (3, ["data.jsonl, line 1", "data.jsonl, line 3", "data.jsonl, line 4"]),
         NO_RIGHT_ANSWER: (1, ["data.jsonl, line 2"]),
     }
-    assert [question.right for question in read(rows, needs_right=False).questions] == ["", "2"]
+    assert [question.answer for question in read(rows, needs_answer=False).questions] == ["", "2"]
     with pytest.raises(UserError, match="data.jsonl, line 2: the right answer is empty"):
         read_questions("data.jsonl")
     with pytest.raises(UserError, match="no row can be used, left out 1 row, in which the right answer is"):
@@ -164,7 +164,7 @@ def test_large_files_are_read_in_several_processes(read, monkeypatch):
 def test_sft_field_and_weights(read):
     rows = [{"q": str(i), "a": i} for i in range(10)]
     reading = Reading(("q", "a"))
-    assert [question.right for question in read(rows, reading=reading).questions] == list("0123456789")
+    assert [question.answer for question in read(rows, reading=reading).questions] == list("0123456789")
     read(rows[:4], name="more.jsonl", reading=reading)
     loaded = QuestionReader(Encoder(BYTES), reading).load("data.jsonl:0.5,more.jsonl:2")
     of_file = [place.partition(",")[0] for place in loaded.places]
@@ -200,7 +200,7 @@ def test_equal_questions_are_held_out_together(read):
     other = read(rows[::-1]).examples(256, 4, 8)
     _, again = hold_out(config, other, None)
     chosen = in_hash_order(again, config.random_seed)
-    assert [again.questions[i].right for i in chosen] == [held.questions[i].right for i in order]
+    assert [again.questions[i].answer for i in chosen] == [held.questions[i].answer for i in order]
 
     config = Config(loss="sft", eval_file="held.jsonl", data_file="data.jsonl")
     more = read([asked("7", "other"), asked("new")], name="held.jsonl").examples(256, 4, 8)

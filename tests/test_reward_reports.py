@@ -284,7 +284,7 @@ class Awarded:
 
     def score(self, question, answers):
         [answer] = answers
-        number = int(question.right)
+        number = int(question.answer)
         self.asked.append(number)
         if number in self.fails:
             self.now += self.seconds

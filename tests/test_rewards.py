@@ -35,7 +35,7 @@ def test_an_answer_is_judged_as_by_scripts_evaluate():
     answers = [Answer(" 7"), Answer(" it is 7"), Answer(" \\boxed{7.0}"), Answer(" 8"), Answer("")]
     assert values("exact", answers) == [1, 0, 0, 0, 0]
     assert values("number", answers) == [1, 1, 1, 0, 0]
-    boxed = QUESTION._replace(right="so \\boxed{7}")
+    boxed = QUESTION._replace(answer="so \\boxed{7}")
     assert values("boxed", answers, boxed) == [0, 0, 1, 0, 0]
 
 
@@ -53,8 +53,8 @@ def test_what_follows_the_end_of_the_turn_is_not_judged():
 
 @pytest.mark.parametrize("name", ["exact", "number", "boxed"])
 def test_a_cut_answer_is_not_right(name):
-    question = QUESTION._replace(right="\\boxed{7}") if name == "boxed" else QUESTION
-    answers = [Answer(question.right, cut=True), Answer(question.right)]
+    question = QUESTION._replace(answer="\\boxed{7}") if name == "boxed" else QUESTION
+    answers = [Answer(question.answer, cut=True), Answer(question.answer)]
     assert values(name, answers, question) == [0, 1]
     assert values("partial", answers, question) == [1, 1]
 
@@ -80,7 +80,7 @@ def test_a_regular_expression_that_takes_exponential_time_is_a_failed_group():
 
 def test_math_verify_judges_answers_that_came_to_their_end():
     pytest.importorskip("math_verify", reason="NO math-verify: its reward is not tested")
-    half = QUESTION._replace(right="\\frac{1}{2}")
+    half = QUESTION._replace(answer="\\frac{1}{2}")
     answers = [Answer("so $0.5$"), Answer("$0.5$", cut=True), Answer("\\boxed{2}"), Answer("1/2"), Answer("")]
     assert values("math_verify", answers, half) == [1, 0, 0, 1, 0]
 
@@ -115,7 +115,7 @@ def test_length_is_the_soft_punishment_of_dapo():
 
 def test_the_total_is_the_weighted_sum():
     with rewards_of({"exact": 1, "partial": 0.25, "number": -2.0}) as rewards:
-        scored = rewards.score(QUESTION._replace(right="71"), [Answer("71"), Answer("79"), Answer("so 71")])
+        scored = rewards.score(QUESTION._replace(answer="71"), [Answer("71"), Answer("79"), Answer("so 71")])
     assert rewards.names == ("exact", "partial", "number")
     assert scored.values.dtype == scored.total.dtype == torch.float64
     assert scored.values.tolist() == [[1, 1, 1], [0, 0.5, 0], [0, 0, 1]]
@@ -127,7 +127,7 @@ def test_the_rewards_that_are_built_in_are_those_of_the_flag():
 
 
 def test_right_answers_that_cannot_be_read():
-    questions = [QUESTION, QUESTION._replace(right="seven")]
+    questions = [QUESTION, QUESTION._replace(answer="seven")]
     rewards_of({"exact": 1, "partial": 1}).check(questions)
     with pytest.raises(UserError, match="--rewards number: a right answer has no number: 'seven'"):
         rewards_of({"exact": 1, "number": 1}).check(questions)

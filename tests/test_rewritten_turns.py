@@ -554,7 +554,7 @@ def test_questions_of_an_evaluation_are_those_of_the_training(rows, tmp_path):
     asked = read_questions(path, TEMPLATE)
     each = [questions(documents.take(np.array([i])), 1, encoder)[0].prompt for i in range(4)]
     assert [question.ids(BYTES) for question in asked] == each
-    assert asked[3].opening == "<think" and asked[3].right == "n1 says 2"
+    assert asked[3].opening == "<think" and asked[3].answer == "n1 says 2"
     first = [bytes(question.prompt).decode().split()[1] for question in questions(documents, 5, encoder)]
     assert first == ["n0", "n1", "n2", "n3", "n4"]
 

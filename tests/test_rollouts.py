@@ -57,12 +57,12 @@ class Judge:
 
     def score(self, question, answers):
         self.asked.append(question)
-        if question.right in self.failing:
-            return Failed("nonsense", f"no reward for {question.right}")
+        if question.answer in self.failing:
+            return Failed("nonsense", f"no reward for {question.answer}")
         mean = [sum(answer.tokens) / len(answer.tokens) / 255 for answer in answers]
         brief = [-len(answer.tokens) / 10 for answer in answers]
         values = torch.tensor([mean, brief], dtype=torch.float64).T
-        if question.right in self.alike:
+        if question.answer in self.alike:
             values = values * 0 + 1
         return Scored(values, values.sum(1))
 
@@ -253,7 +253,7 @@ def test_the_metrics_are_of_all_scored_answers():
     assert sums["drawn_tokens"] == sum(group.tokens for group in groups)
     assert sums["draws"] == 1 and sums["draw_seconds"] > 0
     assert feed.size(0).targets == len(batch["targets"]) and feed.size(0).weight == 8
-    assert feed.first_group.question.right == "1", "the shortest comes first"
+    assert feed.first_group.question.answer == "1", "the shortest comes first"
 
 
 @pytest.mark.parametrize("dead", [None, 0, 1])

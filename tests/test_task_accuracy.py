@@ -181,7 +181,7 @@ def test_mathematics_is_judged_by_math_verify(answer, right, equal):
     pytest.importorskip("math_verify", reason="math-verify IS ABSENT: pip install 'math-verify>=0.9'")
     score = SCORES["math_verify"]
     assert score.agree(answer, right) == equal
-    assert score.result_of_right(right) is not None and score.result("no result") is None
+    assert score.result_of_reference(right) is not None and score.result("no result") is None
 
 
 def test_without_math_verify_the_command_that_installs_it_is_named(tmp_path, monkeypatch, capsys):

@@ -394,7 +394,7 @@ def test_a_call_is_the_right_answer_to_a_question(name, style, tmp_path):
     row = {"messages": [{"role": "user", "content": "?"}, answer], "tools": TWO_TOOLS}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     (question,) = read_questions(tmp_path / "rows.jsonl", RwkvTemplate(name, style))
-    assert question.right == f"Both.\n{STYLES[style].calls(CALLS)}"
+    assert question.answer == f"Both.\n{STYLES[style].calls(CALLS)}"
     assert question.prompt == "".join(
         text for text, _ in RwkvTemplate(name, style).segments(row["messages"][:1], TWO_TOOLS, ask=True)
     )

@@ -36,7 +36,7 @@ class Question(NamedTuple):
     """Question, and its reference answer."""
 
     pieces: list[str]  # of the prompt; each is tokenised on its own
-    right: Any
+    answer: Any  # the reference answer
     opening: str = ""  # the beginning of every answer, which is not generated: a template's <think
 
     @property
@@ -123,7 +123,7 @@ class Questions(Examples):
     def contents(self) -> Iterable[np.ndarray]:
         """Yield the key of each question, (n,) int32: its tokens, and the bytes of its reference answer."""
         for prompt, question in zip(self.prompts, self.questions):
-            right = np.frombuffer(str(question.right).encode(), np.uint8)
+            right = np.frombuffer(str(question.answer).encode(), np.uint8)
             yield np.concatenate([[len(prompt)], prompt, right]).astype(np.int32)
 
     def held_out_by(self) -> Iterable[np.ndarray]:
@@ -137,7 +137,7 @@ class Questions(Examples):
         digest.update(self.prompt_lengths)
         for prompt, question in zip(self.prompts, self.questions):
             digest.update(prompt)
-            digest.update(f"{question.right}\0".encode())
+            digest.update(f"{question.answer}\0".encode())
         return digest.hexdigest()
 
 
@@ -186,9 +186,9 @@ class ReadQuestion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class QuestionConverter(Converter):
-    """Conversion of records to (Asked, row). The row is empty without `keeps_rows`."""
+    """Conversion of records to (ReadQuestion, row). The row is empty without `keeps_rows`."""
 
-    needs_right: bool
+    needs_answer: bool
     keeps_rows: bool
 
     def made_of(self, row: dict[str, Any], where: str) -> tuple[ReadQuestion, dict[str, Any]]:
@@ -196,7 +196,7 @@ class QuestionConverter(Converter):
         ids = question.ids(self.encoder.tokenizer, self.encoder.bos)
         if not ids or is_blank(row):
             raise LeftOut(NO_QUESTION)
-        if self.needs_right and not question.right.strip():
+        if self.needs_answer and not question.answer.strip():
             raise LeftOut(NO_RIGHT_ANSWER)
         return ReadQuestion(question, np.array(ids, np.int32), where), row if self.keeps_rows else {}
 
@@ -205,14 +205,14 @@ class QuestionConverter(Converter):
 class QuestionReader:
     """Reader of a run's question files.
 
-    A row with an empty question is left out and counted, and with `needs_right` also one with an empty
+    A row with an empty question is left out and counted, and with `needs_answer` also one with an empty
     reference answer. The report decides about a bad row.
     """
 
     encoder: Encoder
     reading: Reading = BY_NAME
     report: Report = dataclasses.field(default_factory=Report)
-    needs_right: bool = True
+    needs_answer: bool = True
 
     def load(
         self,
@@ -228,7 +228,7 @@ class QuestionReader:
         found: list[ReadQuestion] = []
         for number, source in enumerate(sources(str(data_file), self.reading, self.report.notes)):
             convert = QuestionConverter(
-                source, self.reading, self.encoder, self.needs_right, keeps_rows=bool(look)
+                source, self.reading, self.encoder, self.needs_answer, keeps_rows=bool(look)
             )
             of_source = []
             for part in parts_of(convert, self.report, "reading"):
@@ -256,7 +256,7 @@ def read_questions(
         for where, row in _rows(source, report, reading):
             try:
                 question = question_of(row, template)
-                if not question.right.strip():
+                if not question.answer.strip():
                     raise UserError(NO_RIGHT_ANSWER)
                 questions.append(question)
             except UserError as error:
@@ -327,7 +327,7 @@ def answer_limit(score: str, tokenizer: Tokenizer, questions: Sequence[Question]
         return THOUGHTS
     if score in LIMITS:
         return LIMITS[score]
-    longest = max((text_length(tokenizer, question.right) for question in questions), default=0)
+    longest = max((text_length(tokenizer, question.answer) for question in questions), default=0)
     return longest + longest // 4 + 16
 
 

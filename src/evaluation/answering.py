@@ -140,5 +140,5 @@ def exact_accuracy(
     """Return (share of answers that are right as a whole, the answers)."""
     drawn = answers_to(engine_for(model, tokenizer, len(questions)), questions, asking)
     answers = [answer.text for answer, *_ in drawn]
-    right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))
+    right = sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
     return right / len(questions), answers

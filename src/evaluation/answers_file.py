@@ -124,7 +124,7 @@ def _short(value: Any) -> str:
 
 def digest(questions: Sequence[Question]) -> str:
     """Hash the questions and their reference answers, to 32 hex digits."""
-    content = [[question.pieces, str(question.right)] for question in questions]
+    content = [[question.pieces, str(question.answer)] for question in questions]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 

@@ -43,7 +43,7 @@ def mathematics(text: str) -> str | None:
     return str(parsed[0]) if parsed else None
 
 
-def right_mathematics(text: str) -> str | None:
+def reference_mathematics(text: str) -> str | None:
     r"""Return the result of a reference answer, which may be bare LaTeX, such as `\frac{1}{2}`."""
     return mathematics(_marked(text))
 

@@ -143,16 +143,16 @@ class Rewards:
                 asked = questions[:PARSED] if name == "math_verify" else questions
                 require_readable(name, asked, f"--rewards {name}")
         question = questions[0]
-        answers = [question.right] * (self.config.group_size - 1) + [""]
+        answers = [question.answer] * (self.config.group_size - 1) + [""]
         notes = []
         for name in self.own.names if self.own else ():
             try:
-                values = self.own.call(name, question.prompt, answers, question.right)
+                values = self.own.call(name, question.prompt, answers, question.answer)
             except FunctionFailed as failed:
                 raise UserError(
                     f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} right"
                     f" answers and an empty one, {failed.reason}; the question was {question.prompt[-80:]!r},"
-                    f" the right answer {question.right[-80:]!r}"
+                    f" the right answer {question.answer[-80:]!r}"
                 ) from None
             if len({*values}) == 1:
                 notes.append(
@@ -191,7 +191,7 @@ class Rewards:
 
     def _column(self, name: str, spoken: list[Spoken], question: Question) -> list[float]:
         """Return one reward of each answer."""
-        prompt, right = question.prompt, question.right
+        prompt, right = question.prompt, question.answer
         whole = [answer.whole for answer in spoken]
         if name == "length":
             most, limit = self.config.reward_length, self.config.max_tokens

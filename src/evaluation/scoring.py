@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rwkv_miss.errors import UserError
 
 from ..data.questions import Question
-from .mathematics import mathematics, right_mathematics, same_mathematics
+from .mathematics import mathematics, reference_mathematics, same_mathematics
 
 CONCLUSION = re.compile(r"####|answer is:?", re.IGNORECASE)  # GSM8K's solutions, MetaMathQA's
 # whole part, numerator, denominator; without braces these are one digit
@@ -158,7 +158,7 @@ class Score(NamedTuple):
 
     agree: Callable[[str, str], bool]  # whether (answer, reference answer) agree
     result: Callable[[str], Hashable | None]  # result of an answer, alike for like results; None without one
-    result_of_right: Callable[[str], object | None]  # result of a reference answer
+    result_of_reference: Callable[[str], object | None]  # result of a reference answer
     wanted: str  # what a reference answer must have
 
 
@@ -166,7 +166,7 @@ SCORES = {
     "exact": Score(operator.eq, str, str, "text"),
     "number": Score(same_number, final_number, final_number, "a number"),
     "boxed": Score(same_result, canonical, canonical, "a \\boxed{...} or `answer is`"),
-    "math_verify": Score(same_mathematics, mathematics, right_mathematics, "mathematics"),
+    "math_verify": Score(same_mathematics, mathematics, reference_mathematics, "mathematics"),
 }
 
 
@@ -174,8 +174,8 @@ def require_readable(name: str, questions: Sequence[Question], flag: str) -> Non
     """Raise UserError for a reference answer that this score can't read. `flag` asked for the score."""
     score = SCORES[name]
     for question in questions:
-        if score.result_of_right(question.right) is None:
+        if score.result_of_reference(question.answer) is None:
             raise UserError(
                 f"{flag}: a right answer has no {score.wanted.removeprefix('a ')}: "
-                f"{question.right[-200:]!r} (of {question.prompt[:80]!r})"
+                f"{question.answer[-200:]!r} (of {question.prompt[:80]!r})"
             )

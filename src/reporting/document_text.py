@@ -46,7 +46,7 @@ def short_example(example: Document | Preference | Question, tokenizer) -> str:
     if isinstance(example, Document):
         return short_sample(example, tokenizer)
     if isinstance(example, Question):
-        asked, right = ("⏎".join(text.splitlines()) for text in (example.prompt, str(example.right)))
+        asked, right = ("⏎".join(text.splitlines()) for text in (example.prompt, str(example.answer)))
         asked = asked if len(asked) <= SAMPLE else f"... {asked[-SAMPLE:]}"
         return f"{asked} (right: {right if len(right) <= SAMPLE else f'{right[:SAMPLE]} ...'})"
     shown, ends = "", []
@@ -74,7 +74,9 @@ def example_sample(example: Document | Preference | Question, tokenizer) -> str:
     if isinstance(example, Document):
         return sample(example, tokenizer)
     if isinstance(example, Question):
-        return "\n".join(f"    | {line}" for line in f"{example.prompt}\nright: {example.right}".splitlines())
+        return "\n".join(
+            f"    | {line}" for line in f"{example.prompt}\nright: {example.answer}".splitlines()
+        )
     names = {True: "chosen", False: "rejected"}
     shown = [
         f"    {names[chosen]}:\n{sample(answer, tokenizer)}"

@@ -146,7 +146,7 @@ class RewardEvaluation(Evaluation):
             {
                 "prompt": questions[one.place].prompt,
                 "answer": both_ends(one.text.strip(), SAMPLE_CHARACTERS),
-                "right": both_ends(str(questions[one.place].right), SAMPLE_CHARACTERS),
+                "right": both_ends(str(questions[one.place].answer), SAMPLE_CHARACTERS),
                 "reward": one.total if one.values else None,
             }
             for one in judged[:samples]

@@ -40,7 +40,7 @@ from .sizes import (
     evaluation_work,
     largest_groups,
     longest_answer,
-    needs_right,
+    needs_answer,
     rollout_tokens,
     rows_at_once,
     usual_length,
@@ -99,7 +99,7 @@ class OnRewards(Objective):
         yield "max_tokens", *longest_answer(loaded, tokenizer, config.rewards, config.reward_length, ctx_len)
 
     def load(self, path: str, encoder: Encoder, found: Report) -> LoadedQuestions:
-        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_right(self.config.rewards))
+        reader = QuestionReader(encoder, Reading.of(self.config), found, needs_answer(self.config.rewards))
         return reader.load(path, self.config.random_seed)
 
     def longest(self, loaded: LoadedQuestions) -> tuple[int, int, str]:
@@ -216,7 +216,7 @@ class OnRewards(Objective):
 
     def warnings(self, documents: Questions, tokenizer: Tokenizer) -> list[str]:
         """Tell how many reference answers can't be drawn, as they and an end are too long."""
-        lengths = [text_length(tokenizer, question.right) for question in documents.questions]
+        lengths = [text_length(tokenizer, question.answer) for question in documents.questions]
         if not (long := sum(length >= documents.max_tokens for length in lengths)):
             return []
         return [

@@ -54,7 +54,7 @@ def sample_line(step: int, group, names: tuple[str, ...]) -> dict[str, Any]:
     line: dict[str, Any] = {
         "step": step,
         "prompt": both_ends(group.question.prompt, SAMPLE_CHARACTERS),
-        "right": both_ends(str(group.question.right), SAMPLE_CHARACTERS),
+        "right": both_ends(str(group.question.answer), SAMPLE_CHARACTERS),
     }
     answers = [
         {

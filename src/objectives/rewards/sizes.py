@@ -33,7 +33,7 @@ LIKELIHOODS = 3
 STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # the most for these
 
 
-def needs_right(rewards: Iterable[str]) -> bool:
+def needs_answer(rewards: Iterable[str]) -> bool:
     """Tell whether a reward compares with the reference answer. Functions of --reward_file are not known."""
     return any(name in REWARDS and name not in WITHOUT_RIGHT for name in rewards)
 
@@ -94,7 +94,7 @@ def usual_length(loaded: LoadedQuestions, tokenizer: Tokenizer, rewards: Mapping
         return math.inf
     if any(begins_thoughts(question.opening) for question in loaded.questions):
         return math.inf
-    rights = [question.right for question in loaded.questions if question.right.strip()]
+    rights = [question.answer for question in loaded.questions if question.answer.strip()]
     lengths = [text_length(tokenizer, right) for right in rights[:: len(rights) // MEASURED + 1]]
     return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
