@@ -46,10 +46,9 @@ with importing():
         read_answers,
         require_unstarted_or_same,
     )
-    from src.evaluation.flags import BETA, add_flags, check, sampling_of
+    from src.evaluation.flags import BETA, PRESETS, add_flags, check, sampling_of
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.preferences import Compared, read_preferences
-    from src.evaluation.presets import PRESETS
     from src.evaluation.scoring import SCORES, require_readable
     from src.inference.load import load, load_with
     from src.inference.sampling import Sampling

@@ -17,7 +17,7 @@ from ..files.file_kinds import may_replace
 from ..files.output import refuse_inputs
 
 # registers the formats, which are asked in this order
-from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
+from . import hf_export, hf_peft, lightning, own_files, rwkv_peft  # noqa: F401
 from .base import with_base
 from .formats import FORMATS, Adapter, Format, Hints, refuse_what_would_be_lost
 from .source import Source, open_source

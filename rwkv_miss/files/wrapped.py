@@ -57,7 +57,7 @@ def plain_names(
     """
     names = {name: without_prefixes(name) for name in tensors}
     if not is_model(names.values()):
-        if is_model(part_of(names.values(), PART)):
+        if is_model(name.removeprefix(PART) for name in names.values() if name.startswith(PART)):
             raise UserError(
                 f"{path} is a larger model with an RWKV in it, whose tensors begin with {PART}; "
                 f"python -m rwkv_miss extract-base {path} BASE.pth writes that one as a base"
@@ -89,11 +89,6 @@ def is_model(names: Iterable[str]) -> bool:
     adapter's."""
     names = set(names)
     return "emb.weight" in names and any(name.startswith("blocks.0.") for name in names)
-
-
-def part_of(names: Iterable[str], prefix: str) -> list[str]:
-    """Select the names with a prefix and strip it."""
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def without_prefixes(name: str, part: str = PART) -> str:

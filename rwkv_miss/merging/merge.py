@@ -118,7 +118,7 @@ class MergeReport:
             "layers": [layer.to_dict() for layer in self.rounding.worst()],
             "base": self.record["base"],
             "base_fingerprint": self.record["base_fingerprint"],
-            "fingerprint": fingerprint_of_file(self.out),
+            "fingerprint": Identity(self.out).fingerprint,
             "adapters": self._adapters(),
         }
 
@@ -281,11 +281,6 @@ def _note_of_form(base: str | os.PathLike[str]) -> list[str]:
     if os.path.isdir(base) or is_safetensors(base) or read_model(base).notes:
         return ["whatever the form of the base, the merged file is a plain .pth with RWKV's names"]
     return []
-
-
-def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
-    """Return the fingerprint of a checkpoint's content."""
-    return Identity(path).fingerprint
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:

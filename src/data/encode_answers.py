@@ -43,7 +43,7 @@ def _segments(record: dict[str, Any], answer: Any, template: Template, token_end
     if "prompt" in record:
         return [Segment(record["prompt"], 0.0), Segment(answer, 1.0)]
     # earlier turns of the assistant are only context for both answers
-    before = [_as_context(message) for message in record["messages"]]
+    before = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in record["messages"]]
     *earlier, last = template.documents([*before, *answer], record.get("tools"), token_end)
     if any(segment.weight for document in earlier for segment in document):
         raise UserError(
@@ -51,10 +51,6 @@ def _segments(record: dict[str, Any], answer: Any, template: Template, token_end
             " single document; give its last message alone, and the others in messages"
         )
     return last
-
-
-def _as_context(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
 def compared(documents: list[Document], template: str) -> list[Document]:

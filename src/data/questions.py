@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from .bos import with_bos
 from .chat_template import BEGUN_THOUGHTS, Template, begins_thoughts, thoughts_of
 from .encode import Encoder
 from .examples import Examples
-from .formats import BY_NAME, DataSource, LeftOut, Reading, Report, places_text, read_source, sample, sources
+from .formats import BY_NAME, LeftOut, Reading, Report, places_text, read_source, sample, sources
 from .parallel import Converter, parts_of
 from .rwkv_template import DEFAULT
 from .templates import answer_text
@@ -253,7 +253,7 @@ def read_questions(
     """
     questions, report = [], Report()
     for source in sources(str(path), reading, report.notes):
-        for where, row in _rows(source, report, reading):
+        for where, row in read_source(source, report, reading, eod=(0,)):
             try:
                 question = question_of(row, template)
                 if not question.answer.strip():
@@ -264,10 +264,6 @@ def read_questions(
     return questions
 
 
-def _rows(source: DataSource, report: Report, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_source(source, report, reading, eod=(0,))
-
-
 def question_of(row: dict[str, Any], template: Template = DEFAULT) -> Question:
     """Make the question of a row.
 
@@ -276,7 +272,8 @@ def question_of(row: dict[str, Any], template: Template = DEFAULT) -> Question:
     for a row that has no answer or no form in the template.
     """
     if "prompt" in row:
-        return _of_prompt(row)
+        begun = BEGUN_THOUGHTS.search(row["prompt"])
+        return Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else "")
     if "messages" in row:
         return _of_messages(row, template)
     raise UserError(
@@ -294,11 +291,6 @@ def is_blank(row: dict[str, Any]) -> bool:
         for message in row["messages"][:-1]
         if message["role"] != "system"
     )
-
-
-def _of_prompt(row: dict[str, Any]) -> Question:
-    begun = BEGUN_THOUGHTS.search(row["prompt"])
-    return Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else "")
 
 
 def _of_messages(row: dict[str, Any], template: Template) -> Question:

@@ -97,7 +97,7 @@ def choose_template(
     elif isinstance(base, RwkvTemplate):
         style = base.tools.name
     else:
-        style = automatic_style(tokenizer)
+        style = "json" if tokenizer and tokenizer.vocab_size == WORLD_IDS else HERMES
     if spec != AUTO:
         chosen = load_template(spec, eos, style)
     elif isinstance(base, RwkvTemplate):
@@ -110,11 +110,6 @@ def choose_template(
             " which writes tools in its own way; drop the flag, or choose a --template of its names"
         )
     return chosen
-
-
-def automatic_style(tokenizer: Tokenizer | None) -> str:
-    """Choose a tool style if nobody names one."""
-    return "json" if tokenizer and tokenizer.vocab_size == WORLD_IDS else HERMES
 
 
 def recorded_template(spec: str, tokenizer: Tokenizer | None, *paths, tool_style: str = AUTO) -> Template:

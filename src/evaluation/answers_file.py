@@ -87,14 +87,11 @@ def _read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
             row["question"], row["sample"], row["prompt"], row["answer"], row["cut"]
         return first[HEAD], rows, not rest
     except (OSError, ValueError, KeyError, TypeError) as error:
+        seen = f"a line has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"--save {path} is there and is no file of answers that --save began ({_seen(error)}); give"
+            f"--save {path} is there and is no file of answers that --save began ({seen}); give"
             " another name, or delete it"
         ) from None
-
-
-def _seen(error: Exception) -> str:
-    return f"a line has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def require_same(path: str, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -19,10 +19,22 @@ from ..data.questions import LIMITS, THOUGHTS
 from ..data.templates import add_template_flags
 from ..inference.sampling import Sampling
 from .mathematics import require_math_verify
-from .presets import PRESETS
 from .scoring import SCORES
 
 BETA = 0.1  # of rewards, as in the papers of DPO, IPO and KTO
+# published evaluations: name -> flag -> value; a given flag overrides it
+PRESETS: dict[str, dict[str, Any]] = {
+    # BlinkDL's scoring of the G1 models; the rows are those of HuggingFaceH4/MATH-500
+    "math500": {
+        "score": "math_verify",
+        "sft_field": "problem,answer",
+        "samples": 4,
+        "max_tokens": 1500,
+        "temperature": 1.0,
+        "top_p": 0.28,
+        "top_k": 32,
+    }
+}
 # the other flags that --preferences takes
 WITH_PREFERENCES = ("questions", "sft_field", "sft_split", "save", "show")
 

@@ -84,7 +84,8 @@ def write(
     tensors = gguf_table.fill_block_0(tensors, arch)
     table = gguf_table.table(arch.version, arch.n_layer)
     infos = [(mapped, kinds.get(mapped.kind, types.F32), mapped.store(tensors).shape) for mapped in table]
-    nbytes = [_nbytes(shape, *gguf.GGML_QUANT_SIZES[type_]) for _, type_, shape in infos]
+    blocks = [gguf.GGML_QUANT_SIZES[type_] for _, type_, _ in infos]
+    nbytes = [shape.numel() // block * size for (_, _, shape), (block, size) in zip(infos, blocks)]
     with whole_file(path, sum(nbytes)) as whole:
         writer = gguf.GGUFWriter(whole.name, f"rwkv{arch.version}")
         try:
@@ -112,10 +113,6 @@ def _package():
     except ModuleNotFoundError:
         raise UserError("the package gguf, which writes these files, is absent: pip install gguf") from None
     return gguf
-
-
-def _nbytes(shape: torch.Size, block: int, size: int) -> int:
-    return shape.numel() // block * size
 
 
 def _pieces(tensor: Tensor, type_) -> Iterator[memoryview]:

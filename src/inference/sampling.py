@@ -158,12 +158,12 @@ def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.numel():
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
     logits = logits.detach().float().cpu()
-    uniform = [0.0 if row.sampling.greedy else _uniform(row.generator) for row in rows]
+    exact = torch.float64
+    uniform = [
+        0.0 if row.sampling.greedy else torch.rand((), dtype=exact, generator=row.generator).item()
+        for row in rows
+    ]
     return (choose_native if native_code else choose_numpy)(logits, rows, uniform)
-
-
-def _uniform(generator: torch.Generator | None) -> float:
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
 
 
 def _overflow(largest: float) -> UserError:

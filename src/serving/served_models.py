@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rwkv_miss.errors import UserError
@@ -143,7 +144,8 @@ class ServedModels:
         if name in self.coming:
             raise Refused(409, f"name: an adapter {name} is being loaded; wait for it", "name")
         path = inside(self.folder, file)
-        internal = next(label for label in _labels(name) if label not in self.used_names)
+        labels = itertools.chain([name], (f"{name}@{number}" for number in itertools.count(2)))
+        internal = next(label for label in labels if label not in self.used_names)
 
         def load() -> ServedAdapter:
             self._check_tokenizer(path, file)
@@ -199,15 +201,6 @@ class ServedModels:
         """Make the engine forget an adapter, in the worker's thread."""
         self.adapters.drop(internal)
         worker.engine.refresh()
-
-
-def _labels(name: str) -> Iterator[str]:
-    """Yield name, name@2, name@3, ..."""
-    yield name
-    number = 2
-    while True:
-        yield f"{name}@{number}"
-        number += 1
 
 
 def inside(folder: str, file: str) -> str:

@@ -1,12 +1,6 @@
 """Layouts of pairs of answers and of labelled answers, for the losses of preferences.
 
-They become one of these forms. "chosen", "rejected" and "completion" are texts if there is a "prompt", and
-else the turns that follow "messages"; the last one is the assistant's.
-
-    {"prompt": str, "chosen": str, "rejected": str}
-    {"messages": [...], "tools": [...], "chosen": [...], "rejected": [...]}
-    {"prompt": str, "completion": str, "label": bool}
-    {"messages": [...], "tools": [...], "completion": [...], "label": bool}
+They become the forms that __init__.py lists. The last turn of an answer is the assistant's.
 
 Texts under the names of TRL, prompt with chosen and rejected or with completion, go on from the prompt as
 they are. Under other names, and RWKV-LM-RLHF's prompt, chosen, reject, they are a question and its answers.

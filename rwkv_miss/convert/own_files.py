@@ -1,4 +1,4 @@
-"""This package's adapters as one safetensors file: the same tensors, the metadata as JSON in the header."""
+"""This package's own adapters: a .pth, or one safetensors file with the metadata as JSON in the header."""
 
 from __future__ import annotations
 
@@ -7,14 +7,36 @@ import os
 
 from ..adapter import METHODS
 from ..errors import UserError
+from ..files.checkpoint import write_checkpoint
 from ..files.file_kinds import SAFETENSORS
 from ..files.safetensors_io import write_safetensors
 from ..files.untrusted import json_object
-from ..inject import checked_metadata
+from ..inject import ADAPTER_FORMAT, checked_metadata, read_adapter
 from .formats import Adapter, Format, Hints
 from .source import Source
 
 METADATA = "rwkv_miss"  # in the header
+
+
+class Native(Format):
+    """Format of the .pth files that save_adapter() writes."""
+
+    name = "native"
+    writes = keeps_all = True
+    replaces = (ADAPTER_FORMAT,)
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        return source.describes_itself
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        return Adapter(*read_adapter(source.path))
+
+    @classmethod
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
+        write_checkpoint(out, adapter.tensors.items(), adapter.metadata)
+        return []
 
 
 class Safetensors(Format):
