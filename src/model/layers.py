@@ -132,11 +132,7 @@ class Head(Linear):
         self.on_gpu = False  # true for the plan, which counts a GPU's step on tensors of the CPU
 
     def forward(
-        self,
-        x: Tensor,
-        targets: Tensor | None = None,
-        weights: Tensor | None = None,
-        each: bool = False,
+        self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, each: bool = False
     ) -> Tensor:
         on_gpu = self.on_gpu or x.is_cuda
         if targets is None:

@@ -142,13 +142,7 @@ class _Blocks:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        native: bool,
-        weights: Tensor | None,
-        exact: bool,
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool, weights: Tensor | None, exact: bool
     ) -> Tensor:
         blocks = _Blocks(x, weight, targets, weights, native, exact)
         need_dx, need_dw, *_ = ctx.needs_input_grad
@@ -301,6 +295,5 @@ torch.library.define(
 )
 torch.library.impl("rwkv::softmax_loss_", ("cpu", "cuda"), _native_softmax_loss_)
 torch.library.register_fake(
-    "rwkv::softmax_loss_",
-    lambda logits, *others: logits.new_empty(len(logits), dtype=torch.float32),
+    "rwkv::softmax_loss_", lambda logits, *others: logits.new_empty(len(logits), dtype=torch.float32)
 )

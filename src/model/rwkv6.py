@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 
 from ..ops import wkv6
-from ..ops.elementwise import (
-    gated,
-    native_functions,
-    readout6,
-    relu_squared,
-    shift_mix,
-    shift_mix_low_rank,
-)
+from ..ops.elementwise import gated, native_functions, readout6, relu_squared, shift_mix, shift_mix_low_rank
 from .layers import (
     GROUP_NORM_EPS,
     Linear,
