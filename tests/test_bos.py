@@ -369,7 +369,7 @@ def test_without_a_tokenizer_there_is_none_to_export(trained, tmp_path):
 def test_the_chat_asks_after_what_the_file_records(flags, bos, raw, trained, monkeypatch):
     decoder = Listener()
     adapters = types.SimpleNamespace(model=None, use=lambda names, scale: None, scale=1.0)
-    monkeypatch.setattr(program, "load_with", lambda path, *_: (adapters, WORLD))
+    monkeypatch.setattr(program, "load_named", lambda args: (adapters, WORLD))
     monkeypatch.setattr(program, "fastest", lambda *_, **options: (decoder, "as it listens"))
     chat.main(
         [

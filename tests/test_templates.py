@@ -478,7 +478,7 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
         flags = f"--model {merged} --tokenizer bytes --prompt q --max_tokens 3 --temperature 0".split()
         monkeypatch.setattr(
-            program, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
+            program, "load_named", lambda args: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
         )
         monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, "as the script says"))
         chat.main(flags)
