@@ -246,13 +246,11 @@ def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, wor
 def check_files(proj_dir):
     """What carries its final name is whole."""
     for path in list_checkpoints(str(proj_dir / "checkpoints")):
-        assert read_metadata(path)["step"] and all(
-            tensor.isfinite().all() for tensor in read_checkpoint(path).values()
-        )
+        assert read_metadata(path)["step"]
+        assert all(tensor.isfinite().all() for tensor in read_checkpoint(path).values())
     if (proj_dir / "adapter.pth").exists():
-        assert read_metadata(proj_dir / "adapter.pth")["step"] >= 1 and read_checkpoint(
-            proj_dir / "adapter.pth"
-        )
+        assert read_metadata(proj_dir / "adapter.pth")["step"] >= 1
+        assert read_checkpoint(proj_dir / "adapter.pth")
     return list_checkpoints(str(proj_dir / "checkpoints"))
 
 
@@ -563,14 +561,7 @@ FULL = ["--peft", "none", "--lr_init", "1e-3"]
         slow("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3, 4], True),
         slow("loss", [*FULL, "--save_steps", "1"], [3], False),
     ],
-    ids=[
-        "loss",
-        "gradient",
-        "loss, late",
-        "gradient, ZeRO-3",
-        "gradient, DDP, late",
-        "full training",
-    ],
+    ids=["loss", "gradient", "loss, late", "gradient, ZeRO-3", "gradient, DDP, late", "full training"],
 )
 def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone, late):
     """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps
@@ -625,8 +616,7 @@ def test_a_bound_is_made_of_the_median_and_the_deviation_from_it():
     keeper.losses.extend([1.0, 1.2] * 9 + [1.0])
     assert keeper.fault(99.0) is None and keeper.fault(math.inf) == "the loss is inf"
     keeper.losses.append(1.2)
-    assert keeper.fault(1.5447) is None and "above 1.5448, the bound by --spike_sigmas" in keeper.fault(
-        1.5449
-    )
+    assert keeper.fault(1.5447) is None
+    assert "above 1.5448, the bound by --spike_sigmas" in keeper.fault(1.5449)
     keeper.sigmas = 0.0
     assert keeper.fault(99.0) is None

@@ -203,11 +203,8 @@ def test_add_layer_norm_of_any_width(width, of_sum, gpu, monkeypatch):
 def test_a_wider_layer_norm_is_torchs(gpu):
     x, vector = torch.randn(1, 2, 8200), torch.ones(8200)
     total, normed = elementwise.add_layer_norm(x, x, vector, vector, EPS, "cuda")
-    assert (
-        not gpu
-        and torch.equal(total, 2 * x)
-        and torch.equal(normed, functional.layer_norm(2 * x, [8200], vector, vector, EPS))
-    )
+    assert not gpu and torch.equal(total, 2 * x)
+    assert torch.equal(normed, functional.layer_norm(2 * x, [8200], vector, vector, EPS))
 
 
 @pytest.mark.parametrize("count", [9, 32])

@@ -135,9 +135,8 @@ def test_a_gpu_rounds_once_what_every_token_would_round(version, method, options
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert all(NEVER_CAST.search(name) for name in wide), wide
     columns = [linear.columns for linear in adapters.linears.values() if linear.columns]
-    assert all(one.B.dtype == torch.bfloat16 for one in columns) and bool(columns) == (
-        method in ("lora", "miss") and not options.get("magnitude")
-    )
+    assert all(one.B.dtype == torch.bfloat16 for one in columns)
+    assert bool(columns) == (method in ("lora", "miss") and not options.get("magnitude"))
 
 
 KINDS = {
@@ -188,9 +187,8 @@ def test_switching_leaves_nothing_behind(version, dtype, checkpoint, tmp_path):
         assert torch.equal(one_by_one(decoder, ids)[0], want), (name, scale)
         if name is None:
             now = dict(adapters.model.named_parameters())
-            assert now.keys() == before.keys() and all(
-                p is before[key] and p.data_ptr() == places[key] for key, p in now.items()
-            )
+            assert now.keys() == before.keys()
+            assert all(p is before[key] and p.data_ptr() == places[key] for key, p in now.items())
     assert len({tuple(logits[-1].tolist()) for logits in fresh.values()}) == len(fresh)
 
 

@@ -264,10 +264,7 @@ def search() -> dict:
         found = json.loads(pathlib.Path(folder, "out", RATE_SEARCH).read_text())
     *_, before, last = trials
     assert [len(trial) for trial in trials] == [found["steps"]] * len(found["trials"])
-    return _between(*last[:2]) | {
-        "between two trials": _between(before[-1], last[0]),
-        "KiB": gpu.peak // KIB,
-    }
+    return _between(*last[:2]) | {"between two trials": _between(before[-1], last[0]), "KiB": gpu.peak // KIB}
 
 
 def _longest_section(tokenizer) -> dict[str, list[int]]:

@@ -104,11 +104,7 @@ def zero_memory(stage: int, version: int) -> dict:
             gpu.begin()
             engine.backward(engine(batch))
             engine.step()
-    return {
-        "planned KiB": int(planned) // KIB,
-        "KiB": gpu.peak // KIB,
-        "ratio": round(gpu.peak / planned, 3),
-    }
+    return {"planned KiB": int(planned) // KIB, "KiB": gpu.peak // KIB, "ratio": round(gpu.peak / planned, 3)}
 
 
 @contextlib.contextmanager
