@@ -233,9 +233,9 @@ def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, wor
     else:
         paths[change].write_text(paths[change].read_text() + '{"text": "one more"}\n')
     code, output = run("run", *flags, "--epoch_steps", "2", "--resume", "auto")
+    assert code == 2, output
     assert (
-        code == 2
-        and f"error: --resume auto: the {words} is not the one that the run began with; put it back" in output
+        f"error: --resume auto: the {words} is not the one that the run began with; put it back" in output
     ), output
     assert len(losses(tmp_path / "run")) == 1
 
@@ -383,9 +383,8 @@ def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     code, output = run(
         "run", "--save_steps", "2", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt)
     )
-    assert code == 130 and [os.path.basename(path) for path in check_files(proj_dir)] == [
-        "step-00000003.pth"
-    ], output
+    assert code == 130, output
+    assert [os.path.basename(path) for path in check_files(proj_dir)] == ["step-00000003.pth"], output
     code, output = run(
         *"run --save_steps 2 --resume auto".split(),
         sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice),
@@ -598,9 +597,8 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
 def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
     """It is over before it has gone back too often."""
     code, output = run("run", "--epoch_steps", "2", sabotage=functools.partial(spoil, "loss", range(2)))
-    assert (
-        code == 2 and "error: no step of the run had a finite loss" in output and "Traceback" not in output
-    ), output
+    assert code == 2 and "error: no step of the run had a finite loss" in output, output
+    assert "Traceback" not in output, output
 
 
 def test_noise_is_no_spike():

@@ -188,9 +188,8 @@ def test_the_fla_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
         bytes(draw.choices(range(128), k=40)).decode() for _ in range(50)
     ]
     for text in texts:
-        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text, (
-            text
-        )
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == text, text
     assert theirs.eos_token_id == theirs.pad_token_id == 0
     assert theirs.chat_template == rwkv_jinja(RwkvTemplate("think-short-2025"))
     messages = CONVERSATIONS[3][0]

@@ -83,9 +83,8 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
     shutil.copy(other, tmp_path / "model.pth")
     settings = (tmp_path / "run/config.yaml").read_text()
     code, output = program.run([*flags, "--epoch_steps", "2", "--resume", "auto"])
-    assert (
-        code == 2 and "error: --resume auto: the base file is not the one that the run began with" in output
-    ), output
+    assert code == 2, output
+    assert "error: --resume auto: the base file is not the one that the run began with" in output, output
     assert (tmp_path / "run/config.yaml").read_text() == settings and len(losses(tmp_path / "run")) == 1
 
 

@@ -506,7 +506,6 @@ def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_pa
             *flags,
         ]
     )
-    assert code == 2 and output.count("back to the state of step 0") == 3 and "Traceback" not in output, (
-        output
-    )
+    assert code == 2 and output.count("back to the state of step 0") == 3, output
+    assert "Traceback" not in output, output
     assert "the run diverged; lower --lr_init" in output
