@@ -43,6 +43,7 @@ from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors, slow
 from .program import at_file, dropout, flags_of, in_turn, interrupt, kill, losses, succeed
+from .tables import cases
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -154,15 +155,8 @@ def memory_by_rank(rank):
 def one_process(files, tmp_path_factory):
     """The evaluations, and what is forgotten, of one process whose steps are those of two."""
     proj_dir = tmp_path_factory.mktemp("one") / "run"
-    succeed(
-        start(
-            files,
-            proj_dir,
-            *"--micro_bsz 2 --accumulate_grad_batches 2".split(),
-            *THREE,
-            str(files / "held.jsonl"),
-        )
-    )
+    split = "--micro_bsz 2 --accumulate_grad_batches 2".split()
+    succeed(start(files, proj_dir, *split, *THREE, str(files / "held.jsonl")))
     return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
 
 
@@ -226,13 +220,8 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         in output
     )
     assert f"--adapter {proj_dir}/best.pth" in output
-    assert [(line["step"], line["loss"]) for line in validation_lines(proj_dir)] == [
-        (0, 9.0),
-        (1, 5.0),
-        (2, 4.0),
-        (3, 4.5),
-        (4, None),
-    ]
+    assert [line["step"] for line in validation_lines(proj_dir)] == [0, 1, 2, 3, 4]
+    assert [line["loss"] for line in validation_lines(proj_dir)] == [9.0, 5.0, 4.0, 4.5, None]
     assert same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000002.pth")
     assert not same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000001.pth")
     assert read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0
@@ -422,15 +411,8 @@ def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
 @pytest.mark.slow
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     """Its loss is the one that it is named with; bf16 has 8 bits."""
-    flags = [
-        *ALL,
-        "--peft",
-        "none",
-        "--peft_config",
-        "",
-        *"--lr_init 1e-3 --precision bf16 --eval_samples 1".split(),
-    ]
-    succeed(start(files, tmp_path / "run", *flags, "--eval_file", str(files / "held.jsonl")))
+    flags = "--peft none --peft_config= --lr_init 1e-3 --precision bf16 --eval_samples 1 --eval_file".split()
+    succeed(start(files, tmp_path / "run", *ALL, *flags, str(files / "held.jsonl")))
     assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")
     named = read_metadata(tmp_path / "run/best.pth")["validation_loss"]
     held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
@@ -497,16 +479,11 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         {"seconds": 2.0, "tokens": 100, "trained_tokens": 30},
         {"seconds": 3.0, "tokens": 150, "trained_tokens": 40},
     ]
-    samples = [
-        [
-            {"prompt": "q\x1b[1m\n\n# q", "answer": f"{step}\0|`", "right": "```"},
-            {"prompt": "p", "answer": "", "right": "r"},
-        ]
-        for step in (0, 9)
-    ]
-    history = [
-        {"step": step, "loss": loss, "samples": s} for step, loss, s in zip((0, 9), (2.0, None), samples)
-    ]
+    history = []
+    for step, loss in ((0, 2.0), (9, None)):
+        marks = {"prompt": "q\x1b[1m\n\n# q", "answer": f"{step}\0|`", "right": "```"}
+        samples = [marks, {"prompt": "p", "answer": "", "right": "r"}]
+        history.append({"step": step, "loss": loss, "samples": samples})
     summary = dict(
         steps=9, planned_steps=12, loss_first=2.0, loss_last=1.5, output="out/adapter.pth", forgetting={}
     )
@@ -514,10 +491,8 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, RunLog(metrics, history), None
     )
     for words in (
-        (
-            "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n   "
-            " 0␀|`\n\nafter:\n\n    9␀|`\n"
-        ),
+        "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\n",
+        "before:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
         "after:\n\n    (nothing)\n",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
@@ -608,18 +583,14 @@ def broken_tensorboard(rank):
 
 
 def test_without_tensorboard_a_run_says_so_and_goes_on(files, tmp_path):
-    for sabotage, words in (
-        (
-            functools.partial(without, "tensorboard"),
-            "watch it   TensorBoard not installed (pip install tensorboard)",
-        ),
-        (broken_tensorboard, "watch it   TensorBoard broken here: "),
+    pytest.importorskip("tensorboard")
+    absent = functools.partial(without, "tensorboard")
+    for name, sabotage, words in (
+        ("absent", absent, "watch it   TensorBoard not installed (pip install tensorboard)"),
+        ("broken", broken_tensorboard, "watch it   TensorBoard broken here: "),
     ):
-        pytest.importorskip("tensorboard")
-        assert words in succeed(
-            start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", "--verbose", sabotage=sabotage)
-        )
-        assert not (tmp_path / words[-9:-1] / "tensorboard").exists()
+        output = start(files, tmp_path / name, "--epoch_steps", "1", "--verbose", sabotage=sabotage)
+        assert words in succeed(output) and not (tmp_path / name / "tensorboard").exists()
 
 
 def fake_wandb(log, key, rank):
@@ -643,12 +614,8 @@ def fake_wandb(log, key, rank):
 
     errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
     module = types.ModuleType("wandb")
-    module.login, module.init, module.errors, module.Table = (
-        login,
-        init,
-        errors,
-        lambda columns, data: [columns, *data],
-    )
+    module.login, module.init, module.errors = login, init, errors
+    module.Table = lambda columns, data: [columns, *data]
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.modules["wandb"] = module
 
@@ -662,12 +629,8 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     assert code == 130 and "Weights & Biases, project project" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
     calls = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [call for call in calls if call[0] != "log"] == [
-        ["init", "project", None, "allow", 0.01],
-        ["finish", 0],
-        ["init", "project", "new-id", "allow", 0.01],
-        ["finish", 0],
-    ]
+    begun = [["init", "project", name, "allow", 0.01] for name in (None, "new-id")]
+    assert [call for call in calls if call[0] != "log"] == [begun[0], ["finish", 0], begun[1], ["finish", 0]]
     logged = [
         (step, name, value)
         for _, step, values in (call for call in calls if call[0] == "log")
@@ -686,20 +649,15 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
 
 
 @pytest.mark.parametrize(
-    "sabotage, words",
+    "trouble, words",
     [
-        (
-            functools.partial(without, "wandb"),
-            "--wandb p needs the package wandb: pip install wandb, or drop the flag",
-        ),
-        (
-            functools.partial(fake_wandb, os.devnull, False),
-            "--wandb p: No API key configured. With WANDB_MODE=offline the run stays on this machine",
-        ),
+        ("absent", " needs the package wandb: pip install wandb, or drop the flag"),
+        ("no key", ": No API key configured. With WANDB_MODE=offline the run stays on this machine"),
     ],
-    ids=["absent", "no key"],
 )
-def test_wandb_that_cannot_work_is_said_before_anything_else(files, tmp_path, sabotage, words):
+def test_wandb_that_cannot_work_is_said_before_anything_else(files, tmp_path, trouble, words):
+    absent, no_key = functools.partial(without, "wandb"), functools.partial(fake_wandb, os.devnull, False)
+    sabotage, words = absent if trouble == "absent" else no_key, f"--wandb p{words}"
     code, output = start(files, tmp_path / "run", "--wandb", "p", sabotage=sabotage)
     assert code == 2 and output.strip() == f"error: {words}" and not (tmp_path / "run").exists()
 
@@ -718,27 +676,18 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
     assert "train/loss" in output and "validation/loss" in output  # wandb's own summary
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (
-            ["--eval_steps", "5", "--eval_split", "0"],
-            "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05",
-        ),
-        (
-            ["--eval_split", "0.1", "--early_stop", "2"],
-            "--early_stop 2 counts evaluations; give --eval_steps, too",
-        ),
-        (["--eval_split", "1"], "--eval_split 1.0: must be a share below 1"),
-        (
-            ["--eval_split", "0.1", "--eval_file", "x"],
-            "--eval_file x and --eval_split 0.1 were given; drop one of them",
-        ),
-    ],
-)
+SENSELESS = """
+    --eval_steps 5 --eval_split 0  --eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05
+    --eval_split 0.1 --early_stop 2  --early_stop 2 counts evaluations; give --eval_steps, too
+    --eval_split 1  --eval_split 1.0: must be a share below 1
+    --eval_split 0.1 --eval_file x  --eval_file x and --eval_split 0.1 were given; drop one of them
+"""
+
+
+@pytest.mark.parametrize("flags, words", cases(SENSELESS))
 def test_settings_that_make_no_sense(flags, words):
     with pytest.raises(UserError, match=words):
-        parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags])
+        parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags.split()])
 
 
 @pytest.mark.parametrize("count, line", [(1, "None"), (2, "None"), (3, "-")])
