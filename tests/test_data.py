@@ -94,22 +94,16 @@ def test_world_ids_and_mask(load, world):
     assert chat.weights.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
 
 
+AB, SYSTEM = [user("a"), assistant("b")], {"role": "system", "content": "s"}
+
+
 @pytest.mark.parametrize(
     "messages, expected",
     [
         ([user("hi"), assistant("yo")], "User: hi\n\nAssistant:< yo$>"),
-        (
-            [user("a"), assistant("b"), user("c"), assistant("d")],
-            "User: a\n\nAssistant:< b\n\n>User: c\n\nAssistant:< d$>",
-        ),
-        (
-            [{"role": "system", "content": " s\n"}, user("a"), assistant("b")],
-            "System: s\n\nUser: a\n\nAssistant:< b$>",
-        ),
-        (
-            [user("a"), {"role": "system", "content": "s"}, user("c"), assistant("d")],
-            "User: a\n\nSystem: s\n\nUser: c\n\nAssistant:< d$>",
-        ),
+        ([*AB, user("c"), assistant("d")], "User: a\n\nAssistant:< b\n\n>User: c\n\nAssistant:< d$>"),
+        ([SYSTEM | {"content": " s\n"}, *AB], "System: s\n\nUser: a\n\nAssistant:< b$>"),
+        ([user("a"), SYSTEM, user("c"), AB[1]], "User: a\n\nSystem: s\n\nUser: c\n\nAssistant:< b$>"),
         (
             [user(" 1\n\n\n2\r\n\r\n3\n4 "), assistant("\n5\n\n6 ")],
             "User: 1\n2\n3\n4\n\nAssistant:< 5\n\n6$>",
@@ -200,27 +194,12 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     "line, words",
     [
         ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
-        ("[1]", "got list"),
-        ("17", "got int"),
-        ('{"txt": "a"}', "got keys ['txt']"),
-        ('{"text": "a", "messages": []}', "got keys ['messages', 'text']"),
-        ('{"text": ""}', "text must be a non-empty string, got ''"),
-        ('{"text": null}', "got None"),
-        ('{"text": ["a"]}', "got ['a']"),
-        ('{"messages": []}', "messages must be a non-empty list"),
-        ('{"messages": "a"}', "non-empty list"),
-        ('{"messages": ["a"]}', "got 'a'"),
-        ('{"messages": [{"role": "narrator", "content": "a"}]}', "system | user | assistant"),
-        ('{"messages": [{"role": "user"}]}', "content"),
-        ('{"messages": [{"role": ["user"], "content": "a"}]}', "system | user | assistant"),
-        ('{"messages": [{"content": "a"}]}', "role"),
-        ('{"messages": [{"role": "assistant", "content": 5}]}', "'content': 5"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is from user"),
-        (r'{"text": "\ud800"}', "half a surrogate pair"),
         (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte at byte 11)"),
     ],
 )
 def test_a_broken_row_is_named_with_file_and_line(load, line, words):
+    """The other rows are those of test_formats."""
     with pytest.raises(UserError) as caught:
         load(["", '{"text": "fine"}', line])
     assert str(caught.value).partition(": ")[0].endswith("rows.jsonl, line 3") and words in str(caught.value)
@@ -285,16 +264,8 @@ SIZES = [*itertools.product([1, 2, 7, 24, 25], [1, 3, 8], [1, 2, 5], [1, 2, 3])]
 def make_schedule(rows, micro_bsz, accumulate, world, seed=1):
     rng = random.Random(rows)
     lengths = tuple(rng.randint(1, 9) for _ in range(rows))
-    return Schedule(
-        [[i] for i in range(len(lengths))],
-        lengths,
-        targets := tuple(rng.randint(0, n) for n in lengths),
-        targets,
-        micro_bsz,
-        accumulate,
-        world,
-        seed,
-    )
+    targets, indices = tuple(rng.randint(0, n) for n in lengths), [[i] for i in range(len(lengths))]
+    return Schedule(indices, lengths, targets, targets, micro_bsz, accumulate, world, seed)
 
 
 def micro_batches(schedule, step):
@@ -392,12 +363,8 @@ def test_batches_begin_at_any_step():
     schedule = Schedule(
         [[i] for i in range(7)],
         [len(row.ids) - 1 for row in documents],
-        [row.targets for row in documents],
-        [row.weight for row in documents],
-        1,
-        2,
-        2,
-        3,
+        *zip(*((row.targets, row.weight) for row in documents)),
+        *(1, 2, 2, 3),
     )
 
     def ids(rank, first_step=0):
@@ -586,19 +553,12 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
         {"prompt": "a question of many words", "completion": "cut"}
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [
-        *f"""
-            --load_model {tmp_path}/base.pth --data_file {tmp_path}/data.jsonl --proj_dir {tmp_path}/run
-            --tokenizer bytes
-        """.split(),
-        "--peft",
-        peft,
-        *"""
-            --ctx_len 9 --micro_bsz 1 --packing 0 --epoch_count 2 --save_steps 1 --save_total_limit 99
-            --eval_split 0 --weight_decay 0.1 --lr_init 1e-2 --accelerator cpu --wkv torch
-        """.split(),
-    ]
-    run.main(configuration.parse(flags))
+    flags = f"""
+        --load_model {tmp_path}/base.pth --data_file {tmp_path}/data.jsonl --proj_dir {tmp_path}/run
+        --tokenizer bytes --peft {peft} --ctx_len 9 --micro_bsz 1 --packing 0 --epoch_count 2 --save_steps 1
+        --save_total_limit 99 --eval_split 0 --weight_decay 0.1 --lr_init 1e-2 --accelerator cpu --wkv torch
+    """
+    run.main(configuration.parse(flags.split()))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     empty = [line["step"] for line in lines if not line["trained_tokens"]]
     assert [line["step"] for line in lines if line["loss"] is None] == empty and len(empty) == 2

@@ -343,6 +343,19 @@ BAD_LINES = cases(r"""
     {"messages": {"role": "user"}}                        non-empty list
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}  got one of type 'image_url'
     {"messages": [{"role": "user", "content": ["a"]}]}    got one of type 'str'
+    {"txt": "a"}                                          got keys ['txt']
+    {"text": "a", "messages": []}                         got keys ['messages', 'text']
+    {"text": ""}                                          text must be a non-empty string, got ''
+    {"text": null}                                        got None
+    {"text": ["a"]}                                       got ['a']
+    {"messages": []}                                      messages must be a non-empty list
+    {"messages": "a"}                                     non-empty list
+    {"messages": ["a"]}                                   got 'a'
+    {"messages": [{"role": "narrator", "content": "a"}]}  system | user | assistant
+    {"messages": [{"role": "user"}]}                      content
+    {"messages": [{"role": ["user"], "content": "a"}]}    system | user | assistant
+    {"messages": [{"content": "a"}]}                      role
+    {"messages": [{"role": "assistant", "content": 5}]}   'content': 5
     {"messages": [null]}                                  a message must be
     {"messages": [{"role": "assistant", "content": "\ud800"}]}  content: half a surrogate pair
     {"messages": [{"role": "assistant", "content": "a", "reasoning": 5}]}  reasoning must be

@@ -38,37 +38,29 @@ from .conftest import ROOT, make_arch, random_tensors, slow
 
 FLAGS = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--strategy", "ddp"]
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-TORCHRUN = {
-    "RANK": "3",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "4",
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "1",
-    "TORCHELASTIC_RUN_ID": "x",
-    **MEET,
-}
-DEEPSPEED = {
-    "RANK": "3",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "4",
-    "LOCAL_SIZE": "2",
-    "CROSS_RANK": "1",
-    "CROSS_SIZE": "2",
-    **MEET,
-}
+
+
+def variables_of(text):
+    return dict(one.split("=") for one in text.split())
+
+
+def without(variables, *names):
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+TORCHRUN = MEET | variables_of(
+    "RANK=3 LOCAL_RANK=1 WORLD_SIZE=4 LOCAL_WORLD_SIZE=2 GROUP_RANK=1 TORCHELASTIC_RUN_ID=x"
+)
+DEEPSPEED = MEET | variables_of("RANK=3 LOCAL_RANK=1 WORLD_SIZE=4 LOCAL_SIZE=2 CROSS_RANK=1 CROSS_SIZE=2")
 BY_HAND = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", **MEET}
-SRUN = {
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_NTASKS": "4",
-    "SLURM_NTASKS_PER_NODE": "2",
-    "SLURM_NNODES": "2",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_JOB_ID": "123456",
-    "SLURM_NODELIST": "gpu[07-08]",
-}
+SRUN = variables_of("""
+    SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NODEID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=2
+    SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NUM_NODES=2 SLURM_JOB_ID=123456 SLURM_NODELIST=gpu[07-08]
+""")
+
+
+TOO_MANY = " & --devices is 2, but it is 4 (command line)"
+TWO_BY_TWO = ["--num_nodes", "2", "--devices", "2"]
 
 
 @pytest.fixture
@@ -144,44 +136,29 @@ def test_where_no_launcher_starts_them_lightning_does(under, variables):
 @pytest.mark.parametrize(
     ("variables", "flags", "words"),
     [
-        (
-            TORCHRUN,
-            ["--devices", "4"],
-            [
-                "torchrun started 4 processes, 2 of them on this machine",
-                "--devices is 2, but it is 4 (command line)",
-            ],
-        ),
-        (DEEPSPEED, ["--num_nodes", "3"], ["deepspeed started 4 processes", "--num_nodes is 2, but it is 3"]),
-        (SRUN, ["--devices", "4", "--num_nodes", "2"], ["srun started 4 processes", "drop --devices"]),
-        (BY_HAND, ["--devices", "3"], ["4 is not a multiple"]),
-        (TORCHRUN | {"WORLD_SIZE": "5"}, [], ["5 is not a multiple"]),
-        (TORCHRUN | {"WORLD_SIZE": "many"}, [], ["WORLD_SIZE is 'many'"]),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, [], ["not LOCAL_RANK"]),
-        (
-            {name: BY_HAND[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
-            [],
-            ["MASTER_ADDR, MASTER_PORT not set"],
-        ),
-        (
-            {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"},
-            [],
-            ["--ntasks-per-node"],
-        ),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, [], ["mpirun started 2 processes", "torchrun"]),
-        ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE is 2", "is 1"]),
-        ({"NODE_RANK": "1"}, [], ["NODE_RANK is 1", "--num_nodes is 1"]),
-        ({}, ["--num_nodes", "2"], ["MASTER_ADDR, MASTER_PORT, NODE_RANK not set"]),
-        (MEET, ["--num_nodes", "2"], ["NODE_RANK not set"]),
-        ({}, ["--local_rank=0"], ["unknown flag --local_rank"]),
+        (TORCHRUN, "--devices 4", "torchrun started 4 processes, 2 of them on this machine" + TOO_MANY),
+        (DEEPSPEED, "--num_nodes 3", "deepspeed started 4 processes & --num_nodes is 2, but it is 3"),
+        (SRUN, "--devices 4 --num_nodes 2", "srun started 4 processes & drop --devices"),
+        (BY_HAND, "--devices 3", "4 is not a multiple"),
+        (TORCHRUN | {"WORLD_SIZE": "5"}, "", "5 is not a multiple"),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "", "WORLD_SIZE is 'many'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "", "not LOCAL_RANK"),
+        (without(BY_HAND, *MEET), "", "MASTER_ADDR, MASTER_PORT not set"),
+        (without(SRUN, "SLURM_NTASKS_PER_NODE"), "", "--ntasks-per-node"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "", "mpirun started 2 processes & torchrun"),
+        ({"WORLD_SIZE": "2"}, "", "WORLD_SIZE is 2 & is 1"),
+        ({"NODE_RANK": "1"}, "", "NODE_RANK is 1 & --num_nodes is 1"),
+        ({}, "--num_nodes 2", "MASTER_ADDR, MASTER_PORT, NODE_RANK not set"),
+        (MEET, "--num_nodes 2", "NODE_RANK not set"),
+        ({}, "--local_rank=0", "unknown flag --local_rank"),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_errors_that_name_both(under, variables, flags, words):
     under(variables)
     with pytest.raises(UserError) as error:
-        config = configuration.parse([*FLAGS, *flags])
+        config = configuration.parse([*FLAGS, *flags.split()])
         check_world(config.devices, config.num_nodes)
-    for word in words:
+    for word in words.split(" & "):
         assert word in str(error.value)
 
 
@@ -198,17 +175,9 @@ def test_of_several_machines_only_the_first_prints(under):
     [
         (TORCHRUN, [], ("rank", 3, 4, "10.0.0.1", 29500)),
         (SRUN, [], ("rank", 3, 4, "gpu07", 18456)),
-        (
-            MEET | {"NODE_RANK": "1"},
-            ["--num_nodes", "2", "--devices", "2"],
-            ("machine", 1, 2, "10.0.0.1", 29500),
-        ),
+        (MEET | {"NODE_RANK": "1"}, TWO_BY_TWO, ("machine", 1, 2, "10.0.0.1", 29500)),
         # the second process of that machine, which Lightning has started, and of a run on one machine
-        (
-            MEET | {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
-            ["--num_nodes", "2", "--devices", "2"],
-            None,
-        ),
+        (MEET | variables_of("NODE_RANK=1 LOCAL_RANK=1 WORLD_SIZE=4"), TWO_BY_TWO, None),
         (MEET | {"NODE_RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["--devices", "2"], None),
         (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, [], None),
     ],
@@ -354,16 +323,10 @@ def on_machine(folder, code, rank):
 def test_ranks_that_run_something_else_say_so_before_the_first_step(
     machines, tmp_path, base, data, code, field
 ):
-    flags = [
-        "--load_model",
-        f"{base}.pth",
-        "--data_file",
-        f"{data}.jsonl",
-        *f"""
-            --proj_dir {tmp_path} --tokenizer bytes --accelerator cpu --devices 2 --strategy ddp
-            --micro_bsz 1 --peft_config r=4
-        """.split(),
-    ]
+    flags = f"""
+        --load_model {base}.pth --data_file {data}.jsonl --proj_dir {tmp_path} --tokenizer bytes
+        --accelerator cpu --devices 2 --strategy ddp --micro_bsz 1 --peft_config r=4
+    """.split()
     code, output = program.run(flags, functools.partial(on_machine, machines, code))
     assert code == 2
     errors = [line for line in output.splitlines() if line.startswith("error:")]
@@ -424,16 +387,12 @@ def run_folder(tmp_path):
 def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(
     machines, tmp_path, run_folder, launcher, victim, words
 ):
-    flags = [
-        *f"""
-            --load_model {machines}/0/same.pth --data_file {machines}/0/same.jsonl --proj_dir {run_folder}
-            --tokenizer bytes --accelerator cpu
-        """.split(),
-        "--strategy",
-        "deepspeed_stage_2" if launcher else "ddp",
-        *"--micro_bsz 1 --lr_init 1e-3 --epoch_count 100000 --peft_config r=4 --save_steps 5".split(),
-        *([] if launcher else ["--devices", "2"]),
-    ]
+    strategy = "deepspeed_stage_2" if launcher else "ddp --devices 2"
+    flags = f"""
+        --load_model {machines}/0/same.pth --data_file {machines}/0/same.jsonl --proj_dir {run_folder}
+        --tokenizer bytes --accelerator cpu --strategy {strategy}
+        --micro_bsz 1 --lr_init 1e-3 --epoch_count 100000 --peft_config r=4 --save_steps 5
+    """.split()
     command = [
         sys.executable,
         *(["-m", *launcher.split()] if launcher else []),
