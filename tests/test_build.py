@@ -44,14 +44,8 @@ class Project:
         self.command = [str(self.compiler), "-fPIC"]
 
     def build(self, **changes):
-        arguments = {
-            "name": "test",
-            "title": TITLE,
-            "seconds": 1,
-            "sources": [self.source],
-            "headers": [self.header],
-            "command": self.command,
-        }
+        arguments = dict(name="test", title=TITLE, seconds=1, command=self.command)
+        arguments |= {"sources": [self.source], "headers": [self.header]}
         return build.build(**arguments | changes)
 
     def start(self):
@@ -280,16 +274,9 @@ def test_strange_names_of_folders(tmp_path, monkeypatch):
     folder = tmp_path / "a b $HOME 'c' : é"
     folder.mkdir()
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(folder / "cache"))
-    assert (
-        ctypes.CDLL(
-            str(
-                Project(folder, folder / "cache").build(
-                    command=[toolchain.find_cxx(), "-fPIC", f"-I{folder}"]
-                )
-            )
-        ).answer()
-        == 42
-    )
+    command = [toolchain.find_cxx(), "-fPIC", f"-I{folder}"]
+    library = Project(folder, folder / "cache").build(command=command)
+    assert ctypes.CDLL(str(library)).answer() == 42
 
 
 def test_a_relative_cache(project, monkeypatch, tmp_path):
@@ -538,13 +525,7 @@ def test_the_first_nvcc_that_the_driver_runs_is_taken(machine, driver, of_torch,
 @pytest.mark.parametrize(
     "driver, of_torch, releases, said, help",
     [
-        (
-            12080,
-            "12.8",
-            ["13.0"],
-            "this driver runs CUDA up to 12.8, and there is",
-            "toolkit of CUDA 12.8 from",
-        ),
+        (12080, "12.8", ["13.0"], "runs CUDA up to 12.8, and there is", "toolkit of CUDA 12.8 from"),
         (0, "12.6", ["13.1"], "runs CUDA up to 12.6, and there is", "toolkit of CUDA 12.6 from"),
         (12080, "13.0", [], "no nvcc:", "toolkit of CUDA 12.8 from"),
         (13000, "13.2", [], "no nvcc:", "nvvm]==13.2.*"),
@@ -565,12 +546,7 @@ def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, re
     [
         (False, None, "", ""),
         (True, None, "", ""),
-        (
-            True,
-            'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one, or use',
-            "==13.2.*",
-            "installing",
-        ),
+        (True, 'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one', "==13.2.*", "installing"),
         (True, "no nvcc that fits: ... install the toolkit of CUDA 12.8", "", "toolkit of CUDA 12.8"),
     ],
 )

@@ -47,39 +47,25 @@ def cases(B, T, C, heads):
     reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3  # a part of something else, as of a chunk
     mixes, maps = [x(1, 1, C) for _ in range(6)], x(5, 7, C) / 3
     k_k, k_a, weight, bias, r_k = x(1, 1, C), x(1, 1, C), x(C), x(C), x(heads, C // heads)
+    of, low = elementwise, [x(), x(B, C), x(5, B * T, 7)]
+    mix, mix_of_one = (reset, mixes), (None, mixes[:1])
     return {
-        "shift_mix": (
-            lambda z, last, on: elementwise.shift_mix(z, last, reset, mixes, on),
-            [x(), x(B, C)],
-            [],
-        ),
-        "shift_mix of one": (
-            lambda z, last, on: elementwise.shift_mix(z, last, None, mixes[:1], on),
-            [x(), x(B, C)],
-            [],
-        ),
+        "shift_mix": (lambda z, last, on: of.shift_mix(z, last, *mix, on), [x(), x(B, C)], []),
+        "shift_mix of one": (lambda z, last, on: of.shift_mix(z, last, *mix_of_one, on), [x(), x(B, C)], []),
         "shift_mix_low_rank": (
-            lambda z, last, q, on: elementwise.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
-            [x(), x(B, C), x(5, B * T, 7)],
+            lambda z, last, q, on: of.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
+            low,
             [0, 1, 2],
         ),
-        "value_residual": (elementwise.value_residual, [x(), x(), x()], [0, 1, 2]),
-        "delta_inputs": (
-            lambda k, a, on: elementwise.delta_inputs(k, a, k_k, k_a, heads, on),
-            [x(), x()],
-            [0, 1],
-        ),
-        "readout6": (
-            lambda y, g, on: elementwise.readout6(y, g, weight, bias, heads, EPS, on),
-            [x(), x()],
-            [0, 1],
-        ),
+        "value_residual": (of.value_residual, [x(), x(), x()], [0, 1, 2]),
+        "delta_inputs": (lambda k, a, on: of.delta_inputs(k, a, k_k, k_a, heads, on), [x(), x()], [0, 1]),
+        "readout6": (lambda y, g, on: of.readout6(y, g, weight, bias, heads, EPS, on), [x(), x()], [0, 1]),
         "readout7": (
-            lambda y, r, k, v, g, on: elementwise.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on),
+            lambda y, r, k, v, g, on: of.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on),
             [x() for _ in range(5)],
             range(5),
         ),
-        "relu_squared": (elementwise.relu_squared, [x()], ["output"]),
+        "relu_squared": (of.relu_squared, [x()], ["output"]),
     }
 
 

@@ -306,44 +306,21 @@ def assistant(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
+BRIEF, FIVE = {"role": "system", "content": " Be\r\n\r\nbrief. \n"}, assistant("five", reasoning="1+4")
+F = {"function": {"name": "f", "arguments": {"x": "<é>", "y": [1, 2.5, None, True]}}}
+CALLING = assistant("ok", tool_calls=[{"name": "g", "arguments": {"a": 1}}])
 CONVERSATIONS = [
     ([], None),
     ([user("Hi")], None),
     ([user("<think>?"), assistant(" yes\n")], None),
-    (
-        [
-            {"role": "system", "content": " Be\r\n\r\nbrief. \n"},
-            user("a\n\n\nb\n \n\nc"),
-            assistant("x\n\ny "),
-            user("d"),
-        ],
-        None,
-    ),
+    ([BRIEF, user("a\n\n\nb\n \n\nc"), assistant("x\n\ny "), user("d")], None),
     ([user("q"), assistant("<think>\nhmm\n\nhm</think>\n\nfour")], None),
-    (
-        [
-            user("q"),
-            assistant("four", reasoning_content=" 2+2 \n"),
-            user("and?"),
-            assistant("five", reasoning="1+4"),
-        ],
-        None,
-    ),
+    ([user("q"), assistant("four", reasoning_content=" 2+2 \n"), user("and?"), FIVE], None),
     ([user("q"), assistant("<think> a </think> b </think> c")], None),
     ([user("q"), assistant("<think> never")], None),
     ([user("q"), assistant("<think>a</think>b", reasoning_content="c")], None),
     (
-        [
-            user("q"),
-            assistant(
-                None,
-                tool_calls=[
-                    {"function": {"name": "f", "arguments": {"x": "<é>", "y": [1, 2.5, None, True]}}}
-                ],
-            ),
-            {"role": "tool", "content": "3"},
-            assistant("ok", tool_calls=[{"name": "g", "arguments": {"a": 1}}]),
-        ],
+        [user("q"), assistant(None, tool_calls=[F]), {"role": "tool", "content": "3"}, CALLING],
         [{"type": "function", "function": {"name": "f", "description": "it's"}}, {"name": "g✿"}],
     ),
     ([user("✿ a ✿"), assistant("b ❀")], None),
@@ -382,24 +359,18 @@ def test_the_jinja_template_is_rwkvs(name, tool_style):
     assert refused == expected
 
 
+def heads(number, size):
+    return {"n_embd": number * size, "head_size": size, "n_head": number}
+
+
 @pytest.mark.parametrize(
     "version,sizes,kind,message",
     [
-        (
-            7,
-            {"n_embd": 64, "head_size": 32, "n_head": 2},
-            "F32",
-            "heads of 32 would load in llama.cpp and compute something else",
-        ),
-        (7, {"n_embd": 96, "head_size": 96, "n_head": 1}, "F32", "heads of 96 would load"),
+        (7, heads(2, 32), "F32", "heads of 32 would load in llama.cpp and compute something else"),
+        (7, heads(1, 96), "F32", "heads of 96 would load"),
         (6, {"dim_att": 64, "n_head": 1}, "F32", "64 wide in all and the model 128"),
         (6, {"dim_ffn": 168}, "Q8_0", "Q8_0 needs rows of a multiple of 32, the ffn is 168"),
-        (
-            6,
-            {"n_embd": 72, "head_size": 72, "n_head": 1},
-            "Q4_0",
-            "Q4_0 needs rows of a multiple of 32, the width is 72",
-        ),
+        (6, heads(1, 72), "Q4_0", "Q4_0 needs rows of a multiple of 32, the width is 72"),
     ],
 )
 def test_what_llama_cpp_would_compute_wrongly_is_refused(tmp_path, version, sizes, kind, message):
@@ -416,12 +387,8 @@ def test_heads_that_only_cpus_run_are_told_of(tmp_path):
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
     assert "heads of 32: llama.cpp runs them on a CPU; its CUDA kernels" in told.notes[0]
     saved(tmp_path / "m.pth", arch_of(6))
-    assert not any(
-        "CUDA" in note
-        for note in export(
-            tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none")
-        ).notes
-    )
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", settings=TextSettings("none"))
+    assert not any("CUDA" in note for note in told.notes)
 
 
 @pytest.mark.parametrize(

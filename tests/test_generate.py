@@ -448,31 +448,15 @@ def test_merged_and_unmerged_give_the_same_greedy_answer(files, letters, capsys)
 
 def test_flags_reach_the_sampling(files, letters, capsys):
     def say(*more):
-        return answer(
-            capsys,
-            "--model",
-            files[0],
-            "--tokenizer",
-            letters,
-            "--prompt",
-            "hello?",
-            "--max_tokens",
-            30,
-            *more,
-        )
+        words = f"--model {files[0]} --tokenizer {letters} --prompt hello? --max_tokens 30".split()
+        return answer(capsys, *words, *more)
 
     greedy = say("--temperature", 0)
     assert greedy == say("--top_k", 1) == say("--top_p", 1e-6) == say("--temperature", 1e-6)
     assert say("--seed", 1) == say("--seed", 1) != say("--seed", 2)
     # a negative penalty asks for the same token again
-    for more in (
-        ["--presence_penalty", -9],
-        ["--frequency_penalty", -9],
-        ["--system", "no"],
-        ["--raw"],
-        ["--max_tokens", 3],
-    ):
-        assert say("--temperature", 0, *more) != greedy, more
+    for more in "--presence_penalty -9|--frequency_penalty -9|--system no|--raw|--max_tokens 3".split("|"):
+        assert say("--temperature", 0, *more.split()) != greedy, more
 
 
 def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys, monkeypatch):
@@ -480,22 +464,15 @@ def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys
     chat.main(["--model", str(files[0]), "--tokenizer", letters, "--max_tokens", "12", "--temperature", "0"])
     out, err = capsys.readouterr()
     conversation = Conversation(engine_of(RWKV.load(files[0]), load_tokenizer(letters, 67)), GREEDY)
-    assert (
-        out
-        == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
-        + "\n"
-    )
+    said = (f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
+    assert out == "".join(said) + "\n"
     assert "base.pth: RWKV-" in err and "/exit ends the chat" in err
 
 
 def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
-    flags = [
-        "--model",
-        str(files[2]),
-        "--tokenizer",
-        letters,
-        *"--prompt hello? --temperature 0 --max_tokens 20".split(),
-    ]
+    flags = (
+        f"--model {files[2]} --tokenizer {letters} --prompt hello? --temperature 0 --max_tokens 20".split()
+    )
     done = subprocess.run(
         [sys.executable, "-m", "demo.chat", *flags], cwd=ROOT, capture_output=True, encoding="utf-8"
     )
@@ -507,17 +484,12 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
 
 def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monkeypatch):
     tokenizer = named("bytes")
+    flags = ["--model", __file__, *"--template rwkv --prompt q --temperature 0".split()]
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
-        monkeypatch.setattr(
-            program,
-            "load_with",
-            lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer),
-        )
+        loaded = without_adapters(Scripted(tokenizer, said)), tokenizer
+        monkeypatch.setattr(program, "load_with", lambda *_, loaded=loaded: loaded)
         monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, ""))
-        assert (
-            answer(capsys, "--model", __file__, "--template", "rwkv", "--prompt", "q", "--temperature", 0)
-            == shown
-        )
+        assert answer(capsys, *flags) == shown
 
 
 def test_chat_merge_and_evaluation_import_no_trainer_and_no_compiler(checkpoint):

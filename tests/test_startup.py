@@ -20,28 +20,11 @@ from src.common import startup
 from . import program
 from .conftest import ROOT, slow
 
-PROGRAMS = [
-    ["train.py"],
-    *(
-        ["-m", name]
-        for name in (
-            "demo.accuracy",
-            "demo.chat",
-            "demo.loop",
-            "rwkv_miss",
-            "scripts.binidx",
-            "scripts.doctor",
-            "scripts.evaluate",
-            "scripts.export",
-            "scripts.lm_eval",
-            "scripts.lr_sweep",
-            "scripts.memory_table",
-            "scripts.plan",
-            "scripts.preview",
-            "scripts.verify_merge",
-        )
-    ),
-]
+MODULES = """
+    demo.accuracy demo.chat demo.loop rwkv_miss scripts.binidx scripts.doctor scripts.evaluate scripts.export
+    scripts.lm_eval scripts.lr_sweep scripts.memory_table scripts.plan scripts.preview scripts.verify_merge
+"""
+PROGRAMS = [["train.py"], *(["-m", name] for name in MODULES.split())]
 
 
 def run(program, **options):
