@@ -55,6 +55,7 @@ def logged(log, work, *args):
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", encoding="utf-8")  # the inherited one would seek in what may now be a pipe
     work(*args)
 
 
@@ -133,7 +134,8 @@ def run(flags, sabotage=None, counted=False, sample_tokens=9):
         return ranks[0].exitcode, "".join(log.read_text() for log in logs)
 
 
-def _program(cwd, words):
+def run_program(cwd, words):
+    """Be a process of `python WORDS`."""
     os.chdir(cwd)
     sys.path[0] = str(cwd)
     torch.set_num_threads(1)
@@ -151,7 +153,7 @@ def call(words, cwd=ROOT):
     """(exit code, everything printed) of `python WORDS`, which are strings."""
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder, "log")
-        process = CONTEXT.Process(target=logged, args=(log, _program, cwd, words))
+        process = CONTEXT.Process(target=logged, args=(log, run_program, cwd, words))
         process.start()
         process.join(600)
         return process.exitcode, log.read_text("utf-8")

@@ -1,11 +1,9 @@
-"""The product's shape: 12 layers of width 768 over the World vocabulary in bf16, from data file to chat, with
-the commands a user types (forked, but for the last one: test_readme.py starts each program).
+"""The product's way over the World vocabulary in bf16, from data file to chat, with the commands a user types
+(forked: test_readme.py starts each program). The second tier has its shape, 12 layers of width 768.
 """
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import types
 from pathlib import Path
@@ -19,13 +17,11 @@ from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
 
 from .conftest import ROOT, close, make_arch, pypi_rwkv, slow
-from .program import call, succeed
+from .program import CONTEXT, call, logged, run_program, succeed
 
 QUESTION = "2 + 3 是多少？🙂"
 PROMPT = f"User: {QUESTION}\n\nAssistant:"
 TOKENS = 24
-# as fast here as two, and not 8 times slower when something else runs on the machine
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*args):
@@ -69,15 +65,15 @@ def questions():
 
 @pytest.fixture(
     scope="module",
-    params=[slow((6, "fp32")), (7, "bf16")],
-    ids=["v6, trained in fp32", "v7, trained in bf16"],
+    params=[slow((6, "fp32", 12, 768)), slow((7, "bf16", 12, 768)), (7, "bf16", 3, 256)],
+    ids=["v6, trained in fp32", "v7, trained in bf16", "v7, small, trained in bf16"],
 )
 def product(request):
     """base, adapter and merged file of a run of 3 steps; 1.2 GB that must not pile up among pytest's
     folders.
     """
-    version, precision = request.param
-    arch = make_arch(version, n_layer=12, n_embd=768, head_size=64, vocab_size=65536)
+    version, precision, n_layer, n_embd = request.param
+    arch = make_arch(version, n_layer=n_layer, n_embd=n_embd, head_size=64, vocab_size=65536)
     with tempfile.TemporaryDirectory() as folder:
         base, data, run, merged = (
             Path(folder, name) for name in ("base.pth", "data.jsonl", "run", "merged.pth")
@@ -93,6 +89,7 @@ def product(request):
         report = command("-m", "rwkv_miss", "merge", *flags)
         yield types.SimpleNamespace(
             version=version,
+            n_layer=n_layer,
             precision=precision,
             base=base,
             run=run,
@@ -111,10 +108,11 @@ def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
     # a nat
     assert len(losses) == 3 and 10 < losses[0] < 13 and losses[-1] < losses[0], losses
     metadata, tensors = read_metadata(product.adapter), read_checkpoint(product.adapter)
-    assert (metadata["step"], metadata["tokenizer"], metadata["options"]["rank"]) == (3, "world", 64)
+    rank = {3: 32, 12: 64}[product.n_layer]
+    assert (metadata["step"], metadata["tokenizer"], metadata["options"]["rank"]) == (3, "world", rank)
     assert {t.dtype for t in read_checkpoint(product.base).values()} == {torch.bfloat16}
     assert {t.dtype for t in tensors.values()} == {torch.float32} and all(t.any() for t in tensors.values())
-    assert len(tensors) == {6: 96, 7: 72}[product.version]
+    assert len(tensors) == {6: 8, 7: 6}[product.version] * product.n_layer
     assert (product.run / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -194,14 +192,14 @@ def reciter(path):
 def test_chat_streams_chinese_and_emoji_in_whole_characters(tmp_path):
     tokenizer = reciter(tmp_path / "reciter.pth")
     assert len(tokenizer.encode("🎉")) == 3, "this test needs a character of several tokens"
-    chat = subprocess.Popen(
-        [sys.executable, "-m", "demo.chat", "--model", tmp_path / "reciter.pth", "--prompt", "你好"],
-        cwd=ROOT,
-        env=ONE_THREAD,
-        stdout=subprocess.PIPE,
-    )
-    # as the terminal gets them: every piece must be text by itself
-    pieces = [piece.decode() for piece in iter(lambda: os.read(chat.stdout.fileno(), 1 << 16), b"")]
-    assert chat.wait(timeout=60) == 0
+    words = ["-m", "demo.chat", "--model", str(tmp_path / "reciter.pth"), "--prompt", "你好"]
+    os.mkfifo(tmp_path / "shown")
+    chat = CONTEXT.Process(target=logged, args=(tmp_path / "shown", run_program, ROOT, words))
+    chat.start()
+    with open(tmp_path / "shown", "rb") as shown:
+        # as the terminal gets them: every piece must be text by itself
+        pieces = [piece.decode() for piece in iter(lambda: os.read(shown.fileno(), 1 << 16), b"")]
+    chat.join(60)
+    assert chat.exitcode == 0, pieces
     assert "".join(pieces) == TEXT + "\n"
     assert len(pieces) > 3, f"the answer came at once, not as it was made: {pieces}"

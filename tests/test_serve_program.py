@@ -18,7 +18,7 @@ from rwkv_miss import UserError
 from src.serving import program
 from src.serving.uvicorn_server import bound
 
-from .program import CONTEXT, _program, logged
+from .program import CONTEXT, logged, run_program
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_serving_abuse import HI, until
 
@@ -29,7 +29,7 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
     words = ["-m", "demo.serve", "--model", str(tmp_path / "tiny.pth"), "--tokenizer", letters, "--port", "0"]
     words += ["--api_key_file", str(tmp_path / "key"), "--rows", "2", "--cache", "1MB", "--chunk", "16"]
     log = tmp_path / "log"
-    process = CONTEXT.Process(target=logged, args=(log, _program, os.getcwd(), words))
+    process = CONTEXT.Process(target=logged, args=(log, run_program, os.getcwd(), words))
     process.start()
     try:
         # a busy machine may have the kernels to build, too
