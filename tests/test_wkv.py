@@ -19,7 +19,7 @@ from src.model.rwkv import RWKV
 from src.ops import build, native, self_test, toolchain
 from src.ops.reference import decay6, log_decay7
 
-from .conftest import close, make_arch
+from .conftest import close, make_arch, slow
 
 NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
 OPS = {6: ops.wkv6, 7: ops.wkv7}
@@ -499,17 +499,17 @@ def test_head_sizes_of_the_native_kernels(version, N):
 @pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
 )
-@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [slow(["-mavx2", "-mfma"]), ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers
     instead of 32.
     """
     command = [toolchain.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=off", "-fPIC", "-pthread"]
     path = build.build(
-        "wkv_cpu_narrow",
+        "wkv_narrow",
         "the CPU kernels",
         10,
-        sorted(build.CUDA.glob("*_cpu.cpp")),
+        sorted(build.CUDA.glob("wkv?_cpu.cpp")),
         build.headers(),
         command,
         ["-pthread"],
