@@ -106,8 +106,8 @@ def check(ours: argparse.Namespace, config: Config) -> None:
         raise UserError("--init_only trains nothing; drop it")
     if config.on_rewards:
         raise UserError(
-            "--loss grpo has no sweep: its trainings draw no answers, and their loss says nothing of the"
-            " rewards. Run train.py at two or three rates (--lr_init) and compare the held-out rewards"
+            "--loss grpo has no sweep: its trainings make no rollouts, and their loss says nothing about"
+            " the rewards. Run train.py at two or three rates (--lr_init) and compare the held-out rewards"
         )
 
 

@@ -69,11 +69,11 @@ MEANINGS = {
     "left out": (
         "half of the rows or more teach nothing, as answers are empty or equal; look at what wrote them"
     ),
-    "nothing asked": "the question or its right answer is empty; the row is left out",
-    "long answer": "the right answer has more tokens than --max_tokens, so that it can't be drawn",
-    "unrewarded": "the right answer does not get the full reward, which then no answer may get",
+    "nothing asked": "the question or its reference answer is empty; the row is left out",
+    "long answer": "the reference answer has more tokens than --max_tokens, so no rollout can equal it",
+    "unrewarded": "the reference answer does not get the full reward, so perhaps no rollout can",
     "duplicate": "a copy of an earlier row",
-    "other answer": "an earlier row asks the same and has another right answer",
+    "other answer": "an earlier row asks the same and has another reference answer",
     "contradiction": (
         "an earlier row has another answer to the same prompt, or prefers the other one; if not both are"
         " good, take one row out"

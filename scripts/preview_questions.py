@@ -212,7 +212,7 @@ def overview(config: Config, encoder: Encoder, found: Looked, worth: dict[str, d
         f"questions  {told['rows']:,}; a prompt has {_spread(told['lengths'])}",
         f"right      answers have {_spread(told['right_lengths'])}, with their end",
         f"max_tokens {config.max_tokens}{f': {reason}' if reason else ''};"
-        f" {counted(longer, 'right answer') if longer else 'no right answer'}"
+        f" {counted(longer, 'reference answer') if longer else 'no reference answer'}"
         f" {'are' if longer > 1 else 'is'} longer",
         f"ctx_len    {config.ctx_len}, of which a prompt and one answer take at most"
         f" {int(found.questions.prompt_lengths.max()) - 1 + config.max_tokens}",
@@ -231,7 +231,7 @@ def _spread(lengths: dict[str, int]) -> str:
 
 
 def _worth_line(name: str, values: dict) -> str:
-    of = counted(values["judged"], "right answer")
+    of = counted(values["judged"], "reference answer")
     if values["mean"] is None:
         return f"reward     {name}: failed for all of {of}"
     least = f", at least {values['least']:.3g}" if values["below"] else ""

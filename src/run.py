@@ -377,8 +377,8 @@ def fit(trainer, module, report) -> None:
         sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError:
         raise UserError(
-            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which"
-            " adapters can do with, then lower --ctx_len"
+            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, if"
+            " an adapter is trained, then lower --ctx_len"
         ) from None
 
 

@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
 @pytest.mark.parametrize(
     "options,words",
     [
-        ({"rank": 8, "init_rank": 6}, "init_rank 6 is below the rank 8"),
+        ({"rank": 8, "init_rank": 6}, "init_rank 6 is below the final rank, 8"),
         ({"delta_t": 0}, "delta_t 0"),
         ({"tinit": -2}, "tinit -2"),
         ({"beta1": 1.0}, "beta1 1.0"),

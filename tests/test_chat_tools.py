@@ -104,9 +104,7 @@ def test_words_may_come_before_the_results_are_complete(talk, weather):
     made.take("Stop.")
     assert [m["role"] for m in made.conversation.turns[-1].messages] == ["tool", "user", "assistant"]
     assert made.results == []
-    with pytest.raises(
-        UserError, match="the last answer calls no tool: a call is read at the end of an answer"
-    ):
+    with pytest.raises(UserError, match="the last answer has no call at its end"):
         made.take("/result 2")
 
 

@@ -265,7 +265,7 @@ def test_manifests_that_the_loader_refuses(changes, message, tmp_path):
 
 def test_tensors_that_are_not_the_manifests(tmp_path):
     D, _ = package(tmp_path / "more", tensors={"blocks.0.x": torch.zeros(2)})
-    with pytest.raises(rwkv_miss.UserError, match=r"holds blocks\.0\.x, of which its manifest says nothing"):
+    with pytest.raises(rwkv_miss.UserError, match=r"holds blocks\.0\.x, which its manifest does not list"):
         convert(tmp_path / "more", tmp_path / "a.pth", "native")
     name = next(iter(D))
     for number, (tensor, message) in enumerate(

@@ -392,7 +392,7 @@ STATE = {"blocks.0.att.time_state": draw(3, 16, 16)}
 @pytest.mark.parametrize(
     "content, hints, words",
     [
-        (A | B, NO_HINTS, "does not hold LoRA's alpha: give the one of the training with --alpha"),
+        (A | B, NO_HINTS, "does not hold LoRA's alpha: give the alpha of the training with --alpha"),
         (A | B, Hints(alpha=0), "--alpha 0 is no factor"),
         (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
         (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
@@ -652,7 +652,7 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         ("4,6", "4,0", "Alpha 0"),
         ("4,6", "4,inf", "Alpha inf"),
         ("0,lora,4,6,0.01,1e-4", "0,lora", "has Rank None"),
-        ("0,lora", "7,lora", "has no row of layer 0"),
+        ("0,lora", "7,lora", "has no row for layer 0"),
         ("Alpha", "alpha", "is no layer profile: it has no column Alpha"),
         (PROFILE, "", "has no column Layer"),
         ("emb", "\x00" * (1 << 20), "too many"),

@@ -202,7 +202,7 @@ CASES = {
         so_far(course(1, reward=0.0, noise=0.0, dead_groups=1.0)),
         "100 % of the groups of step 1 have equal rewards, so that they teach nothing: nearly all answers are"
         " wrong from the start (reward 0; the lowest possible is 0)",
-        "easier questions, or supervised training on right answers first",
+        "easier questions, or supervised training on the reference answers first",
         [
             so_far(course(reward=(1.2, 0.0), dead_groups=1.0)),
             so_far([{**line, "units": GROUPS - 1} for line in course(1, reward=0.0, dead_groups=1.0)]),

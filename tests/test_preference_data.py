@@ -116,7 +116,7 @@ def test_an_answer_of_several_messages_is_compared_with_its_calls():
     (ids, weights), _ = Encoder(BYTES).encode(record)
     trained = text_of(ids[weights != 0])
     assert '"f"' in trained and "4" in trained and "result" not in trained and "result" in text_of(ids)
-    with pytest.raises(UserError, match="writes the turns of this answer otherwise"):
+    with pytest.raises(UserError, match="writes the turns of this answer differently"):
         turns = [thinking("hm", "a"), user("more"), thinking("hm", "b")]
         record = {"messages": EARLIER, "chosen": turns, "rejected": [assistant("5")]}
         Encoder(BYTES, load_template(FORGETFUL["qwen"])).encode(record)
@@ -129,7 +129,7 @@ def test_a_template_that_rewrites_the_question_is_refused():
         "{% else %}{{ m.content }}{% endif %};{% endfor %}"
     )
     answers = {"chosen": [{**assistant("a"), "reasoning_content": "hm"}], "rejected": [assistant("b")]}
-    with pytest.raises(UserError, match="writes the messages before the answer otherwise for the chosen"):
+    with pytest.raises(UserError, match="writes the messages before the answer differently for the chosen"):
         Encoder(BYTES, load_template(source)).encode({"messages": [user("q")], **answers})
 
 

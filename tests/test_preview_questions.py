@@ -116,9 +116,12 @@ def test_what_people_read(show):  # noqa: F811
     )
     assert code == 1
     assert "questions  5; a prompt has 22 tokens" in output
-    assert "a quarter more, and 16, for the reward exact; no right answer is longer" in output
-    assert "reward     exact: 1 in the mean of 5 right answers\n" in output
-    assert "reward     regex: 0.4 in the mean of 5 right answers, at least 0\n" in output
+    assert (
+        "1.25 times the longest reference answer, plus 16, for the reward exact; no reference answer is"
+        " longer" in output
+    )
+    assert "reward     exact: 1 in the mean of 5 reference answers\n" in output
+    assert "reward     regex: 0.4 in the mean of 5 reference answers, at least 0\n" in output
     assert "finding    unrewarded, 3 rows" in output
     assert (
         "question 1 of 5, 22 tokens, as it is asked:\n    | User: 1+1?\n    | \n    | Assistant:\n" in output

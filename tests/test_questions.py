@@ -96,9 +96,11 @@ def test_what_is_empty_is_left_out_and_counted(read):
         NO_RIGHT_ANSWER: (1, ["data.jsonl, line 2"]),
     }
     assert [question.answer for question in read(rows, needs_answer=False).questions] == ["", "2"]
-    with pytest.raises(UserError, match="data.jsonl, line 2: the right answer is empty"):
+    with pytest.raises(UserError, match="data.jsonl, line 2: the reference answer is empty"):
         read_questions("data.jsonl")
-    with pytest.raises(UserError, match="no row can be used, left out 1 row, in which the right answer is"):
+    with pytest.raises(
+        UserError, match="no row can be used, left out 1 row, in which the reference answer is"
+    ):
         read(rows[1:2])
 
 

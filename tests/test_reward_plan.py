@@ -73,7 +73,7 @@ def test_the_plan_in_words(flags, capsys):
         "prompts    each is read once for its 8 answers, to draw them and to train on them; 128 answers are"
         " drawn at once, at temperature 1\n",
         "evaluation greedy answers to ",
-        "max_tokens 19: the longest right answer, a quarter more, and 16, for the reward ",
+        "max_tokens 19: 1.25 times the longest reference answer, plus 16, for the reward ",
         "a first guess from method, rank and widths; no search: a trial of a few steps has too few rewards",
         "ctx_len 256: the longest question with its answer has 40 tokens\n",
         " of drawing (as given; if answers are about as long as the right ones, 5 tokens)",
@@ -322,7 +322,9 @@ def test_right_answers_that_cannot_be_drawn_are_told():
     prompts = [np.ones(1, np.int32)] * 3
     warnings = objective_of(Config(loss="grpo")).warnings
     (told,) = warnings(Questions(questions, prompts, 2, 4), BYTES)
-    assert told == "2 of 3 right answers have more tokens than --max_tokens 4, so that they can't be drawn"
+    assert (
+        told == "2 of 3 reference answers have more tokens than --max_tokens 4, so that they can't be drawn"
+    )
     assert not warnings(Questions(questions, prompts, 2, 6), BYTES)
 
 

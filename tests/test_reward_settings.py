@@ -48,7 +48,7 @@ def mistake(*flags):
             "--reward_length 9 is not below --max_tokens",
         ),
         ("--reward_timeout 0", "--reward_timeout 0.0: must be at least 0.1"),
-        ("--group_size 1", "--group_size 1: an answer learns from being better or worse than others"),
+        ("--group_size 1", "--group_size 1: a rollout is compared with the other rollouts"),
         ("--spike_sigmas 6", "--spike_sigmas 6 has no meaning with --loss grpo, whose loss jumps"),
         ("--loss GRPO", "did you mean grpo?"),
         ("--loss sft --rewards exact=1", "--rewards exact=1 has no meaning with --loss sft"),
@@ -71,7 +71,7 @@ def mistake(*flags):
         ("--sft_weight 1", "--sft_weight 1.0 has no meaning with --loss grpo"),
         ("--loss_average mean", "grpo has --grpo_type"),
         ("--load_model= --peft none --version x070 --n_layer 2 --n_embd 64", "needs a model that answers"),
-        ("--temperature 0.7", "--temperature 0.7: answers are drawn at temperature 1 from the whole"),
+        ("--temperature 0.7", "--temperature 0.7: rollouts use temperature 1 and the whole"),
         ("--top_p 0.9", "drop the flag"),
         ("--scale_rewards batch", "give --advantage_scale group or none"),
     ],
@@ -126,7 +126,7 @@ def test_code_is_named_on_the_command_line_only(tmp_path):
     assert before.settings == config, "it may be compared with"
     for flags in ((), ("--rewards", "own=1", "--resume", "auto")):
         resumed = Draft(settings(*flags))
-        with pytest.raises(UserError, match="code counts on the command line only; add --reward_file own.py"):
+        with pytest.raises(UserError, match="only the command line may name code; add --reward_file own.py"):
             inherit(resumed, before)
     new = settings(*flags, "--proj_dir", str(tmp_path / "no run yet"))
     with pytest.raises(UserError, match="--rewards own: expected one of .* FILE.py with a function own"):

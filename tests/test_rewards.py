@@ -129,7 +129,7 @@ def test_the_rewards_that_are_built_in_are_those_of_the_flag():
 def test_right_answers_that_cannot_be_read():
     questions = [QUESTION, QUESTION._replace(answer="seven")]
     rewards_of({"exact": 1, "partial": 1}).check(questions)
-    with pytest.raises(UserError, match="--rewards number: a right answer has no number: 'seven'"):
+    with pytest.raises(UserError, match="--rewards number: a reference answer has no number: 'seven'"):
         rewards_of({"exact": 1, "number": 1}).check(questions)
 
 
@@ -181,8 +181,9 @@ def test_a_function_that_fails_costs_its_group(own_file):
 
 def test_functions_are_tried_before_the_run(own_file):
     said = (
-        "own.py: in a trial with 3 right answers and an empty one, fails_on_none raised ZeroDivisionError:"
-        " division by zero \\(own.py, line 7: .*the right answer '7'"
+        "own.py: in a trial with 3 reference answers and an empty one, fails_on_none raised"
+        " ZeroDivisionError:"
+        " division by zero \\(own.py, line 7: .*the reference answer '7'"
     )
     with (
         rewards_of({"fails_on_none": 1}, reward_file=own_file) as rewards,
@@ -194,7 +195,7 @@ def test_functions_are_tried_before_the_run(own_file):
 def test_a_function_that_tells_nothing_apart_is_remarked(own_file):
     with rewards_of({"quality": 1, "fails_on_eight": 1}, reward_file=own_file) as rewards:
         (note,) = rewards.check([QUESTION])
-        assert note.startswith("fails_on_eight of --reward_file gave 0.5 to the right answer")
+        assert note.startswith("fails_on_eight of --reward_file gave 0.5 to the reference answer")
 
 
 def test_a_file_without_the_function_is_an_error_at_once(own_file):

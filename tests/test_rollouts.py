@@ -304,7 +304,7 @@ def test_a_model_that_overflows_is_an_error_on_every_rank(monkeypatch):
     ):
         next(iter(feed_of(config, model, Judge())))
     other = feed_of(config, policy_model(), Judge(), world=2, total=plus(broken=1))
-    with pytest.raises(UserError, match="another process overflows in the draw of step 1"):
+    with pytest.raises(UserError, match="another process overflows in the rollouts of step 1"):
         next(iter(other))
 
 

@@ -388,7 +388,7 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
         ),
         (
             ["--answers", "{folder}/one.jsonl", "--score", "boxed"],
-            r"--score boxed: a right answer has no \\boxed",
+            r"--score boxed: a reference answer has no \\boxed",
         ),
     ],
 )

@@ -85,7 +85,8 @@ class Peft(Format):
         kind = source.config.get("peft_type")
         if hints.origin not in ("", "peft"):
             raise UserError(
-                f"{source.path} is a folder of peft; --origin {hints.origin} is of something else"
+                f"{source.path} is a folder of peft, and --origin {hints.origin} is another project; drop"
+                " the flag"
             )
         if not isinstance(kind, str) or kind not in READ:
             raise UserError(f"{source.path} is of peft_type {kind!r}; read are: {', '.join(READ)}")

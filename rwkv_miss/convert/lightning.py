@@ -231,8 +231,8 @@ def check_content(source: Source, manifest: dict[str, Any]) -> None:
     tensors = {target["name"]: source.tensors[target["name"]] for target in manifest["targets"]}
     if len(tensors) != len(source.tensors):
         raise UserError(
-            f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which"
-            " its manifest says nothing"
+            f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, which its"
+            " manifest does not list"
         )
     if digest(manifest, tensors) != manifest.get("content_version"):
         raise UserError(

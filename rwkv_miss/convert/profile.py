@@ -26,7 +26,7 @@ def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str
         layer = found[1] if found else linear.partition(".")[0]  # "head"
         row = rows.get(layer)
         if row is None:
-            raise UserError(f"{path} has no row of layer {layer}, which {linear} is of")
+            raise UserError(f"{path} has no row for layer {layer}, the layer of {linear}")
         try:
             given, alpha = int(row["Rank"]), float(row["Alpha"])
         except (TypeError, ValueError):

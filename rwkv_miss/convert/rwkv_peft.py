@@ -295,7 +295,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
         )
     if hints.alpha is None:
         raise UserError(
-            "the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was"
+            "the file does not hold LoRA's alpha: give the alpha of the training with --alpha (the flag was"
             " lora_alpha). A PiSSA file looks the same: then --init FILE instead, the init_pissa.pth"
             " beside it"
         )
@@ -365,7 +365,8 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
         raise UserError(f"RWKV-PEFT has no form for MiSS with {other}; merge the adapter instead")
     if method == "bat" and options.order != "row":
         raise UserError(
-            "RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the"
+            "RWKV-PEFT's scripts merge Bat with order row alone, and would read this adapter as one; merge"
+            " the"
             " adapter instead"
         )
     if method in ("lora", "lora_fa"):

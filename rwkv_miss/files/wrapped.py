@@ -60,7 +60,7 @@ def plain_names(
         if is_model(name.removeprefix(PART) for name in names.values() if name.startswith(PART)):
             raise UserError(
                 f"{path} is a larger model with an RWKV in it, whose tensors begin with {PART}; "
-                f"python -m rwkv_miss extract-base {path} BASE.pth writes that one as a base"
+                f"python -m rwkv_miss extract-base {path} BASE.pth writes the RWKV as a base"
             )
         return tensors, []
     plain = renamed(path, tensors, without_prefixes)
@@ -78,7 +78,7 @@ def renamed(
         if (short := rename(name)) in result:
             raise UserError(
                 f"{path} has {printable(short)} twice, with and without a prefix such as"
-                f" {name.removesuffix(short) or PREFIXES[-1]}; save what is meant as a flat dict"
+                f" {name.removesuffix(short) or PREFIXES[-1]}; save the right ones as a flat dict"
             )
         result[short] = tensor
     return result

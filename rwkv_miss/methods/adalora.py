@@ -44,8 +44,8 @@ class Options(ScaledOptions):
         super().__post_init__()
         if self.init_rank < self.rank:
             raise UserError(
-                f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one"
-                " or lower the other"
+                f"init_rank {self.init_rank} is below the final rank, {self.rank}; raise init_rank or lower"
+                " the rank"
             )
         if self.delta_t < 1 or min(self.tinit, self.tfinal) < -1:
             raise UserError(

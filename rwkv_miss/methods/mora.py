@@ -41,8 +41,8 @@ class MoraLinear(AdapterLinear):
         if size > smaller:
             most = smaller**2 // (self.in_features + self.out_features)
             raise UserError(
-                f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a"
-                f" smaller width of {smaller}; the largest rank is {most}"
+                f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, more than"
+                f" the smaller width, {smaller}; the largest rank is {most}"
             )
         self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
 

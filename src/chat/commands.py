@@ -301,8 +301,7 @@ class Chat:
         calls = self.conversation.calls
         if not calls:
             raise UserError(
-                "/result is what a call gave, and the last answer calls no tool: a call is read at the end of"
-                " an answer"
+                "/result gives the model the result of a call, and the last answer has no call at its end"
             )
         results = [*self.results, {"role": "tool", "content": needed("result", argument)}]
         if len(results) == len(calls):

@@ -110,7 +110,7 @@ def check_by_hand(config: Config) -> None:
     where = config.origins.get("reward_file")
     if config.reward_file and where != "command line":
         raise UserError(
-            f"{where} has reward_file {config.reward_file}, whose code would be run:"
-            " that counts on the command line only. If you trust the file, add --reward_file"
+            f"{where} has reward_file {config.reward_file}, whose code would be run: only the command line"
+            " may name it. If you trust the file, add --reward_file"
             f" {config.reward_file} to the command; else remove the line"
         )

@@ -24,8 +24,7 @@ def check_rewards(config: Config) -> None:
         return
     if config.group_size < 2:
         raise UserError(
-            "--group_size 1: an answer learns from being better or worse than others to the same question;"
-            " give at least 2"
+            "--group_size 1: a rollout is compared with the other rollouts of its question; give at least 2"
         )
     rewards, longest = config.value_or_zero("rewards"), config.value_or_zero("max_tokens")
     check_weights(rewards)
@@ -49,7 +48,7 @@ def check_rewards(config: Config) -> None:
     if config.spike_sigmas:
         raise UserError(
             f"--spike_sigmas {config.spike_sigmas:g} has no meaning with --loss grpo, whose loss jumps from"
-            " draw to draw and does not tell a bad step; drop it. The run watches its rewards, and warns"
+            " step to step and cannot show a bad step; drop it. The run watches its rewards, and warns"
         )
     check_draws(config)
     check_reference_of_kl(config)
@@ -103,8 +102,8 @@ def check_draws(config: Config) -> None:
     work without answers falls between two draws."""
     if config.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--strategy {config.strategy} has no whole model in any process, which --loss grpo needs to draw"
-            " answers; use ddp, deepspeed_stage_1 or _2"
+            f"--strategy {config.strategy} has no whole model in any process, which --loss grpo needs for"
+            " its rollouts; use ddp, deepspeed_stage_1 or _2"
         )
     if not config.packing:
         raise UserError(
@@ -135,6 +134,6 @@ def check_reference_of_kl(config: Config) -> None:
     ):
         if changes:
             raise UserError(
-                f"--beta {beta:g} needs the model as it was, and {flag} changes the model itself,"
-                f" which can't be switched off as an adapter can; give --reference {config.load_model}"
+                f"--beta {beta:g} needs the base model, and {flag} changes the model itself, which can't be"
+                f" switched off like an adapter; give --reference {config.load_model}"
             )

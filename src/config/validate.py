@@ -47,7 +47,7 @@ def check_data(config: Config) -> None:
     """Check the rules about the data alone."""
     check_bounds(config, ["ctx_len", "think_weight", "prompt_weight"])
     if not config.data_file:
-        raise UserError("--data_file is missing: the data to train on")
+        raise UserError("--data_file is missing; give the data to train on")
     check_bos(config.bos)
     if not config.loss_mask.partition("...")[0]:
         raise UserError(
@@ -57,7 +57,7 @@ def check_data(config: Config) -> None:
     if config.prompt_weight and config.loss_mask == "all":
         raise UserError(
             f"--prompt_weight {config.prompt_weight:g} has no meaning with --loss_mask all, which trains"
-            " prompts as all else; drop one of them"
+            " prompts too; drop one of them"
         )
 
 

@@ -47,8 +47,8 @@ def _segments(record: dict[str, Any], answer: Any, template: Template, token_end
     *earlier, last = template.documents([*before, *answer], record.get("tools"), token_end)
     if any(segment.weight for document in earlier for segment in document):
         raise UserError(
-            f"{template.name} writes the turns of this answer otherwise when others follow, so that it is no"
-            " single document; give its last message alone, and the others in messages"
+            f"{template.name} writes the turns of this answer differently when more turns follow, so that"
+            " they are not one document; give its last message alone, and the others in messages"
         )
     return last
 
@@ -69,8 +69,8 @@ def compared(documents: list[Document], template: str) -> list[Document]:
     begins = [int(np.argmax(weights)) for _, weights in documents]
     if not np.array_equal(chosen[: min(begins)], rejected[: min(begins)]):
         raise UserError(
-            f"{template} writes the messages before the answer otherwise for the chosen one than for the"
-            " rejected one, so that they can't be compared; choose another --template"
+            f"{template} writes the messages before the answer differently for the chosen and the rejected"
+            " one, so that they can't be compared; choose another --template"
         )
     for begin, (_, weights) in zip(begins, documents):
         weights[min(begins) : begin] = 1

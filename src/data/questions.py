@@ -29,7 +29,7 @@ THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
 NAMED = 3  # number of left-out questions that are named
 NO_QUESTION = "the question is empty"
-NO_RIGHT_ANSWER = "the right answer is empty"
+NO_RIGHT_ANSWER = "the reference answer is empty"
 
 
 class Question(NamedTuple):
@@ -303,7 +303,8 @@ def _of_messages(row: dict[str, Any], template: Template) -> Question:
         whole = "".join(piece for piece, _ in template.segments(row["messages"], tools))
         if not whole.startswith(prompt):
             raise UserError(
-                f"the template {template.name} asks in other words than it answers in, so the right call"
+                f"the template {template.name} writes a prompt that its answers do not continue, so the"
+                " reference call"
                 " can't be found; give the row as prompt and completion"
             )
         right = answer_text(whole.removeprefix(prompt), template, template.opening)

@@ -272,9 +272,7 @@ def check_questions(args: argparse.Namespace) -> None:
         if (given := getattr(args, name)) is not None:
             raise UserError(f"--{name} {given} belongs to --preferences")
     if len(args.adapter) > 1:
-        raise UserError(
-            "several --adapter go with --preferences; of --questions one adapter answers at a time"
-        )
+        raise UserError("several --adapter need --preferences; --questions takes one adapter at a time")
     for name, least in (
         ("max_tokens", 1),
         ("batch", 1),

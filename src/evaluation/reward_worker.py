@@ -121,7 +121,7 @@ def check_function(name: str, function: Any, defined: list[str]) -> None:
         except TypeError:
             raise RewardMistake(
                 f"{name}{inspect.signature(function)} cannot be called with the prompt, the list of answers"
-                f" and the right answer; expected def {name}(prompt, answers, right)"
+                f" and the reference answer; expected def {name}(prompt, answers, right)"
             ) from None
 
 

@@ -150,13 +150,13 @@ class Rewards:
                 values = self.own.call(name, question.prompt, answers, question.answer)
             except FunctionFailed as failed:
                 raise UserError(
-                    f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} right"
-                    f" answers and an empty one, {failed.reason}; the question was {question.prompt[-80:]!r},"
-                    f" the right answer {question.answer[-80:]!r}"
+                    f"--reward_file {self.config.reward_file}: in a trial with {len(answers) - 1} reference"
+                    f" answers and an empty one, {failed.reason}; the question was"
+                    f" {question.prompt[-80:]!r}, the reference answer {question.answer[-80:]!r}"
                 ) from None
             if len({*values}) == 1:
                 notes.append(
-                    f"{name} of --reward_file gave {values[0]:g} to the right answer and to an empty one"
+                    f"{name} of --reward_file gave {values[0]:g} to the reference answer and to an empty one"
                     " alike; answers of equal rewards teach nothing"
                 )
         return notes

@@ -176,6 +176,6 @@ def require_readable(name: str, questions: Sequence[Question], flag: str) -> Non
     for question in questions:
         if score.result_of_reference(question.answer) is None:
             raise UserError(
-                f"{flag}: a right answer has no {score.wanted.removeprefix('a ')}: "
+                f"{flag}: a reference answer has no {score.wanted.removeprefix('a ')}: "
                 f"{question.answer[-200:]!r} (of {question.prompt[:80]!r})"
             )

@@ -46,7 +46,7 @@ def check(arch: Arch, kind: str) -> list[str]:
     if arch.version == 7 and arch.head_size % 64:
         raise UserError(
             f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something"
-            " else, without a word: its WKV kernel for AVX-512 steps 64 channels at a time, into the next"
+            " else silently: its WKV kernel for AVX-512 steps 64 channels at a time, into the next"
             " head. Heads of 64 or a multiple are right"
         )
     if kind in ("Q8_0", "Q4_0"):

@@ -151,7 +151,7 @@ class Conversation:
                 raise
             raise UserError(
                 f"the turns so far can't be written in template {self.template.name}: {error}. Take back the"
-                " turn that it is about, begin a new conversation, or choose the template of before"
+                " turn that it is about, begin a new conversation, or choose the earlier template"
             ) from None
 
     def _asked(self, new: list[dict]) -> list[Segment]:

@@ -332,7 +332,7 @@ RULES = (
         ),
         lambda f: [
             "easier questions",
-            "supervised training on right answers first",
+            "supervised training on the reference answers first",
             "a reward that gives a part (partial)",
             f"more answers (--group_size above {f.config.group_size})",
         ],

@@ -54,8 +54,8 @@ def finish(
     metrics, history = log.metrics, log.history
     if not metrics:
         raise UserError(
-            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is"
-            " odd in the data or the base"
+            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or check the data"
+            " and the base"
         )
     described = objective_of(config).metrics
     draw_pictures(described, metrics, history, config.proj_dir)

@@ -101,7 +101,7 @@ def bound(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port} can't be listened at: {error.strerror}; choose another --port, or 0"
+            f"--host {host} --port {port}: can't listen there: {error.strerror}; choose another --port, or 0"
             " for a free one"
         ) from None
     return listener

@@ -118,7 +118,7 @@ def found_of(
     if math.isinf(tried[best]):
         raise UserError(
             f"no rate from {min(tried):g} to {max(tried):g} has a finite loss after {counted(steps, 'step')};"
-            " look for what is odd in the data or the base, or give a rate as --lr_init"
+            " check the data and the base, or give a rate as --lr_init"
         )
     exact = bottom_of(tried)
     bottom, rate = float(f"{exact:.2g}"), float(f"{part * exact:.2g}")

@@ -99,7 +99,7 @@ def inherit(draft: Draft, earlier: Recorded) -> None:
     if before.reward_file and not config.reward_file:
         raise UserError(
             f"--resume auto: rewards of the run in {config.proj_dir} are functions of {before.reward_file},"
-            f" and code counts on the command line only; add --reward_file {before.reward_file}"
+            f" and only the command line may name code; add --reward_file {before.reward_file}"
         )
     check_rewards(draft.config)
 

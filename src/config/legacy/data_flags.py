@@ -22,7 +22,7 @@ def loss_mask(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list
     mask = value(kept, "loss_mask")
     if mask == "se":
         raise UserError(
-            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
+            "--loss_mask se marks by token ids; here a mask is given as text: --loss_mask START...END"
         )
     if mask not in LOSS_MASKS:
         return []

@@ -114,8 +114,8 @@ def _check_drawing(old: Mapping[str, str], notes: list[str]) -> None:
     for name, whole in DRAWING.items():
         if name in old and old[name] not in whole:
             raise UserError(
-                f"--{name} {old[name]}: answers are drawn at temperature 1 from the whole distribution, the"
-                " only one of which the training knows ln p; drop the flag"
+                f"--{name} {old[name]}: rollouts use temperature 1 and the whole distribution, the only one"
+                " whose ln p the training knows; drop the flag"
             )
         if name in old:
             notes.append(f"--{name} {old[name]} is ignored: answers are always drawn so")

@@ -327,7 +327,9 @@ def _question(record: dict, columns: RecordColumns) -> list[dict[str, Any]]:
     if isinstance(value, list):
         turns = turns_of(value, asked)
         if turns[-1]["role"] == "assistant":
-            raise UserError(f"{asked} ends with the assistant's message; expected what both answers answer")
+            raise UserError(
+                f"{asked} ends with the assistant's message; expected the message that both answers follow"
+            )
     else:
         turns = [{"role": "user", "content": words_of(record, asked, context)}]
     return [*earlier_turns(record, columns.history), *turns]

@@ -149,7 +149,7 @@ class ReferencePass:
         word, line = values.documents.word, values.documents.line(values.not_finite)
         raise UserError(
             f"the reference, {self.config.reference or self.config.load_model}, gives ln p that is not finite"
-            f" for the {word} of line or row {line} of {what}; look for what is odd in it or in the model, or"
+            f" for the {word} of line or row {line} of {what}; check this row and the model, or"
             " choose another --precision"
         )
 

@@ -190,7 +190,9 @@ class RolloutFeed(Feed):
     def _check(self, step: int, groups: list[Group], error: UserError | None) -> None:
         """Raise UserError on all ranks if one of them could not sample, or no group has rewards."""
         if self.totals.broken:
-            raise error or UserError(f"the model of another process overflows in the draw of step {step + 1}")
+            raise error or UserError(
+                f"the model of another process overflows in the rollouts of step {step + 1}"
+            )
         if not self.totals.groups:
             reasons = [group.scored.reason for group in groups if isinstance(group.scored, Failed)]
             raise AllFailed(

@@ -84,7 +84,7 @@ class OnRewards(Objective):
     def defaults(self) -> Iterator[tuple[str, object, str]]:
         config = self.config
         of_type = f"as in the paper of --grpo_type {config.grpo_type}"
-        yield "rewards", {"exact": 1.0}, "the right answer, and nothing else"
+        yield "rewards", {"exact": 1.0}, "the reference answer, and nothing else"
         wider = config.grpo_type == "dapo" and config.clip_low < CLIP_HIGH
         high, reason = (CLIP_HIGH, of_type) if wider else (config.clip_low, "as --clip_low")
         yield "clip_high", high, reason
@@ -220,7 +220,7 @@ class OnRewards(Objective):
         if not (long := sum(length >= documents.max_tokens for length in lengths)):
             return []
         return [
-            f"{long:,} of {counted(len(lengths), 'right answer')} {'has' if long == 1 else 'have'} more"
+            f"{long:,} of {counted(len(lengths), 'reference answer')} {'has' if long == 1 else 'have'} more"
             f" tokens than --max_tokens {documents.max_tokens}, so that {'it' if long == 1 else 'they'}"
             " can't be drawn"
         ]

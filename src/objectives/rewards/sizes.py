@@ -80,7 +80,7 @@ def _limit(name: str, loaded: LoadedQuestions, tokenizer: Tokenizer, reward_leng
         return LIMITS[name], f"for the reward {name}"
     if name in REWARDS and name not in WITHOUT_RIGHT:
         limit = answer_limit(name, tokenizer, loaded.questions)
-        return limit, f"the longest right answer, a quarter more, and 16, for the reward {name}"
+        return limit, f"1.25 times the longest reference answer, plus 16, for the reward {name}"
     return FREE, f"for the reward {name}, which does not tell how long an answer is"
 
 
