@@ -183,7 +183,7 @@ class Chat:
 
     @command("scale", "[NUMBER]")
     def choose_scale(self, argument: str) -> None:
-        """multiply what the adapter changes by this; 1: as it was trained"""
+        """multiply the change of the adapter by this; 1: as it was trained"""
         if argument:
             self.scale = valid_number("scale", argument)
             if self.adapters.used:
@@ -225,7 +225,7 @@ class Chat:
 
     @command("top_p", "[NUMBER]")
     def choose_top_p(self, argument: str) -> None:
-        """draw among the likeliest tokens that have this share together; 1: among all"""
+        """draw among the likeliest tokens whose probabilities add up to this; 1: among all"""
         self.choose_sampling("top_p", argument)
 
     def choose_sampling(self, name: str, argument: str) -> None:
@@ -297,7 +297,7 @@ class Chat:
 
     @command("result", "TEXT")
     def give_result(self, argument: str) -> None:
-        """what a call gave, one after another; after the last one the model goes on"""
+        """give the model the result of a call; after the last result it goes on"""
         calls = self.conversation.calls
         if not calls:
             raise UserError(
