@@ -65,7 +65,8 @@ def flag_parser(prog: str, description: str) -> Parser:
         help="YAML with any of these settings; an earlier run's config.yaml is one",
     )
     for field in FIELDS.values():
-        default = field.metadata["written"]
+        default = "chosen" if field.default is AUTO else field.metadata["written"]
+        default = f"{default:g}" if isinstance(default, bool | float) else default
         default = "" if default in ("", {}) else f" [{default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         bounds = f"; {text}" if (text := uncommon_bounds(field.name)) else ""
