@@ -37,8 +37,8 @@ class LossSettings(DataSettings):
     )
     sft_weight: float = opt(
         -1.0,
-        "the weight of the cross entropy of the chosen answer, per token, beside the preference. With"
-        " 0 right answers can get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
+        "the weight of the cross entropy of the chosen answer, per token, beside the preference. At"
+        " weight 0 right answers can get lost while the accuracy rises. -1: 1, and 1 / beta for ipo",
         alias=("rpo_alpha", "pref_ftx"),
         automatic=True,
         low=-1,
@@ -149,8 +149,9 @@ class LossSettings(DataSettings):
     )
     advantage_scale: str = opt(
         "auto",
-        "grpo: group: the rewards of a question, minus their mean, are divided by their standard"
-        " deviation. none: they are not divided. auto: none for --grpo_type dr_grpo, else group",
+        "grpo: how advantages are scaled. group: the rewards of a question, minus their mean, are"
+        " divided by their standard deviation. none: they are not divided. auto: none for --grpo_type"
+        " dr_grpo, else group",
         choices=("auto", "group", "none"),
         automatic=True,
     )
