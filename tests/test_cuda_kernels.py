@@ -78,7 +78,7 @@ def check(libraries, version, state=True, packed=False, **shape):
 
 
 # every length with the smallest heads, every size of heads with a length of two blocks and a token
-LENGTHS = [(T, 8, 3, 5) for T in (1, 2, 15, 16, 17, 37, 129)]
+LENGTHS = [(T, 8, 2, 3) for T in (1, 2, 15, 16, 17, 37, 129)]
 LENGTHS += [(17, 16, 1, 3), (17, 64, 1, 3), slow(17, 32, 3, 1), slow(17, 128, 1, 2), slow(129, 64, 1, 3)]
 
 
@@ -95,7 +95,7 @@ def test_head_sizes_between(libraries, version, N):
     check(libraries, version, packed=True, T=9, N=N, B=1, H=1)
 
 
-@pytest.mark.parametrize("N, B, H", [(64, 1, 97), (40, 3, 43)])
+@pytest.mark.parametrize("N, B, H", [slow(64, 1, 97), (40, 3, 43)])
 @both
 def test_many_heads(libraries, version, N, B, H):
     """From some number of blocks on a lane holds four rows instead of one."""
@@ -111,7 +111,7 @@ def test_slices_of_time(libraries, version, packed):
 @pytest.mark.parametrize("version, decay", REGIMES)
 def test_extreme_decays(libraries, version, decay):
     for state in (True, False):
-        x, got = check(libraries, version, state, T=129, N=16, B=1, H=3, decay=decay)
+        x, got = check(libraries, version, state, T=129, N=16, B=1, H=1, decay=decay)
         assert all(t.isfinite().all() for t in got.values())
         if version == 6:
             assert not got["dw"][x["w"] >= 5].any()  # delta is an exact 0 in fp32
@@ -177,7 +177,7 @@ def test_half_precision_rounds_inputs_and_outputs_only(libraries, version, dtype
 
 
 @pytest.mark.parametrize(
-    "N, B, H", [(8, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1), (64, 1, 97)]
+    "N, B, H", [(8, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1), slow(64, 1, 97)]
 )
 @both
 def test_the_order_of_threads_does_not_matter(libraries, version, N, B, H):

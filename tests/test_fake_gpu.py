@@ -29,8 +29,7 @@ FAST = """
     step adalora v7, step bat v6, step dora v7, step miss v6, step miss v7, step none v7, step state v7,
     step with weights miss v7, layer miss v6, layer miss v7, memory miss none grad_cp 0 chunk_ctx 0 v7,
     memory miss nf4 grad_cp 1 chunk_ctx 0 v6, memory miss none grad_cp 0 chunk_ctx 128 v7, decode v7,
-    decode 8 rows with adapters v7, chat v7, chat on int8, train.py bf16, train.py grpo, two GPUs: ZeRO 2,
-    memory two GPUs: none ZeRO 3
+    decode 8 rows with adapters v7, chat v7, chat on int8, train.py bf16, train.py grpo, two GPUs: ZeRO 2
 """.replace("\n", " ").split(",")
 FAST = [case.strip() for case in FAST]
 
