@@ -183,17 +183,15 @@ def test_full_training_in_bf16():
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 20 to 320 bytes, on an adapter
-    with more elements in each tensor than ZeRO-3 leaves whole.
-    """
+    """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 5 to 170 bytes."""
     folder = tmp_path_factory.mktemp("infctx")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=128, head_size=32)), folder / "base.pth")
+    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
     rng = random.Random(0)
     rows = [
         {
             "messages": [
                 {"role": "user", "content": "q" * rng.randint(1, 30)},
-                {"role": "assistant", "content": "ab c" * rng.choice([1, 20, 70])},
+                {"role": "assistant", "content": "ab c" * rng.choice([1, 10, 35])},
             ]
         }
         for _ in range(21)
@@ -206,7 +204,7 @@ def train(tmp_path_factory):
             "data_file": folder / "data.jsonl",
             "proj_dir": folder / name,
             "tokenizer": "bytes",
-            "peft_config": "r=100",
+            "peft_config": "r=8",
             "lr_init": "1e-2",
             "lr_schedule": "constant",
             "micro_bsz": 8,

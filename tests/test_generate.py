@@ -469,6 +469,7 @@ def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys
     assert "base.pth: RWKV-" in err and "/exit ends the chat" in err
 
 
+@pytest.mark.parametrize("files", [7], indirect=True)
 def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
     flags = (
         f"--model {files[2]} --tokenizer {letters} --prompt hello? --temperature 0 --max_tokens 20".split()

@@ -124,9 +124,9 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     start = {name: tensor.clone() for name, tensor in tensors.items()}
     rates = [1e-2, 1e-3]
-    together = list(trials(model, config, documents, other, 4, "lr_init", rates))
+    together = list(trials(model, config, documents, other, 2, "lr_init", rates))
     assert all(torch.equal(start[name], tensor) for name, tensor in tensors.items())
-    alone = next(trials(model, config, documents, other, 4, "lr_init", rates[1:]))
+    alone = next(trials(model, config, documents, other, 2, "lr_init", rates[1:]))
     assert together[1] == alone and together[0].losses[0] == alone.losses[0]
     assert together[0].losses[1:] != alone.losses[1:]
 

@@ -199,7 +199,11 @@ def test_ctrl_c_is_ignored_where_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     "program",
-    [["rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"], ["scripts.doctor"], ["scripts.memory_table"]],
+    [
+        ["rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"],
+        slow(["scripts.doctor"]),
+        slow(["scripts.memory_table"]),
+    ],
     ids=" ".join,
 )
 def test_a_reader_that_has_gone_ends_the_program_without_a_word(program):
