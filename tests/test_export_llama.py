@@ -140,31 +140,15 @@ def world(tmp_path_factory, library):
 def test_tokens_are_worlds(world):
     ours, draw = load_tokenizer("world", 65536), random.Random(0)
     vocabulary = [text for piece in ours.table.values() if (text := piece.decode(errors="ignore"))]
-    texts = [
-        "<s>",
-        "[PAD65530]",
-        "a <s> b\n\nc",
-        "<|endoftext|>",
-        'it\'s "q" \\n \\x41 \\',
-        "你好，世界 🌍",
-        "\x00\x01\x7f",
-        "\u00ff\ufffd",
-        "\r\n\t  x",
-        "User: hi\n\nAssistant:",
-        "\\xff[PAD65530]",
-    ]
+    texts = ["<s>", "[PAD65530]", "a <s> b\n\nc", "<|endoftext|>", 'it\'s "q" \\n \\x41 \\', "你好，世界 🌍"]
+    texts += ["\x00\x01\x7f", "\u00ff\ufffd", "\r\n\t  x", "User: hi\n\nAssistant:", "\\xff[PAD65530]"]
     texts += ["".join(draw.choices(vocabulary, k=draw.randint(1, 30))) for _ in range(300)]
-    texts += [
-        "".join(
-            chr(
-                draw.choice(
-                    [draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), draw.randrange(0x10000, 0x20000)]
-                )
-            )
-            for _ in range(draw.randint(1, 40))
-        )
-        for _ in range(100)
-    ]
+    ranges = ((32, 127), (0xA0, 0xD800), (0x10000, 0x20000))
+
+    def letter():
+        return chr(draw.choice([draw.randrange(*ends) for ends in ranges]))
+
+    texts += ["".join(letter() for _ in range(draw.randint(1, 40))) for _ in range(100)]
     for text in texts:
         ids = ours.encode(text)
         assert world.encode(text) == ids and world.encode(text, special=True) == ids, text

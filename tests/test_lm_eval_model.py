@@ -136,13 +136,12 @@ def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch
 def test_what_reads_the_same_tokens_is_computed_once(model, monkeypatch):
     sizes = []
     features = RWKV.features
-    monkeypatch.setattr(
-        RWKV,
-        "features",
-        lambda self, ids, *args, **kwargs: (
-            sizes.append(tuple(ids.shape)) or features(self, ids, *args, **kwargs)
-        ),
-    )
+
+    def noted(self, ids, *args, **kwargs):
+        sizes.append(tuple(ids.shape))
+        return features(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(RWKV, "features", noted)
     log_likelihoods(model, [([1, 2, 3], [choice]) for choice in (4, 5, 6, 7)])
     assert sizes == [(1, 3)]
 
@@ -299,23 +298,15 @@ def test_mistakes_are_explained_before_the_model_is_loaded(tmp_path):
         "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
     )
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
-    for flags, message in (
-        (["--tasks", "lambada_local"], "task lambada_local needs --data_file"),
-        (
-            ["--tasks", "lambada_local", "--data_file", str(tmp_path / "rows.jsonl")],
-            'has no row {"text": ...}',
-        ),
-        (
-            ["--tasks", "broken", "--include_path", str(tmp_path)],
-            "the harness can't load the tasks: FileNotFoundError",
-        ),
-        (["--tasks", "lambada_openai", "--out", str(tmp_path)], "is a folder"),
-        (
-            ["--tasks", "lambada_openai", "--data_file", "rows.jsonl"],
-            "--data_file is for the task lambada_local",
-        ),
-        (["--tasks", "lambada_openai", "--limit", "0"], "--limit 0: must be at least 1"),
+    for task, flags, message in (
+        ("lambada_local", [], "task lambada_local needs --data_file"),
+        ("lambada_local", ["--data_file", str(tmp_path / "rows.jsonl")], 'has no row {"text": ...}'),
+        ("broken", ["--include_path", str(tmp_path)], "the harness can't load the tasks: FileNotFoundError"),
+        ("lambada_openai", ["--out", str(tmp_path)], "is a folder"),
+        ("lambada_openai", ["--data_file", "rows.jsonl"], "--data_file is for the task lambada_local"),
+        ("lambada_openai", ["--limit", "0"], "--limit 0: must be at least 1"),
     ):
+        flags = ["--tasks", task, *flags]
         with pytest.raises(rwkv_miss.UserError, match=message):
             program.main(["--model", "nowhere.pth", *flags])
     with pytest.raises(

@@ -40,21 +40,8 @@ def test_the_climb_ends_between_two_worse_rates(start, best):
 
 
 def test_rates_are_half_decades():
-    assert [rate(k) for k in range(-12, 1)] == [
-        1e-6,
-        3e-6,
-        1e-5,
-        3e-5,
-        1e-4,
-        3e-4,
-        1e-3,
-        3e-3,
-        1e-2,
-        3e-2,
-        1e-1,
-        3e-1,
-        1.0,
-    ]
+    rates = "1e-6 3e-6 1e-5 3e-5 1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1 1.0"
+    assert [rate(k) for k in range(-12, 1)] == [float(each) for each in rates.split()]
 
 
 def outcome(held_out):

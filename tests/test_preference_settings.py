@@ -22,33 +22,22 @@ from src.training.resume import MAY_CHANGE, inherit
 from .conftest import make_arch, random_tensors
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+
+
 # no default of any setting
-GIVEN = {
-    "beta": "0.25",
-    "sft_weight": "0.5",
-    "loss_average": "mean",
-    "label_smoothing": "0.125",
-    "simpo_gamma": "1.5",
-    "orpo_lambda": "0.25",
-    "desirable_weight": "2",
-    "undesirable_weight": "3",
-    "reference": "other.pth",
-}
+def named(text):
+    return dict(one.split("=", 1) for one in text.split())
+
+
+GIVEN = named("""
+    beta=0.25 sft_weight=0.5 loss_average=mean label_smoothing=0.125 simpo_gamma=1.5 orpo_lambda=0.25
+    desirable_weight=2 undesirable_weight=3 reference=other.pth
+""")
 # what can only be seen with others of its loss is in test_reward_settings.py
-ALONE = {
-    "rewards": "number=1",
-    "reward_file": "own.py",
-    "reward_regex": "x",
-    "reward_length": "3",
-    "reward_timeout": "2.5",
-    "group_size": "5",
-    "max_tokens": "17",
-    "grpo_type": "dr_grpo",
-    "clip_low": "0.125",
-    "clip_high": "0.5",
-    "advantage_scale": "none",
-    "inner_steps": "3",
-}
+ALONE = named("""
+    rewards=number=1 reward_file=own.py reward_regex=x reward_length=3 reward_timeout=2.5 group_size=5
+    max_tokens=17 grpo_type=dr_grpo clip_low=0.125 clip_high=0.5 advantage_scale=none inner_steps=3
+""")
 
 
 def mistake(*flags):

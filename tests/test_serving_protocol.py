@@ -29,14 +29,9 @@ from src.serving.tools import NO_TOOLS, Tools
 from .test_templates import CHATML
 
 TOKENIZER = load_tokenizer("bytes", 256)
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Of a city", "parameters": CITY}
+TOOL = {"type": "function", "function": WEATHER}
 OTHER = {"type": "function", "function": {"name": "time"}}
 HI = [{"role": "user", "content": "hi"}]
 
@@ -436,20 +431,8 @@ def test_only_files_below_the_folder_can_be_named(tmp_path):
     assert inside(root, "a.pth") == f"{root}/a.pth" == inside(root, "in.pth") == inside(root, "sub/../a.pth")
     assert inside(root, "sub/b.pth") == f"{root}/sub/b.pth"
     messages = set()
-    for name in (
-        "../secret.pth",
-        "../absent.pth",
-        "out.pth",
-        "up/secret.pth",
-        str(outside),
-        f"{root}/a.pth",
-        "sub",
-        ".",
-        "a.pth\0",
-        "absent.pth",
-        "x" * 9999,
-        "hf://a/b",
-    ):
+    names = "../secret.pth ../absent.pth out.pth up/secret.pth sub . absent.pth hf://a/b"
+    for name in (*names.split(), str(outside), f"{root}/a.pth", "a.pth\0", "x" * 9999):
         with pytest.raises(Refused) as caught:
             inside(root, name)
         assert (caught.value.status, caught.value.param) == (400, "file")

@@ -42,19 +42,12 @@ def write(path, content):
 
 
 def vocabulary(path, table):
-    return write(
-        path,
-        "".join(
-            f"{i} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n"
-            for i, token in table.items()
-        ),
-    )
+    sizes = {i: len(token.encode() if isinstance(token, str) else token) for i, token in table.items()}
+    return write(path, "".join(f"{i} {token!r} {sizes[i]}\n" for i, token in table.items()))
 
 
 def bpe(path, special=("<|endoftext|>", "<|padding|>"), **options):
-    """A byte-level BPE as GPT-NeoX's 20B vocabulary is: NFC, offsets trimmed by the post-processor, two
-    special tokens.
-    """
+    """A byte-level BPE as GPT-NeoX's 20B vocabulary: NFC, trimmed offsets, two special tokens."""
     inner = Tokenizer(models.BPE(**options))
     inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,9 +77,7 @@ def characters(path, alphabet="0123456789,#", special="#", unknown=None):
 
 
 def byte_fallback(path):
-    """As in Llama: a space is `▁`, one space is stripped at the start, and unknown characters are tokens like
-    <0xE4>.
-    """
+    """As in Llama: a space is `▁`, one is stripped at the start, unknown characters are such as <0xE4>."""
     vocab = {
         token: i
         for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh", *(f"<0x{b:02X}>" for b in range(256))])
@@ -101,22 +92,16 @@ def byte_fallback(path):
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     ]
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    return write(
-        path,
-        {
-            "version": "1.0",
-            "added_tokens": [
-                {"id": i, "content": text, "special": True, **flags}
-                for i, text in enumerate(["<unk>", "</s>"])
-            ],
-            "normalizer": {"type": "Sequence", "normalizers": prepared},
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
-            },
-            "model": dict(type="BPE", vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True),
-        },
-    )
+    special = [dict(id=i, content=text, special=True, **flags) for i, text in enumerate(["<unk>", "</s>"])]
+    steps = [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    content = {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": prepared},
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": dict(type="BPE", vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True),
+    }
+    return write(path, content)
 
 
 @pytest.fixture(params=["world", "bytes", "utf16", "vocabulary", "bpe", "byte_fallback"])
@@ -231,13 +216,8 @@ def test_a_vocabulary_file_is_the_longest_match_whatever_its_ids(tmp_path, seed)
         bytes([b]) for b in alphabet.encode()
     }
     # ids from 0, with gaps, and beyond 16 bits
-    table = dict(
-        zip(
-            sorted(rng.sample(range(100_000), len(words) - 1)) + [0],
-            sorted(words, key=lambda word: rng.random()),
-            strict=True,
-        )
-    )
+    ids = sorted(rng.sample(range(100_000), len(words) - 1)) + [0]
+    table = dict(zip(ids, sorted(words, key=lambda word: rng.random()), strict=True))
     tokenizer = load_tokenizer(vocabulary(tmp_path / "v.txt", table), 100_000, eod="a")
     for _ in range(20):
         text = "".join(rng.choices(alphabet, k=rng.randrange(20)))
@@ -263,19 +243,7 @@ def test_a_vocabulary_file_says_what_it_cannot_express(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "hello",
-        "1 'a' 2",
-        "1 'a'",
-        "-1 'a' 1",
-        "1 '' 0",
-        "1 5 5",
-        "x 'a' 1",
-        "1 __import__('os') 1",
-        "",
-        "7 'c' 1",
-        "8 'b' 1",
-    ],
+    "hello|1 'a' 2|1 'a'|-1 'a' 1|1 '' 0|1 5 5|x 'a' 1|1 __import__('os') 1||7 'c' 1|8 'b' 1".split("|"),
 )
 def test_a_damaged_vocabulary_file_names_its_line(tmp_path, line):
     path = write(tmp_path / "v.txt", f"7 'b' 1\n{line}\n9 'd' 1\n")
@@ -452,9 +420,7 @@ def test_a_file_that_is_absent_or_no_tokenizer(tmp_path):
 
 
 def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypatch):
-    """Also where tokens begin and end inside characters, and a text that cannot be expressed is refused in
-    the same place.
-    """
+    """Also where tokens end inside characters; what cannot be expressed is refused in the same place."""
     pieces = ["a", "ab", "abab", "b", "é", b"\xe4", b"\xbd\xa0", b"\xa0a", b"\xbd", b"\xbd\xa0\xe4", "你b"]
     size = lambda piece: len(piece.encode() if isinstance(piece, str) else piece)  # noqa: E731
     (tmp_path / "vocabulary.txt").write_text(

@@ -23,25 +23,15 @@ pytestmark = needs_transformers
 
 
 def new(kind, task, **sizes):
-    """A model of transformers, which is imported here: it takes seconds, also where these tests are only
-    collected.
-    """
+    """A model of transformers, which is imported here: that takes seconds, also where tests are collected."""
     import transformers
 
     return getattr(transformers, f"{kind}For{task}")(getattr(transformers, f"{kind}Config")(**sizes))
 
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 50,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+SIZES = dict(vocab_size=61, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=6)
+SIZES |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}  # heads that together are wider than the model
 # name -> (model, targets). Leaf names, suffixes and whole names
 MODELS = {
@@ -55,14 +45,7 @@ MODELS = {
     ),
     "qwen3": (lambda: new("Qwen3", "CausalLM", **GROUPED), ["q_proj", "o_proj", "down_proj", "lm_head"]),
     "roberta": (
-        lambda: new(
-            "Roberta",
-            "SequenceClassification",
-            **SIZES,
-            num_labels=3,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        ),
+        lambda: new("Roberta", "SequenceClassification", **SIZES, num_labels=3, **NO_DROPOUT),
         ["query", "key", "value", "dense"],
     ),
 }

@@ -20,27 +20,14 @@ from .conftest import make_arch, random_tensors
 
 @pytest.fixture
 def verify(merging, capsys):
-    """verify(adapters, flags...) -> (exit code, the JSON object), for merged.pth in merging.folder; bytes are
-    the tokens.
-    """
+    """verify(adapters, flags...) -> (exit code, JSON), for merged.pth in merging.folder; bytes are tokens."""
 
     def run(adapters, *flags, merged="merged.pth"):
         named = [flag for name in adapters for flag in ("--adapter", str(merging.folder / name))]
         code = 0
         try:
-            main(
-                [
-                    "--base",
-                    str(merging.folder / "base.pth"),
-                    *named,
-                    "--merged",
-                    str(merging.folder / merged),
-                    "--json",
-                    "--tokens",
-                    "40",
-                    *flags,
-                ]
-            )
+            files = ["--base", str(merging.folder / "base.pth"), "--merged", str(merging.folder / merged)]
+            main([*files, *named, "--json", "--tokens", "40", *flags])
         except SystemExit as stop:
             code = stop.code
         out = capsys.readouterr().out
@@ -157,9 +144,7 @@ def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging, weight):
 
 
 def test_in_the_files_dtype_both_are_computed_in_it(merging, verify):
-    """An adapter that changes nothing: in bf16 the merged file gives the live model's bits, which are not
-    those of fp32.
-    """
+    """In bf16 the merged file of a zero adapter gives the live model's bits, which are not fp32's."""
     make(merging, dtype=torch.bfloat16)
     merging.adapter("a.pth", std=0)
     merging.merge(["a.pth"])
@@ -266,14 +251,8 @@ def test_files_that_do_not_fit(merging):
         with pytest.raises(UserError, match=f"adapts {name}, which is no linear of this model"):
             blend(model, [dataclasses.replace(member, metadata={**member.metadata, "linears": [name]})])
     with pytest.raises(UserError, match="holds classifier.weight, which this model does not have"):
-        blend(
-            model,
-            [
-                dataclasses.replace(
-                    member, tensors={**member.tensors, "classifier.weight": torch.zeros(2, 40)}
-                )
-            ],
-        )
+        more = {**member.tensors, "classifier.weight": torch.zeros(2, 40)}
+        blend(model, [dataclasses.replace(member, tensors=more)])
     assert not any(isinstance(module, BlendedLinear) for module in model.modules())
 
 
