@@ -4,6 +4,7 @@ takes a tenth of a second instead of seconds.
 What may be done to a run is here, too, and its losses are read.
 """
 
+import functools
 import json
 import math
 import multiprocessing
@@ -205,7 +206,12 @@ def same_adapters(ours, theirs, ratio=1e-4, name="adapter.pth"):
 # what is done to a run: each is called as a `sabotage`, or by one
 
 
-def at_file(change, number, proj_dir, what, rank):
+def later(function):
+    """Return what makes function(*args) wait for its last argument, the rank."""
+    return functools.partial(functools.partial, function)
+
+
+def _at_file(change, number, proj_dir, what, rank):
     """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder
     contains `change`.
     """
@@ -235,12 +241,12 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def in_turn(first, second, rank):
+def _in_turn(first, second, rank):
     first(rank)
     second(rank)
 
 
-def spoil(kind, steps, rank):
+def _spoil(kind, steps, rank):
     """Give steps (0-based) a loss or a gradient that is NaN, or leave out their update, on the last rank."""
     from src.training.trainer import FineTuning
 
@@ -262,6 +268,9 @@ def spoil(kind, steps, rank):
         )
     else:
         FineTuning.training_step = training_step
+
+
+at_file, in_turn, spoil = map(later, (_at_file, _in_turn, _spoil))
 
 
 def dropout(rank):

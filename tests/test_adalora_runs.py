@@ -2,7 +2,6 @@
 nothing had happened.
 """
 
-import functools
 import json
 import random
 
@@ -22,9 +21,7 @@ OPTIONS = {"rank": 4, "init_rank": 6, "tinit": 2, "tfinal": 3, "delta_t": 2}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random base over bytes, whose wide factors ZeRO-3 shares out, and 24 rows of very unequal lengths: 12
-    steps of 8 in four passes.
-    """
+    """A random base over bytes, whose wide factors ZeRO-3 shares out, and 24 rows of very unequal lengths."""
     folder = tmp_path_factory.mktemp("methods")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=64)), folder / "base.pth")
     torch.save(
@@ -95,7 +92,7 @@ def test_zero_3_shares_out_factors_and_prunes_the_same(run, tmp_path):
 
 def test_an_interrupted_run_prunes_as_if_it_had_not_been(files, run, plain, tmp_path):
     """Ctrl-C in the middle of the pruning: averages and offsets go on, bit for bit."""
-    stop = functools.partial(at_file, "metrics.jsonl", 6, tmp_path / "parts", interrupt)
+    stop = at_file("metrics.jsonl", 6, tmp_path / "parts", interrupt)
     code, output = run(tmp_path / "parts", sabotage=stop)
     stopped = len(losses(tmp_path / "parts"))
     assert code == 130 and 2 < stopped < 9, output

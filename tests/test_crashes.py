@@ -134,16 +134,13 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     )
     sabotage = large_scale if kind == "fp16" else None
     succeed(run("whole", *flags, sabotage=sabotage))
-    stop = functools.partial(
-        at_file,
+    stop = at_file(
         "metrics.jsonl",
         3,
         tmp_path / "parts",  # its first operation is its creation
         interrupt if kind == "dropout" else hang_up,
     )
-    code, output = run(
-        "parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop) if sabotage else stop
-    )
+    code, output = run("parts", *flags, sabotage=in_turn(sabotage, stop) if sabotage else stop)
     stopped = len(losses(tmp_path / "parts"))
     assert code == 130 and output.count("stopping after this step and saving; ") == 1, output
     assert f"stopped, go on with --resume auto: step {stopped} of {STEPS}" in output, output
@@ -172,7 +169,7 @@ def test_other_processes_and_strategies_go_on(run, tmp_path):
     flags = ["--epoch_count", "2"]
     succeed(run("whole", *flags))
     two = [*flags, "--devices", "2", "--micro_bsz", "2", "--resume", "auto"]
-    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)
+    stop = at_file("metrics.jsonl", 3, tmp_path / "parts", interrupt)
     code, output = run("parts", *two, "--strategy", "deepspeed_stage_2_offload", sabotage=stop)
     assert code == 130 and "no checkpoint in" in output, output
     code, output = run("parts", *flags, "--micro_bsz", "2", "--resume", "auto", sabotage=stop)
@@ -281,9 +278,9 @@ def test_killed_at_every_kind_of_moment(run, tmp_path):
     flags = ["--save_steps", "1", "--resume", "auto"]
     proj_dir = tmp_path / "parts"
     for file, number in [*MOMENTS[:11], ("in the middle", 1), *MOMENTS[11:]]:
-        sabotage = functools.partial(at_file, file, number, proj_dir, kill)
+        sabotage = at_file(file, number, proj_dir, kill)
         if file == "in the middle":
-            sabotage = functools.partial(at_file, "step-", 1, proj_dir, kill_in_write)
+            sabotage = at_file("step-", 1, proj_dir, kill_in_write)
         code, output = run("parts", *flags, sabotage=sabotage)
         assert code in (-signal.SIGKILL, -signal.SIGXFSZ), f"{file} {number}: {output}"
         check_files(proj_dir)
@@ -332,9 +329,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
         ("loss.png", 1),
         ("run.json", 2),
     ):
-        code, output = run(
-            "parts", *flags, sabotage=functools.partial(at_file, file, number, proj_dir, disk_full)
-        )
+        code, output = run("parts", *flags, sabotage=at_file(file, number, proj_dir, disk_full))
         assert (
             code == 2
             and output.count("error: ") == 1
@@ -380,14 +375,11 @@ def test_a_base_that_is_overwritten_ends_the_run_and_spoils_nothing(run, files, 
 def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     """One: the next step is the last. Two: the program ends at once; the checkpoint before stays."""
     proj_dir = tmp_path / "run"
-    code, output = run(
-        "run", "--save_steps", "2", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt)
-    )
+    code, output = run("run", "--save_steps", "2", sabotage=at_file("step-", 2, proj_dir, interrupt))
     assert code == 130, output
     assert [os.path.basename(path) for path in check_files(proj_dir)] == ["step-00000003.pth"], output
     code, output = run(
-        *"run --save_steps 2 --resume auto".split(),
-        sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice),
+        *"run --save_steps 2 --resume auto".split(), sabotage=at_file("step-", 2, proj_dir, interrupt_twice)
     )
     assert code and "Traceback" not in output, output
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000003.pth"]
@@ -398,7 +390,7 @@ def test_signals_while_a_checkpoint_is_written(run, tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_the_next_one_nothing(run, tmp_path):
     held = ["--eval_split", "0.3", "--eval_steps", "1", "--eval_samples", "0", "--epoch_count", "1"]
-    code, _ = run("run", *held, sabotage=functools.partial(at_file, "adapter.pth", 1, tmp_path / "run", kill))
+    code, _ = run("run", *held, sabotage=at_file("adapter.pth", 1, tmp_path / "run", kill))
     assert code == -signal.SIGKILL and (tmp_path / "run/best.pth").exists()
     output = succeed(run("run", "--eval_split", "0", "--resume", "auto"))
     assert "no checkpoint in" in output and "best:" not in output
@@ -567,11 +559,9 @@ def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undon
     are in their places. `late`: it is judged as on a GPU.
     """
     full = FULL if "none" in flags else []
-    succeed(run("left-out", *full, sabotage=functools.partial(spoil, "update", undone)))
-    spoiled = functools.partial(spoil, kind, [3])
-    output = succeed(
-        run("run", *flags, sabotage=functools.partial(in_turn, judge_late, spoiled) if late else spoiled)
-    )
+    succeed(run("left-out", *full, sabotage=spoil("update", undone)))
+    spoiled = spoil(kind, [3])
+    output = succeed(run("run", *flags, sabotage=in_turn(judge_late, spoiled) if late else spoiled))
     next_step = undone[-1] + 2
     assert f"at step 4; back to the state of step {undone[0]}, and on with step {next_step}" in output, output
     one, other = losses(tmp_path / "left-out"), losses(tmp_path / "run")
@@ -588,7 +578,7 @@ def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undon
     "flags, notes", [(["--rollback_steps", "1"], 3), (["--rollback_steps", "0"], 0), (FULL, 0)]
 )
 def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
-    code, output = run("run", *flags, sabotage=functools.partial(spoil, "loss", range(2, 99)))
+    code, output = run("run", *flags, sabotage=spoil("loss", range(2, 99)))
     assert code == 2 and output.count("note: the loss is nan") == notes and "Traceback" not in output, output
     assert f"the loss is nan at step {3 + notes}" in output and "the run diverged; lower --lr_init" in output
     assert not (tmp_path / "run/checkpoints").exists()
@@ -596,7 +586,7 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
 
 def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
     """It is over before it has gone back too often."""
-    code, output = run("run", "--epoch_steps", "2", sabotage=functools.partial(spoil, "loss", range(2)))
+    code, output = run("run", "--epoch_steps", "2", sabotage=spoil("loss", range(2)))
     assert code == 2 and "error: no step of the run had a finite loss" in output, output
     assert "Traceback" not in output, output
 

@@ -123,7 +123,7 @@ def test_micro_batches_make_the_same_steps(files, tmp_path, whole):
 
 def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
     proj_dir, flags = tmp_path / "run", (*KL, "--save_steps", "2")
-    killed = functools.partial(at_file, "checkpoints/step-00000004", 2, proj_dir, kill)
+    killed = at_file("checkpoints/step-00000004", 2, proj_dir, kill)
     code, _ = program.run(flags_of(files, proj_dir, *flags), killed)
     assert code == -9
     start(files, proj_dir, *flags, "--resume", "auto")

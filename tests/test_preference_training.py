@@ -180,7 +180,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(files, tmp_path, whole):
     for loss in ("dpo", "kto"):
         proj_dir = tmp_path / loss
         flags = [*evaluated(files, loss), "--save_steps", "1"]
-        killed = functools.partial(at_file, "checkpoints/step-00000002", 2, proj_dir, kill)
+        killed = at_file("checkpoints/step-00000002", 2, proj_dir, kill)
         code, _ = program.run(flags_of(files, proj_dir, *flags), killed)
         assert code == -9
         start(files, proj_dir, *flags, "--resume", "auto")
@@ -277,8 +277,8 @@ def test_a_baseline_is_of_all_answers_and_not_below_0():
 
 def test_a_nan_undoes_the_steps_that_led_to_it(files, tmp_path):
     """A NaN in step 2: step 3 is as if these two had moved nothing."""
-    start(files, tmp_path / "left-out", sabotage=functools.partial(spoil, "update", [0, 1]))
-    spoiled = functools.partial(spoil, "loss", [1])
+    start(files, tmp_path / "left-out", sabotage=spoil("update", [0, 1]))
+    spoiled = spoil("loss", [1])
     output = start(files, tmp_path / "run", "--rollback_steps", "1", sabotage=spoiled)
     assert "the loss is nan at step 2; back to the state of step 0, and on with step 3" in output, output
     want, got = lines(tmp_path / "left-out"), lines(tmp_path / "run")
@@ -402,8 +402,7 @@ def test_whole_tensors_and_a_state_are_compared_with_their_beginning(files, tmp_
         assert after == pytest.approx(kl_by_hand(files, *models), rel=1e-3)
     proj_dir = tmp_path / "killed"
     code, _ = program.run(
-        flags_of(files, proj_dir, *flags),
-        functools.partial(at_file, "checkpoints/step-00000002", 2, proj_dir, kill),
+        flags_of(files, proj_dir, *flags), at_file("checkpoints/step-00000002", 2, proj_dir, kill)
     )
     assert code == -9
     for kept in (proj_dir / "reference").glob("*/0*"):
