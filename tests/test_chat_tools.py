@@ -203,8 +203,8 @@ def test_one_prompt_with_tools(weather, monkeypatch, capsys):
     text = STYLES["hermes"].calls([call("f", {"é": 1})])
     monkeypatch.setattr(
         program,
-        "load_with",
-        lambda path, *_: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
+        "load_named",
+        lambda args: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
     )
     monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, "as the script says"))
     # any file does for a model that is a stand-in

@@ -18,6 +18,7 @@ from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_che
 from .conftest import close, make_arch, random_tensors
 from .test_convert_peft import logits, merged, rwkv, saved
 
+pytestmark = pytest.mark.usefixtures("in_its_folder")
 RANK, BASE = 5, "ab" * 32
 
 
@@ -75,7 +76,7 @@ def test_a_package_is_read_merged_and_written_again(alpha, dtype, tmp_path):
         base[name.removesuffix(".D")] += facts["scale"] * d.double()[:, torch.arange(width) % RANK]
     want = rwkv(7)
     want.load_state_dict(base)
-    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(want), 2e-6)
+    close("merged", merged(7, tmp_path / "a.pth"), logits(want), 2e-6)
     done = convert(tmp_path / "a.pth", tmp_path / "back", "rwkv-lightning")
     assert done.notes == []
     assert (tmp_path / "back" / "adapter.json").read_bytes() == (
@@ -101,7 +102,7 @@ def test_every_value_in_half_precision_comes_back(dtype):
 
 
 def test_a_native_adapter_becomes_a_package_for_its_base(tmp_path):
-    model = saved(tmp_path, 7, "miss", {})
+    model = saved(7, "miss", {})
     with pytest.raises(rwkv_miss.UserError, match="SHA-256 the package names; give that file: --base"):
         convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning")
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
@@ -128,7 +129,7 @@ def test_a_native_adapter_becomes_a_package_for_its_base(tmp_path):
     assert len(D) == 12
     assert all(torch.equal(d, miss[name.replace(".weight.D", ".miss")].t().half()) for name, d in D.items())
     convert(tmp_path / "out", tmp_path / "b.pth", "native")
-    close("rounded to fp16", merged(tmp_path, 7, tmp_path / "b.pth"), logits(model), 3e-3)
+    close("rounded to fp16", merged(7, tmp_path / "b.pth"), logits(model), 3e-3)
 
     write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7), seed=9).items())
     with pytest.raises(
@@ -141,11 +142,11 @@ def test_a_native_adapter_becomes_a_package_for_its_base(tmp_path):
 
 @pytest.mark.parametrize("options", [{"scale": "sqrt"}, {"mini_r": 4}])
 def test_what_folds_into_d_is_folded(options, tmp_path):
-    model = saved(tmp_path, 7, "miss", options)
+    model = saved(7, "miss", options)
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
     convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth")))
     convert(tmp_path / "out", tmp_path / "b.pth", "native")
-    close("rounded to fp16", merged(tmp_path, 7, tmp_path / "b.pth"), logits(model), 3e-3)
+    close("rounded to fp16", merged(7, tmp_path / "b.pth"), logits(model), 3e-3)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_what_folds_into_d_is_folded(options, tmp_path):
     ],
 )
 def test_what_a_package_has_no_place_for(version, method, options, message, tmp_path):
-    saved(tmp_path, version, method, options)
+    saved(version, method, options)
     write_checkpoint(tmp_path / "base.pth", rwkv(version).state_dict().items())
     with pytest.raises(rwkv_miss.UserError, match=f"{message}.*(merge|--to)"):
         convert(
@@ -173,7 +174,7 @@ def test_what_a_package_has_no_place_for(version, method, options, message, tmp_
 
 
 def test_values_beyond_fp16_are_refused(tmp_path):
-    saved(tmp_path, 7, "miss", {})
+    saved(7, "miss", {})
     tensors, metadata = read_checkpoint(tmp_path / "a.pth"), read_metadata(tmp_path / "a.pth")
     write_checkpoint(tmp_path / "a.pth", {name: t * 1e7 for name, t in tensors.items()}.items(), metadata)
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
@@ -281,10 +282,10 @@ def test_to_lora_and_to_peft_know_the_widths_of_a_package(tmp_path):
     convert(tmp_path / "theirs", tmp_path / "lora", "lora")
     convert(tmp_path / "theirs", tmp_path / "miss", "peft")
     convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
-    want = merged(tmp_path, 7, tmp_path / "a.pth")
+    want = merged(7, tmp_path / "a.pth")
     for name in ("lora", "miss"):
         convert(tmp_path / name, tmp_path / f"{name}.pth", "native")
-        close(name, merged(tmp_path, 7, tmp_path / f"{name}.pth"), want, 1e-6)
+        close(name, merged(7, tmp_path / f"{name}.pth"), want, 1e-6)
     with pytest.raises(
         rwkv_miss.UserError, match="the widths of blocks.0.att.key are in no file.*--base MODEL.pth"
     ):

@@ -14,13 +14,15 @@ from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_che
 from .test_adapters import CASES
 from .test_convert_peft import saved
 
+pytestmark = pytest.mark.usefixtures("in_its_folder")
+
 
 @pytest.mark.parametrize(
     "method,options",
     [case for case in CASES if case[0] in ("miss", "bat", "mos", "vera", "pissa", "adalora")],
 )
 def test_there_and_back_is_a_copy(method, options, tmp_path):
-    saved(tmp_path, 7, method, options, train_parts="time,ln")
+    saved(7, method, options, train_parts="time,ln")
     convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "native")
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
@@ -47,7 +49,7 @@ def test_dtypes_and_shared_memory(tmp_path):
         "e": torch.tensor(3),
         "f": storage.half(),
     }
-    saved(tmp_path, 7, "miss", {})
+    saved(7, "miss", {})
     metadata = read_metadata(tmp_path / "a.pth")
     write_checkpoint(tmp_path / "b.pth", tensors.items(), metadata)
     convert(tmp_path / "b.pth", tmp_path / "b.safetensors", "safetensors")
@@ -75,7 +77,7 @@ def test_foreign_headers(header, message, tmp_path):
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    saved(tmp_path, 7, "miss", {})
+    saved(7, "miss", {})
     convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     for content in (whole[:-1], whole[:40], b"\xff" * 8 + whole[8:]):
