@@ -1,4 +1,4 @@
-"""Tables of cases as text."""
+"""Tables of cases as text, and rows of data."""
 
 import re
 
@@ -11,3 +11,9 @@ def cases(table):
     rows = [re.split(" {2,}", line.replace(r"\n", "\n")) for line in lines if not line.startswith("# ")]
     width = max(map(len, rows))
     return [tuple(row + [""] * (width - len(row))) for row in rows]
+
+
+def talk(question, answer):
+    """Return a row of data: a conversation of one question and its answer."""
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -18,6 +18,7 @@ from src.planning.plan import device_here
 from . import program
 from .conftest import close, make_arch, random_tensors
 from .loss_cases import ROWS, make_batch, make_model, same, tuned_model
+from .tables import talk
 
 
 def loss_of(model, rows, chunks, **options):
@@ -187,15 +188,7 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("infctx")
     torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
     rng = random.Random(0)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "q" * rng.randint(1, 30)},
-                {"role": "assistant", "content": "ab c" * rng.choice([1, 10, 35])},
-            ]
-        }
-        for _ in range(21)
-    ]
+    rows = [talk("q" * rng.randint(1, 30), "ab c" * rng.choice([1, 10, 35])) for _ in range(21)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name, *flags):

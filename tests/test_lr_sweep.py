@@ -26,6 +26,7 @@ from src.training.short_runs import Trial, train, trials
 from . import program
 from .conftest import make_arch, random_tensors
 from .program import losses
+from .tables import talk
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +35,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
     for name, numbers in (("data", range(20)), ("other", range(30, 36))):
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"q{n}"},
-                    {"role": "assistant", "content": "ab c" * (1 + n % 3)},
-                ]
-            }
-            for n in numbers
-        ]
+        rows = [talk(f"q{n}", "ab c" * (1 + n % 3)) for n in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -161,14 +154,8 @@ def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_th
 
 
 def test_a_rate_that_diverges_is_said_and_not_chosen(files, tmp_path, capsys):
-    assert (
-        sweep(
-            *flags(
-                files, tmp_path / "run", "--peft_config", "r=7", "--steps", "6", "--rates", "1e-2,1e30,3e-3"
-            )
-        )
-        == 0
-    )
+    given = "--peft_config r=7 --steps 6 --rates 1e-2,1e30,3e-3".split()
+    assert sweep(*flags(files, tmp_path / "run", *given)) == 0
     found = results(tmp_path / "run")
     slow, best, diverged = found["trials"]
     assert best["held_out"] < slow["held_out"] < found["held_out_before"] and found["best"] == 1e-2
@@ -199,18 +186,8 @@ def test_what_is_wrong_with_a_training_is_said(losses, held_out, words):
 
 
 def test_the_rate_of_the_initial_state_alone(files, tmp_path):
-    assert (
-        sweep(
-            *flags(
-                files,
-                tmp_path,
-                *"""
-                    --peft_config r=7 --train_parts state --setting state_lr --steps 2 --rates 1e-2,1e-1
-                """.split(),
-            )
-        )
-        == 0
-    )
+    given = "--peft_config r=7 --train_parts state --setting state_lr --steps 2 --rates 1e-2,1e-1".split()
+    assert sweep(*flags(files, tmp_path, *given)) == 0
     found = results(tmp_path)
     assert found["setting"] == "state_lr" and f"--state_lr {found['best']:g}" in found["command"]
     assert "lr_init" not in found["command"]

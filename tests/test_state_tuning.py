@@ -27,6 +27,7 @@ from src.training.optimizer import parameter_groups
 from . import program
 from .answering import engine_of
 from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow
+from .tables import talk
 
 # documents of 1 to 41 tokens; the second row goes on from before and is one document
 RESETS = torch.zeros(3, 41, dtype=torch.bool)
@@ -182,9 +183,7 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
 @pytest.mark.parametrize("train_parts", [None, "state,ln"])
 @pytest.mark.parametrize("grad_cp", [0, 1, 2])
 def test_packed_rows_equal_rows_of_their_own(version, train_parts, grad_cp):
-    """Loss and gradients of documents in shared rows are those of each document alone (design decision 10:
-    1e-6 in fp32).
-    """
+    """Loss and gradients of documents in shared rows are those of each document alone, to 1e-6 in fp32."""
     model = tuned(version, train_parts)
     model.grad_cp = grad_cp
     torch.manual_seed(5)
@@ -291,9 +290,7 @@ def test_the_gradient_is_that_of_finite_differences(version):
 
 
 def runtime_state(path):
-    """The state list of the package rwkv for RWKV-7 with a file's initial states in it, as the merge's note
-    tells the user.
-    """
+    """The package rwkv's state list for RWKV-7, with a file's initial states as the merge's note says."""
     tensors = torch.load(path, weights_only=True)
     width, states = (
         tensors["emb.weight"].shape[1],
@@ -450,33 +447,17 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     for version in (6, 7):
         torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "q" * i},
-                {"role": "assistant", "content": "ab c" * (1 + i % 3)},
-            ]
-        }
-        for i in range(1, 22)
-    ]
+    rows = [talk("q" * i, "ab c" * (1 + i % 3)) for i in range(1, 22)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def train(files, proj_dir, *flags, version=7):
-    return program.succeed(
-        program.run(
-            [
-                "--load_model",
-                str(files / f"v{version}.pth"),
-                *f"""
-                    --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu
-                    --lr_init paper --lr_schedule constant --micro_bsz 21
-                """.split(),
-                *flags,
-            ]
-        )
-    )
+    sound = f"""
+        --load_model {files}/v{version}.pth --data_file {files}/data.jsonl --proj_dir {proj_dir}
+        --tokenizer bytes --accelerator cpu --lr_init paper --lr_schedule constant --micro_bsz 21
+    """
+    return program.succeed(program.run([*sound.split(), *flags]))
 
 
 def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
@@ -496,16 +477,11 @@ def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_pa
     """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of
     a training.
     """
-    code, output = program.run(
-        [
-            *f"""
-                --load_model {files}/v7.pth --data_file {files}/data.jsonl --proj_dir {tmp_path}/run
-                --tokenizer bytes --accelerator cpu --micro_bsz 2 --packing 0 --epoch_steps 9 --peft state
-                --lr_init 1e30
-            """.split(),
-            *flags,
-        ]
-    )
+    sound = f"""
+        --load_model {files}/v7.pth --data_file {files}/data.jsonl --proj_dir {tmp_path}/run --tokenizer bytes
+        --accelerator cpu --micro_bsz 2 --packing 0 --epoch_steps 9 --peft state --lr_init 1e30
+    """
+    code, output = program.run([*sound.split(), *flags])
     assert code == 2 and output.count("back to the state of step 0") == 3, output
     assert "Traceback" not in output, output
     assert "the run diverged; lower --lr_init" in output

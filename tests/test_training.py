@@ -26,6 +26,7 @@ from src.training.resume import earlier_settings
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors, slow
 from .program import losses
+from .tables import talk
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,7 @@ def files(tmp_path_factory):
     for version in (6, 7):
         torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
     rng = random.Random(0)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "q" * rng.randint(1, 30)},
-                {"role": "assistant", "content": "ab c" * rng.choice([1, 1, 15])},
-            ]
-        }
-        for _ in range(21)
-    ]
+    rows = [talk("q" * rng.randint(1, 30), "ab c" * rng.choice([1, 1, 15])) for _ in range(21)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -54,16 +47,11 @@ def command(files, proj_dir, *flags, version=7):
         if "none" not in flags
         else []
     )
-    return [
-        sys.executable,
-        "train.py",
-        *base,
-        *f"""
-            --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --lr_init 1e-2
-            --micro_bsz 8 --packing 0 --accelerator cpu
-        """.split(),
-        *flags,
-    ]
+    own = f"""
+        --data_file {files}/data.jsonl --proj_dir {proj_dir} --tokenizer bytes --lr_init 1e-2 --micro_bsz 8
+        --packing 0 --accelerator cpu
+    """
+    return [sys.executable, "train.py", *base, *own.split(), *flags]
 
 
 def train(*args, **kwargs):
@@ -72,9 +60,7 @@ def train(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def plain(files, tmp_path_factory):
-    """The run that all others must equal: one process, whole batches, 2 passes of 3 steps, the last of a pass
-    short.
-    """
+    """The run that all others must equal: one process, whole batches, 2 passes of 3 steps, the last short."""
     proj_dir = tmp_path_factory.mktemp("plain") / "run"
     output = train(files, proj_dir, "--epoch_count", "2")
     return proj_dir, output
@@ -86,16 +72,8 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     assert "6 steps of 8 rows" in output and "«" in output
     assert "wkv cpu" in (proj_dir / "run_card.md").read_text()
     left = {p.name for p in proj_dir.iterdir()} - {"tensorboard"}
-    assert left == {
-        "adapter.pth",
-        "config.yaml",
-        "metrics.jsonl",
-        "run.json",
-        "loss.png",
-        "run_card.md",
-        "README.md",
-        "checkpoints",
-    }
+    written = "adapter.pth config.yaml metrics.jsonl run.json loss.png run_card.md README.md checkpoints"
+    assert left == set(written.split())
     metadata = read_metadata(proj_dir / "adapter.pth")
     assert (metadata["method"], metadata["step"], metadata["tokenizer"], metadata["template"]) == (
         "miss",
@@ -121,9 +99,7 @@ def test_documents_in_shared_rows_train_the_same(files, tmp_path):
 
 
 def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
-    """Adam forgets the size of a gradient, and with it a factor too many; an epsilon far above the gradients
-    makes the size count.
-    """
+    """Adam forgets a gradient's size; an epsilon far above the gradients makes a factor too many show."""
     flags = ["--adam_eps", "100", "--lr_init", "30", "--lr_schedule", "constant", "--grad_clip", "0"]
     train(files, tmp_path / "whole", *flags)
     train(
@@ -219,15 +195,8 @@ def test_fp16_with_loss_scaling_follows_fp32(files, tmp_path, plain):
 
 @pytest.mark.parametrize("version", [slow(6), 7])
 def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, version):
-    flags = [
-        "--peft",
-        "none",
-        "--version",
-        f"x0{version}0",
-        *"--n_layer 2 --n_embd 32 --head_size 16 --epoch_count 4".split(),
-        "--grad_cp",
-        "1",
-    ]
+    sizes = "--n_layer 2 --n_embd 32 --head_size 16 --epoch_count 4"
+    flags = f"--peft none --version x0{version}0 {sizes} --grad_cp 1".split()
     train(files, tmp_path / "run", *flags)
     curve = losses(tmp_path / "run")
     assert curve[0] > 5 and curve[-1] < 0.7 * curve[0]

@@ -43,7 +43,7 @@ from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors, slow
 from .program import at_file, dropout, flags_of, in_turn, interrupt, kill, losses, succeed
-from .tables import cases
+from .tables import cases, talk
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -61,10 +61,7 @@ def files(tmp_path_factory):
     rng = random.Random(0)
     for name, count in (("rows", 24), ("held", 11)):
         pairs = [(name + "?" * rng.randint(1, 9), "ab c" * rng.choice([1, 1, 9])) for _ in range(count)]
-        rows = [
-            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-            for asked, said in pairs
-        ]
+        rows = [talk(asked, said) for asked, said in pairs]
         if name == "held":
             for row, weight in zip(rows, itertools.cycle([1, 0.25, 3])):
                 row["messages"][1]["weight"] = weight
@@ -231,10 +228,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
 
     more = [*flags, "--early_stop", "4", "--resume", "auto"]
     code, output = start(
-        files,
-        proj_dir,
-        *more,
-        sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
+        files, proj_dir, *more, sabotage=in_turn(script, at_file("step-", 2, proj_dir, kill))
     )
     # step 5 has no checkpoint and is done again
     assert code and [line["step"] for line in validation_lines(proj_dir)] == [0, 1, 2, 3, 4, 5], output
@@ -252,19 +246,15 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
 
 @pytest.mark.slow
 def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
-    """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to
-    it again.
-    """
+    """Step 2 is the best up to the checkpoint of step 3; step 4 was better, and does not come again."""
     whole, proj_dir, lost = (tmp_path / name for name in ("whole", "run", "lost"))
     flags = """
         --eval_split 0.2 --eval_samples 0 --eval_steps 1 --save_steps 3 --micro_bsz 1 --lr_schedule constant
         --peft_config r=5
     """.split()
     script = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 3.0, 3.5])
-    stop = functools.partial(at_file, "validation.jsonl", 8, proj_dir, kill)  # before the line of step 5
-    code, output = start(
-        files, proj_dir, *flags, "--epoch_steps", "6", sabotage=functools.partial(in_turn, script, stop)
-    )
+    stop = at_file("validation.jsonl", 8, proj_dir, kill)  # before the line of step 5
+    code, output = start(files, proj_dir, *flags, "--epoch_steps", "6", sabotage=in_turn(script, stop))
     assert code and read_metadata(proj_dir / "best.pth")["step"] == 4, output
     shutil.copytree(proj_dir, lost)
     (lost / "checkpoints/best.pth").unlink(missing_ok=True)  # as earlier versions leave a folder
@@ -290,7 +280,7 @@ def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, 
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
     # in step 2, so that step 3 is the last
-    stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)
+    stop = at_file("metrics.jsonl", 4, tmp_path / "run", interrupt)
     code, output = start(files, tmp_path / "run", *flags, sabotage=stop)
     assert code == 130 and [line["step"] for line in validation_lines(tmp_path / "run")] == [0], output
     assert "holds a run already" in start(files, tmp_path / "run", *flags)[1]
@@ -306,10 +296,8 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
     flags = "--eval_split 0.2 --eval_steps 3 --eval_samples 0 --micro_bsz 3 --early_stop 2".split()
     script = functools.partial(scripted, [4.0, 9.0, 9.0, 6.0, 9.0, 9.0, 5.0])
-    stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
-    code, output = start(
-        files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop)
-    )
+    stop = at_file("metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
+    code, output = start(files, proj_dir, *flags, "--epoch_count", "2", sabotage=in_turn(script, stop))
     assert code == 130 and [line["step"] for line in validation_lines(proj_dir)] == [0, 3], output
     shutil.copytree(proj_dir, shorter)
     output = succeed(
@@ -367,8 +355,8 @@ def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
     # better up to step 18
     script = functools.partial(scripted, [10.0 - step // 6 for step in range(24)] + [9.0] * 7)
     succeed(start(files, whole, *flags, sabotage=script))
-    stop = functools.partial(at_file, "metrics.jsonl", 9, proj_dir, interrupt)  # in the second pass
-    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(in_turn, script, stop))
+    stop = at_file("metrics.jsonl", 9, proj_dir, interrupt)  # in the second pass
+    code, output = start(files, proj_dir, *flags, sabotage=in_turn(script, stop))
     assert code == 130 and "stopped, go on with --resume auto: step " in output and "of 30" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=script))
     assert [line["step"] for line in validation_lines(proj_dir)] == [0, 6, 12, 18, 24]
@@ -385,7 +373,7 @@ def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
     held = ["--eval_samples", "0", "--eval_file", str(files / "held.jsonl")]
     older = [*held, "--epoch_count", "1", "--warmup_steps", "0", "--eval_steps", "0", "--early_stop", "0"]
     succeed(start(files, whole, *older))
-    stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
+    stop = at_file("metrics.jsonl", 4, proj_dir, interrupt)
     assert start(files, proj_dir, *older, sabotage=stop)[0] == 130
     assert length(proj_dir) == [1, 0, 0, 0]
     output = succeed(start(files, proj_dir, *held, "--epoch_count", "0", "--resume", "auto"))
@@ -397,7 +385,7 @@ def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
     proj_dir = tmp_path / "run"
-    stop = functools.partial(at_file, "metrics.jsonl", 9, proj_dir, interrupt)
+    stop = at_file("metrics.jsonl", 9, proj_dir, interrupt)
     code, _ = start(files, proj_dir, "--epoch_count", "2", sabotage=stop)
     step = summary(proj_dir)["steps"]
     assert code == 130 and 6 < step < 12
@@ -507,9 +495,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
 @pytest.mark.slow
 def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
     run, again = tmp_path / "run", ["--train_parts", "ln,state", "--state_lr", "0.1", "--resume", "auto"]
-    code, output = start(
-        files, run, *again, sabotage=functools.partial(at_file, "metrics.jsonl", 4, run, interrupt)
-    )
+    code, output = start(files, run, *again, sabotage=at_file("metrics.jsonl", 4, run, interrupt))
     assert code == 130 and not (run / "run_card.md").exists() and "forgetting" not in summary(run), output
     shutil.copytree(run, tmp_path / "killed")
     succeed(start(files, run, *again))
@@ -519,7 +505,7 @@ def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run
 
     # after its last step: what only that process knew is missing, and said to be so
     run = tmp_path / "killed"
-    assert start(files, run, *again, sabotage=functools.partial(at_file, "loss.png", 1, run, kill))[0]
+    assert start(files, run, *again, sabotage=at_file("loss.png", 1, run, kill))[0]
     assert "nothing to train" in succeed(start(files, run, *again))
     text = (run / "run_card.md").read_text()
     assert text.count("not measured: the run was killed after its last step") == 2
@@ -553,12 +539,7 @@ def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_
     # the first run leaves none, the second goes on from step 2, the last as well
     for checkpoint in ("step-00000002", "step-00000004"):
         code, output = start(
-            files,
-            proj_dir,
-            *flags,
-            "--resume",
-            "auto",
-            sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill),
+            files, proj_dir, *flags, "--resume", "auto", sabotage=at_file(checkpoint, 1, proj_dir, kill)
         )
         assert code and f"; watch: tensorboard --logdir {proj_dir}/tensorboard" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto"))
@@ -624,8 +605,8 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     proj_dir, log = tmp_path / "run", tmp_path / "log"
     flags = ["--wandb", "project", *EVAL, str(files / "held.jsonl")]
     fake = functools.partial(fake_wandb, log, True)
-    stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
-    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(in_turn, fake, stop))
+    stop = at_file("metrics.jsonl", 4, proj_dir, interrupt)
+    code, output = start(files, proj_dir, *flags, sabotage=in_turn(fake, stop))
     assert code == 130 and "Weights & Biases, project project" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
     calls = [json.loads(line) for line in log.read_text().splitlines()]
