@@ -129,17 +129,7 @@ def test_a_merge_of_miss_is_recovered(merging, version, layout):
     assert list(found) == list(trained)
     assert max(float((found[key] - trained[key]).abs().max()) for key in trained) < 1e-6
     wanted, facts = read_metadata(merging.folder / "a.pth"), read_metadata(merging.folder / "d.pth")
-    for name in (
-        "method",
-        "options",
-        "layout",
-        "linears",
-        "arch",
-        "base",
-        "base_fingerprint",
-        "trainable",
-        "format_version",
-    ):
+    for name in "method options layout linears arch base base_fingerprint trainable format_version".split():
         assert facts[name] == wanted[name], name
     assert facts["tokenizer"] == "bytes" and facts["template"] == "think"
     assert facts["difference_to"]["file"] == "merged.pth"
@@ -225,10 +215,7 @@ def test_refusals(pair):
     refused(folder, "d.pth is an adapter file, expected a model", b="d.pth", out="e.pth")
     (folder / "d.pth").unlink()
     for change, words in [
-        (
-            lambda t: t.pop("ln_out.bias"),
-            "b.pth has no ln_out.bias; the two checkpoints must be of the same model",
-        ),
+        (lambda t: t.pop("ln_out.bias"), "b.pth has no ln_out.bias; the two checkpoints must be of the same"),
         (lambda t: t.update(x=torch.zeros(2)), "a.pth has no x; the two"),
         (
             lambda t: t.update({"head.weight": torch.zeros(3, 40)}),

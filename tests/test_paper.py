@@ -271,16 +271,9 @@ def test_a_stopped_experiment_goes_on_and_never_takes_what_was_measured_otherwis
         return training.Outcome(1, [2.0], float(run.seed), None, None, None, 0.0)
 
     monkeypatch.setattr(training, "_train", fake)
-    settings = experiment("loss-curves").Settings(
-        tasks=("letters",),
-        seeds=(0, 1),
-        steps=(2,),
-        rows=(4,),
-        train=(12,),
-        held_out=(5,),
-        rank=(4,),
-        runs=str(tmp_path / "a" / "runs.jsonl"),
-    )
+    sizes = dict(seeds=(0, 1), steps=(2,), rows=(4,), train=(12,), held_out=(5,), rank=(4,))
+    runs = str(tmp_path / "a" / "runs.jsonl")
+    settings = experiment("loss-curves").Settings(tasks=("letters",), **sizes, runs=runs)
 
     def losses(**changed):
         trained.clear()

@@ -47,15 +47,11 @@ def files(tmp_path_factory):
 
 
 def flags_of(files, proj_dir, *more):
-    return [
-        *f"""
-            --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir}
-            --tokenizer bytes --accelerator cpu --peft_config r=5 --packing 0 --micro_bsz 4
-            --accumulate_grad_batches 2
-        """.split(),
-        *([] if "--epoch_count" in more else ["--epoch_count", "1"]),
-        *more,
-    ]
+    own = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir} --tokenizer bytes
+        --accelerator cpu --peft_config r=5 --packing 0 --micro_bsz 4 --accumulate_grad_batches 2
+    """.split()
+    return [*own, *([] if "--epoch_count" in more else ["--epoch_count", "1"]), *more]
 
 
 def start(files, proj_dir, *more, **options):
@@ -174,13 +170,9 @@ def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
 
 def documents(count, seed, trained=True):
     rng = np.random.default_rng(seed)
-    return [
-        Document(
-            rng.integers(1, 256, rng.integers(5, 60)).astype(np.int32),
-            np.ones(60, bool) if trained else np.zeros(60, bool),
-        )
-        for _ in range(count)
-    ]
+    weights = np.ones(60, bool) if trained else np.zeros(60, bool)
+    sizes = (rng.integers(5, 60) for _ in range(count))
+    return [Document(rng.integers(1, 256, size).astype(np.int32), weights) for size in sizes]
 
 
 def cut_to_length(rows):
@@ -259,7 +251,7 @@ def test_a_pipe_hears_of_the_validation(files, tmp_path):
 
 
 def test_before_the_first_step_the_run_ends_at_once(files, tmp_path):
-    stop = functools.partial(at_file, "validation.jsonl", 2, tmp_path / "run", interrupt)
+    stop = at_file("validation.jsonl", 2, tmp_path / "run", interrupt)
     code, output = evaluated(files, tmp_path / "run", sabotage=stop)
     assert code == 130
     assert output.splitlines()[-1] == "interrupted before the first step; the same command starts again"
