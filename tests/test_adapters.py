@@ -695,9 +695,7 @@ def test_targets_match_leaves_suffixes_and_whole_names():
 
 
 def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):
-    """A method with a frozen matrix common to all layers, a penalty and a schedule (as VeRA and AdaLoRA
-    need).
-    """
+    """A method with a frozen matrix for all layers, a penalty and a schedule, as VeRA and AdaLoRA need."""
     monkeypatch.setitem(METHODS, "toy", None)
 
     @register("toy")

@@ -87,9 +87,7 @@ def refused(folder, capsys, monkeypatch):
 
 
 def test_sound_calls_are_not_refused(folder, tmp_path, capsys):
-    """The merge and chat calls that the mistakes below are made in; a whole training run is in the last
-    test.
-    """
+    """The merge and chat calls that the mistakes below are made in; the last test has a whole training."""
     rwkv_miss_main(flags_of("merge", folder, {"out": tmp_path / "merged.pth"}))
     chat.main(flags_of("chat", folder, {"adapter": folder / "adapter.pth"}))
     out, err = capsys.readouterr()

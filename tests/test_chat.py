@@ -86,9 +86,7 @@ def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # no
 
 
 def test_adapters_are_chosen_in_the_chat(typed, files, letters):  # noqa: F811
-    """Each answer is that of a chat with these weights from the beginning; the conversation that they have in
-    common is empty.
-    """
+    """Each answer is that of a chat with these weights from the beginning; turns in common are empty."""
     script, expected = [], []
     for line, names, scale in (
         ("", ["a"], 1),
@@ -151,9 +149,7 @@ def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files
 
 
 def test_undo_and_reset(typed):
-    """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is
-    kept.
-    """
+    """After an undo, and after two, of which one state is kept, the chat goes on as if no turn had been."""
     out, err = typed("hello? why /undo what /undo /undo hello? why /reset hello? /undo /undo".split())
     first, second, third, again, second_again, fresh = answers(out)
     assert (again, second_again, fresh.rstrip("\n")) == (first, second, first.rstrip("\n"))
@@ -176,9 +172,7 @@ def test_the_words_that_end_a_chat(word, typed):
 
 
 def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # noqa: F811
-    """Drawn anew, from the state before the first one; without a temperature it is the same, which is
-    said.
-    """
+    """Drawn anew, from the state before the first one; at temperature 0 it is the same, which is said."""
     out, err = typed(["hello?", "why", "/retry", "/temperature 2", "/retry", "/temperature 0", "what"])
     first, second, same, other, last = answers(out)
     assert same == second and other != second
@@ -605,9 +599,7 @@ def test_tools_and_calls_are_in_a_saved_chat(saved, tmp_path):
 
 
 def test_damaged_files_are_refused(saved, tmp_path):
-    """Cut off anywhere, and with any byte of a tensor or of the metadata flipped, which the checksums of the
-    file know.
-    """
+    """Cut off anywhere, and with any byte of tensors or metadata flipped, which the checksums know."""
     path, conversation, adapters = saved
     content, before, bad = path.read_bytes(), vars(conversation).copy(), tmp_path / "chat.pth"
     with zipfile.ZipFile(path) as archive:

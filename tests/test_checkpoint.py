@@ -33,9 +33,7 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 
 def assorted():
-    """Every dtype a checkpoint may have, and the shapes that are easy to get wrong; names out of order on
-    purpose.
-    """
+    """Every dtype of a checkpoint, and shapes that are easy to get wrong; names out of order on purpose."""
     x = torch.randn(5, 7)
     return {
         "z.last": x,

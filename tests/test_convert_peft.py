@@ -196,9 +196,7 @@ def for_net(options):
 
 @pytest.mark.parametrize("kind, options", NET)
 def test_in_float64_the_weights_of_peft_and_these_are_one(kind, options):
-    """HF's Bat is the order "col", its MiSS the layout "stride", its norms, factors and patterns are those of
-    here.
-    """
+    """HF's Bat has the order "col", its MiSS the layout "stride"; norms, factors and patterns are ours."""
     live = trained(Net(), kind(**for_net(options)))
     live.save_pretrained("theirs")
     convert("theirs", "ours.pth", "native")

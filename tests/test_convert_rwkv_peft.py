@@ -94,9 +94,7 @@ def base_file(version, dtype=torch.float32, **sizes):
 
 
 def whole_tensors(base, dtype, wanted=r".*(time|ln).*"):
-    """What their --train_parts "time ln" saves beside the adapter: every tensor with such a name, at other
-    values.
-    """
+    """What their --train_parts "time ln" saves: every tensor with such a name, at other values."""
     return {
         name: (1.1 * t.float() + 0.01).to(dtype)
         for name, t in base.items()

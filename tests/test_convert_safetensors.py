@@ -36,9 +36,7 @@ def test_there_and_back_is_a_copy(method, options, tmp_path):
 
 
 def test_dtypes_and_shared_memory(tmp_path):
-    """Views of one storage, as a checkpoint may hold them, are tensors of their own; half precision stays
-    what it is.
-    """
+    """Views of one storage are tensors of their own, and half precision stays what it is."""
     storage = torch.arange(64.0).view(8, 8)
     tensors = {
         "blocks.0.att.key.miss": storage[:3].bfloat16(),

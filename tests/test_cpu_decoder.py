@@ -103,9 +103,7 @@ def close_states(got, want, ratio):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_logits_and_states_are_the_models(sizes, dtype):
-    """Weights in bf16 cost nothing: the model in float64 has the same rounded ones, and the tolerance is that
-    of fp32.
-    """
+    """Weights in bf16 cost nothing: the float64 model has the rounded ones, and fp32's tolerance holds."""
     arch = make(**sizes)
     tensors = {name: t if "time_state" in name else t.to(dtype) for name, t in random_tensors(arch).items()}
     ids = some_ids(arch, 19)
@@ -503,9 +501,7 @@ def test_a_closed_decoder_is_an_error():
 
 
 def test_waiting_threads_use_no_time_and_end(monkeypatch):
-    """The pool sleeps between tokens, which a chat spends on waiting for its user, and its threads are gone
-    once it is closed.
-    """
+    """The pool sleeps between tokens, and its threads are gone once it is closed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     arch = make(7)
     before = threads()

@@ -486,9 +486,7 @@ def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
 
 @pytest.mark.parametrize("ctx_len", [32, 57, 400])
 def test_documents_that_share_rows_make_the_same_step(model, documents, ctx_len):
-    """The sum over documents of losses and gradients, each document as if alone; under 400 all 13 are one
-    row.
-    """
+    """Losses and gradients are sums over documents, each as if alone; under 400 all 13 are one row."""
     whole, gradients = step_gradients(model, documents, 13, 1, 1)
     for sizes in ((8, 1, 1), (2, 2, 2)):
         loss, packed = step_gradients(model, documents, *sizes, packed=ctx_len)
@@ -538,9 +536,7 @@ def test_a_step_without_targets_is_zero_and_not_nan(model):
 
 @pytest.mark.parametrize("peft", ["miss", "adalora"])
 def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, monkeypatch, peft, capfd):
-    """Such rows are left out; here one is not, and comes after steps that have given the optimizer its
-    momentum.
-    """
+    """Such rows are left out; here one is not, and comes after steps that gave the optimizer momentum."""
     from src import config as configuration
     from src import run
 

@@ -29,9 +29,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random bf16 base of odd width, which two processes do not share evenly, and 8 rows of unequal weight:
-    2 steps of 4.
-    """
+    """A random bf16 base of odd width, which two processes share unevenly, and 8 rows of unequal weight."""
     folder = tmp_path_factory.mktemp("scale")
     torch.save(
         random_tensors(make_arch(7, vocab_size=256, n_embd=135, head_size=15), torch.bfloat16),
@@ -65,9 +63,7 @@ def plain(files, tmp_path_factory):
 
 
 def look_inside(rank):
-    """Assertions within a stage-3 run: what a process holds of the base, before the first step and while the
-    head runs.
-    """
+    """Assertions within a stage-3 run: what a process holds before the first step and while the head runs."""
     mapped.SMALL = 0  # of a base, which is mapped where it is not small
     setup, head_of = src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model, RWKV.features
 

@@ -195,9 +195,7 @@ def test_a_part_of_the_outputs_may_be_left_unused(name):
 
 @every_function
 def test_nothing_more_is_kept_than_stated(name):
-    """Storages of the stated activations, and vectors of the model; a token shift with fixed mixes keeps no
-    activation.
-    """
+    """Storages of the stated activations, and the model's vectors; a fixed token shift keeps none."""
     function, activations, stated = cases(2, 15, 48, 3)[name]
     leaves, kept = [t.float().requires_grad_() for t in activations], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -448,9 +446,7 @@ def frozen_with_adapter(version, kernel, dtype):
 
 @functools.cache
 def trained(version, kernel, dtype):
-    """{name: logits, state or gradient of an adapter} of two rows with documents, and a state to go on
-    from.
-    """
+    """{name: logits, state or gradient of an adapter} of two rows of documents, and a state to begin at."""
     model = frozen_with_adapter(version, kernel, dtype)
     ids = torch.randint(67, (2, 37), generator=torch.Generator().manual_seed(5))
     reset = torch.zeros(2, 37, dtype=torch.bool)

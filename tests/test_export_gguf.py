@@ -53,9 +53,7 @@ def read(path):
 
 
 def expected(t, version):
-    """name -> (kind of tensor, values), of a model of two layers, word by word as llama.cpp's two models read
-    them.
-    """
+    """name -> (kind of tensor, values) of a model of two layers, word by word as llama.cpp reads them."""
     p = {"token_embd.weight": ("L", t["emb.weight"]), "output.weight": ("L", t["head.weight"])}
     norms = {"token_embd_norm": "blocks.0.ln0", "output_norm": "ln_out"}
     for i in range(2):

@@ -52,9 +52,7 @@ def files(model, base, folder):
 
 
 def same_everywhere(model, base, inputs, folder, tolerance=1e-5):
-    """The answers of the file loaded, merged, and trained on, saved again and loaded, are those of the live
-    models.
-    """
+    """The file loaded, merged, and trained on, saved and loaded answers as the live models do."""
     adapter, _, merged = files(model, base, folder)
     loaded, plain, again = (copy.deepcopy(base).eval() for _ in range(3))
     rwkv_miss.load_adapter(loaded, adapter)

@@ -34,9 +34,7 @@ PAIRS = [{"question": "q", "answer": "a"}, {"question": "2", "answer": "二🙂"
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """read(content of a file, its name, ...) -> rows, read from the file's folder so that messages begin with
-    the name.
-    """
+    """read(content, name, ...) -> rows, in the file's folder, so that messages begin with the name."""
     monkeypatch.chdir(tmp_path)
 
     def make(content, name="rows.jsonl", report=None, **reading):

@@ -49,9 +49,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crossing(tmp_path_factory):
-    """Tokens that run across characters and across the beginning of the stop text, beside all single
-    bytes.
-    """
+    """Tokens that run across characters and across the stop text's beginning, beside all single bytes."""
     you, smile = "你".encode(), "🙂".encode()
     pieces = [
         b"\n\n",
@@ -155,9 +153,7 @@ def test_tokens_come_with_the_promised_frequencies(sampling, expected):
 
 @pytest.mark.parametrize("spread", [0.01, 1, 4])
 def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
-    """Whether 256, 4096 or all of 20000 tokens hold the probability: the smallest set that reaches top_p, and
-    no other token.
-    """
+    """Whether 256, 4096 or all 20000 tokens hold the probability: the smallest set that reaches top_p."""
     logits = spread * torch.randn(20000, generator=torch.Generator().manual_seed(0))
     probabilities, order = logits.double().softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
@@ -506,9 +502,7 @@ def test_chat_merge_and_evaluation_import_no_trainer_and_no_compiler(checkpoint)
 
 
 def test_the_adapter_library_needs_torch_only(tmp_path):
-    """Import, inject, save, load and merge without numpy, which torch can do without, and without anything of
-    src.
-    """
+    """Import, inject, save, load and merge without numpy, which torch can do without, and without src."""
     code = """
 import sys
 for name in ("numpy", "yaml", "lightning", "deepspeed", "src"):

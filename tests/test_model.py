@@ -118,9 +118,7 @@ def test_float64_kernels_agree_and_checkpointing_changes_nothing(version):
 )
 @pytest.mark.parametrize("version", [6, 7])
 def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel, dtype, allowed):
-    """Logits, gradients and the final state; the first document goes on from a state, the others start from
-    nothing.
-    """
+    """Logits, gradients, final state; the first document goes on from a state, the others from nothing."""
     arch = make_arch(version, n_layer=3)
     model = RWKV(arch, kernel).to(dtype)
     model.load_state_dict(random_tensors(arch))
@@ -156,9 +154,7 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_what_is_recomputed(version):
-    """--grad_cp 0: nothing, 1: whole layers, 2: their time mixes; and what the layers keep falls from 0 to 2
-    to 1.
-    """
+    """--grad_cp 0: nothing, 1: whole layers, 2: their time mixes; what layers keep falls from 0 to 2 to 1."""
     model = RWKV(make_arch(version, n_layer=2), "cpu")
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, "miss", rank=4)

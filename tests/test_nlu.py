@@ -182,9 +182,7 @@ def test_mistakes_are_explained_before_anything_is_trained(tmp_path, flags, mess
 
 @pytest.fixture(scope="module")
 def text_folder(data_dir, tmp_path_factory):
-    """Lines of Shakespeare's plays and sentences of GSM8K as SST-2, and as MRPC pairs of which half are of
-    one kind.
-    """
+    """Lines of Shakespeare and sentences of GSM8K as SST-2, and as MRPC pairs, half of them of one kind."""
     folder = tmp_path_factory.mktemp("glue")
     plays = [line for line in (data_dir / "tinyshakespeare.txt").read_text().splitlines() if len(line) > 30][
         :900

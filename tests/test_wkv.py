@@ -72,9 +72,7 @@ def make(version, T, N=8, B=2, H=3, decay="real", dtype=torch.float32):
 
 
 def results(version, x, dy, dsT=None, kernel="torch", reset=None):
-    """Forward and backward: {y, sT, d<name> of every input}; without dsT nothing flows back from the final
-    state.
-    """
+    """Forward and backward: {y, sT, d<name> of every input}; without dsT the final state has no gradient."""
     x = {name: t.detach().requires_grad_() for name, t in x.items()}
     y, sT = OPS[version](**x, reset=reset, kernel=kernel)
     outputs = [(y, dy)] if dsT is None else [(y, dy), (sT, dsT)]
@@ -86,9 +84,7 @@ def results(version, x, dy, dsT=None, kernel="torch", reset=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These tensors are too small to share: on a busy machine a second thread makes the file several times
-    slower.
-    """
+    """These tensors are too small to share: on a busy machine a second thread makes this much slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,9 +92,7 @@ def one_thread():
 
 
 def documents(B, T):
-    """Where documents start, (B, T), bool: another place in every row, two in a row, the last token, and none
-    in the last row.
-    """
+    """Where documents start, (B, T): another place in every row, two in a row, the last token, and none."""
     reset = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.15
     reset[0, T // 2 :][:2] = reset[0, -1] = True
     if B > 1:
@@ -108,9 +102,7 @@ def documents(B, T):
 
 @functools.cache
 def exact(version, state, **shape):
-    """`results` of the reference in float64, with an initial state and a gradient of the final one, or with
-    neither.
-    """
+    """`results` of the reference in float64, with initial state and final gradient, or with neither."""
     x, dy, dsT = make(version, dtype=torch.float64, **shape)
     return (
         results(version, x, dy, dsT, "reference")
@@ -245,9 +237,7 @@ def test_parts_equal_the_whole(version, kernel):
 @pytest.mark.parametrize("T", [3, 35])
 @both
 def test_gradcheck(version, T):
-    """Numerical derivatives, so that the reference is not its own judge; 35 tokens are more than one
-    chunk.
-    """
+    """Numerical derivatives: the reference is not its own judge. 35 tokens are more than one chunk."""
     x, _, _ = make(version, T, N=2, B=1, H=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(OPS[version], [t.requires_grad_() for t in x.values()], fast_mode=T > 3)
 
@@ -317,16 +307,8 @@ def test_inputs_are_left_alone(version):
         ("r", lambda t: t[0], r"r is torch.float32 \(17, 3, 8\)"),
         ("r", lambda t: t[:, :0], r"r is torch.float32 \(2, 0, 3, 8\)"),
         ("r", lambda t: t.long(), r"r is torch.int64"),
-        (
-            "r",
-            lambda t: t.to(torch.float8_e4m3fn),
-            r"r is torch.float8_e4m3fn .*; expected float32, bfloat16, float16 or float64",
-        ),
-        (
-            "k",
-            lambda t: t[:, 1:],
-            r"k is torch.float32 \(2, 16, 3, 8\) .* expected torch.float32 \(2, 17, 3, 8\)",
-        ),
+        ("r", lambda t: t.to(torch.float8_e4m3fn), r"8_e4m3fn .*; expected float32, bfloat16, float16 or"),
+        ("k", lambda t: t[:, 1:], r"k is torch.float32 \(2, 16, 3, 8\) .* expected .* \(2, 17, 3, 8\)"),
         ("v", lambda t: t[..., :1], r"v is torch.float32 \(2, 17, 3, 1\)"),
         ("w", lambda t: t.bfloat16(), r"w is torch.bfloat16 .* expected torch.float32"),
         ("k", lambda t: t.double(), r"k is torch.float64"),
@@ -536,9 +518,7 @@ def test_float64_is_not_for_the_native_kernels(version):
 @pytest.mark.parametrize("threads", [2, 3, 16])
 @both
 def test_more_threads_than_heads(version, threads):
-    """With fewer heads than threads the rows of a head are shared out, and its gradients are sums of
-    parts.
-    """
+    """With fewer heads than threads a head's rows are shared out, and its gradients are sums of parts."""
     for B, H, N in ((1, 1, 64), (1, 3, 32), (2, 4, 8)):
         x, dy, dsT = make(version, 37, N=N, B=B, H=H)
         reset = documents(B, 37)
