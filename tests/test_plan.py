@@ -239,10 +239,8 @@ def test_the_parts_of_the_7b_model_are_the_papers_sizes(few_bytes):
     parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 64, 64)
     assert parts["trained"] == parts["gradients"] == parts["Adam"] / 2 == 4 * 88_080_384
     assert 14 < parts["base"] / GIB < 14.5  # 7.6 B parameters of 2 bytes
-    assert (
-        "rollback" not in parts
-        and memory_parts(arch, config, "cpu", "cpu", "bf16", 64, 64)["rollback"] == 24 * 88_080_384
-    )
+    assert "rollback" not in parts
+    assert memory_parts(arch, config, "cpu", "cpu", "bf16", 64, 64)["rollback"] == 24 * 88_080_384
 
 
 def test_zero_divides_the_parts_of_its_stage(few_bytes):
@@ -286,10 +284,8 @@ def test_what_deepspeed_holds_beside_its_shares(few_bytes):
         return memory_parts(arch, config, "gpu", "torch", "bf16", 16, 16)
 
     one, two, three = parts("2"), parts("2", devices=4), parts("3", devices=4)
-    assert (
-        one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"]
-        and two["DeepSpeed"] == one["trained"] * 1.25
-    )
+    assert one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"]
+    assert two["DeepSpeed"] == one["trained"] * 1.25
     # all of so small a model, in bf16
     assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(one["base"] + one["trained"] / 2)
     away = [
@@ -361,10 +357,8 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
             row,
             0.5,
         )
-        assert (
-            speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
-            and speed.answer == 0.5 * 6 / 2 + 0.25
-        )
+        assert speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
+        assert speed.answer == 0.5 * 6 / 2 + 0.25
 
 
 @pytest.mark.parametrize(
@@ -547,9 +541,8 @@ def test_the_plan_fits_or_names_what_to_change(counted_once, files, tmp_path, ca
         720,
         9,
     )
-    assert line["seconds"] == 72 and any(
-        "about 72 s for 720 tokens" in text and "as given" in text for text in shown
-    )
+    assert line["seconds"] == 72
+    assert any("about 72 s for 720 tokens" in text and "as given" in text for text in shown)
     assert line["memory_together"] == pytest.approx(sum(line["memory"].values()), abs=20)
     assert any("it fits" in text for text in shown) and not (tmp_path / "run").exists()
     step = line["memory"]["activations"] + line["memory"]["working"]
@@ -600,11 +593,8 @@ def test_a_run_that_goes_on_is_planned_as_it_is(files, tmp_path, capsys):
     (run / "config.yaml").write_text("ctx_len: 33\nmicro_bsz: 3\naccumulate_grad_batches: 2\n")
     assert plan.plan(*plan.parse([*files, "--resume", "auto", "--tokens_per_second", "9"])) == 0
     output = capsys.readouterr().out
-    assert (
-        "ctx_len 33" in output
-        and "micro_bsz 3, accumulate_grad_batches 2" in output
-        and "as the run has it so far" in output
-    )
+    assert "ctx_len 33" in output and "micro_bsz 3, accumulate_grad_batches 2" in output
+    assert "as the run has it so far" in output
 
 
 def test_planning_imports_no_trainer():

@@ -17,15 +17,7 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.planning import plan
 from src.planning.draft import Draft
-from src.planning.plan import (
-    Data,
-    Device,
-    check_data_files,
-    device_here,
-    memory_of,
-    plan_steps,
-    read_data,
-)
+from src.planning.plan import Data, Device, check_data_files, device_here, memory_of, plan_steps, read_data
 
 ENCODER = Encoder(load_tokenizer("bytes", 256))
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
