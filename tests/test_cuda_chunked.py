@@ -106,7 +106,7 @@ def test_lengths(libraries, version, T, state, packed):
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("version, decay", REGIMES)
 def test_extreme_decays(libraries, version, decay, dtype):
-    check(libraries, version, decay=decay, dtype=dtype, T=200, B=1, H=1)
+    check(libraries, version, decay=decay, dtype=dtype, both_orders=False, T=200, B=1, H=1)
 
 
 @pytest.mark.parametrize("H", [64, slow(128)])
