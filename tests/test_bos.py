@@ -41,9 +41,9 @@ from src.training.resume import earlier_settings, find_checkpoint, inherit
 
 from .answering import Scripted, engine_of
 from .conftest import make_arch, random_tensors
+from .test_generate import named
 
-WORLD = load_tokenizer("world", 65536)
-BYTES = load_tokenizer("bytes", 256)
+WORLD, BYTES = named("world"), load_tokenizer("bytes", 256)
 UTF16 = load_tokenizer("utf16", 256)
 FLOWER = 10060  # an id of World with a text
 SETTINGS = {"none": (), "auto": (0,), str(FLOWER): (FLOWER,)}

@@ -44,8 +44,7 @@ KINDS |= {
     "orpo": f"--loss orpo --lr_init 3e-3 {PAIRS}",
     "kto": f"--loss kto --lr_init 3e-3 {ANSWERS}",
 }
-FAST = ("miss deepspeed_stage_3", "packed deepspeed_stage_2", "state deepspeed_stage_3",
-        "full deepspeed_stage_3", "dpo deepspeed_stage_3", "kto ddp")  # fmt: skip
+FAST = ("miss deepspeed_stage_3", "packed deepspeed_stage_2", "full deepspeed_stage_3", "kto ddp")
 CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ("packed", "nf4", "orpo")]
 CASES += ["miss ddp", "chunks ddp", "kto ddp"]
 CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "nf4", "chunks", "orpo")]
