@@ -94,21 +94,12 @@ def test_the_presets_are_the_papers_tables_7_and_8():
 
 def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tmp_path):
     flags = [
-        "--preset",
-        "paper-table7",
         "--peft_config",
         '{"r": 5, "targets": ["att.key", "value"]}',
         "--proj_dir",
         "out: a #b, {c} 'd' 日本",
-        "--eod",
-        "1",
-        "--grad_cp",
-        "1",
-        "--adam_eps",
-        "1e-12",
-        "--tokenizer",
-        "[yes]",
     ]
+    flags += "--preset paper-table7 --eod 1 --grad_cp 1 --adam_eps 1e-12 --tokenizer [yes]".split()
     values = parse([*REQUIRED, *flags])
     path = tmp_path / "config.yaml"
     config.save(values, path)
@@ -429,15 +420,8 @@ def test_every_setting_explains_itself():
 
 
 def test_the_command_of_a_run_is_read_back_as_its_settings():
-    settings = Config(
-        load_model="a b.pth",
-        data_file="it's.jsonl",
-        loss_mask="- q:",
-        eod="-x",
-        lr_final=0.0,
-        packing=False,
-        peft_config={"r": 5},
-    )
+    odd = dict(load_model="a b.pth", data_file="it's.jsonl", loss_mask="- q:", eod="-x")
+    settings = Config(**odd, lr_final=0.0, packing=False, peft_config={"r": 5})
     assert parse(shlex.split(command(settings))[2:]) == settings
     one, two = (command(Config(epoch_count=count, epoch_steps=70)) for count in (1, 2))
     assert one == "python train.py --epoch_steps 70" and two.startswith("python train.py --epoch_count 2 ")

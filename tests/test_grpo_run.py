@@ -44,29 +44,20 @@ def files(tmp_path_factory):
 
 
 def flags_of(files, proj_dir, *flags):
-    own = {
-        "--load_model": files / "base.pth",
-        "--data_file": files / "rows.jsonl",
-        "--eval_file": files / "held.jsonl",
-        "--proj_dir": proj_dir,
-        "--tokenizer": "bytes",
-        "--accelerator": "cpu",
-        "--loss": "grpo",
-        "--rewards": "low=1",
-        "--reward_file": files / "judge.py",
-        "--group_size": "3",
-        "--max_tokens": "5",
-        "--lr_init": "1e-2",
-        "--adam_eps": "1e-3",  # keeps Adam from blowing up a gradient near zero
-        "--peft_config": "r=7",
-        "--micro_bsz": "4",
-        "--epoch_count": "1",
-        "--eval_docs": "3",
-        "--eval_samples": "0",
-        "--data_cache": "none",
-    }
+    # the epsilon keeps Adam from blowing up a gradient near zero
+    own = f"""
+        --load_model {files}/base.pth --data_file {files}/rows.jsonl --eval_file {files}/held.jsonl
+        --proj_dir {proj_dir} --tokenizer bytes --accelerator cpu --loss grpo --rewards low=1
+        --reward_file {files}/judge.py --group_size 3 --max_tokens 5 --lr_init 1e-2 --adam_eps 1e-3
+        --peft_config r=7 --micro_bsz 4 --epoch_count 1 --eval_docs 3 --eval_samples 0 --data_cache none
+    """.split()
     given = dict(itertools.zip_longest(flags[::2], flags[1::2]))
-    return [str(word) for pair in (own | given).items() if pair[1] is not None for word in pair]
+    return [
+        str(word)
+        for pair in (dict(zip(own[::2], own[1::2])) | given).items()
+        if pair[1] is not None
+        for word in pair
+    ]
 
 
 def start(files, proj_dir, *flags, sabotage=None):

@@ -17,32 +17,20 @@ from src.data.held_out import hold_out, in_hash_order
 from src.data.questions import NO_QUESTION, NO_RIGHT_ANSWER, QuestionReader, read_questions
 from src.data.templates import load_template
 
+from .test_data import assistant, user
 from .test_generate import named
 
 BYTES = named("bytes")
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+SHORT = {"role": "system", "content": "Short."}
 ROWS = [
     {"question": "1 + 1?", "answer": "2"},
     {"instruction": "Add.", "input": "2 3", "output": 5},
     {"prompt": "Q: 4\nA:", "completion": " four"},
-    {
-        "messages": [
-            {"role": "system", "content": "Short."},
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-            {"role": "assistant", "content": "<think>hm</think>d"},
-        ]
-    },
+    {"messages": [SHORT, user("a"), assistant("b"), user("c"), assistant("<think>hm</think>d")]},
     {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
-    {
-        "messages": [
-            {"role": "user", "content": "1 and 1"},
-            {"role": "assistant", "content": "", "tool_calls": CALL},
-        ],
-        "tools": TOOLS,
-    },
+    {"messages": [user("1 and 1"), assistant("") | {"tool_calls": CALL}], "tools": TOOLS},
 ]
 
 
