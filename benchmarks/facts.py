@@ -103,8 +103,8 @@ class FactSet:
 
 def is_right(answer: str, question: Question) -> bool:
     """Tell whether the answer has the fact that is asked for, or the style where there is no fact to know."""
-    if question.right:
-        return f" likes {question.right}," in answer
+    if question.answer:
+        return f" likes {question.answer}," in answer
     return answer.startswith(BEGIN) and answer.endswith(END)
 
 

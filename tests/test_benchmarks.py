@@ -121,7 +121,7 @@ def test_made_up_facts_are_asked_as_trained_in_other_forms_and_of_new_names():
     assert not trained & {question.prompt for question in asked["in another form"]}
     for question, (_, answer) in zip(asked["as trained"], rows, strict=True):
         assert facts.is_right(answer["content"], question)
-        assert not facts.is_right(answer["content"].replace(question.right, "nothing"), question)
+        assert not facts.is_right(answer["content"].replace(question.answer, "nothing"), question)
     known = " ".join(made.names)
     assert not [question for question in asked["style on new names"] if question.prompt.split()[-2] in known]
 
