@@ -484,7 +484,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
     flags = ["--model", __file__, *"--template rwkv --prompt q --temperature 0".split()]
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
         loaded = without_adapters(Scripted(tokenizer, said)), tokenizer
-        monkeypatch.setattr(program, "load_with", lambda *_, loaded=loaded: loaded)
+        monkeypatch.setattr(program, "load_named", lambda *_, loaded=loaded: loaded)
         monkeypatch.setattr(program, "fastest", lambda model, *_, **options: (model, ""))
         assert answer(capsys, *flags) == shown
 
