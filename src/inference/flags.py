@@ -185,9 +185,9 @@ def decoder_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class PromptSettings:
-    """Settings of prompts: the flags of add_text(), else the records of files.
+    """Settings of prompts: the flags of add_text(), else the records of the adapters' files and the model's.
 
-    The first adapter's file with a record counts, and then the model's.
+    The template is that of the first file with a record. The BOS is the first file's, none without a record.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer):
