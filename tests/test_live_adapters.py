@@ -233,11 +233,11 @@ def test_the_decoder_loses_nothing_of_an_adapter(
     """
     # panels round activations, too (test_cpu_decoder.py)
     monkeypatch.setattr(int8_panels, "instruction_is_there", lambda: False)
-    base = checkpoint(version, dtype, **SIZES)
+    base = checkpoint(version, dtype, n_layer=3, **SIZES)
     adapter = train(
         base, tmp_path / "a.pth", method, rank=rank, targets=["receptance", "key", "value", "output", "head"]
     )
-    ids, results = some_ids(make_arch(version, **SIZES), 5), []
+    ids, results = some_ids(make_arch(version, **SIZES), 9), []
     adapters, _ = load_with(base, {"a": adapter}, "bytes", accelerator="cpu")
     exact = RWKV.load(base, torch.float64)
     for threads in (1, 5):
