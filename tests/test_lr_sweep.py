@@ -24,7 +24,7 @@ from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
 from . import program
-from .conftest import make_arch, random_tensors
+from .conftest import make_arch, random_tensors, slow
 from .program import losses
 from .tables import talk
 
@@ -69,7 +69,7 @@ def results(proj_dir):
             --warmup_steps 2 --train_parts ln,state --lr_map ffn=3
         """.split(),
         ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
-        ["--precision", "fp16", "--peft_config", "r=7"],
+        slow(["--precision", "fp16", "--peft_config", "r=7"]),
     ],
 )
 def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, capsys, more):
