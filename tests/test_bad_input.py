@@ -268,7 +268,10 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("r=49", "receptance: rank 49 does not fit MiSS: it must be from 1 to the input width, 48"),
+        (
+            "r=49",
+            "blocks.0.att.receptance: rank 49 does not fit MiSS: it must be from 1 to the input width, 48",
+        ),
         ("r=0", "rank 0 must be at least 1"),
         (
             '{"targets": ["recptance"]}',

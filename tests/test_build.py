@@ -525,7 +525,13 @@ def test_the_first_nvcc_that_the_driver_runs_is_taken(machine, driver, of_torch,
 @pytest.mark.parametrize(
     "driver, of_torch, releases, said, help",
     [
-        (12080, "12.8", ["13.0"], "runs CUDA up to 12.8, and there is", "toolkit of CUDA 12.8 from"),
+        (
+            12080,
+            "12.8",
+            ["13.0"],
+            "this driver runs CUDA up to 12.8, and there is",
+            "toolkit of CUDA 12.8 from",
+        ),
         (0, "12.6", ["13.1"], "runs CUDA up to 12.6, and there is", "toolkit of CUDA 12.6 from"),
         (12080, "13.0", [], "no nvcc:", "toolkit of CUDA 12.8 from"),
         (13000, "13.2", [], "no nvcc:", "nvvm]==13.2.*"),
@@ -546,7 +552,12 @@ def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, re
     [
         (False, None, "", ""),
         (True, None, "", ""),
-        (True, 'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one', "==13.2.*", "installing"),
+        (
+            True,
+            'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one, or use',
+            "==13.2.*",
+            "installing",
+        ),
         (True, "no nvcc that fits: ... install the toolkit of CUDA 12.8", "", "toolkit of CUDA 12.8"),
     ],
 )

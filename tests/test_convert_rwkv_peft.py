@@ -414,7 +414,7 @@ STATE = {"blocks.0.att.time_state": draw(3, 16, 16)}
         (
             A | B,
             Hints(alpha=4, origin="rwkv-peft"),
-            "rwkv-peft decides nothing in a file of LoRA; drop the flag",
+            "--origin rwkv-peft decides nothing in a file of LoRA; drop the flag",
         ),
         (
             STATE,

@@ -215,7 +215,10 @@ def test_refusals(pair):
     refused(folder, "d.pth is an adapter file, expected a model", b="d.pth", out="e.pth")
     (folder / "d.pth").unlink()
     for change, words in [
-        (lambda t: t.pop("ln_out.bias"), "b.pth has no ln_out.bias; the two checkpoints must be of the same"),
+        (
+            lambda t: t.pop("ln_out.bias"),
+            "b.pth has no ln_out.bias; the two checkpoints must be of the same model",
+        ),
         (lambda t: t.update(x=torch.zeros(2)), "a.pth has no x; the two"),
         (
             lambda t: t.update({"head.weight": torch.zeros(3, 40)}),

@@ -212,7 +212,7 @@ def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, mes
         (
             "safetensors",
             {"settings": TextSettings("bytes")},
-            "gguf and hf; safetensors holds all tensors and no",
+            "are for gguf and hf; safetensors holds all tensors and no tokenizer",
         ),
         ("pth", {"drop_state": True}, "are for gguf and hf; pth"),
         ("pth", {"settings": TextSettings(template="think")}, "are for gguf and hf"),

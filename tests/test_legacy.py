@@ -165,7 +165,11 @@ def test_quantised_bases(capsys):
     [
         ("none", "all", "trains every token; padding, which is trained there, is not"),
         ("", "all", "trains every token; padding, which"),
-        ("pad", "all", "trains every token but the padding: --loss_mask all; assistant trains the answers"),
+        (
+            "pad",
+            "all",
+            "trains every token but the padding: --loss_mask all; assistant trains the answers alone",
+        ),
         ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
     ],
 )

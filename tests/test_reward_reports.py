@@ -64,6 +64,10 @@ def test_a_run_is_described_by_its_reward():
     assert METRICS.keys() <= DESCRIBED.titles.keys()
     other = objective_of(dataclasses.replace(GRPO, rewards={"exact": 1.0})).metrics
     assert "reward_exact" not in other.titles
+    found = line(1, kl=math.nan)
+    assert found["kl"] is None and found["units"] == 16
+    sent = {f"train/{name}": value for name, value in METRICS.items() if name != "kl"}
+    assert DESCRIBED.numbers("train", found) == sent
     assert DESCRIBED.score_of(-0.5) == 0.5 and DESCRIBED.score_text(evaluation(3, 0.875)) == "0.8750"
     assert DESCRIBED.score_text({"loss": None, "reward": None}) == "not known"
 
@@ -152,6 +156,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
         "| greedy answers | right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most",
         "![reward, groups of equal rewards, length, entropy and KL over the steps](rewards.png)",
         "| groups of equal rewards, which teach nothing | 43.8 % | 43.8 % |",
+        "|  | before, step 0 | after, step 20 | best, step 10 |",
         "| reward of an answer | 0.5 | 0.75 | 0.875 |",
         "`best.pth` is the state of step 10, reward 0.8750.",
         "before, reward 0.5:\n\n    abcd",
@@ -191,8 +196,12 @@ def test_failures_are_told_of_how_many_and_a_reward_of_ones_own_has_no_right_ans
 
 
 def test_run_json_has_the_rewards(tmp_path):
-    """Its metrics are those of test_preference_reports."""
+    """The best evaluation has the highest reward, not the lowest."""
     history = [evaluation(0, 0.5), evaluation(10, 0.875), evaluation(20, 0.75)]
+    found = run_end._metrics_summary(DESCRIBED, [line(step) for step in range(1, 21)], history)
+    assert json.loads(json.dumps(found)) == found and found["metrics_last"]["dead_groups"] == 0.4375
+    rewards = [found[f"validation_metrics_{name}"]["reward"] for name in ("first", "last", "best")]
+    assert rewards == [0.5, 0.75, 0.875]
     ends = run_end._validation_summary(DESCRIBED, str(tmp_path), history)
     assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
 
