@@ -26,8 +26,8 @@ from ..data.held_out import evaluation_batches
 from ..data.preferences import Preferences
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence
 from ..model import RWKV, read_model_file
+from ..model.dtypes import dtype_of, dtype_of_base
 from ..model.log_probs import token_features
-from ..model.settings import dtype_of, dtype_of_base
 
 EXAMPLES, TOKENS = 8, 4096  # held-out pairs or answers for a KL, and the most tokens of these
 

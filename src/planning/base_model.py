@@ -23,7 +23,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
-from ..model.settings import dtype_of, dtype_of_base
+from ..model.dtypes import dtype_of, dtype_of_base
 from .defaults import own_rank
 from .draft import Draft
 

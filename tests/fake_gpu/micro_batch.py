@@ -16,8 +16,8 @@ from src.config import Config
 from src.data.collate import to_device, trained_tokens
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
+from src.model.dtypes import dtype_of
 from src.model.rwkv import replace_tensors
-from src.model.settings import dtype_of
 from src.objectives.kinds import objective_of
 from src.planning.step_memory import model_on_meta
 
