@@ -81,10 +81,10 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     """Read everything, and choose as a run would; findings go to the Lint."""
     config = draft.config
     lint, report, reading = Lint(encoder, 0), Report("skip"), Reading.of(config)
-    rights: dict[bytes, set[str]] = {}  # reference answers of each prompt
+    answers: dict[bytes, set[str]] = {}  # reference answers of each prompt
 
     def note(asked: ReadQuestion, row: dict) -> None:
-        known = rights.setdefault(asked.prompt.tobytes(), set())
+        known = answers.setdefault(asked.prompt.tobytes(), set())
         if known:
             lint.note("duplicate" if asked.question.answer in known else "other answer", asked.where)
         known.add(asked.question.answer)
@@ -101,7 +101,7 @@ def look(draft: Draft, encoder: Encoder) -> Looked:
     if config.eval_file:
 
         def compare(asked: ReadQuestion, row: dict) -> None:
-            if asked.prompt.tobytes() in rights:
+            if asked.prompt.tobytes() in answers:
                 lint.note("known prompt", asked.where)
 
         QuestionReader(encoder, reading, Report("skip"), False).load(config.eval_file, look=compare)

@@ -14,7 +14,7 @@ from src.data.batches import make_schedule
 from src.data.encode import Encoder
 from src.data.formats import Reading, Report
 from src.data.held_out import hold_out, in_hash_order
-from src.data.questions import NO_QUESTION, NO_RIGHT_ANSWER, QuestionReader, read_questions
+from src.data.questions import NO_ANSWER, NO_QUESTION, QuestionReader, read_questions
 from src.data.templates import load_template
 
 from .test_data import assistant, user
@@ -81,7 +81,7 @@ def test_what_is_empty_is_left_out_and_counted(read):
     assert loaded.places == ["data.jsonl, line 5"]
     assert report.files["data.jsonl"].left_out == {
         NO_QUESTION: (3, ["data.jsonl, line 1", "data.jsonl, line 3", "data.jsonl, line 4"]),
-        NO_RIGHT_ANSWER: (1, ["data.jsonl, line 2"]),
+        NO_ANSWER: (1, ["data.jsonl, line 2"]),
     }
     assert [question.answer for question in read(rows, needs_answer=False).questions] == ["", "2"]
     with pytest.raises(UserError, match="data.jsonl, line 2: the reference answer is empty"):

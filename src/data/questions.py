@@ -29,7 +29,7 @@ THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "math_verify": 512, "code": 1024}  # tokens of an answer, by score
 NAMED = 3  # number of left-out questions that are named
 NO_QUESTION = "the question is empty"
-NO_RIGHT_ANSWER = "the reference answer is empty"
+NO_ANSWER = "the reference answer is empty"
 
 
 class Question(NamedTuple):
@@ -197,7 +197,7 @@ class QuestionConverter(Converter):
         if not ids or is_blank(row):
             raise LeftOut(NO_QUESTION)
         if self.needs_answer and not question.answer.strip():
-            raise LeftOut(NO_RIGHT_ANSWER)
+            raise LeftOut(NO_ANSWER)
         return ReadQuestion(question, np.array(ids, np.int32), where), row if self.keeps_rows else {}
 
 
@@ -257,7 +257,7 @@ def read_questions(
             try:
                 question = question_of(row, template)
                 if not question.answer.strip():
-                    raise UserError(NO_RIGHT_ANSWER)
+                    raise UserError(NO_ANSWER)
                 questions.append(question)
             except UserError as error:
                 report.refuse(source.path, where, error)
@@ -304,8 +304,7 @@ def _of_messages(row: dict[str, Any], template: Template) -> Question:
         if not whole.startswith(prompt):
             raise UserError(
                 f"the template {template.name} writes a prompt that its answers do not continue, so the"
-                " reference call"
-                " can't be found; give the row as prompt and completion"
+                " reference call can't be found; give the row as prompt and completion"
             )
         right = answer_text(whole.removeprefix(prompt), template, template.opening)
     return Question(pieces, right, template.opening)

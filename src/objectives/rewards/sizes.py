@@ -18,7 +18,7 @@ from ...data.tokenizer import Tokenizer
 from ...model.batch_loss import state_bytes
 from ..estimates import BatchSizes, SharedPrompts, Work
 
-WITHOUT_RIGHT = ("regex", "length")  # built-in rewards that ignore the reference answer
+WITHOUT_REFERENCE_ANSWER = ("regex", "length")  # built-in rewards that ignore the reference answer
 FREE = 512  # tokens of an answer for rewards without a limit on its length
 MEASURED = 1000  # reference answers whose lengths are the estimate of an answer's length
 BESIDE = 1.5  # assume answers 1.5 x as long as the reference answers: wrong answers are longer
@@ -35,7 +35,7 @@ STATE_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}  # the most for these
 
 def needs_answer(rewards: Iterable[str]) -> bool:
     """Tell whether a reward compares with the reference answer. Functions of --reward_file are not known."""
-    return any(name in REWARDS and name not in WITHOUT_RIGHT for name in rewards)
+    return any(name in REWARDS and name not in WITHOUT_REFERENCE_ANSWER for name in rewards)
 
 
 def longest_answer(
@@ -78,7 +78,7 @@ def _limit(name: str, loaded: LoadedQuestions, tokenizer: Tokenizer, reward_leng
         return reward_length + reward_length // 4 + 16, "--reward_length, a quarter more, and 16"
     if name in LIMITS:
         return LIMITS[name], f"for the reward {name}"
-    if name in REWARDS and name not in WITHOUT_RIGHT:
+    if name in REWARDS and name not in WITHOUT_REFERENCE_ANSWER:
         limit = answer_limit(name, tokenizer, loaded.questions)
         return limit, f"1.25 times the longest reference answer, plus 16, for the reward {name}"
     return FREE, f"for the reward {name}, which does not tell how long an answer is"
@@ -94,8 +94,8 @@ def usual_length(loaded: LoadedQuestions, tokenizer: Tokenizer, rewards: Mapping
         return math.inf
     if any(begins_thoughts(question.opening) for question in loaded.questions):
         return math.inf
-    rights = [question.answer for question in loaded.questions if question.answer.strip()]
-    lengths = [text_length(tokenizer, right) for right in rights[:: len(rights) // MEASURED + 1]]
+    answers = [question.answer for question in loaded.questions if question.answer.strip()]
+    lengths = [text_length(tokenizer, answer) for answer in answers[:: len(answers) // MEASURED + 1]]
     return BESIDE * (1 + statistics.fmean(lengths)) if lengths else math.inf  # 1 for the end
 
 
