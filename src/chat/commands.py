@@ -28,9 +28,15 @@ from .conversation_file import load_chat, save_chat
 
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
 MODE_NAMES = {
-    **{"off": "rwkv", "think": "think"},
-    **{length: f"think-{length}" for length in ("normal", "short", "long", "chinese")},
-    **{"fake": "fake-think", "compact": "fake-think-compact", "flower": "flower"},
+    "off": "rwkv",
+    "think": "think",
+    "normal": "think-normal",
+    "short": "think-short",
+    "long": "think-long",
+    "chinese": "think-chinese",
+    "fake": "fake-think",
+    "compact": "fake-think-compact",
+    "flower": "flower",
 }
 
 

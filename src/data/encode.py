@@ -47,8 +47,15 @@ class Tokens:
 
 
 # of the fields of Tokens
-DTYPES = dict(ids=np.int32, weights=np.float32, ends=np.int64, texts=bool, begins=bool)
-DTYPES |= dict(labels=np.int8, places=np.int32)
+DTYPES = {
+    "ids": np.int32,
+    "weights": np.float32,
+    "ends": np.int64,
+    "texts": bool,
+    "begins": bool,
+    "labels": np.int8,
+    "places": np.int32,
+}
 
 
 def tokens_of(

@@ -53,7 +53,8 @@ class Change(ctypes.Structure):
     _fields_ = [
         ("rank", ctypes.c_int64),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in "AB"),
+        ("A", ctypes.c_void_p),
+        ("B", ctypes.c_void_p),
     ]
 
 
@@ -122,8 +123,8 @@ class Decoder:
     def _open(self, library: ctypes.CDLL) -> ctypes.c_void_p:
         """Give the native code the model; returns its handle."""
         arch = self.arch
-        names = "n_layer n_embd dim_att n_head head_size dim_ffn vocab_size"
-        sizes = [*(getattr(arch, name) for name in names.split()), self.rows]
+        of_layers = (arch.n_layer, arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.dim_ffn)
+        sizes = (*of_layers, arch.vocab_size, self.rows)
         library.decode_open.restype = ctypes.c_void_p
         handle = library.decode_open(
             ctypes.c_int64(arch.version),

@@ -19,7 +19,7 @@ from ..inference.sampling import Sampling
 from .limits import Limits
 
 PACKAGES = ("starlette", "uvicorn")
-# flag -> (the field of Limits, its meaning); the last two are times, the others counts
+# flag -> (the field of Limits, its meaning)
 LIMITS = {
     "limit_prompt": ("prompt_tokens", "the longest prompt, in tokens"),
     "limit_answer": ("answer_tokens", "the longest answer, in tokens"),
@@ -29,7 +29,8 @@ LIMITS = {
     "limit_receiving": ("receiving", "seconds until a request has arrived"),
     "limit_finishing": ("finishing", "seconds that running answers have after SIGTERM"),
 }
-COUNTS, TIMES = list(LIMITS)[:-2], list(LIMITS)[-2:]
+COUNTS = [flag for flag, (field, _) in LIMITS.items() if isinstance(getattr(Limits, field), int)]
+TIMES = [flag for flag in LIMITS if flag not in COUNTS]  # in seconds
 
 
 def add_flags(add: Callable) -> None:
