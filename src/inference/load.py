@@ -19,9 +19,14 @@ from ..model import RWKV, read_model_file
 from .adapters import Adapters
 
 
-def load(path, adapter=None, *how: str, **named: str) -> tuple[RWKV, Tokenizer]:
-    """Load (model, tokenizer), with the adapter in use if there is one; the rest is as for load_with()."""
-    adapters, tokenizer = load_with(path, {"adapter": adapter} if adapter else {}, *how, **named)
+def load(
+    path, adapter=None, tokenizer: str = "auto", eod: str = "", **options: str
+) -> tuple[RWKV, Tokenizer]:
+    """Load (model, tokenizer) as load_with() does, with the adapter in use if there is one.
+
+    `options` are its accelerator, precision and wkv.
+    """
+    adapters, tokenizer = load_with(path, {"adapter": adapter} if adapter else {}, tokenizer, eod, **options)
     adapters.use(list(adapters.by_name))
     return adapters.model, tokenizer
 
