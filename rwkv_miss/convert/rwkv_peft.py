@@ -366,8 +366,7 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
     if method == "bat" and options.order != "row":
         raise UserError(
             "RWKV-PEFT's scripts merge Bat with order row alone, and would read this adapter as one; merge"
-            " the"
-            " adapter instead"
+            " the adapter instead"
         )
     if method in ("lora", "lora_fa"):
         own = [options.at(linear) for linear in linears]

@@ -307,14 +307,14 @@ class Config(LossSettings):
 
     @property
     def published_rate(self) -> float:
-        """Return the published learning rate for what is trained."""
+        """Published learning rate of what is trained."""
         if self.peft != "none":
             return METHODS[self.peft].default_lr
         return FULL_LR if self.load_model else NEW_MODEL_LR
 
     @property
     def state_learning_rate(self) -> float | None:
-        """Return the rate of an initial state that is trained beside an adapter; else None.
+        """Rate of an initial state that is trained beside an adapter; None without one.
 
         An initial state that is trained alone has the rate lr_init.
         """

@@ -116,7 +116,7 @@ class Cost:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Time of each part of the run that takes any, beside the steps."""
+        """Parts of the run beside its steps -> the time of each in words; parts without any are left out."""
         seconds = {
             "evaluation": self.evaluation_seconds,
             "the search for the rate": self.search_seconds,

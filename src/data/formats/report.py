@@ -129,8 +129,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return lines about the sources, and about all rows that are not used."""
-        lines = [*self.source_lines(), *self.bad_lines(), *self.left_out_lines()]
-        return [encodable(line) for line in lines]
+        return [*self.source_lines(), *self.bad_lines(), *self.left_out_lines()]
 
     def bad_lines(self) -> list[str]:
         """Return lines about rows that cannot be used."""
@@ -147,7 +146,7 @@ class Report:
     def left_out_lines(self) -> list[str]:
         """Return lines about rows that teach nothing."""
         texts = [text for found in self.files.values() for text in found.left_out_texts()]
-        return [f"left out   {text}" for text in texts]
+        return [encodable(f"left out   {text}") for text in texts]
 
     def source_lines(self, but: str = "") -> list[str]:
         """Return lines about the sources other than `but`, and notes about all of them."""

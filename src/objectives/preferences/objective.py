@@ -92,7 +92,7 @@ class OnPreferences(Objective):
         yield "sft_weight", weight, reason
 
     def judged_by(self) -> Objective:
-        """Return this one, with the cross entropy of the chosen answers at least at weight 1.
+        """Return this objective, with the cross entropy of the chosen answers at weight 1 or more.
 
         A preference alone is the smaller the higher the rate, also where the right answers get lost.
         """
