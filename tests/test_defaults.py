@@ -145,7 +145,7 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
     draft = Draft(Config(**settings))
     choose_batch(draft, rows, lambda tried: 0, 1)
-    assert ("less than 50 steps" in draft.config.origins["micro_bsz"]) == few
+    assert ("fewer than 50 steps" in draft.config.origins["micro_bsz"]) == few
 
 
 def length_of(config):

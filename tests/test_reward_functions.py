@@ -323,7 +323,7 @@ def test_what_was_read_at_first_runs_to_the_end(functions_of, tmp_path):
         ("f = 3", "3 is no function, as f; it has none"),
         (
             "def f(completions, **kwargs): 0",
-            "f(completions, **kwargs) cannot be called with the prompt, the list of answers and the right"
+            "f(completions, **kwargs) cannot be called with the prompt, the list of answers and the reference"
             " answer; expected def f(prompt, answers, right)",
         ),
         ("def f(p, a, r, more): 0", "f(p, a, r, more) cannot be called"),

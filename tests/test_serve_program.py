@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_named():
     with bound("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port} can't be listened at"):
+        with pytest.raises(UserError, match=f"--port {port}: can't listen there"):
             bound("127.0.0.1", port)
     with pytest.raises(UserError, match="--host nowhere.invalid"):
         bound("nowhere.invalid", 1)

@@ -152,7 +152,7 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
         is_given = config.global_bsz or not config.is_automatic("accumulate_grad_batches")
         if not is_given and _rows_of_a_step(config, rows) < objective_of(config).usual_rows:
-            reason += f"; with more rows in a step there would be less than {STEPS} steps"
+            reason += f"; with more rows in a step there would be fewer than {STEPS} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
         reason = "--micro_bsz is given"
