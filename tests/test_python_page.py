@@ -32,7 +32,7 @@ def test_the_program_of_the_page_trains(ran):
     assert "4 steps of rows of 256 tokens\nchosen: the longest document has" in said
     assert "95 documents to train on, 5 held out" in said and said.count("done: step 4 of 4") == 2
     rows = (folder / "sort/rows.jsonl").read_text().splitlines()
-    assert len(rows) == 100 and json.loads(rows[0]).keys() == {"prompt", "completion"}
+    assert len(rows) == 100 and json.loads(rows[0]).keys() == {"question", "answer"}
 
 
 def test_a_loss_of_ones_own_is_minimised(ran):
