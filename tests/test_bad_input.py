@@ -22,7 +22,7 @@ from scripts import evaluate
 from src.model import RWKV
 from src.training import callbacks
 
-from .conftest import ROOT, make_arch, random_tensors
+from .conftest import ROOT, make_arch, random_tensors, slow
 from .program import CONTEXT, logged, run
 
 PROGRAMS = {"train": train.main, "merge": rwkv_miss_main, "chat": chat.main, "evaluate": evaluate.main}
@@ -94,7 +94,7 @@ def test_sound_calls_are_not_refused(folder, tmp_path, capsys):
     assert err == "" and out.startswith("merged 12 linears") and (tmp_path / "merged.pth").exists()
 
 
-@pytest.mark.parametrize("program", COMMANDS)
+@pytest.mark.parametrize("program", ["train", slow("merge"), slow("chat")])
 def test_the_programs_themselves(program, folder):
     flags = flags_of(
         program,

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from .budgets import cpu_seconds, judged, read_table
 from .conftest import ROOT
 
@@ -53,6 +55,7 @@ def test_busy():
 """
 
 
+@pytest.mark.slow
 def test_a_file_over_its_budget_makes_the_tests_red(tmp_path):
     """In a worker of xdist, whose seconds come to the process that judges."""
     (tmp_path / "conftest.py").write_text(CONFTEST)

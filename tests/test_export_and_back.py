@@ -401,6 +401,7 @@ def test_mutated_files_are_refused_or_read(tmp_path):
     assert refused > 200
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     arch = dataclasses.replace(released(7), n_embd=384, n_head=6, dim_att=384, vocab_size=65536)
     saved(tmp_path / "m.pth", arch, torch.bfloat16)

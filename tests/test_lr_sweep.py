@@ -68,7 +68,7 @@ def results(proj_dir):
             --peft lora --peft_config r=7,dropout=0.2 --accumulate_grad_batches 2 --weight_decay 0.1
             --warmup_steps 2 --train_parts ln,state --lr_map ffn=3
         """.split(),
-        ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
+        slow(["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"]),
         slow(["--precision", "fp16", "--peft_config", "r=7"]),
     ],
 )

@@ -10,7 +10,7 @@ from src.model import RWKV
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
-from .conftest import close, make_arch, pypi_rwkv, random_tensors
+from .conftest import close, make_arch, pypi_rwkv, random_tensors, slow
 
 SIZES = [
     dict(version=6, n_layer=3, n_embd=48, head_size=16),
@@ -27,7 +27,7 @@ def states(state):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 19])
+@pytest.mark.parametrize("tokens", [slow(1), 19])
 def test_logits_and_states_equal_the_rwkv_package(checkpoint, sizes, tokens):
     path = checkpoint(**sizes)
     ids = torch.randint(sizes.get("vocab_size", 67), (tokens,), generator=torch.Generator().manual_seed(1))

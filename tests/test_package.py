@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from rwkv_miss import read_checkpoint
@@ -86,6 +87,7 @@ def empty_environment(folder):
     return folder / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_merges_in_an_empty_environment_outside_the_checkout(tmp_path, merging):
     # a copy without build/, which could hold modules that are gone
     source = tmp_path / "source"
