@@ -451,6 +451,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert (tmp_path / "m.gguf").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     arch = dataclasses.replace(arch_of(7), n_embd=384, n_head=6, dim_att=384, vocab_size=65536)
     saved(tmp_path / "m.pth", arch, torch.bfloat16)

@@ -17,7 +17,7 @@ from src.inference.load import load, load_with
 from src.model import RWKV, LayerState
 
 from .answering import greedy_text
-from .conftest import close, make_arch, random_tensors
+from .conftest import close, make_arch, random_tensors, slow
 from .test_cpu_decoder import TOLERANCE, one_by_one, some_ids
 
 # of the methods' own options those that lead to another form of the change
@@ -71,7 +71,7 @@ def logits_of(model, ids):
     return model(ids)[0]
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [slow(6), 7])
 @pytest.mark.parametrize("method, options", VARIANTS, ids=str)
 def test_every_method_says_what_its_merged_file_says(method, options, version, checkpoint, tmp_path):
     """Prompt and single tokens, in torch and in the decoder, at the scales 1 and 0.7."""

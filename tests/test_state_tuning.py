@@ -299,7 +299,7 @@ def runtime_state(path):
     return [t for state in states for t in (torch.zeros(width), state.float(), torch.zeros(width))]
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [slow(6), 7])
 @pytest.mark.parametrize("train_parts", [None, "state"])
 def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(
     version, train_parts, checkpoint, tmp_path
