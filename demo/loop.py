@@ -41,11 +41,7 @@ with importing():
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.loop", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add(
-        "--load_model",
-        required=True,
-        help="the base model, a .pth of RWKV-6 or RWKV-7; the file stays as it is",
-    )
+    add("--load_model", required=True, help="base model, a .pth of RWKV-6 or RWKV-7")
     add("--data_file", required=True, help='rows to train on: {"text": ...} or {"messages": [...]}')
     add("--eval_file", required=True, help="rows for the validation loss")
     add("--proj_dir", required=True, help="folder for adapter.pth and merged.pth")
@@ -78,7 +74,7 @@ def train(args: argparse.Namespace) -> list[float]:
     documents = load(args.data_file, Encoder(tokenizer)).documents(args.ctx_len)
     held_out = load(args.eval_file, Encoder(tokenizer)).documents(args.ctx_len)
 
-    # Rows of at most ctx_len tokens, which short documents share. A step reads micro_bsz rows.
+    # Rows of at most ctx_len inputs, which short documents share. A document's last token is no input.
     rows = pack(documents.lengths - 1, args.ctx_len, args.random_seed)
     lengths = rows.sums(documents.lengths - 1)
     optimizer = torch.optim.AdamW(trained, lr=args.lr_init, betas=(0.9, 0.99), weight_decay=0.0)
@@ -87,7 +83,7 @@ def train(args: argparse.Namespace) -> list[float]:
         if step % args.eval_steps == 0:
             print(f"step {step}: validation loss {validation_loss(model, held_out, args):.4f}", flush=True)
 
-        # The batch. Each pass over the data takes the rows in another order. The longest row comes last.
+        # The batch. Each pass over the data takes the rows in another order. In a batch they are by length.
         turn, place = divmod(step, math.ceil(len(rows) / args.micro_bsz))
         order = np.random.default_rng([args.random_seed, turn]).permutation(len(rows))
         chosen = order[place * args.micro_bsz : (place + 1) * args.micro_bsz]
@@ -126,7 +122,7 @@ def batch_of(documents: Documents, rows: list[list[int]], device: torch.device) 
 
 
 def summed_loss(model: RWKV, batch: dict) -> torch.Tensor:
-    """Return the weighted cross entropy of the next tokens, summed. The head reads trained tokens alone."""
+    """Return the weighted cross entropy, summed. `where` are the places whose next token is trained."""
     features, _ = model.features(batch["ids"], None, batch["reset"], batch["where"])
     return model.loss(features, batch["targets"], batch["weights"])
 

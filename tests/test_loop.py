@@ -38,3 +38,8 @@ def test_the_losses_are_those_of_train(version, tmp_path, capsys):
     assert ours.keys() == theirs.keys() and rwkv_miss.read_checkpoint(tmp_path / "loop/merged.pth")
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=1e-4), name
+
+
+def test_a_whole_training_stands_in_150_lines():
+    with open(loop.__file__, encoding="utf-8") as file:
+        assert len(file.readlines()) <= 150
