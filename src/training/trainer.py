@@ -321,6 +321,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated.*")  # what stays in its place
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
+    warnings.filterwarnings("ignore", ".*will not actually clip gradients.*")  # DeepSpeed does
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
     # held-out data are evaluated by src/training/validation.py, at steps of its own
