@@ -222,7 +222,7 @@ def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
     long = "a question of more tokens than are needed to tell"
     _, err = typed(["short", long, f"{long}, again"])
     assert len(err) == 2 and err[0].startswith("WARNING: the loss is ")
-    assert err[1].endswith("Is it the right model?")
+    assert "Is it the right model?" in err[1]
 
 
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):

@@ -29,7 +29,8 @@ def worse_than_guessing(loss: float, tokenizer: Tokenizer, name: str = "the loss
     return (
         f"WARNING: {name} is {loss:.2f}, worse than guessing: any of the tokenizer's"
         f" {tokenizer.vocab_size:,} ids alike gives {guess:.2f}.\nWas the model trained with another"
-        f" tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model?"
+        f" tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model? If it knows one task"
+        " only, as the demo's does, this is usual with other data."
     )
 
 
