@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -138,3 +139,16 @@ def test_llama_is_not_measured_without_the_package_that_writes_its_files(tmp_pat
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert decode_contenders.llama_contenders(tmp_path, tmp_path / "base.pth", ("F32",)) == {}
     assert capsys.readouterr().out.endswith("is absent: pip install gguf\n")
+
+
+@pytest.mark.slow
+def test_a_walk_has_the_files_of_its_way_alone():
+    command = [sys.executable, "-m", "benchmarks.walks", "--files"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    step, rewards, request = (part.split("\n") for part in done.stdout.split("functions\n")[1:])
+    assert "src/objectives/sft.py" in step and "src/inference/engine.py" not in step
+    assert {"src/objectives/rewards/rollouts.py", "src/inference/engine.py"} <= set(rewards)
+    assert "src/serving/openai_choices.py" in request and "src/training/trainer.py" not in request
+    walks = json.loads(done.stdout.splitlines()[-1])["walks"]
+    assert [len(files) - 1 for files in (step, rewards)] == [count for count, _ in walks.values()][:2]
