@@ -448,7 +448,7 @@ def test_an_output_folder_that_cannot_be_written(refused, folder):
 
 
 def limit(size):
-    """No file of this process grows beyond so many bytes."""
+    """Keep the files of this process below `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 

@@ -59,7 +59,7 @@ def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **
 
 
 def falling(nats, accuracy=0.98, count=100, seed=0):
-    """Steps of preferences whose chosen answers move by so many nats, noisily, at a rising accuracy."""
+    """Steps of preferences whose chosen answers move by `nats`, noisily, at a rising accuracy."""
     noise = random.Random(seed)
     return [
         {

@@ -25,7 +25,7 @@ KINDS = {
 
 
 def make_batch(counts, seed=0, dtype=torch.float32, spread=0.3):
-    """(log_probs, batch): answers of so many tokens; those of different answers stand among each other."""
+    """(log_probs, batch): answers of `counts` tokens, which stand among each other."""
     random = torch.Generator().manual_seed(seed)
     answer = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     answer = answer[torch.randperm(len(answer), generator=random)]

@@ -53,7 +53,7 @@ def test_bytes(function, kind, numbers):
 
 
 def test_lists_of_tensors():
-    """A launch takes so many tensors, and so many blocks of them."""
+    """A launch takes 36 tensors, and LIST_BLOCKS blocks of them."""
     small, large = torch.empty(10), torch.empty(op_counts.LIST_CHUNK * op_counts.LIST_BLOCKS, device="meta")
     assert op_counts.list_launches([small], 4) == 1
     assert op_counts.list_launches([small] * 36, 4) == 1

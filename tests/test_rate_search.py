@@ -151,7 +151,7 @@ def test_a_new_model_gets_the_published_rate():
 
 
 class Rows:
-    """A schedule of so many steps."""
+    """A schedule with this number of steps in a pass."""
 
     def __init__(self, steps_per_pass):
         self.steps_per_pass = steps_per_pass

@@ -272,7 +272,7 @@ def _longest_section(tokenizer) -> dict[str, list[int]]:
 
 
 def train_in(folder: str, steps: int, flags: str, n_layer: int = 2) -> None:
-    """train.py on small files for so many steps. The memory of a step is memory()'s to count, not theirs.
+    """Run train.py on small files. The memory of a step is memory()'s to count, not theirs.
 
     What is forgotten is measured on all sections in the run that evaluates. It took half of the others' time.
     """
