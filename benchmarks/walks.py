@@ -51,7 +51,7 @@ class Walk:
 
     @property
     def functions(self) -> set[CodeType]:
-        """Those of src and rwkv_miss, without the bodies of modules and classes."""
+        """Functions of src and rwkv_miss, without the bodies of modules and classes."""
         own = tuple(f"{ROOT / room}/" for room in ("src", "rwkv_miss"))
         return {code for code in self.entered if code.co_filename.startswith(own) and code.co_flags & 1}
 
