@@ -212,6 +212,8 @@ def test_yaml_mistakes(tmp_path):
     path.write_bytes(b"proj_dir: \xff\n")
     assert "not valid YAML" in mistake("--config", str(path))
     assert "does not exist" in mistake("--config", str(tmp_path / "absent.yaml"))
+    path.write_text("mico_bsz: 4\n")
+    assert mistake("--config", str(path)).startswith(f"{path}: unknown setting")
     path.write_text("micro_bsz: many\n")
     assert mistake("--config", str(path)) == f"{path}: --micro_bsz many: expected a whole number"
     assert mistake("--config", str(tmp_path)).endswith("is a folder; give a file")
