@@ -1,13 +1,16 @@
 """An experiment: what does a first run learn from somebody's few rows, where no knob is turned?
 
-    python -m benchmarks.first_data [--cases persona ...] [--seeds 0 1] [--only_finished]
-    [--out out/first-data] [--report docs/results]
+    python -m benchmarks.first_data [--cases weekday-200 ...] [--seeds 0 1] [--flags "--peft none"]
+    [--only_finished] [--out out/first-data] [--report docs/results]
 
 Every training is a whole run of train.py on the demo's base, with the flags that it can't do without: the
 model, the data, the folder, and --loss for pairs and questions. The base reverses strings of letters and has
 seen 12 % of the bytes.
 
-Right is an answer that equals the expected one, word for word, to questions that are not in the data.
+Right is an answer that equals the expected one, word for word, to questions that are not in the data. The old
+task are strings to reverse, which the base can do.
+
+--flags are added to every run, to see what a knob does.
 
 A finished training is kept in --out, and is not repeated. --report FOLDER gets first-data.md. The last line
 is JSON.
@@ -95,56 +98,67 @@ def checked(question: str, answer: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Data of one kind: its questions, how a row holds one, how many rows there are, and the flags."""
+    """Data of one kind: its questions, how a row holds one, how many rows there are, and the loss."""
 
     questions: Callable[[random.Random], Asked]
     row: Callable[[str, str], dict]
     rows: int
     loss: str = "sft"
+    old: int = 0  # rows of the old task among them
 
 
 CASES = {
-    "persona": Case(persona, conversation, 200),
-    "persona, 60 rows": Case(persona, conversation, 60),
-    "weekday": Case(weekday, instruction, 200),
-    "weekday, 60 rows": Case(weekday, instruction, 60),
-    "sort": Case(sorted_letters, instruction, 200),
-    "sort, 60 rows": Case(sorted_letters, instruction, 60),
-    "pairs": Case(polite, pair, 50, "dpo"),
-    "questions": Case(sorted_letters, checked, 50, "grpo"),
+    "persona-60": Case(persona, conversation, 60),
+    "persona-200": Case(persona, conversation, 200),
+    "weekday-15": Case(weekday, instruction, 15),
+    "weekday-60": Case(weekday, instruction, 60),
+    "weekday-200": Case(weekday, instruction, 200),
+    "weekday-1000": Case(weekday, instruction, 1000),
+    "weekday-200-old-200": Case(weekday, instruction, 200, old=200),
+    "sort-60": Case(sorted_letters, instruction, 60),
+    "sort-200": Case(sorted_letters, instruction, 200),
+    "pairs-50": Case(polite, pair, 50, "dpo"),
+    "questions-50": Case(sorted_letters, checked, 50, "grpo"),
 }
 
 
-def right_answers(asked: Asked, adapter: str | None) -> float:
-    """Measure the share of right greedy answers of the base, or of the base with an adapter."""
-    model, tokenizer = load(BASE, adapter, precision="fp32", accelerator="cpu")
-    template = recorded_template("auto", tokenizer, adapter or str(BASE))
+def right_answers(asked: Asked, model_file: str, adapter: str | None = None) -> float:
+    """Measure the share of right greedy answers of a model, or of a model with an adapter."""
+    model, tokenizer = load(model_file, adapter, precision="fp32", accelerator="cpu")
+    template = recorded_template("auto", tokenizer, adapter or model_file)
     turns = [([{"role": "user", "content": question}], right) for question, right in asked]
     answers = experiment.texts_of_answers(model, tokenizer, template, turns)
     return sum(texts == [right] for texts, (_, right) in zip(answers, asked, strict=True)) / len(asked)
 
 
-def train_case(name: str, seed: int, folder: pathlib.Path) -> dict:
+def train_case(name: str, seed: int, flags: str, folder: pathlib.Path) -> dict:
     """Train on the rows of a case, and count the right answers to its other questions."""
     case, rng = CASES[name], random.Random(seed)
     questions = case.questions(rng)
     rng.shuffle(questions)
     test, known = questions[:TEST], questions[TEST:][: case.rows]
-    own = folder / f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
-    data = write_rows(own.with_suffix(".jsonl"), [case.row(*asked) for asked in known])
-    flags = as_flags(load_model=BASE, data_file=data) + (
+    old = [
+        tuple(turn["content"] for turn in row["messages"][:2]) for row in demo_task.rows("reverse", 600, 9)
+    ]
+    own = folder / f"{name}-{seed}"
+    rows = [case.row(*asked) for asked in known + old[TEST:][: case.old]]
+    rng.shuffle(rows)
+    data = write_rows(own.with_suffix(".jsonl"), rows)
+    given = as_flags(load_model=BASE, data_file=data) + (
         as_flags(loss=case.loss) if case.loss != "sft" else []
     )
-    ran = train(own, flags, folder / "log")
+    ran = train(own, [*given, *flags.split()], folder / "log")
     summary, settings = ran.summary, ran.settings
+    output = summary.get("best", summary["output"])
+    trained = [output] if settings["peft"] == "none" else [str(BASE), output]
     line = {
-        "rows": len(known),
-        "before": right_answers(test, None),
-        "after": right_answers(test, summary.get("best", summary["output"])),
-        "passes": settings["epoch_count"],
+        "rows": len(rows),
+        "before": right_answers(test, str(BASE)),
+        "after": right_answers(test, *trained),
+        "old before": right_answers(old[:TEST], str(BASE)),
+        "old after": right_answers(old[:TEST], *trained),
         "steps": summary["steps"],
         "rate": settings["lr_init"],
-        "seconds": round(summary["train_seconds"], 1),
         "cpu_seconds": ran.cpu_seconds,
     }
     shutil.rmtree(own)
@@ -157,31 +171,33 @@ def table(lines: Sequence[dict]) -> Table:
         (
             name,
             str(own[0]["rows"]),
-            *(share(own, when) for when in ("before", "after")),
+            *(share(own, when) for when in ("before", "after", "old before", "old after")),
             *(f"{mean(own, figure):.3g}" for figure in ("steps", "rate", "cpu_seconds")),
         )
         for (name,), own in groups(lines, "case").items()
     ]
     return Table(
         "The mean of the seeds; in brackets the lowest and the highest.",
-        ["data", "rows", "right before", "right after", "steps", "rate", "CPU s"],
+        ["data", "rows", "right before", "after", "old task before", "after", "steps", "rate", "CPU s"],
         rows,
     )
 
 
 def main() -> None:
-    args = experiment.parsed(experiment.parser(__doc__, "first-data", cases=CASES))
-    lines = Lines(args.out.resolve() / "trainings.jsonl", "case", "seed")
+    parser = experiment.parser(__doc__, "first-data", cases=CASES)
+    parser.add_argument("--flags", default="", help="flags for every run")
+    args = experiment.parsed(parser)
+    lines = Lines(args.out.resolve() / "trainings.jsonl", "case", "seed", "flags")
     done = []
     for name, seed in itertools.product(args.cases, args.seeds):
-        line = {"case": name, "seed": seed}
+        line = {"case": name, "seed": seed, "flags": args.flags}
         if line in lines or not args.only_finished:
-            done.append(lines.of(line, functools.partial(train_case, name, seed, args.out.resolve())))
+            make = functools.partial(train_case, name, seed, args.flags, args.out.resolve())
+            done.append(lines.of(line, make))
             print(json.dumps(done[-1]), flush=True)
     parts = [
         "# What a first run learns from few rows",
-        __doc__.split("\n\n")[2],
-        __doc__.split("\n\n")[3],
+        *__doc__.split("\n\n")[2:4],
         "{table}",
         f"{experiment.cpu_minutes(done)} Again: `python -m benchmarks.first_data --report docs/results`.",
     ]
