@@ -178,7 +178,6 @@ class Options(NoOptions):
 # best rates of small models (docs/results/first-run.md), and gives the published ones for 7B within a factor
 # of 2.5.
 FIRST_MOVE = 0.65
-LONG_RUN = 0.7  # the best rate of a run, as a part of the best one of a few steps (the same page)
 
 
 class AdapterMethod:
@@ -192,7 +191,6 @@ class AdapterMethod:
     Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4  # the published rate: train.py's --lr_init paper
-    long_run: ClassVar[float] = LONG_RUN
     shared: ClassVar[tuple[str, ...]] = ()
     decays: ClassVar[bool] = True  # weight decay pulls towards the base, which the method is at zero
 

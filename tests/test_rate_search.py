@@ -16,13 +16,13 @@ from rwkv_miss import METHODS, UserError
 from src.config import AUTO, Config, parse
 from src.objectives.kinds import objective_of
 from src.planning import plan
-from src.planning.defaults import SearchSize, first_guess, search_size
+from src.planning.defaults import TRIAL_STEPS, first_guess
 from src.planning.plan import Device, no_search
 from src.training import rate_search
+from src.training.optimizer import learning_rate_factor
 from src.training.rate_search import (
     RateSearch,
     as_json,
-    bottom_of,
     enclose,
     found_of,
     reason,
@@ -104,24 +104,6 @@ def test_a_side_where_all_diverge_is_left():
         return math.inf if rate > 1e-4 else valley(3e-5)(rate)
 
     assert list(enclose(diverges, 1e-3, 7)) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-
-
-def test_the_bottom_is_that_of_the_parabola_through_the_best_three():
-    for bottom in (0.7e-3, 1e-3, 1.6e-3):
-        found = bottom_of({rate: valley(bottom)(rate) for rate in (3e-4, 1e-3, 3e-3)})
-        assert found == pytest.approx(bottom, rel=1e-6)
-    assert bottom_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: math.inf}) == pytest.approx(3e-3)
-    assert bottom_of({1e-3: 1.0, 3e-3: 2.0}) == pytest.approx(1e-3)
-    assert bottom_of({1e-3: 2.0, 3e-3: 2.0, 1e-2: 2.0}) == pytest.approx(1e-3)
-
-
-def test_a_search_takes_at_most_70_steps_and_a_quarter_of_the_run():
-    assert search_size(99) is None
-    for steps in range(100, 1000):
-        size = search_size(steps)
-        assert 5 <= size.trials <= 7 and 5 <= size.steps <= 10
-        assert size.trials * size.steps <= min(70, steps / 4)
-    assert search_size(280).steps == 10 and search_size(280).trials == 7
 
 
 @pytest.mark.parametrize(
@@ -253,23 +235,23 @@ def test_a_resumed_run_searches_never_again(files, tmp_path):
 
 
 def found(losses, before=3.0):
-    """What a search comes to whose trials at 1, 3, 10, ... end with these losses."""
+    """Make the result of a search whose trials at 1, 3, 10, ... end with these losses."""
     done = [Trial(rung(k), [3.0], loss) for k, loss in enumerate(losses)]
     tried = {one.rate: math.inf if one.deciding_loss is None else one.deciding_loss for one in done}
-    return found_of(tried, done, 1.0, 0.7, before, 10, 5.0, "held-out")
+    return found_of(tried, done, 1.0, before, 5.0, "held-out")
 
 
-def test_the_table_has_at_most_8_lines_and_says_what_diverged():
+def test_the_table_has_a_line_for_each_trial_and_says_what_diverged():
     table = search_table(as_json(found((3, 2, 1.5, 1, 2, 3.5, None))))
-    assert len(table) == 8 and "Held-out loss 3.0000 before, and after 10 steps" in table[0]
+    assert len(table) == 8 and "Held-out loss 3.0000 before, and after 15 steps" in table[0]
     assert [line.count("#") for line in table[1:]] == [0, 10, 15, 20, 10, 0, 0]
     assert "diverged" in table[-1] and search_table(None) == []
 
 
-def test_the_reason_names_the_bottom_and_a_valley_that_is_not_enclosed():
+def test_the_best_rate_is_taken_and_a_valley_that_is_not_enclosed_is_said():
     inside, at_end = found((3.0, 1.0, 3.0)), found((3.0, 2.0, 1.0))
-    assert inside.rate == pytest.approx(0.7 * inside.bottom, rel=0.05) and at_end.bottom == 10
-    assert f"0.7 times {inside.bottom:g}, where 3 trials" in reason(inside) and "beyond" not in reason(inside)
+    assert (inside.rate, at_end.rate) == (3.0, 10.0)
+    assert reason(inside) == "the lowest loss of 3 trials before step 1"
     assert reason(at_end).endswith("the best is the last rate that was tried, and one beyond may be better")
 
 
@@ -283,7 +265,7 @@ def test_a_run_whose_trials_all_diverge_ends_before_its_first_step(files, tmp_pa
     tensors["head.weight"].fill_(1e38)  # finite itself
     torch.save(tensors, tmp_path / "broken.pth")
     code, output = program.run(flags(files, tmp_path / "run", "--load_model", str(tmp_path / "broken.pth")))
-    assert code == 2 and "no rate from " in output and "has a finite loss after 5 steps" in output, output
+    assert code == 2 and "no rate from " in output and "has a finite loss after 15 steps" in output, output
     assert not any((tmp_path / "run" / name).exists() for name in WRITTEN)
 
 
@@ -362,7 +344,7 @@ def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch)
     trained, judged = [], []
 
     def train(model, config, documents, steps, processes):
-        trained.append(config.sft_weight)
+        trained.append(config)
         yield 1.0
 
     def trial_of(model, objective, rate, losses, documents, processes):
@@ -373,14 +355,17 @@ def test_a_search_judges_with_the_chosen_answers_and_trains_without(monkeypatch)
     monkeypatch.setattr(rate_search, "trial_of", trial_of)
     monkeypatch.setattr(rate_search, "put_back", lambda model: contextlib.nullcontext())
     search = object.__new__(RateSearch)
-    search.config, search.part = Config(loss="dpo", sft_weight=0.0), 0.7
-    search.guess, search.size = 1e-3, SearchSize(7, 10)
+    search.config, search.guess = Config(loss="dpo", sft_weight=0.0), 1e-3
     monkeypatch.setattr(search, "_deciding", lambda module: [])
     module = types.SimpleNamespace(model=None, data=types.SimpleNamespace(documents=[], evaluated=[1]))
     found = search._search(module, ALONE, False)
-    assert set(trained) == {0.0} and set(judged) == {1.0} and len(judged) == len(trained) + 1
+    assert {tried.sft_weight for tried in trained} == {0.0} and set(judged) == {1.0}
+    assert len(judged) == len(trained) + 1 == len(found.trials) + 1
+    for tried in trained:  # Adam's first steps would throw the model off at a full rate
+        factors = list(map(learning_rate_factor(tried, tried.lr_init, TRIAL_STEPS), range(TRIAL_STEPS)))
+        assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * (TRIAL_STEPS - 4))
     first = search_table(as_json(found))[0]
-    assert "Held-out dpo and cross-entropy loss 3.0000 before, and after 10 steps" in first
+    assert "Held-out dpo and cross-entropy loss 3.0000 before, and after 15 steps" in first
 
 
 def test_a_preference_alone_begins_lower():

@@ -26,7 +26,6 @@ class StateTuning(AdapterMethod):
     Options = Options
     adapts_linears = False
     default_lr = 1e-2
-    long_run = 2.0  # a state's effect fades along a text: text liked 300 where a few steps liked 16
 
     @classmethod
     def first_rate(cls, layers: int, width: int, options: Any) -> float:

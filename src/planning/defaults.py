@@ -26,9 +26,8 @@ FEW = 0.05  # the largest share of the documents that is held out
 ENOUGH = 200  # steps; data that make less in one pass are read again
 PASSES = 5  # at most, if they are chosen
 WARM_UP = 0.05  # share of a run's steps
-# the search for a learning rate: steps of a trial and of all of them, and their largest share of the run
-TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 1 / 4
-FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
+# the search for a learning rate: steps of a trial, those of its warm-up, and the most trials
+TRIAL_STEPS, TRIAL_WARM_UP, MOST_TRIALS = 15, 5, 5
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
@@ -242,23 +241,6 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
         yield changes | {"quant": "nf4"}
     if config.world > 1 and not shared and config.quant == "none":  # stage 3 has no quantised base
         yield changes | {"strategy": "deepspeed_stage_3"}
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchSize:
-    """Size of a search for the learning rate: the most trials, and the steps of each."""
-
-    trials: int
-    steps: int
-
-
-def search_size(steps: int) -> SearchSize | None:
-    """Choose the size of the search before a run of `steps` steps; None if the run is too short for one."""
-    if steps < SHORTEST_SEARCHED:
-        return None
-    most = min(SEARCH_STEPS, int(SEARCH_SHARE * steps))
-    each = min(TRIAL_STEPS, most // FEWEST_TRIALS)
-    return SearchSize(most // each, each)
 
 
 def first_guess(config: Config, arch: Arch) -> float:

@@ -37,6 +37,9 @@ from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
 from .defaults import (
     GUESSED,
+    MOST_TRIALS,
+    SHORTEST_SEARCHED,
+    TRIAL_STEPS,
     choose_batch,
     choose_eval_steps,
     choose_length,
@@ -44,7 +47,6 @@ from .defaults import (
     first_guess,
     held_out_share,
     row_length,
-    search_size,
 )
 from .draft import Draft
 from .memory import USABLE, memory_parts, needed
@@ -137,8 +139,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     found = objective.times(data, arch, schedule, steps, times, speed)
     search = 0.0
     if config.is_automatic("lr_init") and found.training:
-        size = search_size(steps)
-        search = (1 + EVALUATION) * size.trials * size.steps / steps * found.training
+        search = (1 + EVALUATION) * MOST_TRIALS * TRIAL_STEPS / steps * found.training
     return Cost(
         memory=memory,
         room=room,
@@ -326,7 +327,7 @@ def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) ->
     steps = config.total_steps(schedule.steps_per_pass)
     if obstacle := objective_of(config).no_search():
         return obstacle
-    if search_size(steps) is None:
+    if steps < SHORTEST_SEARCHED:
         return f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} too few to try rates in"
     deepspeed = config.strategy.startswith("deepspeed")
     if config.strategy.startswith("deepspeed_stage_3"):

@@ -19,7 +19,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
-from ..planning.defaults import first_guess, search_size
+from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, first_guess
 from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
@@ -142,8 +142,7 @@ def rates(run: Plan) -> str:
     """Describe the learning rates."""
     config, total = run.settings, run.steps
     if config.is_automatic("lr_init"):
-        size = search_size(total)
-        most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
+        most = f"in at most {MOST_TRIALS} trials of {TRIAL_STEPS} steps"
         return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
     state_rate = config.state_learning_rate

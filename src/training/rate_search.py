@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rwkv_miss.adapter import LONG_RUN, METHODS
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, say
 
@@ -27,7 +26,7 @@ from ..data.examples import Examples
 from ..data.held_out import affordable, in_hash_order
 from ..distributed.process_group import Processes, processes_of
 from ..objectives.kinds import objective_of
-from ..planning.defaults import first_guess, search_size
+from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, TRIAL_WARM_UP, first_guess
 from ..planning.draft import Draft
 from ..planning.plan import Plan
 from .run_folder import CONFIG, RATE_SEARCH
@@ -41,9 +40,7 @@ class Found:
     """Search that is done."""
 
     guess: float  # the rate near which it began
-    bottom: float  # the rate at the bottom of the losses
-    part: float  # factor on it, as a long run needs another rate than a short one
-    rate: float  # the chosen rate
+    rate: float  # the one with the lowest loss
     at_end: bool  # whether the best rate is the first or the last one that was tried
     before: float | None  # the loss before any training; None where it is not finite
     steps: int  # of each trial
@@ -84,32 +81,11 @@ def best_of(tried: dict[float, float]) -> float:
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
-def bottom_of(tried: dict[float, float]) -> float:
-    """Return the rate at the bottom of the losses by rate, in rising order.
-
-    It is the minimum of the parabola through the best one and its two neighbours, over the logarithm. It is
-    the best one itself if a neighbour diverged or was not tried.
-    """
-    rates = list(tried)
-    at = rates.index(best_of(tried))
-    bottom = math.log(rates[at])
-    around = rates[at - 1 : at + 2] if at else []
-    if len(around) == 3 and all(math.isfinite(tried[rate]) for rate in around):
-        (x0, x1, x2), (y0, y1, y2) = map(math.log, around), (tried[rate] for rate in around)
-        left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        # the slope between the first two points, and between the others
-        if right > left:
-            bottom = (x0 + x1) / 2 - left * ((x2 - x0) / 2) / (right - left)
-    return math.exp(bottom)
-
-
 def found_of(
     tried: dict[float, float],
     done: list[Trial],
     guess: float,
-    part: float,
     before: float | None,
-    steps: int,
     seconds: float,
     loss_of: str,
 ) -> Found:
@@ -117,14 +93,12 @@ def found_of(
     best = best_of(tried)
     if math.isinf(tried[best]):
         raise UserError(
-            f"no rate from {min(tried):g} to {max(tried):g} has a finite loss after {counted(steps, 'step')};"
+            f"no rate from {min(tried):g} to {max(tried):g} has a finite loss after {TRIAL_STEPS} steps;"
             " check the data and the base, or give a rate as --lr_init"
         )
-    exact = bottom_of(tried)
-    bottom, rate = float(f"{exact:.2g}"), float(f"{part * exact:.2g}")
     trials = sorted(done, key=lambda trial: trial.rate)
     at_end = best in (min(tried), max(tried))
-    return Found(guess, bottom, part, rate, at_end, before, steps, seconds, loss_of, trials)
+    return Found(guess, best, at_end, before, TRIAL_STEPS, seconds, loss_of, trials)
 
 
 class RateSearch:
@@ -137,8 +111,6 @@ class RateSearch:
     def __init__(self, plan: Plan):
         self.config, self.draft = plan.settings, Draft(plan.settings)
         self.guess = first_guess(plan.settings, plan.arch)
-        self.size = search_size(plan.steps)
-        self.part = METHODS[self.config.peft].long_run if self.config.adapter else LONG_RUN
 
     def run(self, module) -> float:
         """Return the rate. All ranks take part, and find the same."""
@@ -158,7 +130,7 @@ class RateSearch:
 
     def _search(self, module, processes: Processes, shown: bool) -> Found:
         """Do the trials."""
-        model, config, size = module.model, self.config, self.size
+        model, config = module.model, self.config
         documents, loss_of = self._deciding(module), "held-out" if module.data.evaluated else "training"
         objective = objective_of(config)
         judge = objective.judged_by()
@@ -166,13 +138,15 @@ class RateSearch:
             loss_of += f" {config.loss} and cross-entropy"
         done: list[Trial] = []
         begun = time.perf_counter()
-        with Progress("searching the learning rate", size.trials * size.steps, "steps", shown) as bar:
+        with Progress("searching the learning rate", MOST_TRIALS * TRIAL_STEPS, "steps", shown) as bar:
 
             def loss_at(rate: float) -> float:
-                tried = dataclasses.replace(config, lr_init=rate, warmup_steps=0)
+                tried = dataclasses.replace(
+                    config, lr_init=rate, warmup_steps=TRIAL_WARM_UP, lr_schedule="constant"
+                )
                 losses = []
                 with put_back(model):
-                    for loss in train(model, tried, module.data.documents, size.steps, processes):
+                    for loss in train(model, tried, module.data.documents, TRIAL_STEPS, processes):
                         losses.append(loss)
                         bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
                     done.append(trial_of(model, judge, rate, losses, documents, processes))
@@ -182,20 +156,20 @@ class RateSearch:
 
             with put_back(model):
                 start = trial_of(model, judge, 0.0, [0.0], documents, processes)
-            tried = enclose(loss_at, self.guess, size.trials)
+            tried = enclose(loss_at, self.guess, MOST_TRIALS)
         seconds = time.perf_counter() - begun
         before = start.deciding_loss
-        return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
+        return found_of(tried, done, self.guess, before, seconds, loss_of)
 
     def _deciding(self, module) -> Examples:
         """Choose the documents judged after each trial; reading them takes a tenth of the search."""
-        schedule, size, evaluated = module.schedule, self.size, module.data.evaluated
+        schedule, evaluated = module.schedule, module.data.evaluated
         if not evaluated:
-            rows = [schedule.rows[row] for row in schedule.step_rows(size.steps)]
+            rows = [schedule.rows[row] for row in schedule.step_rows(TRIAL_STEPS)]
             return module.data.documents.take(np.sort([i for row in rows for i in row]))
-        tokens = sum(schedule.step_tokens(step) for step in range(size.steps)) * size.trials
+        tokens = sum(schedule.step_tokens(step) for step in range(TRIAL_STEPS)) * MOST_TRIALS
         order = in_hash_order(evaluated, self.config.random_seed)
-        count = affordable(evaluated, order, tokens, size.trials + 1)
+        count = affordable(evaluated, order, tokens, MOST_TRIALS + 1)
         return evaluated.take(np.sort(order[:count]))
 
 
@@ -231,7 +205,7 @@ def reason(found: Found) -> str:
     """Say why this rate is taken."""
     trials = counted(len(found.trials), "trial")
     end = "; the best is the last rate that was tried, and one beyond may be better" if found.at_end else ""
-    return f"{found.part:g} times {found.bottom:g}, where {trials} before step 1 have the lowest loss{end}"
+    return f"the lowest loss of {trials} before step 1{end}"
 
 
 def search_table(search: dict | None) -> list[str]:
