@@ -178,7 +178,7 @@ def test_the_first_step_of_dpo_is_ln_2_in_every_bit(examples):
         loss, sums = KINDS[name](log_probs, batch)
         assert (loss / examples).float().item() == LN2
         found = PreferenceLoss.means(sums.tolist())
-        assert (found["margin"], found["reward_accuracy"]) == (0, 0), "a tie is wrong"
+        assert (found["margin"], found["reward_accuracy"]) == (0, 0.5), "a tie counts as half"
     log_probs, batch = make_batch(examples, False, seed=examples)
     batch |= {"reference": log_probs.detach(), "baseline": torch.zeros(())}
     desirable = int(batch["chosen"].sum())
@@ -268,16 +268,16 @@ def test_a_missing_reference_is_said():
     assert "kl" not in found and found["nll"] > 0
 
 
-def test_two_answers_that_are_as_likely_are_no_right_pair():
+def test_two_answers_that_are_as_likely_are_half_a_right_pair():
     batch = {"answer": torch.tensor([0, 1, 1, 2, 3]), "chosen": torch.arange(4) % 2 == 0, "reference": None}
     found = PreferenceLoss.means(
         KINDS["simpo"](torch.tensor([-1.0, -0.25, -0.75, -2.0, -2.5]), batch)[1].tolist()
     )
-    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.5)
+    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
     found = PreferenceLoss.means(
         KINDS["simpo"](torch.tensor([-1.0, -0.5, -1.5, -2.0, -2.0]), batch)[1].tolist()
     )
-    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.5, 0.0)
+    assert (found["raw_accuracy"], found["reward_accuracy"]) == (0.75, 0.5)
 
 
 # Losses of TRL 1.16.0 on random numbers; docs/worklog.md names the commit that wrote them. TRL's DPO reads no

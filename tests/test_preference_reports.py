@@ -14,7 +14,7 @@ from src.objectives.kinds import objective_of
 from src.objectives.preferences.metrics import PREFERENCES
 from src.objectives.sft import SUPERVISED
 from src.reporting import curves, run_card, run_end
-from src.reporting.diagnosis import Warnings
+from src.reporting.diagnosis import LEARNT, Verdict, Warnings
 from src.reporting.run_log import RunLog
 from src.training.callbacks import StepReport
 from src.training.validation_log import describe
@@ -22,6 +22,7 @@ from src.training.validation_log import describe
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
 METRICS = dict(nll=1.25, logp_chosen=-30.0, logp_rejected=-34.5, reward_chosen=0.75, reward_rejected=-0.5)
 METRICS |= dict(margin=1.25, reward_accuracy=0.9375, raw_accuracy=0.5)
+FINE = Verdict(LEARNT, "the loss fell", "")
 KL = {"kl": 0.02}  # of evaluations alone
 
 
@@ -112,7 +113,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
     metrics = [line(step, margin=step / 10) for step in range(1, 21)]
     history = evaluations()
     summary = {"steps": 20, "planned_steps": 20, "loss_first": 0.7, "loss_last": 0.3, "output": "a.pth"}
-    text = run_card.card(DPO, ["a plan"], summary, RunLog(metrics, history), None)
+    text = run_card.card(DPO, ["a plan"], summary, RunLog(metrics, history), FINE)
     for words in (
         "| margin of the rewards | 0.15 | 1.95 |",  # of steps 1 and 2, of 19 and 20
         "|  | before, step 0 | after, step 20 | best, step 10 |",
@@ -126,7 +127,7 @@ def test_the_card_has_the_metrics_first_last_and_best():
         assert words in text, text
     assert "loss, nats" not in text
     log = RunLog([{"seconds": 1, "tokens": 1, "trained_tokens": 1}], [])
-    assert "preferences.png" not in run_card.card(Config(load_model="b.pth"), [], summary, log, None)
+    assert "preferences.png" not in run_card.card(Config(load_model="b.pth"), [], summary, log, FINE)
 
 
 NLL, BASE = "with 1 x the NLL of the chosen answer", "reference: the base, adapter off"

@@ -90,7 +90,7 @@ def test_the_first_loss_is_ln_2_in_every_bit(files, tmp_path, kernel):
     assert before["kl"] == 0.0
     for line in (first, before):
         assert line["margin"] == line["reward_chosen"] == line["reward_rejected"] == 0.0
-        assert line["reward_accuracy"] == 0.0, "ties are wrong"
+        assert line["reward_accuracy"] == 0.5, "a tie counts as half"
 
 
 @pytest.fixture(scope="module")

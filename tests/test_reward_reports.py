@@ -23,7 +23,7 @@ from src.objectives.rewards import rollouts
 from src.objectives.rewards.evaluation import RewardEvaluation
 from src.objectives.rewards.samples import SampleWriter, is_due
 from src.reporting import curves, model_card, run_card, run_end
-from src.reporting.diagnosis import diagnosis
+from src.reporting.diagnosis import verdict
 from src.reporting.run_log import RunLog
 from src.training.validation_log import best, best_trained, describe, is_over
 
@@ -140,10 +140,10 @@ def finished(tmp_path, metrics, history, drawn=()):
     if best_trained(history):
         summary |= {"best": "best.pth", "best_step": 10, "validation_reward_best": 0.875}
     summary |= run_end._metrics_summary(DESCRIBED, metrics, history)
-    doubted = diagnosis(config, metrics, 10, history, False)
-    card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), doubted)
+    judged = verdict(config, metrics, 10, history, False)
+    card = run_card.card(config, ["a plan"], summary, RunLog(metrics, history, list(drawn)), judged)
     state = run_end._state(20, 20, history, config.early_stop, by_loss=False)
-    said = run_end._last_words(config, state, summary, history, doubted)
+    said = run_end._last_words(config, state, summary, history, judged)
     return card, "\n".join(model_card._measured(objective_of(config), summary, history)), said
 
 
@@ -168,7 +168,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     ):
         assert words in card, f"{words}\n\n{card}"
     assert "step 11" not in card and "loss.png" not in card and "per token, of the" not in card
-    assert "Has it learnt" not in card
+    assert "| verdict | learnt: the reward on held-out questions rose from 0.5 to 0.875; it fell" in card
     assert "failed" not in card and "failed" not in measured
     assert "| training reward | 0.515 to 0.695 |" in measured
     assert run_card.evaluations_table(DESCRIBED, history) in measured
@@ -206,24 +206,23 @@ def test_run_json_has_the_rewards(tmp_path):
     assert ends == {"validation_reward_first": 0.5, "validation_reward_last": 0.75}
 
 
-def test_a_lost_run_offers_no_file_and_says_each_remedy_once(tmp_path):
+def test_a_lost_run_offers_no_file_and_says_what_to_do(tmp_path):
     metrics = [
         line(step, reward=1.2 * (step < 5), dead_groups=1.0 if step > 5 else 0.4) for step in range(1, 21)
     ]
     history = [evaluation(0, 0.5), evaluation(10, 0.0), evaluation(20, 0.0)]
     card, _, said = finished(tmp_path, metrics, history)
     assert not any(text.startswith(("merge it:", "try it:")) for text in said)
-    [tries] = [text for text in said if text.startswith("try next:")]
-    assert tries.count("a lower --lr_init") == 1 == tries.count("starting again") and "best.pth" not in tries
+    [told] = [text for text in said if text.startswith("verdict:")]
+    assert told.startswith("verdict:   made worse: the reward fell from 0.48 in ")
+    assert told.count("a lower --lr_init") == 1 == told.count("starting again") and "best.pth" not in told
     assert "No evaluated state is better than the model before the training." in card
-    assert said[-1] == (
-        "best:      the base, validation reward 0.5000; at the end 0.0000."
-        " The training made it worse: keep the base"
-    )
+    assert "best:      the base, validation reward 0.5000; at the end 0.0000" in said
+    assert said[-1] == "keep:      the base; a.pth is not worth using"
     first = describe(history[:2], 20, DESCRIBED)[0]
     assert first.startswith("step 10/20 validation reward 0.0000, best 0.5000 before training, ")
     not_known = history[:2] + [evaluation(20, math.nan) | {"loss": None}]
-    assert finished(tmp_path, metrics, not_known)[2][-1].startswith("merge it:"), "no answer was scored"
+    assert not any(text.startswith("best:") for text in finished(tmp_path, metrics, not_known)[2])
 
 
 # samples.jsonl

@@ -31,6 +31,7 @@ from src.objectives import held_out_loss
 from src.objectives.held_out_loss import shortened
 from src.reporting import run_card
 from src.reporting.curves import draw_losses
+from src.reporting.diagnosis import NOTHING, Verdict
 from src.reporting.plan_text import LINES
 from src.reporting.run_card import card
 from src.reporting.run_log import RunLog
@@ -304,10 +305,9 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
         start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script)
     )
     assert "ended early, as the held-out loss did not fall in 2 evaluations: step 6 of 12" in output
-    assert output.splitlines()[-1] == (
-        "best:      the base, validation loss 4.0000; at the end 5.0000."
-        " The training made it worse: keep the base"
-    )
+    *_, best, verdict, kept = output.splitlines()
+    assert best == "best:      the base, validation loss 4.0000; at the end 5.0000"
+    assert verdict.startswith("verdict:   ") and kept.startswith("keep:      the base; ")
     assert "validation loss 5.0000 per token, best 4.0000 before training" in output
     assert "merge it:" not in output
     assert (proj_dir / "adapter.pth").exists() and not (proj_dir / "best.pth").exists()
@@ -476,12 +476,17 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         steps=9, planned_steps=12, loss_first=2.0, loss_last=1.5, output="out/adapter.pth", forgetting={}
     )
     text = card(
-        Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, RunLog(metrics, history), None
+        Config(load_model="m.pth", data_file="d.jsonl"),
+        ["a plan"],
+        summary,
+        RunLog(metrics, history),
+        Verdict(NOTHING, "it is so", "that"),
     )
     for words in (
         "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\n",
         "before:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
         "after:\n\n    (nothing)\n",
+        "| verdict | nothing learnt: it is so; try that |",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
         "| loss, per token | 2.0000 | not finite |",

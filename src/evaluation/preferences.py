@@ -270,5 +270,6 @@ def _figures_per_token(found: MeasuredPreferences) -> dict[str, float]:
 
 
 def _share_above(values: np.ndarray) -> float:
-    """Return the share of pairs whose chosen answer has the larger value (A,); ties are wrong."""
-    return float((values[0::2] > values[1::2]).mean())
+    """Return the share of pairs whose chosen answer has the larger value (A,); a tie counts as half."""
+    chosen, rejected = values[0::2], values[1::2]
+    return float((chosen > rejected).mean() + (chosen == rejected).mean() / 2)

@@ -155,12 +155,12 @@ class PreferenceLoss:
         rewards = (self.orpo_lambda if self.kind == "orpo" else self.beta) * self.scores(answers)
         baseline = 0.0
         if self.paired:
-            right = rewards[0::2] > rewards[1::2]
-            raw_right = answers.logp[0::2] > answers.logp[1::2]
+            right = above(rewards[0::2] - rewards[1::2])
+            raw_right = above(answers.logp[0::2] - answers.logp[1::2])
         else:
             baseline = batch["baseline"]
-            above = rewards - self.beta * baseline
-            right, raw_right = torch.where(chosen, above, -above) > 0, chosen[:0]
+            better = rewards - self.beta * baseline
+            right, raw_right = above(torch.where(chosen, better, -better)), chosen[:0]
 
         def of(side: Tensor, values: Tensor) -> Tensor:
             return torch.where(side, values, 0.0)
@@ -203,7 +203,7 @@ class PreferenceLoss:
         | raw_accuracy, not of kto        | pairs whose chosen answer has the higher ln p, summed     |
         | baseline, of kto                | the baseline                                              |
 
-        A tie is wrong.
+        A tie counts as half.
         """
         of = dict(zip(METRICS, sums, strict=True))
 
@@ -226,6 +226,11 @@ class PreferenceLoss:
         if of["singles"]:
             found["baseline"] = mean("baseline", "singles")
         return found
+
+
+def above(difference: Tensor) -> Tensor:
+    """Count 1 where a difference is above 0 and a half where it is 0."""
+    return (difference > 0) + 0.5 * (difference == 0)
 
 
 def smoothed(margin: Tensor, smoothing: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""The diagnosis of a run: one table of rules, for warnings while it goes, its last lines and its card.
+"""The verdict on a run, and warnings while it goes: one table of rules.
 
-A rule has a condition, words and remedies, which are functions of Facts. Facts come from settings and logs
-alone. A new rule is one more entry of RULES.
+A rule has a verdict, a condition, words and remedies, which are functions of Facts. Facts come from settings
+and logs alone. The first rule that holds at the end gives the verdict. docs/training.md explains the table.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from ..evaluation.rewards import RANGES
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..objectives.preferences.metrics import ACCURACIES
-from ..training.validation_log import all_right, answers_as_before, base_wins, evaluation_at
+from ..training.validation_log import all_right, base_wins, evaluation_at, is_worse
 
+LEARNT, STILL, BY_HEART = "learnt", "still learning", "learnt by heart"
+COLLAPSED, WORSE, NOTHING = "answers collapsed", "made worse", "nothing learnt"
+NOT_JUDGED = "not judged"
 WINDOW = 10  # steps that are averaged
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
 STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
 TENTH = 0.1  # share of a reward's range: rewards that differ by less are alike
+FEW = 8  # pairs: a coin prefers all of fewer ones now and then
 NATS = 1.0  # by which log p of a chosen answer must fall
 DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
 LITTLE = 0.02  # a score that gets better by a smaller share has not got better
+LATE = 0.8  # a score that gets better after this part of the run has not stopped
+ENOUGH = 200  # steps that are worth trying
 FAR = 0.5  # a training loss that ends above the base's by this share has risen
 # nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
 KL_IN_WORDS = {
@@ -103,9 +109,49 @@ class Facts:
         return f"reward on {asked} {verb} from {before:.4g} to {after:.4g}"
 
     @property
+    def last_score(self) -> str:
+        """The same of the last state, where the one that is judged is better."""
+        last = self.history[-1]
+        if last is self.after or last["loss"] is None:
+            return self.score
+        ends = f"from {self.after['loss']:.4f} at step {self.after['step']} to {last['loss']:.4f}"
+        return f"loss on {self.documents} rose {ends}; before the training it was {self.before['loss']:.4f}"
+
+    @property
     def is_worse(self) -> bool:
         """True if the score got no better, or the held-out loss is not finite."""
         return self.gain <= 0 or (self.by_loss and bool(self.after) and self.after["loss"] is None)
+
+    @property
+    def then(self) -> str:
+        """The way of the score after the state that is judged, in words; "" if that is the last one."""
+        if not self.history or self.history[-1] is self.after:
+            return ""
+        moved = "rose" if self.by_loss else "fell"
+        return f"; it {moved} after step {self.after['step']}, so best.pth is what is offered"
+
+    @property
+    def goes_on(self) -> bool:
+        """True if the score still got better at the end, by more than LITTLE and than chance.
+
+        The last evaluation before the last part of the run tells it, else the training's steps. A run with
+        fewer steps than tell it has not stopped.
+        """
+        if self.after and self.history[-1] is not self.after:
+            return False
+        name, part = "loss" if self.by_loss else "reward", len(self.lines) // 4
+        between = [line for line in self.history if 0 < line["step"] <= LATE * self.history[-1]["step"]]
+        if between and between[-1][name] is not None:
+            earlier, now, error = between[-1][name], self.after[name], 0.0
+        elif part < WINDOW // 2:
+            return True
+        else:
+            windows = self.lines[-2 * part : -part], self.lines[-part:]
+            (earlier, one), (now, other) = (mean_and_error(known(window, name)) for window in windows)
+            error = STANDARD_ERRORS / 2 * math.hypot(one, other)
+        better = earlier - now if self.by_loss else now - earlier
+        scale = self.range[1] - self.range[0] if self.range else abs(earlier)
+        return better > max(error, LITTLE * scale)
 
     # training losses; their rows differ
 
@@ -141,6 +187,12 @@ class Facts:
     def accuracy(self) -> float:
         """The share of pairs whose chosen answer wins; NaN where it is not known."""
         return mean_and_error(known([self.after] if self.after else self.last, *ACCURACIES))[0]
+
+    @property
+    def prefers(self) -> bool:
+        """True if the base finds the chosen answer likelier in all pairs, and they are not few."""
+        first = self.before or self.lines[0]
+        return first.get("raw_accuracy") == 1 and first["units"] >= FEW
 
     @property
     def chance(self) -> float:
@@ -217,96 +269,85 @@ class Facts:
 
 
 class Rule(NamedTuple):
-    """A warning about a run. A note is no doubt: at the end it is only shown beside doubts."""
+    """Rule about a run: the verdict that it gives at the end, where it is the first of the table that holds,
+    or a warning while the run goes."""
 
     name: str  # while a run goes each is said once
+    verdict: str
     when: Callable[[Facts], bool]
     words: Callable[[Facts], str]
     remedies: Callable[[Facts], list[str]] = lambda f: []  # any of them may help
     early: bool = False  # while the run goes, too
-    is_note: bool = False
+    is_note: bool = False  # no reason for a warning
 
 
 RULES = (
-    Rule("worse", lambda f: f.is_worse, lambda f: f"the run has not learnt: the {f.score}"),
     Rule(
-        "next to nothing",
-        lambda f: 0 < f.gain < LITTLE,
-        lambda f: f"the run has learnt next to nothing: the {f.score}",
-    ),
-    Rule(
-        "blind",
-        lambda f: f.is_blind and not f.has_risen and f.learnt < LITTLE,
+        "failed",
+        NOT_JUDGED,
+        lambda f: f.failed > FAILED,
         lambda f: (
-            f"the run may have learnt nothing: the training loss went from {f.losses[1]:.4f} to"
-            f" {f.losses[2]:.4f}"
+            f"the rewards of {percent(f.failed)} of the groups of {f.steps} failed; they are left out, also"
+            " of the mean reward"
         ),
-        lambda f: other_settings(f),
+        lambda f: ["mending the reward: each kind of failure was told once, where it first came"],
+        early=True,
     ),
     Rule(
-        "too fast",
-        lambda f: f.has_risen and (f.is_blind or f.is_worse),
-        lambda f: f"the training loss rose from {f.losses[0]:.4f} in the first step to {f.losses[2]:.4f}",
-        lambda f: [lower_rate(f)],
-    ),
-    Rule(
-        "nothing held out",
-        lambda f: f.is_blind,
-        lambda f: "no documents were held out, so no more is known",
-        lambda f: ["--eval_split 0.1, which holds documents out"],
-        is_note=True,
-    ),
-    Rule(
-        "by heart",
-        lambda f: f.is_worse and not f.has_risen and f.learnt >= LITTLE,
+        "damaged",
+        WORSE,
+        lambda f: f.kl >= 1 and not any(sample["answer"] == sample["right"] for sample in f.after["samples"]),
         lambda f: (
-            f"only the training loss fell, by {100 * f.learnt:.2f} %: what was learnt does not help elsewhere"
+            f"KL to the reference is {f.kl:.3g} per token, {kl_in_words(f.kl)}, and no sample answer is right"
         ),
-    ),
-    Rule(
-        "chance",
-        lambda f: f.accuracy <= 0.5 + f.chance,
-        lambda f: (
-            f"the accuracy on {f.after['units']:,} {f.documents} is {percent(f.accuracy)}, which"
-            f" {'may be' if f.accuracy > 0.5 - f.chance else 'is less than'} chance"
-        ),
-    ),
-    Rule(
-        "same answers",
-        lambda f: f.by_loss and bool(f.after) and answers_as_before(f.before, f.after),
-        lambda f: (
-            "the sample answers are those of before the training"
-            + (f", although the {f.score.partition(', from')[0]}" if f.gain >= LITTLE else "")
-        ),
-    ),
-    Rule(
-        "known before",
-        lambda f: f.by_loss and f.gain < LITTLE and all_right(f.before),
-        lambda f: "the sample answers were right before the training, so the base may know the task already",
+        lambda f: ["supervised training on the chosen answers first (--loss sft --sft_field prompt,chosen)"],
     ),
     Rule(
         "lost",
+        WORSE,
         lambda f: bool(f.lost) and f.accuracy > 0.5,
         lambda f: (
             f"log p of a chosen answer is {f.lost} than before the training, while the accuracy is"
             f" {percent(f.accuracy)}: the right answers get lost with the wrong ones"
         ),
-        lambda f: [*likelier(f), lower_rate(f)],
+        lambda f: [likelier(f)],
         early=True,
     ),
     Rule(
-        "damaged",
-        lambda f: f.kl >= 1 and not any(sample["answer"] == sample["right"] for sample in f.after["samples"]),
-        lambda f: (
-            f"KL to the reference is {f.kl:.3g} per token, {kl_in_words(f.kl)}, and no sample answer is right"
-        ),
-        lambda f: [
-            "supervised training on the chosen answers first (--loss sft --sft_field prompt,chosen)",
-            *likelier(f),
-        ],
+        "too fast",
+        WORSE,
+        lambda f: f.has_risen and (f.is_blind or f.is_worse),
+        lambda f: f"the training loss rose from {f.losses[0]:.4f} in the first step to {f.losses[2]:.4f}",
+        lambda f: [lower_rate(f)],
     ),
     Rule(
+        "by heart",
+        BY_HEART,
+        lambda f: f.by_loss and f.learnt >= LITTLE and bool(f.after) and is_worse(f.before, f.history[-1]),
+        lambda f: f"the training loss fell by {percent(f.learnt)}, but the {f.last_score}",
+        lambda f: ["more rows"],
+    ),
+    Rule(
+        "still learning",
+        STILL,
+        lambda f: f.gain >= LITTLE and f.goes_on,
+        lambda f: f"the {f.score}, and had not stopped at the end",
+        lambda f: [longer(f)],
+    ),
+    Rule(
+        "chance",
+        NOTHING,
+        lambda f: f.accuracy <= 0.5 + f.chance,
+        lambda f: (
+            f"the accuracy on {f.after['units']:,} {f.documents} is {percent(f.accuracy)}, which"
+            f" {'may be' if f.accuracy > 0.5 - f.chance else 'is less than'} chance"
+        ),
+        lambda f: [other_settings(f)],
+    ),
+    Rule("learnt", LEARNT, lambda f: f.gain >= LITTLE, lambda f: f"the {f.score}{f.then}"),
+    Rule(
         "cut",  # before what comes of it
+        COLLAPSED,
         lambda f: f.mean("cut") > CUT and (f.is_enough or f.is_dead),
         lambda f: (
             f"{percent(f.mean('cut'))} of the answers of {f.steps} reached --max_tokens"
@@ -317,6 +358,7 @@ RULES = (
     ),
     Rule(
         "solved",
+        NOTHING,
         lambda f: f.is_dead and f.near == "highest",
         lambda f: f"{f.dead}: nearly all answers are right (reward {f.reward:.3g} of {f.range[1]:.3g})",
         lambda f: ["harder questions", "stop here: this set is learnt"],
@@ -325,21 +367,18 @@ RULES = (
     ),
     Rule(
         "too hard",
+        NOTHING,
         lambda f: f.is_dead and f.near == "lowest",
         lambda f: (
             f"{f.dead}: nearly all answers are wrong from the start (reward {f.reward:.3g}; the lowest"
             f" possible is {f.range[0]:.3g})"
         ),
-        lambda f: [
-            "easier questions",
-            "supervised training on the reference answers first",
-            "a reward that gives a part (partial)",
-            f"more answers (--group_size above {f.config.group_size})",
-        ],
+        lambda f: easier(f),
         early=True,
     ),
     Rule(
         "dead",
+        NOTHING,
         lambda f: f.is_dead and not f.near and not f.fall,
         lambda f: f"{f.dead}, with a reward of {f.reward:.3g}",
         lambda f: [
@@ -352,44 +391,77 @@ RULES = (
     ),
     Rule(
         "fallen",
+        WORSE,
         lambda f: f.is_enough and f.fall is not None,
         lambda f: f"the reward fell from {f.fall[0]:.3g} in {f.fall[1]} to {f.reward:.3g} in {f.steps}",
         lambda f: [lower_rate(f), larger_beta(f)],
         early=True,
     ),
     Rule(
-        "failed",
-        lambda f: f.failed > FAILED,
-        lambda f: (
-            f"the rewards of {percent(f.failed)} of the groups of {f.steps} failed; they are left out, also"
-            " of the mean reward"
-        ),
-        lambda f: ["mending the reward: each kind of failure was told once, where it first came"],
-        early=True,
+        "lower reward",
+        WORSE,
+        lambda f: not f.by_loss and f.gain <= -LITTLE,
+        lambda f: f"the {f.score}",
+        lambda f: [lower_rate(f)],
     ),
+    Rule(
+        "known before",
+        NOTHING,
+        lambda f: f.by_loss and bool(f.before) and all_right(f.before),
+        lambda f: f"the {f.score}, and the sample answers were right before the training",
+        lambda f: ["rows that the base does not answer right already"],
+    ),
+    Rule(
+        "preferred before",
+        NOTHING,
+        lambda f: f.prefers and not f.gain >= LITTLE,
+        lambda f: "the base found every chosen answer likelier than the rejected one before the training",
+        lambda f: ["pairs whose rejected answer is one that the model gives"],
+        early=True,
+        is_note=True,
+    ),
+    Rule(
+        "blind",
+        NOTHING,
+        lambda f: f.is_blind and f.learnt < LITTLE,
+        lambda f: f"the training loss went from {f.losses[1]:.4f} to {f.losses[2]:.4f}",
+        lambda f: [other_settings(f)],
+    ),
+    Rule(
+        "nothing held out",
+        NOT_JUDGED,
+        lambda f: f.is_blind,
+        lambda f: (
+            f"the training loss fell by {percent(f.learnt)}, from {f.losses[1]:.4f} to {f.losses[2]:.4f},"
+            " which may be by heart: nothing was held out"
+        ),
+        lambda f: ["--eval_split 0.1, which holds documents out"],
+    ),
+    Rule("nothing", NOTHING, lambda f: True, lambda f: f"the {f.score}", lambda f: [other_settings(f)]),
 )
 
 
-class Diagnosis(NamedTuple):
-    """Doubts whether a run has learnt."""
+class Verdict(NamedTuple):
+    """Verdict on a run that has ended."""
 
-    known: list[str]  # a sentence each
-    advice: str  # what to try next
+    name: str  # LEARNT, STILL, BY_HEART, COLLAPSED, WORSE, NOTHING or NOT_JUDGED
+    reason: str  # what was measured
+    remedy: str  # "": nothing is to be done
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.name}: {self.reason}" + (f"; try {self.remedy}" if self.remedy else "")
 
 
-def diagnosis(
-    config: Config, metrics: list[dict], step: int, history: list[dict], searched: bool
-) -> Diagnosis | None:
-    """Return the doubts about a run that has ended; None if it has learnt. Arguments are those of Facts."""
+def verdict(config: Config, metrics: list[dict], step: int, history: list[dict], searched: bool) -> Verdict:
+    """Judge a run that has ended, by the first rule that holds. The arguments are those of Facts."""
     lines = [line for line in metrics if "rolled_back_to" not in line] or metrics
     windows = []
     if not objective_of(config).metrics.by_loss:
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
     facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, searched)
-    found = [rule for rule in RULES if rule.when(facts)]
-    if all(rule.is_note for rule in found):
-        return None
-    return Diagnosis([rule.words(facts) for rule in found], advice(found, facts))
+    rule = next(rule for rule in RULES if rule.when(facts))
+    return Verdict(rule.verdict, rule.words(facts), advice(rule, facts))
 
 
 class Warnings:
@@ -411,15 +483,14 @@ class Warnings:
         new = [rule for rule in RULES if rule.early and rule.name not in self.said and rule.when(facts)]
         self.said |= {rule.name for rule in new}
         return "\n".join(
-            f"{'note' if rule.is_note else 'WARNING'}: {rule.words(facts)}.\nTry {advice([rule], facts)}."
+            f"{'note' if rule.is_note else 'WARNING'}: {rule.words(facts)}.\nTry {advice(rule, facts)}."
             for rule in new
         )
 
 
-def advice(found: Sequence[Rule], facts: Facts) -> str:
-    """Join the remedies of these rules; if they have none, the settings that were not tried yet."""
-    tries = dict.fromkeys(remedy for rule in found for remedy in rule.remedies(facts))
-    return ", or ".join(tries or other_settings(facts))
+def advice(rule: Rule, facts: Facts) -> str:
+    """Join the remedies of a rule."""
+    return ", or ".join(rule.remedies(facts))
 
 
 def lower_rate(f: Facts) -> str:
@@ -435,48 +506,51 @@ def larger_beta(f: Facts) -> str:
     return f"a larger --beta than {beta:g}" if beta else "--beta 0.04, a KL to the base"
 
 
-def likelier(f: Facts) -> list[str]:
-    """Advise settings that keep chosen answers likely."""
+def likelier(f: Facts) -> str:
+    """Advise what keeps chosen answers likely: their cross entropy, and where they have it a lower rate."""
     config = f.config
     if config.loss == "orpo":
-        return [f"--orpo_lambda below {config.orpo_lambda:g}"]
+        return f"--orpo_lambda below {config.orpo_lambda:g}"
     usual = 1 / config.beta if config.loss == "ipo" else 1.0
-    weight = f"{usual:.3g}" if config.sft_weight < usual else f"above {config.sft_weight:g}"
-    return [f"--sft_weight {weight}", larger_beta(f)]
+    return f"--sft_weight {usual:.3g}" if config.sft_weight < usual else lower_rate(f)
 
 
-def other_settings(f: Facts) -> list[str]:
-    """Advise what was not tried yet."""
+def easier(f: Facts) -> list[str]:
+    """Advise what lets some answers of a group be right."""
+    return [
+        "easier questions",
+        "supervised training on the reference answers first",
+        "a reward that gives a part (partial)",
+        f"more answers (--group_size above {f.config.group_size})",
+    ]
+
+
+def longer(f: Facts) -> str:
+    """Advise twice the length, or what makes ENOUGH steps."""
+    config, steps = f.config, f.lines[-1]["step"]
+    factor = max(2, math.ceil(ENOUGH / steps))
+    if config.epoch_steps and config.epoch_count == 1:
+        return f"more steps: --epoch_steps {factor * config.epoch_steps}"
+    return f"more passes: --epoch_count {factor * config.epoch_count}"
+
+
+def other_settings(f: Facts) -> str:
+    """Advise, for a run that has learnt nothing, what it has not tried."""
     config, rate = f.config, f"{f.config.lr_init:g}"
     if not f.by_loss:
-        tries = (
-            f"more steps (--epoch_count above {config.epoch_count}), another --lr_init than {rate}, a larger"
-            f" --group_size than {config.group_size}, or a reward that gives a part (partial)"
-        )
-        return [lower_rate(f), tries] if base_wins(f.history) else [tries]
-    is_best = not f.is_worse and (not f.history or f.history[-1] is f.after)
-    passes = [f"more passes (--epoch_count above {config.epoch_count})"] if is_best else []
-    search = "--lr_init auto, which searches for the learning rate"
+        return ", or ".join(easier(f)) if f.mean("dead_groups") > CUT else longer(f)
+    search, origin = "--lr_init auto, which searches for the learning rate", config.origin_of("lr_init")
     if f.searched:
-        if config.peft == "none":
-            method = "an adapter (--peft miss)"
-        else:
-            method = "another rank (--peft_config) or method (--peft)"
-            if not config.adapter.gives_rank:
-                method = "another method (--peft)"
-        base = ["a base that knows more of the task"] if config.load_model else []
-        *most, last = [*passes, "more data", method, *base]
-        return [*most, f"{last}; the learning rate was searched for already"]
-    origin = config.origin_of("lr_init")
+        base = "a base that knows more of the task" if config.load_model else "more rows"
+        return f"{base}; the learning rate was searched for already"
     if PUBLISHED in origin:
-        return [f"{search}; {rate} is the published one of --peft {config.peft}, and small models need more"]
+        return f"{search}; {rate} is the published one of --peft {config.peft}, and small models need more"
     if origin.startswith(CHOSEN):
-        why = origin.removeprefix(f"{CHOSEN}: ")
-        return [
-            *passes,
-            f"another --lr_init, which python -m scripts.lr_sweep finds; {rate} was chosen: {why}",
-        ]
-    return [f"{search}; {rate} was given"]
+        why = f"{rate} was chosen: {origin.removeprefix(f'{CHOSEN}: ')}"
+        if f.is_worse:
+            return f"another --lr_init, which python -m scripts.lr_sweep finds; {why}"
+        return f"{longer(f)}; {why}"
+    return f"{search}; {rate} was given"
 
 
 def kl_in_words(kl: float) -> str:

@@ -12,7 +12,7 @@ from ..objectives.loss_metrics import LossMetrics, loss_text, percent
 from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
-from .diagnosis import Diagnosis, bounds, kl_in_words
+from .diagnosis import Verdict, bounds, kl_in_words
 from .run_log import RunLog
 
 CARD = "run_card.md"
@@ -26,7 +26,7 @@ def card(
     plan: list[str],
     summary: dict,
     log: RunLog,
-    doubted: Diagnosis | None,
+    judged: Verdict,
 ) -> str:
     """Write the text of run_card.md: what was run, its results, and what it changed."""
     described, metrics = objective_of(config).metrics, log.metrics
@@ -35,6 +35,7 @@ def card(
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
     kept = summary.get("best_step", summary["steps"])
     figures = {
+        "verdict": judged.sentence,
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
         "greedy answers": held_out_words(config.rewards, kept, log.history),
@@ -48,7 +49,6 @@ def card(
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
         table(["", ""], [[name, value] for name, value in figures.items() if value]),
-        *_has_not_learnt(doubted),
         "## Command",
         _as_it_is(command(config)),
         "## Plan",
@@ -64,13 +64,6 @@ def card(
         *_forgetting(config.load_model, summary),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _has_not_learnt(doubted: Diagnosis | None) -> list[str]:
-    if doubted is None:
-        return []
-    lines = [*doubted.known, f"try next: {doubted.advice}"]
-    return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
 
 
 def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict]) -> str:

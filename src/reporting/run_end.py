@@ -18,12 +18,13 @@ from ..objectives.loss_metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_over
 from .curves import draw_pictures
-from .diagnosis import Diagnosis, diagnosis
+from .diagnosis import BY_HEART, LEARNT, NOT_JUDGED, STILL, Verdict, kl_in_words, verdict
 from .model_card import write_model_card
 from .run_card import CARD, card, held_out_words, training_score
 from .run_log import RunLog
 
 STOPPED = "stopped, go on with --resume auto"
+OFFERED = (LEARNT, STILL, NOT_JUDGED)  # verdicts after which the trained file is worth using
 
 
 def is_summed_up(proj_dir: str, step: int) -> bool:
@@ -73,17 +74,18 @@ def finish(
         **_metrics_summary(described, metrics, history),
     }
     state = _state(step, total_steps, history, config.early_stop, described.by_loss)
-    doubted = None
+    judged = None
     if state != STOPPED:
         kept, kept_step = _recommended(summary)
         searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
-        doubted = diagnosis(config, metrics, kept_step, history, searched)
-        text = card(config, plan, summary, log, doubted)
+        judged = verdict(config, metrics, kept_step, history, searched)
+        summary["verdict"] = judged._asdict()
+        text = card(config, plan, summary, log, judged)
         write_text(os.path.join(config.proj_dir, CARD), text)
         write_model_card(config, summary, metrics, history, kept)
     # last, because is_summed_up() looks for it
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    print("\n".join(_last_words(config, state, summary, history, doubted)))
+    print("\n".join(_last_words(config, state, summary, history, judged)))
 
 
 def _validation_summary(described: LossMetrics, proj_dir: str, history: list[dict]) -> dict:
@@ -136,9 +138,9 @@ def _recommended(summary: dict) -> tuple[str, int]:
 
 
 def _last_words(
-    config: Config, state: str, summary: dict, history: list[dict], doubted: Diagnosis | None
+    config: Config, state: str, summary: dict, history: list[dict], judged: Verdict | None
 ) -> list[str]:
-    """Write the last lines of a run: its results, and the next command."""
+    """Write the last lines of a run: its results, the verdict, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
     described = objective_of(config).metrics
@@ -155,31 +157,35 @@ def _last_words(
     elif last and (known := described.evaluation_text(history[-1])):
         when = "" if last == summary["steps"] else f"at step {last} "
         lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
+    moved = (summary.get("forgetting") or {}).get("all", 0.0)
+    if moved >= 1:
+        lines.append(f"forgotten: KL to the base {moved:.3g} per token on a fixed text, {kl_in_words(moved)}")
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     else:
         lines.append(
             f"read it:   {os.path.join(config.proj_dir, METRICS)}; {CARD} comes at the end of the training"
         )
-    if doubted:
-        lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
     when = "at the end" if last == summary["steps"] else f"at step {last}"
+    base = "base" if config.load_model else "model before the training"
     if base_wins(history):
-        what = "base" if config.load_model else "model before the training"
-        advice = "has made it worse so far" if state == STOPPED else f"made it worse: keep the {what}"
-        return [
-            *lines,
-            f"best:      the {what}, validation {described.score} {described.score_text(history[0])}; {when}"
-            f" {described.score_text(history[-1])}. The training {advice}",
-        ]
-    if "best" in summary:
+        lines.append(
+            f"best:      the {base}, validation {described.score} {described.score_text(history[0])}; {when}"
+            f" {described.score_text(history[-1])}"
+        )
+    elif "best" in summary:
         lines.append(
             f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
             f" {summary[f'{described.in_summary}_best']:.4f}; before training"
             f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
         )
     trained, _ = _recommended(summary)
-    return [*lines, _next_command(config, trained)]
+    if judged is None:
+        return lines if base_wins(history) else [*lines, _next_command(config, trained)]
+    lines.append(f"verdict:   {judged.sentence}")
+    if judged.name in OFFERED or judged.name == BY_HEART and "best" in summary:
+        return [*lines, _next_command(config, trained)]
+    return [*lines, f"keep:      the {base}; {trained} is not worth using"]
 
 
 def _next_command(config: Config, trained: str) -> str:

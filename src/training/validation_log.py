@@ -54,12 +54,6 @@ def evaluation_at(history: list[dict], step: int) -> dict | None:
     return next((line for line in history if line["step"] == step), None)
 
 
-def answers_as_before(before: dict, after: dict) -> bool:
-    """Tell whether two evaluations' sample answers are the same word for word, and not all of them right."""
-    answers = [[sample["answer"] for sample in line["samples"]] for line in (before, after)]
-    return bool(answers[0]) and answers[0] == answers[1] and not all_right(before)
-
-
 def all_right(line: dict) -> bool:
     """Tell whether an evaluation has sample answers, and all of them are right."""
     return bool(line["samples"]) and all(sample["answer"] == sample["right"] for sample in line["samples"])
