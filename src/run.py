@@ -34,7 +34,7 @@ from .objectives.base import Objective, TrainingData
 from .objectives.kinds import objective_of
 from .objectives.reference_model import reference_of
 from .objectives.rewards.metrics import SAMPLES
-from .planning.base_model import build_model, new_arch, read_base, template_of_run
+from .planning.base_model import build_model, choose_train_parts, new_arch, read_base, template_of_run
 from .planning.defaults import choose_no_evaluations
 from .planning.draft import Draft
 from .planning.plan import (
@@ -147,6 +147,7 @@ def prepare(
     if before:
         keep_rows_per_step(draft, before.rows_per_step, before.accumulation)
     data = read_data(draft, tokenizer, template)
+    choose_train_parts(draft, data.documents, tokenizer)
     reward_digest = try_rewards(objective_of(draft.config), template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)

@@ -297,7 +297,7 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
 @pytest.mark.parametrize("flag", [["--train_type", "state"], ["--state_tune"]])
 def test_state_tuning_alone_and_beside_an_adapter(flag):
     for method in ([], ["--peft", "none"], ["--peft", "state"]):
-        assert (values := read(*flag, *method)).peft == "state" and not values.train_parts
+        assert (values := read(*flag, *method)).peft == "state" and values.train_parts == "auto"
     values = read(*BONE.split(), *flag)
     assert (values.peft, values.train_parts) == ("miss", "state")
     values = read("--lora", *flag)
@@ -354,12 +354,12 @@ SCRIPTS = """
     # parts
     LORA --lora_parts=att --my_testing x060\
         {peft_config: {r: 8, alpha: 32, targets: [att.receptance, att.key, att.value, att.output,\
- att.gate]}, train_parts: ""}
+ att.gate]}, train_parts: auto}
     LORA --lora_parts=ffn,ln --my_testing x060\
         {peft_config: {r: 8, alpha: 32, targets: [ffn.key, ffn.value, ffn.receptance]}, train_parts: ln}
     LORA --lora_parts=att,ffn,time,ln --my_testing x070  {train_parts: ln}\
         time of --lora_parts is ignored: no tensor of RWKV-7
-    --peft bone --bone_config {"bone_mode":"bone","bone_r":8} --my_testing x070  {train_parts: ""}\
+    --peft bone --bone_config {"bone_mode":"bone","bone_r":8} --my_testing x070  {train_parts: auto}\
         names contain ln stay frozen
     --peft lora --lora_config {"lora_r":8,"lora_parts":"att,ffn"} --train_parts []\
         {peft_config: {r: 8}, train_parts: ""}
@@ -375,7 +375,7 @@ SCRIPTS = """
     --peft lora --quant fp8  {quant: int8}  int8 is taken instead of fp8
     # of RWKV-LM-RLHF
     --layer_profile a.csv --quant 1 --quant_mode nf4 --infctx 1 --chunk_ctx 64 --state 0\
-        {quant: nf4, chunk_ctx: 64, peft: miss, train_parts: ""}  --quant 1 is --quant nf4
+        {quant: nf4, chunk_ctx: 64, peft: miss, train_parts: auto}  --quant 1 is --quant nf4
     --layer_profile a.csv --state 1  {peft: miss, train_parts: state}  the state is
     --layer_profile a.csv --infctx 0 --chunk_ctx 64 --quant 0  {chunk_ctx: 0}  --infctx 0
     --layer_profile a --grpo 1 --grpo_gen_count 6 --grpo_gen_topp 0.7 --rlhf_train_file b\

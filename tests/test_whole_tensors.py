@@ -5,16 +5,22 @@ into every file.
 import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import rwkv_miss
 from rwkv_miss.__main__ import describe
 from rwkv_miss.adapter import METHODS, adapted_linears
+from rwkv_miss.files.checkpoint import write_checkpoint
 from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
-from src.config import parse
+from src.config import Config, parse
+from src.data.dataset import Document, Documents
+from src.data.tokenizer import load_tokenizer
 from src.inference.load import load
 from src.model import RWKV
+from src.planning.base_model import choose_train_parts, token_text
+from src.planning.draft import Draft
 from src.training.optimizer import parameter_groups
 from src.training.outputs import whole_model
 
@@ -240,6 +246,73 @@ def test_weight_decay_beside_pissa_is_refused():
     with pytest.raises(rwkv_miss.UserError, match="--weight_decay 0.1 has no meaning with --peft pissa"):
         parse(flags)
     assert parse([*flags, "--train_parts", "emb"]).weight_decay == 0.1
+
+
+# chosen by the data
+
+
+def choice(path, texts, **settings):
+    """What is chosen for a base and a list of texts, as bytes."""
+    tokenizer = load_tokenizer("bytes", 256)
+    documents = [
+        Document(np.frombuffer(text, np.uint8).astype(np.int32), np.ones(len(text))) for text in texts
+    ]
+    draft = Draft(Config(load_model=str(path), **settings))
+    choose_train_parts(draft, Documents(documents), tokenizer)
+    return draft.config.value_or_zero("train_parts"), draft.config.origins.get("train_parts")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def half_seen(request, tmp_path):
+    """The path of a base that has seen the bytes below 128, of any dtype."""
+    tensors = random_tensors(make_arch(7, vocab_size=256), request.param)
+    tensors["emb.weight"][128:].uniform_(-1e-4, 1e-4)
+    tensors["emb.weight"][128:, 0] = 1e-4
+    path = tmp_path / "half.pth"
+    write_checkpoint(path, tensors.items())
+    return path
+
+
+def test_embedding_and_head_are_trained_for_tokens_that_the_base_never_saw(half_seen):
+    rare = [b"a" * 150] * 3 + ["\xe9!".encode()]  # 2 of 449 inputs
+    assert choice(half_seen, rare) == ("", None)
+    often = [b"a" * 24, *rare[3:] * 3, b"\x81!!"]
+    assert choice(half_seen, often) == (
+        "emb,head",
+        "chosen: the base never saw 23 % of the data's tokens: 3 tokens such as 169, 195, 129",
+    )
+    assert choice(half_seen, [b"aaaa\xff"] * 5) == ("", None), "the end of a text is not read"
+    seen = choice(half_seen, often, peft_config={"targets": ["head", "key"]})
+    assert seen[0] == "emb", "head has an adapter"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_parts": ""},
+        {"train_parts": "ln"},
+        {"peft": "none"},
+        {"peft": "state"},
+        {"loss": "grpo", "beta": 0.04},  # for which the base has to stay
+    ],
+)
+def test_parts_that_are_given_or_can_not_be_trained_are_left_alone(half_seen, settings):
+    assert choice(half_seen, ["é".encode() * 9], **settings) == (settings.get("train_parts", ""), None)
+
+
+def test_a_new_base_says_nothing_about_its_tokens(tmp_path):
+    tensors = random_tensors(make_arch(7, vocab_size=256))
+    tensors["emb.weight"].uniform_(-1e-4, 1e-4)
+    write_checkpoint(tmp_path / "new.pth", tensors.items())
+    assert choice(tmp_path / "new.pth", [b"abc"]) == ("", None)
+    tensors["emb.weight"][65] = 1
+    write_checkpoint(tmp_path / "begun.pth", tensors.items())
+    assert choice(tmp_path / "begun.pth", [b"abc"])[0] == "emb,head"
+
+
+def test_a_text_is_a_token_s_name_where_it_is_one():
+    tokenizer = load_tokenizer("bytes", 256)
+    assert [token_text(tokenizer, token) for token in (65, 10, 233, 255)] == ["'A'", "10", "233", "255"]
 
 
 # runs

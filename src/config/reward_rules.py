@@ -130,7 +130,7 @@ def check_reference_of_kl(config: Config) -> None:
         return
     for flag, changes in (
         (f"--peft {config.peft}", config.peft in ("none", "state")),
-        (f"--train_parts {config.train_parts}", bool(split_parts(config.train_parts))),
+        (f"--train_parts {config.train_parts}", bool(split_parts(config.value_or_zero("train_parts")))),
     ):
         if changes:
             raise UserError(

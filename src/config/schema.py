@@ -45,11 +45,12 @@ class Config(LossSettings):
         automatic=True,
     )
     train_parts: str = opt(
-        "",
+        "auto",
         "parts of the base model to train as whole tensors beside the adapter, separated by commas:"
         " emb, head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
         " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
-        " Empty: none",
+        " Empty: none. auto: emb,head if the base never saw more than 1 % of the data's tokens, else none",
+        automatic=True,
     )
     preset: str = opt(
         "",
@@ -303,7 +304,8 @@ class Config(LossSettings):
         """Adapter of --peft, --peft_config and --train_parts; None in full training."""
         if self.peft == "none":
             return None
-        return AdapterOptions.of(self.peft, self.value_or_zero("peft_config"), self.train_parts)
+        options, parts = self.value_or_zero("peft_config"), self.value_or_zero("train_parts")
+        return AdapterOptions.of(self.peft, options, parts)
 
     @property
     def published_rate(self) -> float:
@@ -318,7 +320,7 @@ class Config(LossSettings):
 
         An initial state that is trained alone has the rate lr_init.
         """
-        if "state" not in split_parts(self.train_parts):
+        if "state" not in split_parts(self.value_or_zero("train_parts")):
             return None
         return self.state_lr or METHODS["state"].default_lr
 

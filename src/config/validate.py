@@ -89,7 +89,7 @@ def check_adapter(config: Config) -> None:
         return
     if config.value_or_zero("peft_config"):
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
-    if split_parts(config.train_parts):
+    if split_parts(config.value_or_zero("train_parts")):
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
             " choose an adapter, or drop it"
@@ -110,7 +110,7 @@ def check_learning_rates(config: Config) -> None:
             "--lr_final 0 is never reached by --lr_schedule exp, which multiplies; give a rate above 0, or"
             " --lr_schedule linear"
         )
-    if config.state_lr and "state" not in split_parts(config.train_parts):
+    if config.state_lr and "state" not in split_parts(config.value_or_zero("train_parts")):
         raise UserError(
             f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
             " alone it learns at --lr_init"
@@ -119,7 +119,7 @@ def check_learning_rates(config: Config) -> None:
 
 def check_weight_decay(config: Config) -> None:
     """Check that something that is trained decays."""
-    decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
+    decays = config.value_or_zero("train_parts") or config.peft not in METHODS or METHODS[config.peft].decays
     if config.weight_decay and not decays:
         raise UserError(
             f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "

@@ -119,6 +119,9 @@ class Documents(Examples):
             digest.update(trained if np.array_equal(document.weights, trained) else document.weights)
         return digest.hexdigest()
 
+    def inputs(self) -> Iterable[np.ndarray]:
+        return (document.ids[:-1] for document in self.items)
+
     def contents(self) -> Iterable[np.ndarray]:
         return (document.ids for document in self.items)
 

@@ -51,6 +51,10 @@ class Examples(Sequence):
         """Return the examples at these places."""
 
     @abc.abstractmethod
+    def inputs(self) -> Iterable[np.ndarray]:
+        """Yield the tokens that are read, (n,) int32: all but the last of each text."""
+
+    @abc.abstractmethod
     def contents(self) -> Iterable[np.ndarray]:
         """Yield the key of each example, (n,) int32."""
 

@@ -150,6 +150,9 @@ class Preferences(Examples):
     def _counted(self) -> tuple[np.ndarray, np.ndarray]:
         return self.answers.trained()
 
+    def inputs(self) -> Iterable[np.ndarray]:
+        return (answer.ids[:-1] for answer in self.answers)
+
     def contents(self) -> Iterable[np.ndarray]:
         return (example.content for example in self)
 

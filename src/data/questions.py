@@ -120,6 +120,10 @@ class Questions(Examples):
         """Tokens of all prompts."""
         return int(self.prompt_lengths.sum(dtype=np.int64))
 
+    def inputs(self) -> Iterable[np.ndarray]:
+        """Yield the prompts. Answers are the model's own."""
+        return self.prompts
+
     def contents(self) -> Iterable[np.ndarray]:
         """Yield the key of each question, (n,) int32: its tokens, and the bytes of its reference answer."""
         for prompt, question in zip(self.prompts, self.questions):

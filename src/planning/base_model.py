@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 
+import numpy as np
 import torch
 
 import rwkv_miss
@@ -14,18 +15,27 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.hub_names import hint
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
+from rwkv_miss.merging.rounding import percent
 
+from ..common.formatting import counted
 from ..config import Config
 from ..config.validate import check_sizes
 from ..data.chat_template import Template
+from ..data.examples import Examples
 from ..data.recorded_tokenizer import recorded_tokenizer
 from ..data.rwkv_template import RwkvTemplate
 from ..data.templates import recorded_template
 from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from ..model.dtypes import dtype_of, dtype_of_base
+from ..objectives.kinds import objective_of
 from .defaults import own_rank
 from .draft import Draft
+
+BEGINS_WITHIN = 1.01e-4  # RWKV-LM's first embeddings are within 1e-4, and a dtype of few bits rounds that up
+MAY_BE_UNTRAINED = 0.01  # share of the data's tokens
+LOOKED_AT = 10_000  # documents, for their tokens
+NAMED = 4  # tokens
 
 
 def read_base(draft: Draft):
@@ -54,6 +64,45 @@ def read_base(draft: Draft):
     if config.reference:
         check_reference(config.reference, config.load_model, arch.vocab_size)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
+
+
+def choose_train_parts(draft: Draft, documents: Examples, tokenizer: Tokenizer) -> None:
+    """Train embedding and head beside the adapter where the base never saw some of the data's tokens.
+
+    An embedding row begins within BEGINS_WITHIN of 0, and moves as soon as its token is trained. So an
+    untrained token is known exactly. In a base that is new no row tells anything.
+    """
+    config = draft.config
+    has_kl = config.value_or_zero("beta") and objective_of(config).keeps_reference and not config.reference
+    if not config.load_model or config.peft in ("none", "state") or has_kl:
+        return
+    rows = read_model_file(config.load_model)["emb.weight"]
+    chosen = documents.take(np.arange(0, len(documents), len(documents) // LOOKED_AT + 1))
+    ids, counts = np.unique(np.concatenate([np.zeros(0, np.int32), *chosen.inputs()]), return_counts=True)
+    unseen = is_untrained(rows[torch.from_numpy(ids)]).numpy()
+    share = counts[unseen].sum() / max(counts.sum(), 1)
+    if share <= MAY_BE_UNTRAINED or unseen.all() and is_untrained(rows).all():
+        return
+    most = ids[unseen][np.argsort(-counts[unseen], kind="stable")]
+    named = ", ".join(token_text(tokenizer, token) for token in most[:NAMED].tolist())
+    parts = [part for part in ("emb", "head") if part not in (config.adapter.targets or ())]
+    draft.choose(
+        "train_parts",
+        ",".join(parts),
+        f"the base never saw {percent(share)} of the data's tokens: {counted(len(most), 'token')} such as"
+        f" {named}",
+    )
+
+
+def is_untrained(rows: torch.Tensor) -> torch.Tensor:
+    """Tell which embedding rows (n, C) are as they began, (n,) bool."""
+    return rows.abs().amax(1).float() <= BEGINS_WITHIN
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Write a token as its text, or as its number where it is a part of a character."""
+    text = tokenizer.decode([token]) if token in tokenizer.ids else ""
+    return repr(text) if text.isprintable() and text.strip("\ufffd ") else str(token)
 
 
 def check_reference(reference: str, load_model: str, vocab_size: int) -> None:

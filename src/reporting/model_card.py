@@ -125,7 +125,7 @@ def _trained(
         "method": ", ".join([config.peft, *(f"{name} {value}" for name, value in options.items())])
         if config.peft != "none"
         else "full training",
-        "whole tensors": config.train_parts,
+        "whole tensors": config.value_or_zero("train_parts"),
         "loss": objective_of(config).description,
         "data": ", ".join(files),
         "tokens": f"{sum(line['tokens'] for line in metrics):,},"

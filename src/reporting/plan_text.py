@@ -9,7 +9,7 @@ from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
-from ..config import FIELDS, command
+from ..config import FIELDS, Config, command
 from ..config.schema import CHOSEN
 from ..data.bos import describe_bos
 from ..data.chat_template import Template
@@ -56,7 +56,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         *released_modes(config.load_model, run.template),
         steps(run),
         *objective_of(config).lines(run.data.documents, run.schedule, run.arch),
-        f"trained    {trained(config.peft, model)}",
+        f"trained    {trained(config.peft, model)}{unseen(config)}",
         f"rates      {rates(run)}{above_guess(run)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
@@ -125,6 +125,12 @@ def trained(peft: str, model: RWKV) -> str:
     count, total = report.trainable, report.total
     beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
     return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(peft, model)}{beside}"
+
+
+def unseen(config: Config) -> str:
+    """Say why parts of the base are trained that nobody asked for; else ""."""
+    kind, _, reason = config.origin_of("train_parts").partition(": ")
+    return f", as {reason}" if kind == CHOSEN else ""
 
 
 def method(peft: str, model: RWKV) -> str:

@@ -204,7 +204,8 @@ class ReferencePass:
         """Return the folder for the values of these documents, read in this order."""
         config = self.config
         # a method may change the base, up to its rounding
-        start = [self.model.base_fingerprint, config.peft, config.written("peft_config"), config.train_parts]
+        parts = config.value_or_zero("train_parts")
+        start = [self.model.base_fingerprint, config.peft, config.written("peft_config"), parts]
         described = [
             VERSION,
             torch.__version__,
