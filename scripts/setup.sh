@@ -18,16 +18,46 @@ setup() {
         echo "error: no Python 3.10 to 3.13 with venv was found; on Debian and Ubuntu: apt install python3 python3-venv" >&2
         return 2
     fi
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    [ -x .venv/bin/python ] || "$python" -m venv .venv | narrate "making .venv"
     source .venv/bin/activate
     wanted="$(cat requirements.txt pyproject.toml | cksum) $extra"
     if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
-        echo "installing the requirements into .venv (a minute with a fast network; torch with CUDA is a download of about 3 GB)"
-        python -m pip install --quiet --requirement requirements.txt
-        python -m pip install --quiet --editable ".${extra:+[$extra]}"
-        find_nvcc
-        echo "$wanted" >> .venv/installed
+        echo "installing the requirements into .venv (a minute or two with a fast network; torch with CUDA is a download of about 3 GB)"
+        pip_install --requirement requirements.txt && pip_install --editable ".${extra:+[$extra]}" &&
+            find_nvcc && echo "$wanted" >> .venv/installed
     fi
+}
+
+pip_install() {
+    python -m pip install "$@" | narrate "starting pip"
+    return "${PIPESTATUS[0]}"
+}
+
+# Say what pip does, whose lines come in, and for how long. $1 is said until its first line. On a terminal it
+# is one line that changes, elsewhere a line every five seconds at most.
+narrate() {
+    local doing="$1" line text there begun=$SECONDS said=$SECONDS
+    while true; do
+        line=""
+        # 128 and more: no line in this second. 1: the end
+        IFS= read -r -t 1 line || [ $? -gt 128 ] || break
+        case "$line" in
+            Collecting* | *Downloading* | Building* | *Preparing* | Installing*) doing="${line%% (from *}" ;;
+        esac
+        text="$doing"
+        if [[ "$doing" == Installing* ]]; then
+            there=(.venv/lib/python*/site-packages/*.dist-info)
+            text="installing, ${#there[@]} packages are there"
+        fi
+        text="${text#"${text%%[! ]*}"}, $((SECONDS - begun)) s"
+        if [ -t 1 ]; then
+            printf '\r\033[K%s' "${text:0:78}"
+        elif [ $((SECONDS - said)) -ge 5 ]; then
+            echo "$text"
+            said=$SECONDS
+        fi
+    done
+    if [ -t 1 ]; then printf '\r\033[K'; fi
 }
 
 # Where there is a GPU: install an nvcc for its kernels, unless one that fits is here. PyPI has none before CUDA
@@ -39,7 +69,7 @@ find_nvcc() {
     said="${said##*BuildError: }"
     if [[ "$said" =~ pip\ install\ \"([^\"]+)\" ]]; then
         echo "installing nvcc, which compiles the GPU's kernels (a download of about 100 MB)"
-        python -m pip install --quiet "${BASH_REMATCH[1]}"
+        pip_install "${BASH_REMATCH[1]}"
     else
         echo "$said" >&2
     fi

@@ -564,7 +564,8 @@ def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, re
 def test_setup_installs_nvcc_where_there_is_a_gpu_and_a_package_that_fits(
     tmp_path, gpu, error, installs, says
 ):
-    source = (ROOT / "scripts" / "setup.sh").read_text().partition("\nfind_nvcc() {")[2].partition("\n}\n")[0]
+    # without its last line, which installs
+    source = (ROOT / "scripts" / "setup.sh").read_text().rpartition("\nsetup ")[0].partition("\nsetup() {")[2]
     fails = f"echo 'src.ops.toolchain.BuildError: {error}' >&2; exit 1"
     stubs = {
         "nvidia-smi": "echo 'GPU 0: NVIDIA H100'" if gpu else "exit 9",
@@ -574,14 +575,14 @@ def test_setup_installs_nvcc_where_there_is_a_gpu_and_a_package_that_fits(
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"find_nvcc() {{{source}\n}}\nfind_nvcc"],
+        ["bash", "-euo", "pipefail", "-c", f"setup() {{{source}\nfind_nvcc"],
         capture_output=True,
         text=True,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""
     assert done.returncode == 0 and says in done.stdout + done.stderr and (bool(says) or not done.stderr)
-    assert called == (f"-m pip install --quiet cuda-toolkit[nvcc]{installs}\n" if installs else "")
+    assert called == (f"-m pip install cuda-toolkit[nvcc]{installs}\n" if installs else "")
 
 
 def test_an_nvcc_is_asked_once_in_its_life(machine, tmp_path):
