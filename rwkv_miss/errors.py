@@ -63,6 +63,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def similar_path(path: str) -> str:
+    """Suggest `; did you mean PATH?` for a path that does not exist, from the names beside its first absent
+    part, else nothing."""
+    if os.path.exists(path):
+        return ""
+    folder, name = os.path.split(path)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder.rstrip(os.sep))
+    try:
+        # a suffix alone makes short names alike
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1, cutoff=0.85)
+    except OSError:
+        return ""
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a UserError as `error: ...` on stderr and exit with code 2.

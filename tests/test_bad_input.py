@@ -18,6 +18,7 @@ import train
 from demo import chat
 from rwkv_miss.__main__ import main as rwkv_miss_main
 from rwkv_miss.adapter import METHODS, adapted_linears
+from rwkv_miss.errors import similar_path
 from scripts import evaluate
 from src.model import RWKV
 from src.training import callbacks
@@ -110,6 +111,17 @@ def test_the_programs_themselves(program, folder):
         f"error: {folder / 'absent.pth'} does not exist\n",
     )
     assert not (folder / "run").exists()
+
+
+def test_a_mistyped_path_is_answered_with_the_nearest_one(tmp_path, in_its_folder, refused):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").touch()
+    assert similar_path("data/train.json") == "; did you mean data/train.jsonl?"
+    assert similar_path(f"{tmp_path}/datas/train.jsonl") == f"; did you mean {tmp_path}/data?"
+    # what is there, what is like nothing else, and what has a suffix in common alone
+    assert not any(map(similar_path, ("data/train.jsonl", "data/test.jsonl", "data/b.jsonl", "/no/such")))
+    for flag in ("load_model", "data_file", "config", "template"):
+        assert "; did you mean data/train.jsonl?" in refused("train", **{flag: "data/trian.jsonl"})
 
 
 # checkpoints

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, similar_path
 
 HUB = "hf://"
 MODEL, DATA = "model", "dataset"  # huggingface_hub's names of the kinds of repositories
@@ -83,13 +83,15 @@ def of_address(text: str) -> HubName | None:
 
 
 def hint(path: str) -> str:
-    """Hint at a name of the hub, for an error about a path that does not exist."""
+    """Hint at a name of the hub or at a similar path, for an error about a path that does not exist."""
     if name := of_address(path):
         return f"; give {name}"
     if "://" in path:
         return (
             "; nothing is downloaded but files of the Hugging Face hub, hf://OWNER/NAME/FILE: fetch it first"
         )
+    if near := similar_path(path):
+        return near
     if re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", path) and not path.endswith(SUFFIXES):
         return f"; if it is a repository of the Hugging Face hub, give {HUB}{path}"
     return ""

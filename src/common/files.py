@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 
-from rwkv_miss.errors import UserError, did_you_mean
+from rwkv_miss.errors import UserError, did_you_mean, similar_path
 from rwkv_miss.files.output import whole_file
 
 LARGEST_TEXT = 1 << 26  # bytes
@@ -28,7 +28,8 @@ def read_text(path: str, purpose: str, otherwise: str, known: Iterable[str] = ()
             return file.read()
     except FileNotFoundError:
         raise UserError(
-            f"cannot read {path} as {purpose}: no such file; {otherwise}{did_you_mean(path, known)}"
+            f"cannot read {path} as {purpose}: no such file; {otherwise}"
+            f"{did_you_mean(path, known) or similar_path(path)}"
         ) from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"cannot read {path} as {purpose}: {error}; {otherwise}") from None

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.errors import Parser, UserError, did_you_mean
+from rwkv_miss.errors import Parser, UserError, did_you_mean, similar_path
 from rwkv_miss.files.hub_names import recorded
 
 from ..common.files import write_text
@@ -174,7 +174,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 def _load_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         if not os.path.isdir(path):
-            raise UserError(f"config file {path} does not exist")
+            raise UserError(f"config file {path} does not exist{similar_path(path)}")
         inside = os.path.join(path, "config.yaml")
         raise UserError(
             f"config file {path} is a folder; give {inside if os.path.isfile(inside) else 'a file'}"

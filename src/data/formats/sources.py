@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import UserError, similar_path
 from rwkv_miss.files.hub_names import of_address
 from rwkv_miss.progress import Progress
 
@@ -234,7 +234,7 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> DataSource:
         with open(path, "rb") as file:
             parquet = file.read(4) == b"PAR1"
     except OSError as error:
-        raise UserError(f"data file {path} can't be read: {error.strerror}") from None
+        raise UserError(f"data file {path} can't be read: {error.strerror}{similar_path(path)}") from None
     if parquet or suffix == ".parquet":
         return DataSource(path, "parquet", 1.0, lambda eod, at: tables.parquet(path, at), (path,))
     with text.open_text(path) as file:
