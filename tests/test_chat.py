@@ -272,7 +272,7 @@ def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F81
     assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"])[0].rstrip("\n")
     assert err[0] == "no --adapter was given" and "there are: none" in err[1]
     assert err[2] == "scale 2, once an adapter is in use"
-    assert "start with --adapter" in err[3]
+    assert "start with --model BASE --adapter ADAPTER" in err[3]
 
 
 @pytest.fixture

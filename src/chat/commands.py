@@ -346,7 +346,11 @@ class Chat:
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
             known = ", ".join(self.adapters.by_name)
-            advice = f"/adapter NAME, of {known}" if known else "start with --adapter"
+            advice = (
+                f"/adapter NAME, of {known}"
+                if known
+                else "start with --model BASE --adapter ADAPTER; a merged file has the adapter in its weights"
+            )
             raise UserError(f"no adapter is in use, so there is nothing to compare the base with; {advice}")
         kept = conversation.state, conversation.read, conversation.earlier
         answers = []
