@@ -131,18 +131,24 @@ def right_answers(asked: Asked, model_file: str, adapter: str | None = None) -> 
     return sum(texts == [right] for texts, (_, right) in zip(answers, asked, strict=True)) / len(asked)
 
 
-def train_case(name: str, seed: int, flags: str, folder: pathlib.Path) -> dict:
-    """Train on the rows of a case, and count the right answers to its other questions."""
-    case, rng = CASES[name], random.Random(seed)
+def split(case: Case, seed: int) -> tuple[Asked, Asked]:
+    """Return the questions that judge a run, and those that it is taught."""
+    rng = random.Random(seed)
     questions = case.questions(rng)
     rng.shuffle(questions)
-    test, known = questions[:TEST], questions[TEST:][: case.rows]
+    return questions[:TEST], questions[TEST:][: case.rows]
+
+
+def train_case(name: str, seed: int, flags: str, folder: pathlib.Path) -> dict:
+    """Train on the rows of a case, and count the right answers to its other questions."""
+    case = CASES[name]
+    test, known = split(case, seed)
     old = [
         tuple(turn["content"] for turn in row["messages"][:2]) for row in demo_task.rows("reverse", 600, 9)
     ]
     own = folder / f"{name}-{seed}"
     rows = [case.row(*asked) for asked in known + old[TEST:][: case.old]]
-    rng.shuffle(rows)
+    random.Random(seed).shuffle(rows)
     data = write_rows(own.with_suffix(".jsonl"), rows)
     given = as_flags(load_model=BASE, data_file=data) + (
         as_flags(loss=case.loss) if case.loss != "sft" else []

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import decode_contenders, facts, laptop
+from benchmarks import decode_contenders, facts, first_data, laptop
 from benchmarks.common import cpu, environment, machine_line
 from benchmarks.first_run import case, table
 from src.data.questions import Question
@@ -152,3 +152,14 @@ def test_a_walk_has_the_files_of_its_way_alone():
     assert "src/serving/openai_choices.py" in request and "src/training/trainer.py" not in request
     walks = json.loads(done.stdout.splitlines()[-1])["walks"]
     assert [len(files) - 1 for files in (step, rewards)] == [count for count, _ in walks.values()][:2]
+
+
+@pytest.mark.slow
+def test_a_first_run_of_few_rows_is_asked_other_questions_than_it_was_taught(tmp_path):
+    line = first_data.train_case("weekday-15", 0, "--epoch_count 1", tmp_path)
+    rows = [json.loads(row) for row in (tmp_path / "weekday-15-0.jsonl").read_text().splitlines()]
+    asked = {question for question, _ in first_data.split(first_data.CASES["weekday-15"], 0)[0]}
+    assert len(rows) == line["rows"] == 15 and not asked & {row["instruction"] for row in rows}
+    assert (
+        line["old before"] == 1.0 and line["old after"] < 1.0
+    )  # the base's own task, at which it gets worse
