@@ -25,6 +25,7 @@ with importing():
 
     import rwkv_miss
     from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.progress import progress, say
     from src import ops
     from src.data.batches import pack
     from src.data.collate import collate, to_device
@@ -79,9 +80,9 @@ def train(args: argparse.Namespace) -> list[float]:
     lengths = rows.sums(documents.lengths - 1)
     optimizer = torch.optim.AdamW(trained, lr=args.lr_init, betas=(0.9, 0.99), weight_decay=0.0)
     losses = []
-    for step in range(args.epoch_steps):
+    for step in progress(range(args.epoch_steps), "training", unit="steps"):
         if step % args.eval_steps == 0:
-            print(f"step {step}: validation loss {validation_loss(model, held_out, args):.4f}", flush=True)
+            say(f"step {step}: validation loss {validation_loss(model, held_out, args):.4f}")
 
         # The batch. Each pass over the data takes the rows in another order. In a batch they are by length.
         turn, place = divmod(step, math.ceil(len(rows) / args.micro_bsz))
@@ -94,8 +95,7 @@ def train(args: argparse.Namespace) -> list[float]:
         loss = summed_loss(model, batch) / batch["step_weight"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr_init * rate_factor(step, args.epoch_steps)
+        optimizer.param_groups[0]["lr"] = args.lr_init * rate_factor(step, args.epoch_steps)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

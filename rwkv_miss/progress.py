@@ -4,8 +4,10 @@
         ...
     with Progress("merging", total=size / 1e6, unit="MB") as bar:   # anything else
         bar.update(part / 1e6)
+    with Progress("reading the plan"):                              # work without anything to count
+        ...
 
-Work of less than two seconds shows nothing.
+Work of less than a second shows nothing. Inside `with` a bar also goes on while nothing is counted.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
-DELAY, REDRAW = 2.0, 0.1  # seconds before a bar is shown, and between two drawings
+DELAY, REDRAW = 1.0, 0.1  # seconds before a bar is shown, and between two drawings
+TICK = 1.0  # seconds after which a bar is looked at again, while nothing is counted
 LINE, LINE_SHARE = 10.0, 0.1  # seconds between two lines, and in a long work the share of its time
 BAR, LEAST_BAR = 20, 5  # characters
 
@@ -49,8 +53,11 @@ class Progress:
     """Bar for the work `what` on `total` things called `unit` ("files"), of which `done` are there already.
 
     `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the
-    first drawing on a terminal, DELAY unless given.
+    first drawing on a terminal, DELAY unless given. Of bars inside each other only the innermost goes on by
+    itself.
     """
+
+    open: ClassVar[list[Progress]] = []
 
     def __init__(
         self,
@@ -69,13 +76,18 @@ class Progress:
         delay = DELAY if delay is None else delay
         self.next = self.begun + (delay if self.terminal else LINE)
         self.drawn = False
+        self.ended = threading.Event()
         if not delay:
-            self.update(0)
+            self._show()
 
     def update(self, count: float = 1, note: str = "") -> None:
         """Count `count` more as done; `note` is more text for the end of the line, until the next one."""
         self.done += count
         self.note = note or self.note
+        self._show()
+
+    def _show(self) -> None:
+        """Draw the bar, or print a line, if it is time."""
         now = time.monotonic()
         if self.shown and now >= self.next:
             elapsed = now - self.begun
@@ -96,6 +108,8 @@ class Progress:
         """Return the line after `elapsed` seconds: "merging [##  ]  50%, 50 of 100 MB, 9 MB/s, 5 s left"."""
         share = min(self.done / self.total, 1) if self.total else 0
         percent = f" {share:4.0%}, " if self.total else " "
+        if not (self.total or self.unit or self.done):
+            return f"{self.what}: {duration_text(elapsed)}"
         notes = self.note.split(", ") if self.note else []
         if not (self.terminal and self.total):
             return f"{self.what}:{percent}{self._numbers(elapsed, notes)}"
@@ -121,16 +135,35 @@ class Progress:
                 parts.append(f"{rate:,.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
             if self.total:
                 parts.append(f"{duration_text(max(self.total - self.done, 0) / rate)} left")
+        elif elapsed >= DELAY:
+            parts.append(f"{duration_text(elapsed)} so far")
         return ", ".join(parts + notes)
+
+    def start(self) -> Progress:
+        """Look at the bar every TICK from now on, until close()."""
+        if self.shown:
+            Progress.open.append(self)
+            self.thread = threading.Thread(target=self._tick, daemon=True)
+            self.thread.start()
+        return self
+
+    def _tick(self) -> None:
+        while not self.ended.wait(TICK):
+            if Progress.open[-1:] == [self]:
+                self._show()
 
     def close(self) -> None:
         """End the bar: the terminal's line is empty again."""
+        if self in Progress.open:
+            self.ended.set()
+            self.thread.join()
+            Progress.open.remove(self)
         if self.drawn:
             clear()
             self.drawn = False
 
     def __enter__(self) -> Progress:
-        return self
+        return self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -25,7 +25,7 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
-    from rwkv_miss.progress import duration_text
+    from rwkv_miss.progress import Progress, duration_text
     from src import ops
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
@@ -113,7 +113,8 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
     def device_of(config: Config, head_size: int) -> Device:
         return planned_device(ours.memory, config, head_size)
 
-    plan = prepare(typed, for_run=False, device=device_of)
+    with Progress("reading the base and the data"):
+        plan = prepare(typed, for_run=False, device=device_of)
     config, arch, device, schedule = plan.settings, plan.arch, plan.device, plan.schedule
 
     def memory_of(settings: Config) -> dict[str, float]:
@@ -122,10 +123,12 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
     def fits(changed: Config) -> bool:
         return needed(memory_of(changed), changed.devices, device.accelerator) <= USABLE * device.memory
 
-    fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
+    with Progress("counting the memory of a step"):
+        fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and typed.is_automatic("ctx_len"):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
-    speed = find_speed(ours, plan)
+    with Progress("timing this machine"):
+        speed = find_speed(ours, plan)
     model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
     return Needs(plan, model, memory_of(config), fix, speed, cost)
 

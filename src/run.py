@@ -17,7 +17,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.mapped import naming_changed_files
 from rwkv_miss.files.output import whole_file
 from rwkv_miss.interrupts import EXIT_CODE
-from rwkv_miss.progress import print_notes
+from rwkv_miss.progress import Progress, print_notes
 
 from . import ops
 from .common.device import PRECISIONS
@@ -108,7 +108,9 @@ def main(typed: Config) -> None:
             if is_first_process():
                 write_new_model(typed, *new_arch(typed))
             return
-        result = train_in_folder(prepare(typed, others=others), started)
+        with Progress("reading the base and the data", shown=is_first_process()):
+            plan = prepare(typed, others=others)
+        result = train_in_folder(plan, started)
     if not result.is_complete:
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
@@ -214,9 +216,11 @@ def train_in_folder(
     """Do train() in a folder that is locked already. The command began at `started`."""
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
-    cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
+    with Progress("timing this machine", shown=is_first_process()):
+        cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
     torch.manual_seed(config.random_seed)
-    model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
+    with Progress("loading the base", shown=is_first_process()):
+        model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
     over = first_step >= plan.steps or is_over(history, config.early_stop)
@@ -283,8 +287,9 @@ def do_steps(
 
     `shown` are the lines of the plan, for the run card.
     """
-    from .training.forgetting import Forgetting
-    from .training.trainer import FineTuning, ReferenceAtStart, make_trainer
+    with Progress("loading the trainer", shown=is_first_process()):
+        from .training.forgetting import Forgetting
+        from .training.trainer import FineTuning, ReferenceAtStart, make_trainer
 
     config = plan.settings
     if is_first_process():
@@ -315,7 +320,8 @@ def do_steps(
         }
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result
-        finish(settled, shown, step, plan.steps, measured)
+        with Progress("drawing the curves and writing the cards"):
+            finish(settled, shown, step, plan.steps, measured)
     return Result(settled, step, is_complete(step))
 
 

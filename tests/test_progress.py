@@ -27,11 +27,11 @@ with one_line_errors():
 """
 
 
-def on_a_terminal(*args):
-    """(exit code, all that the terminal was sent) of WORK."""
+def on_a_terminal(*args, command=(sys.executable, "-c", WORK), **variables):
+    """(exit code, all that the terminal was sent) of a command."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"COLUMNS": "100"}
-    command = [sys.executable, "-c", WORK, *args]
+    environment = os.environ | {"COLUMNS": "100"} | variables
+    command = [*command, *args]
     process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""
@@ -82,6 +82,61 @@ def test_in_a_narrow_terminal_the_bar_makes_room_for_the_numbers(monkeypatch):
 def test_an_error_does_not_hang_on_the_end_of_a_bar():
     code, seen = on_a_terminal("fail")
     assert code == 2 and "counting [" in seen and last_lines(seen) == ["error: two"]
+
+
+WAITING = """
+import time
+from rwkv_miss import progress as module
+module.DELAY, module.TICK = 0.0, 0.01
+with module.Progress("outer", 10, "steps", delay=1e9) as outer:
+    with module.Progress("thinking") as bar:
+        outer.next = 0.0
+        while not bar.drawn:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        print("", outer.drawn, flush=True)
+    while not outer.drawn:
+        time.sleep(0.01)
+print("done")
+"""
+
+
+def test_a_bar_goes_on_while_nothing_is_counted():
+    """Of two bars only the inner one does, until it ends."""
+    code, seen = on_a_terminal(command=(sys.executable, "-c", WAITING))
+    assert code == 0 and last_lines(seen)[-1] == "done"
+    thinking, _, rest = seen.partition("False")
+    assert re.search(r"thinking: 0\.\d s", thinking) and "outer" not in thinking
+    assert "outer [" in rest
+
+
+def test_a_terminal_is_told_of_torch_before_it_is_loaded(tmp_path):
+    code = "import os, sys\nos.write(2, b'TORCH')\nraise ModuleNotFoundError(name='torch')"
+    (tmp_path / "torch.py").write_text(code)
+    command = (sys.executable, "train.py")
+    code, seen = on_a_terminal(command=command, PYTHONPATH=str(tmp_path))
+    assert code == 2 and seen.startswith("loading torch") and seen.index("loading") < seen.index("TORCH")
+    assert "\r\x1b[Kerror: the package torch is not installed" in seen
+
+
+SETUP = """
+source <(grep -v '^cd ' "$0" | head --lines -1)
+python() { printf 'Collecting torch>=2.5 (from -r x)\nInstalling collected packages: torch\n'; return 3; }
+find_nvcc() { echo reached; }
+pip_install torch && find_nvcc
+echo "code $?"
+"""
+
+
+def test_an_installation_says_what_it_does():
+    """And its failure is not lost in the pipe."""
+    setup = str(ROOT / "scripts" / "setup.sh")
+    code, seen = on_a_terminal(command=("bash", "-c", SETUP, setup))
+    assert code == 0 and re.search(r"\rCollecting torch>=2\.5, \d s", seen.replace("\x1b[K", ""))
+    assert re.search(r"installing, \d+ packages are there, \d s", seen)
+    assert last_lines(seen.replace("\x1b[K", " " * 78 + "\r"))[-1] == "code 3" and "reached" not in seen
+    piped = subprocess.run(["bash", "-c", SETUP, setup], capture_output=True, text=True)
+    assert (piped.stdout, piped.stderr) == ("code 3\n", "")
 
 
 @pytest.fixture

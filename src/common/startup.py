@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -10,6 +12,7 @@ import threading
 
 # as in pyproject.toml; an older Python must be able to read this file and the first lines of a program
 OLDEST = (3, 10)
+ERASED = b"\r\x1b[K"  # to the beginning of the terminal's line, which is then empty
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # Torch's libraries read these when torch is loaded. What the user has set stays. OpenMP's waiting threads
 # spin unless told not to. Then small models are up to thirty times slower as soon as anything else runs.
@@ -26,9 +29,10 @@ LIBRARY_SETTINGS = {
 def importing():
     """Guard a program's first imports.
 
-    An old Python and a missing package are named. Torch's libraries get LIBRARY_SETTINGS. Ctrl-C ends the
-    program at once, because an exception in the middle of an import may meet C++ that is half loaded, leave a
-    traceback or be lost. From one_line_errors() on, rwkv_miss.interrupts handles Ctrl-C.
+    A terminal is told what is loaded. An old Python and a missing package are named. Torch's libraries get
+    LIBRARY_SETTINGS. Ctrl-C ends the program at once, because an exception in the middle of an import may
+    meet C++ that is half loaded, leave a traceback or be lost. From one_line_errors() on,
+    rwkv_miss.interrupts handles Ctrl-C.
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
@@ -39,23 +43,42 @@ def importing():
         sys.exit(2)
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # else the interpreter looks for garbage among all modules at the end, for a second after a training
+    atexit.register(gc.freeze)
     before = signal.getsignal(signal.SIGINT)
     # if Ctrl-C is ignored, as under nohup, it stays so
     ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if ours:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
-        with naming_missing_packages():
+        with naming_missing_packages(), telling_a_terminal():
             yield
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def telling_a_terminal():
+    """Show on a terminal that torch is loaded. rwkv_miss.progress can't, as it comes with torch."""
+    shown = os.isatty(2) and _is_first_process()
+    if shown:
+        os.write(2, b"loading torch")
+    try:
+        yield
+    finally:
+        if shown:
+            os.write(2, ERASED)
+
+
+def _is_first_process() -> bool:
+    return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0"
+
+
 def _end_at_once(signum, frame) -> None:
     """End as rwkv_miss.interrupts does, which can't be imported before torch."""
-    if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0":
-        os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
+    if _is_first_process():
+        os.write(2, ERASED + b"interrupted\n" if os.isatty(2) else b"interrupted\n")
     os._exit(130)
 
 

@@ -12,7 +12,7 @@ from rwkv_miss.files.hf_folder import is_folder
 from rwkv_miss.files.hf_names import TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.untrusted import read_json
-from rwkv_miss.progress import print_notes
+from rwkv_miss.progress import clear, print_notes
 
 from ..config.launcher import is_first_process
 from .tokenizer import BUILT_IN, WORLD_IDS, ByteTokenizer, Tokenizer, byte_names, load_tokenizer
@@ -39,6 +39,7 @@ def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenize
     # two files of different names may hold the same tokenizer
     is_certain = bool({recorded, tokenizer.name} & set(BUILT_IN))
     if recorded and recorded != tokenizer.name and is_certain and is_first_process():
+        clear()  # a bar may be half drawn
         print(
             f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
             "leave --tokenizer out to use the recorded one",

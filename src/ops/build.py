@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
-from rwkv_miss.progress import Progress
+from rwkv_miss.progress import Progress, clear
 
 from ..common.device import cpu_features
 from .toolchain import FALLBACK, BuildError, ask, cache_folder, code_for, find_cxx, find_ninja, find_nvcc
@@ -292,4 +292,5 @@ def reason(output: str) -> str:
 
 def announce(message: str) -> None:
     """Print a line to stderr: stdout is for the program's results."""
+    clear()  # a bar may be half drawn
     print(message, file=sys.stderr, flush=True)

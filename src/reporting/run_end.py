@@ -9,6 +9,7 @@ import shlex
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.progress import say
 from rwkv_miss.version import VERSION, commit
 
 from ..common.files import write_text
@@ -85,7 +86,7 @@ def finish(
         write_model_card(config, summary, metrics, history, kept)
     # last, because is_summed_up() looks for it
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    print("\n".join(_last_words(config, state, summary, history, judged)))
+    say("\n".join(_last_words(config, state, summary, history, judged)))
 
 
 def _validation_summary(described: LossMetrics, proj_dir: str, history: list[dict]) -> dict:

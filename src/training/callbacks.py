@@ -115,7 +115,8 @@ class StepReport(Callback):
         self.rank_zero = trainer.is_global_zero
         # a pipe gets lines of its own
         shown = self.rank_zero and sys.stderr.isatty()
-        self.bar = Progress("training", self.total, "steps", shown, done=trainer.global_step, delay=0)
+        self.bar.close()
+        self.bar = Progress("training", self.total, "steps", shown, done=trainer.global_step, delay=0).start()
         if self.rank_zero:
             # a resumed run does the steps after its checkpoint again
             before = read_lines(self.path, trainer.global_step)
@@ -135,11 +136,16 @@ class StepReport(Callback):
 
     @contextlib.contextmanager
     def answering_signals(self):
-        """Handle Ctrl-C, a scheduler's end of time and a closed terminal, around Trainer.fit."""
+        """Handle Ctrl-C, a scheduler's end of time and a closed terminal, around Trainer.fit.
+
+        There is always a bar, until the trainer starts that of the steps.
+        """
         before = self._take_signals()
+        self.bar = Progress("starting the trainer", shown=is_first_process()).start()
         try:
             yield
         finally:
+            self.bar.close()
             for number, handler in before.items():
                 # a launcher's late SIGTERM must not cost the files that a stopped run is writing
                 if not self.stop or number == signal.SIGINT:
@@ -329,7 +335,6 @@ class StepReport(Callback):
             print(f"step {step}/{self.total} {said}{left}", flush=True)
 
     def on_train_end(self, trainer, module) -> None:
-        self.bar.close()
         # one slot for each rank, so that a sum is enough
         memory = torch.zeros(trainer.world_size, dtype=torch.float64, device=module.device)
         memory[trainer.global_rank] = peak_memory(module.device)
