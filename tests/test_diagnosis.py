@@ -14,20 +14,17 @@ from src.reporting import run_end
 from src.reporting.diagnosis import (
     BY_HEART,
     COLLAPSED,
-    GROUPS,
     LEARNT,
     NOT_JUDGED,
     NOTHING,
     RULES,
     STILL,
-    WINDOW,
     WORSE,
-    Facts,
     Warnings,
     advice,
-    bounds,
     verdict,
 )
+from src.reporting.facts import GROUPS, WINDOW, Facts, bounds
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -59,6 +56,19 @@ def sft(*losses, before=("a",), after=("b",), right="4", steps=(3.0, 3.0), confi
         history.append({"step": step, "loss": loss, "samples": samples, **(beside if step else {})})
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(steps, 1)]
     return Facts(config, lines, (), len(history) - 1, history)
+
+
+def answered(before, after, *losses, asked=40, config=SFT, steps=None, **found):
+    """A run of 400 steps that was asked questions: these shares of answers were right, of them `asked`.
+
+    `found` is what its last answers have in common.
+    """
+    facts = sft(*losses or (4.0, 3.0), config=config, steps=steps or [4.0] * 100 + [2.9, 3.0] * 150)
+    plain = {"empty": 0, "endless": 0, "same": 2, "common": "b", "same_right": 2}
+    for line in facts.history:
+        share, answers = (after, plain | found) if line["step"] else (before, plain)
+        line |= {"asked": asked, "right_answers": share, "answers": answers}
+    return facts
 
 
 def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **beside):
@@ -142,9 +152,46 @@ def rewarded(*rewards, lines=None, step=10):
     return Facts(GRPO, lines or course(20), (), step, history)
 
 
+SEARCH = "--lr_init auto, which looks for the learning rate; 0.0001 was given"
 # name of a rule -> its verdict, a run that it holds for, its words, its advice, and runs near by that it does
 # not hold for
 CASES = {
+    "solved before": (
+        NOTHING,
+        answered(0.975, 1.0, 0.05, 0.04),
+        "from 0.0500 to 0.0400; right answers 39 to 40 of 40: the base knew the task already",
+        "rows that the base does not answer right",
+        [answered(0.5, 1.0), answered(0.975, 0.5), sft(0.05, 0.04)],
+    ),
+    "answers learnt": (
+        LEARNT,
+        answered(0.0, 0.975, 4.0, 0.1, steps=[4.0 / step for step in range(1, 401)]),
+        "the loss on held-out documents fell by 97.50 %, from 4.0000 to 0.1000; right answers 0 to 39 of 40",
+        "",
+        [answered(0.0, 0.5)],
+    ),
+    "collapsed": (
+        # of a date the weekday: one for all
+        COLLAPSED,
+        answered(0.0, 0.125, same=40, common="Tam", same_right=8),
+        "40 of 40 answers are 'Tam'; the loss on held-out documents fell by 25.00 %, from 4.0000 to 3.0000;"
+        " right answers 0 to 5 of 40",
+        SEARCH,
+        [
+            answered(0.0, 0.125, same=30, same_right=8),
+            answered(0.0, 0.4, same=40, same_right=38),  # the right answers are alike too
+            answered(0.0, 0.5, same=40, same_right=20),
+            answered(0.0, 0.0, empty=20, endless=20),
+            answered(0.0, 0.0, asked=3, same=3, same_right=2),
+        ],
+    ),
+    "answers lost": (
+        WORSE,
+        answered(0.6, 0.1),
+        "from 4.0000 to 3.0000; right answers 24 to 4 of 40",
+        "a lower --lr_init than 0.0001",
+        [answered(0.6, 0.5), answered(0.6, 0.1, asked=4)],
+    ),
     "failed": (
         NOT_JUDGED,
         so_far(course(failed_groups=4.0)),
@@ -181,10 +228,15 @@ CASES = {
     "by heart": (
         BY_HEART,
         sft(4.0, 4.2, steps=(4.0, 1.0)),
-        "the training loss fell by 75 %, but the loss on held-out documents rose from 4.0000 to 4.2000",
+        "the training loss fell by 75 %, and the loss on held-out documents rose from 4.0000 to 4.2000",
         "more rows",
         # it only comes back from what it rose to; one that helps; one that is not worse than its base
-        [sft(0.5, 0.6, steps=(2.9, 3.1, 3.0)), sft(4.0, 3.0, steps=FELL), sft(4.0, 3.0, 3.9, steps=FELL)],
+        [
+            sft(0.5, 0.6, steps=(2.9, 3.1, 3.0)),
+            sft(4.0, 3.0, steps=[4.0] * 20 + [2.0] * 20),
+            sft(4.0, 3.5, 3.0, steps=FELL),
+            answered(0.0, 0.5, 4.0, 4.2, steps=FELL),
+        ],
     ),
     "still learning": (
         STILL,
@@ -195,6 +247,7 @@ CASES = {
             sft(4.0, *[3.0] * 10, steps=FELL * 4),
             sft(4.0, 3.0, steps=[4.0] * 10 + [3.0, 3.1] * 15),
             sft(4.0, 3.99),
+            answered(0.0, 0.0),
             rewarded(0.5, 0.6, lines=course(40)),
         ],
     ),
@@ -202,8 +255,15 @@ CASES = {
         NOTHING,
         dpo(accuracy=0.59),
         "the accuracy on 100 held-out pairs is 59 %, which may be chance",
-        "--lr_init auto",
+        "--lr_init auto, which looks for the learning rate; 0.002 was given",
         [dpo(accuracy=0.59, units=1000), dpo(accuracy=0.7), sft(4.0, 3.0)],
+    ),
+    "no right answers": (
+        NOTHING,
+        answered(0.1, 0.1),
+        "from 4.0000 to 3.0000, but no more answers are right; right answers 4 to 4 of 40",
+        SEARCH,
+        [answered(0.0, 0.1), answered(0.0, 0.0, asked=7), answered(0.0, 0.0, 4.0, 3.99)],
     ),
     "learnt": (
         LEARNT,
@@ -261,13 +321,6 @@ CASES = {
         "starting again in a new --proj_dir with a lower --lr_init than 0.003",
         [rewarded(0.5, 0.49), sft(4.0, 5.0)],
     ),
-    "known before": (
-        NOTHING,
-        sft(0.05, 0.06, before="4", after="4"),
-        "the loss on held-out documents rose from 0.0500 to 0.0600, and the sample answers were right before",
-        "rows that the base does not answer right already",
-        [sft(4.0, 4.1)],
-    ),
     "preferred before": (
         NOTHING,
         so_far([{**line, "raw_accuracy": 1.0} for line in falling(0.0)]),
@@ -280,7 +333,7 @@ CASES = {
         NOTHING,
         sft(steps=FLAT),
         "the training loss went from 3.0500 to 3.0500",
-        "--lr_init auto",
+        SEARCH,
         [sft(steps=FELL), sft(4.0, 3.0, steps=FLAT)],
     ),
     "nothing held out": (
@@ -294,7 +347,7 @@ CASES = {
         NOTHING,
         sft(4.0, 3.998),
         "the loss on held-out documents fell by 0.05 %, from 4.0000 to 3.9980",
-        "--lr_init auto, which searches for the learning rate; 0.0001 was given",
+        SEARCH,
         [],  # the last rule holds for all
     ),
 }
@@ -341,7 +394,7 @@ def test_it_is_the_recommended_state_that_is_judged():
     assert judged(sft(4.0, None)).reason == "the loss on held-out documents is not finite"
     assert judged(sft(4.0, 4.0)).sentence == (
         "nothing learnt: the loss on held-out documents went from 4.0000 to 4.0000; try --lr_init auto, which"
-        " searches for the learning rate; 0.0001 was given"
+        " looks for the learning rate; 0.0001 was given"
     )
 
 
@@ -351,8 +404,8 @@ SEARCHED = "; the learning rate was searched for already"
 @pytest.mark.parametrize(
     "origin, settings, words",
     [
-        ("", {}, "--lr_init auto, which searches for the learning rate; 0.0001 was given"),
-        (PUBLISHED, {}, "--lr_init auto, which searches for the learning rate; 0.0001 is the published one"),
+        ("", {}, "--lr_init auto, which looks for the learning rate; 0.0001 was given"),
+        (PUBLISHED, {}, "--lr_init auto, which looks for the learning rate; 0.0001 was the published one"),
         (f"{CHOSEN}: a guess", {}, "more passes: --epoch_count 200; 0.0001 was chosen: a guess"),
         (SEARCHED, {}, f"a base that knows more of the task{SEARCHED}"),
         (SEARCHED, {"peft": "none", "peft_config": {}, "load_model": ""}, f"more rows{SEARCHED}"),
@@ -366,6 +419,52 @@ def test_what_to_try_is_what_was_not_tried(origin, settings, words):
 def test_more_passes_are_no_advice_where_they_did_harm():
     found = judged(sft(4.0, 4.5), SFT, f"{CHOSEN}: a guess")
     assert found.remedy.startswith("another --lr_init, which python -m scripts.lr_sweep finds; 0.0001 was")
+
+
+@pytest.mark.parametrize(
+    "run, config, origin, words",
+    [
+        (answered(0.0, 0.0), SFT, GIVEN, SEARCH),
+        (answered(0.0, 0.0), SFT, SEARCHED, "a larger rank (--peft_config)"),
+        (answered(0.0, 0.0, steps=[4.0] * 100 + [1.0, 1.1] * 150), SFT, SEARCHED, "more rows"),
+        (
+            answered(0.0, 0.0, steps=[4.0] * 20 + [2.9, 3.0] * 10),
+            SFT,
+            SEARCHED,
+            "more passes: --epoch_count 10",
+        ),
+        (answered(0.0, 0.0, endless=40), dataclasses.replace(DPO, sft_weight=0.0), GIVEN, "--sft_weight 1"),
+    ],
+)
+def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run, config, origin, words):
+    assert judged(run, config, origin, origin == SEARCHED).remedy == words
+
+
+def test_few_steps_without_a_right_answer_still_learn():
+    """By the loss alone they have stopped."""
+    found = judged(answered(0.0, 0.0, 12.0, 3.5, steps=[12.0] * 10 + [3.5, 3.6] * 23))
+    assert found.name == STILL and found.reason.endswith("in only 56 steps; right answers 0 to 0 of 40")
+    assert found.remedy == "more passes: --epoch_count 8"
+
+
+def test_a_training_loss_far_below_the_held_out_loss_is_by_heart():
+    """If no evaluation between tells when it stopped, or if no more answers are right."""
+    [words] = {
+        judged(run, step=1).reason for run in (sft(4.0, 3.5, steps=FELL), sft(4.0, 3.5, steps=FELL * 2))
+    }
+    assert words.startswith(
+        "the training loss fell by 75 %, and the loss on held-out documents fell by 12.50 %"
+    )
+    assert judged(sft(4.0, 3.5, steps=FELL)).name == BY_HEART
+    assert judged(sft(4.0, 3.5, 3.6, steps=FELL), step=1).name == LEARNT
+    assert judged(answered(0.0, 0.0, 4.0, 3.5, 3.6, steps=FELL * 6), step=1).name == BY_HEART
+
+
+def test_what_the_base_has_in_common_already_is_no_collapse():
+    run = answered(0.0, 0.0, 4.0, 3.99, steps=FLAT, empty=40)
+    assert judged(run).name == COLLAPSED
+    run.before["answers"] = run.after["answers"]
+    assert judged(run).name == NOTHING
 
 
 def test_a_run_on_rewards_is_judged_by_its_held_out_reward():

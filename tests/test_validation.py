@@ -122,20 +122,23 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
     assert {line["tokens"] for line in lines} == {held.targets}
     assert lines[0]["loss"] == pytest.approx(exact_loss(files / "base.pth", held), rel=1e-6)
     assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
-    rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()][:2]
+    rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()]
+    longest = max(len(f" {answer['content'].strip()}") for _, answer in rows[: lines[0]["asked"]])
+    limit = longest + longest // 4 + 16
     model = RWKV.load(files / "base.pth")
-    for sample, (question, answer) in zip(lines[0]["samples"], rows, strict=True):
+    for sample, (question, answer) in zip(lines[0]["samples"], rows[:2], strict=True):
         assert sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
         assert sample["right"] == answer["content"].strip()
-        text = greedy_text(engine_of(model, BYTES), sample["prompt"], SAMPLE_TOKENS)
+        text = greedy_text(engine_of(model, BYTES), sample["prompt"], limit)
         assert shortened(text.strip() + "\ufffd", 300) == sample["answer"]
     said = (
-        "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training,"
-        " every 4 steps and at its end; "
+        f"evaluation loss on 11 of 11 held-out documents and {lines[0]['asked']} greedy answers, 3 times:"
+        " before the training, every 4 steps and at its end; "
     )
     # an evaluation has its line, and a step line repeats none of before
     assert re.search(r"^step 6/6 loss \d\.\d+ per token, lr ", output, re.MULTILINE)
-    first = f"step 0/6 validation loss {lines[0]['loss']:.4f} per token\n    | 'User: held"
+    right = f"right answers 0 % of {lines[0]['asked']}"
+    first = f"step 0/6 validation loss {lines[0]['loss']:.4f} per token, {right}\n    | 'User: held"
     assert said in output and first in output
     assert (
         f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"

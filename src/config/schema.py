@@ -250,7 +250,12 @@ class Config(LossSettings):
         automatic=True,
         low=-1,
     )
-    eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation", low=0)
+    eval_samples: int = opt(
+        3,
+        "number of greedy answers to held-out questions that every evaluation shows. Up to 40 are counted; 0:"
+        " no question is asked",
+        low=0,
+    )
     early_stop: int = opt(
         -1,
         "end the training after N evaluations in a row that are not better than the best one; the one"

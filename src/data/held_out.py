@@ -141,6 +141,7 @@ class SampleQuestion:
 
     prompt: list[int]
     answer: list[int]
+    is_text: bool = False  # the halves of a text, and no question
 
 
 def questions(held_out: Examples, count: int, encoder: Encoder) -> list[SampleQuestion]:
@@ -170,6 +171,6 @@ def questions(held_out: Examples, count: int, encoder: Encoder) -> list[SampleQu
         before = np.flatnonzero(~answers[text:last])
         start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
         if start > text:
-            found.append(SampleQuestion(ids[:start], ids[start:last]))
+            found.append(SampleQuestion(ids[:start], ids[start:last], not len(before)))
             conversations |= {conversation} - {-1}
     return found

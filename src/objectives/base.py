@@ -9,7 +9,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,14 @@ from ..data.dataset import Loaded, load
 from ..data.encode import Encoder
 from ..data.examples import Examples
 from ..data.formats import Reading, Report
-from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, questions
+from ..data.held_out import EVALUATION, FORWARD, USUAL_SAMPLE_TOKENS, SampleQuestion, questions
 from ..data.tokenizer import Tokenizer
 from ..evaluation.rewards import Rewards
 from ..model import RWKV
 from ..model.batch_loss import Chunks
 from ..model.log_probs import token_log_probs
 from .estimates import BatchSizes, Speed, Times, largest_batch
+from .held_out_answers import ASKED, affordable, limit_of
 from .loss_metrics import LossMetrics
 from .policy import Policy
 
@@ -57,6 +59,7 @@ class Evaluated(NamedTuple):
     examples: float  # the number of examples in the mean
     tokens: int  # predicted or drawn tokens
     samples: list[dict[str, Any]]  # prompt, answer, right, and for a training on rewards reward
+    answers: Mapping[str, Any] = MappingProxyType({})  # what Judge.counted() tells of greedy answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +234,21 @@ class Objective(abc.ABC):
         """Return what all evaluations of a run may take, in the same."""
         return EVALUATION * self.trained_tokens(schedule, steps) / self.looks
 
+    def asked(
+        self, held_out: Examples, encoder: Encoder, schedule: Schedule, steps: int, evaluations: int
+    ) -> list[SampleQuestion]:
+        """Choose the questions of every evaluation: --eval_samples, and up to ASKED to count right answers.
+
+        All answers take at most a tenth of the run. The first ones are the samples.
+        """
+        samples = self.config.eval_samples
+        if not samples:
+            return []
+        found = questions(held_out, max(ASKED, samples), encoder)
+        budget = self.evaluation_budget(held_out, schedule, steps) / evaluations
+        more = [question for question in found[samples:] if not question.is_text]
+        return found[:samples] + more[: affordable(found[:samples], more, budget)]
+
     def times(
         self, data: TrainingData, arch: Arch, schedule: Schedule, steps: int, evaluations: int, speed: Speed
     ) -> Times:
@@ -241,9 +259,12 @@ class Objective(abc.ABC):
         training = tokens * share * (1 + FORWARD * (self.looks - 1))
         if not speed.tokens:
             return Times(tokens, read / training)
-        asked = questions(data.held_out, self.config.eval_samples, data.encoder) if evaluations else []
+        asked = []
+        if evaluations:
+            asked = self.asked(data.held_out, data.encoder, schedule, steps, evaluations)
         prompts = FORWARD * evaluations * sum(len(question.prompt) for question in asked)
-        answers = evaluations * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
+        tokens_of_answer = min(limit_of(asked), USUAL_SAMPLE_TOKENS) if asked else 0
+        answers = evaluations * tokens_of_answer * speed.answer
         once = tokens * share * min(1.0, schedule.steps_per_pass / steps)
         reference = self.reference_work(arch, once + held_out_tokens) / speed.tokens
         evaluation = (read + prompts) / speed.tokens + answers

@@ -13,51 +13,72 @@ from rwkv_miss.progress import Progress
 from ..config.launcher import is_first_process
 from ..data.bos import without_bos
 from ..data.examples import Examples
-from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions
+from ..data.held_out import (
+    SAMPLE_CHARACTERS,
+    SAMPLE_TOKENS,
+    SampleQuestion,
+    evaluation_batches,
+    evaluations,
+)
 from ..distributed.process_group import processes_of
 from ..evaluation.answering import completed
 from ..inference.engine import Engine
 from ..inference.request import Answer, Request
 from ..inference.torch_decoder import TorchDecoder
 from .base import Evaluated, Evaluation
+from .held_out_answers import Judge, limit_of
+from .rewards.sizes import rows_at_once
 
 
 class HeldOutLoss(Evaluation):
     """Evaluation by the objective's loss on a run's held-out documents."""
 
     def __init__(self, module):
-        self.module, encoder = module, module.data.encoder
-        self.tokenizer, self.bos = encoder.tokenizer, encoder.bos
-        self.questions = questions(module.data.held_out, module.config.eval_samples, encoder)
+        self.module, self.encoder, data = module, module.data.encoder, module.data
+        steps, times = module.total_steps, evaluations(module.total_steps, module.config.eval_steps)
+        of_run = data.held_out, data.encoder, module.schedule, steps, times
+        asked = module.objective.asked(*of_run)
+        to_judge = [question for question in asked if not question.is_text]
+        self.judge, self.limit = Judge(to_judge, data.encoder), limit_of(to_judge)
+        # questions come before texts, which are shown and not judged
+        self.questions = sorted(asked, key=lambda question: question.is_text)
 
     def measure(self, trainer, is_stopped: Callable[[], bool]) -> Evaluated | None:
         evaluated = self.module.data.evaluated
         found = validation_loss(trainer, evaluated, is_stopped)
         if found is None:
             return None
-        decode = self.tokenizer.decode
+        decode, bos, answers = self.encoder.tokenizer.decode, self.encoder.bos, self._answers()
         samples = [
             {
-                "prompt": decode(without_bos(question.prompt, self.bos)),
+                "prompt": decode(without_bos(question.prompt, bos)),
                 "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS, answer.cut),
                 "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
             }
-            for question, answer in zip(self.questions, self._answers(), strict=True)
+            for question, answer in list(zip(self.questions, answers))[: self.module.config.eval_samples]
         ]
-        return Evaluated(*found, evaluated.weight, evaluated.targets, samples)
+        judged = self.judge.counted(answers[: len(self.judge.right)])
+        return Evaluated(*found, evaluated.weight, evaluated.targets, samples, judged)
 
     def _answers(self) -> list[Answer]:
         """Answer the questions greedily. Every rank makes all answers, in step."""
         if not self.questions:
             return []
-        engine = Engine(TorchDecoder(self.module.model, len(self.questions)), self.tokenizer)
-        requests = [
-            Request(question.prompt, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS)
-            for question in self.questions
-        ]
+        model = self.module.model
+        # a row has a state, and the memory is the training's, also on a GPU
+        rows = rows_at_once(model.arch, model.dtype.itemsize, "cpu", len(self.questions))
+        engine = Engine(TorchDecoder(model, rows), self.encoder.tokenizer)
+        requests = [self._request(question) for question in self.questions]
         with Progress("answering", len(requests), "questions", is_first_process()) as bar:
             answers = dict(completed(engine, requests, bar))
         return [answers[place] for place in range(len(requests))]
+
+    def _request(self, question: SampleQuestion) -> Request:
+        if question.is_text:
+            return Request(question.prompt, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS)
+        stops, limit = self.encoder.template.stops, min(SAMPLE_TOKENS, self.limit)
+        characters = math.inf if self.judge.score else SAMPLE_CHARACTERS
+        return Request(question.prompt, limit, stops=stops, characters=characters)
 
 
 def shortened(text: str, characters: int, cut: bool = False) -> str:

@@ -19,6 +19,7 @@ from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
 from ..objectives.estimates import Speed
+from ..objectives.held_out_answers import ASKED
 from ..objectives.kinds import objective_of
 from .plan import Plan
 from .step_memory import model_on_meta
@@ -46,7 +47,7 @@ def measured_speed(
 ) -> Speed:
     """Time one process with a row of at most `row` tokens, forward and backward.
 
-    The share `trained` of its tokens are targets. An answer is timed with one token after `eval_samples`
+    The share `trained` of its tokens are targets. Answers are timed with one token after ASKED
     prompts, and drawing, if a run draws, with one token of each row.
     """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
@@ -94,7 +95,7 @@ def measured_speed(
     accelerator = "gpu" if device == "cuda" else "cpu"
     if rows := objective_of(config).sampled_at_once(arch, precision, accelerator):
         return Speed(tokens / seconds, source=source, drawn=rows / next_tokens(rows))
-    answer = next_tokens(config.eval_samples) if config.eval_samples else 0.0
+    answer = next_tokens(ASKED) if config.eval_samples else 0.0
     return Speed(tokens / seconds, answer, source)
 
 

@@ -195,12 +195,14 @@ def evaluation(run: Plan, cost: Cost) -> str:
     stop = ""
     if config.early_stop > 0:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
-    asked = ""
-    if config.eval_samples and objective.asks_samples:
-        asked = f" and {counted(config.eval_samples, 'sample answer')}"
+    times, answers = evaluations(run.steps, config.eval_steps), ""
+    if objective.asks_samples and (
+        asked := objective.asked(run.data.held_out, run.data.encoder, run.schedule, run.steps, times)
+    ):
+        answers = f" and {counted(len(asked), 'greedy answer')}"
     return (
-        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{asked}, "
-        f"{evaluations(run.steps, config.eval_steps)} times: before the training{every} and at its end; "
+        f"evaluation {objective.evaluates} {evaluated:,} of {counted(held, f'held-out {word}')}{answers}, "
+        f"{times} times: before the training{every} and at its end; "
         f"{percent(cost.evaluation)} of the training's work{stop}"
     )
 

@@ -12,7 +12,8 @@ from ..objectives.loss_metrics import LossMetrics, loss_text, percent
 from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
-from .diagnosis import Verdict, bounds, kl_in_words
+from .diagnosis import Verdict
+from .facts import bounds, kl_in_words
 from .run_log import RunLog
 
 CARD = "run_card.md"
@@ -72,7 +73,12 @@ def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict])
     "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
     """
     before, after = evaluation_at(history, 0), evaluation_at(history, step)
-    if not (before and after) or None in (before.get("reward"), after.get("reward")):
+    if not (before and after):
+        return ""
+    if "right_answers" in before and "right_answers" in after:
+        shares = [percent(line["right_answers"]) for line in (before, after)]
+        return f"right {' to '.join(shares)} of {after['asked']} held-out questions"
+    if None in (before.get("reward"), after.get("reward")):
         return ""
     ends, count = bounds(rewards), f"{before['units']:,} held-out questions"
     reward = f"reward {before['reward']:.4g} to {after['reward']:.4g}" + (
@@ -122,7 +128,7 @@ def training_score(described: LossMetrics, summary: dict) -> str:
 
 def _training_metrics(described: LossMetrics, metrics: list[dict]) -> list[str]:
     """Write the metrics beside the loss; [] for supervised training."""
-    if not described.titles:
+    if not described.heading:
         return []
     first, last = described.first_and_last(metrics)
     rows = [[title, *values] for _, title, values in described.rows([first, last])]

@@ -19,7 +19,8 @@ from ..objectives.loss_metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_over
 from .curves import draw_pictures
-from .diagnosis import BY_HEART, LEARNT, NOT_JUDGED, STILL, Verdict, kl_in_words, verdict
+from .diagnosis import BY_HEART, LEARNT, NOT_JUDGED, STILL, Verdict, verdict
+from .facts import kl_in_words
 from .model_card import write_model_card
 from .run_card import CARD, card, held_out_words, training_score
 from .run_log import RunLog
@@ -105,10 +106,9 @@ def _validation_summary(described: LossMetrics, proj_dir: str, history: list[dic
 
 def _metrics_summary(described: LossMetrics, metrics: list[dict], history: list[dict]) -> dict:
     """Summarise the metrics beside the loss for run.json: first and last steps, and the evaluations."""
-    if not described.titles:
-        return {}
-    first, last = described.first_and_last(metrics)
-    summary = {"metrics_first": first, "metrics_last": last}
+    summary = {}
+    if described.heading:
+        summary["metrics_first"], summary["metrics_last"] = described.first_and_last(metrics)
     if history:
         evaluated = {"first": history[0], "last": history[-1], "best": best_trained(history)}
         summary |= {

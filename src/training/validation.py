@@ -79,6 +79,7 @@ class Watch(Callback):
             "loss": found.loss if math.isfinite(found.loss) else None,
             "tokens": found.tokens,
             **self.metrics.fields(found.examples, found.metrics),
+            **found.answers,
             "samples": found.samples,
         }
         self.history.append(line)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..held_out_answers import RIGHT, SHOWN
 from ..loss_metrics import LossMetrics, Panel, Shown, percent
 
 ACCURACIES = ("reward_accuracy", "raw_accuracy")  # the raw one for a loss without a reference
 
 PREFERENCES = LossMetrics(
     {
+        **RIGHT,
         "reward_accuracy": "reward accuracy",
         "raw_accuracy": "raw accuracy",
         "margin": "margin of the rewards",
@@ -19,12 +21,13 @@ PREFERENCES = LossMetrics(
         "kl": "KL to the reference on a few answers, per token",
         "baseline": "KTO's baseline",
     },
-    shares=ACCURACIES,
+    shares=(*RIGHT, *ACCURACIES),
     bar=(
         Shown(ACCURACIES, lambda share: f"accuracy {share:.0%}"),
         Shown(("margin",), lambda margin: f"margin {margin:.2g}"),
     ),
     line=(
+        SHOWN,
         Shown(ACCURACIES, lambda share: f"accuracy {percent(share)}"),
         Shown(("margin",), lambda margin: f"margin {margin:.3g}"),
         Shown(("logp_chosen",), lambda nats: f"log p of a chosen answer {nats:.1f}"),

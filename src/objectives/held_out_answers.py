@@ -1,0 +1,90 @@
+"""Greedy answers to held-out questions: how many are asked, which are right, and what they have in common."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.chat_template import BEGUN_THOUGHTS
+from ..data.encode import Encoder
+from ..data.held_out import FORWARD, SampleQuestion
+from ..data.templates import answer_text
+from ..evaluation.scoring import SCORES, concluded
+from ..inference.request import Answer
+from .estimates import DRAWN
+from .loss_metrics import Shown, percent
+
+ASKED = 40  # the most questions; two standard errors of a half of them are 16 points
+SHORT = 40  # characters of an answer that is compared as a whole: a longer one has other words for the same
+LOOP = re.compile(r"(.{1,60}?)\1{3}$", re.DOTALL)  # an end that says the same four times
+RIGHT = {"right_answers": "right answers, greedy"}  # title of the share in tables
+SHOWN = Shown(("right_answers",), lambda share: f"right answers {percent(share)}", of="asked")
+
+
+def affordable(samples: Sequence[SampleQuestion], more: Sequence[SampleQuestion], budget: float) -> int:
+    """Count how many of `more` a budget in trained tokens pays for, after the samples."""
+    limit = limit_of([*samples, *more])
+    costs = [FORWARD * len(question.prompt) + DRAWN * limit for question in (*samples, *more)]
+    return max(0, int(np.searchsorted(np.cumsum(costs), budget, side="right")) - len(samples))
+
+
+def limit_of(asked: Sequence[SampleQuestion]) -> int:
+    """Choose the most tokens of an answer: those of the longest right one, a quarter more, and 16."""
+    most = max((len(question.answer) for question in asked), default=0)
+    return most + most // 4 + 16
+
+
+class Judge:
+    """Judge of the answers to the questions of a run, as scripts.evaluate judges them.
+
+    `score` is boxed or number where all right answers end so, else exact where they are short, else "".
+    """
+
+    def __init__(self, asked: Sequence[SampleQuestion], encoder: Encoder):
+        self.encoder = encoder
+        self.longest = max((len(question.answer) for question in asked), default=0)
+        decode = encoder.tokenizer.decode
+        self.openings = [BEGUN_THOUGHTS.search(decode(question.prompt)) for question in asked]
+        self.right = [self._said(i, decode(question.answer)) for i, question in enumerate(asked)]
+        self.score = ""
+        if not self.right:
+            return
+        if all("\\boxed" in right for right in self.right):
+            self.score = "boxed"
+        elif all(concluded(right) and SCORES["number"].result(right) is not None for right in self.right):
+            self.score = "number"
+        elif statistics.median(map(len, self.right)) <= SHORT:
+            self.score = "exact"
+
+    def counted(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the entries of an evaluation's line: {} without questions."""
+        if not self.right:
+            return {}
+        said = [self._said(i, answer.text) for i, answer in enumerate(answers)]
+        (common, same), (_, same_right) = (Counter(texts).most_common(1)[0] for texts in (said, self.right))
+        found = {
+            "empty": sum(not text for text in said),
+            "endless": sum(self._is_endless(answer) for answer in answers),
+            "same": same,  # the most common answer
+            "common": common[:SHORT],
+            "same_right": same_right,  # the most common right one
+        }
+        if not self.score:
+            return {"asked": len(said), "answers": found}
+        agree = SCORES[self.score].agree
+        share = sum(map(agree, said, self.right)) / len(said)
+        return {"asked": len(said), "right_answers": share, "answers": found}
+
+    def _said(self, i: int, text: str) -> str:
+        """Return an answer without its thoughts and what follows its turn."""
+        opening = self.openings[i]
+        return answer_text(text, self.encoder.template, opening[0] if opening else "")
+
+    def _is_endless(self, answer: Answer) -> bool:
+        """Tell whether an answer is longer than all right ones, or ends in a loop."""
+        return answer.cut and (len(answer.tokens) > self.longest or bool(LOOP.search(answer.text)))

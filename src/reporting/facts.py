@@ -1,0 +1,398 @@
+"""Facts of a run for its verdict and its warnings, from settings and logs alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from ..config import Config
+from ..evaluation.rewards import RANGES
+from ..objectives.kinds import objective_of
+from ..objectives.loss_metrics import percent
+from ..objectives.preferences.metrics import ACCURACIES
+from ..training.validation_log import evaluation_at, is_worse
+
+WINDOW = 10  # steps that are averaged
+GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
+STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
+TENTH = 0.1  # share of a reward's range: rewards that differ by less are alike
+FEW = 8  # pairs or questions: fewer tell nothing
+NATS = 1.0  # by which log p of a chosen answer must fall
+DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
+ALIKE, SOLVED = 0.9, 0.9  # shares of answers that are the same, and right
+LITTLE = 0.02  # a score that gets better by a smaller share has not got better
+LATE = 0.8  # a score that gets better after this part of the run has not stopped
+ENOUGH = 200  # steps that are worth trying
+FAR = 0.5  # a training loss that ends above the base's by this share has risen
+# nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
+KL_IN_WORDS = {
+    0.01: "small",
+    0.1: "moderate",
+    1.0: "large",
+    math.inf: "very large: little of the base is left",
+}
+
+
+class Facts:
+    """Facts of a run for the rules, while it goes or after its end, when it recommends the state of `step`.
+
+    `lines` are those of metrics.jsonl; while a run goes they are its first and its last WINDOW. `top` are the
+    WINDOW lines with the highest reward. `history` are the evaluations. `searched`: whether the run searched
+    for its learning rate.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lines: Sequence[dict],
+        top: Sequence[dict] = (),
+        step: int | None = None,
+        history: Sequence[dict] = (),
+        searched: bool = False,
+    ):
+        self.config, self.lines, self.top, self.history = config, lines, top, history
+        self.searched, self.by_loss = searched, objective_of(config).metrics.by_loss
+        self.last = lines[-WINDOW:]
+        self.steps, self.documents = steps_text(self.last), f"held-out {objective_of(config).word}s"
+        self.range = None if self.by_loss else bounds(config.rewards)  # of a reward
+        self.is_enough = step is not None or len(lines) >= WINDOW
+        ends = evaluation_at(history, 0), evaluation_at(history, step)
+        if not all(ends) or not self.by_loss and any(line["reward"] is None for line in ends):
+            ends = None, None
+        self.before, self.after = ends
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a metric over the last steps; NaN where none of them has it."""
+        return mean_and_error(known(self.last, name))[0]
+
+    # the score, which is the loss or a reward
+
+    @functools.cached_property
+    def change(self) -> tuple[float | None, float | None]:
+        """The score before and after, held out; without such an evaluation the reward of drawn answers."""
+        name = "loss" if self.by_loss else "reward"
+        if self.after:
+            return self.before[name], self.after[name]
+        return (None, None) if self.by_loss else tenths(self.lines, name)
+
+    @functools.cached_property
+    def gain(self) -> float:
+        """The share of itself, or of its range, by which the score got better; NaN where it is not known."""
+        if None in self.change:
+            return math.nan
+        before, after = self.change
+        better = before - after if self.by_loss else after - before
+        scale = self.range[1] - self.range[0] if self.range else abs(before)
+        return better / scale if scale else better
+
+    @property
+    def score(self) -> str:
+        """The score and how it moved, in words."""
+        before, after = self.change
+        if after is None:
+            return f"loss on {self.documents} is not finite"
+        verb = "rose" if after > before else "fell" if after < before else "went"
+        if self.by_loss:
+            share = f" by {100 * self.gain:.2f} %," if self.gain > 0 else ""
+            return f"loss on {self.documents} {verb}{share} from {before:.4f} to {after:.4f}"
+        asked = self.documents if self.after else "the training's own questions"
+        return f"reward on {asked} {verb} from {before:.4g} to {after:.4g}"
+
+    @property
+    def is_by_heart(self) -> bool:
+        """True if the training loss fell and the last held-out loss is above the base's; or if it stopped far
+        above the training loss, and no answers are righter or nothing between tells when it stopped."""
+        if not (self.by_loss and self.after and self.learnt >= LITTLE) or self.more_right > 2:
+            return False
+        if is_worse(self.before, self.history[-1]):
+            return True
+        is_unseen = self.rights is not None or not self.between
+        return is_unseen and self.has_gap and not self.goes_on
+
+    @property
+    def has_gap(self) -> bool:
+        """True if less than half as much is left of the training loss as of the held-out loss."""
+        if not self.after or not self.before["loss"] or self.after["loss"] is None:
+            return False
+        return self.losses[2] / self.losses[0] < self.after["loss"] / self.before["loss"] / 2
+
+    @property
+    def between(self) -> list[dict]:
+        """The evaluations after step 0 and before the last part of the run."""
+        return [line for line in self.history if 0 < line["step"] <= LATE * self.history[-1]["step"]]
+
+    @property
+    def last_score(self) -> str:
+        """The same of the last state, where the one that is judged is better."""
+        last = self.history[-1]
+        if last is self.after or last["loss"] is None:
+            return self.score
+        ends = f"from {self.after['loss']:.4f} at step {self.after['step']} to {last['loss']:.4f}"
+        return f"loss on {self.documents} rose {ends}; before the training it was {self.before['loss']:.4f}"
+
+    @property
+    def is_worse(self) -> bool:
+        """True if the score got no better, or the held-out loss is not finite."""
+        return self.gain <= 0 or (self.by_loss and bool(self.after) and self.after["loss"] is None)
+
+    @property
+    def then(self) -> str:
+        """The way of the score after the state that is judged, in words; "" if that is the last one."""
+        if not self.history or self.history[-1] is self.after:
+            return ""
+        moved = "rose" if self.by_loss else "fell"
+        return f"; it {moved} after step {self.after['step']}, so best.pth is what is offered"
+
+    @property
+    def goes_on(self) -> bool:
+        """True if the score still got better at the end, by half of LITTLE and by more than chance.
+
+        The last evaluation before the last part of the run tells it, else the training's steps. A run with
+        fewer steps than tell it has not stopped.
+        """
+        if self.after and self.history[-1] is not self.after:
+            return False
+        name, part = "loss" if self.by_loss else "reward", len(self.lines) // 4
+        if self.between and self.between[-1][name] is not None:
+            earlier, now, error = self.between[-1][name], self.after[name], 0.0
+        elif part < WINDOW // 2:
+            return True
+        elif self.by_loss and self.has_gap:
+            return False
+        else:
+            windows = self.lines[-2 * part : -part], self.lines[-part:]
+            (earlier, one), (now, other) = (mean_and_error(known(window, name)) for window in windows)
+            error = STANDARD_ERRORS / 2 * math.hypot(one, other)
+        better = earlier - now if self.by_loss else now - earlier
+        scale = self.range[1] - self.range[0] if self.range else abs(earlier)
+        return better > max(error, LITTLE / 2 * scale)
+
+    @property
+    def is_short(self) -> bool:
+        """True if the run ended with its best state after fewer steps than are worth trying."""
+        is_last = not self.history or self.history[-1] is self.after
+        return is_last and self.lines[-1]["step"] < ENOUGH
+
+    # training losses; their rows differ
+
+    @property
+    def is_blind(self) -> bool:
+        """True if only training losses are known."""
+        return self.by_loss and not self.history
+
+    @functools.cached_property
+    def losses(self) -> tuple[float, float, float]:
+        """The training loss of the first step, of the first tenth of the steps and of the last one."""
+        return self.lines[0]["loss"], *tenths(self.lines, "loss")
+
+    @property
+    def has_risen(self) -> bool:
+        """True if the training loss ends far above both losses of the base.
+
+        One is the loss of the first step, before a weight moved, the other the held-out one. Either may be of
+        easier rows.
+        """
+        begin, _, last = self.losses
+        return self.by_loss and last > (1 + FAR) * max(begin, (self.before or {}).get("loss") or 0.0)
+
+    @property
+    def learnt(self) -> float:
+        """The share by which the training loss fell; 0 if it rose before and only came back."""
+        begin, first, last = self.losses
+        return (first - last) / first if self.by_loss and first and last < begin else 0.0
+
+    # greedy answers to held-out questions
+
+    @functools.cached_property
+    def rights(self) -> tuple[float, float] | None:
+        """The shares of right answers before and after; None if they are not known."""
+        ends = [line.get("right_answers") for line in (self.before, self.after) if line]
+        return None if len(ends) < 2 or None in ends else (ends[0], ends[1])
+
+    @property
+    def more_right(self) -> float:
+        """The rise of the share of right answers, in standard errors of two shares; 0 if it is not known."""
+        if not self.rights:
+            return 0.0
+        mean, count = sum(self.rights) / 2, self.after["asked"]
+        error = math.sqrt(2 * mean * (1 - mean) / count)
+        return (self.rights[1] - self.rights[0]) / error if error else 0.0
+
+    @property
+    def is_no_more_right(self) -> bool:
+        """True if there are no more right answers than before, of questions that are not few."""
+        return self.rights is not None and self.rights[1] <= self.rights[0] and self.after["asked"] >= FEW
+
+    @property
+    def right_text(self) -> str:
+        """The right answers before and after, in words, behind others; "" if they are not known."""
+        if not self.rights:
+            return ""
+        counts = [round(share * self.after["asked"]) for share in self.rights]
+        return f"; right answers {counts[0]} to {counts[1]} of {self.after['asked']}"
+
+    @functools.cached_property
+    def collapse(self) -> str:
+        """The fault that most answers have in common, in words; "" for none, and for the base's own."""
+        fault = "" if self.rights and self.rights[1] >= CUT else fault_of(self.after)
+        return "" if fault_of(self.before) else fault
+
+    # preferences
+
+    @property
+    def is_preference(self) -> bool:
+        return self.by_loss and self.config.loss != "sft"
+
+    @functools.cached_property
+    def accuracy(self) -> float:
+        """The share of pairs whose chosen answer wins; NaN where it is not known."""
+        return mean_and_error(known([self.after] if self.after else self.last, *ACCURACIES))[0]
+
+    @property
+    def prefers(self) -> bool:
+        """True if the base finds the chosen answer likelier in all pairs, and they are not few."""
+        first = self.before or self.lines[0]
+        return first.get("raw_accuracy") == 1 and first["units"] >= FEW
+
+    @property
+    def chance(self) -> float:
+        """Two standard errors of the accuracy of a coin on the held-out data; -1 without that."""
+        return 1 / math.sqrt(self.after["units"]) if self.after and "units" in self.after else -1.0
+
+    @functools.cached_property
+    def lost(self) -> str:
+        """The fall of log p of chosen answers since the start, in words; "" if it has not fallen.
+
+        Without held-out data the rewards of steps show it, if they are sums and the run is its own reference.
+        """
+        config = self.config
+        if self.history:
+            ends = known([self.before, self.after], "logp_chosen") if self.after else []
+            fell = ends[0] - ends[1] if len(ends) == 2 else 0.0
+            return f"{fell:.1f} lower on held-out data" if fell > NATS else ""
+        if config.loss not in ("dpo", "kto") or config.loss_average != "sum" or config.reference:
+            return ""
+        mean, error = mean_and_error(known(self.last, "reward_chosen"))
+        fell = -mean / config.beta
+        is_fall = self.is_enough and fell > max(NATS, STANDARD_ERRORS * error / config.beta)
+        return f"{fell:.1f} lower in {self.steps}" if is_fall else ""
+
+    @property
+    def kl(self) -> float:
+        """KL to the reference on held-out answers, per token; 0 where it is not known."""
+        return self.by_loss and self.after and self.after.get("kl") or 0.0
+
+    # rewards
+
+    @functools.cached_property
+    def reward(self) -> float:
+        return self.mean("reward")
+
+    @functools.cached_property
+    def is_dead(self) -> bool:
+        """True if nearly all groups have equal rewards, and there are enough groups to tell."""
+        share, groups = self.mean("dead_groups"), sum(known(self.last, "units"))
+        return share > DEAD and (self.is_enough or share == 1 and groups >= GROUPS)
+
+    @property
+    def dead(self) -> str:
+        share = percent(self.mean("dead_groups"))
+        return f"{share} of the groups of {self.steps} have equal rewards, so that they teach nothing"
+
+    @property
+    def is_low(self) -> bool:
+        """True if nearly all answers are wrong now."""
+        return bool(self.range) and self.reward <= self.range[0] + TENTH * (self.range[1] - self.range[0])
+
+    @property
+    def near(self) -> str:
+        """The end of the reward's range, highest or lowest, that all answers are near; "" for neither."""
+        if not self.range:
+            return ""
+        (lowest, highest), top = self.range, mean_and_error(known(self.top, "reward"))[0]
+        if self.reward >= highest - TENTH * (highest - lowest):
+            return "highest"
+        return "lowest" if top <= lowest + TENTH * (highest - lowest) else ""
+
+    @functools.cached_property
+    def fall(self) -> tuple[float, str] | None:
+        """(earlier reward, its steps) if the reward is lower now by more than chance."""
+        (now, error), (top, other) = (mean_and_error(known(w, "reward")) for w in (self.last, self.top))
+        first = self.lines[0].get("reward") if self.lines[0].get("units", 0) >= FEW else None
+        least = TENTH * (self.range[1] - self.range[0] if self.range else abs(top))
+        if top - now > max(STANDARD_ERRORS * math.hypot(error, other), least):
+            return top, steps_text(self.top)
+        # a collapse within the first steps leaves no other trace; one step has more chance than WINDOW
+        if first is not None and first - now > max(STANDARD_ERRORS * error * math.sqrt(WINDOW), 2 * least):
+            return first, f"step {self.lines[0]['step']}"
+        return None
+
+    @property
+    def failed(self) -> float:
+        """The share of groups whose reward failed."""
+        return sum(known(self.last, "failed_groups")) / max(1, sum(known(self.last, "units")))
+
+
+def fault_of(line: dict | None) -> str:
+    """Tell what nearly all answers of an evaluation have in common, if they should not; "" for nothing."""
+    if not line or "answers" not in line:
+        return ""
+    found, count = line["answers"], line["asked"]
+    if found["empty"] > CUT * count:
+        return f"{found['empty']} of {count} answers are empty"
+    if found["endless"] > CUT * count:
+        return f"{found['endless']} of {count} answers do not end"
+    usual = found["same_right"] / count
+    chance = 2 * math.sqrt(usual * (1 - usual) / count)
+    if found["same"] >= ALIKE * count and found["same"] / count > usual + chance:
+        return f"{found['same']} of {count} answers are {found['common']!r}"
+    return ""
+
+
+def kl_in_words(kl: float) -> str:
+    return next(words for end, words in KL_IN_WORDS.items() if kl < end)
+
+
+def bounds(rewards: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the lowest and the highest possible reward; None if a function of --reward_file has a part."""
+    weights = {name: weight for name, weight in rewards.items() if weight}
+    if not weights.keys() <= RANGES.keys():
+        return None
+    ends = [sorted(weight * end for end in RANGES[name]) for name, weight in weights.items()]
+    return sum(low for low, _ in ends), sum(high for _, high in ends)
+
+
+def highest(now: Sequence[dict], *windows: Sequence[dict]) -> Sequence[dict]:
+    """Return the window of WINDOW steps with the highest mean reward; `now` if none has rewards."""
+    whole = [window for window in (now, *windows) if len(window) == WINDOW and known(window, "reward")]
+    return max(whole, key=lambda window: mean_and_error(known(window, "reward"))[0], default=now)
+
+
+def steps_text(lines: Sequence[dict]) -> str:
+    first, last = lines[0]["step"], lines[-1]["step"]
+    return f"steps {first} to {last}" if first < last else f"step {last}"
+
+
+def tenths(lines: Sequence[dict], name: str) -> tuple[float, float]:
+    """Return the mean of a metric over the first tenth of the steps, and over the last."""
+    part = max(1, len(lines) // 10)
+    return mean_and_error(known(lines[:part], name))[0], mean_and_error(known(lines[-part:], name))[0]
+
+
+def known(lines: Sequence[dict], *names: str) -> list[float]:
+    """Return from each line the first of these metrics that it has."""
+    found = ([line[name] for name in names if line.get(name) is not None] for line in lines)
+    return [values[0] for values in found if values]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, from the differences of neighbouring values.
+
+    So a steady rise or fall does not count as noise.
+    """
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.inf
+    squares = math.fsum((after - before) ** 2 for before, after in itertools.pairwise(values))
+    return math.fsum(values) / len(values), math.sqrt(squares / 2 / (len(values) - 1) / len(values))
