@@ -81,7 +81,7 @@ from .training.run_folder import (
     require_folder,
     restore_best,
 )
-from .training.validation_log import BEST, VALIDATION, best_trained, is_over
+from .training.validation_log import BEST, VALIDATION, best_trained, is_known_by_heart, is_over
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -223,7 +223,7 @@ def train_in_folder(
         model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
-    over = first_step >= plan.steps or is_over(history, config.early_stop)
+    over = is_complete(plan, first_step, history)
     notes = []
     if resume_from:
         found = inputs(model, plan.data.documents, plan.data.held_out, reference_of(config.reference))
@@ -295,12 +295,9 @@ def do_steps(
     if is_first_process():
         prepare_folder(plan)
 
-    def is_complete(step: int) -> bool:
-        return step >= plan.steps or is_over(history, config.early_stop)
-
     first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
     report, *watch, saver = reporters(plan, model, started, history, objective)
-    forgetting = Forgetting(plan.tokenizer, config.load_model, is_complete)
+    forgetting = Forgetting(plan.tokenizer, config.load_model, lambda step: is_complete(plan, step, history))
     trainer = make_trainer(
         config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, *callbacks, saver], first_step
     )
@@ -322,7 +319,13 @@ def do_steps(
             measured["forgetting"] = forgetting.result
         with Progress("drawing the curves and writing the cards"):
             finish(settled, shown, step, plan.steps, measured)
-    return Result(settled, step, is_complete(step))
+    return Result(settled, step, is_complete(plan, step, history))
+
+
+def is_complete(plan: Plan, step: int, history: list[dict]) -> bool:
+    """Tell whether a run with these evaluations is over after a step."""
+    early = is_over(history, plan.settings.early_stop)
+    return step >= plan.steps or early or is_known_by_heart(plan.settings, step, plan.steps)
 
 
 def prepare_folder(plan: Plan) -> None:
@@ -338,14 +341,14 @@ def prepare_folder(plan: Plan) -> None:
 
 
 def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], objective: Objective) -> list:
-    """Make the callbacks that write: the StepReport, the objective's, a Watch if documents are held out, the
-    Saver.
+    """Make the callbacks that write: the StepReport, the objective's, a Watch if documents are held out, else
+    ByHeart, and the Saver.
 
     The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
     from .training.callbacks import Saver, StepReport
     from .training.rollback import LastGood
-    from .training.validation import Watch
+    from .training.validation import ByHeart, Watch
 
     config, folder, resume_from = plan.settings, plan.settings.proj_dir, plan.resume_from
     checkpoints = os.path.join(folder, CHECKPOINTS)
@@ -358,7 +361,6 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], obje
     path = os.path.join(folder, METRICS)
     report = StepReport(path, plan.steps, started, last_good, writers, trained_with, Warnings)
     write = writer(config, model, plan.data.encoder)
-    watch = Watch(folder, history, write, report)
     saver = Saver(
         checkpoints,
         output_path(folder, config.peft),
@@ -368,8 +370,8 @@ def reporters(plan: Plan, model: RWKV, started: float, history: list[dict], obje
         last_good,
         resume_from,
     )
-    watches = [watch] if plan.data.held_out else []
-    return [report, *objective.callbacks(folder), *watches, saver]
+    watch = Watch(folder, history, write, report) if plan.data.held_out else ByHeart()
+    return [report, *objective.callbacks(folder), watch, saver]
 
 
 def fit(trainer, module, report) -> None:

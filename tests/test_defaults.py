@@ -21,6 +21,7 @@ from src.planning.draft import Draft
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
+from src.training.validation_log import learns_by_heart
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -65,19 +66,26 @@ def test_a_narrow_model_gets_a_small_rank(method, width, rank):
 @pytest.mark.parametrize(
     "documents, settings, held",
     [
-        (99, {}, 0),
-        (100, {}, 5),
+        (19, {}, 0),
+        (20, {}, 5),
+        (27, {}, 5),
+        (60, {}, 6),
+        (99, {}, 10),
+        (100, {}, 10),
+        (150, {}, 10),
+        (240, {}, 12),
         (1319, {}, 66),
         (7473, {}, 97),
         (10**6, {}, 100),
-        (40, {"eval_steps": 5}, 2),
+        (40, {"eval_steps": 5}, 5),
+        (8, {"eval_steps": 5}, 2),
         (7473, {"eval_file": "a"}, 0),
     ],
 )
 def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents, settings, held):
     share, reason = held_out_share(documents, "document", **{"eval_file": "", "eval_steps": 0} | settings)
     assert round(share * documents) == held and f"{share:.2g}" == f"{share:g}"
-    none = "--eval_file is given" if settings else "99 documents, too few to leave some out"
+    none = "--eval_file is given" if settings else "19 documents, too few to leave some out"
     assert reason == (f"{held} documents of {documents:,}" if held else none)
 
 
@@ -156,10 +164,15 @@ def length_of(config):
     "steps, held_out, settings, length",
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
-        (200, True, {}, (1, AUTO, AUTO, 10)),
-        (199, True, {}, (2, 199, 1, 19)),
-        (60, True, {}, (4, 60, 1, 12)),
-        (3, True, {}, (5, 3, 1, 0)),
+        (2001, True, {}, (1, AUTO, AUTO, 100)),
+        (1001, True, {}, (1, AUTO, AUTO, 50)),
+        (1000, True, {}, (2, 100, 3, 100)),
+        (399, True, {}, (5, 133, 3, 99)),
+        (99, True, {}, (20, 99, 3, 99)),
+        (60, True, {}, (33, 60, 3, 99)),
+        (14, True, {}, (40, 28, 3, 28)),
+        (399, True, {"inner_steps": 5}, (5, 135, 3, 99)),
+        (3, True, {}, (40, 21, 3, 6)),
         (60, False, {}, (1, AUTO, AUTO, 3)),
         (60, True, {"epoch_steps": 30}, (1, AUTO, AUTO, 1)),
         # what is given stays, and brings nothing that was not asked for
@@ -167,18 +180,18 @@ def length_of(config):
         (60, True, {"epoch_count": 7}, (7, AUTO, AUTO, 21)),
         (60, False, {"epoch_count": 2}, (2, AUTO, AUTO, 6)),
         (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, AUTO, AUTO, 3)),
-        (60, True, {"warmup_steps": 0}, (4, 60, 1, 0)),
-        # the run ends after a pass without a better evaluation
-        (60, True, {"eval_steps": 20}, (4, 20, 3, 12)),
-        (60, True, {"eval_steps": 25}, (4, 25, 3, 12)),
-        (60, True, {"eval_steps": 20, "early_stop": 5}, (4, 20, 5, 12)),
-        (60, True, {"early_stop": 0}, (4, 60, 0, 12)),
-        (60, True, {"eval_steps": 0}, (4, 0, AUTO, 12)),
+        (60, True, {"warmup_steps": 0}, (33, 60, 3, 0)),
+        # the run ends after 180 steps without a better evaluation
+        (60, True, {"eval_steps": 20}, (33, 20, 9, 99)),
+        (60, True, {"eval_steps": 25}, (33, 25, 8, 99)),
+        (60, True, {"eval_steps": 20, "early_stop": 5}, (33, 20, 5, 99)),
+        (60, True, {"early_stop": 0}, (33, 60, 0, 99)),
+        (60, True, {"eval_steps": 0}, (33, 0, AUTO, 99)),
     ],
 )
 def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, held_out)
+    choose_length(draft, steps, 480, held_out)
     assert length_of(draft.config) == length
     assert not draft.config.origins.keys() & settings.keys()
 
@@ -186,16 +199,26 @@ def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out,
 @pytest.mark.parametrize(
     "steps, held_out, settings, reason",
     [
-        (60, True, {}, "one pass makes 60 steps, and 200 are enough to learn from"),
-        (200, True, {}, "one pass makes 200 steps"),
+        (60, True, {}, "one pass makes 60 steps, of at most 2,000"),
+        (2001, True, {}, "one pass makes 2,001 steps, of at most 2,000"),
         (60, False, {}, "one pass makes 60 steps; nothing is held out that would tell when to stop"),
         (60, True, {"epoch_steps": 30}, "--epoch_steps is given"),
     ],
 )
 def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
     draft = Draft(Config(**settings))
-    choose_length(draft, steps, held_out)
+    choose_length(draft, steps, 480, held_out)
     assert draft.config.origins["epoch_count"] == f"chosen: {reason}"
+
+
+def test_few_documents_are_read_until_they_are_known_by_heart():
+    lengths = []
+    for documents in (19, 20):
+        draft = Draft(Config())
+        choose_length(draft, 3, documents, False)
+        lengths.append(length_of(draft.config))
+        assert learns_by_heart(draft.config) == (documents == 19)
+    assert lengths == [(40, AUTO, AUTO, 6), (1, AUTO, AUTO, 0)]
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():
@@ -278,7 +301,7 @@ def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
     draft = Draft(Config(**FILES, **settings))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, True)
+    choose_length(draft, 60, 480, True)
     assert length_of(draft.config) == length
 
 
@@ -286,7 +309,7 @@ def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
     before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
     draft = Draft(Config(**FILES))
     inherit(draft, Recorded(before, {}))
-    choose_length(draft, 60, True)
+    choose_length(draft, 60, 480, True)
     assert length_of(draft.config) == (1, 0, 0, 0)
 
 
@@ -364,8 +387,8 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     """.split()
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"], counted=True))
     assert " ctx_len 256: the longest document has 60 tokens" in output
-    assert "eval_split 0.05: 6 documents of 120" in output
-    assert "have the lowest loss" in output
+    assert "eval_split 0.083: 10 documents of 120" in output
+    assert "the lowest loss of" in output
     # 24 rows of 256 tokens make less than 50 steps, with one row each
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings

@@ -70,9 +70,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     "rows, held_out, settings, length",
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
-        (400, 20, {}, (4, 50, 1, 10)),
+        (400, 20, {}, (40, 50, 3, 100)),
         (400, 0, {}, (1, AUTO, AUTO, 2)),
-        (1600, 20, {}, (1, AUTO, AUTO, 10)),
+        (8008, 20, {}, (1, AUTO, AUTO, 50)),
         (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, AUTO, 5)),
     ],
 )

@@ -109,7 +109,7 @@ def watched(files, tmp_path_factory):
 
 
 def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
-    succeed(start(files, tmp_path / "alone", sabotage=dropout))
+    succeed(start(files, tmp_path / "alone", "--eval_split", "0", sabotage=dropout))
     assert losses(tmp_path / "alone") == losses(watched[0])
     assert same_tensors(tmp_path / "alone/adapter.pth", watched[0] / "adapter.pth")
 
@@ -168,7 +168,7 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
         one_process,
         ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy],
     )
-    succeed(start(files, tmp_path / "alone", *two))
+    succeed(start(files, tmp_path / "alone", *two, "--eval_split", "0"))
     succeed(
         start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=memory_by_rank)
     )
@@ -332,38 +332,57 @@ def test_passes_that_were_chosen_end_when_the_held_out_loss_rises(files, tmp_pat
     proj_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
     rows = [{"prompt": f"{n}?", "completion": "ca" * 3} for n in range(5)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output = succeed(
-        start(files, proj_dir, "--epoch_count", "0", "--eval_samples", "0", "--eval_file", str(other))
-    )
+    slowly = ["--epoch_count", "0", "--lr_init", "1e-3", "--eval_samples", "0"]
+    output = succeed(start(files, proj_dir, *slowly, "--eval_file", str(other)))
     assert (
-        "30 steps of 4 rows (micro_bsz 4 x accumulate 1 x devices 1), 5 passes over the data: one pass makes"
-        " 6 steps; ends early when the held-out loss rises; rows of" in output
+        "at most 240 steps of 4 rows (micro_bsz 4 x accumulate 1 x devices 1), 40 passes over the data: one"
+        " pass makes 6 steps; ends when the held-out loss falls no further; rows of" in output
     )
-    assert len(output.partition("\nstep 0/30")[0].splitlines()) <= LINES and length(proj_dir) == [5, 6, 1, 1]
-    assert "ended early, as the held-out loss fell no further: step 12 of 30, loss " in output
-    (_, _), (once, best_loss), (twice, later) = [
-        (line["step"], line["loss"]) for line in validation_lines(proj_dir)
-    ]
-    assert (once, twice) == (6, 12) and later > best_loss and len(losses(proj_dir)) == 12
+    assert len(output.partition("\nstep 0/240")[0].splitlines()) <= LINES
+    assert length(proj_dir) == [40, 24, 3, 12]
+    assert "ended early, as the held-out loss fell no further in 3 evaluations: step 96 of 240" in output
+    (_, _), (once, best_loss), *later = [(line["step"], line["loss"]) for line in validation_lines(proj_dir)]
+    assert once == 24 and len(later) == 3 and all(loss > best_loss for _, loss in later)
+    assert len(losses(proj_dir)) == 96
     kept = read_metadata(proj_dir / "best.pth")
-    assert (kept["step"], kept["validation_loss"]) == (6, best_loss)
+    assert (kept["step"], kept["validation_loss"]) == (24, best_loss)
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))
     assert f"--adapter {proj_dir}/best.pth" in merge
+
+
+def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
+    """Nothing is held out, and the mean training loss of a pass decides, also after a stop."""
+    rows, whole, proj_dir = tmp_path / "rows.jsonl", tmp_path / "whole", tmp_path / "run"
+    rows.write_text("".join((files / "rows.jsonl").read_text().splitlines(True)[:4]))
+    flags = ["--data_file", str(rows), "--epoch_count", "0", "--micro_bsz", "2", "--train_parts", "emb,head"]
+    output = succeed(start(files, whole, *flags))
+    said = "at most 80 steps of 2 rows .* 40 passes .*; ends when the data are known by heart;"
+    assert re.search(said, output) and "evaluation none" in output
+    curve, steps = losses(whole), summary(whole)["steps"]
+    means = [sum(curve[at : at + 2]) / 2 for at in range(0, steps, 2)]
+    assert steps < 80 and means[-1] <= curve[0] / 20 < min(means[:-1])
+    ended = "ended early, as the data are known by heart, which is all that could be judged: step"
+    assert f"{ended} {steps} of 80" in output and (whole / "run_card.md").exists()
+    code, _ = start(files, proj_dir, *flags, sabotage=at_file("metrics.jsonl", 5, proj_dir, interrupt))
+    assert code == 130
+    assert f"{ended} {steps} of 80" in succeed(start(files, proj_dir, *flags, "--resume", "auto"))
+    assert losses(proj_dir) == curve and same_tensors(proj_dir / "adapter.pth", whole / "adapter.pth")
+    assert "nothing to train" in succeed(start(files, proj_dir, *flags, "--resume", "auto"))
 
 
 @pytest.mark.slow
 def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
     flags = ["--epoch_count", "0", "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
-    # better up to step 18
-    script = functools.partial(scripted, [10.0 - step // 6 for step in range(24)] + [9.0] * 7)
+    # better up to step 48
+    script = functools.partial(scripted, [10.0 - step // 24 for step in range(72)] + [9.0] * 169)
     succeed(start(files, whole, *flags, sabotage=script))
     stop = at_file("metrics.jsonl", 9, proj_dir, interrupt)  # in the second pass
     code, output = start(files, proj_dir, *flags, sabotage=in_turn(script, stop))
-    assert code == 130 and "stopped, go on with --resume auto: step " in output and "of 30" in output
+    assert code == 130 and "stopped, go on with --resume auto: step " in output and "of 240" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=script))
-    assert [line["step"] for line in validation_lines(proj_dir)] == [0, 6, 12, 18, 24]
-    assert losses(proj_dir) == losses(whole) and length(proj_dir) == length(whole) == [5, 6, 1, 1]
+    assert [line["step"] for line in validation_lines(proj_dir)] == [0, 24, 48, 72, 96, 120]
+    assert losses(proj_dir) == losses(whole) and length(proj_dir) == length(whole) == [40, 24, 3, 12]
     assert validation_lines(proj_dir) == validation_lines(whole)
     for name in ("adapter.pth", "best.pth"):
         assert same_tensors(proj_dir / name, whole / name)
@@ -712,6 +731,10 @@ def test_a_kl_has_words_beside_it():
         ((None, 4.0, 5.0), 1, 1, False),
         ((3.0,), 0, None, False),
         ((), 0, None, False),
+        # a fall by less than a thousandth of the first loss is none, until several make one
+        ((2.0, 1.0, 0.999, 0.9985), 2, 3, False),
+        ((2.0, 1.0, 0.999, 0.9975), 0, 3, False),
+        ((-0.5, -0.6, -0.6001), 1, 2, False),  # of a reward
     ],
 )
 def test_the_evaluation_before_the_training_counts(losses, patience, kept, wins):

@@ -129,10 +129,12 @@ class Config(LossSettings):
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: one. If one pass over the data makes fewer than 200 steps and documents"
-        " are held out: up to 5, until the held-out loss rises",
+        "number of epochs. 0: passes over the data until the held-out loss falls no further, at most 40 and"
+        " 2000 steps. Fewer than 20 documents, of which none is held out, are read until the training loss is"
+        " a twentieth of its start",
         alias=("epochs",),
         automatic=True,
+        words={"auto": 0},
         low=0,
     )
     epoch_steps: int = opt(0, "optimizer steps in one epoch. 0: one pass over the data", low=0)
@@ -230,8 +232,8 @@ class Config(LossSettings):
     )
     eval_split: float = opt(
         -1.0,
-        "share of --data_file to hold out. 0: none. -1: about 100 documents, at most 5 %; a smaller"
-        " data set is trained whole",
+        "share of --data_file to hold out. 0: none. -1: 5 %, at least 10 and at most 100 documents; of fewer"
+        " than 100 a tenth, at least 5; fewer than 20 are trained whole",
         automatic=True,
     )
     eval_docs: int = opt(
@@ -244,9 +246,9 @@ class Config(LossSettings):
     eval_steps: int = opt(
         -1,
         "evaluate every N optimizer steps, and keep the best state as best.pth, if it is better than"
-        " the base model. 0: only before and after the training. -1: 0; but after each pass if several"
-        " passes are chosen, and with --loss grpo up to 5 times, if all evaluations stay within a tenth"
-        " of the run",
+        " the base model. 0: only before and after the training. -1: 0; but after each pass or about every"
+        " 100 steps if several passes are chosen, and with --loss grpo up to 5 times, if all evaluations stay"
+        " within a tenth of the run",
         automatic=True,
         low=-1,
     )
@@ -258,9 +260,9 @@ class Config(LossSettings):
     )
     early_stop: int = opt(
         -1,
-        "end the training after N evaluations in a row that are not better than the best one; the one"
-        " before the training counts. 0: never. -1: 0; if several passes are chosen, the evaluations of one"
-        " pass",
+        "end the training after N evaluations in a row that are not better than the best one, by a"
+        " thousandth of the first loss; the one before the training counts. 0: never. -1: 0; if several"
+        " passes are chosen, 3",
         automatic=True,
         low=-1,
     )

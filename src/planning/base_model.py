@@ -67,14 +67,17 @@ def read_base(draft: Draft):
 
 
 def choose_train_parts(draft: Draft, documents: Examples, tokenizer: Tokenizer) -> None:
-    """Train embedding and head beside the adapter where the base never saw some of the data's tokens.
+    """Fill in train_parts: embedding and head where the base never saw some of the data's tokens.
 
     An embedding row begins within BEGINS_WITHIN of 0, and moves as soon as its token is trained. So an
     untrained token is known exactly. In a base that is new no row tells anything.
     """
     config = draft.config
+    if not config.is_automatic("train_parts"):
+        return
     has_kl = config.value_or_zero("beta") and objective_of(config).keeps_reference and not config.reference
-    if not config.load_model or config.peft in ("none", "state") or has_kl:
+    if config.peft in ("none", "state") or has_kl:
+        draft.choose("train_parts", "", "a KL needs the base" if has_kl else f"--peft {config.peft} is given")
         return
     rows = read_model_file(config.load_model)["emb.weight"]
     chosen = documents.take(np.arange(0, len(documents), len(documents) // LOOKED_AT + 1))
@@ -82,16 +85,15 @@ def choose_train_parts(draft: Draft, documents: Examples, tokenizer: Tokenizer) 
     unseen = is_untrained(rows[torch.from_numpy(ids)]).numpy()
     share = counts[unseen].sum() / max(counts.sum(), 1)
     if share <= MAY_BE_UNTRAINED or unseen.all() and is_untrained(rows).all():
+        draft.choose("train_parts", "", "the base has seen the data's tokens, or none at all")
         return
     most = ids[unseen][np.argsort(-counts[unseen], kind="stable")]
     named = ", ".join(token_text(tokenizer, token) for token in most[:NAMED].tolist())
     parts = [part for part in ("emb", "head") if part not in (config.adapter.targets or ())]
-    draft.choose(
-        "train_parts",
-        ",".join(parts),
+    reason = (
         f"the base never saw {percent(share)} of the data's tokens: {counted(len(most), 'token')} such as"
-        f" {named}",
     )
+    draft.choose("train_parts", ",".join(parts), f"{reason} {named}")
 
 
 def is_untrained(rows: torch.Tensor) -> torch.Tensor:

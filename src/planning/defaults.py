@@ -21,10 +21,14 @@ SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 STEPS = 50  # the least steps of a run, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # divisor of the width for the rank, in a model that is too narrow for 64
-HELD_OUT = 100  # documents that are held out
-FEW = 0.05  # the largest share of the documents that is held out
-ENOUGH = 200  # steps; data that make less in one pass are read again
-PASSES = 5  # at most, if they are chosen
+HELD_OUT = 100  # documents that are held out at most
+FEW = 0.05  # the largest share of many documents that is held out
+TENTH, FEWEST, QUARTER = 10, 5, 4  # of few documents at most TENTH, at least FEWEST and at most a quarter
+UNDIVIDED = 20  # fewer documents are all trained on
+PASSES, MOST_STEPS = 40, 2000  # at most, if passes are chosen
+# steps between evaluations that end chosen passes, if a pass has fewer or more; evaluations without a better
+# one that end them
+SOON, LATE, PATIENCE = 20, 100, 3
 WARM_UP = 0.05  # share of a run's steps
 # the search for a learning rate: steps of a trial, those of its warm-up, and the most trials
 TRIAL_STEPS, TRIAL_WARM_UP, MOST_TRIALS = 15, 5, 5
@@ -78,35 +82,47 @@ def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -
     """
     if eval_file:
         return 0.0, "--eval_file is given"
-    if documents < HELD_OUT and not eval_steps:
+    if documents < UNDIVIDED and not eval_steps:
         return 0.0, f"{counted(documents, word)}, too few to leave some out"
-    share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
+    few = max(FEWEST, min(TENTH, documents / 10))
+    held = min(max(few, FEW * documents), HELD_OUT, documents / QUARTER)
+    share = float(f"{held / max(documents, 1):.2g}")
     return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
 
-def passes(steps: int, held_out: bool) -> tuple[int, str]:
-    """Choose (epoch_count, why) for data with `steps` steps in one pass."""
+def passes(steps: int, documents: int, held_out: bool) -> tuple[int, str]:
+    """Choose (epoch_count, why): the most passes over data with `steps` steps in one.
+
+    Few documents, of which none is held out, are read until they are known by heart.
+    """
     reason = f"one pass makes {counted(steps, 'step')}"
-    if steps >= ENOUGH:
-        return 1, reason
-    if not held_out:
+    if not held_out and documents >= UNDIVIDED:
         return 1, f"{reason}; nothing is held out that would tell when to stop"
-    return min(-(-ENOUGH // steps), PASSES), f"{reason}, and {ENOUGH} are enough to learn from"
+    return min(max(MOST_STEPS // steps, 1), PASSES), f"{reason}, of at most {MOST_STEPS:,}"
 
 
-def choose_length(draft: Draft, steps_per_pass: int, held_out: bool) -> None:
+def steps_between(steps_per_pass: int, inner_steps: int) -> int:
+    """Choose the steps between evaluations: a pass; of short passes several, of a long one a part."""
+    if steps_per_pass < LATE:
+        return steps_per_pass * -(-SOON // steps_per_pass)
+    parts = steps_per_pass // LATE
+    return -(-steps_per_pass // (parts * inner_steps)) * inner_steps  # it falls between two draws
+
+
+def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: bool) -> None:
     """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
     epoch_steps = draft.config.epoch_steps
     if draft.config.is_automatic("epoch_count"):
         count, reason = 1, "--epoch_steps is given"
         if not epoch_steps:
-            count, reason = passes(steps_per_pass, held_out)
+            count, reason = passes(steps_per_pass, documents, held_out)
         draft.choose("epoch_count", count, reason)
-        if count > 1:
-            draft.choose("eval_steps", steps_per_pass, "after each pass")
-        if count > 1 and draft.config.eval_steps > 0:
-            a_pass = -(-steps_per_pass // draft.config.eval_steps)  # evaluations in it
-            draft.choose("early_stop", a_pass, "a pass without a better evaluation ends the run")
+        if count > 1 and held_out:
+            between = steps_between(steps_per_pass, draft.config.inner_steps)
+            draft.choose("eval_steps", between, f"one pass makes {counted(steps_per_pass, 'step')}")
+        if count > 1 and held_out and draft.config.eval_steps > 0:
+            patience = -(-PATIENCE * between // draft.config.eval_steps)
+            draft.choose("early_stop", patience, "the held-out loss falls no further")
     steps = draft.config.total_steps(steps_per_pass)
     draft.choose("warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
 

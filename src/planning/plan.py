@@ -304,7 +304,7 @@ def plan_steps(draft: Draft, arch: Arch, device: Device, data: Data) -> Schedule
     choose_batch(draft, len(one_by_one.rows), bytes_needed, room)
     config = draft.config
     schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=config.accumulation)
-    choose_length(draft, schedule.steps_per_pass, bool(data.held_out))
+    choose_length(draft, schedule.steps_per_pass, len(data.documents), bool(data.held_out))
     return schedule
 
 

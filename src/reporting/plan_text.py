@@ -25,6 +25,7 @@ from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor
 from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
+from ..training.validation_log import learns_by_heart
 from .data_text import cut_warnings, documents_line, held_out, long_texts, rows, sources
 from .document_text import example_sample, short_example
 from .run_card import CARD
@@ -130,7 +131,7 @@ def trained(peft: str, model: RWKV) -> str:
 def unseen(config: Config) -> str:
     """Say why parts of the base are trained that nobody asked for; else ""."""
     kind, _, reason = config.origin_of("train_parts").partition(": ")
-    return f", as {reason}" if kind == CHOSEN else ""
+    return f", as {reason}" if kind == CHOSEN and config.train_parts else ""
 
 
 def method(peft: str, model: RWKV) -> str:
@@ -253,11 +254,14 @@ def steps(run: Plan) -> str:
         length = f", or {total * schedule.rows_per_step / documents:.3g} with --packing 0"
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
+    most = ""
     if config.early_stop > 0:
-        risen = "loss rises" if objective.metrics.by_loss else "reward falls"
-        length += f"; ends early when the held-out {risen}"
+        flat = "loss falls no further" if objective.metrics.by_loss else "reward rises no further"
+        length, most = f"{length}; ends when the held-out {flat}", "at most "
+    elif learns_by_heart(config):
+        length, most = f"{length}; ends when the data are known by heart", "at most "
     return (
-        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
+        f"steps      {most}{counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
         f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}; {rows(run)}"
     )
@@ -286,7 +290,7 @@ def chosen(run: Plan) -> list[str]:
         kind, _, reason = config.origin_of(name).partition(": ")
         # accelerator, precision and kernel have lines of their own
         if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):
-            by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")
+            by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}".strip())
     lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
     labels = ["chosen", *[""] * len(lines)]
     chosen = [f"{label:<10} {line}" for label, line in zip(labels, lines)]

@@ -17,7 +17,7 @@ from ..config import Config
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
-from ..training.validation_log import BEST, base_wins, best_trained, is_over
+from ..training.validation_log import BEST, base_wins, best_trained, is_known_by_heart, is_over
 from .curves import draw_pictures
 from .diagnosis import BY_HEART, LEARNT, NOT_JUDGED, STILL, Verdict, verdict
 from .facts import kl_in_words
@@ -76,6 +76,8 @@ def finish(
         **_metrics_summary(described, metrics, history),
     }
     state = _state(step, total_steps, history, config.early_stop, described.by_loss)
+    if is_known_by_heart(config, step, total_steps):
+        state = "ended early, as the data are known by heart, which is all that could be judged"
     judged = None
     if state != STOPPED:
         kept, kept_step = _recommended(summary)

@@ -13,7 +13,15 @@ from rwkv_miss.progress import say
 from ..common.files import append_line, write_lines
 from ..objectives.kinds import objective_of
 from .callbacks import StepReport, refuse_overwritten
-from .validation_log import BEST, VALIDATION, best_trained, describe, is_over
+from .validation_log import (
+    BEST,
+    VALIDATION,
+    best_trained,
+    describe,
+    is_known_by_heart,
+    is_over,
+    learns_by_heart,
+)
 
 
 class Watch(Callback):
@@ -105,3 +113,15 @@ class Watch(Callback):
             error = str(caught)
         if error := trainer.strategy.broadcast(error):
             raise UserError(f"{error}; free some space and go on with --resume auto")
+
+
+class ByHeart(Callback):
+    """Callback that ends a run with nothing held out when it knows its data by heart."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        step, total, config = trainer.global_step, module.total_steps, module.config
+        if not learns_by_heart(config) or (index + 1) % module.accumulate:
+            return
+        if step % (total // config.epoch_count) <= 1:  # a GPU's last step is written with the next one
+            known = trainer.is_global_zero and is_known_by_heart(config, step, total)
+            trainer.should_stop |= trainer.strategy.broadcast(known)

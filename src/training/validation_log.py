@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+
+from ..common.files import read_lines
+from ..config import Config
+from ..config.schema import CHOSEN
 from ..objectives.loss_metrics import LossMetrics
+from .run_folder import METRICS
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
+FLAT = 1e-3  # a loss that falls by a smaller share falls no further
+BY_HEART = 1 / 20  # of the first step's loss: what is left when the data are known by heart
 
 
 def best(history: list[dict]) -> dict | None:
@@ -43,10 +52,35 @@ def is_worse(before: dict, after: dict) -> bool:
 
 
 def is_over(history: list[dict], early_stop: int) -> bool:
-    """Tell whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
-    top = best_trained(history)
-    since = sum(line["step"] > (top["step"] if top else 0) for line in history)
+    """Tell whether the last `early_stop` evaluations were no better than one before (0: never).
+
+    Better is a loss that is lower by more than FLAT of the one before the training.
+    """
+    lowest, since = math.inf, 0
+    for line in history:
+        loss = math.inf if line["loss"] is None else line["loss"]
+        if line["step"] == 0 or loss < lowest - FLAT * abs(history[0]["loss"] or 0.0):
+            lowest, since = loss, 0
+        else:
+            since += 1
     return 0 < early_stop <= since
+
+
+def learns_by_heart(config: Config) -> bool:
+    """Tell whether a run with nothing held out chose its passes: its training loss ends it."""
+    was_chosen = config.epoch_count > 1 and config.origin_of("epoch_count").startswith(CHOSEN)
+    return was_chosen and not config.eval_file and not config.value_or_zero("eval_split")
+
+
+def is_known_by_heart(config: Config, step: int, total: int) -> bool:
+    """Tell whether such a run, of `total` steps at most, knew its data by heart in its last whole pass."""
+    if not learns_by_heart(config):
+        return False
+    steps = total // config.epoch_count
+    losses = [line["loss"] for line in read_lines(os.path.join(config.proj_dir, METRICS), step)]
+    whole = len(losses) // steps * steps
+    last = [loss for loss in losses[whole - steps : whole] if loss is not None]
+    return bool(last) and losses[0] is not None and sum(last) <= BY_HEART * len(last) * losses[0]
 
 
 def evaluation_at(history: list[dict], step: int) -> dict | None:
