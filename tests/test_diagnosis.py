@@ -161,14 +161,14 @@ CASES = {
         answered(0.975, 1.0, 0.05, 0.04),
         "from 0.0500 to 0.0400; right answers 39 to 40 of 40: the base knew the task already",
         "rows that the base does not answer right",
-        [answered(0.5, 1.0), answered(0.975, 0.5), sft(0.05, 0.04)],
+        [answered(0.5, 1.0), answered(0.975, 0.5), answered(1.0, 1.0, asked=7), sft(0.05, 0.04)],
     ),
     "answers learnt": (
         LEARNT,
         answered(0.0, 0.975, 4.0, 0.1, steps=[4.0 / step for step in range(1, 401)]),
         "the loss on held-out documents fell by 97.50 %, from 4.0000 to 0.1000; right answers 0 to 39 of 40",
         "",
-        [answered(0.0, 0.5)],
+        [answered(0.0, 0.5), answered(0.0, 1.0, asked=1)],
     ),
     "collapsed": (
         # of a date the weekday: one for all
@@ -478,6 +478,14 @@ def test_a_run_on_rewards_is_judged_by_its_held_out_reward():
     for dead in (1.0, 0.8):
         hard = judged(rewarded(0.0, 0.0, lines=course(20, reward=0.0, noise=0.0, dead_groups=dead)), GRPO)
         assert hard.name == NOTHING and hard.remedy.startswith("easier questions, or supervised training")
+    # answers that do not end any more
+    run = rewarded(0.5, 0.0)
+    for line, endless in zip(run.history, (0, 9)):
+        common = {"empty": 0, "endless": endless, "same": 1, "common": "a", "same_right": 1}
+        line |= {"asked": 10, "answers": common}
+    found = judged(run, GRPO)
+    assert found.name == COLLAPSED and found.reason.startswith("9 of 10 answers do not end; the reward on")
+    assert found.remedy.startswith("starting again in a new --proj_dir with a lower --lr_init than 0.003")
     # a reward that fell late, where an earlier state is offered
     lines = course(20, reward=0.5, noise=0.0) + course(20, reward=0.0, cut=1.0, noise=0.0)
     lines = [{**line, "step": step} for step, line in enumerate(lines, 1)]

@@ -59,7 +59,7 @@ class Evaluated(NamedTuple):
     examples: float  # the number of examples in the mean
     tokens: int  # predicted or drawn tokens
     samples: list[dict[str, Any]]  # prompt, answer, right, and for a training on rewards reward
-    answers: Mapping[str, Any] = MappingProxyType({})  # what Judge.counted() tells of greedy answers
+    answers: Mapping[str, Any] = MappingProxyType({})  # what in_common() and Judge tell of greedy answers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,19 @@ def limit_of(asked: Sequence[SampleQuestion]) -> int:
     return most + most // 4 + 16
 
 
+def in_common(said: Sequence[str], right: Sequence[str], endless: int) -> dict[str, Any]:
+    """Count what answers have in common, for an evaluation's line; `endless` of them do not end."""
+    (common, same), (_, same_right) = (Counter(texts).most_common(1)[0] for texts in (said, right))
+    found = {
+        "empty": sum(not text for text in said),
+        "endless": endless,
+        "same": same,  # the most common answer
+        "common": common[:SHORT],
+        "same_right": same_right,  # the most common right one
+    }
+    return {"asked": len(said), "answers": found}
+
+
 class Judge:
     """Judge of the answers to the questions of a run, as scripts.evaluate judges them.
 
@@ -66,19 +79,11 @@ class Judge:
         if not self.right:
             return {}
         said = [self._said(i, answer.text) for i, answer in enumerate(answers)]
-        (common, same), (_, same_right) = (Counter(texts).most_common(1)[0] for texts in (said, self.right))
-        found = {
-            "empty": sum(not text for text in said),
-            "endless": sum(self._is_endless(answer) for answer in answers),
-            "same": same,  # the most common answer
-            "common": common[:SHORT],
-            "same_right": same_right,  # the most common right one
-        }
+        found = in_common(said, self.right, sum(map(self._is_endless, answers)))
         if not self.score:
-            return {"asked": len(said), "answers": found}
-        agree = SCORES[self.score].agree
-        share = sum(map(agree, said, self.right)) / len(said)
-        return {"asked": len(said), "right_answers": share, "answers": found}
+            return found
+        right = sum(map(SCORES[self.score].agree, said, self.right))
+        return {**found, "right_answers": right / len(said)}
 
     def _said(self, i: int, text: str) -> str:
         """Return an answer without its thoughts and what follows its turn."""

@@ -15,7 +15,7 @@ from ..config.schema import CHOSEN, PUBLISHED
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..training.validation_log import any_right, base_wins
-from .facts import CUT, ENOUGH, FAILED, LITTLE, SOLVED, WINDOW, Facts, highest, kl_in_words
+from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest, kl_in_words
 
 LEARNT, STILL, BY_HEART = "learnt", "still learning", "learnt by heart"
 COLLAPSED, WORSE, NOTHING = "answers collapsed", "made worse", "nothing learnt"
@@ -39,14 +39,14 @@ RULES = (
     Rule(
         "solved before",
         NOTHING,
-        lambda f: f.rights is not None and min(f.rights) >= SOLVED,
+        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.after["asked"] >= FEW,
         lambda f: f"the {f.score}{f.right_text}: the base knew the task already",
         lambda f: ["rows that the base does not answer right"],
     ),
     Rule(
         "answers learnt",
         LEARNT,
-        lambda f: f.rights is not None and f.rights[1] >= SOLVED,
+        lambda f: f.more_right > 2 and f.rights[1] >= SOLVED,
         lambda f: f"the {f.score}{f.right_text}{f.then}",
     ),
     Rule(
@@ -324,6 +324,8 @@ def likelier(f: Facts) -> str:
 
 def mended(f: Facts) -> str:
     """Advise, where the loss fell and the answers are no better, what the facts point to."""
+    if not f.by_loss:
+        return lower_rate(f)
     if f.is_preference and f.config.sft_weight < usual_weight(f.config):
         return likelier(f)
     if tried := untried_rate(f):

@@ -29,6 +29,7 @@ from ...inference.request import Answer, Request
 from ...inference.torch_decoder import TorchDecoder
 from ...model import RWKV
 from ..base import Evaluated, Evaluation
+from ..held_out_answers import in_common
 from .rollouts import PatientRewards
 from .sizes import rows_at_once
 
@@ -151,8 +152,10 @@ class RewardEvaluation(Evaluation):
             }
             for one in judged[:samples]
         ]
-        tokens = sum(one.tokens for one in judged)
-        return Evaluated(-reward, metrics, len(judged), tokens, shown)
+        tokens, cut = sum(one.tokens for one in judged), sum(one.cut for one in judged)
+        said = [one.text.strip() for one in judged]
+        common = in_common(said, [str(questions[one.place].answer) for one in judged], cut)
+        return Evaluated(-reward, metrics, len(judged), tokens, shown, common)
 
 
 def _rows(model: RWKV) -> int:
