@@ -21,7 +21,7 @@ import sys
 if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.plan")
 
-from src.common.startup import importing, naming_missing_packages
+from src.common.startup import Start, importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
@@ -48,7 +48,8 @@ OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse (this program's own flags, the run's settings)."""
+    """Parse (this program's own flags with its start, the run's settings)."""
+    start = Start.of_process()
     parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument(
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     own.add_argument("--json", action="store_true", default=False, help="print a last line for machines")
     given = read_flags(parser, argv)
-    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
+    ours = argparse.Namespace(start=start, **{name: given.pop(name) for name in OWN})
     config = settle(given)
     if not 0 <= ours.tokens_per_second < math.inf:
         raise UserError(f"--tokens_per_second {ours.tokens_per_second}: must be a number above 0")
@@ -186,6 +187,7 @@ def for_machines(found: Needs) -> dict[str, object]:
         "evaluation_seconds": found.cost.evaluation_seconds or None,
         "reference_seconds": found.cost.reference_seconds or None,
         "drawing_seconds": found.cost.drawing_seconds or None,
+        "loading_seconds": found.cost.loading_seconds or None,
         "evaluated_documents": len(found.plan.evaluated),
         "speed_from": found.speed.source,
     }
@@ -205,14 +207,18 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
 
 
 def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
-    """Find the speed of the whole run: as given, as recorded, or measured."""
+    """Find the speed of the whole run: as given, as recorded, or measured.
+
+    If it is measured, loading takes as long as it took this program.
+    """
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
         return Speed(recorded_speed(ours.metrics), source=f"the median of {ours.metrics}")
     if not plan.device.here:
         return Speed(0.0, source="the device is not here")
-    return speed_here(plan)
+    speed = speed_here(plan)
+    return dataclasses.replace(speed, loading=ours.start.loading())
 
 
 def recorded_speed(path: str) -> float:

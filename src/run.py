@@ -22,6 +22,7 @@ from rwkv_miss.progress import Progress, print_notes
 from . import ops
 from .common.device import PRECISIONS
 from .common.files import read_lines
+from .common.startup import Start
 from .config import Config, save
 from .config.launcher import is_first_process
 from .config.parse import checked
@@ -101,7 +102,7 @@ def main(typed: Config) -> None:
 
     It looks into the run's folder only when that is held.
     """
-    started = process_start()
+    start = Start.of_process()
     watched = watchdog(typed.devices, typed.num_nodes)
     with naming_changed_files(), watched as others, folder_of_run(typed.proj_dir, others):
         if typed.init_only:
@@ -110,7 +111,7 @@ def main(typed: Config) -> None:
             return
         with Progress("reading the base and the data", shown=is_first_process()):
             plan = prepare(typed, others=others)
-        result = train_in_folder(plan, started)
+        result = train_in_folder(plan, start)
     if not result.is_complete:
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
@@ -195,7 +196,7 @@ def train(
     `callbacks` are Lightning's. They are called after the report of a step, and before its checkpoint.
     `objective` makes what is minimised.
     """
-    started = time.time()
+    start = Start(time.time())
     if objective is not objective_of and plan.settings.is_automatic("lr_init"):
         raise UserError(
             "lr_init is left to a search, which compares rates by the losses of --loss alone; give a rate"
@@ -204,20 +205,20 @@ def train(
     with naming_changed_files(), folder_of_run(plan.settings.proj_dir, None):
         if find_checkpoint(plan.settings, plan.before) != plan.resume_from:
             raise UserError(f"{plan.settings.proj_dir} has changed since prepare(); make the plan again")
-        return train_in_folder(plan, started, callbacks, objective)
+        return train_in_folder(plan, start, callbacks, objective)
 
 
 def train_in_folder(
     plan: Plan,
-    started: float,
+    start: Start,
     callbacks: Sequence[Callback] = (),
     objective: Callable[[Config], Objective] = objective_of,
 ) -> Result:
-    """Do train() in a folder that is locked already. The command began at `started`."""
+    """Do train() in a folder that is locked already."""
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
     with Progress("timing this machine", shown=is_first_process()):
-        cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
+        speed = speed_here(plan) if is_first_process() else None
     torch.manual_seed(config.random_seed)
     with Progress("loading the base", shown=is_first_process()):
         model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
@@ -231,7 +232,8 @@ def train_in_folder(
         if note := reward_note(resume_from, plan.reward_digest):
             notes.append(f"note:      {note}")
     shown = []
-    if is_first_process():
+    if speed:
+        cost = run_cost(plan, dataclasses.replace(speed, loading=start.loading()))
         resumed = plan_text.resume(plan, over)
         short = [*notes, *plan_text.plan(plan, model, cost, [] if over else resumed)]
         shown = [*short, *plan_text.details(plan, model)]
@@ -240,7 +242,7 @@ def train_in_folder(
         if resume_from:
             put_best_back(config.proj_dir, history)
     if not over:
-        return do_steps(plan, model, shown, started, history, callbacks, objective(config))
+        return do_steps(plan, model, shown, start.at, history, callbacks, objective(config))
     if is_first_process() and not is_summed_up(config.proj_dir, first_step):  # killed after its last step
         finish(config, shown, first_step, plan.steps)
     return Result(config, first_step, True)
@@ -389,13 +391,3 @@ def fit(trainer, module, report) -> None:
             "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, if"
             " an adapter is trained, then lower --ctx_len"
         ) from None
-
-
-def process_start() -> float:
-    """Return when this process was started, before its imports, in seconds since the epoch."""
-    try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-            ticks = float(stat.read().rpartition(")")[2].split()[19])
-            return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
-    except OSError:
-        return time.time()

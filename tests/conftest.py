@@ -147,8 +147,8 @@ def slow(*values):
 
 
 def settled_config(**settings) -> Config:
-    """Settings as a plan leaves them, which has chosen what is recomputed."""
-    return Config(**{"grad_cp": 0} | settings)
+    """Settings as a plan leaves them, which has chosen what is recomputed and the rows of a micro-batch."""
+    return Config(**{"grad_cp": 0, "micro_bsz": 1} | settings)
 
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):

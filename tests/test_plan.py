@@ -17,8 +17,9 @@ from benchmarks.common import write_random_base
 from rwkv_miss import UserError
 from scripts import plan
 from src import ops
-from src.common import available_memory
+from src.common import available_memory, startup
 from src.common.available_memory import GIB, parse_size
+from src.common.startup import Start
 from src.config import Config
 from src.data.batches import make_schedule
 from src.data.collate import collate
@@ -361,6 +362,34 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
         assert speed.answer == 0.5 * 6 / 2 + 0.25
 
 
+@pytest.mark.parametrize("each, rows", [(0.001, 8), (throughput.ENOUGH / 3, 4)])
+def test_rows_of_a_narrow_model_are_timed_together(monkeypatch, each, rows):
+    """As many as a micro-batch has, by doubling, or until they take long enough. `each`: seconds of a row."""
+    read, features = [], RWKV.features
+    monkeypatch.setattr(
+        RWKV, "features", lambda model, ids: [read.append(ids.shape), features(model, ids)][1]
+    )
+
+    def seconds(work, device):
+        work()
+        return each * read[-1][0] if work.__name__ == "layers" else 0.0
+
+    monkeypatch.setattr(throughput, "_fastest", seconds)
+    arch, config = make_arch(7, **SIZES), settled_config(peft_config={"r": 5}, micro_bsz=12, eval_samples=0)
+    speed = throughput.measured_speed(arch, config, "torch", "fp32", "cpu", 20, 0.5)
+    assert read[-1] == (rows, 20) and speed.tokens == pytest.approx(20 / each * 2 / arch.n_layer)
+
+
+def test_the_time_of_a_run_has_what_the_command_loads(monkeypatch):
+    """What it has loaded so far counts as it is, the trainer as a multiple of the first imports."""
+    start = Start.of_process()
+    with open("/proc/uptime") as uptime:
+        assert 0 < start.imports < float(uptime.read().split()[0])
+    assert start.at + start.imports == pytest.approx(time.time(), abs=60)
+    monkeypatch.setattr(time, "time", lambda: 110.0)
+    assert Start(100.0, 3.0).loading() == 10 + startup.TRAINER_IMPORTS * 3
+
+
 @pytest.mark.parametrize(
     "method,options",
     [("dora", {}), ("miss", {"magnitude": True}), ("pissa", {}), ("adalora", {}), ("vera", {}), ("mos", {})],
@@ -551,7 +580,7 @@ def test_the_plan_fits_or_names_what_to_change(counted_once, files, tmp_path, ca
     assert plan.plan(*plan.parse([*flags, "--memory", str(room)])) == 1
     output = capsys.readouterr().out
     assert "it does not fit; add --micro_bsz 2 --accumulate_grad_batches 2" in output
-    assert "tokens/s (two layers and the head were timed here just now" in output
+    assert "two layers and the head were timed here just now" in output
     again = [*flags, "--memory", str(room), "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"tokens_per_second": n}) + "\n" for n in (1, 100, 300, 200))

@@ -112,8 +112,8 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
     memory = size_text(planned["memory_together"])
     assert re.fullmatch(
-        f"needs      about {re.escape(memory)} of memory, of [0-9.]+ GiB that may be used; about [0-9.]+ s, "
-        "of which [0-9.]+ s for evaluation",
+        f"needs      about {re.escape(memory)} of memory, of [0-9.]+ GiB that may be used; about [0-9.]+ s"
+        " from the command to its end, of which [0-9.]+ s for loading and [0-9.]+ s for evaluation",
         said["needs"],
     )
 

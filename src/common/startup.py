@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import threading
+import time
+from typing import NamedTuple
 
 # as in pyproject.toml; an older Python must be able to read this file and the first lines of a program
 OLDEST = (3, 10)
+TRAINER_IMPORTS = 2.0  # seconds of a run's later imports, for each second of the first ones
 ERASED = b"\r\x1b[K"  # to the beginning of the terminal's line, which is then empty
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # Torch's libraries read these when torch is loaded. What the user has set stays. OpenMP's waiting threads
@@ -23,6 +26,30 @@ LIBRARY_SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
+
+
+class Start(NamedTuple):
+    """Start of a command, in seconds since the epoch, and the seconds of its first imports; 0: not known."""
+
+    at: float
+    imports: float = 0.0
+
+    @classmethod
+    def of_process(cls) -> Start:
+        """Return this process's start. It is called when the first imports are done."""
+        now = time.time()
+        try:
+            with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+                ticks = float(stat.read().rpartition(")")[2].split()[19])
+                age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        except OSError:
+            return cls(now)
+        return cls(now - age, age)
+
+    def loading(self) -> float:
+        """Estimate the seconds of a run beside its work on tokens: those until now, and those for the imports
+        of the trainer and of what draws the pictures."""
+        return time.time() - self.at + TRAINER_IMPORTS * self.imports
 
 
 @contextlib.contextmanager

@@ -114,12 +114,14 @@ class Cost:
     search_seconds: float  # of these, the search for a learning rate at most
     reference_seconds: float  # of these, the pass of the reference, unless its values are kept already
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
+    loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
     provided: str = ""  # the assumption of the time, as "if ..."
 
     @property
     def parts(self) -> dict[str, str]:
         """Parts of the run beside its steps -> the time of each in words; parts without any are left out."""
         seconds = {
+            "loading": self.loading_seconds,
             "evaluation": self.evaluation_seconds,
             "the search for the rate": self.search_seconds,
             "the reference": self.reference_seconds,
@@ -145,11 +147,12 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
         room=room,
         tokens=found.tokens,
         evaluation=found.evaluation_share,
-        seconds=found.training + found.evaluation + search + found.reference,
+        seconds=found.training + found.evaluation + search + found.reference + speed.loading,
         evaluation_seconds=found.evaluation,
         search_seconds=search,
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
+        loading_seconds=speed.loading,
         provided=found.provided,
     )
 

@@ -28,6 +28,7 @@ LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 WIDE = 2048  # channels from which a model is so slow that a shorter row is timed
 TOKENS = {False: 256, True: 64}  # of one row, in a narrow model and in a wide one
 SECONDS = 1.0  # after this time nothing is timed again
+ENOUGH = 0.1  # seconds; shorter work is timed with more rows, up to those of a micro-batch
 NOISE = 99_991  # random numbers for the weights; a prime, so that no two rows of a matrix are alike
 
 
@@ -45,10 +46,11 @@ def speed_here(plan: Plan) -> Speed:
 def measured_speed(
     arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float
 ) -> Speed:
-    """Time one process with a row of at most `row` tokens, forward and backward.
+    """Time one process with rows of at most `row` tokens, forward and backward.
 
-    The share `trained` of its tokens are targets. Answers are timed with one token after ASKED
-    prompts, and drawing, if a run draws, with one token of each row.
+    Rows of a narrow model are timed together, because one would not occupy the device. The share `trained` of
+    its tokens are targets. Answers are timed with one token after ASKED prompts, and drawing, if a run draws,
+    with one token of each row.
     """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     full = config.peft == "none"
@@ -65,19 +67,18 @@ def measured_speed(
         model.computes_in = half
     head = _random_head(arch, kernel, dtype, full, random)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    x = torch.empty(tokens, arch.n_embd, dtype=half, device=device).normal_().requires_grad_()
 
-    def layers(ids: Tensor = ids) -> None:
+    def layers() -> None:
         features, _ = model.features(ids)
         features.float().square().sum().backward()
 
     def logits() -> None:
-        head(x, ids[0]).backward()
+        head(x, ids.flatten()).backward()
 
     @torch.no_grad()
     def next_tokens(rows: int) -> float:
         """Time one more token of each of `rows` rows."""
-        inputs, outputs = ids[:, :1].expand(rows, 1), x[:1].expand(rows, -1)
+        inputs, outputs = ids[:1, :1].expand(rows, 1), x[:1].expand(rows, -1)
 
         def next_token() -> None:
             model.features(inputs)
@@ -88,15 +89,17 @@ def measured_speed(
         return _fastest(next_token, device) * depth + _fastest(next_logits, device)
 
     depth = arch.n_layer / small.n_layer
-    layers(ids[:, :2])  # imports of torch on the first call, above all for --grad_cp, are no part of a step
-    seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
-    source = "two layers and the head were timed here just now, on random numbers"
-    source = f"{source}; loading, saving and the optimizer are not in it"
+    model.features(ids[:, :2])[0].sum().backward()  # torch imports on the first call, above all for --grad_cp
+    while (seconds := _fastest(layers, device)) < ENOUGH and 2 * len(ids) <= config.micro_bsz:
+        ids = ids.repeat(2, 1)
+    x = torch.empty(ids.numel(), arch.n_embd, dtype=half, device=device).normal_().requires_grad_()
+    seconds = seconds * depth + trained * _fastest(logits, device)
+    source = "two layers and the head were timed here just now; saving and the optimizer are not in it"
     accelerator = "gpu" if device == "cuda" else "cpu"
     if rows := objective_of(config).sampled_at_once(arch, precision, accelerator):
-        return Speed(tokens / seconds, source=source, drawn=rows / next_tokens(rows))
+        return Speed(ids.numel() / seconds, source=source, drawn=rows / next_tokens(rows))
     answer = next_tokens(ASKED) if config.eval_samples else 0.0
-    return Speed(tokens / seconds, answer, source)
+    return Speed(ids.numel() / seconds, answer, source)
 
 
 def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], Tensor]:

@@ -179,7 +179,8 @@ def needs(cost: Cost, where: str) -> str:
     named = [f"{time} for {part}" for part, time in cost.parts.items()]
     of_that = f", of which {' and '.join(named)}" if named else ""
     granted = f" ({cost.provided})" if cost.provided else ""
-    return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}{granted}"
+    time = f"about {duration_text(cost.seconds)} from the command to its end"
+    return f"needs      {memory}; {time}{of_that}{granted}"
 
 
 def evaluation(run: Plan, cost: Cost) -> str:
