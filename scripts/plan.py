@@ -130,7 +130,9 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     with Progress("timing this machine"):
         speed = find_speed(ours, plan)
-    model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
+        model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
+    if not (ours.tokens_per_second or ours.metrics):  # the speed of another run or machine
+        cost = cost.with_loading(ours.start.loading())
     return Needs(plan, model, memory_of(config), fix, speed, cost)
 
 
@@ -207,18 +209,14 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
 
 
 def find_speed(ours: argparse.Namespace, plan: Plan) -> Speed:
-    """Find the speed of the whole run: as given, as recorded, or measured.
-
-    If it is measured, loading takes as long as it took this program.
-    """
+    """Find the speed of the whole run: as given, as recorded, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
         return Speed(recorded_speed(ours.metrics), source=f"the median of {ours.metrics}")
     if not plan.device.here:
         return Speed(0.0, source="the device is not here")
-    speed = speed_here(plan)
-    return dataclasses.replace(speed, loading=ours.start.loading())
+    return speed_here(plan)
 
 
 def recorded_speed(path: str) -> float:

@@ -218,7 +218,7 @@ def train_in_folder(
     config, resume_from = plan.settings, plan.resume_from
     # before the model is there: the memory of this timing must not count as the run's
     with Progress("timing this machine", shown=is_first_process()):
-        speed = speed_here(plan) if is_first_process() else None
+        cost = run_cost(plan, speed_here(plan)) if is_first_process() else None
     torch.manual_seed(config.random_seed)
     with Progress("loading the base", shown=is_first_process()):
         model = build_model(config, plan.arch, plan.device.kernel, PRECISIONS[config.precision], resume_from)
@@ -232,8 +232,8 @@ def train_in_folder(
         if note := reward_note(resume_from, plan.reward_digest):
             notes.append(f"note:      {note}")
     shown = []
-    if speed:
-        cost = run_cost(plan, dataclasses.replace(speed, loading=start.loading()))
+    if cost:
+        cost = cost.with_loading(start.loading())
         resumed = plan_text.resume(plan, over)
         short = [*notes, *plan_text.plan(plan, model, cost, [] if over else resumed)]
         shown = [*short, *plan_text.details(plan, model)]

@@ -87,15 +87,28 @@ def importing():
 
 @contextlib.contextmanager
 def telling_a_terminal():
-    """Show on a terminal that torch is loaded. rwkv_miss.progress can't, as it comes with torch."""
-    shown = os.isatty(2) and _is_first_process()
-    if shown:
-        os.write(2, b"loading torch")
+    """Show on a terminal that torch is loaded, with a dot each second.
+
+    rwkv_miss.progress, which shows all other work, comes with torch.
+    """
+    if not os.isatty(2) or not _is_first_process():
+        yield
+        return
+    loaded = threading.Event()
+
+    def add_dots() -> None:
+        while not loaded.wait(1.0):
+            os.write(2, b".")
+
+    os.write(2, b"loading torch")
+    thread = threading.Thread(target=add_dots, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        if shown:
-            os.write(2, ERASED)
+        loaded.set()
+        thread.join()
+        os.write(2, ERASED)
 
 
 def _is_first_process() -> bool:

@@ -90,7 +90,6 @@ class Speed:
     answer: float = 0.0  # seconds for one more token of all sample answers together
     source: str = ""
     drawn: float = 0.0  # tokens of answers a second, if a run draws them; 0: by DRAWN
-    loading: float = 0.0  # seconds of the command beside the work on tokens
 
 
 @dataclasses.dataclass(frozen=True)

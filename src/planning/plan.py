@@ -117,6 +117,12 @@ class Cost:
     loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
     provided: str = ""  # the assumption of the time, as "if ..."
 
+    def with_loading(self, seconds: float) -> Cost:
+        """Add the seconds of loading, if the time of the rest is known."""
+        if not self.seconds:
+            return self
+        return dataclasses.replace(self, seconds=self.seconds + seconds, loading_seconds=seconds)
+
     @property
     def parts(self) -> dict[str, str]:
         """Parts of the run beside its steps -> the time of each in words; parts without any are left out."""
@@ -147,12 +153,11 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
         room=room,
         tokens=found.tokens,
         evaluation=found.evaluation_share,
-        seconds=found.training + found.evaluation + search + found.reference + speed.loading,
+        seconds=found.training + found.evaluation + search + found.reference,
         evaluation_seconds=found.evaluation,
         search_seconds=search,
         reference_seconds=found.reference,
         drawing_seconds=found.sampling,
-        loading_seconds=speed.loading,
         provided=found.provided,
     )
 
