@@ -7,6 +7,8 @@ import itertools
 import os
 import sys
 
+from rwkv_miss.progress import Progress
+
 from ..data.bos import with_bos
 from ..data.released import modes_note
 from ..data.tool_styles import read_tools
@@ -44,7 +46,8 @@ def load(args: argparse.Namespace) -> tuple[Chat, str]:
     """Load (the chat, a description of its decoder). Raises UserError for files that do not fit."""
     adapters, tokenizer = load_named(args)
     adapters.use(list(args.adapter)[:1], args.scale)
-    decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
+    with Progress("preparing the weights"):
+        decoder, how = fastest(adapters.model, adapters, **decoder_options(args))
     engine = Engine(decoder, tokenizer, chunk=CHUNK)
     recorded, used = PromptSettings(args, tokenizer), list(args.adapter.values())[:1]
     template, bos = recorded.template(used), recorded.bos(used)

@@ -21,7 +21,7 @@ from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
 from rwkv_miss.files.model_files import name_of
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
-from rwkv_miss.progress import progress
+from rwkv_miss.progress import Progress, progress
 from rwkv_miss.quantised import quantise_
 
 from ..config.launcher import is_first_process
@@ -168,7 +168,6 @@ class RWKV(nn.Module):
         with torch.device("meta"):
             model = cls(arch, kernel)
         model.check(tensors, path)
-        check_finite(tensors)
 
         def from_file(name: str, parameter: Tensor) -> Tensor:
             wanted = dtype or tensors[name].dtype
@@ -177,7 +176,9 @@ class RWKV(nn.Module):
             # one shape inside, whatever the file's; only tensors that a folder holds transposed are copied
             return tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted).contiguous()
 
-        replace_tensors(model, from_file)
+        with Progress("loading the model", shown=is_first_process()):
+            check_finite(tensors)
+            replace_tensors(model, from_file)
         model.base_name = name_of(path)
         model.base_identity = Identity(path, shown=is_first_process())
         return model

@@ -8,6 +8,8 @@ import socket
 import sys
 from typing import NamedTuple
 
+from rwkv_miss.progress import Progress
+
 from ..common.available_memory import parse_size, resident
 from ..common.formatting import counted, size_text
 from ..data.released import modes_note
@@ -53,8 +55,10 @@ def load(args: argparse.Namespace) -> Serving:
     recorded = PromptSettings(args, tokenizer)
     records = Records(recorded.template, recorded.bos, tokenizer.name)
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
-    decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
-    chunk = args.chunk or measured_chunk(decoder, SECONDS)
+    with Progress("preparing the weights"):
+        decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
+    with Progress("timing this machine"):
+        chunk = args.chunk or measured_chunk(decoder, SECONDS)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
     return Serving(engine, served, how)
 
