@@ -18,6 +18,7 @@ import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
+from rwkv_miss.progress import Progress
 from src.common.device import cpu_features
 from src.config import Config
 from src.model import RWKV
@@ -76,6 +77,17 @@ def pytest_collection_modifyitems(items):
     """Put the files that take longest first, so that no worker waits for another one's at the end."""
     seconds = {name: sum(row) for name, row in read_table().items()}
     items.sort(key=lambda item: -seconds.get(item.path.stem, 0.0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config):
+    """Workers collect for 22 s without a word."""
+    config.collecting = Progress("collecting the tests").start()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node):
+    node.config.collecting.close()
 
 
 def pytest_terminal_summary(terminalreporter):
