@@ -100,7 +100,7 @@ def test_a_run_counts_right_answers_as_an_evaluation_does(tmp_path):
     share = f"{100 * lines[0]['right_answers']:.3g} %"
     assert f"step 0/30 validation loss {lines[0]['loss']:.4f} per token, right answers {share} of" in output
     card = (folder / "run_card.md").read_text()
-    assert f"| greedy answers | right {share} to 0 % of {count} held-out questions |" in card
+    assert f"| greedy answers | right {share} to 0 %, on {count} held-out questions |" in card
     assert f"| right answers, greedy | {share} | 0 % |" in card
     end = json.loads((folder / "run.json").read_text())
     assert end["validation_metrics_first"] == {"right_answers": lines[0]["right_answers"]}

@@ -153,7 +153,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     card, measured, said = finished(tmp_path, metrics, history, [drawn_line(step) for step in (1, 11, 20)])
     for words in (
         "| training reward | 0.515 to 0.695 |",
-        "| greedy answers | right 50 % to 87.5 % of 64 held-out questions; reward 0.5 to 0.875 of at most",
+        "| greedy answers | right 50 % to 87.5 %; reward 0.5 to 0.875 of at most 1.5, on 64 held-out",
         "![reward, groups of equal rewards, length, entropy and KL over the steps](rewards.png)",
         "| groups of equal rewards, which teach nothing | 43.8 % | 43.8 % |",
         "|  | before, step 0 | after, step 20 | best, step 10 |",
@@ -174,7 +174,7 @@ def test_the_cards_tell_rewards_and_drawn_answers(tmp_path):
     assert run_card.evaluations_table(DESCRIBED, history) in measured
     assert said[0] == "done: step 20 of 20, reward of drawn answers 0.515 to 0.695; wrote a.pth"
     assert said[1] == (
-        "held out:  right 50 % to 75 % of 64 held-out questions; reward 0.5 to 0.75 of at most 1.5; length 6"
+        "held out:  right 50 % to 75 %; reward 0.5 to 0.75 of at most 1.5, on 64 held-out questions; length 6"
         " tokens, cut at --max_tokens 0 %"
     )
     [top] = [text for text in said if text.startswith("best:")]
@@ -214,7 +214,9 @@ def test_a_lost_run_offers_no_file_and_says_what_to_do(tmp_path):
     card, _, said = finished(tmp_path, metrics, history)
     assert not any(text.startswith(("merge it:", "try it:")) for text in said)
     [told] = [text for text in said if text.startswith("verdict:")]
-    assert told.startswith("verdict:   made worse: the reward fell from 0.48 in ")
+    assert told.startswith(
+        "verdict:   made worse: the reward on held-out questions fell from 0.5 to 0; right answers"
+    )
     assert told.count("a lower --lr_init") == 1 == told.count("starting again") and "best.pth" not in told
     assert "No evaluated state is better than the model before the training." in card
     assert "best:      the base, validation reward 0.5000; at the end 0.0000" in said

@@ -39,7 +39,7 @@ RULES = (
     Rule(
         "solved before",
         NOTHING,
-        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.after["asked"] >= FEW,
+        lambda f: f.rights is not None and min(f.rights) >= SOLVED and f.asked >= FEW,
         lambda f: f"the {f.score}{f.right_text}: the base knew the task already",
         lambda f: ["rows that the base does not answer right"],
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..config import Config
 from ..evaluation.rewards import RANGES
@@ -26,6 +26,7 @@ LITTLE = 0.02  # a score that gets better by a smaller share has not got better
 LATE = 0.8  # a score that gets better after this part of the run has not stopped
 ENOUGH = 200  # steps that are worth trying
 FAR = 0.5  # a training loss that ends above the base's by this share has risen
+JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
 # nats per token from another model, and what they do to the perplexity: 1 %, 11 %, 2.7 times
 KL_IN_WORDS = {
     0.01: "small",
@@ -142,7 +143,9 @@ class Facts:
         """The way of the score after the state that is judged, in words; "" if that is the last one."""
         if not self.history or self.history[-1] is self.after:
             return ""
-        moved = "rose" if self.by_loss else "fell"
+        moved = "got no better"
+        if is_worse(self.after, self.history[-1]):
+            moved = "rose" if self.by_loss else "fell"
         return f"; it {moved} after step {self.after['step']}, so best.pth is what is offered"
 
     @property
@@ -208,30 +211,38 @@ class Facts:
     @functools.cached_property
     def rights(self) -> tuple[float, float] | None:
         """The shares of right answers before and after; None if they are not known."""
-        ends = [line.get("right_answers") for line in (self.before, self.after) if line]
+        rewards = () if self.by_loss else self.config.rewards
+        ends = [right_share(line, rewards) for line in (self.before, self.after) if line]
         return None if len(ends) < 2 or None in ends else (ends[0], ends[1])
+
+    @property
+    def asked(self) -> int:
+        """The number of questions behind these shares."""
+        return questions_of(self.after)
 
     @property
     def more_right(self) -> float:
         """The rise of the share of right answers, in standard errors of two shares; 0 if it is not known."""
         if not self.rights:
             return 0.0
-        mean, count = sum(self.rights) / 2, self.after["asked"]
+        mean, count = sum(self.rights) / 2, self.asked
         error = math.sqrt(2 * mean * (1 - mean) / count)
         return (self.rights[1] - self.rights[0]) / error if error else 0.0
 
     @property
     def is_no_more_right(self) -> bool:
-        """True if there are no more right answers than before, of questions that are not few."""
-        return self.rights is not None and self.rights[1] <= self.rights[0] and self.after["asked"] >= FEW
+        """True if a run by loss has no more right answers than before, of questions that are not few."""
+        if not self.by_loss or self.rights is None:
+            return False
+        return self.rights[1] <= self.rights[0] and self.asked >= FEW
 
     @property
     def right_text(self) -> str:
         """The right answers before and after, in words, behind others; "" if they are not known."""
         if not self.rights:
             return ""
-        counts = [round(share * self.after["asked"]) for share in self.rights]
-        return f"; right answers {counts[0]} to {counts[1]} of {self.after['asked']}"
+        counts = [round(share * self.asked) for share in self.rights]
+        return f"; right answers {counts[0]} to {counts[1]} of {self.asked}"
 
     @functools.cached_property
     def collapse(self) -> str:
@@ -333,6 +344,17 @@ class Facts:
     def failed(self) -> float:
         """The share of groups whose reward failed."""
         return sum(known(self.last, "failed_groups")) / max(1, sum(known(self.last, "units")))
+
+
+def right_share(line: dict, rewards: Collection[str]) -> float | None:
+    """Return the share of right answers of an evaluation; None if no judge tells it."""
+    names = ["right_answers", *(f"reward_{name}" for name in JUDGES if name in rewards)]
+    return next((line[name] for name in names if line.get(name) is not None), None)
+
+
+def questions_of(line: dict) -> int:
+    """Count the questions of an evaluation; those of rewards are its examples."""
+    return line.get("asked") or line["units"]
 
 
 def fault_of(line: dict | None) -> str:

@@ -13,12 +13,11 @@ from ..training.rate_search import recorded_search, search_table
 from ..training.validation_log import base_wins, best_trained, evaluation_at
 from .curves import pictures
 from .diagnosis import Verdict
-from .facts import bounds, kl_in_words
+from .facts import bounds, kl_in_words, questions_of, right_share
 from .run_log import RunLog
 
 CARD = "run_card.md"
 NOT_MEASURED = "not measured: the run was killed after its last step"
-JUDGES = ("exact", "number", "boxed", "math_verify")  # rewards that are 1 for a right answer, 0 for others
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
@@ -39,7 +38,7 @@ def card(
         "verdict": judged.sentence,
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         f"training {described.score}": training_score(described, summary),
-        "greedy answers": held_out_words(config.rewards, kept, log.history),
+        "greedy answers": held_out_words(config.value_or_zero("rewards"), kept, log.history),
         "speed": (
             f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
             " steps"
@@ -70,25 +69,18 @@ def card(
 def held_out_words(rewards: Mapping[str, float], step: int, history: list[dict]) -> str:
     """Tell how held-out questions were answered before the run and at a step; "" if that is not known.
 
-    "right 38.5 % to 98.5 % of 200 held-out questions; reward 1.19 to 1.98 of at most 2"
+    "right 38.5 % to 98.5 %; reward 1.19 to 1.98 of at most 2, on 200 held-out questions"
     """
     before, after = evaluation_at(history, 0), evaluation_at(history, step)
     if not (before and after):
         return ""
-    if "right_answers" in before and "right_answers" in after:
-        shares = [percent(line["right_answers"]) for line in (before, after)]
-        return f"right {' to '.join(shares)} of {after['asked']} held-out questions"
-    if None in (before.get("reward"), after.get("reward")):
-        return ""
-    ends, count = bounds(rewards), f"{before['units']:,} held-out questions"
-    reward = f"reward {before['reward']:.4g} to {after['reward']:.4g}" + (
-        f" of at most {ends[1]:g}" if ends else ""
-    )
-    for name in JUDGES:
-        shares = [line.get(f"reward_{name}") for line in (before, after)]
-        if name in rewards and None not in shares:
-            return f"right {' to '.join(map(percent, shares))} of {count}; {reward}"
-    return f"{reward}, on {count}"
+    shares = [right_share(line, rewards) for line in (before, after)]
+    words = [] if None in shares else [f"right {' to '.join(map(percent, shares))}"]
+    if None not in (before.get("reward"), after.get("reward")):
+        ends = bounds(rewards)
+        most = f" of at most {ends[1]:g}" if ends else ""
+        words.append(f"reward {before['reward']:.4g} to {after['reward']:.4g}{most}")
+    return f"{'; '.join(words)}, on {questions_of(after):,} held-out questions" if words else ""
 
 
 def _drawn(drawn: list[dict]) -> list[str]:
