@@ -416,6 +416,13 @@ def test_what_to_try_is_what_was_not_tried(origin, settings, words):
     assert judged(sft(4.0, 3.99), config, origin, searched).remedy.startswith(words)
 
 
+def test_of_few_rows_none_are_held_out():
+    config = dataclasses.replace(SFT, origins={"eval_split": f"{CHOSEN}: 15 documents, too few"})
+    assert advice(NAMED["nothing held out"], sft(steps=FELL, config=config)).startswith(
+        "more rows, as of 20 or"
+    )
+
+
 def test_more_passes_are_no_advice_where_they_did_harm():
     found = judged(sft(4.0, 4.5), SFT, f"{CHOSEN}: a guess")
     assert found.remedy.startswith("another --lr_init, which python -m scripts.lr_sweep finds; 0.0001 was")
@@ -426,6 +433,7 @@ def test_more_passes_are_no_advice_where_they_did_harm():
     [
         (answered(0.0, 0.0), SFT, GIVEN, SEARCH),
         (answered(0.0, 0.0), SFT, SEARCHED, "a larger rank (--peft_config)"),
+        (answered(0.0, 0.0, same=40), SFT, SEARCHED, "a lower --lr_init than 0.0001"),
         (answered(0.0, 0.0, steps=[4.0] * 100 + [1.0, 1.1] * 150), SFT, SEARCHED, "more rows"),
         (
             answered(0.0, 0.0, steps=[4.0] * 20 + [2.9, 3.0] * 10),
@@ -590,7 +598,7 @@ def test_a_run_that_does_not_learn_says_so_and_its_card_too(tmp_path, capsys):
     output, card = trained("moved", "1e-2")
     assert "\nverdict:   still learning: the loss on held-out documents fell by " in output
     assert "\nmerge it:  " in output and "; try more passes: --epoch_count " in card
-    config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"), early_stop=0)
+    config = Config(load_model="base.pth", proj_dir=str(tmp_path / "still"), epoch_count=1, early_stop=0)
     run_end.finish(config, [], 4, 12)
     stopped = capsys.readouterr().out
     assert stopped.startswith("stopped, go on with --resume auto") and "verdict" not in stopped

@@ -229,7 +229,11 @@ RULES = (
             f"the training loss fell by {percent(f.learnt)}, from {f.losses[1]:.4f} to {f.losses[2]:.4f},"
             " which may be by heart: nothing was held out"
         ),
-        lambda f: ["--eval_split 0.1, which holds documents out"],
+        lambda f: (
+            ["more rows, as of 20 or more some are held out"]
+            if f.config.origin_of("eval_split").startswith(CHOSEN)
+            else ["--eval_split 0.1, which holds documents out"]
+        ),
     ),
     Rule(
         "nothing",
@@ -332,6 +336,8 @@ def mended(f: Facts) -> str:
         return tried
     if f.goes_on or f.is_short:
         return longer(f)
+    if f.collapse:
+        return lower_rate(f)
     adapter = f.config.adapter
     if f.has_gap or not (adapter and adapter.gives_rank):
         return "more rows"
