@@ -31,7 +31,7 @@ PASSES, MOST_STEPS = 40, 2000  # at most, if passes are chosen
 SOON, LATE, PATIENCE = 20, 100, 3
 WARM_UP = 0.05  # share of a run's steps
 # the search for a learning rate: steps of a trial, those of its warm-up, and the most trials
-TRIAL_STEPS, TRIAL_WARM_UP, MOST_TRIALS = 15, 5, 5
+TRIAL_STEPS, TRIAL_WARM_UP, MOST_TRIALS = 15, 5, 7
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 

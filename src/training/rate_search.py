@@ -1,8 +1,8 @@
 """Search for a learning rate before the first step.
 
 Trials of a few steps train from the run's own start on the run's own first rows, each at one rate. They begin
-near the first guess and go to the better side until the best rate has a worse one on both sides. Afterwards
-the model, its random numbers and the order of the data are as if there had been no search.
+with three around the first guess and go on until the best rate has a worse one on both sides. Afterwards the
+model, its random numbers and the order of the data are as if there had been no search.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ class Found:
 
 
 def enclose(loss_at: Callable[[float], float], first: float, most: int) -> dict[float, float]:
-    """Return the losses of at most `most` rates, from the one next to `first` to the better side.
+    """Return the losses of at most `most` rates: three around `first`, then beyond the end that is best.
 
-    The rates are 1 and 3 of every decade. They end when the best one has a worse one on both sides. A loss is
+    The rates are 1 and 3 of every decade, the middle one is next to `first`. They end when the best one has a
+    worse one on both sides. Both sides are tried, because a loss may fall again above a valley. A loss is
     infinite if the training diverged.
     """
-    low = high = round(2 * math.log10(first))
-    tried = {rung(low): loss_at(rung(low))}
+    middle = round(2 * math.log10(first))
+    low, high = middle - 1, middle + 1
+    tried = {rung(k): loss_at(rung(k)) for k in (middle, low, high)}
     while len(tried) < most:
         best = best_of(tried)
         if best == rung(high):
