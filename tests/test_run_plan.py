@@ -51,7 +51,8 @@ def flags_of(files, proj_dir, *more):
         --load_model {files}/base.pth --data_file {files}/rows.jsonl --proj_dir {proj_dir} --tokenizer bytes
         --accelerator cpu --peft_config r=5 --packing 0 --micro_bsz 4 --accumulate_grad_batches 2
     """.split()
-    return [*own, *([] if "--epoch_count" in more else ["--epoch_count", "1"]), *more]
+    whole = [] if any(flag.startswith("--eval") for flag in more) else ["--eval_split", "0"]
+    return [*own, *whole, *([] if "--epoch_count" in more else ["--epoch_count", "1"]), *more]
 
 
 def start(files, proj_dir, *more, **options):
