@@ -104,10 +104,14 @@ def _child(flags, rank, world, port, sabotage, counted, sample_tokens):
 
 
 def flags_of(files, proj_dir, *more):
-    """Return the flags of a small run with base.pth and rows.jsonl of a folder; `more` wins over them."""
+    """Return the flags of a small run with base.pth and rows.jsonl of a folder; `more` wins over them.
+
+    All rows are trained on, where no flag is about evaluations.
+    """
     paths = ("--load_model", files / "base.pth", "--data_file", files / "rows.jsonl", "--proj_dir", proj_dir)
     own = "--tokenizer bytes --accelerator cpu --packing 0 --micro_bsz 4 --lr_init 1e-2".split()
-    return [str(word) for word in (*paths, *own, *more)]
+    whole = [] if any(str(flag).startswith("--eval_") for flag in more) else ["--eval_split", "0"]
+    return [str(word) for word in (*paths, *own, *whole, *more)]
 
 
 def run(flags, sabotage=None, counted=False, sample_tokens=9):

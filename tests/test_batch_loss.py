@@ -203,6 +203,7 @@ def train(tmp_path_factory):
             "micro_bsz": 8,
             "packing": 0,
             "accelerator": "cpu",
+            "eval_split": 0,
         }
         program.succeed(
             program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags])

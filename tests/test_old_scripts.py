@@ -142,15 +142,15 @@ def test_miss(files, tmp_path, script, options):
     assert (metadata["method"], metadata["step"]) == ("miss", 8)
     assert metadata["options"]["rank"] == (64 if script == "tutorial" else 8)
     assert "--data_type is ignored" in output and "there it kept the first 2 documents" in output
-    # `epoch_steps` documents were all that RWKV-PEFT trained on; here every one is
-    assert "40 documents" in output and len(steps(tmp_path / script)) == 8
+    # `epoch_steps` documents were all that RWKV-PEFT trained on; here every one that is not held out
+    assert "35 documents" in output and len(steps(tmp_path / script)) == 8
 
 
 @pytest.mark.parametrize(
     "script, flags, method, passes, checkpoint",
     [
-        (DISHA, ['{"mode":"bone","load":"","r":64}'], "miss", 0.4, "--peft_checkpoint"),
-        (BONE, ['{"bone_load":"","bone_r":32}'], "bat", 0.2, "--lora_checkpoint"),
+        (DISHA, ['{"mode":"bone","load":"","r":64}'], "miss", 0.457, "--peft_checkpoint"),
+        (BONE, ['{"bone_load":"","bone_r":32}'], "bat", 0.229, "--lora_checkpoint"),
     ],
     ids=["run_disha.sh", "run_bone.sh"],
 )
@@ -160,7 +160,7 @@ def test_bone_and_disha_and_their_merge(files, tmp_path, script, flags, method, 
     metadata = read_metadata(tmp_path / "run/adapter.pth")
     rank = {"miss": 64, "bat": 32}[method]  # Bat's divides the widths
     assert (metadata["method"], metadata["options"]["rank"], metadata["step"]) == (method, rank, 2)
-    assert "40 documents" in output and "--train_parts time,ln does" in output
+    assert "35 documents" in output and "--train_parts time,ln does" in output
     assert f" over the data, or {passes} with --packing 0" in output, "a row was a document there"
     merge(files, 6, checkpoint, tmp_path / "run/adapter.pth", tmp_path / "merged.pth")
 

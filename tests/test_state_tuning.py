@@ -456,6 +456,7 @@ def train(files, proj_dir, *flags, version=7):
     sound = f"""
         --load_model {files}/v{version}.pth --data_file {files}/data.jsonl --proj_dir {proj_dir}
         --tokenizer bytes --accelerator cpu --lr_init paper --lr_schedule constant --micro_bsz 21
+        --eval_split 0
     """
     return program.succeed(program.run([*sound.split(), *flags]))
 
