@@ -416,6 +416,11 @@ def test_what_to_try_is_what_was_not_tried(origin, settings, words):
     assert judged(sft(4.0, 3.99), config, origin, searched).remedy.startswith(words)
 
 
+def test_answers_that_are_lost_at_a_rate_that_was_found_point_to_the_rows():
+    found = judged(answered(0.6, 0.1, 4.0, 4.2), SFT, SEARCHED, True)
+    assert found.name == WORSE and found.remedy == "rows that teach what the held-out questions ask"
+
+
 def test_of_few_rows_none_are_held_out():
     config = dataclasses.replace(SFT, origins={"eval_split": f"{CHOSEN}: 15 documents, too few"})
     assert advice(NAMED["nothing held out"], sft(steps=FELL, config=config)).startswith(
@@ -448,11 +453,14 @@ def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run,
     assert judged(run, config, origin, origin == SEARCHED).remedy == words
 
 
-def test_few_steps_without_a_right_answer_still_learn():
+def test_few_steps_with_few_right_answers_still_learn():
     """By the loss alone they have stopped."""
-    found = judged(answered(0.0, 0.0, 12.0, 3.5, steps=[12.0] * 10 + [3.5, 3.6] * 23))
-    assert found.name == STILL and found.reason.endswith("in only 56 steps; right answers 0 to 0 of 40")
+    steps = [12.0] * 10 + [3.5, 3.6] * 23
+    found = judged(answered(0.0, 0.25, 12.0, 3.5, steps=steps))
+    assert found.name == STILL and found.reason.endswith("in only 56 steps; right answers 0 to 10 of 40")
     assert found.remedy == "more passes: --epoch_count 8"
+    assert judged(answered(0.0, 0.95, 12.0, 3.5, steps=steps)).name == LEARNT
+    assert judged(answered(0.0, 0.25, 12.0, 3.5, 3.6, steps=steps), step=1).name == LEARNT
 
 
 def test_a_training_loss_far_below_the_held_out_loss_is_by_heart():

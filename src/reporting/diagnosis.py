@@ -61,7 +61,7 @@ RULES = (
         WORSE,
         lambda f: f.more_right < -2,
         lambda f: f"the {f.score}{f.right_text}",
-        lambda f: [likelier(f) if f.is_preference else lower_rate(f)],
+        lambda f: [kept_answers(f)],
     ),
     Rule(
         "failed",
@@ -111,7 +111,7 @@ RULES = (
     Rule(
         "still learning",
         STILL,
-        lambda f: f.gain >= LITTLE and (f.goes_on or f.is_short and f.is_no_more_right),
+        lambda f: f.gain >= LITTLE and (f.goes_on or f.is_short and f.is_unsolved),
         lambda f: (
             f"the {f.score}"
             + (", and had not stopped at the end" if f.goes_on else f" in only {f.lines[-1]['step']} steps")
@@ -324,6 +324,15 @@ def likelier(f: Facts) -> str:
         return f"--orpo_lambda below {config.orpo_lambda:g}"
     usual = usual_weight(config)
     return f"--sft_weight {usual:.3g}" if config.sft_weight < usual else lower_rate(f)
+
+
+def kept_answers(f: Facts) -> str:
+    """Advise what keeps the answers that were right."""
+    if f.is_preference:
+        return likelier(f)
+    if untried_rate(f) or f.has_risen or not f.by_loss:
+        return lower_rate(f)
+    return "rows that teach what the held-out questions ask"
 
 
 def mended(f: Facts) -> str:

@@ -230,6 +230,11 @@ class Facts:
         return (self.rights[1] - self.rights[0]) / error if error else 0.0
 
     @property
+    def is_unsolved(self) -> bool:
+        """True if fewer answers are right than the share that counts as solved."""
+        return self.rights is not None and self.rights[1] < SOLVED
+
+    @property
     def is_no_more_right(self) -> bool:
         """True if a run by loss has no more right answers than before, of questions that are not few."""
         if not self.by_loss or self.rights is None:
