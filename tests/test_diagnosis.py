@@ -391,6 +391,12 @@ def test_it_is_the_recommended_state_that_is_judged():
     assert judged(sft(4.0, 3.0, 4.5, steps=steps), step=2).name == BY_HEART
     assert judged(dpo(), DPO).name == LEARNT
     assert judged(sft(4.0, 3.0)).name == STILL, "two steps tell of no end"
+    assert judged(sft(None, 3.0)).reason.startswith(
+        "the loss on held-out documents was not finite before the training and is 3.0000"
+    )
+    late = sft(4.0, 3.0, steps=FELL)
+    del late.history[0]
+    assert judged(late).name == NOT_JUDGED and "no evaluation before the training" in judged(late).reason
     assert judged(sft(4.0, None)).reason == "the loss on held-out documents is not finite"
     assert judged(sft(4.0, 4.0)).sentence == (
         "nothing learnt: the loss on held-out documents went from 4.0000 to 4.0000; try --lr_init auto, which"
@@ -518,6 +524,43 @@ def test_the_range_of_a_reward_is_known_unless_a_function_of_the_user_has_a_part
     dead = course(reward=5.0, noise=0.0, dead_groups=1.0)
     assert said(dead, OWN) == [(1, "dead")]
     assert (WINDOW + 1 < said(course(reward=(5.0, 1.0)), OWN)[0][0] < 30) and bounds(OWN.rewards) is None
+
+
+def random_run(rng, config):
+    """Steps and evaluations of any numbers, some of them not finite or not there, and the state to judge."""
+    count, share = rng.choice([1, 2, 12, 40]), rng.random
+    number = lambda: rng.choice([None, 0.0, share(), 5 * share()])  # noqa: E731
+    names = {"dpo": ("raw_accuracy", "reward_accuracy", "logp_chosen", "kl"), "grpo": ("reward",)}
+    beside = dict.fromkeys(names.get(config.loss, ()), number)
+    lines = [
+        {
+            "step": step,
+            "loss": rng.choice([0.0, share()]),
+            "units": 8,
+            "reward_chosen": number(),
+            "cut": share(),
+        }
+        | {"dead_groups": rng.choice([0.0, 1.0]), "failed_groups": 0}
+        | {name: value() for name, value in beside.items()}
+        for step in range(1, count + 1)
+    ]
+    steps = sorted({0, count, rng.randint(0, count)})[rng.random() < 0.1 :]
+    history = []
+    for step in steps * (rng.random() < 0.9):
+        asked = rng.choice([1, 40])
+        fault = {name: rng.randint(0, asked) for name in ("empty", "endless", "same", "same_right")}
+        line = {"step": step, "loss": number(), "units": 9, "samples": [], "asked": asked}
+        line |= {"answers": fault | {"common": "a"}} | {name: value() for name, value in beside.items()}
+        line |= {"right_answers": share()} if rng.random() < 0.5 else {}
+        history.append(line | ({"loss": line["reward"] and -line["reward"]} if config.loss == "grpo" else {}))
+    return lines, rng.choice([line["step"] for line in history] or [count]), history
+
+
+def test_every_run_has_a_verdict():
+    rng = random.Random(0)
+    for _ in range(500):
+        config = rng.choice([SFT, DPO, GRPO, OWN])
+        assert verdict(config, *random_run(rng, config), rng.random() < 0.5).reason
 
 
 # while a run goes

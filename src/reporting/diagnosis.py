@@ -227,7 +227,7 @@ RULES = (
         lambda f: f.is_blind,
         lambda f: (
             f"the training loss fell by {percent(f.learnt)}, from {f.losses[1]:.4f} to {f.losses[2]:.4f},"
-            " which may be by heart: nothing was held out"
+            f" which may be by heart: {f.unknown}"
         ),
         lambda f: (
             ["more rows, as of 20 or more some are held out"]

@@ -81,9 +81,11 @@ class Facts:
     @functools.cached_property
     def gain(self) -> float:
         """The share of itself, or of its range, by which the score got better; NaN where it is not known."""
-        if None in self.change:
-            return math.nan
         before, after = self.change
+        if after is None:
+            return math.nan
+        if before is None:
+            return 1.0
         better = before - after if self.by_loss else after - before
         scale = self.range[1] - self.range[0] if self.range else abs(before)
         return better / scale if scale else better
@@ -94,6 +96,8 @@ class Facts:
         before, after = self.change
         if after is None:
             return f"loss on {self.documents} is not finite"
+        if before is None:
+            return f"loss on {self.documents} was not finite before the training and is {after:.4f}"
         verb = "rose" if after > before else "fell" if after < before else "went"
         if self.by_loss:
             share = f" by {100 * self.gain:.2f} %," if self.gain > 0 else ""
@@ -115,14 +119,15 @@ class Facts:
     @property
     def has_gap(self) -> bool:
         """True if less than half as much is left of the training loss as of the held-out loss."""
-        if not self.after or not self.before["loss"] or self.after["loss"] is None:
+        if not (self.after and self.before["loss"] and self.after["loss"] and self.losses[0]):
             return False
         return self.losses[2] / self.losses[0] < self.after["loss"] / self.before["loss"] / 2
 
     @property
     def between(self) -> list[dict]:
         """The evaluations after step 0 and before the last part of the run."""
-        return [line for line in self.history if 0 < line["step"] <= LATE * self.history[-1]["step"]]
+        lines = self.history if self.after else ()
+        return [line for line in lines if 0 < line["step"] <= LATE * self.history[-1]["step"]]
 
     @property
     def last_score(self) -> str:
@@ -141,7 +146,7 @@ class Facts:
     @property
     def then(self) -> str:
         """The way of the score after the state that is judged, in words; "" if that is the last one."""
-        if not self.history or self.history[-1] is self.after:
+        if not self.after or self.history[-1] is self.after:
             return ""
         moved = "got no better"
         if is_worse(self.after, self.history[-1]):
@@ -155,7 +160,7 @@ class Facts:
         The last evaluation before the last part of the run tells it, else the training's steps. A run with
         fewer steps than tell it has not stopped.
         """
-        if self.after and self.history[-1] is not self.after:
+        if self.after and (self.history[-1] is not self.after or self.after["loss"] is None):
             return False
         name, part = "loss" if self.by_loss else "reward", len(self.lines) // 4
         if self.between and self.between[-1][name] is not None:
@@ -182,8 +187,13 @@ class Facts:
 
     @property
     def is_blind(self) -> bool:
-        """True if only training losses are known."""
-        return self.by_loss and not self.history
+        """True if only training losses tell of the way from the base to the end."""
+        return self.by_loss and not self.after
+
+    @property
+    def unknown(self) -> str:
+        """The reason for that, in words."""
+        return "there is no evaluation before the training" if self.history else "nothing was held out"
 
     @functools.cached_property
     def losses(self) -> tuple[float, float, float]:
