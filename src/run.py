@@ -150,7 +150,7 @@ def prepare(
     if before:
         keep_rows_per_step(draft, before.rows_per_step, before.accumulation)
     data = read_data(draft, tokenizer, template)
-    choose_train_parts(draft, data.documents, tokenizer)
+    choose_train_parts(draft, arch, data.documents, tokenizer)
     reward_digest = try_rewards(objective_of(draft.config), template, data) if for_run else None
     found = dataclasses.replace(found, memory=memory_of(found, typed.world))  # read once: it changes
     schedule = plan_steps(draft, arch, found, data)
@@ -308,7 +308,7 @@ def do_steps(
         found = plan.data
         data = TrainingData(found.documents, found.held_out, plan.evaluated, found.encoder, rewards)
         search = RateSearch(plan)
-        module = FineTuning(model, config, data, plan.steps, first_step, search.run, objective)
+        module = FineTuning(model, config, data, plan.steps, first_step, search.run, objective, history)
         fit(trainer, module, report)
     settled, step = search.draft.config, trainer.global_step
     if trainer.is_global_zero:

@@ -297,7 +297,7 @@ def test_targets_are_a_list():
         ("--lr_map ffn", "--lr_map ffn: expected JSON or key=value pairs"),
         ("--lr_map ffn=x", "--lr_map ffn: must be a factor"),
         ("--lr_map {", "--lr_map {: not valid JSON"),
-        ("--lr_schedule step", "expected one of cos, linear, exp, constant, wsd"),
+        ("--lr_schedule step", "expected one of auto, cos, linear, exp, constant, wsd, plateau"),
         ("--lr_schedule exp --lr_final 0", "--lr_final 0 is never reached by --lr_schedule exp"),
         ("--strategy deepspeed", "deepspeed_stage_1"),
         ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),

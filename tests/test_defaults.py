@@ -247,6 +247,16 @@ def test_a_schedule_at_its_beginning_halfway_and_at_its_end(shape, factors):
     assert factor(25) == pytest.approx(quarter.get(shape, 1), abs=1e-3)
 
 
+def test_a_plateau_halves_the_rate_after_each_evaluation_that_is_no_better():
+    history = [
+        {"step": step, "loss": loss} for step, loss in ((0, 9.0), (2, 4.0), (4, 4.0), (6, None), (8, 3.0))
+    ]
+    factor = learning_rate_factor(
+        Config(lr_final=0.3, warmup_steps=2, lr_schedule="plateau"), 1.0, 99, history
+    )
+    assert [factor(step) for step in range(10)] == [0.5, 1, 1, 1, 1, 0.5, 0.5, 0.3, 0.3, 0.3]
+
+
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     draft = Draft(Config(micro_bsz=3))
     choose_batch(draft, 999, None, 0)
@@ -393,7 +403,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = recorded_settings(str(tmp_path / "first/config.yaml")).settings
     # those of other losses are read with these alone
-    filled = AUTOMATIC - OF_LOSSES.keys()
+    filled = AUTOMATIC - OF_LOSSES.keys() - {"lr_map"}  # empty where no part of the base was chosen
     assert not [name for name in filled if saved.is_automatic(name)], "the saved settings are filled in"
 
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))

@@ -130,8 +130,8 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
         (["--steps", "40"], 40, 1 / 2),
         (["--steps", "10"], 10, 1),
         (["--steps", "40", "--warmup_steps", "4"], 40, 1 / 4),
-        # 5 passes of 2 steps, as a run would make
-        ([], 10, 1),
+        # 40 passes of 2 steps, as a run would make at most
+        ([], 80, 1 / 4),
         (["--epoch_steps", "101"], 100, 1 / 5),
     ],
 )

@@ -210,7 +210,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     proj_dir, whole = tmp_path / "run", tmp_path / "whole"
     flags = """
         --eval_split 0.2 --eval_samples 0 --eval_steps 1 --save_steps 1 --save_total_limit 9 --packing 1
-        --micro_bsz 1 --ctx_len 200 --epoch_steps 6 --peft_config r=5
+        --micro_bsz 1 --ctx_len 200 --epoch_steps 6 --peft_config r=5 --lr_schedule plateau
     """.split()
     script = functools.partial(scripted, LOSSES)
 
@@ -242,6 +242,9 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
     seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert max(seconds) < 3600, "an evaluation is no part of a step"
+    rates = [json.loads(line)["lr"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    shares = [rate / rates[0] for rate in rates]
+    assert shares == [1, 1, 1, 1, 0.5, 0.25], "half of it, a step after each evaluation that is no better"
     for name in ("validation.jsonl", "adapter.pth", "best.pth"):
         assert (whole / name).suffix == ".pth" or (whole / name).read_text() == (proj_dir / name).read_text()
         assert (whole / name).suffix != ".pth" or same_tensors(whole / name, proj_dir / name)

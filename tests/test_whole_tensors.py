@@ -20,6 +20,7 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.load import load
 from src.model import RWKV
 from src.planning.base_model import choose_train_parts, token_text
+from src.planning.defaults import first_guess
 from src.planning.draft import Draft
 from src.training.optimizer import parameter_groups
 from src.training.outputs import whole_model
@@ -258,8 +259,13 @@ def choice(path, texts, **settings):
         Document(np.frombuffer(text, np.uint8).astype(np.int32), np.ones(len(text))) for text in texts
     ]
     draft = Draft(Config(load_model=str(path), **settings))
-    choose_train_parts(draft, Documents(documents), tokenizer)
-    return draft.config.value_or_zero("train_parts"), draft.config.origins.get("train_parts")
+    arch = make_arch(7, vocab_size=256)
+    choose_train_parts(draft, arch, Documents(documents), tokenizer)
+    parts = draft.config.value_or_zero("train_parts")
+    if draft.config.origins.get("train_parts") and parts:  # a matrix learns as in full training
+        share = first_guess(Config(load_model="a", peft="none"), arch) / first_guess(draft.config, arch)
+        assert draft.config.lr_map == dict.fromkeys(parts.split(","), pytest.approx(share, rel=0.2))
+    return parts, draft.config.origins.get("train_parts")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

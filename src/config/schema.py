@@ -160,15 +160,18 @@ class Config(LossSettings):
         {},
         "factors of the learning rate by parts of the trained tensors' names: '{\"ffn\": 0.5,"
         ' "blocks.0": 2}\' or ffn=0.5,blocks.0=2. The longest part that matches counts. A tensor that'
-        " layers share is named shared.NAME",
+        " layers share is named shared.NAME. Empty: none, but for parts that --train_parts auto chooses",
+        automatic=True,
     )
     lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init", high=1e30)
     lr_schedule: str = opt(
-        "cos",
+        "auto",
         "how the learning rate goes from lr_init to lr_final: cos; linear; exp, by the same factor at"
-        " every step; constant, which stays at lr_init; or wsd, which stays and falls in a straight"
-        " line over the last fifth",
-        choices=("cos", "linear", "exp", "constant", "wsd"),
+        " every step; constant, which stays at lr_init; wsd, which stays and falls in a straight line over"
+        " the last fifth; or plateau, which halves it at each evaluation that is no better than one"
+        " before. auto: plateau where the passes end by the held-out loss, else cos",
+        choices=("auto", "cos", "linear", "exp", "constant", "wsd", "plateau"),
+        automatic=True,
     )
     warmup_steps: int = opt(
         -1, "optimizer steps of linear warm-up. -1: 5 % of the run", automatic=True, low=-1

@@ -98,7 +98,7 @@ def check_adapter(config: Config) -> None:
 
 def check_learning_rates(config: Config) -> None:
     """Check that every given rate is used."""
-    for part, factor in config.lr_map.items():
+    for part, factor in config.value_or_zero("lr_map").items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise UserError(
                 f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}"

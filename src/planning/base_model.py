@@ -29,7 +29,7 @@ from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from ..model.dtypes import dtype_of, dtype_of_base
 from ..objectives.kinds import objective_of
-from .defaults import own_rank
+from .defaults import first_rate, first_rate_of_all, own_rank
 from .draft import Draft
 
 BEGINS_WITHIN = 1.01e-4  # RWKV-LM's first embeddings are within 1e-4, and a dtype of few bits rounds that up
@@ -60,14 +60,14 @@ def read_base(draft: Draft):
             draft.put(peft_config={**rank, **draft.config.peft_config})
         draft.config.adapter.inject(model)
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
-    check_parts("--lr_map", config.lr_map, trained)
+    check_parts("--lr_map", config.value_or_zero("lr_map"), trained)
     if config.reference:
         check_reference(config.reference, config.load_model, arch.vocab_size)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 
-def choose_train_parts(draft: Draft, documents: Examples, tokenizer: Tokenizer) -> None:
-    """Fill in train_parts: embedding and head where the base never saw some of the data's tokens.
+def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer: Tokenizer) -> None:
+    """Fill in train_parts: embedding and head where the base never saw some of the data's tokens; and lr_map.
 
     An embedding row begins within BEGINS_WITHIN of 0, and moves as soon as its token is trained. So an
     untrained token is known exactly. In a base that is new no row tells anything.
@@ -94,6 +94,9 @@ def choose_train_parts(draft: Draft, documents: Examples, tokenizer: Tokenizer) 
         f"the base never saw {percent(share)} of the data's tokens: {counted(len(most), 'token')} such as"
     )
     draft.choose("train_parts", ",".join(parts), f"{reason} {named}")
+    share = first_rate_of_all(arch) / first_rate(config, arch)
+    factors = dict.fromkeys(parts, float(f"{min(share, 1.0):.1g}"))
+    draft.choose("lr_map", factors, "whole tensors move as far in a step as in full training")
 
 
 def is_untrained(rows: torch.Tensor) -> torch.Tensor:

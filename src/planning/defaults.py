@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from rwkv_miss.adapter import FIRST_MOVE, METHODS
+from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
@@ -123,6 +124,9 @@ def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: b
         if count > 1 and held_out and draft.config.eval_steps > 0:
             patience = -(-PATIENCE * between // draft.config.eval_steps)
             draft.choose("early_stop", patience, "the held-out loss falls no further")
+            if objective_of(draft.config).metrics.by_loss and draft.config.early_stop:
+                draft.choose("lr_schedule", "plateau", "nobody knows where the passes end")
+    draft.choose("lr_schedule", "cos", "the run's length is known")
     steps = draft.config.total_steps(steps_per_pass)
     draft.choose("warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
 
@@ -146,6 +150,10 @@ def choose_no_evaluations(draft: Draft) -> None:
     """Fill in eval_steps and early_stop where nothing else was chosen for them."""
     draft.choose("eval_steps", 0, "nothing asks for evaluations in between")
     draft.choose("early_stop", 0, "only chosen passes end early")
+    if draft.config.lr_schedule == "plateau" and not draft.config.eval_steps:
+        raise UserError(
+            "--lr_schedule plateau follows the evaluations, and there are none: give --eval_steps N"
+        )
 
 
 def warm_up(steps: int) -> int:
@@ -264,12 +272,18 @@ def first_guess(config: Config, arch: Arch) -> float:
 
     A preference without the chosen answers' cross entropy gets a smaller one, and so do rewards.
     """
+    return float(f"{first_rate(config, arch) * objective_of(config).rate_share:.2g}")
+
+
+def first_rate(config: Config, arch: Arch) -> float:
+    """Guess a learning rate of supervised training from method, rank and widths."""
     if config.peft != "none":
         method = METHODS[config.peft]
         options = method.Options.parse(dict(config.adapter.options))
-        rate = method.first_rate(arch.n_layer, arch.n_embd, options)
-    elif config.load_model:
-        rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum over its inputs
-    else:
-        rate = config.published_rate
-    return float(f"{rate * objective_of(config).rate_share:.2g}")
+        return method.first_rate(arch.n_layer, arch.n_embd, options)
+    return first_rate_of_all(arch) if config.load_model else config.published_rate
+
+
+def first_rate_of_all(arch: Arch) -> float:
+    """Guess a learning rate of full training: a step moves an output by the sum over its inputs."""
+    return FIRST_MOVE / (arch.n_layer * arch.n_embd)

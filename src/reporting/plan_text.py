@@ -154,6 +154,8 @@ def rates(run: Plan) -> str:
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
     state_rate = config.state_learning_rate
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
+    if config.lr_schedule == "plateau":
+        shape += ", half after each evaluation that is no better"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
     kind, _, reason = config.origin_of("lr_init").partition(": ")
     why = f"; {reason}" if kind == CHOSEN else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,12 +13,17 @@ from rwkv_miss.inject import adapter_tensors
 
 from ..config import Config
 from ..planning.defaults import warm_up
+from .validation_log import no_better
+
+PLATEAU = 0.5  # factor of the rate for each evaluation that is no better than one before
 
 
-def learning_rate_factor(config: Config, rate: float, total: int):
+def learning_rate_factor(config: Config, rate: float, total: int, history: Sequence[dict] = ()):
     """Return a function of the optimizer step, counted from 0: the factor of `rate`.
 
-    It is a linear warm-up, then --lr_schedule.
+    It is a linear warm-up, then --lr_schedule. `plateau` is a function of the evaluations in `history` before
+    the step's predecessor, so that a run that goes on after an evaluation has the rates of one that never
+    stopped.
     """
     warmup = warm_up(total) if config.is_automatic("warmup_steps") else config.warmup_steps
     final = 0.1 if config.lr_final < 0 else config.lr_final / rate
@@ -32,6 +38,9 @@ def learning_rate_factor(config: Config, rate: float, total: int):
             return 1 - (1 - final) * progress
         if config.lr_schedule == "exp":
             return final**progress
+        if config.lr_schedule == "plateau":
+            known = [line for line in history if line["step"] < step]
+            return max(final, PLATEAU ** sum(no_better(known)))
         if config.lr_schedule == "wsd":
             return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
         return 1.0

@@ -126,7 +126,8 @@ def train(
     schedule = make_schedule(documents, config, processes.world)
     trained, around = [p for p in model.parameters() if p.requires_grad], AroundSteps(model)
     rate = config.lr_init
-    groups = parameter_groups(model, rate, config.weight_decay, config.state_learning_rate, config.lr_map)
+    factors = config.value_or_zero("lr_map")
+    groups = parameter_groups(model, rate, config.weight_decay, config.state_learning_rate, factors)
     optimizer = adamw(groups, config, rate)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, rate, steps))
     device = model.emb.weight.device

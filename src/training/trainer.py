@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -86,6 +86,7 @@ class FineTuning(pl.LightningModule):
         first_step: int = 0,
         find_rate: Callable[[FineTuning], float] | None = None,
         objective: Objective | None = None,
+        history: Sequence[dict] = (),
     ):
         super().__init__()
         self.model, self.config, self.find_rate = model, config, find_rate
@@ -93,6 +94,7 @@ class FineTuning(pl.LightningModule):
         self.data = dataclasses.replace(data, evaluated=everything)
         self.objective, self.reference = objective or objective_of(config), reference_of(config.reference)
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
+        self.history = history  # the evaluations, which grow while the run goes
         self.around_steps = AroundSteps(model)
         self.step_loss: Tensor | float = 0.0  # of the micro-batches so far, on the device
         self.step_metrics: Tensor | None = None  # of the same, where the objective has any
@@ -114,10 +116,11 @@ class FineTuning(pl.LightningModule):
         if self.find_rate and config.is_automatic("lr_init"):
             self.config = config = dataclasses.replace(config, lr_init=self.find_rate(self))
         self.lr = config.lr_init
-        self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps)
+        self.lr_factor = learning_rate_factor(config, self.lr, self.total_steps, self.history)
         # now, while every parameter has its shape: ZeRO-3 takes it away
+        factors = config.value_or_zero("lr_map")
         self.groups = parameter_groups(
-            self.model, self.lr, config.weight_decay, config.state_learning_rate, config.lr_map
+            self.model, self.lr, config.weight_decay, config.state_learning_rate, factors
         )
 
     def read_reference(self) -> None:

@@ -51,19 +51,22 @@ def is_worse(before: dict, after: dict) -> bool:
     return before["loss"] is not None and after["loss"] > before["loss"]
 
 
-def is_over(history: list[dict], early_stop: int) -> bool:
-    """Tell whether the last `early_stop` evaluations were no better than one before (0: never).
+def no_better(history: list[dict]) -> list[bool]:
+    """Tell of each evaluation whether it was no better than one before.
 
     Better is a loss that is lower by more than FLAT of the one before the training.
     """
-    lowest, since = math.inf, 0
+    lowest, found = math.inf, []
     for line in history:
         loss = math.inf if line["loss"] is None else line["loss"]
-        if line["step"] == 0 or loss < lowest - FLAT * abs(history[0]["loss"] or 0.0):
-            lowest, since = loss, 0
-        else:
-            since += 1
-    return 0 < early_stop <= since
+        found.append(line["step"] > 0 and loss >= lowest - FLAT * abs(history[0]["loss"] or 0.0))
+        lowest = lowest if found[-1] else loss
+    return found
+
+
+def is_over(history: list[dict], early_stop: int) -> bool:
+    """Tell whether the last `early_stop` evaluations were no better than one before (0: never)."""
+    return 0 < early_stop <= len(history) and all(no_better(history)[-early_stop:])
 
 
 def learns_by_heart(config: Config) -> bool:
