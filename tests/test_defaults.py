@@ -106,6 +106,9 @@ def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents
         (399, {"epoch_count": 2}, 800, (8, 1, 0)),
         (3, {}, 800, (1, 1, 0)),
         (3, {"epoch_steps": 9}, 800, (8, 1, 0)),
+        (45, {"loss": "grpo"}, 1600, (16, 1, 0)),
+        (45, {"loss": "grpo"}, 800, (8, 2, 0)),
+        (9, {"loss": "grpo"}, 1600, (8, 1, 0)),
         (400, {"devices": 2}, 800, (4, 1, 0)),
         (400, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)),
         (399, {"devices": 2}, 200, (2, 1, 0)),
@@ -213,12 +216,12 @@ def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
 
 def test_few_documents_are_read_until_they_are_known_by_heart():
     lengths = []
-    for documents in (19, 20):
-        draft = Draft(Config())
+    for documents, loss in ((19, "sft"), (20, "sft"), (19, "grpo")):
+        draft = Draft(Config(loss=loss, rewards={"exact": 1.0}))
         choose_length(draft, 3, documents, False)
         lengths.append(length_of(draft.config))
-        assert learns_by_heart(draft.config) == (documents == 19)
-    assert lengths == [(40, AUTO, AUTO, 6), (1, AUTO, AUTO, 0)]
+        assert learns_by_heart(draft.config) == (len(lengths) == 1)
+    assert lengths == [(40, AUTO, AUTO, 6), (1, AUTO, AUTO, 0), (1, AUTO, AUTO, 0)]
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():

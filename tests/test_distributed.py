@@ -44,7 +44,7 @@ def files(tmp_path_factory):
     return folder
 
 
-OWN = "--weight_decay 20 --adam_eps 1e-3 --peft_config r=5".split()
+OWN = "--weight_decay 20 --adam_eps 1e-3 --peft_config r=5 --epoch_count 1".split()
 
 
 def start(files, proj_dir, *flags, sabotage=None):

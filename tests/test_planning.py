@@ -104,6 +104,17 @@ def test_data_that_are_not_there_are_named_before_anything_is_read(tmp_path, mis
         check_data_files(Config(**files | {missing: str(tmp_path / "absent.jsonl")}))
 
 
+@pytest.mark.parametrize("prompts, held", [(30, 5), (20, 5), (19, 0), (1, 0)])
+def test_equal_rows_count_once_where_few_are_held_out(tmp_path, prompts, held):
+    """30 rows; of one prompt or text none can be held out alone."""
+    rows = [{"text": f"ab{i % prompts}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data_file=str(tmp_path / "rows.jsonl"), data_cache="none")
+    found = read_data(Draft(config), load_tokenizer("bytes", 256, ""), DEFAULT)
+    assert (len(found.held_out) >= held) if held else not found.held_out
+    assert len(found.documents) + len(found.held_out) == 30
+
+
 def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     config, tokenizer = (

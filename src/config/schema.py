@@ -120,7 +120,7 @@ class Config(LossSettings):
     accumulate_grad_batches: int = opt(
         0,
         "forward passes in one optimizer step. 0: 1 if micro_bsz is given. Otherwise a step gets 8"
-        " rows over all devices, or fewer if the run would have fewer than 50 steps",
+        " rows over all devices, or fewer if one pass would have fewer than 50 steps; with --loss grpo 16",
         automatic=True,
         low=0,
     )

@@ -139,6 +139,7 @@ class Objective(abc.ABC):
     word = "document"  # name of an example
     same = "word for word"  # how an example is in two files
     usual_rows = 8  # the most rows that are chosen for a step
+    has_small_steps = True  # whether a step has fewer of them over few data
     rate_share = 1.0  # the first guess of the rate, as a part of a supervised training's
     looks = 1  # how often an example is looked at in a step or an evaluation
     evaluations_between = 0  # the most that are chosen between the first evaluation and the last

@@ -91,13 +91,10 @@ def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -
     return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
 
-def passes(steps: int, documents: int, held_out: bool) -> tuple[int, str]:
-    """Choose (epoch_count, why): the most passes over data with `steps` steps in one.
-
-    Few documents, of which none is held out, are read until they are known by heart.
-    """
+def passes(steps: int, can_stop: bool) -> tuple[int, str]:
+    """Choose (epoch_count, why): the most passes over data with `steps` steps in one."""
     reason = f"one pass makes {counted(steps, 'step')}"
-    if not held_out and documents >= UNDIVIDED:
+    if not can_stop:
         return 1, f"{reason}; nothing is held out that would tell when to stop"
     return min(max(MOST_STEPS // steps, 1), PASSES), f"{reason}, of at most {MOST_STEPS:,}"
 
@@ -111,12 +108,16 @@ def steps_between(steps_per_pass: int, inner_steps: int) -> int:
 
 
 def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: bool) -> None:
-    """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
+    """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps.
+
+    Few documents, of which none is held out, are read until they are known by heart. A reward does not tell.
+    """
     epoch_steps = draft.config.epoch_steps
     if draft.config.is_automatic("epoch_count"):
         count, reason = 1, "--epoch_steps is given"
         if not epoch_steps:
-            count, reason = passes(steps_per_pass, documents, held_out)
+            by_heart = documents < UNDIVIDED and objective_of(draft.config).metrics.by_loss
+            count, reason = passes(steps_per_pass, held_out or by_heart)
         draft.choose("epoch_count", count, reason)
         if count > 1 and held_out:
             between = steps_between(steps_per_pass, draft.config.inner_steps)
@@ -174,7 +175,9 @@ def choose_batch(draft: Draft, rows: int, needed: Callable[[Config], float], roo
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
         is_given = config.global_bsz or not config.is_automatic("accumulate_grad_batches")
-        if not is_given and _rows_of_a_step(config, rows) < objective_of(config).usual_rows:
+        objective = objective_of(config)
+        small = objective.has_small_steps and _rows_of_a_step(config, rows) < objective.usual_rows
+        if small and not is_given:
             reason += f"; with more rows in a step there would be fewer than {STEPS} steps"
     else:
         tried = dataclasses.replace(config, accumulate_grad_batches=config.accumulation, grad_cp=0)
@@ -208,9 +211,13 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
-    """Choose a power of two up to usual_rows with which the run has STEPS steps, if it can."""
+    """Choose a power of two up to usual_rows with which one pass has STEPS steps, if it can."""
     most = objective_of(config).usual_rows
-    enough = most if config.epoch_steps else rows * (config.value_or_zero("epoch_count") or 1) // STEPS
+    enough = rows * (config.value_or_zero("epoch_count") or 1) // STEPS
+    if config.epoch_steps:
+        enough = most
+    elif not objective_of(config).has_small_steps:
+        enough = rows
     return 1 << max(min(enough, most), 1).bit_length() - 1
 
 

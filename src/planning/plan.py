@@ -53,6 +53,7 @@ from .memory import USABLE, memory_parts, needed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
+FEW = 1000  # documents that may be the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,10 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     draft.choose("ctx_len", *row_length(longest, config.chunk_ctx, texts, word))
     documents = objective_of(draft.config).examples(loaded)
     word, eval_steps = objective_of(config).word, config.value_or_zero("eval_steps")
-    draft.choose("eval_split", *held_out_share(len(documents), word, config.eval_file, eval_steps))
+    count = len(documents)
+    if count < FEW:  # those with one prompt are held out together
+        count = len({part.tobytes() for part in documents.held_out_by()})
+    draft.choose("eval_split", *held_out_share(count, word, config.eval_file, eval_steps))
     config, objective = draft.config, objective_of(draft.config)
 
     def load_held_out(path: str) -> Examples:
