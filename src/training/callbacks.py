@@ -104,6 +104,7 @@ class StepReport(Callback):
         self.path, self.total, self.started = path, total, started
         self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.warnings = warnings
+        self.bar = Progress("starting the trainer", shown=is_first_process())
         self.training = self.stop = False
         self.asked = 0.0  # time of the request to stop, on the monotonic clock
         self.inner_steps = 1  # steps on the same drawn answers
@@ -141,7 +142,7 @@ class StepReport(Callback):
         There is always a bar, until the trainer starts that of the steps.
         """
         before = self._take_signals()
-        self.bar = Progress("starting the trainer", shown=is_first_process()).start()
+        self.bar.start()
         try:
             yield
         finally:
