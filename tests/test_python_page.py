@@ -30,7 +30,7 @@ def losses(folder):
 def test_the_program_of_the_page_trains(ran):
     folder, said = ran
     assert "4 steps of rows of 256 tokens\nchosen: the longest document has" in said
-    assert "95 documents to train on, 5 held out" in said and said.count("done: step 4 of 4") == 2
+    assert "90 documents to train on, 10 held out" in said and said.count("done: step 4 of 4") == 2
     rows = (folder / "sort/rows.jsonl").read_text().splitlines()
     assert len(rows) == 100 and json.loads(rows[0]).keys() == {"question", "answer"}
 

@@ -61,6 +61,7 @@ def flags(files, proj_dir, *more):
         *("--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl")),
         *("--proj_dir", str(proj_dir), "--tokenizer", "bytes", "--data_cache", "none"),
         *("--accelerator", "cpu", "--ctx_len", "64", "--epoch_steps", "100", "--eval_samples", "0"),
+        *("--eval_split", "0.05"),
         *more,
     ]
 
