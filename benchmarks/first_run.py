@@ -1,16 +1,17 @@
-"""An experiment: does a run without settings learn as much as one with the best learning rate?
+"""An experiment: does a run without a learning rate learn as much as one with the best rate?
 
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
-    [--seeds 0 1 2] [--out out/first-run] [--report docs/results]
+    [--seeds 0 1] [--optimizers schedulefree ...] [--out out/first-run] [--report docs/results]
 
-Every training is a whole run of train.py with --load_model, --data_file, --peft and --random_seed, and with
-sizes that keep it short. First the learning rate is given: with the first seed up to seven rates, from a
-middle one to the better side, until the best has a worse one on both sides. The other seeds train at that
-best rate. Then the rate is left to the program, with each seed. At last it is the first guess, and the
-method's published rate, with the first seed.
+Every training is a whole run of train.py of 100 steps of 512 tokens. A task is taught by each method, with
+60, 200 or 2,000 rows. First the learning rate is left to the program, with each seed of adapter and data
+order. Then it is given: with the first seed up to seven rates, from a middle one to the better side, until
+the best has a worse one on both sides; with the other seeds that best rate. At last it is the first guess,
+with each seed. With the first seed two optimizers that need no search train too, if their packages
+schedulefree and prodigyopt are installed.
 
---data has the bases and texts of all tasks but sort: real/rwkv6-3m-utf16.pth, real/rwkv7-reverse.pth,
-gsm8k_train.jsonl, gsm8k_test.jsonl and tinyshakespeare.txt. They are not part of the repository.
+--data has the bases and texts of all tasks but sort: real/rwkv6-3m-utf16.pth, gsm8k_train.jsonl,
+gsm8k_test.jsonl and tinyshakespeare.txt. They are not part of the repository.
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
@@ -20,16 +21,20 @@ questions, none of which is in the training data. A finished training is kept in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import pathlib
 import random
 import shutil
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from unittest import mock
+
+import torch
 
 from demo import task as demo_task
 from rwkv_miss import UserError
@@ -44,6 +49,7 @@ from src.data.templates import recorded_template
 from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
 from src.objectives.kinds import objective_of
+from src.training import trainer
 from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
 
@@ -52,23 +58,21 @@ from .common import as_flags
 from .experiment import Lines, train, write_rows
 from .paper.results import Table
 from .paper.tasks import ROOT
-from .paper.training_tasks import DIGITS, digits
 
-METHODS = ("miss", "lora", "pissa", "state", "none")
-# the middle one of the seven rates, from which a sweep goes to the better side
-RATES = {"miss": 3e-3, "lora": 3e-3, "pissa": 1e-3, "state": 1.0, "none": 3e-4}
-QUESTIONS, TEXTS = 400, 40  # to judge by
-# under the counts of the report
+# the middle one of the seven rates, from which the given ones go to the better side
+RATES = {"miss": 3e-3, "lora": 3e-3, "none": 3e-4, "state": 1.0}
+METHODS = ("miss", "lora", "none")
+ROWS = (60, 200, 2000)
+STEPS, BASE_STEPS = 100, 200  # of a training, and of the base that is trained here
+QUESTIONS, TEXTS = 400, 24  # to judge by
+SHORT = 400  # characters of GSM8K's question and answer; longer ones would cost too much
+MOST_LOST, POINTS, LEAST = 0.05, 0.03, 0.8  # of the best fall, of right answers; of the fall in every case
 NOTE = (
-    "Given rates were tried with the first seed, from a middle one of seven to the better side, until the"
-    " best had a worse one on both sides. The other seeds trained at that best rate. So a found rate may come"
-    " out better than the best given one. The published rate has the passes and the warm-up of today, too."
-    "\n\n"
-    "The base of `digits` was made for another task: it begins with a loss of 15, where guessing has 2.5."
-    " After 10 steps the loss of MiSS is lowest at 0.01, and rises at 0.03, where the whole run is best."
-    " There a short trial says little about a long run."
+    "Each task is taught by each method, and each has each number of rows once. Given rates were tried with"
+    " the first seed, from a middle one of seven to the better side, until the best had a worse one on both"
+    " sides. The other seeds trained at that best rate. So a found rate may come out better than the best"
+    " given one. A run with a found rate is, digit for digit, the run that is given this rate."
 )
-SHORT = 250  # characters of GSM8K's question and answer; longer ones would cost too much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Task:
     train: pathlib.Path
     test: pathlib.Path
     flags: list[str]
-    counted: bool
+    counted: bool = False
 
     @property
     def config(self) -> Config:
@@ -88,100 +92,111 @@ class Task:
 
     @property
     def words(self) -> list[str]:
-        return ["--load_model", str(self.base), "--data_file", str(self.train), *self.flags]
+        own = as_flags(epoch_steps=STEPS, eval_steps=STEPS // 2, eval_samples=0)
+        return ["--load_model", str(self.base), "--data_file", str(self.train), *self.flags, *own]
 
 
-def sizes(**given: int) -> list[str]:
-    """Make flags that keep a run short."""
-    return as_flags(**given, eval_samples=0)
-
-
-def sort(folder: pathlib.Path, data: pathlib.Path) -> Task:
+def sort(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
     """Make the demo's task: a base that reverses letters learns to sort them."""
     held_out = demo_task.rows("sort", QUESTIONS, 1)
     asked = {turn["content"].split()[-1] for row in held_out for turn in row["messages"][::2]}
     return Task(
         ROOT / "demo/rwkv7-reverse.pth",
-        write_rows(folder / "train.jsonl", demo_task.rows("sort", 12000, 2, asked)),
+        write_rows(folder / "train.jsonl", demo_task.rows("sort", rows, 2, asked)),
         write_rows(folder / "test.jsonl", held_out),
-        sizes(ctx_len=128, micro_bsz=8, epoch_steps=240),
-        True,
+        as_flags(ctx_len=128, micro_bsz=4),
+        counted=True,
     )
 
 
-def digits_plus_one(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """Make a task in which a base that reverses digits learns to add one to each: 123, becomes 432#."""
-    vocabulary = folder / "digits.txt"
-    vocabulary.write_text("".join(f"{i} {sign!r} 1\n" for i, sign in enumerate(DIGITS)))
-
-    def written(name: str, count: int, seed: int) -> pathlib.Path:
-        rows = []
-        for ids, given in digits(count, seed):
-            text = "".join(DIGITS[i] for i in ids[:-1])
-            rows.append({"prompt": text[:given], "completion": text[given:]})
-        return write_rows(folder / f"{name}.jsonl", rows)
-
-    return Task(
-        data / "real/rwkv7-reverse.pth",
-        written("train", 24000, 1),
-        written("test", QUESTIONS, 0),
-        ["--tokenizer", str(vocabulary), "--eod", "#", *sizes(ctx_len=128, micro_bsz=8, epoch_steps=800)],
-        True,
-    )
-
-
-def gsm8k_rows(data: pathlib.Path, name: str) -> list[dict]:
-    lines = (data / f"gsm8k_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = map(json.loads, lines)
-    return [row for row in rows if len(row["question"]) + len(row["answer"]) <= SHORT]
-
-
-def gsm8k(folder: pathlib.Path, data: pathlib.Path) -> Task:
+def gsm8k(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
     """Make a task in which a small English RWKV-6 learns the form of GSM8K's answers."""
+
+    def short(name: str) -> list[dict]:
+        lines = (data / f"gsm8k_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [row for row in map(json.loads, lines) if len(row["question"] + row["answer"]) <= SHORT]
+        random.Random(0).shuffle(found)
+        return found
+
     return Task(
         data / "real/rwkv6-3m-utf16.pth",
-        write_rows(folder / "train.jsonl", gsm8k_rows(data, "train")),
-        write_rows(folder / "test.jsonl", gsm8k_rows(data, "test")[:TEXTS]),
-        ["--tokenizer", "utf16", *sizes(ctx_len=640, micro_bsz=1, epoch_steps=160, eval_docs=20)],
-        False,
+        write_rows(folder / "train.jsonl", short("train")[:rows]),
+        write_rows(folder / "test.jsonl", short("test")[:TEXTS]),
+        ["--tokenizer", "utf16", *as_flags(ctx_len=512, micro_bsz=1)],
     )
 
 
-def few_rows(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """Make the same task with 100 short rows, which are read several times."""
-    rows = sorted(gsm8k_rows(data, "train"), key=lambda row: len(row["question"]) + len(row["answer"]))
-    rows = rows[:200]
-    random.Random(0).shuffle(rows)
-    return Task(
-        data / "real/rwkv6-3m-utf16.pth",
-        write_rows(folder / "train.jsonl", rows[:100]),
-        write_rows(folder / "test.jsonl", rows[100 : 100 + TEXTS]),
-        ["--tokenizer", "utf16", *sizes(ctx_len=512)],
-        False,
+def pieces(text: str, size: int, rows: int, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Write pieces of a text from everywhere in it, to train on and to judge by."""
+    parts = [{"text": text[at : at + size]} for at in range(0, len(text) - size, size)]
+    random.Random(0).shuffle(parts)
+    test = SHORT * TEXTS // size
+    return (
+        write_rows(folder / "train.jsonl", parts[test : test + rows]),
+        write_rows(folder / "test.jsonl", parts[:test]),
     )
 
 
-def shakespeare(folder: pathlib.Path, data: pathlib.Path) -> Task:
-    """Make a task in which the same base learns Shakespeare, of which the last tenth is the test."""
+def shakespeare(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
+    """Make a task in which the same base learns Shakespeare."""
+    files = pieces((data / "tinyshakespeare.txt").read_text(), 128, rows, folder)
+    flags = as_flags(tokenizer="utf16", ctx_len=128, micro_bsz=4)
+    return Task(data / "real/rwkv6-3m-utf16.pth", *files, flags)
+
+
+def capitals(folder: pathlib.Path, data: pathlib.Path, rows: int) -> Task:
+    """Make a task in which a base of one half of Shakespeare learns the other half in capitals.
+
+    The base is trained here. It knows small letters of the other half almost as well as those of its own.
+    """
     text = (data / "tinyshakespeare.txt").read_text()
-    cut = len(text) * 9 // 10
-    (folder / "train.txt").write_text(text[:cut])
-    (folder / "test.txt").write_text(text[cut : cut + 80 * TEXTS])
-    return Task(
-        data / "real/rwkv6-3m-utf16.pth",
-        folder / "train.txt",
-        folder / "test.txt",
-        ["--tokenizer", "utf16", *sizes(ctx_len=128, micro_bsz=2, epoch_steps=160, eval_docs=40)],
-        False,
-    )
+    half, base = len(text) // 2, folder.parent / "base"
+    if not (base / "model.pth").exists():
+        base.mkdir(exist_ok=True)
+        (first := base / "first-half.txt").write_text(text[:half])
+        flags = as_flags(data_file=first, tokenizer="bytes", version="x070", peft="none", lr_init=2e-3)
+        size = as_flags(n_layer=12, n_embd=64, head_size=32, ctx_len=256, micro_bsz=8)
+        train(base / "run", [*flags, *size, *as_flags(epoch_steps=BASE_STEPS, eval_samples=0)], base / "log")
+        shutil.move(base / "run/model.pth", base / "model.pth")
+    files = pieces(text[half:].upper(), 256, rows, folder)
+    return Task(base / "model.pth", *files, as_flags(tokenizer="bytes", ctx_len=256, micro_bsz=2))
 
 
-TASKS = {
-    "sort": sort,
-    "digits": digits_plus_one,
-    "gsm8k": gsm8k,
-    "few-rows": few_rows,
-    "shakespeare": shakespeare,
+TASKS = {"sort": sort, "shakespeare": shakespeare, "gsm8k": gsm8k, "capitals": capitals}
+
+
+def schedule_free(groups: list[dict], config: Config, rate: float) -> torch.optim.Optimizer:
+    """Make schedule-free AdamW, which trains at one point and is read at the mean of such points."""
+
+    class Optimizer(importlib.import_module("schedulefree").AdamWScheduleFree):
+        def step(self, closure=None):
+            self.train()
+            loss = super().step(closure)
+            self.eval()
+            return loss
+
+    return Optimizer(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+
+
+def prodigy(groups: list[dict], config: Config, rate: float) -> torch.optim.Optimizer:
+    """Make Prodigy, which finds a factor of the rate 1 while it trains."""
+
+    class Optimizer(importlib.import_module("prodigyopt").Prodigy):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for state in self.state.values():
+                state["step"] = torch.as_tensor(state["step"])  # a checkpoint has tensors
+            return loss
+
+    groups = [group | {"lr": rate} for group in groups]  # it refuses rates that differ
+    betas = (config.beta1, config.beta2)
+    return Optimizer(groups, lr=rate, betas=betas, use_bias_correction=True, safeguard_warmup=True)
+
+
+# by package: how the optimizer is made, the rate (0: the first guess) and the schedule
+OPTIMIZERS = {
+    "schedulefree": (schedule_free, 0.0, "constant"),
+    "prodigyopt": (prodigy, 1.0, "cos"),
 }
 
 
@@ -190,19 +205,24 @@ class NotDone(Exception):
 
 
 class Trainings:
-    """The trainings of a task, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
+    """The trainings of a case, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
 
     def __init__(self, name: str, method: str, args: argparse.Namespace):
-        self.method, self.folder, self.only_finished = method, args.out / name, args.only_finished
+        self.rows = ROWS[(list(TASKS).index(name) + list(RATES).index(method)) % len(ROWS)]
+        self.method, self.folder, self.only_finished = method, args.out / name / method, args.only_finished
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.task = TASKS[name](self.folder, args.data)
-        self.lines = Lines(self.folder / f"{method}.jsonl", "seed", "rate")
+        self.task = TASKS[name](self.folder, args.data, self.rows)
+        self.lines = Lines(self.folder / "trainings.jsonl", "seed", "rate")
 
     def at(self, rate: float | str, seed: int) -> dict:
-        """Return the line of the training at a rate, which may be auto, with a seed of adapter and order.
+        """Return the line of the training at a rate, with a seed of adapter and order.
 
-        NotDone where it is not done and shall not be.
+        The rate may be auto, base for no training, or the package of an optimizer. NotDone where it is not
+        done and shall not be.
         """
+        searched = self.lines.done.get((seed, "auto"), {})
+        if rate == searched.get("found"):  # digit for digit the same training
+            return searched
         line = {"seed": seed, "rate": rate}
         if self.only_finished and line not in self.lines:
             raise NotDone
@@ -217,11 +237,19 @@ class Trainings:
 
     def _train(self, rate: float | str, seed: int) -> dict:
         """Do a run; return its figure, None if it diverged, its CPU time, and what its search found."""
-        folder = self.folder / f"{self.method}-{seed}-{rate}"
-        flags = [*self.task.words, *as_flags(peft=self.method, random_seed=seed, lr_init=rate)]
+        if rate == "base":
+            return {"figure": judge(self.task, "none", str(self.task.base))}
+        adamw, flags = trainer.adamw, []
+        folder = self.folder / f"{seed}-{rate}"
+        if rate in OPTIMIZERS:
+            adamw, rate, schedule = OPTIMIZERS[rate]
+            rate = rate or self.at("auto", seed)["guess"]
+            flags = as_flags(lr_schedule=schedule, rollback_steps=0)  # that copies tensors alone
+        flags += as_flags(peft=self.method, random_seed=seed, lr_init=rate)
         begun, ran = time.process_time(), None
         try:
-            ran = train(folder, flags, self.folder / f"{self.method}.log")
+            with mock.patch.object(trainer, "adamw", adamw):
+                ran = train(folder, [*self.task.words, *flags], self.folder / "log")
         except UserError:
             if not (folder / "metrics.jsonl").exists():
                 raise  # it is no divergence
@@ -264,173 +292,148 @@ def best_rate(trainings: Trainings, seed: int) -> float:
     return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=7))
 
 
-def compared(trainings: Trainings, name: str, seeds: list[int]) -> Case:
-    """Make a case, whose trainings are done where they are not yet."""
-    first, *others = seeds
-    best = best_rate(trainings, first)
-    for rate, wanted in ((best, others), ("auto", seeds), ("paper", [first])):
-        for seed in wanted:
-            trainings.at(rate, seed)
-    trainings.at(trainings.at("auto", first)["guess"], first)
-    return case(name, trainings.method, trainings.task.counted, seeds, trainings.lines.done, best)
-
-
-POINTS, SHARE = 0.02, 0.03  # by which a case may be worse than the best: right answers, loss
-Done = Mapping[tuple, dict]  # trainings by (seed, rate)
+def compared(trainings: Trainings, name: str, seeds: list[int], optimizers: Sequence[str]) -> Iterator[Case]:
+    """Yield the case of each seed. Its trainings are done where they are not yet."""
+    for seed in seeds:
+        found = trainings.at("auto", seed)
+        best = best_rate(trainings, seeds[0])
+        rates = {"best": best, "found": "auto", "guess": found["guess"]}
+        for package in optimizers if seed == seeds[0] else ():
+            if not trainings.only_finished or (seed, package) in trainings.lines.done:
+                rates[package] = package
+        figures = {kind: trainings.at(rate, seed)["figure"] for kind, rate in rates.items()}
+        figures["base"] = trainings.at("base", seeds[0])["figure"]
+        kinds = (trainings.method, trainings.rows, seed, trainings.task.counted)
+        yield Case(name, *kinds, best, found["found"], found["guess"], figures)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task and a method. Figures are shares of right answers where `counted`, else losses.
-
-    NaN is the figure of a run that diverged.
-    """
+    """A task, a method and a seed. Figures are shares of right answers where `counted`, else losses."""
 
     task: str
     method: str
+    rows: int
+    seed: int
     counted: bool
-    seeds: list[int]
     best_rate: float
-    best: float  # mean over the seeds
-    found_rates: list[float]  # of each seed
-    found: float  # mean over the seeds
-    best_first: float  # with the first seed, as the next two
+    found_rate: float
     guess_rate: float
-    guess: float
-    published: float
-    found_first: float
-
-    def gap(self, figure: float, best: float) -> float:
-        """Tell how much worse than the best a figure is, in parts of what is allowed; above 1 is a miss."""
-        gap = (best - figure) / POINTS if self.counted else (figure / best - 1) / SHARE
-        return round(gap, 6)  # 0.995 - 0.975 is above 0.02
+    figures: Mapping[str, float | None]  # by kind: base, best, found, guess, packages; None: it diverged
 
     @property
-    def is_missed(self) -> bool:
-        return not self.gap(self.found, self.best) <= 1  # so that NaN is a miss
+    def name(self) -> str:
+        return f"{self.task} {self.method} {self.seed}"
+
+    def share(self, kind: str) -> float:
+        """Return the share that a training has of the gain by the best given rate; -inf if it diverged."""
+        figure = self.figures.get(kind)
+        if figure is None:
+            return -math.inf
+        base, best = self.figures["base"], self.figures["best"]
+        return round((figure - base) / (best - base), 4)
 
     @property
-    def is_worse_than_published(self) -> bool:
-        if math.isnan(self.published):
-            return False
-        return not self.gap(self.found_first, self.published) <= 0
+    def is_near(self) -> bool:
+        """Whether the found rate is within MOST_LOST of the fall, or within POINTS of right answers."""
+        if self.counted and self.figures["found"] is not None:
+            return round(self.figures["best"] - self.figures["found"], 6) <= POINTS
+        return self.share("found") >= 1 - MOST_LOST
+
+    def text(self, kind: str, rate: float | None = None) -> str:
+        """Write a figure, with its share, as it is printed."""
+        figure = self.figures.get(kind)
+        if figure is None:
+            return "diverged" if kind in self.figures else "-"
+        words = f"{100 * figure:.1f} %" if self.counted else f"{figure:.4f}"
+        at = "" if rate is None else f"{rate:.2g}: "
+        return f"{at}{words}" + ("" if kind in ("base", "best") else f" ({100 * self.share(kind):.0f} %)")
 
 
-def case(task: str, method: str, counted: bool, seeds: Sequence[int], done: Done, best_rate: float) -> Case:
-    """Make the case of these trainings."""
-
-    def figure(rate: float | str, seed: int) -> float:
-        found = done[seed, rate]["figure"]
-        return math.nan if found is None else found
-
-    first, own = seeds[0], [done[seed, "auto"] for seed in seeds]
-    guess = own[0]["guess"]
-    return Case(
-        task,
-        method,
-        counted,
-        list(seeds),
-        best_rate,
-        statistics.mean(figure(best_rate, seed) for seed in seeds),
-        [line["found"] for line in own],
-        statistics.mean(figure("auto", seed) for seed in seeds),
-        figure(best_rate, first),
-        guess,
-        figure(guess, first),
-        figure("paper", first),
-        figure("auto", first),
-    )
-
-
-def table(cases: Sequence[Case]) -> Table:
+def table(cases: Sequence[Case], optimizers: Sequence[str]) -> Table:
     """Make a row for each case."""
-    columns = ["task", "method", "best rate", "result", "found rates", "result ", "gap", "first guess"]
-    columns += ["result  ", "published rate"]
-    rows = []
-    for one in cases:
-        gap = one.gap(one.found, one.best) * (POINTS if one.counted else SHARE)
-        missed = ", **missed**" if one.is_missed else ""
-        rows.append(
-            (
-                one.task,
-                one.method,
-                f"{one.best_rate:g}",
-                text(one, one.best),
-                " ".join(f"{rate:g}" for rate in one.found_rates),
-                text(one, one.found),
-                f"{100 * gap:+.1f} {'points' if one.counted else '%'}{missed}",
-                f"{one.guess_rate:.2g}",
-                f"{text(one, one.guess)} ({text(one, one.best_first)})",
-                text(one, one.published),
-            )
+    columns = ["task", "method", "rows", "seed", "before", "best rate", "found rate", "first guess"]
+    rows = [
+        (
+            *(one.task, one.method, one.rows, one.seed, one.text("base"), one.text("best", one.best_rate)),
+            one.text("found", one.found_rate) + ("" if one.is_near else ", **missed**"),
+            one.text("guess", one.guess_rate),
+            *map(one.text, optimizers),
         )
+        for one in cases
+    ]
     return Table(
-        "Results are right answers, or the loss in nats a token. Gap: how much worse the found rate is than"
-        " the best. The first guess and the published rate have one seed; in brackets is what the best rate"
-        " has with it.",
-        columns,
+        "Results are right answers, or the loss in nats a token; in brackets their share of the gain that the"
+        " best given rate brings. schedulefree trains at the first guess.",
+        [*columns, *optimizers],
         rows,
     )
 
 
-def text(one: Case, figure: float) -> str:
-    """Write a figure as it is printed."""
-    return f"{100 * figure:.1f} %" if one.counted else f"{figure:.4f}"
-
-
-def draw(cases: Sequence[Case]):
-    """Make a function that fills a figure: each case's gap as a part of what is allowed."""
+def draw(cases: Sequence[Case], optimizers: Sequence[str]) -> Callable[..., None]:
+    """Make a function that fills a figure: each case's share of the best gain."""
 
     def fill(figure) -> None:
         axes = figure.subplots()
-        places = range(len(cases))
-        series = {
-            "searched for": [one.gap(one.found, one.best) for one in cases],
-            "first guess (one seed)": [one.gap(one.guess, one.best_first) for one in cases],
-            "published rate (one seed)": [one.gap(one.published, one.best_first) for one in cases],
-        }
-        for (name, gaps), mark in zip(series.items(), "ox+", strict=True):
-            shown = [min(max(gap, -2.0), 8.0) for gap in gaps]
-            axes.plot(places, shown, mark, label=name)
-        axes.axhline(1, color="grey", linestyle=":", label="allowed: 2 points, or 3 % of the loss")
-        axes.set(ylabel="gap to the best rate, 1: as allowed\n(above 8 shown as 8)")
-        names = [f"{one.task} {one.method}" for one in cases]
-        axes.set_xticks(list(places), names, rotation=75, fontsize="small")
+        for kind, mark in zip(("found", "guess", *optimizers), "ox+^"):
+            shown = [
+                min(max(one.share(kind), 0.0), 1.2) if kind in one.figures else math.nan for one in cases
+            ]
+            axes.plot(shown, mark, label=kind)
+        axes.axhline(1 - MOST_LOST, color="grey", linestyle=":", label="95 %")
+        axes.set(ylabel="share of the gain by the best given rate\n(0 to 1.2)")
+        axes.set_xticks(range(len(cases)), [one.name for one in cases], rotation=75, fontsize="small")
         axes.legend(fontsize="small")
 
     return fill
 
 
+def verdicts(cases: Sequence[Case]) -> dict[str, list[str]]:
+    """Name the cases that miss each bound."""
+    below = [one for one in cases if one.share("found") < one.share("guess")]
+    return {
+        "missed": [one.name for one in cases if not one.is_near],
+        "below 80 % of the gain": [one.name for one in cases if one.share("found") < LEAST],
+        "less than the first guess": [
+            f"{one.name} (by {100 * (one.share('guess') - one.share('found')):.1f} % of the gain)"
+            for one in below
+        ],
+    }
+
+
 def main() -> None:
-    parser = experiment.parser(__doc__, "first-run", tasks=TASKS, methods=METHODS)
-    parser.add_argument("--one_seed", nargs="*", choices=TASKS, default=[], help="tasks with the first alone")
+    parser = experiment.parser(__doc__, "first-run", tasks=TASKS, methods=RATES)
+    parser.set_defaults(seeds=[0, 1], methods=METHODS)
+    installed = [package for package in OPTIMIZERS if importlib.util.find_spec(package)]
+    parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=installed, help="packages")
     args = experiment.parsed(parser)
     cases, unfinished, everything = [], [], {}
     for name, method in itertools.product(args.tasks, args.methods):
-        trainings = Trainings(name, method, args)
-        try:
-            cases.append(compared(trainings, name, args.seeds[:1] if name in args.one_seed else args.seeds))
-        except NotDone:
+        trainings, done = Trainings(name, method, args), set()
+        with contextlib.suppress(NotDone):
+            for one in compared(trainings, name, args.seeds, args.optimizers):
+                cases.append(one)
+                done.add(one.seed)
+                print(f"{one.name}: {one.text('found', one.found_rate)}", flush=True)
+        if not done:
             unfinished.append(f"{name} {method}")
-            continue
-        everything[f"{name} {method}"] = list(trainings.lines.done.values())
-        print(f"{name} {method}: best {cases[-1].best:.4f}, found {cases[-1].found:.4f}", flush=True)
-    missed = [f"{one.task} {one.method}" for one in cases if one.is_missed]
-    worse = [f"{one.task} {one.method}" for one in cases if one.is_worse_than_published]
-    sums = {"missed": missed, "worse than with the published rate": worse, "not measured": unfinished}
-    again = f" --one_seed {' '.join(args.one_seed)}" if args.one_seed else ""
+        else:
+            unfinished += [f"{name} {method} {seed}" for seed in args.seeds if seed not in done]
+            everything[f"{name} {method}"] = list(trainings.lines.done.values())
+    sums = verdicts(cases) | {"not measured": unfinished}
     parts = [
         "# A first run beside the best learning rate",
-        f"{len(cases) - len(missed)} of {len(cases)} cases are within 2 points of right answers or 3 % of the"
-        f" loss. {experiment.in_words(sums)}",
-        f"One seed: {', '.join(args.one_seed) or 'none'}; the other tasks have {len(args.seeds)}.",
+        f"{len(cases) - len(sums['missed'])} of {len(cases)} cases have at least 95 % of the best fall of the"
+        f" loss, or are within 3 points of the most right answers. {experiment.in_words(sums)}",
         NOTE,
         "{plot}",
         "{table}",
-        f"Again: `python -m benchmarks.first_run --report docs/results{again}`, {experiment.NEEDS_DATA}.",
+        experiment.cpu_minutes([line for lines in everything.values() for line in lines]),
+        f"Again: `python -m benchmarks.first_run --report docs/results`, {experiment.NEEDS_DATA}.",
     ]
     sums |= {"cases": len(cases), "trainings": everything}
-    experiment.publish("first-run", args.report, parts, table(cases), draw(cases), **sums)
+    found = table(cases, args.optimizers)
+    experiment.publish("first-run", args.report, parts, found, draw(cases, args.optimizers), **sums)
 
 
 if __name__ == "__main__":
