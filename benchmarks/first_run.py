@@ -270,7 +270,8 @@ class Trainings:
 def judge(task: Task, method: str, trained: str) -> float:
     """Return the share of right answers, or the loss in nats per token, of what a run has written."""
     files = {"path": trained} if method == "none" else {"path": task.base, "adapter": trained}
-    model, tokenizer = load(**files, precision="fp32", accelerator="cpu")
+    kind = task.config.tokenizer  # the 3M model does not record its own
+    model, tokenizer = load(**files, tokenizer=kind, precision="fp32", accelerator="cpu")
     template = recorded_template("auto", tokenizer, trained)
     if not task.counted:
         return test_loss(task, model, tokenizer, template)
