@@ -336,7 +336,7 @@ class Case:
 
     @property
     def is_near(self) -> bool:
-        """Whether the found rate is within MOST_LOST of the fall, or within POINTS of right answers."""
+        """Tell whether the found rate is within MOST_LOST of the fall, or within POINTS of right answers."""
         if self.counted and self.figures["found"] is not None:
             return round(self.figures["best"] - self.figures["found"], 6) <= POINTS
         return self.share("found") >= 1 - MOST_LOST

@@ -263,7 +263,12 @@ CASES = {
         answered(0.1, 0.1),
         "from 4.0000 to 3.0000, but no more answers are right; right answers 4 to 4 of 40",
         SEARCH,
-        [answered(0.0, 0.1), answered(0.0, 0.0, asked=7), answered(0.0, 0.0, 4.0, 3.99)],
+        [
+            answered(0.0, 0.1),
+            answered(0.0, 0.0, asked=4),
+            answered(0.2, 0.2, asked=7),
+            answered(0.0, 0.0, 4.0, 3.99),
+        ],
     ),
     "learnt": (
         LEARNT,

@@ -82,7 +82,9 @@ def product(request):
         data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
         files = as_flags(load_model=base, data_file=data, proj_dir=run)
         log = command(
-            "train.py", *files, *as_flags(precision=precision, micro_bsz=2, ctx_len=64, lr_init=3e-4)
+            "train.py",
+            *files,
+            *as_flags(precision=precision, micro_bsz=2, ctx_len=64, lr_init=3e-4, epoch_steps=3),
         )
         adapter = run / "adapter.pth"
         flags = as_flags(base=base, adapter=adapter, out=merged, dtype="fp32")

@@ -326,13 +326,13 @@ SCRIPTS = """
     # of 2024, of 2025, and cosines by tokens
     DECAY  {lr_schedule: exp, warmup_steps: 0}  --lr_schedule exp, which is 0.1 halfway
     DECAY --lr_final 0  {lr_schedule: linear, lr_final: 0}  --lr_schedule linear, which is 0.5 halfway
-    DECAY --lr_final 1  {lr_schedule: cos}
-    DECAY --lr_final -1  {lr_schedule: cos, lr_final: -1}
+    DECAY --lr_final 1  {lr_schedule: auto}
+    DECAY --lr_final -1  {lr_schedule: auto, lr_final: -1}
     DECAY --op fla  {lr_schedule: cos}
     DECAY --peft disha --disha_config {"mode":"bone","r":8}  {lr_schedule: cos}\
         the rate is a cosine, 0.505 halfway, as since the middle of 2025 there; before, it was\
  --lr_schedule exp, 0.1 halfway
-    DECAY --my_exit_tokens 99  {lr_schedule: cos, epoch_count: 1}
+    DECAY --my_exit_tokens 99  {lr_schedule: auto, epoch_count: 1}
     DECAY --lr_schedule cos_decay  {lr_schedule: cos, lr_final: 0.01}
     DECAY --lr_schedule wsd  {lr_schedule: cos, lr_final: 0, warmup_steps: 100}\
         --lr_schedule cos --lr_final 0, which is 0.5 halfway
@@ -398,7 +398,7 @@ def test_what_a_script_leaves_out_and_what_it_says(flags, today, note, capsys):
 )
 def test_old_flags_that_people_type_for_this_program_imply_nothing(flags):
     config = read(*flags)
-    assert (config.peft, config.warmup_steps, config.lr_schedule) == ("miss", AUTO, "cos")
+    assert (config.peft, config.warmup_steps, config.lr_schedule) == ("miss", AUTO, "auto")
 
 
 def test_what_a_preset_or_a_file_gives_is_not_left_out(tmp_path):

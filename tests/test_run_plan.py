@@ -130,7 +130,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     more = ["--data_file", f"{files}/bad.jsonl"]
     more += "--on_bad_row skip --ctx_len 40 --warmup_steps 99 --resume auto".split()
     output = succeed(start(files, tmp_path / "run", *more))
-    lines = output.partition("step 0/")[0].splitlines()  # the first evaluation follows
+    lines = output.partition("WARNING: the loss")[0].splitlines()
     assert len(lines) == plan_text.LINES and lines[-1].startswith("sample ")
     for text in (
         "no checkpoint in",
@@ -145,7 +145,8 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
 def test_a_longer_schedule_tells_the_rate_before_and_now():
     """In the plan of a run that goes on: a cosine is higher where it is longer."""
     before, config = (
-        Config(lr_init=1e-3, warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto") for n in (10, 20)
+        Config(lr_init=1e-3, lr_schedule="cos", warmup_steps=0, epoch_count=1, epoch_steps=n, resume="auto")
+        for n in (10, 20)
     )
     path, schedule = "step-00000010.pth", types.SimpleNamespace(steps_per_pass=0)
     run = types.SimpleNamespace(settings=config, before=before, resume_from=path, steps=20, schedule=schedule)

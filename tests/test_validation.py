@@ -363,7 +363,7 @@ def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
     assert re.search(said, output) and "evaluation none" in output
     curve, steps = losses(whole), summary(whole)["steps"]
     means = [sum(curve[at : at + 2]) / 2 for at in range(0, steps, 2)]
-    assert steps < 80 and means[-1] <= curve[0] / 20 < min(means[:-1])
+    assert steps < 80 and means[-1] <= curve[0] / 100 < min(means[:-1])
     ended = "ended early, as the data are known by heart, which is all that could be judged: step"
     assert f"{ended} {steps} of 80" in output and (whole / "run_card.md").exists()
     code, _ = start(files, proj_dir, *flags, sabotage=at_file("metrics.jsonl", 5, proj_dir, interrupt))

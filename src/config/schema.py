@@ -131,7 +131,7 @@ class Config(LossSettings):
         0,
         "number of epochs. 0: passes over the data until the held-out loss falls no further, at most 40 and"
         " 2000 steps. Fewer than 20 documents, of which none is held out, are read until the training loss is"
-        " a twentieth of its start",
+        " a hundredth of its start",
         alias=("epochs",),
         automatic=True,
         words={"auto": 0},

@@ -81,7 +81,10 @@ RULES = (
         lambda f: (
             f"KL to the reference is {f.kl:.3g} per token, {kl_in_words(f.kl)}, and no sample answer is right"
         ),
-        lambda f: ["supervised training on the chosen answers first (--loss sft --sft_field prompt,chosen)"],
+        lambda f: [
+            "supervised training on the chosen answers first (--loss sft --sft_field PROMPT,chosen,"
+            " with the name of the prompts' column)"
+        ],
     ),
     Rule(
         "lost",
@@ -358,7 +361,7 @@ def easier(f: Facts) -> list[str]:
     return [
         "easier questions",
         "supervised training on the reference answers first",
-        "a reward that gives a part (partial)",
+        "a reward that gives a part (--rewards exact=1,partial=1)",
         f"more answers (--group_size above {f.config.group_size})",
     ]
 

@@ -12,13 +12,14 @@ from ..evaluation.rewards import RANGES
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..objectives.preferences.metrics import ACCURACIES
-from ..training.validation_log import evaluation_at, is_worse
+from ..training.validation_log import evaluation_at, is_over, is_worse
 
 WINDOW = 10  # steps that are averaged
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
 STANDARD_ERRORS = 4.0  # a mean must fall by more than this many, else it may be chance
 TENTH = 0.1  # share of a reward's range: rewards that differ by less are alike
 FEW = 8  # pairs or questions: fewer tell nothing
+FEWEST = 5  # questions of which none is right: fewer tell nothing
 NATS = 1.0  # by which log p of a chosen answer must fall
 DEAD, CUT, FAILED = 0.9, 0.5, 0.1  # larger shares of groups, answers and groups are told
 ALIKE, SOLVED = 0.9, 0.9  # shares of answers that are the same, and right
@@ -148,9 +149,12 @@ class Facts:
         """The way of the score after the state that is judged, in words; "" if that is the last one."""
         if not self.after or self.history[-1] is self.after:
             return ""
+        last = self.history[-1]
         moved = "got no better"
-        if is_worse(self.after, self.history[-1]):
+        if is_worse(self.after, last):
             moved = "rose" if self.by_loss else "fell"
+        elif self.by_loss and right_share(last, ()) != right_share(self.after, ()):
+            return f"; most answers were right at step {self.after['step']}, so best.pth is what is offered"
         return f"; it {moved} after step {self.after['step']}, so best.pth is what is offered"
 
     @property
@@ -161,6 +165,8 @@ class Facts:
         fewer steps than tell it has not stopped.
         """
         if self.after and (self.history[-1] is not self.after or self.after["loss"] is None):
+            return False
+        if is_over(self.history, self.config.value_or_zero("early_stop")):
             return False
         name, part = "loss" if self.by_loss else "reward", len(self.lines) // 4
         if self.between and self.between[-1][name] is not None:
@@ -181,7 +187,8 @@ class Facts:
     def is_short(self) -> bool:
         """True if the run ended with its best state after fewer steps than are worth trying."""
         is_last = not self.history or self.history[-1] is self.after
-        return is_last and self.lines[-1]["step"] < ENOUGH
+        ended = is_over(self.history, self.config.value_or_zero("early_stop"))
+        return is_last and not ended and self.lines[-1]["step"] < ENOUGH
 
     # training losses; their rows differ
 
@@ -246,10 +253,12 @@ class Facts:
 
     @property
     def is_no_more_right(self) -> bool:
-        """True if a run by loss has no more right answers than before, of questions that are not few."""
+        """True if a run by loss has no more right answers than before, of questions that are not few; or none
+        of the fewest that are held out."""
         if not self.by_loss or self.rights is None:
             return False
-        return self.rights[1] <= self.rights[0] and self.asked >= FEW
+        fewest = FEW if self.rights[1] else FEWEST
+        return self.rights[1] <= self.rights[0] and self.asked >= fewest
 
     @property
     def right_text(self) -> str:

@@ -13,16 +13,22 @@ from .run_folder import METRICS
 
 VALIDATION, BEST = "validation.jsonl", "best.pth"
 FLAT = 1e-3  # a loss that falls by a smaller share falls no further
-BY_HEART = 1 / 20  # of the first step's loss: what is left when the data are known by heart
+BY_HEART = 1 / 100  # of the first step's loss: what is left when the data are known by heart
 
 
 def best(history: list[dict]) -> dict | None:
-    """Return the evaluation with the lowest loss, the first of equal ones. The one before training counts.
+    """Return the evaluation with the most right answers, of equal ones the one with the lowest loss, and the
+    first of these. The one before training counts.
 
     None where no loss is finite.
     """
     finite = (line for line in history if line["loss"] is not None)
-    return min(finite, key=lambda line: line["loss"], default=None)
+    return min(finite, key=lambda line: (-right_answers(line), line["loss"]), default=None)
+
+
+def right_answers(line: dict) -> float:
+    """Return the share of right answers of an evaluation; 0 where none are counted, or rewards decide."""
+    return 0.0 if "reward" in line else line.get("right_answers", 0.0)
 
 
 def best_trained(history: list[dict]) -> dict | None:
@@ -54,13 +60,14 @@ def is_worse(before: dict, after: dict) -> bool:
 def no_better(history: list[dict]) -> list[bool]:
     """Tell of each evaluation whether it was no better than one before.
 
-    Better is a loss that is lower by more than FLAT of the one before the training.
+    Better is a loss that is lower by more than FLAT of the one before the training, or more right answers.
     """
-    lowest, found = math.inf, []
+    lowest, most, found = math.inf, 0.0, []
     for line in history:
-        loss = math.inf if line["loss"] is None else line["loss"]
-        found.append(line["step"] > 0 and loss >= lowest - FLAT * abs(history[0]["loss"] or 0.0))
-        lowest = lowest if found[-1] else loss
+        loss, right = math.inf if line["loss"] is None else line["loss"], right_answers(line)
+        is_lower = line["step"] == 0 or loss < lowest - FLAT * abs(history[0]["loss"] or 0.0)
+        found.append(not (is_lower or right > most))
+        lowest, most = loss if is_lower else lowest, max(most, right)
     return found
 
 

@@ -37,7 +37,7 @@ BESIDE = ("miss", "dora")  # in a chat on RWKV-7: one runs beside its base, one 
 READING = ("decode", "decode 8 rows with adapters", "chat", "evaluation", "likelihood")
 # train.py as a whole; the first one evaluates and answers, too
 RUNS = {
-    "bf16": "--precision bf16 --eval_samples 1",
+    "bf16": "--precision bf16 --eval_samples 1 --eval_split 0.1",
     "fp16": "--precision fp16 --eval_split 0",
     "nf4": "--quant nf4 --eval_split 0",
     "chunked": "--chunk_ctx 64 --ctx_len 128 --eval_split 0",

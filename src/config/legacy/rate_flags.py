@@ -54,7 +54,7 @@ def schedule(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[
         shape, halfway = ("linear", cosine) if 0 in (first, last) else ("exp", exponential)
         notes.append(f"the rate decays so there: --lr_schedule {shape}, which is {halfway:g} halfway")
         return [*new, "--lr_schedule", shape]
-    return [*new, *(["--lr_schedule", "cos"] if named else [])]
+    return [*new, "--lr_schedule", "cos"]
 
 
 def warm_up(old: Mapping[str, str], kept: list[str], notes: list[str]) -> list[str]:
