@@ -195,6 +195,7 @@ def test_rwkv_lm_prepares_and_trains(files, tmp_path):
     goes on where it stopped.
     """
     where = ["--wandb", "", "--proj_dir", str(tmp_path), "--data_file", str(files / "roleplay")]
+    where += ["--eval_split", "0"]
     program.succeed(program.run([*where, *words(PREPARE)]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rwkv-init.pth"]
     output = program.succeed(program.run(["--load_model", "0", *where, *words(RUN)]))
