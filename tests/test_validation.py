@@ -754,3 +754,15 @@ def test_the_best_state_of_an_earlier_version_that_is_worse_than_the_base_is_rem
     write_checkpoint(best, [], {"step": 3, "validation_loss": 5.0})
     note = restore_best(str(best), str(tmp_path), None)
     assert not best.exists() and note.endswith("no state so far is better than the model before the training")
+
+
+def test_more_right_answers_are_better_than_a_lower_loss_unless_rewards_decide():
+    from src.training.validation_log import best, no_better
+
+    history = [
+        {"step": step, "loss": loss, "right_answers": right}
+        for step, loss, right in ((0, 4.0, 0.0), (1, 1.0, 0.0), (2, 1.2, 0.4), (3, 1.1, 0.4), (4, 1.3, 0.2))
+    ]
+    assert best(history)["step"] == 3 and no_better(history) == [False, False, False, True, True]
+    rewarded = [{**line, "reward": -line["loss"]} for line in history]
+    assert best(rewarded)["step"] == 1 and no_better(rewarded) == [False, False, True, True, True]
