@@ -173,7 +173,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("sources", nargs="*", type=pathlib.Path, default=sorted(build.CUDA.glob("*.cu")))
-    parser.add_argument("--arch", nargs="+", type=int, default=build.ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", type=int, default=toolchain.ARCHITECTURES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kernels", default="", help="only kernels whose name has this in it")
     parser.add_argument(

@@ -115,6 +115,8 @@ def examine() -> Iterator[Check]:
             needed=True,
         )
         return
+    from src.common.device import driver_advice
+
     has_gpu = torch.cuda.is_available() or driver_version() is not None
     if has_gpu:
         yield from gpus(torch)
@@ -123,7 +125,7 @@ def examine() -> Iterator[Check]:
         yield Check(
             "ok",
             "GPU",
-            "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu),"
+            f"none, training runs on the CPU; where there is one, its driver is needed ({driver_advice()}),"
             " then pip install --force-reinstall torch",
         )
     yield from tools()
@@ -215,18 +217,17 @@ def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
 
 def gpus(torch) -> Iterator[Check]:
     """Yield lines on torch's CUDA, the driver, and each GPU with its architecture."""
-    from src.common import device
+    from src.common.device import cuda_of_driver, driver_advice
 
     built_for, driver = torch.version.cuda, driver_version()
-    newest = device.cuda_of_driver()
+    newest = cuda_of_driver()
     if driver:
         yield Check("ok", "driver", f"{driver}, for CUDA up to {dotted(newest)}")
     else:
         yield Check(
             "missing",
             "driver",
-            "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers"
-            " install",
+            f"no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, {driver_advice()}",
         )
     if built_for:
         yield Check("ok", "CUDA of torch", built_for)
@@ -252,10 +253,7 @@ def gpus(torch) -> Iterator[Check]:
     if not torch.cuda.is_available():
         why = "torch sees none, training runs on the CPU"
         if driver and built_for:
-            why += (
-                f"; the driver may be too old for CUDA {built_for}: update it, on Ubuntu: sudo ubuntu-drivers"
-                " install, then restart"
-            )
+            why += f"; the driver may be too old for CUDA {built_for}: update it, {driver_advice()}"
         yield Check("missing", "GPU", f"{why}; see the lines above" if not (driver and built_for) else why)
 
 
@@ -301,7 +299,7 @@ def build_all() -> None:
     try:
         print(
             "CUDA kernels for all architectures:",
-            build.cuda_library([str(arch) for arch in build.ARCHITECTURES]),
+            build.cuda_library([str(arch) for arch in toolchain.ARCHITECTURES]),
             file=sys.stderr,
         )
     except toolchain.BuildError as error:
@@ -366,9 +364,9 @@ def records() -> list[dict]:
 
 def evidence() -> Iterator[Check]:
     """Yield how far each CUDA kernel has been tried, here or elsewhere."""
-    from src.ops import build
+    from src.ops import build, toolchain
 
-    compiled = f"compiled for sm_{', '.join(map(str, build.ARCHITECTURES))}, emulated on a CPU in CI"
+    compiled = f"compiled for sm_{', '.join(map(str, toolchain.ARCHITECTURES))}, emulated on a CPU in CI"
     for kernel in CUDA_KERNELS:
         runs = [record for record in records() if kernel in record["errors"]]
         if not runs:

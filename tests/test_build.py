@@ -378,7 +378,7 @@ def test_the_cpu_library_respects_nan_and_is_for_this_cpu(project, monkeypatch):
     assert build.cpu_library() != path
 
 
-def fake_nvcc(folder, record, cuda="13.0", architectures=build.ARCHITECTURES):
+def fake_nvcc(folder, record, cuda="13.0", architectures=toolchain.ARCHITECTURES):
     """A compiler for the host that drops what only nvcc understands, and answers as nvcc does."""
     folder.mkdir(parents=True)
     path = folder / "nvcc"
@@ -436,8 +436,8 @@ def test_the_cuda_library_is_for_the_architectures_at_hand(cuda):
 
 def test_a_library_for_all_architectures_serves_any_of_them(cuda):
     alone = build.cuda_library(["90"])
-    fat = build.cuda_library([str(arch) for arch in build.ARCHITECTURES])
-    assert fat != alone and all(f"sm_{arch}" in cuda.record.read_text() for arch in build.ARCHITECTURES)
+    fat = build.cuda_library([str(arch) for arch in toolchain.ARCHITECTURES])
+    assert fat != alone and all(f"sm_{arch}" in cuda.record.read_text() for arch in toolchain.ARCHITECTURES)
     assert build.cuda_library(["90"]) == build.cuda_library(["75", "120"]) == fat
     assert build.cuda_library(["103"]) != fat, "which it has no code for"
     (cuda.source.parent / "shared.cuh").touch()
@@ -515,6 +515,8 @@ def machine(monkeypatch, tmp_path):
         (12040, "12.8", ["12.9"], 0),  # within a major version code for one GPU runs
         (0, "12.8", ["13.0", "12.6"], 1),  # without a driver, as on a login node, torch decides
         (0, None, ["13.0"], 0),
+        (13000, "13.0", ["11.5", "13.0"], 1),  # it has no movmatrix
+        (11080, "11.8", ["11.8"], 0),
     ],
 )
 def test_the_first_nvcc_that_the_driver_runs_is_taken(machine, driver, of_torch, releases, taken):
@@ -529,10 +531,11 @@ def test_the_first_nvcc_that_the_driver_runs_is_taken(machine, driver, of_torch,
             12080,
             "12.8",
             ["13.0"],
-            "this driver runs CUDA up to 12.8, and there is",
+            "this driver runs CUDA up to 12.8.",
             "toolkit of CUDA 12.8 from",
         ),
-        (0, "12.6", ["13.1"], "runs CUDA up to 12.6, and there is", "toolkit of CUDA 12.6 from"),
+        (0, "12.6", ["13.1"], "runs CUDA up to 12.6.", "toolkit of CUDA 12.6 from"),
+        (13000, "13.0", ["11.5"], "they need 11.8 or newer", "nvvm]==13.0.*"),
         (12080, "13.0", [], "no nvcc:", "toolkit of CUDA 12.8 from"),
         (13000, "13.2", [], "no nvcc:", "nvvm]==13.2.*"),
         (13000, "12.8", [], "no nvcc:", "nvvm]==13.0.*"),
@@ -544,7 +547,8 @@ def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, re
     message = failure(toolchain.find_nvcc)
     assert said in message and help in message and "--wkv torch" in message
     for path, release in zip(found, releases):
-        assert f"{path} of CUDA {release}, whose kernels would not start (error 35)" in message
+        assert f"{path} of CUDA {release} " in message
+        assert ("would not start (error 35)" in message) == (release != "11.5")
 
 
 @pytest.mark.parametrize(
@@ -589,7 +593,7 @@ def test_an_nvcc_is_asked_once_in_its_life(machine, tmp_path):
     (path,) = machine(13000, "13.0", "13.0")
     asked = tmp_path / "record.asked"
     for _ in range(3):
-        assert toolchain.ask(path) == toolchain.Release("13.0", build.ARCHITECTURES)
+        assert toolchain.ask(path) == toolchain.Release("13.0", toolchain.ARCHITECTURES)
     assert asked.read_text() == "asked\n"
     os.utime(path, (1, 1))
     (tmp_path / "cache" / "nvcc.json").write_text('{"cut off')
@@ -602,13 +606,56 @@ def test_a_gpu_that_nvcc_does_not_know():
     for arch, flags in {
         "90": "arch=compute_90,code=sm_90",
         "90a": "arch=compute_90a,code=sm_90a",
-        "87": "arch=compute_86,code=sm_86",
         "103": "arch=compute_100,code=sm_100",
         "120": "arch=compute_100,code=compute_100",
     }.items():
         assert toolchain.code_for([arch], known) == [f"-gencode={flags}"]
         assert toolchain.code_for([arch], ()) == [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     assert len(toolchain.code_for(["120", "121"], known)) == 1
+
+
+@pytest.mark.parametrize(
+    "gpu, known, flags",
+    [
+        ("89", (80, 86, 87), "arch=compute_86,code=sm_86"),  # CUDA 11.5
+        ("103", (90, 100, 101, 120), "arch=compute_100,code=sm_100"),  # CUDA 12.8
+        ("121", (100, 101, 110, 120), "arch=compute_120,code=sm_120"),
+        ("120", (90, 100, 101, 110), "arch=compute_100,code=compute_100"),
+        ("87", (80, 86), "arch=compute_86,code=compute_86"),  # a Jetson itself
+        ("110", (90, 100, 101), "arch=compute_100,code=compute_100"),
+        ("87", (80, 86, 87), "arch=compute_87,code=sm_87"),
+    ],
+)
+def test_code_for_a_jetson_is_for_jetsons_only(gpu, known, flags):
+    assert toolchain.code_for([gpu], known) == [f"-gencode={flags}"]
+
+
+def test_cxx_names_the_compiler(monkeypatch, tmp_path):
+    compiler = tmp_path / "a folder" / "g++-99"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert toolchain.find_cxx() == str(compiler)
+    monkeypatch.setenv("CXX", "ccache g++")
+    message = failure(toolchain.find_cxx)
+    assert "CXX=ccache g++ is no program" in message and "CXX=g++-13" in message
+
+
+def test_a_host_compiler_that_nvcc_does_not_take(cuda, monkeypatch, tmp_path):
+    """A g++ that says it is of version 99, given to the real nvcc."""
+    try:
+        monkeypatch.delenv("CUDA_HOME")
+        toolchain.find_nvcc()
+    except toolchain.BuildError as error:
+        pytest.skip(str(error))
+    too_new = tmp_path / "g++99"
+    too_new.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=99 "$@"\n')
+    too_new.chmod(0o755)
+    monkeypatch.setenv("CXX", str(too_new))
+    message = failure(build.cuda_library, ["90"])
+    newest = re.search(r"gcc versions later than (\d+)", message)[1]
+    assert f"apt install g++-{newest}) and set NVCC_CCBIN=g++-{newest}" in message
 
 
 def test_nvcc_compiles_and_links_without_a_gpu(project, monkeypatch):

@@ -6,17 +6,20 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
 import types
 
 import pytest
+import torch
 
 from benchmarks import gpu_numerics
 from scripts import doctor, gpu_record
 from src.common import device
 from src.ops import build, self_test, toolchain
+from src.ops.launch_errors import LaunchError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -98,6 +101,18 @@ def test_without_tools_training_works_and_each_line_has_the_fix(tmp_path):
     assert checks["kernels, cpu"][0] == "missing" and "apt install g++" in checks["kernels, cpu"][1]
     assert checks["--wkv auto, cpu"][0] == "ok" and checks["--wkv auto, cpu"][1].startswith("torch:")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "release, said",
+    [("6.6.87.2-microsoft-standard-WSL2", "Windows"), ("6.12.0-amd64", "ubuntu-drivers install")],
+)
+def test_a_driver_comes_from_windows_in_wsl(monkeypatch, release, said):
+    monkeypatch.setattr(platform, "release", lambda: release)
+    monkeypatch.setattr(doctor, "driver_version", lambda: None)
+    driver = next(check for check in doctor.gpus(torch) if check.name == "driver")
+    too_old = LaunchError("wkv7", 35)
+    assert said in driver.text and said in str(too_old) and too_old.of_the_machine
 
 
 def test_without_packages_training_does_not_work():

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from rwkv_miss.errors import UserError
 from src.common import device
@@ -174,4 +175,13 @@ def test_a_cpu_is_told_whether_bf16_is_fast_on_it(monkeypatch, features, multipl
         "bf16",
         "as asked" + "; this CPU has no products in it, and is slower than in fp32" * (not multiplies),
     )
-    assert device.choose_precision("bf16", "gpu") == ("bf16", "as asked")
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_gpu_without_bf16_gets_fp16(monkeypatch, has_bf16):
+    """torch emulates bf16 on Turing, which counts as none."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    assert device.choose_precision("auto", "gpu")[0] == ("bf16" if has_bf16 else "fp16")
+    asked = device.choose_precision("bf16", "gpu")
+    slower = "" if has_bf16 else "; this GPU has no bf16, and is slower than in fp16"
+    assert asked == ("bf16", f"as asked{slower}")

@@ -54,15 +54,17 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
 
     fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too.
     """
+    if asked == "bf16" and accelerator == "cpu" and not multiplies_bf16():
+        return asked, "as asked; this CPU has no products in it, and is slower than in fp32"
+    if asked == "bf16" and accelerator == "gpu" and not gpu_has_bf16():
+        return asked, "as asked; this GPU has no bf16, and is slower than in fp16"
     if asked != "auto":
-        if asked == "bf16" and accelerator == "cpu" and not multiplies_bf16():
-            return asked, "as asked; this CPU has no products in it, and is slower than in fp32"
         return asked, "as asked"
     if accelerator == "cpu":
         if multiplies_bf16():
             return "fp32", "auto: a CPU; --precision bf16 is faster on this one"
         return "fp32", "auto: a CPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if gpu_has_bf16():
         return "bf16", "auto: the GPU has bf16"
     if strategy.startswith("deepspeed"):
         return "fp32", "auto: the GPU has no bf16, and fp16 works with --strategy auto or ddp only"
@@ -72,6 +74,11 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
 def multiplies_bf16() -> bool:
     """Tell whether this CPU has instructions for products in bf16. Without them torch is faster in fp32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features().split())
+
+
+def gpu_has_bf16() -> bool:
+    """Tell whether the current GPU has instructions in bf16; torch emulates them on older ones."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -87,6 +94,13 @@ def cuda_of_driver() -> int:
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
+
+
+def driver_advice() -> str:
+    """Tell how to install or update the driver of an NVIDIA GPU on this system."""
+    if "microsoft" in platform.release().lower():
+        return "in WSL the driver is that of Windows: install it there, and none here"
+    return "on Ubuntu: sudo ubuntu-drivers install, then restart"
 
 
 def cpu_features() -> str:

@@ -25,11 +25,20 @@ from collections.abc import Iterator, Sequence
 from rwkv_miss.progress import Progress, clear
 
 from ..common.device import cpu_features
-from .toolchain import FALLBACK, BuildError, ask, cache_folder, code_for, find_cxx, find_ninja, find_nvcc
+from .toolchain import (
+    ARCHITECTURES,
+    FALLBACK,
+    BuildError,
+    ask,
+    cache_folder,
+    code_for,
+    find_cxx,
+    find_ninja,
+    find_nvcc,
+)
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
-# compute capabilities that the sources are written for; a build has only those of the GPUs in the machine
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+TOO_NEW_GCC = r"gcc versions later than (\d+) are not supported"  # in nvcc's own headers
 
 
 def cpu_library() -> pathlib.Path:
@@ -164,14 +173,15 @@ def build(
                     announce(f"built in {time.monotonic() - start:.1f} s")
                     return library
                 log.write_text(output, "utf-8")
+            output = log.read_text("utf-8")
             raise BuildError(
-                f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler,"
-                f" {FALLBACK}; all of its output: {log}"
+                f"{title} did not compile: {reason(output)}; {other_compiler(output)}, {FALLBACK}; all of its"
+                f" output: {log}"
             )
     except OSError as error:
         raise BuildError(
-            f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with"
-            f" space, {FALLBACK}"
+            f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder of"
+            f" your own that has space, {FALLBACK}"
         ) from None
 
 
@@ -288,6 +298,14 @@ def reason(output: str) -> str:
         (line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)),
         lines[-1],
     )
+
+
+def other_compiler(output: str) -> str:
+    """Advise on another compiler, given what this one printed."""
+    if newest := re.search(TOO_NEW_GCC, output):
+        name = f"g++-{newest[1]}"
+        return f"install one that nvcc takes (apt install {name}) and set NVCC_CCBIN={name}"
+    return "set CXX to another compiler"
 
 
 def announce(message: str) -> None:

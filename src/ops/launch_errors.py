@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-UPDATE = "update the driver (on Ubuntu: sudo ubuntu-drivers install, then restart)"
+from ..common.device import driver_advice
+
+UPDATE = "update the driver ({driver_advice})"
 REBUILD = "delete the library (python -m scripts.doctor names it), and the next run builds it again"
 RESTART = "this process can use the GPU no more: start it again"
 # code -> (what it means, what to do), for problems of the machine
@@ -56,6 +58,7 @@ class LaunchError(RuntimeError):
         self.of_the_machine = code in OF_THE_MACHINE
         if self.of_the_machine:
             meaning, help = OF_THE_MACHINE[code]
+            help = help.replace("{driver_advice}", driver_advice())
         else:
             meaning = OF_THE_KERNEL.get(code, "a code without words here")
             help = "please report it with the output of python -m scripts.doctor, and use --wkv torch"

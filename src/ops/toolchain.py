@@ -26,6 +26,10 @@ from rwkv_miss.files.output import user_cache
 from ..common import device
 
 TOOLKITS = "/usr/local/cuda*/bin"
+# compute capabilities that the sources are written for; a build has only those of the GPUs in the machine
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+JETSON = (87, 101, 110)  # they run no code that was compiled for another GPU of their generation
+OLDEST = "11.8"  # the first CUDA whose PTX has movmatrix (PTX ISA 7.8), which the WKV kernels use
 FALLBACK = "or use --wkv torch, which needs no compiler"
 # nvcc and what it needs, all of one release, on PyPI; before CUDA 13 there is no nvcc in it
 WHEELS, FIRST_WHEELS = "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]", 13
@@ -58,7 +62,14 @@ def cache_folder() -> pathlib.Path:
 
 
 def find_cxx() -> str:
-    """Find the first of c++, g++ and clang++ on PATH."""
+    """Find $CXX, else the first of c++, g++ and clang++ on PATH. Raises BuildError."""
+    if chosen := os.environ.get("CXX"):
+        if path := shutil.which(chosen):
+            return path
+        raise BuildError(
+            f"CXX={chosen} is no program; expected a C++ compiler without options, as in CXX=g++-13, or no"
+            f" CXX, {FALLBACK}"
+        )
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
@@ -85,19 +96,25 @@ def find_ninja() -> str:
 def find_nvcc() -> Nvcc:
     """Find the first nvcc that fits: in CUDA_HOME, PATH, /usr/local, the PyPI packages of this environment.
 
-    Raises BuildError if there is none, or if each is too new.
+    Raises BuildError if there is none, or if each is too old or too new.
     """
     newest, whose = newest_cuda()
     unfit = []
     for nvcc in every_nvcc():
-        release = ask(nvcc.path)
-        if newest is None or major(release.cuda) <= major(newest):
+        cuda = ask(nvcc.path).cuda
+        if cuda and numbers(cuda) < numbers(OLDEST):
+            unfit.append(f"{nvcc.path} of CUDA {cuda} cannot compile them: they need {OLDEST} or newer")
+        elif newest and numbers(cuda)[:1] > numbers(newest)[:1]:
+            unfit.append(
+                f"kernels by {nvcc.path} of CUDA {cuda} would not start (error 35): {whose} runs CUDA up to"
+                f" {newest}"
+            )
+        else:
             return nvcc
-        unfit.append(f"{nvcc.path} of CUDA {release.cuda}")
     if unfit:
         raise BuildError(
-            f"no nvcc that fits: {whose} runs CUDA up to {newest}, and there is {', '.join(unfit)}, whose"
-            f" kernels would not start (error 35). {how_to_install(newest)}, {FALLBACK}"
+            f"no nvcc that fits the kernels and this machine: {'; '.join(unfit)}. {how_to_install(newest)},"
+            f" {FALLBACK}"
         )
     raise BuildError(
         f"no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment."
@@ -112,29 +129,30 @@ def newest_cuda() -> tuple[str | None, str]:
     return torch.version.cuda, f"torch {torch.__version__}"
 
 
-def major(cuda: str) -> int:
-    return int(cuda.partition(".")[0] or 0)
+def numbers(text: str) -> list[int]:
+    """Return the numbers in a version or a path: "11.8" -> [11, 8]."""
+    return list(map(int, re.findall(r"\d+", text)))
 
 
 def how_to_install(newest: str | None) -> str:
     """Tell in one line how to install an nvcc of at most this CUDA."""
     # torch's own version if the driver runs it: then pip changes nothing of torch's
-    fits = torch.version.cuda and (newest is None or major(torch.version.cuda) <= major(newest))
-    wanted = torch.version.cuda if fits else newest
-    if newest and major(newest) < FIRST_WHEELS:
+    torchs = torch.version.cuda
+    wanted = torchs if torchs and (newest is None or numbers(torchs)[0] <= numbers(newest)[0]) else newest
+    if newest and numbers(newest)[0] < FIRST_WHEELS:
         return (
             f"PyPI has none before CUDA {FIRST_WHEELS}: install the toolkit of CUDA {wanted} from"
             " https://developer.nvidia.com/cuda-toolkit-archive (with --toolkit --toolkitpath=FOLDER, without"
             " root) and set CUDA_HOME to its folder, or update the driver to 580 or newer"
         )
-    version = wanted if wanted and major(wanted) >= FIRST_WHEELS else f"{FIRST_WHEELS}.0"
+    version = wanted if wanted and numbers(wanted)[0] >= FIRST_WHEELS else f"{FIRST_WHEELS}.0"
     return f'pip install "{WHEELS}=={version}.*" brings one'
 
 
 def every_nvcc() -> Iterator[Nvcc]:
     """Yield every installed nvcc, in the order in which they are tried."""
     home = os.environ.get("CUDA_HOME")
-    toolkits = sorted(glob.glob(TOOLKITS), key=lambda path: list(map(int, re.findall(r"\d+", path))))
+    toolkits = sorted(glob.glob(TOOLKITS), key=numbers)
     for folder in [*([f"{home}/bin"] if home else []), *os.get_exec_path(), *reversed(toolkits)]:
         if folder and (path := shutil.which("nvcc", path=folder)):
             yield Nvcc(path)
@@ -186,16 +204,18 @@ def output_of(*command: str) -> str:
 def code_for(architectures: Sequence[str], known: Sequence[int]) -> list[str]:
     """Return nvcc's flags for these compute capabilities, "90" for 9.0, given those that it knows.
 
-    A GPU that is newer than nvcc runs code for an older one of its generation. If nvcc knows none of those,
-    it gets PTX of the newest that nvcc knows, which the driver compiles at the first start.
+    A GPU that is newer than nvcc runs code for an older one of its generation, but not a Jetson, nor what is
+    made for a Jetson. If nvcc knows none of those, it gets PTX of the newest older one that nvcc knows, which
+    the driver compiles at the first start.
     """
     flags = []
     for arch in architectures:
         code = f"sm_{arch}"
         number = int(re.match(r"\d+", arch)[0])
-        if known and number not in known and number > min(known):
-            older = [other for other in known if other // 10 == number // 10 and other < number]
-            arch = str(max(older or known))
-            code = f"sm_{arch}" if older else f"compute_{arch}"
+        older = [other for other in ARCHITECTURES if other in known and other < number]
+        if number not in known and older:
+            arch = str(older[-1])
+            relative = older[-1] // 10 == number // 10 and number not in JETSON
+            code = f"sm_{arch}" if relative else f"compute_{arch}"
         flags.append(f"-gencode=arch=compute_{arch},code={code}")
     return sorted(set(flags), key=flags.index)
