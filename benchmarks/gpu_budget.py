@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_budget --model 7 --n_layer 24 --n_embd 2048 --peft miss --r 64 \
         --micro_bsz 8 --ctx_len 1024 --card h100
     python -m benchmarks.gpu_budget --load_model rwkv.pth --card 4090
+    python -m benchmarks.gpu_budget --predict
 
 The model runs on the GPU that computes nothing (tests/fake_gpu), with two layers and with three. Every launch
 is counted by kind, with its bytes and multiply-adds; a deeper model has as many of the third layer as it
@@ -14,12 +15,16 @@ needs. A card's bandwidth and speed turn them into milliseconds:
   bound by its instructions; WKV is the share of the bandwidth that the count of them comes to on an H100;
 - a launch costs the host LAUNCH microseconds, which is what counts where the sum of launches is longer.
 
+--predict writes gpu_predictions.json: the tokens a second of each card in MEASURED, the steps that
+scripts/gpu_check.sh measures.
+
 For RWKV-7 the last lines set RWKV-LM's trainer beside it: bytes by its published kernels, all parts in bf16.
 The last line is JSON. It needs g++ and torch's wheel for CPUs.
 """
 
 import argparse
 import json
+import pathlib
 import sys
 
 from tests.fake_gpu import stub
@@ -28,10 +33,17 @@ from tests.fake_gpu import stub
 CARDS = {
     "h100": (3.35e12, 989e12, "H100 SXM"),
     "a100": (2.04e12, 312e12, "A100 SXM 80 GB"),
+    "5090": (1.792e12, 209.5e12, "RTX 5090"),
     "4090": (1.008e12, 165e12, "RTX 4090"),
     "3090": (0.936e12, 71e12, "RTX 3090"),
     "t4": (0.320e12, 65e12, "T4"),
 }
+# what --predict writes; names are those of the steps in scripts/gpu_check.sh
+MEASURED = {
+    "training": "--n_layer 24 --n_embd 2048 --micro_bsz 8 --ctx_len 1024",
+    "published": "--n_layer 12 --n_embd 768 --micro_bsz 16 --ctx_len 512 --peft none",
+}
+PREDICTIONS = pathlib.Path(__file__).with_name("gpu_predictions.json")
 # Its tensor cores know no bf16 and not the WKV's instructions: fp16, and the recurrence in fp32, which is
 # bound by its multiply-adds; RECURRENCE has their number for each element of the state and token.
 OLD_CARD, OLD_FP32, RECURRENCE = "t4", 8.1e12, {6: 3 + 7, 7: 5 + 16}
@@ -92,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ctx_len", type=size, default=1024)
     parser.add_argument("--card", choices=CARDS, default="h100", help="another: --bandwidth and --flops")
     parser.add_argument("--operators", action="store_true", help="list a layer's operators, too")
+    parser.add_argument("--predict", action="store_true", help="write gpu_predictions.json, and do no more")
     parser.add_argument("--bandwidth", type=positive, help="bytes a second, of another card")
     parser.add_argument("--flops", type=positive, help="floating-point operations a second, of another card")
     return parser.parse_args(argv)
@@ -108,11 +121,21 @@ def main() -> None:
 
     install()
     with one_line_errors():
-        print(json.dumps(report(args)))
+        print(json.dumps(predict() if args.predict else report(args)))
+
+
+def predict() -> dict[str, dict[str, int]]:
+    """Write the tokens a second of MEASURED's steps on each card to PREDICTIONS."""
+    figures = {
+        step: {card: report(parse([*flags.split(), "--card", card]))["tokens_per_second"] for card in CARDS}
+        for step, flags in MEASURED.items()
+    }
+    PREDICTIONS.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 def report(args: argparse.Namespace) -> dict:
-    """Print the budget; its figures for the last line."""
+    """Print the budget, and return its figures."""
     import torch
 
     from benchmarks.op_counts import TRAFFIC

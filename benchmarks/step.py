@@ -48,6 +48,7 @@ VARIANTS = {
     "grad_cp 1": "the same, whole layers recomputed",
     "all logits": "the same, with the loss of all logits at once, plain torch",
     "lora": "LoRA r / 2, as train.py runs it",
+    "none": "no adapter, the whole model trained, as train.py --peft none runs it",
     "peft miss": "HF peft's MiSS r on the same model",
     "peft lora": "HF peft's LoRA r / 2 on the same model",
     "plain": "MiSS r, with everything but the adapters in plain torch, WKV in chunks",
@@ -82,8 +83,10 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
         model = RWKV(base.arch, KERNELS.get(variant, base.emb.weight.device.type))
     dtype = torch.bfloat16 if variant == "bf16" else base.emb.weight.dtype
     model.load_state_dict({name: t.to(dtype) for name, t in base.state_dict().items()}, assign=True)
-    model.requires_grad_(False)
-    if variant.startswith("peft"):
+    model.requires_grad_(variant == "none")
+    if variant == "none":
+        pass
+    elif variant.startswith("peft"):
         add_peft(model, variant, rank)
     else:
         method = "lora" if variant == "lora" else "miss"
@@ -207,11 +210,13 @@ def arguments() -> argparse.Namespace:
     add_integers(parser, micro_bsz=1, threads=1, rounds=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the base and the activations")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="all but the plain ones by default")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="by default all but none and the plain ones"
+    )
     parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    on_cpu = [name for name in VARIANTS if not name.startswith("plain")]
+    on_cpu = [name for name in VARIANTS if not name.startswith(("plain", "none"))]
     args.variants = args.variants or (on_cpu if args.device == "cpu" else ON_GPU)
     return args
 

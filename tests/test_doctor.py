@@ -15,7 +15,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu_numerics
+from benchmarks import gpu_budget, gpu_numerics
 from scripts import doctor, gpu_record
 from src.common import device
 from src.ops import build, self_test, toolchain
@@ -294,6 +294,7 @@ def test_two_cards_are_two_lines_the_newest_first(records):
 
 ROWS = [{"shape": "8,4096,2048", "form": "wkv7 cuda", "ms": 3.42}]
 STEP = {"micro_bsz": 8, "ctx_len": 1024, "rows": {"miss": {"seconds": 0.2}, "peft miss": {"seconds": 0.5}}}
+PUBLISHED = {"micro_bsz": 16, "ctx_len": 512, "rows": {"none": {"seconds": 0.1}}}
 STEPS = {
     "build": ("Status(built=True)\n", 0),
     "tests": ("..\nSKIPPED [5] tests/test_gpu.py:170: ONE GPU: nothing\n=== 9 passed in 3.1s ===\n", 0),
@@ -306,8 +307,11 @@ STEPS = {
     ),
     "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
     "racecheck": ("========= COMPUTE-SANITIZER\n", 124),
+    "initcheck": ("========= ERROR SUMMARY: 0 errors\n", 0),
+    "synccheck": ("========= ERROR SUMMARY: 0 errors\n", 0),
     "wkv": ("table\n" + json.dumps({"benchmark": "wkv", "rows": ROWS}) + "\n", 0),
     "training": (json.dumps(STEP) + "\n", 0),
+    "published": (json.dumps(PUBLISHED) + "\n", 0),
     "decode": ('{"rows": [{"name": "base, one CUDA graph a token", "tokens_per_second": 210.4}]}\n', 0),
     "sizes": ("Traceback\n", 1),
     "ncu": ("not measured: ncu is not installed\n", 0),
@@ -348,7 +352,8 @@ def test_the_record_of_a_run(recorded, capsys):
     failures = ["racecheck: stopped after 80 s", "sizes: exit code 1", "wkv7 y: 1e+00"]
     assert record["failures"] == failures and record["tests"] == "9 passed in 3.1s"
     assert record["not_tested"] == ["SKIPPED [5] tests/test_gpu.py:170: ONE GPU: nothing"]
-    assert record["sanitizer"] == {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "no verdict"}
+    passed = dict.fromkeys(("memcheck", "initcheck", "synccheck"), "ERROR SUMMARY: 0 errors")
+    assert record["sanitizer"] == {**passed, "racecheck": "no verdict"}
     assert record["wkv"] == {"benchmark": "wkv", "rows": ROWS} and record["training"] == STEP
     assert record["architecture"] == "90" and record["nvcc"] == "13.0" and record["seconds"]["wkv"] == 3
     assert record["sizes"] == {} and record["ncu"] == "not measured: ncu is not installed"
@@ -357,7 +362,12 @@ def test_the_record_of_a_run(recorded, capsys):
     )
     row = said.splitlines()[3]
     assert row.startswith("| NVIDIA H100 80GB HBM3 | failed: racecheck: stopped after 80 s; sizes")
-    assert row.endswith("| 1e+00 / - | 3.4 ms | 200 ms, 40,960 tokens/s | 2.50 x the time | 210 tokens/s |")
+    predicted = json.loads(gpu_budget.PREDICTIONS.read_text())
+    assert row.endswith(
+        f"| 1e+00 / - | 3.4 ms | 200 ms, 40,960 tokens/s, {40960 / predicted['training']['h100']:.2f} of the"
+        " predicted | 2.50 x the time | 100 ms, 81,920 tokens/s,"
+        f" {81920 / predicted['published']['h100']:.2f} of the predicted | 210 tokens/s |"
+    )
 
 
 def test_a_run_in_which_all_passed(recorded, capsys):
@@ -492,7 +502,7 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
     assert done.returncode == 0, done.stderr
     assert calls[0] == "setup test" and calls[-1].startswith("python -m scripts.gpu_record ")
     ours = "--kernel-name regex=wkv7_cu|wkv7_chunked_cu"
-    for tool in ("memcheck", "racecheck"):
+    for tool in gpu_record.SANITIZERS:
         (call,) = [line for line in calls if f"--tool {tool} " in line]
         assert ours in call and "--small cache=1" in call
     (call,) = [line for line in calls if line.startswith("ncu ")]

@@ -1,11 +1,17 @@
 """benchmarks/op_counts.py against counts by hand."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_budget, op_counts
 
+ROOT = pathlib.Path(__file__).parent.parent
 ROW = torch.ones(1, 4)
 
 
@@ -83,3 +89,19 @@ def test_a_budget_takes_no_senseless_number(flag, capsys):
     with pytest.raises(SystemExit):
         gpu_budget.parse(flag.split())
     assert flag.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_recorded_prediction_is_today_s_count():
+    """Of one card and step: it is made anew by python -m benchmarks.gpu_budget --predict."""
+    flags = gpu_budget.MEASURED["published"].split()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_budget", *flags, "--card", "5090"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if "it counts with torch's wheel for CPUs" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    counted = json.loads(done.stdout.splitlines()[-1])
+    recorded = json.loads(gpu_budget.PREDICTIONS.read_text())["published"]["5090"]
+    assert counted["tokens_per_second"] == recorded
