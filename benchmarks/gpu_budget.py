@@ -144,8 +144,8 @@ def report(args: argparse.Namespace) -> dict:
     from src.model import default_arch
     from tests.fake_gpu.micro_batch import FEW, activations, config_of, layer_tallied, trained_numbers
 
-    if args.card == OLD_CARD:
-        torch.cuda.get_device_capability = lambda *_: (7, 5)
+    capability = (7, 5) if args.card == OLD_CARD else (9, 0)
+    torch.cuda.get_device_capability = lambda *_: capability
     if args.load_model:
         arch = Arch.detect(read_checkpoint(args.load_model))
     else:
