@@ -24,7 +24,7 @@ from src.reporting.diagnosis import (
     advice,
     verdict,
 )
-from src.reporting.facts import GROUPS, WINDOW, Facts, bounds
+from src.reporting.facts import FEW, FEWEST, GROUPS, WINDOW, Facts, bounds
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -36,6 +36,8 @@ GRPO = Config(
     beta=0.0,
     load_model="base.pth",
     loss="grpo",
+    data_file="q.jsonl",
+    proj_dir="out/rewards",
     rewards={"exact": 1.0, "partial": 1.0},
     lr_init=3e-3,
     epoch_count=1,
@@ -83,6 +85,14 @@ def dpo(accuracy=0.9, units=100, logp=-30.0, kl=0.1, right=False, config=DPO, **
         **beside,
     )
     facts.before["logp_chosen"] = -30.0
+    return facts
+
+
+def pairs_answered(before, after, asked=40, **beside):
+    """A run on preferences that was asked questions, too."""
+    facts = dpo(**beside)
+    for line, share in zip(facts.history, (before, after), strict=True):
+        line |= {"asked": asked, "right_answers": share}
     return facts
 
 
@@ -144,10 +154,12 @@ FLAT = [3.0, 3.1] * 20  # training losses that tell that nothing moves
 FELL = [4.0] * 20 + [1.0] * 20
 
 
-def rewarded(*rewards, lines=None, step=10):
-    """A run on rewards with these held-out ones, ten steps apart, and the state of `step` to judge."""
+def rewarded(*rewards, lines=None, step=10, error=0.0):
+    """A run on rewards with these held-out ones of 5 questions, ten steps apart, and the state of `step` to
+    judge. `error` is the standard error of each."""
+    known = {"units": 5, "reward_error": error, "samples": []}
     history = [
-        {"step": 10 * i, "loss": -reward, "reward": reward, "samples": []} for i, reward in enumerate(rewards)
+        {"step": 10 * i, "loss": -reward, "reward": reward, **known} for i, reward in enumerate(rewards)
     ]
     return Facts(GRPO, lines or course(20), (), step, history)
 
@@ -199,21 +211,13 @@ CASES = {
         "mending the reward",
         [so_far(course(failed_groups=1.0))],
     ),
-    "damaged": (
-        # dpo without cross entropy on 50 pairs: accuracy 83 %, no right answer
-        WORSE,
-        dpo(kl=5.88, accuracy=0.83, logp=-20.0),
-        "KL to the reference is 5.88 per token, very large: little of the base is left, and no sample answer",
-        "supervised training on the chosen answers first",
-        [dpo(kl=5.88, right=True), dpo(kl=0.9), sft(4.0, 3.0)],
-    ),
     "lost": (
         WORSE,
         dpo(logp=-37.5),
         "log p of a chosen answer is 7.5 lower on held-out data than before the training, while the accuracy"
         " is 90 %",
         "a lower --lr_init than 0.002",
-        [dpo(logp=-30.5), dpo(logp=-37.5, accuracy=0.5)]
+        [dpo(logp=-30.5), dpo(logp=-37.5, accuracy=0.5), pairs_answered(0.0, 0.1, logp=-37.5)]
         + [so_far(falling(*case)) for case in ((4.0,), (-12.0, 0.5), (-0.5,), (-50.0, 0.98, 9))],
     ),
     "too fast": (
@@ -249,6 +253,7 @@ CASES = {
             sft(4.0, 3.99),
             answered(0.0, 0.0),
             rewarded(0.5, 0.6, lines=course(40)),
+            rewarded(0.5, 1.0, lines=course(40, reward=(0.0, 2.0)), error=0.2),
         ],
     ),
     "chance": (
@@ -265,8 +270,8 @@ CASES = {
         SEARCH,
         [
             answered(0.0, 0.1),
-            answered(0.0, 0.0, asked=4),
-            answered(0.2, 0.2, asked=7),
+            answered(0.0, 0.0, asked=FEWEST - 1),
+            answered(0.2, 0.2, asked=FEW - 1),
             answered(0.0, 0.0, 4.0, 3.99),
         ],
     ),
@@ -275,7 +280,7 @@ CASES = {
         sft(4.0, 3.0, steps=[4.0] * 10 + [3.0, 3.1] * 15),
         "the loss on held-out documents fell by 25.00 %, from 4.0000 to 3.0000",
         "",
-        [sft(4.0, 3.95), sft(4.0, 4.2), rewarded(0.5, 0.51)],
+        [sft(4.0, 3.95), sft(4.0, 4.2), rewarded(0.5, 0.51), rewarded(0.5, 0.8, error=0.2)],
     ),
     "cut": (
         COLLAPSED,
@@ -318,6 +323,19 @@ CASES = {
         [so_far(course(9, seed, noise=0.2)) for seed in range(5)]
         + [so_far(course(300, seed, noise=0.1)) for seed in range(5)]
         + [so_far(course(reward=(1.0, 0.95), noise=0.0)), so_far(course(9, reward=(1.2, 0.1)))],
+    ),
+    "few questions": (
+        # one of five more is right
+        NOT_JUDGED,
+        rewarded(0.2, 0.4, error=0.2),
+        "the reward on held-out questions rose from 0.2 to 0.4, which may be chance",
+        "an --eval_file with more than 5 questions",
+        [
+            rewarded(0.2, 1.2, error=0.2),
+            rewarded(0.4, 0.2, error=0.01),
+            rewarded(0.4, 0.41, error=0.2),
+            sft(4.0, 3.0),
+        ],
     ),
     "lower reward": (
         WORSE,
@@ -464,6 +482,49 @@ def test_what_the_facts_point_to_where_the_loss_fell_and_no_answer_is_right(run,
     assert judged(run, config, origin, origin == SEARCHED).remedy == words
 
 
+def test_none_right_of_the_fewest_questions_is_nothing_learnt():
+    """Of a few more some must be right, because one of them may be so by chance."""
+    assert (FEWEST, FEW) == (5, 8)
+    for run in (answered(0.0, 0.0, asked=FEWEST), answered(0.25, 0.25, asked=FEW)):
+        assert judged(run).name == NOTHING and not judged(run).offered
+    assert judged(answered(0.0, 0.0, asked=FEWEST - 1)).name == LEARNT
+    assert judged(answered(0.25, 0.25, asked=FEW - 1)).name == LEARNT
+
+
+def test_a_large_kl_alone_condemns_no_run():
+    """It is told where no answer is known to be right. Without a right answer the run is not offered."""
+    far = "; KL to the reference is 5.88 per token, very large: read the sample answers"
+    found = judged(pairs_answered(0.0, 0.1, asked=10, kl=5.88, accuracy=1.0), DPO)
+    assert found.name == STILL and found.offered and "KL" not in found.reason
+    found = judged(dpo(kl=5.88, accuracy=1.0), DPO)
+    assert found.name == LEARNT and found.offered and found.reason.endswith(far)
+    assert "KL" not in judged(dpo(kl=5.88, right=True), DPO).reason + judged(dpo(kl=0.9), DPO).reason
+    none = pairs_answered(0.0, 0.0, kl=5.88, accuracy=0.83, logp=-20.0)
+    for lines in (none.lines, none.lines[:4]):
+        none.lines = lines
+        found = judged(none, DPO)
+        assert found.name == NOTHING and not found.offered and found.reason.endswith(far)
+        assert found.remedy.startswith("supervised training on the chosen answers first (--loss sft")
+
+
+def test_what_is_known_by_heart_is_offered_if_it_helps():
+    """More right answers, or a lower loss if the answers do not deny it."""
+
+    def offered(*losses, right=None, asked=6):
+        run = sft(*losses, steps=FELL)
+        for line in run.history if right else ():
+            line |= {"asked": asked, "right_answers": right[line["step"] > 0]}
+        found = judged(run, step=1)
+        assert found.name == BY_HEART
+        return found.offered
+
+    assert offered(4.0, 3.0, 4.2) and offered(4.0, 3.0, 4.2, right=(0.0, 1 / 6))
+    assert offered(4.0, 4.1, 4.2, right=(0.0, 1 / 6)), "best.pth goes by right answers"
+    assert not offered(4.0, 3.99, 4.2)
+    assert not offered(4.0, 3.0, 4.2, right=(0.0, 0.0)) and not offered(4.0, 3.99, 4.2, right=(0.0, 0.0))
+    assert not offered(4.0, 4.2, 4.3)
+
+
 def test_few_steps_with_few_right_answers_still_learn():
     """By the loss alone they have stopped."""
     steps = [12.0] * 10 + [3.5, 3.6] * 23
@@ -499,12 +560,19 @@ def test_a_run_on_rewards_is_judged_by_its_held_out_reward():
     assert found.name == NOTHING and found.remedy == "more passes: --epoch_count 10"
     assert found.reason == "the reward on held-out questions rose from 0.5 to 0.51"
     assert judged(rewarded(0.5, 0.6, lines=course(40)), GRPO).name == LEARNT
+    assert judged(rewarded(0.5, 0.25, error=0.1), GRPO).name == NOT_JUDGED, "chance comes first"
+    one = rewarded(0.0, 1.0, error=None)
+    assert judged(one, GRPO).name == NOT_JUDGED, "a mean of one question has no error"
     own = judged(rewarded(lines=course(20, noise=0.0)), GRPO)
     assert own.reason == "the reward on the training's own questions went from 1 to 1"
     # what to do about dead groups, in the place of a lower rate
     for dead in (1.0, 0.8):
         hard = judged(rewarded(0.0, 0.0, lines=course(20, reward=0.0, noise=0.0, dead_groups=dead)), GRPO)
-        assert hard.name == NOTHING and hard.remedy.startswith("easier questions, or supervised training")
+        assert hard.name == NOTHING and hard.remedy == (
+            "easier questions, or supervised training on the reference answers first (python train.py"
+            " --load_model base.pth --data_file q.jsonl --peft miss --proj_dir out/rewards-sft --loss sft;"
+            " then --load_model with its merged model), or more answers (--group_size above 8)"
+        )
     # answers that do not end any more
     run = rewarded(0.5, 0.0)
     for line, endless in zip(run.history, (0, 9)):

@@ -22,7 +22,7 @@ from src.training.validation_log import describe
 DPO = Config(load_model="base.pth", loss="dpo", beta=0.1, sft_weight=1.0, lr_init=2e-3)
 METRICS = dict(nll=1.25, logp_chosen=-30.0, logp_rejected=-34.5, reward_chosen=0.75, reward_rejected=-0.5)
 METRICS |= dict(margin=1.25, reward_accuracy=0.9375, raw_accuracy=0.5)
-FINE = Verdict(LEARNT, "the loss fell", "")
+FINE = Verdict(LEARNT, "the loss fell", "", True)
 KL = {"kl": 0.02}  # of evaluations alone
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 import types
 
 import numpy as np
@@ -345,6 +346,11 @@ def test_an_evaluation_is_of_greedy_answers_to_every_question(model, asked):
     assert found.loss == -found.metrics["reward"] == pytest.approx(-(5 / 11 + half))
     assert [sample["prompt"] for sample in found.samples] == ["0?", "1?1?"]
     assert found.samples[1]["right"] == "1" and found.samples[1]["reward"] >= 1.0
+    all_of_them = [one["reward"] for one in evaluator(Awarded()).answers(model, asked, 11).samples]
+    error = statistics.stdev(all_of_them) / math.sqrt(11)
+    assert found.metrics["reward_error"] == pytest.approx(error) and error > 0.1
+    one = evaluator(Awarded()).answers(model, asked.take(np.array([0])), 1)
+    assert math.isnan(one.metrics["reward_error"])
 
 
 class Two(Processes):

@@ -505,7 +505,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         ["a plan"],
         summary,
         RunLog(metrics, history),
-        Verdict(NOTHING, "it is so", "that"),
+        Verdict(NOTHING, "it is so", "that", False),
     )
     for words in (
         "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\n",

@@ -7,19 +7,23 @@ and logs alone. The first rule that holds at the end gives the verdict. docs/tra
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+from rwkv_miss.files.hub_names import recorded
 
 from ..config import Config
 from ..config.schema import CHOSEN, PUBLISHED
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
-from ..training.validation_log import any_right, base_wins
-from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest, kl_in_words
+from ..training.validation_log import base_wins
+from .facts import CUT, ENOUGH, FAILED, FEW, LITTLE, SOLVED, WINDOW, Facts, highest
 
 LEARNT, STILL, BY_HEART = "learnt", "still learning", "learnt by heart"
 COLLAPSED, WORSE, NOTHING = "answers collapsed", "made worse", "nothing learnt"
 NOT_JUDGED = "not judged"
+OFFERED = (LEARNT, STILL, NOT_JUDGED)  # verdicts after which the trained file is worth using
 
 
 class Rule(NamedTuple):
@@ -75,21 +79,9 @@ RULES = (
         early=True,
     ),
     Rule(
-        "damaged",
-        WORSE,
-        lambda f: f.kl >= 1 and not any(f.rights or ()) and not any_right(f.after),
-        lambda f: (
-            f"KL to the reference is {f.kl:.3g} per token, {kl_in_words(f.kl)}, and no sample answer is right"
-        ),
-        lambda f: [
-            "supervised training on the chosen answers first (--loss sft --sft_field PROMPT,chosen,"
-            " with the name of the prompts' column)"
-        ],
-    ),
-    Rule(
         "lost",
         WORSE,
-        lambda f: bool(f.lost) and f.accuracy > 0.5 and f.more_right <= 2,
+        lambda f: bool(f.lost) and f.accuracy > 0.5 and f.more_right <= 0,
         lambda f: (
             f"log p of a chosen answer is {f.lost} than before the training, while the accuracy is"
             f" {percent(f.accuracy)}: the right answers get lost with the wrong ones"
@@ -114,11 +106,16 @@ RULES = (
     Rule(
         "still learning",
         STILL,
-        lambda f: f.gain >= LITTLE and (f.goes_on or f.is_short and f.is_unsolved),
+        lambda f: (
+            f.is_better
+            and (f.goes_on or f.is_short and f.is_unsolved)
+            and not (f.far_text and f.is_no_more_right)
+        ),
         lambda f: (
             f"the {f.score}"
             + (", and had not stopped at the end" if f.goes_on else f" in only {f.lines[-1]['step']} steps")
             + f.right_text
+            + f.far_text
         ),
         lambda f: [longer(f)],
     ),
@@ -136,14 +133,14 @@ RULES = (
         "no right answers",
         NOTHING,
         lambda f: f.gain >= LITTLE and f.is_no_more_right,
-        lambda f: f"the {f.score}, but no more answers are right{f.right_text}",
+        lambda f: f"the {f.score}, but no more answers are right{f.right_text}{f.far_text}",
         lambda f: [mended(f)],
     ),
     Rule(
         "learnt",
         LEARNT,
-        lambda f: f.gain >= LITTLE or f.more_right > 2,
-        lambda f: f"the {f.score}{f.then}{f.right_text}",
+        lambda f: f.is_better or f.more_right > 2,
+        lambda f: f"the {f.score}{f.then}{f.right_text}{f.far_text}",
     ),
     Rule(
         "cut",  # before what comes of it
@@ -202,6 +199,13 @@ RULES = (
         early=True,
     ),
     Rule(
+        "few questions",
+        NOT_JUDGED,
+        lambda f: f.may_be_chance and abs(f.gain) >= LITTLE,
+        lambda f: f"the {f.score}, which may be chance{f.right_text}",
+        lambda f: [f"an --eval_file with more than {f.asked} questions"],
+    ),
+    Rule(
         "lower reward",
         WORSE,
         lambda f: not f.by_loss and f.gain <= -LITTLE,
@@ -254,6 +258,7 @@ class Verdict(NamedTuple):
     name: str  # LEARNT, STILL, BY_HEART, COLLAPSED, WORSE, NOTHING or NOT_JUDGED
     reason: str  # what was measured
     remedy: str  # "": nothing is to be done
+    offered: bool  # whether the trained file is worth using
 
     @property
     def sentence(self) -> str:
@@ -268,7 +273,8 @@ def verdict(config: Config, metrics: list[dict], step: int, history: list[dict],
         windows = [lines[i : i + WINDOW] for i in range(len(lines) - WINDOW + 1)]
     facts = Facts(config, lines, highest(lines[-WINDOW:], *windows), step, history, searched)
     rule = next(rule for rule in RULES if rule.when(facts))
-    return Verdict(rule.verdict, rule.words(facts), advice(rule, facts))
+    offered = facts.is_worth_using if rule.verdict == BY_HEART else rule.verdict in OFFERED
+    return Verdict(rule.verdict, rule.words(facts), advice(rule, facts), offered)
 
 
 class Warnings:
@@ -344,6 +350,11 @@ def mended(f: Facts) -> str:
         return lower_rate(f)
     if f.is_preference and f.config.sft_weight < usual_weight(f.config):
         return likelier(f)
+    if f.far_text:
+        return (
+            "supervised training on the chosen answers first (--loss sft --sft_field PROMPT,chosen, with the"
+            " name of the prompts' column)"
+        )
     if tried := untried_rate(f):
         return tried
     if f.goes_on or f.is_short:
@@ -358,12 +369,19 @@ def mended(f: Facts) -> str:
 
 def easier(f: Facts) -> list[str]:
     """Advise what lets some answers of a group be right."""
-    return [
+    config = f.config
+    flags = {"load_model": config.load_model, "data_file": config.data_file, "peft": config.peft}
+    flags |= {"proj_dir": f"{config.proj_dir}-sft", "loss": "sft"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", recorded(value))]
+    command = shlex.join(["python", "train.py", *words])
+    advised = [
         "easier questions",
-        "supervised training on the reference answers first",
-        "a reward that gives a part (--rewards exact=1,partial=1)",
-        f"more answers (--group_size above {f.config.group_size})",
+        "supervised training on the reference answers first"
+        f" ({command}; then --load_model with its merged model)",
     ]
+    if "partial" not in config.rewards:
+        advised.append("a reward that gives a part (--rewards exact=1,partial=1)")
+    return [*advised, f"more answers (--group_size above {config.group_size})"]
 
 
 def longer(f: Facts) -> str:

@@ -12,7 +12,7 @@ from ..evaluation.rewards import RANGES
 from ..objectives.kinds import objective_of
 from ..objectives.loss_metrics import percent
 from ..objectives.preferences.metrics import ACCURACIES
-from ..training.validation_log import evaluation_at, is_over, is_worse
+from ..training.validation_log import any_right, evaluation_at, is_over, is_worse
 
 WINDOW = 10  # steps that are averaged
 GROUPS = 16  # groups that tell enough in fewer steps, where none of them is live
@@ -33,7 +33,7 @@ KL_IN_WORDS = {
     0.01: "small",
     0.1: "moderate",
     1.0: "large",
-    math.inf: "very large: little of the base is left",
+    math.inf: "very large",
 }
 
 
@@ -90,6 +90,26 @@ class Facts:
         better = before - after if self.by_loss else after - before
         scale = self.range[1] - self.range[0] if self.range else abs(before)
         return better / scale if scale else better
+
+    @property
+    def is_better(self) -> bool:
+        """True if the score got better, by more than LITTLE and by more than chance."""
+        return self.gain >= LITTLE and not self.may_be_chance
+
+    @property
+    def may_be_chance(self) -> bool:
+        """True if the held-out reward changed by at most two standard errors, those of both ends."""
+        if self.by_loss or not self.after:
+            return False
+        errors = [line.get("reward_error", 0.0) for line in (self.before, self.after)]
+        before, after = self.change
+        return None in errors or abs(after - before) <= 2 * math.hypot(*errors)
+
+    @property
+    def is_worth_using(self) -> bool:
+        """True if more answers are right, or if the score got better and the answers do not deny it."""
+        is_righter = self.rights is not None and self.rights[1] > self.rights[0]
+        return is_righter or self.is_better and not self.is_no_more_right
 
     @property
     def score(self) -> str:
@@ -315,9 +335,13 @@ class Facts:
         return f"{fell:.1f} lower in {self.steps}" if is_fall else ""
 
     @property
-    def kl(self) -> float:
-        """KL to the reference on held-out answers, per token; 0 where it is not known."""
-        return self.by_loss and self.after and self.after.get("kl") or 0.0
+    def far_text(self) -> str:
+        """The KL to the reference on held-out answers, in words, if it is very large and no answer is known
+        to be right; "" else."""
+        kl = self.by_loss and self.after and self.after.get("kl") or 0.0
+        if kl < 1 or any(self.rights or ()) or any_right(self.after):
+            return ""
+        return f"; KL to the reference is {kl:.3g} per token, {kl_in_words(kl)}: read the sample answers"
 
     # rewards
 

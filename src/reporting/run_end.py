@@ -19,14 +19,12 @@ from ..objectives.loss_metrics import LossMetrics
 from ..training.run_folder import MERGED, METRICS, RATE_SEARCH, SUMMARY, output_path
 from ..training.validation_log import BEST, base_wins, best_trained, is_known_by_heart, is_over
 from .curves import draw_pictures
-from .diagnosis import BY_HEART, LEARNT, NOT_JUDGED, STILL, Verdict, verdict
-from .facts import kl_in_words
+from .diagnosis import Verdict, verdict
 from .model_card import write_model_card
 from .run_card import CARD, card, held_out_words, training_score
 from .run_log import RunLog
 
 STOPPED = "stopped, go on with --resume auto"
-OFFERED = (LEARNT, STILL, NOT_JUDGED)  # verdicts after which the trained file is worth using
 
 
 def is_summed_up(proj_dir: str, step: int) -> bool:
@@ -162,7 +160,10 @@ def _last_words(
         lines.append(f"held out:  {when}{known}; before training {described.evaluation_text(history[0])}")
     moved = (summary.get("forgetting") or {}).get("all", 0.0)
     if moved >= 1:
-        lines.append(f"forgotten: KL to the base {moved:.3g} per token on a fixed text, {kl_in_words(moved)}")
+        lines.append(
+            f"forgotten: KL to the base {moved:.3g} per token on a fixed text, which is very large: what the"
+            " base could do besides may be lost"
+        )
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     else:
@@ -186,7 +187,7 @@ def _last_words(
     if judged is None:
         return lines if base_wins(history) else [*lines, _next_command(config, trained)]
     lines.append(f"verdict:   {judged.sentence}")
-    if judged.name in OFFERED or judged.name == BY_HEART and "best" in summary:
+    if judged.offered:
         return [*lines, _next_command(config, trained)]
     return [*lines, f"keep:      the {base}; {trained} is not worth using"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ class RewardEvaluation(Evaluation):
         reward = _mean(one.total for one in scored)
         metrics = {
             "reward": reward,
+            "reward_error": _error_of_mean([one.total for one in scored]),
             **{
                 f"reward_{name}": _mean(one.values[number] for one in scored)
                 for number, name in enumerate(self.rewards.names)
@@ -167,6 +169,11 @@ def _rows(model: RWKV) -> int:
 def _blocks(count: int, size: int) -> Iterator[range]:
     for begin in range(0, count, size):
         yield range(begin, min(count, begin + size))
+
+
+def _error_of_mean(values: list[float]) -> float:
+    """Return the standard error of the mean; NaN for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _mean(values: Iterable[float]) -> float:
