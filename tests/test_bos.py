@@ -263,6 +263,15 @@ def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
     assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))
 
 
+def test_the_plan_counts_the_documents_of_a_text_and_no_row(tmp_path):
+    (tmp_path / "book.txt").write_text("word " * 2000)
+    config = Config(data_file=str(tmp_path / "book.txt"), ctx_len=256)
+    data = read_data(Draft(config), WORLD, DEFAULT)
+    line = data_text.documents_line(types.SimpleNamespace(settings=config, data=data))
+    cut = "1 text of more than --ctx_len 256 tokens, cut into several documents"
+    assert f"book.txt (plain text): {len(data.documents)} documents ({cut}), 2," in line
+
+
 def test_a_run_does_not_go_on_with_another(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-00000002.pth").touch()

@@ -446,7 +446,7 @@ UNREADABLE = {
     ],
     "book.txt": [
         (b"a\nb \xe9\n", ", line 2: not UTF-8 text (unexpected end of data at byte 3)"),
-        (" \n", " (plain text, one document) holds no rows"),
+        (" \n", " (plain text) holds no rows"),
     ],
     "rows.jsonl": [
         (ROW.encode("utf-16-le"), UNMARKED),

@@ -94,8 +94,8 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
         f"the base never saw {percent(share)} of the data's tokens: {counted(len(most), 'token')} such as"
     )
     draft.choose("train_parts", ",".join(parts), f"{reason} {named}")
-    share = first_rate_of_all(arch) / first_rate(config, arch)
-    factors = dict.fromkeys(parts, float(f"{min(share, 1.0):.1g}"))
+    factor = first_rate_of_all(arch) / first_rate(config, arch)
+    factors = dict.fromkeys(parts, float(f"{min(factor, 1.0):.1g}"))
     draft.choose("lr_map", factors, "whole tensors move as far in a step as in full training")
 
 

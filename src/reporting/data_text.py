@@ -19,7 +19,7 @@ def documents_line(plan: Plan) -> str:
     config, found, documents = plan.settings, plan.data, plan.data.documents
     file = found.found.files.get(config.data_file)  # None for several files
     described = f" ({file.describe()})" if file else ""
-    several = "".join(f" ({text})" for text in rewritten(documents))
+    several = "".join(f" ({text})" for text in [*rewritten(documents), *cut_texts(documents, config.ctx_len)])
     encoder = found.encoder
     bos = f", {describe_bos(encoder.bos)}" if encoder.bos else ""
     trained = objective_of(config).trained_text(documents)
@@ -51,12 +51,18 @@ def sources(plan: Plan) -> list[str]:
 
 def long_texts(documents: Examples, ctx_len: int) -> list[str]:
     """Write the line of the details about texts that became several documents, if any did."""
+    return [
+        f"long texts {cut}, each of which begins with the last token of the one before"
+        for cut in cut_texts(documents, ctx_len)
+    ]
+
+
+def cut_texts(documents: Examples, ctx_len: int) -> list[str]:
+    """Say how many texts became several documents, if any did."""
     if not documents.split:
         return []
-    return [
-        f"long texts {counted(documents.split, 'text')} of more than --ctx_len {ctx_len} tokens, cut"
-        " into several documents, each of which begins with the last token of the one before"
-    ]
+    texts = counted(documents.split, "text")
+    return [f"{texts} of more than --ctx_len {ctx_len} tokens, cut into several documents"]
 
 
 def held_out(plan: Plan) -> list[str]:

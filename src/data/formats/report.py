@@ -11,6 +11,7 @@ from rwkv_miss.errors import UserError
 
 from ...common.formatting import counted
 from .errors import LeftOut, WrongSetting
+from .text import PLAIN
 
 if TYPE_CHECKING:
     from .sources import DataSource
@@ -52,6 +53,8 @@ class SourceFindings:
         return f"no row can be used, {'; '.join([*bad, *(f'left out {t}' for t in self.left_out_texts())])}"
 
     def describe(self) -> str:
+        if self.format == PLAIN:
+            return PLAIN
         shown = f"{self.format}, {counted(self.kinds.total(), 'row')}"
         if layouts := self._layouts():
             shown += f", {', '.join(layouts)}"

@@ -270,7 +270,7 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
     if delimiter := _delimiter(first, suffix, fields):
         return TextFormat(DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter))
     if suffix == ".txt":
-        return TextFormat("plain text, one document", text.plain)
+        return TextFormat(text.PLAIN, text.plain)
     if suffix == ".json":
         return JSON
     if suffix in JSONL_SUFFIXES or not first:

@@ -22,6 +22,7 @@ from rwkv_miss.errors import UserError
 
 from ...common.formatting import short
 
+PLAIN = "plain text"  # the format of a file that is one text, without rows
 Record = tuple[str, "dict[str, Any] | UserError"]
 # first bytes of packed files, and their packers
 PACKED = {
