@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(32 * warps, 16 / warps)
     DYNAMIC_SHARED(unsigned char, shared);
     auto* ring = (Factors*)shared;
     auto* values = (Values*)(ring + STAGES);
-    constexpr int count = sizeof(Factors) / 16, direction = backward ? -1 : 1;
+    constexpr int size = sizeof(Factors) / 16, direction = backward ? -1 : 1;
+    constexpr int count = size - (backward ? Factors::FORWARD_ONLY : 0);  // of which it copies
     const int l = lane_id(), q = l % 4, n = blockIdx.x * warps + threadIdx.x / 32;
     const Head block;
     const int64_t head = block.index(), next = (int64_t)direction * CHUNK * block.heads * N;  // chunk
@@ -188,20 +189,30 @@ __global__ void __launch_bounds__(32 * warps, 16 / warps)
             copy_async(&mine[step % STAGES].of[l / 2][l % 2 * 2], row, left > 0);
         }
         copy_commit();  // an empty group at the end keeps the count
-        source += direction * count;
+        source += direction * size;
         row += next;
         left -= direction * CHUNK;
     };
 
     Sum S[4] = {};
-    // where element e of S[i] is in the interface's layout
-    auto index = [&](int i, int e) {
-        int value = n * 16 + l / 8 * 4 + (e & 2) + l / 4 % 2, key = i * 16 + q * 4 + channel(e);
-        return head * N * N + (Factors::KEY_FIRST ? key * N + value : value * N + key);
+    // f(x, index) with four neighbouring keys of a value, and where the first is in the interface's layout
+    auto each_value = [&](auto f) {
+        for (int i = 0; i < 4; i++)
+            for (int e = 0; e < 4; e += 2) {
+                int value = n * 16 + l / 8 * 4 + e + l / 4 % 2, key = i * 16 + q * 4;
+                float* const x[4] = {&S[i].x[e], &S[i].x[e + 1], &S[i].x[e + 4], &S[i].x[e + 5]};
+                f(x, head * N * N + (Factors::KEY_FIRST ? key * N + value : value * N + key));
+            }
     };
     if (from)
-        for (int i = 0; i < 4; i++)
-            for (int e = 0; e < 8; e++) S[i].x[e] = from[index(i, e)];
+        each_value([&](float* const(&x)[4], int64_t at) {
+            if constexpr (Factors::KEY_FIRST) {
+                for (int c = 0; c < 4; c++) *x[c] = from[at + c * N];
+            } else {
+                float4 keys = *(const float4*)(from + at);
+                *x[0] = keys.x, *x[1] = keys.y, *x[2] = keys.z, *x[3] = keys.w;
+            }
+        });
 
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < segment.count; step++) {
@@ -243,8 +254,13 @@ __global__ void __launch_bounds__(32 * warps, 16 / warps)
         at.left -= direction * CHUNK;
     }
 
-    for (int i = 0; i < 4; i++)
-        for (int e = 0; e < 8; e++) to[index(i, e)] = S[i].x[e];
+    each_value([&](float* const(&x)[4], int64_t at) {
+        if constexpr (Factors::KEY_FIRST) {
+            for (int c = 0; c < 4; c++) to[at + c * N] = *x[c];
+        } else {
+            *(float4*)(to + at) = make_float4(*x[0], *x[1], *x[2], *x[3]);
+        }
+    });
 }
 
 struct Sizes {

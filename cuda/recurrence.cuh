@@ -149,13 +149,11 @@ template <class Layout> struct Place {
     }
 };
 
-// COUNT consecutive floats, COUNT a power of two, aligned to min(COUNT, 4) of them
+// one float, or four that are aligned to 16 bytes
 template <int COUNT> __device__ __forceinline__ void copy(float* to, const float* from) {
+    static_assert(COUNT == 1 || COUNT == 4);
     if constexpr (COUNT == 1) *to = *from;
-    else if constexpr (COUNT == 2) *(float2*)to = *(const float2*)from;
-    else
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) *(float4*)(to + i) = *(const float4*)(from + i);
+    else *(float4*)to = *(const float4*)from;
 }
 
 // ---- inputs: K vectors over columns, of which the first is the raw decay, and R vectors over rows, for a
@@ -263,14 +261,16 @@ template <class Layout, int COUNT> struct ColumnSums {  // in shared memory: sum
     alignas(16) float warps[COUNT][WARPS][GROUP];
 
     // x: sums over this thread's rows
-    __device__ void put(float (&x)[Layout::COLUMNS], int k, int token, const Place<Layout>& place) {
-        constexpr int QUARTER = Layout::COLUMNS / 4, RUN = QUARTER < 4 ? QUARTER : 4;
-        add_halves<2 * QUARTER>(x, 2 * LANES);
-        add_halves<QUARTER>(x, LANES);
-        float* to = warps[k][threadIdx.x / 32] + token * Layout::WIDTH;
+    __device__ void put(const float (&x)[Layout::COLUMNS], int k, int token, const Place<Layout>& place) {
+        constexpr int QUARTER = Layout::COLUMNS / 4;
+        float of_quarter[Layout::COLUMNS];  // of every four neighbours each quarter stores one: 32 banks
 #pragma unroll
-        for (int i = 0; i < QUARTER; i += RUN)
-            copy<RUN>(to + Place<Layout>::column_of(place.column, place.quarter * QUARTER + i), x + i);
+        for (int e = 0; e < Layout::COLUMNS; e++) of_quarter[e % 4 * QUARTER + e / 4] = x[e];
+        add_halves<2 * QUARTER>(of_quarter, 2 * LANES);
+        add_halves<QUARTER>(of_quarter, LANES);
+        float* to = warps[k][threadIdx.x / 32] + token * Layout::WIDTH + place.column + place.quarter;
+#pragma unroll
+        for (int i = 0; i < QUARTER; i++) to[32 * i] = of_quarter[i];
     }
     // adds the warps; partial is [COUNT][parts] of slices (see Task)
     __device__ void flush(float* partial, const Place<Layout>& place, int group) const {
@@ -319,7 +319,7 @@ template <class Layout, int COUNT> struct RowResults {  // in shared memory
 // fp32 with a second word for the rounding errors. On 4096 random tokens dw is as good as with double, to
 // three digits; with plain fp32 its error is up to 1.3 times as large. Double would do too, but runs at 1/64
 // of the speed of fp32 on consumer cards.
-struct Sum {
+struct alignas(8) Sum {
     float high, low;
     __device__ void add(float x) {
         float sum = high + x, added = sum - high;
@@ -337,12 +337,13 @@ constexpr int SCAN_PARTS = 32;
 template <class Rwkv> __global__ void __launch_bounds__(32 * SCAN_PARTS)
     scan_decay(const void* w, const float* here, const float* before, const float* s0, const float* sT,
         const float* dsT, const uint8_t* reset, void* dw, Task task) {
-    __shared__ float start[SCAN_PARTS][32];
+    __shared__ float start[SCAN_PARTS][33];  // written in columns where keys come first
     __shared__ Sum sums[SCAN_PARTS][32];
     __shared__ bool cuts[SCAN_PARTS][32];
     const int lane = threadIdx.x, part = threadIdx.y, N = task.N;
     const int blocks = (N + 31) / 32, head = blockIdx.x / blocks, b = head / task.H, h = head % task.H;
-    const int n = blockIdx.x % blocks * 32 + lane, length = (task.T + SCAN_PARTS - 1) / SCAN_PARTS;
+    const int first = blockIdx.x % blocks * 32, n = first + lane;
+    const int length = (task.T + SCAN_PARTS - 1) / SCAN_PARTS;
 
     auto walk = [&](Sum& D, bool& cut, bool write) {
         for (int t = min(task.T, (part + 1) * length) - 1; t >= part * length; t--) {
@@ -359,15 +360,16 @@ template <class Rwkv> __global__ void __launch_bounds__(32 * SCAN_PARTS)
     Sum D = {0, 0};
     bool cut = false;
     float product = 0;
-    if (n < N) {
-        walk(D, cut, false);
-        if (dsT)
-            for (int i = part; i < N; i += SCAN_PARTS) {
-                int64_t at = ((int64_t)head * N + (Rwkv::KEY_FIRST ? n : i)) * N + (Rwkv::KEY_FIRST ? i : n);
-                product += sT[at] * dsT[at];
-            }
-    }
-    start[part][lane] = product;
+    if (n < N) walk(D, cut, false);
+    // lanes are neighbours in a state: keys, or where keys come first the values of one key
+    const int key = Rwkv::KEY_FIRST ? part : lane, value = Rwkv::KEY_FIRST ? lane : part;
+    if (dsT && first + key < N)
+        for (int i = value; i < N; i += SCAN_PARTS) {
+            int row = Rwkv::KEY_FIRST ? first + key : i, column = Rwkv::KEY_FIRST ? i : first + key;
+            int64_t at = ((int64_t)head * N + row) * N + column;
+            product += sT[at] * dsT[at];
+        }
+    start[value][key] = product;
     sums[part][lane] = D;
     cuts[part][lane] = cut;
     __syncthreads();
@@ -375,9 +377,10 @@ template <class Rwkv> __global__ void __launch_bounds__(32 * SCAN_PARTS)
     D = {0, 0};
     for (int p = 0; p < SCAN_PARTS; p++) D.add(start[p][lane]);
     for (int p = SCAN_PARTS - 1; p > part; p--) {
+        const Sum later = sums[p][lane];
         if (cuts[p][lane]) D = {0, 0};
-        D.add(sums[p][lane].high);
-        D.add(sums[p][lane].low);
+        D.add(later.high);
+        D.add(later.low);
     }
     walk(D, cut, true);
 }

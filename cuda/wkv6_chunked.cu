@@ -50,6 +50,7 @@ constexpr float FORGETS = 3;
 // What `prepare` leaves for `scan`, in the names of the forward, as the 32 lanes of a warp hold it.
 struct Factors {
     static constexpr bool DELTA_RULE = false, KEY_FIRST = true;
+    static constexpr int FORWARD_ONLY = 0;
     uint4 G[4][32];    // 16 tokens x 16 keys
     uint4 Ket[4][32];  // transposed: 16 keys x 16 tokens
     uint4 L[32];       // 16 x 16 tokens

@@ -51,10 +51,12 @@ constexpr float LOWEST = 0.60653066f;  // exp(-1/2), minus the log of the smalle
 // What `prepare` leaves for `scan`, in the names of the forward, as the 32 lanes of a warp hold it.
 struct Factors {
     static constexpr bool DELTA_RULE = true, KEY_FIRST = false;
+    static constexpr int FORWARD_ONLY = 32;  // of its words of 16 bytes, at the end
     uint4 W[4][32], G[4][32];      // 16 tokens x 16 keys
     uint4 Bet[4][32], Ket[4][32];  // transposed: 16 keys x 16 tokens
-    uint4 Q[32], L[32];            // 16 x 16 tokens
+    uint4 L[32];                   // 16 x 16 tokens
     float4 F[16];
+    uint4 Q[32];                   // 16 x 16 tokens, of the forward only
 };
 
 template <class T> struct Inputs {
@@ -89,10 +91,11 @@ template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, 
     return s;
 }
 
-// (1 - ab)^-1 by forward substitution, lane c < 16 has column c. By one warp; `columns` is its workspace.
+// (1 - ab)^-1 by forward substitution, transposed: lane c < 16 has column c, which it stores as a row. By one
+// warp; `columns` is its workspace.
 // Columns are 20 floats apart: with 16, four lanes of a store would meet in each bank.
 typedef float Columns[CHUNK][20];
-__device__ __forceinline__ void invert(SharedTile& inverse, const Sum& ab, Columns& columns) {
+__device__ __forceinline__ void invert(SharedTile& transposed, const Sum& ab, Columns& columns) {
     int c = lane_id();
     for (int e = 0; e < 8; e++) columns[column(e)][token(e)] = ab.x[e];
     __syncwarp();
@@ -104,16 +107,22 @@ __device__ __forceinline__ void invert(SharedTile& inverse, const Sum& ab, Colum
         for (int i = 0; i < CHUNK; i++)
 #pragma unroll
             for (int t = i + 1; t < CHUNK; t++) x[t] += columns[i][t] * x[i];
-        auto* halves = (__nv_bfloat16*)inverse.words;
+        auto* rows = (uint4*)transposed.words;
 #pragma unroll
-        for (int t = 0; t < CHUNK; t++) store(&halves[(t / 8 + c / 8 * 2) * 64 + t % 8 * 8 + c % 8], x[t]);
+        for (int h = 0; h < 2; h++) {
+            uint32_t pairs[4];
+            const float* of = x + 8 * h;
+#pragma unroll
+            for (int i = 0; i < 4; i++) pairs[i] = pack<__nv_bfloat16>(of[2 * i], of[2 * i + 1]);
+            rows[c + 16 * h] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        }
     }
 }
 
 template <class T, bool backward>
 __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* factors, Segment segment) {
     __shared__ Matrix A, B, K, R;
-    __shared__ SharedTile ak, rb, rk, inverse;
+    __shared__ SharedTile ak, rb, rk, inverse_t;
     __shared__ __align__(16) Columns columns;
     const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
     const Head head;
@@ -125,18 +134,19 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     put(R[n], to_tile(s.R));
     __syncthreads();
 
-    if (n == 0) invert(inverse, score<true>(A, B, resets), columns);
+    if (n == 0) invert(inverse_t, score<true>(A, B, resets), columns);
     if (n == 1) put(ak, to_tile(score<true>(A, K, resets)));
     if (n == 2) put(rb, to_tile(score<false>(R, B, resets)));
     if (n == 3) put(rk, to_tile(score<false>(R, K, resets)));
     __syncthreads();
 
     const Operand At = get_b_transposed(A[n]), akt = get_b_transposed(ak);
+    const Tile inverse = get_transposed(inverse_t);
     Sum rbI = {}, Q = {}, W = {}, G = s.R, L = to_sum(get(rk)), Be, Ke;
-    mma(rbI, get(rb), get_b_transposed(inverse));
-    mma(Q, get(inverse), akt);
+    mma(rbI, get(rb), get_b(inverse_t));
+    mma(Q, inverse, akt);
     mma(L, to_tile(rbI), akt);
-    mma(W, get(inverse), At);
+    mma(W, inverse, At);
     mma(G, to_tile(rbI), At);
     cut(W, resets);
     cut(G, resets);
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
 template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(Inputs<T> in, const T* dy,
     const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dw, T* dk, T* da, T* db, Segment segment) {
     __shared__ Matrix A, B, K, R, Be, V, dY, U, Z;
-    __shared__ SharedTile ak, rb, inverse, dab, dak, drb, drk;
+    __shared__ SharedTile ak, rb, inverse_t, dab, dak, drb, drk;
     __shared__ __align__(16) Columns columns;
     const int n = threadIdx.x / 32, l = lane_id(), chunk = blockIdx.x;
     const Head head;
@@ -194,7 +204,7 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     for (int i = 0; i < 4; i++) m[i] = M.tile[n][i][l], g[i] = D.tile[n][i][l];
     __syncthreads();
 
-    if (n == 0) invert(inverse, score<true>(A, B, resets), columns);
+    if (n == 0) invert(inverse_t, score<true>(A, B, resets), columns);
     if (n == 1) put(ak, to_tile(score<true>(A, K, resets)));
     if (n == 2) put(rb, to_tile(score<false>(R, B, resets)));
     if (n == 3) put(drk, to_tile(score<false>(dY, V, resets)));
@@ -209,8 +219,8 @@ template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(In
     mma(X, get(ak), get_b_transposed(V[n]));
     mma(dU, get_transposed(rb), get_b_transposed(dY[n]));
     Sum Us = {}, Zs = {};
-    mma(Us, get(inverse), operand(transpose(to_tile(X))));
-    mma(Zs, get_transposed(inverse), operand(transpose(to_tile(dU))));
+    mma(Us, get_transposed(inverse_t), operand(transpose(to_tile(X))));
+    mma(Zs, get(inverse_t), operand(transpose(to_tile(dU))));
     put(U[n], to_tile(Us));
     put(Z[n], to_tile(Zs));
     __syncthreads();
