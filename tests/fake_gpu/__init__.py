@@ -1,9 +1,14 @@
-"""A GPU that computes nothing: every path of a CUDA device, on a machine without one.
+"""A GPU on a machine without one: the paths of a CUDA device, counted without numbers or run with them.
 
 fake_cuda.cpp is a stub of torch's CUDA device guard and hooks. Loaded before torch, it lets torch's CPU wheel
-hold, move and differentiate FakeTensors on cuda:0 and cuda:1. These have a shape, a dtype and a device but no
-numbers. So the Python code of a GPU runs: what is on the wrong device raises as it would there. Launches,
-waits for the device, copies, dtypes and memory are counted.
+have tensors on cuda:0 and cuda:1. So the Python code of a GPU runs: what is on the wrong device raises as it
+would there.
+
+With numbers (numbers.cpp, on_cuda.py) a tensor has its values in the CPU's memory, and every operator runs
+the CPU's kernel. tests/test_cuda_runs.py compares what train.py makes there with what it makes on the CPU.
+
+Without (device.py) they are FakeTensors, of any size: launches, waits for the device, copies, dtypes and
+memory are counted.
 
     python -m tests.fake_gpu            run all cases (cases.py) and print what they differ in from table.json
     python -m tests.fake_gpu --cases "step miss v?"     only these

@@ -269,14 +269,15 @@ class _Stream:
 
     def synchronize(self) -> None:
         _wait_of_program("stream")
+        _synchronize()
 
 
 class _Event:
     def __init__(self, *args, **kwargs):
-        pass
+        self.sent = 0
 
     def record(self, stream=None) -> None:
-        pass
+        self.sent = torch.ops.fake_gpu.sent()
 
     def wait(self, stream=None) -> None:
         pass
@@ -286,9 +287,14 @@ class _Event:
 
     def synchronize(self) -> None:
         _wait_of_program("event")
+        torch.ops.fake_gpu.wait(self.sent)
 
     def elapsed_time(self, later) -> float:
         return 1.0
+
+
+def _synchronize(device=None) -> None:
+    torch.ops.fake_gpu.wait(torch.ops.fake_gpu.sent())
 
 
 def _wait_of_program(what: str) -> None:
@@ -306,40 +312,8 @@ def _swap(old: Tensor, new: Tensor) -> None:
 
 
 def install() -> None:
-    """Answer what torch.cuda asks a driver for as a GPU of 24 GiB would, for the rest of the process."""
-    properties = types.SimpleNamespace(
-        total_memory=24 * GIB, major=9, minor=0, name="fake GPU", multi_processor_count=132
-    )
-    answers = {
-        "is_available": True,
-        "is_initialized": False,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_name": "fake GPU",
-        "get_device_capability": (9, 0),
-        "get_device_properties": properties,
-        "is_bf16_supported": True,
-        "mem_get_info": (23 * GIB, 24 * GIB),
-        "memory_reserved": 0,
-        "max_memory_allocated": 0,
-        "memory_stats": {},
-        "reset_peak_memory_stats": None,
-        "empty_cache": None,
-        "synchronize": None,
-        "set_device": None,
-        "_lazy_init": None,
-        "manual_seed_all": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "current_stream": _Stream(),
-        "default_stream": _Stream(),
-        "stream": contextlib.nullcontext(),
-        "graph": contextlib.nullcontext(),
-    }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = _Stream, _Event, _Graph
-    Tensor.record_stream = lambda tensor, stream: None
+    """Answer as a GPU would, for the rest of the process, and let its tensors be without numbers."""
+    answer((9, 0))
     fake_tensor.init_gpu_context = lambda device=None: None
     # an address that is aligned as the view is
     FakeTensor.data_ptr = lambda self: self.storage_offset() * self.element_size()
@@ -351,3 +325,44 @@ def install() -> None:
     torch._C._set_only_lift_cpu_tensors(True)
     self_test.status.cache_clear()
     self_test.status = lambda device: self_test.Status(True, True, "fake.so", 0.0, 1e-6)
+
+
+def answer(capability: tuple[int, int], graph: type = _Graph, recording=contextlib.nullcontext) -> None:
+    """Answer what torch.cuda asks a driver for as a GPU of 24 GiB would, for the rest of the process."""
+    properties = types.SimpleNamespace(
+        total_memory=24 * GIB,
+        major=capability[0],
+        minor=capability[1],
+        name="fake GPU",
+        multi_processor_count=132,
+    )
+    answers = {
+        "is_available": True,
+        "is_initialized": False,
+        "device_count": 1,
+        "get_device_name": "fake GPU",
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "is_bf16_supported": True,
+        "mem_get_info": (23 * GIB, 24 * GIB),
+        "memory_reserved": 0,
+        "max_memory_allocated": 0,
+        "memory_stats": {},
+        "reset_peak_memory_stats": None,
+        "empty_cache": None,
+        "_lazy_init": None,
+        "manual_seed_all": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "current_stream": _Stream(),
+        "default_stream": _Stream(),
+        "stream": contextlib.nullcontext(),
+    }
+    for name, found in answers.items():
+        setattr(torch.cuda, name, lambda *args, found=found, **kwargs: found)
+    torch.cuda.synchronize = _synchronize
+    torch.cuda.current_device = torch.ops.fake_gpu.device
+    torch.cuda.set_device = lambda device: torch.ops.fake_gpu.set_device(torch.device(device).index or 0)
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
+    torch.cuda.CUDAGraph, torch.cuda.graph = graph, recording
+    Tensor.record_stream = lambda tensor, stream: None

@@ -1,8 +1,11 @@
 // Two CUDA devices that have no memory and run nothing. The autograd engine asks the device guard for
 // devices, streams and events; torch asks the hooks whether there is an accelerator. Loaded before torch is
 // imported, these answer in the place of libtorch_cuda.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include "numbers.h"
 
 namespace {
 
@@ -34,9 +37,9 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<CUDA> {
     void block(void*, const c10::Stream&) const override {}
     bool queryEvent(void*) const override { return true; }
     void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
-    void synchronizeEvent(void*) const override {}
+    void synchronizeEvent(void*) const override { wait_for_copies(); }
     bool queryStream(const c10::Stream&) const override { return true; }
-    void synchronizeStream(const c10::Stream&) const override {}
+    void synchronizeStream(const c10::Stream&) const override { wait_for_copies(); }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
@@ -50,9 +53,16 @@ struct CUDAHooks : at::CUDAHooksInterface {  // the name by which torch looks fo
     bool isBuilt() const override { return true; }
     bool isAvailable() const override { return true; }
     void init() const override {}
+    bool isPinnedPtr(const void* data) const override { return is_pinned_memory(data); }
+    c10::Allocator* getPinnedMemoryAllocator() const override { return pinned_memory_allocator(); }
+    at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+    void deviceSynchronize(c10::DeviceIndex) const override { wait_for_copies(); }
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
 REGISTER_CUDA_HOOKS(CUDAHooks);
 
 }  // namespace
+
+c10::Device current_device() { return c10::Device(CUDA, current); }
+void set_current_device(c10::DeviceIndex index) { current = index; }

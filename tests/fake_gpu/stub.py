@@ -1,4 +1,4 @@
-"""Compiles fake_cuda.cpp (4 s, kept beside the kernels) and loads it in the place of libtorch_cuda."""
+"""Compiles the stub (15 s, kept beside the kernels) and loads it in the place of libtorch_cuda."""
 
 import ctypes
 import hashlib
@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 
-SOURCE = pathlib.Path(__file__).with_name("fake_cuda.cpp")
+HERE = pathlib.Path(__file__).parent
+SOURCES = [HERE / "fake_cuda.cpp", HERE / "numbers.cpp"]
 
 
 class Unavailable(Exception):
@@ -38,7 +39,8 @@ def _build(torch: pathlib.Path) -> pathlib.Path:
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")
-    key = hashlib.sha256(SOURCE.read_bytes() + (torch / "version.py").read_bytes()).hexdigest()[:16]
+    read = [path.read_bytes() for path in (*SOURCES, HERE / "numbers.h", torch / "version.py")]
+    key = hashlib.sha256(b"".join(read)).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("RWKV_KERNEL_CACHE") or "~/.cache/rwkv-miss/kernels").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"fake_cuda-{key}.so"
@@ -50,7 +52,7 @@ def _build(torch: pathlib.Path) -> pathlib.Path:
             "-O1",
             "-fPIC",
             "-shared",
-            SOURCE,
+            *SOURCES,
             f"-I{torch}/include",
             f"-L{torch}/lib",
             "-lc10",
