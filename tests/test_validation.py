@@ -251,6 +251,27 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     assert losses(whole) == losses(proj_dir)
 
 
+def test_right_answers_end_a_run_and_choose_its_best_state(files, tmp_path):
+    """The held-out loss stands still, so only right answers tell the states apart."""
+    proj_dir, held = tmp_path / "run", tmp_path / "held.jsonl"
+    for path, count in ((tmp_path / "rows.jsonl", 24), (held, 6)):
+        rows = [talk(f"{path.stem} {n}", "ab") for n in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"""
+        --data_file {tmp_path}/rows.jsonl --eval_file {held} --eval_steps 4 --early_stop 2 --epoch_count 20
+        --train_parts emb,head
+    """.split()
+    script = functools.partial(scripted, [4.0] * 121)
+    output = succeed(start(files, proj_dir, *flags, sabotage=script))
+    right = [line["right_answers"] for line in validation_lines(proj_dir)]
+    best = right.index(max(right))
+    assert best >= 1 and max(right) > right[0] and len(right) == best + 3, right
+    assert f"fell no further in 2 evaluations: step {4 * best + 8} of 120" in output
+    assert read_metadata(proj_dir / "best.pth")["step"] == 4 * best
+    assert f"--adapter {proj_dir}/best.pth" in output
+    assert summary(proj_dir)["validation_metrics_best"]["right_answers"] == max(right)
+
+
 @pytest.mark.slow
 def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
     """Step 2 is the best up to the checkpoint of step 3; step 4 was better, and does not come again."""
