@@ -30,6 +30,7 @@ with importing():
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
     from src.config import Config, settle
+    from src.config.launcher import starts_others
     from src.config.parse import flag_parser, read_flags
     from src.model import RWKV
     from src.objectives.estimates import Speed
@@ -132,7 +133,7 @@ def count(ours: argparse.Namespace, typed: Config) -> Needs:
         speed = find_speed(ours, plan)
         model, cost = model_on_meta(arch, config.adapter), run_cost(plan, speed)
     if not (ours.tokens_per_second or ours.metrics):  # the speed of another run or machine
-        cost = cost.with_loading(ours.start.loading())
+        cost = cost.with_loading(ours.start.loading(starts_others(config)))
     return Needs(plan, model, memory_of(config), fix, speed, cost)
 
 
@@ -187,6 +188,7 @@ def for_machines(found: Needs) -> dict[str, object]:
         "tokens_per_second": found.speed.tokens,
         "seconds": found.cost.seconds or None,
         "evaluation_seconds": found.cost.evaluation_seconds or None,
+        "search_seconds": found.cost.search_seconds or None,
         "reference_seconds": found.cost.reference_seconds or None,
         "drawing_seconds": found.cost.drawing_seconds or None,
         "loading_seconds": found.cost.loading_seconds or None,

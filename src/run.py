@@ -24,7 +24,7 @@ from .common.device import PRECISIONS
 from .common.files import read_lines
 from .common.startup import Start
 from .config import Config, save
-from .config.launcher import is_first_process
+from .config.launcher import is_first_process, starts_others
 from .config.parse import checked
 from .config.reward_rules import check_own_functions
 from .data.chat_template import Template
@@ -233,7 +233,7 @@ def train_in_folder(
             notes.append(f"note:      {note}")
     shown = []
     if cost:
-        cost = cost.with_loading(start.loading())
+        cost = cost.with_loading(start.loading(starts_others(config)))
         resumed = plan_text.resume(plan, over)
         short = [*notes, *plan_text.plan(plan, model, cost, [] if over else resumed)]
         shown = [*short, *plan_text.details(plan, model)]

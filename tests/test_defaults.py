@@ -441,4 +441,5 @@ def test_several_processes_choose_alike(files, tmp_path):
     """.split()
     output = succeed(program.run(flags, counted=True))
     assert "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output
+    assert "of memory for 2 processes, of " in output
     assert len(losses(tmp_path / "run")) == 2

@@ -21,6 +21,7 @@ from src.common import available_memory, startup
 from src.common.available_memory import GIB, parse_size
 from src.common.startup import Start
 from src.config import Config
+from src.config.launcher import PER_PROCESS, starts_others
 from src.data.batches import make_schedule
 from src.data.collate import collate
 from src.data.dataset import Document, Documents
@@ -381,13 +382,24 @@ def test_rows_of_a_narrow_model_are_timed_together(monkeypatch, each, rows):
 
 
 def test_the_time_of_a_run_has_what_the_command_loads(monkeypatch):
-    """What it has loaded so far counts as it is, the trainer as a multiple of the first imports."""
+    """What it has loaded so far counts as it is, the trainer as a multiple of the CPU time of the first
+    imports. Processes that it starts load all of it once more, after it."""
+    begun = time.time()
+    monkeypatch.setattr(time, "process_time", lambda: 3.0)
     start = Start.of_process()
+    assert start.imports == 3.0 and 0 < start.at < begun
     with open("/proc/uptime") as uptime:
-        assert 0 < start.imports < float(uptime.read().split()[0])
-    assert start.at + start.imports == pytest.approx(time.time(), abs=60)
+        assert time.time() - start.at < float(uptime.read().split()[0])
     monkeypatch.setattr(time, "time", lambda: 110.0)
-    assert Start(100.0, 3.0).loading() == 10 + startup.TRAINER_IMPORTS * 3
+    loading = Start(100.0, 3.0).loading
+    assert loading(False) == 10 + startup.TRAINER_IMPORTS * 3 and loading(True) == 2 * loading(False)
+
+
+def test_python_starts_the_other_processes_and_a_launcher_has(monkeypatch):
+    assert starts_others(Config(devices=2)) and not starts_others(Config(devices=1))
+    for name in PER_PROCESS:
+        monkeypatch.setenv(name, "1")
+    assert not starts_others(Config(devices=2))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 # as in pyproject.toml; an older Python must be able to read this file and the first lines of a program
 OLDEST = (3, 10)
-TRAINER_IMPORTS = 2.0  # seconds of a run's later imports, for each second of the first ones
+TRAINER_IMPORTS = 2.0  # seconds of a run's later imports, for each CPU second of the first ones
 ERASED = b"\r\x1b[K"  # to the beginning of the terminal's line, which is then empty
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # Torch's libraries read these when torch is loaded. What the user has set stays. OpenMP's waiting threads
@@ -29,7 +29,11 @@ LIBRARY_SETTINGS = {
 
 
 class Start(NamedTuple):
-    """Start of a command, in seconds since the epoch, and the seconds of its first imports; 0: not known."""
+    """Start of a command, in seconds since the epoch, and the CPU seconds of its first imports; 0: not known.
+
+    By the clock they may take several times as long, because the files are not in memory yet. That tells
+    nothing of the later imports, which have other files.
+    """
 
     at: float
     imports: float = 0.0
@@ -37,19 +41,23 @@ class Start(NamedTuple):
     @classmethod
     def of_process(cls) -> Start:
         """Return this process's start. It is called when the first imports are done."""
-        now = time.time()
+        now, imports = time.time(), time.process_time()
         try:
             with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
                 ticks = float(stat.read().rpartition(")")[2].split()[19])
                 age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
         except OSError:
-            return cls(now)
-        return cls(now - age, age)
+            return cls(now - imports, imports)
+        return cls(now - age, imports)
 
-    def loading(self) -> float:
+    def loading(self, starts_others: bool) -> float:
         """Estimate the seconds of a run beside its work on tokens: those until now, and those for the imports
-        of the trainer and of what draws the pictures."""
-        return time.time() - self.at + TRAINER_IMPORTS * self.imports
+        of the trainer and of what draws the pictures.
+
+        Other processes that this one starts load the same when it is done.
+        """
+        own = time.time() - self.at + TRAINER_IMPORTS * self.imports
+        return 2 * own if starts_others else own
 
 
 @contextlib.contextmanager

@@ -72,6 +72,11 @@ def launched() -> Launch | None:
     return None
 
 
+def starts_others(config: Config) -> bool:
+    """Tell whether this process starts others, because no launcher has."""
+    return config.devices > 1 and launched() is None
+
+
 def whole_number(name: str) -> int:
     """Read a number in the environment; 0 if there is none."""
     try:

@@ -31,8 +31,8 @@ PASSES, MOST_STEPS = 40, 2000  # at most, if passes are chosen
 # one that end them
 SOON, LATE, PATIENCE = 20, 100, 3
 WARM_UP = 0.05  # share of a run's steps
-# the search for a learning rate: steps of a trial, those of its warm-up, and the most trials
-TRIAL_STEPS, TRIAL_WARM_UP, MOST_TRIALS = 15, 5, 7
+# the search for a learning rate: steps of a trial, those of its warm-up; the usual trials, and the most
+TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, MOST_TRIALS = 15, 5, 4, 7
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 

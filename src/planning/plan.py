@@ -37,9 +37,9 @@ from ..objectives.estimates import Speed
 from ..objectives.kinds import objective_of
 from .defaults import (
     GUESSED,
-    MOST_TRIALS,
     SHORTEST_SEARCHED,
     TRIAL_STEPS,
+    USUAL_TRIALS,
     choose_batch,
     choose_eval_steps,
     choose_length,
@@ -112,7 +112,7 @@ class Cost:
     evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
     seconds: float  # of the whole run; 0 if no speed is known
     evaluation_seconds: float  # of these, the evaluations with sample answers
-    search_seconds: float  # of these, the search for a learning rate at most
+    search_seconds: float  # of these, a search for a learning rate with the usual trials
     reference_seconds: float  # of these, the pass of the reference, unless its values are kept already
     drawing_seconds: float = 0.0  # of these, drawing the answers that are trained on
     loading_seconds: float = 0.0  # of these, all beside the work on tokens: imports, the data, pictures
@@ -148,7 +148,7 @@ def run_cost(plan: Plan, speed: Speed) -> Cost:
     found = objective.times(data, arch, schedule, steps, times, speed)
     search = 0.0
     if config.is_automatic("lr_init") and found.training:
-        search = (1 + EVALUATION) * MOST_TRIALS * TRIAL_STEPS / steps * found.training
+        search = (1 + EVALUATION) * USUAL_TRIALS * TRIAL_STEPS / steps * found.training
     return Cost(
         memory=memory,
         room=room,

@@ -19,7 +19,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
-from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, first_guess
+from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, USUAL_TRIALS, first_guess
 from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
@@ -49,6 +49,9 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     places = places_to_watch(config.proj_dir, config.wandb)
     watch = f"; watch: {'; '.join(places)}" if places else ""
     slow = slow_line(run)
+    where = " on each GPU" if device.accelerator == "gpu" else ""
+    if not where and config.devices > 1:
+        where = f" for {counted(config.devices, 'process', 'processes')}"
     lines = [
         *filter(None, [slow]),
         f"rwkv-miss  {version_line()}",
@@ -60,7 +63,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         f"trained    {trained(config.peft, model)}{unseen(config)}",
         f"rates      {rates(run)}{above_guess(run)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
-        needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
+        needs(cost, where),
         evaluation(run, cost),
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
@@ -148,12 +151,12 @@ def method(peft: str, model: RWKV) -> str:
 def rates(run: Plan) -> str:
     """Describe the learning rates."""
     config, total = run.settings, run.steps
+    shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     if config.is_automatic("lr_init"):
-        most = f"in at most {MOST_TRIALS} trials of {TRIAL_STEPS} steps"
-        return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
+        trials = f"in about {USUAL_TRIALS} trials of {TRIAL_STEPS} steps, at most {MOST_TRIALS}"
+        return f"searched for before step 1, {trials}; then {shape}"
     final = config.lr_init * learning_rate_factor(config, config.lr_init, total)(total - 1)
     state_rate = config.state_learning_rate
-    shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     if config.lr_schedule == "plateau":
         shape += ", half after each evaluation that is no better"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
