@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import functional
 from .errors import UserError
 from .quantised import dense
+from .wrappers import unwrapped
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -545,6 +546,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises UserError where tensors of the base itself are trained, or an initial state is: their first values
     are not in the model.
     """
+    model = unwrapped(model)
     if not only_linears_change(model):
         raise UserError(
             "disabled() gives back the base of adapted linears only; this model "

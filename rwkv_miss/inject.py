@@ -21,6 +21,7 @@ from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
+from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -213,7 +214,7 @@ def inject(
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     initialise = functools.partial(_start_layers, earlier=earlier)
-    return _attach(model, method, targets, train_parts, options, initialise)
+    return _attach(unwrapped(model, to_inject=True), method, targets, train_parts, options, initialise)
 
 
 @torch.no_grad()
@@ -426,12 +427,16 @@ def layer_tensors(
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
+    model: also as torch.compile, DistributedDataParallel, DataParallel or DeepSpeed hold it.
     metadata: keywords such as step and tokenizer, which are added. Raises UserError if `path` is a model,
     which would be lost.
     """
+    model = unwrapped(model)
     injection: Injection | None = getattr(model, "injection", None)
     if injection is None:
-        raise UserError("the model carries no adapter; call inject() first")
+        inside = next((name for name, part in model.named_modules() if hasattr(part, "injection")), "")
+        advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
+        raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
     may_replace(path, ADAPTER_FORMAT)
     arch = getattr(model, "arch", None)  # in a model of other people it may be anything
     tensors, linears, tied = _file_content(model)
@@ -566,6 +571,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
     is.
     """
+    model = unwrapped(model, to_inject=not hasattr(unwrapped(model), "injection"))
     linears, whole, metadata = fit_adapter(model, path, force)
     for name, own in linears.items():
         model.get_submodule(name).load(own)
