@@ -232,12 +232,13 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     A method implements setup() and delta(); forward() may be overridden by something faster that means the
     same. The life of a layer: setup(); then start() if it is new, or assign() with the tensors of a file;
-    then prepare(). Tensors named in `shared` are the same in many layers: they live once in memory and once
-    in the file. The frozen weight depends on those in `constants`, so a resumed run begins with the ones it
-    had.
+    then prepare(). Tensors named in `shared` are the same in many layers: they live once in memory, once in
+    the file, and once in state_dict(), under the first layer's name. The frozen weight depends on those in
+    `constants`, so a resumed run begins with the ones it had.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
+    borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
 
     @classmethod
     def make_shared(
@@ -374,6 +375,25 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         put_linears(model, adapted)  # all of them or none
+        share(adapted.values())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in self.borrowed:
+            del destination[prefix + key]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
+        before = {key: getattr(self, key) for key in self.shared}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        for key, old in before.items():
+            if key not in self.borrowed:
+                if getattr(self, key) is not old:  # load_state_dict(assign=True)
+                    old.moved_to = getattr(self, key)
+                continue
+            if prefix + key not in state_dict and prefix + key in missing:
+                missing.remove(prefix + key)
+            own = self._parameters if key in self._parameters else self._buffers
+            own[key] = getattr(old, "moved_to", old)
 
     def _apply(self, fn, recurse=True):
         # a module moves its buffers one by one, and every layer would get a copy of what they share
@@ -467,6 +487,15 @@ def prepare_again(layer: AdapterLinear, _: Any) -> None:
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:
     """Map dotted name -> layer, for every adapted linear of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+def share(layers: Iterable[AdapterLinear]) -> None:
+    """Let each shared tensor of these layers, in the model's order, stand once in its state_dict()."""
+    seen: set[int] = set()
+    for layer in layers:
+        tensors = {key: id(getattr(layer, key)) for key in layer.shared}
+        layer.borrowed = frozenset(key for key, place in tensors.items() if place in seen)
+        seen |= set(tensors.values())
 
 
 def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears
+from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears, share
 from .errors import UserError, listed
 from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_checkpoint
 from .files.file_kinds import may_replace
@@ -643,6 +643,7 @@ def _inject_as_trained(
     targets = metadata["linears"] + merged or None
     _attach(model, metadata["method"], targets, ",".join(parts), metadata["options"])
     put_linears(model, {name: modules[name] for name in merged})
+    share(adapted_linears(model).values())
     model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
     model.injection.linears = [name for name in model.injection.linears if name not in merged]
 

@@ -1,6 +1,7 @@
 """The library on models as other programs hold them: compiled, wrapped, sharded, in HF Trainer."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
+
+needs_transformers = pytest.mark.skipif(
+    not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers"
+)
 
 
 class DistributedDataParallel(nn.Module):
@@ -106,3 +111,79 @@ def test_an_unknown_wrapper_is_named_with_the_place_of_the_model(tmp_path):
         rwkv_miss.save_adapter(holder, tmp_path / "a.pth")
     with pytest.raises(rwkv_miss.UserError, match=r"this Linear carries no adapter; call inject\(\) first"):
         rwkv_miss.save_adapter(nn.Linear(2, 2), tmp_path / "a.pth")
+
+
+SHARING = ["vera", "mos"]
+
+
+def same_tensors(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", SHARING)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_shared_tensor_stands_once_in_the_state_dict_and_stays_shared(method, assign):
+    _, model = adapted(method, ["0", "2"])
+    state = model.state_dict()
+    shared = {key for layer in adapted_linears(model).values() for key in layer.shared}
+    assert len({t.data_ptr() for t in state.values()}) == len(state)
+    assert "2.vera_B" not in state and "2.mos_B" not in state
+    _, other = adapted(method, ["0", "2"])
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    earlier = {  # with every layer's name, as it was before
+        **state,
+        **{f"2.{key}": getattr(model[2], key) for key in shared},
+    }
+    for given in (state, earlier):
+        other.load_state_dict({name: t.clone() for name, t in given.items()}, strict=True, assign=assign)
+        assert same_tensors(other.state_dict(), state)
+        for key in shared:
+            a, b = getattr(other[0], key), getattr(other[2], key)
+            assert (a is b) == (getattr(model[0], key) is getattr(model[2], key))
+    first = next(name for name in state if name.rpartition(".")[2] in shared)
+    with pytest.raises(RuntimeError, match=f"Missing key.*{first}"):
+        other.load_state_dict({name: t for name, t in state.items() if name != first}, strict=True)
+
+
+@pytest.mark.parametrize("method", SHARING)
+def test_a_shared_tensor_is_in_the_state_dict_where_its_first_layer_is_merged(method, tmp_path):
+    _, model = adapted(method, ["0", "2"])
+    model[0].weight.requires_grad_(True)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    loaded = small()
+    rwkv_miss.load_adapter(loaded, tmp_path / "a.pth")
+    key = adapted_linears(loaded)["2"].shared[0]
+    assert f"2.{key}" in loaded.state_dict()
+
+
+@needs_transformers
+@pytest.mark.parametrize("method", SHARING)
+def test_hf_trainer_writes_a_checkpoint_and_goes_on_from_it(method, tmp_path):
+    import transformers
+
+    def trainer(steps):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=20, num_hidden_layers=2)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+        rwkv_miss.inject(model, method, targets=["q_proj", "v_proj"], rank=4)
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 20, (8, 6))]
+        settings = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            report_to=[],
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        return transformers.Trainer(model, settings, train_dataset=rows)
+
+    (whole := trainer(4)).train()
+    (resumed := trainer(4)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state, want = resumed.model.state_dict(), whole.model.state_dict()
+    assert state.keys() == want.keys() and same_tensors(state, want)
