@@ -22,11 +22,10 @@ import sys
 if not __package__:  # started by its path, from which src is not found
     raise SystemExit("error: run this from the repository's folder as python -m scripts.gpu_record")
 
-from benchmarks.gpu_budget import PREDICTIONS
-
-from .doctor import RECORDS, driver_version, records, run
+from .doctor import RECORDS, ROOT, driver_version, records, run
 
 BENCHMARKS = ("wkv", "training", "published", "decode", "sizes")
+PREDICTIONS = ROOT / "benchmarks" / "gpu_predictions.json"  # by benchmarks.gpu_budget --predict
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STOPPED = (124, 137)  # exit codes of `timeout`
 # names of ncu's metrics, as they begin, and the names here
