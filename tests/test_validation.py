@@ -266,7 +266,8 @@ def test_right_answers_end_a_run_and_choose_its_best_state(files, tmp_path):
     right = [line["right_answers"] for line in validation_lines(proj_dir)]
     best = right.index(max(right))
     assert best >= 1 and max(right) > right[0] and len(right) == best + 3, right
-    assert f"fell no further in 2 evaluations: step {4 * best + 8} of 120" in output
+    why = "fell no further in 2 evaluations, nor were more answers right"
+    assert f"{why}: step {4 * best + 8} of 120" in output
     assert read_metadata(proj_dir / "best.pth")["step"] == 4 * best
     assert f"--adapter {proj_dir}/best.pth" in output
     assert summary(proj_dir)["validation_metrics_best"]["right_answers"] == max(right)

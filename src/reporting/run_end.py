@@ -127,7 +127,9 @@ def _state(step: int, total_steps: int, history: list[dict], early_stop: int, by
         if not by_loss:
             once, never = "reward rose no further", "reward did not rise"
         stopped = once if best_trained(history) else never
-        return f"ended early, as the held-out {stopped}{count}"
+        has_answers = by_loss and "right_answers" in history[-1]
+        righter = ", nor were more answers right" if has_answers else ""
+        return f"ended early, as the held-out {stopped}{count}{righter}"
     return STOPPED
 
 
