@@ -7,8 +7,8 @@ gradient. The cases are lengths around the kernels' chunks, head sizes, scans of
 segments, documents that start inside a row, and decays of exactly 0 and 1. Small cases are compared with the
 recurrence, token by token on the CPU, and large ones with the chunked form in plain torch. The last line is
 JSON. The exit code is 1 if an error is above what the dtype explains, or not finite. --small has few tokens,
-for compute-sanitizer. The elementwise functions and the loss have the cases of tests/test_cuda_elementwise.py
-and test_cuda_loss.py.
+for compute-sanitizer. The elementwise functions and the loss have the cases of tests/elementwise_cases.py and
+loss_cases.py.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ def worst_errors(
 
 def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
     """Map each elementwise function to its largest error against the largest value, and what is allowed."""
-    # tests, because they have every function with its arguments; here, because they need pytest
-    from tests import test_cuda_elementwise as cases
+    # tests, because they have every function with its arguments
+    from tests import elementwise_cases as cases
 
     allowed, found = cases.TOLERANCE[DTYPES[dtype]], {}
     for name in cases.FUNCTIONS:
         worst = 0.0
         for sizes in cases.SIZES:
             want = cases.results(name, sizes, "", torch.float64, True)
-            got = cases.results(name, sizes, "cuda", DTYPES[dtype], True, torch.float32, device)
+            got = cases.results(name, sizes, "cuda", DTYPES[dtype], True, [torch.float32], device)
             for a, b in zip(got, want, strict=True):
                 value = ((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
                 worst = max(worst, value if math.isfinite(value) else math.inf)
@@ -138,19 +138,19 @@ def elementwise_errors(dtype: str, device: str) -> dict[str, tuple[float, float]
 def loss_errors(dtype: str, device: str) -> dict[str, tuple[float, float]]:
     """Return the largest relative error (rms) of a loss and of its gradient, and what is allowed, by name."""
     from src.model.loss import in_place_of
-    from tests import test_cuda_loss as cases
+    from tests import loss_cases as cases  # here, because it needs pytest
 
     worst, half = 0.0, DTYPES[dtype]
-    for rows, vocab in cases.SIZES:
+    for rows, vocab in cases.LOGITS:
         if vocab == 1:
             continue  # its gradient is 0 but for L2Wrap's term
-        logits, targets = cases.make(rows, vocab)
-        want = cases.exact(logits, targets)
+        logits, targets = cases.random_logits(rows, vocab)
+        want = cases.exact_loss(logits, targets)
         there = logits.to(device)
         loss = torch.ops.rwkv.softmax_loss_(there, targets.to(device), None, half)
         for a, b in zip((loss, in_place_of(there, half)), want, strict=True):
             worst = max(worst, error(a.cpu(), b))
-    return {"loss": (worst, 2 * cases.ERRORS[half])}
+    return {"loss": (worst, 2 * cases.GRADIENT_ERRORS[half])}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import rwkv_miss
 from src.model import RWKV
+from src.model.loss import softmax_loss_
 
 from .conftest import close, make_arch, random_tensors
 
@@ -14,6 +15,11 @@ from .conftest import close, make_arch, random_tensors
 ROWS = [[5, 3, 1, 2, 12, 7, 5], [35], [15, 1, 8], [1]]
 
 VOCAB = 31  # of head_inputs()
+
+# a block reads 4096 logits at a time: one number each, or vectors of 4 where V is a multiple of 4
+LOGITS = [(3, 1), (3, 5), (4, 67), (2, 4096), (3, 4097), (3, 12292), (1, 20487), (2, 32772)]
+# relative error of gradients, and of the half-precision ones their rounding
+GRADIENT_ERRORS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 # of blocks of 5 rows: none, a part of one, a whole one, and two with a part
 head_rows = pytest.mark.parametrize("rows", [0, 1, 5, 13])
@@ -105,3 +111,19 @@ def adapted_head(method, rows):
             p.normal_(std=0.1)
     x = torch.randn(rows, model.arch.n_embd, requires_grad=True)
     return model, x, torch.randint(67, (rows,)), [x, *trained]
+
+
+def exact_loss(logits, targets, weights=None):
+    """(losses, gradient) in float64."""
+    gradient = logits.double()
+    return softmax_loss_(gradient, targets, None if weights is None else weights.double()), gradient
+
+
+def random_logits(rows, vocab, seed=0):
+    """(logits, targets), the largest logit at the end of the first row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(rows, vocab, generator=generator)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    logits[0, -1] = logits.max() + 1  # the largest at the end, which may be no whole vector
+    targets[-1] = logits[-1].argmax()
+    return logits, targets

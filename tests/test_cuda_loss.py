@@ -8,10 +8,7 @@ from src.model import loss as losses
 from src.model.loss import head_loss, in_place_of, launch, loss_sum, softmax_loss_
 from src.ops import native
 
-# a block reads 4096 logits at a time: one number each, or vectors of 4 where V is a multiple of 4
-SIZES = [(3, 1), (3, 5), (4, 67), (2, 4096), (3, 4097), (3, 12292), (1, 20487), (2, 32772)]
-# relative error of gradients, and of the half-precision ones their rounding
-ERRORS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+from .loss_cases import GRADIENT_ERRORS, LOGITS, exact_loss, random_logits
 
 
 def emulated(libraries, logits, targets, weights=None, dtype=torch.float32):
@@ -22,7 +19,7 @@ def emulated(libraries, logits, targets, weights=None, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("dtype", GRADIENT_ERRORS)
 def test_the_head_makes_its_products_with_the_gradient_in_the_place_of_the_logits(
     libraries, monkeypatch, dtype, trained
 ):
@@ -42,27 +39,13 @@ def test_the_head_makes_its_products_with_the_gradient_in_the_place_of_the_logit
     want = loss_sum(doubles[0] @ doubles[1].t(), targets, weights.double())
     pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(want, doubles), strict=False)
     for mine, theirs in [(found, want), *pairs]:
-        assert (mine.double() - theirs).norm() <= 2 * max(ERRORS[dtype], 1e-6) * theirs.norm()
+        assert (mine.double() - theirs).norm() <= 2 * max(GRADIENT_ERRORS[dtype], 1e-6) * theirs.norm()
 
 
-def exact(logits, targets, weights=None):
-    gradient = logits.double()
-    return softmax_loss_(gradient, targets, None if weights is None else weights.double()), gradient
-
-
-def make(rows, vocab, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(rows, vocab, generator=generator)
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    logits[0, -1] = logits.max() + 1  # the largest at the end, which may be no whole vector
-    targets[-1] = logits[-1].argmax()
-    return logits, targets
-
-
-@pytest.mark.parametrize("dtype", ERRORS)
-@pytest.mark.parametrize("rows, vocab", SIZES)
+@pytest.mark.parametrize("dtype", GRADIENT_ERRORS)
+@pytest.mark.parametrize("rows, vocab", LOGITS)
 def test_loss_and_gradient_in_both_orders_of_threads(libraries, dtype, rows, vocab):
-    logits, targets = make(rows, vocab)
+    logits, targets = random_logits(rows, vocab)
     weights = torch.tensor([0.3, 1, 2.5])[:rows].repeat(2)[:rows] if vocab % 3 else None
     found = emulated(libraries, logits, targets, weights, dtype)
     libraries[7].emulate_order(1)
@@ -72,9 +55,11 @@ def test_loss_and_gradient_in_both_orders_of_threads(libraries, dtype, rows, voc
         libraries[7].emulate_order(0)
     for one, same in zip(found, other, strict=True):
         assert torch.equal(one, same)
-    (loss, gradient), want = found, exact(logits, targets, weights)
+    (loss, gradient), want = found, exact_loss(logits, targets, weights)
     torch.testing.assert_close(loss.double(), want[0], rtol=1e-6, atol=1e-6)
-    allowed = ERRORS[dtype] * want[1].abs() + (6e-8 if dtype == torch.float16 else 1e-12)  # fp16 ends there
+    allowed = GRADIENT_ERRORS[dtype] * want[1].abs() + (
+        6e-8 if dtype == torch.float16 else 1e-12
+    )  # fp16 ends there
     allowed.scatter_add_(1, targets[:, None], torch.full((rows, 1), 2e-7).double())  # p - 1
     error = (gradient.double() - want[1]).abs()
     assert (error <= allowed).all(), f"{(error / allowed).max():.2f} of what is allowed"
@@ -95,11 +80,11 @@ def test_rows_that_are_hard(libraries):
     )
     logits[2, -1] = 2
     targets = torch.tensor([0, 7, vocab - 1, 1])
-    want = exact(logits, targets)
+    want = exact_loss(logits, targets)
     memory = torch.empty(logits.numel() + 1)
     unaligned = memory[1:].view(logits.shape).copy_(logits)
     loss = torch.empty(4)
-    for dtype, error in ERRORS.items():
+    for dtype, error in GRADIENT_ERRORS.items():
         found = emulated(libraries, logits, targets, dtype=dtype)
         torch.testing.assert_close(found[0].double(), want[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found[1].double(), want[1], rtol=max(error, 1e-5), atol=1e-7)
@@ -110,7 +95,7 @@ def test_rows_that_are_hard(libraries):
 
 @pytest.mark.parametrize("wrong", [-1, 67, 1 << 40, -(1 << 62)])
 def test_a_target_outside_of_the_vocabulary_makes_its_row_nan(libraries, wrong):
-    logits, targets = make(3, 67)
+    logits, targets = random_logits(3, 67)
     want = emulated(libraries, logits, targets)
     targets[1] = wrong
     for found, right in zip(emulated(libraries, logits, targets), want, strict=True):
@@ -119,7 +104,7 @@ def test_a_target_outside_of_the_vocabulary_makes_its_row_nan(libraries, wrong):
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_a_logit_that_is_no_number_shows_in_the_loss(libraries, wrong):
-    logits, targets = make(3, 67)
+    logits, targets = random_logits(3, 67)
     logits[1, 40] = wrong
     loss, _ = emulated(libraries, logits, targets)
     assert loss.isnan().tolist() == [False, True, False]
@@ -131,7 +116,7 @@ def test_no_rows_are_no_launch(libraries):
 
 
 def test_the_plain_form_leaves_the_gradient_where_the_native_one_does(libraries):
-    logits, targets = make(5, 67)
+    logits, targets = random_logits(5, 67)
     for dtype in native.ACTIVATION_DTYPES["cuda"]:
         loss, gradient = emulated(libraries, logits, targets, dtype=dtype)
         plain = logits.clone()
