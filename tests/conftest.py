@@ -24,6 +24,7 @@ from src.config import Config
 from src.model import RWKV
 from src.model.rwkv import VERSIONS
 from src.ops import build
+from src.ops.toolchain import BuildError, find_nvcc
 
 from .budgets import TIERS, Budgets, read_table
 
@@ -117,6 +118,15 @@ def data_dir(request):
     if not data.is_dir():
         pytest.skip(f"GOLDEN FILES ABSENT: no folder {data}")
     return data
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    """Skip loudly where no nvcc compiles the CUDA kernels."""
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(f"NVCC ABSENT: the CUDA kernels are not executed; {error}")
 
 
 @pytest.fixture(scope="session")

@@ -222,14 +222,15 @@ class WkvOp:
     def forward(self, *arguments, save: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chunked = arguments
         r = tensors[0]
+        gpu = library(r.device.type).device == "cuda"
         # a CPU's kernel writes `saved` in any case
-        y, state, written = self.empty_outputs(r, chunked, save or not r.is_cuda and not chunked)
+        y, state, written = self.empty_outputs(r, chunked, save or not gpu and not chunked)
         saved = written if save else r.new_empty(0, dtype=torch.float32)
         given = [*tensors, y, state, *self.kept(written if written.numel() else None, chunked)]
         if chunked:
             given.append(scratch(self.symbol(chunked, "forward_scratch"), r))
         code = call(self.symbol(chunked, "forward"), r, *given)
-        if y.is_cuda:
+        if gpu:
             require_started(self.op, code)
         elif code:
             require_finite(self.op, dict(zip((*self.inputs, "s0"), tensors)))

@@ -1,0 +1,35 @@
+"""The rows as tests: `runs` for pytest.mark.parametrize, `check_run` for the test."""
+
+from __future__ import annotations
+
+import functools
+
+from tests.conftest import slow
+
+from .cases import run_group
+from .device import Device
+from .library import kernels
+
+device_of = functools.cache(Device)
+
+
+def runs(*groups: str) -> list:
+    """List (architecture, group, quick): a part of the rows on sm_80, in the second tier all of them.
+
+    Newer architectures have a part in the second tier.
+    """
+    return [
+        *[("80", group, True) for group in groups],
+        *[slow("80", group, False) for group in groups],
+        *[slow(newer, group, True) for newer in ("90", "120") for group in groups],
+    ]
+
+
+def check_run(architecture: str, group: str, quick: bool) -> None:
+    """Run the rows; if these are all, every kernel of the group's source has to have run."""
+    device = device_of(architecture)
+    problems = run_group(device, group, quick)
+    assert not problems, "\n".join(problems)
+    source = f"_{len(group) + 3}_{group}_cu_"
+    idle = [name for name, counts in kernels(device.library).items() if source in name and not counts[0]]
+    assert quick or not idle, f"kernels that no row launches: {idle}"
