@@ -122,6 +122,19 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add x W^T to `total` (N, out), fp32 for factors in half precision.
+
+    On CUDA with torch 2.8 or newer the product's own sums go on from `total`: nothing is rounded between.
+    """
+    if x.device.type == "cuda" and total.dtype == x.dtype:
+        return total.addmm_(x, weight.t())
+    # a subclass has no values: what a GPU would do is counted
+    if total.dtype != x.dtype and (x.device.type == "cuda" or type(x) is not Tensor) and _has_fp32_results():
+        return torch.addmm(total, x, weight.t(), out_dtype=total.dtype, out=total)
+    return total.add_(product(x, weight))
+
+
 def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: Tensor) -> Tensor:
     """Compute x W^T + bias + s D in one output: s (N, r), D (r, out)."""
     if x.dtype.itemsize < 4 or uses_onednn(x, weight):

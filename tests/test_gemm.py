@@ -52,6 +52,10 @@ def test_products(engine, rows, width, out, dtype, transposed):
     exactly = gemm.product_exact(x, weight)
     assert exactly.dtype == torch.float32
     close(exactly.to(dtype), exact[0], dtype, size[0])
+    total = torch.randn(rows, out, dtype=exactly.dtype)
+    want = total.double() + exact[0]
+    assert gemm.add_product_(total, x, weight) is total
+    close(total.to(dtype), want, dtype, size[0] + 3)
     out = torch.full((rows + 1, out), torch.nan, dtype=dtype)
     close(gemm.product_into(out[:-1], x, weight), exact[0], dtype, size[0])
     assert out[-1].isnan().all()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_miss.gemm import product, product_into
+from rwkv_miss.gemm import add_product_, product, product_into
 
 from ..ops.launch_errors import require_started
 from ..ops.native import ACTIVATION_DTYPES, DTYPE_CODES, context, library, once_differentiable
@@ -125,6 +125,8 @@ class _Blocks:
         """
         x, vocab = self.x, len(self.weight)
         at_once = max(1, LOGITS_AT_ONCE // vocab)  # tokens
+        if dw is not None:  # is read and written for each block: its logits are at least as large
+            at_once = max(at_once, x.shape[1])
         block = x.new_empty(min(at_once, len(x)), vocab, dtype=self.wide if self.exact else x.dtype)
         softmax_loss = torch.ops.rwkv.softmax_loss_ if self.native else softmax_loss_
         for start in range(0, len(x), at_once):
@@ -136,7 +138,7 @@ class _Blocks:
             if dx is not None:
                 dx[part] = product(gradient, self.weight.t())
             if dw is not None:
-                dw += product(gradient.t(), x[part].t())
+                add_product_(dw, gradient.t(), x[part].t())
 
 
 class _HeadLoss(torch.autograd.Function):

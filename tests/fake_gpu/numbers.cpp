@@ -274,6 +274,12 @@ at::Tensor& mm_as_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType d
     return at::mm_out(out, a.to(dtype), b.to(dtype));
 }
 
+at::Tensor& addmm_as_out(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+    const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
+    TORCH_CHECK(self.scalar_type() == dtype && out.scalar_type() == dtype, "CUDA's addmm has one dtype for its sums");
+    return at::addmm_out(out, self, a.to(dtype), b.to(dtype), beta, alpha);
+}
+
 at::Tensor bmm_as(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
     return at::bmm(a.to(dtype), b.to(dtype));
 }
@@ -298,6 +304,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     library.impl("_local_scalar_dense", number);
     library.impl("mm.dtype", mm_as);
     library.impl("mm.dtype_out", mm_as_out);
+    library.impl("addmm.dtype_out", addmm_as_out);
     library.impl("bmm.dtype", bmm_as);
 }
 
