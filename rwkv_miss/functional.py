@@ -314,11 +314,12 @@ def miss_linear(
     D: Tensor,
     contiguous: bool = False,
     balanced: bool = False,
-    scale: float = 1.0,
+    scale: float = 1,
 ) -> Tensor:
     """Compute y = x W^T + bias + S(x) D.
 
-    Kept for the backward in x's dtype: S, (tokens, r), and D, where D has another.
+    Kept for the backward in x's dtype: S, (tokens, r), and D, where D has another. The default scale is an
+    integer: a float would be a variable for a compiler with dynamic shapes.
 
     `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean.
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut

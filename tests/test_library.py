@@ -10,6 +10,8 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 
+from .conftest import close
+
 needs_transformers = pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers"
 )
@@ -187,3 +189,16 @@ def test_hf_trainer_writes_a_checkpoint_and_goes_on_from_it(method, tmp_path):
     (resumed := trainer(4)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     state, want = resumed.model.state_dict(), whole.model.state_dict()
     assert state.keys() == want.keys() and same_tensors(state, want)
+
+
+@pytest.mark.parametrize("method", ["miss", "mora", "dora"])
+def test_a_compiler_with_dynamic_shapes_takes_the_operators(method):
+    _, model = adapted(method)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for length in (5, 9):
+        x = torch.randn(length, 3, 12)
+        got, want = (torch.autograd.grad(m(x).square().sum(), trained) for m in (compiled, model))
+        for p, a, b in zip(trained, got, want, strict=True):
+            close(f"gradient {tuple(p.shape)}", a, b, 1e-5)

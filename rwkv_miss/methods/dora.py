@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..adapter import About, prepare_again, register
 from ..errors import UserError
-from ..functional import times_columns, without_autocast
+from ..functional import autocast, times_columns, without_autocast
 from ..gemm import product
 from ..quantised import dense
 from .lora import LoraLinear, Options
@@ -63,10 +63,11 @@ class DoraLinear(LoraLinear):
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.lora_forward(x, None)
-        with without_autocast(y.device):
-            factor = self.magnitude / self._norms(y.dtype)
-        return times_columns(y, factor, self.bias)
+        x = autocast(x)
+        with without_autocast(x.device):
+            # before the product: a compiler with dynamic shapes can't have `scale` in an operator first
+            factor = self.magnitude / self._norms(x.dtype)
+        return times_columns(self.lora_forward(x, None), factor, self.bias)
 
     def low_rank(self) -> None:
         return None
