@@ -21,12 +21,24 @@ from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
-from .wrappers import unwrapped
+from .wrappers import is_sharded, unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
 # the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
+QUANTISERS = ("bitsandbytes", "torchao", "optimum")  # packages with tensors of their own
+# class of transformers -> linears whose weights it gives to a kernel, in training
+READ_BY = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
+    "JambaMambaMixer": ("dt_proj",),
+    **dict.fromkeys(
+        ("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
+        ("out_proj",),
+    ),
+    "Zamba2MambaMixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 # where torch keeps a module's hooks
 HOOKS = """
     _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks
@@ -113,6 +125,9 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
                 f"{first} and {second} are one layer under two names; give each a layer of its own "
                 "(copy.deepcopy), or drop the target"
             )
+        held = _held_by_others(linear.weight)
+        if held:
+            raise UserError(f"{name}.weight is {held}")
         what = _more_than_linear(linear)
         if what:
             raise UserError(
@@ -125,10 +140,12 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
                 f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them"
                 " or drop the target"
             )
-        if isinstance(parent, nn.MultiheadAttention):
+        if isinstance(parent, nn.MultiheadAttention) or name.rpartition(".")[2] in READ_BY.get(
+            type(parent).__name__, ()
+        ):
             raise UserError(
-                f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it;"
-                " drop the target"
+                f"{name} belongs to a {type(parent).__name__}, which reads its weight, always or on a GPU,"
+                " and does not call it: the adapter would do nothing; drop the target"
             )
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise UserError(
@@ -137,6 +154,20 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
                 " torch.backends.mha.set_fastpath_enabled(False) first, here and wherever the adapter is"
                 " used"
             )
+
+
+def _held_by_others(weight: Tensor) -> str:
+    """Describe a weight whose numbers another program holds in a form of its own; "" for a plain tensor."""
+    kind = type(weight)
+    package = kind.__module__.partition(".")[0]
+    if is_sharded(weight):
+        return "sharded already; call inject() first, and fully_shard() after that"
+    if package in QUANTISERS or hasattr(kind, "__tensor_flatten__"):
+        return (
+            f"quantised by {package} ({kind.__name__}), whose products no adapter here has; load the model"
+            " without that, inject(), and quantise the adapted linears with rwkv_miss.quantised.quantise_"
+        )
+    return ""
 
 
 def _more_than_linear(linear: nn.Linear) -> str:

@@ -5,7 +5,7 @@ The wrappers are known by the names of their classes, so that none of these prog
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -39,3 +39,8 @@ def unwrapped(model: nn.Module, to_inject: bool = False) -> nn.Module:
             " with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
     return model
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether this process has a part of the tensor only, as under fully_shard()."""
+    return hasattr(tensor, "full_tensor")

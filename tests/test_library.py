@@ -9,6 +9,7 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.quantised import quantise_
 
 from .conftest import close
 
@@ -202,3 +203,76 @@ def test_a_compiler_with_dynamic_shapes_takes_the_operators(method):
         got, want = (torch.autograd.grad(m(x).square().sum(), trained) for m in (compiled, model))
         for p, a, b in zip(trained, got, want, strict=True):
             close(f"gradient {tuple(p.shape)}", a, b, 1e-5)
+
+
+class TorchaosWeight(torch.Tensor):
+    """Two tensors as one, which multiplies as its dequantised self: as torchao's are made."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(op)
+
+
+def bitsandbytes_linear(kind):
+    return getattr(pytest.importorskip("bitsandbytes").nn, kind)(12, 8)
+
+
+def torchaos_linear():
+    linear = nn.Linear(12, 8)
+    codes = TorchaosWeight(torch.ones(8, 12, dtype=torch.int8), torch.ones(8, 1))
+    linear.weight = nn.Parameter(codes, requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: bitsandbytes_linear("Linear8bitLt"), r"bitsandbytes \(Int8Params\)"),
+        (lambda: bitsandbytes_linear("Linear4bit"), r"bitsandbytes \(Params4bit\)"),
+        (torchaos_linear, r"tests \(TorchaosWeight\)"),
+    ],
+    ids=["bitsandbytes 8 bits", "bitsandbytes 4 bits", "torchao"],
+)
+def test_a_base_that_others_quantised_is_refused_with_what_to_do(make, words):
+    model = nn.Sequential(make(), nn.Linear(8, 8))
+    with pytest.raises(
+        rwkv_miss.UserError, match=f"0.weight is quantised by {words}.* rwkv_miss.quantised.quantise_"
+    ):
+        rwkv_miss.inject(model, targets=["0"], rank=2)
+    rwkv_miss.inject(model, targets=["1"], rank=2)
+
+
+def test_the_quantisation_that_is_named_instead_trains():
+    model = small()
+    rwkv_miss.inject(model, targets=["0", "2"], rank=2)
+    quantise_(adapted_linears(model).values(), "int8")
+    model(torch.randn(3, 12)).square().sum().backward()
+    assert model[0].miss.grad.abs().max() > 0
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind,target", [("Mamba", "dt_proj"), ("Mamba", "out_proj"), ("Mamba2", "out_proj")])
+def test_linears_that_transformers_reads_and_does_not_call_are_refused(kind, target):
+    import transformers
+
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)
+    if kind == "Mamba2":
+        sizes |= dict(num_heads=4, head_dim=8, n_groups=1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    with pytest.raises(
+        rwkv_miss.UserError, match=f"mixer.{target} belongs to a {kind}Mixer, which reads its weight"
+    ):
+        rwkv_miss.inject(model, targets=[target], rank=2)
+    rwkv_miss.inject(model, targets=["in_proj"], rank=2)
