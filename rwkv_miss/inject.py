@@ -459,8 +459,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
     model: also as torch.compile, DistributedDataParallel, DataParallel or DeepSpeed hold it.
-    metadata: keywords such as step and tokenizer, which are added. Raises UserError if `path` is a model,
-    which would be lost.
+    metadata: keywords such as step and tokenizer, which are added. Raises UserError for one that is a fact of
+    the adapter, and if `path` is a model, which would be lost.
     """
     model = unwrapped(model)
     injection: Injection | None = getattr(model, "injection", None)
@@ -488,9 +488,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "arch": arch.to_dict() if isinstance(arch, Arch) else None,
         "base": getattr(model, "base_name", None),
         "base_fingerprint": getattr(model, "base_fingerprint", None),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **metadata,
     }
+    if reserved := sorted(described.keys() & metadata.keys()):
+        raise UserError(
+            f"save_adapter(..., {reserved[0]}=...) would overwrite what the file says about the adapter; name"
+            " your field otherwise"
+        )
+    described["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    described |= metadata
     write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
 
 
@@ -603,6 +608,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     is.
     """
     model = unwrapped(model, to_inject=not hasattr(unwrapped(model), "injection"))
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), ""):
+        raise UserError(
+            f"{empty} is on the meta device, where the adapter's values would be lost; give the model its own"
+            " values first, with load_state_dict(assign=True) or to_empty()"
+        )
     linears, whole, metadata = fit_adapter(model, path, force)
     for name, own in linears.items():
         model.get_submodule(name).load(own)

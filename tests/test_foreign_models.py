@@ -131,7 +131,12 @@ def test_a_safetensors_file_keeps_both_names(tmp_path):
 def test_a_name_of_a_tied_tensor_that_is_none_is_refused(tmp_path):
     model = Tied()
     rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
-    rwkv_miss.save_adapter(model, tmp_path / "a.pth", tied={"head.weight": ["emb.weight"]})
+    rwkv_miss.save_adapter(model, tmp_path / "whole.pth")
+    rwkv_miss.write_checkpoint(
+        tmp_path / "a.pth",
+        rwkv_miss.read_checkpoint(tmp_path / "whole.pth").items(),
+        {**rwkv_miss.read_metadata(tmp_path / "whole.pth"), "tied": {"head.weight": ["emb.weight"]}},
+    )
     with pytest.raises(
         rwkv_miss.UserError,
         match="head.weight is tied to \"\\['emb.weight'\\]\", expected the name of a tensor",

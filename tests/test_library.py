@@ -276,3 +276,25 @@ def test_linears_that_transformers_reads_and_does_not_call_are_refused(kind, tar
     ):
         rwkv_miss.inject(model, targets=[target], rank=2)
     rwkv_miss.inject(model, targets=["in_proj"], rank=2)
+
+
+def test_a_model_without_values_takes_no_adapter(tmp_path):
+    _, model = adapted()
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    empty = small().to("meta")
+    with pytest.raises(rwkv_miss.UserError, match="0.weight is on the meta device.*load_state_dict"):
+        rwkv_miss.load_adapter(empty, tmp_path / "a.pth")
+    assert not adapted_linears(empty)
+    empty.load_state_dict(small().state_dict(), assign=True)
+    rwkv_miss.load_adapter(empty, tmp_path / "a.pth")
+    assert torch.equal(empty[0].miss, model[0].miss)
+
+
+@pytest.mark.parametrize("field", ["method", "linears", "base_fingerprint", "tied"])
+def test_a_field_of_the_file_is_not_overwritten(field, tmp_path):
+    _, model = adapted()
+    with pytest.raises(rwkv_miss.UserError, match=rf"save_adapter\(..., {field}=...\) would overwrite"):
+        rwkv_miss.save_adapter(model, tmp_path / "a.pth", **{field: "mine"})
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth", step=3, versions={"mine": "1"})
+    metadata = rwkv_miss.read_metadata(tmp_path / "a.pth")
+    assert (metadata["step"], metadata["versions"]) == (3, {"mine": "1"})
