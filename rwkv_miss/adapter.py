@@ -106,7 +106,7 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
         fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits or isinstance(value, float) and not math.isfinite(value):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a text")
-        raise UserError(f"adapter option {key} (of --peft_config) must be {expected}, got {value!r}")
+        raise UserError(f"adapter option {key} must be {expected}, got {value!r}")
     return kind(value)
 
 

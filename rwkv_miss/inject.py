@@ -244,6 +244,8 @@ def inject(
 
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
+    if "target_modules" in options:
+        raise UserError("target_modules is peft's word; here the linears are inject(..., targets=[...])")
     initialise = functools.partial(_start_layers, earlier=earlier)
     return _attach(unwrapped(model, to_inject=True), method, targets, train_parts, options, initialise)
 

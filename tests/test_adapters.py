@@ -680,7 +680,7 @@ def test_numbers_that_no_method_can_do_with(method):
     assert "given twice" in message(rank=8, r=4)
     if hasattr(METHODS[method].Options, "alpha"):
         assert "alpha -1.0 must not be negative" in message(rank=8, alpha=-1.0)
-        assert "alpha (of --peft_config) must be a number, got nan" in message(rank=8, alpha=math.nan)
+        assert "alpha must be a number, got nan" in message(rank=8, alpha=math.nan)
 
 
 def test_targets_match_leaves_suffixes_and_whole_names():

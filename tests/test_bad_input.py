@@ -292,7 +292,7 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
         ('{"targets": "key"}', 'targets must be a list of names, such as ["key", "value"]; got \'key\''),
         ('{"targets": []}', "targets is empty"),
         ("rnk=4", "adapter option 'rnk' is unknown; this method has: "),
-        ("r=4.5", "adapter option r (of --peft_config) must be a whole number, got 4.5"),
+        ("r=4.5", "adapter option r must be a whole number, got 4.5"),
         ("r=4,r=5", "r is given twice"),
         ("layout=diagonal", "layout 'diagonal' is unknown; choose one of: stride, contiguous"),
     ],

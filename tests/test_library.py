@@ -298,3 +298,20 @@ def test_a_field_of_the_file_is_not_overwritten(field, tmp_path):
     rwkv_miss.save_adapter(model, tmp_path / "a.pth", step=3, versions={"mine": "1"})
     metadata = rwkv_miss.read_metadata(tmp_path / "a.pth")
     assert (metadata["step"], metadata["versions"]) == (3, {"mine": "1"})
+
+
+def test_pefts_word_for_targets_is_translated():
+    with pytest.raises(
+        rwkv_miss.UserError, match=r"target_modules is peft's word; .*inject\(..., targets=\[...\]\)"
+    ):
+        rwkv_miss.inject(small(), "lora", target_modules=["0"], r=2)
+
+
+def test_a_merge_into_another_model_names_what_it_has_seen(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    base, model = adapted()
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    safetensors.save_file(base.state_dict(), tmp_path / "base.safetensors")
+    report = rwkv_miss.merge_file(tmp_path / "base.safetensors", tmp_path / "a.pth", tmp_path / "merged.pth")
+    [note] = report.notes()
+    assert "RWKV" not in note and "a plain .pth with the base's names, such as 0." in note

@@ -456,6 +456,20 @@ def test_values_beyond_fp16_are_named_and_the_previous_file_stays(case, bases, k
     merge(case(base=base), "fp16")
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_broken_value_of_the_base_is_named_and_not_counted(case, bases, value):
+    base = bases(7, torch.float32)
+    folder = case(base=base)
+    sound = merge(folder, "bf16").rounding
+    base["blocks.1.ffn.key.weight"][1, 2] = float(value)
+    report = merge(case(base=base), "bf16")
+    assert "nan" not in report.lines()[0]
+    assert report.rounding.lost == pytest.approx(sound.lost, rel=1e-2)
+    [warning] = report.warnings()
+    assert warning.startswith("in blocks.1.ffn.key the base has infinite or NaN values (1), which stay")
+    assert "download or convert the base again" in warning
+
+
 # the command line
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ..convert import NO_HINTS, Hints
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import check_output
 from ..files.identity import Identity
 from ..files.model_files import name_of, read_model
 from ..files.output import require_writable
 from ..files.safetensors_io import is_safetensors
+from ..files.wrapped import is_model
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
@@ -88,6 +89,13 @@ class MergeReport:
         if self.linears and not self.rounding.total.update:
             warnings.append(
                 "the update is zero: nothing was trained in the linears, or the weights make nothing of it"
+            )
+        broken = [layer for layer in self.rounding.layers if layer.broken]
+        if broken:
+            warnings.append(
+                f"in {listed([layer.name for layer in broken], 3)} the base has infinite or NaN values"
+                f" ({sum(layer.broken for layer in broken)}), which stay: the model will answer nonsense;"
+                " download or convert the base again"
             )
         if self.rounding.lost > LOSS_LIMIT:
             is_fp16 = "float16" in self.dtype.split(", ")
@@ -221,7 +229,7 @@ def merge_file(
     items = _ahead(merger.items(tensors, chosen))
     write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
     report = _report(out, record, merger, _dtypes(tensors, adapters, chosen), choice)
-    report.read = [*_note_of_form(base), *report.read]
+    report.read = [*_note_of_form(base, tensors), *report.read]
     report.seconds = time.perf_counter() - started
     return report
 
@@ -276,11 +284,12 @@ def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     return tensors, metadata
 
 
-def _note_of_form(base: str | os.PathLike[str]) -> list[str]:
+def _note_of_form(base: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Note that the merged file is a .pth, if the base is none."""
-    if os.path.isdir(base) or is_safetensors(base) or read_model(base).notes:
-        return ["whatever the form of the base, the merged file is a plain .pth with RWKV's names"]
-    return []
+    if not (os.path.isdir(base) or is_safetensors(base) or read_model(base).notes):
+        return []
+    names = "RWKV's names" if is_model(tensors) else f"the base's names, such as {next(iter(tensors))}"
+    return [f"whatever the form of the base, the merged file is a plain .pth with {names}"]
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class Layer:
     """Rounding loss of one changed tensor.
 
     update, error: squared norms of the update, and of the part that the rounded file lacks. changing,
-    unchanged: the number of entries that should change, and of those that rounding left as they were.
+    unchanged: the number of entries that should change, and of those that rounding left as they were. All are
+    without the entries that are infinite or NaN in the base, `broken` in number.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     error: float
     changing: int
     unchanged: int
+    broken: int = 0
 
     @property
     def lost(self) -> float:
@@ -130,7 +132,7 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
     An entry should change if it changes in fp32. Raises UserError for a value that fp16 has no room for.
     """
     update = error = 0.0
-    changing = moved = 0
+    changing = moved = broken = 0
     for before, after, kept in zip(blocks(base), blocks(merged), blocks(out)):
         if kept.data_ptr() != after.data_ptr():
             kept.copy_(after)
@@ -144,7 +146,13 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
             missing += before - same
             before = same
         size = float(change.dot(change))
-        if not math.isfinite(size) and bool(before.isfinite().all()):
+        if not math.isfinite(size):
+            unusable = before.isfinite().logical_not_()
+            broken += int(unusable.count_nonzero())
+            for values in (change, missing):
+                values.masked_fill_(unusable, 0)
+            size = float(change.dot(change))
+        if not math.isfinite(size):
             raise UserError(
                 f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be"
                 " reckoned; look at the weights of the adapters, and whether their training diverged"
@@ -156,7 +164,7 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()
         changing += int(ones.dot(ones))
     # where a -0 became 0, moved counts one too many
-    return Layer(name, update, error, changing, max(changing - moved, 0))
+    return Layer(name, update, error, changing, max(changing - moved, 0), broken)
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:

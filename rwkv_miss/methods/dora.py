@@ -43,7 +43,7 @@ class DoraLinear(LoraLinear):
         if not squares.all():
             raise UserError(
                 f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the"
-                " target, or take --peft lora"
+                " target, or take the method lora"
             )
         self.magnitude.copy_(squares.sqrt())
 
