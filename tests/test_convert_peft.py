@@ -699,3 +699,13 @@ def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
     assert (tmp_path / "new" / TENSORS).read_bytes() == (tmp_path / "out" / TENSORS).read_bytes()
     refused(rf"out/{TENSORS} .*absent: pip install safetensors", "out", "new.pth", "native")
     assert not (tmp_path / "new.pth").exists()
+
+
+def test_a_lora_of_a_multihead_attention_is_refused_by_name(tmp_path):
+    model = nn.ModuleDict({"key": nn.Linear(8, 8), "mixer": nn.MultiheadAttention(8, 2)})
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["key", "mixer"], r=2)).save_pretrained(
+        tmp_path / "lora"
+    )
+    with pytest.raises(rwkv_miss.UserError, match="mixer is a torch MultiheadAttention.*merge it with peft"):
+        convert(tmp_path / "lora", tmp_path / "a.pth", "native")
+    assert not (tmp_path / "a.pth").exists()

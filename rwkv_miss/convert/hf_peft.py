@@ -175,6 +175,13 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
             f"{source.path} adapts no linear; its first tensors are"
             f" {', '.join(list(source.tensors)[:3]) or 'none'}"
         )
+    for name in linears:
+        outer, inside, _ = name.partition(".base_layer.")
+        if inside:
+            raise UserError(
+                f"{source.path}: {outer} is a torch MultiheadAttention, which peft adapts as a whole and this"
+                " package does not; merge it with peft instead (merge_and_unload)"
+            )
     for name in whole:
         if name.rpartition(".")[0] in linears:
             raise UserError(
