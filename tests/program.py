@@ -29,20 +29,19 @@ from .conftest import ROOT, close
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported by the fork server, not by a worker of pytest, which would take 10 s for them. DeepSpeed's
 # optimizers bring torch._inductor, a second of each process.
-CONTEXT.set_forkserver_preload(
-    [
-        __name__,
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.pyplot",
-        "torch.utils.tensorboard",
-        "src.distributed.deepspeed_strategy",
-        "src.run",
-        "src.training.forgetting",
-        "src.training.trainer",
-        "src.training.validation",
-    ]
-)
+PRELOADED = [
+    __name__,
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "torch.utils.tensorboard",
+    "src.distributed.deepspeed_strategy",
+    "src.run",
+    "src.training.forgetting",
+    "src.training.trainer",
+    "src.training.validation",
+]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def free_port():

@@ -5,8 +5,10 @@
 // there, or whose source may be written, only after a wait: see Pending.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 #include <cstring>
@@ -53,6 +55,23 @@ struct PinnedMemory final : c10::Allocator {
     c10::DeleterFnPtr raw_deleter() const override { return &free; }
     void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 } pinned_memory;
+
+constexpr c10::DispatchKeySet OF_CUDA(c10::DispatchKey::CUDA);
+
+at::Tensor empty(
+    at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+    std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+    c10::OptionalDeviceGuard guard(device);
+    return at::detail::empty_generic(size, &device_memory, OF_CUDA, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(
+    at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+    std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+    c10::OptionalDeviceGuard guard(device);
+    return at::detail::empty_strided_generic(
+        size, stride, &device_memory, OF_CUDA, c10::dtype_or_default(dtype));
+}
 
 // ---- tensors of the device as the CPU's ----
 
@@ -253,10 +272,6 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     return self;
 }
 
-at::Tensor pin(const at::Tensor& self, std::optional<c10::Device>) {
-    return at::empty(self.sizes(), self.options().pinned_memory(true)).copy_(self);
-}
-
 c10::Scalar number(const at::Tensor& self) {
     wait();
     AsCpu as_cpu;
@@ -300,12 +315,31 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+    library.impl("empty.memory_format", empty);
+    library.impl("empty_strided", empty_strided);
     library.impl("copy_", copy_);
     library.impl("_local_scalar_dense", number);
     library.impl("mm.dtype", mm_as);
     library.impl("mm.dtype_out", mm_as_out);
     library.impl("addmm.dtype_out", addmm_as_out);
     library.impl("bmm.dtype", bmm_as);
+}
+
+// What processes send each other goes through the CPU's memory, too, and there by gloo.
+TORCH_LIBRARY_IMPL(c10d, CUDA, library) {
+    for (auto name :
+         {"broadcast_", "allreduce_", "allreduce_coalesced_", "reduce_", "allgather_", "_allgather_base_",
+          "allgather_into_tensor_coalesced_", "reduce_scatter_", "_reduce_scatter_base_",
+          "reduce_scatter_tensor_coalesced_", "barrier"})
+        library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
+}
+
+struct Timer final : c10d::Timer {  // DDP wants one
+    explicit Timer(c10::Device) {}
+    std::optional<int64_t> measureDifference(Event, Event) override { return std::nullopt; }
+};
+namespace c10d {
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, ::Timer)
 }
 
 TORCH_LIBRARY(fake_gpu, library) {
