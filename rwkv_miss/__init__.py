@@ -17,6 +17,7 @@ with naming_missing_torch():
     from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
     from .inject import inject, load_adapter, save_adapter
     from .merging.merge import merge_file
+    from .optimizer import parameter_groups
 
 __all__ = [
     "METHODS",
@@ -29,6 +30,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge_file",
+    "parameter_groups",
     "penalty",
     "read_checkpoint",
     "read_metadata",

@@ -315,3 +315,16 @@ def test_a_merge_into_another_model_names_what_it_has_seen(tmp_path):
     report = rwkv_miss.merge_file(tmp_path / "base.safetensors", tmp_path / "a.pth", tmp_path / "merged.pth")
     [note] = report.notes()
     assert "RWKV" not in note and "a plain .pth with the base's names, such as 0." in note
+
+
+def test_lora_plus_needs_no_train_py():
+    _, model = adapted("lora", lora_plus=16)
+    model[0].bias.requires_grad_(True)
+    groups = rwkv_miss.parameter_groups(DistributedDataParallel(model), lr=0.01, weight_decay=0.1)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    want = {"lora_A": (0.01, 0.1), "lora_B": (0.16, 0.1), "bias": (0.01, 0.0)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found == {id(p): want[name.rpartition(".")[2]] for name, p in trained.items()}
+    torch.optim.AdamW(groups).step()
+    halves = rwkv_miss.parameter_groups(model, lambda name: 0.5 if name.startswith("2.") else 1.0)
+    assert sorted(group["lr"] for group in halves) == [0.5, 1.0, 8.0, 16.0]

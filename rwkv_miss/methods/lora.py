@@ -83,7 +83,7 @@ class Options(ScaledOptions):
 
     lora_plus: float = option(
         1.0,
-        "B's learning rate over A's; LoRA+ recommends about 16"
+        "B's learning rate over A's, for `parameter_groups()`; LoRA+ recommends about 16"
         " ([2402.12354](https://arxiv.org/abs/2402.12354))",
     )
     aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "loraplus_lr_ratio": "lora_plus"}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rwkv_miss.adapter import adapted_linears, most_specific
-from rwkv_miss.inject import adapter_tensors
+import rwkv_miss
+from rwkv_miss.adapter import most_specific
 
 from ..config import Config
 from ..planning.defaults import warm_up
@@ -55,36 +55,19 @@ def parameter_groups(
     state_lr: float | None = None,
     lr_map: dict[str, float] | None = None,
 ) -> list[dict]:
-    """Make RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
+    """Make RWKV-LM's groups of the optimizer, as rwkv_miss.parameter_groups() does.
 
     Rates: the base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at
-    `state_lr` if it is given, and an adapter's tensors at the method's own multiple (LoRA+). `lr_map`
-    multiplies the rates by parts of
-    names: {"ffn": 0.5, "blocks.0": 2}. Tensors that layers share are called shared.NAME, as in the adapter
-    file.
-
-    Weight decay acts on matrices named `.weight`, and on the adapter's matrices, where it pulls towards the
-    base. PiSSA's have none, because their zero is not the base. Vectors, initial states and the low-rank maps
-    of the model have none.
+    `state_lr` if it is given. `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}.
     """
-    groups: dict[tuple[float, float], list] = {}
-    factors: dict[int, float] = {}
-    decaying: set[int] = set()
-    for layer in adapted_linears(model).values():
-        for key, tensor in layer.own_tensors().items():
-            factors[id(tensor)] = layer.rate_factor(key)
-            if layer.decays:
-                decaying.add(id(tensor))
-    for name, p in adapter_tensors(model).items():
-        if not p.requires_grad:
-            continue
-        rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
+
+    def rate(name: str) -> float:
+        own = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
         if state_lr is not None and name.endswith("att.time_state"):
-            rate = state_lr
-        rate *= factors.get(id(p), 1.0) * most_specific(lr_map or {}, name, 1.0)
-        decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in decaying)
-        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+            own = state_lr
+        return own * most_specific(lr_map or {}, name, 1.0)
+
+    return rwkv_miss.parameter_groups(model, rate, weight_decay)
 
 
 def adamw(groups: list[dict], config: Config, rate: float) -> torch.optim.AdamW:
