@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import functional
 from .errors import UserError
 from .quantised import dense
+from .sharding import unsharded
 from .wrappers import unwrapped
 
 METHODS: dict[str, type[AdapterMethod]] = {}
@@ -481,7 +482,8 @@ def changes_frozen_weight(layer: AdapterLinear) -> bool:
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _: Any) -> None:
     """Prepare a layer again after load_state_dict(): it may derive tensors from the frozen weight."""
-    layer.prepare()
+    with unsharded(layer):
+        layer.prepare()
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:

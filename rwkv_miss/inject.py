@@ -21,7 +21,8 @@ from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
-from .wrappers import is_sharded, unwrapped
+from .sharding import gathered, is_first, is_sharded, local, put, reshard, unsharded
+from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -160,8 +161,6 @@ def _held_by_others(weight: Tensor) -> str:
     """Describe a weight whose numbers another program holds in a form of its own; "" for a plain tensor."""
     kind = type(weight)
     package = kind.__module__.partition(".")[0]
-    if is_sharded(weight):
-        return "sharded already; call inject() first, and fully_shard() after that"
     if package in QUANTISERS or hasattr(kind, "__tensor_flatten__"):
         return (
             f"quantised by {package} ({kind.__name__}), whose products no adapter here has; load the model"
@@ -198,7 +197,7 @@ class _SharedMemory:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ):
-            self.tensors.setdefault(self._storage(tensor), []).append((name, tensor))
+            self.tensors.setdefault(self._storage(local(tensor)), []).append((name, local(tensor)))
 
     @staticmethod
     def _storage(tensor: Tensor) -> int:
@@ -216,8 +215,8 @@ class _SharedMemory:
 
     def overlapping(self, name: str, tensor: Tensor) -> list[str]:
         """Return the other names of memory that a tensor of this name uses."""
+        tensor, found = local(tensor), []
         first, end = self._range(tensor)
-        found = []
         for other, t in self.tensors[self._storage(tensor)]:
             others_first, others_end = self._range(t)
             if other != name and others_first < end and first < others_end:
@@ -418,12 +417,14 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
     for name, layer in merged.items():
         for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
             tensors.pop(key, None)  # a shared one may be gone already
-        tensors[f"{name}.weight"] = layer.base_weight() + layer.delta()
+        with unsharded(layer):
+            tensors[f"{name}.weight"] = layer.base_weight() + layer.delta()
         linears.remove(name)
     return {**tensors, **_moved_statistics(model)}, linears, tied
 
 
 def _place(tensor: Tensor) -> tuple:
+    tensor = local(tensor)
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
@@ -460,6 +461,8 @@ def layer_tensors(
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
+    Of a model that is sharded over processes all of them call it, and the first one writes.
+
     model: also as torch.compile, DistributedDataParallel, DataParallel or DeepSpeed hold it.
     metadata: keywords such as step and tokenizer, which are added. Raises UserError for one that is a fact of
     the adapter, and if `path` is a model, which would be lost.
@@ -471,6 +474,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
         raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
     may_replace(path, ADAPTER_FORMAT)
+    reshard(model)
     arch = getattr(model, "arch", None)  # in a model of other people it may be anything
     tensors, linears, tied = _file_content(model)
     described = {
@@ -498,7 +502,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         )
     described["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     described |= metadata
-    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
+    if not any(map(is_sharded, model.parameters())):
+        write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
+        return
+    tensors = {name: gathered(tensor.detach()).cpu() for name, tensor in tensors.items()}
+    try:
+        if is_first():
+            write_checkpoint(path, tensors.items(), described)
+    finally:
+        torch.distributed.barrier()  # the file is there for all
 
 
 def read_described(
@@ -604,7 +616,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
     Training goes on with everything that was trained, so that save_adapter() writes it again: the file's
-    whole tensors require gradients as the adapter's do.
+    whole tensors require gradients as the adapter's do. Of a model that is sharded over processes all of them
+    call it.
 
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
     is.
@@ -615,13 +628,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
             f"{empty} is on the meta device, where the adapter's values would be lost; give the model its own"
             " values first, with load_state_dict(assign=True) or to_empty()"
         )
-    linears, whole, metadata = fit_adapter(model, path, force)
+    linears, replaced, metadata = fit_adapter(model, path, force)
+    reshard(model)
     for name, own in linears.items():
-        model.get_submodule(name).load(own)
+        layer = model.get_submodule(name)
+        with unsharded(layer):
+            layer.load(own)
     own = _replaceable(model)
-    for name, tensor in whole.items():
-        if own[name].requires_grad:
-            own[name].copy_(tensor.view_as(own[name]))
+    for name, tensor in replaced.items():
+        if own[name].requires_grad or is_sharded(own[name]):
+            put(own[name], tensor.view(own[name].shape))
         else:  # the base's, in new memory: the old one may be that of a file, or another model's
             own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
         own[name].requires_grad_(isinstance(own[name], nn.Parameter))

@@ -5,9 +5,10 @@ The wrappers are known by the names of their classes, so that none of these prog
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import UserError
+from .sharding import is_sharded
 
 COMPILED = "OptimizedModule"  # torch.compile's
 # class of a wrapper -> its attribute with the model
@@ -24,7 +25,7 @@ def unwrapped(model: nn.Module, to_inject: bool = False) -> nn.Module:
     """Return the model inside its wrappers, which may be nested.
 
     to_inject: raise UserError for wrappers that go on with the parameters that they have found, which is all
-    but a compiled model. FSDP1 always is a UserError: it moves the parameters away.
+    but a compiled model, and for a sharded model. FSDP1 always is a UserError: it moves the parameters away.
     """
     while (inside := WRAPPERS.get(kind := type(model).__name__)) is not None:
         if to_inject and kind != COMPILED:
@@ -38,9 +39,9 @@ def unwrapped(model: nn.Module, to_inject: bool = False) -> nn.Module:
             f"the model is in {FSDP1} (FSDP1), which has moved its parameters into flat tensors; shard it"
             " with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
+    if to_inject and any(map(is_sharded, model.parameters())):
+        raise UserError(
+            "the model is sharded already, and would not shard the adapter's parameters; call inject() first,"
+            " and fully_shard() after that"
+        )
     return model
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether this process has a part of the tensor only, as under fully_shard()."""
-    return hasattr(tensor, "full_tensor")

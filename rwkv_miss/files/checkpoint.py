@@ -267,6 +267,11 @@ def write_checkpoint(
             tensor = tensor.detach().cpu().contiguous()
             if name in index:
                 raise ValueError(f"write_checkpoint: {name} comes twice")
+            if tensor.nbytes and not tensor.data_ptr():
+                raise UserError(
+                    f"{name} is a {type(tensor).__name__}, which has no bytes of its own; write a plain"
+                    " tensor, full_tensor() of a sharded one"
+                )
             index[name] = _Entry(str(len(index)), tensor)
             _write_record(archive, f"data/{len(index) - 1}", memory(tensor))
         records = {

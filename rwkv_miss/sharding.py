@@ -1,0 +1,67 @@
+"""Tensors of which each process has a part: those of a model under torch's fully_shard() (FSDP2).
+
+Every process must call what gathers or writes. Nothing is imported from torch.distributed before a tensor is
+sharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether this process has a part of the tensor only."""
+    return hasattr(tensor, "full_tensor")  # which is DTensor's alone
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process has."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, on every process."""
+    if not is_sharded(tensor):
+        return tensor
+    return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()  # shards may be off the device
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write a value, the same on every process, into a tensor that may be sharded."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = tensor.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, tensor.placements)
+    local(tensor).copy_(local(value))
+
+
+@contextlib.contextmanager
+def unsharded(layer: nn.Module) -> Iterator[None]:
+    """Give a layer's own parameters as whole tensors inside the block; its values are sharded again."""
+    shards = {name: p for name, p in layer._parameters.items() if p is not None and is_sharded(p)}
+    for name, p in shards.items():
+        layer._parameters[name] = nn.Parameter(gathered(p), p.requires_grad)
+    try:
+        yield
+    finally:
+        values = {name: layer._parameters[name].detach() for name in shards}
+        layer._parameters.update(shards)
+    for name, p in shards.items():
+        put(p.detach(), values[name])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let no module have its parameters gathered, as some have after a forward: values put there are lost."""
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that writes files."""
+    return torch.distributed.get_rank() == 0
