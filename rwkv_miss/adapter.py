@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import functional
 from .errors import UserError
 from .quantised import dense
-from .sharding import unsharded
+from .sharding import is_sharded, unsharded
 from .wrappers import unwrapped
 
 METHODS: dict[str, type[AdapterMethod]] = {}
@@ -521,6 +521,13 @@ class AroundSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = list(adapted_linears(model).values())
+        idle = AdapterLinear.before_step.__func__
+        acts = any(type(layer).before_step.__func__ is not idle for layer in self.layers[:1])
+        if acts and any(map(is_sharded, model.parameters())):
+            raise UserError(
+                f"{self.layers[0].method} looks at whole parameters around each step, and fully_shard() has"
+                " shared them out; train it under DDP, or take another method"
+            )
 
     def penalty(self, gather: Gather = whole) -> Tensor | None:
         """Return the method's penalty on the loss of a step, or None."""

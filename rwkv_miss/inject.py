@@ -21,7 +21,7 @@ from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
-from .sharding import gathered, is_first, is_sharded, local, put, reshard, unsharded
+from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
 from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
@@ -474,6 +474,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
         raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
     may_replace(path, ADAPTER_FORMAT)
+    require_whole(model)
     reshard(model)
     arch = getattr(model, "arch", None)  # in a model of other people it may be anything
     tensors, linears, tied = _file_content(model)
@@ -628,6 +629,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
             f"{empty} is on the meta device, where the adapter's values would be lost; give the model its own"
             " values first, with load_state_dict(assign=True) or to_empty()"
         )
+    require_whole(model)
     linears, replaced, metadata = fit_adapter(model, path, force)
     reshard(model)
     for name, own in linears.items():

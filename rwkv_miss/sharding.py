@@ -1,4 +1,4 @@
-"""Tensors of which each process has a part: those of a model under torch's fully_shard() (FSDP2).
+"""Tensors of which each process has a part, as under torch's fully_shard() (FSDP2).
 
 Every process must call what gathers or writes. Nothing is imported from torch.distributed before a tensor is
 sharded.
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from .errors import UserError
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -60,6 +62,17 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             module.reshard()
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise UserError for trained parameters that DeepSpeed's ZeRO-3 has shared out: they are empty here."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and hasattr(p, "ds_id") and not p.numel():
+            raise UserError(
+                f"{name} is shared out by ZeRO-3; call this on every process inside"
+                " deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad],"
+                " modifier_rank=0), which saves from rank 0 and loads on all"
+            )
 
 
 def is_first() -> bool:

@@ -328,3 +328,15 @@ def test_lora_plus_needs_no_train_py():
     torch.optim.AdamW(groups).step()
     halves = rwkv_miss.parameter_groups(model, lambda name: 0.5 if name.startswith("2.") else 1.0)
     assert sorted(group["lr"] for group in halves) == [0.5, 1.0, 8.0, 16.0]
+
+
+def test_what_zero_3_has_shared_out_is_neither_saved_nor_loaded(tmp_path):
+    _, model = adapted()
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    whole = model[2].miss.data
+    model[2].miss.ds_id, model[2].miss.data = 3, torch.empty(0)  # as DeepSpeed leaves a parameter
+    for call in (rwkv_miss.save_adapter, rwkv_miss.load_adapter):
+        with pytest.raises(rwkv_miss.UserError, match="2.miss is shared out by ZeRO-3.*GatheredParameters"):
+            call(DeepSpeedEngine(model), tmp_path / "a.pth")
+    model[2].miss.data = whole
+    rwkv_miss.save_adapter(DeepSpeedEngine(model), tmp_path / "a.pth")

@@ -83,6 +83,9 @@ def process(rank, folder):
         rwkv_miss.inject(sharded(base()), targets=["0.0"], rank=1)
     with pytest.raises(rwkv_miss.UserError, match=r"0.0.weight is a DTensor.*full_tensor\(\)"):
         rwkv_miss.write_checkpoint(folder / f"all{rank}.pth", model.state_dict().items())
+    rwkv_miss.inject(model := base(), "adalora", targets=["0.0"], rank=1)
+    with pytest.raises(rwkv_miss.UserError, match="adalora looks at whole parameters.*fully_shard"):
+        rwkv_miss.before_step(sharded(model), 1, 10)
     dist.destroy_process_group()
 
 
