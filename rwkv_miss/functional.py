@@ -188,6 +188,15 @@ def flat_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def like_tokens(y: Tensor, x: Tensor) -> Tensor:
+    """Reshape an operator's result (tokens, n) to the leading axes of its input x (..., in).
+
+    It is no view, because torch lets nobody write into a view that an operator made, as ReLU(inplace=True)
+    does.
+    """
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
 def weight_gradients(
     ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -231,7 +240,7 @@ class _Linear(torch.autograd.Function):
         matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
         tokens, bias = flat_tokens(x), product_bias(bias, x.dtype)
         y = product_exact(tokens, matrix) if exact else product(tokens, matrix, bias)
-        return y.view(*x.shape[:-1], matrix.shape[0])
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative
@@ -281,7 +290,7 @@ class _MissLinear(torch.autograd.Function):
         else:
             repeated = product(s, D_cast.t()).repeat(1, -(-out // D.shape[1]))[:, :out]
             y = product_onto(repeated.contiguous(), tokens, matrix, bias)
-        return y.view(*x.shape[:-1], out)
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative
@@ -367,7 +376,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x if keeps_x else None, h, weight, A_cast, B_scaled, seed)
         matrix = product_matrix(weight, x.shape[-1], x.dtype)
         y = product_plus(tokens, matrix, product_bias(bias, x.dtype), h, B_scaled.t())
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative

@@ -319,3 +319,21 @@ def test_parts_of_rwkv_are_trained_on(tmp_path):
     assert [name for name, p in base.named_parameters() if p.requires_grad] == [
         name for name, p in model.named_parameters() if p.requires_grad
     ]
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (2, 3, 12)], ids=["2 axes", "3 axes"])
+@pytest.mark.parametrize("method", LINEAR)
+def test_the_output_of_an_adapted_linear_may_be_changed_in_place(method, shape):
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 8))
+        rwkv_miss.inject(model, method, targets=["0", "2"], rank=2)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in trained:
+                p.add_(0.1 * torch.randn_like(p))
+        y = model(torch.randn(shape))
+        y = y.mul_(2) if inplace else y * 2
+        gradients.append(torch.autograd.grad(y.square().sum(), trained))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

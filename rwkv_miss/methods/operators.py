@@ -12,6 +12,7 @@ from ..functional import (
     first_derivative,
     flat_tokens,
     gradient_of_factor,
+    like_tokens,
     product_bias,
     product_matrix,
     shard_sum,
@@ -49,7 +50,7 @@ class _ExpandLinear(torch.autograd.Function):
         for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
             add_repeated_(shard, part)
         y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype))
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative
@@ -83,7 +84,7 @@ class _VeraLinear(torch.autograd.Function):
         ctx.save_for_backward(h, weight, A, B, d, b, x if weight.requires_grad else None)
         matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
         y = product_plus(tokens, matrix, bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative
@@ -149,7 +150,7 @@ class _BatLinear(torch.autograd.Function):
             y = product_onto(product(tokens, _bat_weight(matrix, D, change_only=True)), tokens, matrix, bias)
         else:
             y = product(tokens, _bat_weight(matrix, D), bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return like_tokens(y, x)
 
     @staticmethod
     @first_derivative
