@@ -129,6 +129,18 @@ def nvcc():
         pytest.skip(f"NVCC ABSENT: the CUDA kernels are not executed; {error}")
 
 
+@pytest.fixture
+def gpu(nvcc):
+    """A card of sm_80 in the place of the CPU: its kernels are executed as PTX (tests/ptx)."""
+    from .ptx.runs import device_of  # it imports this file
+
+    device = device_of("80")
+    device.clear()
+    with device.in_place_of_cuda():
+        yield device
+    device.check()
+
+
 @pytest.fixture(scope="session")
 def libraries():
     """version -> cuda/*.cu, all in one library, compiled by g++ to run on the CPU (see cuda/emulate.h)."""

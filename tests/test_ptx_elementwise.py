@@ -1,12 +1,94 @@
-"""The other kernels for GPUs, executed as PTX (tests/ptx), against float64: elementwise functions, loss,
-quantised weights, a whole model.
+"""The other kernels for GPUs, executed as PTX (tests/ptx), against float64: elementwise functions, quantised
+weights, a whole model.
 """
 
-import pytest
+import math
 
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks import gpu_numerics
+from src.ops import elementwise
+from src.ops.kernel_errors import worst
+
+from .conftest import close
+from .elementwise_cases import DTYPES, EPS, FUNCTIONS, SIZES, results
 from .ptx.runs import check_run, runs
 
 
-@pytest.mark.parametrize("architecture, group, quick", runs("elementwise", "loss", "quantised", "model"))
+@pytest.mark.parametrize("architecture, group, quick", runs("elementwise", "quantised", "model"))
 def test_rows(nvcc, architecture, group, quick):
     check_run(architecture, group, quick)
+
+
+def test_what_a_card_is_checked_with(gpu):
+    """benchmarks.gpu_numerics, with the interpreter in the place of a GPU."""
+    found = gpu_numerics.elementwise_errors("bfloat16", "cpu")
+    assert set(found) == set(FUNCTIONS) and len(gpu.calls) == 2 * len(FUNCTIONS) * len(SIZES)
+    assert all(1e-4 < value <= allowed for value, allowed in found.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_half_precision_rounds_outputs_only(name, gpu):
+    """To the last bit what fp32 gives, rounded. The low-rank mixes go through products of their own."""
+    if name == "shift_mix_low_rank":
+        return
+    want = results(name, SIZES[2], "cuda", torch.float32, True)
+    for dtype in DTYPES[1:]:
+        got = results(name, SIZES[2], "cuda", dtype, True, [torch.float32])
+        kept_output = name == "relu_squared"  # its backward reads the rounded output
+        for mine, exact in zip(got[:1] if kept_output else got, want):
+            assert torch.equal(mine, exact.to(mine.dtype))
+
+
+@pytest.mark.parametrize("width", [8, 2056, 8192])
+@pytest.mark.parametrize("of_sum", [True, False])
+def test_add_layer_norm_of_any_width(width, of_sum, gpu):
+    """One lane to 32 warps; with and without a gradient of the sum."""
+    generator = torch.Generator().manual_seed(width)
+    shapes = [(35, width)] * 2 + [(width,)] * 2 + [(35, width)] * 2
+    # a mean far from 0: the squares are those of what is left without it
+    numbers = [torch.randn(shape, generator=generator) + 30 * (i == 0) for i, shape in enumerate(shapes)]
+
+    def run(native, dtype):
+        *leaves, dtotal, dnormed = [x.to(dtype, copy=True).requires_grad_() for x in numbers]
+        total, normed = elementwise.add_layer_norm(*leaves, EPS, native)
+        out, gradients = ([total, normed], [dtotal, dnormed]) if of_sum else ([normed], [dnormed])
+        return [*out, *torch.autograd.grad(out, leaves, gradients)]
+
+    for i, (mine, exact) in enumerate(zip(run("cuda", torch.float32), run("", torch.float64), strict=True)):
+        close(f"tensor {i}", mine, exact, 1e-5)
+    assert gpu.calls == ["add_layer_norm_forward", "add_layer_norm_backward"]
+
+
+def test_a_wider_layer_norm_is_torchs(gpu):
+    x, vector = torch.randn(1, 2, 8200), torch.ones(8200)
+    total, normed = elementwise.add_layer_norm(x, x, vector, vector, EPS, "cuda")
+    assert not gpu.calls and torch.equal(total, 2 * x)
+    assert torch.equal(normed, functional.layer_norm(2 * x, [8200], vector, vector, EPS))
+
+
+@pytest.mark.parametrize("count", [9, 32])
+def test_any_number_of_mixes(count, gpu):
+    x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
+    mixes = list(torch.randn(count, 16))
+    want = elementwise.shift_mix(x, x[:, 0], None, mixes, "")
+    for mine, exact in zip(elementwise.shift_mix(x, x[:, 0], None, mixes, "cuda"), want, strict=True):
+        close("mix", mine, exact, 2e-6)
+
+
+def test_too_many_mixes_are_refused(gpu):
+    x = torch.ones(1, 1, 8)
+    with pytest.raises(RuntimeError, match="shift_mix_forward: a CUDA kernel did not start, error 1:"):
+        elementwise.shift_mix(x, x[0], None, [x[0, 0]] * 33, "cuda")
+
+
+def test_a_nan_fails_a_self_test():
+    assert math.isnan(worst([1e-7, math.nan, 1e-6])) and worst([1e-7, 1e-6]) == 1e-6
+
+
+def test_views_that_begin_between_two_loads(gpu):
+    x = torch.arange(17.0)[1:].view(1, 2, 8)
+    assert x.data_ptr() % 16
+    assert torch.equal(elementwise.relu_squared(x, "cuda"), x * x)

@@ -1,10 +1,85 @@
 """The WKV kernels for GPUs, executed as PTX (tests/ptx), against float64."""
 
+import ctypes
+
 import pytest
+import torch
+
+from src.ops import kernel_errors, native, self_test
 
 from .ptx.runs import check_run, runs
+from .test_wkv import NAMES, both, documents, make, results
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"))
 def test_rows(nvcc, architecture, group, quick):
     check_run(architecture, group, quick)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both
+def test_half_precision_rounds_inputs_and_outputs_only(gpu, version, dtype):
+    x, dy, dsT = make(version, 37, N=32)
+    half = {name: t if name in ("u", "s0") else t.to(dtype) for name, t in x.items()}
+    dy, reset = dy.to(dtype), documents(*dy.shape[:2])
+    got = results(version, half, dy, dsT, "cuda-exact", reset)
+    same = {name: t.float() for name, t in half.items()}
+    for name, t in results(version, same, dy.float(), dsT, "cuda-exact", reset).items():
+        assert got[name].dtype == (torch.float32 if name in ("sT", "ds0", "du") else dtype)
+        assert torch.equal(got[name], t.to(got[name].dtype)), name
+
+
+@both
+def test_golden(gpu, data_dir, version):
+    cases = torch.load(data_dir / "golden/wkv.golden.pt", weights_only=True)
+    cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
+    assert len(cases) == 3
+    for title, golden in cases.items():
+        if version == 7:
+            golden = {{"x": "w", "dx": "dw"}.get(name, name): t for name, t in golden.items()}
+        x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
+        for name, got in results(version, x, golden["dy"], golden.get("dsT"), "cuda-exact").items():
+            error = (got - golden[name]).norm() / golden[name].norm()
+            allowed = 5e-5 if name == "dw" else {6: 2e-6, 7: 1e-6}[version]
+            assert error <= allowed, f"{title}: relative error of {name} {error:.1e}"
+
+
+@both
+def test_where_nothing_is_left_the_decay_has_no_gradient(gpu, version):
+    """w = 12, where 1 - sigmoid(w) in fp32 has two digits left, and +-inf."""
+    x, dy, dsT = make(version, 20)
+    x["w"][:] = 12
+    x["w"][:, ::3], x["w"][:, 1::3] = torch.inf, -torch.inf
+    got = results(version, x, dy, dsT, "cuda-exact")
+    assert all(t.isfinite().all() for t in got.values())
+    if version == 6:
+        assert not got["dw"][x["w"] >= 5].any()  # delta is an exact 0 in fp32
+        return
+    doubles = {name: t.double() for name, t in x.items()}
+    for name, want in results(version, doubles, dy.double(), dsT.double(), "reference").items():
+        assert (got[name] - want).norm() <= 5e-5 * want.norm(), name
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@both
+def test_the_operators_drive_the_kernels(gpu, version, chunked):
+    """rwkv::wkv*, gradients and all; and that they give the kernels the memory that they ask for."""
+    assert kernel_errors.wkv_error(version, "cpu", chunked) < self_test.LARGEST_ERROR[chunked]
+    x, _, _ = make(version, 37, N=64, B=1, H=1)
+    inputs = [x[name] if name == "u" or not chunked else x[name].bfloat16() for name in NAMES[version]]
+    op = getattr(torch.ops.rwkv, f"wkv{version}")
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in inputs]
+    assert all(t.data_ptr() % 16 for t in shifted), "views that begin between two vectors of 16 bytes"
+    for want, got in zip(op(*inputs, None, None, chunked)[:2], op(*shifted, None, None, chunked)[:2]):
+        assert torch.equal(got, want)
+    y, state, saved = op(*inputs, None, None, chunked)
+    again = op(*inputs, None, None, chunked, save=False)
+    assert torch.equal(again[0], y) and torch.equal(again[1], state) and not again[2].numel()
+    if version == 7 or chunked:
+        with pytest.raises(RuntimeError, match="the forward saved 0 numbers, .* save=True"):
+            getattr(torch.ops.rwkv, f"wkv{version}_backward")(*inputs, None, None, again[2], y, None, chunked)
+        for sizes in ((1, 1, 1, 64), (2, 17, 3, 64), (1, 5000, 2, 64), (8, 4096, 32, 64)):
+            count = getattr(gpu.library, f"wkv{version}{'_chunked' * chunked}_saved")(
+                *map(ctypes.c_int64, sizes)
+            )
+            assert native.saved_floats(version, chunked, *sizes) == count

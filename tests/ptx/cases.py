@@ -331,8 +331,8 @@ def quantised_row(device, kind, shape, dtype) -> Result:
     given, found = device.put(packed), device.empty((device.rows or out, width), dtype)
     device.lend(torch.view_as_real(formats.nf4_pairs(given.device, FP32)))
     assert quantised.launch(device.library, given, found, device.context) == 0
-    want = formats.expand(packed, width, torch.float64)
-    return {"weight": (found[-out:], want, 1e-7 + ROUNDING[dtype])}
+    want = formats.expand(packed, width, dtype)
+    return {"weight": (found[-out:], want, 0.0)}
 
 
 def quantised_cases() -> Iterator[Case]:
@@ -398,7 +398,7 @@ def run_group(device: Device, group: str, quick: bool, only: str = "", say: Call
         if quick and not case.quick or only not in f"{case.kernel} {case.title}":
             continue
         found, wrong = errors(case, device)
-        worst = max(found, key=lambda name: found[name][0] / found[name][1], default="")
+        worst = max(found, key=lambda name: found[name][0] / (found[name][1] or 1), default="")
         error = f"{found[worst][0]:.1e} of {found[worst][1]:.0e}  {worst}" if worst else ""
         say(f"sm_{device.architecture:<4} {case.kernel:20} {case.title:52} {error}")
         for line in wrong:

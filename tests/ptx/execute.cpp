@@ -97,7 +97,10 @@ static void run_together(Warp& w, u32 active, u32 pc, u32 limit) {
                         if (!group.empty()) report("a thread ends before its cp.async", w, i, first_of(m));
                 return move(w, active & ~lanes, pc + 1);
             case TRAP:
-                report("trap", w, i, first_of(active));
+            case UNKNOWN:
+                if (!lanes) break;
+                report(i.kind == TRAP ? "trap" : "an instruction that instructions.cpp has not", w, i,
+                    first_of(lanes));
                 w.block->dead = true;
                 return;
             default:  // wait for the others

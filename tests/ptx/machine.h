@@ -35,7 +35,7 @@ struct Options {
 extern Options options;
 
 // MEMBERS wait for the lanes of a membermask, ALIGNED for the warp
-enum Kind : u8 { PLAIN, BRA, RET, TRAP, MEMBERS, ALIGNED, BARRIER };
+enum Kind : u8 { PLAIN, BRA, RET, TRAP, UNKNOWN, MEMBERS, ALIGNED, BARRIER };
 enum Space : u8 { PARAM, SHARED, GLOBAL };
 
 // a place in a warp's registers; offset: of an address

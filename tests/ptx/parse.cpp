@@ -184,10 +184,13 @@ struct Parser {
             add(i, a[1], from_vector ? width / 2 : width);
         } else {
             const Entry* entry = find_instruction(op);
-            if (!entry || a.size() > entry->width.size() || (entry->kind == BARRIER && rest != "0"))
-                fatal("unknown instruction: " + i.text);
-            i.run = entry->run;
-            i.kind = entry->kind;
+            if (!entry || a.size() > entry->width.size() || (entry->kind == BARRIER && rest != "0")) {
+                i.kind = UNKNOWN;
+                a.clear();
+            } else {
+                i.run = entry->run;
+                i.kind = entry->kind;
+            }
             if (op == "mov.pred" && a[1][0] == '-') a[1] = "1";
             for (size_t n = 0; n < a.size(); n++) add(i, a[n], entry->width[n]);
         }
@@ -200,11 +203,11 @@ struct Parser {
             const string& part = parts[n];
             if (part != "param" && part != "shared" && part != "global" && part != "cs" && part != "v2" &&
                 part != "v4" && !type_size(part))
-                fatal("unknown instruction: " + i.text);
+                i.kind = UNKNOWN;
         }
         i.run = load ? ld : st;
         i.space = has("param") ? PARAM : has("shared") ? SHARED : GLOBAL;
-        if (i.space == GLOBAL && !has("global")) fatal("generic address: " + i.text);
+        if (i.space == GLOBAL && !has("global")) i.kind = UNKNOWN;  // a generic address
         i.vector = has("v4") ? 4 : has("v2") ? 2 : 1;
         i.size = (u8)type_size(parts.back());
         i.is_signed = parts.back()[0] == 's';
