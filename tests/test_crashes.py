@@ -30,7 +30,7 @@ from src.training.training_state import read_state, write_state
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
-from .program import at_file, flags_of, in_turn, interrupt, kill, losses, spoil, succeed
+from .program import at_file, flags_of, in_turn, interrupt, judge_late, kill, losses, spoil, succeed
 
 STEPS = 6
 
@@ -99,11 +99,6 @@ def large_scale(rank):
     """A loss scale with which the first steps overflow, so that it changes within the run."""
     scaler = torch.amp.GradScaler
     torch.amp.GradScaler = lambda device, init_scale: scaler(device, init_scale=2.0**24)
-
-
-def judge_late(rank):
-    """Steps are reported and judged as on a GPU, which does its work behind the program."""
-    callbacks.works_behind = lambda device: True
 
 
 def interrupt_last_rank(step, rank):

@@ -189,7 +189,8 @@ def length_of(config):
         (60, True, {"eval_steps": 25}, (33, 25, 8, 99)),
         (60, True, {"eval_steps": 20, "early_stop": 5}, (33, 20, 5, 99)),
         (60, True, {"early_stop": 0}, (33, 60, 0, 99)),
-        (60, True, {"eval_steps": 0}, (33, 0, AUTO, 99)),
+        # nothing would tell when to stop
+        (60, True, {"eval_steps": 0}, (1, 0, AUTO, 3)),
     ],
 )
 def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
@@ -204,7 +205,7 @@ def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out,
     [
         (60, True, {}, "one pass makes 60 steps, of at most 2,000"),
         (2001, True, {}, "one pass makes 2,001 steps, of at most 2,000"),
-        (60, False, {}, "one pass makes 60 steps; nothing is held out that would tell when to stop"),
+        (60, False, {}, "one pass makes 60 steps; no evaluation would tell when to stop"),
         (60, True, {"epoch_steps": 30}, "--epoch_steps is given"),
     ],
 )
@@ -221,7 +222,7 @@ def test_few_documents_are_read_until_they_are_known_by_heart():
         choose_length(draft, 3, documents, False)
         lengths.append(length_of(draft.config))
         assert learns_by_heart(draft.config) == (len(lengths) == 1)
-    assert lengths == [(40, AUTO, AUTO, 6), (1, AUTO, AUTO, 0), (1, AUTO, AUTO, 0)]
+    assert lengths == [(40, AUTO, 1, 6), (1, AUTO, AUTO, 0), (1, AUTO, AUTO, 0)]
 
 
 def test_the_warm_up_is_a_share_of_whatever_is_trained():

@@ -43,7 +43,7 @@ from src.training.validation_log import base_wins, best_trained, is_over
 from . import program
 from .answering import engine_of, greedy_text
 from .conftest import make_arch, random_tensors, slow
-from .program import at_file, dropout, flags_of, in_turn, interrupt, kill, losses, succeed
+from .program import at_file, dropout, flags_of, in_turn, interrupt, judge_late, kill, losses, succeed
 from .tables import cases, talk
 
 BYTES = load_tokenizer("bytes", 256, "")
@@ -376,7 +376,7 @@ def test_passes_that_were_chosen_end_when_the_held_out_loss_rises(files, tmp_pat
 
 
 def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
-    """Nothing is held out, and the mean training loss of a pass decides, also after a stop."""
+    """Nothing is held out, and the mean training loss of a pass decides, also after a stop and on a GPU."""
     rows, whole, proj_dir = tmp_path / "rows.jsonl", tmp_path / "whole", tmp_path / "run"
     rows.write_text("".join((files / "rows.jsonl").read_text().splitlines(True)[:4]))
     flags = ["--data_file", str(rows), "--epoch_count", "0", "--micro_bsz", "2", "--train_parts", "emb,head"]
@@ -388,11 +388,13 @@ def test_few_rows_are_trained_until_they_are_known_by_heart(files, tmp_path):
     assert steps < 80 and means[-1] <= curve[0] / 100 < min(means[:-1])
     ended = "ended early, as the data are known by heart, which is all that could be judged: step"
     assert f"{ended} {steps} of 80" in output and (whole / "run_card.md").exists()
-    code, _ = start(files, proj_dir, *flags, sabotage=at_file("metrics.jsonl", 5, proj_dir, interrupt))
-    assert code == 130
-    assert f"{ended} {steps} of 80" in succeed(start(files, proj_dir, *flags, "--resume", "auto"))
+    stop = in_turn(judge_late, at_file("metrics.jsonl", 5, proj_dir, interrupt))
+    assert start(files, proj_dir, *flags, sabotage=stop)[0] == 130
+    again = ["--config", str(proj_dir / "config.yaml"), "--resume", "auto"]
+    assert f"{ended} {steps} of 80" in succeed(program.run(again, judge_late))
     assert losses(proj_dir) == curve and same_tensors(proj_dir / "adapter.pth", whole / "adapter.pth")
-    assert "nothing to train" in succeed(start(files, proj_dir, *flags, "--resume", "auto"))
+    over = f"ended at step {steps} by --early_stop, and --early_stop 0 would let it go on; nothing to train"
+    assert over in succeed(start(files, proj_dir, *flags, "--resume", "auto"))
 
 
 @pytest.mark.slow
@@ -712,6 +714,7 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
 SENSELESS = """
     --eval_steps 5 --eval_split 0  --eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05
     --eval_split 0.1 --early_stop 2  --early_stop 2 counts evaluations; give --eval_steps, too
+    --eval_split 0 --early_stop 1 --loss grpo --rewards exact  --early_stop 1 counts evaluations;
     --eval_split 1  --eval_split 1.0: must be a share below 1
     --eval_split 0.1 --eval_file x  --eval_file x and --eval_split 0.1 were given; drop one of them
 """

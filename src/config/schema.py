@@ -264,8 +264,9 @@ class Config(LossSettings):
     early_stop: int = opt(
         -1,
         "end the training after N evaluations in a row that are not better than the best one, by a"
-        " thousandth of the first loss; the one before the training counts. 0: never. -1: 0; if several"
-        " passes are chosen, 3",
+        " thousandth of the first loss; the one before the training counts. With nothing held out, 1: end it"
+        " when the training loss of a pass is a hundredth of the first step's. 0: never. -1: 0; if several"
+        " passes are chosen, 3, or 1 with nothing held out",
         automatic=True,
         low=-1,
     )

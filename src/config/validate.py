@@ -143,7 +143,9 @@ def check_evaluation(config: Config) -> None:
                 f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
                 "or --eval_split 0.05"
             )
-    if config.value_or_zero("early_stop") and not every:
+    # with nothing held out the training loss may end a run, but not the reward of drawn answers
+    by_heart = not config.eval_file and config.eval_split == 0 and config.loss != "grpo"
+    if config.value_or_zero("early_stop") and not every and not by_heart:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 
 

@@ -95,7 +95,7 @@ def passes(steps: int, can_stop: bool) -> tuple[int, str]:
     """Choose (epoch_count, why): the most passes over data with `steps` steps in one."""
     reason = f"one pass makes {counted(steps, 'step')}"
     if not can_stop:
-        return 1, f"{reason}; nothing is held out that would tell when to stop"
+        return 1, f"{reason}; no evaluation would tell when to stop"
     return min(max(MOST_STEPS // steps, 1), PASSES), f"{reason}, of at most {MOST_STEPS:,}"
 
 
@@ -108,24 +108,26 @@ def steps_between(steps_per_pass: int, inner_steps: int) -> int:
 
 
 def choose_length(draft: Draft, steps_per_pass: int, documents: int, held_out: bool) -> None:
-    """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps.
+    """Fill in epoch_count, and what ends chosen passes early; lr_schedule and warmup_steps.
 
     Few documents, of which none is held out, are read until they are known by heart. A reward does not tell.
     """
-    epoch_steps = draft.config.epoch_steps
-    if draft.config.is_automatic("epoch_count"):
+    config, by_loss = draft.config, objective_of(draft.config).metrics.by_loss
+    if config.is_automatic("epoch_count"):
+        evaluates = held_out and (config.is_automatic("eval_steps") or config.eval_steps > 0)
+        by_heart = by_loss and not held_out and documents < UNDIVIDED
         count, reason = 1, "--epoch_steps is given"
-        if not epoch_steps:
-            by_heart = documents < UNDIVIDED and objective_of(draft.config).metrics.by_loss
-            count, reason = passes(steps_per_pass, held_out or by_heart)
+        if not config.epoch_steps:
+            count, reason = passes(steps_per_pass, evaluates or by_heart)
         draft.choose("epoch_count", count, reason)
-        if count > 1 and held_out:
-            between = steps_between(steps_per_pass, draft.config.inner_steps)
+        if count > 1 and by_heart:
+            draft.choose("early_stop", 1, "the data are known by heart")
+        if count > 1 and evaluates:
+            between = steps_between(steps_per_pass, config.inner_steps)
             draft.choose("eval_steps", between, f"one pass makes {counted(steps_per_pass, 'step')}")
-        if count > 1 and held_out and draft.config.eval_steps > 0:
             patience = -(-PATIENCE * between // draft.config.eval_steps)
             draft.choose("early_stop", patience, "the held-out loss falls no further")
-            if objective_of(draft.config).metrics.by_loss and draft.config.early_stop:
+            if by_loss and draft.config.early_stop:
                 draft.choose("lr_schedule", "plateau", "nobody knows where the passes end")
     draft.choose("lr_schedule", "cos", "the run's length is known")
     steps = draft.config.total_steps(steps_per_pass)

@@ -262,10 +262,9 @@ def steps(run: Plan) -> str:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
     most = ""
     if config.early_stop > 0:
-        flat = "loss falls no further" if objective.metrics.by_loss else "reward rises no further"
-        length, most = f"{length}; ends when the held-out {flat}", "at most "
-    elif learns_by_heart(config):
-        length, most = f"{length}; ends when the data are known by heart", "at most "
+        flat = "held-out " + ("loss falls" if objective.metrics.by_loss else "reward rises") + " no further"
+        end = "data are known by heart" if learns_by_heart(config) else flat
+        length, most = f"{length}; ends when the {end}", "at most "
     return (
         f"steps      {most}{counted(total, 'step')} of {counted(schedule.rows_per_step, objective.row)} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "

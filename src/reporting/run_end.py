@@ -74,7 +74,7 @@ def finish(
         **_metrics_summary(described, metrics, history),
     }
     state = _state(step, total_steps, history, config.early_stop, described.by_loss)
-    if is_known_by_heart(config, step, total_steps):
+    if step < total_steps and is_known_by_heart(config, step, total_steps):
         state = "ended early, as the data are known by heart, which is all that could be judged"
     judged = None
     if state != STOPPED:

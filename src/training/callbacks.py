@@ -38,7 +38,7 @@ from .loggers import Writer
 from .rollback import LastGood
 from .run_folder import checkpoint_name, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
-from .validation_log import BEST
+from .validation_log import BEST, may_know_by_heart
 
 # The terminal gives Ctrl-C to all processes, and a launcher passes it on to those that it started, as SIGTERM
 # too: what comes within these seconds of the first signal is the same request.
@@ -242,7 +242,7 @@ class StepReport(Callback):
         """
         step, config = trainer.global_step, module.config
         looked_at = any(n > 0 and step % n == 0 for n in (config.save_steps, config.eval_steps))
-        looked_at |= module.feed.waits_for(step)
+        looked_at |= module.feed.waits_for(step) or may_know_by_heart(config, step, self.total)
         stopping = trainer.should_stop or self.stop and trainer.world_size == 1
         first_or_last = self.first_step_seconds is None or step == self.total
         return not works_behind(module.device) or looked_at or stopping or first_or_last

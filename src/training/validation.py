@@ -20,7 +20,7 @@ from .validation_log import (
     describe,
     is_known_by_heart,
     is_over,
-    learns_by_heart,
+    may_know_by_heart,
 )
 
 
@@ -120,8 +120,6 @@ class ByHeart(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         step, total, config = trainer.global_step, module.total_steps, module.config
-        if not learns_by_heart(config) or (index + 1) % module.accumulate:
-            return
-        if step % (total // config.epoch_count) <= 1:  # a GPU's last step is written with the next one
+        if (index + 1) % module.accumulate == 0 and may_know_by_heart(config, step, total):
             known = trainer.is_global_zero and is_known_by_heart(config, step, total)
             trainer.should_stop |= trainer.strategy.broadcast(known)

@@ -7,7 +7,6 @@ import os
 
 from ..common.files import read_lines
 from ..config import Config
-from ..config.schema import CHOSEN
 from ..objectives.loss_metrics import LossMetrics
 from .run_folder import METRICS
 
@@ -77,19 +76,22 @@ def is_over(history: list[dict], early_stop: int) -> bool:
 
 
 def learns_by_heart(config: Config) -> bool:
-    """Tell whether a run with nothing held out chose its passes: its training loss ends it."""
-    was_chosen = config.epoch_count > 1 and config.origin_of("epoch_count").startswith(CHOSEN)
-    return was_chosen and not config.eval_file and not config.value_or_zero("eval_split")
+    """Tell whether the training loss ends a run early, because nothing is held out."""
+    is_blind = not config.eval_file and not config.value_or_zero("eval_split")
+    return is_blind and config.value_or_zero("early_stop") > 0
+
+
+def may_know_by_heart(config: Config, step: int, total: int) -> bool:
+    """Tell whether a step is the end of a pass, after which the training loss may end the run early."""
+    return learns_by_heart(config) and step % (total // config.epoch_count) == 0
 
 
 def is_known_by_heart(config: Config, step: int, total: int) -> bool:
-    """Tell whether such a run, of `total` steps at most, knew its data by heart in its last whole pass."""
-    if not learns_by_heart(config):
+    """Tell whether a run of at most `total` steps knew its data by heart in the pass that this step ends."""
+    if not may_know_by_heart(config, step, total):
         return False
-    steps = total // config.epoch_count
     losses = [line["loss"] for line in read_lines(os.path.join(config.proj_dir, METRICS), step)]
-    whole = len(losses) // steps * steps
-    last = [loss for loss in losses[whole - steps : whole] if loss is not None]
+    last = [loss for loss in losses[-(total // config.epoch_count) :] if loss is not None]
     return bool(last) and losses[0] is not None and sum(last) <= BY_HEART * len(last) * losses[0]
 
 
