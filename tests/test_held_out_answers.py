@@ -46,6 +46,13 @@ def judged(rights, texts, prompt="Assistant:", template="rwkv"):
         (["2+2 = 4\n#### 4", "5\n#### 5"], ["so the answer is 4.", "#### 5 or 6"], "number", 1.0),
         (["it is \\boxed{\\frac12}", "\\boxed{3}"], ["\\boxed{1/2}", "3"], "boxed", 0.5),
         (["4", "many words " * SHORT, "a" * (SHORT + 1)], ["4", "b", "a"], "", None),
+        # most right answers are longer than an answer of an evaluation
+        (
+            ["a step, " * SHORT + "\\boxed{3}", "\\boxed{3}", "a step, " * SHORT + "\\boxed{4}"],
+            ["", "3", ""],
+            "",
+            None,
+        ),
     ],
 )
 def test_answers_are_judged_as_scripts_evaluate_judges_them(rights, texts, score, share):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.chat_template import BEGUN_THOUGHTS
 from ..data.encode import Encoder
-from ..data.held_out import FORWARD, SampleQuestion
+from ..data.held_out import FORWARD, SAMPLE_TOKENS, SampleQuestion
 from ..data.templates import answer_text
 from ..evaluation.scoring import SCORES, concluded
 from ..inference.request import Answer
@@ -55,17 +55,19 @@ def in_common(said: Sequence[str], right: Sequence[str], endless: int) -> dict[s
 class Judge:
     """Judge of the answers to the questions of a run, as scripts.evaluate judges them.
 
-    `score` is boxed or number where all right answers end so, else exact where they are short, else "".
+    `score` is boxed or number where all right answers end so, else exact where they are short, else "". It is
+    "" too where most right ones are longer than SAMPLE_TOKENS, at which answers are cut: none would be right.
     """
 
     def __init__(self, asked: Sequence[SampleQuestion], encoder: Encoder):
         self.encoder = encoder
-        self.longest = max((len(question.answer) for question in asked), default=0)
+        lengths = [len(question.answer) for question in asked]
+        self.longest = max(lengths, default=0)
         decode = encoder.tokenizer.decode
         self.openings = [BEGUN_THOUGHTS.search(decode(question.prompt)) for question in asked]
         self.right = [self._said(i, decode(question.answer)) for i, question in enumerate(asked)]
         self.score = ""
-        if not self.right:
+        if not self.right or statistics.median(lengths) > SAMPLE_TOKENS:
             return
         if all("\\boxed" in right for right in self.right):
             self.score = "boxed"
