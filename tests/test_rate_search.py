@@ -230,6 +230,16 @@ def test_several_processes_find_the_same_rate(files, tmp_path, strategy):
     assert settings(tmp_path / "two")["lr_init"] == two["rate"]
 
 
+def test_training_rows_that_decide_have_a_trained_token():
+    """Of three rows the last one alone has one, and a step reads a row."""
+    documents = types.SimpleNamespace(take=lambda chosen: chosen.tolist())
+    data = types.SimpleNamespace(evaluated=None, documents=documents)
+    schedule = types.SimpleNamespace(
+        rows=[[0], [1], [2]], step_rows=lambda step: [step % 3], step_targets=lambda step: step % 3 == 2
+    )
+    assert RateSearch._deciding(None, types.SimpleNamespace(schedule=schedule, data=data)) == [2]
+
+
 def test_a_resumed_run_searches_never_again(files, tmp_path):
     run = tmp_path / "run"
     train(files, run)

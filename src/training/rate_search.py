@@ -8,6 +8,7 @@ model, its random numbers and the order of the data are as if there had been no 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -107,7 +108,8 @@ class RateSearch:
     """Search for a run's rate inside its trainer, when its processes are connected.
 
     The loss on held-out documents, by judged_by(), decides. If none are held out, it is the loss on the rows
-    of the step after a trial's last one. `draft` has the run's settings, with the rate once it is found.
+    of the first step after a trial's last one that has a trained token. `draft` has the run's settings, with
+    the rate once it is found.
     """
 
     def __init__(self, plan: Plan):
@@ -167,7 +169,8 @@ class RateSearch:
         """Choose the documents judged after each trial; reading them takes a tenth of the search."""
         schedule, evaluated = module.schedule, module.data.evaluated
         if not evaluated:
-            rows = [schedule.rows[row] for row in schedule.step_rows(TRIAL_STEPS)]
+            step = next(filter(schedule.step_targets, itertools.count(TRIAL_STEPS)))
+            rows = [schedule.rows[row] for row in schedule.step_rows(step)]
             return module.data.documents.take(np.sort([i for row in rows for i in row]))
         tokens = sum(schedule.step_tokens(step) for step in range(TRIAL_STEPS)) * MOST_TRIALS
         order = in_hash_order(evaluated, self.config.random_seed)
