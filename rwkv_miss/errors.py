@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import errno
 import os
+import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -68,15 +69,15 @@ def similar_path(path: str) -> str:
     part, else nothing."""
     if os.path.exists(path):
         return ""
-    folder, name = os.path.split(path)
-    while folder and not os.path.isdir(folder):
-        folder, name = os.path.split(folder.rstrip(os.sep))
+    absent = pathlib.Path(path)
+    while absent != absent.parent and not os.path.isdir(absent.parent):
+        absent = absent.parent
     try:
         # a suffix alone makes short names alike
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1, cutoff=0.85)
-    except OSError:
+        near = difflib.get_close_matches(absent.name, os.listdir(absent.parent), 1, cutoff=0.85)
+    except OSError:  # such as a drive of Windows that is not there
         return ""
-    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+    return f"; did you mean {absent.parent / near[0]}?" if near else ""
 
 
 @contextlib.contextmanager
