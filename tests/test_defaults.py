@@ -16,7 +16,14 @@ from src.config import AUTO, FIELDS, Config, parse, recorded_settings, validate
 from src.config.loss_rules import OF_LOSSES
 from src.config.parse import Recorded
 from src.config.schema import CHOSEN
-from src.planning.defaults import choose_batch, choose_length, held_out_share, own_rank, row_length
+from src.planning.defaults import (
+    choose_batch,
+    choose_length,
+    choose_no_evaluations,
+    held_out_share,
+    own_rank,
+    row_length,
+)
 from src.planning.draft import Draft
 from src.training import resume
 from src.training.optimizer import learning_rate_factor
@@ -317,6 +324,15 @@ def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
     inherit(draft, Recorded(before, {}))
     choose_length(draft, 60, 480, True)
     assert length_of(draft.config) == length
+
+
+def test_a_plateau_keeps_its_evaluations_in_a_run_of_another_length():
+    before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=3, lr_schedule="plateau")
+    draft = Draft(Config(**FILES, epoch_steps=300))
+    inherit(draft, Recorded(before, {}))
+    choose_length(draft, 60, 480, True)
+    choose_no_evaluations(draft)
+    assert length_of(draft.config) == (1, 60, 0, 15) and draft.config.lr_schedule == "plateau"
 
 
 def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():

@@ -88,6 +88,8 @@ def inherit(draft: Draft, earlier: Recorded) -> None:
     """
     config, before = draft.config, earlier.settings
     length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
+    if before.lr_schedule == "plateau":  # which follows the evaluations
+        length = (*length, "eval_steps")
     as_before = config.accumulate_grad_batches in (AUTO, before.accumulation)
     batch = BATCH if config.world == before.world and config.is_automatic("micro_bsz") and as_before else ()
     for name in FIELDS:
