@@ -443,7 +443,7 @@ def test_no_room_no_folder_and_no_such_dtype(case, monkeypatch):
 
 @pytest.mark.parametrize("key", ["head.weight", "blocks.1.ffn.key.weight"])
 def test_values_beyond_fp16_are_named_and_the_previous_file_stays(case, bases, key):
-    base = bases(7, torch.float32)
+    base = {name: tensor.clone() for name, tensor in bases(7, torch.float32).items()}
     base[key][1, 2] = 7e4
     folder = case(base=base)
     (folder / "merged.pth").write_bytes(b"previous")
@@ -458,7 +458,7 @@ def test_values_beyond_fp16_are_named_and_the_previous_file_stays(case, bases, k
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
 def test_a_broken_value_of_the_base_is_named_and_not_counted(case, bases, value):
-    base = bases(7, torch.float32)
+    base = {name: tensor.clone() for name, tensor in bases(7, torch.float32).items()}
     folder = case(base=base)
     sound = merge(folder, "bf16").rounding
     base["blocks.1.ffn.key.weight"][1, 2] = float(value)
