@@ -22,14 +22,14 @@ SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 STEPS = 50  # the least steps of a run, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # divisor of the width for the rank, in a model that is too narrow for 64
-HELD_OUT = 100  # documents that are held out at most
-FEW = 0.05  # the largest share of many documents that is held out
-TENTH, FEWEST, QUARTER = 10, 5, 4  # of few documents at most TENTH, at least FEWEST and at most a quarter
+HELD_OUT_SHARE = 0.05  # of many documents
+SHARE_OF_FEW, MOST_OF_FEW = 0.1, 10  # the larger share of few documents, and the most that it may be
+LEAST_HELD_OUT, MOST_HELD_OUT, LARGEST_SHARE = 5, 100, 0.25
 UNDIVIDED = 20  # fewer documents are all trained on
 PASSES, MOST_STEPS = 40, 2000  # at most, if passes are chosen
-# steps between evaluations that end chosen passes, if a pass has fewer or more; evaluations without a better
-# one that end them
-SOON, LATE, PATIENCE = 20, 100, 3
+# steps between evaluations: the least over short passes, and about as many in a long pass
+LEAST_BETWEEN, USUAL_BETWEEN = 20, 100
+PATIENCE = 3  # evaluations without a better one, after which chosen passes end
 WARM_UP = 0.05  # share of a run's steps
 # the search for a learning rate: steps of a trial, those of its warm-up; the usual trials, and the most
 TRIAL_STEPS, TRIAL_WARM_UP, USUAL_TRIALS, MOST_TRIALS = 15, 5, 4, 7
@@ -85,8 +85,8 @@ def held_out_share(documents: int, word: str, eval_file: str, eval_steps: int) -
         return 0.0, "--eval_file is given"
     if documents < UNDIVIDED and not eval_steps:
         return 0.0, f"{counted(documents, word)}, too few to leave some out"
-    few = max(FEWEST, min(TENTH, documents / 10))
-    held = min(max(few, FEW * documents), HELD_OUT, documents / QUARTER)
+    wanted = max(HELD_OUT_SHARE * documents, min(SHARE_OF_FEW * documents, MOST_OF_FEW), LEAST_HELD_OUT)
+    held = min(wanted, MOST_HELD_OUT, LARGEST_SHARE * documents)
     share = float(f"{held / max(documents, 1):.2g}")
     return share, f"{counted(max(1, round(share * documents)), word)} of {documents:,}"
 
@@ -101,9 +101,9 @@ def passes(steps: int, can_stop: bool) -> tuple[int, str]:
 
 def steps_between(steps_per_pass: int, inner_steps: int) -> int:
     """Choose the steps between evaluations: a pass; of short passes several, of a long one a part."""
-    if steps_per_pass < LATE:
-        return steps_per_pass * -(-SOON // steps_per_pass)
-    parts = steps_per_pass // LATE
+    if steps_per_pass < USUAL_BETWEEN:
+        return steps_per_pass * -(-LEAST_BETWEEN // steps_per_pass)
+    parts = steps_per_pass // USUAL_BETWEEN
     return -(-steps_per_pass // (parts * inner_steps)) * inner_steps  # it falls between two draws
 
 

@@ -53,7 +53,7 @@ from .memory import USABLE, memory_parts, needed
 
 # the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
-FEW = 1000  # documents that may be the same
+PROMPTS_COUNTED = 1000  # documents; of fewer the prompts are counted, because many may have the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ def read_data(draft: Draft, tokenizer: Tokenizer, template: Template) -> Data:
     documents = objective_of(draft.config).examples(loaded)
     word, eval_steps = objective_of(config).word, config.value_or_zero("eval_steps")
     count = len(documents)
-    if count < FEW:  # those with one prompt are held out together
+    if count < PROMPTS_COUNTED:  # those with one prompt are held out together
         count = len({part.tobytes() for part in documents.held_out_by()})
     draft.choose("eval_split", *held_out_share(count, word, config.eval_file, eval_steps))
     config, objective = draft.config, objective_of(draft.config)

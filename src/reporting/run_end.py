@@ -172,19 +172,8 @@ def _last_words(
         lines.append(
             f"read it:   {os.path.join(config.proj_dir, METRICS)}; {CARD} comes at the end of the training"
         )
-    when = "at the end" if last == summary["steps"] else f"at step {last}"
     base = "base" if config.load_model else "model before the training"
-    if base_wins(history):
-        lines.append(
-            f"best:      the {base}, validation {described.score} {described.score_text(history[0])}; {when}"
-            f" {described.score_text(history[-1])}"
-        )
-    elif "best" in summary:
-        lines.append(
-            f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
-            f" {summary[f'{described.in_summary}_best']:.4f}; before training"
-            f" {described.score_text(history[0])}, {when} {described.score_text(history[-1])}"
-        )
+    lines += _best_line(described, summary, history, base)
     trained, _ = _recommended(summary)
     if judged is None:
         return lines if base_wins(history) else [*lines, _next_command(config, trained)]
@@ -192,6 +181,23 @@ def _last_words(
     if judged.offered:
         return [*lines, _next_command(config, trained)]
     return [*lines, f"keep:      the {base}; {trained} is not worth using"]
+
+
+def _best_line(described: LossMetrics, summary: dict, history: list[dict], base: str) -> list[str]:
+    """Write the line about the best state, which may be the `base`; [] without evaluations."""
+    if not history:
+        return []
+    last = history[-1]["step"]
+    when = "at the end" if last == summary["steps"] else f"at step {last}"
+    before, after = described.score_text(history[0]), described.score_text(history[-1])
+    if base_wins(history):
+        return [f"best:      the {base}, validation {described.score} {before}; {when} {after}"]
+    if "best" not in summary:
+        return []
+    return [
+        f"best:      {summary['best']}, step {summary['best_step']}, validation {described.score}"
+        f" {summary[f'{described.in_summary}_best']:.4f}; before training {before}, {when} {after}"
+    ]
 
 
 def _next_command(config: Config, trained: str) -> str:
