@@ -1,5 +1,6 @@
 """Greedy answers to held-out questions: how many are asked, which are right, and what they have in common."""
 
+import functools
 import json
 import types
 
@@ -14,6 +15,7 @@ from src.data.tokenizer import load_tokenizer
 from src.evaluation.answering import Asking, exact_accuracy
 from src.inference.load import load
 from src.objectives.held_out_answers import SHORT, Judge, affordable, limit_of
+from src.training import validation
 
 from . import program
 from .conftest import ROOT
@@ -113,3 +115,25 @@ def test_a_run_counts_right_answers_as_an_evaluation_does(tmp_path):
     assert end["validation_metrics_first"] == {"right_answers": lines[0]["right_answers"]}
     assert "metrics_first" not in end and end["verdict"]["name"] in ("made worse", "answers collapsed")
     assert "merge it:" not in output
+
+
+def judge_otherwise(folder, rank):
+    """Another process counts its answers otherwise. Each writes down the counts that it goes by."""
+    counted, is_over = Judge.counted, validation.is_over
+
+    def noted(history, early_stop):
+        (folder / f"rank-{rank}").write_text(json.dumps([line["asked"] for line in history]))
+        return is_over(history, early_stop)
+
+    Judge.counted = lambda judge, answers: counted(judge, answers) | {"asked": len(answers) + rank}
+    validation.is_over = noted
+
+
+def test_all_processes_go_by_the_same_counts(tmp_path):
+    task.write(str(tmp_path / "rows.jsonl"), task.rows("reverse", 40, 1))
+    flags = f"--load_model {BASE} --data_file {tmp_path}/rows.jsonl --eval_split 0.2 --epoch_steps 1"
+    more = f"--proj_dir {tmp_path}/run --lr_init 1e-3 --devices 2 --micro_bsz 1"
+    sabotage = functools.partial(judge_otherwise, tmp_path)
+    succeed(program.run([*flags.split(), *more.split()], sabotage))
+    one, other = ((tmp_path / f"rank-{rank}").read_text() for rank in (0, 1))
+    assert one == other and len(json.loads(one)) == 2

@@ -36,8 +36,7 @@ class HeldOutLoss(Evaluation):
     def __init__(self, module):
         self.module, self.encoder, data = module, module.data.encoder, module.data
         steps, times = module.total_steps, evaluations(module.total_steps, module.config.eval_steps)
-        of_run = data.held_out, data.encoder, module.schedule, steps, times
-        asked = module.objective.asked(*of_run)
+        asked = module.objective.asked(data.held_out, data.encoder, module.schedule, steps, times)
         to_judge = [question for question in asked if not question.is_text]
         self.judge, self.limit = Judge(to_judge, data.encoder), limit_of(to_judge)
         # questions come before texts, which are shown and not judged
@@ -57,7 +56,8 @@ class HeldOutLoss(Evaluation):
             }
             for question, answer in list(zip(self.questions, answers))[: self.module.config.eval_samples]
         ]
-        judged = self.judge.counted(answers[: len(self.judge.right)])
+        # rank 0's, as two GPUs may round differently, and all ranks must agree on the best state
+        judged = trainer.strategy.broadcast(self.judge.counted(answers[: len(self.judge.right)]))
         return Evaluated(*found, evaluated.weight, evaluated.targets, samples, judged)
 
     def _answers(self) -> list[Answer]:
