@@ -315,6 +315,7 @@ def lower_rate(f: Facts) -> str:
 
 
 def larger_beta(f: Facts) -> str:
+    """Advise a larger weight of the KL to the base, or to have one."""
     beta = f.config.beta
     return f"a larger --beta than {beta:g}" if beta else "--beta 0.04, a KL to the base"
 

@@ -422,6 +422,7 @@ def fault_of(line: dict | None) -> str:
 
 
 def kl_in_words(kl: float) -> str:
+    """Say how large a KL is, in nats per token."""
     return next(words for end, words in KL_IN_WORDS.items() if kl < end)
 
 
@@ -441,6 +442,7 @@ def highest(now: Sequence[dict], *windows: Sequence[dict]) -> Sequence[dict]:
 
 
 def steps_text(lines: Sequence[dict]) -> str:
+    """Name the steps of these lines: "steps 1 to 10", "step 3"."""
     first, last = lines[0]["step"], lines[-1]["step"]
     return f"steps {first} to {last}" if first < last else f"step {last}"
 

@@ -332,10 +332,10 @@ def resume(run: Plan, over: bool) -> list[str]:
             f" accumulate is {run.schedule.accumulate}"
         )
     planned, done = before.total_steps(run.schedule.steps_per_pass), checkpoint_step(path)
-    rate = config.lr_init
-    was = rate * learning_rate_factor(before, before.lr_init, planned)(done - 1)
-    now = rate * learning_rate_factor(config, rate, run.steps)(done)
     if planned != run.steps and config.lr_schedule != "plateau":  # which has no length
+        rate = config.lr_init
+        was = rate * learning_rate_factor(before, before.lr_init, planned)(done - 1)
+        now = rate * learning_rate_factor(config, rate, run.steps)(done)
         lines.append(
             f"           {counted(planned, 'step')} -> {run.steps:,}: the learning rate was {was:.2g} in step"
             f" {done:,} and is {now:.2g} in step {done + 1:,}, as its schedule is now that of"
