@@ -147,9 +147,10 @@ def sweep(ours: argparse.Namespace, given: Config) -> int:
             "rates are compared by the loss on held-out documents, and there are none"
             f" ({plan.settings.origin_of('eval_split')}); give --eval_file, or --eval_split 0.05"
         )
-    # a chosen warm-up is a share of each training, not of the run
-    shape = "cos" if given.is_automatic("lr_schedule") else given.lr_schedule  # its trainings end as planned
-    config = dataclasses.replace(plan.settings, warmup_steps=given.warmup_steps, lr_schedule=shape)
+    # a chosen warm-up is a share of each training, not of the run; and a training ends as planned
+    config = dataclasses.replace(
+        plan.settings, warmup_steps=given.warmup_steps, lr_schedule=given.lr_schedule
+    )
     if config.is_automatic("lr_init"):
         config = dataclasses.replace(config, lr_init=first_guess(config, plan.arch))
     steps = steps_of_a_training(ours, config, plan.steps)

@@ -244,6 +244,7 @@ def test_the_warm_up_is_a_share_of_whatever_is_trained():
     "shape, factors",
     [
         ("cos", [1, 0.505, 0.01]),
+        ("auto", [1, 0.505, 0.01]),
         ("linear", [1, 0.505, 0.01]),
         ("exp", [1, 0.1, 0.01]),
         ("wsd", [1, 1, 0.01]),
@@ -254,7 +255,7 @@ def test_a_schedule_at_its_beginning_halfway_and_at_its_end(shape, factors):
     config = Config(lr_final=0.02, warmup_steps=0, lr_schedule=shape)
     factor = learning_rate_factor(config, 2, 101)
     assert [factor(step) for step in (0, 50, 100)] == pytest.approx(factors)
-    quarter = {"cos": 0.855, "linear": 0.7525, "exp": 0.01**0.25}
+    quarter = {"cos": 0.855, "auto": 0.855, "linear": 0.7525, "exp": 0.01**0.25}
     assert factor(25) == pytest.approx(quarter.get(shape, 1), abs=1e-3)
 
 

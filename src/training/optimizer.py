@@ -16,34 +16,34 @@ from ..planning.defaults import warm_up
 from .validation_log import no_better
 
 PLATEAU = 0.5  # factor of the rate for each evaluation that is no better than one before
+# --lr_schedule -> factor of the rate at a share of the steps after the warm-up; at their end it is `final`
+SHAPES = {
+    "cos": lambda share, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share, final: 1 - (1 - final) * share,
+    "exp": lambda share, final: final**share,
+    "wsd": lambda share, final: 1 - (1 - final) * max(share - 0.8, 0.0) / 0.2,
+    "constant": lambda share, final: 1.0,
+}
 
 
 def learning_rate_factor(config: Config, rate: float, total: int, history: Sequence[dict] = ()):
     """Return a function of the optimizer step, counted from 0: the factor of `rate`.
 
-    It is a linear warm-up, then --lr_schedule. `plateau` is a function of the evaluations in `history` before
-    the step's predecessor, so that a run that goes on after an evaluation has the rates of one that never
-    stopped.
+    It is a linear warm-up, then --lr_schedule: cos if nothing else was chosen for it. `plateau` is a
+    function of the evaluations in `history` before the step's predecessor, so that a run that goes on after
+    an evaluation has the rates of one that never stopped.
     """
     warmup = warm_up(total) if config.is_automatic("warmup_steps") else config.warmup_steps
+    shape = "cos" if config.is_automatic("lr_schedule") else config.lr_schedule
     final = 0.1 if config.lr_final < 0 else config.lr_final / rate
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
-        if config.lr_schedule == "cos":
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-        if config.lr_schedule == "linear":
-            return 1 - (1 - final) * progress
-        if config.lr_schedule == "exp":
-            return final**progress
-        if config.lr_schedule == "plateau":
+        if shape == "plateau":
             known = [line for line in history if line["step"] < step]
             return max(final, PLATEAU ** sum(no_better(known)))
-        if config.lr_schedule == "wsd":
-            return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
-        return 1.0
+        return SHAPES[shape](min((step - warmup) / max(total - 1 - warmup, 1), 1.0), final)
 
     return factor
 
