@@ -267,6 +267,9 @@ class _Stream:
     def wait_stream(self, other) -> None:
         pass
 
+    def wait_event(self, event) -> None:
+        pass
+
     def synchronize(self) -> None:
         _wait_of_program("stream")
         _synchronize()

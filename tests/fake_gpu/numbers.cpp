@@ -26,13 +26,42 @@ constexpr int NAN_BYTE = 0xFF;  // a NaN in every dtype
 
 // ---- memory ----
 
+// What executes our kernels is told where the device's memory begins and ends.
+struct Kernels {
+    void (*take)(uint64_t, uint64_t, const char*, int, int) = nullptr;
+    void (*forget)(uint64_t, uint64_t) = nullptr;
+    std::mutex lock;
+} kernels;
+
+struct Block {
+    c10::DataPtr memory;
+    size_t size;
+
+    uint64_t start() const { return reinterpret_cast<uint64_t>(memory.get()); }
+    static void free(void* block) {
+        std::unique_ptr<Block> mine(static_cast<Block*>(block));
+        std::lock_guard guard(kernels.lock);
+        if (kernels.forget) kernels.forget(mine->start(), mine->size);
+    }
+    static c10::DataPtr of(c10::DataPtr memory, size_t size, c10::Device device) {
+        if (!size) {
+            memory.unsafe_set_device(device);
+            return memory;
+        }
+        auto* block = new Block{std::move(memory), size};
+        std::lock_guard guard(kernels.lock);
+        if (kernels.take) kernels.take(block->start(), size, "a tensor of the device", true, false);
+        return {block->memory.get(), block, &free, device};
+    }
+};
+
 struct DeviceMemory final : c10::Allocator {
     c10::DataPtr allocate(size_t size) override {
         void* data = c10::alloc_cpu(size);
         if (size) std::memset(data, NAN_BYTE, size);
-        return {data, data, &c10::free_cpu, current_device()};
+        return Block::of({data, data, &c10::free_cpu, CPU}, size, current_device());
     }
-    c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
+    c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
     void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 } device_memory;
 REGISTER_ALLOCATOR(CUDA, &device_memory)
@@ -78,7 +107,13 @@ at::Tensor empty_strided(
 class AsCpu {
   public:
     ~AsCpu() {
-        for (auto& [storage, device] : devices) label(storage, device);
+        for (auto& [storage, device] : devices) {
+            label(storage, device);
+            auto* impl = storage.unsafeGetStorageImpl();
+            if (impl->nbytes() && impl->data_ptr().get_deleter() != &Block::free)
+                impl->set_data_ptr_noswap(
+                    Block::of(std::move(impl->_mutable_data_ptr_no_checks()), impl->nbytes(), device));
+        }
     }
     at::Tensor operator()(const at::Tensor& tensor) {
         if (!tensor.defined() || !tensor.is_cuda()) return tensor;
@@ -221,10 +256,22 @@ void on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
 
 // ---- copies between the device and the CPU ----
 
-// A copy that nobody waited for. The CPU must not have written its source, or read its target, before a wait.
+// A copy that nobody waited for, from or to pinned memory. The CPU must not write or read that before a wait.
 struct Pending {
-    at::Tensor source, as_it_was;  // from pinned memory to the device
-    at::Tensor target, values;     // from the device to pinned memory
+    at::Tensor host;
+    at::Tensor values;  // what the device reads there, or will have written
+    bool to_device;
+
+    void finish() {
+        if (host.defined() && !to_device) host.copy_(values);
+        if (host.defined() && to_device) {
+            auto bytes = [](const at::Tensor& t) { return t.contiguous().view(-1).view(at::kByte); };
+            TORCH_CHECK(
+                at::equal(bytes(host), bytes(values)), "pinned memory of ", host.sizes(),
+                " was written to before its copy to the device was waited for");
+        }
+        host.reset();
+    }
 };
 std::deque<Pending> pending;
 int64_t sent = 0;  // how many there were
@@ -235,40 +282,41 @@ void wait_for(int64_t position) {
     while (sent - static_cast<int64_t>(pending.size()) < position) {
         auto copy = std::move(pending.front());
         pending.pop_front();
-        if (copy.target.defined()) {
-            copy.target.copy_(copy.values);
-        } else {
-            auto bytes = [](const at::Tensor& t) { return t.contiguous().view(-1).view(at::kByte); };
-            TORCH_CHECK(
-                at::equal(bytes(copy.source), bytes(copy.as_it_was)), "pinned memory of ", copy.source.sizes(),
-                " was written to before its copy to the device was waited for");
-        }
+        copy.finish();
     }
 }
 
 void wait() { wait_for(sent); }
 
-void send(Pending copy) {
-    pending.push_back(std::move(copy));
+void send(const at::Tensor& host, at::Tensor values, bool to_device) {
+    pending.push_back({host, std::move(values), to_device});
     ++sent;
 }
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
     AsCpu as_cpu;
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (self.is_cuda() != source.is_cuda()) {
-        bool asynchronous = non_blocking && (self.is_cuda() ? source : self).is_pinned() && source.numel();
-        if (!asynchronous) wait();
-        if (asynchronous && self.is_cuda()) send({source, source.clone(), {}, {}});
-        if (asynchronous && !self.is_cuda()) {
-            auto values = at::empty(source.sizes(), self.options().pinned_memory(false)).copy_(as_cpu(source));
-            send({{}, {}, self, values});
-            if (self.is_floating_point()) self.fill_(std::numeric_limits<double>::quiet_NaN());
-            else self.fill_(self.scalar_type() == at::kBool ? 1 : 0x55);
-            return self;
-        }
+    bool between = self.is_cuda() != source.is_cuda();
+    const at::Tensor& host = self.is_cuda() ? source : self;
+    bool pinned = between && host.is_pinned() && host.numel();
+    // the driver copies unpinned memory before it returns
+    if (between && (!non_blocking || (source.is_cuda() && !pinned))) wait();
+    if (!between || !non_blocking || !pinned) {
+        as_cpu(self).copy_(as_cpu(source));
+        return self;
     }
-    as_cpu(self).copy_(as_cpu(source));
+    // the device does one copy after the other
+    for (auto& copy : pending)
+        if (copy.host.defined() && copy.host.is_alias_of(host)) copy.finish();
+    if (self.is_cuda()) {
+        send(source, source.clone(), true);
+        as_cpu(self).copy_(source);
+    } else {
+        auto values = at::empty(source.sizes(), self.options().pinned_memory(false));
+        send(self, values.copy_(as_cpu(source)), false);
+        if (self.is_floating_point()) self.fill_(std::numeric_limits<double>::quiet_NaN());
+        else self.fill_(self.scalar_type() == at::kBool ? 1 : 0x55);
+    }
     return self;
 }
 
@@ -345,6 +393,10 @@ C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kCUDA, ::Timer)
 TORCH_LIBRARY(fake_gpu, library) {
     library.def("sent() -> int", [] { return sent; });
     library.def("wait(int position) -> ()", &wait_for);
+    library.def("kernels(int take, int forget) -> ()", [](int64_t take, int64_t forget) {
+        kernels.take = reinterpret_cast<decltype(kernels.take)>(take);
+        kernels.forget = reinterpret_cast<decltype(kernels.forget)>(forget);
+    });
     library.def("device() -> int", [] { return int64_t(current_device().index()); });
     library.def("set_device(int index) -> ()", [](int64_t index) { set_current_device(index); });
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import multiprocessing
 import os
 import pathlib
 import tempfile
+from multiprocessing import util
 
 import pytest
 import torch
@@ -20,28 +22,45 @@ from src.inference.load import load_with
 from src.inference.sampling import GREEDY, Sampling
 from src.ops import native
 from tests import program
-from tests.conftest import emulated_kernels
+from tests.ptx.library import load, readable
 from tests.recorded_graph import Graph
 
 from .device import answer
+from .serve import FINDING
 
 
 def install() -> None:
-    """Let torch.cuda be two cards of sm_80 whose kernels are cuda/*.cu, compiled for this CPU.
+    """Let torch.cuda be two cards of sm_80 whose kernels are cuda/*.cu, executed as PTX on this CPU.
 
     What processes send each other goes by gloo. Imports what they all need, before they are forked.
     """
     answer((8, 0), Graph, lambda graph: graph)
     torch.cuda.device_count = lambda: 2
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
-    path = emulated_kernels()._name
-    native.cuda_library = lambda architectures: path
+    kernels = load("80")
+    native.cuda_library = lambda architectures: kernels._name
+    take, forget = (
+        ctypes.cast(getattr(kernels, f"ptx_{name}"), ctypes.c_void_p).value
+        for name in ("register", "unregister")
+    )
+    torch.ops.fake_gpu.kernels(take, forget)
+    util.register_after_fork(
+        kernels, lambda kernels: util.Finalize(kernels, report, (kernels,), exitpriority=1)
+    )
     start = dist.init_process_group
     dist.init_process_group = lambda backend=None, *given, **named: start("gloo", *given, **named)
     os.environ["DS_ACCELERATOR"] = "cuda"
     for name in program.PRELOADED:
         importlib.import_module(name)
     program.CONTEXT = multiprocessing.get_context("fork")
+
+
+def report(kernels: ctypes.CDLL) -> None:
+    """Say what the interpreter found, at the end of a process."""
+    for f in json.loads(kernels.ptx_findings()):
+        print(
+            FINDING, f["kind"], readable(f["kernel"]), f["where"], f["instruction"], f["example"], flush=True
+        )
 
 
 def train(flags: list[str], stopped_at: str = "") -> tuple[int, str]:

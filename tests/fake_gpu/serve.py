@@ -13,6 +13,8 @@ import sys
 
 from . import stub
 
+FINDING = "FOUND IN THE KERNELS:"
+
 
 class Gpu:
     """The process, to whose functions (on_cuda.py) calls go: gpu("train", flags) -> (exit code, output).
@@ -30,14 +32,16 @@ class Gpu:
             stderr=log.open("w"),
             text=True,
         )
-        if (ready := self.process.stdout.readline()) != "ready\n":
-            raise stub.Unavailable(ready or log.read_text()[-2000:])
+        if (answer := self.process.stdout.readline()) != "ready\n":
+            raise stub.Unavailable(answer) if answer else RuntimeError(log.read_text()[-2000:])
 
     def __call__(self, function: str, *arguments) -> tuple[int, str]:
         print(json.dumps([function, arguments], default=str), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, self.log.read_text()[-2000:]
-        return tuple(json.loads(answer))
+        code, output = json.loads(answer)
+        assert FINDING not in output, output
+        return code, output
 
     def close(self) -> None:
         self.process.stdin.close()
