@@ -123,7 +123,7 @@ def _state(step: int, total_steps: int, history: list[dict], early_stop: int, by
         return "done"
     if is_over(history, early_stop):
         count = "" if early_stop == 1 else f" in {early_stop} evaluations"
-        once, never = "loss fell no further", "loss did not fall"
+        once, never = "loss fell by less than a thousandth of its start", "loss did not fall"
         if not by_loss:
             once, never = "reward rose no further", "reward did not rise"
         stopped = once if best_trained(history) else never
