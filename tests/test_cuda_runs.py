@@ -129,6 +129,8 @@ def same_runs(ours, theirs, case):
             for line, other in zip(found, expected, strict=True):
                 for words in ("answers", "samples"):
                     assert line.pop(words, None) == other.pop(words, None)
+                if abs(other.get("margin", 1)) < 1e-5:  # of a policy that is its reference: signs of rounding
+                    del line["reward_accuracy"], other["reward_accuracy"]
             same_lines(found, expected)
     same_adapters(ours, theirs, name=trained(case))
 
