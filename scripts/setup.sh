@@ -24,7 +24,7 @@ setup() {
     if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
         echo "installing the requirements into .venv (a minute or two with a fast network; torch with CUDA is a download of about 3 GB)"
         pip_install --requirement requirements.txt && pip_install --editable ".${extra:+[$extra]}" &&
-            find_nvcc && echo "$wanted" >> .venv/installed
+            find_nvcc "$extra" && echo "$wanted" >> .venv/installed
     fi
 }
 
@@ -60,16 +60,17 @@ narrate() {
     if [ -t 1 ]; then printf '\r\033[K'; fi
 }
 
-# Where there is a GPU: install an nvcc for its kernels, unless one that fits is here. PyPI has none before CUDA
-# 13, and then a line says what helps: training works without one, slowly.
+# For a GPU's kernels, and for the tests, which execute these kernels on a CPU: install an nvcc, unless one that
+# fits is here. PyPI has none before CUDA 13, nor for a Mac, and then a line says what helps: training works
+# without one, slowly, and those tests are skipped.
 find_nvcc() {
-    nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0" || return 0
+    [ "${1:-}" = test ] || nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0" || return 0
     local said
     said="$(python -c 'from src.ops.toolchain import find_nvcc; find_nvcc()' 2>&1)" && return 0
     said="${said##*BuildError: }"
     if [[ "$said" =~ pip\ install\ \"([^\"]+)\" ]]; then
         echo "installing nvcc, which compiles the GPU's kernels (a download of about 100 MB)"
-        pip_install "${BASH_REMATCH[1]}"
+        pip_install "${BASH_REMATCH[1]}" || echo "NVCC ABSENT: pip did not install it" >&2
     else
         echo "$said" >&2
     fi

@@ -63,7 +63,11 @@ def pytest_report_header(config):
         if data.is_dir()
         else f"GOLDEN FILES ABSENT ({data}): the tests that need them are skipped"
     )
-    return [files, HOW_LONG.get(config.option.markexpr, "")]
+    try:
+        compiler = f"nvcc: {find_nvcc().path}"
+    except BuildError as error:
+        compiler = f"NVCC ABSENT ({error}): the CUDA kernels are not executed"
+    return [files, compiler, HOW_LONG.get(config.option.markexpr, "")]
 
 
 # by --markexpr, as CI printed it there; a slower CPU takes longer

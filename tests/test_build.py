@@ -552,21 +552,24 @@ def test_no_nvcc_that_fits_is_told_with_what_helps(machine, driver, of_torch, re
 
 
 @pytest.mark.parametrize(
-    "gpu, error, installs, says",
+    "gpu, extra, error, installs, says",
     [
-        (False, None, "", ""),
-        (True, None, "", ""),
+        (False, "", None, "", ""),
+        (True, "", None, "", ""),
+        (False, "test", None, "", ""),
         (
             True,
+            "",
             'no nvcc: ... pip install "cuda-toolkit[nvcc]==13.2.*" brings one, or use',
             "==13.2.*",
             "installing",
         ),
-        (True, "no nvcc that fits: ... install the toolkit of CUDA 12.8", "", "toolkit of CUDA 12.8"),
+        (False, "test", 'no nvcc: pip install "cuda-toolkit[nvcc]==13.0.*"', "==13.0.*", "installing"),
+        (True, "", "no nvcc that fits: ... install the toolkit of CUDA 12.8", "", "toolkit of CUDA 12.8"),
     ],
 )
-def test_setup_installs_nvcc_where_there_is_a_gpu_and_a_package_that_fits(
-    tmp_path, gpu, error, installs, says
+def test_setup_installs_nvcc_where_it_is_wanted_and_a_package_fits(
+    tmp_path, gpu, extra, error, installs, says
 ):
     # without its last line, which installs
     source = (ROOT / "scripts" / "setup.sh").read_text().rpartition("\nsetup ")[0].partition("\nsetup() {")[2]
@@ -579,7 +582,7 @@ def test_setup_installs_nvcc_where_there_is_a_gpu_and_a_package_that_fits(
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"setup() {{{source}\nfind_nvcc"],
+        ["bash", "-euo", "pipefail", "-c", f"setup() {{{source}\nfind_nvcc {extra}"],
         capture_output=True,
         text=True,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},

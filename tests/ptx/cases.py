@@ -140,6 +140,8 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
         ]
     )
     for T, dtype in itertools.product((1, 2, 15, 16, 17, 37, 63, 64, 65, 130), dtypes):
+        if not chunked and dtype != FP32 and T not in (1, 17, 37):
+            continue  # test_ptx_wkv.py: in half precision inputs and outputs are rounded, and nothing else
         quick = T in (1, 16, 17, 65) and dtype != FP16 or T == 37
         shape = (2, T, 2, 64) if T < 16 else (1 + T % 3, T, 2 if T > 60 else 3, 64)
         yield case(quick, shape, dtype, **next(turns))
@@ -147,7 +149,8 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
         yield case(decay != "all underflow", (2, 37, 2, 64), dtypes[0], decay=decay)
         yield case(False, (1, 200 if chunked else 129, 1, 64), dtypes[-1], decay=decay, ends="none")
     for ends in ("s0", "dsT"):
-        yield case(ends == "s0", (2, 37, 2, 64), dtypes[0], ends=ends, packed=True)
+        # half of the last tile of 16 tokens
+        yield case(ends == "s0", (2, 24, 2, 64), dtypes[0], ends=ends, packed=True)
     yield case(True, (1, 35, 2, 64), dtypes[0], trained=False)
     # sums of mma truncated, ex2 and rcp as wrong as the manual allows, the last warp and the last block first
     for dtype, packed in itertools.product(dtypes, (True, False)):
@@ -169,9 +172,9 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
             (2, 11, 1, 24),
         ]
         sizes += [(1, 9, 1, 96), (1, 9, 1, 200), (1, 33, 1, 40)]
-        for shape, dtype in itertools.product(sizes, dtypes):
+        for shape, dtype in itertools.product(sizes, dtypes[:2]):
             yield case(dtype == FP32, shape, dtype, **next(turns))
-        for shape, dtype in itertools.product([(1, 9, 97, 64), (1, 530, 1, 8)], dtypes):
+        for shape, dtype in itertools.product([(1, 9, 97, 64), (1, 530, 1, 8)], dtypes[:2]):
             yield case(False, shape, dtype, packed=True)
         for shape in ((3, 9, 43, 40), (1, 530, 1, 32), (1, 1030, 1, 8)):
             yield case(False, shape, FP32, packed=shape[0] > 1)

@@ -26,7 +26,7 @@ def load(architecture: str) -> ctypes.CDLL:
     sources and changes no instruction. Raises BuildError.
     """
     nvcc = find_nvcc()
-    for_the_interpreter = "-Xcompiler=-fPIC,-march=native,-ffp-contract=off,-ftree-vectorize"
+    for_the_interpreter = "-Xcompiler=-O2,-fPIC,-march=native,-ffp-contract=off,-ftree-vectorize"
     code = [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "-no-compress", "-lineinfo"]
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
     path = build.build(
