@@ -1,5 +1,4 @@
-// The one include of every .cu file here. Under nvcc it is CUDA; under g++ (-x c++) it is the emulation in
-// emulate.h, so that each kernel can be run, and compared with float64, on a machine without a GPU.
+// The one include of every .cu file here.
 //
 //   LAUNCH(kernel<...>, grid, block, shared_bytes, stream, arguments...)     instead of kernel<<<...>>>(...)
 //   DYNAMIC_SHARED(type, name)      instead of extern __shared__ type name[]
@@ -10,7 +9,6 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -18,9 +16,6 @@
 #define DYNAMIC_SHARED(type, name)                            \
     extern __shared__ __align__(16) unsigned char name##_[];  \
     type* name = reinterpret_cast<type*>(name##_)
-#else
-#include "emulate.h"
-#endif
 
 // While it lives, `device` is this thread's current GPU; afterwards the one before it is again. A stream
 // belongs to one GPU, so a kernel that is launched from another's thread would be an error.

@@ -1,5 +1,5 @@
 // Tensor cores as an algebra of 16x16 tiles, D += X Y^T with X, Y in bf16 and D in fp32, out of PTX
-// instructions of sm_80 and later; each instruction has an emulation with the same fragments.
+// instructions of sm_80 and later.
 //
 // Lane l = 4 g + q holds row g and columns 2q, 2q+1 of each 8x8 quarter of a tile, the quarters in the order
 // top left, bottom left, top right, bottom right:
@@ -9,10 +9,6 @@
 //       becomes a tile in its own lane.
 #pragma once
 #include "launch.h"
-
-#ifndef __CUDACC__
-#include <deque>
-#endif
 
 struct Tile { uint32_t x[4]; };
 struct Sum { float x[8]; };
@@ -40,8 +36,6 @@ template <class T> __device__ __forceinline__ float2 unpack(uint32_t word) {
     memcpy(pair, &word, 4);
     return make_float2(load(&pair[0]), load(&pair[1]));
 }
-
-#ifdef __CUDACC__
 
 // The sources are compiled for older GPUs too, where these kernels are never launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -117,88 +111,6 @@ __device__ __forceinline__ void copy_commit() { PTX("cp.async.commit_group;" :::
 template <int pending> __device__ __forceinline__ void copy_wait() {
     PTX("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
-
-#else
-
-namespace cu {
-struct Operands { float a[16][16], b[8][16]; };
-inline thread_local Operands operands[MAX_THREADS / 32];
-}  // namespace cu
-inline void mma_16816(float* d, const Tile& a, uint32_t b0, uint32_t b1) {
-    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
-    cu::Operands& warp = cu::operands[me / 32];
-    auto write = [&](float* row, int k, uint32_t word) {
-        float2 pair = unpack<__nv_bfloat16>(word);
-        row[k] = pair.x;
-        row[k + 1] = pair.y;
-    };
-    for (int i = 0; i < 4; i++) write(warp.a[g + i % 2 * 8], 2 * q + i / 2 * 8, a.x[i]);
-    write(warp.b[g], 2 * q, b0);
-    write(warp.b[g], 2 * q + 8, b1);
-    cu::warp_sync();
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) d[i] += warp.a[g + i / 2 * 8][k] * warp.b[2 * q + i % 2][k];
-    cu::warp_sync();
-}
-
-inline float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0, x) : x; }
-inline float exp2_ftz(float x) { return flush(exp2f(flush(x))); }
-inline float reciprocal_ftz(float x) { return flush(1 / flush(x)); }
-
-inline uint32_t movmatrix(uint32_t x) {
-    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
-    uint64_t* words = cu::B->exchange + (me & ~31);
-    words[me & 31] = x;
-    cu::warp_sync();
-    auto element = [&](int row, int column) {
-        return (uint32_t)words[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff;
-    };
-    uint32_t y = element(2 * q, g) | element(2 * q + 1, g) << 16;
-    cu::warp_sync();
-    return y;
-}
-
-template <bool transposed> Tile ldmatrix(const uint32_t* row) {
-    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
-    uint64_t* rows = cu::B->exchange + (me & ~31);
-    rows[me & 31] = (uint64_t)row;
-    cu::warp_sync();
-    Tile t;
-    for (int i = 0; i < 4; i++) {
-        auto element = [&](int r, int column) {
-            return (uint32_t)((const uint16_t*)rows[8 * i + r])[column];
-        };
-        t.x[i] = transposed ? element(2 * q, g) | element(2 * q + 1, g) << 16
-                            : element(g, 2 * q) | element(g, 2 * q + 1) << 16;
-    }
-    cu::warp_sync();
-    return t;
-}
-
-// Between a copy's start and its wait there is garbage: a missing wait shows, and so does a copy that starts
-// too early.
-namespace cu {
-struct Copy { void* to; const void* from; };
-struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
-inline thread_local Copies copies[MAX_THREADS];
-}  // namespace cu
-inline void copy_async(void* shared, const void* global, bool valid = true) {
-    memset(shared, 0xff, 16);
-    cu::copies[cu::B->current].open.push_back({shared, valid ? global : nullptr});
-}
-inline void copy_commit() {
-    cu::Copies& c = cu::copies[cu::B->current];
-    c.groups.push_back(std::move(c.open));
-    c.open.clear();
-}
-template <int pending> void copy_wait() {
-    cu::Copies& c = cu::copies[cu::B->current];
-    for (; c.groups.size() > pending; c.groups.pop_front())
-        for (cu::Copy& copy : c.groups.front())
-            copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
-}
-
-#endif
 
 template <class T = __nv_bfloat16> __device__ __forceinline__ Tile to_tile(const Sum& s) {
     Tile t;

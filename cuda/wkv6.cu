@@ -18,8 +18,6 @@
 // machine; its rows are the values, its columns the keys, as for RWKV-7.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6.cu -o wkv6.so
-// or, to run it without a GPU (see emulate.h):
-//     g++ -x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared wkv6.cu -o wkv6.so
 #include "recurrence.cuh"
 
 namespace {

@@ -37,8 +37,7 @@
 // u is fp32 (H, 64), du fp32 (B, H, 64), states fp32 (B, H, 64 keys, 64 values); the other layouts are in
 // chunked.cuh.
 //
-// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6_chunked.cu -o wkv6_chunked.so; for a
-// CPU see emulate.h
+// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6_chunked.cu -o wkv6_chunked.so
 #include "chunked.cuh"
 
 namespace {

@@ -16,8 +16,6 @@
 // No decay is divided by, so none is too small. recurrence.cuh says how this is laid out on the machine.
 //
 //     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7.cu -o wkv7.so
-// or, to run it without a GPU (see emulate.h):
-//     g++ -x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared wkv7.cu -o wkv7.so
 #include "recurrence.cuh"
 
 namespace {

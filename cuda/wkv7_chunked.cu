@@ -40,8 +40,7 @@
 //
 // States are fp32 (B, H, 64 values, 64 keys); the other layouts are in chunked.cuh.
 //
-// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7_chunked.cu -o wkv7_chunked.so; for a
-// CPU see emulate.h
+// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7_chunked.cu -o wkv7_chunked.so
 #include "chunked.cuh"
 
 namespace {

@@ -366,7 +366,9 @@ def evidence() -> Iterator[Check]:
     """Yield how far each CUDA kernel has been tried, here or elsewhere."""
     from src.ops import build, toolchain
 
-    compiled = f"compiled for sm_{', '.join(map(str, toolchain.ARCHITECTURES))}, executed as PTX on a CPU in CI"
+    compiled = (
+        f"compiled for sm_{', '.join(map(str, toolchain.ARCHITECTURES))}, executed as PTX on a CPU in CI"
+    )
     for kernel in CUDA_KERNELS:
         runs = [record for record in records() if kernel in record["errors"]]
         if not runs:

@@ -2,12 +2,10 @@
 hand.
 """
 
-import ctypes
 import functools
 import importlib.util
 import os
 import pathlib
-import shutil
 import signal
 import sys
 
@@ -19,11 +17,9 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files import mapped
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.progress import Progress
-from src.common.device import cpu_features
 from src.config import Config
 from src.model import RWKV
 from src.model.rwkv import VERSIONS
-from src.ops import build
 from src.ops.toolchain import BuildError, find_nvcc
 
 from .budgets import TIERS, Budgets, read_table
@@ -143,40 +139,6 @@ def gpu(nvcc):
     with device.in_place_of_cuda():
         yield device
     device.check()
-
-
-@pytest.fixture(scope="session")
-def libraries():
-    """version -> cuda/*.cu, all in one library, compiled by g++ to run on the CPU (see cuda/emulate.h)."""
-    if not shutil.which("g++"):
-        pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
-    library = emulated_kernels()
-    return {6: library, 7: library}
-
-
-def emulated_kernels():
-    """Load the library of cuda/*.cu for the CPU, and build it where it isn't there."""
-    command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O1", "-march=native", "-fopenmp", "-fPIC"]
-    sources = sorted(build.CUDA.glob("*.cu"))
-    path = build.build(
-        "wkv_emulated",
-        "the CUDA kernels for the CPU",
-        20,
-        sources,
-        build.headers(),
-        command,
-        ["-fopenmp"],
-        cpu_features(),
-    )
-    library = ctypes.CDLL(str(path))
-    library.device = "cuda"  # whose interface it has
-    for op in ("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"):
-        for size in ("saved", "scratch"):
-            if (op, size) != ("wkv6", "saved"):
-                getattr(library, f"{op}_{size}").restype = ctypes.c_int64
-        if op.endswith("chunked"):
-            getattr(library, f"{op}_forward_scratch").restype = ctypes.c_int64
-    return library
 
 
 def slow(*values):

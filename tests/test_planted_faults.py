@@ -30,7 +30,7 @@ def test_the_list_has_sixty_faults_of_all_kinds():
     ("file", "nearest", "others"),
     [
         ("src/serving/fields.py", "test_serving_protocol", {"test_serve_program"}),  # python -m demo.serve
-        ("cuda/wkv6.cu", "test_cuda_kernels", {"test_cuda_elementwise"}),  # a fixture of conftest.py
+        ("cuda/wkv6.cu", "test_ptx_checks", {"test_ptx_wkv", "test_ptx_elementwise"}),  # by *.cu
         ("src/evaluation/reward_worker.py", "test_reward_functions", {"test_grpo_run"}),  # a worker's file
     ],
 )

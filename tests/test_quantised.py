@@ -130,18 +130,15 @@ def test_the_dense_weight_is_code_times_scale_rounded_once(kind, shape):
 
 
 @pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
-    """The CPU's, with one thread and with several, and the GPU's, on the CPU through cuda/emulate.h."""
-    library = native.library("cpu") if device == "cpu" else libraries[7]
+def test_the_cpus_kernels_give_what_plain_torch_does(kind):
+    """With one thread and with several. The GPU's: tests/ptx/cases.py."""
     for shape in [*SHAPES, (700, 769), (3, 1024)]:
         quantised = quantise(weights(shape), kind)
-        for dtype in native.ACTIVATION_DTYPES[device]:
+        for dtype in native.ACTIVATION_DTYPES["cpu"]:
             memory = torch.full((quantised.shape[0] * shape[1] + 64,), torch.nan, dtype=dtype)
             weight = memory[:-64].view(shape)
-            threads = 3 if shape[0] == 700 else 1
-            context = (ctypes.c_void_p(threads),) if device == "cpu" else (0, None)
-            assert kernels.launch(library, quantised, weight, context) == 0
+            context = (ctypes.c_void_p(3 if shape[0] == 700 else 1),)
+            assert kernels.launch(native.library("cpu"), quantised, weight, context) == 0
             assert torch.equal(weight, expand(quantised, shape[1], dtype)) and memory[-64:].isnan().all()
 
 

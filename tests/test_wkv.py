@@ -23,7 +23,7 @@ from .conftest import close, make_arch, slow
 
 NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
 OPS = {6: ops.wkv6, 7: ops.wkv7}
-KERNELS = ["cpu", "torch", "reference"]  # the CUDA kernels have tests of their own, in emulation
+KERNELS = ["cpu", "torch", "reference"]  # those for GPUs: test_ptx_wkv.py
 # Largest fp32 error seen below, against the largest value (torch 2.13 CPU, AVX-512): y and states 9.8e-7;
 # gradients 1.7e-6, in dw of v7 near its smallest decay, where 1 - sigmoid(w) cancels. One case has 4.0e-6: dk
 # of a single token, v . dy times r, and v . dy cancels.

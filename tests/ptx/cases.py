@@ -175,7 +175,7 @@ def wkv_cases(version: int, chunked: bool) -> Iterator[Case]:
         for shape, dtype in itertools.product(sizes, dtypes[:2]):
             yield case(dtype == FP32, shape, dtype, **next(turns))
         for shape, dtype in itertools.product([(1, 9, 97, 64), (1, 530, 1, 8)], dtypes[:2]):
-            yield case(False, shape, dtype, packed=True)
+            yield case(shape[1] > 512 and dtype == FP32, shape, dtype, packed=True)
         for shape in ((3, 9, 43, 40), (1, 530, 1, 32), (1, 1030, 1, 8)):
             yield case(False, shape, FP32, packed=shape[0] > 1)
     yield case(False, (1, 18, 32, 64), BF16 if chunked else FP32, 65535 if chunked else 70000, packed=True)
