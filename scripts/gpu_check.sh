@@ -2,8 +2,8 @@
 # Check the CUDA kernels on this machine's GPU, and write docs/gpu/CARD-DATE.json.
 # It runs the tests that need a GPU, errors against float64, compute-sanitizer, and the benchmarks.
 # scripts/doctor.py reads the file and says what ran where. At the end a table for the README is printed.
-# It takes 10 minutes once .venv is made and the kernels are built. A step that would take longer is stopped,
-# and the file says so.
+# It takes 10 minutes once .venv is made, the kernels' PTX was executed on the CPU, and the kernels are built. A
+# step that would take longer is stopped, and the file says so.
 # Usage: bash scripts/gpu_check.sh [RWKV_LM]     RWKV_LM: a checkout of RWKV-LM, to measure its kernels beside ours
 # Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU.
 set -euo pipefail
@@ -47,6 +47,9 @@ step() {
     echo "$code $((SECONDS - started)) $limit" > "$logs/$name.code"
 }
 
+# What the card will run is executed on the CPU first. A kernel that fails below, and not here, fails on the card.
+card="$(python -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')"
+step ptx 300 python -m tests.ptx --quick --arch "$card"
 # built here, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import self_test; status = self_test.status("cuda"); print(status); raise SystemExit(not status.passed)'
 deadline=$((SECONDS + 600))

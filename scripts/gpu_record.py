@@ -72,6 +72,7 @@ def write_record(folder: pathlib.Path) -> None:
         "seconds": {name: seconds for name, (_, seconds, _) in ended.items()},
         "tests": last_line(output["tests"]),
         "not_tested": re.findall(r"^SKIPPED .*", output["tests"], re.MULTILINE),
+        "ptx": f"{last_line(output['ptx'], 'kernels ran')}; {last_line(output['ptx'], 'findings')}",
         "errors": numerics.get("errors", {}),
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in SANITIZERS},
         "failures": [

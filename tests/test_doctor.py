@@ -296,6 +296,7 @@ ROWS = [{"shape": "8,4096,2048", "form": "wkv7 cuda", "ms": 3.42}]
 STEP = {"micro_bsz": 8, "ctx_len": 1024, "rows": {"miss": {"seconds": 0.2}, "peft miss": {"seconds": 0.5}}}
 PUBLISHED = {"micro_bsz": 16, "ctx_len": 512, "rows": {"none": {"seconds": 0.1}}}
 STEPS = {
+    "ptx": ("sm_90: 171 of 171 kernels ran, 93 of their 100 instructions\n0 findings\n", 0),
     "build": ("Status(built=True)\n", 0),
     "tests": ("..\nSKIPPED [5] tests/test_gpu.py:170: ONE GPU: nothing\n=== 9 passed in 3.1s ===\n", 0),
     "numerics": (
@@ -355,6 +356,7 @@ def test_the_record_of_a_run(recorded, capsys):
     passed = dict.fromkeys(("memcheck", "initcheck", "synccheck"), "ERROR SUMMARY: 0 errors")
     assert record["sanitizer"] == {**passed, "racecheck": "no verdict"}
     assert record["wkv"] == {"benchmark": "wkv", "rows": ROWS} and record["training"] == STEP
+    assert record["ptx"] == "sm_90: 171 of 171 kernels ran, 93 of their 100 instructions; 0 findings"
     assert record["architecture"] == "90" and record["nvcc"] == "13.0" and record["seconds"]["wkv"] == 3
     assert record["sizes"] == {} and record["ncu"] == "not measured: ncu is not installed"
     assert "failed there: racecheck" in next(
@@ -531,7 +533,7 @@ def test_gpu_check_ends_in_ten_minutes_with_something_of_every_step(checkout, tm
     checkout(GPU)
     taken = {path.stem: path.read_text().split() for path in (tmp_path / "logs").glob("*.code")}
     assert {code for code, _, _ in taken.values()} == {"124"} and set(taken) == set(STEPS)
-    seconds = {name: int(seconds) for name, (_, seconds, _) in taken.items() if name != "build"}
+    seconds = {name: int(seconds) for name, (_, seconds, _) in taken.items() if name not in ("ptx", "build")}
     assert sum(seconds.values()) <= 605 and min(seconds.values()) >= 5, seconds
 
 
