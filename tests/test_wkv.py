@@ -505,6 +505,7 @@ def test_narrower_vectors(flags, monkeypatch):
         ["-pthread"],
     )
     library = ctypes.CDLL(str(path))
+    library.device = "cpu"
     monkeypatch.setattr(native, "library", lambda device: library)
     for version in OPS:
         for N in (8, 24, 64):
