@@ -47,13 +47,11 @@ RUNS = {
     "grpo": GRPO,
     "ddp": "--devices 2 --strategy ddp",
     "ZeRO 2": "--devices 2 --strategy deepspeed_stage_2",
-    "ZeRO 3": "--devices 2 --strategy deepspeed_stage_3",
-    "offload": "--strategy deepspeed_stage_3_offload",
 }
 CASES = [f"{name} v7" for name in RUNS]
-CASES += [f"{name} v6" for name in ("miss", "parts", "packed", "grpo")]
+CASES += [f"{name} v6" for name in ("miss", "packed")]
 HALF = [f"miss v{version} {precision}" for version in (6, 7) for precision in ("bf16", "fp16")]
-HALF += ["nf4 v6 bf16", "none v7 bf16", "ZeRO 2 v7 bf16"]
+HALF += ["nf4 v6 bf16"]
 FAST = ("miss v7", "packed v6", "nf4 v6 bf16")
 
 
