@@ -68,9 +68,9 @@ def pytest_report_header(config):
 
 # by --markexpr, as CI printed it there; a slower CPU takes longer
 HOW_LONG = {
-    "not slow": "the fast tier takes 7 minutes on two idle cores of a Xeon (family 6, model 207)",
-    "slow": "the second tier takes 6 minutes on two idle cores of a Xeon (family 6, model 207)",
-    "": "both tiers take 13 minutes on two idle cores of a Xeon (family 6, model 207)",
+    "not slow": "the fast tier takes 8 minutes on two idle cores of a Xeon (family 6, model 207)",
+    "slow": "the second tier takes 10 minutes on two idle cores of a Xeon (family 6, model 207)",
+    "": "both tiers take 18 minutes on two idle cores of a Xeon (family 6, model 207)",
 }
 
 
