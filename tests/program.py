@@ -292,3 +292,25 @@ def dropout(rank):
         return torch.nn.functional.dropout(x, 0.2, self.training), state
 
     RWKV.features = dropped
+
+
+def write_data(folder):
+    """Write conversations, pairs, labelled answers and questions: 16 of each, and 5 held out."""
+    for held, count in (("", 16), ("held-", 5)):
+        talks = [(held + "q" * (i % 5 + 1), "ab c" * (1 + 7 * (i % 3))) for i in range(count)]
+        kinds = {
+            "rows": [
+                {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+                for asked, said in talks
+            ],
+            "pairs": [{"prompt": asked, "chosen": said, "rejected": f"{said[:5]}?"} for asked, said in talks],
+            "answers": [
+                {"prompt": f"{asked}{i}", "completion": said, "label": i % 3 > 0}
+                for i, (asked, said) in enumerate(talks)
+            ],
+            "questions": [
+                {"prompt": f"{asked}{i}:", "completion": "ab"} for i, (asked, _) in enumerate(talks)
+            ],
+        }
+        for kind, rows in kinds.items():
+            (folder / f"{held}{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

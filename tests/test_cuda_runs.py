@@ -18,7 +18,7 @@ from .conftest import make_arch, random_tensors, slow
 from .fake_gpu import stub
 from .fake_gpu.on_cuda import write_answers
 from .fake_gpu.serve import Gpu
-from .program import flags_of, same_adapters, same_lines, succeed
+from .program import flags_of, same_adapters, same_lines, succeed, write_data
 from .test_grpo_run import REWARDS, measured
 from .test_live_adapters import train
 
@@ -70,25 +70,6 @@ def gpu(tmp_path_factory):
     started.close()
 
 
-def write_data(folder):
-    """Conversations, pairs and questions of unequal lengths, and a function that judges answers."""
-    for held, count in (("", 16), ("held-", 5)):
-        talks = [(held + "q" * (i % 5 + 1), "ab c" * (1 + 7 * (i % 3))) for i in range(count)]
-        rows = {
-            "rows": [
-                {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-                for asked, said in talks
-            ],
-            "pairs": [{"prompt": asked, "chosen": said, "rejected": f"{said[:5]}?"} for asked, said in talks],
-            "questions": [
-                {"prompt": f"{asked}{i}:", "completion": "ab"} for i, (asked, _) in enumerate(talks)
-            ],
-        }
-        for name, found in rows.items():
-            (folder / f"{held}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    (folder / "judge.py").write_text(REWARDS)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """files(version, head size) -> the folder of a random base over bytes, four adapters of it, and data."""
@@ -99,6 +80,7 @@ def files(tmp_path_factory):
         arch = make_arch(version, vocab_size=256, n_embd=2 * head_size, head_size=head_size)
         torch.save(random_tensors(arch), folder / "base.pth")
         write_data(folder)
+        (folder / "judge.py").write_text(REWARDS)
         for seed, (method, rank) in enumerate((("miss", 8), ("miss", 4), ("lora", 8), ("pissa", 4))):
             train(folder / "base.pth", folder / f"adapter-{seed}.pth", method, seed, rank=rank)
         return folder

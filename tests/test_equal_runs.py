@@ -15,7 +15,7 @@ from rwkv_miss import METHODS
 
 from . import program
 from .conftest import make_arch, random_tensors, slow
-from .program import flags_of, lines, same_adapters, same_lines, succeed
+from .program import flags_of, lines, same_adapters, same_lines, succeed, write_data
 
 # factors of 10,000 numbers and more, which are what stage 3 shares out; ranks that fit a width of 320
 OPTIONS = {
@@ -56,21 +56,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equal")
     arch = make_arch(7, n_layer=1, vocab_size=256, n_embd=320, head_size=32)
     torch.save(random_tensors(arch), folder / "base.pth")
-    for held, count in (("", 16), ("held-", 5)):
-        talks = [(held + "q" * (i % 5 + 1), "ab c" * (1 + 7 * (i % 3))) for i in range(count)]
-        rows = {
-            "rows": [
-                {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-                for asked, said in talks
-            ],
-            "pairs": [{"prompt": asked, "chosen": said, "rejected": f"{said[:5]}?"} for asked, said in talks],
-            "answers": [
-                {"prompt": f"{asked}{i}", "completion": said, "label": i % 3 > 0}
-                for i, (asked, said) in enumerate(talks)
-            ],
-        }
-        for name, found in rows.items():
-            (folder / f"{held}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    write_data(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from src.ops import kernel_errors, native, self_test
 
 from .ptx.runs import check_run, runs
-from .test_wkv import NAMES, both, documents, make, results
+from .test_wkv import NAMES, both, documents, golden_cases, make, results
 
 
 @pytest.mark.parametrize("architecture, group, quick", runs("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"))
@@ -31,13 +31,7 @@ def test_half_precision_rounds_inputs_and_outputs_only(gpu, version, dtype):
 
 @both
 def test_golden(gpu, data_dir, version):
-    cases = torch.load(data_dir / "golden/wkv.golden.pt", weights_only=True)
-    cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
-    assert len(cases) == 3
-    for title, golden in cases.items():
-        if version == 7:
-            golden = {{"x": "w", "dx": "dw"}.get(name, name): t for name, t in golden.items()}
-        x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
+    for title, x, golden in golden_cases(data_dir, version):
         for name, got in results(version, x, golden["dy"], golden.get("dsT"), "cuda-exact").items():
             error = (got - golden[name]).norm() / golden[name].norm()
             allowed = 5e-5 if name == "dw" else {6: 2e-6, 7: 1e-6}[version]

@@ -173,17 +173,21 @@ def check(version, kernel, **shape):
             close(f"{name} ({'with' if state else 'without'} state)", got[name], want, tolerance)
 
 
-@every_kernel
-@both
-def test_golden(data_dir, version, kernel):
+def golden_cases(data_dir, version):
+    """Yield (title, inputs, all golden tensors) of the three cases of a version."""
     cases = torch.load(data_dir / "golden/wkv.golden.pt", weights_only=True)
     cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
     assert len(cases) == 3
     for title, golden in cases.items():
-        golden = {
-            {"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t for name, t in golden.items()
-        }
-        x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
+        if version == 7:
+            golden = {{"x": "w", "dx": "dw"}.get(name, name): t for name, t in golden.items()}
+        yield title, {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}, golden
+
+
+@every_kernel
+@both
+def test_golden(data_dir, version, kernel):
+    for title, x, golden in golden_cases(data_dir, version):
         for name, got in results(version, x, golden["dy"], golden.get("dsT"), kernel).items():
             # the goldens' README
             close(f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4)
