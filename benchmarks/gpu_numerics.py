@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", nargs="+", default=["cuda", "cuda-exact"])
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --kernels cpu torch checks the CPU's kernels")
     torch.manual_seed(0)
 
     worst, failures = {}, []

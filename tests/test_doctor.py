@@ -550,3 +550,11 @@ def test_every_command_of_gpu_check_parses(checkout):
         cwd=ROOT,
     )
     assert [wrong for wrong, _ in json.loads(done.stdout)] == [""] * len(words), done.stdout
+
+
+def test_numerics_without_a_gpu_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_numerics", "--small"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_numerics.main()
+    assert stopped.value.code == 2 and "torch sees no GPU here" in capsys.readouterr().err

@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from src.ops.toolchain import BuildError
+
 from .cases import GROUPS, NEED_TENSOR_CORES, run_group
 from .device import Device
 from .library import kernels, readable
@@ -30,7 +32,10 @@ def main() -> None:
     torch.set_num_threads(1)
     problems = []
     for architecture in arguments.arch:
-        device = Device(architecture)
+        try:
+            device = Device(architecture)
+        except BuildError as error:
+            parser.error(f"--arch {architecture}: {error}")
         if arguments.traffic or arguments.mutants:
             (print_traffic if arguments.traffic else print_mutants)(device)
             continue
