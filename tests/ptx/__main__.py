@@ -41,7 +41,7 @@ def main() -> None:
             continue
         for group in arguments.groups:
             if int(architecture) >= 80 or group not in NEED_TENSOR_CORES:
-                problems += run_group(device, group, arguments.quick, arguments.only, print)
+                problems += run_group(device, group, arguments.quick or None, arguments.only, print)
         counts = kernels(device.library)
         ran = {name: of for name, of in counts.items() if of[0]}
         executed, instructions = (sum(of[i] for of in ran.values()) for i in (2, 1))
