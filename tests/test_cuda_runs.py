@@ -39,8 +39,8 @@ RUNS = {
     "int8, chunks": "--quant int8 --chunk_ctx 24 --state_cp 1",
     "packed": "--packing 1 --ctx_len 60 --grad_cp 2",
     "nf4, dpo": """
-        --quant nf4 --loss dpo --data_file {files}/pairs.jsonl --eval_file {files}/held-pairs.jsonl --eval_docs 5
-        --eval_samples 0
+        --quant nf4 --loss dpo --data_file {files}/pairs.jsonl
+        --eval_file {files}/held-pairs.jsonl --eval_docs 5 --eval_samples 0
     """,
     "grpo": GRPO,
     "ddp": "--devices 2 --strategy ddp",
