@@ -16,8 +16,8 @@ The first is the mean over 128 tokens that are fed one by one. The second is the
 With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same
 adapter merged in fp32, from which the KL of the former is.
 
-FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches to where they are looked for;
-`pip install gguf` writes its files. The last line is JSON.
+FOLDER holds llama.cpp's libraries, with kernels for this CPU: that of `npm pack @node-llama-cpp/linux-x64`,
+unpacked. `pip install gguf` writes its files. The last line is JSON.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import tempfile
 
 import torch
 
-from . import llama
 from .common import add_integers, argument_parser, report, timed
 from .decode_contenders import Adapted, Ours, Package, llama_contenders, write_adapter, write_base
 
@@ -78,9 +77,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--llama",
-        default=llama.FOLDER,
         type=pathlib.Path,
-        help="folder of llama.cpp's libraries [%(default)s]",
+        help="folder of llama.cpp's libraries; without it llama.cpp is not measured",
     )
     return parser.parse_args()
 

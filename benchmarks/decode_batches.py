@@ -30,7 +30,6 @@ from src.inference.huge_pages import move_weights
 from src.inference.sampling import GREEDY, OPEN_THINK, FadedCounts, RowInputs, Sampling, choose
 from src.model import RWKV
 
-from . import llama
 from .common import add_integers, argument_parser, report, timed
 from .decode_contenders import llama_contenders, write_adapter, write_base
 
@@ -78,9 +77,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--miss", type=int, default=64, help="rank of the adapters [%(default)s]")
     parser.add_argument(
         "--llama",
-        default=llama.FOLDER,
         type=pathlib.Path,
-        help="folder of llama.cpp's libraries [%(default)s]",
+        help="folder of llama.cpp's libraries; without it llama.cpp is not measured",
     )
     return parser.parse_args()
 

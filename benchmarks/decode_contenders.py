@@ -108,12 +108,12 @@ class Package:
 
 
 def llama_contenders(
-    folder: pathlib.Path, base: pathlib.Path, kinds, sequences: int = 1
+    folder: pathlib.Path | None, base: pathlib.Path, kinds, sequences: int = 1
 ) -> dict[str, llama.Llama]:
     """Load llama.cpp with the base in these kinds of weights; say where it is absent, and return nothing."""
     absent = ""
-    if not folder.exists():
-        absent = f"{folder} is not there; python -m benchmarks.llama fetches it"
+    if folder is None:
+        absent = "give --llama the folder of its libraries"
     elif not importlib.util.find_spec("gguf"):
         absent = "the package gguf, which writes its files, is absent: pip install gguf"
     if absent:

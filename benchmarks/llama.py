@@ -1,8 +1,8 @@
 """Read the GGUF files that scripts.export writes with llama.cpp itself, an independent program.
 
-    python -m benchmarks.llama        # fetch its libraries with npm into this environment, PREFIX/llama
-
-The download is 11 MB. It takes some seconds, and is for Linux on x86-64.
+The package xllamacpp holds it in one library, of which AVX2 is the widest kind of kernel. A folder with the
+libraries of a build is read as well, such as that of the npm package @node-llama-cpp/linux-x64, which has one
+for each kind of CPU.
 
 llama.cpp is called through its C interface, without a compiler or its headers. The structures that it takes
 and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
@@ -14,23 +14,13 @@ that is built here (Batch); tests compare its logits with those of each sequence
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
+import importlib.util
 import pathlib
-import platform
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 
 import torch
 from torch import Tensor
 
-PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp 0.5.0, one library per kind of CPU
-SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
-FOLDER = pathlib.Path(sys.prefix, "llama")
-# in the order in which they need each other
+# of a folder, in the order in which they need each other
 LIBRARIES = ("libggml-base.so", "libggml.v*.so", "libllama.v*.so")
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -55,7 +45,6 @@ class Message(ctypes.Structure):
 
 
 SIGNATURES = {
-    "ggml_backend_load_all_from_path": (None, ctypes.c_char_p),
     "llama_log_set": (None, Quiet, ctypes.c_void_p),
     "llama_model_default_params": (Opaque,),
     "llama_context_default_params": (Opaque,),
@@ -110,23 +99,28 @@ SIGNATURES = {
 }
 
 
-def load_library(folder=FOLDER) -> ctypes.CDLL:
-    """Load llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the
-    folder lacks a library.
+def load_library(folder=None) -> ctypes.CDLL:
+    """Load llama.cpp's functions from xllamacpp, or from a folder with the best of its kernels for this CPU.
+
+    FileNotFoundError where a library is absent.
     """
-    for pattern in LIBRARIES:
-        found = sorted(pathlib.Path(folder).glob(pattern))
-        if not found:
-            raise FileNotFoundError(
-                f"{folder} has no {pattern}; python -m benchmarks.llama fetches llama.cpp's libraries"
-            )
-        library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
-    # the last one finds the functions of those that it needs, too
+    if folder is None:
+        package = importlib.util.find_spec("xllamacpp")
+        if package is None:
+            raise FileNotFoundError("the package xllamacpp is absent: pip install xllamacpp")
+        library = ctypes.CDLL(str(next(pathlib.Path(package.origin).parent.glob("xllamacpp*.so"))))
+    else:
+        for pattern in LIBRARIES:
+            found = sorted(pathlib.Path(folder).glob(pattern))
+            if not found:
+                raise FileNotFoundError(f"{folder} has no {pattern}; give a folder of llama.cpp's libraries")
+            library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+        # the last one finds the functions of those that it needs, too
+        library.ggml_backend_load_all_from_path(str(folder).encode())
     for name, (returned, *taken) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = returned, taken
     library.llama_log_set(silent, None)
-    library.ggml_backend_load_all_from_path(str(folder).encode())
     return library
 
 
@@ -234,43 +228,3 @@ class Llama:
             self.chat_template().encode(), given, len(messages), ask, text, len(text)
         )
         return None if count < 0 else text.raw[:count].decode()
-
-
-def fetch() -> None:
-    """Put the libraries of PACKAGE into FOLDER, whole or not at all."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("npm"):
-        sys.exit(
-            f"LLAMA.CPP ABSENT: {PACKAGE} needs npm, and Linux on x86-64; the tests that need it are skipped"
-        )
-    with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
-        try:
-            subprocess.run(
-                ["npm", "pack", "--silent", PACKAGE],
-                cwd=folder,
-                check=True,
-                stdout=subprocess.DEVNULL,
-                timeout=120,
-            )
-        except (subprocess.SubprocessError, OSError) as error:
-            sys.exit(
-                f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are"
-                " skipped"
-            )
-        archive = next(pathlib.Path(folder).glob("*.tgz"))
-        if (seen := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
-            sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} has the sha256 {seen}, expected {SHA256}")
-        libraries = pathlib.Path(folder, "llama")
-        libraries.mkdir()
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".so"):
-                    libraries.joinpath(os.path.basename(member.name)).write_bytes(
-                        tar.extractfile(member).read()
-                    )
-        libraries.rename(FOLDER)
-
-
-if __name__ == "__main__":
-    if not FOLDER.exists():
-        fetch()
-    print(FOLDER)

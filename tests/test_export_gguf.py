@@ -347,9 +347,12 @@ def test_the_jinja_template_is_rwkvs(name, tool_style):
             return THOUGHTS_TWICE in str(error)
 
     refused = 0
+    asked = ours.form.between + (ours.form.ask if ours.form.end else "")
     for messages, tools in CONVERSATIONS:
         for ask in (False, True):
             want = rendered(lambda: "".join(text for text, _ in ours.segments(messages, tools, ask)))  # noqa: B023
+            if not ask and messages and messages[-1]["role"] == "user":
+                want += asked
             assert rendered(lambda: jinja._render(messages, ask, tools)) == want  # noqa: B023
             refused += not isinstance(want, str)
     # an open <think>, thoughts twice; thoughts where they have no place; a flower where it ends a turn

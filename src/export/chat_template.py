@@ -3,6 +3,10 @@
 Other programs know nothing of RWKV's template, so it is written here in Jinja; src/data/rwkv_template.py
 renders the same. Without it llama.cpp would take the name "rwkv-world" for a template, which Jinja renders as
 just that text.
+
+What is between a user's turn and an answer, up to the text that ends turns, is there without
+add_generation_prompt as well: llama.cpp feeds its grammars what that flag adds, and a token that ends a turn
+would end the program there.
 """
 
 from __future__ import annotations
@@ -40,10 +44,11 @@ JINJA = """\
 @USER@{%- endif -%}
 {{- '@END@' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
+{%- if add_generation_prompt or messages and messages[-1]['role'] != 'assistant' -%}
 {%- if messages or tools -%}{{- '@BETWEEN@' -}}{%- endif -%}
-{{- '@ASK@' -}}
+{{- '@ASKED@' -}}
 {%- endif -%}
+{%- if add_generation_prompt -%}{{- '@REST@' -}}{%- endif -%}
 """
 
 
@@ -67,12 +72,15 @@ def rwkv_jinja(template: RwkvTemplate) -> str:
         "user": form.roles["user"],
         "tool": form.roles[template.tools.result_role],
     }
+    asked = form.ask if form.end else ""
     texts = {
         "SYSTEM": form.roles["system"] + form.colon,
         "COLON": form.colon,
         "END": form.end,
         "BETWEEN": form.between,
         "ASK": form.ask + opening,
+        "ASKED": asked,
+        "REST": form.ask[len(asked) :] + opening,
     }
     parts = {name: text.replace("\n", "\\n") for name, text in texts.items()} | {
         "HEAD": f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n"

@@ -63,6 +63,10 @@ def vocabulary_of(
             f"template {template.name}: {holder} hold blank lines, so a blank line ends no turn; stop"
             f" llama.cpp at {stops} as well"
         ]
+    # the text of a control token is no part of an answer; llama.cpp cuts such texts out before longer tokens
+    if turn_end is not None and end.strip():
+        if not any(end.encode() in piece for token, piece in tokenizer.table.items() if token != turn_end):
+            types[turn_end] = CONTROL
     begin = ""
     if bos:
         # chat programs look for the texts of control tokens; a user's words can't spell them
