@@ -2,8 +2,8 @@
 
     python -m scripts.export --model merged.pth --out merged.gguf --to gguf
 
-gguf is for llama.cpp. hf is a folder for Hugging Face's transformers, RWKV-7 only. safetensors is one file.
-pth makes a checkpoint of any of them.
+gguf is for llama.cpp, which takes an adapter as well. hf is a folder for Hugging Face's transformers, RWKV-7
+only. safetensors is one file. pth makes a checkpoint of any of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             required=True,
             choices=TARGETS,
             help=(
-                "gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to"
-                " a checkpoint"
+                "gguf: llama.cpp, also an adapter for its --lora. hf: a folder for transformers, RWKV-7."
+                " safetensors: one file. pth: back to a checkpoint"
             ),
         )
         parser.add_argument(

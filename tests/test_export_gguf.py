@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import rwkv_miss
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
-from rwkv_miss.files.checkpoint import RUN_FORMAT, write_checkpoint
+from rwkv_miss.files.checkpoint import RUN_FORMAT, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.inject import ADAPTER_FORMAT
 from scripts import export as program
 from src import export as package
@@ -23,6 +24,7 @@ from src.data.rwkv_template import MODES, THOUGHTS_TWICE, RwkvTemplate
 from src.data.tokenizer import load_tokenizer
 from src.export import TextSettings, export, gguf_reader
 from src.export.chat_template import rwkv_jinja
+from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
 
@@ -426,6 +428,44 @@ def test_an_adapter_and_the_checkpoint_of_a_run_are_refused(tmp_path):
         write_checkpoint(tmp_path / "m.pth", {"x": torch.ones(2)}.items(), metadata)
         with pytest.raises(UserError, match=message):
             export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
+
+
+@pytest.mark.parametrize(
+    "method,options,message",
+    [
+        ("dora", {}, "the change of a weight by dora is no product of two factors"),
+        ("miss", {"train_parts": "ln"}, "blocks.0.ln0.weight is trained as a whole, which no LoRA holds"),
+        ("state", {}, "blocks.0.att.time_state is trained as a whole"),
+    ],
+)
+def test_an_adapter_that_is_no_lora_is_refused(tmp_path, method, options, message):
+    model = RWKV(arch_of(7))
+    model.load_state_dict(random_tensors(model.arch))
+    rwkv_miss.inject(model, method, **options)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"{message}.*merge"):
+        export(tmp_path / "a.pth", tmp_path / "a.gguf", "gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_lora_has_float_factors_and_the_sizes_of_its_model(tmp_path):
+    model = RWKV(arch_of(7))
+    rwkv_miss.inject(model, "miss", rank=4)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a LoRA has --type F32 or BF16; Q8_0 is for whole models"):
+        export(tmp_path / "a.pth", tmp_path / "a.gguf", "gguf", "Q8_0")
+    with pytest.raises(UserError, match="a.pth is an adapter; flags about texts and --drop_state"):
+        export(tmp_path / "a.pth", tmp_path / "a.gguf", "gguf", settings=TextSettings("none"))
+    metadata = read_metadata(tmp_path / "a.pth")
+    tensors = read_checkpoint(tmp_path / "a.pth")
+    write_checkpoint(tmp_path / "b.pth", tensors.items(), metadata | {"arch": None})
+    with pytest.raises(UserError, match="b.pth records no sizes .* convert .* --base MODEL.pth adds them"):
+        export(tmp_path / "b.pth", tmp_path / "a.gguf", "gguf")
+    renamed = {name.replace("att.key", "att.w1"): t for name, t in tensors.items()}
+    linears = [name.replace("att.key", "att.w1") for name in metadata["linears"]]
+    write_checkpoint(tmp_path / "c.pth", renamed.items(), metadata | {"linears": linears})
+    with pytest.raises(UserError, match="c.pth adapts blocks.0.att.w1, to which llama.cpp applies no LoRA"):
+        export(tmp_path / "c.pth", tmp_path / "a.gguf", "gguf")
 
 
 def test_an_initial_state_is_left_out_when_told_to(tmp_path):

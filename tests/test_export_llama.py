@@ -1,11 +1,13 @@
 """GGUF files under llama.cpp itself, from the package xllamacpp: logits, tokens, the chat template."""
 
+import ctypes
 import dataclasses
 import random
 
 import pytest
 import torch
 
+import rwkv_miss
 from benchmarks import llama
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.data.rwkv_template import RwkvTemplate
@@ -14,6 +16,7 @@ from src.export import TextSettings, export
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors
+from .test_adapters import filled
 
 pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
 EXACT = 2e-5  # of max |logit|: fp32 against float64, as for every implementation in the goldens' README
@@ -198,3 +201,55 @@ def test_a_chat_begins_with_the_bos(tmp_path, library):
     assert model.encode(begin + "User: hi", special=True) == [0, *world.encode("User: hi")]
     assert 0 not in model.encode(begin + "User: hi"), "what a user types is text"
     model.close()
+
+
+@pytest.fixture(scope="module")
+def lora(library):
+    """lora(model, path): use a LoRA from here on; path None: none."""
+    library.llama_adapter_lora_init.restype = ctypes.c_void_p
+    library.llama_adapter_lora_init.argtypes = ctypes.c_void_p, ctypes.c_char_p
+    library.llama_set_adapters_lora.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_size_t, ctypes.c_void_p)
+
+    def use(model, path):
+        adapter = library.llama_adapter_lora_init(model.model, str(path).encode())
+        assert adapter, f"llama.cpp does not load {path}"
+        adapters, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        assert library.llama_set_adapters_lora(model.context, adapters, 1, scales) == 0
+
+    return use
+
+
+ALL = ["receptance", "key", "value", "output", "gate", "head"]
+
+
+@pytest.mark.parametrize(
+    "version,method,options",
+    [
+        (7, "miss", {"rank": 5}),
+        (6, "miss", {"rank": 12, "scale": "sqrt", "rank_map": {"ffn": 3}, "targets": ALL}),
+        (7, "lora", {"rank": 4, "alpha": 11, "rslora": True, "targets": ALL[:4] + ["head"]}),
+    ],
+)
+def test_an_adapter_is_its_merged_file(tmp_path, library, lora, version, method, options):
+    base, adapter, merged = (tmp_path / f"{name}.pth" for name in ("base", "adapter", "merged"))
+    write_checkpoint(base, random_tensors(odd(version)).items())
+    model = RWKV.load(base)
+    rwkv_miss.inject(model, method, **options)
+    rwkv_miss.save_adapter(filled(model, 1), adapter)
+    rwkv_miss.merge_file(base, adapter, merged)
+    ids = torch.randint(200, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        want, plain = (RWKV.load(path, torch.float64)(torch.tensor([ids]))[0][0] for path in (merged, base))
+    found = {}
+    for name, path, kind in (("F32", base, "F32"), ("BF16", base, "BF16"), ("merged", merged, "BF16")):
+        export(path, tmp_path / "m.gguf", "gguf", kind, settings=TextSettings("none"))
+        model = llama.Llama(library, tmp_path / "m.gguf")
+        if path is base:
+            export(adapter, tmp_path / "a.gguf", "gguf", kind)
+            lora(model, tmp_path / "a.gguf")
+        found[name] = torch.stack([model.feed([token]) for token in ids])
+        model.close()
+    close("logits", found["F32"], want, EXACT)
+    # factors and weights are rounded as much as merged weights are
+    assert lost(found["BF16"], want)[0] < 2.5 * lost(found["merged"], want)[0]
+    assert lost(plain, want)[0] > 1e-2, "the adapter changes too little to show"

@@ -1,6 +1,6 @@
 """Exported files in llama.cpp's server, from the package xllamacpp.
 
-A chat ends its turn; a JSON schema and required tools give answers that parse.
+A chat ends its turn; a JSON schema and required tools give answers that parse; adapters are switched.
 """
 
 import contextlib
@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import rwkv_miss
 from rwkv_miss.files.checkpoint import write_checkpoint
 from src.export import export
+from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
+from .test_adapters import filled
 
 pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
 if not importlib.util.find_spec("xllamacpp"):
@@ -65,24 +68,32 @@ def serving(model, *adapters):
             process.stdin.close()
 
 
+PIECES = [*map(chr, (9, 10, *range(32, 127))), *MARKS]
+IDS = {piece: i for i, piece in enumerate(PIECES, 1)}
+
+
+def saved(path, tensors, template="rwkv:json"):
+    """A checkpoint with the vocabulary of PIECES."""
+    vocabulary = path.with_name("v.txt")
+    lines = (f"{i} {piece!r} {len(piece.encode())}\n" for piece, i in IDS.items())
+    vocabulary.write_text("".join(lines), encoding="utf-8")
+    write_checkpoint(path, tensors.items(), {"tokenizer": str(vocabulary), "template": template})
+
+
 def scripted(folder, template, *answer):
-    """A GGUF file of a model whose next token depends on the last one alone: `answer` after an answer's
-    opening, and any token where a grammar leaves the script.
+    """A GGUF file of a model whose next token depends on the last one alone.
+
+    After an answer's opening comes `answer`, and any token where a grammar leaves the script.
     """
-    pieces = [*map(chr, (9, 10, *range(32, 127))), *MARKS]
-    ids = {piece: i for i, piece in enumerate(pieces, 1)}
-    lines = (f"{i} {piece!r} {len(piece.encode())}\n" for piece, i in ids.items())
-    (folder / "v.txt").write_text("".join(lines), encoding="utf-8")
     tensors = random_tensors(make_arch(7, 1, 64, 64, 128))
     tensors["blocks.0.att.output.weight"] *= 0
     tensors["blocks.0.ffn.value.weight"] *= 0
     emb = normalize(tensors["emb.weight"], dim=-1)
     for before, after in zip(answer, answer[1:]):
-        tensors["head.weight"][ids[after]] += 8 * emb[ids[before]]
+        tensors["head.weight"][IDS[after]] += 8 * emb[IDS[before]]
     for norm in ("blocks.0.ln0", "ln_out"):
         tensors |= {f"{norm}.weight": torch.ones(64), f"{norm}.bias": torch.zeros(64)}
-    metadata = {"tokenizer": str(folder / "v.txt"), "template": template}
-    write_checkpoint(folder / "m.pth", tensors.items(), metadata)
+    saved(folder / "m.pth", tensors, template)
     export(folder / "m.pth", folder / "m.gguf", "gguf", "F32")
     return folder / "m.gguf"
 
@@ -110,3 +121,35 @@ def test_a_turn_ends_and_grammars_hold(tmp_path, template, opening, close, end):
         (called,) = done["message"]["tool_calls"]
         found = json.loads(called["function"]["arguments"])
         assert called["function"]["name"] == "add" and found.keys() == {"a", "b"}
+
+
+def test_adapters_are_switched_while_it_runs(tmp_path):
+    base, files = tmp_path / "base.pth", {}
+    saved(base, random_tensors(make_arch(7, 2, 64, 64, 128)))
+    for name, method in (("base", ""), ("a", "miss"), ("b", "lora")):
+        path = merged = tmp_path / f"{name}.pth"
+        if method:
+            model = RWKV.load(base)
+            rwkv_miss.inject(model, method, rank=4)
+            rwkv_miss.save_adapter(filled(model, ord(name)), path)
+            merged = tmp_path / f"{name}-merged.pth"
+            rwkv_miss.merge_file(base, path, merged)
+            export(path, tmp_path / f"{name}.gguf", "gguf", "F32")
+        files[name] = tmp_path / f"{name}-merged.gguf"
+        export(merged, files[name], "gguf", "F32")
+
+    def answer(ask):
+        # the server's cache of prompts knows no adapters
+        request = {"prompt": "User: Hi", "n_predict": 24, "temperature": 0, "cache_prompt": False}
+        return ask("/completion", request | {"ignore_eos": True})["content"]
+
+    want = {}
+    for name, file in files.items():
+        with serving(file) as ask:
+            want[name] = answer(ask)
+    assert len(set(want.values())) == 3
+    with serving(files["base"], tmp_path / "a.gguf", tmp_path / "b.gguf") as ask:
+        for name in ("base", "a", "b", "a", "base"):
+            scales = [{"id": i, "scale": float(name == other)} for i, other in enumerate("ab")]
+            ask("/lora-adapters", scales)
+            assert answer(ask) == want[name], name

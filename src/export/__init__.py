@@ -1,5 +1,7 @@
 """Export for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
 
+An adapter becomes a GGUF LoRA.
+
 Each form is one file here. It keeps a record of the checkpoint (rwkv_miss/files/provenance.py), so that the
 way back gives the same file. Imports common, config, ops, model and data.
 """
@@ -29,7 +31,7 @@ from ..data.chat_template import Template
 from ..data.templates import choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
-from . import gguf, hugging_face
+from . import adapters, gguf, hugging_face
 from .hugging_face import LAYOUTS
 from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
@@ -98,10 +100,11 @@ def export(
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, by default BF16. layout: of a Hugging
-    Face folder, one of hugging_face.LAYOUTS, by default the first. drop_state: leave out an initial state
-    that the form cannot hold. settings: for gguf and hf, by default the file's record. Raises UserError,
-    before anything is written, for a path without a merged model, for a model that the readers of the form
+    An adapter becomes a LoRA in GGUF. kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, by
+    default BF16. layout: of a Hugging Face folder, one of hugging_face.LAYOUTS, by default the first.
+    drop_state: leave out an initial state that the form cannot hold. settings: for gguf and hf, by default
+    the file's record. Raises UserError, before anything is written, for a path without a merged model or an
+    adapter that the form holds, for a model that the readers of the form
     would compute wrongly, and for a missing package.
     """
     settings = settings or TextSettings()
@@ -110,6 +113,13 @@ def export(
     file_form = form_of(path)
     if file_form == to:
         raise UserError(f"{path} is {NAMES[to]} already")
+    if to == "gguf" and (adapter := adapters.adapter_at(path)):
+        if settings != TextSettings() or drop_state:
+            raise UserError(f"{path} is an adapter; flags about texts and --drop_state are for models")
+        kind = kind or gguf.DEFAULT_TYPE
+        notes = adapters.write_gguf(path, adapter, out, kind)
+        described = f"{adapter.method} of {counted(len(adapter.metadata['linears']), 'linear')}"
+        return Exported(os.fspath(out), f"GGUF LoRA {kind}", described, _size(out), adapter.notes + notes)
     if to == "pth":
         form, arch, notes = to_checkpoint(path, out)
         return Exported(os.fspath(out), f"checkpoint from {form}", arch.describe(), _size(out), notes)

@@ -5,7 +5,9 @@ The format is described in docs/gguf.md of ggml-org/ggml.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,28 +85,68 @@ def write(
     kinds = {LARGE: types[kind], LOW_RANK: types["F32" if kind == "F32" else "BF16"]}
     tensors = gguf_table.fill_block_0(tensors, arch)
     table = gguf_table.table(arch.version, arch.n_layer)
-    infos = [(mapped, kinds.get(mapped.kind, types.F32), mapped.store(tensors).shape) for mapped in table]
-    blocks = [gguf.GGML_QUANT_SIZES[type_] for _, type_, _ in infos]
-    nbytes = [shape.numel() // block * size for (_, _, shape), (block, size) in zip(infos, blocks)]
+    type_of = {mapped.stored: kinds.get(mapped.kind, types.F32) for mapped in table}
+
+    def add_keys(writer):
+        _add_keys(writer, arch, kind, name, vocabulary, provenance)
+
+    stored = [(m.stored, type_of[m.stored], functools.partial(m.store, tensors)) for m in table]
+    _write(path, arch.version, add_keys, stored)
+    type_of = {name: type_of[mapped.stored] for mapped in table for name in mapped.names}
+    return _notes(arch, kind, type_of, provenance)
+
+
+def write_lora(path, factors: Mapping[str, Tensor], version: int, kind: str, name: str) -> list[str]:
+    """Write a LoRA for llama.cpp, whole or not at all: WEIGHT.lora_a and WEIGHT.lora_b by GGUF's names.
+
+    Their product is the change of the weight. Returns notes. Raises UserError for a type that is no float.
+    """
+    gguf = _package()
+    if kind not in FLOAT_TYPES:
+        raise UserError(f"GGUF: a LoRA has --type {' or '.join(FLOAT_TYPES)}; {kind} is for whole models")
+    ranks = {len(factor) for stored, factor in factors.items() if stored.endswith(".lora_a")}
+
+    def add_keys(writer):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # llama.cpp divides it by the rank; without it the product counts as it is, of any rank
+        if len(ranks) == 1:
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, *ranks)
+
+    type_ = gguf.GGMLQuantizationType[kind]
+    stored = [(name, type_, functools.partial(factors.get, name)) for name in factors]
+    _write(path, version, add_keys, stored)
+    if all(torch.equal(factor, factor.to(FLOAT_TYPES[kind]).float()) for factor in factors.values()):
+        return []
+    return [f"the factors had to be rounded to {kind}; --type F32 keeps all values"]
+
+
+def _write(
+    path, version: int, add_keys: Callable, stored: list[tuple[str, Any, Callable[[], Tensor]]]
+) -> None:
+    """Write keys and tensors: (name, type, the function that makes it)."""
+    gguf = _package()
+    shapes = [make().shape for _, _, make in stored]
+    blocks = [gguf.GGML_QUANT_SIZES[type_] for _, type_, _ in stored]
+    nbytes = [shape.numel() // block * size for shape, (block, size) in zip(shapes, blocks)]
     with whole_file(path, sum(nbytes)) as whole:
-        writer = gguf.GGUFWriter(whole.name, f"rwkv{arch.version}")
+        writer = gguf.GGUFWriter(whole.name, f"rwkv{version}")
         try:
-            _add_keys(writer, arch, kind, name, vocabulary, provenance)
-            for (mapped, type_, shape), size in zip(infos, nbytes):
-                writer.add_tensor_info(mapped.stored, shape, np.dtype(np.float32), size, raw_dtype=type_)
+            add_keys(writer)
+            for (name, type_, _), shape, size in zip(stored, shapes, nbytes):
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=type_)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for mapped, type_, _ in progress(infos, "writing GGUF", unit="tensors"):
+            for _, type_, make in progress(stored, "writing GGUF", unit="tensors"):
                 writer.write_padding(file, file.tell())
-                for piece in _pieces(mapped.store(tensors), type_):
+                for piece in _pieces(make(), type_):
                     file.write(piece)
             writer.write_padding(file, file.tell())
         finally:
             writer.close()
-    type_of = {name: type_ for mapped, type_, _ in infos for name in mapped.names}
-    return _notes(arch, kind, type_of, provenance)
 
 
 def _package():

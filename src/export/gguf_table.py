@@ -72,6 +72,15 @@ def table(version: int, n_layer: int) -> list[TensorMap]:
     return BEFORE_LAYERS + layers + AFTER_LAYERS
 
 
+def adapted(version: int, n_layer: int) -> dict[str, str]:
+    """Map each linear that llama.cpp adds a LoRA to, to its weight there.
+
+    It ignores one of a low-rank map silently, and one of the embedding is turned.
+    """
+    linears = [mapped for mapped in table(version, n_layer) if mapped.kind == LARGE]
+    return {mapped.names[0].removesuffix(".weight"): mapped.stored for mapped in linears[1:]}
+
+
 def keys(arch: Arch) -> dict[str, int]:
     """Return the sizes that llama.cpp asks for, under `rwkv6.` or `rwkv7.`."""
     sizes = {
