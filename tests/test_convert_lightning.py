@@ -4,6 +4,7 @@ checks, and refusals by name.
 
 import hashlib
 import json
+import pickletools
 import re
 import zipfile
 
@@ -201,6 +202,49 @@ def test_one_file_with_its_manifest_inside(tmp_path):
     convert(tmp_path / "adapter-final.pth", tmp_path / "b.pth", "native")
     first, second = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# what its parser of pickles knows
+OPCODES = """PROTO EMPTY_DICT MARK BINPUT LONG_BINPUT BINGET LONG_BINGET BINUNICODE GLOBAL BININT1 BININT2
+BININT LONG1 LONG4 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE BINPERSID REDUCE SETITEM SETITEMS
+BUILD STOP""".split()
+
+
+def loaded(path):
+    """(manifest, D by its names) with the checks of its load_package() for one file."""
+    with zipfile.ZipFile(path) as archive:
+        assert all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+        assert archive.getinfo("archive/miss.json").file_size <= 8 << 20
+        manifest = json.loads(archive.read("archive/miss.json"))
+        opcodes = {opcode.name for opcode, _, _ in pickletools.genops(archive.read("archive/data.pkl"))}
+    assert opcodes <= set(OPCODES), opcodes - set(OPCODES)
+    D = torch.load(path, weights_only=True)
+    fixed = {"format_version": 1, "method": "miss", "layout": "modulo_rank_zero_pad"}
+    assert fixed.items() <= manifest.items() and manifest["kind"] == "inference_adapter"
+    assert "tensor_source" not in manifest and 0 < manifest["rank"] <= 1024
+    assert len(D) == len(manifest["targets"]) and len(manifest["base_fingerprint"]) == 64
+    named = {field: value for field, value in manifest.items() if field != "content_version"}
+    content = hashlib.sha256(canonical(named).encode())
+    for target in manifest["targets"]:
+        name = f"blocks.{target['layer']}.{target['target']}.D"
+        assert target["name"] == name and list(D[name].shape) == target["shape"]
+        assert target["target"].removesuffix(".weight") in TARGETS and target["shape"][1] == manifest["rank"]
+        assert str(D[name].dtype) == f"torch.{manifest['dtype']}" and 0 < target["in_features"] <= 1 << 20
+        assert D[name].isfinite().all() and D[name].abs().max() <= 65504
+        content.update(D[name].view(torch.uint8).numpy().tobytes())
+    assert manifest["content_version"] == content.hexdigest()
+    return manifest, D
+
+
+def test_one_file_is_written_as_its_page_uploads_it(tmp_path):
+    D, _ = package(tmp_path / "theirs", 16.0)
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    convert(tmp_path / "a.pth", tmp_path / "one.pth", "rwkv-lightning")
+    manifest, found = loaded(tmp_path / "one.pth")
+    assert manifest == json.loads((tmp_path / "theirs" / "adapter.json").read_text())
+    assert list(found) == list(D) and all(torch.equal(found[name], D[name]) for name in D)
+    convert(tmp_path / "one.pth", tmp_path / "b.pth", "native")
+    assert (tmp_path / "b.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
 
 
 @pytest.mark.parametrize("embedded", [True, False])

@@ -40,7 +40,8 @@ WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 class Lightning(Format):
     """Format of rwkv_lightning_cuda. Reading multiplies the scale into D.
 
-    The manifest is kept. A package that is written again has the same bits.
+    The manifest is kept. A package that is written again has the same bits. It is one file where the name
+    ends in .pth, as its page uploads it, else a folder.
     """
 
     name = "rwkv-lightning"
@@ -97,13 +98,16 @@ class Lightning(Format):
             lost += float((kept.float() * scale - D[name]).square().sum())
             whole += float(D[name].square().sum())
         manifest["content_version"] = digest(manifest, tensors)
-        write_folder(
-            out,
-            {
-                CONFIG: lambda path: write_text(path, canonical(manifest) + "\n"),
-                TENSORS: lambda path: write_checkpoint(path, tensors.items()),
-            },
-        )
+        if os.fspath(out).endswith(".pth"):
+            write_checkpoint(out, tensors.items(), manifest, EMBEDDED)
+        else:
+            write_folder(
+                out,
+                {
+                    CONFIG: lambda path: write_text(path, canonical(manifest) + "\n"),
+                    TENSORS: lambda path: write_checkpoint(path, tensors.items()),
+                },
+            )
         notes = (
             [f"rounding D to {manifest['dtype']} lost {(lost / whole) ** 0.5:.2g} of it (||lost|| / ||D||)"]
             if lost

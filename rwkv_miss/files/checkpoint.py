@@ -249,18 +249,22 @@ def refuse_run_checkpoint(path: str | os.PathLike[str], metadata: Mapping[str, A
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    items: Iterable[tuple[str, Tensor]],
+    metadata: dict[str, Any] | None = None,
+    record: str = METADATA,
 ) -> None:
     """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time. record: the name of the metadata, which another project reads under
+    another one.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any
     failure, what was there stays. Raises UserError when the folder can't be written or has no room.
     """
     if os.fspath(path).endswith((".safetensors", ".gguf")):
         raise UserError(f"{path} would be a torch checkpoint under another format's name; name it .pth")
-    extra = {} if metadata is None else {METADATA: json.dumps(metadata, indent=1).encode()}
+    extra = {} if metadata is None else {record: json.dumps(metadata, indent=1).encode()}
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         index: dict[str, _Entry] = {}
         for name, tensor in items:
