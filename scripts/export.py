@@ -3,7 +3,8 @@
     python -m scripts.export --model merged.pth --out merged.gguf --to gguf
 
 gguf is for llama.cpp, which takes an adapter as well. hf is a folder for Hugging Face's transformers, RWKV-7
-only. safetensors is one file. pth makes a checkpoint of any of them.
+only. safetensors is one file. ai00 is for Ai00 and web-rwkv, also of a tuned state. pth makes a checkpoint of
+the first three.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
             choices=TARGETS,
             help=(
                 "gguf: llama.cpp, also an adapter for its --lora. hf: a folder for transformers, RWKV-7."
-                " safetensors: one file. pth: back to a checkpoint"
+                " safetensors: one file. ai00: Ai00 and web-rwkv, also a tuned state. pth: back to a"
+                " checkpoint"
             ),
         )
         parser.add_argument(

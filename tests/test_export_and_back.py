@@ -194,7 +194,7 @@ def test_inspect_says_what_an_exported_file_is(tmp_path, capsys):
     "to,version,sizes,message",
     [
         ("pth", 7, {}, "is a checkpoint already"),
-        ("ggml", 7, {}, "--to 'ggml' is unknown; choose one of: gguf, hf, safetensors, pth"),
+        ("ggml", 7, {}, "--to 'ggml' is unknown; choose one of: gguf, hf, safetensors, ai00, pth"),
     ],
 )
 def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, message):

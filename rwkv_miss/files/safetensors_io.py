@@ -84,9 +84,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write tensors bit for bit, whole or not at all, with texts in the header.
+    """Write tensors bit for bit, or in another dtype, whole or not at all, with texts in the header.
 
     Raises UserError for a dtype that the format lacks.
     """
@@ -100,9 +103,10 @@ def write_safetensors(
                 f"{path} can't be written: {name} is {tensor.dtype}; safetensors has"
                 f" {', '.join(DTYPE_NAMES.values())}"
             )
-        begin, end = end, end + tensor.nbytes
+        kept = dtype or tensor.dtype
+        begin, end = end, end + tensor.numel() * kept.itemsize
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[kept],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -111,5 +115,5 @@ def write_safetensors(
     with whole_file(path, 8 + len(text) + end) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
             file.write(memory(tensor))

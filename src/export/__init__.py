@@ -1,6 +1,6 @@
-"""Export for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
+"""Export for other programs: GGUF, a folder for Hugging Face's transformers, safetensors, files of Ai00.
 
-An adapter becomes a GGUF LoRA.
+All but the last have a way back. An adapter becomes a GGUF LoRA, or states for Ai00.
 
 Each form is one file here. It keeps a record of the checkpoint (rwkv_miss/files/provenance.py), so that the
 way back gives the same file. Imports common, config, ops, model and data.
@@ -31,7 +31,7 @@ from ..data.chat_template import Template
 from ..data.templates import choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
-from . import adapters, gguf, hugging_face
+from . import adapters, ai00, gguf, hugging_face
 from .hugging_face import LAYOUTS
 from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
@@ -40,6 +40,7 @@ NAMES = {
     "gguf": "a GGUF file",
     "hf": "a Hugging Face folder",
     "safetensors": "a safetensors file",
+    "ai00": "a file of Ai00",
     "pth": "a checkpoint",
 }
 TARGETS = tuple(NAMES)
@@ -100,12 +101,12 @@ def export(
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    An adapter becomes a LoRA in GGUF. kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, by
-    default BF16. layout: of a Hugging Face folder, one of hugging_face.LAYOUTS, by default the first.
-    drop_state: leave out an initial state that the form cannot hold. settings: for gguf and hf, by default
-    the file's record. Raises UserError, before anything is written, for a path without a merged model or an
-    adapter that the form holds, for a model that the readers of the form
-    would compute wrongly, and for a missing package.
+    An adapter becomes a LoRA in GGUF, or states for Ai00. kind: GGUF's type of the large matrices, one of
+    gguf.FILE_TYPES, by default BF16. layout: of a Hugging Face folder, one of hugging_face.LAYOUTS, by
+    default the first. drop_state: leave out an initial state that the form cannot hold. settings: for gguf
+    and hf, by default the file's record. Raises UserError, before anything is written, for a path without a
+    merged model or an adapter that the form holds, for a model that the readers of the form would compute
+    wrongly, and for a missing package.
     """
     settings = settings or TextSettings()
     _check_flags(to, kind, layout, settings, drop_state)
@@ -113,13 +114,13 @@ def export(
     file_form = form_of(path)
     if file_form == to:
         raise UserError(f"{path} is {NAMES[to]} already")
-    if to == "gguf" and (adapter := adapters.adapter_at(path)):
+    if to in adapters.WRITERS and (adapter := adapters.adapter_at(path)):
         if settings != TextSettings() or drop_state:
             raise UserError(f"{path} is an adapter; flags about texts and --drop_state are for models")
-        kind = kind or gguf.DEFAULT_TYPE
-        notes = adapters.write_gguf(path, adapter, out, kind)
-        described = f"{adapter.method} of {counted(len(adapter.metadata['linears']), 'linear')}"
-        return Exported(os.fspath(out), f"GGUF LoRA {kind}", described, _size(out), adapter.notes + notes)
+        written, write = adapters.WRITERS[to]
+        notes = write(path, adapter, out, kind or gguf.DEFAULT_TYPE)
+        described = f"{adapter.method} of {counted(len(adapter.tensors), 'tensor')}"
+        return Exported(os.fspath(out), written, described, _size(out), adapter.notes + notes)
     if to == "pth":
         form, arch, notes = to_checkpoint(path, out)
         return Exported(os.fspath(out), f"checkpoint from {form}", arch.describe(), _size(out), notes)
@@ -130,6 +131,10 @@ def export(
     if to == "safetensors":
         check_finite(model.tensors)
         write_safetensors(out, model.tensors, model.provenance().header())
+    elif to == "ai00":
+        ai00.check(model.arch)
+        check_finite(model.tensors)
+        notes = ai00.write(out, model.tensors, model.provenance())
     else:
         model, notes = _without_state(model, to, drop_state)
         if to == "hf":
@@ -152,7 +157,7 @@ def _check_output(path, out, to: str) -> None:
         check_folder(out, [])
     else:
         require_writable(out)
-        may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
+        may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS, "ai00": SAFETENSORS}.get(to, ""))
 
 
 def _write_folder(model: CheckedModel, out, layout: str, settings: TextSettings) -> list[str]:

@@ -1,4 +1,4 @@
-"""Adapters as other programs take them without a merge: a GGUF LoRA for llama.cpp."""
+"""Adapters as other programs take them without a merge: a LoRA for llama.cpp, states for Ai00."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from rwkv_miss.convert.peft_forms import as_lora
 from rwkv_miss.convert.source import open_source
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.provenance import Provenance
 
-from . import gguf, gguf_table
+from . import ai00, gguf, gguf_table
+
+MERGE = "merge the adapter into its base (rwkv-miss merge) and export the result"
 
 
 def adapter_at(path) -> Adapter | None:
@@ -25,12 +28,11 @@ def write_gguf(path, adapter: Adapter, out, kind: str) -> list[str]:
     arch = arch_of(path, adapter)
     gguf.check(arch, gguf.DEFAULT_TYPE)
     refuse_what_would_be_lost(adapter, "gguf")
-    way = "merge the adapter into its base (rwkv-miss merge) and export the result"
     if whole := next(iter(whole_tensors(adapter)), ""):
-        raise UserError(f"{path}: {whole} is trained as a whole, which no LoRA holds; {way}")
+        raise UserError(f"{path}: {whole} is trained as a whole, which no LoRA holds; {MERGE}")
     stored = gguf_table.adapted(arch.version, arch.n_layer)
     if other := next((name for name in adapter.metadata["linears"] if name not in stored), ""):
-        raise UserError(f"{path} adapts {other}, to which llama.cpp applies no LoRA; {way}")
+        raise UserError(f"{path} adapts {other}, to which llama.cpp applies no LoRA; {MERGE}")
     factors = as_lora(adapter).tensors
     named = {
         f"{stored[name]}.lora_{part.lower()}": factors[f"{name}.lora_{part}.weight"]
@@ -38,6 +40,13 @@ def write_gguf(path, adapter: Adapter, out, kind: str) -> list[str]:
         for part in "AB"
     }
     return gguf.write_lora(out, named, arch.version, kind, Path(path).stem)
+
+
+def write_ai00(path, adapter: Adapter, out, kind: str) -> list[str]:
+    """Write initial states; returns notes. Raises UserError for an adapter of anything else."""
+    if other := next((name for name in adapter.tensors if not name.endswith(".att.time_state")), ""):
+        raise UserError(f"{path} trains {other}, and Ai00 takes initial states alone beside a model; {MERGE}")
+    return ai00.write(out, adapter.tensors, Provenance.of(adapter.tensors, None))
 
 
 def arch_of(path, adapter: Adapter) -> Arch:
@@ -48,3 +57,7 @@ def arch_of(path, adapter: Adapter) -> Arch:
         f"{path} records no sizes of its model; python -m rwkv_miss convert {path} OUT.pth --to native --base"
         " MODEL.pth adds them"
     )
+
+
+# form -> (the name of what is written, its writer)
+WRITERS = {"gguf": ("GGUF LoRA", write_gguf), "ai00": ("Ai00 states", write_ai00)}
