@@ -131,7 +131,7 @@ def as_lora(adapter: Adapter) -> Folder:
         if factors is None:
             own = f"{method} with a magnitude" if method == "miss" else method
             way = (
-                "; --to peft writes it"
+                "; convert --to peft writes it"
                 if method == "dora" or method == "bat" and layer.by_row is False
                 else ""
             )
