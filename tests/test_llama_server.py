@@ -37,7 +37,7 @@ server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
 sys.stdin.read()
 """
-MARKS = ["\n\n", "✿", "Assistant:", "```json\n", " Hello"]
+MARKS = ["\n\n", "✿", "Assistant:", "```json", " Hello"]
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"enum": [1, 2]}, "b": {"enum": ["x", "y"]}},
@@ -116,11 +116,12 @@ def test_a_turn_ends_and_grammars_hold(tmp_path, template, opening, close, end):
         found = json.loads(done["message"]["content"])
         assert done["finish_reason"] == "stop" and found["a"] in (1, 2) and found["b"] in ("x", "y")
     function = {"name": "add", "description": "Add.", "parameters": SCHEMA}
-    with serving(scripted(tmp_path, template, opening, "```json\n", close, end)) as ask:
-        done = chat(ask, tools=[{"type": "function", "function": function}], tool_choice="required")
-        (called,) = done["message"]["tool_calls"]
-        found = json.loads(called["function"]["arguments"])
-        assert called["function"]["name"] == "add" and found.keys() == {"a", "b"}
+    with serving(scripted(tmp_path, template, opening, "```json", "\n", close, end)) as ask:
+        for choice in ("required", "auto"):
+            done = chat(ask, tools=[{"type": "function", "function": function}], tool_choice=choice)
+            (called,) = done["message"]["tool_calls"]
+            found = json.loads(called["function"]["arguments"])
+            assert called["function"]["name"] == "add" and found.keys() == {"a", "b"}
 
 
 def test_adapters_are_switched_while_it_runs(tmp_path):
