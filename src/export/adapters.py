@@ -30,13 +30,13 @@ def write_gguf(path, adapter: Adapter, out, kind: str) -> list[str]:
     refuse_what_would_be_lost(adapter, "gguf")
     if whole := next(iter(whole_tensors(adapter)), ""):
         raise UserError(f"{path}: {whole} is trained as a whole, which no LoRA holds; {MERGE}")
-    stored = gguf_table.adapted(arch.version, arch.n_layer)
-    if other := next((name for name in adapter.metadata["linears"] if name not in stored), ""):
+    stored = {name: gguf_table.lora_name(arch.version, name) for name in adapter.metadata["linears"]}
+    if other := next((name for name in stored if not stored[name]), ""):
         raise UserError(f"{path} adapts {other}, to which llama.cpp applies no LoRA; {MERGE}")
     factors = as_lora(adapter).tensors
     named = {
         f"{stored[name]}.lora_{part.lower()}": factors[f"{name}.lora_{part}.weight"]
-        for name in adapter.metadata["linears"]
+        for name in stored
         for part in "AB"
     }
     return gguf.write_lora(out, named, arch.version, kind, Path(path).stem)

@@ -72,13 +72,17 @@ def table(version: int, n_layer: int) -> list[TensorMap]:
     return BEFORE_LAYERS + layers + AFTER_LAYERS
 
 
-def adapted(version: int, n_layer: int) -> dict[str, str]:
-    """Map each linear that llama.cpp adds a LoRA to, to its weight there.
+def lora_name(version: int, linear: str) -> str | None:
+    """Return GGUF's name of the weight that llama.cpp adds a LoRA of this linear to; None without one.
 
-    It ignores one of a low-rank map silently, and one of the embedding is turned.
+    It ignores one of a low-rank map silently, and turns one of the embedding.
     """
-    linears = [mapped for mapped in table(version, n_layer) if mapped.kind == LARGE]
-    return {mapped.names[0].removesuffix(".weight"): mapped.stored for mapped in linears[1:]}
+    if linear == "head":
+        return "output.weight"
+    names = {m.names[0]: m.stored for m in LAYER_TENSORS + OF_VERSION[version] if m.kind == LARGE}
+    block, layer, name = (*linear.split(".", 2), "", "")[:3]
+    stored = names.get(f"{name}.weight") if block == "blocks" else None
+    return stored and f"blk.{layer}.{stored}"
 
 
 def keys(arch: Arch) -> dict[str, int]:
