@@ -16,6 +16,7 @@ with naming_missing_torch():
     from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
     from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
     from .inject import inject, load_adapter, save_adapter
+    from .merging.in_memory import merge, unload, unmerge
     from .merging.merge import merge_file
     from .optimizer import parameter_groups
 
@@ -29,6 +30,7 @@ __all__ = [
     "disabled",
     "inject",
     "load_adapter",
+    "merge",
     "merge_file",
     "parameter_groups",
     "penalty",
@@ -36,5 +38,7 @@ __all__ = [
     "read_metadata",
     "register",
     "save_adapter",
+    "unload",
+    "unmerge",
     "write_checkpoint",
 ]

@@ -8,10 +8,11 @@ beside it (`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A m
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -239,6 +240,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
+    original: nn.Module | None = None  # the module that stood here before, without weight and bias
     borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
 
     @classmethod
@@ -307,6 +309,40 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def base_forward(self, x: Tensor) -> Tensor:
         """Compute what the base file's linear does. A method that changes the frozen weight overrides it."""
         return functional.linear(x, self.weight, self.bias)
+
+    def merged_forward(self, x: Tensor) -> Tensor:
+        """Compute y = x W^T + bias, when the weight has the adapter's change in it."""
+        if self.training and torch.is_grad_enabled():
+            raise UserError(
+                "the adapter is merged into the model, so no gradient would reach it; call"
+                " rwkv_miss.unmerge(model) before training, or torch.no_grad() around an answer"
+            )
+        return AdapterLinear.base_forward(self, x)
+
+    @torch.no_grad()
+    def changed_weight(self) -> Tensor:
+        """Compute the weight with its change, in fp32 or float64: the sum that a merged file rounds."""
+        weight = self.base_weight().clone()
+        layer = copy.copy(self)  # whose own tensors may be in half precision, after model.bfloat16()
+        for kind in ("_parameters", "_buffers"):
+            exact = {
+                key: t.to(weight.dtype) if key != "weight" and t is not None and t.is_floating_point() else t
+                for key, t in getattr(self, kind).items()
+            }
+            layer.__dict__[kind] = exact
+        layer.add_delta_to(weight)
+        return weight
+
+    def keep(self, original: nn.Module) -> None:
+        """Remember the module that stood here; its weight and bias are this layer's alone."""
+        original._parameters.update(dict.fromkeys(original._parameters))
+        self.__dict__["original"] = original  # no submodule
+
+    def plain(self) -> nn.Module:
+        """Return the module that stood here, with this layer's weight and bias."""
+        for key in self.original._parameters:
+            self.original._parameters[key] = getattr(self, key)
+        return self.original.train(self.training)
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
@@ -571,32 +607,68 @@ def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) 
     AroundSteps(model).after(step, total, gather)
 
 
+def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that no adapted linear has added, by their names."""
+    own = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.own_tensors().values()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+
+
 def only_linears_change(model: nn.Module) -> bool:
     """Tell whether adapted linears are all that is trained: the rest of the model is its base."""
-    own = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.own_tensors().values()}
-    return bool(own) and all(id(p) in own for p in model.parameters() if p.requires_grad)
+    return bool(adapted_linears(model)) and not trained_beside(model)
+
+
+def put_parameters(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter | None]
+) -> dict[str, nn.Parameter | None]:
+    """Put parameters into a model by their names; returns those that were there. None: there is none.
+
+    A parameter of several names is replaced under all of them.
+    """
+    before, places = {}, {}
+    for module in model.modules() if parameters else ():
+        for leaf, p in module._parameters.items():
+            places.setdefault(id(p), []).append((module, leaf))
+    for name, p in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        before[name] = old = owner._parameters[leaf]
+        if p is not None and old is not None and p.device != old.device:
+            p = nn.Parameter(p.to(old.device), p.requires_grad)
+        for module, key in [(owner, leaf)] if old is None else places[id(old)]:
+            module._parameters[key] = p
+    return before
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Turn the adapters off inside the block: adapted linears compute as in the base.
 
-    Raises UserError where tensors of the base itself are trained, or an initial state is: their first values
-    are not in the model.
+    The tensors that inject(train_parts=...) trains as a whole have their first values inside. Raises
+    UserError where others are trained: their first values are not in the model. So it does for a merged
+    model, and for whole tensors that are sharded.
     """
     model = unwrapped(model)
-    if not only_linears_change(model):
+    injection, layers = getattr(model, "injection", None), adapted_linears(model).values()
+    first = injection.first if injection else {}
+    trained = trained_beside(model)
+    if not layers and not first or trained.keys() - first.keys():
         raise UserError(
-            "disabled() gives back the base of adapted linears only; this model "
-            + ("trains other tensors, too" if adapted_linears(model) else "has none")
+            "disabled() gives back the base of adapted linears and of train_parts only; this model "
+            + (f"trains {min(trained.keys() - first.keys())}, too" if layers or first else "has none")
         )
-    layers = adapted_linears(model).values()
+    if injection and injection.kept is not None:
+        raise UserError("the adapter is merged into the model; call rwkv_miss.unmerge(model) first")
+    if any(map(is_sharded, trained.values())):
+        raise UserError(f"{min(trained)} is sharded, and its first value is not; load the base a second time")
     shadowed = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = layer.base_forward
+    replaced = put_parameters(model, first)
     try:
         yield
     finally:
+        put_parameters(model, replaced)
         for layer, before in zip(layers, shadowed, strict=True):
             del layer.forward
             if before is not None:

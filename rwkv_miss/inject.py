@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears, share
+from .adapter import (
+    METHODS,
+    AdapterLinear,
+    AdapterMethod,
+    NoOptions,
+    adapted_linears,
+    put_linears,
+    share,
+    trained_beside,
+)
 from .errors import UserError, listed
 from .files.checkpoint import Arch, check_finite, refuse_run_checkpoint, write_checkpoint
 from .files.file_kinds import may_replace
@@ -62,6 +71,11 @@ class Injection:
     merged_linears: list[str] = dataclasses.field(default_factory=list)  # whole tensors in the file
     # a model's own buffers, such as BatchNorm's averages, as they were before the training
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    # whole tensors as they were before the training; None: the model had none of this name
+    first: dict[str, nn.Parameter | None] = dataclasses.field(default_factory=dict, repr=False)
+    trained_before: list[str] = dataclasses.field(default_factory=list, repr=False)
+    # of a merged model: what unmerge() puts back, by name; None: not merged
+    kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     def line(self) -> str:
         """Describe linears, whole tensors, trainable parameters and their share of the base in one line."""
@@ -283,7 +297,10 @@ def _attach(
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
     if adapted_linears(model):
-        raise UserError("the model already carries an adapter; merge it first, or start from the base file")
+        raise UserError(
+            "the model already carries an adapter; merge it first (rwkv_miss.merge and unload), or start from"
+            " the base"
+        )
     cls = METHODS[method]
     if targets is not None and not cls.adapts_linears:
         raise UserError(f"method {method} adapts no linear layers; drop the targets ({', '.join(targets)})")
@@ -295,11 +312,15 @@ def _attach(
     whole = _whole_names(model, parts, linears)
     total = sum(p.numel() for p in model.parameters())
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
+    before = dict(model.named_parameters())
+    trained_before = [name for name, p in before.items() if p.requires_grad]
     _adapt(model, cls, linears, parsed, initialise)
     if "state" in parts:
         add_states(model)
     for name in whole:
         train_whole(model, name)
+    for name, layer in adapted_linears(model).items():
+        layer.keep(linears[name])
     model.injection = Injection(
         method,
         dataclasses.asdict(parsed),
@@ -310,6 +331,8 @@ def _attach(
         parts,
         len(whole),
         statistics=statistics,
+        first={name: before.get(name) for name in trained_beside(model)},
+        trained_before=trained_before,
     )
     return model.injection
 
@@ -458,6 +481,16 @@ def layer_tensors(
     return own
 
 
+def injected(model: nn.Module) -> nn.Module:
+    """Return the model inside its wrappers. Raises UserError if it carries no adapter."""
+    model = unwrapped(model)
+    if not hasattr(model, "injection"):
+        inside = next((name for name, part in model.named_modules() if hasattr(part, "injection")), "")
+        advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
+        raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
+    return model
+
+
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, whole or not at all.
 
@@ -467,12 +500,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     metadata: keywords such as step and tokenizer, which are added. Raises UserError for one that is a fact of
     the adapter, and if `path` is a model, which would be lost.
     """
-    model = unwrapped(model)
-    injection: Injection | None = getattr(model, "injection", None)
-    if injection is None:
-        inside = next((name for name, part in model.named_modules() if hasattr(part, "injection")), "")
-        advice = f"its module {inside} does: give model.{inside}" if inside else "call inject() first"
-        raise UserError(f"this {type(model).__name__} carries no adapter; {advice}")
+    model = injected(model)
+    injection: Injection = model.injection
     may_replace(path, ADAPTER_FORMAT)
     require_whole(model)
     reshard(model)
@@ -624,6 +653,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     is.
     """
     model = unwrapped(model, to_inject=not hasattr(unwrapped(model), "injection"))
+    if hasattr(model, "injection") and model.injection.kept is not None:
+        raise UserError("an adapter is merged into the model; call rwkv_miss.unmerge(model) first")
     if empty := next((name for name, p in model.named_parameters() if p.is_meta), ""):
         raise UserError(
             f"{empty} is on the meta device, where the adapter's values would be lost; give the model its own"
@@ -641,6 +672,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
         if own[name].requires_grad or is_sharded(own[name]):
             put(own[name], tensor.view(own[name].shape))
         else:  # the base's, in new memory: the old one may be that of a file, or another model's
+            if isinstance(own[name], nn.Parameter):
+                model.injection.first[name] = nn.Parameter(own[name].data, requires_grad=False)
             own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
         own[name].requires_grad_(isinstance(own[name], nn.Parameter))
     return metadata
@@ -703,7 +736,8 @@ def _inject_as_trained(
     # with the merged linears: options and shared tensors depend on their number and names
     targets = metadata["linears"] + merged or None
     _attach(model, metadata["method"], targets, ",".join(parts), metadata["options"])
-    put_linears(model, {name: modules[name] for name in merged})
+    layers = adapted_linears(model)
+    put_linears(model, {name: layers[name].plain() for name in merged})
     share(adapted_linears(model).values())
     model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
     model.injection.linears = [name for name in model.injection.linears if name not in merged]

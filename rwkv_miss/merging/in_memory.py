@@ -1,0 +1,104 @@
+"""Merge of an adapter into the model in memory, with the sums and the one rounding of a merged file."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import nn
+
+from ..adapter import AdapterLinear, adapted_linears, put_linears, put_parameters
+from ..errors import UserError
+from ..inject import injected
+from ..sharding import is_sharded
+from .rounding import round_to
+
+
+def merge(model: nn.Module, keep_base: bool = True) -> None:
+    """Merge the model's adapter into its weights, in place, each rounded once to its own dtype.
+
+    The merged weights are those of merge_file(), bit for bit, but for PiSSA, whose base is rounded in memory.
+    Whole tensors have the base's dtype. Layers answer at the base's cost. A forward in training is a
+    UserError, because no gradient would reach the adapter; save_adapter() still writes it.
+
+    keep_base: keep the base's weights, for unmerge(). Without them a merge takes the memory of one more
+    weight, and only unload() can follow.
+
+    Raises UserError for weights that are quantised, sharded or on the meta device, and for a value that fp16
+    has no room for; with its base kept the model is as before then.
+    """
+    injection, layers = (model := injected(model)).injection, adapted_linears(model)
+    if injection.kept is not None:
+        raise UserError("the adapter is merged already; call unmerge(model) or unload(model)")
+    for name, layer in layers.items():
+        _check(f"{name}.weight", layer.weight)
+    injection.kept = {}
+    try:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = layer.weight
+                merged = round_to(f"{name}.weight", layer.changed_weight(), weight.dtype)
+                injection.kept[name] = weight.data if keep_base else None
+                weight.data = merged
+                layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
+            trained = {name: model.get_parameter(name) for name in injection.first}
+            rounded = {}
+            for name, p in trained.items():
+                _check(name, p)
+                first = injection.first[name]
+                value = round_to(name, p.detach(), p.dtype if first is None else first.dtype)
+                rounded[name] = nn.Parameter(value, requires_grad=False)
+            injection.kept |= put_parameters(model, rounded)
+    except UserError:
+        if keep_base:
+            unmerge(model)
+        raise
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a tensor that this process can't replace by a merged one."""
+    quantised, elsewhere = not tensor.is_floating_point(), is_sharded(tensor) or not tensor.numel()
+    if quantised or elsewhere or tensor.is_meta:
+        what = (
+            "quantised" if quantised else "shared out over processes" if elsewhere else "on the meta device"
+        )
+        raise UserError(f"{name} is {what}; save the adapter and merge the files instead (merge_file)")
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo merge(): the base's weights are back, bit for bit, and the adapter beside them."""
+    injection, layers = (model := injected(model)).injection, adapted_linears(model)
+    if injection.kept is None:
+        raise UserError("the adapter is not merged; call merge(model) first")
+    kept, injection.kept = injection.kept, None
+    if lost := next((name for name in layers if name in kept and kept[name] is None), ""):
+        injection.kept = kept
+        raise UserError(f"merge(keep_base=False) kept no weight of {lost}; load the base again")
+    for name, layer in layers.items():
+        if name in kept:
+            layer.weight.data = kept[name].to(layer.weight.device)
+            del layer.forward
+    put_parameters(model, {name: kept[name] for name in injection.first if name in kept})
+
+
+@torch.no_grad()
+def unload(model: nn.Module) -> nn.Module:
+    """Take the adapter off: plain modules again, with the merged weights if it is merged, else the base's.
+
+    The base is as it was before inject(), bit for bit, with the same names and the same parameters trained.
+    PiSSA has changed the weights: of its base the last bits may differ. Returns the model.
+    """
+    injection, layers = (model := injected(model)).injection, adapted_linears(model)
+    if injection.kept is None:
+        for name, layer in layers.items():
+            _check(f"{name}.weight", layer.weight)
+        for layer in layers.values():
+            layer.revert()
+        put_parameters(model, injection.first)
+        for name, before in injection.statistics.items():
+            model.get_buffer(name).copy_(before)
+    put_linears(model, {name: layer.plain() for name, layer in layers.items()})
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in injection.trained_before)
+    del model.injection
+    return model

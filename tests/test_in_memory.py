@@ -1,0 +1,145 @@
+"""Merge in memory: the numbers of a merged file, the base back bit for bit, and plain modules again."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.quantised import quantise_
+
+from .conftest import close
+from .test_adapters import CASES, filled, rwkv
+
+LINEAR = [name for name, method in METHODS.items() if method.adapts_linears]
+
+
+def same_model(model, base):
+    """The modules, tensors and trained parameters of a model are exactly another one's."""
+    assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
+    got, want = model.state_dict(), base.state_dict()
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+    trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, base)]
+    assert trained[0] == trained[1] and not hasattr(model, "injection")
+
+
+@pytest.mark.parametrize("method,options", CASES)
+def test_the_merged_model_is_the_merged_file_and_the_base_comes_back(method, options, tmp_path):
+    torch.manual_seed(0)
+    # Bat's tensors have a row for every output
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8, bias=False)).to(torch.bfloat16)
+    model[2].weight.requires_grad_(False)
+    base = copy.deepcopy(model)
+    rwkv_miss.inject(model, method, targets=["0", "2"], rank=1 if method == "mora" else 2, **options)
+    filled(model).eval()
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth")
+
+    x = torch.randn(5, 16).to(torch.bfloat16)
+    live, before = model(x), {name: t.clone() for name, t in model.state_dict().items()}
+    rwkv_miss.merge(model)
+    merged = rwkv_miss.read_checkpoint(tmp_path / "merged.pth")
+    plain = copy.deepcopy(base)
+    plain.load_state_dict(merged)
+    if method == "pissa":  # whose frozen weight is rounded in memory
+        close("merged", model[0].weight, merged["0.weight"], 1e-2)
+    else:
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in merged.items())
+        assert torch.equal(model(x), plain(x))
+    close("merged", model(x), live, 3e-2)
+    rwkv_miss.save_adapter(model, tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
+
+    unloaded = rwkv_miss.unload(copy.deepcopy(model))
+    assert torch.equal(unloaded(x), model(x)) and type(unloaded[0]) is nn.Linear
+    rwkv_miss.unmerge(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(model(x), live)
+    rwkv_miss.unload(model)
+    if method == "pissa":
+        close("base", model[0].weight, base[0].weight, 1e-2)
+        model.load_state_dict(base.state_dict())
+    same_model(model, base)
+    rwkv_miss.inject(model, method, targets=["0"], rank=1)
+
+
+@pytest.mark.parametrize("method,parts", [("miss", "emb,ln,state"), ("state", ""), ("state", "ln")])
+def test_whole_tensors_are_merged_disabled_and_taken_off(method, parts, tmp_path):
+    model = rwkv().to(torch.bfloat16).eval()
+    base, ids = copy.deepcopy(model), torch.arange(11)[None]
+    rwkv_miss.inject(model, method, None, parts, **({"rank": 8} if method == "miss" else {}))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth")
+    live, want = model(ids)[0], base(ids)[0]
+    assert not torch.allclose(live, want, rtol=1e-2)
+    with rwkv_miss.disabled(model):
+        assert torch.equal(model(ids)[0], want)
+    assert torch.equal(model(ids)[0], live)
+
+    loaded = copy.deepcopy(base)
+    rwkv_miss.load_adapter(loaded, tmp_path / "a.pth")
+    with rwkv_miss.disabled(loaded):
+        assert torch.equal(loaded(ids)[0], want)
+    rwkv_miss.merge(model)
+    merged = rwkv_miss.read_checkpoint(tmp_path / "merged.pth")
+    for name, tensor in model.state_dict().items():
+        if name in merged:
+            assert torch.equal(tensor, merged[name]) and tensor.dtype == merged[name].dtype, name
+    rwkv_miss.unmerge(model)
+    assert torch.equal(model(ids)[0], live)
+    same_model(rwkv_miss.unload(model), base)
+    same_model(rwkv_miss.unload(loaded), base)
+
+
+def test_what_a_merge_in_memory_cannot_do_is_said():
+    def adapted(**options):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        rwkv_miss.inject(model, "lora", targets=["0", "1"], rank=2, **options)
+        return filled(model)
+
+    model = adapted(dropout=0.5)
+    live = model.eval()(x := torch.randn(3, 8))
+    rwkv_miss.merge(model.train())
+    for action, words in (
+        (rwkv_miss.merge, r"merged already; call unmerge\(model\) or unload\(model\)"),
+        (lambda model: rwkv_miss.load_adapter(model, "a.pth"), r"merged into the model; call rwkv_miss.unm"),
+        (lambda model: model(x), r"no gradient would reach it; call rwkv_miss.unmerge\(model\) before"),
+        (lambda model: rwkv_miss.disabled(model).__enter__(), r"merged into the model; call rwkv_miss.unm"),
+        (lambda model: rwkv_miss.inject(model, targets=["0"]), r"already carries an adapter; merge it first"),
+    ):
+        with pytest.raises(rwkv_miss.UserError, match=words):
+            action(model)
+    with torch.no_grad():
+        close("without dropout", model(x), live, 1e-6)
+    rwkv_miss.unmerge(model)
+    with pytest.raises(rwkv_miss.UserError, match=r"not merged; call merge\(model\) first"):
+        rwkv_miss.unmerge(model)
+    quantise_([model[1]], "int8")
+    for action in (rwkv_miss.merge, rwkv_miss.unload):
+        with pytest.raises(rwkv_miss.UserError, match=r"1.weight is quantised; save the adapter and merge"):
+            action(model)
+    assert model.injection.kept is None
+
+    model = adapted().half()
+    with torch.no_grad():
+        model[1].weight[0, 0] = 65504
+        model[1].lora_A.fill_(100)
+        model[1].lora_B.fill_(100)
+    before = model[0].weight.clone()
+    with pytest.raises(rwkv_miss.UserError, match="beyond fp16's largest"):
+        rwkv_miss.merge(model)
+    assert torch.equal(model[0].weight, before) and model.injection.kept is None
+    model = adapted()
+    rwkv_miss.merge(model, keep_base=False)
+    with pytest.raises(rwkv_miss.UserError, match=r"keep_base=False\) kept no weight of 0; load the base"):
+        rwkv_miss.unmerge(model)
+    assert type(rwkv_miss.unload(model)[0]) is nn.Linear
