@@ -14,11 +14,12 @@ from .convert import FORMATS, NO_HINTS, Source, convert, format_of, open_source
 from .convert.peft_names import LAYOUTS
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
-from .files.hf_folder import is_folder, read_folder
+from .files.hf_folder import MODEL_TYPE, is_folder, read_config, read_folder
 from .files.hub import local_path
 from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
+from .files.wrapped import is_model
 from .inject import ADAPTER_FORMAT
 from .merging.cli import add_commands, add_hints, hints
 from .merging.members import merged_adapters
@@ -41,12 +42,13 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if (read_as := format_of(source)) not in (None, "native") and written_as != ADAPTER_FORMAT:
         written_as, metadata = ADAPTER_FORMAT, foreign(source, read_as)
     elif is_folder(path):
-        written_as = f"Hugging Face folder, layout {read_folder(path).layout}"
+        written_as = f"Hugging Face folder, {folder_form(path)}"
     elif not os.path.isdir(path) and is_safetensors(path):
         # the "format" of such a header is the framework that it was written with, "pt"
         written_as = SAFETENSORS_MODEL
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
-    arch = None if written_as in KINDS else Arch.detect(tensors)
+    other = is_folder(path) and not is_model(tensors)
+    arch = None if written_as in KINDS or other else Arch.detect(tensors)
     # src/training/training_state.py names what the optimizer keeps NAME:exp_avg and so on
     trained = [t for name, t in tensors.items() if ":" not in name] if written_as == RUN_FORMAT else None
     files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
@@ -64,6 +66,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "fingerprint": Identity(path, tensors).fingerprint,
         "metadata": metadata or None,
     }
+
+
+def folder_form(path: str | os.PathLike[str]) -> str:
+    """Describe a model's folder: its layout if it is an RWKV, else what its configuration says."""
+    config = read_config(os.fspath(path))
+    if config.get("model_type") == MODEL_TYPE:
+        return f"layout {read_folder(path).layout}"
+    return f"{printable(str(config.get('model_type')))[:60]}"
 
 
 def foreign(source: Source, read_as: str) -> dict[str, Any]:

@@ -544,16 +544,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
 
 
 def read_described(
-    path: str | os.PathLike[str], shown: bool = True
+    path: str | os.PathLike[str], shown: bool = True, any_folder: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and metadata of any model or adapter file, or model's folder; {} without metadata.
 
-    shown: say on stderr what was taken off, if a trainer has wrapped the file.
+    shown: say on stderr what was taken off, if a trainer has wrapped the file. any_folder: as read_model()
+    has it.
 
     A file of initial states alone, as other projects release them, is read as an adapter of the method state
     without a known base.
     """
-    tensors, metadata, notes, _ = read_model(path)
+    tensors, metadata, notes, _ = read_model(path, any_folder)
     if shown:
         print_notes(notes)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):

@@ -15,7 +15,7 @@ from rwkv_miss.__main__ import describe, main
 from rwkv_miss.extract import extract_base
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.files.model_files import read_model, read_tensors
+from rwkv_miss.files.model_files import model_metadata, read_model, read_tensors
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
 from src.data import recorded_tokenizer
@@ -193,13 +193,13 @@ def test_what_is_taken_off_is_said_once(forms, capsys):
     assert capsys.readouterr().err == ""
 
 
-def adapter_of(path, out):
+def adapter_of(path, out, parts=""):
     model = RWKV.load(path, torch.float32)
-    inject(model, method="miss", rank=8)
+    inject(model, method="miss", rank=8, train_parts=parts)
     torch.manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.02)
+            p.data += 0.02 * torch.randn_like(p)
     save_adapter(model, out)
     return out
 
@@ -226,6 +226,27 @@ def test_an_adapter_of_one_form_fits_all_that_keep_every_tensor(forms, tmp_path)
     ):
         merge_file(forms["pth"], adapters["fla"], tmp_path / "got.pth")
     merge_file(forms["pth"], adapters["fla"], tmp_path / "got.pth", force=True)
+
+
+@pytest.mark.parametrize("form", ["official", "sharded", "fla", "fla sharded"])
+def test_a_merge_into_a_folder_has_its_layout_and_the_tensors_of_the_pth(form, forms, tmp_path):
+    adapter = adapter_of(forms[form], tmp_path / "a.pth", "ln")
+    for out in ("want.pth", "got"):
+        merge_file(forms[form], adapter, tmp_path / out)
+    before, want, got = (
+        read_tensors(path) for path in (forms[form], tmp_path / "want.pth", tmp_path / "got")
+    )
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+    assert any(not torch.equal(got[name], before[name]) for name in want if "ln_x" in name)
+    assert check_merge(forms[form], tmp_path / "got", adapter).ok
+    assert model_metadata(tmp_path / "got") == read_metadata(tmp_path / "want.pth")
+    assert describe(tmp_path / "got")["kind"] == describe(forms[form])["kind"]
+    assert sorted(os.listdir(tmp_path / "got")) == sorted(os.listdir(forms[form]))
+    adapter_of(forms[form], adapter, "state" if form == "official" else "time")
+    if form != "sharded":
+        words = "att.time_state" if form == "official" else r"att.w[12], "
+        with pytest.raises(UserError, match=rf"{words}.* can't be put into .*; merge into a .pth"):
+            merge_file(forms[form], adapter, tmp_path / "other")
 
 
 def test_other_programs_read_them_too(forms, tmp_path, capsys):

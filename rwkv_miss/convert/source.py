@@ -70,5 +70,5 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         tensors, header = read_safetensors(file) if is_safetensors(file) else read_described(file)
         return Source(path, tensors, config, config_name, header)
     if is_folder(path):
-        return Source(path, *read_described(path))
+        return Source(path, *read_described(path, any_folder=True))
     raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, listed
-from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, VALUE_RESIDUAL_FILE, WEIGHTS, plain_name, table
+from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, VALUE_RESIDUAL_FILE, plain_name, table
 from .provenance import KEY, Entry, Provenance
 from .safetensors_io import read_safetensors
 from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
 from .untrusted import read_json
+from .weight_files import read_weights, weight_files
 
+MODEL_TYPE = "rwkv7"  # in config.json
 LARGEST_DEPTH = 1 << 12  # layers
 LN_EPS = 1e-5
 # names of a norm's eps in configurations, and RWKV's value
@@ -65,7 +67,12 @@ def read_folder(path: str | os.PathLike[str]) -> HfFolder:
     """
     path = os.fspath(path)
     config = read_config(path)
-    stored, header = _stored(path)
+    if config.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected {MODEL_TYPE}"
+        )
+    files, header = read_weights(path)
+    stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     provenance = Provenance.found(header, path)
     if any(name.startswith(OFFICIAL) for name in stored):
         layout, tensors = "official", _official(path, config, stored)
@@ -81,26 +88,10 @@ def read_folder(path: str | os.PathLike[str]) -> HfFolder:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read a folder's config.json. Raises UserError if it is absent or of another model."""
+    """Read a folder's config.json. Raises UserError if it is absent."""
     if not os.path.exists(os.path.join(path, CONFIG)):
         raise UserError(f"{path} is a folder without {CONFIG}; give a model's file, or a Hugging Face folder")
-    config = read_json(os.path.join(path, CONFIG))
-    if config.get("model_type") != "rwkv7":
-        raise UserError(f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected rwkv7")
-    return config
-
-
-def weight_files(path: str) -> list[str]:
-    """Name the files with the weights: the one file, or those that an index names, all in this folder.
-
-    Raises UserError for no such file, and for an index that names anything else.
-    """
-    if os.path.lexists(os.path.join(path, WEIGHTS)):
-        return [WEIGHTS]
-    index = os.path.join(path, INDEX)
-    if not os.path.exists(index):
-        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}")
-    return sorted(set(weight_map(index).values()))
+    return read_json(os.path.join(path, CONFIG))
 
 
 def folder_files(path: str) -> list[str]:
@@ -108,36 +99,6 @@ def folder_files(path: str) -> list[str]:
     return [
         name for name in (CONFIG, INDEX, VALUE_RESIDUAL_FILE) if os.path.exists(os.path.join(path, name))
     ] + weight_files(path)
-
-
-def weight_map(index: str) -> dict[str, str]:
-    """Read tensor -> file from an index. Raises UserError for a bad one, and a file outside of its folder."""
-    named = read_json(index).get("weight_map")
-    sound = isinstance(named, dict) and named and all(isinstance(name, str) for name in named.values())
-    if not sound or any(os.path.basename(name) != name or name in ("", ".", "..") for name in named.values()):
-        raise UserError(f"{index} is damaged: its weight_map is no table of files in this folder")
-    return named
-
-
-def _stored(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a folder under their own names, and the header of the last file."""
-    stored: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
-    files = weight_files(path)
-    for name in files:
-        file = os.path.join(path, name)
-        if not os.path.lexists(file):
-            raise UserError(
-                f"{file} is missing: {INDEX} names {len(files)} files of weights; download or copy the whole"
-                " folder"
-            )
-        tensors, header = read_safetensors(file)
-        if twice := stored.keys() & tensors.keys():
-            raise UserError(f"{path} is damaged: {min(twice)[:100]} is in two of its files")
-        stored |= tensors
-    if not stored:
-        raise UserError(f"{path} has no tensors")
-    return stored, header
 
 
 def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:

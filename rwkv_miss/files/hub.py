@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError, listed
 from ..progress import Progress, print_notes
-from .hf_folder import weight_map
 from .hub_names import COMMIT, DATA, FORM, HUB, MODEL, Fetched, HubName, is_hub_name, parse
+from .weight_files import weight_map
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter

@@ -92,7 +92,7 @@ class Identity:
     def _tensors(self) -> Mapping[str, Tensor]:
         if self.given is not None:
             return self.given
-        tensors = read_tensors(self.path)
+        tensors = read_tensors(self.path, any_folder=True)
         # a new name or other rights do not change the content, though the last of the facts
         now = _state(self.path)
         if any(now[i::FACTS] != self.state[i::FACTS] for i in range(FACTS - 1)):

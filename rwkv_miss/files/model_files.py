@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .architectures import refuse_newer
 from .checkpoint import flat, load_dict, read_metadata
-from .hf_folder import folder_files, is_folder, read_config, read_folder, refuse_file_of_folder
+from .hf_folder import MODEL_TYPE, folder_files, is_folder, read_config, read_folder, refuse_file_of_folder
 from .hf_names import in_usual_order
 from .provenance import Provenance
 from .safetensors_io import is_safetensors, read_header, read_safetensors
+from .weight_files import read_weights
 from .wrapped import contained, is_model, plain_names
 
 
@@ -30,14 +31,16 @@ class ModelFile(NamedTuple):
     provenance: Provenance | None = None  # of an export, the checkpoint that it was made from
 
 
-def read_model(path: str | os.PathLike[str]) -> ModelFile:
+def read_model(path: str | os.PathLike[str], any_folder: bool = False) -> ModelFile:
     """Read the model at `path`. Models that are no RWKV, and adapters, keep their names.
+
+    any_folder: also read a folder of another model.
 
     Raises UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
     architecture, a model inside a larger one, a folder of another model or with a file missing.
     """
     if os.path.isdir(path):
-        model = _of_folder(path)
+        model = _of_folder(path, any_folder)
     elif is_safetensors(path):
         model = _of_safetensors(path)
     else:
@@ -49,9 +52,9 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
     return model
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str], any_folder: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a model."""
-    return read_model(path).tensors
+    return read_model(path, any_folder).tensors
 
 
 def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -67,7 +70,12 @@ def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return provenance.metadata if provenance else None
 
 
-def _of_folder(path: str | os.PathLike[str]) -> ModelFile:
+def _of_folder(path: str | os.PathLike[str], any_folder: bool) -> ModelFile:
+    if any_folder and read_config(os.fspath(path)).get("model_type") != MODEL_TYPE:
+        files, header = read_weights(path)
+        tensors = {name: tensor for part in files.values() for name, tensor in part.items()}
+        provenance = Provenance.found(header, path)
+        return ModelFile(tensors, provenance and provenance.metadata, [])
     folder = read_folder(path)
     return _as_recorded(path, in_usual_order(folder.tensors), folder.provenance, folder.notes)
 

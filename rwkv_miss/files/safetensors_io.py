@@ -83,18 +83,26 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise UserError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
 
 
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Sort names: the wide tensors first, so that each is aligned; then by name, so that a copy is the same
+    file."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
+    values: Iterator[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write tensors bit for bit, or in another dtype, whole or not at all, with texts in the header.
 
+    values: (name, tensor) in file_order(), where `tensors` have only shapes and dtypes.
+
     Raises UserError for a dtype that the format lacks.
     """
-    # the wide ones first, so that each is aligned; then by name, so that a copy is the same file
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    tensors = {name: tensors[name] for name in file_order(tensors)}
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
@@ -114,6 +122,10 @@ def write_safetensors(
     text += b" " * (-len(text) % ALIGNMENT)
     with whole_file(path, 8 + len(text) + end) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        values = values or iter(tensors.items())
+        for name, form in tensors.items():
+            given, tensor = next(values)
+            if (given, tensor.shape, tensor.dtype) != (name, form.shape, form.dtype):
+                raise ValueError(f"write_safetensors: {given} comes in the place of {name}")
             tensor = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
             file.write(memory(tensor))

@@ -26,12 +26,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
-    merge = commands.add_parser("merge", help="write base model + adapters as one .pth for any RWKV runtime")
+    merge = commands.add_parser("merge", help="write base model + adapters, a .pth or a Hugging Face folder")
     # the other names are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
     add_adapters(merge, required=True)
     add_hints(merge)
-    merge.add_argument("--out", "--output", required=True)
+    merge.add_argument(
+        "--out",
+        "--output",
+        required=True,
+        help="a .pth, or the folder to write if the base model is one",
+    )
     merge.add_argument(
         "--dtype",
         default="base",

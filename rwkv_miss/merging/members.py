@@ -40,6 +40,7 @@ class Member:
     metadata: dict[str, Any]
     weight: float = 1.0
     notes: Sequence[str] = ()  # for the user, about reading the file
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names in the base that differ
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:
@@ -52,7 +53,8 @@ class Member:
     @functools.cached_property
     def by_weight(self) -> dict[str, str]:
         """Map key of an adapted weight -> name of its linear."""
-        return {f"{name}.weight": name for name in self.metadata["linears"]}
+        weights = {f"{name}.weight": name for name in self.metadata["linears"]}
+        return {self.places.get(key, key): name for key, name in weights.items()}
 
     @functools.cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -65,7 +67,8 @@ class Member:
             return name.startswith(shared) or (owner in linears and leaf != "bias")
 
         whole = {name: tensor for name, tensor in self.tensors.items() if not own(name)}
-        return whole | {other: whole[name] for other, name in self.tied.items() if name in whole}
+        whole |= {other: whole[name] for other, name in self.tied.items() if name in whole}
+        return {self.places.get(name, name): tensor for name, tensor in whole.items()}
 
     @property
     def tied(self) -> dict[str, str]:
@@ -203,7 +206,11 @@ class Combination:
     def added(self, base: Iterable[str]) -> list[str]:
         """Return the keys that the base does not have, such as initial states."""
         base = set(base)
-        other_names = {other for m in self.members for other in m.tied}
+        other_names: set[str] = set()
+        for m in self.members:
+            for pair in m.tied.items():
+                one, other = (m.places.get(name, name) for name in pair)
+                other_names |= {one, other} if other in base or one in base else {one}
         return [key for key in self.whole if key not in base and key not in other_names]
 
     def check(self, base: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Merge of a base and adapters into a `.pth`, tensor by tensor: fp32 addition and one rounding.
+"""Merge of a base and adapters into a `.pth` or a folder, tensor by tensor: fp32 addition and one rounding.
 
 Everything else is byte for byte as it was.
 """
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,14 +20,18 @@ from ..convert import NO_HINTS, Hints
 from ..errors import UserError, listed
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import check_output
+from ..files.hf_folder import is_folder, read_config
 from ..files.identity import Identity
-from ..files.model_files import name_of, read_model
-from ..files.output import require_writable
-from ..files.safetensors_io import is_safetensors
+from ..files.model_files import name_of, read_model, weight_paths
+from ..files.output import refuse_inputs, require_writable
+from ..files.provenance import Provenance
+from ..files.safetensors_io import file_order, is_safetensors
+from ..files.weight_files import check_new_folder, read_weights, write_like
 from ..files.wrapped import is_model
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
+from .places import placed
 from .rounding import LOSS_LIMIT, TABLE_ROWS, Rounding, Scratch, percent, round_into, round_to
 
 MERGED_FORMAT = "rwkv-miss merged"
@@ -159,17 +163,17 @@ class _Merger:
         self.rounding.layers.append(round_into(out, key, self.adapters.name(key), base, exact, self.scratch))
         return out
 
-    def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Yield the merged file: the base's tensors in its order, then the adapters' new ones.
+    def items(
+        self, base: Mapping[str, Tensor], dtype: torch.dtype | None, names: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors of the merged file: the base's, and the adapters' new ones.
 
         dtype: None keeps each tensor's own.
         """
         changed = set(self.adapters.changed(base))
-        for key, tensor in base.items():
+        for key in names:
+            tensor = base[key] if key in base else self.adapters.added_value(key)
             yield key, (self.merged if key in changed else round_to)(key, tensor, dtype or tensor.dtype)
-        for key in self.adapters.added(base):
-            tensor = self.adapters.added_value(key)
-            yield key, round_to(key, tensor, dtype or tensor.dtype)
 
 
 def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +195,10 @@ def merge_file(
     hints: Hints = NO_HINTS,
     shown: bool = False,
 ) -> MergeReport:
-    """Merge adapter files into a base file and write `out`, with the base's keys, shapes and order.
+    """Merge adapter files into a base and write `out`, with the base's keys, shapes and order.
+
+    Of a base that is a Hugging Face folder, of any model, `out` is such a folder, with the same files, or a
+    .pth if it is named so.
 
     Several adapters give
     - W + sum of w_i delta_i(W) for an adapted linear, every delta being that of the base's weight,
@@ -212,7 +219,13 @@ def merge_file(
     if dtype not in ("base", "auto", *DTYPE_NAMES):
         raise UserError(f"dtype {dtype!r} is unknown; choose one of: base, auto, {', '.join(DTYPE_NAMES)}")
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
-    check_output(out, (base, *paths), MERGED_FORMAT)
+    _refuse_quantised(base, paths, out)
+    to_folder = is_folder(base) and not os.fspath(out).endswith(".pth")
+    if to_folder:
+        refuse_inputs(out, base, *paths)
+        check_new_folder(out)
+    else:
+        check_output(out, (base, *paths), MERGED_FORMAT)
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     identity = Identity(base, tensors)
     record = _record(base, before, identity.fingerprint, members)
@@ -220,18 +233,88 @@ def merge_file(
         if not force:
             _refuse_second_merge(base, before, m)
         _check_base(base, m, identity, tensors, force)
+    files, header = read_weights(base) if to_folder else ({"": tensors}, {})
+    stored = {name: tensor for part in files.values() for name, tensor in part.items()}
+    if to_folder or is_folder(base) and not is_model(tensors):
+        members = placed(base, stored, members)
     adapters = Combination(members)
-    adapters.check(tensors)
-    chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPE_NAMES.get(dtype), "")
-    size = sum(map(functools.partial(_bytes_in, dtype=chosen), tensors.values()))
-    require_writable(out, size)
+    if to_folder and is_model(tensors):
+        _refuse_new_tensors(base, adapters.added(stored))
+    adapters.check(stored)
+    chosen, choice = _choose_dtype(stored, adapters) if dtype == "auto" else (DTYPE_NAMES.get(dtype), "")
+    size = sum(map(functools.partial(_bytes_in, dtype=chosen), stored.values()))
     merger = _Merger(adapters)
-    items = _ahead(merger.items(tensors, chosen))
-    write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
-    report = _report(out, record, merger, _dtypes(tensors, adapters, chosen), choice)
-    report.read = [*_note_of_form(base, tensors), *report.read]
+
+    def values(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        return tensors_with_progress(_ahead(merger.items(stored, chosen, names)), "merging", size, shown)
+
+    notes: list[str] = []
+    if to_folder:
+        check_new_folder(out, size)
+        forms = _forms(files, adapters, chosen)
+        names = [name for part in forms.values() for name in file_order(part)]
+        told = _provenance(base, header, tensors, chosen, record).header()
+        notes = write_like(base, out, forms, values(names), told, _name(chosen) if chosen else "")
+        if added := adapters.added(stored):
+            notes.append(f"{listed(added, 3)}: new in the folder, as {base} has no tensor of such a name")
+    else:
+        require_writable(out, size)
+        write_checkpoint(out, values([*stored, *adapters.added(stored)]), record)
+        notes = _note_of_form(base, tensors)
+    report = _report(out, record, merger, _dtypes(stored, adapters, chosen), choice)
+    report.read = [*notes, *report.read]
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _refuse_quantised(base: str | os.PathLike[str], adapters: list[Any], out: str | os.PathLike[str]) -> None:
+    """Raise UserError for a folder of weights that are quantised."""
+    if how := is_folder(base) and read_config(os.fspath(base)).get("quantization_config"):
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        given = " ".join(f"--adapter {path}" for path in adapters)
+        raise UserError(
+            f"{base} is quantised ({str(method)[:60]}): rounded to its steps, much of what was trained would"
+            " be lost; merge into the model that it was made from: python -m rwkv_miss merge --base"
+            f" UNQUANTISED {given} --output {out}"
+        )
+
+
+def _refuse_new_tensors(base: str | os.PathLike[str], names: list[str]) -> None:
+    """Raise UserError for tensors that a folder of an RWKV has no place for, or has in another form."""
+    if names:
+        raise UserError(
+            f"{listed(names, 2)} can't be put into {base}, whose layout has no such tensors or has them in"
+            " another form; merge into a .pth: --output MERGED.pth"
+        )
+
+
+def _forms(
+    files: Mapping[str, Mapping[str, Tensor]], adapters: Combination, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that each file of a merged folder gets, as shapes and dtypes alone."""
+    forms = {file: dict(tensors) for file, tensors in files.items()}
+    base = [name for part in files.values() for name in part]
+    forms[list(forms)[-1]] |= {name: adapters.added_value(name) for name in adapters.added(base)}
+
+    def form(tensor: Tensor) -> Tensor:
+        kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=kept, device="meta")
+
+    return {file: {name: form(tensor) for name, tensor in part.items()} for file, part in forms.items()}
+
+
+def _provenance(
+    base: str | os.PathLike[str],
+    header: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    record: dict[str, Any],
+) -> Provenance:
+    """Build what a merged folder says of itself: the record, and of an RWKV the checkpoint's tensors."""
+    if not is_model(tensors):
+        return Provenance({}, record)
+    entries = (Provenance.found(header, base) or Provenance.of(tensors, None)).entries
+    return Provenance({n: e._replace(dtype=dtype or e.dtype) for n, e in entries.items()}, record)
 
 
 def _report(
@@ -246,7 +329,7 @@ def _report(
         dtype=dtypes,
         rounding=merger.rounding,
         seconds=0.0,
-        bytes=os.path.getsize(out),
+        bytes=sum(map(os.path.getsize, weight_paths(out))),
         record=record,
         parts=adapters.parts,
         weights=[m.weight for m in adapters.members],
@@ -275,7 +358,7 @@ def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
     Raises UserError for an adapter or the checkpoint of a run.
     """
-    tensors, metadata = read_described(path)
+    tensors, metadata = read_described(path, any_folder=True)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
         raise UserError(
@@ -305,9 +388,13 @@ def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[M
     return {**head, "adapters": entries, **common}
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtypes(tensors: dict[str, Tensor], adapters: Combination, chosen: torch.dtype | None) -> str:
     """Name the dtypes of the changed tensors in the merged file, for people."""
-    dtypes = {str(chosen or tensors[key].dtype).removeprefix("torch.") for key in adapters.changed(tensors)}
+    dtypes = {_name(chosen or tensors[key].dtype) for key in adapters.changed(tensors)}
     return ", ".join(sorted(dtypes)) or "no tensor of the base"
 
 

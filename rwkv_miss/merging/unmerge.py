@@ -14,9 +14,12 @@ from torch import Tensor
 from ..convert import NO_HINTS, Hints
 from ..errors import UserError
 from ..files.checkpoint import blocks
+from ..files.hf_folder import is_folder
 from ..files.identity import Identity
+from ..files.wrapped import is_model
 from .members import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .merge import read_base
+from .places import placed
 from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 
 # share of the largest value by which sums of fp32 products may differ between machines, with a few bits to
@@ -163,6 +166,8 @@ def check_merge(
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
     members = _as_recorded(read_members(adapters, weights, hints), recorded, weights is None)
+    if is_folder(base) and not is_model(tensors):
+        members = placed(base, tensors, members)
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)
