@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .errors import UserError
-from .quantised import dense
+from .quantised import dense, of_others, shape_of
 from .sharding import is_sharded, unsharded
 from .wrappers import unwrapped
 
@@ -383,7 +383,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
-        adapted.out_features, adapted.in_features = weight.shape
+        adapted.out_features, adapted.in_features = shape_of(weight)
         adapted.weight, adapted.bias = weight, bias
         adapted.requires_grad_(False)
         for key, tensor in shared.items():
@@ -400,7 +400,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             for option, value in vars(options).items():
                 if isinstance(value, dict):
                     check_parts(option, value, linears)
-        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+        shapes = {name: tuple(shape_of(linear.weight)) for name, linear in linears.items()}
         pool = cls.make_shared(shapes, options, next(iter(linears.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}
         for name, linear in linears.items():
@@ -418,10 +418,14 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in self.borrowed:
             del destination[prefix + key]
+        destination.update({prefix + key: tensor for key, tensor in of_others(self.weight).items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, *others):
         before = {key: getattr(self, key) for key in self.shared}
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *others)
+        for key in of_others(self.weight).keys() if unexpected else ():  # of the same base
+            if prefix + key in unexpected:
+                unexpected.remove(prefix + key)
         for key, old in before.items():
             if key not in self.borrowed:
                 if getattr(self, key) is not old:  # load_state_dict(assign=True)

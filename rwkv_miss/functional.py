@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gemm import product, product_exact, product_onto, product_plus, product_transposed
-from .quantised import dense
+from .quantised import dense, is_of_others, shape_of
 
 Function = Callable[..., Any]
 
@@ -223,7 +223,9 @@ def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: b
     """Cast the weight (out, in) to the dtype of a product; `transposed`: it is (in, out)."""
     if transposed:
         return weight.t().to(dtype)
-    return weight if weight.dtype == dtype else dense(weight, width, dtype).to(dtype)
+    if weight.dtype == dtype and not is_of_others(weight):
+        return weight
+    return dense(weight, width, dtype).to(dtype)
 
 
 def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -276,7 +278,7 @@ class _MissLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, D, shards):
         contiguous, balanced, scale = shards
         tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
-        rank, out = D.shape[0] - balanced, weight.shape[0]
+        rank, out = D.shape[0] - balanced, shape_of(weight)[0]
         s = shard_sum(tokens, rank, contiguous, balanced)
         if scale != 1:
             s[:, :rank].mul_(scale)

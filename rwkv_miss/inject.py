@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -30,6 +31,7 @@ from .files.model_files import read_model
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .progress import print_notes
+from .quantised import dense, is_of_others, shape_of, undo_first_forward
 from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
 from .wrappers import unwrapped
 
@@ -37,7 +39,6 @@ ADAPTER_FORMAT = "rwkv-miss adapter"
 
 # the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
-QUANTISERS = ("bitsandbytes", "torchao", "optimum")  # packages with tensors of their own
 # class of transformers -> linears whose weights it gives to a kernel, in training
 READ_BY = {
     **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
@@ -131,6 +132,8 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
     places: dict[int, list[str]] = {}
     for name, module in modules.items():
         places.setdefault(id(module), []).append(name)
+    for name in chosen:
+        undo_first_forward(modules[name])
     memory = _SharedMemory(modules[""])
     for name in sorted(chosen):
         linear, parent = modules[name], modules[name.rpartition(".")[0]]
@@ -140,7 +143,7 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
                 f"{first} and {second} are one layer under two names; give each a layer of its own "
                 "(copy.deepcopy), or drop the target"
             )
-        held = _held_by_others(linear.weight)
+        held = _held_by_others(linear)
         if held:
             raise UserError(f"{name}.weight is {held}")
         what = _more_than_linear(linear)
@@ -171,25 +174,35 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
             )
 
 
-def _held_by_others(weight: Tensor) -> str:
-    """Describe a weight whose numbers another program holds in a form of its own; "" for a plain tensor."""
+def _held_by_others(linear: nn.Linear) -> str:
+    """Describe a weight that another package holds in a form that can't be expanded; "" for other ones."""
+    weight = linear.weight
     kind = type(weight)
+    if not is_of_others(weight):
+        return ""
     package = kind.__module__.partition(".")[0]
-    if package in QUANTISERS or hasattr(kind, "__tensor_flatten__"):
-        return (
-            f"quantised by {package} ({kind.__name__}), whose products no adapter here has; load the model"
-            " without that, inject(), and quantise the adapted linears with rwkv_miss.quantised.quantise_"
-        )
-    return ""
+    if package == "bitsandbytes" and weight.is_floating_point():
+        why = "is not quantised yet: move the model to its device first"
+    else:
+        why = "can't be expanded to a matrix here"
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError, AssertionError):
+            if dense(weight, 0, torch.float32).shape == shape_of(weight):
+                return ""
+    return (
+        f"quantised by {package} ({kind.__name__}), and {why}. Else load the model without that, inject(),"
+        " and quantise the adapted linears with rwkv_miss.quantised.quantise_"
+    )
 
 
 def _more_than_linear(linear: nn.Linear) -> str:
     """Describe what a linear does or has beyond y = x W^T + bias; "" if that is all."""
     children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
     tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
-    hooks = any(getattr(linear, name, None) for name in HOOKS)
-    kind = type(linear)
-    own_forward = kind.forward is not nn.Linear.forward and not getattr(kind, "is_linear", False)
+    kind, quantised = type(linear), is_of_others(linear.weight)
+    # bitsandbytes' linears have a forward of their own, and a hook for state_dicts
+    hooks = any(getattr(linear, name, None) for name in HOOKS if not (quantised and "load" in name))
+    plain = quantised or getattr(kind, "is_linear", False)
+    own_forward = kind.forward is not nn.Linear.forward and not plain
     found = {
         f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
         f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,

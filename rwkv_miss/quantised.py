@@ -25,6 +25,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .sharding import is_sharded
+
 BLOCK_SIZE = 64
 SCALE_BYTES = 2
 # bytes of a block without its scale
@@ -145,8 +147,57 @@ torch.library.impl("rwkv_miss::dequantise", "default", expand)
 torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
+def is_of_others(weight: Tensor) -> bool:
+    """Tell whether another package has made a weight's class: only that package can expand it.
+
+    Known are the 4 and the 8 bits of bitsandbytes, and tensors made of others, such as torchao's.
+    """
+    if type(weight) is nn.Parameter:
+        return False
+    return (
+        hasattr(weight, "quant_state") or hasattr(weight, "SCB") or hasattr(weight, "__tensor_flatten__")
+    ) and not is_sharded(weight)
+
+
+def shape_of(weight: Tensor) -> torch.Size:
+    """Return the shape (out, in) of a weight; bitsandbytes packs one of 4 bits into a column."""
+    state = getattr(weight, "quant_state", None)
+    return weight.shape if state is None else torch.Size(state.shape)
+
+
+def undo_first_forward(linear: nn.Linear) -> None:
+    """Have bitsandbytes' weight as it was made: a forward moves the scales of 8 bits away from it, and may
+    pack 4 bits for the CPU."""
+    weight = linear.weight
+    if is_of_others(weight) and getattr(weight, "SCB", weight) is None:
+        weight.SCB = linear.state.SCB
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        linear.state_dict()  # which unpacks them
+
+
+def of_others(weight: Tensor) -> dict[str, Tensor]:
+    """Return what a state_dict() of bitsandbytes has beside a quantised weight, by its name in a linear."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    if (scale := getattr(weight, "SCB", None)) is not None:
+        return {"SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {}
+
+
+def _dense_of_others(weight: Tensor) -> Tensor:
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if (scale := getattr(weight, "SCB", None)) is not None:
+        return weight.data * (scale.to(weight.device) / 127).unsqueeze(1)
+    return weight.dequantize()  # torchao's
+
+
 def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return a quantised weight as a matrix (out, width) in `dtype`, rounded once. Other weights stay."""
+    if is_of_others(weight):
+        return _dense_of_others(weight).to(dtype)
     if weight.is_floating_point():
         return weight
     return torch.ops.rwkv_miss.dequantise(weight, width, dtype)

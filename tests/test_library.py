@@ -225,11 +225,19 @@ class TorchaosWeight(torch.Tensor):
         raise NotImplementedError(op)
 
 
-def bitsandbytes_linear(kind):
-    return getattr(pytest.importorskip("bitsandbytes").nn, kind)(12, 8)
+def bitsandbytes_linear(kind, plain=None, **settings):
+    linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)(64, 64, **settings)
+    linear.load_state_dict((plain or nn.Linear(64, 64)).state_dict())
+    return linear
 
 
-def torchaos_linear():
+def torchao_linear(plain):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(plain, torchao.Int8WeightOnlyConfig())
+    return plain
+
+
+def unknown_linear():
     linear = nn.Linear(12, 8)
     codes = TorchaosWeight(torch.ones(8, 12, dtype=torch.int8), torch.ones(8, 1))
     linear.weight = nn.Parameter(codes, requires_grad=False)
@@ -239,19 +247,74 @@ def torchaos_linear():
 @pytest.mark.parametrize(
     "make,words",
     [
-        (lambda: bitsandbytes_linear("Linear8bitLt"), r"bitsandbytes \(Int8Params\)"),
-        (lambda: bitsandbytes_linear("Linear4bit"), r"bitsandbytes \(Params4bit\)"),
-        (torchaos_linear, r"tests \(TorchaosWeight\)"),
+        (
+            lambda: bitsandbytes_linear("Linear8bitLt"),
+            r"bitsandbytes \(Int8Params\), and is not quantised yet",
+        ),
+        (lambda: bitsandbytes_linear("Linear4bit"), r"bitsandbytes \(Params4bit\), and is not quantised yet"),
+        (unknown_linear, r"tests \(TorchaosWeight\), and can't be expanded"),
     ],
-    ids=["bitsandbytes 8 bits", "bitsandbytes 4 bits", "torchao"],
+    ids=["bitsandbytes 8 bits", "bitsandbytes 4 bits", "an unknown package"],
 )
-def test_a_base_that_others_quantised_is_refused_with_what_to_do(make, words):
+def test_a_weight_that_is_not_to_be_expanded_is_refused_with_what_to_do(make, words):
     model = nn.Sequential(make(), nn.Linear(8, 8))
     with pytest.raises(
         rwkv_miss.UserError, match=f"0.weight is quantised by {words}.* rwkv_miss.quantised.quantise_"
     ):
         rwkv_miss.inject(model, targets=["0"], rank=2)
     rwkv_miss.inject(model, targets=["1"], rank=2)
+
+
+QUANTISED_BY = {
+    "bitsandbytes nf4": lambda plain: bitsandbytes_linear(
+        "Linear4bit", plain, quant_type="nf4", compute_dtype=torch.float32
+    ),
+    "bitsandbytes int8": lambda plain: bitsandbytes_linear("Linear8bitLt", plain, has_fp16_weights=False),
+    "torchao int8": torchao_linear,
+}
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["fresh", "after an answer"])
+@pytest.mark.parametrize("method", ["miss", "dora", "vera"])
+@pytest.mark.parametrize("package", QUANTISED_BY)
+def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_values(
+    package, method, asked, tmp_path
+):
+    def quantised():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+        model[0] = QUANTISED_BY[package](model[0])
+        return model.to("cpu")  # bitsandbytes quantises here
+
+    model, x = quantised(), torch.randn(5, 64)
+    if asked:
+        with torch.no_grad():
+            model.eval()(x)
+    rwkv_miss.inject(model, method, targets=["0"], rank=4)
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    plain.load_state_dict(model.state_dict() | {"0.weight": model[0].base_weight()}, strict=False)
+    rwkv_miss.inject(plain, method, targets=["0"], rank=4)
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if "weight" not in n}, strict=False)
+    close("a fresh adapter", model.train()(x), quantised()(x), 0.01 if asked else 1e-5)
+    for one in (model, plain):
+        one.train()
+        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            one(x).square().sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        close("outputs", model(x), plain(x), 1e-5)
+        assert (model(x) - quantised()(x)).abs().max() > 0.01
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    if not asked:  # else bitsandbytes has rounded the scales
+        loaded, copied = quantised(), copy.deepcopy(model)
+        rwkv_miss.load_adapter(loaded, tmp_path / "a.pth")
+        copied.load_state_dict(model.state_dict())
+        assert torch.equal(loaded(x), model(x)) and torch.equal(copied(x), model(x))
+        assert (quantised().state_dict().keys() - model.state_dict().keys()) == set()
+    with pytest.raises(rwkv_miss.UserError, match="PiSSA changes the frozen weight, which is quantised"):
+        rwkv_miss.inject(quantised(), "pissa", targets=["0"], rank=4)
 
 
 def test_the_quantisation_that_is_named_instead_trains():

@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import ROOT
 
-NEEDED = ("transformers", "trl", "accelerate")
+NEEDED = ("transformers", "trl", "accelerate", "bitsandbytes")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -38,7 +38,7 @@ pieces = Tokenizer(models.BPE({piece: i for i, piece in enumerate(letters)}, [])
 pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>", pad_token="<pad>").save_pretrained("qwen")
 torch.manual_seed(0)
-sizes = dict(vocab_size=len(letters), hidden_size=32, intermediate_size=48, head_dim=16)
+sizes = dict(vocab_size=len(letters), hidden_size=64, intermediate_size=64, head_dim=32)
 counts = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 Qwen3ForCausalLM(Qwen3Config(**sizes, **counts, eos_token_id=1, pad_token_id=0)).save_pretrained("qwen")
 """

@@ -19,6 +19,7 @@ from ..functional import (
     weight_gradients,
 )
 from ..gemm import product, product_exact, product_onto, product_plus
+from ..quantised import shape_of
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ class _ExpandLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, D)
         tokens = flat_tokens(x)
         h = product(tokens, D.to(x.dtype))
-        y = tokens.new_zeros(len(tokens), weight.shape[0])
+        y = tokens.new_zeros(len(tokens), shape_of(weight)[0])
         shards = _output_shards(y, len(D))
         for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
             add_repeated_(shard, part)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapter import About, AdapterLinear, option, register
 from ..errors import UserError
 from ..functional import lora_linear
+from ..quantised import is_of_others
 from . import lora
 from .lora import LoraLinear
 
@@ -109,7 +110,7 @@ class PissaLinear(LoraLinear):
         """
         if not self.initial_B.any():
             return
-        if not self.weight.is_floating_point():
+        if is_of_others(self.weight) or not self.weight.is_floating_point():
             raise UserError(
                 "PiSSA changes the frozen weight, which is quantised already; load the adapter first and"
                 " quantise after that"
