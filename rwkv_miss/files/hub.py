@@ -30,7 +30,8 @@ from .weight_files import weight_map
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter
-READ = (".json", ".txt", ".jinja", ".safetensors")  # what is read of a folder; code never is
+# what is read of a folder, or belongs to one that is merged; code never is
+READ = (".json", ".txt", ".jinja", ".model", ".safetensors")
 SHOWN = 20  # files in an error
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 10  # seconds for one question

@@ -115,7 +115,7 @@ def write_like(
             continue
         if os.path.isfile(file) and (not name.endswith(WEIGHT_ENDINGS) or name == VALUE_RESIDUAL_FILE):
             writers[name] = functools.partial(shutil.copyfile, file)
-        else:
+        elif not name.startswith("."):
             left_out.append(name)
     if dtype:
         config = _with_dtype({"dtype": dtype, **read_json(os.path.join(base, CONFIG))}, dtype)
