@@ -313,6 +313,8 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
         copied.load_state_dict(model.state_dict())
         assert torch.equal(loaded(x), model(x)) and torch.equal(copied(x), model(x))
         assert (quantised().state_dict().keys() - model.state_dict().keys()) == set()
+    with pytest.raises(rwkv_miss.UserError, match="0.weight is quantised; save the adapter and merge the"):
+        rwkv_miss.merge(model)
     with pytest.raises(rwkv_miss.UserError, match="PiSSA changes the frozen weight, which is quantised"):
         rwkv_miss.inject(quantised(), "pissa", targets=["0"], rank=4)
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..adapter import AdapterLinear, adapted_linears, put_linears, put_parameters
 from ..errors import UserError
 from ..inject import injected
+from ..quantised import is_of_others
 from ..sharding import is_sharded
 from .rounding import round_to
 
@@ -57,7 +58,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
 
 def _check(name: str, tensor: torch.Tensor) -> None:
     """Raise UserError for a tensor that this process can't replace by a merged one."""
-    quantised, elsewhere = not tensor.is_floating_point(), is_sharded(tensor) or not tensor.numel()
+    quantised = is_of_others(tensor) or not tensor.is_floating_point()
+    elsewhere = is_sharded(tensor) or not tensor.numel()
     if quantised or elsewhere or tensor.is_meta:
         what = (
             "quantised" if quantised else "shared out over processes" if elsewhere else "on the meta device"

@@ -41,7 +41,7 @@ def _places(base: str | os.PathLike[str], stored: list[str], m: Member) -> dict[
         if len(parts) > 1:
             raise UserError(
                 f"{m.path} changes {name}, which {base} stores in {len(parts)} tensors ({parts[0]} and"
-                " others); merge it in memory, and save the model with save_pretrained()"
+                " others); merge in memory: rwkv_miss.merge(model), unload(model), model.save_pretrained(...)"
             )
     absent = [name.removesuffix(".weight") for name in m.by_weight if name not in best]
     if absent:
