@@ -103,6 +103,8 @@ def show(facts: dict[str, Any]) -> None:
     for name, value in (facts["metadata"] or {}).items():
         if name == "linears" and value:
             value = f"{len(value)}, {value[0]} to {value[-1]}"
+        if name == "views" and isinstance(value, dict) and value:
+            value = f"{len(value)} of the linears are other matrices, such as {next(iter(value))}"
         if name == "adapters" and isinstance(value, list):
             value = ", ".join(
                 f"{entry.get('adapter')} times {entry.get('weight', 1)}"

@@ -23,6 +23,7 @@ from . import functional
 from .errors import UserError
 from .quantised import dense, of_others, shape_of
 from .sharding import is_sharded, unsharded
+from .targets import READ, Target, View, put_read, take_form, take_read
 from .wrappers import unwrapped
 
 METHODS: dict[str, type[AdapterMethod]] = {}
@@ -203,10 +204,10 @@ class AdapterMethod:
         return True
 
     @classmethod
-    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
+    def attach(cls, model: nn.Module, targets: dict[str, Target], options: Options) -> None:
         """Add the method's trainable parameters to a frozen model.
 
-        linears: the chosen layers by their dotted names.
+        targets: what is adapted, by the dotted names of its layers.
         """
         raise NotImplementedError
 
@@ -241,6 +242,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     constants: ClassVar[tuple[str, ...]] = ()
     original: nn.Module | None = None  # the module that stood here before, without weight and bias
+    view: View | None = None  # of the matrix in the stored weight; None: it is that
+    owner: nn.Module | None = None  # the module that has the weight, if this one has not
     borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
 
     @classmethod
@@ -287,12 +290,41 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Return (A (r, in), B (out, r)), fp32, with B A = delta(), or None if delta() has no such form."""
         return None
 
+    @property
+    def stored(self) -> nn.Parameter:
+        """Return the frozen parameter of the model."""
+        return self.weight if self.owner is None else self.owner._parameters[self.view.key.rpartition(".")[2]]
+
+    @property
+    def matrix(self) -> Tensor:
+        """Return the frozen weight as a matrix (out, in)."""
+        return self.weight if self.view is None else self.view.of(self.stored)
+
+    @torch.no_grad()
+    def put_matrix(self, matrix: Tensor) -> None:
+        """Give the frozen weight other numbers, in new memory."""
+        stored = self.stored.detach()
+        if self.view is None:
+            self.stored.data = matrix.to(stored.dtype)
+        else:
+            self.stored.data = stored.clone()
+            self.view.of(self.stored.data).copy_(matrix)
+
+    def key(self, name: str) -> str:
+        """Return the name of the stored weight in the model, from the layer's own."""
+        return f"{name}.weight" if self.view is None else self.view.key
+
+    @classmethod
+    def changes_frozen_weight(cls) -> bool:
+        """Tell whether the stored weight differs from the base file's, as PiSSA's does."""
+        return cls.base_weight is not AdapterLinear.base_weight
+
     def base_weight(self) -> Tensor:
         """Return the weight of the base file, (out, in), fp32 or float64.
 
         A method that changes the frozen weight overrides it.
         """
-        weight = dense(self.weight, self.in_features, torch.float32)
+        weight = dense(self.matrix, self.in_features, torch.float32)
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add_delta_to(self, weight: Tensor) -> None:
@@ -306,18 +338,22 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), bias)
 
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Compute what a module of the stored weight does."""
+        return functional.linear(x, self.matrix, self.bias)
+
     def base_forward(self, x: Tensor) -> Tensor:
         """Compute what the base file's linear does. A method that changes the frozen weight overrides it."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.plain_forward(x)
 
     def merged_forward(self, x: Tensor) -> Tensor:
-        """Compute y = x W^T + bias, when the weight has the adapter's change in it."""
+        """Compute what plain_forward() does, when the weight has the adapter's change in it."""
         if self.training and torch.is_grad_enabled():
             raise UserError(
                 "the adapter is merged into the model, so no gradient would reach it; call"
                 " rwkv_miss.unmerge(model) before training, or torch.no_grad() around an answer"
             )
-        return AdapterLinear.base_forward(self, x)
+        return self.plain_forward(x)
 
     @torch.no_grad()
     def changed_weight(self) -> Tensor:
@@ -375,16 +411,28 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @classmethod
     def wrap(
-        cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
+        cls,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        options: Options,
+        shared: dict[str, Tensor],
+        target: Target | None = None,
     ) -> AdapterLinear:
-        """Make the adapted layer of a linear. It takes over weight (out, in) and bias without a copy.
+        """Make the adapted layer of a linear. It takes over weight and bias without a copy.
 
-        options: those of this linear. shared: its shared tensors.
+        options: those of this linear. shared: its shared tensors. target: of the weight, if it is no linear's
+        (out, in).
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
-        adapted.out_features, adapted.in_features = shape_of(weight)
-        adapted.weight, adapted.bias = weight, bias
+        if target and not target.view.is_plain:
+            adapted.view = target.view
+        if target and target.form == READ:
+            adapted.__dict__.update(owner=target.owner, view=target.view)  # no submodule
+        else:
+            adapted.weight = weight
+        adapted.bias = bias
+        adapted.out_features, adapted.in_features = shape_of(adapted.matrix)
         adapted.requires_grad_(False)
         for key, tensor in shared.items():
             if isinstance(tensor, nn.Parameter):
@@ -395,35 +443,41 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return adapted
 
     @classmethod
-    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Any) -> None:
+    def attach(cls, model: nn.Module, targets: dict[str, Target], options: Any) -> None:
         if isinstance(options, Options):
             for option, value in vars(options).items():
                 if isinstance(value, dict):
-                    check_parts(option, value, linears)
-        shapes = {name: tuple(shape_of(linear.weight)) for name, linear in linears.items()}
-        pool = cls.make_shared(shapes, options, next(iter(linears.values())).weight.device)
+                    check_parts(option, value, targets)
+        shapes = {name: tuple(shape_of(target.matrix)) for name, target in targets.items()}
+        pool = cls.make_shared(shapes, options, next(iter(targets.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}
-        for name, linear in linears.items():
+        for name, target in targets.items():
+            bias = None if target.form == READ else getattr(target.owner, "bias", None)
             try:
                 shared = {key: pool[of] for key, of in cls.shared_names(*shapes[name]).items()}
-                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared).train(
-                    linear.training
-                )
+                layer = cls.wrap(target.weight, bias, options.at(name), shared, target)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-        put_linears(model, adapted)  # all of them or none
-        share(adapted.values())
+            take_form(layer, target.form)
+            adapted[name] = layer.train(target.owner.training)
+        for name, layer in adapted.items():  # all of them or none
+            if layer.owner is None:
+                put_linears(model, {name: layer})
+            else:
+                put_read(targets[name], layer)
+        share(adapted_linears(model).values())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in self.borrowed:
             del destination[prefix + key]
-        destination.update({prefix + key: tensor for key, tensor in of_others(self.weight).items()})
+        quantised = of_others(self._parameters.get("weight"))
+        destination.update({prefix + key: tensor for key, tensor in quantised.items()})
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, *others):
         before = {key: getattr(self, key) for key in self.shared}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *others)
-        for key in of_others(self.weight).keys() if unexpected else ():  # of the same base
+        for key in of_others(self._parameters.get("weight")).keys() if unexpected else ():  # of the same base
             if prefix + key in unexpected:
                 unexpected.remove(prefix + key)
         for key, old in before.items():
@@ -514,11 +568,6 @@ def has_factors(method: type[AdapterMethod]) -> bool:
     return getattr(method, "low_rank", AdapterLinear.low_rank) is not AdapterLinear.low_rank
 
 
-def changes_frozen_weight(layer: AdapterLinear) -> bool:
-    """Tell whether the layer's weight differs from the base file's, as PiSSA's does."""
-    return type(layer).base_weight is not AdapterLinear.base_weight
-
-
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _: Any) -> None:
     """Prepare a layer again after load_state_dict(): it may derive tensors from the frozen weight."""
@@ -538,6 +587,16 @@ def share(layers: Iterable[AdapterLinear]) -> None:
         tensors = {key: id(getattr(layer, key)) for key in layer.shared}
         layer.borrowed = frozenset(key for key, place in tensors.items() if place in seen)
         seen |= set(tensors.values())
+
+
+def take_off(model: nn.Module, names: Iterable[str]) -> None:
+    """Put plain modules into the place of adapted layers."""
+    for name in names:
+        layer = model.get_submodule(name)
+        if layer.owner is None:
+            put_linears(model, {name: layer.plain()})
+        else:
+            take_read(layer.owner, layer.view)
 
 
 def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:

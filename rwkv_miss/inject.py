@@ -20,8 +20,8 @@ from .adapter import (
     AdapterMethod,
     NoOptions,
     adapted_linears,
-    put_linears,
     share,
+    take_off,
     trained_beside,
 )
 from .errors import UserError, listed
@@ -33,23 +33,13 @@ from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, sta
 from .progress import print_notes
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
 from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
+from .targets import LINEAR, READ, Target, View, all_targets, choose, views_of
 from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
 # the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
-# class of transformers -> linears whose weights it gives to a kernel, in training
-READ_BY = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
-    "JambaMambaMixer": ("dt_proj",),
-    **dict.fromkeys(
-        ("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
-        ("out_proj",),
-    ),
-    "Zamba2MambaMixer": ("out_proj",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
 # where torch keeps a module's hooks
 HOOKS = """
     _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks
@@ -94,77 +84,68 @@ def _short(count: int) -> str:
     return f"{count:,}"
 
 
-def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """Map dotted name -> linear for every target: a leaf (`key`), a suffix (`att.key`) or a whole name.
+def find_targets(
+    model: nn.Module,
+    targets: str | list[str] | None,
+    exclude: str | list[str] | None = None,
+    layers: int | list[int] | None = None,
+) -> dict[str, Target]:
+    """Map name -> target, for what the arguments of inject() mean.
 
-    None means the linears of RWKV that the paper adapts. Raises UserError, with the names that exist, for
-    None with another model, for a target that matches nothing, and for a linear whose change would have no
-    effect or another one once merged.
+    Raises UserError, with the names that exist, for targets None with a model that is no RWKV, for names that
+    match nothing, and for a linear whose change would have no effect or another one once merged.
     """
-    if isinstance(targets, str):
-        raise UserError(f"targets {targets!r} is a text, expected a list of names: targets=[{targets!r}]")
+    if targets is None:
+        # key and value alone would match some linears of many models and silently miss the others
+        names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if not any(name.endswith("receptance") for name in names):
+            raise UserError(
+                f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no"
+                f" RWKV model; name some of its linear layers: {', '.join(sorted(names)) or 'it has none'}"
+            )
+        targets = [name for name in DEFAULT_TARGETS if name in names]
+    chosen = choose(model, targets, exclude, layers)
+    _refuse_unfit(model, chosen)
+    return chosen
+
+
+def _refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
+    """Raise UserError for a target whose change would have no effect, or another one once it is merged."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-    # key and value alone would match some linears of many models and silently miss the others
-    if targets is None and not any(name.endswith("receptance") for name in linears):
-        raise UserError(
-            f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV"
-            f" model; name some of its linear layers: {leaves or 'it has none'}"
-        )
-    chosen: set[str] = set()
-    for target in DEFAULT_TARGETS if targets is None else targets:
-        matches = {name for name in linears if name == target or name.endswith(f".{target}")}
-        if not matches and targets is not None:
-            raise UserError(f"target {target!r} matches no linear layer; this model has: {leaves or 'none'}")
-        chosen |= matches
-    if not chosen:
-        raise UserError(f"no linear layer to adapt: targets is empty; this model has: {leaves or 'none'}")
-    _refuse_unfit(modules, chosen)
-    return {name: module for name, module in linears.items() if name in chosen}
-
-
-def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
-    """Raise UserError for a linear whose change would have no effect, or another one once it is merged.
-
-    `modules` has every module under all its names.
-    """
     places: dict[int, list[str]] = {}
     for name, module in modules.items():
         places.setdefault(id(module), []).append(name)
-    for name in chosen:
-        undo_first_forward(modules[name])
-    memory = _SharedMemory(modules[""])
-    for name in sorted(chosen):
-        linear, parent = modules[name], modules[name.rpartition(".")[0]]
-        if len(places[id(linear)]) > 1:
-            first, second = places[id(linear)][:2]
+    for target in targets.values():
+        if target.form == LINEAR:
+            undo_first_forward(target.owner)
+    memory = _SharedMemory(model)
+    for name, target in sorted(targets.items()):
+        module, key = target.owner, target.view.key
+        if len(places[id(module)]) > 1:
+            first, second = places[id(module)][:2]
             raise UserError(
                 f"{first} and {second} are one layer under two names; give each a layer of its own "
                 "(copy.deepcopy), or drop the target"
             )
-        held = _held_by_others(linear)
+        held = _held_by_others(getattr(module, key.rpartition(".")[2]))
         if held:
-            raise UserError(f"{name}.weight is {held}")
-        what = _more_than_linear(linear)
+            raise UserError(f"{key} is {held}")
+        what = "" if target.form == READ else _more_than_plain(module)
         if what:
             raise UserError(
-                f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain"
-                " linear there, or drop the target"
+                f"{name} is no plain nn.{target.form.title()}: {what}, which an adapter in its place would"
+                " drop; put a plain one there, or drop the target"
             )
-        others = memory.overlapping(f"{name}.weight", linear.weight)
+        weight = target.weight
+        if target.form == READ and not weight.is_floating_point():
+            raise UserError(f"{key} is {weight.dtype}, no floating-point matrix; drop the target")
+        others = memory.overlapping(key, weight)
         if others:
             raise UserError(
-                f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them"
-                " or drop the target"
+                f"{target.path} has the same weight as {others[0]}, which a merge would change as well; untie"
+                " them or drop the target"
             )
-        if isinstance(parent, nn.MultiheadAttention) or name.rpartition(".")[2] in READ_BY.get(
-            type(parent).__name__, ()
-        ):
-            raise UserError(
-                f"{name} belongs to a {type(parent).__name__}, which reads its weight, always or on a GPU,"
-                " and does not call it: the adapter would do nothing; drop the target"
-            )
+        parent = modules.get(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise UserError(
                 f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does"
@@ -174,9 +155,8 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
             )
 
 
-def _held_by_others(linear: nn.Linear) -> str:
+def _held_by_others(weight: Tensor) -> str:
     """Describe a weight that another package holds in a form that can't be expanded; "" for other ones."""
-    weight = linear.weight
     kind = type(weight)
     if not is_of_others(weight):
         return ""
@@ -194,20 +174,21 @@ def _held_by_others(linear: nn.Linear) -> str:
     )
 
 
-def _more_than_linear(linear: nn.Linear) -> str:
-    """Describe what a linear does or has beyond y = x W^T + bias; "" if that is all."""
-    children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
-    tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
-    kind, quantised = type(linear), is_of_others(linear.weight)
+def _more_than_plain(module: nn.Module) -> str:
+    """Describe what a linear or an embedding does or has beyond its product and bias; "" if that is all."""
+    children, own = [name for name, _ in module.named_children()], {"weight", "bias"}
+    tensors = [name for name in (*module._parameters, *module._buffers) if name not in own]
+    kind, quantised = type(module), is_of_others(module.weight)
     # bitsandbytes' linears have a forward of their own, and a hook for state_dicts
-    hooks = any(getattr(linear, name, None) for name in HOOKS if not (quantised and "load" in name))
-    plain = quantised or getattr(kind, "is_linear", False)
-    own_forward = kind.forward is not nn.Linear.forward and not plain
+    hooks = any(getattr(module, name, None) for name in HOOKS if not (quantised and "load" in name))
+    plain = quantised or getattr(kind, "is_linear", False) or kind.__name__ == "Conv1D"
+    own_forward = kind.forward not in (nn.Linear.forward, nn.Embedding.forward) and not plain
     found = {
         f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
         f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,
         "hooks are registered on it": hooks,
-        f"{kind.__name__} has a forward of its own": own_forward or "forward" in vars(linear),
+        f"{kind.__name__} has a forward of its own": own_forward or "forward" in vars(module),
+        "it has a max_norm, which changes its weight": getattr(module, "max_norm", None) is not None,
     }
     return next((what for what, holds in found.items() if holds), "")
 
@@ -254,12 +235,21 @@ class _SharedMemory:
 def inject(
     model: nn.Module,
     method: str = "miss",
-    targets: list[str] | None = None,
+    targets: str | list[str] | None = None,
     train_parts: str = "",
     earlier: Mapping[str, Tensor] | None = None,
+    exclude: str | list[str] | None = None,
+    layers: int | list[int] | None = None,
     **options: Any,
 ) -> Injection:
     """Freeze the model and add a method's trainable parameters, in place: `inject(model, "miss", rank=64)`.
+
+    targets: a list of names, or their ends: `["q_proj"]` is every q_proj. A text is a regular expression for
+    whole names, or "all-linear": every linear but the head. Names are those of linears, of embeddings, and of
+    parameters with 2 or 3 axes, such as `gate_up_proj` of Mixtral's experts. None: RWKV's linears.
+
+    exclude: the same, of what is left out. layers: a number, or several: only names whose first number is one
+    of them, as in `model.layers.3.mlp.up_proj`.
 
     train_parts: parts such as "ln,time" (methods/whole_tensors.py), whose tensors are trained as a whole.
     Each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
@@ -273,14 +263,25 @@ def inject(
     if "target_modules" in options:
         raise UserError("target_modules is peft's word; here the linears are inject(..., targets=[...])")
     initialise = functools.partial(_start_layers, earlier=earlier)
-    return _attach(unwrapped(model, to_inject=True), method, targets, train_parts, options, initialise)
+    find = functools.partial(find_targets, targets=targets, exclude=exclude, layers=layers)
+    given = {"targets": targets, "exclude": exclude, "layers": layers}
+    if (
+        any(value is not None for value in given.values())
+        and not METHODS.get(method, AdapterLinear).adapts_linears
+    ):
+        name = next(name for name, value in given.items() if value is not None)
+        raise UserError(f"method {method} adapts no linear layers; drop the {name} ({given[name]})")
+    injection = _attach(unwrapped(model, to_inject=True), method, find, train_parts, options, initialise)
+    if injection.linears:
+        injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)
+    return injection
 
 
 @torch.no_grad()
 def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
     # on the meta device a weight has no values
-    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}
+    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.stored.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
             constant, value = getattr(layer, key), earlier.get(f"{name}.{key}")
@@ -301,7 +302,7 @@ def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> Non
 def _attach(
     model: nn.Module,
     method: str,
-    targets: list[str] | None,
+    find: Callable[[nn.Module], dict[str, Target]],
     train_parts: str,
     options: dict[str, Any],
     initialise: Callable[[nn.Module], None] | None = None,
@@ -315,30 +316,29 @@ def _attach(
             " the base"
         )
     cls = METHODS[method]
-    if targets is not None and not cls.adapts_linears:
-        raise UserError(f"method {method} adapts no linear layers; drop the targets ({', '.join(targets)})")
     parsed = cls.Options.parse(options)
-    linears = find_linears(model, targets) if cls.adapts_linears else {}
+    targets = find(model) if cls.adapts_linears else {}
     parts = split_parts(train_parts)
     if method in parts:
         raise UserError(f"method {method} trains part {method} already; drop it from the parts")
-    whole = _whole_names(model, parts, linears)
+    whole = _whole_names(model, parts, targets)
     total = sum(p.numel() for p in model.parameters())
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
     before = dict(model.named_parameters())
     trained_before = [name for name, p in before.items() if p.requires_grad]
-    _adapt(model, cls, linears, parsed, initialise)
+    _adapt(model, cls, targets, parsed, initialise)
     if "state" in parts:
         add_states(model)
     for name in whole:
         train_whole(model, name)
     for name, layer in adapted_linears(model).items():
-        layer.keep(linears[name])
+        if layer.owner is None:
+            layer.keep(targets[name].owner)
     model.injection = Injection(
         method,
         dataclasses.asdict(parsed),
-        list(targets or DEFAULT_TARGETS) if linears else [],
-        list(linears),
+        [],
+        list(targets),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         total,
         parts,
@@ -350,12 +350,13 @@ def _attach(
     return model.injection
 
 
-def _whole_names(model: nn.Module, parts: list[str], linears: Mapping[str, nn.Linear]) -> list[str]:
+def _whole_names(model: nn.Module, parts: list[str], targets: Mapping[str, Target]) -> list[str]:
     """Name the tensors of these parts. Raises UserError for one of an adapted linear."""
     names = dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model))
     whole = in_parts(names, parts)
+    adapted = {target.view.key for target in targets.values()}
     for name in whole:
-        if name.rpartition(".")[0] in linears:
+        if name.rpartition(".")[0] in targets or name in adapted:
             raise UserError(
                 f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from"
                 " the parts"
@@ -366,7 +367,7 @@ def _whole_names(model: nn.Module, parts: list[str], linears: Mapping[str, nn.Li
 def _adapt(
     model: nn.Module,
     cls: type[AdapterMethod],
-    linears: dict[str, nn.Linear],
+    targets: dict[str, Target],
     options: NoOptions,
     initialise: Callable[[nn.Module], None] | None,
 ) -> None:
@@ -374,11 +375,14 @@ def _adapt(
     trained_before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     try:
-        cls.attach(model, linears, options)
+        cls.attach(model, targets, options)
         if initialise:
             initialise(model)
     except UserError:
-        put_linears(model, linears)
+        for name, layer in (layers := adapted_linears(model)).items():
+            if layer.owner is None:
+                layer.keep(targets[name].owner)
+        take_off(model, layers)
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
         raise
@@ -445,7 +449,7 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
             else:
                 tensors[other] = everything[other]
     layers = adapted_linears(model)
-    merged = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+    merged = {name: layer for name, layer in layers.items() if layer.stored.requires_grad}
     needed: set[str] = set()  # tensors of the linears that keep their adapter
     for name, layer in layers.items():
         if name not in merged:
@@ -454,7 +458,12 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
         for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
             tensors.pop(key, None)  # a shared one may be gone already
         with unsharded(layer):
-            tensors[f"{name}.weight"] = layer.base_weight() + layer.delta()
+            key, value = layer.key(name), layer.base_weight() + layer.delta()
+            if layer.view is None:
+                tensors[key] = value
+            else:
+                tensors[key] = tensors[key].detach().to(value.dtype, copy=True)
+                layer.view.of(tensors[key]).copy_(value)
         linears.remove(name)
     return {**tensors, **_moved_statistics(model)}, linears, tied
 
@@ -520,9 +529,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     reshard(model)
     arch = getattr(model, "arch", None)  # in a model of other people it may be anything
     tensors, linears, tied = _file_content(model)
+    views = {
+        name: dataclasses.asdict(layer.view) for name, layer in adapted_linears(model).items() if layer.view
+    }
     described = {
         "format": ADAPTER_FORMAT,
-        "format_version": 1,
+        "format_version": 2 if views else 1,  # a package that knows no views would merge them wrongly
+        "views": views,
         "method": injection.method,
         "options": injection.options,
         "layout": injection.options.get("layout"),
@@ -584,6 +597,7 @@ FIELDS = {
     "train_parts": list,
     "merged_linears": list,
     "tied": dict,
+    "views": dict,
     "arch": dict,
     "base": str,
     "base_fingerprint": str,
@@ -601,6 +615,7 @@ DEFAULTS = {
     "train_parts": [],
     "merged_linears": [],
     "tied": {},
+    "views": {},
     "arch": None,
     "base": None,
     "base_fingerprint": None,
@@ -611,8 +626,8 @@ DEFAULTS = {
 def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> dict[str, Any]:
     """Check and complete an adapter file's metadata. Raises UserError for a missing or wrong field."""
     version = metadata.get("format_version", 1)
-    if version != 1:
-        raise UserError(f"{path} has format_version {version!r}, this package reads 1; update it")
+    if version not in (1, 2):
+        raise UserError(f"{path} has format_version {version!r}, this package reads 1 and 2; update it")
     for name, kind in FIELDS.items():
         value = metadata.get(name)
         item_kind = ITEMS.get(name, str)
@@ -623,6 +638,17 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
             listed = "a list of names" if item_kind is str else "a list of numbers"
             wanted = listed if kind is list else kind.__name__
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
+    for name, view in (metadata.get("views") or {}).items():
+        kinds = {"key": (str,), "transposed": (bool,), "index": (int, type(None)), "lookup": (bool,)}
+        if not (
+            isinstance(view, dict)
+            and view.keys() == kinds.keys()
+            and all(type(view[k]) in kinds[k] for k in kinds)
+        ):
+            raise UserError(
+                f"{path} is damaged: the view of {name} is {str(view)[:60]!r}, expected key, transposed,"
+                " index and lookup"
+            )
     for other, name in (metadata.get("tied") or {}).items():
         if not isinstance(name, str):
             raise UserError(
@@ -714,6 +740,7 @@ def fit_adapter(
             " one as the base"
         )
     cls = METHODS[metadata["method"]]
+    tensors, metadata = _named_as_here(model, tensors, metadata)
     if not hasattr(model, "injection"):
         _inject_as_trained(model, path, tensors, metadata)
     _check_same_adapter(model, path, tensors, metadata)
@@ -735,23 +762,64 @@ def fit_adapter(
     return by_layer, whole, metadata
 
 
+def _named_as_here(
+    model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give another project's linears the names of this model's layers that change the same weights."""
+    if hasattr(model, "injection"):
+        layers = adapted_linears(model)
+        here = {(layer.key(name), layer.view and layer.view.index): name for name, layer in layers.items()}
+    else:
+        here = {(target.view.key, target.view.index): name for name, target in all_targets(model).items()}
+    views = views_of(metadata)
+    names = {name: here.get((view.key, view.index), name) for name, view in views.items()}
+    if all(name == new for name, new in names.items()):
+        return tensors, metadata
+    options = dict(metadata["options"])
+    for option in [option for option, value in options.items() if isinstance(value, dict)]:
+        options[option] = {names.get(name, name): part for name, part in options[option].items()}
+    renamed = {}
+    for key, tensor in tensors.items():
+        owner, dot, leaf = key.rpartition(".")
+        own = owner in names and leaf not in ("weight", "bias")
+        renamed[f"{names[owner]}{dot}{leaf}" if own else key] = tensor
+    described = {
+        "options": options,
+        "linears": [names[name] for name in metadata["linears"]],
+        "views": {names[name]: dataclasses.asdict(view) for name, view in views.items() if not view.is_plain},
+    }
+    return renamed, {**metadata, **described}
+
+
 def _inject_as_trained(
     model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> None:
     """Inject the model as it was when the file was saved; its tensors have no values yet."""
-    merged, modules = metadata["merged_linears"], dict(model.named_modules())
-    missing = sorted({*metadata["linears"], *merged} - modules.keys())
-    if missing:
-        raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
+    merged = metadata["merged_linears"]
+
+    def find(model: nn.Module) -> dict[str, Target]:
+        """Return the targets of these names, no others whose names end alike."""
+        there, views = all_targets(model), metadata["views"]
+        names = {*metadata["linears"], *merged}
+        if missing := sorted(names - there.keys()):
+            raise UserError(f"{path} adapts layers that this model does not have: {listed(missing, 1)}")
+        found = {name: target for name, target in there.items() if name in names}
+        for name, target in found.items():
+            if name in views and View(**views[name]) != target.view and "origin" not in metadata:
+                raise UserError(
+                    f"{path}: the weight of {name} is {View(**views[name])} there, and {target.view} in this"
+                    " model; give it the base's model"
+                )
+        _refuse_unfit(model, found)
+        return found
+
     parts = metadata["train_parts"]
     if "origin" in metadata:  # another project's file may have a part of some layers only
         names = [*dict(model.named_parameters()), *state_names(model)]
         parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]
     # with the merged linears: options and shared tensors depend on their number and names
-    targets = metadata["linears"] + merged or None
-    _attach(model, metadata["method"], targets, ",".join(parts), metadata["options"])
-    layers = adapted_linears(model)
-    put_linears(model, {name: layers[name].plain() for name in merged})
+    _attach(model, metadata["method"], find, ",".join(parts), metadata["options"])
+    take_off(model, merged)
     share(adapted_linears(model).values())
     model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
     model.injection.linears = [name for name in model.injection.linears if name not in merged]

@@ -57,11 +57,12 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
     whole: dict[str, list[tuple[Tensor, float]]] = {}
     modules, names = dict(model.named_modules()), {*dict(model.named_parameters()), *state_names(model)}
     for m in members:
-        for key, name in m.by_weight.items():
+        for name in m.metadata["linears"]:
             if not isinstance(modules.get(name), nn.Linear):
                 raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
             # detached, because PiSSA gives its layer another weight
-            layer = m.layer(key, modules[name].weight.detach()).eval()
+            _, layer = next(m.layers(f"{name}.weight", modules[name].weight.detach()))
+            layer.eval()
             layer.prepare()
             linears.setdefault(name, []).append((layer, m.weight))
         for name, tensor in m.whole.items():

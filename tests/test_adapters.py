@@ -15,7 +15,7 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, AdapterLinear, AroundSteps, adapted_linears, has_factors, register
 from rwkv_miss.functional import add_expanded_, expanded, shard_index, shard_sum
-from rwkv_miss.inject import adapter_tensors, find_linears, layer_tensors
+from rwkv_miss.inject import adapter_tensors, find_targets, layer_tensors
 from rwkv_miss.methods.lora import LoraLinear
 from rwkv_miss.quantised import quantise_
 from src.model import RWKV
@@ -144,7 +144,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     model = rwkv(version)
     ids = torch.arange(11)[None]
     before, keys = model(ids)[0], set(model.state_dict())
-    shapes = {name: linear.weight.shape for name, linear in find_linears(model, None).items()}
+    shapes = {name: linear.weight.shape for name, linear in find_targets(model, None).items()}
     report = rwkv_miss.inject(model, method, rank=8, **options)
     unchanged(method, options, model(ids)[0], before)
     assert keys < set(model.state_dict()), "an adapter adds keys and moves none"
@@ -684,13 +684,9 @@ def test_numbers_that_no_method_can_do_with(method):
 
 def test_targets_match_leaves_suffixes_and_whole_names():
     model = rwkv(7)
-    assert len(find_linears(model, ["key"])) == 4
-    assert len(find_linears(model, ["att.key"])) == 2
-    assert list(find_linears(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
-    with pytest.raises(
-        rwkv_miss.UserError, match=r"targets 'key' is a text, expected a list of names: targets=\['key'\]"
-    ):
-        rwkv_miss.inject(model, "miss", targets="key", rank=4)
+    assert len(find_targets(model, ["key"])) == 4
+    assert len(find_targets(model, ["att.key"])) == 2
+    assert list(find_targets(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
 
 
 def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):

@@ -300,7 +300,7 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
 def test_adapter_options_that_do_not_fit(refused, options, words):
     assert words in refused("train", peft_config=options)
     if options == "r=49":
-        assert "from 1 to the smaller width, 48" in refused("train", peft_config=options, peft="lora")
+        assert "from 1 to the smaller width, 48" in refused("train", peft_config=options, peft="pissa")
 
 
 # settings and data

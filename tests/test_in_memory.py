@@ -140,6 +140,6 @@ def test_what_a_merge_in_memory_cannot_do_is_said():
     assert torch.equal(model[0].weight, before) and model.injection.kept is None
     model = adapted()
     rwkv_miss.merge(model, keep_base=False)
-    with pytest.raises(rwkv_miss.UserError, match=r"keep_base=False\) kept no weight of 0; load the base"):
+    with pytest.raises(rwkv_miss.UserError, match=r"keep_base=False\) did not keep 0.weight; load the base"):
         rwkv_miss.unmerge(model)
     assert type(rwkv_miss.unload(model)[0]) is nn.Linear

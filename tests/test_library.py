@@ -329,18 +329,21 @@ def test_the_quantisation_that_is_named_instead_trains():
 
 @needs_transformers
 @pytest.mark.parametrize("kind,target", [("Mamba", "dt_proj"), ("Mamba", "out_proj"), ("Mamba2", "out_proj")])
-def test_linears_that_transformers_reads_and_does_not_call_are_refused(kind, target):
+def test_linears_that_transformers_reads_and_does_not_call_have_their_adapter_in_the_weight(kind, target):
     import transformers
 
     sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)
     if kind == "Mamba2":
         sizes |= dict(num_heads=4, head_dim=8, n_groups=1)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
-    with pytest.raises(
-        rwkv_miss.UserError, match=f"mixer.{target} belongs to a {kind}Mixer, which reads its weight"
-    ):
-        rwkv_miss.inject(model, targets=[target], rank=2)
-    rwkv_miss.inject(model, targets=["in_proj"], rank=2)
+    rwkv_miss.inject(model, "lora", targets=[target], rank=2)
+    [(name, layer)] = adapted_linears(model).items()
+    nn.init.normal_(layer.lora_B)
+    ids, linear = torch.arange(7)[None], getattr(model.backbone.layers[0].mixer, target)
+    assert name.endswith(f"mixer.{target}.adapted.weight")
+    assert torch.equal(linear.weight, layer.stored + layer.delta())
+    model(ids).logits.sum().backward()
+    assert layer.lora_A.grad.abs().max() > 0
 
 
 def test_a_model_without_values_takes_no_adapter(tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.inject import find_linears
+from rwkv_miss.inject import find_targets
 
 from . import tasks
 from .methods import named
@@ -52,7 +52,7 @@ TINY = Settings(models=("demo",), ranks=(3, 16))
 def weight_gradients(task: tasks.Task) -> dict[str, Tensor]:
     """Compute G (out, in) of every linear that the paper adapts, by name, from one backward of the base."""
     model = copy.deepcopy(task.model).requires_grad_(False)
-    weights = {name: linear.weight.requires_grad_() for name, linear in find_linears(model, None).items()}
+    weights = {name: linear.weight.requires_grad_() for name, linear in find_targets(model, None).items()}
     task.loss(model).backward()
     return {name: weight.grad for name, weight in weights.items()}
 
@@ -169,7 +169,7 @@ def cases(settings: Settings) -> dict[str, Case]:
         torch.manual_seed(1)
         found[name] = measure(
             model,
-            {linear: draw(m.weight.shape) for linear, m in find_linears(model, None).items()},
+            {linear: draw(m.weight.shape) for linear, m in find_targets(model, None).items()},
             settings.ranks,
         )
     return found

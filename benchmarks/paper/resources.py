@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 
 import rwkv_miss
-from rwkv_miss.inject import find_linears
+from rwkv_miss.inject import find_targets
 from src import ops
 from src.model import RWKV
 
@@ -89,7 +89,7 @@ def copy_of(base: RWKV) -> RWKV:
     """Copy a base so that its adapted weights are its own and the rest is shared: a method may change what it
     adapts.
     """
-    own = {id(linear.weight) for linear in find_linears(base, None).values()}
+    own = {id(linear.weight) for linear in find_targets(base, None).values()}
     return copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
 
 

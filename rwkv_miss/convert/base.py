@@ -16,6 +16,7 @@ from ..files.checkpoint import Arch
 from ..files.identity import Identity
 from ..files.model_files import name_of
 from ..inject import layer_tensors, read_described
+from ..targets import views_of
 from .formats import Adapter
 
 # the linears of a block -> their (out, in), as names of Arch's sizes
@@ -44,15 +45,16 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
             f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
             " one as --base"
         )
-    for name in adapter.metadata["linears"]:
-        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].dim() != 2:
+    views = views_of(adapter.metadata)
+    for name, view in views.items():
+        if view.key not in tensors or not view.fits(tensors[view.key]):
             raise UserError(
-                f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model"
-                " that it was trained on"
+                f"the adapter changes {name}, and --base {path} has no matrix {view.key}; give the model that"
+                " it was trained on"
             )
     arch = Arch.record_of(tensors)
     about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
-    shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
+    shapes = {name: tuple(view.of(tensors[view.key]).shape) for name, view in views.items()}
     return dataclasses.replace(
         adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapter import METHODS, NoOptions
 from ..errors import UserError
 from ..inject import ADAPTER_FORMAT, DEFAULTS
+from ..targets import views_of
 from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
@@ -154,7 +155,9 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
     )
     for other, name in adapter.metadata["tied"].items():
         raise UserError(f"{name} is trained as a whole, and {other} is the same tensor, {way}")
-    for linear in adapter.metadata["linears"]:
+    for linear, view in views_of(adapter.metadata).items():
+        if not view.is_plain and to not in ("peft", "lora"):
+            raise UserError(f"{linear} is no linear of RWKV, {way}")
         if f"{linear}.bias" in adapter.tensors:
             raise UserError(f"{linear}.bias is trained as a whole beside the linear's adapter, {way}")
 

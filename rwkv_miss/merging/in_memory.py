@@ -7,7 +7,7 @@ import types
 import torch
 from torch import nn
 
-from ..adapter import AdapterLinear, adapted_linears, put_linears, put_parameters
+from ..adapter import AdapterLinear, adapted_linears, put_parameters, take_off
 from ..errors import UserError
 from ..inject import injected
 from ..quantised import is_of_others
@@ -32,15 +32,14 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
     if injection.kept is not None:
         raise UserError("the adapter is merged already; call unmerge(model) or unload(model)")
     for name, layer in layers.items():
-        _check(f"{name}.weight", layer.weight)
+        _check(layer.key(name), layer.stored)
     injection.kept = {}
     try:
         with torch.no_grad():
             for name, layer in layers.items():
-                weight = layer.weight
-                merged = round_to(f"{name}.weight", layer.changed_weight(), weight.dtype)
-                injection.kept[name] = weight.data if keep_base else None
-                weight.data = merged
+                merged = round_to(layer.key(name), layer.changed_weight(), layer.stored.dtype)
+                injection.kept.setdefault(layer.key(name), layer.stored.data if keep_base else None)
+                layer.put_matrix(merged)
                 layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
             trained = {name: model.get_parameter(name) for name in injection.first}
             rounded = {}
@@ -73,13 +72,15 @@ def unmerge(model: nn.Module) -> None:
     if injection.kept is None:
         raise UserError("the adapter is not merged; call merge(model) first")
     kept, injection.kept = injection.kept, None
-    if lost := next((name for name in layers if name in kept and kept[name] is None), ""):
+    if lost := next(
+        (key for key, before in kept.items() if before is None and key not in injection.first), ""
+    ):
         injection.kept = kept
-        raise UserError(f"merge(keep_base=False) kept no weight of {lost}; load the base again")
+        raise UserError(f"merge(keep_base=False) did not keep {lost}; load the base again")
     for name, layer in layers.items():
-        if name in kept:
-            layer.weight.data = kept[name].to(layer.weight.device)
-            del layer.forward
+        if (before := kept.get(layer.key(name))) is not None:
+            layer.stored.data = before.to(layer.stored.device)
+            layer.__dict__.pop("forward", None)
     put_parameters(model, {name: kept[name] for name in injection.first if name in kept})
 
 
@@ -93,13 +94,13 @@ def unload(model: nn.Module) -> nn.Module:
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is None:
         for name, layer in layers.items():
-            _check(f"{name}.weight", layer.weight)
+            _check(layer.key(name), layer.stored)
         for layer in layers.values():
             layer.revert()
         put_parameters(model, injection.first)
         for name, before in injection.statistics.items():
             model.get_buffer(name).copy_(before)
-    put_linears(model, {name: layer.plain() for name, layer in layers.items()})
+    take_off(model, layers)
     for name, p in model.named_parameters():
         p.requires_grad_(name in injection.trained_before)
     del model.injection

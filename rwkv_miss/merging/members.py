@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import fingerprint
 from ..inject import layer_tensors, read_adapter
 from ..methods.whole_tensors import PARTS
+from ..targets import View, views_of
 from .rounding import Scratch
 
 LARGEST_WEIGHT = 1e30  # of an adapter; beyond it nothing is left in fp32
@@ -51,10 +52,18 @@ class Member:
         return self.method.Options.parse(self.metadata["options"])
 
     @functools.cached_property
-    def by_weight(self) -> dict[str, str]:
-        """Map key of an adapted weight -> name of its linear."""
-        weights = {f"{name}.weight": name for name in self.metadata["linears"]}
-        return {self.places.get(key, key): name for key, name in weights.items()}
+    def views(self) -> dict[str, View]:
+        """Map name of a linear -> its part of a weight of the base."""
+        views = views_of(self.metadata).items()
+        return {n: dataclasses.replace(v, key=self.places.get(v.key, v.key)) for n, v in views}
+
+    @functools.cached_property
+    def by_weight(self) -> dict[str, dict[str, View]]:
+        """Map key of an adapted weight -> its linears by name, each with its part of the weight."""
+        found: dict[str, dict[str, View]] = {}
+        for name, view in self.views.items():
+            found.setdefault(view.key, {})[name] = view
+        return found
 
     @functools.cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -84,7 +93,9 @@ class Member:
 
     def sums_products(self, key: str) -> bool:
         """Tell whether a tensor's change has sums of products, whose order differs between machines."""
-        return key not in self.whole and self.method.sums_products(self.options.at(self.by_weight[key]))
+        return key not in self.whole and any(
+            self.method.sums_products(self.options.at(name)) for name in self.by_weight[key]
+        )
 
     def check(self, base: Mapping[str, Tensor]) -> None:
         """Raise UserError unless every adapted linear and every whole tensor fits the base."""
@@ -93,22 +104,24 @@ class Member:
         self._check_whole(base)
 
     def _check_linears(self, base: Mapping[str, Tensor]) -> None:
-        for key, name in self.by_weight.items():
-            if key not in base:
+        for name, view in self.views.items():
+            if view.key not in base:
                 raise UserError(
                     f"the adapter changes {name}, which the base does not have; merge into the base it was"
                     " trained on"
                 )
-            if base[key].dim() != 2 or not base[key].is_floating_point():
+            weight = base[view.key]
+            if not view.fits(weight) or not weight.is_floating_point():
+                expected = "matrix" if view.index is None else f"stack of more than {view.index} matrices"
                 raise UserError(
-                    f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point"
-                    " matrix is expected"
+                    f"{view.key} of the base is {tuple(weight.shape)}, {weight.dtype}; a floating-point"
+                    f" {expected} is expected"
                 )
-        for key, name in self.by_weight.items():
-            shape = base[key].shape
+        for name, view in self.views.items():
+            shape = view.of(base[view.key]).shape
             try:
                 with torch.device("meta"):  # shapes alone: no byte is written yet
-                    own = self._layer_tensors(key, shape)
+                    own = layer_tensors(self.method, name, shape, self.tensors)
                     layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
                     self.method.merged_weight(torch.empty(shape), layer, self.options.at(name))
             except UserError as error:
@@ -147,28 +160,33 @@ class Member:
                     f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base"
                 )
 
-    def _layer_tensors(self, key: str, shape) -> dict[str, Tensor]:
-        return layer_tensors(self.method, self.by_weight[key], shape, self.tensors)
-
+    @torch.no_grad()
     def merge_into(self, key: str, weight: Tensor) -> None:
-        """Add the change of a linear's weight to it, (out, in) fp32."""
-        self.method.merged_weight(
-            weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key])
-        )
+        """Add the changes of a weight of the base to it, fp32."""
+        for view, layer in self.layers(key, weight):
+            layer.add_delta_to(layer.weight)  # which are the weight's own numbers, or a transposed copy
+            if view.transposed:
+                view.of(weight).copy_(layer.weight)
 
-    def layer(self, key: str, weight: Tensor) -> AdapterLinear:
-        """Make the adapted linear of a weight of the base, fp32."""
-        return self.method.of_file(
-            weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key])
-        )
+    def layers(self, key: str, weight: Tensor) -> Iterator[tuple[View, AdapterLinear]]:
+        """Make the adapted linears of a weight of the base, fp32."""
+        for name, view in self.by_weight[key].items():
+            matrix = view.of(weight).contiguous()
+            tensors = layer_tensors(self.method, name, matrix.shape, self.tensors)
+            yield view, self.method.of_file(matrix, tensors, self.options.at(name))
 
     @torch.no_grad()
-    def delta(self, key: str, weight: Tensor, out: Tensor) -> Tensor:
-        """Compute the change of a linear's weight into `out`, fp32. weight: the base's, fp32."""
-        layer = self.layer(key, weight)
-        if layer.low_rank() is None:
-            return out.copy_(layer.delta())
-        layer.add_delta_to(out.zero_())  # the same for any weight, and for MiSS 7 times as fast as delta()
+    def delta(self, key: str, weight: Tensor, out: Tensor, fast: bool = True) -> Tensor:
+        """Compute the change of a weight into `out`, fp32. weight: the base's, fp32.
+
+        fast: as a merge does, which for MiSS is 7 times as fast as the method's delta().
+        """
+        out.zero_()
+        for view, layer in self.layers(key, weight):
+            if not fast or layer.low_rank() is None or view.transposed:
+                view.of(out).copy_(layer.delta())
+            else:
+                layer.add_delta_to(view.of(out))  # the same for any weight
         return out
 
     def record(self) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
         if key in m.whole:
             total.add_(m.whole[key].reshape(weight.shape).float() - weight, alpha=m.weight)
         elif key in m.by_weight:
-            total.add_(m.layer(key, weight).delta(), alpha=m.weight)
+            total.add_(m.delta(key, weight, torch.empty_like(weight), fast=False), alpha=m.weight)
     return total
 
 

@@ -118,7 +118,7 @@ class AdaLoraLinear(LoraLinear):
         check_rank(self, options.rank)
         self.options, self.scale, self.dropout, self.lora_plus = options, options.scale, options.dropout, 1.0
         first = min(options.init_rank, self.in_features, self.out_features)
-        device = self.weight.device
+        device = self.stored.device
         self.lora_A = nn.Parameter(torch.empty(first, self.in_features, device=device))
         self.lora_E = nn.Parameter(torch.zeros(first, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, first, device=device))

@@ -61,7 +61,7 @@ class BatLinear(AdapterLinear):
             )
         self.by_row = options.order == "row"
         count = (self.in_features if self.by_row else self.out_features) // rank
-        self.bat = nn.Parameter(torch.zeros(count, rank, rank, device=self.weight.device))
+        self.bat = nn.Parameter(torch.zeros(count, rank, rank, device=self.stored.device))
 
     def delta(self) -> Tensor:
         rank = self.bat.shape[1]
@@ -71,4 +71,4 @@ class BatLinear(AdapterLinear):
         return (blocks @ D + D).transpose(1, 2).reshape(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return bat_linear(x, self.weight, self.bias, self.bat, self.by_row)
+        return bat_linear(x, self.matrix, self.bias, self.bat, self.by_row)

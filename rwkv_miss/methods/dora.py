@@ -32,9 +32,9 @@ class DoraLinear(LoraLinear):
 
     def setup(self, options: Options) -> None:
         super().setup(options)
-        self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
+        self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.stored.device))
         self.register_buffer(
-            "squares", torch.ones(self.out_features, device=self.weight.device), persistent=False
+            "squares", torch.ones(self.out_features, device=self.stored.device), persistent=False
         )
         self.register_load_state_dict_post_hook(prepare_again)
 
@@ -57,8 +57,8 @@ class DoraLinear(LoraLinear):
     def _norms(self, dtype: torch.dtype) -> Tensor:
         """Compute ||V|| row by row, (out); W A^T is computed in `dtype`."""
         A, B = self.lora_A, self.lora_B
-        cross = product(dense(self.weight, self.in_features, dtype).to(dtype), A.to(dtype))
-        sums = self._squares() if self.weight.requires_grad else self.squares
+        cross = product(dense(self.matrix, self.in_features, dtype).to(dtype), A.to(dtype))
+        sums = self._squares() if self.stored.requires_grad else self.squares
         squares = sums + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 

@@ -116,10 +116,9 @@ class LoraLinear(AdapterLinear):
     default_lr = 2e-4
 
     def setup(self, options: Options) -> None:
-        check_rank(self, options.rank)
         self.scale, self.dropout, self.lora_plus = options.scale, options.dropout, options.lora_plus
-        self.lora_A = nn.Parameter(torch.empty(options.rank, self.in_features, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.rank, device=self.weight.device))
+        self.lora_A = nn.Parameter(torch.empty(options.rank, self.in_features, device=self.stored.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.rank, device=self.stored.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @classmethod
@@ -153,7 +152,7 @@ class LoraLinear(AdapterLinear):
         """Compute x (W + scale B A)^T + bias, in training with dropout before A."""
         # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
         seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
-        return lora_linear(x, self.weight, bias, *self.factors(), self.scale, self.dropout, seed)
+        return lora_linear(x, self.matrix, bias, *self.factors(), self.scale, self.dropout, seed)
 
     def rate_factor(self, name: str) -> float:
         return self.lora_plus if name == "lora_B" else 1.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import About, AdapterLinear, register
 from ..functional import add_expanded_, miss_linear, shard_index
+from ..targets import Target
 from .miss_variants import Options, check_rank, variant_of
 
 
@@ -31,11 +32,11 @@ class MissLinear(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         check_rank(options.rank, "input", self.in_features)
-        self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.weight.device))
+        self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.stored.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y = x W^T + S(x) D + bias, x (..., in) -> (..., out)."""
-        return miss_linear(x, self.weight, self.bias, self.miss)
+        return miss_linear(x, self.matrix, self.bias, self.miss)
 
     def delta(self) -> Tensor:
         """Compute dW (out, in): column i is row i mod r of D."""
@@ -60,10 +61,15 @@ class MissLinear(AdapterLinear):
 
     @classmethod
     def wrap(
-        cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
+        cls,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        options: Options,
+        shared: dict[str, Tensor],
+        target: Target | None = None,
     ) -> AdapterLinear:
         """Make a plain layer, or one of the variant that the options ask for."""
         variant = variant_of(options)
         if variant is not None:
-            return variant.wrap(weight, bias, options, shared)
-        return super().wrap(weight, bias, options, shared)
+            return variant.wrap(weight, bias, options, shared, target)
+        return super().wrap(weight, bias, options, shared, target)

@@ -111,14 +111,14 @@ class ShardedMiss(AdapterLinear):
         self.balanced = options.shards == "balanced"
         self.scale = options.shard_scale(self.in_features)
         shape = options.rank + self.balanced, options.mini_r or self.out_features
-        self.miss = nn.Parameter(torch.zeros(shape, device=self.weight.device))
+        self.miss = nn.Parameter(torch.zeros(shape, device=self.stored.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._linear(x, self.bias)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x (W + D^T P)^T + bias."""
-        return miss_linear(x, self.weight, bias, self.miss, self.contiguous, self.balanced, self.scale)
+        return miss_linear(x, self.matrix, bias, self.miss, self.contiguous, self.balanced, self.scale)
 
     def delta(self) -> Tensor:
         D = self._columns().t()
@@ -172,7 +172,7 @@ class MissWithMagnitude(ShardedMiss):
 
     def setup(self, options: Options) -> None:
         super().setup(options)
-        out, shards, device = self.out_features, len(self.miss), self.weight.device
+        out, shards, device = self.out_features, len(self.miss), self.stored.device
         self.magnitude = nn.Parameter(torch.ones(out, device=device))
         self.register_buffer("squares", torch.zeros(out, device=device), persistent=False)  # ||w||^2
         self.register_buffer("folded", torch.zeros(shards, out, device=device), persistent=False)  # (W P^T)^T
@@ -208,7 +208,7 @@ class MissWithMagnitude(ShardedMiss):
 
     def _norms(self) -> Tensor:
         """Compute ||V|| row by row, (out)."""
-        if self.weight.requires_grad:  # it moves with every step
+        if self.stored.requires_grad:  # it moves with every step
             with torch.no_grad():
                 self.prepare()
         D = self._columns().detach()
@@ -243,10 +243,10 @@ class ExpandedMiss(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         check_rank(options.rank, "output", self.out_features)
-        self.miss = nn.Parameter(torch.zeros(options.rank, self.in_features, device=self.weight.device))
+        self.miss = nn.Parameter(torch.zeros(options.rank, self.in_features, device=self.stored.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return expand_linear(x, self.weight, self.bias, self.miss)
+        return expand_linear(x, self.matrix, self.bias, self.miss)
 
     def delta(self) -> Tensor:
         return self.miss[self._shard_of_output()]

@@ -44,7 +44,7 @@ class MoraLinear(AdapterLinear):
                 f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, more than"
                 f" the smaller width, {smaller}; the largest rank is {most}"
             )
-        self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
+        self.mora = nn.Parameter(torch.zeros(size, size, device=self.stored.device))
 
     def _columns(self) -> Tensor:
         """Return M with a column for every output, (q, out)."""
@@ -62,4 +62,4 @@ class MoraLinear(AdapterLinear):
         add_expanded_(weight, self._columns().t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        return miss_linear(x, self.weight, self.bias, self.mora)
+        return miss_linear(x, self.matrix, self.bias, self.mora)

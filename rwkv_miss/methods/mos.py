@@ -96,7 +96,7 @@ class MosLinear(LoraLinear):
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)
         self.scale, self.dropout = options.scale, options.dropout
-        device, public = self.weight.device, options.rank - options.private
+        device, public = self.stored.device, options.rank - options.private
         if options.private:
             self.mos_A_private = nn.Parameter(torch.empty(options.private, self.in_features, device=device))
             self.mos_B_private = nn.Parameter(torch.zeros(self.out_features, options.private, device=device))

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..functional import lora_linear
 from ..quantised import is_of_others
 from . import lora
-from .lora import LoraLinear
+from .lora import LoraLinear, check_rank
 
 # directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, 4.2: 5 or 10)
 OVERSAMPLING = 10
@@ -83,6 +83,7 @@ class PissaLinear(LoraLinear):
     step_reach = AdapterLinear.step_reach  # MiSS's: A and B both move, and begin as large as W
 
     def setup(self, options: Options) -> None:
+        check_rank(self, options.rank)
         super().setup(options)
         self.niter = options.niter
         # zero: nothing has been taken out of the weight yet
@@ -110,13 +111,13 @@ class PissaLinear(LoraLinear):
         """
         if not self.initial_B.any():
             return
-        if is_of_others(self.weight) or not self.weight.is_floating_point():
+        if is_of_others(self.stored) or not self.stored.is_floating_point():
             raise UserError(
                 "PiSSA changes the frozen weight, which is quantised already; load the adapter first and"
                 " quantise after that"
             )
-        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        self.weight.data = self._plus_principal(exact, factor).to(self.weight.dtype)
+        exact = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+        self.put_matrix(self._plus_principal(exact, factor))
 
     def _plus_principal(self, weight: Tensor, factor: float) -> Tensor:
         return weight.addmm(self.initial_B.to(weight.dtype), self.initial_A.to(weight.dtype), alpha=factor)
@@ -141,4 +142,4 @@ class PissaLinear(LoraLinear):
         return self._plus_principal(super().base_weight(), self.scale)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.weight, self.bias, self.initial_A, self.initial_B, self.scale)
+        return lora_linear(x, self.matrix, self.bias, self.initial_A, self.initial_B, self.scale)

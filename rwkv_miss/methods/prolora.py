@@ -64,7 +64,7 @@ class ProloraLinear(LoraLinear):
         unshared, shared = options.unshared, options.rank - options.unshared
 
         def make(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, device=self.weight.device))
+            return nn.Parameter(torch.zeros(shape, device=self.stored.device))
 
         self.prolora_A0 = make(shared, -(-width // self.shares))
         self.prolora_B0 = make(-(-out // self.shares), shared)

@@ -10,6 +10,7 @@ from torch import nn
 from .. import adapter
 from ..adapter import About, AdapterMethod, register
 from ..errors import UserError
+from ..targets import Target
 from .whole_tensors import add_states, state_names, train_whole
 
 
@@ -33,7 +34,7 @@ class StateTuning(AdapterMethod):
         return 1.0
 
     @classmethod
-    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Any) -> None:
+    def attach(cls, model: nn.Module, targets: dict[str, Target], options: Any) -> None:
         if not state_names(model):
             raise UserError(
                 "no layer of this model takes an initial state; state tuning is for RWKV-6 and RWKV-7"

@@ -66,9 +66,9 @@ class VeraLinear(AdapterLinear):
             if len(shape) != 2 or shape[0] < needed[0] or shape[1] < needed[1]:
                 raise UserError(f"{name} is {shape}, expected at least {needed}")
         self.vera_lambda_d = nn.Parameter(
-            torch.full((options.rank,), options.d_initial, device=self.weight.device)
+            torch.full((options.rank,), options.d_initial, device=self.stored.device)
         )
-        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.stored.device))
 
     def _random(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""
@@ -84,4 +84,4 @@ class VeraLinear(AdapterLinear):
         return B @ A
 
     def forward(self, x: Tensor) -> Tensor:
-        return vera_linear(x, self.weight, self.bias, *self._random(), self.vera_lambda_d, self.vera_lambda_b)
+        return vera_linear(x, self.matrix, self.bias, *self._random(), self.vera_lambda_d, self.vera_lambda_b)

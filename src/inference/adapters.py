@@ -348,6 +348,10 @@ def read(model: RWKV, path, shared: MutableMapping[Any, Tensor], dtype: torch.dt
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
     # copies, because somebody may train the adapter again and overwrite its file
     linears, whole, metadata = copy.deepcopy(fit_adapter(shapes, path))
+    if other := next(iter(metadata["views"]), ""):
+        raise UserError(
+            f"{path} adapts {other}, which is no linear; merge it into the base (rwkv-miss merge)"
+        )
     cls, options = method_of(metadata) if linears else (None, None)
     adapter = FittedAdapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapter import adapted_linears, changes_frozen_weight
+from rwkv_miss.adapter import adapted_linears
 
 from .. import ops
 from ..common.device import multiplies_bf16
@@ -421,6 +421,6 @@ def problem(model: RWKV) -> str:
         return "its base is quantised"
     of_classes = {type(layer): layer for layer in adapted_linears(model).values()}
     for layer in of_classes.values():
-        if changes_frozen_weight(layer) or layer.low_rank() is None:
+        if layer.changes_frozen_weight() or layer.low_rank() is None:
             return f"{layer.method} adds no factors to a frozen weight"
     return ops.head_size_problem(model.arch.head_size) or self_test.status("cpu").reason

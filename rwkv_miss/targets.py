@@ -1,0 +1,314 @@
+"""Targets of an adapter: the weights of a model that it can change, each seen as a matrix (out, in).
+
+A target is a view of a parameter, so all methods work on all of them. In training there are three forms:
+
+    linear      nn.Linear, and transformers' Conv1D, whose weight is (in, out): an adapted linear in its place
+    embedding   nn.Embedding, the linear of a one-hot input, whose weight is (in, out): the same
+    read        a parameter that its model reads, such as the experts of Mixtral (experts, out, in), each a
+                target of its own, or a linear of torch's MultiheadAttention: the module stays, and whoever
+                reads the parameter gets the weight with its change, in the weight's dtype
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
+ALL_LINEAR = "all-linear"
+HEADS = ("head", "lm_head", "score", "classifier")  # which "all-linear" leaves out, at the top of a model
+HOLDER = "adapted"  # child of a module with read parameters, which has their adapted layers
+# modules that hand their weights to an operator in another order than (out, in), or in flat copies
+OPAQUE = nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear
+# class of transformers -> linears whose weights it gives to a kernel, in training
+READ_BY = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
+    "JambaMambaMixer": ("dt_proj",),
+    **dict.fromkeys(
+        ("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
+        ("out_proj",),
+    ),
+    "Zamba2MambaMixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Matrix (out, in) in a tensor of a model.
+
+    key: the tensor's name. transposed: it is stored as (in, out). index: its place in a stack of matrices.
+    lookup: the rows of the tensor are looked up, as an embedding's.
+    """
+
+    key: str
+    transposed: bool = False
+    index: int | None = None
+    lookup: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the matrix, in the tensor's memory."""
+        part = tensor if self.index is None else tensor[self.index]
+        return part.mT if self.transposed else part
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has such a matrix."""
+        return tensor.dim() == (2 if self.index is None else 3) and (self.index or 0) < len(tensor)
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.transposed and self.index is None and self.key.endswith(".weight")
+
+
+def views_of(metadata: Mapping[str, Any]) -> dict[str, View]:
+    """Map linear -> its view, of an adapter's metadata. "views" has those that are no weight of a linear."""
+    views = metadata["views"]
+    return {
+        name: View(**views[name]) if name in views else View(f"{name}.weight") for name in metadata["linears"]
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Matrix that an adapter may change, by the name that its layer will have. owner: the parameter's."""
+
+    name: str
+    view: View
+    owner: nn.Module
+    form: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.owner._parameters[self.view.key.rpartition(".")[2]]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.view.of(self.weight)
+
+    @property
+    def path(self) -> str:
+        """Return the name that people use: the module's, or a parameter's."""
+        return self.view.key.removesuffix(".weight")
+
+
+def all_targets(model: nn.Module) -> dict[str, Target]:
+    """Map name -> target, for every matrix of a model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for name, module in modules.items():
+        parent = modules[name.rpartition(".")[0]]
+        form = _form(name.rpartition(".")[2], module, parent)
+        prefix = f"{name}." if name else ""
+        if form in (LINEAR, EMBEDDING):
+            transposed = not isinstance(module, nn.Linear)
+            view = View(f"{prefix}weight", transposed, lookup=form == EMBEDDING)
+            found.append(Target(name, view, module, form))
+            continue
+        for leaf, p in module._parameters.items() if form == READ else ():
+            held = f"{prefix}{HOLDER}.{leaf}"
+            if p is not None and p.dim() == 2:
+                found.append(Target(held, View(prefix + leaf), module, READ))
+            elif p is not None and p.dim() == 3:
+                transposed = getattr(module, "is_transposed", False) is True  # transformers' experts
+                views = [View(prefix + leaf, transposed, index) for index in range(len(p))]
+                found += [Target(f"{held}.{view.index}", view, module, READ) for view in views]
+    return {target.name: target for target in found}
+
+
+def _form(leaf: str, module: nn.Module, parent: nn.Module) -> str:
+    """Return the form in which a module's weights are adapted; "": in none."""
+    if isinstance(module, nn.Linear):
+        read = isinstance(parent, nn.MultiheadAttention) or leaf in READ_BY.get(type(parent).__name__, ())
+        return READ if read else LINEAR
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return LINEAR
+    if isinstance(module, nn.Embedding):  # of another forward, which may scale the rows, the weight is read
+        return EMBEDDING if type(module).forward is nn.Embedding.forward else READ
+    return "" if isinstance(module, OPAQUE) else READ
+
+
+def _matches(names: str | Iterable[str], target: Target) -> bool:
+    """Tell whether a regular expression fits one of a target's names, or one of a list's names ends one."""
+    own = {target.name, target.path, target.view.key}
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in own)
+    return any(name == end or name.endswith(f".{end}") for end in names for name in own)
+
+
+def _names(targets: Iterable[Target]) -> str:
+    """List the last words of the linears' names, for a message."""
+    return ", ".join(sorted({t.path.rpartition(".")[2] for t in targets if t.form == LINEAR})) or "none"
+
+
+def _selected(what: str, names: str | list[str], targets: list[Target]) -> set[str]:
+    """Return the names of the targets that `names` means. Raises UserError for one that means none."""
+    chosen: set[str] = set()
+    for part in [names] if isinstance(names, str) else names:
+        try:
+            found = {t.name for t in targets if _matches(names if part is names else [part], t)}
+        except re.error as error:
+            raise UserError(f"{what} {names!r} is no regular expression: {error}") from None
+        if not found:
+            advice = f"; for all layers whose name ends so give {what}=[{part!r}]" if part is names else ""
+            raise UserError(
+                f"{what.removesuffix('s')} {part!r} matches no linear layer; this model has:"
+                f" {_names(targets)}{advice}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _all_linear(model: nn.Module, targets: list[Target]) -> set[str]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return {t.name for t in targets if t.form == LINEAR and t.owner is not head and t.name not in HEADS}
+
+
+def choose(
+    model: nn.Module,
+    targets: str | list[str],
+    exclude: str | list[str] | None = None,
+    layers: int | list[int] | None = None,
+) -> dict[str, Target]:
+    """Map name -> target, for those that the arguments of inject() mean. Raises UserError for none."""
+    found = list(all_targets(model).values())
+    chosen = _all_linear(model, found) if targets == ALL_LINEAR else _selected("targets", targets, found)
+    chosen -= _selected("exclude", exclude, found) if exclude else set()
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        numbers = {t.name: int(n[0]) for t in found if (n := re.search(r"(?<![^.])\d+(?![^.])", t.path))}
+        numbers = {name: number for name, number in numbers.items() if name in chosen}
+        if unknown := wanted - set(numbers.values()):
+            has = sorted(set(numbers.values()))
+            raise UserError(f"layer {min(unknown)} has no targets; layers with targets: {has or 'none'}")
+        chosen = {name for name, number in numbers.items() if number in wanted}
+    if not chosen:
+        raise UserError(f"no linear layer to adapt: targets is empty; this model has: {_names(found)}")
+    return {target.name: target for target in found if target.name in chosen}
+
+
+class EmbeddingForm:
+    """Forward of an adapted layer that stands for an nn.Embedding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute the rows of W^T + delta^T, ids (...) -> (..., out), by the factors where there are some."""
+        if (factors := self.low_rank()) is None:
+            return self._rows(ids, (self.base_weight() + self.delta()).t()).to(self.stored.dtype)
+        A, B = factors
+        rows = self.base_forward(ids)
+        return (rows + F.linear(self._rows(ids, A.t()), B)).to(rows.dtype)
+
+    def base_forward(self, ids: Tensor) -> Tensor:
+        if self.changes_frozen_weight():
+            return self._rows(ids, self.base_weight().t()).to(self.stored.dtype)
+        return self.plain_forward(ids)
+
+    def plain_forward(self, ids: Tensor) -> Tensor:
+        return self._rows(ids, self.stored)
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table, self.original.padding_idx)
+
+
+class ReadForm:
+    """Forward of an adapted layer whose weight is a parameter that others read."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Compute the matrix with its change, in its dtype."""
+        return (self.base_weight() + self.delta()).to(matrix.dtype)
+
+    def base_forward(self, matrix: Tensor) -> Tensor:
+        return self.base_weight().to(matrix.dtype) if self.changes_frozen_weight() else matrix
+
+    def plain_forward(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+
+def take_form(layer: nn.Module, form: str) -> None:
+    """Give an adapted layer, which is a linear's, the forward of its target."""
+    if form != LINEAR:
+        layer.__class__ = _made({EMBEDDING: EmbeddingForm, READ: ReadForm}[form], type(layer))
+
+
+@functools.cache
+def _made(form: type, cls: type) -> type:
+    """Make the class of a module of `cls` with this form, which takes both along when it is pickled."""
+    names = {"__module__": cls.__module__, "plain_class": cls}
+    return type(cls.__name__, (form, cls), {**names, "__reduce__": lambda self: _reduced(form, cls, self)})
+
+
+def _reduced(form: type, cls: type, module: nn.Module) -> tuple:
+    return _unmade, (form, cls), module.__dict__
+
+
+def _unmade(form: type, cls: type) -> nn.Module:
+    made = _made(form, cls)
+    return made.__new__(made)
+
+
+class ReadsChanged:
+    """Module whose parameters read as the weights with their changes; within a forward each is computed once.
+
+    The parameters keep their names in state_dict().
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__.get("_modules", {}).get(HOLDER)
+        return _changed(self, name) if held is not None and name in held else super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["changed"] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__["changed"]
+
+
+def _changed(owner: nn.Module, leaf: str) -> Tensor:
+    """Compute a parameter with the changes of its layers."""
+    cache = owner.__dict__.get("changed", {})
+    if leaf not in cache:
+        stored, adapted = owner._parameters[leaf], owner._modules[HOLDER][leaf]
+        if not isinstance(adapted, nn.ModuleDict):
+            cache[leaf] = adapted(stored)
+        else:
+            parts = list(stored.unbind())
+            for index, layer in adapted.items():
+                part = parts[int(index)]
+                parts[int(index)] = layer(part.mT).mT if layer.view.transposed else layer(part)
+            cache[leaf] = torch.stack(parts)
+    return cache[leaf]
+
+
+def put_read(target: Target, layer: nn.Module) -> None:
+    """Let a parameter read as changed by a layer."""
+    owner, leaf = target.owner, target.view.key.rpartition(".")[2]
+    if not isinstance(owner, ReadsChanged):
+        owner.__class__ = _made(ReadsChanged, type(owner))
+        owner.add_module(HOLDER, nn.ModuleDict())
+    place = owner._modules[HOLDER]._modules
+    if target.view.index is None:
+        place[leaf] = layer
+    else:
+        place.setdefault(leaf, nn.ModuleDict())[str(target.view.index)] = layer
+
+
+def take_read(owner: nn.Module, view: View) -> None:
+    """Undo put_read() of one layer."""
+    leaf, held = view.key.rpartition(".")[2], owner._modules[HOLDER]._modules
+    if view.index is not None:
+        del held[leaf]._modules[str(view.index)]
+    if view.index is None or not held[leaf]:
+        del held[leaf]
+    if not held:
+        owner.__class__ = type(owner).plain_class
+        del owner._modules[HOLDER]
