@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files.output import write_folder, write_json
 from ..files.safetensors_io import write_safetensors
+from ..targets import views_of
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of
 from .peft_forms import FORMS, PARTS, Folder, as_lora, own_factors, refuse
@@ -28,7 +29,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # for
 PROVENANCE = "rwkv_miss_provenance"
 CONSUMED = set(
-    "format format_version method options layout linears tied targets train_parts trainable origin".split()
+    """
+    format format_version views method options layout linears tied targets train_parts trainable origin
+    """.split()
 )
 PREFIX = "base_model.model."
 # modules of RWKV that peft can keep a copy of, and their tensors
@@ -103,13 +106,14 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
         for _ in adapted_layers(adapter):  # the loop alone checks every shape
             pass
     folder = form(adapter)
+    lookups = _views_in_peft(adapter, folder)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
     whole = whole_tensors(adapter)
     layout, notes = layout_to_write(adapter, origin)
     unchanged = same_kind(theirs, folder.config) and layout == origin_layout(origin)
     config = theirs if unchanged else new_config(adapter, folder, theirs, whole, layout)
-    tensors = named_by_peft(folder.tensors, whole, origin["prefix"] if unchanged else PREFIX, layout)
+    tensors = named_by_peft(folder.tensors, whole, origin["prefix"] if unchanged else PREFIX, layout, lookups)
     about = {
         name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None
     }
@@ -126,6 +130,25 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     if ratio != 1:
         notes.append(f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder")
     return notes
+
+
+def _views_in_peft(adapter: Adapter, folder: Folder) -> set[str]:
+    """Say in the configuration how weights are stored; returns the linears that are embeddings.
+
+    Raises UserError for what peft has no form for.
+    """
+    kind, views = folder.config["peft_type"], views_of(adapter.metadata)
+    for name, view in views.items():
+        if not view.is_plain and (kind not in ("LORA", "VERA") or kind == "VERA" and view.lookup):
+            refuse(adapter, f"peft's {kind} adapts linears alone, and {name} is none")
+        if view.key != f"{name}.weight":
+            raise UserError(
+                f"{name} is a part of {view.key}, which --to {Lora.name} and peft have no form for; merge the"
+                " adapter into its base (rwkv-miss merge), or keep its own file"
+            )
+    if any(view.transposed and not view.lookup for view in views.values()):
+        folder.config["fan_in_fan_out"] = True
+    return {name for name, view in views.items() if view.lookup}
 
 
 def origin_layout(origin: dict[str, Any]) -> str:
@@ -174,7 +197,7 @@ def new_config(
 
 
 def named_by_peft(
-    linears: dict[str, Tensor], whole: dict[str, Tensor], prefix: str, layout: str
+    linears: dict[str, Tensor], whole: dict[str, Tensor], prefix: str, layout: str, lookups: set[str]
 ) -> dict[str, Tensor]:
     """Rename the tensors as peft does; those that all linears share lie outside of the model.
 
@@ -186,6 +209,8 @@ def named_by_peft(
             named["base_model." + name.removeprefix("shared.")] = tensor
             continue
         part = next(part for part in PARTS if name.endswith(f".{part}"))
-        linear = in_layout(layout, name.removesuffix(f".{part}"))
-        named[f"{prefix}{linear}.{part}"] = tensor
+        linear = name.removesuffix(f".{part}")
+        if linear in lookups and part.startswith("lora_") and part.endswith(".weight"):
+            part = part.removesuffix(".weight").replace("lora_", "lora_embedding_")
+        named[f"{prefix}{in_layout(layout, linear)}.{part}"] = tensor
     return named

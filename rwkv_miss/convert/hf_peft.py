@@ -6,6 +6,7 @@ tensor is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from . import hf_export, peft_forms
 from .formats import Adapter, Format, Hints, described, rank_options
 from .hf_export import CONFIG, CONSUMED, PREFIX, PROVENANCE, TENSORS
 from .peft_names import LAYOUTS, in_pth, layout_of
+from .peft_variants import NOISE, TOKENS, Content, read_beyond_factors, read_blocks, read_places, read_tokens
 from .source import Source, open_source
 
 # name of a tensor inside a linear, there and here
@@ -29,9 +31,13 @@ PARTS = {
     "bone_block": "miss",
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
     "lora_A": "lora_A",
     "lora_B": "lora_B",
     "lora_E": "lora_E",
+    "lora_diag": "lora_diag",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "vera_lambda_b": "vera_lambda_b",
@@ -44,7 +50,7 @@ NEUTRAL = set(
     """
     peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version bias r
     target_modules exclude_modules layers_to_transform layers_pattern modules_to_save init_weights
-    init_lora_weights
+    init_lora_weights fan_in_fan_out
     """.split()
 )
 # of a LoRA: its factor and dropout, and how it starts or runs
@@ -55,12 +61,16 @@ OF_LORA = """
 READ = {
     "MISS": "miss_dropout mini_r",
     "BONE": "",
-    "LORA": OF_LORA + "use_rslora use_dora alpha_pattern",
+    "LORA": OF_LORA
+    + """
+        use_rslora use_dora alpha_pattern velora_config monteclora_config kasa_config use_bdlora lora_bias
+        target_parameters trainable_token_indices
+    """,
     "ADALORA": OF_LORA + "target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step",
     "VERA": "projection_prng_key save_projection vera_dropout d_initial",
 }
 # initialisations that leave the base as it is
-INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # initialisations that subtract the adapter's first product from the frozen weight
 MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")
 
@@ -99,6 +109,10 @@ class Peft(Format):
                 " model's file"
             )
         prefix, linears, whole = split(source)
+        content = Content(source, hints, linears, whole)
+        read_places(content)
+        read_tokens(content)
+        read_blocks(content)
         reader = {
             "MISS": read_miss,
             "BONE": read_miss,
@@ -106,9 +120,10 @@ class Peft(Format):
             "ADALORA": read_adalora,
             "VERA": read_vera,
         }[kind]
-        method, options, own = reader(source, linears, whole, hints)
+        method, options, own = reader(content)
         about = provenance(source)
         layout = layout_of([*own, *whole], bool(about.get("arch")))
+        views = {in_pth(layout, name): dataclasses.asdict(view) for name, view in content.views.items()}
         own = {in_pth(layout, name): parts for name, parts in own.items()}
         whole = {name if name.startswith("shared.") else in_pth(layout, name): t for name, t in whole.items()}
         for field in options.keys() & {"rank_map", "alpha_map"}:
@@ -116,15 +131,16 @@ class Peft(Format):
         tensors = {f"{name}.{part}": tensor for name, parts in own.items() for part, tensor in parts.items()}
         origin = (
             {}
-            if method == "pissa" or kind in ("BONE", "ADALORA")
+            if method == "pissa" or kind in ("BONE", "ADALORA") or content.changed
             else {"origin": {"format": "peft", "config": source.config, "prefix": prefix, "layout": layout}}
         )
         parts = [part for part in ("emb", "head") if f"{part}.weight" in whole]
-        metadata = described(method, options, list(own), train_parts=parts, **origin)
-        notes = (
-            ["AdaLoRA has become a LoRA, its singular values multiplied into B"] if kind == "ADALORA" else []
+        metadata = described(method, options, list(own), train_parts=parts, views=views, **origin)
+        if kind == "ADALORA":
+            content.notes.append("AdaLoRA has become a LoRA, its singular values multiplied into B")
+        return Adapter(
+            {**tensors, **whole}, checked_metadata(source.path, {**metadata, **about}), content.notes
         )
-        return Adapter({**tensors, **whole}, checked_metadata(source.path, {**metadata, **about}), notes)
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
@@ -155,18 +171,21 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
     for key, tensor in source.tensors.items():
         name = key.removeprefix(prefix)
         part = next((part for part in PARTS if name.endswith(f".{part}")), None)
+        if any(noise in name for noise in NOISE):
+            continue
         if part:
             linears.setdefault(name.removesuffix(f".{part}"), {})[PARTS[part]] = tensor
         elif key in ("base_model.vera_A", "base_model.vera_B"):
             whole[f"shared.{key.removeprefix('base_model.')}"] = tensor.float()
-        elif FOREIGN.search(name):
+        elif FOREIGN.search(name) and not name.endswith(TOKENS):
             raise UserError(
                 f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model;"
                 " merge it with peft instead"
             )
         else:
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
-    if len(source.tensors) != len(whole) + sum(map(len, linears.values())):
+    noise = sum(any(noise in key for noise in NOISE) for key in source.tensors)
+    if len(source.tensors) != noise + len(whole) + sum(map(len, linears.values())):
         raise UserError(
             f"{source.path} names a tensor twice, in an older and in a newer way; save it again with peft"
         )
@@ -175,13 +194,6 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
             f"{source.path} adapts no linear; its first tensors are"
             f" {', '.join(list(source.tensors)[:3]) or 'none'}"
         )
-    for name in linears:
-        outer, inside, _ = name.partition(".base_layer.")
-        if inside:
-            raise UserError(
-                f"{source.path}: {outer} is a torch MultiheadAttention, which peft adapts as a whole and this"
-                " package does not; merge it with peft instead (merge_and_unload)"
-            )
     for name in whole:
         if name.rpartition(".")[0] in linears:
             raise UserError(
@@ -215,10 +227,9 @@ def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
 Reading = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
-def read_miss(
-    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
-) -> Reading:
+def read_miss(content: Content) -> Reading:
     """Read MiSS (r, out), Bat (out / r, r, r) by output blocks, and mini (r, mini_r)."""
+    source, linears = content.source, content.linears
     expect(source, linears, "miss")
     rank, init = number(source, "r", 64), source.config.get("init_weights", True)
     mini = number(source, "mini_r", 1) if init == "mini" else 0
@@ -248,14 +259,14 @@ def read_miss(
     return "miss", {"rank": rank, "mini_r": mini}, linears
 
 
-def read_lora(
-    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
-) -> Reading:
+def read_lora(content: Content) -> Reading:
     """Read LoRA and DoRA as they are, and PiSSA and its relatives with their initial factors."""
+    source, linears, hints = content.source, content.linears, content.hints
     config = source.config
     dora, init = bool(config.get("use_dora")), config.get("init_lora_weights", True)
-    expect(source, linears, "lora_A", "lora_B", *(["magnitude"] if dora else []))
-    options = lora_options(source, linears)
+    more = {"magnitude": dora, "lora_bias": config.get("lora_bias"), "lora_diag": config.get("kasa_config")}
+    expect(source, linears, "lora_A", "lora_B", *(part for part, there in more.items() if there))
+    options = lora_options(content)
     moved = isinstance(init, str) and init.lower().startswith(MOVED_BASES)
     if not moved and init not in INITS:
         raise UserError(
@@ -295,35 +306,33 @@ def read_lora(
     )
 
 
-def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def lora_options(content: Content) -> dict[str, Any]:
     """Read ranks, alphas and dropout of a LoRA.
 
     Raises UserError where the configuration's ranks are not those of the tensors.
     """
+    source = content.source
     config = source.config
     ranks, alphas = {}, {}
     rank, rank_of = number(source, "r", 8), patterns(source, "rank_pattern")
     alpha, alpha_of = number(source, "lora_alpha", 8, float), patterns(source, "alpha_pattern")
-    for name, own in linears.items():
-        A, B = own["lora_A"], own["lora_B"]
-        ranks[name] = peft_forms.matched(rank_of, name, rank)
-        alphas[name] = peft_forms.matched(alpha_of, name, alpha)
+    for name, own in content.linears.items():
+        A, B, theirs = own["lora_A"], own["lora_B"], content.theirs.get(name, name)
+        ranks[name] = peft_forms.matched(rank_of, theirs, rank)
+        alphas[name] = peft_forms.matched(alpha_of, theirs, alpha)
         if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == ranks[name]:
             shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
             raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
-        if len(A) > min(A.shape[1], len(B)):
-            raise UserError(
-                f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and"
-                f" {len(B)}, for which this package has no LoRA; merge it with peft instead"
-            )
         if not isinstance(alphas[name], (int, float)) or not 0 < alphas[name] < math.inf:
             raise UserError(
                 f"{source.path}: lora_alpha of {name} is {alphas[name]!r}, expected a number above 0"
             )
+    rslora = bool(config.get("use_rslora"))
+    read_beyond_factors(content, ranks, alphas, rslora)
     return scaled_options(
         ranks,
         alphas,
-        rslora=bool(config.get("use_rslora")),
+        rslora=rslora,
         dropout=number(source, "lora_dropout", 0.0, float),
     )
 
@@ -368,13 +377,12 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
         ) from None
 
 
-def read_adalora(
-    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
-) -> Reading:
+def read_adalora(content: Content) -> Reading:
     """Read AdaLoRA as the LoRA that it has become: B times the singular values.
 
     peft's factor is alpha / (init_r + 1e-5).
     """
+    source, linears = content.source, content.linears
     expect(source, linears, "lora_A", "lora_B", "lora_E")
     alpha, first = number(source, "lora_alpha", 8, float), number(source, "init_r", 12)
     if first < 1:
@@ -396,10 +404,9 @@ def read_adalora(
     return "lora", scaled_options(ranks, alphas, dropout=number(source, "lora_dropout", 0.0, float)), merged
 
 
-def read_vera(
-    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
-) -> Reading:
+def read_vera(content: Content) -> Reading:
     """Read VeRA whose random matrices are in the folder (save_projection)."""
+    source, linears, whole = content.source, content.linears, content.whole
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")
     if not {"shared.vera_A", "shared.vera_B"} <= whole.keys():
         raise UserError(

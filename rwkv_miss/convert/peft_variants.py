@@ -1,0 +1,203 @@
+"""What peft's files have beyond two factors of a linear, brought into this package's forms.
+
+Some follow from the base alone: a row of an embedding, a bias, what KaSA took out of the weight. For these
+the user gives it (Hints.base).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..inject import read_described
+from ..targets import View
+from .formats import Hints
+from .hf_export import PREFIX
+from .source import Source
+
+EMBEDDING = ".lora_embedding_A"
+TOKENS = ".token_adapter.trainable_tokens_delta"
+NOISE = (".lora_monteclora_sampler.", ".lora_velora_")  # of training: answers do not depend on it
+ATTENTION, WRAPPER = ".base_layer.out_proj", ".base_layer"
+
+
+@dataclasses.dataclass
+class Content:
+    """Tensors of a folder: of each linear by its name, and as a whole. views: of linears that need one.
+
+    theirs: name here -> the one that peft's patterns are about. changed: it is no longer what the folder's
+    configuration says.
+    """
+
+    source: Source
+    hints: Hints
+    linears: dict[str, dict[str, Tensor]]
+    whole: dict[str, Tensor]
+    views: dict[str, View] = dataclasses.field(default_factory=dict)
+    theirs: dict[str, str] = dataclasses.field(default_factory=dict)
+    changed: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def field(self, name: str, default: Any) -> Any:
+        """Return a field of the configuration. Raises UserError for one of another kind than `default`."""
+        value = self.source.config.get(name) or default
+        if not isinstance(value, type(default)):
+            raise UserError(f"{self.source.path}: {name} is {str(value)[:60]!r}, a damaged configuration")
+        return value
+
+    def base(self, key: str, why: str) -> Tensor:
+        """Return a tensor of the base, fp32. Raises UserError without a base, or if it lacks the tensor."""
+        tensors = self.base_tensors(why)
+        if key not in tensors:
+            raise UserError(f"{self.source.path}: {why} needs {key}, which --base {self.hints.base} lacks")
+        return tensors[key].float()
+
+    def base_tensors(self, why: str) -> dict[str, Tensor]:
+        """Return the base's tensors. Raises UserError, with the reason why, if the user has given none."""
+        if not self.hints.base:
+            raise UserError(f"{self.source.path}: {why} needs the base: convert it with --base MODEL")
+        return self._base
+
+    @functools.cached_property
+    def _base(self) -> dict[str, Tensor]:
+        return read_described(self.hints.base)[0]
+
+
+def read_places(content: Content) -> None:
+    """Find out which weight each linear changes, and how that is stored."""
+    source, linears, views = content.source, content.linears, content.views
+    keys = [key.removeprefix(PREFIX) for key in source.tensors]
+    embeddings = {key.removesuffix(EMBEDDING) for key in keys if key.endswith(EMBEDDING)}
+    for name in list(linears):
+        if name in embeddings:
+            views[name] = View(f"{name}.weight", transposed=True, lookup=True)
+        elif source.config.get("fan_in_fan_out"):
+            views[name] = View(f"{name}.weight", transposed=True)
+    for name in [name for name in linears if name.endswith(ATTENTION)]:
+        outer, own = name.removesuffix(ATTENTION), linears[name]
+        if "lora_B" in own:  # peft 0.21 adds the change of out_proj twice, in training as well
+            own["lora_B"] = 2 * own["lora_B"]
+        _rename(content, name, f"{outer}.out_proj")
+        if outer in linears:
+            _rename(content, outer, f"{outer}.in_proj_weight", View(f"{outer}.in_proj_weight"))
+    paths = [str(path) for path in content.field("target_parameters", [])]
+    for owner in [name for name in linears if not name.endswith(WRAPPER)]:
+        if leaves := [leaf for path in paths if (leaf := _leaf_of(content, path, owner))]:
+            _read_parameters(content, owner, leaves)
+    if wrapped := next((name for name in linears if name.endswith(WRAPPER)), ""):
+        raise UserError(f"{source.path}: no target_parameters of its configuration is about {wrapped}")
+
+
+def _rename(content: Content, name: str, new: str, view: View | None = None) -> None:
+    content.linears[new] = content.linears.pop(name)
+    content.theirs[new] = name
+    content.changed = True
+    if view:
+        content.views[new] = view
+
+
+def _leaf_of(content: Content, path: str, owner: str) -> str:
+    """Return the name of a module's parameter that a path of target_parameters is about, "" for none."""
+    end, dot, leaf = path.rpartition(".")
+    if not dot:  # the configuration does not say whose it is
+        return leaf if f"{owner}.{leaf}" in content.base_tensors(f"target_parameters {path!r}") else ""
+    return leaf if f".{owner}".endswith(f".{end}") else ""
+
+
+def _read_parameters(content: Content, owner: str, leaves: list[str]) -> None:
+    """Read LoRAs of a module's parameters: the wrapper of the first one is inside those of the others.
+
+    For a stack of weights the ranks of all experts are in one factor, A (experts r, in) and B (out, r
+    experts).
+    """
+    linears = content.linears
+    if len(leaves) > 1:
+        order = list(content.base_tensors("the order of the parameters"))
+        leaves.sort(key=lambda leaf: order.index(f"{owner}.{leaf}") if f"{owner}.{leaf}" in order else -1)
+    for depth, leaf in enumerate(reversed(leaves)):
+        own = linears.pop(owner + WRAPPER * depth, None)
+        key = f"{owner}.{leaf}"
+        if own is None or own.keys() != {"lora_A", "lora_B"} or not all(t.dim() == 2 for t in own.values()):
+            raise UserError(f"{content.source.path}: the LoRA of {key} has not one matrix A and one B")
+        A, B, rank = own["lora_A"], own["lora_B"], max(content.field("r", 8), 1)
+        experts = len(A) // rank
+        content.changed = True
+        if experts * rank != len(A) or experts < 1 or B.shape[1] != len(A):
+            raise UserError(f"{content.source.path}: {key} has a LoRA of {len(A)} ranks; the rank is {rank}")
+        parts = zip(A.chunk(experts), B.unflatten(1, (rank, experts)).unbind(2), strict=True)
+        for index, (part_A, part_B) in enumerate(parts):
+            name = (owner if leaf == "weight" else key) if experts == 1 else f"{key}.{index}"
+            linears[name] = {"lora_A": part_A.contiguous(), "lora_B": part_B.contiguous()}
+            content.theirs[name] = key
+            if name != owner:
+                content.views[name] = View(key, index=None if experts == 1 else index)
+
+
+def read_tokens(content: Content) -> None:
+    """Read trained rows of embeddings, which become whole tensors with the base's other rows."""
+    indices: Any = content.source.config.get("trainable_token_indices") or {}
+    for key in [key for key in content.whole if key.endswith(TOKENS)]:
+        rows, name = content.whole.pop(key), key.removesuffix(TOKENS)
+        given = indices
+        if isinstance(indices, dict):
+            given = indices.get(name, indices.get(name.rpartition(".")[2]))
+        if not given or not isinstance(given, list) or not all(type(i) is int and i >= 0 for i in given):
+            raise UserError(
+                f"{content.source.path}: trainable_token_indices of {name} are {str(given)[:60]!r}"
+            )
+        table = content.base(f"{name}.weight", "trainable_token_indices").clone()
+        if table.dim() != 2 or rows.shape != (len(given), table.shape[1]) or max(given) >= len(table):
+            raise UserError(
+                f"{content.source.path}: {key} is {tuple(rows.shape)}, and the base's embedding"
+                f" {tuple(table.shape)} with {len(given)} trained tokens"
+            )
+        table[torch.tensor(given)] = rows.float()
+        content.whole[f"{name}.weight"] = table
+        content.changed = True
+
+
+def read_blocks(content: Content) -> None:
+    """Read BD-LoRA: the blocks of a factor are put on the diagonal of a whole one."""
+    config = content.field("use_bdlora", {})
+    count = config.get("nblocks") or 1
+    for name, own in content.linears.items():
+        for factor in "AB":
+            patterns, part = config.get(f"target_modules_bd_{factor.lower()}") or (), f"lora_{factor}"
+            if part not in own or not any(str(pattern) in name for pattern in patterns):
+                continue
+            if type(count) is not int or count < 1 or own[part].dim() != 2 or len(own[part]) % count:
+                raise UserError(f"{content.source.path}: {part} of {name} has not {count!r} blocks of rows")
+            own[part] = torch.block_diag(*own[part].chunk(count))
+            content.changed = True
+
+
+def read_beyond_factors(
+    content: Content, ranks: dict[str, int], alphas: dict[str, float], rslora: bool
+) -> None:
+    """Read the bias of B, and KaSA: singular values, and the weight's smallest ones are out of the base."""
+    if content.source.config.get("kasa_config"):
+        content.notes.append("KaSA has become a LoRA of twice the rank, for the base as it is")
+    for name, own in content.linears.items():
+        scale = alphas[name] / (ranks[name] ** 0.5 if rslora else ranks[name])
+        if (bias := own.pop("lora_bias", None)) is not None:
+            before = content.base(f"{name}.bias", f"the bias of {name}'s lora_B")
+            if bias.shape != before.shape:
+                raise UserError(f"{content.source.path}: the bias of {name} is {tuple(bias.shape)}")
+            content.whole[f"{name}.bias"] = before + scale * bias.float()
+            content.changed = True
+        if (values := own.pop("lora_diag", None)) is None:
+            continue
+        view, rank = content.views.get(name, View(f"{name}.weight")), ranks[name]
+        weight = view.of(content.base(view.key, "KaSA"))
+        if weight.shape != (len(own["lora_B"]), own["lora_A"].shape[1]) or values.shape != (rank,):
+            raise UserError(f"{content.source.path}: the KaSA of {name} does not fit {tuple(weight.shape)}")
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        own["lora_A"] = torch.cat((own["lora_A"].float(), Vh[-rank:]))
+        own["lora_B"] = torch.cat((own["lora_B"].float() * values, -(U * S)[:, -rank:] / scale), 1)
+        ranks[name], alphas[name] = 2 * rank, alphas[name] * (2**0.5 if rslora else 2)
+        content.changed = True
