@@ -244,9 +244,9 @@ def inject(
 ) -> Injection:
     """Freeze the model and add a method's trainable parameters, in place: `inject(model, "miss", rank=64)`.
 
-    targets: a list of names, or their ends: `["q_proj"]` is every q_proj. A text is a regular expression for
-    whole names, or "all-linear": every linear but the head. Names are those of linears, of embeddings, and of
-    parameters with 2 or 3 axes, such as `gate_up_proj` of Mixtral's experts. None: RWKV's linears.
+    targets: a list of names, or their ends: `["q_proj"]` is every q_proj. Names are those of linears, of
+    embeddings, and of parameters with 2 or 3 axes, such as `gate_up_proj` of Mixtral's experts. A text is a
+    regular expression for whole names of modules, or "all-linear": every linear but the head. None: RWKV's.
 
     exclude: the same, of what is left out. layers: a number, or several: only names whose first number is one
     of them, as in `model.layers.3.mlp.up_proj`.

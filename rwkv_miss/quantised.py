@@ -25,6 +25,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .sharding import is_sharded
 
 BLOCK_SIZE = 64
@@ -210,4 +211,6 @@ def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
     lora_linear, as every adapted linear does.
     """
     for linear in linears:
+        if getattr(linear, "view", None):
+            raise UserError(f"{linear.view.key} is stored as no linear's weight, and can't be quantised here")
         linear.weight = nn.Parameter(quantise(linear.weight.detach(), kind), requires_grad=False)

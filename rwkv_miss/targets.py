@@ -137,10 +137,11 @@ def _form(leaf: str, module: nn.Module, parent: nn.Module) -> str:
 
 
 def _matches(names: str | Iterable[str], target: Target) -> bool:
-    """Tell whether a regular expression fits one of a target's names, or one of a list's names ends one."""
+    """Tell whether a regular expression fits a module's name, or a list has an end of a target's name."""
     own = {target.name, target.path, target.view.key}
-    if isinstance(names, str):
-        return any(re.fullmatch(names, name) for name in own)
+    if isinstance(names, str):  # it may fit parameters that nobody has thought of, so these have to be named
+        is_module = target.form != READ or isinstance(target.owner, (nn.Linear, nn.Embedding))
+        return is_module and any(re.fullmatch(names, name) for name in own)
     return any(name == end or name.endswith(f".{end}") for end in names for name in own)
 
 

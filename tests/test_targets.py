@@ -11,6 +11,7 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.inject import find_targets
+from rwkv_miss.quantised import quantise_
 
 from .conftest import close
 from .test_adapters import filled
@@ -174,6 +175,11 @@ def test_targets_are_names_a_regular_expression_or_all_linears():
         "layers.1.mlp.up"
     ]
     assert names("all-linear", exclude=["up"]) == everything[::2]
+    assert [t.path for t in find_targets(Mixed(), ".*", exclude=["emb"]).values()] == [
+        "conv",
+        "down",
+        "mixer.out_proj",
+    ], "parameters are not meant by a regular expression"
     assert names("all-linear", exclude=r".*q_proj|layers\.1\d.*") == everything[1:20:2]
     assert names("all-linear", layers=1) == everything[2:4]
     assert names(["up", "lm_head"], layers=[0, 11]) == ["layers.0.mlp.up", "layers.11.mlp.up"]
@@ -209,6 +215,20 @@ def test_a_lora_may_have_more_ranks_than_a_linear_has_outputs(tmp_path):
         same_everywhere(train(model, ids), base, ids, tmp_path)
 
 
+def test_a_weight_that_is_trained_beside_its_adapter_is_in_the_file_as_a_whole(tmp_path):
+    model, base = mixed("miss")
+    for name in ("conv.weight", "experts.up"):
+        dict(model.named_parameters())[name].requires_grad_(True)
+    train(model, ids := torch.arange(20)[None])
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    merged = rwkv_miss.read_metadata(tmp_path / "a.pth")["merged_linears"]
+    assert merged == ["conv", *(f"experts.adapted.up.{i}" for i in range(3))]
+    loaded = same_everywhere(model, base, ids, tmp_path)
+    live = loaded(ids)
+    rwkv_miss.merge(loaded)
+    close("merged in memory", loaded(ids), live, 1e-5)
+
+
 def test_a_read_weight_is_computed_once_a_forward_and_comes_back_after_an_error():
     model, _ = mixed("lora", targets=["up"])
     calls = []
@@ -238,6 +258,8 @@ def test_an_adapted_model_is_compiled_copied_and_pickled():
 
 def test_a_file_says_how_a_weight_is_stored(tmp_path):
     model, base = mixed("lora", targets=["conv", "up", "down"])
+    with pytest.raises(rwkv_miss.UserError, match="conv.weight is stored as no linear's weight, and can't"):
+        quantise_([model.conv], "int8")
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
     metadata = rwkv_miss.read_metadata(tmp_path / "a.pth")
     assert metadata["format_version"] == 2 and metadata["views"] == {

@@ -41,10 +41,9 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
                 injection.kept.setdefault(layer.key(name), layer.stored.data if keep_base else None)
                 layer.put_matrix(merged)
                 layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
-            trained = {name: model.get_parameter(name) for name in injection.first}
-            rounded = {}
-            for name, p in trained.items():
-                _check(name, p)
+            parameters, rounded = dict(model.named_parameters(remove_duplicate=False)), {}
+            for name in injection.first:
+                _check(name, p := parameters[name])
                 first = injection.first[name]
                 value = round_to(name, p.detach(), p.dtype if first is None else first.dtype)
                 rounded[name] = nn.Parameter(value, requires_grad=False)
