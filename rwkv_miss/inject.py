@@ -240,6 +240,7 @@ def inject(
     earlier: Mapping[str, Tensor] | None = None,
     exclude: str | list[str] | None = None,
     layers: int | list[int] | None = None,
+    keep_first: bool = True,
     **options: Any,
 ) -> Injection:
     """Freeze the model and add a method's trainable parameters, in place: `inject(model, "miss", rank=64)`.
@@ -258,6 +259,8 @@ def inject(
     earlier: the tensors of a training that is resumed, by their names in the model. The weights that the
     method changes (PiSSA) become the same.
 
+    keep_first: keep the first values of whole tensors for disabled() and unload(). False saves their memory.
+
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     if "target_modules" in options:
@@ -274,7 +277,19 @@ def inject(
     injection = _attach(unwrapped(model, to_inject=True), method, find, train_parts, options, initialise)
     if injection.linears:
         injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)
+    _keep_first(unwrapped(model), keep_first)
     return injection
+
+
+@torch.no_grad()
+def _keep_first(model: nn.Module, keep: bool) -> None:
+    """Let no whole tensor share its memory with its first value, or forget the first values."""
+    if not keep:
+        model.injection.first.clear()
+    for name, p in model.named_parameters() if model.injection.first else ():
+        first = model.injection.first.get(name)
+        if first is not None and first.untyped_storage()._cdata == p.untyped_storage()._cdata:
+            p.data = p.data.clone()
 
 
 @torch.no_grad()
@@ -682,7 +697,9 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = False) -> dict[str, Any]:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], force: bool = False, keep_first: bool = True
+) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
     Training goes on with everything that was trained, so that save_adapter() writes it again: the file's
@@ -690,9 +707,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
     call it.
 
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
-    is.
+    is. keep_first: as for inject().
     """
-    model = unwrapped(model, to_inject=not hasattr(unwrapped(model), "injection"))
+    is_new = not hasattr(unwrapped(model), "injection")
+    model = unwrapped(model, to_inject=is_new)
     if hasattr(model, "injection") and model.injection.kept is not None:
         raise UserError("an adapter is merged into the model; call rwkv_miss.unmerge(model) first")
     if empty := next((name for name, p in model.named_parameters() if p.is_meta), ""):
@@ -702,6 +720,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
         )
     require_whole(model)
     linears, replaced, metadata = fit_adapter(model, path, force)
+    if is_new:
+        _keep_first(model, keep_first)
     reshard(model)
     for name, own in linears.items():
         layer = model.get_submodule(name)
@@ -712,7 +732,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
         if own[name].requires_grad or is_sharded(own[name]):
             put(own[name], tensor.view(own[name].shape))
         else:  # the base's, in new memory: the old one may be that of a file, or another model's
-            if isinstance(own[name], nn.Parameter):
+            if keep_first and isinstance(own[name], nn.Parameter):
                 model.injection.first[name] = nn.Parameter(own[name].data, requires_grad=False)
             own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
         own[name].requires_grad_(isinstance(own[name], nn.Parameter))

@@ -1,6 +1,8 @@
 """Merge in memory: the numbers of a merged file, the base back bit for bit, and plain modules again."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -98,6 +100,36 @@ def test_whole_tensors_are_merged_disabled_and_taken_off(method, parts, tmp_path
     assert torch.equal(model(ids)[0], live)
     same_model(rwkv_miss.unload(model), base)
     same_model(rwkv_miss.unload(loaded), base)
+
+
+def test_the_first_values_of_whole_tensors_are_kept_or_freed(tmp_path):
+    from src.config.adapter_options import AdapterOptions
+
+    calls = (
+        (True, lambda model: rwkv_miss.inject(model, rank=8, train_parts="emb")),
+        (False, lambda model: rwkv_miss.inject(model, rank=8, train_parts="emb", keep_first=False)),
+        (False, lambda model: AdapterOptions("miss", {"rank": 8}, None, "emb").inject(model)),
+        (True, lambda model: rwkv_miss.load_adapter(model, tmp_path / "a.pth")),
+        (False, lambda model: rwkv_miss.load_adapter(model, tmp_path / "a.pth", keep_first=False)),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for kept, call in calls:
+            model = rwkv().to(dtype)
+            before, value = weakref.ref(model.emb.weight), model.emb.weight.detach().clone()
+            place = model.emb.weight.data_ptr()
+            call(model)
+            rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+            gc.collect()
+            with torch.no_grad():
+                model.emb.weight.add_(1)
+            assert (before() is not None) is kept
+            if kept:
+                with rwkv_miss.disabled(model):
+                    assert torch.equal(model.emb.weight, value)
+            else:
+                assert (model.emb.weight.data_ptr() == place) is (dtype == torch.float32), "no copy either"
+                with pytest.raises(rwkv_miss.UserError, match="trains emb.weight, too"):
+                    rwkv_miss.disabled(model).__enter__()
 
 
 def test_what_a_merge_in_memory_cannot_do_is_said():

@@ -88,7 +88,9 @@ def unload(model: nn.Module) -> nn.Module:
     """Take the adapter off: plain modules again, with the merged weights if it is merged, else the base's.
 
     The base is as it was before inject(), bit for bit, with the same names and the same parameters trained.
-    PiSSA has changed the weights: of its base the last bits may differ. Returns the model.
+    PiSSA has changed the weights: of its base the last bits may differ. Tensors that were trained beside the
+    adapter stay trained where their first values were not kept (inject(train_parts=..., keep_first=True)).
+    Returns the model.
     """
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is None:

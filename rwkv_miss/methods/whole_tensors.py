@@ -57,11 +57,11 @@ def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
 
 
 def train_whole(model: nn.Module, name: str) -> None:
-    """Replace a parameter by a trainable copy in fp32, or float64 where it has that."""
+    """Replace a parameter by a trainable one in fp32, or float64 where it has that."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     p = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)))
+    setattr(owner, leaf, nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32))))
 
 
 def state_names(model: nn.Module) -> list[str]:

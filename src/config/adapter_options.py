@@ -47,4 +47,5 @@ class AdapterOptions:
 
     def inject(self, model: nn.Module, earlier: Mapping[str, Any] | None = None) -> None:
         """Put the adapter into the model; `earlier` is the checkpoint that a run resumes from."""
-        rwkv_miss.inject(model, self.method, self.targets, self.train_parts, earlier, **self.options)
+        parts = self.train_parts
+        rwkv_miss.inject(model, self.method, self.targets, parts, earlier, keep_first=False, **self.options)
