@@ -28,9 +28,11 @@ MODELS = {
                                         "lm_head.bias", torch.float32),
     "with the prefix of another class": ("Roberta", {}, "ForMaskedLM", "Model", ["query"],
                                          "embeddings.LayerNorm.bias", torch.float32),
+    "transposed matrices": ("GPT2", {}, "Model", "LMHeadModel", ["c_attn", "c_fc"],
+                            "transformer.ln_f.weight", torch.float32),
     "renamed by transformers": ("Mixtral", {"num_local_experts": 3, "num_key_value_heads": 2},
-                                "ForCausalLM", "ForCausalLM", ["q_proj"], "model.layers.1.mlp.gate.weight",
-                                torch.float32),
+                                "ForCausalLM", "ForCausalLM", ["q_proj", "gate_up_proj", "down_proj"],
+                                "model.layers.1.mlp.gate.weight", torch.float32),
 }  # fmt: skip
 
 
@@ -99,6 +101,19 @@ def test_a_merged_folder_answers_as_the_live_model(name, tmp_path, monkeypatch):
     assert facts["kind"] == f"Hugging Face folder, {kind.lower()}" and facts["metadata"]["base"] == "base"
     with pytest.raises(rwkv_miss.UserError, match="is already a merge of"):
         rwkv_miss.merge_file(out, adapter, tmp_path / "twice")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="the test extra is absent")
+def test_a_change_that_depends_on_the_whole_matrix_of_an_expert_is_refused(tmp_path):
+    import transformers
+
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_key_value_heads=2)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    rwkv_miss.inject(model, "dora", targets=["gate_up_proj"], rank=4)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    with pytest.raises(rwkv_miss.UserError, match="by dora depends on the whole matrix, of which .*w1"):
+        rwkv_miss.merge_file(tmp_path / "base", tmp_path / "a.pth", tmp_path / "out")
 
 
 # the rest needs no transformers

@@ -30,6 +30,17 @@ RECORDED = ("tokenizer", "eod", "template")  # metadata that readers of a merged
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows(View):
+    """Tensor with some rows of a linear's matrix, as a file has the experts that a model has stacked.
+
+    first: its first row in the matrix. total: rows of the matrix.
+    """
+
+    first: int = 0
+    total: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """Adapter file, and the factor of its change.
 
@@ -42,6 +53,7 @@ class Member:
     weight: float = 1.0
     notes: Sequence[str] = ()  # for the user, about reading the file
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names in the base that differ
+    rows: Mapping[tuple[str, int], list[View]] = dataclasses.field(default_factory=dict)  # of stacked experts
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:
@@ -52,16 +64,19 @@ class Member:
         return self.method.Options.parse(self.metadata["options"])
 
     @functools.cached_property
-    def views(self) -> dict[str, View]:
-        """Map name of a linear -> its part of a weight of the base."""
-        views = views_of(self.metadata).items()
-        return {n: dataclasses.replace(v, key=self.places.get(v.key, v.key)) for n, v in views}
+    def views(self) -> list[tuple[str, View]]:
+        """Pair the name of each linear with its part of a weight of the base, or with several."""
+        pairs = []
+        for name, view in views_of(self.metadata).items():
+            own = dataclasses.replace(view, key=self.places.get(view.key, view.key))
+            pairs += [(name, part) for part in self.rows.get((view.key, view.index), [own])]
+        return pairs
 
     @functools.cached_property
     def by_weight(self) -> dict[str, dict[str, View]]:
         """Map key of an adapted weight -> its linears by name, each with its part of the weight."""
         found: dict[str, dict[str, View]] = {}
-        for name, view in self.views.items():
+        for name, view in self.views:
             found.setdefault(view.key, {})[name] = view
         return found
 
@@ -104,7 +119,7 @@ class Member:
         self._check_whole(base)
 
     def _check_linears(self, base: Mapping[str, Tensor]) -> None:
-        for name, view in self.views.items():
+        for name, view in self.views:
             if view.key not in base:
                 raise UserError(
                     f"the adapter changes {name}, which the base does not have; merge into the base it was"
@@ -117,13 +132,19 @@ class Member:
                     f"{view.key} of the base is {tuple(weight.shape)}, {weight.dtype}; a floating-point"
                     f" {expected} is expected"
                 )
-        for name, view in self.views.items():
-            shape = view.of(base[view.key]).shape
+        for name, view in self.views:
+            shape = _matrix(view, base[view.key]).shape
             try:
                 with torch.device("meta"):  # shapes alone: no byte is written yet
                     own = layer_tensors(self.method, name, shape, self.tensors)
                     layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
-                    self.method.merged_weight(torch.empty(shape), layer, self.options.at(name))
+                    self.method.merged_weight(weight := torch.empty(shape), layer, self.options.at(name))
+                    is_part = isinstance(view, Rows)
+                    if is_part and not self.method.of_file(weight, layer, self.options.at(name)).low_rank():
+                        raise UserError(
+                            f"a change by {self.metadata['method']} depends on the whole matrix, of which"
+                            f" {view.key} is a part; merge in memory: rwkv_miss.merge(model)"
+                        )
             except UserError as error:
                 raise UserError(
                     f"the adapter does not fit {name} of the base, {tuple(shape)}: {error}"
@@ -165,13 +186,15 @@ class Member:
         """Add the changes of a weight of the base to it, fp32."""
         for view, layer in self.layers(key, weight):
             layer.add_delta_to(layer.weight)  # which are the weight's own numbers, or a transposed copy
-            if view.transposed:
+            if isinstance(view, Rows):
+                weight.add_(layer.weight[view.first :][: len(weight)])
+            elif view.transposed:
                 view.of(weight).copy_(layer.weight)
 
     def layers(self, key: str, weight: Tensor) -> Iterator[tuple[View, AdapterLinear]]:
         """Make the adapted linears of a weight of the base, fp32."""
         for name, view in self.by_weight[key].items():
-            matrix = view.of(weight).contiguous()
+            matrix = _matrix(view, weight).contiguous()
             tensors = layer_tensors(self.method, name, matrix.shape, self.tensors)
             yield view, self.method.of_file(matrix, tensors, self.options.at(name))
 
@@ -183,7 +206,9 @@ class Member:
         """
         out.zero_()
         for view, layer in self.layers(key, weight):
-            if not fast or layer.low_rank() is None or view.transposed:
+            if isinstance(view, Rows):
+                out.copy_(layer.delta()[view.first :][: len(out)])
+            elif not fast or layer.low_rank() is None or view.transposed:
                 view.of(out).copy_(layer.delta())
             else:
                 layer.add_delta_to(view.of(out))  # the same for any weight
@@ -199,6 +224,13 @@ class Member:
             "step": self.metadata.get("step"),
         }
         return facts if self.weight == 1 else {**facts, "weight": self.weight}
+
+
+def _matrix(view: View, weight: Tensor) -> Tensor:
+    """Return a linear's matrix of a weight of the base; of a part of its rows zeros, which are the others."""
+    if isinstance(view, Rows):
+        return weight.new_zeros(view.total, weight.shape[1])
+    return view.of(weight)
 
 
 def is_state(name: str) -> bool:
