@@ -1,4 +1,4 @@
-"""What peft's files have beyond two factors of a linear, brought into this package's forms.
+"""Parts of peft's files beyond two factors of a linear, brought into this package's forms.
 
 Some follow from the base alone: a row of an embedding, a bias, what KaSA took out of the weight. For these
 the user gives it (Hints.base).
