@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .functional import without_autocast
 
 LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
@@ -202,11 +203,12 @@ class EmbeddingForm:
 
     def forward(self, ids: Tensor) -> Tensor:
         """Compute the rows of W^T + delta^T, ids (...) -> (..., out), by the factors where there are some."""
-        if (factors := self.low_rank()) is None:
-            return self._rows(ids, (self.base_weight() + self.delta()).t()).to(self.stored.dtype)
-        A, B = factors
-        rows = self.base_forward(ids)
-        return (rows + F.linear(self._rows(ids, A.t()), B)).to(rows.dtype)
+        with without_autocast(ids.device):
+            if (factors := self.low_rank()) is None:
+                return self._rows(ids, (self.base_weight() + self.delta()).t()).to(self.stored.dtype)
+            A, B = factors
+            rows = self.base_forward(ids)
+            return (rows + F.linear(self._rows(ids, A.t()), B)).to(rows.dtype)
 
     def base_forward(self, ids: Tensor) -> Tensor:
         if self.changes_frozen_weight():
@@ -225,7 +227,8 @@ class ReadForm:
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Compute the matrix with its change, in its dtype."""
-        return (self.base_weight() + self.delta()).to(matrix.dtype)
+        with without_autocast(matrix.device):
+            return (self.base_weight() + self.delta()).to(matrix.dtype)
 
     def base_forward(self, matrix: Tensor) -> Tensor:
         return self.base_weight().to(matrix.dtype) if self.changes_frozen_weight() else matrix

@@ -244,6 +244,15 @@ def test_a_read_weight_is_computed_once_a_forward_and_comes_back_after_an_error(
         model.experts.up  # noqa: B018
 
 
+def test_weights_and_rows_are_changed_in_fp32_also_under_autocast():
+    model, _ = mixed("lora", targets=["emb", "up"])
+    filled(model)
+    ids = torch.arange(20)
+    rows, weight = model.emb(ids), model.experts.up
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.emb(ids), rows) and torch.equal(model.experts.up, weight)
+
+
 def test_an_adapted_model_is_compiled_copied_and_pickled():
     model, _ = mixed()
     ids = torch.arange(20)[None]
