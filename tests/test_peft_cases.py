@@ -254,6 +254,24 @@ def test_peft_loads_what_was_trained_here(kind, options, tmp_path):
             convert(tmp_path / "a.pth", tmp_path / "other", to)
 
 
+@pytest.mark.parametrize("kind", ["lora", "miss"])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_experts_that_were_trained_here(kind, tmp_path):
+    torch.manual_seed(0)
+    base, x = Moe(), torch.randn(9, 10)
+    model = copy.deepcopy(base)
+    rwkv_miss.inject(model, kind, targets=["gate_up", "down"], rank=3)
+    filled(model)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "peft", "lora", Hints(base=written(base, tmp_path)))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft")
+    close("peft", answers(theirs, x), answers(model, x), 1e-5)
+    rwkv_miss.inject(few := copy.deepcopy(base), "lora", targets=["experts.adapted.down.1"], rank=3)
+    rwkv_miss.save_adapter(few, tmp_path / "few.pth")
+    with pytest.raises(rwkv_miss.UserError, match="without dropout, for all of experts.down; merge"):
+        convert(tmp_path / "few.pth", tmp_path / "other", "lora")
+
+
 def written(base, folder):
     rwkv_miss.write_checkpoint(folder / "base.pth", base.state_dict().items())
     return str(folder / "base.pth")

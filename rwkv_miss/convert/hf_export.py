@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..files.output import write_folder, write_json
 from ..files.safetensors_io import write_safetensors
-from ..targets import views_of
+from ..targets import View, views_of
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of
 from .peft_forms import FORMS, PARTS, Folder, as_lora, own_factors, refuse
@@ -141,14 +142,50 @@ def _views_in_peft(adapter: Adapter, folder: Folder) -> set[str]:
     for name, view in views.items():
         if not view.is_plain and (kind not in ("LORA", "VERA") or kind == "VERA" and view.lookup):
             refuse(adapter, f"peft's {kind} adapts linears alone, and {name} is none")
-        if view.key != f"{name}.weight":
+        if view.key != f"{name}.weight" and view.index is None:
             raise UserError(
-                f"{name} is a part of {view.key}, which --to {Lora.name} and peft have no form for; merge the"
+                f"{name} changes {view.key}, which a model reads, and peft has no form for that; merge the"
                 " adapter into its base (rwkv-miss merge), or keep its own file"
             )
-    if any(view.transposed and not view.lookup for view in views.values()):
+    if any(view.transposed and not view.lookup and view.index is None for view in views.values()):
         folder.config["fan_in_fan_out"] = True
+    _stack_experts(folder, {name: view for name, view in views.items() if view.index is not None})
     return {name for name, view in views.items() if view.lookup}
+
+
+def _stack_experts(folder: Folder, views: dict[str, View]) -> None:
+    """Write the LoRAs of experts as peft has them: A (experts r, in) and B (out, r experts) of a parameter.
+
+    A module with several parameters has a wrapper for each, that of the first one inside the others.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name, view in views.items():
+        stacks.setdefault(view.key, []).append(name)
+    modules: dict[str, list[str]] = {}
+    for key, names in stacks.items():
+        modules.setdefault(key.rpartition(".")[0], []).append(key)
+        names.sort(key=lambda name: views[name].index)
+        config = folder.config
+        special = {
+            n.removeprefix("^") for f in ("rank_pattern", "alpha_pattern") for n in config.get(f) or ()
+        }
+        whole = [views[name].index for name in names] == list(range(len(names)))
+        if special & set(names) or not whole or config["use_dora"] or config["lora_dropout"]:
+            raise UserError(
+                f"peft has one LoRA of r and lora_alpha, without dropout, for all of {key}; merge the adapter"
+                " into its base (rwkv-miss merge), or keep its own file"
+            )
+    for module, keys in modules.items():
+        for depth, key in enumerate(reversed(keys)):
+            parts = {
+                factor: [folder.tensors.pop(f"{name}.lora_{factor}.weight") for name in stacks[key]]
+                for factor in "AB"
+            }
+            wrapper = module + ".base_layer" * depth
+            folder.tensors[f"{wrapper}.lora_A.weight"] = torch.cat(parts["A"])
+            folder.tensors[f"{wrapper}.lora_B.weight"] = torch.stack(parts["B"], 2).flatten(1)
+    if stacks:
+        folder.config["target_parameters"] = list(stacks)
 
 
 def origin_layout(origin: dict[str, Any]) -> str:
@@ -177,7 +214,8 @@ def new_config(
 ) -> dict[str, Any]:
     """Build a configuration; facts about the model come from `theirs`, if the adapter came from peft."""
     about_model = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
-    linears, arch = adapter.metadata["linears"], adapter.metadata.get("arch")
+    views, arch = views_of(adapter.metadata), adapter.metadata.get("arch")
+    linears = [name for name, view in views.items() if view.index is None]
     named = {}
     for field in ("rank_pattern", "alpha_pattern"):
         if field in folder.config:
