@@ -425,7 +425,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
-        if target and not target.view.is_plain:
+        if target and not target.view.is_weight_of(target.name):
             adapted.view = target.view
         if target and target.form == READ:
             adapted.__dict__.update(owner=target.owner, view=target.view)  # no submodule

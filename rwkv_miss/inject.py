@@ -806,7 +806,11 @@ def _named_as_here(
     described = {
         "options": options,
         "linears": [names[name] for name in metadata["linears"]],
-        "views": {names[name]: dataclasses.asdict(view) for name, view in views.items() if not view.is_plain},
+        "views": {
+            names[name]: dataclasses.asdict(view)
+            for name, view in views.items()
+            if not view.is_weight_of(names[name])
+        },
     }
     return renamed, {**metadata, **described}
 

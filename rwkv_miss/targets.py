@@ -65,9 +65,9 @@ class View:
         """Tell whether a tensor has such a matrix."""
         return tensor.dim() == (2 if self.index is None else 3) and (self.index or 0) < len(tensor)
 
-    @property
-    def is_plain(self) -> bool:
-        return not self.transposed and self.index is None and self.key.endswith(".weight")
+    def is_weight_of(self, name: str) -> bool:
+        """Tell whether it is the whole weight of the linear of this name."""
+        return self == View(f"{name}.weight")
 
 
 def views_of(metadata: Mapping[str, Any]) -> dict[str, View]:

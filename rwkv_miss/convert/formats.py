@@ -156,7 +156,7 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
     for other, name in adapter.metadata["tied"].items():
         raise UserError(f"{name} is trained as a whole, and {other} is the same tensor, {way}")
     for linear, view in views_of(adapter.metadata).items():
-        if not view.is_plain and to not in ("peft", "lora"):
+        if not view.is_weight_of(linear) and to not in ("peft", "lora"):
             raise UserError(f"{linear} is no linear of RWKV, {way}")
         if f"{linear}.bias" in adapter.tensors:
             raise UserError(f"{linear}.bias is trained as a whole beside the linear's adapter, {way}")

@@ -140,7 +140,7 @@ def _views_in_peft(adapter: Adapter, folder: Folder) -> set[str]:
     """
     kind, views = folder.config["peft_type"], views_of(adapter.metadata)
     for name, view in views.items():
-        if not view.is_plain and (kind not in ("LORA", "VERA") or kind == "VERA" and view.lookup):
+        if not view.is_weight_of(name) and (kind not in ("LORA", "VERA") or kind == "VERA" and view.lookup):
             refuse(adapter, f"peft's {kind} adapts linears alone, and {name} is none")
         if view.key != f"{name}.weight" and view.index is None:
             raise UserError(
