@@ -315,6 +315,9 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
         assert (quantised().state_dict().keys() - model.state_dict().keys()) == set()
     with pytest.raises(rwkv_miss.UserError, match="0.weight is quantised; save the adapter and merge the"):
         rwkv_miss.merge(model)
+    answer = quantised()(x)
+    close("the base again", rwkv_miss.unload(model)(x), answer, 0.01 if asked else 1e-5)
+    assert type(model[0]) is type(quantised()[0])
     with pytest.raises(rwkv_miss.UserError, match="PiSSA changes the frozen weight, which is quantised"):
         rwkv_miss.inject(quantised(), "pissa", targets=["0"], rank=4)
 

@@ -95,7 +95,8 @@ def unload(model: nn.Module) -> nn.Module:
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is None:
         for name, layer in layers.items():
-            _check(layer.key(name), layer.stored)
+            if not is_of_others(layer.stored):  # whose module is there again, with its own weight
+                _check(layer.key(name), layer.stored)
         for layer in layers.values():
             layer.revert()
         put_parameters(model, injection.first)
