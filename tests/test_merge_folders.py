@@ -184,6 +184,7 @@ def test_tensors_are_made_one_after_the_other_and_a_failure_leaves_nothing(adapt
     [
         ("full", "out holds mine; choose another name, or empty the folder"),
         ("into itself", "base is an input; choose another name"),
+        ("m.safetensors", "m.safetensors is the name of a file; name a folder to write, or a .pth"),
         ("no shard", "model-2.safetensors is missing: model.safetensors.index.json names 2 files of weights"),
         ("pickles", "has neither .* but pytorch_model.bin; transformers' from_pretrained"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\): .*"
@@ -198,6 +199,8 @@ def test_what_is_refused_leaves_nothing(what, words, adapter, tmp_path):
     if what == "full":
         out.mkdir()
         (out / "mine").write_text("x")
+    elif what in ("into itself", "m.safetensors"):
+        out = base if what == "into itself" else tmp_path / what
     elif what == "no shard":
         (base / "model-2.safetensors").unlink()
     elif what == "pickles":
@@ -212,6 +215,6 @@ def test_what_is_refused_leaves_nothing(what, words, adapter, tmp_path):
             tensors = {"a.weight": torch.ones(3, 7), "b.weight": torch.ones(5, 3)}
         save_file(tensors, base / "model.safetensors")
     with pytest.raises(rwkv_miss.UserError, match=words):
-        rwkv_miss.merge_file(base, adapter, base if what == "into itself" else out)
+        rwkv_miss.merge_file(base, adapter, out)
     left = ["a.pth", "base", *(["out"] if what == "full" else [])]
     assert sorted(os.listdir(tmp_path)) == left

@@ -26,7 +26,7 @@ from ..files.model_files import name_of, read_model, weight_paths
 from ..files.output import refuse_inputs, require_writable
 from ..files.provenance import Provenance
 from ..files.safetensors_io import file_order, is_safetensors
-from ..files.weight_files import check_new_folder, read_weights, write_like
+from ..files.weight_files import WEIGHT_ENDINGS, check_new_folder, read_weights, write_like
 from ..files.wrapped import is_model
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
@@ -222,6 +222,8 @@ def merge_file(
     _refuse_quantised(base, paths, out)
     to_folder = is_folder(base) and not os.fspath(out).endswith(".pth")
     if to_folder:
+        if os.fspath(out).endswith(WEIGHT_ENDINGS):
+            raise UserError(f"{out} is the name of a file; name a folder to write, or a .pth")
         refuse_inputs(out, base, *paths)
         check_new_folder(out)
     else:
