@@ -432,7 +432,7 @@ def test_a_base_that_is_overwritten_ends_the_server(files, letters, tmp_path, al
         server.thread.join(20)
         assert not server.thread.is_alive()
         server.engine.prompts.clear()
-    assert isinstance(server.dispatcher.worker.changed_file, ChangedFile)
+    assert isinstance(server.dispatcher.worker.fatal, ChangedFile)
 
 
 def test_an_only_adapter_of_whole_tensors_is_merged_on_loading(files, letters, tmp_path, capsys):  # noqa: F811

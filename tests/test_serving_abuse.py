@@ -5,8 +5,11 @@ own end while they ask.
 import concurrent.futures
 import http.client
 import json
+import os
 import random
+import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -18,9 +21,15 @@ pytest.importorskip("httpx", reason="NO httpx (the extra test has it): the serve
 import httpx
 
 from benchmarks.serve_fuzz import mutated, sent
+from demo import serve
+from src.data.tokenizer import load_tokenizer
+from src.inference.engine import Engine
+from src.serving import program
 from src.serving.limits import Limits
+from src.serving.served_models import ServedModels
+from src.serving.uvicorn_server import bound
 
-from .serving import scripted
+from .serving import Scripted, no_adapters, records, scripted
 
 HI = [{"role": "user", "content": "hi"}]
 ENDLESS = "word " * 3000
@@ -136,22 +145,65 @@ def test_300_damaged_requests_leave_nothing_behind(caplog, capfd):
     assert "Traceback" not in caplog.text and "Traceback" not in capfd.readouterr().err
 
 
-def test_an_engine_that_breaks_lets_nobody_wait(capfd):
-    with scripted(ENDLESS, pause=0.001) as server:
-        client = opened(server, {**LONG, "stream": True})
-        server.engine.decoder.step = None
-        whole = b""
-        while part := client.recv(65536):
-            whole += part
-            if b"[DONE]" in whole:
-                break
-        client.close()
-        assert b'"error":{"message":"the engine stopped' in whole
-        assert httpx.get(f"{server.url}/health").status_code == 503
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI})
-        assert reply.status_code == 503 and reply.json()["error"]["code"] == "broken"
-        server.engine.rows.clear()
-    assert "TypeError" in capfd.readouterr().err  # for the operator
+def fail_once(decoder, error):
+    """Make the decoder's next step raise; those after it are as before."""
+    good = decoder.step
+
+    def step(*given):
+        decoder.step = good
+        raise error
+
+    decoder.step = step
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_answered(capfd):
+    with scripted(ENDLESS, rows=2, pause=0.001) as server, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        url = f"{server.url}/v1/chat/completions"
+        for failure in (MemoryError("planted"), RuntimeError("planted, too")):
+            asked = [
+                pool.submit(httpx.post, url, json={**LONG, "stream": stream}, timeout=60)
+                for stream in (True, False, False)  # the third one waits for a row
+            ]
+            until(lambda: (server.engine.running, server.engine.waiting) == (2, 1))
+            fail_once(server.engine.decoder, failure)
+            streamed, whole, waited = (reply.result() for reply in asked)
+            assert streamed.text.endswith("data: [DONE]\n\n") and streamed.status_code == 200
+            last = json.loads(streamed.text.split("data: ")[-2])["error"]
+            assert last == whole.json()["error"] == waited.json()["error"]
+            assert whole.status_code == waited.status_code == 500
+            assert type(failure).__name__ in last["message"] and last["type"] == "server_error"
+            assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+            reply = httpx.post(url, json={"messages": HI, "max_tokens": 4})
+            assert reply.json()["choices"][0]["message"]["content"] == "word"
+        assert "rwkv_engine_failures 2" in httpx.get(f"{server.url}/metrics").text.splitlines()
+    assert capfd.readouterr().err.count("planted") == 2  # for the operator
+
+
+@pytest.mark.parametrize("part", ["step", "refresh"])
+def test_an_engine_that_cannot_go_on_ends_the_process_with_a_code(part, capfd):
+    """A step that fails twice, or an engine that can't be made ready after the first failure."""
+    tokenizer = load_tokenizer("bytes", 256)
+    decoder = Scripted(4, ENDLESS)
+    decoder.step = None
+    if part == "refresh":
+        decoder.refresh = None
+    served = ServedModels("tiny", no_adapters(), records(tokenizer), 1.0, None)
+    loaded = program.Serving(Engine(decoder, tokenizer, chunk=64, reads_first=False), served, "")
+    args, listener = serve.parse(["--model", "tiny.pth", "--rows", "4"]), bound("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+    listener.listen()  # so that the client may ask before the server has begun
+    else_end = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
+    else_end.start()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ask = [{"prompt": "Q", "max_tokens": 3}] * (2 if part == "step" else 1)
+        asked = pool.submit(lambda: [httpx.post(url, json=body, timeout=60) for body in ask])
+        with pytest.raises(SystemExit) as ended:
+            program.serve(args, Limits(finishing=5), listener, loaded)
+        else_end.cancel()
+        replies = [reply.json()["error"] for reply in asked.result()]
+    assert ended.value.code == 70
+    assert "the server ends" in replies[-1]["message"] and "TypeError" in capfd.readouterr().err
+    assert all("try again" in reply["message"] for reply in replies[:-1])
 
 
 def test_what_runs_is_finished_at_the_end():

@@ -112,6 +112,12 @@ class Engine:
         self.decoder.refresh()
         self.cache.clear()
 
+    def reset(self) -> None:
+        """Drop all requests, as after a step that failed: nothing that it left half done is used again."""
+        self.prompts.clear()
+        self.rows.clear()
+        self.refresh()
+
     def step(self) -> list[Answer]:
         """Run a token for every row, then read prompts into free rows, by reads_first.
 

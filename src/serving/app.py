@@ -99,6 +99,7 @@ class Routes:
                 ("answers_waiting", "Answers that wait for a row.", dispatcher.waiting),
                 ("rows", "Answers that the server writes at once.", dispatcher.rows),
                 ("engine_steps", "Steps of the engine so far.", dispatcher.worker.steps),
+                ("engine_failures", "Steps that failed.", dispatcher.worker.failures),
                 ("adapters", "Adapters that are loaded.", len(dispatcher.served.entries)),
             ]
         )

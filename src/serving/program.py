@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import NamedTuple
 
+from rwkv_miss.files.mapped import ChangedFile
 from rwkv_miss.progress import Progress
 
 from ..common.available_memory import parse_size, resident
@@ -27,6 +28,7 @@ from .request_parsing import Defaults
 from .served_models import Records, ServedModels
 from .uvicorn_server import Server, bound
 
+FAILED = 70  # exit code if the engine can't go on: "internal software error" in sysexits.h
 SECONDS = 0.06  # seconds for reading a chunk of a prompt, while others wait for their next token
 
 
@@ -110,5 +112,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
         server.run()
     finally:
         dispatcher.worker.close()
-    if dispatcher.worker.changed_file:
-        raise dispatcher.worker.changed_file
+    if isinstance(dispatcher.worker.fatal, ChangedFile):
+        raise dispatcher.worker.fatal
+    if dispatcher.worker.fatal:
+        sys.exit(FAILED)  # the traceback was printed when it happened

@@ -110,7 +110,7 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Server that ends at SIGTERM or SIGINT: running answers may finish, for limits.finishing seconds.
 
-    It also ends when a file of the model was overwritten.
+    It also ends when the worker can't go on.
     """
 
     def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, when_ready: Callable[[], None]):
@@ -145,7 +145,7 @@ class Server(uvicorn.Server):
             self.when_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self.dispatcher.worker.changed_file is not None
+        return await super().on_tick(counter) or self.dispatcher.worker.fatal is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.dispatcher.closing = True

@@ -2,6 +2,9 @@
 
 The engine is not for two threads. Calls of the loop go through a queue; the engine's results come back by
 loop.call_soon_threadsafe. An idle engine waits at the queue and takes no time.
+
+A step that fails ends the requests that the engine had, and the engine goes on with the next ones. If none
+of them gets on before the next failure, the process has to end: see `fatal`.
 """
 
 from __future__ import annotations
@@ -77,9 +80,10 @@ class Worker:
         self.sent: dict[
             int, tuple[int, int]
         ] = {}  # characters and tokens of an answer that its job has received
-        self.broken = ""  # error of the engine itself
-        self.changed_file: ChangedFile | None = None  # why the whole server has to end
-        self.steps = 0
+        self.broken = ""  # what clients are told from the fatal error on
+        self.fatal: Exception | None = None  # why the whole server has to end
+        self.steps = self.failures = 0
+        self.went_well = True  # since the last failure
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -156,19 +160,19 @@ class Worker:
             try:
                 work = self.inbox.get(block=wait)
             except queue.Empty:
-                self._step()
-                continue
+                work = self._step
             if work is None:
                 return
-            work()
+            try:
+                work()
+            except Exception as error:  # a bug, or memory ran out: no client may wait for ever
+                self._fail(error)
 
     def _step(self) -> None:
-        try:
-            changed = self.engine.step()
-        except Exception as error:  # a bug, or memory ran out: no client may wait for ever
-            self._break(error)
-            return
+        changed = self.engine.step()
         self.steps += 1
+        # a first token says that prompts can be read, and not yet that rows can go on
+        self.went_well |= any(len(one.tokens) > 1 or one.finish in ("stop", "length") for one in changed)
         by_job: dict[int, tuple[Job, list[Piece]]] = {}
         for answer in changed:
             followed = self.followed.get(id(answer))
@@ -195,24 +199,42 @@ class Worker:
             del self.followed[key], self.sent[key]
         return piece
 
-    def _break(self, error: Exception) -> None:
-        """End all running and coming answers with an error."""
+    def _fail(self, error: Exception) -> None:
+        """End all requests of the engine with an error, and make it ready for the next ones.
+
+        It is fatal if a file of the model changed, if nothing went well since the last failure, or if the
+        engine can't be made ready.
+        """
+        self.failures += 1
         if isinstance(error, ChangedFile):
             # the server's operator is told which one
-            self.broken = "the server ends, because a file of its model was overwritten"
-            self.changed_file = error
+            self.fatal, self.broken = error, "the server ends, because a file of its model was overwritten"
         else:
             traceback.print_exc()
-            self.broken = f"the engine stopped: {type(error).__name__}; start the server again"
+            if not self.went_well or not self._is_reset():
+                self.fatal = error
+                self.broken = f"the engine failed again: {type(error).__name__}; the server ends"
+        self.went_well = False
+        failed = f"the engine failed: {type(error).__name__}; this ended all requests that it had, try again"
+        message = self.broken or failed
         for job in {id(found.job): found.job for found in self.followed.values()}.values():
             pieces = [
-                Piece(index, "", 0, (), "error", self.broken, 0)
+                Piece(index, "", 0, (), "error", message, 0)
                 for index, answer in enumerate(job.answers)
                 if id(answer) in self.followed
             ]
             self._deliver(job, pieces)
         self.followed.clear()
         self.sent.clear()
+
+    def _is_reset(self) -> bool:
+        """Make the engine drop what it had; returns False if it can't."""
+        try:
+            self.engine.reset()
+        except Exception:
+            traceback.print_exc()
+            return False
+        return True
 
     @staticmethod
     def _deliver(job: Job, pieces: list[Piece]) -> None:
