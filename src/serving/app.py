@@ -98,6 +98,7 @@ class Routes:
                 ("answers_running", "Answers that have a row.", dispatcher.open - dispatcher.waiting),
                 ("answers_waiting", "Answers that wait for a row.", dispatcher.waiting),
                 ("rows", "Answers that the server writes at once.", dispatcher.rows),
+                ("prompt_chunk", "Tokens of a prompt that are read at once.", dispatcher.worker.engine.chunk),
                 ("engine_steps", "Steps of the engine so far.", dispatcher.worker.steps),
                 ("engine_failures", "Steps that failed.", dispatcher.worker.failures),
                 ("adapters", "Adapters that are loaded.", len(dispatcher.served.entries)),

@@ -88,8 +88,7 @@ def add_engine(add: Callable) -> None:
         "--chunk",
         type=int,
         default=0,
-        help="tokens of a prompt that are read at once; 0: as many as the machine reads in 60 ms, measured"
-        " at the start",
+        help="tokens of a prompt that are read at once, while other answers wait; 0: by the model's shape",
     )
 
 

@@ -16,7 +16,7 @@ from ..common.formatting import counted, size_text
 from ..data.released import modes_note
 from ..data.templates import choose_template
 from ..inference.adapters import Adapters
-from ..inference.decoders import fastest, measured_chunk
+from ..inference.decoders import fastest, prompt_chunk
 from ..inference.engine import Engine
 from ..inference.flags import PromptSettings, decoder_options, load_named
 from ..inference.load import refuse_folders
@@ -29,7 +29,6 @@ from .served_models import Records, ServedModels
 from .uvicorn_server import Server, bound
 
 FAILED = 70  # exit code if the engine can't go on: "internal software error" in sysexits.h
-SECONDS = 0.06  # seconds for reading a chunk of a prompt, while others wait for their next token
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,8 +58,7 @@ def load(args: argparse.Namespace) -> Serving:
     served = ServedModels(name, adapters, records, args.scale, args.adapter_dir)
     with Progress("preparing the weights"):
         decoder, how = fastest(adapters.model, adapters, args.rows, **decoder_options(args))
-    with Progress("timing this machine"):
-        chunk = args.chunk or measured_chunk(decoder, SECONDS)
+    chunk = args.chunk or prompt_chunk(decoder)
     engine = Engine(decoder, tokenizer, chunk, reads_first=False, cache_bytes=cache)
     return Serving(engine, served, how)
 
@@ -87,7 +85,14 @@ def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loa
     origins = frozenset(origin.rstrip("/") for origin in args.cors_origin)
     defaults = Defaults(args.max_tokens, args.system, chosen_sampling(args), args.seed)
     app, dispatcher = assemble(
-        engine, served, defaults, limits, Guard(args.api_key, hosts, origins), device=how, rows=args.rows
+        engine,
+        served,
+        defaults,
+        limits,
+        Guard(args.api_key, hosts, origins),
+        device=how,
+        rows=args.rows,
+        chunk=engine.chunk,
     )
 
     def say_where() -> None:
