@@ -6,17 +6,20 @@ from collections.abc import Sequence
 
 from ..data.chat_template import before_stops
 from ..data.tokenizer import Tokenizer
+from .constraint import Constraint
 
 
 class AnswerText:
     """Text of an answer that grows token by token.
 
     `shown` is the text so far, in whole characters. A possible beginning of a stop is in `held`, until it
-    turns out to be none. `is_whole` tells whether the tokens end where a character ends.
+    turns out to be none. `is_whole` tells whether the tokens end where a character ends. With a constraint,
+    that one tells the end, and knows the stops.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), constraint: Constraint | None = None):
         self.eod, self.decoder, self.stops = tokenizer.eod, tokenizer.decoder(), stops
+        self.constraint = constraint
         self.tokens: list[int] = []
         self.shown, self.held = "", ""
         self.ended = ""  # the end that came: document, stop, or nothing so far
@@ -37,12 +40,21 @@ class AnswerText:
             self.ended = "document"
             return self.close()
         text = self.held + self.decoder.push(token)
-        before = before_stops(text, self.stops)
-        safe = len(before) - overlap(before, self.stops)
+        before, held, ended = self._cut(token, text)
+        safe = len(before) - held
         self.shown, self.held = self.shown + before[:safe], before[safe:]
-        if len(before) < len(text):
+        if ended:
             self.ended = "stop"
             self.close()
+
+    def _cut(self, token: int, text: str) -> tuple[str, int, bool]:
+        """Return (the text before a stop, characters at its end that may begin one, whether it has ended)."""
+        if constraint := self.constraint:
+            constraint.accept(token)
+            before = text[: len(text) - constraint.held] if constraint.ended else text
+            return before, 0 if constraint.ended else constraint.held, constraint.ended
+        before = before_stops(text, self.stops)
+        return before, overlap(before, self.stops), len(before) < len(text)
 
     def close(self) -> None:
         """End the answer: held text is shown."""

@@ -14,6 +14,7 @@ from rwkv_miss.errors import UserError
 
 from ..model import State
 from .adapters import BASE, Applied
+from .constraint import Form
 from .sampling import GREEDY, Drawn, Sampling
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
@@ -37,6 +38,7 @@ class Request:
     # The cache keeps the state after the answer for the next turn of its conversation, and this prompt may
     # begin with one of an earlier answer. Its last bits are those of single tokens, not of chunks.
     continues: bool = False
+    form: Form | None = None  # of the answers; stops count only where it may end
 
     def check(self, vocab_size: int) -> None:
         """Raise UserError for numbers that make no sense."""
@@ -62,7 +64,9 @@ class Answer:
     # drawn tokens, with an end of document, and with those that a stop cut off
     tokens: list[int] = dataclasses.field(default_factory=list)
     text: str = ""  # whole characters, without a possible beginning of a stop
-    finish: Finish = ""  # stop: end of document or a text of stops; length: max_tokens or characters
+    # stop: end of document, a text of stops, a complete form; length: max_tokens, characters, or a form that
+    # became too complex
+    finish: Finish = ""
     error: UserError | None = None
     logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
     cached_tokens: int = 0  # tokens of the prompt whose state was cached

@@ -23,10 +23,11 @@ class RunningAnswer:
     def __init__(self, answer: Answer, tokenizer: Tokenizer):
         request = answer.request
         self.answer, self.tokenizer = answer, tokenizer
-        self.text = AnswerText(tokenizer, request.stops)
+        constraint = request.form.start(request.stops) if request.form else None
+        self.text = AnswerText(tokenizer, request.stops, constraint)
         answer.tokens = self.text.tokens
         seen = FadedCounts(request.sampling)
-        self.drawing = RowInputs(request.sampling, seen, answer.generator(), request.logprobs)
+        self.drawing = RowInputs(request.sampling, seen, answer.generator(), request.logprobs, constraint)
         self.keeps_state = request.keep_state or request.continues
         self.states: dict[int, tuple[int, State]] = {}
         self.read: list[int] = []  # the tokens of the answer that the final state has read
@@ -36,6 +37,8 @@ class RunningAnswer:
         answer, text, request = self.answer, self.text, self.answer.request
         if drawn.error:
             raise drawn.error
+        if text.constraint and text.constraint.exhausted:
+            return self._give_up()
         self.drawing.seen.add(drawn.token)
         if request.logprobs is not None:
             answer.logprobs.append(drawn)
@@ -56,6 +59,11 @@ class RunningAnswer:
             self._finish_state(decoder)
         else:
             self._forget_states()
+
+    def _give_up(self) -> None:
+        """End the answer without the token just drawn, and without its state."""
+        self.text.close()
+        self.answer.text, self.answer.finish = self.text.shown, "length"
 
     def _forget_states(self) -> None:
         """Drop the states that an answer of at least the text shown so far can't go back to."""

@@ -21,6 +21,7 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import begins_thoughts
 from ..ops import PLAIN, native, self_test
+from .constraint import Constraint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,20 +123,34 @@ class RowInputs:
     """Inputs to the choice of one row's token.
 
     `seen`: the answer so far; None is an empty one. `generator` gives one number a token, if the sampling is
-    not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest.
+    not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest. The token
+    is one that the constraint allows.
     """
 
     sampling: Sampling
     seen: FadedCounts | None = None
     generator: torch.Generator | None = None
     logprobs: int | None = None
+    constraint: Constraint | None = None
+
+    def lowered(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids (n,) int64, amounts (n,) fp32): the logits to lower, to nothing where the constraint
+        allows no token. Of an id that stands twice, the last amount is the larger one."""
+        ids, amounts = np.empty(0, np.int64), np.empty(0, np.float32)
+        if self.seen and len(self.seen.ids):
+            ids, amounts = self.seen.ids, self.seen.penalties()
+        if self.constraint:
+            barred = np.flatnonzero(~self.constraint.mask())
+            ids = np.concatenate([ids, barred])
+            amounts = np.concatenate([amounts, np.full(len(barred), np.inf, np.float32)])
+        return ids, amounts
 
 
 class Drawn(NamedTuple):
     """Token of a row, or an error instead.
 
     `logprob` is ln p of the token, `likeliest` holds (token, ln p), the likeliest first. p is the raw
-    distribution's, before penalties and temperature.
+    distribution's, before penalties, temperature and constraint.
     """
 
     token: int | None
@@ -207,20 +222,20 @@ def choose_native(
 
 
 def _fill(choice: Choice, row: RowInputs, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """Fill a row's Choice for the native code; returns the arrays that it points to: penalties, ids, ln p."""
-    sampling, seen = row.sampling, row.seen
+    """Fill a row's Choice for the native code; returns the arrays that it points to: the last two are ids and
+    their ln p."""
+    sampling = row.sampling
     choice.temperature = 0.0 if sampling.greedy else sampling.temperature
     choice.top_p, choice.top_k, choice.uniform = sampling.top_p, min(sampling.top_k, vocabulary), uniform
-    penalties = ids = logprobs = np.empty(0)
-    if seen and len(seen.ids):
-        penalties = seen.penalties()
-        choice.penalised, choice.ids = len(penalties), seen.ids.ctypes.data
-        choice.penalties = penalties.ctypes.data
+    ids = logprobs = np.empty(0)
+    lowered, penalties = row.lowered()
+    choice.penalised, choice.ids = len(lowered), lowered.ctypes.data
+    choice.penalties = penalties.ctypes.data
     choice.logprobs = -1 if row.logprobs is None else min(row.logprobs, vocabulary)
     if row.logprobs:
         ids, logprobs = np.empty(choice.logprobs, np.int64), np.empty(choice.logprobs)
         choice.likeliest, choice.likeliest_logprobs = ids.ctypes.data, logprobs.ctypes.data
-    return penalties, ids, logprobs
+    return lowered, penalties, ids, logprobs
 
 
 def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Drawn:
@@ -228,7 +243,7 @@ def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Dr
         return Drawn(None, error=_overflow(choice.largest))
     if row.logprobs is None:
         return Drawn(choice.token)
-    _, ids, logprobs = arrays
+    *_, ids, logprobs = arrays
     return Drawn(choice.token, choice.logprob, list(zip(ids.tolist(), logprobs.tolist())))
 
 
@@ -240,10 +255,10 @@ def choose_numpy(
 
 
 def _choose_one(raw: np.ndarray, row: RowInputs, uniform: float) -> Drawn:
-    values = raw
-    if row.seen and len(row.seen.ids):
+    values, (lowered, penalties) = raw, row.lowered()
+    if len(lowered):
         values = raw.copy()
-        values[row.seen.ids] -= row.seen.penalties()
+        values[lowered] -= penalties
     if not np.isfinite(largest := values.max()):
         return Drawn(None, error=_overflow(largest))
     token = int(values.argmax()) if row.sampling.greedy else _draw(values, row.sampling, uniform)

@@ -1,0 +1,189 @@
+"""Constraints: answers that can only have a given form, such as JSON of a schema.
+
+The package `llguidance` reads the grammar of a form and tells which tokens may come next. A grammar is of
+bytes, so every text has all its encodings. An answer ends as soon as its form is complete. Where the form may
+end but need not, the end of document and the stops are allowed beside what continues it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from ..common.formatting import short
+from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+
+# the worst schemas of this size take 0.4 s and 14 MB: 2,000 properties, all of them optional
+LONGEST = 1 << 16  # bytes of a grammar
+LEXER_STATES = 5000  # of a grammar: at most 10 MB
+
+
+class Constraint(Protocol):
+    """Constraint of one answer, which takes its tokens one after another."""
+
+    ended: bool  # whether the answer is complete
+    exhausted: bool  # whether the form became too complex to go on
+    # characters at the end of the text: the stop of an ended answer, or what may begin one
+    held: int
+
+    def mask(self) -> np.ndarray:
+        """Return the tokens that may come next, (V,) bool."""
+
+    def accept(self, token: int) -> None:
+        """Take the next token, one of the mask's."""
+
+
+class Form(Protocol):
+    """Form of answers. start() begins one, whose text may end in one of the stops."""
+
+    def start(self, stops: Sequence[str]) -> Constraint: ...
+
+
+class GrammarCompiler:
+    """Compiler of grammars to forms, for one tokenizer.
+
+    Raises UserError without llguidance, and for a tokenizer that does not write UTF-8.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError(
+                f"the form of an answer needs llguidance, not installed for {sys.executable}:"
+                " pip install llguidance"
+            ) from None
+        if tokenizer.encoding != "utf-8":
+            raise UserError(f"tokenizer {tokenizer.name} writes no UTF-8, which the form of an answer needs")
+        self.package = llguidance
+        self.size = tokenizer.vocab_size
+        (end,) = tokenizer.eod
+        source = _Table(tokenizer) if isinstance(tokenizer, ByteTokenizer) else _json_source(tokenizer)
+        self.tokens = llguidance.LLTokenizer(source, n_vocab=self.size, eos_token=end)
+        self.pieces = {token: self.tokens.decode_bytes([token]) for token in tokenizer.ids if token != end}
+        self.ids = {piece: token for token, piece in self.pieces.items()}
+        # masks are made while the model computes
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "masks")
+
+    def compile(self, lark: str, parts: dict[str, dict[str, Any]] | None = None) -> GrammarForm:
+        """Compile a grammar in llguidance's Lark, in which @NAME stands for a part.
+
+        A part is {"json_schema": ...} or {"lark_grammar": ...}. Raises UserError for a grammar that is wrong,
+        or too large for 1 s and 10 MB.
+        """
+        grammars = [{"lark_grammar": lark}, *({"name": name, **part} for name, part in (parts or {}).items())]
+        text = json.dumps({"grammars": grammars})
+        if len(text) > LONGEST:
+            raise UserError(f"the form has {len(text):,} bytes, expected at most {LONGEST:,}")
+        limits = self.package.LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
+        matcher = self.package.LLMatcher(self.tokens, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(f"the form can't be compiled: {short(matcher.get_error().strip())}")
+        return GrammarForm(self, matcher)
+
+
+class GrammarForm:
+    """Form by a compiled grammar."""
+
+    def __init__(self, compiler: GrammarCompiler, matcher: Any):
+        self.compiler, self.matcher = compiler, matcher
+
+    def start(self, stops: Sequence[str]) -> GrammarConstraint:
+        return GrammarConstraint(self.compiler, self.matcher.deep_copy(), stops)
+
+
+class GrammarConstraint:
+    """Constraint by a grammar.
+
+    `begun` are the beginnings of stops that the text ends with, each from a place where the form was
+    complete. A stop inside the form, such as in a JSON string, is text.
+    """
+
+    def __init__(self, compiler: GrammarCompiler, matcher: Any, stops: Sequence[str]):
+        self.compiler, self.matcher = compiler, matcher
+        self.stops = [stop.encode() for stop in stops]
+        self.begun: set[bytes] = set()
+        self.inside = True  # whether the text so far may still be the form's own
+        self.ended = self.exhausted = False
+        self.held = 0
+        self.coming = compiler.thread.submit(self._mask)
+
+    def mask(self) -> np.ndarray:
+        return self.coming.result()
+
+    def accept(self, token: int) -> None:
+        fits = self.inside and bool(self.allowed[token])
+        pieces = list(self._pieces(token))
+        for place, piece in enumerate(pieces):
+            begun = {begin + self.compiler.pieces[piece] for begin in self._begins()}
+            self.inside = fits and self.matcher.consume_token(piece)
+            rest = b"".join(map(self.compiler.pieces.__getitem__, pieces[place + 1 :]))
+            if done := [text for text in begun if text.startswith(tuple(self.stops))]:
+                self.ended, self.held = True, _characters(max(done, key=len) + rest)
+                return
+            self.begun = {text for text in begun if any(stop.startswith(text) for stop in self.stops)}
+        self.held = max(map(_characters, self.begun), default=0)
+        if self.matcher.is_error():
+            self.exhausted = not self.begun
+        elif self.inside and self.matcher.is_stopped():
+            self.ended, self.held = True, 0
+            return
+        self.coming = self.compiler.thread.submit(self._mask)
+
+    def _pieces(self, token: int) -> Iterator[int]:
+        """Yield the token, or its bytes one by one if a stop may begin inside it."""
+        ids, text = self.compiler.ids, self.compiler.pieces[token]
+        single = [ids.get(text[i : i + 1]) for i in range(len(text))]
+        inside = any(stop[:1] in text[1:] for stop in self.stops)
+        yield from single if inside and None not in single else [token]
+
+    def _begins(self) -> set[bytes]:
+        """Return the beginnings of stops that the text ends with, with the empty one if the form may end."""
+        complete = self.inside and self.matcher.is_accepting()
+        return self.begun | {b""} if complete else self.begun
+
+    def _mask(self) -> np.ndarray:
+        if self.inside:
+            bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+            self.allowed = np.unpackbits(bits, count=self.compiler.size, bitorder="little").view(bool)
+            self.exhausted = self.matcher.is_error()
+        else:
+            self.allowed = np.zeros(self.compiler.size, bool)
+        allowed = self.allowed | self.exhausted
+        for begin in self._begins():
+            for rest in (stop.removeprefix(begin) for stop in self.stops if stop.startswith(begin)):
+                ends = (self.compiler.ids.get(rest[: size + 1]) for size in range(len(rest)))
+                allowed[[token for token in ends if token is not None]] = True
+        return allowed
+
+
+def _characters(text: bytes) -> int:
+    return len(text.decode("utf-8", "ignore"))
+
+
+class _Table:
+    """Table of a tokenizer as llguidance reads it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: ByteTokenizer):
+        self.eos_token_id = tokenizer.eod[0]
+        self.special_token_ids = list(tokenizer.eod)
+        self.tokens = [tokenizer.table.get(token, b"") for token in range(tokenizer.vocab_size)]
+        self.find = tokenizer.find
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        data = text if isinstance(text, bytes) else text.encode()
+        return self.find(data.decode(), data)
+
+
+def _json_source(tokenizer: JsonTokenizer) -> str:
+    return tokenizer.inner.to_str()

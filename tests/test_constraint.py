@@ -1,0 +1,174 @@
+"""Constraints of the engine: a random model writes what it is told to, and nothing else."""
+
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance", reason="NO llguidance (the extra test has it): forms are not tested")
+
+from rwkv_miss import UserError
+from src.data.tokenizer import load_tokenizer
+from src.inference import constraint
+from src.inference.constraint import GrammarCompiler
+from src.inference.engine import Request
+from src.inference.sampling import RowInputs, Sampling, choose_native, choose_numpy, runs_native
+
+from .test_engine import WARM, alone, engine_of, finished, said, tokenizer_of
+from .test_generate import write_vocabulary
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WORDS = "start: /[a-z]{2,9}( [a-z]{1,5})*/"
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    return GrammarCompiler(tokenizer_of("bytes"))
+
+
+def schema(compiler, value):
+    return compiler.compile("start: @json", {"json": {"json_schema": value}})
+
+
+def person(text):
+    value = json.loads(text)
+    assert list(value) == ["name", "age"] and isinstance(value["age"], int) and value["age"] <= 99
+    assert isinstance(value["name"], str) and len(value["name"]) <= 5
+
+
+def is_words(text):
+    assert re.fullmatch(r"[a-z]{2,9}( [a-z]{1,5})*", text)
+
+
+def is_list(text):
+    assert {type(value) for value in json.loads(text)} <= {bool, type(None)}
+
+
+def several(compiler):
+    """(request, check of its complete answers): forms, samplings, seeds, stops, logprobs."""
+    forms = [
+        (schema(compiler, PERSON), person),
+        (compiler.compile(WORDS), is_words),
+        (schema(compiler, {"type": "array", "items": {"type": ["boolean", "null"]}}), is_list),
+        (compiler.compile('start: "yes" | "no"'), lambda text: ["yes", "no"].index(text)),
+        (None, lambda text: None),
+    ]
+    samplings = [Sampling(0), WARM, Sampling(1, 1, 5, 0.5, 0.2), Sampling(2, 1)]
+    for i in range(16):
+        form, check = forms[i % 5]
+        given = {"sampling": samplings[i % 4], "seed": i, "stops": ("\n\n", "e"), "form": form}
+        yield Request([i + 1] * (1 + i % 3), 80, n=1 + i % 2, logprobs=i % 3 or None, **given), check
+
+
+def test_answers_have_their_forms_and_do_not_depend_on_each_other(compiler):
+    asked = list(several(compiler))
+    want = [said(alone(request)) for request, _ in asked]
+    engine = engine_of(rows=16, chunk=16)
+    got = [engine.submit(request) for request, _ in asked]
+    finished(engine)
+    assert [said(answers) for answers in got] == want
+    ends = [answer.finish for answers in got for answer in answers if answer.request.form]
+    assert ends.count("stop") > len(ends) / 2
+    for answers, (_, check) in zip(got, asked):
+        for answer in answers:
+            if answer.finish == "stop":
+                check(answer.text)
+            assert len(answer.logprobs) == (len(answer.tokens) if answer.request.logprobs else 0)
+
+
+def test_an_answer_ends_as_soon_as_its_form_is_complete(compiler):
+    (answer,) = alone(Request([1], 80, form=compiler.compile('start: "yes" | "no"')))
+    assert answer.tokens == list(answer.text.encode()) and answer.finish == "stop"
+    (answer,) = alone(Request([1], 2, form=schema(compiler, PERSON)))
+    assert (answer.text, answer.finish) == ('{"', "length") or answer.text.strip() == "{"
+
+
+def ended(constraint, tokens):
+    """Whether it ends, and with how many characters of a stop; every token has to be allowed."""
+    for token in tokens:
+        assert not constraint.ended and constraint.mask()[token]
+        constraint.accept(token)
+    return constraint.ended, constraint.held
+
+
+def test_a_turn_may_end_only_where_the_form_may(compiler):
+    words, stops = compiler.compile(WORDS), ["\n\nUser:", "✿"]
+    for text, expected in (
+        ("ab", (False, 0)),
+        ("ab\n", (False, 1)),
+        ("ab\n\nUser:", (True, 7)),
+        ("ab✿", (True, 1)),
+        ("ab cd\n\n", (False, 2)),
+    ):
+        assert ended(words.start(stops), text.encode()) == expected
+    mask = words.start(stops).mask()
+    assert not mask[0] and not mask[ord("\n")]  # a letter is no word yet
+    begun = words.start(stops)
+    ended(begun, b"ab\n")
+    assert begun.mask().nonzero()[0].tolist() == [ord("\n")]
+    within = schema(compiler, {"type": "string"}).start(["✿"])
+    assert ended(within, '"a✿b"'.encode()) == (True, 0)
+
+
+def test_a_stop_is_found_inside_a_token(tmp_path):
+    singles = [bytes([byte]) for byte in range(1, 256)]
+    path = write_vocabulary(tmp_path / "vocabulary.txt", [*singles, b".\n\n", b"User", b":\n", b"\n\nUser"])
+    tokenizer = load_tokenizer(str(path), 300)
+    compiler = GrammarCompiler(tokenizer)
+    text = compiler.compile("start: /(?s:.*)/").start(["\n\nUser:"])
+    assert ended(text, tokenizer.encode("So.\n\nUser:\n")) == (True, 8)
+    dots = compiler.compile("start: /[a-z.]+/").start(["\n\nUser:"])
+    ended(dots, tokenizer.encode("so"))
+    allowed = {tokenizer.decode([token]) for token in dots.mask().nonzero()[0] if token}
+    assert allowed == {*"abcdefghijklmnopqrstuvwxyz.\n", "\n\nUser"}
+
+
+def test_thoughts_are_free_before_a_form(compiler):
+    form = compiler.compile(
+        'start: h @json\nh[lazy]: T "</think>"\nT: /(?s:.*)/', {"json": {"json_schema": PERSON}}
+    )
+    begun = form.start(["\n\nUser:"])
+    assert ended(begun, b">\nIs { </thin good?\n\nUser: hm") == (False, 0)
+    assert ended(begun, b'</think>{"name": "Bo", "age": 3}') == (True, 0)
+
+
+def test_native_code_and_numpy_draw_the_same(compiler):
+    if not runs_native("cpu"):
+        pytest.skip("NO NATIVE CODE HERE")
+    torch.manual_seed(0)
+    logits = torch.randn(8, 256)
+    for sampling in (Sampling(0), WARM, Sampling(1, 1), Sampling(1, 0.5, 200)):
+        rows = [RowInputs(sampling, None, None, 3, schema(compiler, PERSON).start(())) for _ in range(8)]
+        uniform = [i / 8 for i in range(8)]
+        native, plain = choose_native(logits, rows, uniform), choose_numpy(logits, rows, uniform)
+        assert [one.token for one in native] == [one.token for one in plain]
+        assert {one.token for one in plain} <= set(b" \n\t\r{")
+        for one, other in zip(native, plain):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert [i for i, _ in one.likeliest] == [i for i, _ in other.likeliest]
+
+
+def test_wrong_and_large_forms_are_refused(compiler, monkeypatch):
+    for value, word in (
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "objekt"}, "objekt"),
+        ({"$ref": "http://example.com/a"}, "example.com"),
+        ({"type": "string", "pattern": "("}, "pattern|regex"),
+        ({"enum": [str(i) for i in range(9999)]}, "65,536"),
+    ):
+        with pytest.raises(UserError, match=word):
+            schema(compiler, value)
+    with pytest.raises(UserError, match="start: /"):
+        compiler.compile("start: /[a-z/")
+    monkeypatch.setattr(constraint, "LEXER_STATES", 20)
+    form = compiler.compile("start: /(.*a.{50}b.*|.*c.{60}d.*)/")
+    (answer,) = alone(Request([1], 500, WARM, form=form))
+    assert answer.finish == "length" and len(answer.tokens) < 500 and not answer.error
+    with pytest.raises(UserError, match="utf16 writes no UTF-8"):
+        GrammarCompiler(tokenizer_of("utf16"))
