@@ -13,7 +13,7 @@ from src.data.tokenizer import load_tokenizer
 from src.inference import constraint
 from src.inference.constraint import GrammarCompiler
 from src.inference.engine import Request
-from src.inference.sampling import RowInputs, Sampling, choose_native, choose_numpy, runs_native
+from src.inference.sampling import FadedCounts, RowInputs, Sampling, choose, runs_native
 
 from .test_engine import WARM, alone, engine_of, finished, said, tokenizer_of
 from .test_generate import write_vocabulary
@@ -141,17 +141,32 @@ def test_thoughts_are_free_before_a_form(compiler):
 def test_native_code_and_numpy_draw_the_same(compiler):
     if not runs_native("cpu"):
         pytest.skip("NO NATIVE CODE HERE")
+    form = schema(compiler, PERSON)
     torch.manual_seed(0)
     logits = torch.randn(8, 256)
-    for sampling in (Sampling(0), WARM, Sampling(1, 1), Sampling(1, 0.5, 200)):
-        rows = [RowInputs(sampling, None, None, 3, schema(compiler, PERSON).start(())) for _ in range(8)]
-        uniform = [i / 8 for i in range(8)]
-        native, plain = choose_native(logits, rows, uniform), choose_numpy(logits, rows, uniform)
+    for sampling in (Sampling(0), WARM, Sampling(1, 1), Sampling(1, 0.5, 200, 3.0, 1.0)):
+        seen = FadedCounts(sampling)
+        for token in b"a {{":
+            seen.add(token)
+        native, plain = (
+            choose(
+                logits,
+                [
+                    RowInputs(sampling, seen, torch.Generator().manual_seed(i), 3, form.start(()))
+                    for i in range(8)
+                ],
+                native_code,
+            )
+            for native_code in (True, False)
+        )
         assert [one.token for one in native] == [one.token for one in plain]
         assert {one.token for one in plain} <= set(b" \n\t\r{")
         for one, other in zip(native, plain):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
             assert [i for i, _ in one.likeliest] == [i for i, _ in other.likeliest]
+        exact = logits.double().log_softmax(1)
+        for row, one in enumerate(native):
+            assert one.logprob == pytest.approx(exact[row, one.token].item(), abs=1e-5)
 
 
 def test_wrong_and_large_forms_are_refused(compiler, monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +117,17 @@ class FadedCounts:
         sampling = self.sampling
         return sampling.presence_penalty + sampling.frequency_penalty * self.counts.astype(np.float32)
 
+    def among(self, allowed: np.ndarray) -> FadedCounts:
+        """Return the counts with the places in `allowed` (m,), which ascends, as ids; others are left out."""
+        if not self._places:
+            return self
+        found = FadedCounts(self.sampling)
+        places = np.searchsorted(allowed, self.ids)
+        there = allowed[np.minimum(places, len(allowed) - 1)] == self.ids
+        found._ids, found._counts = places[there], self.counts[there]
+        found._places = dict.fromkeys(found._ids.tolist(), 0)
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class RowInputs:
@@ -132,18 +143,6 @@ class RowInputs:
     generator: torch.Generator | None = None
     logprobs: int | None = None
     constraint: Constraint | None = None
-
-    def lowered(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids (n,) int64, amounts (n,) fp32): the logits to lower, to nothing where the constraint
-        allows no token. Of an id that stands twice, the last amount is the larger one."""
-        ids, amounts = np.empty(0, np.int64), np.empty(0, np.float32)
-        if self.seen and len(self.seen.ids):
-            ids, amounts = self.seen.ids, self.seen.penalties()
-        if self.constraint:
-            barred = np.flatnonzero(~self.constraint.mask())
-            ids = np.concatenate([ids, barred])
-            amounts = np.concatenate([amounts, np.full(len(barred), np.inf, np.float32)])
-        return ids, amounts
 
 
 class Drawn(NamedTuple):
@@ -178,7 +177,28 @@ def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list
         0.0 if row.sampling.greedy else torch.rand((), dtype=exact, generator=row.generator).item()
         for row in rows
     ]
-    return (choose_native if native_code else choose_numpy)(logits, rows, uniform)
+    choose_rows = choose_native if native_code else choose_numpy
+    if not any(row.constraint for row in rows):
+        return choose_rows(logits, rows, uniform)
+    return [_choose_allowed(choose_rows, *given) for given in zip(logits.split(1), rows, uniform)]
+
+
+def _choose_allowed(choose_rows: Callable, logits: Tensor, row: RowInputs, uniform: float) -> Drawn:
+    """Choose a row's token, logits (1, V), among those that its constraint allows; ln p is that of all."""
+    if not row.constraint:
+        return choose_rows(logits, [row], [uniform])[0]
+    allowed = np.flatnonzero(row.constraint.mask())
+    few = torch.from_numpy(logits[0].numpy().take(allowed)[None])
+    seen = row.seen and row.seen.among(allowed)
+    (drawn,) = choose_rows(few, [RowInputs(row.sampling, seen)], [uniform])
+    if drawn.error:
+        return drawn
+    token = int(allowed[drawn.token])
+    if row.logprobs is None:
+        return Drawn(token)
+    (first,) = choose_rows(logits, [RowInputs(GREEDY, logprobs=row.logprobs)], [0.0])
+    behind = logits[0, first.token].item() - logits[0, token].item()
+    return Drawn(token, first.logprob - behind, first.likeliest)
 
 
 def _overflow(largest: float) -> UserError:
@@ -222,20 +242,20 @@ def choose_native(
 
 
 def _fill(choice: Choice, row: RowInputs, uniform: float, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """Fill a row's Choice for the native code; returns the arrays that it points to: the last two are ids and
-    their ln p."""
-    sampling = row.sampling
+    """Fill a row's Choice for the native code; returns the arrays that it points to: penalties, ids, ln p."""
+    sampling, seen = row.sampling, row.seen
     choice.temperature = 0.0 if sampling.greedy else sampling.temperature
     choice.top_p, choice.top_k, choice.uniform = sampling.top_p, min(sampling.top_k, vocabulary), uniform
-    ids = logprobs = np.empty(0)
-    lowered, penalties = row.lowered()
-    choice.penalised, choice.ids = len(lowered), lowered.ctypes.data
-    choice.penalties = penalties.ctypes.data
+    penalties = ids = logprobs = np.empty(0)
+    if seen and len(seen.ids):
+        penalties = seen.penalties()
+        choice.penalised, choice.ids = len(penalties), seen.ids.ctypes.data
+        choice.penalties = penalties.ctypes.data
     choice.logprobs = -1 if row.logprobs is None else min(row.logprobs, vocabulary)
     if row.logprobs:
         ids, logprobs = np.empty(choice.logprobs, np.int64), np.empty(choice.logprobs)
         choice.likeliest, choice.likeliest_logprobs = ids.ctypes.data, logprobs.ctypes.data
-    return lowered, penalties, ids, logprobs
+    return penalties, ids, logprobs
 
 
 def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Drawn:
@@ -243,7 +263,7 @@ def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Dr
         return Drawn(None, error=_overflow(choice.largest))
     if row.logprobs is None:
         return Drawn(choice.token)
-    *_, ids, logprobs = arrays
+    _, ids, logprobs = arrays
     return Drawn(choice.token, choice.logprob, list(zip(ids.tolist(), logprobs.tolist())))
 
 
@@ -255,10 +275,10 @@ def choose_numpy(
 
 
 def _choose_one(raw: np.ndarray, row: RowInputs, uniform: float) -> Drawn:
-    values, (lowered, penalties) = raw, row.lowered()
-    if len(lowered):
+    values = raw
+    if row.seen and len(row.seen.ids):
         values = raw.copy()
-        values[lowered] -= penalties
+        values[row.seen.ids] -= row.seen.penalties()
     if not np.isfinite(largest := values.max()):
         return Drawn(None, error=_overflow(largest))
     token = int(values.argmax()) if row.sampling.greedy else _draw(values, row.sampling, uniform)
