@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .functional import without_autocast
+from .sharding import is_sharded
 
 LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
@@ -282,6 +283,8 @@ def _changed(owner: nn.Module, leaf: str) -> Tensor:
     cache = owner.__dict__.get("changed", {})
     if leaf not in cache:
         stored, adapted = owner._parameters[leaf], owner._modules[HOLDER][leaf]
+        if is_sharded(stored):  # FSDP2 looks for its own parameter between two forwards
+            return stored
         if not isinstance(adapted, nn.ModuleDict):
             cache[leaf] = adapted(stored)
         else:

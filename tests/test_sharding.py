@@ -15,6 +15,7 @@ from .conftest import close
 # layers share must be in one group, so the root alone is sharded there
 CASES = {
     "miss": ("miss", True, False),
+    "miss of a weight that is read": ("miss", True, False),
     "miss beside a weight": ("miss", True, True),
     "dora": ("dora", True, False),
     "pissa": ("pissa", True, False),
@@ -23,10 +24,21 @@ CASES = {
 }
 
 
+class Reads(nn.Module):
+    """A linear without the class."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(width, width) / width**0.5)
+
+    def forward(self, x):
+        return x @ self.matrix.t()
+
+
 def base():
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(n, out), nn.Tanh()) for n, out in ((13, 7), (7, 9))]
-    return nn.Sequential(*blocks, nn.Linear(9, 5))
+    return nn.Sequential(*blocks, Reads(9), nn.Linear(9, 5))
 
 
 def adapted(case):
@@ -34,8 +46,9 @@ def adapted(case):
     method, _, weight = CASES[case]
     model = base()
     # MiSS's D has one row then, so that the second process has nothing of it
-    rwkv_miss.inject(model, method, targets=["0.0", "1.0"], rank=4 if method == "mos" else 1)
-    model[2].requires_grad_(True)
+    targets = ["0.0", "1.0", *(["2.matrix"] if "read" in case else [])]
+    rwkv_miss.inject(model, method, targets=targets, rank=4 if method == "mos" else 1)
+    model[3].requires_grad_(True)
     model[1][0].weight.requires_grad_(weight)
     return model
 
