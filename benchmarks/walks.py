@@ -30,7 +30,7 @@ from src.config import Config
 from src.run import prepare, train
 from src.serving import program
 from src.serving.flags import limits_of
-from src.serving.uvicorn_server import bound
+from src.serving.listener import bound
 
 from .common import argument_parser, report
 

@@ -13,9 +13,10 @@ from src.inference.engine import Engine
 from src.serving.app import assemble
 from src.serving.guard import Guard
 from src.serving.limits import Limits
+from src.serving.listener import bound
 from src.serving.request_parsing import Defaults
 from src.serving.served_models import Records, ServedModels
-from src.serving.uvicorn_server import Server, bound
+from src.serving.uvicorn_server import Server
 
 LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
 

@@ -16,7 +16,7 @@ import rwkv_miss
 from demo import serve
 from rwkv_miss import UserError
 from src.serving import program
-from src.serving.uvicorn_server import bound
+from src.serving.listener import bound
 
 from .program import CONTEXT, logged, run_program
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)

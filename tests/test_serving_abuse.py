@@ -3,7 +3,7 @@ own end while they ask.
 """
 
 import concurrent.futures
-import http.client
+import errno
 import json
 import os
 import random
@@ -26,8 +26,8 @@ from src.data.tokenizer import load_tokenizer
 from src.inference.engine import Engine
 from src.serving import program
 from src.serving.limits import Limits
+from src.serving.listener import bound
 from src.serving.served_models import ServedModels
-from src.serving.uvicorn_server import bound
 
 from .serving import Scripted, no_adapters, records, scripted
 
@@ -87,21 +87,82 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_again():
         assert len(reply.json()["choices"]) == 5
 
 
-def test_connections_are_limited_and_silent_ones_are_closed():
-    with scripted(limits=Limits(connections=3, receiving=0.5, finishing=5)) as server:
-        address = "127.0.0.1", server.port
-        silent = [socket.create_connection(address, timeout=20) for _ in range(3)]
-        silent[1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
-        silent[2].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")
-        until(lambda: len(server.server.server_state.connections) == 3)
-        client = http.client.HTTPConnection(*address, timeout=20)
-        client.request("GET", "/health")
-        reply = client.getresponse()
-        assert reply.status == 503 and json.loads(reply.read())["error"]["code"] == "too_many_connections"
-        assert silent[0].recv(100) == b"" == silent[1].recv(100)
-        assert silent[2].recv(100).startswith(b"HTTP/1.1 408 ")
-        until(lambda: not server.server.server_state.connections)
-        assert httpx.get(f"{server.url}/health").status_code == 200
+def silent(server, *begun):
+    """Connections that have sent these beginnings of a request."""
+    clients = []
+    for data in begun:
+        clients.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        clients[-1].sendall(data)
+    return clients
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n"
+
+
+def test_silent_connections_are_closed():
+    with scripted(limits=Limits(receiving=0.5, finishing=5)) as server:
+        nothing, head, body = silent(server, b"", HEAD, HEAD + b"\r\n{")
+        assert nothing.recv(100) == b"" == head.recv(100)
+        assert body.recv(100).startswith(b"HTTP/1.1 408 ")
+        until(lambda: not server.server.server_state.connections and not server.server.listener.open)
+
+
+def test_connections_beyond_the_limit_are_closed_at_once_and_who_answers_is_heard():
+    with scripted(ENDLESS, pause=0.001, limits=Limits(connections=9, finishing=5)) as server:
+        listener = server.server.listener
+        listener.patience = 1000.0
+        asked = opened(server, {**LONG, "stream": True})
+        slow = silent(server, *[b"", HEAD, HEAD + b"\r\n{", b""] * 2)
+        until(lambda: len(listener.open) == 9)
+        for client in silent(server, *[b""] * 200):  # nobody has to wait for the end of a request
+            with client, client.makefile("rb") as reply:
+                head, _, body = reply.read().partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in head
+            assert json.loads(body)["error"]["code"] == "too_many_connections"
+        listener.patience = 0.0  # now who keeps the server waiting has to go, the first one first
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        assert slow[0].recv(100) == b"" and asked.recv(100) and server.engine.running == 1
+        text = httpx.get(f"{server.url}/metrics").text
+        assert 'rwkv_requests_total{route="refused",status="503"} 200' in text
+        for client in (asked, *slow):
+            client.close()
+
+
+def test_where_no_file_can_be_opened_the_log_does_not_fill(monkeypatch):
+    with bound("127.0.0.1", 0) as listener:
+
+        def accept():
+            raise OSError(errno.EMFILE, "planted")
+
+        monkeypatch.setattr(listener, "_accept", accept)
+        seen = []
+        for _ in range(1000):
+            with pytest.raises(OSError) as error:
+                listener.accept()
+            seen.append(error.type)
+        # asyncio logs an OSError, and returns to its loop at a BlockingIOError
+        assert seen[0] is OSError and seen.count(OSError) < 20
+
+
+def test_a_huge_prompt_is_refused_by_its_beginning(monkeypatch):
+    with scripted(limits=Limits(prompt_tokens=1000, finishing=5)) as server:
+        encoded, encode = [], server.engine.tokenizer.encode
+        monkeypatch.setattr(
+            server.engine.tokenizer, "encode", lambda text: encoded.append(text) or encode(text)
+        )
+        huge = "x" * 3_000_000
+        for path, body in (
+            ("completions", {"prompt": huge}),
+            ("completions", {"prompt": ["short"] * 100_000}),
+            ("chat/completions", {"messages": [{"role": "user", "content": huge}]}),
+        ):
+            reply = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60)
+            assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+        assert sum(map(len, encoded)) < 30_000
+        # one of few tokens is read on
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x" * 1000}).status_code == 200
 
 
 def test_a_client_who_takes_nothing_is_left():
@@ -218,7 +279,7 @@ def test_what_runs_is_finished_at_the_end():
                 )
                 for i in range(6)
             ]
-            until(lambda: server.engine.waiting == 4)
+            until(lambda: (server.engine.running, server.engine.waiting) == (2, 4))
             server.stop()
             for i, reply in enumerate(asked):
                 text = reply.result().text

@@ -202,12 +202,7 @@ def assemble(
 
 def make_app(routes: Routes, guard: Guard) -> Starlette:
     """Make the application. Nothing of it runs before a server does."""
-    requests = routes.dispatcher.metrics.requests
-
-    def refused(status: int) -> None:
-        requests["refused", status] += 1  # whatever the path, which a stranger may have made up
-
-    middleware = [Middleware(GuardMiddleware, guard=guard, refused=refused)]
+    middleware = [Middleware(GuardMiddleware, guard=guard, refused=routes.dispatcher.metrics.refused)]
     if guard.origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=sorted(guard.origins), allow_methods=["*"], allow_headers=["*"]

@@ -43,6 +43,9 @@ class Metrics:
     def left(self) -> None:
         self.gone += 1
 
+    def refused(self, status: int) -> None:
+        self.requests["refused", status] += 1  # whatever the path, which a stranger may have made up
+
     def text(self, gauges: Sequence[tuple[str, str, float]]) -> str:
         """Write all metrics; `gauges` are (name, help, value) from other parts."""
         lines: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from typing import NamedTuple
 
@@ -24,15 +23,17 @@ from .app import assemble
 from .flags import chosen_sampling, limits_of
 from .guard import OWN_NAMES, Guard, is_own_machine
 from .limits import Limits
+from .listener import Listener, allow_files, bound
 from .request_parsing import Defaults
 from .served_models import Records, ServedModels
-from .uvicorn_server import Server, bound
+from .uvicorn_server import Server
 
 FAILED = 70  # exit code if the engine can't go on: "internal software error" in sysexits.h
 
 
 def run(args: argparse.Namespace) -> None:
     limits = limits_of(args)
+    allow_files(limits.connections)
     listener = bound(args.host, args.port)  # before a model is read in vain
     serve(args, limits, listener, load(args))
 
@@ -77,7 +78,7 @@ def merged_name(adapters: Adapters, name: str, scale: float) -> str:
     return f"{name}:{names[0]}"
 
 
-def serve(args: argparse.Namespace, limits: Limits, listener: socket.socket, loaded: Serving) -> None:
+def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: Serving) -> None:
     """Answer until a signal ends the server."""
     engine, served, how = loaded
     own = is_own_machine(args.host)

@@ -25,6 +25,9 @@ from .tools import Tools, read_tools
 
 MOST_LOGPROBS = 20
 MOST_STOPS, LONGEST_STOP = 16, 500
+# A text with more characters for each token that a prompt may have is mostly too long. Its tokens are counted
+# in its beginning first; the last LONGEST of these may differ from the whole text's.
+CHARACTERS, LONGEST = 8, 128
 # rwkv_lightning's names of sampling fields
 OTHER_NAMES = {
     "presence_penalty": "alpha_presence",
@@ -149,17 +152,30 @@ def _chat_tokens(
         pieces = [text for text, _ in template.segments(messages, tools.described or None, ask=True)]
         if tools.begun:
             pieces.append(tools.begun)
-        ids = [token for piece in pieces for token in reader.tokenizer.encode(piece)]
+        ids = _encoded(reader, pieces, "messages")
     except UserError as error:
         raise wrong("messages", str(error)) from None
     return _checked(reader, with_bos(ids, chosen.bos), "messages")
+
+
+def _encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
+    """Encode texts. Raises Refused before the rest is encoded: a huge one does not hold the others."""
+    tokens: list[int] = []
+    beginning = CHARACTERS * reader.limits.prompt_tokens
+    for text in texts:
+        if len(text) > beginning:
+            # its tokens are the text's, up to the cut
+            _checked(reader, [*tokens, *reader.tokenizer.encode(text[:beginning])[:-LONGEST]], param)
+        tokens += reader.tokenizer.encode(text)
+        _checked(reader, tokens, param)
+    return tokens
 
 
 def _checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
     if len(tokens) > reader.limits.prompt_tokens:
         raise Refused(
             400,
-            f"{param}: {counted(len(tokens), 'token')}, and this server reads at most"
+            f"{param}: at least {counted(len(tokens), 'token')}, and this server reads at most"
             f" {reader.limits.prompt_tokens:,}",
             param,
             "context_length_exceeded",
@@ -177,11 +193,13 @@ def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[tupl
         value = [value]
     if not isinstance(value, list):
         raise fields.refuse("prompt", value, expected)
+    if len(value) > (most := reader.limits.answers):
+        raise wrong("prompt", f"{len(value):,} prompts; this server gives {most} answers to a request")
     prompts = []
     for prompt in value:
         try:
             if isinstance(prompt, str):
-                text, ids = prompt, with_bos(reader.tokenizer.encode(prompt), chosen.bos)
+                text, ids = prompt, with_bos(_encoded(reader, [prompt], "prompt"), chosen.bos)
             elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
                 text, ids = reader.tokenizer.decode(prompt), list(prompt)
             else:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rwkv_miss.errors import UserError
-
 from .dispatcher import Dispatcher
 from .errors import Refused
-from .replies import error_reply
+from .listener import Listener
+from .replies import dumped
 
 KEEP_ALIVE = 15  # seconds that a connection may stay without a request
 
@@ -25,18 +26,17 @@ KEEP_ALIVE = 15  # seconds that a connection may stay without a request
 class Connection(H11Protocol):
     """Connection with a time limit for the head of every request, and one for a client to receive its reply.
 
-    If there are too many connections, a new one gets an error object.
+    Its `connected` knows whether the server waits for the client.
     """
 
     receiving = 30.0
-    most = 256
+    listener: Listener
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.timer: asyncio.TimerHandle | None = None
         self.stalled: asyncio.TimerHandle | None = None
-        if len(self.connections) > self.most:
-            self.app = _too_many
+        self.connected = self.listener.open.get(transport.get_extra_info("socket").fileno())
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -67,7 +67,12 @@ class Connection(H11Protocol):
 
     def _watch(self) -> None:
         """Limit the time for the head of a request, as long as none is being answered."""
-        if self.cycle is not None and not self.cycle.response_complete or self.transport.is_closing():
+        cycle, connected = self.cycle, self.connected
+        if connected and cycle is not None and not cycle.response_complete and not cycle.more_body:
+            connected.waits_since = None
+        elif connected and connected.waits_since is None:
+            connected.waits_since = time.monotonic()
+        if cycle is not None and not cycle.response_complete or self.transport.is_closing():
             self._unwatch()
         elif self.timer is None:
             self.timer = self.loop.call_later(self.receiving, self.transport.close)
@@ -78,33 +83,16 @@ class Connection(H11Protocol):
             self.timer = None
 
 
-async def _too_many(scope, receive, send) -> None:
+def too_many() -> bytes:
+    """Write the reply to a connection beyond the limit, which comes before its request."""
     refused = Refused(
-        503,
-        "the server has too many connections; try again later",
-        code="too_many_connections",
-        headers={"Retry-After": "5", "Connection": "close"},
+        503, "the server has too many connections; try again later", code="too_many_connections"
     )
-    await error_reply(refused)(scope, receive, send)
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Bind a socket to this address, which does not listen yet. Raises UserError if that is not possible."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: can't listen there: {error.strerror}; choose another --port, or 0"
-            " for a free one"
-        ) from None
-    return listener
+    body = dumped(refused.as_object())
+    return (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
 
 
 class Server(uvicorn.Server):
@@ -113,12 +101,10 @@ class Server(uvicorn.Server):
     It also ends when the worker can't go on.
     """
 
-    def __init__(self, app, dispatcher: Dispatcher, listener: socket.socket, when_ready: Callable[[], None]):
+    def __init__(self, app, dispatcher: Dispatcher, listener: Listener, when_ready: Callable[[], None]):
         """Prepare the server; `when_ready` is called as soon as it answers."""
         limits = dispatcher.limits
-        connection = type(
-            "Connection", (Connection,), {"receiving": limits.receiving, "most": limits.connections}
-        )
+        connection = type("Connection", (Connection,), {"receiving": limits.receiving, "listener": listener})
         super().__init__(
             uvicorn.Config(
                 app,
@@ -135,6 +121,8 @@ class Server(uvicorn.Server):
             )
         )
         self.dispatcher, self.listener, self.when_ready = dispatcher, listener, when_ready
+        listener.most, listener.refusal = limits.connections, too_many()
+        listener.when_refused = functools.partial(dispatcher.metrics.refused, 503)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run([self.listener])
