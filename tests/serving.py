@@ -18,7 +18,7 @@ from src.serving.request_parsing import Defaults
 from src.serving.served_models import Records, ServedModels
 from src.serving.uvicorn_server import Server
 
-LOCAL = Guard("", frozenset({"127.0.0.1", "localhost"}))
+LOCAL = Guard((), frozenset({"127.0.0.1", "localhost"}))
 
 
 class Scripted:
@@ -85,17 +85,17 @@ def scripted(script="Hello.", template=None, rows=4, pause=0.0, **options):
 
 
 @contextlib.contextmanager
-def running(engine, served, limits=None, defaults=None, guard=LOCAL):
+def running(engine, served, limits=None, defaults=None, guard=LOCAL, log_requests=False, tls=()):
     """A server in a thread: .url, .dispatcher, .engine, .stop().
 
     At the end no row is taken and nobody waits.
     """
     limits = limits or Limits(finishing=5)
     defaults = defaults or Defaults(64, "", {"temperature": 0.0}, 0)
-    app, dispatcher = assemble(engine, served, defaults, limits, guard)
+    app, dispatcher = assemble(engine, served, defaults, limits, guard, log_requests)
     ready, listener = threading.Event(), bound("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = Server(app, dispatcher, listener, ready.set)
+    server = Server(app, dispatcher, listener, ready.set, *tls)
     thread = threading.Thread(target=server.run, daemon=True)
     dispatcher.worker.start()
     thread.start()
@@ -107,7 +107,7 @@ def running(engine, served, limits=None, defaults=None, guard=LOCAL):
         assert not thread.is_alive(), "the server does not end"
 
     found = types.SimpleNamespace(
-        url=f"http://127.0.0.1:{port}",
+        url=f"http{'s' if tls else ''}://127.0.0.1:{port}",
         port=port,
         dispatcher=dispatcher,
         engine=engine,

@@ -366,7 +366,7 @@ def test_it_is_used_with_the_keyboard_alone(browser):
 
 def test_it_asks_for_the_key_and_says_what_is_wrong(browser):
     limits = Limits(waiting=0, finishing=5)
-    options = {"rows": 1, "limits": limits, "guard": Guard("secret"), "defaults": LONG}
+    options = {"rows": 1, "limits": limits, "guard": Guard(("secret",)), "defaults": LONG}
     with scripted("Hello.", **options) as server, opened(browser, server) as page:
         assert page.is_visible("#key-form") and not page.is_visible("#problem")
         assert page.is_disabled("#send")

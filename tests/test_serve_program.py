@@ -15,7 +15,7 @@ import httpx
 import rwkv_miss
 from demo import serve
 from rwkv_miss import UserError
-from src.serving import program
+from src.serving import listener, program
 from src.serving.listener import bound
 
 from .program import CONTEXT, logged, run_program
@@ -60,6 +60,9 @@ def test_the_program_says_where_it_is_and_ends_at_sigterm(tmp_path, letters):  #
         (["--api_key", "two words"], "without spaces"),
         (["--api_key", "a", "--api_key_file", "b"], "drop one of them"),
         (["--api_key_file", "/nowhere"], "can't be read"),
+        (["--admin_key_file", "/dev/null"], "--admin_key_file /dev/null is empty"),
+        (["--tls_cert", "x.pem"], "--tls_cert and --tls_key need each other"),
+        (["--tls_cert", "/nowhere", "--tls_key", "/nowhere"], "expected a certificate and its key"),
         (["--adapter_dir", "/nowhere"], "is no folder"),
         (["--adapter", "a:b=x.pth"], "may have no : and no"),
         (["--temperature", "-1"], "temperature -1"),
@@ -93,6 +96,34 @@ def test_the_packages_that_are_missing_are_named(monkeypatch):
 
 def test_other_machines_may_ask_with_a_key():
     assert serve.parse(["--model", "x.pth", "--host", "0.0.0.0", "--api_key", "k"]).api_key == "k"
+
+
+def test_a_key_file_has_a_key_in_each_line(tmp_path):
+    (tmp_path / "keys").write_text("one\r\n\ntwo \n")
+    (tmp_path / "bad").write_text("one\nt w o\n")
+    words = ["--model", "x.pth", "--api_key_file", str(tmp_path / "keys"), "--admin_key_file"]
+    args = serve.parse([*words, str(tmp_path / "keys")])
+    assert args.keys == args.admin_keys == ("one", "two")
+    with pytest.raises(UserError, match="without spaces"):
+        serve.parse([*words, str(tmp_path / "bad")])
+
+
+def test_more_connections_than_the_process_may_have_files_are_refused(monkeypatch):
+    given = []
+
+    def setrlimit(kind, both):
+        if both[0] > both[1]:
+            raise ValueError("planted")
+        given.append(both)
+
+    monkeypatch.setattr(listener.resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(listener.resource, "setrlimit", setrlimit)
+    listener.allow_files(256)
+    assert not given
+    listener.allow_files(1000)
+    assert given == [(2128, 4096)]
+    with pytest.raises(UserError, match="--limit_connections 4000 needs 8128 open files.* at most 1984"):
+        listener.allow_files(4000)
 
 
 def test_a_port_that_is_taken_is_named():

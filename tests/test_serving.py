@@ -6,7 +6,9 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
+import ssl
 import string
 import subprocess
 import threading
@@ -185,7 +187,7 @@ def test_tools_are_called_and_answered(style):
 
 def test_errors_are_openais():
     limits = Limits(body_bytes=1000, finishing=5)
-    with scripted(limits=limits, guard=Guard("secret")) as server:
+    with scripted(limits=limits, guard=Guard(("secret",))) as server:
         client = client_of(server, "secret")
         ask = client.chat.completions.create
         with pytest.raises(openai.AuthenticationError) as caught:
@@ -229,10 +231,33 @@ def test_a_page_of_another_site_gets_nothing():
         assert "script-src 'self'" in page.headers["content-security-policy"]
         assert httpx.get(f"{server.url}/page/../app.py").status_code == 404
         assert httpx.get(f"{server.url}/page/..%2fapp.py").status_code == 404
-    allowed = Guard("", None, frozenset({"http://chat.example"}))
+    allowed = Guard((), None, frozenset({"http://chat.example"}))
     with scripted(guard=allowed) as server:
         reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://chat.example"})
         assert reply.headers["access-control-allow-origin"] == "http://chat.example"
+
+
+def test_tls_and_the_log_of_requests(tmp_path, capfd):
+    if not shutil.which("openssl"):
+        pytest.skip("NO openssl ON PATH: the server is not tested with TLS")
+    pair = [str(tmp_path / name) for name in ("cert.pem", "key.pem")]
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=a"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", pair[0], "-keyout", pair[1]]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True, timeout=60)
+    serve.parse(["--model", "x.pth", "--tls_cert", pair[0], "--tls_key", pair[1]])
+    with scripted("Hello.", log_requests=True, tls=pair) as server:
+        assert server.url.startswith("https://")
+        with httpx.Client(verify=ssl.create_default_context(cafile=pair[0])) as client:
+            body = {"messages": [{"role": "user", "content": "secret"}]}
+            reply = client.post(f"{server.url}/v1/chat/completions?q=secret", json=body)
+            assert reply.json()["choices"][0]["message"]["content"] == "Hello."
+            assert client.get(f"{server.url}/no%0Asuch").status_code == 404
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{server.url}/health")  # nobody knows this certificate
+    lines = [line for line in capfd.readouterr().err.splitlines() if "127.0.0.1" in line]
+    expected = [r"POST /v1/chat/completions 200", r"GET /no\\nsuch 404"]
+    for line, words in zip(lines, expected, strict=True):
+        assert re.fullmatch(rf"\S+ \S+ 127.0.0.1 {words} \d+\.\d\ds", line)
 
 
 def test_curl_streams(tmp_path):
@@ -328,21 +353,22 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
             return httpx.post(f"{server.url}/v1/adapters", json={"name": name, "file": file, **extra})
 
         base = said()
-        stream = client.chat.completions.create(model="tiny:a", messages=HI, max_tokens=400, stream=True)
+        assert post("e", "d.pth").status_code == 200
+        stream = client.chat.completions.create(model="tiny:e", messages=HI, max_tokens=400, stream=True)
         next(stream)
         assert post("d", "d.pth").json() == {
             "name": "d", "model": "tiny:d", "method": "miss", "rank": 4,
         }  # fmt: skip
-        assert [model.id for model in client.models.list()] == ["tiny", *(f"tiny:{name}" for name in "abcd")]
+        assert [model.id for model in client.models.list()] == ["tiny", *(f"tiny:{name}" for name in "abced")]
         tuned = said("tiny:d")
         assert tuned != base == said(adapter_id="d", adapter_scale=0) == said()
         assert said(adapter_id="d") == tuned and said(adapter_id="d", adapter_scale=0.5) not in (base,)
         assert said("tiny:a+d") not in (tuned, said("tiny:a"))
         refusals = {
             ("d", "d.pth"): 409,
-            ("e", "../a.pth"): 400,
-            ("e", "absent.pth"): 400,
-            ("e", "dora.pth"): 400,
+            ("f", "../a.pth"): 400,
+            ("f", "absent.pth"): 400,
+            ("f", "dora.pth"): 400,
             ("a:b", "d.pth"): 400,
             ("", "d.pth"): 400,
         }
@@ -353,16 +379,18 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         assert httpx.delete(f"{server.url}/v1/adapters/d").status_code == 404
         with pytest.raises(openai.NotFoundError):
             said("tiny:d")
+        # the operator's own stays
+        assert httpx.delete(f"{server.url}/v1/adapters/a").status_code == 403 and said("tiny:a") != base
         # one that is in use goes when the answer is complete
-        assert httpx.delete(f"{server.url}/v1/adapters/a").status_code == 200
-        reply = post("a", "d.pth", weight=3)
+        assert httpx.delete(f"{server.url}/v1/adapters/e").status_code == 200
+        reply = post("e", "d.pth", weight=3)
         assert reply.status_code == 200 and reply.headers["X-Ignored-Fields"] == "weight"
-        assert said("tiny:a") == tuned
+        assert said("tiny:e") == tuned
         assert sum(bool(chunk.choices[0].delta.content) for chunk in stream) > 50
         deadline = time.monotonic() + 10
-        while set(served.adapters.by_name) != {"b", "c", "a@2"} and time.monotonic() < deadline:
+        while set(served.adapters.by_name) != {*"abc", "e@2"} and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert set(served.adapters.by_name) == {"b", "c", "a@2"} and said() == base
+        assert set(served.adapters.by_name) == {*"abc", "e@2"} and said() == base
 
 
 def test_of_many_who_load_a_name_at_once_one_does(files, letters):  # noqa: F811

@@ -129,6 +129,19 @@ def test_connections_beyond_the_limit_are_closed_at_once_and_who_answers_is_hear
             client.close()
 
 
+def test_a_request_that_hides_another_one_ends_its_connection():
+    hidden = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with scripted() as server:
+        for begun in (
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            HEAD.replace(b"\r\n", b"\n") + b"\n{",
+        ):
+            (client,) = silent(server, begun + hidden)
+            with client, client.makefile("rb") as reply:
+                said = reply.read()
+            assert said.startswith(b"HTTP/1.1 400 ") and said.count(b"HTTP/1.1") == 1 and b"ok" not in said
+
+
 def test_where_no_file_can_be_opened_the_log_does_not_fill(monkeypatch):
     with bound("127.0.0.1", 0) as listener:
 

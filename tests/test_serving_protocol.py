@@ -10,6 +10,9 @@ import pytest
 pytest.importorskip(
     "starlette", reason="NO starlette (pip install starlette uvicorn): the server is not tested"
 )
+pytest.importorskip("h11", reason="NO h11 (pip install starlette uvicorn): the server is not tested")
+
+import h11
 
 from src.data.rwkv_template import MODES, RwkvTemplate
 from src.data.templates import load_template
@@ -20,6 +23,7 @@ from src.serving.chat_text import ChatText
 from src.serving.errors import Refused
 from src.serving.fields import read_object
 from src.serving.guard import Guard, host_name, is_own_machine
+from src.serving.http_parser import Parser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.served_models import inside
@@ -378,20 +382,20 @@ def test_every_mode_has_a_form():
 @pytest.mark.parametrize(
     "headers, guard, status",
     [
-        ({"host": "127.0.0.1:8000"}, Guard("", frozenset({"127.0.0.1"})), None),
-        ({"host": "evil.example"}, Guard("", frozenset({"127.0.0.1"})), 403),
-        ({}, Guard("", frozenset({"127.0.0.1"})), 403),
-        ({"host": "evil.example"}, Guard("k" * 9), 401),
-        ({"host": "a", "authorization": "Bearer kk"}, Guard("kk"), None),
-        ({"host": "a", "authorization": "bearer  kk "}, Guard("kk"), None),
-        ({"host": "a", "authorization": "Basic kk"}, Guard("kk"), 401),
-        ({"host": "a", "authorization": "Bearer k"}, Guard("kk"), 401),
-        ({"host": "a", "authorization": "Bearer \xff"}, Guard("kk"), 401),
+        ({"host": "127.0.0.1:8000"}, Guard((), frozenset({"127.0.0.1"})), None),
+        ({"host": "evil.example"}, Guard((), frozenset({"127.0.0.1"})), 403),
+        ({}, Guard((), frozenset({"127.0.0.1"})), 403),
+        ({"host": "evil.example"}, Guard(("k" * 9,)), 401),
+        ({"host": "a", "authorization": "Bearer kk"}, Guard(("kk",)), None),
+        ({"host": "a", "authorization": "bearer  kk "}, Guard(("kk",)), None),
+        ({"host": "a", "authorization": "Basic kk"}, Guard(("kk",)), 401),
+        ({"host": "a", "authorization": "Bearer k"}, Guard(("kk",)), 401),
+        ({"host": "a", "authorization": "Bearer \xff"}, Guard(("kk",)), 401),
         ({"host": "a:1", "origin": "http://a:1"}, Guard(), None),
         ({"host": "a:1", "origin": "http://b:1"}, Guard(), 403),
         ({"host": "a:1", "origin": "null"}, Guard(), 403),
         ({"host": "a:1", "origin": "http://["}, Guard(), 403),
-        ({"host": "a:1", "origin": "http://b:1"}, Guard("", None, frozenset({"http://b:1"})), None),
+        ({"host": "a:1", "origin": "http://b:1"}, Guard((), None, frozenset({"http://b:1"})), None),
     ],
 )
 def test_who_may_ask(headers, guard, status):
@@ -406,9 +410,78 @@ def test_who_may_ask(headers, guard, status):
 
 def test_the_page_and_the_health_need_no_key():
     for path in ("/", "/page/app.js", "/health"):
-        Guard("kk").check("GET", path, {b"host": b"a"})
+        Guard(("kk",)).check("GET", path, {b"host": b"a"})
         with pytest.raises(Refused):
-            Guard("kk").check("POST", path, {b"host": b"a"})
+            Guard(("kk",)).check("POST", path, {b"host": b"a"})
+
+
+def test_adapters_are_changed_with_an_admins_key_only():
+    def status(guard, method, path, key):
+        headers = {b"host": b"a", b"authorization": f"Bearer {key}".encode()}
+        try:
+            guard.check(method, path, headers)
+        except Refused as refused:
+            return refused.status
+        return 200
+
+    asked = [
+        ("POST", "/v1/adapters"),
+        ("DELETE", "/v1/adapters/x"),
+        ("GET", "/v1/adapters"),
+        ("POST", "/v1/x"),
+    ]
+    for keys, admin_keys, key, statuses in (
+        (("k", "l"), ("adm", "other"), "adm", [200, 200, 200, 200]),
+        (("k", "l"), ("adm", "other"), "other", [200, 200, 200, 200]),
+        (("k", "l"), ("adm", "other"), "l", [403, 403, 200, 200]),
+        (("k", "l"), ("adm", "other"), "x", [401, 401, 401, 401]),
+        (("k", "l"), (), "l", [200, 200, 200, 200]),
+        ((), ("adm",), "adm", [200, 200, 200, 200]),
+        ((), ("adm",), "", [401, 401, 200, 200]),
+    ):
+        guard = Guard(keys, None, admin_keys=admin_keys)
+        assert [status(guard, *one, key) for one in asked] == statuses, (keys, admin_keys, key)
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+
+
+@pytest.mark.parametrize(
+    "raw, fits",
+    [
+        (HEAD + b"Content-Length: 3\r\n\r\na\nb", True),
+        (CHUNKED + b"\r\n", True),
+        (CHUNKED + b"Trailer: x\r\n\r\n", True),
+        (HEAD + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", False),
+        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 30\r\n\r\n0\r\n\r\n", False),
+        (HEAD + b"Transfer-Encoding: x, chunked\r\n\r\n0\r\n\r\n", False),
+        (HEAD + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc", False),
+        (HEAD + b"Content-Length: +3\r\n\r\nabc", False),
+        (HEAD.replace(b"\r\n", b"\n") + b"Content-Length: 3\n\nabc", False),
+        (HEAD + b"X: y\nContent-Length: 3\r\n\r\nabc", False),
+        (HEAD + b"Content-Length: 3\r\n\nabc", False),
+        (CHUNKED + b"\n", False),
+        (CHUNKED + b"X: y\n\n", False),
+    ],
+)
+def test_a_request_that_can_be_read_in_two_ways_is_refused(raw, fits):
+    def events(parts):
+        parser, seen = Parser(), b""
+        for part in parts:
+            parser.receive_data(part)
+            while (event := parser.next_event()) is not h11.NEED_DATA:
+                seen += getattr(event, "data", b"")
+                if isinstance(event, h11.EndOfMessage):
+                    return seen
+        return None
+
+    for parts in ([raw], [bytes([byte]) for byte in raw]):
+        if fits:
+            assert len(events(parts)) == 3
+            continue
+        with pytest.raises(h11.RemoteProtocolError):
+            events(parts)
 
 
 def test_hosts():

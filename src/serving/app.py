@@ -31,6 +31,7 @@ from .limits import Limits
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
 from .replies import error_reply, ignored_header, json_reply, read_body
+from .request_log import RequestLog
 from .request_parsing import Defaults, ParsedRequest, RequestReader, read_chat, read_completion
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
@@ -189,7 +190,13 @@ class Routes:
 
 
 def assemble(
-    engine: Engine, served: ServedModels, defaults: Defaults, limits: Limits, guard: Guard, **describe: Any
+    engine: Engine,
+    served: ServedModels,
+    defaults: Defaults,
+    limits: Limits,
+    guard: Guard,
+    log_requests: bool = False,
+    **describe: Any,
 ) -> tuple[Starlette, Dispatcher]:
     """Assemble a server: (the application, its dispatcher).
 
@@ -197,10 +204,10 @@ def assemble(
     """
     dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
     reader = RequestReader(engine.tokenizer, served.find, limits, defaults)
-    return make_app(Routes(dispatcher, reader, describe), guard), dispatcher
+    return make_app(Routes(dispatcher, reader, describe), guard, log_requests), dispatcher
 
 
-def make_app(routes: Routes, guard: Guard) -> Starlette:
+def make_app(routes: Routes, guard: Guard, log_requests: bool) -> Starlette:
     """Make the application. Nothing of it runs before a server does."""
     middleware = [Middleware(GuardMiddleware, guard=guard, refused=routes.dispatcher.metrics.refused)]
     if guard.origins:
@@ -208,6 +215,8 @@ def make_app(routes: Routes, guard: Guard) -> Starlette:
             CORSMiddleware, allow_origins=sorted(guard.origins), allow_methods=["*"], allow_headers=["*"]
         )
         middleware.insert(0, cors)
+    if log_requests:
+        middleware.insert(0, Middleware(RequestLog))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

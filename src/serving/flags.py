@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import ssl
 import sys
 from collections.abc import Callable
 
@@ -55,8 +56,20 @@ def add_address(add: Callable) -> None:
     add(
         "--api_key_file",
         metavar="FILE",
-        help="a file with the key, so that the command line does not show it",
+        help="a file with a key in each line, so that the command line does not show them",
     )
+    add(
+        "--admin_key_file",
+        metavar="FILE",
+        help="a file with a key in each line, one of which clients have to send to load and delete adapters;"
+        " default: whoever may ask may do that",
+    )
+    add(
+        "--tls_cert",
+        metavar="FILE",
+        help="certificate, with its chain, in PEM; needs --tls_key; default: no TLS",
+    )
+    add("--tls_key", metavar="FILE", help="private key of --tls_cert, in PEM")
     add(
         "--allow_host",
         action="append",
@@ -77,6 +90,11 @@ def add_address(add: Callable) -> None:
         "--adapter_dir",
         metavar="FOLDER",
         help="folder whose adapters clients may load with POST /v1/adapters; default: none",
+    )
+    add(
+        "--log_requests",
+        action="store_true",
+        help="write a line to stderr for each request: time, address, path, status, seconds; no content",
     )
 
 
@@ -130,32 +148,55 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--adapter_dir {args.adapter_dir} is no folder")
     if any(set(name) & set(":+") for name in args.adapter):
         raise UserError("the name of an adapter may have no : and no +, which part names in requests")
-    check_key(args)
+    check_keys(args)
+    check_tls(args)
 
 
-def check_key(args: argparse.Namespace) -> None:
-    """Read --api_key_file into --api_key. Raise UserError if a key is needed and none is given."""
+def check_keys(args: argparse.Namespace) -> None:
+    """Read keys into args.keys and args.admin_keys. Raise UserError if one is needed and none is given."""
     from .guard import is_own_machine
 
     if args.api_key and args.api_key_file:
         raise UserError("--api_key and --api_key_file both give the key; drop one of them")
-    if args.api_key_file:
-        try:
-            with open(args.api_key_file, encoding="utf-8") as file:
-                args.api_key = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api_key_file {args.api_key_file} can't be read: {error}") from None
-        if not args.api_key:
-            raise UserError(f"--api_key_file {args.api_key_file} is empty")
-    if args.api_key and not (
-        args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key
-    ):
-        raise UserError("the API key may have ASCII characters without spaces only: it is sent in a header")
-    if not args.api_key and not is_own_machine(args.host):
+    args.keys = (args.api_key,) if args.api_key else read_keys(args.api_key_file, "--api_key_file")
+    args.admin_keys = read_keys(args.admin_key_file, "--admin_key_file")
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in args.keys + args.admin_keys):
+        raise UserError("a key may have ASCII characters without spaces only: it is sent in a header")
+    if not args.keys and not is_own_machine(args.host):
         raise UserError(
             f"--host {args.host} can be reached from other machines: give a key with --api_key_file FILE, or"
             " leave --host out"
         )
+
+
+def read_keys(path: str | None, flag: str) -> tuple[str, ...]:
+    """Read the keys in the lines of a file; () without a file. Raises UserError if it has none."""
+    if path is None:
+        return ()
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = tuple(filter(None, map(str.strip, file)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path} can't be read: {error}") from None
+    if not keys:
+        raise UserError(f"{flag} {path} is empty")
+    return keys
+
+
+def check_tls(args: argparse.Namespace) -> None:
+    """Raise UserError for a certificate and a key that are no pair."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UserError("--tls_cert and --tls_key need each other; give both, or none")
+    if not args.tls_cert:
+        return
+    try:
+        # an encrypted key is refused: nobody is there to type its password after a restart
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.tls_cert, args.tls_key, lambda: "")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--tls_cert {args.tls_cert} --tls_key {args.tls_key}: {error}; expected a certificate and its"
+            " key without a password, both in PEM"
+        ) from None
 
 
 def chosen_sampling(args: argparse.Namespace) -> dict[str, float]:

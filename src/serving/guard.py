@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from .errors import Refused
@@ -21,15 +21,21 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 # fetched by a browser before anybody could type a key into the page, and by monitors
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
+ADMIN_PATH = "/v1/adapters"  # what changes something there needs an admin's key, if there are any
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Guard with `hosts`, names of the server (None: any), and `origins`, other sites that may ask."""
+    """Guard with `hosts`, names of the server (None: any), and `origins`, other sites that may ask.
 
-    key: str = ""
+    A client sends one of `keys`, if there are any. One of `admin_keys` is needed to load and delete adapters,
+    and serves for the rest, too; without any, all who may ask may do so.
+    """
+
+    keys: tuple[str, ...] = ()
     hosts: frozenset[str] | None = None
     origins: frozenset[str] = frozenset()
+    admin_keys: tuple[str, ...] = ()
 
     def check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise Refused for a request that may not be answered."""
@@ -49,11 +55,23 @@ class Guard:
                 code="origin_not_allowed",
             )
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        reads = method in ("GET", "HEAD")
+        is_admins = bool(self.admin_keys) and path.startswith(ADMIN_PATH) and not reads
         # a browser asks without the key whether it may ask
-        if not self.key or method == "OPTIONS" or is_open and method in ("GET", "HEAD"):
+        if not self.keys and not is_admins or method == "OPTIONS" or is_open and reads:
             return
         scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        if scheme.lower() != "bearer" or not same(given.strip(), self.key):
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        if is_one_of(given, self.admin_keys):
+            return
+        known = is_one_of(given, self.keys)
+        if known and is_admins:
+            raise Refused(
+                403,
+                "only an admin's key may load and delete adapters on this server",
+                code="admin_key_required",
+            )
+        if not known:
             raise Refused(
                 401,
                 "the API key is wrong, or there is none; send the header Authorization: Bearer KEY",
@@ -62,10 +80,10 @@ class Guard:
             )
 
 
-def same(given: str, key: str) -> bool:
-    """Compare two texts in a time that does not depend on where they differ."""
-    digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, key))
-    return hmac.compare_digest(*digests)
+def is_one_of(given: str, keys: Iterable[str]) -> bool:
+    """Compare a text with keys, in a time that does not depend on where they differ."""
+    digest, *digests = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, *keys))
+    return any([hmac.compare_digest(digest, other) for other in digests])
 
 
 def host_name(host: str) -> str:

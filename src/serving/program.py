@@ -90,7 +90,8 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
         served,
         defaults,
         limits,
-        Guard(args.api_key, hosts, origins),
+        Guard(args.keys, hosts, origins, args.admin_keys),
+        args.log_requests,
         device=how,
         rows=args.rows,
         chunk=engine.chunk,
@@ -101,8 +102,9 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
         # a browser can't open the address that stands for all of the machine's
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.host, args.host)
         host = f"[{name}]" if ":" in name else name
+        url = f"{'https' if args.tls_cert else 'http'}://{host}:{port}"
         print(
-            f"chat page: http://{host}:{port}\nOpenAI's API: http://{host}:{port}/v1, models"
+            f"chat page: {url}\nOpenAI's API: {url}/v1, models"
             f" {', '.join(served.models())}\n{how}; {counted(args.rows, 'row')},"
             f" prompts in chunks of {counted(engine.chunk, 'token')}; {size_text(resident())} of memory."
             " Ctrl-C ends the server.",
@@ -114,7 +116,7 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
 
     dispatcher.worker.start()
     try:
-        server = Server(app, dispatcher, listener, say_where)
+        server = Server(app, dispatcher, listener, say_where, args.tls_cert, args.tls_key)
         server.run()
     finally:
         dispatcher.worker.close()

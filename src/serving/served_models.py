@@ -34,6 +34,7 @@ class ServedAdapter:
     template: Template
     bos: tuple[int, ...]
     description: dict[str, Any]
+    own: bool  # the operator's, by --adapter, which clients can't delete
     users: int = 0  # requests that run with it
     dropped: bool = False
 
@@ -69,16 +70,16 @@ class ServedModels:
                 adapters.check(Applied((internal,)))
             except UserError as error:
                 raise UserError(f"{error}. As the only --adapter it is merged on loading") from None
-            self.entries[internal] = self._entry(internal, internal, adapter.path)
+            self.entries[internal] = self._entry(internal, internal, adapter.path, own=True)
 
-    def _entry(self, name: str, internal: str, path: str) -> ServedAdapter:
+    def _entry(self, name: str, internal: str, path: str, own: bool = False) -> ServedAdapter:
         metadata = read_metadata(path) or {}
         rank = (metadata.get("options") or {}).get("rank")
         described = {"name": name, "model": f"{self.name}:{name}", "method": metadata.get("method")}
         if rank is not None:
             described["rank"] = rank
         return ServedAdapter(
-            name, internal, self.records.template([path]), self.records.bos([path]), described
+            name, internal, self.records.template([path]), self.records.bos([path]), described, own
         )
 
     def models(self) -> list[str]:
@@ -187,9 +188,14 @@ class ServedModels:
 
     def drop(self, name: str, worker: Worker) -> None:
         """Take an adapter's name away; the adapter is unloaded when the last request with it has ended."""
-        entry = self.entries.pop(name, None)
+        entry = self.entries.get(name)
         if entry is None:
             raise Refused(404, f"there is no adapter {short(name)}", "name", "model_not_found")
+        if entry.own:
+            raise Refused(
+                403, f"adapter {name} is the operator's, by --adapter; it stays", "name", "not_deletable"
+            )
+        del self.entries[name]
         entry.dropped = True
         self._leave_if_unused(entry, worker)
 

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .dispatcher import Dispatcher
 from .errors import Refused
+from .http_parser import Parser
 from .listener import Listener
 from .replies import dumped
 
@@ -31,6 +32,10 @@ class Connection(H11Protocol):
 
     receiving = 30.0
     listener: Listener
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.conn = Parser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -101,7 +106,15 @@ class Server(uvicorn.Server):
     It also ends when the worker can't go on.
     """
 
-    def __init__(self, app, dispatcher: Dispatcher, listener: Listener, when_ready: Callable[[], None]):
+    def __init__(
+        self,
+        app,
+        dispatcher: Dispatcher,
+        listener: Listener,
+        when_ready: Callable[[], None],
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+    ):
         """Prepare the server; `when_ready` is called as soon as it answers."""
         limits = dispatcher.limits
         connection = type("Connection", (Connection,), {"receiving": limits.receiving, "listener": listener})
@@ -110,6 +123,8 @@ class Server(uvicorn.Server):
                 app,
                 http=connection,
                 ws="none",
+                ssl_certfile=tls_cert,
+                ssl_keyfile=tls_key,
                 lifespan="on",
                 loop="asyncio",
                 log_level="error",
@@ -121,7 +136,8 @@ class Server(uvicorn.Server):
             )
         )
         self.dispatcher, self.listener, self.when_ready = dispatcher, listener, when_ready
-        listener.most, listener.refusal = limits.connections, too_many()
+        # under TLS a reply is possible after the handshake only
+        listener.most, listener.refusal = limits.connections, b"" if tls_cert else too_many()
         listener.when_refused = functools.partial(dispatcher.metrics.refused, 503)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,0 +1,40 @@
+"""Parser of HTTP/1.1 by h11, without what h11 leaves to be read in two ways.
+
+A proxy before the server must find the same requests in a connection as the server does. Otherwise a client
+can hide a request in the body of another one.
+"""
+
+from __future__ import annotations
+
+import re
+
+import h11
+from h11._receivebuffer import ReceiveBuffer
+
+LONE_LF = re.compile(rb"(?<!\r)\n")
+
+
+class WholeLines(ReceiveBuffer):
+    """Buffer that refuses a head, or a chunked body's end, with a line that does not end in CR LF."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        head, end, _ = bytes(self).partition(b"\r\n\r\n")
+        if LONE_LF.search(head + end):
+            raise h11.LocalProtocolError("a line ends without CR")
+        return super().maybe_extract_lines()
+
+
+class Parser(h11.Connection):
+    """Parser of a server's connection. next_event() raises RemoteProtocolError for doubtful requests."""
+
+    def __init__(self):
+        super().__init__(h11.SERVER)
+        self._receive_buffer = WholeLines()
+
+    def next_event(self):
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding both tell the length")
+        return event
