@@ -7,7 +7,6 @@ a thousand times a second. So the limit is kept here, where connections are acce
 from __future__ import annotations
 
 import contextlib
-import resource
 import socket
 import time
 from collections.abc import Callable
@@ -102,6 +101,10 @@ def bound(host: str, port: int) -> Listener:
 
 def allow_files(connections: int) -> None:
     """Let the process open enough files for its connections. Raises UserError if it may not."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
     needed = 2 * connections + RESERVED  # all of them may be closing, and as many new ones be there
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
