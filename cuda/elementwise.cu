@@ -4,7 +4,8 @@
 // Arithmetic is fp32 whatever the dtype. elementwise.cuh says how tensors are laid out on the machine.
 //
 // No function goes over time: what token t + 1 gives to the gradient of t is computed where t is. That reads
-// one token in TOKENS twice, from the cache, and lets all tokens run at once.
+// one token in TOKENS twice, from the cache, and lets all tokens run at once. The token shift reads z for
+// each of its outputs, again from the cache: registers are too few to keep it.
 //
 // C interface: activations are contiguous (B, T, C) of one dtype, fp32, bf16 or fp16; C and the head size
 // C / H are multiples of 8, a head has at most 256 channels; reset (B, T) is uint8 or null, not 0 where a
@@ -12,6 +13,11 @@
 // `vector_dtypes` has two bits for each. Where `dvectors` is not null a backward also writes their gradients,
 // each in its vector's dtype, and needs `partial`: elementwise_parts(B, T) x vectors x C floats. All pointers
 // to numbers are multiples of 16 bytes. The last arguments and the result are as launch.h says.
+//
+// A linear with MiSS also reads the shard sums of its input, (B, T, rank): S[j] is the sum of the x[i] with
+// i = j (mod rank). Where `rank` is not 0, a list `out` has outputs, then the sums of each, or null; they are
+// made from the numbers in registers. A list `dout` has the gradients of both: those of the sums are added
+// where those of the outputs are read. The rank is a power of two from 8 to 256, and so is the head size.
 //
 // A backward launches one kernel, and one more for the gradients of vectors.
 #include "add_layer_norm.cuh"
@@ -30,46 +36,27 @@ struct Shift {
     __device__ bool starts(const Shape& shape, int64_t b, int64_t t) const {
         return reset && reset[b * shape.T + t];
     }
-    // z_before - z of the tokens of a warp, and z
-    template <class T>
-    __device__ void differences(Place<T> at, Vec (&d)[TOKENS], Vec (&now)[TOKENS]) const {
-        Vec before = at.exists() && at.t == 0 ? at.read_at(last, at.b * at.shape.C + at.channel)
-                     : at.exists()            ? at.read_at(z, at.here - at.shape.C)
-                                              : Vec(0);
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) {
-            if (!at.exists()) return;
-            now[i] = at.read(z);
-            d[i] = (starts(at.shape, at.b, at.t) ? Vec(0) : before) - now[i];
-            before = now[i];
-            at.go_to(at.t + 1);
-        }
+    // z_before - z of the j-th token from a place on
+    template <class T> __device__ Vec difference(const Place<T>& at, int j = 0) const {
+        const int64_t here = at.here + j * at.shape.C;
+        const Vec before = starts(at.shape, at.b, at.t + j) ? Vec(0)
+                           : at.t + j > 0                   ? at.read_at(z, here - at.shape.C)
+                                          : at.read_at(last, at.b * at.shape.C + at.channel);
+        return before - at.read_at(z, here);
     }
 };
 
-// one for each mix
-struct Tensors {
-    void* of[MOST_VECTORS];
-
-    Tensors(const void* const* from, int64_t count) : of() {
-        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) of[i] = const_cast<void*>(from[i]);
-    }
-};
-
+// a block for each token, whose warps share the channels
 template <class T, bool PER_TOKEN> __global__ void __launch_bounds__(THREADS, 2)
     shift_forward(Shift in, Tensors m, Tensors out, Shape shape) {
-    Place<T> at(shape);
-    Vec now[TOKENS], d[TOKENS];
-    in.differences(at, d, now);
+    Place<T> at(shape, blockIdx.x);
     for (int i = 0; i < in.mixes.count; i++) {
-        const Vec mix = at.vector(in.mixes, i);
-#pragma unroll
-        for (int j = 0; j < TOKENS; j++) {
-            if (at.t + j >= shape.T) break;
-            const int64_t here = at.here + j * shape.C;
-            const Vec share = PER_TOKEN ? mix + at.read_at(m.of[i], here) : mix;
-            at.write_at(out.of[i], here, now[j] + d[j] * share);
+        for (int group = threadIdx.x / 32; group < shape.groups(); group += blockDim.x / 32) {
+            at.go_to_group(group);
+            const Vec mix = at.vector(in.mixes, i), share = PER_TOKEN ? mix + at.read(m.of[i]) : mix;
+            at.write(out, at.read(in.z) + in.difference(at) * share, i);
         }
+        at.write_sums(out, i);
     }
 }
 
@@ -77,8 +64,6 @@ template <class T, bool PER_TOKEN> __global__ void __launch_bounds__(THREADS, 2)
 template <class T, bool PER_TOKEN, bool SUMS> __global__ void __launch_bounds__(THREADS, 2) shift_backward(
     Shift in, Tensors m, Tensors dout, void* dz, void* dlast, Tensors dm, float* partial, Shape shape) {
     Place<T> at(shape);
-    Vec d[TOKENS], now[TOKENS];
-    if (PER_TOKEN || SUMS) in.differences(at, d, now);
     // gradients of the token before the warp's first, and of the warp's
     Vec found[TOKENS + 1] = {};
     for (int i = 0; i < in.mixes.count; i++) {
@@ -88,13 +73,15 @@ template <class T, bool PER_TOKEN, bool SUMS> __global__ void __launch_bounds__(
         for (int j = 0; j <= TOKENS; j++) {
             const int64_t t = at.t + j, here = at.here + j * shape.C;
             if (t >= shape.T) break;
-            const Vec g = at.read_at(dout.of[i], here);
+            const Vec g = at.read(dout, i, j);
+            if ((PER_TOKEN || SUMS) && j < TOKENS) {
+                const Vec d = g * in.difference(at, j);
+                if (PER_TOKEN) at.write_at(dm.of[i], here, d);
+                if (SUMS) sum += d;
+            }
             const Vec shifted = g * (PER_TOKEN ? mix + at.read_at(m.of[i], here) : mix);
             if (!in.starts(shape, at.b, t)) found[j] += shifted;
-            if (j == TOKENS) break;
-            found[j + 1] += g - shifted;
-            if (PER_TOKEN) at.write_at(dm.of[i], here, g * d[j]);
-            if (SUMS) sum += g * d[j];
+            if (j < TOKENS) found[j + 1] += g - shifted;
         }
         if (SUMS) at.add_warps(sum, partial, i, in.mixes.count);
     }
@@ -106,10 +93,12 @@ template <class T, bool PER_TOKEN, bool SUMS> __global__ void __launch_bounds__(
 
 template <bool PER_TOKEN> int launch_shift_forward(
     const Shift& in, const Tensors& m, const Tensors& out, const Shape& shape, int dtype, void* stream) {
-    if (!shape.valid() || in.mixes.count > MOST_VECTORS) return cudaErrorInvalidValue;
+    if (!shape.valid() || !shape.summable(out.rank) || in.mixes.count > MOST_VECTORS)
+        return cudaErrorInvalidValue;
     return typed(dtype, [&](auto number) {
         using T = decltype(number);
-        LAUNCH((shift_forward<T, PER_TOKEN>), shape.grid(), THREADS, 0, stream, in, m, out, shape);
+        LAUNCH((shift_forward<T, PER_TOKEN>), shape.rows(), shape.threads_of_row(), 0, stream, in, m, out,
+            shape);
     });
 }
 
@@ -134,19 +123,19 @@ template <bool PER_TOKEN> int launch_shift_backward(const Shift& in, const Tenso
 
 struct ReluSquared {
     static constexpr int VECTORS = 0;
-    static constexpr int TRAINABLE = 0;
     const void* x;
-    void* y;
+    Tensors out;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
         const Vec a = at.read(x);
-        at.write(y, each([&](int e) { return a[e] < 0 ? 0 : a[e] * a[e]; }));
+        at.write(out, each([&](int e) { return a[e] < 0 ? 0 : a[e] * a[e]; }));
     }
 };
 
 struct ReluSquaredBackward {
     static constexpr int VECTORS = 0;
     static constexpr int TRAINABLE = 0;
-    const void *y, *dy;
+    const void* y;
+    Tensors dy;
     void* dx;
     template <class At> __device__ void operator()(const At& at, const Vec*, Vec*) const {
         const Vec a = at.read(y), g = at.read(dy);
@@ -224,7 +213,8 @@ struct DeltaInputs {
 // of every head are r . k r_k, which v was multiplied by, and the gradient of that. dr, dv and dkey then get
 // their second part where they are read anyway, and that part is never written or rounded.
 struct OfReadout {
-    const void *r, *g, *dout;
+    const void *r, *g;
+    Tensors dout;
     const float* sums;
     void *dr, *dv;
 };
@@ -264,9 +254,8 @@ template <bool READ> struct DeltaInputsBackward {
 // (group_norm(y) + (r . k r_k) v) g
 struct Readout7 {
     static constexpr int VECTORS = 3;
-    static constexpr int TRAINABLE = 0;
     const void *y, *r, *k, *v, *g;
-    void* out;
+    Tensors out;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
         const Vec &r_k = vectors[0], &weight = vectors[1], &bias = vectors[2];
         float bonus = total(at.read(r) * at.read(k) * r_k), scale;
@@ -280,7 +269,8 @@ struct Readout7 {
 template <bool WHOLE> struct Readout7Backward {
     static constexpr int VECTORS = 3;
     static constexpr int TRAINABLE = 3;
-    const void *y, *r, *k, *v, *g, *dout;
+    const void *y, *r, *k, *v, *g;
+    Tensors dout;
     void *dy, *dr, *dk, *dv, *dg;
     float* sums;
     template <class At, class V>
@@ -313,9 +303,8 @@ template <bool WHOLE> struct Readout7Backward {
 // group_norm(y) silu(g)
 struct Readout6 {
     static constexpr int VECTORS = 2;
-    static constexpr int TRAINABLE = 0;
     const void *y, *g;
-    void* out;
+    Tensors out;
     template <class At> __device__ void operator()(const At& at, const Vec* vectors, Vec*) const {
         const Vec &weight = vectors[0], &bias = vectors[1], gate = at.read(g);
         float scale;
@@ -326,7 +315,8 @@ struct Readout6 {
 struct Readout6Backward {
     static constexpr int VECTORS = 2;
     static constexpr int TRAINABLE = 2;
-    const void *y, *g, *dout;
+    const void *y, *g;
+    Tensors dout;
     void *dy, *dg;
     template <class At, class V>
     __device__ void operator()(const At& at, const V& vectors, Vec* dvectors) const {
@@ -354,6 +344,16 @@ template <class Function> int launch_tokens(const Function& f, const void* const
     return launch_run(
         f, Shape(1, tokens, C, H, eps), values, dvectors ? &gradients : nullptr, partial, dtype, stream);
 }
+// with the shard sums of f.out, if it has some
+template <class Function> int launch_rows(const Function& f, const void* const* vectors,
+    int64_t vector_dtypes, int64_t tokens, int64_t C, int64_t H, float eps, int dtype, void* stream) {
+    const Shape shape(1, tokens, C, H, eps);
+    if (!shape.valid() || !shape.summable(f.out.rank)) return cudaErrorInvalidValue;
+    return typed(dtype, [&](auto number) {
+        LAUNCH((run_rows<decltype(number), Function>), shape.rows(), shape.threads_of_row(), 0, stream, f,
+            Vectors(vectors, vector_dtypes, Function::VECTORS), shape);
+    });
+}
 template <class Function> int launch_each(
     const Function& f, int64_t tokens, int64_t C, int dtype, void* stream) {
     return launch_tokens(f, nullptr, 0, nullptr, nullptr, tokens, C, C / WIDTH, 0, dtype, stream);
@@ -365,63 +365,66 @@ template <class Function> int launch_each(
 extern "C" int64_t elementwise_parts(int64_t B, int64_t T) { return Shape(B, T, WIDTH, 1, 0).parts(); }
 
 extern "C" int shift_mix_forward(const void* z, const void* last, const uint8_t* reset,
-    const void* const* vectors, void* const* out, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T,
-    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    const void* const* vectors, void* const* out, int64_t count, int64_t rank, int64_t vector_dtypes,
+    int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_shift_forward<false>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
-        Tensors(nullptr, count), Tensors(out, count), Shape::columns(B, T, C), dtype, stream);
+        Tensors(nullptr, count), Tensors(out, count, rank), Shape::columns(B, T, C), dtype, stream);
 }
 
 // z and last may be null without dvectors
 extern "C" int shift_mix_backward(const void* z, const void* last, const uint8_t* reset,
     const void* const* vectors, const void* const* dout, void* dz, void* dlast, void* const* dvectors,
-    float* partial, int64_t count, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+    float* partial, int64_t count, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C,
+    int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     const Vectors gradients(dvectors, vector_dtypes, count);
     const Tensors none(nullptr, count);
     return launch_shift_backward<false>({z, last, reset, Vectors(vectors, vector_dtypes, count)}, none,
-        Tensors(dout, count), dz, dlast, none, dvectors ? &gradients : nullptr, partial,
+        Tensors(dout, count, rank), dz, dlast, none, dvectors ? &gradients : nullptr, partial,
         Shape::columns(B, T, C), dtype, stream);
 }
 
 // out may be m
 extern "C" int shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset,
-    const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t vector_dtypes,
-    int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    const void* const* vectors, const void* const* m, void* const* out, int64_t count, int64_t rank,
+    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
+    void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     return launch_shift_forward<true>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
-        Tensors(m, count), Tensors(out, count), Shape::columns(B, T, C), dtype, stream);
+        Tensors(m, count), Tensors(out, count, rank), Shape::columns(B, T, C), dtype, stream);
 }
 
 // dm may not be m: a token's share is read where the token before is, too
 extern "C" int shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset,
     const void* const* vectors, const void* const* m, const void* const* dout, void* dz, void* dlast,
-    void* const* dm, void* const* dvectors, float* partial, int64_t count, int64_t vector_dtypes, int64_t B,
-    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
+    void* const* dm, void* const* dvectors, float* partial, int64_t count, int64_t rank,
+    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
+    void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
     const Vectors gradients(dvectors, vector_dtypes, count);
     return launch_shift_backward<true>({z, last, reset, Vectors(vectors, vector_dtypes, count)},
-        Tensors(m, count), Tensors(dout, count), dz, dlast, Tensors(dm, count),
+        Tensors(m, count), Tensors(dout, count, rank), dz, dlast, Tensors(dm, count),
         dvectors ? &gradients : nullptr, partial, Shape::columns(B, T, C), dtype, stream);
 }
 
-extern "C" int relu_squared_forward(const void* x, void* y, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+extern "C" int relu_squared_forward(const void* x, void* const* y, int64_t rank, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_each(ReluSquared{x, y}, B * T, C, dtype, stream);
+    const ReluSquared f{x, Tensors(y, 1, rank)};
+    return launch_rows(f, nullptr, 0, B * T, C, C / WIDTH, 0, dtype, stream);
 }
 
-extern "C" int relu_squared_backward(const void* y, const void* dy, void* dx, int64_t B, int64_t T, int64_t C,
-    int64_t H, float eps, int dtype, int device, void* stream) {
+extern "C" int relu_squared_backward(const void* y, const void* const* dy, void* dx, int64_t rank, int64_t B,
+    int64_t T, int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_each(ReluSquaredBackward{y, dy, dx}, B * T, C, dtype, stream);
+    return launch_each(ReluSquaredBackward{y, Tensors(dy, 1, rank), dx}, B * T, C, dtype, stream);
 }
 
 extern "C" int gated_forward(const void* x, const void* gate, void* y, int64_t B, int64_t T, int64_t C,
@@ -476,67 +479,70 @@ extern "C" int delta_inputs_backward(const void* k, const void* a, const void* c
 
 // vectors: r_k, weight, bias
 extern "C" int readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g,
-    const void* const* vectors, void* out, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+    const void* const* vectors, void* const* out, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(Readout7{y, r, k, v, g, out}, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H,
+    return launch_rows(Readout7{y, r, k, v, g, Tensors(out, 1, rank)}, vectors, vector_dtypes, B * T, C, H,
         eps, dtype, stream);
 }
 
 extern "C" int readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g,
-    const void* const* vectors, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg,
-    void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+    const void* const* vectors, const void* const* dout, void* dy, void* dr, void* dk, void* dv, void* dg,
+    void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(Readout7Backward<true>{y, r, k, v, g, dout, dy, dr, dk, dv, dg, nullptr}, vectors,
+    const Tensors above(dout, 1, rank);
+    return launch_tokens(Readout7Backward<true>{y, r, k, v, g, above, dy, dr, dk, dv, dg, nullptr}, vectors,
         vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // Both backwards around that of the recurrence, mix7 as one function: first readout7's, without dr, dk and
 // dv. sums: (tokens, H, 2) floats
 extern "C" int mix7_readout_backward(const void* y, const void* r, const void* k, const void* v,
-    const void* g, const void* const* vectors, const void* dout, void* dy, void* dg, float* sums,
-    void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
-    float eps, int dtype, int device, void* stream) {
+    const void* g, const void* const* vectors, const void* const* dout, void* dy, void* dg, float* sums,
+    void* const* dvectors, float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T,
+    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    const Readout7Backward<false> f{y, r, k, v, g, dout, dy, nullptr, nullptr, nullptr, dg, sums};
+    const Tensors above(dout, 1, rank);
+    const Readout7Backward<false> f{y, r, k, v, g, above, dy, nullptr, nullptr, nullptr, dg, sums};
     return launch_tokens(
         f, vectors, vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // then delta_inputs', which completes dr and dv in place. vectors: k_k, k_a, r_k; dvectors: of the first two
 extern "C" int mix7_inputs_backward(const void* k, const void* a, const void* r, const void* g,
-    const void* const* vectors, const void* dout, const float* sums, const void* dkey, const void* dremove,
-    const void* dreplace, void* dr, void* dv, void* dk, void* da, void* const* dvectors, float* partial,
-    int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
-    void* stream) {
+    const void* const* vectors, const void* const* dout, const float* sums, const void* dkey,
+    const void* dremove, const void* dreplace, void* dr, void* dv, void* dk, void* da, void* const* dvectors,
+    float* partial, int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H,
+    float eps, int dtype, int device, void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    const OfReadout of{r, g, dout, sums, dr, dv};
+    const OfReadout of{r, g, Tensors(dout, 1, rank), sums, dr, dv};
     return launch_tokens(DeltaInputsBackward<true>{k, a, dkey, dremove, dreplace, dk, da, of}, vectors,
         vector_dtypes, dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // vectors: weight, bias
-extern "C" int readout6_forward(const void* y, const void* g, const void* const* vectors, void* out,
+extern "C" int readout6_forward(const void* y, const void* g, const void* const* vectors, void* const* out,
+    int64_t rank, int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype,
+    int device, void* stream) {
+    OnDevice on(device);
+    if (on.error) return on.error;
+    return launch_rows(Readout6{y, g, Tensors(out, 1, rank)}, vectors, vector_dtypes, B * T, C, H, eps,
+        dtype, stream);
+}
+
+extern "C" int readout6_backward(const void* y, const void* g, const void* const* vectors,
+    const void* const* dout, void* dy, void* dg, void* const* dvectors, float* partial, int64_t rank,
     int64_t vector_dtypes, int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int device,
     void* stream) {
     OnDevice on(device);
     if (on.error) return on.error;
-    return launch_tokens(Readout6{y, g, out}, vectors, vector_dtypes, nullptr, nullptr, B * T, C, H, eps,
-        dtype, stream);
-}
-
-extern "C" int readout6_backward(const void* y, const void* g, const void* const* vectors, const void* dout,
-    void* dy, void* dg, void* const* dvectors, float* partial, int64_t vector_dtypes, int64_t B, int64_t T,
-    int64_t C, int64_t H, float eps, int dtype, int device, void* stream) {
-    OnDevice on(device);
-    if (on.error) return on.error;
-    return launch_tokens(Readout6Backward{y, g, dout, dy, dg}, vectors, vector_dtypes, dvectors, partial,
-        B * T, C, H, eps, dtype, stream);
+    return launch_tokens(Readout6Backward{y, g, Tensors(dout, 1, rank), dy, dg}, vectors, vector_dtypes,
+        dvectors, partial, B * T, C, H, eps, dtype, stream);
 }
 
 // sum = x + mixed, and its LayerNorm. vectors: weight, bias; C is at most 8192

@@ -5,6 +5,8 @@
 //     warp                      TOKENS of these tokens, one after the other
 //     lane                      WIDTH neighbouring channels of each: 16 bytes, in fp32 twice 16
 //
+// Where an output may have shard sums, a block has one token, and its warps take turns at the heads.
+//
 // A head has a power of two of lanes, so that shuffles add up over it; those beyond its channels idle. What
 // has no heads has columns of WIDTH channels instead, a lane each. A lane keeps the model's vectors in
 // registers for all of its tokens.
@@ -34,12 +36,16 @@ struct Shape {
     bool valid() const {
         return B > 0 && T > 0 && H > 0 && C == H * N && N > 0 && N % WIDTH == 0 && lanes <= 32;
     }
-    __host__ __device__ int64_t tiles() const { return (T + TILE - 1) / TILE; }
-    int64_t parts() const { return B * tiles(); }
-    dim3 grid() const {
-        const int heads = 32 / lanes;
-        return dim3((unsigned)parts(), (unsigned)((H + heads - 1) / heads));
+    // whether a lane has the same channels modulo `rank` in all groups of heads; 0: there are no shard sums
+    bool summable(int rank) const {
+        return !rank || rank >= WIDTH && rank <= 32 * WIDTH && !(rank & rank - 1) && lanes * WIDTH == N;
     }
+    __host__ __device__ int64_t tiles() const { return (T + TILE - 1) / TILE; }
+    __host__ __device__ int groups() const { return (H + 32 / lanes - 1) / (32 / lanes); }
+    int64_t parts() const { return B * tiles(); }
+    dim3 grid() const { return dim3((unsigned)parts(), (unsigned)groups()); }
+    dim3 rows() const { return dim3((unsigned)(B * T)); }
+    int threads_of_row() const { return groups() < WARPS ? 32 * groups() : THREADS; }
 };
 
 // Vectors of the model, or their gradients: each (C) and of its own dtype, which a base and what is trained
@@ -63,6 +69,21 @@ struct Vectors {
     }
 };
 
+// Outputs or their gradients, one for each mix of a token shift, with the shard sums of those that have some.
+struct Tensors {
+    void *of[MOST_VECTORS], *sums[MOST_VECTORS];
+    int rank;
+
+    // `from`: `count` tensors, then with a rank the sums of each, or null
+    Tensors(const void* const* from = nullptr, int64_t count = 0, int64_t rank = 0)
+        : of(), sums(), rank((int)rank) {
+        for (int i = 0; from && i < count && i < MOST_VECTORS; i++) {
+            of[i] = const_cast<void*>(from[i]);
+            if (rank) sums[i] = const_cast<void*>(from[count + i]);
+        }
+    }
+};
+
 // 1 / the deviation; NaN if the variance overflows
 __device__ __forceinline__ float inverse_deviation(float variance, float eps) {
     return 1.f / sqrtf(variance + eps) + variance * 0.f;
@@ -71,18 +92,27 @@ __device__ __forceinline__ float inverse_deviation(float variance, float eps) {
 // a lane's channels, and the token that its warp is at
 template <class T> struct Place {
     const Shape& shape;
-    int channel;     // the first of the lane's
-    bool has;        // whether it has any
-    int64_t b, t;    // the token
-    int64_t here;    // index of its channel in an activation
+    int channel;          // the first of the lane's
+    bool has;             // whether it has any
+    int64_t b, t;         // the token
+    int64_t here;         // index of its channel in an activation
+    mutable Vec sum = 0;  // what the lane wrote of an output
 
     __device__ explicit Place(const Shape& shape) : shape(shape) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % shape.lanes * WIDTH;
-        const int head = blockIdx.y * (32 / shape.lanes) + lane / shape.lanes;
+        const unsigned tiles = shape.tiles();
+        b = blockIdx.x / tiles;
+        t = (int64_t)(blockIdx.x % tiles) * TILE + threadIdx.x / 32 * TOKENS;
+        go_to_group(blockIdx.y);
+    }
+    // a token that all warps of the block share
+    __device__ Place(const Shape& shape, unsigned token)
+        : shape(shape), b(token / (unsigned)shape.T), t(token % (unsigned)shape.T) {}
+    __device__ void go_to_group(int group) {
+        const int lane = threadIdx.x % 32, part = lane % shape.lanes * WIDTH;
+        const int head = group * (32 / shape.lanes) + lane / shape.lanes;
         has = part < shape.N && head < shape.H;
         channel = head * shape.N + part;
-        b = blockIdx.x / (unsigned)shape.tiles();
-        go_to((int64_t)(blockIdx.x % (unsigned)shape.tiles()) * TILE + warp * TOKENS);
+        go_to(t);
     }
     __device__ void go_to(int64_t token) {
         t = token;
@@ -98,6 +128,20 @@ template <class T> struct Place {
     }
     __device__ Vec read(const void* x) const { return read_at(x, here); }
     __device__ void write(void* x, const Vec& value) const { write_at(x, here, value); }
+    // output i
+    __device__ void write(const Tensors& x, const Vec& value, int i = 0) const {
+        write(x.of[i], value);
+        if (has) sum += value;
+    }
+    // the gradient of output i of the j-th token from here on, and what its shard sums add
+    __device__ Vec read(const Tensors& x, int i = 0, int j = 0) const {
+        Vec g = read_at(x.of[i], here + j * shape.C);
+        if (x.sums[i] && has) {
+            const int64_t first = (b * shape.T + t + j) * x.rank;
+            g += read_vec(static_cast<const T*>(x.sums[i]) + first + (channel & (x.rank - 1)));
+        }
+        return g;
+    }
     __device__ Vec vector(const Vectors& from, int i) const {
         return has ? from.read(i, channel) : Vec(0);
     }
@@ -133,6 +177,26 @@ template <class T> struct Place {
         return centred * *scale;
     }
 
+    // the shard sums of output i of the block's token, where they are asked for; all of its threads come here
+    __device__ void write_sums(const Tensors& x, int i) const {
+        __shared__ __align__(16) float shared[WARPS][32 * WIDTH];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        if (x.sums[i]) {
+            for (int lanes = 16; lanes * WIDTH >= x.rank; lanes /= 2)
+#pragma unroll
+                for (int e = 0; e < WIDTH; e++) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], lanes);
+            __syncthreads();
+            if (lane * WIDTH < x.rank) write_vec(&shared[warp][lane * WIDTH], sum);
+            __syncthreads();
+            for (int shard = threadIdx.x; shard < x.rank; shard += blockDim.x) {
+                float all = 0;
+                for (int w = 0; w < blockDim.x / 32; w++) all += shared[w][shard];
+                store(static_cast<T*>(x.sums[i]) + (b * shape.T + t) * x.rank + shard, all);
+            }
+        }
+        sum = 0;
+    }
+
     // partial[this block][i] = the sum over the block's warps; all of its threads come here
     __device__ void add_warps(const Vec& sum, float* partial, int i, int count) const {
         static_assert(WARPS == WIDTH, "a warp adds up one of a lane's channels");
@@ -156,8 +220,8 @@ template <class T> struct Unread {
     __device__ Vec operator[](int i) const { return at.vector(from, i); }
 };
 
-// f(place, vectors, sums) for every token; the first TRAINABLE vectors have gradients. The vectors lie in registers; but with SUMS their gradients do,
-// and there is no room for both.
+// f(place, vectors, sums) for every token; the first TRAINABLE vectors have gradients. The vectors lie in
+// registers; but with SUMS their gradients do, and there is no room for both.
 template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(THREADS, 2)
     run(Function f, Vectors vectors, float* partial, Shape shape) {
     constexpr int COUNT = Function::VECTORS, TRAINABLE = Function::TRAINABLE;
@@ -177,6 +241,20 @@ template <class T, bool SUMS, class Function> __global__ void __launch_bounds__(
     if (SUMS)
 #pragma unroll
         for (int i = 0; i < TRAINABLE; i++) at.add_warps(sums[i], partial, i, TRAINABLE);
+}
+
+// f(place, vectors, nullptr) by a block for each token, and the shard sums of f.out
+template <class T, class Function> __global__ void __launch_bounds__(THREADS, 2)
+    run_rows(Function f, Vectors vectors, Shape shape) {
+    Place<T> at(shape, blockIdx.x);
+    for (int group = threadIdx.x / 32; group < shape.groups(); group += blockDim.x / 32) {
+        at.go_to_group(group);
+        Vec values[Function::VECTORS + 1];
+#pragma unroll
+        for (int i = 0; i < Function::VECTORS; i++) values[i] = at.vector(vectors, i);
+        f(at, values, nullptr);
+    }
+    at.write_sums(f.out, 0);
 }
 
 // A block: 32 neighbouring channels of vector blockIdx.y; every warp takes every WARPS-th part.

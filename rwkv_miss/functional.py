@@ -60,6 +60,17 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
     return torch.cat((even - odd, (even + odd).sum(-1, keepdim=True) * width**-0.5), -1)
 
 
+def with_shard_sums(x: Tensor, sums: Tensor) -> Tensor:
+    """Return x, which carries its shard_sum() to the linear that reads it.
+
+    `sums` comes from the function that made x, as one more output of it. The linear then gives `sums` a
+    gradient of its own, and x the gradient without that part. A copy or view of x carries nothing; then the
+    linear sums x itself.
+    """
+    x.shard_sums = sums
+    return x
+
+
 def shard_index(
     width: int, rank: int, contiguous: bool = False, device: torch.device | str | None = None
 ) -> Tensor:
@@ -275,14 +286,15 @@ def sums_go_on(device: torch.device) -> bool:
 
 class _MissLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, D, shards):
+    def forward(ctx, x, weight, bias, D, shards, sums):
         contiguous, balanced, scale = shards
         tokens, D_cast, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
         rank, out = D.shape[0] - balanced, shape_of(weight)[0]
-        s = shard_sum(tokens, rank, contiguous, balanced)
+        carried = sums is not None
+        s = flat_tokens(sums).to(x.dtype) if carried else shard_sum(tokens, rank, contiguous, balanced)
         if scale != 1:
             s[:, :rank].mul_(scale)
-        ctx.x_shape, ctx.shards, ctx.dtype = x.shape, shards, D.dtype
+        ctx.x_shape, ctx.shards, ctx.dtype, ctx.carried = x.shape, shards, D.dtype, carried
         ctx.set_materialize_grads(False)
         # of D the cast copy, which is a launch less in the backward, and far smaller than S
         ctx.save_for_backward(s, weight, D_cast, x if weight.requires_grad else None)
@@ -299,7 +311,7 @@ class _MissLinear(torch.autograd.Function):
     def backward(ctx, dy):
         s, weight, D, x = ctx.saved_tensors
         contiguous, balanced, scale = ctx.shards
-        dy, dx, dD = flat_tokens(dy), None, None
+        dy, dx, dD, dsums = flat_tokens(dy), None, None, None
         part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
         if ctx.needs_input_grad[0]:
             ds = product(part, D)
@@ -307,7 +319,9 @@ class _MissLinear(torch.autograd.Function):
                 ds[:, : D.shape[0] - balanced].mul_(scale)
             width = ctx.x_shape[-1]
             matrix = product_matrix(weight, width, dy.dtype)
-            if sums_go_on(dy.device):  # dx is not read and written again
+            if ctx.carried:  # what made x adds ds to dx
+                dx, dsums = product_transposed(dy, matrix), ds.view(*ctx.x_shape[:-1], -1)
+            elif sums_go_on(dy.device):  # dx is not read and written again
                 dx = product_onto(expanded(ds, width, contiguous, balanced), dy, matrix.t())
             else:
                 dx = product_transposed(dy, matrix)
@@ -315,7 +329,7 @@ class _MissLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[3]:
             dD = gradient_of_factor(s, part, ctx.dtype)
-        return dx, *weight_gradients(ctx, dy, x, weight), dD, None
+        return dx, *weight_gradients(ctx, dy, x, weight), dD, None, dsums
 
 
 def miss_linear(
@@ -336,7 +350,10 @@ def miss_linear(
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
     off where m does not divide out.
     """
-    return call(_MissLinear, x, weight, bias, D, (contiguous, balanced, scale))
+    sums = getattr(x, "shard_sums", None)
+    if sums is not None and (contiguous or balanced or scale != 1 or sums.shape[-1] != len(D)):
+        sums = None
+    return call(_MissLinear, x, weight, bias, D, (contiguous, balanced, scale), sums)
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import itertools
 
 import torch
 
+from rwkv_miss.functional import shard_sum
 from src.ops import elementwise
+from src.ops.elementwise_ops import summable
 
 # B, T, C, heads: head sizes 8, 16, 80 (ten of sixteen lanes), 256, 24; blocks of 32 tokens and 256 channels
 SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 37, 160, 2), (1, 33, 512, 2), (1, 70, 264, 11)]
@@ -15,10 +17,25 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # once, 2^-8 = 4e-3 of a value in bf16; the low-rank mixes before their use, too.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 EPS = 64e-5
+RANK = 16  # of shard sums
+FOUR_OF_SIX = [0, RANK, RANK, 0, RANK, RANK]
+
+
+def with_sums(outputs, ranks):
+    """Return the outputs, then the shard sums of those that have a rank: what they carry, or torch's."""
+    of = {i: getattr(outputs[i], "shard_sums", None) for i, rank in enumerate(ranks) if rank}
+    return [*outputs, *(shard_sum(outputs[i], RANK) if sums is None else sums for i, sums in of.items())]
+
 
 # name -> (function of native, activations, vectors, reset; activations; vectors)
 FUNCTIONS = {
-    "shift_mix": (lambda on, z, last, *mixes, reset: elementwise.shift_mix(z, last, reset, mixes, on), 2, 6),
+    "shift_mix": (
+        lambda on, z, last, *mixes, reset: with_sums(
+            elementwise.shift_mix(z, last, reset, mixes, on, ranks=FOUR_OF_SIX), FOUR_OF_SIX
+        ),
+        2,
+        6,
+    ),
     "shift_mix, some twice": (
         lambda on, z, last, *mixes, reset: elementwise.shift_mix(z, last, reset, mixes, on, [1, 0]),
         2,
@@ -30,17 +47,29 @@ FUNCTIONS = {
         1,
     ),
     "shift_mix_low_rank": (
-        lambda on, z, last, q, maps, *mixes, reset: elementwise.shift_mix_low_rank(
-            z, last, reset, mixes, q, maps, on
+        lambda on, z, last, q, maps, *mixes, reset: with_sums(
+            elementwise.shift_mix_low_rank(z, last, reset, mixes, q, maps, on, FOUR_OF_SIX[1:]),
+            FOUR_OF_SIX[1:],
         ),
         3,
         6,
     ),
-    "relu_squared": (lambda on, x, reset: elementwise.relu_squared(x, on), 1, 0),
+    "relu_squared": (
+        lambda on, x, reset: with_sums([elementwise.relu_squared(x, on, RANK)], [RANK]),
+        1,
+        0,
+    ),
     "gated": (lambda on, x, gate, reset: elementwise.gated(x, gate, on), 2, 0),
     "value_residual": (lambda on, *x, reset: elementwise.value_residual(*x, on), 3, 0),
     "delta_inputs": (lambda on, *x, heads, reset: elementwise.delta_inputs(*x, heads, on), 2, 2),
-    "readout6": (lambda on, *x, heads, reset: elementwise.readout6(*x, heads, EPS, on), 2, 2),
+    "readout6": (
+        lambda on, y, *x, heads, reset: with_sums(
+            [elementwise.readout6(y, *x, heads, EPS, on, RANK)],
+            [summable(RANK, "cuda", y.shape[-1] // heads)],
+        ),
+        2,
+        2,
+    ),
     "readout7": (lambda on, *x, reset: elementwise.readout7(*x, EPS, on), 5, 3),
     "add_layer_norm": (lambda on, *x, reset: elementwise.add_layer_norm(*x, EPS, on), 2, 2),
 }

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
+from rwkv_miss import functional
 from rwkv_miss.adapter import METHODS, AdapterLinear, AroundSteps, adapted_linears, has_factors, register
 from rwkv_miss.functional import add_expanded_, expanded, shard_index, shard_sum
 from rwkv_miss.inject import adapter_tensors, find_targets, layer_tensors
@@ -294,6 +295,23 @@ def test_shard_sum_is_the_product_with_the_shard_index(width, rank, contiguous):
     close("S", shard_sum(x, rank, contiguous), want, 1e-14)
     if not contiguous:
         assert index.tolist() == [i % rank for i in range(width)]
+
+
+def test_shard_sums_that_x_carries_are_used_and_have_their_gradient():
+    shapes = (2, 3, 20), (6, 20), (8, 6), (2, 3, 6)
+    x, W, D, dy = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    leaves = [x.requires_grad_(), D.requires_grad_()]
+    y = functional.miss_linear(x, W, None, D)
+    want = [y, *torch.autograd.grad(y, leaves, dy)]
+    sums = shard_sum(x, 8)
+    y = functional.miss_linear(functional.with_shard_sums(x.clone(), sums), W, None, D)
+    got = [y, *torch.autograd.grad(y, leaves, dy, retain_graph=True)]
+    for mine, exact in zip(got, want, strict=True):
+        close("carried sums", mine, exact, 1e-14)
+    (ds,) = torch.autograd.grad(y, [sums], dy)
+    close("gradient of the sums", ds, dy @ D.t(), 1e-14)
+    functional.with_shard_sums(x, torch.zeros(2, 3, 4))  # of another rank
+    assert torch.equal(functional.miss_linear(x, W, None, D), want[0])
 
 
 @pytest.mark.parametrize("width,rank", [(48, 8), (50, 16), (48, 40), (7, 7), (5, 1)])

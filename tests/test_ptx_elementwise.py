@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import gpu_numerics
+from rwkv_miss.functional import shard_sum
 from src.ops import elementwise
 from src.ops.kernel_errors import worst
 
@@ -40,6 +41,16 @@ def test_half_precision_rounds_outputs_only(name, gpu):
         kept_output = name == "relu_squared"  # its backward reads the rounded output
         for mine, exact in zip(got[:1] if kept_output else got, want):
             assert torch.equal(mine, exact.to(mine.dtype))
+
+
+@pytest.mark.parametrize("rank, carried", [(8, True), (256, True), (4, False), (24, False), (512, False)])
+def test_an_output_carries_shard_sums_of_a_power_of_two(rank, carried, gpu):
+    """Nine groups of 256 channels and one of 8, so that some warps have two; the linear makes other sums."""
+    x = torch.randn(1, 3, 2312, generator=torch.Generator().manual_seed(rank))
+    y = elementwise.relu_squared(x, "cuda", rank)
+    assert torch.equal(y, x.relu() ** 2) and hasattr(y, "shard_sums") == carried
+    if carried:
+        close("sums", y.shard_sums, shard_sum(y.double(), rank), 1e-6)
 
 
 @pytest.mark.parametrize("width", [8, 2056, 8192])

@@ -32,6 +32,7 @@ class MissLinear(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         check_rank(options.rank, "input", self.in_features)
+        self.shard_rank = options.rank  # what makes its input may sum the shards, too
         self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.stored.device))
 
     def forward(self, x: Tensor) -> Tensor:

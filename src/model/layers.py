@@ -46,6 +46,14 @@ def split_heads(heads: int, *activations: Tensor) -> list[Tensor]:
     return [x.unflatten(-1, (heads, -1)) for x in activations]
 
 
+def shard_rank(linear: nn.Module) -> int:
+    """Return how many shard sums a linear takes that its input carries: those of a MissLinear, otherwise 0.
+
+    A hook before the linear, such as that of ZeRO 3, may replace its input.
+    """
+    return 0 if linear._forward_pre_hooks else getattr(linear, "shard_rank", 0)
+
+
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
     """Compute RWKV-LM's (rho, sigma): layer / (L - 1), 0 to 1, and 1 - layer / L, 1 to almost 0."""
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer

@@ -21,6 +21,7 @@ from .layers import (
     last_token,
     low_rank,
     parameter,
+    shard_rank,
     split_heads,
     time_state,
     times,
@@ -100,7 +101,10 @@ class TimeMix(nn.Module):
         q = q.view(z.shape[0] * z.shape[1], 5, -1).transpose(0, 1)  # (5, B T, Rm)
         # token shift: the input of c is z_t + (z_{t-1} - z_t) (time_maa_c + m_c), for w, k, v, r and g
         mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
-        x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
+        maps = self.time_maa_w2
+        ranks = [0, *map(shard_rank, (self.key, self.value, self.receptance, self.gate))]
+        x = shift_mix_low_rank(z, last, reset, mixes, q, maps, self.native, ranks)
+        x_w, x_k, x_v, x_r, x_g = x
         w = low_rank(x_w, self.time_decay_w1, self.time_decay_w2, self.time_decay, torch.tanh)
         r = self.receptance(x_r)
         k = self.key(x_k)
@@ -122,7 +126,7 @@ class TimeMix(nn.Module):
         y, state = wkv6(*heads, u, state, reset, self.kernel, self.initial_state())
         # readout: ln_x(y) silu(g)
         norm = self.ln_x.weight, self.ln_x.bias, self.heads, self.ln_x.eps
-        y = readout6(y.flatten(-2), g, *norm, self.native)
+        y = readout6(y.flatten(-2), g, *norm, self.native, shard_rank(self.output))
         return self.output(y), v_first, last_token(z), state
 
 
@@ -159,8 +163,9 @@ class ChannelMix(nn.Module):
         z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
         """
-        x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
-        k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
+        mixes, ranks = [self.time_maa_k, self.time_maa_r], [shard_rank(self.key), shard_rank(self.receptance)]
+        x_k, x_r = shift_mix(z, last, reset, mixes, self.native, ranks=ranks)
+        k = relu_squared(self.key(chosen(x_k, wanted)), self.native, shard_rank(self.value))
         gate = self.receptance(chosen(x_r, wanted))
         return gated(self.value(k), gate, self.native), last_token(z)
 

@@ -31,6 +31,7 @@ from .layers import (
     last_token,
     low_rank,
     parameter,
+    shard_rank,
     split_heads,
     time_state,
 )
@@ -125,7 +126,9 @@ class TimeMix(nn.Module):
         # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         again = [3] if self.layer > 0 else []
-        x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = shift_mix(z, last, reset, mixes, self.native, again)
+        ranks = [shard_rank(self.receptance), 0, shard_rank(self.key), shard_rank(self.value), 0, 0]
+        x = shift_mix(z, last, reset, mixes, self.native, again, ranks)
+        x_r, x_w, x_k, x_v, x_a, x_g, *x_v_again = x
         v = self.value(x_v)
         if self.layer > 0:
             v = value_residual(v, v_first, low_rank(*x_v_again, self.v1, self.v2, self.v0), self.native)
@@ -151,7 +154,7 @@ class TimeMix(nn.Module):
         vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
         if mix7_serves(activations, vectors, reset, initial_state, self.native):
             # the three steps below in one native function, which keeps less for the backward
-            eps, how = self.ln_x.eps, (self.kernel, self.native)
+            eps, how = self.ln_x.eps, (self.kernel, self.native, shard_rank(self.output))
             y, state = mix7(activations, vectors, eps, state, reset, initial_state, *how)
         else:
             # delta inputs, a after its sigmoid: kappa = normalise(k k_k), alpha = -kappa, beta = kappa a,
@@ -200,8 +203,8 @@ class ChannelMix(nn.Module):
         z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
         documents start. wanted (n,) int64: as for chosen().
         """
-        (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
-        k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
+        (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native, ranks=[shard_rank(self.key)])
+        k = relu_squared(self.key(chosen(x_k, wanted)), self.native, shard_rank(self.value))
         return self.value(k), last_token(z)
 
 

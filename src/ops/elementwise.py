@@ -2,6 +2,9 @@
 
 Every function here has the formula of its namesake in elementwise_reference.py. It runs that, unless `native`
 asks for the native code of a device (elementwise_ops.py) and this covers the case: see `serves`.
+
+`rank` and `ranks`: the linears that read the outputs want this many shard sums, 0 for none. On a GPU the
+outputs then carry them (rwkv_miss.functional.with_shard_sums).
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rwkv_miss.functional import with_shard_sums
+
 from . import elementwise_ops, elementwise_reference
 from .add_layer_norm import LARGEST_NORM, AddLayerNorm
-from .elementwise_ops import ready
+from .elementwise_ops import ready, summable
 from .native import ACTIVATION_DTYPES, LARGEST_HEAD, NATIVE
 
 
@@ -45,9 +50,9 @@ def serves(
     )
 
 
-def relu_squared(x: Tensor, native: str) -> Tensor:
+def relu_squared(x: Tensor, native: str, rank: int = 0) -> Tensor:
     if serves(native, [x]):
-        return elementwise_ops.relu_squared(1, 0.0, *ready(x))
+        return elementwise_ops.relu_squared(1, 0.0, *ready(x), rank=summable(rank, native))
     return elementwise_reference.relu_squared(x)
 
 
@@ -73,10 +78,12 @@ def delta_inputs(
 
 
 def readout6(
-    y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: str
+    y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: str, rank: int = 0
 ) -> Tensor:
-    if serves(native, [y, g], [weight, bias], y.shape[-1] // heads):
-        return elementwise_ops.readout6(heads, eps, *ready(y, g, weight, bias))
+    head_size = y.shape[-1] // heads
+    if serves(native, [y, g], [weight, bias], head_size):
+        rank = summable(rank, native, head_size)
+        return elementwise_ops.readout6(heads, eps, *ready(y, g, weight, bias), rank=rank)
     return elementwise_reference.readout6(y, g, weight, bias, heads, eps)
 
 
@@ -98,8 +105,27 @@ def readout7(
     return elementwise_reference.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
+def _shift(
+    function: type, ranks: Sequence[int], tensors: Sequence[Tensor | None], *before
+) -> Sequence[Tensor]:
+    """Run a token shift on a GPU. Its outputs carry the shard sums that are asked for, those of one rank."""
+    rank = next((rank for rank in ranks if summable(rank, "cuda")), 0)
+    summed = [i for i, other in enumerate(ranks) if other == rank > 0]
+    made = function.apply(*before, summed, rank, *tensors)
+    count = len(made) - len(summed)
+    for i, sums in zip(summed, made[count:], strict=True):
+        with_shard_sums(made[i], sums)
+    return made[:count]
+
+
 def shift_mix(
-    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: str, again: Sequence[int] = ()
+    z: Tensor,
+    last: Tensor,
+    reset: Tensor | None,
+    mixes: list[Tensor],
+    native: str,
+    again: Sequence[int] = (),
+    ranks: Sequence[int] = (),
 ) -> Sequence[Tensor]:
     """Mix z with the token before. The outputs numbered `again` are returned twice, for a second use of each.
 
@@ -108,19 +134,27 @@ def shift_mix(
     if not serves(native, [z, last], mixes):
         out = elementwise_reference.shift_mix(z, last, reset, mixes)
     elif native == "cuda":
-        return elementwise_ops.ShiftMix.apply(again, *ready(z, last, reset, *mixes))
+        return _shift(elementwise_ops.ShiftMix, ranks, ready(z, last, reset, *mixes), again)
     else:
-        out = elementwise_ops.ShiftMix.apply((), *ready(z, last, reset, elementwise_ops.stacked(mixes)))
+        mixes = elementwise_ops.stacked(mixes)
+        out = elementwise_ops.ShiftMix.apply((), (), 0, *ready(z, last, reset, mixes))
     return *out, *(out[i] for i in again)
 
 
 def shift_mix_low_rank(
-    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: str
+    z: Tensor,
+    last: Tensor,
+    reset: Tensor | None,
+    mixes: list[Tensor],
+    q: Tensor,
+    maps: Tensor,
+    native: str,
+    ranks: Sequence[int] = (),
 ) -> Sequence[Tensor]:
     if serves(native, [z, last, q], [*mixes, maps]):
         z, last, reset, *mixes = ready(z, last, reset, *mixes)
         if native == "cuda":
-            return elementwise_ops.ShiftMixLowRank.apply(z, last, q, reset, maps, *mixes)
+            return _shift(elementwise_ops.ShiftMixLowRank, ranks, [z, last, q, reset, maps, *mixes])
         mixes, maps = elementwise_ops.stacked(mixes), maps.detach().to(z.dtype)
         return elementwise_ops.ShiftMixLowRankCpu.apply(z, last, q, reset, maps, mixes)
     return elementwise_reference.shift_mix_low_rank(z, last, reset, mixes, q, maps)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rwkv_miss.functional import with_shard_sums
 from rwkv_miss.gemm import product, product_transposed
 
 from .launch_errors import require_started
@@ -35,11 +36,13 @@ def call(
     heads: int = 1,
     eps: float = 0.0,
     count: int | None = None,
+    rank: int | None = None,
 ) -> None:
     """Run a function of the C interface with the sizes and the dtype of `like`, (B, T, C) or (tokens, C).
 
     Its pointers are `before`, the vectors of the model and `after`. `gradients` of the vectors are for a
-    backward. `count` is that of a token shift's mixes.
+    backward. `count` is that of a token shift's mixes. `rank` is that of shard sums, for functions that have
+    them on a GPU, or 0.
     """
     device = like.device
     gpu = on_gpu(like)
@@ -47,6 +50,8 @@ def call(
     numbers = [] if count is None else [count]
     if gpu:
         pointers = [*before, *([list(vectors)] if vectors else []), *after]
+        if rank is not None:
+            numbers.append(rank)
         if vectors and function.endswith("_backward"):
             pointers += (
                 [None, None] if gradients is None else [list(gradients), _parts(like, batch, T, gradients)]
@@ -110,35 +115,59 @@ def library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Ca
     return getattr(torch.ops.rwkv, name).default
 
 
+# A linear with MiSS reads x and its shard sums S(x) (rwkv_miss.functional). On a GPU the kernel that makes x
+# has its numbers in registers: it sums them, too, if it is given the linear's rank. The backward adds the
+# gradient that came through S where it reads that of x. So S costs no read of x, and its gradient no write.
+
+
+def summable(rank: int, native: str, head_size: int = 8) -> int:
+    """Return the rank if the kernels of `native` sum that many shards, otherwise 0: it is a power of two, and
+    so is the head size of a function that goes by heads.
+    """
+    fits = 8 <= rank <= 256 and rank & (rank - 1) == head_size & (head_size - 1) == 0
+    return rank if fits and native == "cuda" else 0
+
+
+def _rank(tensors: Sequence[Tensor], count: int) -> int:
+    """Return the rank of the shard sums that follow `count` outputs, or their gradients; 0 for none."""
+    return tensors[count].shape[-1] if len(tensors) > count else 0
+
+
 def _define(
-    name: str, activations: int, vectors: int = 0, outputs: int = 1, keeps_output: bool = False
+    name: str,
+    activations: int,
+    vectors: int = 0,
+    outputs: int = 1,
+    keeps_output: bool = False,
+    summed: bool = False,
 ) -> Callable:
     """Define the function (heads, eps, *activations of one shape, *vectors of the model) -> outputs.
 
     It has two ops. The forward takes the inputs; the backward takes the kept tensors, then the outputs'
-    gradients. `trained` asks for the vectors' gradients, too.
+    gradients. `trained` asks for the vectors' gradients, too. `summed`: the output carries its shard sums
+    where a `rank` is given.
 
     It is an autograd.Function around the ops, not torch.library.register_autograd, which takes half of the
     43 us of a call (torch 2.13).
     """
     kept = outputs if keeps_output else activations + vectors
 
-    def forward_shapes(tensors, heads, eps):
-        return [torch.empty_like(tensors[0]) for _ in range(outputs)]
+    def of_shards(like, tensors):
+        if not summed:
+            return tensors, None
+        return [tensors] if on_gpu(like) else tensors, _rank(tensors, outputs)
 
-    def forward(tensors, heads, eps):
-        made = forward_shapes(tensors, heads, eps)
+    def forward_shapes(tensors, heads, eps, rank=0):
+        like = tensors[0]
+        sums = [like.new_empty(*like.shape[:-1], rank)] if rank else []
+        return [*(torch.empty_like(like) for _ in range(outputs)), *sums]
+
+    def forward(tensors, heads, eps, rank=0):
+        made = forward_shapes(tensors, heads, eps, rank)
         check_sizes(name, tensors)
-        call(
-            f"{name}_forward",
-            tensors[0],
-            tensors[:activations],
-            tensors[activations:],
-            made,
-            None,
-            heads,
-            eps,
-        )
+        given, of_vectors = tensors[:activations], tensors[activations:]
+        after, rank = of_shards(made[0], made)
+        call(f"{name}_forward", made[0], given, of_vectors, after, None, heads, eps, rank=rank)
         return made
 
     def backward_shapes(tensors, heads, eps, trained):
@@ -147,34 +176,38 @@ def _define(
 
     def backward(tensors, heads, eps, trained):
         made = backward_shapes(tensors, heads, eps, trained)
-        check_sizes(name, tensors)
-        after = [*tensors[kept:], *made[:activations]]
+        check_sizes(name, tensors[: kept + outputs])
+        above, rank = of_shards(made[0], tensors[kept:])
         given, of_vectors = tensors[: kept - vectors], tensors[kept - vectors : kept]
-        gradients = made[activations:] if trained else None
-        call(f"{name}_backward", tensors[0], given, of_vectors, after, gradients, heads, eps)
+        after, gradients = [*above, *made[:activations]], made[activations:] if trained else None
+        call(f"{name}_backward", made[0], given, of_vectors, after, gradients, heads, eps, rank=rank)
         return made
 
     sizes = "Tensor[] tensors, int heads, float eps"
-    forward_op = library_op(name, sizes, forward, forward_shapes)
+    forward_op = library_op(name, f"{sizes}, int rank=0", forward, forward_shapes)
     backward_op = library_op(f"{name}_backward", f"{sizes}, bool trained", backward, backward_shapes)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, heads, eps, *tensors):
-            made = forward_op(tensors, heads, eps)
-            ctx.save_for_backward(*(made if keeps_output else tensors))
+        def forward(ctx, rank, heads, eps, *tensors):
+            made = forward_op(tensors, heads, eps, rank)
+            ctx.save_for_backward(*(made[:outputs] if keeps_output else tensors))
             ctx.numbers = heads, eps
-            return made[0] if outputs == 1 else tuple(made)
+            return made[0] if len(made) == 1 else tuple(made)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, *gradients):
-            trained = any(ctx.needs_input_grad[2 + activations :])
+            trained = any(ctx.needs_input_grad[3 + activations :])
             tensors = [*ctx.saved_tensors, *ready(*gradients)]
             found = backward_op(tensors, *ctx.numbers, trained)
-            return None, None, *found, *([] if trained else [None] * vectors)
+            return None, None, None, *found, *([] if trained else [None] * vectors)
 
-    return Differentiable.apply
+    def function(heads, eps, *tensors, rank=0):
+        made = Differentiable.apply(rank, heads, eps, *tensors)
+        return with_shard_sums(*made) if rank else made
+
+    return function
 
 
 def check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
@@ -188,12 +221,12 @@ def check_sizes(name: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-relu_squared = _define("relu_squared", 1, keeps_output=True)
+relu_squared = _define("relu_squared", 1, keeps_output=True, summed=True)
 gated = _define("gated", 2)
 value_residual = _define("value_residual", 3)
 delta_inputs = _define("delta_inputs", 2, 2, outputs=3)
-readout6 = _define("readout6", 2, 2)
-readout7 = _define("readout7", 5, 3)
+readout6 = _define("readout6", 2, 2, summed=True)
+readout7 = _define("readout7", 5, 3, summed=True)
 
 
 # On a GPU the backwards before and after the recurrence's, in mix7, work together: the second one adds the
@@ -201,18 +234,18 @@ readout7 = _define("readout7", 5, 3)
 
 
 def _mix7_readout_shapes(tensors, heads, eps, trained):
-    y, *_, r_k, weight, bias, _ = tensors
-    of_vectors = [torch.empty_like(x) for x in (r_k, weight, bias)] if trained else []
+    y, of_vectors = tensors[0], [torch.empty_like(x) for x in tensors[5:8]] if trained else []
     sums = y.new_empty(y.numel() // y.shape[-1], heads, 2, dtype=torch.float32)
     return [torch.empty_like(y), torch.empty_like(y), sums, *of_vectors]
 
 
 def _mix7_readout(tensors, heads, eps, trained):
     made = _mix7_readout_shapes(tensors, heads, eps, trained)
-    check_sizes("mix7", tensors)
-    given, vectors, after = tensors[:5], tensors[5:8], [*tensors[8:], *made[:3]]
+    check_sizes("mix7", tensors[:9])
+    given, vectors, dout = tensors[:5], tensors[5:8], tensors[8:]
+    after, of_vectors = [dout, *made[:3]], made[3:] if trained else None
     call(
-        "mix7_readout_backward", tensors[0], given, vectors, after, made[3:] if trained else None, heads, eps
+        "mix7_readout_backward", given[0], given, vectors, after, of_vectors, heads, eps, rank=_rank(dout, 1)
     )
     return made
 
@@ -231,15 +264,15 @@ def _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained):
 
 def _mix7_inputs(dr, dv, sums, tensors, heads, trained):
     made = _mix7_inputs_shapes(dr, dv, sums, tensors, heads, trained)
-    check_sizes("mix7", [dr, dv, *tensors])
-    dout, *of_recurrence = tensors[7:]
+    check_sizes("mix7", [dr, dv, *tensors[:11]])
+    given, vectors, of_recurrence, dout = tensors[:4], tensors[4:7], tensors[7:10], tensors[10:]
     after = [dout, sums, *of_recurrence, dr, dv, *made[:2]]
-    of_vectors = made[2:] if trained else None
-    call("mix7_inputs_backward", dr, tensors[:4], tensors[4:7], after, of_vectors, heads)
+    of_vectors, rank = made[2:] if trained else None, _rank(dout, 1)
+    call("mix7_inputs_backward", dr, given, vectors, after, of_vectors, heads, rank=rank)
     return made
 
 
-# of k, a, r, g, k_k, k_a, r_k, dout, dkey, dalpha, dbeta: dk, da and the gradients of k_k and k_a
+# of k, a, r, g, k_k, k_a, r_k, dkey, dalpha, dbeta, dout: dk, da and the gradients of k_k and k_a
 library_op(
     "mix7_inputs_backward",
     "Tensor(a!) dr, Tensor(b!) dv, Tensor sums, Tensor[] tensors, int heads, bool trained",
@@ -261,8 +294,15 @@ def _count(z: Tensor, mixes: Sequence[Tensor]) -> int:
     return sum([mix.numel() for mix in mixes]) // z.shape[-1]
 
 
-def _shift_shapes(z, last, reset, mixes, *_):
-    return [torch.empty_like(z) for _ in range(_count(z, mixes))]
+def _shift_shapes(z, last, reset, mixes, summed=(), rank=0):
+    outputs = [torch.empty_like(z) for _ in range(_count(z, mixes))]
+    return [*outputs, *(z.new_empty(*z.shape[:-1], rank) for _ in summed)]
+
+
+def _by_mix(tensors: Sequence[Tensor], count: int, summed: Sequence[int]) -> list[Tensor | None]:
+    """Give each of `count` outputs a place for its shard sums: those numbered `summed` have some."""
+    sums = dict(zip(summed, tensors[count:], strict=True))
+    return [*tensors[:count], *([sums.get(i) for i in range(count)] if summed else [])]
 
 
 def _check_shift(z, last, reset, mixes):
@@ -278,33 +318,36 @@ def _check_shift(z, last, reset, mixes):
         )
 
 
-def _shift_forward(z, last, reset, mixes):
+def _shift_forward(z, last, reset, mixes, summed=(), rank=0):
     _check_shift(z, last, reset, mixes)
-    out = _shift_shapes(z, last, reset, mixes)
-    call("shift_mix_forward", z, [z, last, reset], mixes, [out], count=len(out))
-    return out
+    made, count = _shift_shapes(z, last, reset, mixes, summed, rank), _count(z, mixes)
+    after = [_by_mix(made, count, summed)]
+    call("shift_mix_forward", z, [z, last, reset], mixes, after, count=count, rank=rank)
+    return made
 
 
-def _shift_backward_shapes(gradients, z, last, reset, mixes):
+def _shift_backward_shapes(gradients, z, last, reset, mixes, summed):
     g = gradients[0]
     of_mixes = [] if z is None else [torch.empty_like(mix) for mix in mixes]
     return [torch.empty_like(g), g.new_empty(g.shape[0], g.shape[2]), *of_mixes]
 
 
-def _shift_backward(gradients, z, last, reset, mixes):
-    found, like = _shift_backward_shapes(gradients, z, last, reset, mixes), gradients[0]
+def _shift_backward(gradients, z, last, reset, mixes, summed):
+    found, like = _shift_backward_shapes(gradients, z, last, reset, mixes, summed), gradients[0]
     _check_shift(like, found[1], reset, mixes)
-    inputs = [z, last, reset] if on_gpu(like) else [reset]
-    after, of_mixes = [gradients, *found[:2]], None if z is None else found[2:]
-    call("shift_mix_backward", like, inputs, mixes, after, of_mixes, count=len(gradients))
+    inputs, count = [z, last, reset] if on_gpu(like) else [reset], len(gradients) - len(summed)
+    after, of_mixes = [_by_mix(gradients, count, summed), *found[:2]], None if z is None else found[2:]
+    rank = _rank(gradients, count)
+    call("shift_mix_backward", like, inputs, mixes, after, of_mixes, count=count, rank=rank)
     return found
 
 
 _SHIFT = "Tensor z, Tensor last, Tensor? reset, Tensor[] mixes"
-_shift_op = library_op("shift_mix", _SHIFT, _shift_forward, _shift_shapes)
+_SUMMED = "int[] summed=[], int rank=0"
+_shift_op = library_op("shift_mix", f"{_SHIFT}, {_SUMMED}", _shift_forward, _shift_shapes)
 _shift_backward_op = library_op(
     "shift_mix_backward",
-    "Tensor[] gradients, Tensor? z, Tensor? last, Tensor? reset, Tensor[] mixes",
+    "Tensor[] gradients, Tensor? z, Tensor? last, Tensor? reset, Tensor[] mixes, int[] summed",
     _shift_backward,
     _shift_backward_shapes,
 )
@@ -313,59 +356,68 @@ _shift_backward_op = library_op(
 class ShiftMix(torch.autograd.Function):
     """Autograd function of shift_mix: (z, last, reset, *mixes). It keeps z for the gradients of mixes only.
 
-    The outputs numbered `again` are returned twice. For the backward each of these is one more output.
+    The outputs numbered `again` are returned twice. For the backward each of these is one more output. Last
+    come the shard sums of those numbered `summed`.
     """
 
     @staticmethod
-    def forward(ctx, again, z, last, reset, *mixes):
-        kept = (z, last) if any(ctx.needs_input_grad[4:]) else (None, None)
+    def forward(ctx, again, summed, rank, z, last, reset, *mixes):
+        kept = (z, last) if any(ctx.needs_input_grad[6:]) else (None, None)
         ctx.save_for_backward(*kept, reset, *mixes)
-        ctx.again = again
-        out = _shift_op(z, last, reset, mixes)
-        return *out, *(out[i].detach() for i in again)
+        ctx.again, ctx.summed = again, summed
+        made = _shift_op(z, last, reset, mixes, summed, rank)
+        count = len(made) - len(summed)
+        return *made[:count], *(made[i].detach() for i in again), *made[count:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
         z, last, reset, *mixes = ctx.saved_tensors
         of_outputs = [*mixes, *(mixes[i] for i in ctx.again)]
-        dz, dlast, *dmixes = _shift_backward_op(ready(*gradients), z, last, reset, of_outputs)
+        inputs = ready(*gradients), z, last, reset, of_outputs
+        dz, dlast, *dmixes = _shift_backward_op(*inputs, ctx.summed)
         for i, second in zip(ctx.again, dmixes[len(mixes) :]):
             dmixes[i] += second
-        return None, dz, dlast, None, *(dmixes[: len(mixes)] or [None] * len(mixes))
+        return None, None, None, dz, dlast, None, *(dmixes[: len(mixes)] or [None] * len(mixes))
 
 
 # The shares that every token adds to the mixes, m_i = q_i maps_i, are matrix products. A GPU makes all of
 # them in one and reads them where it writes the outputs.
 
 
-def _token_forward(z, last, reset, mixes, m):
+def _token_forward(z, last, reset, mixes, m, summed=(), rank=0):
     _check_shift(z, last, reset, mixes)
-    out = _shift_shapes(z, last, reset, mixes)
-    after = [list(m.unbind()), out]
-    call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=len(out))
-    return out
+    made, count = _shift_shapes(z, last, reset, mixes, summed, rank), len(mixes)
+    after = [list(m.unbind()), _by_mix(made, count, summed)]
+    call("shift_mix_token_forward", z, [z, last, reset], mixes, after, count=count, rank=rank)
+    return made
 
 
-def _token_backward_shapes(z, last, reset, mixes, m, gradients, trained):
+def _token_backward_shapes(z, last, reset, mixes, m, gradients, summed, trained):
     of_mixes = [torch.empty_like(mix) for mix in mixes] if trained else []
     return [torch.empty_like(z), torch.empty_like(last), torch.empty_like(m), *of_mixes]
 
 
-def _token_backward(z, last, reset, mixes, m, gradients, trained):
-    found = _token_backward_shapes(z, last, reset, mixes, m, gradients, trained)
+def _token_backward(z, last, reset, mixes, m, gradients, summed, trained):
+    found = _token_backward_shapes(z, last, reset, mixes, m, gradients, summed, trained)
     _check_shift(z, last, reset, mixes)
     dz, dlast, dm, *of_mixes = found
-    after = [list(m.unbind()), gradients, dz, dlast, list(dm.unbind())]
-    of_mixes = of_mixes if trained else None
-    call("shift_mix_token_backward", z, [z, last, reset], mixes, after, of_mixes, count=len(mixes))
+    count, inputs = len(mixes), [z, last, reset]
+    after = [list(m.unbind()), _by_mix(gradients, count, summed), dz, dlast, list(dm.unbind())]
+    of_mixes, rank = of_mixes if trained else None, _rank(gradients, count)
+    call("shift_mix_token_backward", z, inputs, mixes, after, of_mixes, count=count, rank=rank)
     return found
 
 
-_token_op = library_op("shift_mix_token", f"{_SHIFT}, Tensor m", _token_forward, _shift_shapes)
+_token_op = library_op(
+    "shift_mix_token",
+    f"{_SHIFT}, Tensor m, {_SUMMED}",
+    _token_forward,
+    lambda z, last, reset, mixes, m, *summed: _shift_shapes(z, last, reset, mixes, *summed),
+)
 _token_backward_op = library_op(
     "shift_mix_token_backward",
-    f"{_SHIFT}, Tensor m, Tensor[] gradients, bool trained",
+    f"{_SHIFT}, Tensor m, Tensor[] gradients, int[] summed, bool trained",
     _token_backward,
     _token_backward_shapes,
 )
@@ -376,24 +428,29 @@ def _shares(z: Tensor, q: Tensor, maps: Tensor) -> Tensor:
 
 
 class ShiftMixLowRank(torch.autograd.Function):
-    """Autograd function of shift_mix_low_rank on a GPU: (z, last, q, reset, maps, *mixes)."""
+    """Autograd function of shift_mix_low_rank on a GPU: (z, last, q, reset, maps, *mixes).
+
+    After the outputs come the shard sums of those numbered `summed`.
+    """
 
     @staticmethod
-    def forward(ctx, z, last, q, reset, maps, *mixes):
+    def forward(ctx, summed, rank, z, last, q, reset, maps, *mixes):
         ctx.save_for_backward(z, last, q, reset, maps, *mixes)
-        return tuple(_token_op(z, last, reset, mixes, _shares(z, q, maps.to(z.dtype))))
+        ctx.summed = summed
+        return tuple(_token_op(z, last, reset, mixes, _shares(z, q, maps.to(z.dtype)), summed, rank))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
         z, last, q, reset, maps, *mixes = ctx.saved_tensors
         factors = maps.to(z.dtype)
-        trained = any(ctx.needs_input_grad[5:])
-        m, gradients = _shares(z, q, factors), ready(*gradients)
-        dz, dlast, dm, *dmixes = _token_backward_op(z, last, reset, mixes, m, gradients, trained)
+        trained = any(ctx.needs_input_grad[7:])
+        inputs = z, last, reset, mixes, _shares(z, q, factors), ready(*gradients), ctx.summed
+        dz, dlast, dm, *dmixes = _token_backward_op(*inputs, trained)
         dm = dm.flatten(1, 2)
-        dmaps = torch.bmm(q.mT, dm).to(maps.dtype) if ctx.needs_input_grad[4] else None
-        return dz, dlast, torch.bmm(dm, factors.mT), None, dmaps, *(dmixes or [None] * len(mixes))
+        dmaps = torch.bmm(q.mT, dm).to(maps.dtype) if ctx.needs_input_grad[6] else None
+        dq = torch.bmm(dm, factors.mT)
+        return None, None, dz, dlast, dq, None, dmaps, *(dmixes or [None] * len(mixes))
 
 
 def _low_rank_mixes(z, q, maps):

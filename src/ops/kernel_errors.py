@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rwkv_miss.functional import shard_sum
+
 from . import elementwise
 from .native import INPUTS
 from .reference import recurrent6, recurrent7
 
 TOKENS = 37  # no multiple of a block
 # sizes for the elementwise functions
-ROWS, WIDTH, HEADS, EPS = 2, 128, 2, 64e-5
+ROWS, WIDTH, HEADS, EPS, RANK = 2, 128, 2, 64e-5, 16
 
 
 def largest_error(device: str, chunked: bool) -> float:
@@ -82,13 +84,15 @@ def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
     channels, heads = (WIDTH,), (HEADS, WIDTH // HEADS)
     return {
         "shift_mix": (
-            lambda on, z, reset, *v: elementwise.shift_mix(z, z[:, 0], reset, [*v], on),
+            lambda on, z, reset, *v: elementwise.shift_mix(
+                z, z[:, 0], reset, [*v], on, ranks=[RANK, 0, RANK, RANK, RANK, 0]
+            ),
             1,
             [channels] * 6,
         ),
         "shift_mix_low_rank": (
             lambda on, z, q, reset, maps, *v: elementwise.shift_mix_low_rank(
-                z, z[:, 0], reset, [*v], q[:, :, :7].reshape(-1, 7).expand(5, -1, 7), maps, on
+                z, z[:, 0], reset, [*v], q[:, :, :7].reshape(-1, 7).expand(5, -1, 7), maps, on, [RANK] * 5
             ),
             2,
             [(5, 7, WIDTH), *[channels] * 5],
@@ -105,7 +109,7 @@ def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
             [channels] * 2,
         ),
         "readout6": (
-            lambda on, y, g, _, *v: elementwise.readout6(y, g, *v, HEADS, EPS, on),
+            lambda on, y, g, _, *v: elementwise.readout6(y, g, *v, HEADS, EPS, on, RANK),
             2,
             [channels] * 2,
         ),
@@ -119,7 +123,7 @@ def _functions() -> dict[str, tuple[Callable, int, list[tuple[int, ...]]]]:
             2,
             [channels] * 2,
         ),
-        "relu_squared": (lambda on, x, _: elementwise.relu_squared(x, on), 1, []),
+        "relu_squared": (lambda on, x, _: elementwise.relu_squared(x, on, RANK), 1, []),
     }
 
 
@@ -137,6 +141,7 @@ def _error_of(name: str, device: str) -> float:
         there = reset.to(leaves[0].device)
         out = function(native, *leaves[:activations], there, *leaves[activations:])
         out = [*out] if isinstance(out, (list, tuple)) else [out]
+        out += [getattr(y, "shard_sums", shard_sum(y, RANK)) for y in out]
         weights = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y) for y in out]
         gradients = torch.autograd.grad(out, leaves[:activations], weights)
         return [t.detach().cpu().double() for t in (*out, *gradients)]

@@ -19,10 +19,11 @@ from rwkv_miss import quantised as formats
 from src.model import RWKV
 from src.model import loss as losses
 from src.ops import quantised, wkv7
+from src.ops.elementwise_ops import summable
 from src.ops.elementwise_reference import delta_inputs, readout7
 from src.ops.mix7 import mix7
 from tests.conftest import make_arch, random_tensors
-from tests.elementwise_cases import EPS, FUNCTIONS, SIZES
+from tests.elementwise_cases import EPS, FUNCTIONS, RANK, SIZES, with_sums
 from tests.elementwise_cases import results as elementwise_results
 from tests.loss_cases import exact_loss, random_logits
 from tests.test_wkv import DECAYS, OPS, documents, drop, make
@@ -197,17 +198,19 @@ def elementwise_row(device, name, sizes, dtype, vectors=(), trained=False, used=
 
 
 def mix7_row(device, sizes, dtype, trained) -> Result:
-    """The recurrence and what is around it, in one backward."""
+    """The recurrence and what is around it, in one backward, with the shard sums of the readout."""
     B, T, C, heads = sizes
+    rank = summable(RANK, "cuda", C // heads)
     generator, shapes = torch.Generator().manual_seed(T + C), [(B, T, C)] * 6 + [(1, 1, C)] * 2
-    shapes += [(heads, C // heads), (C,), (C,), (B, T, C)]
-    *numbers, dy = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    shapes += [(heads, C // heads), (C,), (C,), (B, T, C), (B, T, rank)]
+    *numbers, dy, dS = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
 
     def gradients(dtype, vectors, function):
         leaves = [x.to(dtype).requires_grad_() for x in numbers[:6]]
         of_model = [x.to(vectors).requires_grad_(trained) for x in numbers[6:]]
-        y = function(leaves, of_model)
-        return [y, *torch.autograd.grad(y, [*leaves, *(of_model if trained else ())], dy.to(y.dtype))]
+        y, wanted = function(leaves, of_model), [*leaves, *(of_model if trained else ())]
+        out = with_sums([y], [rank])
+        return [*out, *torch.autograd.grad(out, wanted, [d.to(y.dtype) for d in (dy, dS)[: len(out)]])]
 
     def plain(leaves, of_model):
         r, w, k, v, a, g = leaves
@@ -216,13 +219,13 @@ def mix7_row(device, sizes, dtype, trained) -> Result:
         return readout7(y.flatten(-2), r, key, v, g, *of_model[2:], EPS)
 
     def native(leaves, of_model):
-        return mix7(leaves, of_model, EPS, None, None, None, "cuda-exact", "cuda")[0]
+        return mix7(leaves, of_model, EPS, None, None, None, "cuda-exact", "cuda", rank)[0]
 
     want = gradients(torch.float64, torch.float64, plain)
     with device.in_place_of_cuda():
         got = gradients(dtype, FP32 if trained else dtype, native)
     # in half precision the recurrence's inputs and outputs are rounded in between
-    names = "y r w k v a g k_k k_a r_k weight bias".split()
+    names = f"y {'S ' * (rank > 0)}r w k v a g k_k k_a r_k weight bias".split()
     return {
         name: (mine, exact, (2e-5 if name == "w" else 5e-6) + 4 * ROUNDING[dtype])
         for name, mine, exact in zip(names, got, want)
@@ -277,7 +280,9 @@ def refused(device) -> Result:
         assert code == 1, f"{function} took {sizes}, {numbers}"
 
     for B, T, C, H, dtype in [(1, 1, 12, 1, 0), (1, 1, 264, 1, 0), (1, 0, 64, 1, 0), (1, 1, 64, 1, 3)]:
-        expect("readout6_forward", [None] * 4, (0, B, T, C, H), ctypes.c_float(0), dtype)
+        expect("readout6_forward", [None] * 4, (0, 0, B, T, C, H), ctypes.c_float(0), dtype)
+    for rank, H in [(4, 3), (24, 3), (512, 3), (16, 1)]:  # the last has a head of 96 channels
+        expect("readout6_forward", [None] * 4, (rank, 0, 1, 1, 96, H), ctypes.c_float(0), 0)
     expect("add_layer_norm_forward", [None] * 5, (0, 1, 1, 8200, 1), ctypes.c_float(0), 0)
     for version, count in ((6, 11), (7, 12)):
         for B, T, H, N, dtype in [(1, 1, 1, 64, 0), (1, 1, 1, 32, 1), (1, 0, 1, 64, 1), (65536, 1, 1, 64, 1)]:
