@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 
 import pytest
@@ -116,8 +117,8 @@ def test_more_connections_than_the_process_may_have_files_are_refused(monkeypatc
             raise ValueError("planted")
         given.append(both)
 
-    monkeypatch.setattr(listener.resource, "getrlimit", lambda kind: (1024, 4096))
-    monkeypatch.setattr(listener.resource, "setrlimit", setrlimit)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
     listener.allow_files(256)
     assert not given
     listener.allow_files(1000)
