@@ -35,7 +35,7 @@ class Listener(socket.socket):
     for `patience` seconds. Otherwise it gets `refusal` and is closed, and when_refused() is called.
     """
 
-    most, patience, refusal = 256, 1.0, b""
+    most, patience, refusal = 256, 0.3, b""
 
     def __init__(self, family: int, kind: int, protocol: int):
         super().__init__(family, kind, protocol)
