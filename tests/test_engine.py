@@ -145,6 +145,24 @@ def test_a_row_that_overflows_ends_with_an_error_and_the_others_go_on():
     assert [said(answers[0]), said(answers[2])] == [said(alone(first)), said(alone(second))]
 
 
+@pytest.mark.parametrize("part", ["step", "read", "move"])
+def test_after_a_step_that_failed_the_next_answers_are_right(part, monkeypatch):
+    engine = engine_of(rows=2, chunk=8, reads_first=False, cache_bytes=1 << 20)
+    first, *others = requests(4, max_tokens=9)
+    for one in others:
+        engine.submit(one)
+    with monkeypatch.context() as planted, pytest.raises(TypeError):
+        for _ in range(3):
+            engine.step()
+        planted.setattr(engine.decoder, part, None)
+        finished(engine)
+    engine.reset()
+    assert engine.idle
+    answers = engine.submit(first)
+    finished(engine)
+    assert said(answers) == said(alone(first, chunk=8))
+
+
 @pytest.mark.parametrize(
     "device, width, expected", [("cpu", 256, 512), ("cpu", 512, 256), ("cpu", 2560, 256), ("cuda", 256, 1024)]
 )
