@@ -201,8 +201,10 @@ def test_errors_are_openais():
             ask(model="tiny", messages=HI, temperature=-1)
         assert caught.value.param == "temperature"
         with pytest.raises(openai.BadRequestError) as caught:
-            ask(model="tiny", messages=HI, response_format={"type": "json_object"})
-        assert caught.value.param == "response_format"
+            schema = {"type": "array", "uniqueItems": True}
+            form = {"type": "json_schema", "json_schema": {"name": "list", "schema": schema}}
+            ask(model="tiny", messages=HI, response_format=form)
+        assert caught.value.param == "response_format" and "uniqueItems" in caught.value.message
         with pytest.raises(openai.APIStatusError) as caught:
             ask(model="tiny", messages=[{"role": "user", "content": "x" * 2000}])
         assert caught.value.status_code == 413 and caught.value.code == "request_too_large"

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+pytest.importorskip("llguidance", reason="NO llguidance: the server's forms are not tested")
 pytest.importorskip(
     "starlette", reason="NO starlette (pip install starlette uvicorn): the server is not tested"
 )
@@ -37,6 +38,8 @@ CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required"
 WEATHER = {"name": "weather", "description": "Of a city", "parameters": CITY}
 TOOL = {"type": "function", "function": WEATHER}
 OTHER = {"type": "function", "function": {"name": "time"}}
+UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+STRICT = {"type": "function", "function": {"name": "strict", "parameters": UNIQUE, "strict": True}}
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -203,8 +206,16 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": "json"}, "response_format"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"grammar": "start: nothing"}, "grammar"),
+        ({"grammar": 3}, "grammar"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"tools": [STRICT], "tool_choice": "required"}, "tools"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
@@ -216,7 +227,6 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": "required", "think_mode": "think"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
     ],
 )
@@ -280,16 +290,11 @@ def test_a_wrong_field_of_a_completion_is_named(fields, field):
         assert refused(body, read_completion) == (400, field)
 
 
-def test_tools_are_described_and_calls_may_be_begun():
+def test_tools_are_described():
     described = prompt_of(chat(tools=[TOOL, OTHER]))
     assert described.startswith('System: Tools:\n[\n{"name":"weather"') and described.endswith("Assistant:")
     assert prompt_of(chat(tools=[TOOL], tool_choice="none")) == "User: hi\n\nAssistant:"
-    assert prompt_of(chat(tools=[TOOL], tool_choice="required")).endswith("Assistant: ```json")
-    named = {"type": "function", "function": {"name": "time"}}
-    begun = prompt_of(chat(tools=[TOOL, OTHER], tool_choice=named))
-    assert begun.endswith('Assistant: ```json\n{"name":"time","arguments":')
-    empty = prompt_of(chat(tools=[TOOL], tool_choice="required", think_mode="fake-think-compact"))
-    assert empty.endswith("Assistant: <think></think>\n```json")
+    assert prompt_of(chat(tools=[TOOL, OTHER], tool_choice="required")) == described
 
 
 def test_the_results_of_tools_follow_their_calls():
@@ -346,7 +351,7 @@ CALL = '```json\n{"name": "weather", "arguments": {"city": "Rom"}}\n```'
     ],
 )
 def test_thoughts_content_and_calls_are_the_same_however_the_text_is_cut(mode, generated, expected):
-    template, tools = RwkvTemplate(mode, "json"), Tools([TOOL], "", True)
+    template, tools = RwkvTemplate(mode, "json"), Tools([TOOL], [], True)
     assert pieces_of(generated, template, tools, range(1, len(generated))) == expected
     random.seed(1)
     for _ in range(20):
@@ -356,11 +361,9 @@ def test_thoughts_content_and_calls_are_the_same_however_the_text_is_cut(mode, g
         assert pieces_of(generated, template, NO_TOOLS, []) == expected
 
 
-def test_a_begun_call_is_part_of_the_answer():
-    asked = chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}})
-    assert pieces_of('{"city":"Rom"}}\n```', asked.template, asked.tools, [3]) == ("", "", [{"city": "Rom"}])
-    alone = asked.tools._replace(begun="", parallel=False)
-    assert pieces_of(f"{CALL}\n{CALL}", asked.template, alone, []) == ("", "", [{"city": "Rom"}])
+def test_without_parallel_calls_one_is_taken():
+    template, tools = RwkvTemplate("rwkv", "json"), Tools([TOOL], [], False)
+    assert pieces_of(f"{CALL}\n{CALL}", template, tools, []) == ("", "", [{"city": "Rom"}])
 
 
 @pytest.mark.parametrize("style", ["json", "signatures", "markdown", "hermes"])
@@ -369,9 +372,9 @@ def test_calls_of_every_style_are_found(style):
     call = {"function": {"name": "weather", "arguments": {"city": "Rom"}}}
     text = f"So:\n{template.tools.calls([call, call])}"
     expected = "", "So:", [{"city": "Rom"}] * 2
-    assert pieces_of(text, template, Tools([TOOL], "", True), range(1, len(text))) == expected
+    assert pieces_of(text, template, Tools([TOOL], [], True), range(1, len(text))) == expected
     jinja = load_template(CHATML)
-    assert pieces_of(text, jinja, Tools([TOOL], "", True), range(1, len(text))) == expected
+    assert pieces_of(text, jinja, Tools([TOOL], [], True), range(1, len(text))) == expected
 
 
 def test_every_mode_has_a_form():

@@ -140,7 +140,7 @@ def read_function(tool: Any) -> dict[str, Any]:
     return function
 
 
-def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+def read_parameters(function: dict[str, Any]) -> dict[str, Any]:
     """Read the JSON schema of a function's parameters. Raises UserError unless it is one of an object."""
     name, schema = function["name"], _without_nulls(function.get("parameters"))
     if schema is None:
@@ -183,7 +183,7 @@ def _as_json(tools: list[dict]) -> str:
         described = {"name": function["name"]}
         if function.get("description"):
             described["description"] = function["description"]
-        lines.append(_compact({**described, "arguments": _parameters(function).get("properties", {})}))
+        lines.append(_compact({**described, "arguments": read_parameters(function).get("properties", {})}))
     return "\n".join(["Tools:", "[", ",\n".join(lines), "]", ONLY_A_CALL])
 
 
@@ -196,7 +196,7 @@ def signature(function: dict[str, Any]) -> str:
 
     Raises UserError for a schema that can't be written so, such as an object within the parameters.
     """
-    schema = _parameters(function)
+    schema = read_parameters(function)
     required = schema.get("required", [])
     parameters = []
     for name, kind in schema.get("properties", {}).items():
@@ -249,7 +249,7 @@ def _as_markdown(tools: list[dict]) -> str:
         description = clean(function.get("description") or "")
         parts.append(
             f"### `{function['name']}`\n**Description:** {description}\n**Parameters:**\n"
-            f"```json\n{_indented(_parameters(function))}\n```"
+            f"```json\n{_indented(read_parameters(function))}\n```"
         )
     return "\n\n".join(parts)
 

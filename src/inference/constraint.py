@@ -88,6 +88,19 @@ class GrammarCompiler:
             raise UserError(f"the form can't be compiled: {short(matcher.get_error().strip())}")
         return GrammarForm(self, matcher)
 
+    def regex(self, text: str) -> dict[str, Any]:
+        """Make a part for compile() from a regular expression, which the whole answer has to match."""
+        return {"lark_grammar": f"start: /{self.package.regex_to_lark(text)}/"}
+
+    def grammar(self, text: str) -> dict[str, Any]:
+        """Make a part for compile() from a grammar in Lark or GBNF. Raises UserError."""
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            return {"lark_grammar": any_to_lark(text)}
+        except Exception as error:  # its own class, and Python's for grammars that are cut off
+            raise UserError(f"the grammar is neither Lark nor GBNF: {error}") from None
+
 
 class GrammarForm:
     """Form by a compiled grammar."""

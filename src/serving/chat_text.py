@@ -34,8 +34,6 @@ class ChatText:
         self.held = _Held(_markers(template) if tools.described else [])
         self.whole = ""  # the content with its calls
         self.sent = 0  # characters of the content
-        if tools.begun:
-            self.push(tools.begun)
 
     def push(self, text: str) -> Delta:
         return self._add(*self.splitter.push(text))

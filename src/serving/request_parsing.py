@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ from ..data.bos import with_bos
 from ..data.chat_template import Template
 from ..data.rwkv_template import RwkvTemplate
 from ..inference.adapters import Applied
+from ..inference.constraint import GrammarCompiler
 from ..inference.engine import Request
 from ..inference.sampling import Sampling, recommended
 from .errors import Refused, wrong
 from .fields import LARGEST_SEED, Fields
+from .forms import answer_form, read_form, text_form
 from .limits import Limits
 from .messages import read_messages, without_thoughts
 from .think_modes import read_mode
@@ -68,6 +71,14 @@ class RequestReader:
     limits: Limits
     defaults: Defaults
 
+    @functools.cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer)
+
+    def compiler(self) -> GrammarCompiler:
+        """Return the compiler of forms, made on first use. Raises UserError if there can be none."""
+        return self._compiler
+
 
 @dataclasses.dataclass(frozen=True)
 class ParsedRequest:
@@ -96,9 +107,10 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     fields = Fields(body)
     chosen = reader.find(fields)
     template = read_mode(fields, chosen.template)
-    tools = read_tools(fields, template)
+    tools = read_tools(fields)
     messages = read_messages(fields)
     _refuse_formats(fields)
+    form = answer_form(reader.compiler, template, tools, read_form(fields, reader.compiler))
     tokens = _chat_tokens(reader, chosen, template, tools, messages)
     wants_logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
@@ -112,6 +124,7 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         tokens=tokens,
         applied=chosen.applied,
         logprobs=(top or 0) if wants_logprobs else None,
+        form=form,
     )
     # an answer that must be reproducible reads its whole prompt, in chunks
     seeded = fields.take("seed") is not None or reader.defaults.seed is not None
@@ -134,7 +147,8 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
         raise wrong("suffix", "this model writes on, and fills no gap; leave it out")
     fields.integer("best_of", 1, 1)
     _refuse_formats(fields)
-    alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts)}
+    form = text_form(reader.compiler, read_form(fields, reader.compiler))
+    alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
     requests = [_request(reader, fields, "", (), tokens=tokens, **alike) for _, tokens in prompts]
     stream, usage = _streaming(fields)
     echoes = [text if echo else "" for text, _ in prompts]
@@ -150,8 +164,6 @@ def _chat_tokens(
         messages = without_thoughts(messages)
     try:
         pieces = [text for text, _ in template.segments(messages, tools.described or None, ask=True)]
-        if tools.begun:
-            pieces.append(tools.begun)
         ids = _encoded(reader, pieces, "messages")
     except UserError as error:
         raise wrong("messages", str(error)) from None
@@ -281,9 +293,6 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
 
 def _refuse_formats(fields: Fields) -> None:
     """Raise Refused for a format that would silently change the answer."""
-    response_format = fields.inner("response_format")
-    if response_format and (kind := response_format.text("type", "text")) != "text":
-        raise wrong("response_format", f"type {short(kind)}: this server writes text only")
     if fields.take("logit_bias"):
         raise wrong("logit_bias", "is not possible here; leave it out")
     modalities = fields.take("modalities")
