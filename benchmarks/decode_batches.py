@@ -10,8 +10,9 @@ A random model with the World vocabulary's size. One thread is measured in CPU t
 alternate between the contenders, and the fastest counts. bf16 weights meet exact activations, and such in
 bf16 where the CPU multiplies these; int8 ones those that the CPU multiplies fastest. Every step computes the
 logits of all rows. The choice of the tokens is measured by itself, for the most rows up to 16: on the model's
-own logits, which are flat, and on four times them, which are about as peaked as those of a trained model. The
-last line is JSON.
+own logits, which are flat, and on four times them, which are about as peaked as those of a trained model. So
+are the steps of the engine with these rows, whose answers are free, JSON of a schema, or thoughts before it.
+The last line is JSON.
 """
 
 import argparse
@@ -22,10 +23,13 @@ import tempfile
 import torch
 
 from src import ops
+from src.data.tokenizer import load_tokenizer
 from src.inference import bf16_products
 from src.inference.adapters import BASE, Adapters, Applied
+from src.inference.constraint import Form, GrammarCompiler
 from src.inference.cpu_decoder import Decoder
 from src.inference.decoders import fastest
+from src.inference.engine import Engine, Request
 from src.inference.huge_pages import move_weights
 from src.inference.sampling import GREEDY, OPEN_THINK, FadedCounts, RowInputs, Sampling, choose
 from src.model import RWKV
@@ -36,6 +40,18 @@ from .decode_contenders import llama_contenders, write_adapter, write_base
 STEPS = 5  # of a round
 SAMPLINGS = {"greedy": GREEDY, "default": Sampling(), "whole": Sampling(1, 1), "open_think": OPEN_THINK}
 SEEN = 400  # tokens of an answer, for penalties
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 200},
+    },
+    "required": ["name", "tags"],
+}
+FORMS = {
+    "JSON": "start: @json",
+    "thoughts": 'start: h @json\nh[lazy]: TEXT "</think>"\nTEXT: /(?s:.*)/',
+}
 
 
 class Rows:
@@ -138,6 +154,31 @@ def measure_sampling(logits: torch.Tensor, threads: int, rounds: int) -> dict[st
     return found
 
 
+def measure_forms(decoder: Decoder, rows: int, threads: int, rounds: int) -> dict[str, float]:
+    """Measure milliseconds of a step of the engine by the form of all answers; rounds take turns."""
+    tokenizer = load_tokenizer("world", 65536)
+    compiler = GrammarCompiler(tokenizer)
+    forms: dict[str, Form | None] = {"free": None}
+    for name, lark in FORMS.items():
+        forms[name] = compiler.compile(lark, {"json": {"json_schema": PERSON}})
+    best = dict.fromkeys(forms, float("inf"))
+    for seed in range(rounds):
+        for name, form in forms.items():
+            engine = Engine(decoder, tokenizer)
+            request = Request([1], 10_000, Sampling(), seed, ("\n\nUser:",), n=rows, form=form)
+            engine.submit(request)
+            engine.step()
+            work = functools.partial(_run, engine.step, 4 * STEPS)
+            best[name] = min(best[name], 1e3 * timed(work, threads) / (4 * STEPS))
+            assert len(engine.rows) == rows
+    return {name: round(ms, 2) for name, ms in best.items()}
+
+
+def _run(work, count: int) -> None:
+    for _ in range(count):
+        work()
+
+
 def of_threads(contenders: dict, threads: int, args) -> dict:
     many = max(rows for rows in args.rows if rows <= 16)
     seconds = measure(contenders, threads, args)
@@ -150,8 +191,17 @@ def of_threads(contenders: dict, threads: int, args) -> dict:
     sampling = measure_sampling(contenders[ours].step(list(range(many))).clone(), threads, args.rounds)
     for words, ms in sampling.items():
         print(f"sampling of {many} rows, {words:<22} {ms} ms")
+    forms = measure_forms(contenders[ours].decoder, many, threads, args.rounds)
+    for name, ms in forms.items():
+        print(f"a step of the engine, {many} rows, {name:<16} {ms} ms")
     decoders = {name: one.words for name, one in contenders.items() if isinstance(one, Rows)}
-    return {"threads": threads, "tokens_per_second": rate, "sampling_ms": sampling, "decoders": decoders}
+    return {
+        "threads": threads,
+        "tokens_per_second": rate,
+        "sampling_ms": sampling,
+        "forms_ms": forms,
+        "decoders": decoders,
+    }
 
 
 def main() -> None:
