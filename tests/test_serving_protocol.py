@@ -297,6 +297,30 @@ def test_tools_are_described():
     assert prompt_of(chat(tools=[TOOL, OTHER], tool_choice="required")) == described
 
 
+def test_forced_calls_end():
+    for parallel, most in ((True, 8), (False, 1)):
+        asked = chat(tools=[OTHER], tool_choice="required", parallel_tool_calls=parallel)
+        calls = asked.template.tools.calls([{"name": "time", "arguments": {}}] * most)
+        constraint = asked.requests[0].form.start(())
+        for token in calls.encode():
+            assert constraint.mask()[token] and not constraint.ended
+            constraint.accept(token)
+        assert constraint.ended
+
+
+def test_a_large_schema_is_refused_with_its_largest_keyword():
+    for schema, words in (
+        ({"enum": [str(i) for i in range(9999)]}, "'enum', of 9,999"),
+        (
+            {"properties": {f"k{i}": {"pattern": "a*", "title": "x" * 40} for i in range(1200)}},
+            "'properties', of 1,200",
+        ),
+    ):
+        with pytest.raises(Refused) as caught:
+            chat(guided_json=schema)
+        assert caught.value.param == "guided_json" and words in caught.value.message
+
+
 def test_the_results_of_tools_follow_their_calls():
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
     messages = [

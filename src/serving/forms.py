@@ -24,7 +24,8 @@ Compiler = Callable[[], GrammarCompiler]  # made on first use
 COMPOSED = {"allOf", "anyOf", "oneOf", "$ref"}
 # space between JSON's tokens: enough for lines that are indented, and no endless blank
 SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-# `text` may hold anything; a rule that is lazy ends at the first place where it can
+MOST_CALLS = 8  # of an answer whose calls are held: a weak model would call until its limit of tokens
+# a rule that is lazy ends at the first place where it can
 LARK = r"""
 TEXT: /(?s:.*)/
 GAP: /[ \n]{0,2}/
@@ -87,7 +88,8 @@ def answer_form(compiler: Compiler, template: Template, tools: Tools, asked: Ask
         return compiler().compile(f"start: {_lead(template)} {body}\n{rules}{LARK}", parts)
     except (UserError, RecursionError) as error:
         if tools.forced or asked:
-            raise wrong("tools" if tools.forced else asked.field, str(error)) from None
+            field = "tools" if tools.forced else asked.field
+            raise wrong(field, f"{error}{_largest(list(parts.values()))}") from None
         return None  # without llguidance, and with schemas that it can't read
 
 
@@ -96,7 +98,7 @@ def text_form(compiler: Compiler, asked: Asked | None) -> Form | None:
     try:
         return compiler().compile("start: @asked", {"asked": asked.part}) if asked else None
     except (UserError, RecursionError) as error:
-        raise wrong(asked.field, str(error)) from None
+        raise wrong(asked.field, f"{error}{_largest(asked.part)}") from None
 
 
 def json_part(schema: dict[str, Any], lenient: bool = False) -> dict[str, Any]:
@@ -178,7 +180,8 @@ def _call_rules(style: ToolStyle, tools: Tools, parts: dict[str, Any]) -> str:
         functions.append(f'S {words} S @arguments{number} S "}}"')
     call = f"{_literal(style.before_call)} function {_literal(style.after_call)}"
     calls = "call more" if tools.parallel else "call"
-    return f"calls: {calls}\nmore: (S call)*\ncall: {call}\nfunction: {' | '.join(functions)}\n"
+    more = f"(S call){{0,{MOST_CALLS - 1}}}"
+    return f"calls: {calls}\nmore: {more}\ncall: {call}\nfunction: {' | '.join(functions)}\n"
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +190,22 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     if not COMPOSED & schema.keys():
         schema = {"additionalProperties": False, **schema}
     return json_part({"type": "object", **schema}, lenient=not function.get("strict"))
+
+
+def _largest(value: Any) -> str:
+    """Name the keyword with the longest list or text, or the largest number, if one is large."""
+    sizes, waiting = {"": 999}, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            for key, one in value.items():
+                size = one if isinstance(one, int) else len(one) if isinstance(one, (str, list, dict)) else 0
+                sizes[key] = max(size, sizes.get(key, 0))
+    key = max(sizes, key=sizes.get)
+    return f"; its largest keyword is {short(key)}, of {sizes[key]:,}" if key else ""
 
 
 def _literal(text: str) -> str:
