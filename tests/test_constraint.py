@@ -129,6 +129,25 @@ def test_a_stop_is_found_inside_a_token(tmp_path):
     assert allowed == {*"abcdefghijklmnopqrstuvwxyz.\n", "\n\nUser"}
 
 
+def test_a_tokenizer_json_has_forms_too(tmp_path):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    inner.train_from_iterator(['{"name": "Bo", "age": 3}'] * 9, trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), 400)
+    begun = schema(GrammarCompiler(tokenizer), PERSON).start(["\n\nUser:"])
+    ids = tokenizer.encode('{"name": "é✿ Bo", "age": 33}')
+    assert len(ids) < 25 and ended(begun, ids) == (True, 0)
+
+
 def test_thoughts_are_free_before_a_form(compiler):
     form = compiler.compile(
         'start: h @json\nh[lazy]: T "</think>"\nT: /(?s:.*)/', {"json": {"json_schema": PERSON}}

@@ -165,7 +165,7 @@ def _chat_tokens(
     try:
         pieces = [text for text, _ in template.segments(messages, tools.described or None, ask=True)]
         ids = _encoded(reader, pieces, "messages")
-    except UserError as error:
+    except (UserError, RecursionError) as error:  # the schema of a tool may be too deep
         raise wrong("messages", str(error)) from None
     return _checked(reader, with_bos(ids, chosen.bos), "messages")
 
