@@ -67,6 +67,34 @@ BODIES = [
         },
     ),
     (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 9,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "fruit",
+                    "strict": True,
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "kind": {"enum": ["apple", "pear"]},
+                            "weight": {"type": ["number", "null"], "minimum": 0},
+                            "notes": {"type": "array", "items": {"type": "string", "maxLength": 9}},
+                        },
+                        "required": ["kind"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+        },
+    ),
+    (
+        "/v1/completions",
+        {"prompt": "a", "max_tokens": 9, "guided_regex": "[a-z]+(-[0-9]{2,3})?", "temperature": 1},
+    ),
+    (
         "/v1/completions",
         {"model": "MODEL", "prompt": ["a", "b"], "max_tokens": 3, "echo": False, "logprobs": 1, "stop": None},
     ),
