@@ -33,7 +33,7 @@ from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, sta
 from .progress import print_notes
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
 from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
-from .targets import LINEAR, READ, Target, View, all_targets, choose, views_of
+from .targets import READ, Target, View, all_targets, choose, views_of
 from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
@@ -115,9 +115,9 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, Target]) -> None:
     places: dict[int, list[str]] = {}
     for name, module in modules.items():
         places.setdefault(id(module), []).append(name)
-    for target in targets.values():
-        if target.form == LINEAR:
-            undo_first_forward(target.owner)
+    for module in modules.values():  # also those without an adapter: a state_dict() would spoil them
+        if isinstance(module, nn.Linear):
+            undo_first_forward(module)
     memory = _SharedMemory(model)
     for name, target in sorted(targets.items()):
         module, key = target.owner, target.view.key

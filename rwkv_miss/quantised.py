@@ -172,8 +172,11 @@ def undo_first_forward(linear: nn.Linear) -> None:
     weight = linear.weight
     if is_of_others(weight) and getattr(weight, "SCB", weight) is None:
         weight.SCB = linear.state.SCB
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        linear.state_dict()  # which unpacks them
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        linear.state_dict()  # which unpacks the codes, and the scales only where they are quantised, too
+        if not state.nested:
+            state.absmax = state.absmax.mT.reshape(-1).float()
 
 
 def of_others(weight: Tensor) -> dict[str, Tensor]:

@@ -226,8 +226,8 @@ class TorchaosWeight(torch.Tensor):
 
 
 def bitsandbytes_linear(kind, plain=None, **settings):
-    linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)(64, 64, **settings)
-    linear.load_state_dict((plain or nn.Linear(64, 64)).state_dict())
+    linear = getattr(pytest.importorskip("bitsandbytes").nn, kind)(256, 64, **settings)
+    linear.load_state_dict((plain or nn.Linear(256, 64)).state_dict())
     return linear
 
 
@@ -269,6 +269,9 @@ QUANTISED_BY = {
     "bitsandbytes nf4": lambda plain: bitsandbytes_linear(
         "Linear4bit", plain, quant_type="nf4", compute_dtype=torch.float32
     ),
+    "bitsandbytes nf4, scales as they are": lambda plain: bitsandbytes_linear(
+        "Linear4bit", plain, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False
+    ),
     "bitsandbytes int8": lambda plain: bitsandbytes_linear("Linear8bitLt", plain, has_fp16_weights=False),
     "torchao int8": torchao_linear,
 }
@@ -282,16 +285,16 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
 ):
     def quantised():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+        model = nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 8))
         model[0] = QUANTISED_BY[package](model[0])
         return model.to("cpu")  # bitsandbytes quantises here
 
-    model, x = quantised(), torch.randn(5, 64)
+    model, x = quantised(), torch.randn(5, 256)
     if asked:
         with torch.no_grad():
             model.eval()(x)
     rwkv_miss.inject(model, method, targets=["0"], rank=4)
-    plain = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    plain = nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 8))
     plain.load_state_dict(model.state_dict() | {"0.weight": model[0].base_weight()}, strict=False)
     rwkv_miss.inject(plain, method, targets=["0"], rank=4)
     plain.load_state_dict({n: t for n, t in model.state_dict().items() if "weight" not in n}, strict=False)
@@ -320,6 +323,21 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
     assert type(model[0]) is type(quantised()[0])
     with pytest.raises(rwkv_miss.UserError, match="PiSSA changes the frozen weight, which is quantised"):
         rwkv_miss.inject(quantised(), "pissa", targets=["0"], rank=4)
+
+
+def test_a_linear_of_bitsandbytes_without_an_adapter_answers_as_before():
+    """Its first answer may pack it for the CPU; a state_dict() then leaves its scales in another order."""
+
+    def linear():
+        made = QUANTISED_BY["bitsandbytes nf4, scales as they are"](nn.Linear(256, 64))
+        return nn.Sequential(made, nn.Linear(64, 256))
+
+    model, x = nn.Sequential(linear(), linear()).to("cpu").eval(), torch.randn(5, 256)
+    with torch.no_grad():
+        before = model(x)
+        rwkv_miss.inject(model, targets=["0.0"], rank=4)
+        close("a fresh adapter", model(x), before, 0.01)
+        close("in training", model.train()(x), before, 0.01)
 
 
 def test_the_quantisation_that_is_named_instead_trains():
