@@ -145,8 +145,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--base",
         default="",
         help=(
-            "the base model: for --to rwkv-lightning, and for --to lora if the adapter does not record its"
-            " model's widths"
+            "the base model, a file or a folder: for --to rwkv-lightning, for --to lora if the adapter does"
+            " not record its model's widths, and for what peft's folders leave to the base"
         ),
     )
     converting.add_argument(

@@ -132,7 +132,7 @@ def test_the_names_of_the_pth_stay_where_they_are_asked_for_or_the_model_is_not_
     metadata = read_metadata(folder / "a.pth") | {"arch": None}
     write_checkpoint(folder / "b.pth", read_checkpoint(folder / "a.pth").items(), metadata)
     done = convert(folder / "b.pth", folder / "unknown", "peft")
-    assert "give --base MODEL.pth, or --layout official or fla" in done.notes[0]
+    assert "--base MODEL, or --layout official or fla" in done.notes[0]
     assert names_of(folder / "unknown")[1] == names_of(folder / "pth")[1]
     done = convert(folder / "b.pth", folder / "based", "peft", Hints(base=str(folder / "base.pth")))
     assert done.notes == [] and names_of(folder / "based")[0] == ["key", "output", "receptance", "value"]

@@ -331,7 +331,8 @@ def test_to_lora_and_to_peft_know_the_widths_of_a_package(tmp_path):
         convert(tmp_path / name, tmp_path / f"{name}.pth", "native")
         close(name, merged(7, tmp_path / f"{name}.pth"), want, 1e-6)
     with pytest.raises(
-        rwkv_miss.UserError, match="the widths of blocks.0.att.key are in no file.*--base MODEL.pth"
+        rwkv_miss.UserError,
+        match="the widths of blocks.0.att.key are in no file.*the base.s file or folder: --base MODEL",
     ):
         convert(tmp_path / "miss", tmp_path / "c", "lora")
     convert(tmp_path / "miss", tmp_path / "c", "lora", Hints(base=str(tmp_path / "base.pth")))

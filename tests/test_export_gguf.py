@@ -459,7 +459,10 @@ def test_a_lora_has_float_factors_and_the_sizes_of_its_model(tmp_path):
     metadata = read_metadata(tmp_path / "a.pth")
     tensors = read_checkpoint(tmp_path / "a.pth")
     write_checkpoint(tmp_path / "b.pth", tensors.items(), metadata | {"arch": None})
-    with pytest.raises(UserError, match="b.pth records no sizes .* convert .* --base MODEL.pth adds them"):
+    with pytest.raises(
+        UserError,
+        match="b.pth records no sizes .* convert .* --base MODEL, the base.s file or folder, adds",
+    ):
         export(tmp_path / "b.pth", tmp_path / "a.gguf", "gguf")
     renamed = {name.replace("att.key", "att.w1"): t for name, t in tensors.items()}
     linears = [name.replace("att.key", "att.w1") for name in metadata["linears"]]

@@ -16,6 +16,7 @@ from rwkv_miss.convert import Hints, convert
 
 from .conftest import close
 from .test_adapters import filled
+from .test_merge_folders import SIZES, outputs
 
 peft = pytest.importorskip("peft", reason="the test extra is absent: pip install peft")
 
@@ -270,6 +271,76 @@ def test_peft_loads_experts_that_were_trained_here(kind, tmp_path):
     rwkv_miss.save_adapter(few, tmp_path / "few.pth")
     with pytest.raises(rwkv_miss.UserError, match="without dropout, for all of experts.down; merge"):
         convert(tmp_path / "few.pth", tmp_path / "other", "lora")
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# name -> (kind, settings of the model, settings of peft, why it needs the base)
+FOLDERS = {
+    "experts that the folder has one by one": (
+        "Mixtral",
+        {"num_local_experts": 3, "num_key_value_heads": 2},
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        "the order of the parameters needs the base",
+    ),
+    "an embedding whose weight peft has saved": (
+        "Llama",
+        {"num_key_value_heads": 2},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        r"holds model.embed_tokens.weight, .* --base MODEL; or save .*save_embedding_layers=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_peft_beside_its_models_folder(name, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    kind, sizes, settings, why = FOLDERS[name]
+    torch.manual_seed(0)
+    load = getattr(transformers, f"{kind}ForCausalLM")
+    load(getattr(transformers, f"{kind}Config")(**SIZES, **sizes)).save_pretrained("base")
+    theirs = peft.get_peft_model(load.from_pretrained("base"), peft.LoraConfig(r=4, **settings))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+        want = outputs(theirs)
+        before = outputs(load.from_pretrained("base"))
+    assert (want - before).abs().max() > 0.01
+    theirs.save_pretrained("peft")
+    with pytest.raises(rwkv_miss.UserError, match=why):
+        convert("peft", "a.pth", "native")
+    convert("peft", "a.pth", "native", Hints(base="base"))
+    convert("a.pth", "back", "lora", Hints(base="base"))
+    rwkv_miss.merge_file("base", "peft", "merged")
+    rwkv_miss.load_adapter(model := load.from_pretrained("base"), "a.pth")
+    back = peft.PeftModel.from_pretrained(load.from_pretrained("base"), "back")
+    with torch.no_grad():
+        for way in (model, back, load.from_pretrained("merged")):
+            close(name, outputs(way), want, 1e-5)
+    if kind == "Llama":
+        load(getattr(transformers, f"{kind}Config")(**SIZES, **sizes)).save_pretrained("other")
+        with pytest.raises(rwkv_miss.UserError, match="embed_tokens.weight, .* --base other has another one"):
+            convert("peft", "b.pth", "native", Hints(base="other"))
+
+
+def test_a_miss_of_a_llama_becomes_a_lora_with_its_folder(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    base.save_pretrained(tmp_path / "base")
+    rwkv_miss.inject(model := copy.deepcopy(base), "miss", targets=["q_proj"], rank=4)
+    filled(model)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    with pytest.raises(rwkv_miss.UserError, match="the base's file or folder: --base MODEL"):
+        convert(tmp_path / "a.pth", tmp_path / "lora", "lora")
+    convert(tmp_path / "a.pth", tmp_path / "lora", "lora", Hints(base=str(tmp_path / "base")))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+    with torch.no_grad():
+        close("lora", outputs(theirs), outputs(model), 1e-5)
 
 
 def written(base, folder):

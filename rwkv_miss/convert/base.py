@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import METHODS, AdapterLinear
 from ..errors import UserError
 from ..files.checkpoint import Arch
+from ..files.hf_folder import is_folder
 from ..files.identity import Identity
 from ..files.model_files import name_of
+from ..files.stored_names import find_stored
+from ..files.wrapped import is_model
 from ..inject import layer_tensors, read_described
 from ..targets import views_of
 from .formats import Adapter
@@ -33,26 +36,55 @@ RWKV_LINEARS = {
 }
 
 
+class Base:
+    """Model of any kind, a file or a folder: its tensors by the names that they have in memory."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.tensors = read_described(path, any_folder=True)[0]
+
+    def find(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the named tensors, as far as the model has them, in its order.
+
+        A stack of experts that a folder has one by one is a tensor without values, on the meta device.
+        """
+        if not is_folder(self.path) or is_model(self.tensors):
+            wanted = set(names)
+            return {name: tensor for name, tensor in self.tensors.items() if name in wanted}
+        found, order = {}, list(self.tensors)
+        stored = find_stored(self.path, order, names)
+        for name in sorted(stored, key=lambda name: order.index(stored[name].names[0])):
+            parts = stored[name]
+            first = self.tensors[parts.names[0]]
+            if parts.experts:
+                rows = sum(len(self.tensors[part]) for part in parts.experts[min(parts.experts)].values())
+                found[name] = first.new_empty((len(parts.experts), rows, *first.shape[1:]), device="meta")
+            elif len(parts.names) == 1:
+                found[name] = first
+        return found
+
+
 def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
-    """Give the adapter a model file as its base.
+    """Give the adapter a model, a file or a folder, as its base.
 
     Raises UserError where the file is not the one that the adapter names, or lacks one of its linears.
     """
-    tensors, _ = read_described(path)
-    fingerprint, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
+    base = Base(path)
+    fingerprint, identity = adapter.metadata.get("base_fingerprint"), Identity(path, base.tensors)
     if fingerprint and identity.fingerprint != fingerprint:
         raise UserError(
             f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
             " one as --base"
         )
     views = views_of(adapter.metadata)
+    tensors = base.find({view.key: view for view in views.values()})
     for name, view in views.items():
         if view.key not in tensors or not view.fits(tensors[view.key]):
             raise UserError(
                 f"the adapter changes {name}, and --base {path} has no matrix {view.key}; give the model that"
                 " it was trained on"
             )
-    arch = Arch.record_of(tensors)
+    arch = Arch.record_of(base.tensors)
     about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(view.of(tensors[view.key]).shape) for name, view in views.items()}
     return dataclasses.replace(
@@ -80,8 +112,8 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
             shapes[name] = tuple(getattr(arch, size) for size in RWKV_LINEARS[kind])
         else:
             raise UserError(
-                f"the widths of {name} are in no file; give the model that the adapter belongs to: --base"
-                " MODEL.pth"
+                f"the widths of {name} are in no file; give the model that the adapter belongs to,"
+                " the base's file or folder: --base MODEL"
             )
     return shapes
 

@@ -13,6 +13,7 @@ import os
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -110,6 +111,7 @@ class Peft(Format):
             )
         prefix, linears, whole = split(source)
         content = Content(source, hints, linears, whole)
+        drop_base_weights(content)
         read_places(content)
         read_tokens(content)
         read_blocks(content)
@@ -194,14 +196,36 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
             f"{source.path} adapts no linear; its first tensors are"
             f" {', '.join(list(source.tensors)[:3]) or 'none'}"
         )
-    for name in whole:
-        if name.rpartition(".")[0] in linears:
+    return prefix, linears, whole
+
+
+def drop_base_weights(content: Content) -> None:
+    """Drop the base's weights of adapted linears: peft's save_pretrained() adds those of embeddings.
+
+    Raises UserError for another tensor of an adapted linear, also for a weight that is not known as the
+    base's.
+    """
+    source = content.source
+    for name in [name for name in content.whole if name.rpartition(".")[0] in content.linears]:
+        if not name.endswith(".weight"):
             raise UserError(
                 f"{source.path} trains {name}, of an adapted linear, as well (bias:"
                 f" {source.config.get('bias')!r}); this package has no form for that: merge it with peft"
                 " instead"
             )
-    return prefix, linears, whole
+        if not content.hints.base:
+            raise UserError(
+                f"{source.path} holds {name}, of an adapted layer, as peft saves embeddings by default; give"
+                " the base, its file or folder, to see whether it is unchanged: --base MODEL; or save with"
+                " save_pretrained(..., save_embedding_layers=False)"
+            )
+        tensor = content.whole.pop(name)
+        weight = content.of_base([name], "").get(name)
+        if weight is None or not torch.equal(weight.to(tensor.dtype), tensor):
+            raise UserError(
+                f"{source.path} holds {name}, of an adapted layer, and --base {content.hints.base} has"
+                " another one; give the base that the adapter was trained on, or merge it with peft instead"
+            )
 
 
 def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -> None:

@@ -101,7 +101,8 @@ def layout_for(arch: dict[str, Any] | None, names: Iterable[str], asked: str) ->
     if version is None and any(map(BLOCK.fullmatch, names)):
         note = (
             "the names are those of the .pth, because the adapter does not name its model's sizes; for a"
-            " model in a Hugging Face folder give --base MODEL.pth, or --layout official or fla"
+            " model in a Hugging Face folder give the base's file or folder, --base MODEL, or --layout"
+            " official or fla"
         )
         return PTH, [note]
     return PTH, []

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..inject import read_described
 from ..targets import View
+from .base import Base
 from .formats import Hints
 from .hf_export import PREFIX
 from .source import Source
@@ -52,20 +54,22 @@ class Content:
 
     def base(self, key: str, why: str) -> Tensor:
         """Return a tensor of the base, fp32. Raises UserError without a base, or if it lacks the tensor."""
-        tensors = self.base_tensors(why)
-        if key not in tensors:
+        found = self.of_base([key], why)
+        if key not in found or found[key].is_meta:
             raise UserError(f"{self.source.path}: {why} needs {key}, which --base {self.hints.base} lacks")
-        return tensors[key].float()
+        return found[key].float()
 
-    def base_tensors(self, why: str) -> dict[str, Tensor]:
-        """Return the base's tensors. Raises UserError, with the reason why, if the user has given none."""
+    def of_base(self, keys: list[str], why: str) -> dict[str, Tensor]:
+        """Return those of these tensors that the base has. Raises UserError, with the reason, without one."""
         if not self.hints.base:
-            raise UserError(f"{self.source.path}: {why} needs the base: convert it with --base MODEL")
-        return self._base
+            raise UserError(
+                f"{self.source.path}: {why} needs the base: convert it with --base MODEL, its file or folder"
+            )
+        return self._base.find(keys)
 
     @functools.cached_property
-    def _base(self) -> dict[str, Tensor]:
-        return read_described(self.hints.base)[0]
+    def _base(self) -> Base:
+        return Base(self.hints.base)
 
 
 def read_places(content: Content) -> None:
@@ -85,10 +89,8 @@ def read_places(content: Content) -> None:
         _rename(content, name, f"{outer}.out_proj")
         if outer in linears:
             _rename(content, outer, f"{outer}.in_proj_weight", View(f"{outer}.in_proj_weight"))
-    paths = [str(path) for path in content.field("target_parameters", [])]
-    for owner in [name for name in linears if not name.endswith(WRAPPER)]:
-        if leaves := [leaf for path in paths if (leaf := _leaf_of(content, path, owner))]:
-            _read_parameters(content, owner, leaves)
+    for owner, parameters in _parameters(content).items():
+        _read_parameters(content, owner, parameters)
     if wrapped := next((name for name in linears if name.endswith(WRAPPER)), ""):
         raise UserError(f"{source.path}: no target_parameters of its configuration is about {wrapped}")
 
@@ -101,12 +103,46 @@ def _rename(content: Content, name: str, new: str, view: View | None = None) -> 
         content.views[new] = view
 
 
-def _leaf_of(content: Content, path: str, owner: str) -> str:
-    """Return the name of a module's parameter that a path of target_parameters is about, "" for none."""
-    end, dot, leaf = path.rpartition(".")
-    if not dot:  # the configuration does not say whose it is
-        return leaf if f"{owner}.{leaf}" in content.base_tensors(f"target_parameters {path!r}") else ""
-    return leaf if f".{owner}".endswith(f".{end}") else ""
+def _parameters(content: Content) -> dict[str, list[str]]:
+    """Find what target_parameters is about: module -> its parameters, that of the innermost wrapper first."""
+    paths = [str(path) for path in content.field("target_parameters", [])]
+    owners = [name for name in content.linears if not name.endswith(WRAPPER)]
+    bare = [f"{owner}.{path}" for owner in owners for path in paths if "." not in path]
+    known = content.of_base(bare, "target_parameters without a module") if bare else {}
+    found: dict[str, list[str]] = {}
+    for owner in owners:
+        for path in paths:
+            end, dot, leaf = path.rpartition(".")
+            if f".{owner}".endswith(f".{end}") if dot else f"{owner}.{leaf}" in known:
+                found.setdefault(owner, []).append(leaf)
+    several = [f"{owner}.{leaf}" for owner, leaves in found.items() if len(leaves) > 1 for leaf in leaves]
+    base = content.of_base(several, "the order of the parameters") if several else {}
+    return {
+        owner: leaves if len(leaves) == 1 else _in_order(content, owner, leaves, base)
+        for owner, leaves in found.items()
+    }
+
+
+def _in_order(content: Content, owner: str, leaves: list[str], base: dict[str, Tensor]) -> list[str]:
+    """Sort a module's parameters so that the LoRAs in its wrappers fit them, else as the base has them."""
+    keys = [key for key in base if key.rpartition(".")[0] == owner]
+    if lacking := [leaf for leaf in leaves if f"{owner}.{leaf}" not in keys]:
+        raise UserError(
+            f"{content.source.path}: the order of the parameters needs {owner}.{lacking[0]}, which --base"
+            f" {content.hints.base} lacks"
+        )
+
+    def fits(order: Sequence[str]) -> bool:
+        for depth, key in enumerate(reversed(order)):
+            own = content.linears.get(owner + WRAPPER * depth, {})
+            if not {"lora_A", "lora_B"} <= own.keys() or own["lora_A"].dim() != 2:
+                return False
+            if sorted((own["lora_A"].shape[1], len(own["lora_B"]))) != sorted(base[key].shape[-2:]):
+                return False
+        return True
+
+    chosen = next(filter(fits, itertools.permutations(keys)), keys)
+    return [key.rpartition(".")[2] for key in chosen]
 
 
 def _read_parameters(content: Content, owner: str, leaves: list[str]) -> None:
@@ -116,11 +152,9 @@ def _read_parameters(content: Content, owner: str, leaves: list[str]) -> None:
     experts).
     """
     linears = content.linears
-    if len(leaves) > 1:
-        order = list(content.base_tensors("the order of the parameters"))
-        leaves.sort(key=lambda leaf: order.index(f"{owner}.{leaf}") if f"{owner}.{leaf}" in order else -1)
-    for depth, leaf in enumerate(reversed(leaves)):
-        own = linears.pop(owner + WRAPPER * depth, None)
+    wrapped = {leaf: linears.pop(owner + WRAPPER * i, None) for i, leaf in enumerate(reversed(leaves))}
+    for leaf in leaves:  # in this order they are written again
+        own = wrapped[leaf]
         key = f"{owner}.{leaf}"
         if own is None or own.keys() != {"lora_A", "lora_B"} or not all(t.dim() == 2 for t in own.values()):
             raise UserError(f"{content.source.path}: the LoRA of {key} has not one matrix A and one B")

@@ -228,6 +228,7 @@ def merge_file(
         check_new_folder(out)
     else:
         check_output(out, (base, *paths), MERGED_FORMAT)
+    hints = dataclasses.replace(hints, base=os.fspath(base))
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     identity = Identity(base, tensors)
     record = _record(base, before, identity.fingerprint, members)

@@ -165,6 +165,7 @@ def check_merge(
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
+    hints = dataclasses.replace(hints, base=os.fspath(base))
     members = _as_recorded(read_members(adapters, weights, hints), recorded, weights is None)
     if is_folder(base) and not is_model(tensors):
         members = placed(base, tensors, members)

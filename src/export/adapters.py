@@ -55,7 +55,7 @@ def arch_of(path, adapter: Adapter) -> Arch:
         return Arch.from_dict(recorded)
     raise UserError(
         f"{path} records no sizes of its model; python -m rwkv_miss convert {path} OUT.pth --to native --base"
-        " MODEL.pth adds them"
+        " MODEL, the base's file or folder, adds them"
     )
 
 
