@@ -5,6 +5,8 @@ form here.
 """
 
 import copy
+import json
+import pathlib
 
 import pytest
 import torch
@@ -324,6 +326,10 @@ def test_a_folder_of_peft_beside_its_models_folder(name, tmp_path, monkeypatch):
         load(getattr(transformers, f"{kind}Config")(**SIZES, **sizes)).save_pretrained("other")
         with pytest.raises(rwkv_miss.UserError, match="embed_tokens.weight, .* --base other has another one"):
             convert("peft", "b.pth", "native", Hints(base="other"))
+        config = pathlib.Path("base/config.json")
+        config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+        with pytest.raises(rwkv_miss.UserError, match="one weight for it and the head"):
+            rwkv_miss.merge_file("base", "peft", "tied")
 
 
 def test_a_miss_of_a_llama_becomes_a_lora_with_its_folder(tmp_path):

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..errors import UserError, listed
+from ..files.hf_folder import read_config
 from ..files.stored_names import find_stored
 from ..targets import View
 from .members import Member, Rows
+
+WITH_HEAD = r"(LMHeadModel|For(CausalLM|MaskedLM|ConditionalGeneration))\b"  # names of classes
 
 
 def placed(
@@ -25,7 +29,26 @@ def placed(
     Raises UserError for a tensor of a linear without a place, and for one that is stored in other parts than
     experts.
     """
+    for m in members:
+        _refuse_tied(base, stored, m)
     return [_placed(base, stored, m) for m in members]
+
+
+def _refuse_tied(base: str | os.PathLike[str], stored: Mapping[str, Tensor], m: Member) -> None:
+    """Raise UserError for an adapted embedding whose weight is the head's as well."""
+    config = read_config(os.fspath(base))
+    text = config.get("text_config")
+    parts = [part for part in (config, text) if isinstance(part, dict)]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    # transformers leaves the field out where it is true
+    tied = any(said) if said else not any(name.endswith("head.weight") for name in stored)
+    has_head = re.search(WITH_HEAD, str(config.get("architectures")))
+    if name := tied and has_head and next((name for name, view in m.views if view.lookup), ""):
+        raise UserError(
+            f"{m.path} changes the embedding {name} alone, and {base} has one weight for it and the head"
+            " (tie_word_embeddings), which a merge would change as well; untie them, or run the model with"
+            " peft"
+        )
 
 
 def _placed(base: str | os.PathLike[str], stored: Mapping[str, Tensor], m: Member) -> Member:
