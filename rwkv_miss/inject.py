@@ -272,8 +272,9 @@ def inject(
         any(value is not None for value in given.values())
         and not METHODS.get(method, AdapterLinear).adapts_linears
     ):
-        name = next(name for name, value in given.items() if value is not None)
-        raise UserError(f"method {method} adapts no linear layers; drop the {name} ({given[name]})")
+        name, value = next((name, value) for name, value in given.items() if value is not None)
+        value = value if isinstance(value, (str, int)) else ", ".join(map(str, value))
+        raise UserError(f"method {method} adapts no linear layers; drop the {name} ({value})")
     injection = _attach(unwrapped(model, to_inject=True), method, find, train_parts, options, initialise)
     if injection.linears:
         injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)

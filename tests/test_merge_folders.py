@@ -218,3 +218,30 @@ def test_what_is_refused_leaves_nothing(what, words, adapter, tmp_path):
         rwkv_miss.merge_file(base, adapter, out)
     left = ["a.pth", "base", *(["out"] if what == "full" else [])]
     assert sorted(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Mine"}},
+        {"model_type": "llama", "architectures": []},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "no such"},
+        {"model_type": "llama", "architectures": ["pipeline"]},
+    ],
+    ids=["code of its own", "no class", "a setting that there is not", "no model"],
+)
+def test_a_strangers_configuration_runs_nothing_and_is_no_traceback(config, adapter, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    base = folder(tmp_path / "base", config)
+    for file in base.glob("model*"):
+        file.unlink()
+    save_file({"other.a.weight": torch.ones(4, 6)}, base / "model.safetensors")
+    (base / "mine.py").write_text(
+        "import pathlib, transformers\n"
+        f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class Mine(transformers.PretrainedConfig): model_type = 'mine'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to: run the custom code?
+    with pytest.raises(rwkv_miss.UserError, match="a.pth changes .*base does not have"):
+        rwkv_miss.merge_file(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "base"]

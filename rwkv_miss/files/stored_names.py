@@ -73,8 +73,10 @@ def _renamings(wanted: Iterable[str], names: Mapping[str, Stored]) -> Iterator[C
 
 
 def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) -> Mapping[str, Stored]:
-    """Ask transformers for the names of the folder's tensors in a model; {} where it does not know the
-    model, or is absent."""
+    """Ask transformers for the names of the folder's tensors in a model.
+
+    {} where it is absent, or makes no model of the configuration. Code of the folder is never run.
+    """
     try:
         import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -82,12 +84,14 @@ def _names_of_transformers(base: str | os.PathLike[str], stored: Sequence[str]) 
     except ImportError:
         return {}
     try:
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         kind = getattr(transformers, config.architectures[0])
-    except (ValueError, OSError, AttributeError, TypeError):
+        if not issubclass(kind, transformers.PreTrainedModel):
+            return {}
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception:  # a stranger's configuration may be wrong in any way
         return {}
-    with torch.device("meta"):
-        model = kind(config)
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     joining = [change for change in changes if not isinstance(change, WeightRenaming)]

@@ -177,7 +177,9 @@ def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
         and not is_finite(rounded)
         and bool((rounded.isinf() & exact.isfinite()).any())
     ):
-        raise UserError(f"{key} has values beyond fp16's largest, 65504; merge with --dtype bf16 or fp32")
+        raise UserError(
+            f"{key} has values beyond fp16's largest, 65504; merge in bf16 or fp32 (--dtype of the command)"
+        )
 
 
 def round_to(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
