@@ -8,7 +8,7 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .adapter import (
     AdapterMethod,
     NoOptions,
     adapted_linears,
+    put_parameters,
     share,
     take_off,
     trained_beside,
@@ -65,7 +66,9 @@ class Injection:
     # whole tensors as they were before the training; None: the model had none of this name
     first: dict[str, nn.Parameter | None] = dataclasses.field(default_factory=dict, repr=False)
     trained_before: list[str] = dataclasses.field(default_factory=list, repr=False)
-    # of a merged model: what unmerge() puts back, by name; None: not merged
+    # the base's dtypes of the tensors that are trained as a whole, and that of new ones
+    dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict, repr=False)
+    # of a merged model: what unmerge() puts back, by name, whole tensors as parameters; None: not merged
     kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     def line(self) -> str:
@@ -361,6 +364,7 @@ def _attach(
         len(whole),
         statistics=statistics,
         first={name: before.get(name) for name in trained_beside(model)},
+        dtypes={name: before.get(name, p).dtype for name, p in trained_beside(model).items()},
         trained_before=trained_before,
     )
     return model.injection
@@ -442,6 +446,30 @@ def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
         for name, t in _statistics(model).items()
         if name in before and not torch.equal(t.to(before[name]), before[name])
     }
+
+
+@contextlib.contextmanager
+def _trained(model: nn.Module) -> Iterator[None]:
+    """Put the trained tensors that merge() has replaced back inside the block."""
+    kept = model.injection.kept or {}
+    whole = {name: value for name, value in kept.items() if isinstance(value, nn.Parameter)}
+    linears = {  # whose own weights are trained beside their adapters
+        name: p for name, p in model.named_parameters() if p.requires_grad and name in kept.keys() - whole
+    }
+    if lost := next((name for name in linears if kept[name] is None), ""):
+        raise UserError(
+            f"{lost} is trained beside its adapter, and merge(keep_base=False) did not keep it; save the"
+            " adapter before such a merge"
+        )
+    merged, values = put_parameters(model, whole), {name: p.data for name, p in linears.items()}
+    for name, p in linears.items():
+        p.data = kept[name].to(p.device)
+    try:
+        yield
+    finally:
+        put_parameters(model, merged)
+        for name, p in linears.items():
+            p.data = values[name]
 
 
 @torch.no_grad()
@@ -544,7 +572,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     require_whole(model)
     reshard(model)
     arch = getattr(model, "arch", None)  # in a model of other people it may be anything
-    tensors, linears, tied = _file_content(model)
+    with _trained(model):
+        tensors, linears, tied = _file_content(model)
     views = {
         name: dataclasses.asdict(layer.view) for name, layer in adapted_linears(model).items() if layer.view
     }

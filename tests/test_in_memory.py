@@ -96,10 +96,39 @@ def test_whole_tensors_are_merged_disabled_and_taken_off(method, parts, tmp_path
     for name, tensor in model.state_dict().items():
         if name in merged:
             assert torch.equal(tensor, merged[name]) and tensor.dtype == merged[name].dtype, name
+    rwkv_miss.save_adapter(model, tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in merged.items())
     rwkv_miss.unmerge(model)
     assert torch.equal(model(ids)[0], live)
     same_model(rwkv_miss.unload(model), base)
     same_model(rwkv_miss.unload(loaded), base)
+
+    freed = copy.deepcopy(base)
+    rwkv_miss.load_adapter(freed, tmp_path / "a.pth", keep_first=False)
+    rwkv_miss.merge(freed, keep_base=False)
+    rwkv_miss.save_adapter(freed, tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
+    for name, tensor in rwkv_miss.unload(freed).state_dict().items():
+        if name in merged:
+            assert torch.equal(tensor, merged[name]) and tensor.dtype == merged[name].dtype, name
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_a_merged_adapter_beside_a_trained_weight_is_saved_as_before(method, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16)
+    rwkv_miss.inject(model, method, targets=["0", "1"], rank=2)
+    filled(model)[0].weight.requires_grad_(True)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.merge(model)
+    merged = model[0].weight.detach().clone()
+    rwkv_miss.save_adapter(model, tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
+    assert torch.equal(model[0].weight, merged)
+    rwkv_miss.unmerge(model)
+    rwkv_miss.merge(model, keep_base=False)
+    with pytest.raises(rwkv_miss.UserError, match=r"0.weight is trained beside its adapter, and merge\(k"):
+        rwkv_miss.save_adapter(model, tmp_path / "again.pth")
 
 
 def test_the_first_values_of_whole_tensors_are_kept_or_freed(tmp_path):

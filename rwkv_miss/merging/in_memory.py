@@ -42,10 +42,9 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
                 layer.put_matrix(merged)
                 layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
             parameters, rounded = dict(model.named_parameters(remove_duplicate=False)), {}
-            for name in injection.first:
+            for name, dtype in injection.dtypes.items():
                 _check(name, p := parameters[name])
-                first = injection.first[name]
-                value = round_to(name, p.detach(), p.dtype if first is None else first.dtype)
+                value = round_to(name, p.detach(), dtype)
                 rounded[name] = nn.Parameter(value, requires_grad=False)
             injection.kept |= put_parameters(model, rounded)
     except UserError:
@@ -71,16 +70,14 @@ def unmerge(model: nn.Module) -> None:
     if injection.kept is None:
         raise UserError("the adapter is not merged; call merge(model) first")
     kept, injection.kept = injection.kept, None
-    if lost := next(
-        (key for key, before in kept.items() if before is None and key not in injection.first), ""
-    ):
+    if lost := next((key for key, before in kept.items() if before is None), ""):
         injection.kept = kept
         raise UserError(f"merge(keep_base=False) did not keep {lost}; load the base again")
     for name, layer in layers.items():
         if (before := kept.get(layer.key(name))) is not None:
             layer.stored.data = before.to(layer.stored.device)
             layer.__dict__.pop("forward", None)
-    put_parameters(model, {name: kept[name] for name in injection.first if name in kept})
+    put_parameters(model, {name: kept[name] for name in injection.dtypes if name in kept})
 
 
 @torch.no_grad()
