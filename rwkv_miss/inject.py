@@ -68,6 +68,7 @@ class Injection:
     trained_before: list[str] = dataclasses.field(default_factory=list, repr=False)
     # the base's dtypes of the tensors that are trained as a whole, and that of new ones
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict, repr=False)
+    half_merged: bool = False  # a merge without the base's weights has failed
     # of a merged model: what unmerge() puts back, by name, whole tensors as parameters; None: not merged
     kept: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
 

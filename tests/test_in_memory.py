@@ -161,7 +161,7 @@ def test_the_first_values_of_whole_tensors_are_kept_or_freed(tmp_path):
                     rwkv_miss.disabled(model).__enter__()
 
 
-def test_what_a_merge_in_memory_cannot_do_is_said():
+def test_what_a_merge_in_memory_cannot_do_is_said(tmp_path):
     def adapted(**options):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         rwkv_miss.inject(model, "lora", targets=["0", "1"], rank=2, **options)
@@ -196,9 +196,17 @@ def test_what_a_merge_in_memory_cannot_do_is_said():
         model[1].lora_A.fill_(100)
         model[1].lora_B.fill_(100)
     before = model[0].weight.clone()
-    with pytest.raises(rwkv_miss.UserError, match="beyond fp16's largest"):
-        rwkv_miss.merge(model)
-    assert torch.equal(model[0].weight, before) and model.injection.kept is None
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    for keep_base in (True, False):
+        with pytest.raises(rwkv_miss.UserError, match="beyond fp16's largest"):
+            rwkv_miss.merge(model, keep_base)
+        if keep_base:
+            assert torch.equal(model[0].weight, before) and model.injection.kept is None
+    for action in (rwkv_miss.unload, rwkv_miss.unmerge):
+        with pytest.raises(rwkv_miss.UserError, match=r"merge\(keep_base=False\) .* load the base again"):
+            action(model)
+    rwkv_miss.save_adapter(model, tmp_path / "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "a.pth").read_bytes()
     model = adapted()
     rwkv_miss.merge(model, keep_base=False)
     with pytest.raises(rwkv_miss.UserError, match=r"keep_base=False\) did not keep 0.weight; load the base"):

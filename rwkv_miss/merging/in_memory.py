@@ -26,13 +26,18 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
     weight, and only unload() can follow.
 
     Raises UserError for weights that are quantised, sharded or on the meta device, and for a value that fp16
-    has no room for; with its base kept the model is as before then.
+    has no room for. With its base kept the model is as before then; else save_adapter() still writes the
+    adapter, and unload() is refused.
     """
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
     if injection.kept is not None:
         raise UserError("the adapter is merged already; call unmerge(model) or unload(model)")
     for name, layer in layers.items():
         _check(layer.key(name), layer.stored)
+    parameters, rounded = dict(model.named_parameters(remove_duplicate=False)), {}
+    for name, dtype in injection.dtypes.items():
+        _check(name, p := parameters[name])
+        rounded[name] = nn.Parameter(round_to(name, p.detach(), dtype), requires_grad=False)
     injection.kept = {}
     try:
         with torch.no_grad():
@@ -41,14 +46,10 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
                 injection.kept.setdefault(layer.key(name), layer.stored.data if keep_base else None)
                 layer.put_matrix(merged)
                 layer.forward = types.MethodType(AdapterLinear.merged_forward, layer)
-            parameters, rounded = dict(model.named_parameters(remove_duplicate=False)), {}
-            for name, dtype in injection.dtypes.items():
-                _check(name, p := parameters[name])
-                value = round_to(name, p.detach(), dtype)
-                rounded[name] = nn.Parameter(value, requires_grad=False)
             injection.kept |= put_parameters(model, rounded)
-    except UserError:
-        if keep_base:
+    except BaseException:  # an interrupted merge, too, would leave the adapter in a part of the layers
+        injection.half_merged = bool(injection.kept) and not keep_base
+        if not injection.half_merged:
             unmerge(model)
         raise
 
@@ -90,6 +91,8 @@ def unload(model: nn.Module) -> nn.Module:
     Returns the model.
     """
     injection, layers = (model := injected(model)).injection, adapted_linears(model)
+    if injection.half_merged:
+        raise UserError("merge(keep_base=False) failed amid the layers; load the base again")
     if injection.kept is None:
         for name, layer in layers.items():
             if not is_of_others(layer.stored):  # whose module is there again, with its own weight
