@@ -271,11 +271,15 @@ class ReadsChanged:
         return _changed(self, name) if held is not None and name in held else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.__dict__.get("changed")  # of a forward that calls itself
         self.__dict__["changed"] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del self.__dict__["changed"]
+            if before is None:
+                del self.__dict__["changed"]
+            else:
+                self.__dict__["changed"] = before
 
 
 def _changed(owner: nn.Module, leaf: str) -> Tensor:

@@ -244,6 +244,18 @@ def test_a_read_weight_is_computed_once_a_forward_and_comes_back_after_an_error(
         model.experts.up  # noqa: B018
 
 
+def test_a_module_that_reads_a_weight_may_call_itself():
+    class Twice(Experts):
+        def forward(self, x, again=True):
+            return super().forward(self(x, again=False) if again else x)
+
+    model, x = Twice(), torch.randn(1, 8)
+    want = model(x)
+    rwkv_miss.inject(model, "lora", targets=["up", "mix"], rank=2)
+    close("a fresh adapter", model(x), want, 1e-6)
+    assert "changed" not in model.__dict__
+
+
 def test_weights_and_rows_are_changed_in_fp32_also_under_autocast():
     model, _ = mixed("lora", targets=["emb", "up"])
     filled(model)
