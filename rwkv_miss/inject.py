@@ -690,10 +690,19 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
             isinstance(view, dict)
             and view.keys() == kinds.keys()
             and all(type(view[k]) in kinds[k] for k in kinds)
+            and (view["index"] or 0) >= 0
         ):
             raise UserError(
                 f"{path} is damaged: the view of {name} is {str(view)[:60]!r}, expected key, transposed,"
-                " index and lookup"
+                " lookup, and an index of 0 or more, or none"
+            )
+    places: dict[tuple, str] = {}
+    for name, view in views_of({**metadata, "views": metadata.get("views") or {}}).items():
+        other = places.setdefault((view.key, view.index), name)
+        if other != name:
+            raise UserError(
+                f"{path} is damaged: {other} and {name} are the same matrix of {view.key}, expected one"
+                " linear for each"
             )
     for other, name in (metadata.get("tied") or {}).items():
         if not isinstance(name, str):

@@ -303,3 +303,14 @@ def test_a_file_says_how_a_weight_is_stored(tmp_path):
     rwkv_miss.write_checkpoint(tmp_path / "d.pth", tensors.items(), damaged)
     with pytest.raises(rwkv_miss.UserError, match="is damaged: the view of conv is"):
         rwkv_miss.load_adapter(copy.deepcopy(base), tmp_path / "d.pth")
+    rwkv_miss.write_checkpoint(tmp_path / "b.pth", base.state_dict().items())
+    last = "experts.adapted.up.2"
+    for change, words in (
+        ({"index": -1}, f"the view of {last} is .*, expected .* an index of 0 or more"),
+        ({"index": 1}, f"experts.adapted.up.1 and {last} are the same matrix of experts.up"),
+        ({"key": "down.weight", "index": None}, f"down and {last} are the same matrix of down.weight"),
+    ):
+        views = {**metadata["views"], last: {**metadata["views"][last], **change}}
+        rwkv_miss.write_checkpoint(tmp_path / "d.pth", tensors.items(), {**metadata, "views": views})
+        with pytest.raises(rwkv_miss.UserError, match=f"is damaged: {words}"):
+            rwkv_miss.merge_file(tmp_path / "b.pth", tmp_path / "d.pth", tmp_path / "m.pth")
