@@ -23,7 +23,7 @@ from .request_parsing import ParsedRequest
 from .served_models import ServedModels
 from .worker import Job, Piece, Worker
 
-GONE = 499  # status in other servers' logs of a client who left; nobody reads it
+GONE = 499  # status, as other servers log it, of a client who left before its reply; for the log alone
 
 
 class Dispatcher:

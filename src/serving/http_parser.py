@@ -15,13 +15,22 @@ LONE_LF = re.compile(rb"(?<!\r)\n")
 
 
 class WholeLines(ReceiveBuffer):
-    """Buffer that refuses a head, or a chunked body's end, with a line that does not end in CR LF."""
+    """Buffer that refuses a head, or a chunked body's end, whose lines can be read in two ways.
+
+    h11 takes equal lengths as one, and a line that begins with a blank as a part of the line before.
+    """
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         head, end, _ = bytes(self).partition(b"\r\n\r\n")
         if LONE_LF.search(head + end):
             raise h11.LocalProtocolError("a line ends without CR")
-        return super().maybe_extract_lines()
+        lines = super().maybe_extract_lines()
+        lengths = [line for line in lines or () if line.lower().startswith(b"content-length:")]
+        if len(lengths) > 1 or b"," in b"".join(lengths):
+            raise h11.LocalProtocolError("Content-Length is given more than once")
+        if any(line.startswith((b" ", b"\t")) for line in lines or ()):
+            raise h11.LocalProtocolError("a line begins with a blank")
+        return lines
 
 
 class Parser(h11.Connection):

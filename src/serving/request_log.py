@@ -9,7 +9,8 @@ import time
 class RequestLog:
     """Middleware that writes a line to stderr at the end of each request.
 
-    The line has the time, the client's address, method, path, status and seconds; 499 is a client who left.
+    The line has the time, the client's address, method, path, status and seconds. 499 is a client who left
+    before its reply began. A stream has begun with 200, also if its client leaves.
     Neither the query nor the headers or the body are written.
     """
 
