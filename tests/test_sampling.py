@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rwkv_miss.errors import UserError
 from src.inference import sampling as module
 from src.inference.sampling import (
     GREEDY,
@@ -163,6 +164,18 @@ def test_a_row_that_overflows_disturbs_no_other(by):
             assert found[i].error is None
             assert found[i] == by(logits[i : i + 1], rows[:1], [0.3], 1)[0], "alone it is the same"
         assert found[4].token >= 100, "a token without a chance is none"
+
+
+def test_a_row_whose_constraint_fails_disturbs_no_other():
+    class Broken:
+        def mask(self):
+            raise RuntimeError("no room")
+
+    logits = torch.randn(2, 131, generator=torch.Generator().manual_seed(0))
+    broken, other = choose(logits, [RowInputs(GREEDY, constraint=Broken()), RowInputs(GREEDY)], False)
+    assert broken.token is None and other.token == logits[1].argmax()
+    with pytest.raises(UserError, match="which tokens fit the answer's form is unknown: RuntimeError: no ro"):
+        raise broken.error
 
 
 @by

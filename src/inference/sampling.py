@@ -166,8 +166,8 @@ def runs_native(kernel: str) -> bool:
 def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list[Drawn]:
     """Choose one token for each row of logits (B, V), which may be a part of a larger tensor.
 
-    A row whose largest logit is not finite has an error and disturbs no other. A row's token depends on
-    nothing but the row. Raises ValueError unless there is a RowInputs for each.
+    A row whose largest logit is not finite, or whose constraint fails, has an error and disturbs no other. A
+    row's token depends on nothing but the row. Raises ValueError unless there is a RowInputs for each.
     """
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.numel():
         raise ValueError(f"logits are {tuple(logits.shape)}, expected (B, V) with B = {len(rows)} rows")
@@ -187,7 +187,12 @@ def _choose_allowed(choose_rows: Callable, logits: Tensor, row: RowInputs, unifo
     """Choose a row's token, logits (1, V), among those that its constraint allows; ln p is that of all."""
     if not row.constraint:
         return choose_rows(logits, [row], [uniform])[0]
-    allowed = np.flatnonzero(row.constraint.mask())
+    try:
+        mask = row.constraint.mask()
+    except Exception as error:  # whatever the thread that makes masks ended with
+        what = f"{type(error).__name__}: {error}"
+        return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
+    allowed = np.flatnonzero(mask)
     few = torch.from_numpy(logits[0].numpy().take(allowed)[None])
     seen = row.seen and row.seen.among(allowed)
     (drawn,) = choose_rows(few, [RowInputs(row.sampling, seen)], [uniform])
