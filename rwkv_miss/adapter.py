@@ -477,9 +477,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, *others):
         before = {key: getattr(self, key) for key in self.shared}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *others)
-        for key in of_others(self._parameters.get("weight")).keys() if unexpected else ():  # of the same base
-            if prefix + key in unexpected:
-                unexpected.remove(prefix + key)
+        for key, own in of_others(self._parameters.get("weight")).items() if unexpected else ():
+            name = prefix + key
+            if name in unexpected and torch.equal(state_dict[name].to(own.device), own):  # the same base's
+                unexpected.remove(name)
         for key, old in before.items():
             if key not in self.borrowed:
                 if getattr(self, key) is not old:  # load_state_dict(assign=True)

@@ -316,6 +316,10 @@ def test_an_adapter_beside_a_weight_of_another_package_trains_as_beside_its_valu
         copied.load_state_dict(model.state_dict())
         assert torch.equal(loaded(x), model(x)) and torch.equal(copied(x), model(x))
         assert (quantised().state_dict().keys() - model.state_dict().keys()) == set()
+        state = model.state_dict()
+        for name in [name for name in state if "absmax" in name or "SCB" in name]:  # of another base
+            with pytest.raises(RuntimeError, match=f"Unexpected key.*{name}"):
+                copied.load_state_dict({**state, name: state[name] + 1})
     with pytest.raises(rwkv_miss.UserError, match="0.weight is quantised; save the adapter and merge the"):
         rwkv_miss.merge(model)
     answer = quantised()(x)
