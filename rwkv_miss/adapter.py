@@ -244,6 +244,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     original: nn.Module | None = None  # the module that stood here before, without weight and bias
     view: View | None = None  # of the matrix in the stored weight; None: it is that
     owner: nn.Module | None = None  # the module that has the weight, if this one has not
+    renewed: dict[int, Tensor] | None = None  # inside renewing(): the new memory of weights, by its address
     borrowed: frozenset[str] = frozenset()  # of `shared`: what another layer has in state_dict()
 
     @classmethod
@@ -307,8 +308,11 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         if self.view is None:
             self.stored.data = matrix.to(stored.dtype)
         else:
-            self.stored.data = stored.clone()
-            self.view.of(self.stored.data).copy_(matrix)
+            renewed = {} if self.renewed is None else self.renewed
+            if stored.data_ptr() not in renewed:
+                self.stored.data = stored = stored.clone()
+                renewed[stored.data_ptr()] = stored
+            self.view.of(stored).copy_(matrix)
 
     def key(self, name: str) -> str:
         """Return the name of the stored weight in the model, from the layer's own."""
@@ -588,6 +592,19 @@ def share(layers: Iterable[AdapterLinear]) -> None:
         tensors = {key: id(getattr(layer, key)) for key in layer.shared}
         layer.borrowed = frozenset(key for key, place in tensors.items() if place in seen)
         seen |= set(tensors.values())
+
+
+@contextlib.contextmanager
+def renewing(layers: Iterable[AdapterLinear]) -> Iterator[None]:
+    """Let put_matrix() of these layers copy a weight that several have a part of, such as experts, once."""
+    renewed = {}
+    for layer in layers:
+        layer.renewed = renewed
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.renewed = None
 
 
 def take_off(model: nn.Module, names: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from .adapter import (
     NoOptions,
     adapted_linears,
     put_parameters,
+    renewing,
     share,
     take_off,
     trained_beside,
@@ -315,8 +316,9 @@ def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> Non
             layer.start()
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    for layer in layers.values():
-        layer.prepare()
+    with renewing(layers.values()):
+        for layer in layers.values():
+            layer.prepare()
 
 
 def _attach(
@@ -771,10 +773,11 @@ def load_adapter(
     if is_new:
         _keep_first(model, keep_first)
     reshard(model)
-    for name, own in linears.items():
-        layer = model.get_submodule(name)
-        with unsharded(layer):
-            layer.load(own)
+    with renewing(adapted_linears(model).values()):
+        for name, own in linears.items():
+            layer = model.get_submodule(name)
+            with unsharded(layer):
+                layer.load(own)
     own = _replaceable(model)
     for name, tensor in replaced.items():
         if own[name].requires_grad or is_sharded(own[name]):

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS
@@ -212,3 +213,52 @@ def test_what_a_merge_in_memory_cannot_do_is_said(tmp_path):
     with pytest.raises(rwkv_miss.UserError, match=r"keep_base=False\) did not keep 0.weight; load the base"):
         rwkv_miss.unmerge(model)
     assert type(rwkv_miss.unload(model)[0]) is nn.Linear
+
+
+class Experts(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(number, 8, 8))
+
+    def forward(self, x):
+        for weight in self.stack:
+            x = x @ weight.T
+        return x
+
+
+class Copies(TorchDispatchMode):
+    """Counter of copies of whole stacks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.clone.default and args[0].dim() == 3
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_the_weight_of_many_experts_is_copied_once(method, tmp_path):
+    model = nn.Sequential(Experts(4))
+    base, value = copy.deepcopy(model), model[0].stack.data
+    before = value.clone()
+
+    def copies(action, *args):
+        with Copies() as counter:
+            action(*args)
+        return counter.count
+
+    prepares = int(method == "pissa")
+    assert copies(lambda: rwkv_miss.inject(model, method, targets=["stack"], rank=2)) == prepares
+    assert torch.equal(value, before), "the base's memory"
+    filled(model)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    live, unmerged = model(x := torch.randn(3, 8)), model[0].stack.data
+    frozen = unmerged.clone()
+    assert copies(rwkv_miss.merge, model.eval()) == 1 and torch.equal(unmerged, frozen)
+    close("merged", model(x), live, 1e-5)
+    rwkv_miss.unmerge(model)
+    assert torch.equal(model[0].stack, frozen)
+    assert copies(rwkv_miss.load_adapter, model, tmp_path / "a.pth") == prepares
+    close("loaded", model(x), live, 1e-5)
+    assert torch.equal(unmerged, frozen) and copies(rwkv_miss.unload, model) == prepares
+    close("base", model[0].stack, base[0].stack, 1e-5)

@@ -7,7 +7,7 @@ import types
 import torch
 from torch import nn
 
-from ..adapter import AdapterLinear, adapted_linears, put_parameters, take_off
+from ..adapter import AdapterLinear, adapted_linears, put_parameters, renewing, take_off
 from ..errors import UserError
 from ..inject import injected
 from ..quantised import is_of_others
@@ -40,7 +40,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> None:
         rounded[name] = nn.Parameter(round_to(name, p.detach(), dtype), requires_grad=False)
     injection.kept = {}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), renewing(layers.values()):
             for name, layer in layers.items():
                 merged = round_to(layer.key(name), layer.changed_weight(), layer.stored.dtype)
                 injection.kept.setdefault(layer.key(name), layer.stored.data if keep_base else None)
@@ -97,8 +97,9 @@ def unload(model: nn.Module) -> nn.Module:
         for name, layer in layers.items():
             if not is_of_others(layer.stored):  # whose module is there again, with its own weight
                 _check(layer.key(name), layer.stored)
-        for layer in layers.values():
-            layer.revert()
+        with renewing(layers.values()):
+            for layer in layers.values():
+                layer.revert()
         put_parameters(model, injection.first)
         for name, before in injection.statistics.items():
             model.get_buffer(name).copy_(before)
