@@ -525,25 +525,31 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
     return f"shared.{shared[key]}" if key in shared else f"{name}.{key}"
 
 
+def by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Map the name of a module -> its tensors, by their names there."""
+    owned: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        owned.setdefault(owner, {})[leaf] = tensor
+    return owned
+
+
 def layer_tensors(
-    cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]
+    cls: type[AdapterLinear], name: str, shape: tuple[int, int], owned: dict[str, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Select the tensors of one adapted linear (out, in) from an adapter file's, by their names in the layer.
 
-    The shared ones are included.
+    The shared ones are included. owned: by_owner() of the file's.
     """
-    own = {
-        key.removeprefix(f"{name}."): t
-        for key, t in tensors.items()
-        if key.rpartition(".")[0] == name and key != f"{name}.bias"
-    }
+    own = {leaf: tensor for leaf, tensor in owned.get(name, {}).items() if leaf != "bias"}
     for key, of in cls.shared_names(*shape).items():
-        if f"shared.{of}" not in tensors:
+        owner, _, leaf = f"shared.{of}".rpartition(".")
+        tensor = owned.get(owner, {}).get(leaf)
+        if tensor is None:
             raise UserError(
                 f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs"
                 " needs"
             )
-        tensor = tensors[f"shared.{of}"]
         if not tensor.is_floating_point():
             raise UserError(f"shared.{of} is {tensor.dtype}; expected are fp32, bf16 or fp16")
         own[key] = tensor
@@ -815,10 +821,10 @@ def fit_adapter(
     if not hasattr(model, "injection"):
         _inject_as_trained(model, path, tensors, metadata)
     _check_same_adapter(model, path, tensors, metadata)
-    whole, by_layer = dict(tensors), {}
+    whole, by_layer, owned = dict(tensors), {}, by_owner(tensors)
     for name, layer in adapted_linears(model).items():
         try:
-            by_layer[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
+            by_layer[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), owned)
             layer.check(by_layer[name])
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None

@@ -16,7 +16,7 @@ import rwkv_miss
 from rwkv_miss import functional
 from rwkv_miss.adapter import METHODS, AdapterLinear, AroundSteps, adapted_linears, has_factors, register
 from rwkv_miss.functional import add_expanded_, expanded, shard_index, shard_sum
-from rwkv_miss.inject import adapter_tensors, find_targets, layer_tensors
+from rwkv_miss.inject import adapter_tensors, by_owner, find_targets, layer_tensors
 from rwkv_miss.methods.lora import LoraLinear
 from rwkv_miss.quantised import quantise_
 from src.model import RWKV
@@ -121,8 +121,9 @@ def filled(model, seed=1):
         name: 0.1 * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
         for name, t in adapter_tensors(model).items()
     }
+    owned = by_owner(new)
     for name, layer in adapted_linears(model).items():
-        layer.load(layer_tensors(type(layer), name, (layer.out_features, layer.in_features), new))
+        layer.load(layer_tensors(type(layer), name, (layer.out_features, layer.in_features), owned))
     return model
 
 

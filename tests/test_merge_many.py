@@ -2,17 +2,20 @@
 before anything is written.
 """
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
 
+import rwkv_miss
 from rwkv_miss import merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
 from rwkv_miss.convert import Hints
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.identity import fingerprint
+from rwkv_miss.merging.members import read_members
 
 from .conftest import close, make_arch, random_tensors
 from .test_convert import saved
@@ -183,6 +186,26 @@ def test_contradictions_name_both(merging):
     merging.refused(
         "different templates: .*a.pth with 'rwkv:hermes', .*c.pth with 'think:hermes'", ["a.pth", "c.pth"]
     )
+
+
+def test_a_file_is_not_searched_for_every_linear(tmp_path):
+    class Counted(dict):
+        passes = 0
+
+        def items(self):
+            Counted.passes += 1
+            return super().items()
+
+    model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(20))
+    base = model.state_dict()
+    rwkv_miss.inject(model, "lora", targets="all-linear", rank=2)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    (member,) = read_members(tmp_path / "a.pth")
+    member = dataclasses.replace(member, tensors=Counted(member.tensors))
+    member.check(base)
+    for key in member.by_weight:
+        member.merge_into(key, base[key].clone())
+    assert len(member.by_weight) == 20 and Counted.passes <= 2
 
 
 def test_refusals(merging):

@@ -18,7 +18,7 @@ from ..files.identity import Identity
 from ..files.model_files import name_of
 from ..files.stored_names import find_stored
 from ..files.wrapped import is_model
-from ..inject import layer_tensors, read_described
+from ..inject import by_owner, layer_tensors, read_described
 from ..targets import views_of
 from .formats import Adapter
 
@@ -123,9 +123,9 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
 
     For low_rank() of methods that need no weight.
     """
-    cls, options = METHODS[adapter.method], adapter.options
+    cls, options, owned = METHODS[adapter.method], adapter.options, by_owner(adapter.tensors)
     for name, shape in linear_shapes(adapter).items():
-        tensors = layer_tensors(cls, name, shape, adapter.tensors)
+        tensors = layer_tensors(cls, name, shape, owned)
         weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)  # one number in memory
         try:
             layer = cls.wrap(

@@ -20,7 +20,7 @@ from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, fo
 from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, check_finite
 from ..files.identity import fingerprint
-from ..inject import layer_tensors, read_adapter
+from ..inject import by_owner, layer_tensors, read_adapter
 from ..methods.whole_tensors import PARTS
 from ..targets import View, views_of
 from .rounding import Scratch
@@ -62,6 +62,11 @@ class Member:
     @functools.cached_property
     def options(self) -> NoOptions:
         return self.method.Options.parse(self.metadata["options"])
+
+    @functools.cached_property
+    def owned(self) -> dict[str, dict[str, Tensor]]:
+        """Return the file's tensors by their owners."""
+        return by_owner(self.tensors)
 
     @functools.cached_property
     def views(self) -> list[tuple[str, View]]:
@@ -136,7 +141,7 @@ class Member:
             shape = _matrix(view, base[view.key]).shape
             try:
                 with torch.device("meta"):  # shapes alone: no byte is written yet
-                    own = layer_tensors(self.method, name, shape, self.tensors)
+                    own = layer_tensors(self.method, name, shape, self.owned)
                     layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
                     self.method.merged_weight(weight := torch.empty(shape), layer, self.options.at(name))
                     is_part = isinstance(view, Rows)
@@ -195,7 +200,7 @@ class Member:
         """Make the adapted linears of a weight of the base, fp32."""
         for name, view in self.by_weight[key].items():
             matrix = _matrix(view, weight).contiguous()
-            tensors = layer_tensors(self.method, name, matrix.shape, self.tensors)
+            tensors = layer_tensors(self.method, name, matrix.shape, self.owned)
             yield view, self.method.of_file(matrix, tensors, self.options.at(name))
 
     @torch.no_grad()
