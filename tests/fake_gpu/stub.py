@@ -23,7 +23,10 @@ def load() -> None:
         raise RuntimeError("the stub must be loaded before torch is imported")
     torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
     if any((torch / "lib").glob("libtorch_cuda*")):
-        raise Unavailable("this torch has CUDA; the stub is for its CPU wheel")
+        raise Unavailable(
+            "this torch has CUDA, and the stub is for its CPU wheel; use an environment that has this one."
+            " benchmarks/gpu_predictions.json has what was counted there"
+        )
     library = _build(torch)
     try:
         for path in (
