@@ -45,7 +45,9 @@ KINDS |= {
     "kto": f"--loss kto --lr_init 3e-3 {ANSWERS}",
 }
 FAST = ("miss deepspeed_stage_3", "packed deepspeed_stage_2", "full deepspeed_stage_3", "kto ddp")
-CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ("packed", "nf4", "orpo")]
+# lora_fa's and mora's factors are shared out as lora's are
+ELSEWHERE = ("packed", "nf4", "orpo", "lora_fa", "mora")
+CASES = [f"{name} deepspeed_stage_3" for name in KINDS if name not in ELSEWHERE]
 CASES += ["miss ddp", "chunks ddp", "kto ddp"]
 CASES += [f"{name} deepspeed_stage_2" for name in ("mos", "pissa", "packed", "nf4", "chunks", "orpo")]
 
