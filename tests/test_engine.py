@@ -16,6 +16,7 @@ from src.inference.adapters import Applied
 from src.inference.cpu_decoder import Decoder, problem
 from src.inference.decoders import fastest
 from src.inference.engine import Engine, Request
+from src.inference.logit_changes import LogitChanges
 from src.inference.prefix_cache import Kind, PrefixCache
 from src.inference.sampling import Sampling
 from src.inference.torch_decoder import TorchDecoder
@@ -105,6 +106,30 @@ def test_prompts_that_are_read_together_get_the_same_answers(version):
     finished(engine)
     assert [said(given) for given in answers] == [said(alone(request, version)) for request in asked]
     assert sum(rows for rows, _ in read) > 5 and all(rows > 1 and rows * width <= 200 for rows, width in read)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "utf16"])
+def test_an_end_is_held_back(kind):
+    """The likeliest token is the end, which comes after min_tokens tokens, or never; a stop, too."""
+
+    def answered(bias, stops=(), **changes):
+        changed = LogitChanges(bias, **changes)
+        return alone(Request([5], 40, WARM, stops=stops, changes=changed), kind=kind)[0]
+
+    size = len(tokenizer_of(kind).eod)
+    assert answered({0: 100}).tokens == [0] * size
+    held = answered({0: 100}, min_tokens=7)
+    assert held.finish == "stop" and len(held.tokens) == 8 and 0 not in held.tokens[size - 1 : 7 : size]
+    never = answered({0: 100}, ignore_eos=True)
+    assert never.finish == "length" and 0 not in never.tokens[size - 1 :: size]
+    assert len(never.tokens) == 40
+    if kind == "bytes":
+        a = {ord("a"): 100}
+        for least in (0, 6):
+            stopped = answered(a, ("a",), min_tokens=least)
+            assert (stopped.text, stopped.finish) == ("a" * least, "stop")
+    with pytest.raises(UserError, match="min_p 2: expected 0 to 1"):
+        answered({}, min_p=2)
 
 
 def test_run_gives_each_request_its_answers_and_keeps_the_rows_busy():

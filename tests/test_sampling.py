@@ -1,7 +1,9 @@
 """Choosing tokens: the native code and NumPy, against exact probabilities in float64."""
 
+import dataclasses
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from src.inference import sampling as module
+from src.inference.logit_changes import ChangedLogits, LogitChanges
 from src.inference.sampling import (
     GREEDY,
     FadedCounts,
@@ -129,6 +132,76 @@ def test_tokens_come_as_often_as_they_are_likely(by):
         chi_square = ((counts - expected)[some] ** 2 / expected[some]).sum()
         k = some.sum() - 1
         assert k > 5 and chi_square < k * (1 - 2 / (9 * k) + 3.719 * math.sqrt(2 / (9 * k))) ** 3, sampling
+
+
+def changed_exactly(logits, row, changes, prompt, answer, allowed):
+    """The logits in float64 from which a row's token is drawn, change by change."""
+    x = logits.double()
+    for token, bias in changes.bias.items():
+        x[token] += bias
+    if changes.ignore_eos or len(answer) < changes.min_tokens:
+        x[0] = -math.inf
+    for token in {*prompt, *answer}:
+        x[token] = (
+            x[token] / changes.repetition_penalty if x[token] > 0 else x[token] * changes.repetition_penalty
+        )
+    for token, count in zip(row.seen.ids, row.seen.counts):
+        x[token] -= np.float32(row.sampling.presence_penalty + row.sampling.frequency_penalty * count)
+    if allowed is not None:
+        x[~torch.from_numpy(allowed)] = -math.inf
+    # 1e-6 is for the rounding of fp32
+    low, high = (
+        torch.where(x < x.max() + math.log(changes.min_p or 1e-300) + sign, -math.inf, x)
+        for sign in (-1e-6, 1e-6)
+    )
+    return low if torch.equal(low, high) else None
+
+
+@pytest.mark.parametrize("native_code", [pytest.param(True, marks=NATIVE), False])
+def test_changed_logits_are_those_of_the_definitions(native_code):
+    """Bias, a held end, repetition_penalty, min_p: alone and together, also with penalties and a form."""
+    choice, drawn, changed = random.Random(2).choice, 0, 0
+    for seed in range(120):
+        vocabulary = choice([2, 17, 64, 300, 1025])
+        logits = random_logits(choice, 1, vocabulary, seed)
+        prompt, answer = ([choice(range(vocabulary)) for _ in range(choice([1, 9, 70]))] for _ in range(2))
+        changes = LogitChanges(
+            {choice(range(vocabulary)): choice([-100, -1.5, 2, 100]) for _ in range(choice([0, 1, 4]))},
+            choice([0, 0, 9, 10]),
+            choice([False, False, True]),
+            choice([1, 0.7, 1.3, 2]),
+            choice([0, 0.05, 0.5, 1]),
+        )
+        allowed = choice([None, np.random.default_rng(seed).random(vocabulary) < 0.7])
+        if allowed is not None:
+            allowed[-1] = True
+        plain = random_row(choice, vocabulary)
+        row = RowInputs(
+            plain.sampling,
+            seen_tokens(plain.sampling, answer),
+            torch.Generator().manual_seed(seed),
+            choice([None, 2]),
+            types.SimpleNamespace(mask=lambda allowed=allowed: allowed) if allowed is not None else None,
+            ChangedLogits(changes, prompt, answer, vocabulary, (0,)),
+        )
+        x = changed_exactly(logits[0], row, changes, prompt, answer, allowed)
+        before = logits.clone()
+        got, other = choose(torch.cat([logits, logits]), [row, RowInputs(GREEDY)], native_code)
+        assert torch.equal(logits, before) and other.token == logits.argmax(), "others are as they were"
+        number = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).item()
+        if x is None:
+            continue  # rounding decides who is the last
+        bare = RowInputs(dataclasses.replace(row.sampling, presence_penalty=0.0, frequency_penalty=0.0))
+        shares, more = (exact(x, bare, row.sampling.top_p + 1e-6 * sign) for sign in (-1, 1))
+        if shares.keys() != more.keys():
+            continue
+        low = sum(shares[token] for token in shares if token < got.token)
+        assert low - 1e-5 <= number <= low + shares[got.token] + 1e-5, (row.sampling, changes)
+        drawn, changed = drawn + 1, changed + (got.token != logits.argmax())
+        if row.logprobs:
+            want = logits[0].double().log_softmax(0)
+            assert got.logprob == pytest.approx(want[got.token].item(), abs=1e-6)
+    assert drawn > 80 and changed > 20
 
 
 @by

@@ -101,6 +101,10 @@ def test_an_answer_has_the_form_that_is_asked_for_also_in_a_stream():
             assert all(finish == "stop" and fits(text) for text, _, finish in answers)
             texts = client.completions.create(prompt="Q", n=2, **asked).choices
             assert all(one.finish_reason == "stop" and fits(one.text) for one in texts)
+        for letter, word in (("n", "no\u00e9"), ("y", "yes")):
+            asked = {"extra_body": {"guided_choice": ["yes", "no\u00e9"], "ignore_eos": True, "min_p": 0.9}}
+            asked |= {"model": "tiny", "prompt": "Q", "logit_bias": {str(ord(letter)): 100}}
+            assert client.completions.create(**asked).choices[0].text == word
         form = {"response_format": {"type": "json_object"}}
         for text, _, finish in whole(client.chat.completions.create, 4, model="tiny", messages=HI, **form):
             assert finish == "length" or isinstance(json.loads(text), dict)

@@ -19,6 +19,7 @@ from src.data.rwkv_template import MODES, RwkvTemplate
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.inference.adapters import Applied
+from src.inference.logit_changes import NO_CHANGES, LogitChanges
 from src.inference.sampling import FAKE_THINK, OPEN_THINK, Sampling
 from src.serving.chat_text import ChatText
 from src.serving.errors import Refused
@@ -169,6 +170,10 @@ def test_what_else_a_request_says_reaches_the_engine():
     assert chat().requests[0].max_tokens == Defaults().max_tokens
     assert len({chat().requests[0].seed for _ in range(9)}) == 9
     assert chat(defaults={"seed": 3}).requests[0].seed == 3
+    changes = {"min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 3, "ignore_eos": True}
+    request = chat(logit_bias={"7": -2.5, "08": 1}, stop="END", **changes).requests[0]
+    assert request.changes == LogitChanges({7: -2.5, 8: 1.0}, **changes)
+    assert request.stops == ("END",) and chat(logit_bias={}).requests[0].changes == NO_CHANGES
     asked = chat(stream=True, stream_options={"include_usage": True}, user="me", frobnicate=1, logit_bias={})
     assert (asked.stream, asked.usage, asked.ignored) == (True, True, ["frobnicate"])
 
@@ -216,7 +221,14 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"grammar": 3}, "grammar"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"tools": [STRICT], "tool_choice": "required"}, "tools"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"logit_bias": {"256": 5}}, "logit_bias"),
+        ({"logit_bias": {"-1": 5}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": [[1, 5]]}, "logit_bias"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"ignore_eos": 1}, "ignore_eos"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"think_mode": "nothing"}, "think_mode"),

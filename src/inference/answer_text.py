@@ -14,11 +14,19 @@ class AnswerText:
 
     `shown` is the text so far, in whole characters. A possible beginning of a stop is in `held`, until it
     turns out to be none. `is_whole` tells whether the tokens end where a character ends. With a constraint,
-    that one tells the end, and knows the stops.
+    that one tells the end, and knows the stops. Without one, a stop counts if it begins after the first
+    `min_tokens` tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), constraint: Constraint | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        min_tokens: int = 0,
+    ):
         self.eod, self.decoder, self.stops = tokenizer.eod, tokenizer.decoder(), stops
+        self.min_tokens = min_tokens
         self.constraint = constraint
         self.tokens: list[int] = []
         self.shown, self.held = "", ""
@@ -53,8 +61,9 @@ class AnswerText:
             constraint.accept(token)
             before = text[: len(text) - constraint.held] if constraint.ended else text
             return before, 0 if constraint.ended else constraint.held, constraint.ended
-        before = before_stops(text, self.stops)
-        return before, overlap(before, self.stops), len(before) < len(text)
+        stops = self.stops if len(self.tokens) > self.min_tokens else ()
+        before = before_stops(text, stops)
+        return before, overlap(before, stops), len(before) < len(text)
 
     def close(self) -> None:
         """End the answer: held text is shown."""

@@ -165,6 +165,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         request.check(self.decoder.model.arch.vocab_size)
+        request.changes.check(self.tokenizer.vocab_size)
         if request.applied != BASE:
             if self.decoder.adapters is None:
                 raise UserError(f"adapter {'+'.join(request.applied.names)}: no adapter was loaded")

@@ -15,6 +15,7 @@ from rwkv_miss.errors import UserError
 from ..model import State
 from .adapters import BASE, Applied
 from .constraint import Form
+from .logit_changes import NO_CHANGES, LogitChanges
 from .sampling import GREEDY, Drawn, Sampling
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
@@ -39,6 +40,8 @@ class Request:
     # begin with one of an earlier answer. Its last bits are those of single tokens, not of chunks.
     continues: bool = False
     form: Form | None = None  # of the answers; stops count only where it may end
+    # of logits, before tokens are drawn; stops count from its min_tokens on, unless there is a form
+    changes: LogitChanges = NO_CHANGES
 
     def check(self, vocab_size: int) -> None:
         """Raise UserError for numbers that make no sense."""

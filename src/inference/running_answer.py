@@ -7,6 +7,7 @@ import torch
 from ..data.tokenizer import Tokenizer
 from ..model import State
 from .answer_text import AnswerText
+from .logit_changes import NO_CHANGES, ChangedLogits
 from .request import Answer
 from .row_decoder import RowDecoder
 from .sampling import Drawn, FadedCounts, RowInputs
@@ -24,10 +25,16 @@ class RunningAnswer:
         request = answer.request
         self.answer, self.tokenizer = answer, tokenizer
         constraint = request.form.start(request.stops) if request.form else None
-        self.text = AnswerText(tokenizer, request.stops, constraint)
+        changes, changed = request.changes, None
+        self.text = AnswerText(tokenizer, request.stops, constraint, changes.min_tokens)
         answer.tokens = self.text.tokens
+        if changes != NO_CHANGES:
+            sizes = tokenizer.vocab_size, tokenizer.eod
+            changed = ChangedLogits(changes, request.tokens, answer.tokens, *sizes)
         seen = FadedCounts(request.sampling)
-        self.drawing = RowInputs(request.sampling, seen, answer.generator(), request.logprobs, constraint)
+        self.drawing = RowInputs(
+            request.sampling, seen, answer.generator(), request.logprobs, constraint, changed
+        )
         self.keeps_state = request.keep_state or request.continues
         self.states: dict[int, tuple[int, State]] = {}
         self.read: list[int] = []  # the tokens of the answer that the final state has read

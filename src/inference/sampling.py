@@ -22,6 +22,7 @@ from rwkv_miss.errors import UserError
 from ..data.chat_template import begins_thoughts
 from ..ops import PLAIN, native, self_test
 from .constraint import Constraint
+from .logit_changes import ChangedLogits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +118,6 @@ class FadedCounts:
         sampling = self.sampling
         return sampling.presence_penalty + sampling.frequency_penalty * self.counts.astype(np.float32)
 
-    def among(self, allowed: np.ndarray) -> FadedCounts:
-        """Return the counts with the places in `allowed` (m,), which ascends, as ids; others are left out."""
-        if not self._places:
-            return self
-        found = FadedCounts(self.sampling)
-        places = np.searchsorted(allowed, self.ids)
-        there = allowed[np.minimum(places, len(allowed) - 1)] == self.ids
-        found._ids, found._counts = places[there], self.counts[there]
-        found._places = dict.fromkeys(found._ids.tolist(), 0)
-        return found
-
 
 @dataclasses.dataclass(frozen=True)
 class RowInputs:
@@ -135,7 +125,7 @@ class RowInputs:
 
     `seen`: the answer so far; None is an empty one. `generator` gives one number a token, if the sampling is
     not greedy; None is torch's own. `logprobs` k asks for ln p of the token and of the k likeliest. The token
-    is one that the constraint allows.
+    is one that the constraint allows, and is drawn from the changed logits.
     """
 
     sampling: Sampling
@@ -143,13 +133,14 @@ class RowInputs:
     generator: torch.Generator | None = None
     logprobs: int | None = None
     constraint: Constraint | None = None
+    changed: ChangedLogits | None = None
 
 
 class Drawn(NamedTuple):
     """Token of a row, or an error instead.
 
     `logprob` is ln p of the token, `likeliest` holds (token, ln p), the likeliest first. p is the raw
-    distribution's, before penalties, temperature and constraint.
+    distribution's, before changes, penalties, temperature and constraint.
     """
 
     token: int | None
@@ -178,27 +169,34 @@ def choose(logits: Tensor, rows: Sequence[RowInputs], native_code: bool) -> list
         for row in rows
     ]
     choose_rows = choose_native if native_code else choose_numpy
-    if not any(row.constraint for row in rows):
+    if not any(row.constraint or row.changed for row in rows):
         return choose_rows(logits, rows, uniform)
-    return [_choose_allowed(choose_rows, *given) for given in zip(logits.split(1), rows, uniform)]
+    return [_choose_changed(choose_rows, *given) for given in zip(logits.split(1), rows, uniform)]
 
 
-def _choose_allowed(choose_rows: Callable, logits: Tensor, row: RowInputs, uniform: float) -> Drawn:
-    """Choose a row's token, logits (1, V), among those that its constraint allows; ln p is that of all."""
-    if not row.constraint:
+def _choose_changed(choose_rows: Callable, logits: Tensor, row: RowInputs, uniform: float) -> Drawn:
+    """Choose a row's token from its changed logits, by (1, V), among those that its constraint allows.
+
+    ln p is that of the logits as they are.
+    """
+    if not (row.constraint or row.changed):
         return choose_rows(logits, [row], [uniform])[0]
-    try:
-        mask = row.constraint.mask()
-    except Exception as error:  # whatever the thread that makes masks ended with
-        what = f"{type(error).__name__}: {error}"
-        return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
-    allowed = np.flatnonzero(mask)
-    few = torch.from_numpy(logits[0].numpy().take(allowed)[None])
-    seen = row.seen and row.seen.among(allowed)
-    (drawn,) = choose_rows(few, [RowInputs(row.sampling, seen)], [uniform])
+    raw = logits[0].numpy()
+    values = penalised(row.changed.of(raw) if row.changed else raw, row.seen)
+    allowed = None
+    if row.constraint:
+        try:
+            allowed = np.flatnonzero(row.constraint.mask())
+        except Exception as error:  # whatever the thread that makes masks ended with
+            what = f"{type(error).__name__}: {error}"
+            return Drawn(None, error=UserError(f"which tokens fit the answer's form is unknown: {what}"))
+        values = values.take(allowed)
+    if row.changed:
+        values = row.changed.likely(values)
+    (drawn,) = choose_rows(torch.from_numpy(values)[None], [RowInputs(row.sampling)], [uniform])
     if drawn.error:
         return drawn
-    token = int(allowed[drawn.token])
+    token = drawn.token if allowed is None else int(allowed[drawn.token])
     if row.logprobs is None:
         return Drawn(token)
     (first,) = choose_rows(logits, [RowInputs(GREEDY, logprobs=row.logprobs)], [0.0])
@@ -206,7 +204,16 @@ def _choose_allowed(choose_rows: Callable, logits: Tensor, row: RowInputs, unifo
     return Drawn(token, first.logprob - behind, first.likeliest)
 
 
-def _overflow(largest: float) -> UserError:
+def penalised(logits: np.ndarray, seen: FadedCounts | None) -> np.ndarray:
+    """Return logits (V,) without their penalties; the logits themselves if there are none."""
+    if not seen or not len(seen.ids):
+        return logits
+    values = logits.copy()
+    values[seen.ids] -= seen.penalties()
+    return values
+
+
+def overflow(largest: float) -> UserError:
     return UserError(
         f"the largest logit is {largest}, expected a finite number: the model overflows; the file may be"
         " damaged, or an adapter's scale too large"
@@ -265,7 +272,7 @@ def _fill(choice: Choice, row: RowInputs, uniform: float, vocabulary: int) -> tu
 
 def _drawn(choice: Choice, row: RowInputs, arrays: tuple[np.ndarray, ...]) -> Drawn:
     if choice.token < 0:
-        return Drawn(None, error=_overflow(choice.largest))
+        return Drawn(None, error=overflow(choice.largest))
     if row.logprobs is None:
         return Drawn(choice.token)
     _, ids, logprobs = arrays
@@ -280,12 +287,9 @@ def choose_numpy(
 
 
 def _choose_one(raw: np.ndarray, row: RowInputs, uniform: float) -> Drawn:
-    values = raw
-    if row.seen and len(row.seen.ids):
-        values = raw.copy()
-        values[row.seen.ids] -= row.seen.penalties()
+    values = penalised(raw, row.seen)
     if not np.isfinite(largest := values.max()):
-        return Drawn(None, error=_overflow(largest))
+        return Drawn(None, error=overflow(largest))
     token = int(values.argmax()) if row.sampling.greedy else _draw(values, row.sampling, uniform)
     if row.logprobs is None:
         return Drawn(token)

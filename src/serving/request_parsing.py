@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..inference.adapters import Applied
 from ..inference.constraint import GrammarCompiler
 from ..inference.engine import Request
+from ..inference.logit_changes import LogitChanges
 from ..inference.sampling import Sampling, recommended
 from .errors import Refused, wrong
 from .fields import LARGEST_SEED, Fields
@@ -229,8 +231,9 @@ def _is_id(value: Any) -> bool:
 def _request(
     reader: RequestReader, fields: Fields, opening: str, stops: tuple[str, ...], prompts: int = 1, **given
 ) -> Request:
-    """Make the engine's request from the fields that both APIs have."""
+    """Make the engine's request from the fields that both APIs have. `stops` end a template's turn."""
     limits = reader.limits
+    changes = _changes(reader, fields)
     n = fields.integer("n", 1, limits.answers, 1)
     if n * prompts > limits.answers:
         raise wrong("n", f"{n} answers of {prompts} prompts; this server gives {limits.answers} to a request")
@@ -243,8 +246,9 @@ def _request(
         max_tokens=min(reader.defaults.max_tokens, limits.answer_tokens) if most is None else most,
         sampling=_sampling(fields, reader.defaults.sampling_of(opening)),
         seed=int.from_bytes(os.urandom(7), "little") if seed is None else seed,
-        stops=(*stops, *_stops(fields)),
+        stops=(*(() if changes.ignore_eos else stops), *_stops(fields)),
         n=n,
+        changes=changes,
         **given,
     )
 
@@ -271,6 +275,28 @@ def _sampling(fields: Fields, default: Sampling) -> Sampling:
     return dataclasses.replace(default, **given)
 
 
+def _changes(reader: RequestReader, fields: Fields) -> LogitChanges:
+    return LogitChanges(
+        _bias(reader, fields),
+        fields.integer("min_tokens", 0, reader.limits.answer_tokens, 0),
+        fields.flag("ignore_eos"),
+        fields.number("repetition_penalty", 0.01, 100, 1.0),
+        fields.number("min_p", 0, 1, 0.0),
+    )
+
+
+def _bias(reader: RequestReader, fields: Fields) -> dict[int, float]:
+    """Read logit_bias, whose names are the ids of tokens."""
+    inner = fields.inner("logit_bias")
+    bias = {}
+    for name in inner.values if inner else ():
+        if not re.fullmatch("[0-9]{1,9}", name) or int(name) not in reader.tokenizer.ids:
+            largest = reader.tokenizer.vocab_size - 1
+            raise wrong("logit_bias", f"{short(name)} is no token's id, such as one from 0 to {largest}")
+        bias[int(name)] = inner.number(name, -100, 100, 0.0)
+    return bias
+
+
 def _stops(fields: Fields) -> list[str]:
     value = fields.take("stop")
     stops = [value] if isinstance(value, str) else ([] if value is None else value)
@@ -293,8 +319,6 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
 
 def _refuse_formats(fields: Fields) -> None:
     """Raise Refused for a format that would silently change the answer."""
-    if fields.take("logit_bias"):
-        raise wrong("logit_bias", "is not possible here; leave it out")
     modalities = fields.take("modalities")
     if modalities not in (None, ["text"]):
         raise wrong("modalities", f"got {short(modalities)}: this model writes text only")
