@@ -11,7 +11,7 @@ import torch
 
 from rwkv_miss import UserError
 from src.data.tokenizer import load_tokenizer
-from src.inference import decoders
+from src.inference import decoders, prompt_logprobs
 from src.inference.adapters import Applied
 from src.inference.cpu_decoder import Decoder, problem
 from src.inference.decoders import fastest
@@ -108,6 +108,55 @@ def test_prompts_that_are_read_together_get_the_same_answers(version):
     assert sum(rows for rows, _ in read) > 5 and all(rows > 1 and rows * width <= 200 for rows, width in read)
 
 
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("native", [False, True])
+def test_prompt_logprobs_are_those_of_a_whole_forward_pass(version, native, monkeypatch):
+    """In float64, or by the CPU's decoder; also where a prompt's states are in the cache."""
+    monkeypatch.setattr(prompt_logprobs, "LOGITS_AT_ONCE", 5 * 256)
+    model = tiny(version)
+    engine = engine_of(version, chunk=16, cache_bytes=1 << 24)
+    if native:
+        copy = RWKV(model.arch, "cpu").eval().requires_grad_(False)
+        copy.load_state_dict(model.state_dict())
+        if reason := problem(copy):
+            pytest.skip(f"NO CPU DECODER: {reason}")
+        engine.decoder = Decoder(copy, 4)
+    near = 1e-4 if native else 1e-9
+    ids = torch.randint(256, (50,), generator=torch.Generator().manual_seed(3)).tolist()
+    for length in (1, 2, 15, 16, 17, 18, 33, 50):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:length]]))[0][0]
+        want = logits.log_softmax(-1)
+        plain, _, scored = (
+            engine.submit(Request(ids[:length], most, WARM, 7, prompt_logprobs=count))[0]
+            for most, count in ((6, None), (6, 0), (0, 3))
+        )
+        finished(engine)
+        asked = engine.submit(Request(ids[:length], 6, WARM, 7, n=2, prompt_logprobs=0))
+        finished(engine)
+        assert asked[0].tokens == plain.tokens != asked[1].tokens, "the answer stays the same"
+        assert (scored.finish, scored.tokens, scored.cached_tokens) == ("length", [], 0)
+        assert [asked[0].prompt_logprobs[0], len(asked[1].prompt_logprobs)] == [None, length]
+        assert len(scored.prompt_logprobs) == length
+        for place, (token, one) in enumerate(zip(ids[1:length], scored.prompt_logprobs[1:], strict=True)):
+            row = want[place]
+            assert one.token == token and one.logprob == pytest.approx(row[token].item(), abs=near)
+            assert abs(one.rank - 1 - int((row > row[token]).sum())) <= native
+            assert [p for _, p in one.likeliest] == pytest.approx(row.topk(3)[0].tolist(), abs=near)
+            assert all(p == pytest.approx(row[id].item(), abs=near) for id, p in one.likeliest)
+            assert {id: p for id, p in one.likeliest}.get(token, one.logprob) == one.logprob
+        assert all(not one.likeliest for one in asked[0].prompt_logprobs[1:])
+
+
+def test_a_prompt_that_overflows_has_no_logprobs():
+    engine = engine_of()
+    state = engine.decoder.read(torch.tensor([[1]]), None)[1]
+    bad = [layer._replace(att_x=layer.att_x + math.inf) for layer in state]
+    (answer,) = engine.submit(Request([5, 6], 0, start=bad, prompt_logprobs=1))
+    finished(engine)
+    assert answer.finish == "error" and "overflows" in str(answer.error)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "utf16"])
 def test_an_end_is_held_back(kind):
     """The likeliest token is the end, which comes after min_tokens tokens, or never; a stop, too."""
@@ -146,7 +195,8 @@ def test_senseless_requests_are_refused_before_anything_runs():
         (Request([]), "no token"),
         (Request([5, 256]), "256 is not in the vocabulary"),
         (Request([5], n=0), "n 0"),
-        (Request([5], max_tokens=0), "max_tokens 0"),
+        (Request([5], max_tokens=-1), "max_tokens -1"),
+        (Request([5], prompt_logprobs=-1), "prompt_logprobs -1"),
         (Request([5], stops=("",)), "stop is empty"),
         (Request([5], logprobs=-1), "logprobs -1: expected 0 or more"),
         (Request([5], sampling=Sampling(-1)), "temperature -1"),

@@ -44,6 +44,7 @@ from .decoder_tensors import (
     names_in_order,
 )
 from .huge_pages import Region, rounded
+from .prompt_logprobs import EachLogits, give_logits
 from .unmerged_linear import LowRank, factors_of
 
 
@@ -254,7 +255,9 @@ class Decoder:
         return {name: low_rank for name, low_rank in changed if low_rank is not None}
 
     @torch.no_grad()
-    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
+    def read(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> tuple[Tensor, State]:
         """Read ids as RowDecoder says. Raises ValueError for other shapes and after close(), IndexError for a
         token that is not in the vocabulary.
         """
@@ -264,7 +267,7 @@ class Decoder:
         if not self.fresh:
             self.refresh()
         if ids.shape[1] > 1:  # the native code does the last token
-            state = self._read_many(ids[:, :-1], state, applied)
+            state = self._read_many(ids[:, :-1], state, applied, each=each)
         return self._read_last(ids[:, -1].tolist(), state, applied)
 
     @torch.no_grad()
@@ -284,19 +287,31 @@ class Decoder:
         return logits, [LayerState(*parts) for parts in zip(*(part.unbind(1) for part in after))]
 
     @torch.no_grad()
-    def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
+    def state_after(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> State:
         """Read a chunk as RowDecoder says. The state has the dtype of `reading`."""
         if state is None:
             state = self.model.initial_state(1)
         self._check(ids, state)
-        return self._read_many(ids, state, applied)
+        return self._read_many(ids, state, applied, each=each)
 
-    def _read_many(self, ids: Tensor, state: State, applied: Applied, reset: Tensor | None = None) -> State:
+    def _read_many(
+        self,
+        ids: Tensor,
+        state: State,
+        applied: Applied,
+        reset: Tensor | None = None,
+        each: EachLogits | None = None,
+    ) -> State:
         """Compute the state after tokens that are read with products of matrices, all at once."""
-        to = self.reading
+        to, wanted = self.reading, torch.arange(ids.shape[1]) if each else ids.new_empty(0)
         state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
         with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
-            return self.model.features(ids, state, reset, wanted=ids.new_empty(0))[1]
+            x, state = self.model.features(ids, state, reset, wanted)
+            if each:
+                give_logits(self.model, x, each)
+        return state
 
     @torch.no_grad()
     def put(self, row: int, state: State) -> None:

@@ -26,6 +26,7 @@ from ..model import LayerState, State
 from ..ops.native import nan_passes
 from .adapters import BASE
 from .prefix_cache import Kind, PrefixCache
+from .prompt_logprobs import PromptLogprobs
 from .request import Answer, Request
 from .row_decoder import RowDecoder
 from .running_answer import RunningAnswer
@@ -35,13 +36,18 @@ from .sampling import choose, runs_native
 class _Prompt:
     """Prompt that is being read, and its answers that have no row yet."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, vocab_size: int):
         self.request = request
         self.answers = collections.deque(Answer(request, i) for i in range(request.n))
         self.kind = Kind(request.applied, request.start)
         self.read = 0  # tokens
         self.state: State | None = None
         self.logits: Tensor | None = None  # (1, V), once all is read
+        self.logprobs: PromptLogprobs | None = None  # if asked for
+        if (count := request.prompt_logprobs) is not None:
+            self.logprobs = PromptLogprobs(request.tokens, count, vocab_size)
+            for answer in self.answers:
+                answer.prompt_logprobs = self.logprobs.scores
 
     @property
     def is_read(self) -> bool:
@@ -92,7 +98,7 @@ class Engine:
     def submit(self, request: Request) -> list[Answer]:
         """Queue a request and return its answers, empty so far. Raises UserError for an impossible one."""
         self._check(request)
-        prompt = _Prompt(request)
+        prompt = _Prompt(request, self.tokenizer.vocab_size)
         self.prompts.append(prompt)
         return list(prompt.answers)
 
@@ -180,6 +186,8 @@ class Engine:
             return self._fail(prompt, error)
         if not prompt.is_read:
             return []
+        if not prompt.request.max_tokens:
+            return self._end(prompt)
         changed = []
         while prompt.answers and len(self.rows) < self.decoder.rows:
             changed += self._seat(prompt)
@@ -193,9 +201,8 @@ class Engine:
         for prompt in self.prompts if self.together else ():
             request = prompt.request
             longest = max(longest, len(request.tokens))
-            apart = (
-                prompt.read or len(request.tokens) < 2 or request.start is not None or request.applied != BASE
-            )
+            begun = prompt.read or len(request.tokens) < 2 or prompt.logprobs
+            apart = begun or request.start is not None or request.applied != BASE
             if apart or free < 1 or (len(batch) + 1) * longest > self.together:
                 break
             batch.append(prompt)
@@ -225,11 +232,13 @@ class Engine:
                 return
         end = min(len(tokens), (prompt.read // self.chunk + 1) * self.chunk)
         ids = torch.tensor([list(tokens[prompt.read : end])], dtype=torch.int64)
-        before, applied = prompt.state, prompt.request.applied
+        given = [ids, prompt.state, prompt.request.applied]
+        if prompt.logprobs:
+            given.append(prompt.logprobs.add)
         if end == len(tokens):
-            prompt.logits, prompt.state = self.decoder.read(ids, before, applied)
+            prompt.logits, prompt.state = self.decoder.read(*given)
         else:
-            prompt.state = self.decoder.state_after(ids, before, applied)
+            prompt.state = self.decoder.state_after(*given)
         prompt.read = end
         if self.cache.limit:
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
@@ -237,7 +246,7 @@ class Engine:
     def _begin(self, prompt: _Prompt) -> None:
         """Begin with the cache's longest state of the prompt, or with the state before it."""
         prompt.state = self._start(prompt.request)
-        if not self.cache.limit:
+        if not self.cache.limit or prompt.logprobs:
             return
         tokens, kinds = prompt.request.tokens, [prompt.kind]
         if prompt.request.continues:
@@ -260,6 +269,14 @@ class Engine:
         self.prompts.remove(prompt)
         for answer in prompt.answers:
             answer.finish, answer.error = "error", error
+        return list(prompt.answers)
+
+    def _end(self, prompt: _Prompt) -> list[Answer]:
+        """End the answers without a token."""
+        self.prompts.remove(prompt)
+        for answer in prompt.answers:
+            answer.finish = "length"
+            answer.state = prompt.state if prompt.request.keep_state else None
         return list(prompt.answers)
 
     def _seat(self, prompt: _Prompt) -> list[Answer]:

@@ -16,6 +16,7 @@ from ..model import State
 from .adapters import BASE, Applied
 from .constraint import Form
 from .logit_changes import NO_CHANGES, LogitChanges
+from .prompt_logprobs import Scored
 from .sampling import GREEDY, Drawn, Sampling
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
@@ -26,7 +27,7 @@ class Request:
     """Request to the engine."""
 
     tokens: Sequence[int]  # the prompt's, its BOS included; at least one
-    max_tokens: int = 512
+    max_tokens: int = 512  # 0: only the prompt is read
     sampling: Sampling = GREEDY
     seed: int = 0  # answer i of n draws its random numbers from (seed, i) alone
     stops: Sequence[str] = ()
@@ -34,6 +35,7 @@ class Request:
     start: State | None = None  # the state before the prompt; None: the adapter's, or the model's own
     n: int = 1  # answers of this prompt, which is read once
     logprobs: int | None = None  # k: ln p of each token, and of the k likeliest
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are read then
     keep_state: bool = False  # whether Answer.state is needed
     characters: float = math.inf  # an answer ends as soon as it has more of them
     # The cache keeps the state after the answer for the next turn of its conversation, and this prompt may
@@ -50,7 +52,7 @@ class Request:
             raise UserError("the prompt has no token; give some text, or a BOS")
         if outside := [token for token in self.tokens if not 0 <= token < vocab_size]:
             raise UserError(f"token {outside[0]} is not in the vocabulary of {vocab_size:,} tokens")
-        for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0)):
+        for name, least in (("max_tokens", 0), ("n", 1), ("logprobs", 0), ("prompt_logprobs", 0)):
             given = getattr(self, name)
             if given is not None and given < least:
                 raise UserError(f"{name} {given}: expected {least} or more")
@@ -72,6 +74,8 @@ class Answer:
     finish: Finish = ""
     error: UserError | None = None
     logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
+    # of the prompt's tokens, if asked for: complete before the first token
+    prompt_logprobs: Sequence[Scored | None] = ()
     cached_tokens: int = 0  # tokens of the prompt whose state was cached
     state: State | None = None  # with keep_state, at the end: it has read exactly the prompt and the text
 

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from ..model import RWKV, State
 from .adapters import BASE, Adapters, Applied
+from .prompt_logprobs import EachLogits
 
 
 class RowDecoder(Protocol):
     """Decoder with the states of `rows` rows, which computes the next tokens of all of them together.
 
-    Logits may not be finite, if the model overflows: the choice of a token checks that.
+    Logits may not be finite, if the model overflows: the choice of a token checks that. `each`, if given,
+    gets the other logits in order, (n, V) in at least fp32 of some tokens at a time.
     """
 
     model: RWKV
     adapters: Adapters | None  # those that requests choose from
     rows: int
 
-    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
+    def read(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> tuple[Tensor, State]:
         """Read ids (1, T) int64: logits (1, V) fp32 after the last token, and the state after it.
 
         The given state stays as it is; None is the one that the model's documents start from.
@@ -35,8 +39,10 @@ class RowDecoder(Protocol):
         their last token; None if none is shorter.
         """
 
-    def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
-        """Read a chunk that others follow, as read() does but without logits."""
+    def state_after(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> State:
+        """Read a chunk that others follow, as read() does but without logits, except for `each`."""
 
     def put(self, row: int, state: State) -> None:
         """Copy a state of one row into `row`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model import RWKV, LayerState, State
 from .adapters import BASE, Adapters, Applied
+from .prompt_logprobs import EachLogits, give_logits
 
 
 class TorchDecoder:
@@ -37,7 +38,11 @@ class TorchDecoder:
         return LayerState(width, wkv, width.clone())
 
     @torch.no_grad()
-    def read(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> tuple[Tensor, State]:
+    def read(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> tuple[Tensor, State]:
+        if each and ids.shape[1] > 1:
+            state, ids = self.state_after(ids[:, :-1], state, applied, each), ids[:, -1:]
         with self._with([applied]):
             return self._next(ids, self._ready(state))
 
@@ -47,11 +52,16 @@ class TorchDecoder:
         return self._next(ids, None, None if reset is None else reset.to(device))
 
     @torch.no_grad()
-    def state_after(self, ids: Tensor, state: State | None, applied: Applied = BASE) -> State:
+    def state_after(
+        self, ids: Tensor, state: State | None, applied: Applied = BASE, each: EachLogits | None = None
+    ) -> State:
         ids = ids.to(self.model.emb.weight.device)
-        last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
+        wanted = torch.arange(0 if each else ids.shape[1] - 1, ids.shape[1], device=ids.device)
         with self._with([applied]):
-            return self.model.features(ids, self._ready(state), wanted=last)[1]
+            x, state = self.model.features(ids, self._ready(state), wanted=wanted)
+            if each:
+                give_logits(self.model, x, each)
+        return state
 
     def _ready(self, state: State | None) -> State | None:
         """Cast a state to the dtype of the model's activations."""
