@@ -197,7 +197,7 @@ def test_what_else_a_request_says_reaches_the_engine():
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
         ({"presence_penalty": 1e9}, "presence_penalty"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
         ({"n": 1000}, "n"),
         ({"seed": 2**63}, "seed"),
@@ -274,7 +274,7 @@ def test_prompts_of_completions():
     for empty in ({}, {"prompt": ""}, {"prompt": []}, {"prompt": [""]}):
         assert complete(empty)[0] == [[0]]
     _, asked = complete({"prompt": ["a", "b"], "echo": True, "n": 2, "stop": "."})
-    assert asked.echoes == ["a", "b"] and asked.requests[1].stops == (".",)
+    assert [prompt.text for prompt in asked.prompts] == ["a", "b"] and asked.requests[1].stops == (".",)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,9 @@ def test_prompts_of_completions():
         ({"prompt": ["x"] * 20, "n": 2}, "n"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt": "x" * 9999, "prompt_logprobs": 6}, "prompt_logprobs"),
         ({"logprobs": True}, "logprobs"),
     ],
 )

@@ -16,19 +16,19 @@ EachLogits = Callable[[Tensor], None]
 
 
 class Scored(NamedTuple):
-    """Token of a prompt: ln p after the tokens before it, its rank by p from 1 on, and the likeliest ones.
+    """Token of a prompt: ln p after the tokens before it, and its rank by p from 1 on; the first has none.
 
     `likeliest` holds (token, ln p), the likeliest first.
     """
 
     token: int
-    logprob: float
-    rank: int
-    likeliest: list[tuple[int, float]]
+    logprob: float | None = None
+    rank: int = 0
+    likeliest: list[tuple[int, float]] = []
 
 
 class PromptLogprobs:
-    """Log-probabilities of a prompt's tokens: `scores`, None for the first token.
+    """Log-probabilities of a prompt's tokens: `scores`.
 
     Each comes with `count` of the likeliest tokens, which are below `vocab_size`. p is a share of all ids
     that the model has.
@@ -36,7 +36,7 @@ class PromptLogprobs:
 
     def __init__(self, tokens: Sequence[int], count: int, vocab_size: int):
         self.tokens, self.count, self.vocab_size = tokens, min(count, vocab_size), vocab_size
-        self.scores: list[Scored | None] = [None]
+        self.scores = [Scored(tokens[0])]
 
     def add(self, logits: Tensor) -> None:
         """Score the next tokens by the logits (n, V) before them. Raises UserError if they are not finite."""

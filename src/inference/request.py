@@ -75,7 +75,7 @@ class Answer:
     error: UserError | None = None
     logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
     # of the prompt's tokens, if asked for: complete before the first token
-    prompt_logprobs: Sequence[Scored | None] = ()
+    prompt_logprobs: Sequence[Scored] = ()
     cached_tokens: int = 0  # tokens of the prompt whose state was cached
     state: State | None = None  # with keep_state, at the end: it has read exactly the prompt and the text
 

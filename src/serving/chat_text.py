@@ -25,17 +25,27 @@ class Delta(NamedTuple):
 
 
 class ChatText:
-    """Text of an answer to a template's prompt. push() takes generated text, finish() ends it."""
+    """Text of an answer to a template's prompt. push() takes generated text, finish() ends it.
+
+    The content is one part of the generated text: see span().
+    """
 
     def __init__(self, template: Template, tools: Tools):
         self.template, self.tools = template, tools
         self.splitter = _Splitter(template.opening)
         self.thoughts, self.content = _Trimmed(), _Trimmed()
         self.held = _Held(_markers(template) if tools.described else [])
-        self.whole = ""  # the content with its calls
+        self.length = 0  # characters of the generated text
+        self.whole = ""  # the content with its calls, which ends the generated text
         self.sent = 0  # characters of the content
 
+    def span(self) -> tuple[int, int]:
+        """Return begin and end of the content so far, in the generated text."""
+        begin = self.length - len(self.whole.lstrip()) if self.sent else 0
+        return begin, begin + self.sent
+
     def push(self, text: str) -> Delta:
+        self.length += len(text)
         return self._add(*self.splitter.push(text))
 
     def finish(self) -> Delta:

@@ -156,7 +156,8 @@ async def reply(
         if not work.done():
             dispatcher.metrics.left()
             return Response(status_code=GONE)
-        return json_reply(envelope.whole(work.result(), run.usage()), headers=headers)
+        whole = envelope.whole(work.result(), run.usage()) | choices.extra()
+        return json_reply(whole, headers=headers)
     finally:
         gone.cancel()
         work.cancel()

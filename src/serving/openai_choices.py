@@ -5,32 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..data.tokenizer import Tokenizer
 from .chat_text import ChatText, Delta
 from .openai_objects import TokenNames, delta_object, message_object
 from .request_parsing import AskedChat, AskedText
+from .spelling import Spelled, Spelling, spelled_prompt
 from .worker import Piece
-
-
-class DrawnInText:
-    """Drawn tokens in an answer's text, and the place where each begins.
-
-    The tokens of a stop and of half a character at the end are drawn, but are not in the text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.decoder = tokenizer.decoder()
-        self.end = 0
-        self.waiting: list[tuple[int, Any]] = []
-
-    def push(self, drawn: Sequence[Any], length: int) -> list[tuple[int, Any]]:
-        """Return (begin, drawn) of those that begin before `length`, the characters of the answer so far."""
-        for one in drawn:
-            self.waiting.append((self.end, one))
-            self.end += len(self.decoder.push(one.token))
-        inside = [(begin, one) for begin, one in self.waiting if begin < length]
-        self.waiting = self.waiting[len(inside) :]
-        return inside
 
 
 class ChatChoices:
@@ -39,15 +18,15 @@ class ChatChoices:
     prefix, kind = "chatcmpl", "chat.completion"
 
     def __init__(self, asked: AskedChat, names: TokenNames):
-        self.names = names
+        self.names, self.asked = names, asked
         count = asked.requests[0].n
         self.wants_logprobs = asked.requests[0].logprobs is not None
         self.texts = [ChatText(asked.template, asked.tools) for _ in range(count)]
-        self.drawn = [DrawnInText(names.tokenizer) for _ in range(count)]
-        self.lengths = [0] * count
+        self.drawn = [Spelling(names.tokenizer) for _ in range(count)]
         self.said: list[list[Delta]] = [[] for _ in range(count)]
-        self.logprobs: list[list[Any]] = [[] for _ in range(count)]
+        self.logprobs: list[list[Spelled]] = [[] for _ in range(count)]
         self.finish = [""] * count
+        self.prompt_logprobs: Sequence[Any] = ()
 
     def first(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self.texts)):
@@ -59,8 +38,9 @@ class ChatChoices:
         if piece.finish:
             deltas.append(text.finish())
             self.finish[index] = "tool_calls" if deltas[-1].calls else piece.finish
-        self.lengths[index] += len(piece.text)
-        drawn = [one for _, one in self.drawn[index].push(piece.drawn, self.lengths[index])]
+        self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
+        self.drawn[index].push(piece.drawn)
+        drawn = self.drawn[index].take(*text.span(), bool(piece.finish))
         delta = joined(deltas)
         self.said[index].append(delta)
         self.logprobs[index] += drawn
@@ -82,6 +62,12 @@ class ChatChoices:
             for index, deltas in enumerate(self.said)
         ]
 
+    def extra(self) -> dict[str, Any]:
+        """Return what stands beside the choices."""
+        if (count := self.asked.requests[0].prompt_logprobs) is None:
+            return {}
+        return {"prompt_logprobs": self.names.prompt(self.prompt_logprobs, count)}
+
     @staticmethod
     def _choice(index: int, delta: dict, logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -94,37 +80,53 @@ class TextChoices:
     kind = "text_completion"
 
     def __init__(self, asked: AskedText, names: TokenNames):
-        self.names = names
-        self.wants_logprobs = asked.requests[0].logprobs is not None
-        self.echoes = [echo for echo in asked.echoes for _ in range(asked.requests[0].n)]
-        count = len(self.echoes)
-        self.drawn = [DrawnInText(names.tokenizer) for _ in range(count)]
+        self.names, self.asked = names, asked
+        self.count = asked.requests[0].logprobs
+        each = range(asked.requests[0].n)
+        self.prompts = [prompt for prompt in asked.prompts for _ in each]
+        self.echoes = [prompt.text if asked.echo else "" for prompt in self.prompts]
+        count = len(self.prompts)
+        self.drawn = [Spelling(names.tokenizer, len(echo)) for echo in self.echoes]
         self.texts, self.finish = [""] * count, [""] * count
-        self.logprobs: list[list[Any]] = [[] for _ in range(count)]
+        self.logprobs: list[list[Spelled]] = [[] for _ in range(count)]
+        self.prompt_logprobs: list[Sequence[Any]] = [()] * count
+        self.begun = [False] * count
 
     def first(self) -> Iterator[dict[str, Any]]:
-        for index, echo in enumerate(self.echoes):
-            if echo:
-                yield self._choice(index, echo)
+        return iter(())
 
     def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        index = piece.index
-        self.texts[index] += piece.text
-        drawn = self.drawn[index].push(piece.drawn, len(self.texts[index]))
-        self.logprobs[index] += drawn
+        index, text, tokens = piece.index, piece.text, []
+        echo, spelling = self.echoes[index], self.drawn[index]
+        if not self.begun[index]:
+            self.begun[index], self.prompt_logprobs[index] = True, piece.prompt_logprobs
+            text = echo + text
+            if self.asked.echo and self.count is not None:
+                in_text = piece.prompt_logprobs[self.prompts[index].begin :]
+                tokens = spelled_prompt(self.names.tokenizer, in_text, echo)
+        self.texts[index] += text
+        spelling.push(piece.drawn)
+        tokens += spelling.take(len(echo), len(self.texts[index]), bool(piece.finish), with_end=True)
+        self.logprobs[index] += tokens
         if piece.finish:
             self.finish[index] = piece.finish
-        if piece.text or piece.finish or drawn:
-            yield self._choice(index, piece.text, self._logprobs(index, drawn), piece.finish or None)
+        if text or piece.finish or tokens:
+            yield self._choice(index, text, self._logprobs(tokens), piece.finish or None)
 
     def whole(self) -> list[dict[str, Any]]:
-        return [
-            self._choice(index, echo + text, self._logprobs(index, self.logprobs[index]), self.finish[index])
-            for index, (echo, text) in enumerate(zip(self.echoes, self.texts, strict=True))
-        ]
+        choices = []
+        for index, text in enumerate(self.texts):
+            choice = self._choice(index, text, self._logprobs(self.logprobs[index]), self.finish[index])
+            if (count := self.asked.prompt_logprobs) is not None:
+                choice["prompt_logprobs"] = self.names.prompt(self.prompt_logprobs[index], count)
+            choices.append(choice)
+        return choices
 
-    def _logprobs(self, index: int, drawn: list[tuple[int, Any]]) -> dict[str, Any] | None:
-        return self.names.completion(drawn, len(self.echoes[index])) if self.wants_logprobs else None
+    def extra(self) -> dict[str, Any]:
+        return {}
+
+    def _logprobs(self, tokens: list[Spelled]) -> dict[str, Any] | None:
+        return None if self.count is None else self.names.completion(tokens, self.count)
 
     @staticmethod
     def _choice(index: int, text: str, logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.tokenizer import BROKEN, ByteTokenizer, Tokenizer
+from ..inference.prompt_logprobs import Scored
+from ..inference.sampling import Drawn
 from .chat_text import Delta
+from .spelling import Spelled
 
 
 class Envelope:
@@ -88,23 +91,45 @@ class TokenNames:
             return list(self.tokenizer.table[token])
         return list(self.text(token).encode("utf-8"))
 
-    def chat(self, drawn: Sequence[Any]) -> dict[str, Any]:
-        """Make the `logprobs` of a chat's answer; `drawn` are sampling.Drawn."""
+    def chat(self, tokens: Sequence[Spelled]) -> dict[str, Any]:
+        """Make the `logprobs` of a chat's answer, whose content the tokens spell."""
         content = []
-        for one in drawn:
-            top = [self._named(token, value) for token, value in one.likeliest]
-            content.append({**self._named(one.token, one.logprob), "top_logprobs": top})
+        for text, data, token in ((one.text, one.bytes, one.token) for one in tokens):
+            top = [self._named(*other) for other in token.likeliest]
+            own = {"token": text, "logprob": _finite(token.logprob), "bytes": data}
+            content.append({**own, "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def completion(self, drawn: Sequence[tuple[int, Any]], offset: int) -> dict[str, Any]:
-        """Make the `logprobs` of a completion; `drawn` are (begin, drawn), the text begins at `offset`."""
+    def completion(self, tokens: Sequence[Spelled], count: int) -> dict[str, Any]:
+        """Make the `logprobs` of a completion, whose text the tokens spell, with `count` of the likeliest."""
         return {
-            "tokens": [self.name(one.token) for _, one in drawn],
-            "token_logprobs": [_finite(one.logprob) for _, one in drawn],
-            "top_logprobs": [
-                {self.name(token): _finite(value) for token, value in one.likeliest} for _, one in drawn
-            ],
-            "text_offset": [offset + begin for begin, _ in drawn],
+            "tokens": [one.text for one in tokens],
+            "token_logprobs": [one.token.logprob and _finite(one.token.logprob) for one in tokens],
+            "top_logprobs": [self._top(one.token, count) for one in tokens],
+            "text_offset": [one.begin for one in tokens],
+        }
+
+    def _top(self, token: Drawn | Scored, count: int) -> dict[str, float] | None:
+        """Name the likeliest tokens and the token itself; None for the first one of a prompt."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for other, logprob in (*token.likeliest[:count], (token.token, token.logprob)):
+            top.setdefault(self.name(other), _finite(logprob))  # two tokens of a file may have one text
+        return top
+
+    def prompt(self, scores: Sequence[Scored], count: int) -> list[dict[str, Any] | None]:
+        """Make `prompt_logprobs` as vLLM does: of each token and of the `count` likeliest in its place."""
+        return [None if one.logprob is None else self._ranked(one, count) for one in scores]
+
+    def _ranked(self, one: Scored, count: int) -> dict[str, Any]:
+        likeliest = enumerate(one.likeliest[:count], 1)
+        found = {one.token: (one.rank, one.logprob)} | {
+            token: (rank, logprob) for rank, (token, logprob) in likeliest
+        }
+        return {
+            str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.text(token)}
+            for token, (rank, logprob) in found.items()
         }
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:

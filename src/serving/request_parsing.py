@@ -29,6 +29,7 @@ from .think_modes import read_mode
 from .tools import Tools, read_tools
 
 MOST_LOGPROBS = 20
+MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in half a second, while the others wait
 MOST_STOPS, LONGEST_STOP = 16, 500
 # A text with more characters for each token that a prompt may have is mostly too long. Its tokens are counted
 # in its beginning first; the last LONGEST of these may differ from the whole text's.
@@ -99,9 +100,19 @@ class AskedChat(ParsedRequest):
     tools: Tools
 
 
+class Prompt(NamedTuple):
+    """Prompt of a completion."""
+
+    text: str
+    tokens: list[int]
+    begin: int  # tokens before those of the text: the BOS
+
+
 @dataclasses.dataclass(frozen=True)
 class AskedText(ParsedRequest):
-    echoes: list[str]  # the beginning of the answers to each prompt
+    prompts: list[Prompt]
+    echo: bool  # whether answers begin with their prompt
+    prompt_logprobs: int | None  # of the reply, which those of an echo are no part of
 
 
 def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
@@ -126,6 +137,7 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         tokens=tokens,
         applied=chosen.applied,
         logprobs=(top or 0) if wants_logprobs else None,
+        prompt_logprobs=fields.integer("prompt_logprobs", 0, MOST_LOGPROBS),
         form=form,
     )
     # an answer that must be reproducible reads its whole prompt, in chunks
@@ -133,6 +145,7 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     if not request.sampling.greedy and not seeded:
         request = dataclasses.replace(request, continues=True)
     stream, usage = _streaming(fields)
+    _check_prompt_logprobs([request], stream and request.prompt_logprobs is not None)
     return AskedChat(chosen.id, [request], stream, usage, fields.ignored(), template, tools)
 
 
@@ -143,18 +156,20 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     prompts = _prompts(reader, fields, chosen)
     logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
     echo = fields.flag("echo")
-    if echo and logprobs is not None:
-        raise wrong("echo", "the log-probabilities of a prompt are not given; leave out echo, or logprobs")
+    prompt_logprobs = fields.integer("prompt_logprobs", 0, MOST_LOGPROBS)
+    counts = [count for count in (logprobs if echo else None, prompt_logprobs) if count is not None]
     if fields.text("suffix"):
         raise wrong("suffix", "this model writes on, and fills no gap; leave it out")
     fields.integer("best_of", 1, 1)
     _refuse_formats(fields)
     form = text_form(reader.compiler, read_form(fields, reader.compiler))
     alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
-    requests = [_request(reader, fields, "", (), tokens=tokens, **alike) for _, tokens in prompts]
+    alike["prompt_logprobs"] = max(counts, default=None)
+    requests = [_request(reader, fields, "", (), tokens=prompt.tokens, **alike) for prompt in prompts]
     stream, usage = _streaming(fields)
-    echoes = [text if echo else "" for text, _ in prompts]
-    return AskedText(chosen.id, requests, stream, usage, fields.ignored(), echoes)
+    _check_prompt_logprobs(requests, stream and prompt_logprobs is not None)
+    ignored = fields.ignored()
+    return AskedText(chosen.id, requests, stream, usage, ignored, prompts, echo, prompt_logprobs)
 
 
 def _chat_tokens(
@@ -197,8 +212,8 @@ def _checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
     return tokens
 
 
-def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[tuple[str, list[int]]]:
-    """Read (text, tokens) of each prompt. Ids are taken as they are."""
+def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[Prompt]:
+    """Read the prompts. Ids are taken as they are."""
     value = fields.take("prompt")
     expected = "a text, a list of texts, ids, or a list of lists of ids"
     if value is None or value == "" or value == []:
@@ -213,14 +228,17 @@ def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[tupl
     for prompt in value:
         try:
             if isinstance(prompt, str):
-                text, ids = prompt, with_bos(_encoded(reader, [prompt], "prompt"), chosen.bos)
+                in_text = _encoded(reader, [prompt], "prompt")
+                text, ids = prompt, with_bos(in_text, chosen.bos)
             elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
                 text, ids = reader.tokenizer.decode(prompt), list(prompt)
+                in_text = ids
             else:
                 raise fields.refuse("prompt", value, expected)
         except UserError as error:
             raise wrong("prompt", str(error)) from None
-        prompts.append((text, _checked(reader, ids or list(reader.tokenizer.eod), "prompt")))
+        ids = _checked(reader, ids or list(reader.tokenizer.eod), "prompt")
+        prompts.append(Prompt(text, ids, len(ids) - len(in_text)))
     return prompts
 
 
@@ -238,7 +256,7 @@ def _request(
     if n * prompts > limits.answers:
         raise wrong("n", f"{n} answers of {prompts} prompts; this server gives {limits.answers} to a request")
     short_name, long_name = (
-        fields.integer(name, 1, limits.answer_tokens) for name in ("max_tokens", "max_completion_tokens")
+        fields.integer(name, 0, limits.answer_tokens) for name in ("max_tokens", "max_completion_tokens")
     )
     most = short_name if long_name is None else long_name
     seed = fields.integer("seed", -LARGEST_SEED, LARGEST_SEED - 1, reader.defaults.seed)
@@ -283,6 +301,18 @@ def _changes(reader: RequestReader, fields: Fields) -> LogitChanges:
         fields.number("repetition_penalty", 0.01, 100, 1.0),
         fields.number("min_p", 0, 1, 0.0),
     )
+
+
+def _check_prompt_logprobs(requests: list[Request], in_stream: bool) -> None:
+    if in_stream:
+        raise wrong("prompt_logprobs", "is for a whole answer; leave out stream")
+    scored = [request for request in requests if request.prompt_logprobs is not None]
+    numbers = sum(len(request.tokens) * (request.prompt_logprobs + 1) for request in scored)
+    if numbers > MOST_PROMPT_LOGPROBS:
+        raise wrong(
+            "prompt_logprobs",
+            f"{numbers:,} log-probabilities of prompts; this server gives {MOST_PROMPT_LOGPROBS:,} at most",
+        )
 
 
 def _bias(reader: RequestReader, fields: Fields) -> dict[int, float]:

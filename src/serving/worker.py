@@ -32,6 +32,7 @@ class Piece(NamedTuple):
     finish: str  # "" while it goes on
     error: str
     cached_tokens: int
+    prompt_logprobs: Sequence[Any] = ()  # with the answer's first piece, if asked for
 
 
 class Job:
@@ -193,6 +194,7 @@ class Worker:
             finish,
             error,
             answer.cached_tokens,
+            () if tokens else answer.prompt_logprobs,
         )
         self.sent[key] = len(answer.text), len(answer.tokens)
         if finish:
