@@ -147,6 +147,24 @@ def test_prompt_logprobs_are_those_of_a_whole_forward_pass(version, native, monk
         assert all(not one.likeliest for one in asked[0].prompt_logprobs[1:])
 
 
+def test_prompt_logprobs_beside_weights_in_bf16_are_exact():
+    """Where the CPU multiplies in bf16, it reads other prompts so."""
+    half = RWKV(tiny(7).arch, "cpu").eval().requires_grad_(False)
+    half.load_state_dict(tiny(7).state_dict())
+    half = half.bfloat16()
+    if reason := problem(half):
+        pytest.skip(f"NO CPU DECODER: {reason}")
+    exact = RWKV(half.arch).double().eval()
+    exact.load_state_dict(half.state_dict())
+    engine = Engine(Decoder(half, 1), tokenizer_of("bytes"), chunk=16)
+    ids = torch.randint(256, (40,), generator=torch.Generator().manual_seed(4))
+    (answer,) = engine.submit(Request(ids.tolist(), 0, prompt_logprobs=0))
+    finished(engine)
+    with torch.no_grad():
+        want = exact(ids[None, :-1])[0][0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    assert [one.logprob for one in answer.prompt_logprobs[1:]] == pytest.approx(want.tolist(), abs=1e-4)
+
+
 def test_a_prompt_that_overflows_has_no_logprobs():
     engine = engine_of()
     state = engine.decoder.read(torch.tensor([[1]]), None)[1]

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import ssl
@@ -296,6 +297,93 @@ def test_the_harness_asks_it():
         assert sorted(server.engine.decoder.prompts) == [
             f"User: {word}\n\nAssistant:" for word in ("one", "two")
         ]
+
+
+def test_the_harness_gets_the_likelihoods_of_our_own_model(files, letters):  # noqa: F811
+    """By lm-evaluation-harness's client of completions, with the server's tokenizer: ids and texts."""
+    if not all(map(importlib.util.find_spec, ("lm_eval", "tenacity"))):
+        pytest.skip("lm_eval[api] IS ABSENT: that lm-evaluation-harness can use the server is not tested")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from src.evaluation.lm_eval_model import HarnessModel
+
+    def instances(kind, given):
+        return [Instance(kind, {}, one, i) for i, one in enumerate(given)]
+
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_letters, k=draw.randrange(1, 9))) for _ in range(60)]
+    pairs = [(" ".join(words[i : 3 * i + 1]), f" {words[-i]}, so") for i in range(9)]
+    pairs += [("It is ", "so."), ("It is", "."), *(("One of", f" {word}") for word in words[:4])]
+    engine, served = loaded(files, letters, 4)
+    served.bos = tuple(engine.tokenizer.eod)  # of texts; ids are taken as they are
+    model = engine.decoder.model
+    with running(engine, served) as server:
+
+        def client(name="tiny", **options):
+            url = f"{server.url}/v1/completions"
+            found = LocalCompletionsAPI(url, model=name, max_retries=1, **options)
+            assert found.tokenizer_backend == "remote" and found.prefix_token_id == engine.tokenizer.eod[0]
+            return found
+
+        def check(client, ours, pairs):
+            found = client.loglikelihood(instances("loglikelihood", pairs))
+            want = ours.loglikelihood(instances("loglikelihood", pairs))
+            assert [one[1] for one in found] == [one[1] for one in want]
+            assert [one[0] for one in found] == pytest.approx([one[0] for one in want], abs=1e-5)
+
+        ours = HarnessModel(model, engine.tokenizer)
+        greedy = ours.generate_until(instances("generate_until", [("It is", {"max_gen_toks": 3})]))
+        alone = [*pairs, ("", "It is."), ("It is", greedy[0])]
+        for options in ({"batch_size": 5}, {"num_concurrent": 2}):
+            check(client(**options), ours, alone)
+        texts = [(f"{context}{continuation}",) for context, continuation in pairs[:5]]
+        found = client().loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+        want = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+        assert found == pytest.approx(want, abs=1e-5)
+        begun = HarnessModel(model, engine.tokenizer, bos=served.bos)
+        check(client(tokenized_requests=False), begun, [pair for pair in pairs if pair[0]])
+        adapted = client("tiny:a").loglikelihood(instances("loglikelihood", alone))
+    served.adapters.use(["a"], 1.0)
+    want = ours.loglikelihood(instances("loglikelihood", alone))
+    assert [one[0] for one in adapted] == pytest.approx([one[0] for one in want], abs=1e-5)
+
+
+def test_prompt_logprobs_are_vllms_and_an_echo_has_the_same(files, letters):  # noqa: F811
+    engine, served = loaded(files, letters, 2)
+    with running(engine, served) as server:
+
+        def ask(path, **body):
+            return httpx.post(f"{server.url}{path}", json={"max_tokens": 0, **body}).json()
+
+        for _ in range(2):  # the second time the prompt's states are in the cache
+            chat = ask("/v1/chat/completions", messages=HI, prompt_logprobs=2)
+        prompt = ask("/tokenize", messages=HI)
+        assert (
+            chat["choices"][0]["finish_reason"] == "length" and chat["choices"][0]["message"]["content"] == ""
+        )
+        assert chat["usage"]["completion_tokens"] == 0 and len(chat["prompt_logprobs"]) == prompt["count"]
+        body = {"prompt": prompt["tokens"], "echo": True, "logprobs": 1, "n": 2, "max_tokens": 3}
+        text = ask("/v1/completions", prompt_logprobs=2, **body)["choices"][1]
+        assert text["prompt_logprobs"] == chat["prompt_logprobs"] and text["prompt_logprobs"][0] is None
+        logprobs = text["logprobs"]
+        assert len(logprobs["tokens"]) == prompt["count"] + 3
+        for i, (token, entry) in enumerate(zip(prompt["tokens"][1:], text["prompt_logprobs"][1:]), 1):
+            one = entry[str(token)]
+            assert (one["logprob"], one["decoded_token"]) == (
+                logprobs["token_logprobs"][i],
+                logprobs["tokens"][i],
+            )
+            assert len(logprobs["top_logprobs"][i]) == (1 if one["rank"] == 1 else 2)
+            assert len(entry) == (2 if one["rank"] <= 2 else 3) and {1, 2} <= {
+                x["rank"] for x in entry.values()
+            }
+        stream = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": True}).text
+        chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+        mine = [one for chunk in chunks for one in chunk["choices"] if one["index"] == 1]
+        assert "".join(one["text"] for one in mine) == text["text"]
+        for name, column in logprobs.items():
+            assert [value for one in mine for value in one["logprobs"][name]] == column
 
 
 def bodies():

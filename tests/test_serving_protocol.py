@@ -2,6 +2,7 @@
 without a network.
 """
 
+import dataclasses
 import json
 import random
 
@@ -30,6 +31,7 @@ from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
 from src.serving.served_models import inside
 from src.serving.think_modes import efforts_of
+from src.serving.token_requests import read_detokenize, read_tokenize, tokenizer_info
 from src.serving.tools import NO_TOOLS, Tools
 
 from .test_templates import CHATML
@@ -302,6 +304,46 @@ def test_a_wrong_field_of_a_completion_is_named(fields, field):
         assert complete(body)[0] == [[0]]
     else:
         assert refused(body, read_completion) == (400, field)
+
+
+def test_texts_become_tokens_and_back():
+    def told(body, read=read_tokenize, **options):
+        return read(reader(bos=(0,), **options), body)
+
+    value, ignored = told({"prompt": "é!", "return_token_strs": True, "zeal": 1})
+    assert (value["tokens"], value["count"], ignored) == ([0, 0xC3, 0xA9, 33], 4, ["zeal"])
+    assert value["token_strs"] == ["\0", "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert told({"prompt": "a", "add_special_tokens": False}).value["tokens"] == [97]
+    # as llama-server has it
+    assert told({"content": "a"}).value["tokens"] == [97]
+    assert told({"content": "a", "add_special": True}).value["tokens"] == [0, 97]
+    value, ignored = told({"messages": HI, "tools": [TOOL], "add_generation_prompt": True, "zeal": 1})
+    assert value["tokens"] == [0, *chat(tools=[TOOL]).requests[0].tokens] and ignored == ["zeal"]
+    text = {"prompt": "é!", "content": "é!"}
+    assert told({"tokens": [0xC3, 0xA9, 33]}, read_detokenize).value == text
+    for body, field in (
+        ({}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"messages": HI, "add_generation_prompt": False}, "add_generation_prompt"),
+    ):
+        assert refused(body, read_tokenize) == (400, field)
+    for tokens in (None, "a", [1.5], [True], [256]):
+        assert refused({"tokens": tokens}, read_detokenize) == (400, "tokens")
+    assert refused({"prompt": "x" * 99}, read_tokenize, limits=Limits(prompt_tokens=20)) == (400, "prompt")
+
+
+def test_the_tokenizer_names_its_tokens():
+    info = tokenizer_info(reader())
+    assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("\0", None, 256)
+    world = dataclasses.replace(
+        reader(load_template(CHATML), bos=(0,)), tokenizer=load_tokenizer("world", 65536)
+    )
+    info = tokenizer_info(world)
+    assert info["bos_token"] == info["eos_token"] and info["chat_template"].startswith("{%")
+    for name in ("eos_token", "bos_token"):
+        plain = {"prompt": info[name], "add_special_tokens": False}
+        assert read_tokenize(world, plain).value["tokens"] == [0]
 
 
 def test_tools_are_described():

@@ -304,8 +304,13 @@ class Decoder:
         reset: Tensor | None = None,
         each: EachLogits | None = None,
     ) -> State:
-        """Compute the state after tokens that are read with products of matrices, all at once."""
-        to, wanted = self.reading, torch.arange(ids.shape[1]) if each else ids.new_empty(0)
+        """Compute the state after tokens that are read with products of matrices, all at once.
+
+        Where logits are wanted, activations are fp32.
+        """
+        to, wanted = self.reading, ids.new_empty(0)
+        if each:
+            to, wanted = torch.float32, torch.arange(ids.shape[1])
         state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
         with self.adapters.rows([applied]) if self.adapters else contextlib.nullcontext(), nan_passes():
             x, state = self.model.features(ids, state, reset, wanted)

@@ -240,7 +240,7 @@ class Engine:
         else:
             prompt.state = self.decoder.state_after(*given)
         prompt.read = end
-        if self.cache.limit:
+        if self.cache.limit and not prompt.logprobs:  # its states may have other bits: see RowDecoder
             self.cache.add(prompt.kind, tokens[:end], prompt.state, prompt.logits)
 
     def _begin(self, prompt: _Prompt) -> None:

@@ -58,10 +58,8 @@ class PromptLogprobs:
 def give_logits(model: RWKV, x: Tensor, each: EachLogits) -> None:
     """Call each(logits (n, V)) for features x (T, C), some tokens at a time: not all logits are ever held.
 
-    They are at least fp32, and on a CPU unrounded, also beside weights in bf16.
+    They are at least fp32. For x in bf16 a CPU rounds them.
     """
-    if x.device.type == "cpu":
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
     for part in x.split(max(1, LOGITS_AT_ONCE // model.arch.vocab_size)):
         logits = model.head(part)
         each(logits.to(torch.promote_types(logits.dtype, torch.float32)))

@@ -16,7 +16,8 @@ class RowDecoder(Protocol):
     """Decoder with the states of `rows` rows, which computes the next tokens of all of them together.
 
     Logits may not be finite, if the model overflows: the choice of a token checks that. `each`, if given,
-    gets the other logits in order, (n, V) in at least fp32 of some tokens at a time.
+    gets the other logits in order, (n, V) in at least fp32 of some tokens at a time. States may be more exact
+    then.
     """
 
     model: RWKV

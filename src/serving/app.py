@@ -32,9 +32,10 @@ from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
 from .replies import error_reply, ignored_header, json_reply, read_body
 from .request_log import RequestLog
-from .request_parsing import Defaults, ParsedRequest, RequestReader, read_chat, read_completion
+from .request_parsing import Defaults, RequestReader, read_chat, read_completion
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
+from .token_requests import read_detokenize, read_tokenize, tokenizer_info
 from .worker import Worker
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -70,6 +71,9 @@ class Routes:
             self._route("/v1/adapters", self.adapters),
             self._route("/v1/adapters", self.add_adapter, "POST"),
             self._route("/v1/adapters/{name}", self.drop_adapter, "DELETE"),
+            self._route("/tokenize", self.tokenize, "POST"),
+            self._route("/detokenize", self.detokenize, "POST"),
+            self._route("/tokenizer_info", self.tokenizer_info),
             self._route("/", self.page),
             self._route("/page/{name}", self.page),
         ]
@@ -157,7 +161,18 @@ class Routes:
         asked = await self._asked(request, read_completion)
         return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
 
-    async def _asked(self, request: Request, read: Callable[[RequestReader, dict], ParsedRequest]) -> Any:
+    async def tokenize(self, request: Request) -> Response:
+        value, ignored = await self._asked(request, read_tokenize)
+        return json_reply(value, headers=ignored_header(ignored))
+
+    async def detokenize(self, request: Request) -> Response:
+        value, ignored = await self._asked(request, read_detokenize)
+        return json_reply(value, headers=ignored_header(ignored))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return json_reply(tokenizer_info(self.reader))
+
+    async def _asked(self, request: Request, read: Callable[[RequestReader, dict], Any]) -> Any:
         """Parse the body of a request. Long texts are tokenised in another thread."""
         body = await read_body(request, self.dispatcher.limits)
         loop = asyncio.get_running_loop()

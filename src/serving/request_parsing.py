@@ -181,13 +181,13 @@ def _chat_tokens(
         messages = without_thoughts(messages)
     try:
         pieces = [text for text, _ in template.segments(messages, tools.described or None, ask=True)]
-        ids = _encoded(reader, pieces, "messages")
+        ids = encoded(reader, pieces, "messages")
     except (UserError, RecursionError) as error:  # the schema of a tool may be too deep
         raise wrong("messages", str(error)) from None
     return _checked(reader, with_bos(ids, chosen.bos), "messages")
 
 
-def _encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
+def encoded(reader: RequestReader, texts: list[str], param: str) -> list[int]:
     """Encode texts. Raises Refused before the rest is encoded: a huge one does not hold the others."""
     tokens: list[int] = []
     beginning = CHARACTERS * reader.limits.prompt_tokens
@@ -228,7 +228,7 @@ def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[Prom
     for prompt in value:
         try:
             if isinstance(prompt, str):
-                in_text = _encoded(reader, [prompt], "prompt")
+                in_text = encoded(reader, [prompt], "prompt")
                 text, ids = prompt, with_bos(in_text, chosen.bos)
             elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
                 text, ids = reader.tokenizer.decode(prompt), list(prompt)
