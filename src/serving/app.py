@@ -30,6 +30,7 @@ from .guard import Guard, GuardMiddleware
 from .limits import Limits
 from .openai_choices import ChatChoices, TextChoices
 from .openai_objects import TokenNames
+from .renderer import MOST_BYTES, Renderer
 from .replies import error_reply, ignored_header, json_reply, read_body
 from .request_log import RequestLog
 from .request_parsing import Defaults, RequestReader, read_chat, read_completion
@@ -58,6 +59,7 @@ class Routes:
         self.created = int(time.time())
         # one thread: a client with large requests does not take all cores from the engine
         self.readers = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self.renderer = Renderer()
 
     def all(self) -> list[Route]:
         return [
@@ -75,6 +77,8 @@ class Routes:
             self._route("/detokenize", self.detokenize, "POST"),
             self._route("/tokenizer_info", self.tokenizer_info),
             self._route("/", self.page),
+            self._route("/page/render", self.render, "POST"),
+            self._route("/page/highlight.css", self.highlight_css),
             self._route("/page/{name}", self.page),
         ]
 
@@ -146,6 +150,7 @@ class Routes:
                 },
                 "max_tokens": self.reader.defaults.max_tokens,
                 "limits": dataclasses.asdict(self.dispatcher.limits),
+                "renders": not self.renderer.missing,
                 **self.describe,
             }
         )
@@ -203,6 +208,26 @@ class Routes:
             raise Refused(404, "there is no such file", code="not_found")
         return FileResponse(files[name], headers=PAGE_HEADERS, media_type=KINDS[files[name].suffix])
 
+    async def highlight_css(self, request: Request) -> Response:
+        """Return the colours of highlighted code: none where nothing is highlighted."""
+
+        def rules() -> str:
+            from .rendering import highlight_css
+
+            return highlight_css()
+
+        loop = asyncio.get_running_loop()
+        text = "" if self.renderer.missing else await loop.run_in_executor(self.readers, rules)
+        return Response(text, headers=PAGE_HEADERS, media_type=KINDS[".css"])
+
+    async def render(self, request: Request) -> Response:
+        """Return the HTML of an answer, or of its beginning."""
+        limits = self.dispatcher.limits
+        small = dataclasses.replace(limits, body_bytes=min(MOST_BYTES, limits.body_bytes))
+        fields = Fields(read_object(await read_body(request, small)))
+        text = fields.text("text", "")
+        return json_reply({"html": await self.renderer.html(text, fields.flag("unfinished"))})
+
 
 def assemble(
     engine: Engine,
@@ -237,6 +262,7 @@ def make_app(routes: Routes, guard: Guard, log_requests: bool) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         routes.readers.shutdown(wait=False)
+        await routes.renderer.close()
 
     return Starlette(
         routes=routes.all(),

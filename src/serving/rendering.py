@@ -1,0 +1,218 @@
+"""Markdown of answers as HTML that is safe to show: `html_of`, and the colours of its code.
+
+As a program it reads texts from stdin and writes their HTML, for src/serving/renderer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+from html import escape, unescape
+from xml.etree.ElementTree import tostring
+
+import nh3
+from latex2mathml.converter import convert_to_element
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
+from mdit_py_plugins.gfm_autolink import gfm_autolink_plugin
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.styles import get_style_by_name
+from pygments.token import STANDARD_TYPES
+from pygments.util import ClassNotFound
+
+SECONDS = 2  # of a CPU, for one text
+MEMORY = 1 << 30  # bytes of address space
+STYLES = ("xcode", "github-dark")  # of Pygments: for a light and a dark page
+TEXT_TAGS = set("a blockquote br code del em h3 h4 h5 h6 hr li ol p pre s span strong ul".split())
+TABLE_TAGS = set("table tbody td th thead tr".split())
+MATH_TAGS = set(
+    "math menclose mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts mroot mrow ms mspace msqrt"
+    " mstyle msub msubsup msup mtable mtd mtext mtr munder munderover none".split()
+)
+MATH_ATTRIBUTES = set(
+    "accent accentunder columnalign columnlines depth display displaystyle fence form height linebreak"
+    " linethickness lspace mathbackground mathcolor mathsize mathvariant maxsize minsize movablelimits"
+    " notation rowlines rspace scriptlevel separator stretchy symmetric voffset width".split()
+)
+ATTRIBUTES = {
+    "a": {"href"},
+    "code": {"class"},
+    "ol": {"start"},
+    "span": {"class"},
+    "td": {"align"},
+    "th": {"align"},
+    **dict.fromkeys(MATH_TAGS, MATH_ATTRIBUTES),
+}
+DISPLAY = {"$$": "$$", "\\[": "\\]"}
+LONGEST_FORMULA = 60  # lines
+# \(...\), \[...\], $$...$$, and $...$ unless it is about money
+INLINE_FORMULA = re.compile(
+    r"\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]|\$\$(.{1,2000}?)\$\$"
+    r"|(?<![\w$])\$(?!\s)([^$\n]{1,2000}?)(?<![\s\\])\$(?![\w$])",
+    re.S,
+)
+# environments that latex2mathml does not have, and that look like align*
+ENVIRONMENTS = re.compile(r"(\\(?:begin|end)){(?:aligned|gather\*?|gathered)}")
+
+
+def html_of(markdown: str, unfinished: bool = False) -> str:
+    """Render Markdown with tables, formulas and highlighted code: of unfinished text the part that stays."""
+    return nh3.clean(
+        PARSER.render(settled(markdown) if unfinished else markdown),
+        tags=TEXT_TAGS | TABLE_TAGS | MATH_TAGS,
+        attributes=ATTRIBUTES,
+        url_schemes={"http", "https", "mailto"},
+        link_rel="noopener noreferrer",
+        set_tag_attribute_values={"a": {"target": "_blank"}},
+    )
+
+
+def settled(markdown: str) -> str:
+    """Leave out what would look different a moment later: half a row of a table, half a formula."""
+    for opening, closing in DISPLAY.items():
+        before, opened, after = markdown.rpartition(opening)
+        closes = opening == closing and before.count(opening) % 2
+        if opened and not closes and closing not in after and "\n\n" not in after:
+            return before
+    *lines, last = markdown.split("\n")
+    if last and not _is_row(last):
+        return markdown
+    if lines and _is_row(lines[-1]) and not _is_row("".join(lines[-2:-1])):
+        lines.pop()  # a heading without the line below it
+    return "\n".join(lines)
+
+
+def _is_row(line: str) -> bool:
+    return line.lstrip().startswith("|")
+
+
+def highlight_css() -> str:
+    """Write the rules for code in Pygments' own colours."""
+    light, dark = map(get_style_by_name, STYLES)
+    rules = []
+    for kind, name in STANDARD_TYPES.items():
+        day, night = light.style_for_token(kind), dark.style_for_token(kind)
+        if not name or not (day["color"] or night["color"]):
+            continue
+        colors = (f"#{style['color']}" if style["color"] else "currentColor" for style in (day, night))
+        italic = "; font-style: italic" if day["italic"] else ""
+        rules.append(f".code .{name} {{ color: light-dark({', '.join(colors)}){italic} }}\n")
+    return "".join(rules)
+
+
+def _code(text: str, language: str, attributes: str) -> str:
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    except ClassNotFound:
+        return escape(text)
+    return highlight(text, lexer, HtmlFormatter(nowrap=True))
+
+
+def _read_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """Read a formula that begins a line and ends one."""
+    begin = state.bMarks[start] + state.tShift[start]
+    opening = state.src[begin : begin + 2]
+    if opening not in DISPLAY:
+        return False
+    lines = state.getLines(start, min(end, start + LONGEST_FORMULA), state.blkIndent, False)
+    inside, closed, after = lines.lstrip()[2:].partition(DISPLAY[opening])
+    if not closed or after.partition("\n")[0].strip(" .,"):
+        return False
+    if not silent:
+        _push_formula(state, inside, opening, "block")
+        state.line = start + inside.count("\n") + 1
+    return True
+
+
+def _read_inline(state: StateInline, silent: bool) -> bool:
+    found = INLINE_FORMULA.match(state.src, state.pos)
+    if not found:
+        return False
+    if not silent:
+        opening = found[0][: 1 if found[4] else 2]
+        _push_formula(state, found[found.lastindex], opening, "block" if opening in DISPLAY else "inline")
+    state.pos = found.end()
+    return True
+
+
+def _push_formula(state: StateBlock | StateInline, formula: str, opening: str, display: str) -> None:
+    token = state.push("formula", "math", 0)
+    token.content, token.markup, token.info = formula, opening, display
+
+
+def _formula(renderer, tokens: list[Token], place: int, options, env) -> str:
+    """Render a formula as MathML; as its source if latex2mathml can't read it."""
+    token = tokens[place]
+    try:
+        tree = convert_to_element(ENVIRONMENTS.sub(r"\1{align*}", token.content), display=token.info)
+    except Exception:  # it raises many kinds for what is no LaTeX
+        return f"<code>{escape(token.content.strip())}</code>"
+    for element in tree.iter():
+        element.text = unescape(element.text or "")  # it holds entities, and the formula's own < as they are
+    return tostring(tree, encoding="unicode")
+
+
+def _image(renderer, tokens: list[Token], place: int, options, env) -> str:
+    """Show an image as a link: the page loads nothing from other sites."""
+    token = tokens[place]
+    return f'<a href="{escape(str(token.attrs["src"]))}">{escape(token.content or "image")}</a>'
+
+
+def _cell(renderer, tokens: list[Token], place: int, options, env) -> str:
+    """Align a cell without a style, which the page's policy forbids."""
+    token = tokens[place]
+    align = str(token.attrs.pop("style", "")).removeprefix("text-align:")
+    if align:
+        token.attrs["align"] = align
+    return renderer.renderToken(tokens, place, options, env)
+
+
+def _heading(renderer, tokens: list[Token], place: int, options, env) -> str:
+    """Set a heading below the page's own, which name who speaks."""
+    tokens[place].tag = f"h{min(int(tokens[place].tag[1]) + 2, 6)}"
+    return renderer.renderToken(tokens, place, options, env)
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": _code})
+    parser.enable(["table", "strikethrough"])
+    parser.use(gfm_autolink_plugin)
+    ends = {"alt": ["paragraph", "reference", "blockquote", "list"]}  # what a formula ends
+    parser.block.ruler.before("fence", "formula", _read_block, ends)
+    parser.inline.ruler.before("escape", "formula", _read_inline)
+    parser.add_render_rule("formula", _formula)
+    for name in ("th_open", "td_open"):
+        parser.add_render_rule(name, _cell)
+    for name in ("heading_open", "heading_close"):
+        parser.add_render_rule(name, _heading)
+    parser.add_render_rule("image", _image)
+    return parser
+
+
+PARSER = _parser()
+
+
+def main() -> None:
+    """Answer each line of stdin, a JSON list of html_of's arguments, with a line: its HTML or null."""
+    os.nice(5)  # the engine goes first
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends the process, also within C
+        try:
+            html = html_of(*json.loads(line))
+        except (RecursionError, MemoryError, UnicodeError):
+            html = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(html), flush=True)
+
+
+if __name__ == "__main__":
+    main()
