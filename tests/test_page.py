@@ -22,9 +22,11 @@ from playwright.sync_api import expect, sync_playwright
 
 import rwkv_miss
 from demo import page_picture
+from src.data.rwkv_template import RwkvTemplate
 from src.inference.engine import Engine
 from src.inference.load import load_with
 from src.inference.torch_decoder import TorchDecoder
+from src.serving import renderer
 from src.serving.app import PAGE
 from src.serving.guard import Guard
 from src.serving.limits import Limits
@@ -34,6 +36,7 @@ from src.serving.served_models import ServedModels
 from .serving import records, running, scripted
 from .test_generate import letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_live_adapters import train
+from .test_rendering import ACTS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LONG = Defaults(2000, "", {"temperature": 0.0}, 0)
@@ -74,6 +77,18 @@ def ask(page, text):
     page.fill("#draft", text)
     page.press("#draft", "Enter")
     page.wait_for_selector(DONE)
+
+
+def asked(page):
+    """The bodies of the requests for answers, as they come."""
+    bodies = []
+
+    def note(request):
+        if request.url.endswith("/v1/chat/completions"):
+            bodies.append(json.loads(request.post_data))
+
+    page.on("request", note)
+    return bodies
 
 
 def begun(page):
@@ -150,8 +165,7 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
     defaults = Defaults(12, "", {"temperature": 1.0, "top_p": 1.0}, 5)
     engine, served = with_adapters(tmp_path, letters)
     with running(engine, served, defaults=defaults) as server, opened(browser, server) as page:
-        bodies = []
-        page.on("request", lambda request: bodies.append(request.post_data) if request.post_data else None)
+        bodies = asked(page)
         page.evaluate("() => { Math.random = () => 0.3 }")  # the seed of both sides
         page.select_option("#adapter-0", "a")
         page.fill("#scale-0", "0.5")
@@ -165,16 +179,16 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
         assert labels == ["a × 0.5", "b"]
         shown = page.locator(f"{ANSWER} > .text").all_text_contents()
         assert shown[0] != shown[1]
-        asked = sorted(map(json.loads, bodies[-2:]), key=lambda body: body["adapter_id"])
-        assert [body["adapter_id"] for body in asked] == ["a", "b"]
-        assert [body.get("adapter_scale") for body in asked] == [0.5, None]
-        assert asked[0]["seed"] == asked[1]["seed"]
-        for body, text in zip(asked, shown):
+        both = sorted(bodies[-2:], key=lambda body: body["adapter_id"])
+        assert [body["adapter_id"] for body in both] == ["a", "b"]
+        assert [body.get("adapter_scale") for body in both] == [0.5, None]
+        assert both[0]["seed"] == both[1]["seed"]
+        for body, text in zip(both, shown):
             whole = {**body, "stream": False, "stream_options": None}
             reply = httpx.post(f"{server.url}/v1/chat/completions", json=whole).json()
             assert reply["choices"][0]["message"]["content"].split() == text.split()
             assert [message["content"] for message in body["messages"]][::2] == ["one", "two"]
-        assert asked[0]["messages"][1] != asked[1]["messages"][1]
+        assert both[0]["messages"][1] != both[1]["messages"][1]
         page.click("#new")
         assert page_picture.after_questions(page).startswith(b"\x89PNG")
         assert page.locator(".said").all_inner_texts() == list(page_picture.QUESTIONS)
@@ -204,8 +218,7 @@ def test_the_picture_needs_the_demo_run(tmp_path, monkeypatch, capsys):
 
 def test_what_is_typed_into_the_settings_is_asked_for(browser):
     with scripted("Hello.") as server, opened(browser, server) as page:
-        bodies = []
-        page.on("request", lambda request: bodies.append(request.post_data) if request.post_data else None)
+        bodies = asked(page)
         assert not page.is_visible("#adapter-0") and not page.is_visible("#compare")  # there is no adapter
         page.click("#show-settings")
         assert page.get_attribute("#temperature", "placeholder") == "0"
@@ -216,7 +229,7 @@ def test_what_is_typed_into_the_settings_is_asked_for(browser):
         page.fill("#system", "Be brief.")
         page.select_option("#mode", "fake-think-compact")
         ask(page, "hi")
-        body = json.loads(bodies[-1])
+        body = bodies[-1]
         assert {name: body[name] for name in typed} == typed
         assert body["think_mode"] == "fake-think-compact"
         assert prompts(server) == []
@@ -226,7 +239,7 @@ def test_what_is_typed_into_the_settings_is_asked_for(browser):
         assert page.get_attribute("#top_p", "placeholder") == "0.7"
         ask(page, "again")
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        body = json.loads(bodies[-1])
+        body = bodies[-1]
         assert body.pop("messages")[-1] == {"role": "user", "content": "again"}
         assert body == {"model": "tiny", **options}
 
@@ -246,7 +259,9 @@ def test_stop_in_the_middle_frees_the_row_and_keeps_what_was_said(browser):
         assert server.dispatcher.metrics.gone == 2
 
 
-def test_markup_in_an_answer_is_text(browser):
+@pytest.mark.parametrize("packages", [renderer.PACKAGES, {"absent_package": "absent"}])
+def test_markup_in_an_answer_is_text(browser, monkeypatch, packages):
+    monkeypatch.setattr(renderer, "PACKAGES", packages)
     evil = "<script>window.hacked = 1</script><img src=/x onerror='window.hacked = 2'><a href=//e.org>x</a>"
     fence = f"```html\n{evil}\n\n  end\n```"
     said = f"<think>\n{evil}\n</think>\n{evil}\n\nand `{evil}`\n{fence}\n```\nopen {evil}"
@@ -257,7 +272,7 @@ def test_markup_in_an_answer_is_text(browser):
         assert page.text_content(".said") == evil
         assert page.locator(".thoughts").get_attribute("open") is None
         page.click(".thoughts summary")
-        assert page.inner_text(".thoughts .text") == evil
+        expect(page.locator(".thoughts .text")).to_have_text(evil)
         assert page.locator(f"{DONE} > .text > p").all_text_contents() == [evil, f"and {evil}"]
         codes = page.locator(f"{DONE} > .text pre code").all_text_contents()
         assert codes == [f"{evil}\n\n  end", f"open {evil}"]
@@ -268,6 +283,176 @@ def test_markup_in_an_answer_is_text(browser):
         assert page.evaluate("navigator.clipboard.readText()") == codes[0]
     scripts = "".join(path.read_text() for path in PAGE.glob("*.js"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", scripts)
+
+
+def test_an_answer_is_rendered_as_it_comes_and_nothing_in_it_acts(browser):
+    table = "| a | b |\n|--:|---|\n| $x^2$ | [link](https://e.org) |\n"
+    said = "\n\n".join(["# Title", table, "```python\nif True:\n    pass\n```", *ACTS])
+    with scripted(said, defaults=LONG, pause=0.02) as server, opened(browser, server) as page:
+        page.evaluate("() => { window.hacked = () => { window.ran = true } }")
+        sizes = []
+        page.on("requestfinished", lambda r: sizes.append(r.url) if r.url.endswith("/render") else None)
+        page.fill("#draft", "show")
+        page.press("#draft", "Enter")
+        expect(page.locator(f"{ANSWER}.running h3")).to_have_text("Title")
+        expect(page.locator(f"{ANSWER}.running td math msup")).to_be_visible()
+        assert page.locator(f"{ANSWER} p:text-matches('^[|]')").count() == 0  # half a table waits
+        page.eval_on_selector(f"{ANSWER} h3", "e => { e.seen = true }")
+        page.eval_on_selector(f"{ANSWER} table", "e => { e.seen = true }")
+        before = len(sizes)
+        page.wait_for_timeout(1000)
+        assert 1 <= len(sizes) - before <= 6  # a few times a second
+        server.engine.decoder.pause = 0
+        page.wait_for_selector(DONE)
+        expect(page.locator(f"{DONE} .code-head span >> nth=-1")).to_have_text("html")
+        # blocks that have not changed stay, with what is selected in them
+        assert page.eval_on_selector(f"{ANSWER} h3", "e => e.seen")
+        assert page.eval_on_selector(f"{ANSWER} table", "e => e.seen")
+        assert page.evaluate("window.ran") is None
+        assert page.locator("#log :is(script, img, iframe, svg, style, [style], [onerror])").count() == 0
+        link = page.locator(f"{DONE} td a")
+        assert (link.get_attribute("target"), link.get_attribute("rel")) == ("_blank", "noopener noreferrer")
+        assert page.eval_on_selector("td", "e => getComputedStyle(e).textAlign") == "right"
+        assert page.eval_on_selector("math", "e => e.namespaceURI").endswith("/MathML")
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.click(f"{DONE} > .foot >> text=Copy")
+        expect(page.locator(f"{DONE} > .foot button >> nth=0")).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == said
+        page.click("#show-settings")
+        colors = []
+        for theme in ("light", "dark"):
+            page.select_option("#theme", theme)
+            colors.append(page.eval_on_selector(".code .k", "e => getComputedStyle(e).color"))
+        assert colors == ["rgb(169, 13, 145)", "rgb(255, 123, 114)"]
+        page.reload()
+        page.wait_for_selector(f"{DONE} h3")
+        assert page.eval_on_selector(".code .k", "e => getComputedStyle(e).color") == colors[1]
+
+
+def test_conversations_are_kept_if_the_reader_says_so(browser, tmp_path):
+    with scripted("The *river* is long.", defaults=LONG) as server, opened(browser, server) as page:
+        page.on("dialog", lambda dialog: dialog.accept())
+        chats = page.locator(".chat span")
+        ask(page, "A river")
+        page.click("#show-chats")
+        expect(page.locator("#no-chats")).to_have_text("No conversation is kept.")
+        assert page.evaluate("localStorage.length") == 0
+        page.check("#keep")
+        expect(chats).to_have_text(["A river"])
+        page.click("#show-settings")
+        page.fill("#system", "Be brief.")
+        page.click("#new")
+        page.fill("#system", "Be kind.")
+        ask(page, "B 山")
+        expect(chats).to_have_text(["B 山", "A river"])
+        for query, found in (("山", ["B 山"]), ("RIVER long", ["B 山", "A river"]), ("brief", ["A river"])):
+            page.fill("#search", query)
+            expect(chats).to_have_text(found)
+        page.fill("#search", "zebra")
+        expect(page.locator("#no-chats")).to_have_text("None has these words.")
+        page.fill("#search", "")
+        page.click(".chat >> nth=1")
+        assert page.inner_text(".said") == "A river" and page.input_value("#system") == "Be brief."
+        ask(page, "more")
+        expect(chats).to_have_text(["A river", "B 山"])
+        assert prompts(server)[-1].startswith("System: Be brief.\n\nUser: A river\n\nAssistant: The *river*")
+
+        files = {}
+        for button in ("export-all", "export-json", "export-markdown"):
+            with page.expect_download() as started:
+                page.click(f"#{button}")
+            files[button] = tmp_path / started.value.suggested_filename
+            started.value.save_as(files[button])
+        assert [file.name for file in files.values()] == ["conversations.json", "A-river.json", "A-river.md"]
+        turns = json.loads(files["export-json"].read_text())["conversations"][0]["turns"]
+        assert [turn["text"] for turn in turns] == ["A river", "more"]
+        blocks = files["export-markdown"].read_text().split("\n\n")
+        assert blocks[:3] == ["# A river", "## System prompt", "Be brief."]
+        assert blocks[3:7] == ["## You", "A river", "## tiny", "The *river* is long."]
+        page.click("[aria-label='Remove B 山']")
+        expect(chats).to_have_text(["A river"])
+        page.click("#drop-all")
+        expect(chats).to_have_count(0)
+        assert page.locator(".turn").count() == 0  # the open one was among them
+        assert page.evaluate("Object.keys(localStorage)") == ["rwkv-miss-keep"]
+        page.set_input_files("#import-file", files["export-all"])
+        expect(chats).to_have_text(["A river", "B 山"])
+        expect(page.locator(".said")).to_have_text(["A river", "more"])
+        page.set_input_files("#import-file", files["export-all"])  # again: nothing is doubled
+        page.set_input_files("#import-file", files["export-markdown"])
+        expect(page.locator("#problem")).to_have_text(re.compile("^This file has no conversations"))
+        expect(chats).to_have_count(2)
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+
+
+def test_a_tool_is_called_and_its_result_is_typed(browser):
+    template = RwkvTemplate("rwkv", "hermes")
+    with scripted(f"{CALL}\n{CALL}", template, defaults=LONG) as server, opened(browser, server) as page:
+        bodies = asked(page)
+        page.click("#show-settings")
+        for wrong in ("[", '{"name": "weather"}', "[{}]"):
+            page.fill("#tools", wrong)
+            expect(page.locator("#tools-problem")).to_be_visible()
+        page.fill("#draft", "Is it warm?")
+        page.press("#draft", "Enter")
+        expect(page.locator("#tools")).to_be_focused()
+        assert bodies == []
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+        page.fill("#tools", json.dumps(tools))
+        expect(page.locator("#tools-problem")).to_be_hidden()
+        ask(page, "Is it warm?")
+        assert bodies[0]["tools"] == tools
+        expect(page.locator(".call h3")).to_have_text(["Calls weather"] * 2)
+        assert json.loads(page.inner_text(".call code >> nth=0")) == {"city": "Bonn"}
+        server.engine.decoder.script = "Yes."
+        assert page.get_attribute("#draft", "placeholder") == "Result of weather"
+        page.fill("#draft", "21 degrees")
+        page.press("#draft", "Enter")  # the second call waits for its result still
+        expect(page.locator(".result")).to_have_text(["Result of weather"])
+        assert len(bodies) == 1
+        page.reload()
+        page.wait_for_selector("body.ready")
+        ask(page, "22 degrees")
+        expect(page.locator(f"{DONE} > .text")).to_have_text("Yes.")
+        question, call, *results = bodies[1]["messages"]
+        assert [called["function"]["name"] for called in call["tool_calls"]] == ["weather"] * 2
+        identities = [called["id"] for called in call["tool_calls"]]
+        assert [(m["role"], m["tool_call_id"], m["content"]) for m in results] == [
+            ("tool", identities[0], "21 degrees"),
+            ("tool", identities[1], "22 degrees"),
+        ]
+        assert page.get_attribute("#draft", "placeholder") == "Write a message"
+
+
+def test_a_text_file_is_put_before_the_message(browser, tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n```\ncode\n```\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "large.txt").write_text("x" * 300_000)
+    with scripted("Read.", defaults=LONG) as server, opened(browser, server) as page:
+        for name, problem in (("picture.png", "is no text"), ("large.txt", "is too large")):
+            page.set_input_files("#file", tmp_path / name)
+            expect(page.locator("#problem")).to_have_text(re.compile(f"{name} {problem}"))
+        page.set_input_files("#file", tmp_path / "notes.md")
+        page.set_input_files("#file", tmp_path / "notes.md")
+        expect(page.locator(".chip")).to_have_count(2)
+        page.click("[aria-label='Remove notes.md'] >> nth=1")
+        page.reload()
+        page.wait_for_selector("body.ready")
+        expect(page.locator(".chip span")).to_have_text(["notes.md · 21 B"])
+        ask(page, "What is it?")
+        read = "User: notes.md:\n````\n# Notes\n```\ncode\n```\n````\nWhat is it?\n\nAssistant:"
+        assert prompts(server) == [read]
+        assert page.locator(".chip").count() == 0 and page.inner_text(".said") == "What is it?"
+        page.click(".file summary")
+        assert "code" in page.inner_text(".file pre")
+        page.click("text=Edit")
+        page.fill(".edit textarea", "And now?")
+        page.press(".edit textarea", "Enter")
+        eventually(lambda: prompts(server)[1:] == [read.replace("What is it?", "And now?")])
+        page.wait_for_selector(DONE)
 
 
 def luminance(page, selector, kind):
@@ -287,6 +472,8 @@ def contrast(page, selector, ground="body"):
 
 def test_a_phone_a_dark_room_and_chinese(browser):
     said = "w" * 300 + "\n\n```\n" + "c" * 300 + "\n```"
+    small = "button, select, summary, textarea, .check, input:not([type=checkbox])"
+    box = "all => all.map(e => [e.getBoundingClientRect(), e.outerHTML]).filter(([b]) => b.width)"
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
     with scripted(said, defaults=LONG) as server:
         with opened(browser, server, locale="zh-CN", color_scheme="dark", **phone) as page:
@@ -298,10 +485,15 @@ def test_a_phone_a_dark_room_and_chinese(browser):
             assert luminance(page, "body", "backgroundColor") < 0.02
             for selector in (f"{DONE} p", ".figures", ".label", ".foot button"):
                 assert contrast(page, selector) > 4.5, selector
-            page.click("#show-settings")
-            assert page.evaluate(wide) == 360 and not page.is_visible("#draft")
-            page.click("#close-settings")
-            assert page.is_visible("#draft")
+            for panel in ("chats", "settings"):
+                page.click(f"#show-{panel}")
+                assert page.evaluate(wide) == 360 and not page.is_visible("#draft")
+                for rect, shown in page.eval_on_selector_all(small, box):
+                    assert min(rect["width"], rect["height"]) >= 40, shown
+                page.click(f"#close-{panel}")
+                assert page.is_visible("#draft")
+            for rect, shown in page.eval_on_selector_all(small, box):
+                assert min(rect["width"], rect["height"]) >= 40, shown
             assert re.fullmatch(r"模板 rwkv。rwkv-miss [\w.+]+。", page.text_content("#about"))
             page.click("#language")
             assert page.inner_text("#send") == "Send" and page.inner_text("text=Retry")

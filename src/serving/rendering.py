@@ -112,8 +112,8 @@ def _code(text: str, language: str, attributes: str) -> str:
     try:
         lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
     except ClassNotFound:
-        return escape(text)
-    return highlight(text, lexer, HtmlFormatter(nowrap=True))
+        return escape(text.removesuffix("\n"))
+    return highlight(text.removesuffix("\n"), lexer, HtmlFormatter(nowrap=True)).removesuffix("\n")
 
 
 def _read_block(state: StateBlock, start: int, end: int, silent: bool) -> bool:

@@ -1,7 +1,9 @@
 // Asking for answers: the request of a side, and what comes of it.
 
 import { streamAnswer } from "./api.js";
-import { state } from "./store.js";
+import { contentOf } from "./files.js";
+import { BLANK, state } from "./store.js";
+import { word } from "./translations.js";
 
 // a step is the finest that is taken
 export const NUMBERS = [
@@ -20,24 +22,16 @@ export function newAnswer(server, side) {
   const { adapter, scale } = state.sides[side];
   const given = adapter && scale !== "" ? Number(scale) : null;
   const times = given ?? server.default_scale;
-  return {
-    adapter,
-    scale: given,
-    label: adapter ? adapter + (times === 1 ? "" : ` × ${times}`) : server.model,
-    content: "",
-    thoughts: "",
-    finish: "",
-    error: "",
-    tokens: 0,
-    first: 0, // seconds until there was something to read
-    speed: 0, // tokens a second after that
-    running: true,
-  };
+  const label = adapter ? adapter + (times === 1 ? "" : ` × ${times}`) : server.model;
+  return { ...BLANK, calls: [], adapter, scale: given, label, running: true };
 }
 
 /** The request for `answer`, which is the answer of `side` to turns[last]. */
 export function requestOf(server, side, last, answer, seed) {
-  const request = { model: server.model, messages: messagesOf(side, last) };
+  const { messages, calls } = seen(side, last);
+  messages.push(messageOf(state.turns[last], calls[0]));
+  const request = { model: server.model, messages };
+  if (state.tools.trim()) request.tools = JSON.parse(state.tools);
   if (answer.adapter) request.adapter_id = answer.adapter;
   if (answer.scale !== null) request.adapter_scale = answer.scale;
   if (server.modes.includes(state.mode)) request.think_mode = state.mode;
@@ -49,19 +43,61 @@ export function requestOf(server, side, last, answer, seed) {
   return request;
 }
 
-/** The conversation as one side saw it. Where only the first side answered, both go on from that. */
-function messagesOf(side, last) {
+/** The conversation before turns[end] as one side saw it, and the calls that wait for their results then.
+ *
+ * Where only the first side answered, both go on from that. */
+function seen(side, end) {
   const messages = [];
+  let calls = [];
   if (state.system.trim()) messages.push({ role: "system", content: state.system });
-  for (const { text, answers } of state.turns.slice(0, last)) {
-    const { content, thoughts, finish, error } = answers[side] ?? answers[0];
-    if (!content && !thoughts && (error || finish === "stopped")) continue; // as if it was never asked
-    const answer = { role: "assistant", content };
-    if (thoughts) answer.reasoning_content = thoughts;
-    messages.push({ role: "user", content: text }, answer);
+  for (const turn of state.turns.slice(0, end)) {
+    const answer = turn.answers[side] ?? turn.answers[0];
+    if (answer && failed(answer)) continue; // as if it was never asked
+    messages.push(messageOf(turn, calls[0]));
+    calls = calls.slice(1);
+    if (!answer) continue; // the result of one call of several
+    messages.push(answerMessage(answer));
+    calls = answer.calls;
   }
-  messages.push({ role: "user", content: state.turns[last].text });
-  return messages;
+  return { messages, calls };
+}
+
+function failed({ content, thoughts, calls, error, finish }) {
+  return !content && !thoughts && !calls.length && Boolean(error || finish === "stopped");
+}
+
+function messageOf(turn, call) {
+  const content = contentOf(turn);
+  return call ? { role: "tool", tool_call_id: call.id, content } : { role: "user", content };
+}
+
+function answerMessage({ content, thoughts, calls }) {
+  const message = { role: "assistant", content };
+  if (thoughts) message.reasoning_content = thoughts;
+  if (calls.length) {
+    message.tool_calls = calls.map(({ id, ...called }) => ({ id, type: "function", function: called }));
+  }
+  return message;
+}
+
+export const askedSides = () => (state.compare ? [0, 1] : [0]);
+
+/** The call whose result turns[i] is, or null. In a comparison it is one of either side. */
+export function callBefore(i) {
+  return askedSides().map((side) => seen(side, i).calls[0]).find(Boolean) ?? null;
+}
+
+/** What is wrong with this text of tools: "" if nothing is. The server knows more about schemas. */
+export function toolsProblem(text) {
+  if (!text.trim()) return "";
+  let tools;
+  try {
+    tools = JSON.parse(text);
+  } catch (error) {
+    return error.message;
+  }
+  const isTool = (tool) => typeof (tool?.function ?? tool)?.name === "string";
+  return Array.isArray(tools) && tools.every(isTool) ? "" : word("wrong_tools");
 }
 
 /** Fill `answer` until it ends. Errors become answer.error; returns the status of one, else 0. */
@@ -73,13 +109,14 @@ export async function fill(answer, request, signal, changed) {
       if (part.usage) answer.tokens = part.usage.completion_tokens;
       const choice = part.choices[0];
       if (!choice) continue;
-      const { content = "", reasoning_content: thoughts = "" } = choice.delta;
-      if ((content || thoughts) && !firstAt) {
+      const { content = "", reasoning_content: thoughts = "", tool_calls: calls = [] } = choice.delta;
+      if ((content || thoughts || calls.length) && !firstAt) {
         firstAt = performance.now();
         answer.first = (firstAt - began) / 1000;
       }
       answer.content += content;
       answer.thoughts += thoughts;
+      answer.calls.push(...calls.map((call) => ({ id: call.id, ...call.function }))); // they come whole
       if (choice.finish_reason) answer.finish = choice.finish_reason;
       changed();
     }

@@ -39,6 +39,12 @@ export async function describeServer() {
   return (await ask("v1/server")).json();
 }
 
+/** The HTML of an answer's Markdown, or of the beginning that has come. */
+export async function renderMarkdown(text, unfinished) {
+  const response = await ask("page/render", { method: "POST", body: JSON.stringify({ text, unfinished }) });
+  return (await response.json()).html;
+}
+
 /** The parts of an answer as they come. Throws ServerError, and AbortError where `signal` says so. */
 export async function* streamAnswer(request, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });

@@ -1,8 +1,13 @@
 // The chat page: what happens when.
 
 import { describeServer } from "./api.js";
-import { fill, newAnswer, requestOf } from "./answers.js";
-import { listenToSettings, showSettings, wrongNumber } from "./settings.js";
+import { askedSides, callBefore, fill, newAnswer, requestOf } from "./answers.js";
+import { keepNow, listenToChats, showChats } from "./chats.js";
+import { draftChips, readFile } from "./files.js";
+import { closePanel, listenToPanels, showConversation, togglePanel } from "./panels.js";
+import { useRenderer } from "./rendering.js";
+import { keepingEnd, scrollToEnd } from "./scrolling.js";
+import { listenToSettings, showSettings, wrongSetting } from "./settings.js";
 import { keepKey, readKey, restore, save, state } from "./store.js";
 import { grow, onEnter, showTurns } from "./turns.js";
 import { useLanguage, word } from "./translations.js";
@@ -19,7 +24,7 @@ const actions = {
     if (!(await mayAsk())) return;
     state.turns.length = i + 1;
     state.turns[i].text = text;
-    answerLast();
+    answerIfTold();
     draft.focus();
   },
 };
@@ -31,7 +36,37 @@ function show() {
   byId("send").hidden = running !== null;
   byId("send").disabled = keyIsMissing();
   byId("stop").hidden = running === null;
+  showDraft();
+  if (!running && !keepNow()) complain(word("no_room"));
   if (!save()) complain(word("full"));
+}
+
+/** Show what is asked for, a message or the result of a call, and the files beside it. */
+function showDraft() {
+  const call = callBefore(state.turns.length);
+  draft.placeholder = call ? word("result_of", call) : word("ask");
+  draft.ariaLabel = call ? word("result_of", call) : word("message");
+  const remove = (file) => {
+    state.files = state.files.filter((other) => other !== file);
+    showDraft();
+    save();
+    byId("attach").focus();
+  };
+  keepingEnd(() => byId("chips").replaceChildren(...draftChips(state.files, remove)));
+}
+
+async function attach(files) {
+  complain("");
+  for (const file of files) {
+    try {
+      state.files.push(await readFile(file));
+    } catch (error) {
+      complain(error.message);
+    }
+  }
+  showDraft();
+  if (!save()) complain(word("full"));
+  draft.focus();
 }
 
 function complain(text) {
@@ -44,14 +79,6 @@ function tell(text) {
   byId("told").textContent = text;
 }
 
-function scrollToEnd() {
-  window.scrollTo({ top: document.documentElement.scrollHeight });
-}
-
-function isAtEnd() {
-  return window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 80;
-}
-
 /** Whether a question can be asked now, with these settings. A server that was away may be back. */
 async function mayAsk() {
   if (!server || keyIsMissing()) await meetServer();
@@ -59,13 +86,20 @@ async function mayAsk() {
 }
 
 async function send() {
-  if (!draft.value.trim() || !(await mayAsk())) return;
-  const text = draft.value; // that of now: the wait for the server may have been long
-  if (!text.trim()) return;
-  state.turns.push({ text, answers: [] });
+  const isEmpty = () => !draft.value.trim() && !state.files.length;
+  if (isEmpty() || !(await mayAsk())) return;
+  if (isEmpty()) return; // by now: the wait for the server may have been long
+  state.turns.push({ text: draft.value, files: state.files, answers: [] });
   draft.value = state.draft = "";
+  state.files = [];
   grow(draft);
-  await answerLast();
+  await answerIfTold();
+}
+
+/** Ask for an answer, unless a call of a tool still waits for its result. */
+async function answerIfTold() {
+  if (callBefore(state.turns.length)) show();
+  else await answerLast();
 }
 
 /** Ask, of one side or of both, for the answers to the last turn. */
@@ -73,7 +107,7 @@ async function answerLast() {
   if (!(await mayAsk())) return;
   const controller = (running = new AbortController());
   const last = state.turns.length - 1;
-  const sides = state.compare ? [0, 1] : [0];
+  const sides = askedSides();
   const answers = (state.turns[last].answers = sides.map((side) => newAnswer(server, side)));
   // both sides draw the same numbers, so that they differ by their adapters only
   const seed = state.compare ? Math.floor(Math.random() * 2 ** 31) : null;
@@ -87,9 +121,7 @@ async function answerLast() {
   );
   running = null;
   tell(controller.signal.aborted ? word("stopped") : word("answered"));
-  const atEnd = isAtEnd();
-  show();
-  if (atEnd) scrollToEnd();
+  keepingEnd(show);
   if (statuses.includes(401)) askForKey();
   if (statuses.includes(404)) await meetServer(); // an adapter has gone
 }
@@ -101,9 +133,7 @@ function changed(side) {
   drawn.add(side);
   requestAnimationFrame(() => {
     drawn.delete(side);
-    const atEnd = isAtEnd();
-    views[side]?.update();
-    if (atEnd) scrollToEnd();
+    keepingEnd(() => views[side]?.update());
   });
 }
 
@@ -121,6 +151,7 @@ async function meetServer() {
   complain("");
   if (JSON.stringify(found) === JSON.stringify(server)) return; // what is being typed stays
   server = found;
+  useRenderer(server.renders);
   byId("composer").classList.toggle("alone", server.adapters.length === 0);
   if (!server.adapters.length) state.compare = false;
   byId("model").textContent = document.title = server.model;
@@ -143,24 +174,26 @@ function aboutKey() {
   return keyIsMissing() && readKey() ? word("wrong_key") : "";
 }
 
-function toggleSettings(open) {
-  settings.hidden = !open;
-  byId("show-settings").setAttribute("aria-expanded", String(open));
-  document.body.classList.toggle("with-settings", open);
-  // on a phone they take the conversation's place
-  if (open && getComputedStyle(document.querySelector("main")).display === "none") window.scrollTo(0, 0);
+/** Begin a conversation, or go on with one that was kept. */
+function open({ id = "", turns = [], system = state.system, tools = state.tools }) {
+  keepNow();
+  running?.abort();
+  Object.assign(state, { id, turns, system, tools });
+  complain("");
+  tell("");
+  if (server) showSettings(server);
+  show();
+  showChats();
+  showConversation();
+  scrollToEnd();
+  draft.focus();
 }
 
-function closeSettings() {
-  toggleSettings(false);
-  byId("show-settings").focus();
-}
-
-/** Whether all numbers can be asked for. The browser says in words what is wrong with the first that can't. */
+/** Whether all settings can be asked for. The browser says in words what is wrong with the first that can't. */
 function settingsAreRight() {
-  const wrong = wrongNumber();
+  const wrong = wrongSetting();
   if (!wrong) return true;
-  if (settings.contains(wrong)) toggleSettings(true);
+  if (settings.contains(wrong)) togglePanel("settings", true);
   wrong.reportValidity();
   return false;
 }
@@ -180,19 +213,16 @@ function listen() {
     running?.abort();
     draft.focus();
   });
-  byId("new").addEventListener("click", () => {
-    running?.abort();
-    state.turns = [];
-    complain("");
-    tell("");
-    show();
-    draft.focus();
+  byId("new").addEventListener("click", () => open({}));
+  byId("attach").addEventListener("click", () => byId("file").click());
+  byId("file").addEventListener("change", async ({ target }) => {
+    await attach([...target.files]);
+    target.value = "";
   });
   byId("language").addEventListener("click", () => {
     state.language = state.language === "zh" ? "en" : "zh";
     speak();
   });
-  byId("show-settings").addEventListener("click", () => toggleSettings(settings.hidden));
   byId("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     keepKey(byId("key").value.trim());
@@ -201,16 +231,18 @@ function listen() {
     await meetServer();
     if (!keyIsMissing()) draft.focus();
   });
-  byId("close-settings").addEventListener("click", closeSettings);
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     if (running) running.abort();
-    else if (!settings.hidden) closeSettings();
+    else closePanel();
   });
   document.addEventListener("visibilitychange", () => {
     if (document.visibilityState === "visible" && !running) meetServer(); // adapters come and go
   });
-  window.addEventListener("pagehide", save);
+  window.addEventListener("pagehide", () => {
+    keepNow();
+    save();
+  });
 }
 
 function speak() {
@@ -219,11 +251,14 @@ function speak() {
   byId("language").textContent = word("language");
   complain(aboutKey());
   show();
+  showChats();
   if (server) showSettings(server);
 }
 
 restore();
 listen();
+listenToPanels(showChats);
+listenToChats({ open, complain });
 listenToSettings(() => server, () => {
   if (server) showSettings(server);
   show();

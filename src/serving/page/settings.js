@@ -1,10 +1,11 @@
-// The controls: an adapter and its scale for each side, system prompt, thinking, sampling.
+// The controls: an adapter and its scale for each side, system prompt, tools, thinking, sampling, colours.
 
-import { NUMBERS } from "./answers.js";
+import { NUMBERS, toolsProblem } from "./answers.js";
 import { save, state } from "./store.js";
 import { make } from "./text.js";
 import { word } from "./translations.js";
 
+const THEME = "rwkv-miss-theme"; // theme.js reads it
 const byId = (id) => document.getElementById(id);
 
 /** Show the controls for what this server has, with what was chosen. */
@@ -13,6 +14,8 @@ export function showSettings(server) {
   byId("compare").checked = state.compare;
   byId("side-1").hidden = !state.compare;
   byId("system").value = state.system;
+  byId("tools").value = state.tools;
+  checkTools();
   const mode = byId("mode");
   mode.replaceChildren(
     make("option", { value: "", textContent: `${word("mode_default")} (${server.template})` }),
@@ -74,9 +77,18 @@ function defaultOf(server, name) {
   return (server.sampling_of_mode[state.mode] ?? server.sampling)[name];
 }
 
-/** The first input whose number the server would refuse, of those that count now. */
-export function wrongNumber() {
-  const inputs = document.querySelectorAll("#numbers input, .side:not([hidden]) .scale:not([hidden]) input");
+function checkTools() {
+  const [tools, problem] = [byId("tools"), byId("tools-problem")];
+  const text = toolsProblem(tools.value);
+  tools.setCustomValidity(text);
+  tools.setAttribute("aria-invalid", String(Boolean(text)));
+  problem.textContent = text;
+  problem.hidden = !text;
+}
+
+/** The first input whose value the server would refuse, of those that count now. */
+export function wrongSetting() {
+  const inputs = document.querySelectorAll("#tools, #numbers input, .side:not([hidden]) .scale:not([hidden]) input");
   return [...inputs].find((input) => !input.validity.valid);
 }
 
@@ -96,12 +108,23 @@ export function listenToSettings(server, changed) {
     state.system = event.target.value;
     save();
   });
+  byId("tools").addEventListener("input", (event) => {
+    state.tools = event.target.value;
+    checkTools();
+    save();
+  });
+  byId("theme").value = document.documentElement.dataset.theme;
+  byId("theme").addEventListener("change", ({ target: { value } }) => {
+    document.documentElement.dataset.theme = value;
+    if (value) localStorage.setItem(THEME, value);
+    else localStorage.removeItem(THEME);
+  });
   byId("mode").addEventListener("change", (event) => {
     state.mode = event.target.value;
     changed();
   });
   byId("reset").addEventListener("click", () => {
-    Object.assign(state, { numbers: {}, mode: "", system: "" });
+    Object.assign(state, { numbers: {}, mode: "", system: "", tools: "" });
     changed();
   });
 }

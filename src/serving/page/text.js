@@ -1,4 +1,4 @@
-// An answer's text as nodes of the page. Text becomes text: nothing of it is ever read as HTML.
+// An answer's text as nodes of the page: plain, or rendered by the server. HTML in it is never run.
 
 import { word } from "./translations.js";
 
@@ -10,62 +10,87 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Paragraphs and code, in order: {code, language, text}. A fence that is still open holds all that follows. */
-export function blocksOf(text) {
-  const blocks = [];
+/** Plain paragraphs and code, in order. A fence that is still open holds all that follows. */
+export function plainNodes(text) {
+  const nodes = [];
   let paragraph = [];
   let fence = null;
   const endParagraph = () => {
-    if (paragraph.length) blocks.push({ code: false, language: "", text: paragraph.join("\n") });
+    if (paragraph.length) nodes.push(make("p", {}, ...inline(paragraph.join("\n"))));
     paragraph = [];
+  };
+  const endFence = () => {
+    const code = make("code", { className: `language-${fence.language}`, textContent: fence.lines.join("\n") });
+    nodes.push(make("pre", {}, code));
+    fence = null;
   };
   for (const line of text.split("\n")) {
     const found = FENCE.exec(line);
     if (fence) {
       const ends = found && !found[2] && found[1][0] === fence.mark[0] && found[1].length >= fence.mark.length;
-      if (ends) fence = null;
+      if (ends) endFence();
       else fence.lines.push(line);
-      if (fence) fence.block.text = fence.lines.join("\n");
     } else if (found) {
       endParagraph();
-      fence = { mark: found[1], lines: [], block: { code: true, language: found[2], text: "" } };
-      blocks.push(fence.block);
+      fence = { mark: found[1], language: found[2], lines: [] };
     } else if (line.trim()) paragraph.push(line);
     else endParagraph();
   }
+  if (fence) endFence();
   endParagraph();
-  return blocks;
-}
-
-/** Shows `text` in `element`. Blocks that are shown already stay, with what a reader has selected in them. */
-export function showText(element, text) {
-  const blocks = blocksOf(text);
-  const shown = element.shownBlocks ?? [];
-  blocks.forEach((block, i) => {
-    const old = shown[i];
-    if (old && old.code === block.code && old.language === block.language && old.text === block.text) return;
-    if (old?.code && block.code && old.language === block.language) {
-      element.children[i].querySelector("code").textContent = block.text;
-    } else {
-      const made = block.code ? codeBlock(block) : make("p", {}, ...inline(block.text));
-      if (old) element.children[i].replaceWith(made);
-      else element.append(made);
-    }
-  });
-  while (element.children.length > blocks.length) element.lastChild.remove();
-  element.shownBlocks = blocks;
-}
-
-function codeBlock({ language, text }) {
-  const code = make("code", { textContent: text });
-  const copy = copyButton(() => code.textContent);
-  const head = make("div", { className: "code-head" }, make("span", { textContent: language }), copy);
-  return make("div", { className: "code" }, head, make("pre", { tabIndex: 0 }, code));
+  return nodes;
 }
 
 /** Words, and what stands between backticks in them. */
 function inline(text) {
   return text.split(/(`[^`\n]+`)/).map((part, i) => (i % 2 ? make("code", { textContent: part.slice(1, -1) }) : part));
+}
+
+/** The nodes of HTML from the server. Nothing in them is loaded or run before they are shown, nor then. */
+export function parsedNodes(html) {
+  return [...new DOMParser().parseFromString(html, "text/html").body.children];
+}
+
+/** Show blocks in `element`. Those that are shown already stay, with what a reader has selected in them. */
+export function showNodes(element, nodes) {
+  const shown = element.shownNodes ?? [];
+  nodes.forEach((node, i) => {
+    const old = element.children[i];
+    if (old && shown[i].isEqualNode(node)) return;
+    const made = dressed(node);
+    if (!old) element.append(made);
+    else if (old.className === "code" && made.className === "code") growCode(old, made);
+    else old.replaceWith(made);
+  });
+  while (element.children.length > nodes.length) element.lastChild.remove();
+  element.shownNodes = nodes;
+}
+
+/** A copy of a block in which code has its copy button, and a wide table can be scrolled. */
+function dressed(node) {
+  const holder = make("div", {}, node.cloneNode(true));
+  for (const pre of holder.querySelectorAll("pre")) {
+    const code = pre.firstChild;
+    const language = make("span", { textContent: code.className.slice("language-".length) });
+    const copy = copyButton(() => code.textContent);
+    pre.tabIndex = 0;
+    wrap(pre, "code").prepend(make("div", { className: "code-head" }, language, copy));
+  }
+  for (const table of holder.querySelectorAll("table")) wrap(table, "table").tabIndex = 0;
+  return holder.firstChild;
+}
+
+function wrap(element, className) {
+  const box = make("div", { className });
+  element.replaceWith(box);
+  box.append(element);
+  return box;
+}
+
+/** Code that is being written keeps its place, and where it was scrolled to. */
+function growCode(old, made) {
+  old.querySelector(".code-head span").textContent = made.querySelector(".code-head span").textContent;
+  old.querySelector("code").replaceChildren(...made.querySelector("code").childNodes);
 }
 
 export function copyButton(read) {

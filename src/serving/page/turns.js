@@ -1,7 +1,10 @@
 // The conversation as it is seen. Whoever makes it says what edit and retry do.
 
+import { callBefore } from "./answers.js";
+import { fileViews } from "./files.js";
+import { markdownView } from "./rendering.js";
 import { state } from "./store.js";
-import { copyButton, make, showText } from "./text.js";
+import { copyButton, make, plainNodes, showNodes } from "./text.js";
 import { word } from "./translations.js";
 
 const shown = new WeakMap(); // what was made for a turn, and of what
@@ -34,10 +37,12 @@ function turnView(turn, i, actions) {
 }
 
 function questionView(turn, i, actions) {
-  const text = make("p", { className: "said", textContent: turn.text });
+  const call = callBefore(i);
+  const text = make("p", { className: "said", textContent: turn.text, hidden: !turn.text });
   const edit = make("button", { type: "button", className: "quiet asks", textContent: word("edit") });
   const view = make("div", { className: "question" }, make("h2", { className: "unseen", textContent: word("you") }));
-  view.append(text, make("div", { className: "foot" }, edit));
+  if (call) view.append(make("p", { className: "result", textContent: word("result_of", call) }));
+  view.append(...fileViews(turn.files), text, make("div", { className: "foot" }, edit));
   edit.addEventListener("click", () => {
     const form = editForm(turn.text, (changed) => actions.edit(i, changed), () => {
       form.replaceWith(view);
@@ -77,20 +82,25 @@ function answerView(answer, retry) {
   const thoughts = make("div", { className: "text" });
   const fold = make("details", { className: "thoughts" }, summary, thoughts);
   const body = make("div", { className: "text" });
+  const calls = make("div", { className: "calls" });
+  const showThoughts = markdownView(thoughts);
+  const showBody = markdownView(body);
   const note = make("p", { className: "note" });
   const again = make("button", { type: "button", className: "quiet asks again", textContent: word("retry") });
   again.addEventListener("click", retry);
   const figures = make("span", { className: "figures" });
   const foot = make("div", { className: "foot" }, copyButton(() => answer.content), again, figures);
-  const element = make("article", { className: "answer" }, label, fold, body, note, foot);
+  const element = make("article", { className: "answer" }, label, fold, body, calls, note, foot);
+  fold.addEventListener("toggle", update);
 
   function update() {
     element.setAttribute("aria-busy", String(answer.running));
     element.classList.toggle("running", answer.running);
     fold.hidden = !answer.thoughts.trim();
     summary.textContent = word(answer.running && !answer.content ? "thinking" : "thoughts");
-    showText(thoughts, answer.thoughts);
-    showText(body, answer.content);
+    if (fold.open) showThoughts(answer.thoughts, answer.running);
+    showBody(answer.content, answer.running);
+    if (calls.children.length < answer.calls.length) calls.replaceChildren(...answer.calls.map(callView));
     note.textContent = noteOf(answer);
     note.classList.toggle("error", Boolean(answer.error));
     note.hidden = !note.textContent;
@@ -101,12 +111,18 @@ function answerView(answer, retry) {
   return { element, update };
 }
 
+function callView(call) {
+  const code = make("div");
+  showNodes(code, plainNodes(`~~~~json\n${call.arguments}`));
+  return make("section", { className: "call" }, make("h3", { textContent: word("calls", call) }), code);
+}
+
 function noteOf(answer) {
   if (answer.error) return answer.error;
   if (answer.running) return "";
   if (answer.finish === "stopped") return word("stopped");
   if (answer.finish === "length") return word("cut");
-  return answer.content.trim() ? "" : word("empty");
+  return answer.content.trim() || answer.calls.length ? "" : word("empty");
 }
 
 /** The speed of fewer than 20 tokens would be chance. */
