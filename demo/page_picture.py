@@ -1,13 +1,17 @@
-"""Make the picture of the chat page, docs/serving.png: the demo's base beside the adapter that it has
-trained.
+"""Make the pictures of the chat page, in three widths.
 
 python -m demo.page_picture [--run out/demo] [--base FILE] [--out docs/serving.png]
+
+docs/serving.png has the demo's base beside the adapter that it has trained. docs/serving-820.png and
+docs/serving-390.png have a conversation that the page imports, in the dark and on a phone: the demo's model
+can sort letters, and explain nothing.
 
 It reads the files of demo/demo-training-miss.sh, starts demo.serve and a Chromium, and types questions.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -30,26 +34,74 @@ DEMO = "bash demo/demo-training-miss.sh"
 BASE, RUN, OUT = "demo/rwkv7-reverse.pth", "out/demo", "docs/serving.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUESTIONS = ("sort kitchen", "sort garden")
+WIDE, TABLET, PHONE = (
+    {"viewport": {"width": 1440, "height": 860}},
+    {"viewport": {"width": 820, "height": 1080}, "color_scheme": "dark"},
+    {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
+)
+QUESTION = "How does RWKV-7 update its state?"
+ANSWER = r"""Each head keeps a matrix $S$. A token lets it decay, takes something out, and puts something in:
+
+$$S_t = S_{t-1} \operatorname{diag}(w_t) + (S_{t-1} a_t)\, b_t^\top + v_t k_t^\top, \qquad y_t = S_t\, r_t$$
+
+In **NumPy** this is short:
+
+```python
+def step(S, r, w, k, v, a, b):
+    # one token: its output and the next state
+    S = S * w + np.outer(S @ a, b) + np.outer(v, k)
+    return S @ r, S  # shapes: (64,) and (64, 64)
+```
+
+| vector | what it does |
+|:------:|---|
+| $w$ | how much of each column stays |
+| $a$, $b$ | what is taken out, and where |
+| $k$, $v$ | what is put in, and where |
+| $r$ | what is read |
+
+1. The state has *one size*, however long the text is.
+2. So a long chat costs no more per token than a short one.
+"""
 
 
-def picture(url: str, browser: str) -> bytes:
-    """Take a PNG of the page after the questions."""
+def pictures(url: str, browser: str) -> dict[str, bytes]:
+    """Take the PNGs: ending of the file's name -> its bytes."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1080, "height": 760}, locale="en-US")
-        page.goto(url)
-        shot = after_questions(page)
+        found = {}
+        for ending, size, shot in (
+            ("", WIDE, after_questions),
+            ("-820", TABLET, after_import),
+            ("-390", PHONE, after_import),
+        ):
+            page = chromium.new_page(locale="en-US", **size)
+            page.goto(url)
+            found[ending] = shot(page)
         chromium.close()
-        return shot
+        return found
 
 
 def after_questions(page: Page) -> bytes:
     page.wait_for_selector("body.ready")
     page.check("#compare")
+    page.click("#show-chats")
+    page.check("#keep")
     page.click("#show-settings")
     page.fill("#temperature", "0")
     for question in QUESTIONS:
         ask(page, question)
+    return page.screenshot()
+
+
+def after_import(page: Page) -> bytes:
+    page.wait_for_selector("body.ready")
+    answer = {"label": "an example", "content": ANSWER}
+    conversation = {"id": "", "system": "", "tools": "", "turns": [{"text": QUESTION, "answers": [answer]}]}
+    file = json.dumps({"format": "rwkv-miss-conversations", "conversations": [conversation]}).encode()
+    page.set_input_files("#import-file", {"name": "example.json", "mimeType": "text/json", "buffer": file})
+    page.wait_for_selector(".answer table math")
+    page.evaluate("window.scrollTo(0, 0)")
     return page.screenshot()
 
 
@@ -75,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m demo.page_picture", description=__doc__)
     parser.add_argument("--run", default=RUN, help="folder of the demo's run; default %(default)s")
     parser.add_argument("--base", default=BASE, help="the base model of the run; default %(default)s")
-    parser.add_argument("--out", default=OUT, help="file of the picture; default %(default)s")
+    parser.add_argument("--out", default=OUT, help="file of the widest picture; default %(default)s")
     with one_line_errors():
         args = parser.parse_args(argv)
         adapter = os.path.join(args.run, "adapter.pth")
@@ -86,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("no Chromium is on PATH; on Debian: apt install chromium")
         server, url = serve(args.base, adapter)
         try:
-            write_bytes(args.out, picture(url, browser))
+            stem, kind = os.path.splitext(args.out)
+            for ending, picture in pictures(url, browser).items():
+                write_bytes(f"{stem}{ending}{kind}", picture)
         finally:
             server.terminate()
             server.wait()

@@ -193,6 +193,8 @@ def test_two_adapters_answer_side_by_side(browser, tmp_path, letters):  # noqa: 
         assert page_picture.after_questions(page).startswith(b"\x89PNG")
         assert page.locator(".said").all_inner_texts() == list(page_picture.QUESTIONS)
         assert page.locator(".answer").count() == 4
+        assert page_picture.after_import(page).startswith(b"\x89PNG")
+        assert page.locator(".answer :is(.code .k, table math, ol)").count() > 3
 
 
 def test_the_only_adapter_is_chosen_at_first(browser, tmp_path, letters):  # noqa: F811

@@ -1,8 +1,10 @@
 """Answers as HTML: Markdown, formulas and code, nothing that acts, and an end to every text."""
 
+import concurrent.futures
 import json
 import re
 import sys
+import time
 
 import pytest
 
@@ -147,7 +149,11 @@ def test_the_server_renders_and_ends_what_takes_too_long(monkeypatch):
 
         assert render(text="*a*").json() == {"html": "<p><em>a</em></p>\n"}
         assert render(text="a $$x", unfinished=True).json() == {"html": "<p>a</p>\n"}
-        assert render(text="![" * 60000).status_code == 503
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(render, text="![" * 60000)
+            time.sleep(0.1)
+            assert client.get("/health").status_code == 200 and not slow.done()
+        assert slow.result().status_code == 503
         assert render(text="> " * 60000).status_code == 200  # a new process
         assert render(text="a" * (renderer.MOST_BYTES + 1)).status_code == 413
         assert render(text=1).status_code == 400
