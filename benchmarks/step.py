@@ -7,7 +7,8 @@ Its bare matrix products and HF peft in the same loop run beside it.
 
 A step is forward, loss, backward and AdamW on micro_bsz rows. The variants take turns and the fastest round
 of each counts: CPU time with one thread, wall time with several and on a GPU. `--memory` adds the most memory
-above the model that two steps of each took in a process of their own. A variant that does not fit in a GPU's
+above the model that two steps of each took in a process of their own, and what its layers keep for the
+backward. A variant that does not fit in a GPU's
 memory is said so. The last line is JSON.
 """
 
@@ -46,6 +47,8 @@ VARIANTS = {
     "bf16": "the same, with bf16 weights and activations",
     "grad_cp 2": "the same, time mixes recomputed",
     "grad_cp 1": "the same, whole layers recomputed",
+    "layers last:6": "the same, adapters in the last 6 layers only",
+    "layers last:3": "the same, adapters in the last 3 layers only",
     "all logits": "the same, with the loss of all logits at once, plain torch",
     "lora": "LoRA r / 2, as train.py runs it",
     "none": "no adapter, the whole model trained, as train.py --peft none runs it",
@@ -90,7 +93,8 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
         add_peft(model, variant, rank)
     else:
         method = "lora" if variant == "lora" else "miss"
-        rwkv_miss.inject(model, method, rank=rank // 2 if method == "lora" else rank)
+        layers = variant.removeprefix("layers ") if variant.startswith("layers") else None
+        rwkv_miss.inject(model, method, layers=layers, rank=rank // 2 if method == "lora" else rank)
     if variant.startswith("grad_cp"):
         model.grad_cp = int(variant[-1])
     return model
@@ -204,6 +208,22 @@ def peak(args, variant: str) -> int:
     return json_of_process("benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak")
 
 
+def kept(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> int:
+    """Count the bytes that the layers keep for the backward of a step."""
+    model, sizes = build(variant, base, rank), {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model.features(ids[:, :-1])  # noqa: F841, whose graph holds the storages
+    return sum(sizes.values())
+
+
 def arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add_integers(parser, version=7, n_layer=12, n_embd=768, vocab_size=65536, ctx_len=512, rank=64)
@@ -242,7 +262,7 @@ def show(name: str, row: dict, tokens: int) -> None:
     print(
         f"{name:<18} {row['seconds']:8.3f} s {tokens / row['seconds']:8.1f} tokens/s"
         f" {row['of_bare_torch_gemms']:6.2f} of bare GEMMs {row.get('of_miss', 0):6.2f} of miss"
-        f" {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
+        f" {row.get('peak_MB', '')} {row.get('kept_MB', '')}  {VARIANTS.get(name, '')}",
         flush=True,
     )
 
@@ -282,6 +302,7 @@ def main() -> None:
             row["of_miss"] = round(s / seconds["miss"], 3)
         if args.memory and name in VARIANTS:
             row["peak_MB"] = round(peak(args, name) / 1e6)
+            row["kept_MB"] = round(kept(name, base, args.rank, ids) / 1e6, 1)
         show(name, row, len(ids) * args.ctx_len)
     report(
         "step",

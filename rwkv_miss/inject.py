@@ -35,7 +35,17 @@ from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, sta
 from .progress import print_notes
 from .quantised import dense, is_of_others, shape_of, undo_first_forward
 from .sharding import gathered, is_first, is_sharded, local, put, require_whole, reshard, unsharded
-from .targets import READ, Target, View, all_targets, choose, views_of
+from .targets import (
+    READ,
+    Layers,
+    Target,
+    View,
+    all_targets,
+    choose,
+    layer_number,
+    layer_numbers,
+    views_of,
+)
 from .wrappers import unwrapped
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
@@ -62,6 +72,7 @@ class Injection:
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
     merged_linears: list[str] = dataclasses.field(default_factory=list)  # whole tensors in the file
+    layers: list[int] | None = None  # that are adapted; None: all
     # a model's own buffers, such as BatchNorm's averages, as they were before the training
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     # whole tensors as they were before the training; None: the model had none of this name
@@ -93,7 +104,7 @@ def find_targets(
     model: nn.Module,
     targets: str | list[str] | None,
     exclude: str | list[str] | None = None,
-    layers: int | list[int] | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, Target]:
     """Map name -> target, for what the arguments of inject() mean.
 
@@ -244,7 +255,7 @@ def inject(
     train_parts: str = "",
     earlier: Mapping[str, Tensor] | None = None,
     exclude: str | list[str] | None = None,
-    layers: int | list[int] | None = None,
+    layers: Layers | None = None,
     keep_first: bool = True,
     **options: Any,
 ) -> Injection:
@@ -254,8 +265,11 @@ def inject(
     embeddings, and of parameters with 2 or 3 axes, such as `gate_up_proj` of Mixtral's experts. A text is a
     regular expression for whole names of modules, or "all-linear": every linear but the head. None: RWKV's.
 
-    exclude: the same, of what is left out. layers: a number, or several: only names whose first number is one
-    of them, as in `model.layers.3.mlp.up_proj`.
+    exclude: the same, of what is left out.
+
+    layers: a number, several, or a text: `"last:6"`, `"first:6"`, `"4-7"` or `"0,3,11"`. Only names whose
+    first number is one of them are adapted, as in `model.layers.3.mlp.up_proj`. Initial states and
+    train_parts are trained in these layers only.
 
     train_parts: parts such as "ln,time" (methods/whole_tensors.py), whose tensors are trained as a whole.
     Each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
@@ -272,18 +286,19 @@ def inject(
         raise UserError("target_modules is peft's word; here the linears are inject(..., targets=[...])")
     initialise = functools.partial(_start_layers, earlier=earlier)
     find = functools.partial(find_targets, targets=targets, exclude=exclude, layers=layers)
-    given = {"targets": targets, "exclude": exclude, "layers": layers}
+    given = {"targets": targets, "exclude": exclude}
     if (
         any(value is not None for value in given.values())
         and not METHODS.get(method, AdapterLinear).adapts_linears
     ):
         name, value = next((name, value) for name, value in given.items() if value is not None)
-        value = value if isinstance(value, (str, int)) else ", ".join(map(str, value))
+        value = value if isinstance(value, str) else ", ".join(value)
         raise UserError(f"method {method} adapts no linear layers; drop the {name} ({value})")
-    injection = _attach(unwrapped(model, to_inject=True), method, find, train_parts, options, initialise)
+    model = unwrapped(model, to_inject=True)
+    injection = _attach(model, method, find, train_parts, options, initialise, layers)
     if injection.linears:
         injection.targets = [targets] if isinstance(targets, str) else list(targets or DEFAULT_TARGETS)
-    _keep_first(unwrapped(model), keep_first)
+    _keep_first(model, keep_first)
     return injection
 
 
@@ -328,6 +343,7 @@ def _attach(
     train_parts: str,
     options: dict[str, Any],
     initialise: Callable[[nn.Module], None] | None = None,
+    layers: Layers | None = None,
 ) -> Injection:
     """Adapt the model, and give it its first values; after a UserError it is as before."""
     if method not in METHODS:
@@ -343,12 +359,18 @@ def _attach(
     parts = split_parts(train_parts)
     if method in parts:
         raise UserError(f"method {method} trains part {method} already; drop it from the parts")
-    whole = _whole_names(model, parts, targets)
+    within = None
+    if layers is not None:
+        places = [target.path for target in targets.values()] or state_names(model)
+        within = layer_numbers(layers, {layer_number(place) for place in places} - {None})
+    whole = _whole_names(model, parts, targets, within)
     total = sum(p.numel() for p in model.parameters())
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
     before = dict(model.named_parameters())
     trained_before = [name for name, p in before.items() if p.requires_grad]
     _adapt(model, cls, targets, parsed, initialise)
+    for name in [] if cls.adapts_linears or within is None else state_names(model):
+        model.get_parameter(name).requires_grad_(layer_number(name) in within)
     if "state" in parts:
         add_states(model)
     for name in whole:
@@ -369,14 +391,27 @@ def _attach(
         first={name: before.get(name) for name in trained_beside(model)},
         dtypes={name: before.get(name, p).dtype for name, p in trained_beside(model).items()},
         trained_before=trained_before,
+        layers=None if within is None else sorted(within),
     )
     return model.injection
 
 
-def _whole_names(model: nn.Module, parts: list[str], targets: Mapping[str, Target]) -> list[str]:
-    """Name the tensors of these parts. Raises UserError for one of an adapted linear."""
+def _whole_names(
+    model: nn.Module, parts: list[str], targets: Mapping[str, Target], within: set[int] | None
+) -> list[str]:
+    """Name the tensors of these parts, of a layer only if it is one of `within`.
+
+    Raises UserError for one of an adapted linear, and for the embedding below the layers.
+    """
     names = dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model))
     whole = in_parts(names, parts)
+    if within is not None:
+        if "emb" in parts and 0 not in within:
+            raise UserError(
+                f"part 'emb' lies below layer {min(within)}, the lowest of `layers`, and nothing is trained"
+                " there; drop the part, or add layer 0"
+            )
+        whole = [name for name in whole if layer_number(name) in {None, *within}]
     adapted = {target.view.key for target in targets.values()}
     for name in whole:
         if name.rpartition(".")[0] in targets or name in adapted:
@@ -423,6 +458,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[_name_in_file(layer, name, key)] = tensor
             own.add(id(tensor))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    # a file has the initial states of all layers or none, also if some of them are not trained
+    if any(name.endswith(".time_state") for name in trained):
+        trained |= {name: model.get_parameter(name) for name in state_names(model)}
     return {**tensors, **trained}
 
 
@@ -600,6 +638,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
         "tied": tied,
         "targets": injection.targets,
         "train_parts": injection.train_parts,
+        "layers": injection.layers,
         "trainable": injection.trainable,
         "arch": arch.to_dict() if isinstance(arch, Arch) else None,
         "base": getattr(model, "base_name", None),
@@ -649,6 +688,7 @@ FIELDS = {
     "linears": list,
     "targets": list,
     "train_parts": list,
+    "layers": list,
     "merged_linears": list,
     "tied": dict,
     "views": dict,
@@ -661,12 +701,13 @@ FIELDS = {
     "template": str,
     "bos": list,
 }
-ITEMS = {"bos": int}  # type of the items of a list; other lists hold names of tensors
+ITEMS = {"bos": int, "layers": int}  # type of the items of a list; other lists hold names of tensors
 REQUIRED = ("method", "options", "linears")
 # the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
     "targets": [],
     "train_parts": [],
+    "layers": None,
     "merged_linears": [],
     "tied": {},
     "views": {},
@@ -792,7 +833,8 @@ def load_adapter(
             if keep_first and isinstance(own[name], nn.Parameter):
                 model.injection.first[name] = nn.Parameter(own[name].data, requires_grad=False)
             own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
-        own[name].requires_grad_(isinstance(own[name], nn.Parameter))
+        if not re.fullmatch(PARTS["state"], name):  # of some layers only, maybe
+            own[name].requires_grad_(isinstance(own[name], nn.Parameter))
     return metadata
 
 
@@ -899,7 +941,8 @@ def _inject_as_trained(
         names = [*dict(model.named_parameters()), *state_names(model)]
         parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]
     # with the merged linears: options and shared tensors depend on their number and names
-    _attach(model, metadata["method"], find, ",".join(parts), metadata["options"])
+    layers = metadata["layers"]
+    _attach(model, metadata["method"], find, ",".join(parts), metadata["options"], layers=layers)
     take_off(model, merged)
     share(adapted_linears(model).values())
     model.injection.targets, model.injection.merged_linears = metadata["targets"], merged

@@ -28,6 +28,7 @@ from .sharding import is_sharded
 LINEAR, EMBEDDING, READ = "linear", "embedding", "read"
 ALL_LINEAR = "all-linear"
 HEADS = ("head", "lm_head", "score", "classifier")  # which "all-linear" leaves out, at the top of a model
+Layers = int | str | list[int]  # the argument `layers` of inject()
 HOLDER = "adapted"  # child of a module with read parameters, which has their adapted layers
 # modules that hand their weights to an operator in another order than (out, in), or in flat copies
 OPAQUE = nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear
@@ -176,23 +177,69 @@ def _all_linear(model: nn.Module, targets: list[Target]) -> set[str]:
     return {t.name for t in targets if t.form == LINEAR and t.owner is not head and t.name not in HEADS}
 
 
+def layer_number(name: str) -> int | None:
+    """Return the first number in a dotted name, which is the layer's; None without one."""
+    found = re.search(r"(?<![^.])\d+(?![^.])", name)
+    return int(found[0]) if found else None
+
+
+def layer_numbers(layers: Layers, there: Iterable[int]) -> set[int]:
+    """Select the layers that `layers` means: a number, several, or a text such as "last:6" or "0,4-7".
+
+    `there` are the layers that can be meant. Raises UserError for any other, and for none.
+    """
+    has = sorted(set(there))
+    if isinstance(layers, str):
+        chosen = set().union(*(_part_of_layers(layers, part.strip(), has) for part in layers.split(",")))
+    else:
+        chosen = {layers} if isinstance(layers, int) else set(layers)
+    if unknown := chosen - set(has):
+        raise UserError(f"layer {min(unknown)} has no targets; layers with targets: {has or 'none'}")
+    return chosen
+
+
+def _part_of_layers(layers: str, part: str, has: list[int]) -> Iterable[int]:
+    """Read "last:6", "first:6", "4-7" or "11"."""
+    found = re.fullmatch(r"(first|last):(\d+)|(\d+)(?:-(\d+))?", part)
+    end, count, low, high = found.groups() if found else ("", "", "1", "0")
+    if end:
+        if not 1 <= int(count) <= len(has):
+            raise UserError(
+                f"layers {part}: expected {end}:1 to {end}:{len(has)}, as there are {len(has)} layers to"
+                " adapt"
+            )
+        return has[: int(count)] if end == "first" else has[-int(count) :]
+    if int(high or low) < int(low):
+        raise UserError(
+            f"layers {layers!r}: expected last:K or first:K, numbers such as 0,3,11, or ranges such as 4-7"
+        )
+    return range(int(low), int(high or low) + 1)
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Write numbers of layers as --layers reads them: "0,4-7"."""
+    runs: list[list[int]] = []
+    for number in sorted(layers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 def choose(
     model: nn.Module,
     targets: str | list[str],
     exclude: str | list[str] | None = None,
-    layers: int | list[int] | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, Target]:
     """Map name -> target, for those that the arguments of inject() mean. Raises UserError for none."""
     found = list(all_targets(model).values())
     chosen = _all_linear(model, found) if targets == ALL_LINEAR else _selected("targets", targets, found)
     chosen -= _selected("exclude", exclude, found) if exclude else set()
     if layers is not None:
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        numbers = {t.name: int(n[0]) for t in found if (n := re.search(r"(?<![^.])\d+(?![^.])", t.path))}
-        numbers = {name: number for name, number in numbers.items() if name in chosen}
-        if unknown := wanted - set(numbers.values()):
-            has = sorted(set(numbers.values()))
-            raise UserError(f"layer {min(unknown)} has no targets; layers with targets: {has or 'none'}")
+        numbers = {t.name: layer_number(t.path) for t in found if t.name in chosen}
+        wanted = layer_numbers(layers, (n for n in numbers.values() if n is not None))
         chosen = {name for name, number in numbers.items() if number in wanted}
     if not chosen:
         raise UserError(f"no linear layer to adapt: targets is empty; this model has: {_names(found)}")

@@ -167,7 +167,7 @@ def show(found: Needs) -> None:
         f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
         f" which {USABLE:.0%} count"
     )
-    print(f"time       {describe_time(cost, found.speed)}")
+    print(f"time       {describe_time(cost, found.speed)}", *plan_text.advice(plan, cost), sep="\n")
     print(f"verdict    {describe_fix(found.fix, config)}")
 
 

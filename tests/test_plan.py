@@ -121,6 +121,7 @@ def config_version(config):
         slow(7, "prolora", 1, True, 0, "torch", "none"),
         (7, "mora", 0, True, 0, "cpu", "nf4"),
         (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
+        (7, "miss, layers", 0, True, 0, "cpu", "none"),
         (7, "state", 0, True, 0, "cpu", "none"),
         (6, "state", 2, True, 0, "cpu", "none"),
         (7, "state", 0, True, 16, "cpu", "none"),
@@ -148,6 +149,7 @@ def test_the_count_is_that_of_the_trainers_step(
         precision="fp32",
         peft_config=options,
         train_parts="state" if option == "state" else "",
+        layers="last:1" if option == "layers" else "",
     )
     rows = [[20, 17], [37]] if packed else [[37], [37]]
     activations, peak = counted_in_training(config, rows, kernel)
@@ -157,9 +159,10 @@ def test_the_count_is_that_of_the_trainers_step(
     assert step.large == 0 and step.small == step.peak
 
 
-def test_a_deep_model_is_the_sum_of_its_layers():
+@pytest.mark.parametrize("layers", ["", "last:5"])
+def test_a_deep_model_is_the_sum_of_its_layers(layers):
     deep = make_arch(7, **SIZES | {"n_layer": 7})
-    config = settled_config(peft_config={"r": 5}, micro_bsz=2, grad_cp=1)
+    config = settled_config(peft_config={"r": 5}, micro_bsz=2, grad_cp=1, layers=layers)
     from src.planning import step_memory
 
     at_once = step_memory._count(deep, config, "cpu", "fp32", 37, 74)
@@ -347,7 +350,7 @@ def test_free_is_what_machine_and_container_have_with_what_is_held_already(monke
 
 
 def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monkeypatch):
-    seconds = {"layers": 4.0, "logits": 3.0, "next_token": 0.5, "next_logits": 0.25}
+    seconds = {"layers": 4.0, "forward": 1.5, "logits": 3.0, "next_token": 0.5, "next_logits": 0.25}
     monkeypatch.setattr(throughput, "_fastest", lambda work, device: [work(), seconds[work.__name__]][1])
     for row, tokens in ((37, 37), (9999, 256)):
         speed = throughput.measured_speed(
@@ -361,6 +364,10 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
         )
         assert speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
         assert speed.answer == 0.5 * 6 / 2 + 0.25
+    fewer = settled_config(peft_config={"r": 5}, layers="last:2")
+    arch = make_arch(7, **SIZES | {"n_layer": 6})
+    speed = throughput.measured_speed(arch, fewer, "torch", "fp32", "cpu", 37, 0.5)
+    assert speed.tokens == pytest.approx(37 / (4.0 * 2 / 2 + 1.5 * 4 / 2 + 0.5 * 3.0))
 
 
 @pytest.mark.parametrize("each, rows", [(0.001, 8), (throughput.ENOUGH / 3, 4)])

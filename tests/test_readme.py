@@ -201,8 +201,8 @@ def test_the_models_that_fit_are_those_of_the_page_of_memory():
     free = [12, 8, 16, 24]  # of 2^30 bytes, as in those tables; of the laptop's 16 the system has 4
     for number, row in enumerate(table(fit)[2:]):
         for cell, sizes, gigabytes in zip(row[1:], [cpu, gpu, gpu, gpu], free):
-            # the columns from `together` on are for --grad_cp 0, 2, 1, and 1 with nf4
-            column = [-4, -3, -1][number]
+            # the columns from `together` on are for --grad_cp 0, the last layers, 2, 1, and 1 with nf4
+            column = [-5, -4, -3, -1][number]
             fitting = [
                 f"{name.removeprefix('RWKV-7 ')} ({each[column]})"
                 for name, *each in sizes

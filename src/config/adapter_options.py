@@ -24,9 +24,12 @@ class AdapterOptions:
     options: Mapping[str, Any]  # of the method, under the names that the user gave
     targets: list[str] | None  # None: the paper's
     train_parts: str = ""
+    layers: str = ""  # "": all
 
     @classmethod
-    def of(cls, method: str, given: Mapping[str, Any], train_parts: str = "") -> AdapterOptions:
+    def of(
+        cls, method: str, given: Mapping[str, Any], train_parts: str = "", layers: str = ""
+    ) -> AdapterOptions:
         """Parse a setting that holds the targets among the options. Raises UserError."""
         options, targets = dict(given), None
         for name in TARGET_NAMES:
@@ -37,7 +40,7 @@ class AdapterOptions:
             raise UserError(
                 f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}'
             )
-        return cls(method, options, targets, train_parts)
+        return cls(method, options, targets, train_parts, layers)
 
     @property
     def gives_rank(self) -> bool:
@@ -47,5 +50,13 @@ class AdapterOptions:
 
     def inject(self, model: nn.Module, earlier: Mapping[str, Any] | None = None) -> None:
         """Put the adapter into the model; `earlier` is the checkpoint that a run resumes from."""
-        parts = self.train_parts
-        rwkv_miss.inject(model, self.method, self.targets, parts, earlier, keep_first=False, **self.options)
+        rwkv_miss.inject(
+            model,
+            self.method,
+            self.targets,
+            self.train_parts,
+            earlier,
+            layers=self.layers or None,
+            keep_first=False,
+            **self.options,
+        )

@@ -13,6 +13,7 @@ from typing import Any
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
+from rwkv_miss.targets import layer_numbers
 
 from .adapter_options import AdapterOptions
 from .loss_settings import LossSettings
@@ -51,6 +52,11 @@ class Config(LossSettings):
         " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
         " Empty: none. auto: emb,head if the base never saw more than 1 % of the data's tokens, else none",
         automatic=True,
+    )
+    layers: str = opt(
+        "",
+        "layers that get the adapter: last:6, first:6, numbers such as 0,3,11 or ranges such as 4-7. Below"
+        " the lowest one a step keeps nothing and has no backward pass. Empty: all",
     )
     preset: str = opt(
         "",
@@ -316,7 +322,11 @@ class Config(LossSettings):
         if self.peft == "none":
             return None
         options, parts = self.value_or_zero("peft_config"), self.value_or_zero("train_parts")
-        return AdapterOptions.of(self.peft, options, parts)
+        return AdapterOptions.of(self.peft, options, parts, self.layers)
+
+    def adapted_layers(self, n_layer: int) -> list[int]:
+        """List the layers that are trained, of a model with `n_layer`."""
+        return sorted(layer_numbers(self.layers or f"first:{n_layer}", range(n_layer)))
 
     @property
     def published_rate(self) -> float:

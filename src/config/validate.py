@@ -89,6 +89,11 @@ def check_adapter(config: Config) -> None:
         return
     if config.value_or_zero("peft_config"):
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
+    if config.layers:
+        raise UserError(
+            f"--layers {config.layers} has no meaning with --peft none, which trains everything; choose an"
+            " adapter, or drop it"
+        )
     if split_parts(config.value_or_zero("train_parts")):
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"

@@ -189,7 +189,11 @@ class _Walk:
         is empty if none crosses.
         """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
-        before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
+        before = [] if state is None else [t.detach() for t in _flat(state)]
+        # a gradient of a state below all that is trained would reach nothing
+        reached = before[len(LayerState._fields) * self.model.first_trained() :] if crosses else []
+        for tensor in reached:
+            tensor.requires_grad_()
         with torch.enable_grad():
             result, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
         ends = [
@@ -200,9 +204,9 @@ class _Walk:
         if not ends:  # only a tuned initial state is trained, and no gradient of this chunk reaches it
             return [None] * len(parameters), []
         outputs, given = zip(*ends, strict=True)
-        inputs = [*parameters, *(before if crosses else ())]
-        found = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
-        return found[: len(parameters)], list(found[len(parameters) :])
+        found = torch.autograd.grad(outputs, [*parameters, *reached], given, allow_unused=True)
+        below = [None] * (len(before) - len(reached))
+        return found[: len(parameters)], [*below, *found[len(parameters) :]]
 
 
 class _InChunks(torch.autograd.Function):

@@ -23,6 +23,7 @@ from rwkv_miss.files.model_files import name_of
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.progress import Progress, progress
 from rwkv_miss.quantised import quantise_
+from rwkv_miss.targets import layer_number
 
 from ..config.launcher import is_first_process
 from ..ops import nothing_saved
@@ -246,6 +247,12 @@ class RWKV(nn.Module):
             for name, module in self.blocks.named_modules()
             if isinstance(module, nn.Linear)
         }
+
+    def first_trained(self) -> int:
+        """Return the first layer that a gradient has to reach; n_layer if only what is above is trained."""
+        names = [name for name, p in self.named_parameters() if p.requires_grad]
+        below_head = [name for name in names if not name.startswith(("ln_out.", "head."))]
+        return min([layer_number(name) or 0 for name in below_head], default=self.arch.n_layer)
 
     def quantise(self, kind: str, dtype: torch.dtype) -> None:
         """Hold the frozen layer_linears() in 8 or 4 bits, as rwkv_miss/quantised.py describes.

@@ -92,8 +92,12 @@ def choose_train_parts(draft: Draft, arch: Arch, documents: Examples, tokenizer:
     parts = [part for part in ("emb", "head") if part not in (config.adapter.targets or ())]
     reason = (
         f"the base never saw {percent(share)} of the data's tokens: {counted(len(most), 'token')} such as"
+        f" {named}"
     )
-    draft.choose("train_parts", ",".join(parts), f"{reason} {named}")
+    if "emb" in parts and config.adapted_layers(arch.n_layer)[0]:
+        parts.remove("emb")
+        reason += "; emb lies below --layers"
+    draft.choose("train_parts", ",".join(parts), reason)
     factor = first_rate_of_all(arch) / first_rate(config, arch)
     factors = dict.fromkeys(parts, float(f"{min(factor, 1.0):.1g}"))
     draft.choose("lr_map", factors, "whole tensors move as far in a step as in full training")

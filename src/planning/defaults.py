@@ -276,6 +276,17 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
         yield changes | {"strategy": "deepspeed_stage_3"}
 
 
+def share_of_time(arch: Arch, layers: int, trained: float) -> float:
+    """Estimate the time of a step with adapters in the last `layers` layers, as a share of the whole one's.
+
+    Its matrix products are counted: each has a backward, but for those of the layers below. The head reads
+    the share `trained` of the tokens.
+    """
+    layer = 4 * arch.n_embd * arch.dim_att + 2 * arch.n_embd * arch.dim_ffn
+    products = 2 * (arch.n_layer * layer + trained * arch.n_embd * arch.vocab_size)
+    return 1 - (arch.n_layer - layers) * layer / products
+
+
 def first_guess(config: Config, arch: Arch) -> float:
     """Guess a learning rate of two digits from method, rank and widths. A new model gets the published one.
 
@@ -289,7 +300,7 @@ def first_rate(config: Config, arch: Arch) -> float:
     if config.peft != "none":
         method = METHODS[config.peft]
         options = method.Options.parse(dict(config.adapter.options))
-        return method.first_rate(arch.n_layer, arch.n_embd, options)
+        return method.first_rate(len(config.adapted_layers(arch.n_layer)), arch.n_embd, options)
     return first_rate_of_all(arch) if config.load_model else config.published_rate
 
 

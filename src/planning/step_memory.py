@@ -77,7 +77,8 @@ def step_bytes(
 
     `kernel` and `precision` are not auto. With `shared` the batch has these sizes instead of the rows'.
     Without `backward` the batch is run without gradients. `documents` are the lengths of those in each row,
-    which count if they begin with a tuned state.
+    which count if they begin with a tuned state. Layers without an adapter between others are counted as if
+    they had one.
     """
     chunks = objective_of(config).chunks
     whole = row
@@ -85,19 +86,25 @@ def step_bytes(
         row = COUNTED_CHUNKS * chunks.size
         targets = max(1, targets * row // whole)
 
-    def count(layers: int) -> StepBytes:
-        fewer = dataclasses.replace(arch, n_layer=layers)
-        return _count(fewer, config, kernel, precision, row, targets, shared, backward, documents)
+    # a layer without a backward leaves its state alone, until the head has run: one of them is counted
+    below = config.adapted_layers(arch.n_layer)[0]
+    trained, others = arch.n_layer - below, dataclasses.replace(arch, n_layer=max(below - 1, 0))
 
-    step = count(min(arch.n_layer, LAYERS))
-    if arch.n_layer > LAYERS:
-        fewer, further = dataclasses.astuple(count(LAYERS - 1)), arch.n_layer - LAYERS
+    def count(layers: int) -> StepBytes:
+        fewer = dataclasses.replace(arch, n_layer=min(below, 1) + layers)
+        these = dataclasses.replace(config, layers=f"last:{layers}" if below else "")
+        return _count(fewer, these, kernel, precision, row, targets, shared, backward, documents)
+
+    step = count(min(trained, LAYERS))
+    if trained > LAYERS:
+        fewer, further = dataclasses.astuple(count(LAYERS - 1)), trained - LAYERS
         pairs = zip(dataclasses.astuple(step), fewer, strict=True)
         step = StepBytes(*(many + (many - few) * further for many, few in pairs))
     # a chunk that was not counted keeps a state
-    size = state_bytes(arch, config.micro_bsz, PRECISIONS[precision].itemsize)
-    states = (chunks.states(whole) - chunks.states(row)) * size
-    return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
+    sizes = config.micro_bsz, PRECISIONS[precision].itemsize
+    states = (chunks.states(whole) - chunks.states(row)) * state_bytes(arch, *sizes)
+    activations = step.activations + states + state_bytes(others, *sizes)
+    return StepBytes(activations, step.peak + states, step.small + states, step.large)
 
 
 def _count(

@@ -58,7 +58,9 @@ def measured_speed(
     dtype = torch.float32 if full else half
     random = _random_tensors(dtype, device)
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
-    model = _random_model(small, config.adapter, random)
+    # the layers below all adapters have a forward alone, which is timed by itself
+    below = config.adapted_layers(arch.n_layer)[0] / small.n_layer
+    model = _random_model(small, dataclasses.replace(config, layers="").adapter, random)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp
@@ -71,6 +73,10 @@ def measured_speed(
     def layers() -> None:
         features, _ = model.features(ids)
         features.float().square().sum().backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.features(ids)
 
     def logits() -> None:
         head(x, ids.flatten()).backward()
@@ -93,7 +99,10 @@ def measured_speed(
     while (seconds := _fastest(layers, device)) < ENOUGH and 2 * len(ids) <= config.micro_bsz:
         ids = ids.repeat(2, 1)
     x = torch.empty(ids.numel(), arch.n_embd, dtype=half, device=device).normal_().requires_grad_()
-    seconds = seconds * depth + trained * _fastest(logits, device)
+    seconds *= depth - below
+    if below:
+        seconds += below * _fastest(forward, device)
+    seconds += trained * _fastest(logits, device)
     source = "two layers and the head were timed here just now; saving and the optimizer are not in it"
     accelerator = "gpu" if device == "cuda" else "cpu"
     if rows := objective_of(config).sampled_at_once(arch, precision, accelerator):

@@ -6,6 +6,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.hub_names import recorded
 from rwkv_miss.merging.rounding import percent
 from rwkv_miss.progress import duration_text
+from rwkv_miss.targets import layers_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
@@ -19,7 +20,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..objectives.kinds import objective_of
-from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, USUAL_TRIALS, first_guess
+from ..planning.defaults import MOST_TRIALS, TRIAL_STEPS, USUAL_TRIALS, first_guess, share_of_time
 from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
@@ -32,6 +33,7 @@ from .run_card import CARD
 
 LINES = 14  # the most lines of a plan
 FAR = 5  # a rate on rewards this many times the first guess gets a warning
+HOUR = 3600  # seconds; a run on a CPU that takes longer gets advice
 LABEL = 11  # characters that a line begins with
 
 
@@ -68,6 +70,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(run, cost),
+        *advice(run, cost),
         f"sample     {short_example(run.data.documents[0], run.tokenizer)}",
     ]
     if len(lines) <= LINES:
@@ -145,6 +148,8 @@ def method(peft: str, model: RWKV) -> str:
     told = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
     described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
     where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
+    if report.layers is not None:
+        where += f" of layers {layers_text(report.layers)}"
     return f"{peft}{described}{where}"
 
 
@@ -232,6 +237,20 @@ def warnings(run: Plan, cost: Cost) -> list[str]:
     if device.accelerator == "cpu" and device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
         texts.append(f"slow: {device.kernel_reason.removeprefix('auto: ')}")
     return [f"warning    {text}" for text in texts]
+
+
+def advice(run: Plan, cost: Cost) -> list[str]:
+    """Say what fewer layers with adapters would save, where a CPU takes longer than an hour."""
+    config, layers = run.settings, run.arch.n_layer
+    slow = run.device.accelerator == "cpu" and cost.seconds > HOUR
+    if not slow or config.peft == "none" or config.layers or layers < 4:
+        return []
+    trained = sum(run.schedule.targets) / sum(run.schedule.lengths)
+    half, quarter = (
+        f"--layers last:{count} takes about {share_of_time(run.arch, count, trained):.2f}"
+        for count in (layers // 2, layers // 4)
+    )
+    return [f"advice     this takes more than an hour: a step with {half} of the time, with {quarter}"]
 
 
 def base(run: Plan, held: float) -> str:
