@@ -207,9 +207,10 @@ class NotDone(Exception):
 class Trainings:
     """The trainings of a case, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
 
-    def __init__(self, name: str, method: str, args: argparse.Namespace):
+    def __init__(self, name: str, method: str, args: argparse.Namespace, layers: str = ""):
         self.rows = ROWS[(list(TASKS).index(name) + list(RATES).index(method)) % len(ROWS)]
-        self.method, self.folder, self.only_finished = method, args.out / name / method, args.only_finished
+        self.method, self.layers, self.only_finished = method, layers, args.only_finished
+        self.folder = args.out / name / f"{method} {layers}".strip().replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task = TASKS[name](self.folder, args.data, self.rows)
         self.lines = Lines(self.folder / "trainings.jsonl", "seed", "rate")
@@ -245,7 +246,7 @@ class Trainings:
             adamw, rate, schedule = OPTIMIZERS[rate]
             rate = rate or self.at("auto", seed)["guess"]
             flags = as_flags(lr_schedule=schedule, rollback_steps=0)  # that copies tensors alone
-        flags += as_flags(peft=self.method, random_seed=seed, lr_init=rate)
+        flags += as_flags(peft=self.method, layers=self.layers, random_seed=seed, lr_init=rate)
         begun, ran = time.process_time(), None
         try:
             with mock.patch.object(trainer, "adamw", adamw):
