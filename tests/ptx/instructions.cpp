@@ -58,20 +58,23 @@ static s32 bfe(s32 a, u32 at, u32 length) {
 }
 
 // ---- loads, stores, moves ----
+template <class T> static T read_as(const u8* p) { T x; memcpy(&x, p, sizeof x); return x; }
+static u64 number_at(const u8* p, int size, bool is_signed) {
+    switch (size) {
+        case 1: return is_signed ? (u64)(s64)(s8)*p : *p;
+        case 2: return is_signed ? (u64)(s64)read_as<s16>(p) : read_as<u16>(p);
+        case 4: return is_signed ? (u64)(s64)read_as<s32>(p) : read_as<u32>(p);
+        default: return read_as<u64>(p);
+    }
+}
 static void run_ld(Warp& w, const Instruction& i, u32 lanes) {  // {d...}, [a]
     const Operand& base = i.o[i.vector];
     if (options.traffic) count_traffic(w, i, base, lanes, i.vector * i.size, i.space);
+    static const u64 garbage[2] = {~0ull, ~0ull};
     each(lanes, [&](int l) {
-        u8 bytes[16];
         const u8* p = access(w, i, l, i.space, address_of(w, base, l), i.vector * i.size, nullptr, i.used);
-        if (p) memcpy(bytes, p, i.vector * i.size);
-        else memset(bytes, 0xff, 16);
-        for (int k = 0; k < i.vector; k++) {
-            u64 x = 0;
-            memcpy(&x, bytes + k * i.size, i.size);
-            if (i.is_signed && i.size < 8) x = (u64)((s64)(x << (64 - 8 * i.size)) >> (64 - 8 * i.size));
-            put(w, i.o[k], l, x);
-        }
+        if (!p) p = (const u8*)garbage;
+        for (int k = 0; k < i.vector; k++, p += i.size) put(w, i.o[k], l, number_at(p, i.size, i.is_signed));
     });
 }
 static void run_st(Warp& w, const Instruction& i, u32 lanes) {  // [a], {b...}
@@ -133,7 +136,7 @@ static void cp_async_wait(Warp& w, const Instruction& i, u32 lanes) {
     Block& b = *w.block;
     each(lanes, [&](int l) {
         const u64 pending = get(w, i.o[0], l);
-        for (; w.groups[l].size() > pending; w.groups[l].pop_front())
+        for (; w.groups[l].size() > pending; w.groups[l].erase(w.groups[l].begin()))
             for (const Copy& c : w.groups[l].front()) {
                 if (c.from) memcpy(&b.shared[c.to], c.from, 16);
                 else memset(&b.shared[c.to], 0, 16);

@@ -109,7 +109,7 @@ struct Warp {
     u8* registers;
     u64 sync = 0;  // clock of the last bar.warp.sync
     vector<Copy> open[32];
-    std::deque<vector<Copy>> groups[32];
+    vector<vector<Copy>> groups[32];  // committed, the oldest first
     template <class T> T* reg(const Operand& o) const { return (T*)(registers + o.at); }
 };
 struct Block {
@@ -130,7 +130,7 @@ void report(const string& kind, const Warp&, const Instruction&, int lane, const
 
 // ---- memory.cpp ----
 constexpr u64 ASYNC = 1 << 13;  // in a tag: a cp.async is on its way
-Tag tag_of(const Warp&, int lane);
+inline Tag tag_of(const Warp& w, int lane) { return now << 16 | (u64)(w.id * 32 + lane); }
 u8* access(Warp&, const Instruction&, int lane, Space, u64 address, u32 bytes, const u8* data, u32 used = ~0u,
     u16* known = nullptr);
 void count_traffic(const Warp&, const Instruction&, const Operand& base, u32 lanes, u32 bytes, Space);

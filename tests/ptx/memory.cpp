@@ -54,8 +54,6 @@ string place_in_allocation(const Instruction& i, u64 address) {
     return std::to_string(address - i.last->base) + " bytes from the start of " + i.last->name;
 }
 
-Tag tag_of(const Warp& w, int lane) { return now << 16 | (u64)(w.id * 32 + lane); }
-
 // Who else touched a byte without a barrier in between. `since`: before it was another launch or, for shared
 // memory, another block.
 static const char* conflict(Tag tag, const Warp& w, int lane, u64 since) {
@@ -82,9 +80,10 @@ static Tag read_tag(Tag old, const Warp& w, int lane, u64 since) {
     return old & LANES || (old & THREAD) != (tag & THREAD) ? tag | LANES : tag;
 }
 
-// Looks for races of an access with those before it, and writes its tag. `same`: it writes what is there.
-static void touch(const Warp& w, const Instruction& i, int lane, Tag& written, Tag& read, bool write,
-    bool shared, u64 address, bool same) {
+// Looks for races of an access with those before it, and writes its tag. `data`: the bytes that it writes to
+// `place`, null for a read.
+static void touch(const Warp& w, const Instruction& i, int lane, Tag& written, Tag& read, const u8* data,
+    const u8* place, u32 bytes, bool shared, u64 address) {
     const Block& b = *w.block;
     const u64 since = shared ? b.started : b.launched;
     const char* memory = shared ? "shared" : "global";
@@ -95,10 +94,10 @@ static void touch(const Warp& w, const Instruction& i, int lane, Tag& written, T
     };
     if (written & ASYNC && written >> 16 >= b.started) return found("access to a cp.async on its way", "it");
     if (const char* who = conflict(written, w, lane, since))
-        found(!write ? "race: read after write"
-              : same ? "race: write after write of the same value"
-                     : "race: write after write", who);
-    if (write) {
+        found(!data ? "race: read after write"
+              : !memcmp(data, place, bytes) ? "race: write after write of the same value"
+                                             : "race: write after write", who);
+    if (data) {
         if (const char* who = conflict(read, w, lane, since)) found("race: write after read", who);
         written = tag_of(w, lane);
     } else {
@@ -152,14 +151,13 @@ u8* access(Warp& w, const Instruction& i, int lane, Space space, u64 address, u3
         if (address + bytes > b.valid.size()) return fail("shared memory out of bounds");
         // the gaps between variables are wider than an access
         if (!b.valid[address] || !b.valid[address + bytes - 1]) return fail("shared memory out of bounds");
-        const bool same = data && !memcmp(&b.shared[address], data, bytes);
         for (u32 k = 0; k < bytes; k++) {
             if (!data && !(used >> k & 1)) continue;
             Tag &written = b.written[address + k], &read = b.read[address + k];
             if (run.again(written, read)) continue;
             if (!data && written >> 16 < b.started) return fail("read of uninitialised shared memory");
             run.before(written, read);
-            touch(w, i, lane, written, read, data, true, address + k, same);
+            touch(w, i, lane, written, read, data, &b.shared[address], bytes, true, address + k);
             run.after(written, read);
         }
         return &b.shared[address];
@@ -176,7 +174,6 @@ u8* access(Warp& w, const Instruction& i, int lane, Space space, u64 address, u3
     }
     if (data && a->readonly) return fail("write to an input");
     const u64 at = address - a->base;
-    const bool same = data && !memcmp((u8*)address, data, bytes);
     for (u32 k = 0; k < bytes; k++) {
         if (data) a->set[at + k] = 1;
         else if (!(used >> k & 1)) continue;
@@ -185,7 +182,7 @@ u8* access(Warp& w, const Instruction& i, int lane, Space space, u64 address, u3
         Tag &written = a->written[at + k], &read = a->read[at + k];
         if (run.again(written, read)) continue;
         run.before(written, read);
-        touch(w, i, lane, written, read, data, false, address + k, same);
+        touch(w, i, lane, written, read, data, (u8*)address, bytes, false, address + k);
         run.after(written, read);
     }
     return (u8*)address;
