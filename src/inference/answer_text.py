@@ -31,6 +31,7 @@ class AnswerText:
         self.tokens: list[int] = []
         self.shown, self.held = "", ""
         self.ended = ""  # the end that came: document, stop, or nothing so far
+        self.stop = ""  # the stop that came
 
     @property
     def length(self) -> int:
@@ -53,6 +54,7 @@ class AnswerText:
         self.shown, self.held = self.shown + before[:safe], before[safe:]
         if ended:
             self.ended = "stop"
+            self.stop = next((stop for stop in self.stops if text.startswith(stop, len(before))), "")
             self.close()
 
     def _cut(self, token: int, text: str) -> tuple[str, int, bool]:

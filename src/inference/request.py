@@ -72,6 +72,7 @@ class Answer:
     # stop: end of document, a text of stops, a complete form; length: max_tokens, characters, or a form that
     # became too complex
     finish: Finish = ""
+    stop: str = ""  # the text of stops that ended it
     error: UserError | None = None
     logprobs: list[Drawn] = dataclasses.field(default_factory=list)  # of each token, if asked for
     # of the prompt's tokens, if asked for: complete before the first token

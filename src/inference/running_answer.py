@@ -53,7 +53,7 @@ class RunningAnswer:
         characters = text.length if text.is_whole else None
         text.push(drawn.token)
         if text.ended:
-            answer.finish = "stop"
+            answer.finish, answer.stop = "stop", text.stop
         elif len(text.tokens) >= request.max_tokens or text.length > request.characters:
             answer.finish = "length"
             text.close()

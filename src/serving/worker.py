@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     error: str
     cached_tokens: int
     prompt_logprobs: Sequence[Any] = ()  # with the answer's first piece, if asked for
+    stop: str = ""  # the stop that ended it
 
 
 class Job:
@@ -195,6 +196,7 @@ class Worker:
             error,
             answer.cached_tokens,
             () if tokens else answer.prompt_logprobs,
+            answer.stop,
         )
         self.sent[key] = len(answer.text), len(answer.tokens)
         if finish:
