@@ -98,6 +98,53 @@ BODIES = [
         "/v1/completions",
         {"model": "MODEL", "prompt": ["a", "b"], "max_tokens": 3, "echo": False, "logprobs": 1, "stop": None},
     ),
+    (
+        "/v1/responses",
+        {
+            "model": "MODEL",
+            "instructions": "Be brief.",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}]},
+                {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "rain"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+            "tool_choice": {"type": "function", "name": "f"},
+            "text": {"format": {"type": "text"}},
+            "reasoning": {"effort": "none"},
+            "include": ["reasoning.encrypted_content"],
+            "max_output_tokens": 4,
+            "stream": True,
+        },
+    ),
+    (
+        "/v1/messages",
+        {
+            "model": "MODEL",
+            "system": [{"type": "text", "text": "Be brief."}],
+            "messages": [
+                {"role": "user", "content": "What is the weather?"},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "hm", "signature": ""},
+                        {"type": "tool_use", "id": "c", "name": "f", "input": {}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "c", "content": "rain"}],
+                },
+            ],
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "auto"},
+            "thinking": {"type": "disabled"},
+            "output_config": {"effort": "low", "format": None},
+            "stop_sequences": ["a"],
+            "max_tokens": 4,
+        },
+    ),
     ("/v1/adapters", {"name": "new", "file": "new.pth"}),
 ]
 

@@ -79,10 +79,10 @@ def script(tokenizer, draw):
 
 def replies(choices, parts):
     """(the choices of a stream, joined as they come; the whole ones)."""
-    streamed = list(choices.first())
+    streamed = list(choices.first_choices())
     for piece, _ in parts:
-        streamed += choices.push(piece)
-    return streamed, choices.whole()
+        streamed += choices.next_choices(piece)
+    return streamed, choices.all_choices()
 
 
 def check_chat(tokenizer, engine, draw, **more):

@@ -23,7 +23,8 @@ from rwkv_miss.version import VERSION
 
 from ..data.rwkv_template import MODES
 from ..inference.engine import Engine
-from .dispatcher import Dispatcher, reply
+from .anthropic_api import AnthropicReply, read_anthropic
+from .dispatcher import Dispatcher, answer
 from .errors import Refused, failed, wrong
 from .fields import Fields, read_object
 from .guard import Guard, GuardMiddleware
@@ -34,6 +35,7 @@ from .renderer import MOST_BYTES, Renderer
 from .replies import error_reply, ignored_header, json_reply, read_body
 from .request_log import RequestLog
 from .request_parsing import Defaults, RequestReader, read_chat, read_completion
+from .responses_api import ResponsesReply, read_response
 from .served_models import ServedModels
 from .think_modes import efforts_of, modes_of
 from .token_requests import read_detokenize, read_tokenize, tokenizer_info
@@ -70,6 +72,9 @@ class Routes:
             self._route("/v1/server", self.server),
             self._route("/v1/chat/completions", self.chat, "POST"),
             self._route("/v1/completions", self.completions, "POST"),
+            self._route("/v1/responses", self.responses, "POST"),
+            self._route("/v1/messages", self.messages, "POST"),
+            self._route("/v1/messages/count_tokens", self.count_tokens, "POST"),
             self._route("/v1/adapters", self.adapters),
             self._route("/v1/adapters", self.add_adapter, "POST"),
             self._route("/v1/adapters/{name}", self.drop_adapter, "DELETE"),
@@ -89,7 +94,7 @@ class Routes:
             try:
                 response = await endpoint(request)
             except Refused as refused:
-                response = error_reply(refused)
+                response = error_reply(refused, request.url.path)
             self.dispatcher.metrics.requests[path, response.status_code] += 1
             return response
 
@@ -160,11 +165,23 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         asked = await self._asked(request, read_chat)
-        return await reply(self.dispatcher, request, asked, ChatChoices(asked, self.dispatcher.names))
+        return await answer(self.dispatcher, request, asked, ChatChoices(asked, self.dispatcher.names))
 
     async def completions(self, request: Request) -> Response:
         asked = await self._asked(request, read_completion)
-        return await reply(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
+        return await answer(self.dispatcher, request, asked, TextChoices(asked, self.dispatcher.names))
+
+    async def responses(self, request: Request) -> Response:
+        asked = await self._asked(request, read_response)
+        return await answer(self.dispatcher, request, asked, ResponsesReply(asked, self.dispatcher.names))
+
+    async def messages(self, request: Request) -> Response:
+        asked = await self._asked(request, read_anthropic)
+        return await answer(self.dispatcher, request, asked, AnthropicReply(asked))
+
+    async def count_tokens(self, request: Request) -> Response:
+        asked = await self._asked(request, read_anthropic)
+        return json_reply({"input_tokens": len(asked.requests[0].tokens)})
 
     async def tokenize(self, request: Request) -> Response:
         value, ignored = await self._asked(request, read_tokenize)
@@ -278,8 +295,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path[:80]!r}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     refused = Refused(error.status_code, f"{where}: {error.detail}", code=code, headers=error.headers)
-    return error_reply(refused)
+    return error_reply(refused, request.url.path)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return error_reply(failed("this is a bug of the server; its operator has the traceback"))
+    refused = failed("this is a bug of the server; its operator has the traceback")
+    return error_reply(refused, request.url.path)

@@ -16,9 +16,8 @@ from rwkv_miss.errors import UserError
 from .errors import Refused, failed
 from .limits import Limits
 from .metrics import Metrics
-from .openai_choices import ChatChoices, TextChoices
-from .openai_objects import Envelope, TokenNames, usage_object
-from .replies import EventStream, ignored_header, json_reply, until_gone
+from .openai_objects import TokenNames
+from .replies import EventStream, Reply, Usage, ignored_header, json_reply, until_gone
 from .request_parsing import ParsedRequest
 from .served_models import ServedModels
 from .worker import Job, Piece, Worker
@@ -121,9 +120,9 @@ class RunningRequest:
                 yield piece
         metrics.whole.add(time.monotonic() - self.began)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         prompt = sum(len(request.tokens) for request in self.asked.requests)
-        return usage_object(prompt, self.tokens, sum(self.cached))
+        return Usage(prompt, self.tokens, sum(self.cached))
 
     def close(self) -> None:
         """Free what the request holds. It may be called twice."""
@@ -140,24 +139,20 @@ class RunningRequest:
         dispatcher.served.release(self.entries, dispatcher.worker)
 
 
-async def reply(
-    dispatcher: Dispatcher, request: Request, asked: ParsedRequest, choices: ChatChoices | TextChoices
-) -> Response:
-    """Reply to a request: with a stream, or with the whole answer when it is there. Raises Refused."""
+async def answer(dispatcher: Dispatcher, request: Request, asked: ParsedRequest, reply: Reply) -> Response:
+    """Answer a request: with a stream, or with the whole answer when it is there. Raises Refused."""
     run = await dispatcher.begin(asked)
-    envelope = Envelope(choices.prefix, choices.kind, asked.model)
     headers = ignored_header(asked.ignored)
     if asked.stream:
-        return EventStream(_events(run, choices, envelope), headers, run.close, dispatcher.metrics.left)
+        return EventStream(_events(run, reply), headers, reply.end, run.close, dispatcher.metrics.left)
     gone = asyncio.create_task(until_gone(request))
-    work = asyncio.create_task(_collected(run, choices))
+    work = asyncio.create_task(_collected(run, reply))
     try:
         await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             dispatcher.metrics.left()
             return Response(status_code=GONE)
-        whole = envelope.whole(work.result(), run.usage()) | choices.extra()
-        return json_reply(whole, headers=headers)
+        return json_reply(work.result(), headers=headers)
     finally:
         gone.cancel()
         work.cancel()
@@ -165,25 +160,22 @@ async def reply(
         run.close()
 
 
-async def _collected(run: RunningRequest, choices: ChatChoices | TextChoices) -> list[dict[str, Any]]:
+async def _collected(run: RunningRequest, reply: Reply) -> dict[str, Any]:
     async for piece in run.pieces():
-        for _ in choices.push(piece):
+        for _ in reply.push(piece):
             pass
-    return choices.whole()
+    return reply.whole(run.usage())
 
 
-async def _events(
-    run: RunningRequest, choices: ChatChoices | TextChoices, envelope: Envelope
-) -> AsyncGenerator[dict[str, Any], None]:
-    says_usage = run.asked.usage
+async def _events(run: RunningRequest, reply: Reply) -> AsyncGenerator[dict[str, Any], None]:
     try:
-        for choice in choices.first():
-            yield envelope.chunk([choice], None, says_usage)
+        for event in reply.first():
+            yield event
         async for piece in run.pieces():
-            for choice in choices.push(piece):
-                yield envelope.chunk([choice], None, says_usage)
+            for event in reply.push(piece):
+                yield event
     except Refused as refused:  # the status was sent long ago
-        yield refused.as_object()
+        yield reply.error(refused)
         return
-    if says_usage:
-        yield envelope.chunk([], run.usage(), says_usage)
+    for event in reply.last(run.usage()):
+        yield event

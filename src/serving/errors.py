@@ -1,9 +1,19 @@
-"""Errors for clients, as OpenAI's error objects with their codes."""
+"""Errors for clients, as the APIs' error objects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class Refused(Exception):
@@ -30,6 +40,25 @@ class Refused(Exception):
         others = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, others)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def as_anthropic(self) -> dict[str, Any]:
+        """Return Anthropic's error object."""
+        others = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = ANTHROPIC_KINDS.get(self.status, others)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Give fields at fault the names that they have in the client's API: our name -> its name."""
+    try:
+        yield
+    except Refused as refused:
+        ours = refused.param
+        if ours not in names:
+            raise
+        message = refused.message.replace(ours, names[ours], 1)
+        raise Refused(refused.status, message, names[ours], refused.code) from None
 
 
 def wrong(param: str, message: str) -> Refused:

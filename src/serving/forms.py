@@ -66,6 +66,16 @@ def read_form(fields: Fields, compiler: Compiler) -> Asked | None:
     return asked
 
 
+def read_format(form: Fields | None) -> dict[str, Any] | None:
+    """Read a form that has its schema beside its type, as the newer APIs write it, into response_format."""
+    if form is None:
+        return None
+    kind, schema = form.choice("type", ("text", "json_object", "json_schema")), form.take("schema")
+    if kind == "json_schema" and schema is None:
+        raise form.refuse("schema", None, "a JSON schema")
+    return {"type": kind, "json_schema": {"schema": schema}}
+
+
 def answer_form(compiler: Compiler, template: Template, tools: Tools, asked: Asked | None) -> Form | None:
     """Compile the form of a chat's answers; None leaves them free. Raises Refused."""
     style = style_of(template) if tools.described else None

@@ -61,7 +61,9 @@ class Guard:
         if not self.keys and not is_admins or method == "OPTIONS" or is_open and reads:
             return
         scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else ""
+        # Anthropic's clients have a header of their own
+        other = headers.get(b"x-api-key", b"").decode("latin-1")
+        given = given.strip() if scheme.lower() == "bearer" else other
         if is_one_of(given, self.admin_keys):
             return
         known = is_one_of(given, self.keys)
@@ -124,6 +126,6 @@ class GuardMiddleware:
                 self.guard.check(scope["method"], scope["path"], dict(scope["headers"]))
             except Refused as refused:
                 self.refused(refused.status)
-                await error_reply(refused)(scope, receive, send)
+                await error_reply(refused, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)

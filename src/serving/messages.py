@@ -8,7 +8,7 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import thoughts_of
 from ..data.tool_styles import read_call
-from .errors import Refused
+from .errors import wrong
 from .fields import Fields
 
 # OpenAI's newer name of the system's role
@@ -37,11 +37,8 @@ def without_thoughts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _message(fields: Fields) -> dict[str, Any]:
-    role = fields.choice("role", ROLES)
-    if role is None:
-        raise fields.refuse("role", None, f"one of {', '.join(ROLES)}")
-    role = ROLES[role]
-    content = _content(fields, required=role != "assistant")
+    role = read_role(fields)
+    content = read_content(fields, required=role != "assistant")
     message: dict[str, Any] = {"role": role, "content": content}
     if role == "assistant":
         thoughts = fields.text("reasoning_content") or fields.text("reasoning")
@@ -54,7 +51,14 @@ def _message(fields: Fields) -> dict[str, Any]:
     return message
 
 
-def _content(fields: Fields, required: bool) -> str:
+def read_role(fields: Fields) -> str:
+    role = fields.choice("role", ROLES)
+    if role is None:
+        raise fields.refuse("role", None, f"one of {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def read_content(fields: Fields, required: bool) -> str:
     """Read the text of a message, also if it comes in parts."""
     value = fields.take("content")
     if value is None and not required:
@@ -81,8 +85,13 @@ def _content(fields: Fields, required: bool) -> str:
 def _calls(fields: Fields) -> list[dict[str, Any]]:
     calls = fields.objects("tool_calls") or []
     for i, call in enumerate(calls):
-        try:
-            read_call(call)
-        except UserError as error:
-            raise Refused(400, str(error), f"{fields.within}tool_calls[{i}]", "invalid_value") from None
+        check_call(call, f"{fields.within}tool_calls[{i}]")
     return calls
+
+
+def check_call(call: dict[str, Any], param: str) -> None:
+    """Raise Refused for a call without a name, or without an object of arguments."""
+    try:
+        read_call(call)
+    except UserError as error:
+        raise wrong(param, str(error)) from None

@@ -6,19 +6,55 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .chat_text import ChatText, Delta
-from .openai_objects import TokenNames, delta_object, message_object
-from .request_parsing import AskedChat, AskedText
+from .errors import Refused
+from .openai_objects import Envelope, TokenNames, delta_object, message_object, usage_object
+from .replies import Reply, Usage
+from .request_parsing import AskedChat, AskedText, ParsedRequest
 from .spelling import Spelled, Spelling, spelled_prompt
 from .worker import Piece
 
 
-class ChatChoices:
-    """Choices of a chat. push() returns a stream's next objects, whole() the complete one."""
+class Choices(Reply):
+    """Choices of an answer: first_choices() and next_choices() of a stream, all_choices() of a whole one."""
+
+    prefix = kind = ""
+    end = b"data: [DONE]\n\n"
+
+    def __init__(self, asked: ParsedRequest, names: TokenNames):
+        self.names, self.asked = names, asked
+        self.envelope = Envelope(self.prefix, self.kind, asked.model, asked.usage)
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        return (self.envelope.chunk([choice]) for choice in self.first_choices())
+
+    def first_choices(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        return (self.envelope.chunk([choice]) for choice in self.next_choices(piece))
+
+    def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        if self.envelope.says_usage:
+            yield self.envelope.chunk([], usage_object(usage))
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        return self.envelope.whole(self.all_choices(), usage) | self.extra()
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        return refused.as_object()
+
+    def extra(self) -> dict[str, Any]:
+        """Return what stands beside the choices."""
+        return {}
+
+
+class ChatChoices(Choices):
+    """Choices of a chat."""
 
     prefix, kind = "chatcmpl", "chat.completion"
 
     def __init__(self, asked: AskedChat, names: TokenNames):
-        self.names, self.asked = names, asked
+        super().__init__(asked, names)
         count = asked.requests[0].n
         self.wants_logprobs = asked.requests[0].logprobs is not None
         self.texts = [ChatText(asked.template, asked.tools) for _ in range(count)]
@@ -28,11 +64,11 @@ class ChatChoices:
         self.finish = [""] * count
         self.prompt_logprobs: Sequence[Any] = ()
 
-    def first(self) -> Iterator[dict[str, Any]]:
+    def first_choices(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self.texts)):
             yield self._choice(index, {"role": "assistant", "content": ""})
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
         index, text = piece.index, self.texts[piece.index]
         deltas = [text.push(piece.text)]
         if piece.finish:
@@ -51,7 +87,7 @@ class ChatChoices:
         if piece.finish:
             yield self._choice(index, {}, None, self.finish[index])
 
-    def whole(self) -> list[dict[str, Any]]:
+    def all_choices(self) -> list[dict[str, Any]]:
         return [
             {
                 "index": index,
@@ -63,7 +99,6 @@ class ChatChoices:
         ]
 
     def extra(self) -> dict[str, Any]:
-        """Return what stands beside the choices."""
         if (count := self.asked.requests[0].prompt_logprobs) is None:
             return {}
         return {"prompt_logprobs": self.names.prompt(self.prompt_logprobs, count)}
@@ -73,14 +108,14 @@ class ChatChoices:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-class TextChoices:
-    """Choices of a completion, with the same methods."""
+class TextChoices(Choices):
+    """Choices of a completion."""
 
     prefix = "cmpl"
     kind = "text_completion"
 
     def __init__(self, asked: AskedText, names: TokenNames):
-        self.names, self.asked = names, asked
+        super().__init__(asked, names)
         self.count = asked.requests[0].logprobs
         each = range(asked.requests[0].n)
         self.prompts = [prompt for prompt in asked.prompts for _ in each]
@@ -92,10 +127,7 @@ class TextChoices:
         self.prompt_logprobs: list[Sequence[Any]] = [()] * count
         self.begun = [False] * count
 
-    def first(self) -> Iterator[dict[str, Any]]:
-        return iter(())
-
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def next_choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
         index, text, tokens = piece.index, piece.text, []
         echo, spelling = self.echoes[index], self.drawn[index]
         if not self.begun[index]:
@@ -113,7 +145,7 @@ class TextChoices:
         if text or piece.finish or tokens:
             yield self._choice(index, text, self._logprobs(tokens), piece.finish or None)
 
-    def whole(self) -> list[dict[str, Any]]:
+    def all_choices(self) -> list[dict[str, Any]]:
         choices = []
         for index, text in enumerate(self.texts):
             choice = self._choice(index, text, self._logprobs(self.logprobs[index]), self.finish[index])
@@ -121,9 +153,6 @@ class TextChoices:
                 choice["prompt_logprobs"] = self.names.prompt(self.prompt_logprobs[index], count)
             choices.append(choice)
         return choices
-
-    def extra(self) -> dict[str, Any]:
-        return {}
 
     def _logprobs(self, tokens: list[Spelled]) -> dict[str, Any] | None:
         return None if self.count is None else self.names.completion(tokens, self.count)

@@ -11,32 +11,36 @@ from ..data.tokenizer import BROKEN, ByteTokenizer, Tokenizer
 from ..inference.prompt_logprobs import Scored
 from ..inference.sampling import Drawn
 from .chat_text import Delta
+from .replies import Usage
 from .spelling import Spelled
 
 
 class Envelope:
-    """Common part of all objects of one request. `kind` is that of the whole one."""
+    """Common part of all objects of one request. `kind` is that of the whole one.
 
-    def __init__(self, prefix: str, kind: str, model: str):
-        self.kind = kind
+    All parts of a stream have a usage if the last one tells it.
+    """
+
+    def __init__(self, prefix: str, kind: str, model: str, says_usage: bool):
+        self.kind, self.says_usage = kind, says_usage
         self.common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[dict], usage: dict) -> dict[str, Any]:
-        return {"object": self.kind, **self.common, "choices": choices, "usage": usage}
+    def whole(self, choices: list[dict], usage: Usage) -> dict[str, Any]:
+        return {"object": self.kind, **self.common, "choices": choices, "usage": usage_object(usage)}
 
-    def chunk(self, choices: list[dict], usage: dict | None, says_usage: bool) -> dict[str, Any]:
-        """Make a part of a stream; all parts have a usage if the last one tells it."""
+    def chunk(self, choices: list[dict], usage: dict | None = None) -> dict[str, Any]:
+        """Make a part of a stream."""
         kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        extra = {"usage": usage} if says_usage else {}
+        extra = {"usage": usage} if self.says_usage else {}
         return {"object": kind, **self.common, "choices": choices, **extra}
 
 
-def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+def usage_object(usage: Usage) -> dict[str, Any]:
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.answer,
+        "total_tokens": usage.prompt + usage.answer,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
 
 

@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from .errors import Refused
 from .limits import Limits
+from .worker import Piece
 
 QUIET_SECONDS = 15.0  # after which a stream shows that it is still there
 MOST_NAMED = 20
+ANTHROPIC_PATH = "/v1/messages"
 DROPPED = 4  # times the largest body: the part of a larger one that is read and dropped
+
+
+class Usage(NamedTuple):
+    """Tokens of a request."""
+
+    prompt: int
+    answer: int
+    cached: int  # tokens of the prompt whose state was cached
+
+
+class Reply(Protocol):
+    """Reply to a request in the form of one API. An event with a `type` is named by it."""
+
+    end: bytes  # what a stream ends with, after the last event
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that begin a stream."""
+
+    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Take the next piece of an answer, and yield its events."""
+
+    def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        """Yield the events that end a stream."""
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        """Make the event that ends a stream which failed."""
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        """Make the object of a reply without a stream."""
 
 
 def dumped(value: Any) -> bytes:
@@ -27,8 +58,10 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(dumped(value), status, dict(headers or {}), "application/json")
 
 
-def error_reply(refused: Refused) -> Response:
-    return json_reply(refused.as_object(), refused.status, refused.headers)
+def error_reply(refused: Refused, path: str) -> Response:
+    """Reply with an error, in the form of the API that the path is of."""
+    error = refused.as_anthropic() if path.startswith(ANTHROPIC_PATH) else refused.as_object()
+    return json_reply(error, refused.status, refused.headers)
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
@@ -82,7 +115,7 @@ async def until_gone(request: Request) -> None:
 
 
 class EventStream(Response):
-    """Stream of server-sent events, each a JSON object, then [DONE]. It ends if the client leaves."""
+    """Stream of server-sent events, each a JSON object, then `end`. It ends if the client leaves."""
 
     media_type = "text/event-stream"
 
@@ -90,11 +123,12 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[Any, None],
         headers: Mapping[str, str],
+        end: bytes,
         at_end: Callable[[], None],
         at_leaving: Callable[[], None],
     ):
         """Start the stream. `at_end` is always called, `at_leaving` if the client leaves before the end."""
-        self.events, self.at_end, self.at_leaving = events, at_end, at_leaving
+        self.events, self.end, self.at_end, self.at_leaving = events, end, at_end, at_leaving
         self.status_code, self.background, self.body = 200, None, b""
         self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Response counts its body, and this one has no length
@@ -120,10 +154,11 @@ class EventStream(Response):
                 try:
                     event = coming.result()
                 except StopAsyncIteration:
-                    await part(b"data: [DONE]\n\n", False)
+                    await part(self.end, False)
                     return
                 coming = None
-                await part(b"data: " + dumped(event) + b"\n\n")
+                name = f"event: {event['type']}\n" if "type" in event else ""
+                await part(name.encode() + b"data: " + dumped(event) + b"\n\n")
         finally:
             gone.cancel()
             if coming:

@@ -55,7 +55,7 @@ def read_tools(fields: Fields) -> Tools:
 
 def _wanted(choice: Any, functions: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the function that must be called."""
-    function = choice.get("function") if isinstance(choice, dict) else None
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or choice.get("type", "function") != "function":
         raise wrong(

@@ -1,0 +1,197 @@
+"""Anthropic's Messages API: a request becomes that of a chat, and the answer a list of content blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from .blocks import Block, BlockReply, refuse_more
+from .errors import Refused, named, wrong
+from .fields import Fields
+from .forms import read_format
+from .messages import check_call, read_content, read_role
+from .replies import Usage
+from .request_parsing import AskedChat, RequestReader, read_chat
+
+# names of a chat's fields -> names of this API
+NAMES = {"stop": "stop_sequences", "response_format": "output_config.format", "reasoning_effort": "thinking"}
+# its efforts -> OpenAI's
+EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "xhigh"}
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+# kind of a block -> (its type, the field of its text, the type of new text, its field)
+KINDS = {
+    "thoughts": ("thinking", "thinking", "thinking_delta", "thinking"),
+    "text": ("text", "text", "text_delta", "text"),
+    "call": ("tool_use", "input", "input_json_delta", "partial_json"),
+}
+
+
+def read_anthropic(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
+    """Read a request to /v1/messages. Raises Refused."""
+    fields = Fields(body)
+    refuse_more(fields)
+    config, tools = fields.inner("output_config"), fields.objects("tools") or []
+    given = {
+        "messages": _messages(fields),
+        "stop": fields.take("stop_sequences"),
+        "reasoning_effort": _effort(fields, config),
+        "response_format": read_format(config.inner("format")) if config else None,
+        "tools": [_tool(Fields(tool, f"tools[{i}].")) for i, tool in enumerate(tools)],
+        **_choice(fields),
+    }
+    alike = {name: value for name, value in body.items() if name not in fields.seen}
+    with named(NAMES):
+        return read_chat(reader, {**alike, **given})
+
+
+def _effort(fields: Fields, config: Fields | None) -> str | None:
+    """Read how much the model thinks; None leaves it to the template."""
+    thinking = fields.inner("thinking")
+    kind = thinking and thinking.choice("type", ("enabled", "adaptive", "disabled"))
+    effort = config and config.choice("effort", EFFORTS)
+    if kind == "disabled":
+        return "none"
+    return EFFORTS[effort or "medium"] if kind or effort else None
+
+
+def _choice(fields: Fields) -> dict[str, Any]:
+    choice = fields.inner("tool_choice")
+    if not choice:
+        return {}
+    kind = choice.choice("type", (*CHOICES, "tool"))
+    function = {"type": "function", "function": {"name": choice.text("name")}}
+    return {
+        "tool_choice": function if kind == "tool" else CHOICES.get(kind),
+        "parallel_tool_calls": not choice.flag("disable_parallel_tool_use"),
+    }
+
+
+def _tool(tool: Fields) -> dict[str, Any]:
+    kind = tool.text("type", "custom")
+    if kind != "custom":
+        raise tool.refuse("type", kind, "custom: this server runs no tools of its own")
+    function = {name: tool.take(name) for name in ("name", "description", "strict")}
+    function["parameters"] = tool.take("input_schema")
+    function = {name: value for name, value in function.items() if value is not None}
+    return {"type": "function", "function": function}
+
+
+def _messages(fields: Fields) -> list[dict[str, Any]]:
+    """Read system and messages as the messages of a chat."""
+    given = fields.objects("messages", 1)
+    if given is None:
+        raise fields.refuse("messages", None, "a list of at least one message")
+    system = read_content(Fields({"content": fields.take("system")}, "system."), False)
+    messages = [{"role": "system", "content": system}] if system else []
+    for i, message in enumerate(given):
+        messages += _turns(Fields(message, f"messages[{i}]."))
+    if messages[-1]["role"] == "assistant":
+        raise wrong("messages", "the last one is the assistant's, and this server begins a new answer")
+    return messages
+
+
+def _turns(fields: Fields) -> list[dict[str, Any]]:
+    """Read the content of a message: the results of tools, which are turns of their own, then the rest."""
+    role = read_role(fields)
+    if not isinstance(fields.take("content"), list):
+        return [{"role": role, "content": read_content(fields, True)}]
+    results, texts, thoughts, calls = [], [], [], []
+    for i, one in enumerate(fields.objects("content")):
+        block = Fields(one, f"{fields.within}content[{i}].")
+        kind = block.text("type", "text")
+        if kind == "tool_result":
+            content = read_content(block, False)
+            results.append({"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": content})
+        elif kind == "tool_use":
+            function = {"name": block.text("name"), "arguments": block.take("input")}
+            calls.append({"id": block.text("id"), "type": "function", "function": function})
+            check_call(calls[-1], block.within.removesuffix("."))
+        elif kind == "thinking":
+            thoughts.append(block.text("thinking", ""))
+        elif kind == "text":
+            if block.take("text") is None:
+                raise block.refuse("text", None, "a text")
+            texts.append(block.text("text"))
+        elif kind != "redacted_thinking":
+            raise block.refuse("type", kind, "text, thinking, tool_use or tool_result: it reads nothing else")
+    turn: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+    if thoughts:
+        turn["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        turn["tool_calls"] = calls
+    return [*results, turn] if texts or thoughts or calls or not results else results
+
+
+class AnthropicReply(BlockReply):
+    """Reply with the content blocks of an answer."""
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        prompt = len(self.asked.requests[0].tokens)
+        yield {"type": "message_start", "message": self._message([], Usage(prompt, 0, 0))}
+
+    def begun(self, block: Block) -> Iterator[dict[str, Any]]:
+        content = self._content(block, {} if block.kind == "call" else "")
+        yield {"type": "content_block_start", "index": block.index, "content_block": content}
+
+    def grown(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+        *_, kind, field = KINDS[block.kind]
+        delta = {"type": kind, field: text}
+        yield {"type": "content_block_delta", "index": block.index, "delta": delta}
+
+    def ended(self, block: Block) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_stop", "index": block.index}
+
+    def last(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_delta", "delta": self._reason(), "usage": _usage(usage)}
+        yield {"type": "message_stop"}
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        return refused.as_anthropic()
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        content = [
+            self._content(block, json.loads(block.text) if block.kind == "call" else block.text)
+            for block in self.blocks
+        ]
+        return self._message(content, usage)
+
+    def _message(self, content: list[dict], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self.key}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.asked.model,
+            "content": content,
+            **self._reason(),
+            "usage": _usage(usage),
+        }
+
+    def _reason(self) -> dict[str, Any]:
+        """Say why the answer has ended."""
+        own = self.asked.requests[0].stops[len(self.asked.template.stops) :]
+        stop = self.stop if self.stop in own else None
+        reasons = {"": None, "length": "max_tokens"}
+        reason = reasons.get(self.finish, "stop_sequence" if stop else "end_turn")
+        if any(block.kind == "call" for block in self.blocks) and self.finish:
+            reason = "tool_use"
+        return {"stop_reason": reason, "stop_sequence": stop}
+
+    @staticmethod
+    def _content(block: Block, value: Any) -> dict[str, Any]:
+        kind, field, *_ = KINDS[block.kind]
+        content = {"type": kind, field: value}
+        if block.kind == "thoughts":
+            content["signature"] = ""  # nothing here could be forged
+        elif block.kind == "call":
+            content |= {"id": f"toolu_{block.key}", "name": block.name}
+        return content
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt - usage.cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.answer,
+    }
