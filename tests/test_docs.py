@@ -61,6 +61,9 @@ TOOLS = {
     "tensorboard",
     "uv",
     "docker",
+    "export",
+    "open-webui",
+    "aider",
 }
 
 ROOMS = "benchmarks|cuda|demo|docs|rwkv_miss|scripts|src|tests"
