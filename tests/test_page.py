@@ -473,7 +473,7 @@ def contrast(page, selector, ground="body"):
 
 
 def test_a_phone_a_dark_room_and_chinese(browser):
-    said = "w" * 300 + "\n\n```\n" + "c" * 300 + "\n```"
+    said = "<think>\nx\n</think>\n" + "w" * 300 + "\n\n```\n" + "c" * 300 + "\n```"
     small = "button, select, summary, textarea, .check, input:not([type=checkbox])"
     box = "all => all.map(e => [e.getBoundingClientRect(), e.outerHTML]).filter(([b]) => b.width)"
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}

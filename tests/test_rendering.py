@@ -33,6 +33,8 @@ LINK = 'target="_blank" rel="noopener noreferrer"'
     [
         ("# One\n\nTwo\n---", "<h3>One</h3><h4>Two</h4>"),  # below the headings that name who speaks
         ("a\n**b** ~~c~~ `<d>`", "<p>a<br><strong>b</strong> <s>c</s> <code>&lt;d&gt;</code></p>"),
+        ("**注意：**这是**“好”**的", "<p><strong>注意：</strong>这是<strong>“好”</strong>的</p>"),
+        ("a<br>b `<br>` ** c**", "<p>a<br>b <code>&lt;br&gt;</code> ** c**</p>"),
         ("3. a\n   - b", '<ol start="3"><li>a<ul><li>b</li></ul></li></ol>'),
         ("[a](https://e.org)", f'<p><a href="https://e.org" {LINK}>a</a></p>'),
         ("see https://e.org/b.", f'<p>see <a href="https://e.org/b" {LINK}>https://e.org/b</a>.</p>'),
@@ -164,6 +166,7 @@ def test_the_server_renders_and_ends_what_takes_too_long(monkeypatch):
 
 def test_without_the_packages_answers_are_plain(monkeypatch):
     monkeypatch.setattr(renderer, "PACKAGES", {"json": "json", "absent_package": "absent"})
+    assert renderer.plain_note().endswith("pip install absent")
     with scripted() as server:
         assert httpx.get(f"{server.url}/v1/server").json()["renders"] is False
         reply = httpx.post(f"{server.url}/page/render", json={"text": "a"})

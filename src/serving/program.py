@@ -24,7 +24,7 @@ from .flags import chosen_sampling, limits_of
 from .guard import OWN_NAMES, Guard, is_own_machine
 from .limits import Limits
 from .listener import Listener, allow_files, bound
-from .renderer import missing_packages
+from .renderer import plain_note
 from .request_parsing import Defaults
 from .served_models import Records, ServedModels
 from .uvicorn_server import Server
@@ -114,12 +114,8 @@ def serve(args: argparse.Namespace, limits: Limits, listener: Listener, loaded: 
         )
         if note := modes_note(args.model, served.template):
             print(f"note: {note}; reasoning_effort and think_mode choose for a request", file=sys.stderr)
-        if missing := missing_packages():
-            print(
-                f"note: the chat page shows answers as plain text: pip install {' '.join(missing)} renders"
-                " Markdown, formulas and code",
-                file=sys.stderr,
-            )
+        if note := plain_note():
+            print(f"note: {note}", file=sys.stderr)
 
     dispatcher.worker.start()
     try:

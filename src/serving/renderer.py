@@ -35,6 +35,14 @@ def missing_packages() -> list[str]:
     return [package for module, package in PACKAGES.items() if not importlib.util.find_spec(module)]
 
 
+def plain_note() -> str:
+    """Say why answers on the page will be plain text; "" if they won't."""
+    if missing := missing_packages():
+        packages = " ".join(missing)
+        return f"the chat page shows answers as plain text; for Markdown and formulas: pip install {packages}"
+    return ""
+
+
 class Renderer:
     """Process that renders one text at a time. It starts with the first one."""
 

@@ -12,13 +12,14 @@ import resource
 import signal
 import sys
 from html import escape, unescape
+from unicodedata import east_asian_width
 from xml.etree.ElementTree import tostring
 
 import nh3
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
-from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline import StateInline, emphasis
 from markdown_it.token import Token
 from mdit_py_plugins.gfm_autolink import gfm_autolink_plugin
 from pygments import highlight
@@ -51,6 +52,7 @@ ATTRIBUTES = {
     "th": {"align"},
     **dict.fromkeys(MATH_TAGS, MATH_ATTRIBUTES),
 }
+BREAK = re.compile(r"<br ?/?>")
 DISPLAY = {"$$": "$$", "\\[": "\\]"}
 LONGEST_FORMULA = 60  # lines
 # \(...\), \[...\], $$...$$, and $...$ unless it is about money
@@ -148,6 +150,33 @@ def _push_formula(state: StateBlock | StateInline, formula: str, opening: str, d
     token.content, token.markup, token.info = formula, opening, display
 
 
+def _read_emphasis(state: StateInline, silent: bool) -> bool:
+    """Read * and _ as CommonMark does, and * also between CJK characters and marks: **注意：**这是."""
+    start, count = state.pos, len(state.delimiters)
+    if not emphasis.tokenize(state, silent):
+        return False
+    before, after = state.src[max(start - 1, 0) : start], state.src[state.pos : state.pos + 1]
+    for delimiter in state.delimiters[count:] if state.src[start] == "*" else ():
+        delimiter.open |= _is_wide(before) and bool(after.strip())
+        delimiter.close |= _is_wide(after) and bool(before.strip())
+    return True
+
+
+def _is_wide(text: str) -> bool:
+    return text != "" and east_asian_width(text) in "WF"
+
+
+def _read_break(state: StateInline, silent: bool) -> bool:
+    """Read <br>, which models write into the cells of tables."""
+    found = BREAK.match(state.src, state.pos)
+    if not found:
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos = found.end()
+    return True
+
+
 def _formula(renderer, tokens: list[Token], place: int, options, env) -> str:
     """Render a formula as MathML; as its source if latex2mathml can't read it."""
     token = tokens[place]
@@ -188,6 +217,8 @@ def _parser() -> MarkdownIt:
     ends = {"alt": ["paragraph", "reference", "blockquote", "list"]}  # what a formula ends
     parser.block.ruler.before("fence", "formula", _read_block, ends)
     parser.inline.ruler.before("escape", "formula", _read_inline)
+    parser.inline.ruler.before("escape", "break", _read_break)
+    parser.inline.ruler.at("emphasis", _read_emphasis)
     parser.add_render_rule("formula", _formula)
     for name in ("th_open", "td_open"):
         parser.add_render_rule(name, _cell)
