@@ -292,8 +292,13 @@ def test_an_answer_is_rendered_as_it_comes_and_nothing_in_it_acts(browser):
     said = "\n\n".join(["# Title", table, "```python\nif True:\n    pass\n```", *ACTS])
     with scripted(said, defaults=LONG, pause=0.02) as server, opened(browser, server) as page:
         page.evaluate("() => { window.hacked = () => { window.ran = true } }")
-        sizes = []
-        page.on("requestfinished", lambda r: sizes.append(r.url) if r.url.endswith("/render") else None)
+        times = []  # milliseconds
+
+        def note(request):
+            if request.url.endswith("/render") and json.loads(request.post_data)["unfinished"]:
+                times.append(request.timing["startTime"])
+
+        page.on("requestfinished", note)
         page.fill("#draft", "show")
         page.press("#draft", "Enter")
         expect(page.locator(f"{ANSWER}.running h3")).to_have_text("Title")
@@ -301,9 +306,9 @@ def test_an_answer_is_rendered_as_it_comes_and_nothing_in_it_acts(browser):
         assert page.locator(f"{ANSWER} p:text-matches('^[|]')").count() == 0  # half a table waits
         page.eval_on_selector(f"{ANSWER} h3", "e => { e.seen = true }")
         page.eval_on_selector(f"{ANSWER} table", "e => { e.seen = true }")
-        before = len(sizes)
-        page.wait_for_timeout(1000)
-        assert 1 <= len(sizes) - before <= 6  # a few times a second
+        while len(times) < 4:
+            page.wait_for_timeout(20)
+        assert min(later - time for time, later in zip(times, times[1:])) > 190  # a few times a second
         server.engine.decoder.pause = 0
         page.wait_for_selector(DONE)
         expect(page.locator(f"{DONE} .code-head span >> nth=-1")).to_have_text("html")

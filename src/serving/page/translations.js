@@ -90,7 +90,7 @@ const ENGLISH = {
 };
 
 const CHINESE = {
-  chats: "对话列表",
+  chats: "对话",
   new: "新对话",
   language: "English",
   settings: "设置",
