@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rwkv_miss.adapter import only_linears_change
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.mapped import naming_changed_files
 from rwkv_miss.files.output import whole_file
@@ -299,7 +300,10 @@ def do_steps(
 
     first_step = checkpoint_step(plan.resume_from) if plan.resume_from else 0
     report, *watch, saver = reporters(plan, model, started, history, objective)
-    forgetting = Forgetting(plan.tokenizer, config.load_model, lambda step: is_complete(plan, step, history))
+    # the base is only there for a measure if nothing but linears is adapted
+    linears_alone = not config.init_adapter or only_linears_change(model)
+    base = config.load_model if linears_alone else ""
+    forgetting = Forgetting(plan.tokenizer, base, lambda step: is_complete(plan, step, history))
     trainer = make_trainer(
         config, plan.steps, [ReferenceAtStart(), report, *watch, forgetting, *callbacks, saver], first_step
     )

@@ -333,7 +333,7 @@ NUMBERS = [name for name in FIELDS if type_of(name) in (int, float)]
 
 def test_which_numbers_may_be_negative():
     without = {name for name in NUMBERS if FIELDS[name].metadata["bounds"].low is None}
-    assert without == {"lr_final", "grad_cp", "eval_split"}
+    assert without == {"lr_final", "grad_cp", "eval_split", "save_steps"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -117,11 +117,14 @@ def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
     assert read("--PISSA", "--lora_parts=att,ffn").adapter.options == {"r": 8, "niter": 4}
 
 
-def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
+def test_an_adapter_of_theirs_is_what_the_run_begins_with(tmp_path, capsys):
     (tmp_path / "rwkv-0.pth").write_bytes(b"theirs")
-    error = mistake("--proj_dir", str(tmp_path), "--lora_load", "rwkv-0", "--lora", "--lora_parts", "att,ffn")
-    assert error.startswith(f"{tmp_path / 'rwkv-0.pth'} is an adapter of another project")
-    assert f"python -m rwkv_miss convert {tmp_path / 'rwkv-0.pth'} OUT.pth --to native" in error
+    words = ["--proj_dir", str(tmp_path), "--lora_load", "rwkv-0", "--lora", "--lora_parts", "att,ffn"]
+    assert read(*words).init_adapter == f"{tmp_path / 'rwkv-0.pth'}"
+    assert "the run begins with the adapter in" in capsys.readouterr().out
+    options = '{"pissa_load":"rwkv-0","pissa_r":8}'
+    given = ["--proj_dir", str(tmp_path), "--peft", "pissa", "--pissa_config", options]
+    assert read(*given).init_adapter.endswith("rwkv-0.pth")
 
 
 SENSELESS = """
@@ -146,7 +149,7 @@ def test_epochs_and_saving(capsys):
     assert (values.epoch_steps, values.epoch_count) == (200, 3)
     assert (values.save_steps, values.warmup_steps) == (400, 0)
     capsys.readouterr()
-    assert read("--epoch_save", "1").save_steps == 0 and "saved at its end" in capsys.readouterr().out
+    assert read("--epoch_save", "1").save_steps == -1 and "--save_steps -1" in capsys.readouterr().out
     assert read("--epoch_steps", "5", "--epoch_save", "2", "--save_steps", "3").save_steps == 3
     assert read("--op", "fla").wkv == "auto" and read("--op", "cuda").wkv == "cuda"
 

@@ -81,9 +81,10 @@ def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_o
     """A step has 8 rows, as all of them fit."""
     monkeypatch.setattr(plan, "estimate", lambda *_: 0)
     monkeypatch.setattr(plan, "needed", lambda *_: 0)
-    draft = Draft(Config(**settings, packing=False, ctx_len=256))
+    draft = Draft(Config(**settings, packing=False, ctx_len=256, save_steps=-2))
     schedule = plan_steps(draft, None, DEVICE, data(rows, held_out))
     config = draft.config
+    assert config.save_steps == 2 * rows / 8, "two passes"
     assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
     assert config.total_steps(schedule.steps_per_pass) == length[0] * rows / 8
     assert draft.config.origins["warmup_steps"] == "chosen: 5% of the run"

@@ -117,6 +117,8 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder):
         ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"),
         ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
         ({"reference": "other.pth"}, "has reference '', now it is other.pth"),
+        ({"layers": "last:1"}, "has layers '', now it is last:1"),
+        ({"init_adapter": "a.pth"}, "has init_adapter '', now it is a.pth"),
         ({"think_weight": 0.5}, "think_weight 1.0, now it is 0.5"),
         ({"prompt_weight": 0.1}, "prompt_weight 0.0, now it is 0.1"),
         (

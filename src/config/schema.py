@@ -58,6 +58,12 @@ class Config(LossSettings):
         "layers that get the adapter: last:6, first:6, numbers such as 0,3,11 or ranges such as 4-7. Below"
         " the lowest one a step keeps nothing and has no backward pass. Empty: all",
     )
+    init_adapter: str = opt(
+        "",
+        "an adapter or initial state that the run begins with: a file of this project, one of RWKV-PEFT, or"
+        " a folder of HF peft. It brings --peft, --peft_config, --train_parts and --layers; where one of them"
+        " is given it must agree. Empty: a new adapter",
+    )
     preset: str = opt(
         "",
         "settings of the MiSS paper: paper-table7 (7B and smaller) or paper-table8 (13B)",
@@ -286,7 +292,11 @@ class Config(LossSettings):
         False,
         "1: write a new model to rwkv-init.pth in proj_dir and end. A later run takes it as --load_model",
     )
-    save_steps: int = opt(0, "save the adapter and a checkpoint every N steps. 0: only at the end", low=0)
+    save_steps: int = opt(
+        0,
+        "save the adapter and a checkpoint every N steps. Each adapter also stays as adapter-step-N.pth. -N:"
+        " every N passes over the data. 0: only at the end",
+    )
     save_total_limit: int = opt(
         1, "number of checkpoints to keep. An older one is removed when the new one is complete", low=1
     )

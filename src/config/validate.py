@@ -89,6 +89,12 @@ def check_adapter(config: Config) -> None:
         return
     if config.value_or_zero("peft_config"):
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
+    if config.init_adapter:
+        raise UserError(
+            f"--init_adapter {config.init_adapter} has no meaning with --peft none; merge it first (python -m"
+            f" rwkv_miss merge --base {config.load_model} --adapter {config.init_adapter} --out merged.pth),"
+            " and give --load_model merged.pth"
+        )
     if config.layers:
         raise UserError(
             f"--layers {config.layers} has no meaning with --peft none, which trains everything; choose an"
@@ -98,6 +104,18 @@ def check_adapter(config: Config) -> None:
         raise UserError(
             f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
             " choose an adapter, or drop it"
+        )
+
+
+def check_start(config: Config) -> None:
+    """Check that an adapter to begin with is not beside a reference without it."""
+    compares = config.loss in ("dpo", "ipo", "kto") or config.loss == "grpo" and config.value_or_zero("beta")
+    if config.init_adapter and compares and not config.reference:
+        raise UserError(
+            f"--loss {config.loss} compares with a reference, and --init_adapter {config.init_adapter} leaves"
+            f" open which one. Merge it (python -m rwkv_miss merge --base {config.load_model} --adapter"
+            f" {config.init_adapter} --out merged.pth), and give --reference merged.pth beside it, or"
+            " --load_model merged.pth without it"
         )
 
 
@@ -222,6 +240,7 @@ RULES = (
     check_data,
     check_base,
     check_adapter,
+    check_start,
     check_loss,
     check_rewards,
     check_learning_rates,

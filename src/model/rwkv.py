@@ -143,6 +143,7 @@ class RWKV(nn.Module):
         self.computes_in: torch.dtype | None = None  # dtype of the activations, if the linears have another
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
+        self.start_fingerprint: str | None = None  # of the adapter that a training begins with
         self.emb = Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd, kernel)

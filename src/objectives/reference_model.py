@@ -111,7 +111,8 @@ class ReferenceKl:
     def __init__(self, module):
         config = module.config
         self.module, self.examples = module, a_few(module.data.evaluated)
-        other = module.reference and module.reference.fingerprint != module.model.base_fingerprint
+        is_base = module.reference and module.reference.fingerprint == module.model.base_fingerprint
+        other = module.reference and (config.init_adapter or not is_base)
         load = (lambda: build_reference(config)) if other else None
         self.reference = FromReference(self._features, config.reference or config.load_model, load)
 

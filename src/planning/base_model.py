@@ -29,6 +29,7 @@ from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from ..model.dtypes import dtype_of, dtype_of_base
 from ..objectives.kinds import objective_of
+from . import start_adapter
 from .defaults import first_rate, first_rate_of_all, own_rank
 from .draft import Draft
 
@@ -52,7 +53,10 @@ def read_base(draft: Draft):
     with torch.device("meta"):
         model = RWKV(arch)
     model.check(tensors, config.load_model)
-    if config.adapter:
+    if config.init_adapter:
+        start_adapter.take_settings(draft, arch)
+    if draft.config.adapter:
+        config = draft.config
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
         draft.choose("peft_config", rank, reason)
         # --peft_config may give options other than the rank
@@ -184,7 +188,9 @@ def build_model(
         model = RWKV(arch, kernel)
     model.grad_cp = config.grad_cp
     model.computes_in = dtype_of(config.peft, config.precision)
-    if config.adapter:
+    if config.init_adapter:
+        start_adapter.put(model, config)
+    elif config.adapter:
         config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)
     if config.quant != "none":
         model.quantise(config.quant, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.hub_names import recorded
+from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.merging.rounding import percent
 from rwkv_miss.progress import duration_text
 from rwkv_miss.targets import layers_text
@@ -25,7 +26,7 @@ from ..planning.launches import slow_line
 from ..planning.plan import Cost, Plan
 from ..training.loggers import absent_writers, places_to_watch
 from ..training.optimizer import learning_rate_factor
-from ..training.run_folder import ADAPTER, MODEL, checkpoint_step, output_path
+from ..training.run_folder import ADAPTER, MODEL, adapter_of_step, checkpoint_step, output_path
 from ..training.validation_log import learns_by_heart
 from .data_text import cut_warnings, documents_line, held_out, long_texts, rows, sources
 from .document_text import example_sample, short_example
@@ -67,7 +68,7 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, where),
         evaluation(run, cost),
-        f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
+        f"files      in {config.proj_dir}: {output}, {CARD}{kept(run, model)}{watch}",
         *resumed,
         *warnings(run, cost),
         *advice(run, cost),
@@ -78,6 +79,15 @@ def plan(run: Plan, model: RWKV, cost: Cost, resumed: list[str]) -> list[str]:
     # the surplus shares the last line but one, as nothing of it may be dropped
     first, rest, last = lines[: LINES - 2], lines[LINES - 2 : -1], lines[-1]
     return [*first, rest[0][:LABEL] + "; ".join(line[LABEL:] for line in rest), last]
+
+
+def kept(run: Plan, model: RWKV) -> str:
+    """Say how many adapters of --save_steps stay, and their bytes; "" for none."""
+    every = run.settings.save_steps
+    if run.settings.peft == "none" or not 0 < every <= run.steps:
+        return ""
+    size = size_text(sum(tensor.nbytes for tensor in adapter_tensors(model).values()))
+    return f", {run.steps // every} {adapter_of_step('N')} of {size} each"
 
 
 def template_text(template: Template) -> str:
@@ -135,7 +145,9 @@ def trained(peft: str, model: RWKV) -> str:
 
 
 def unseen(config: Config) -> str:
-    """Say why parts of the base are trained that nobody asked for; else ""."""
+    """Name the adapter that the run begins with, or why parts are trained that nobody asked for; else ""."""
+    if config.init_adapter:
+        return f"; begins with {config.init_adapter}"
     kind, _, reason = config.origin_of("train_parts").partition(": ")
     return f", as {reason}" if kind == CHOSEN and config.train_parts else ""
 

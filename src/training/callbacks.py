@@ -36,7 +36,7 @@ from ..objectives.base import BetweenSteps, StepSize
 from ..objectives.kinds import objective_of
 from .loggers import Writer
 from .rollback import LastGood
-from .run_folder import checkpoint_name, keep_best, remove_old
+from .run_folder import checkpoint_name, keep_adapter, keep_best, remove_old
 from .training_state import gradient_norm, read_state, whole_gradient, write_state
 from .validation_log import BEST, may_know_by_heart
 
@@ -420,6 +420,8 @@ class Saver(Callback):
                         "recent_losses": list(self.last_good.losses),
                     },
                 )
+                if self.every > 0 and step % self.every == 0 and module.config.peft != "none":
+                    keep_adapter(self.output, step)
                 remove_old(self.folder, self.keep)
                 keep_best(os.path.join(os.path.dirname(self.output), BEST), self.folder)
         except (UserError, OSError) as caught:

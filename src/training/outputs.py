@@ -8,11 +8,13 @@ import os
 import platform
 
 import torch
+from torch import nn
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from rwkv_miss.files.model_files import read_tensors
+from rwkv_miss.inject import adapter_tensors
 
 from ..config import Config
 from ..data.encode import Encoder
@@ -56,7 +58,8 @@ def writer(config: Config, model: RWKV, encoder: Encoder):
     def write(trainer, path: str, **described) -> None:
         described |= {"step": trainer.global_step, **made_with}
         if config.peft != "none":
-            with whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+            saved = [p for p in adapter_tensors(model).values() if isinstance(p, nn.Parameter)]
+            with whole_parameters(trainer, saved):
                 if trainer.is_global_zero:
                     rwkv_miss.save_adapter(model, path, **described)
             return

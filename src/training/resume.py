@@ -161,6 +161,8 @@ def inputs(
 ) -> dict[str, str | None]:
     """Hash the inputs that must not change on resuming. `reference`: identity of --reference's model."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}
+    if model.start_fingerprint:
+        hashes["adapter of --init_adapter"] = model.start_fingerprint
     if held_out:
         hashes["held-out data"] = held_out.digest
     if reference:

@@ -157,6 +157,15 @@ def remove_leftovers(*paths: str) -> None:
             os.remove(leftover)
 
 
+def keep_adapter(path: str, step: int) -> None:
+    """Keep adapter.pth at `path`, as it is now, under the name of its step: adapter-step-120.pth."""
+    _link(path, os.path.join(os.path.dirname(path), adapter_of_step(step)))
+
+
+def adapter_of_step(step: int | str) -> str:
+    return f"adapter-step-{step}.pth"
+
+
 def keep_best(path: str, folder: str) -> None:
     """Keep best.pth at `path`, as it is now, in the folder of checkpoints too.
 

@@ -232,8 +232,8 @@ def _epoch_save(old: Mapping[str, str], kept: list[str], notes: list[str]) -> li
     if stage(old) != "0":
         steps = MINI_EPOCH // product(kept, "micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
     if not steps:
-        notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
-        return []
+        notes.append(f"--epoch_save {epochs} is --save_steps -{epochs}: after every pass, or every few")
+        return [f"--save_steps=-{epochs}"]
     total = epochs * steps
     notes.append(f"--epoch_save {epochs} is --save_steps {total}: {epochs} x {steps} steps of an epoch")
     return ["--save_steps", str(total)]

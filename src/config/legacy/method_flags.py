@@ -177,13 +177,13 @@ def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> 
         options["order"] = "row"
     elif mode not in ("bone", "miss", "disha"):
         raise UserError(f"mode {mode}: expected bone, which is --peft miss, or bat")
+    begins = []
     if "load" in options:
         path = os.path.join(value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
-            raise UserError(
-                f"{path} is an adapter of another project, which training cannot go on with. python -m"
-                f" rwkv_miss merge takes it, and python -m rwkv_miss convert {path} OUT.pth --to native makes"
-                " one for the chat; move it away to train a new one"
-            )
-        notes.append(f"{path} is not there: a new adapter is trained")
-    return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
+            begins = ["--init_adapter", path]
+            notes.append(f"the run begins with the adapter in {path}: --init_adapter")
+        else:
+            notes.append(f"{path} is not there: a new adapter is trained")
+    method = ["--peft", "bat"] if mode == "bat" else []
+    return [*method, *begins, "--peft_config", json.dumps(options)]

@@ -87,7 +87,8 @@ class ReferencePass:
         self.processes, self.device = policy.processes, policy.device
         reference = reference_of(self.config.reference)
         self.other = reference and reference.fingerprint
-        if self.other == self.model.base_fingerprint:  # then it is not read a second time
+        is_base = self.other == self.model.base_fingerprint
+        if is_base and not self.config.init_adapter:  # then it is not read a second time
             self.other = None
 
     def training(self, documents: Preferences, schedule: Schedule, steps: int) -> Preferences:

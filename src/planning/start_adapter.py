@@ -1,0 +1,155 @@
+"""Adapter that a run begins with, --init_adapter: it decides the method and its options, and has to fit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rwkv_miss
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.convert import read_any
+from rwkv_miss.convert.formats import Adapter, Hints
+from rwkv_miss.convert.own_files import Native
+from rwkv_miss.errors import UserError, similar_path
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.identity import fingerprint
+from rwkv_miss.inject import adapter_tensors, find_targets
+from rwkv_miss.methods.whole_tensors import split_parts
+from rwkv_miss.targets import layer_number, layer_numbers, layers_text
+
+from ..config import Config
+from ..config.adapter_options import TARGET_NAMES
+from ..config.schema import PUBLISHED
+from ..model import RWKV
+from .draft import Draft
+
+
+def take_settings(draft: Draft, arch: Arch) -> None:
+    """Fill in --peft, --peft_config, --train_parts and --layers from the file of --init_adapter.
+
+    Raises UserError for a file that does not fit the base, and for a given setting that is another one.
+    """
+    config, adapter = draft.config, _read(draft.config)
+    described = adapter.metadata["arch"]
+    names = ("version", "n_layer", "n_embd", "vocab_size")
+    if described and any(described.get(name) != getattr(arch, name) for name in names):
+        _refuse(config, f"was trained on {_sizes(described)}, and --load_model is {arch.describe()}")
+    found = _settings(adapter, arch)
+    for name, value in found.items():
+        given = getattr(config, name)
+        if config.is_automatic(name) or given == type(config)().written(name) and name not in config.origins:
+            draft.change(name, value, f"in --init_adapter {config.init_adapter}")
+        elif other := _difference(config, name, given, adapter, value, arch):
+            _refuse(config, other)
+    given = config.value_or_zero("peft_config")
+    targets = {name: given[name] for name in TARGET_NAMES if name in given}
+    draft.put(peft_config={**found["peft_config"], **targets})
+    if PUBLISHED in draft.config.origin_of("lr_init"):
+        draft.put(lr_init=draft.config.published_rate)
+    _check_tensors(draft.config, adapter, arch)
+
+
+def put(model: RWKV, config: Config) -> None:
+    """Adapt the model as the file of --init_adapter is, with its values."""
+    adapter = _read(config)
+    recorded = adapter.metadata["base_fingerprint"]
+    if recorded and recorded != model.base_fingerprint:
+        base = adapter.metadata["base"]
+        _refuse(config, f"was trained on another base, {base}, and not on this --load_model", base)
+    with tempfile.TemporaryDirectory() as folder:  # the file may be another project's
+        own = os.path.join(folder, "adapter.pth")
+        Native.write(adapter, own)
+        rwkv_miss.load_adapter(model, own, keep_first=False)
+    model.start_fingerprint = fingerprint(adapter.tensors)
+
+
+def _read(config: Config) -> Adapter:
+    """Read the file or folder, of any project. LoRA's alpha, which some files lack, may be a setting."""
+    path = config.init_adapter
+    if not os.path.exists(path):
+        raise UserError(f"--init_adapter {path} does not exist{similar_path(path)}")
+    options = config.value_or_zero("peft_config")
+    hints = Hints(alpha=options.get("alpha", options.get("lora_alpha")))
+    try:
+        with contextlib.suppress(UserError):  # of a format that states its alpha
+            return read_any(path, hints)[1]
+        return read_any(path)[1]
+    except UserError as error:
+        raise UserError(
+            f"--init_adapter: {error}. If the file leaves something open, say it to python -m rwkv_miss"
+            f" convert {path} OUT.pth --to native, and give OUT.pth"
+        ) from None
+
+
+def _settings(adapter: Adapter, arch: Arch) -> dict[str, Any]:
+    """Return the settings with which a run on this base has such an adapter."""
+    metadata, linears = adapter.metadata, adapter.metadata["linears"]
+    usual = vars(METHODS[adapter.method].Options())
+    options = vars(adapter.options).items()
+    config = {name: value for name, value in options if name == "rank" or value != usual[name]}
+    numbers = metadata["layers"] or {layer_number(name) for name in linears} - {None}
+    layers = layers_text(numbers) if len(numbers) not in (0, arch.n_layer) else ""
+    if linears:
+        with torch.device("meta"):
+            model = RWKV(arch)
+        if find_targets(model, None, layers=layers or None).keys() != set(linears):
+            config["targets"] = sorted({name.split(".", 2)[-1] for name in linears})
+    parts = ",".join(metadata["train_parts"])
+    return {"peft": adapter.method, "peft_config": config, "train_parts": parts, "layers": layers}
+
+
+def _difference(config: Config, name: str, given: Any, adapter: Adapter, value: Any, arch: Arch) -> str:
+    """Describe how a given setting differs from the file's; "" if it does not."""
+    if name == "peft_config":
+        cls = METHODS[adapter.method].Options
+        options = {key: option for key, option in given.items() if key not in TARGET_NAMES}
+        wanted, there = vars(cls.parse(options)), vars(adapter.options)
+        names = [cls.aliases.get(key, key) for key in options]
+        return next(
+            (f"has {n} {there[n]}, and {wanted[n]} was given" for n in names if wanted[n] != there[n]), ""
+        )
+    same = given == value
+    if name == "train_parts":
+        same = split_parts(given) == split_parts(value)
+    if name == "layers":
+        every = range(arch.n_layer)
+        same = config.adapted_layers(arch.n_layer) == sorted(layer_numbers(value, every) if value else every)
+    return "" if same else f"has --{name} {value or 'empty'}, and {given} was given"
+
+
+def _check_tensors(config: Config, adapter: Adapter, arch: Arch) -> None:
+    """Raise UserError unless a run with these settings trains exactly the file's tensors, in their shapes."""
+    with torch.device("meta"):
+        model = RWKV(arch)
+    config.adapter.inject(model)
+    here, there = _shapes(adapter_tensors(model)), _shapes(adapter.tensors)
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            shapes = [shapes.get(name) or "nothing" for shapes in (there, here)]
+            _refuse(config, f"has {shapes[0]} for {name}, and this run would train {shapes[1]}")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Map name -> shape without the axes of size 1, which converters leave out."""
+    return {name: tuple(n for n in tensor.shape if n != 1) or (1,) for name, tensor in tensors.items()}
+
+
+def _sizes(described: dict[str, Any]) -> str:
+    return (
+        f"RWKV-{described.get('version')}, {described.get('n_layer')} layers, width {described.get('n_embd')}"
+    )
+
+
+def _refuse(config: Config, problem: str, base: str | None = None) -> None:
+    """Raise UserError with the merge command that is the way out."""
+    path = config.init_adapter
+    raise UserError(
+        f"--init_adapter {path} {problem}. To train something else on top of it, merge it first: python -m"
+        f" rwkv_miss merge --base {base or config.load_model} --adapter {path} --out merged.pth; then give"
+        " --load_model merged.pth without --init_adapter"
+    )
