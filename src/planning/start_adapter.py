@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -19,7 +21,7 @@ from rwkv_miss.errors import UserError, similar_path
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import adapter_tensors, find_targets
-from rwkv_miss.methods.whole_tensors import split_parts
+from rwkv_miss.methods.whole_tensors import PARTS, split_parts
 from rwkv_miss.targets import layer_number, layer_numbers, layers_text
 
 from ..config import Config
@@ -75,15 +77,23 @@ def _read(config: Config) -> Adapter:
         raise UserError(f"--init_adapter {path} does not exist{similar_path(path)}")
     options = config.value_or_zero("peft_config")
     hints = Hints(alpha=options.get("alpha", options.get("lora_alpha")))
+    adapter = None
     try:
         with contextlib.suppress(UserError):  # of a format that states its alpha
-            return read_any(path, hints)[1]
-        return read_any(path)[1]
+            adapter = read_any(path, hints)[1]
+        adapter = adapter or read_any(path)[1]
     except UserError as error:
         raise UserError(
             f"--init_adapter: {error}. If the file leaves something open, say it to python -m rwkv_miss"
             f" convert {path} OUT.pth --to native, and give OUT.pth"
         ) from None
+    # peft names modules that were saved as a whole, and no parts
+    whole = [part for part in PARTS if part != adapter.method and _has_part(adapter, part)]
+    return dataclasses.replace(adapter, metadata={**adapter.metadata, "train_parts": whole})
+
+
+def _has_part(adapter: Adapter, part: str) -> bool:
+    return any(re.fullmatch(PARTS[part], name) for name in adapter.tensors)
 
 
 def _settings(adapter: Adapter, arch: Arch) -> dict[str, Any]:
