@@ -301,7 +301,7 @@ def test_an_answer_is_rendered_as_it_comes_and_nothing_in_it_acts(browser):
         page.on("requestfinished", note)
         page.fill("#draft", "show")
         page.press("#draft", "Enter")
-        expect(page.locator(f"{ANSWER}.running h3")).to_have_text("Title")
+        page.wait_for_selector(f"{ANSWER}.running h3:text('Title')", timeout=30_000)
         expect(page.locator(f"{ANSWER}.running td math msup")).to_be_visible()
         assert page.locator(f"{ANSWER} p:text-matches('^[|]')").count() == 0  # half a table waits
         page.eval_on_selector(f"{ANSWER} h3", "e => { e.seen = true }")

@@ -26,7 +26,7 @@ PACKAGES = {
     "latex2mathml": "latex2mathml",
 }
 MOST_BYTES = 256 << 10  # of a request
-SECONDS = 10.0  # for one text, with those before it
+SECONDS = 30.0  # for one text, with those before it
 REPLY_BYTES = 64 << 20
 
 

@@ -5,7 +5,8 @@ import { keepingEnd } from "./scrolling.js";
 import { parsedNodes, plainNodes, showNodes } from "./text.js";
 
 const PAUSE = 200; // milliseconds between two requests for a text that grows, or four times as long as one took
-const LONGEST = 200_000; // characters
+const LONGEST_PAUSE = 3000;
+const MOST = 200_000; // characters
 const KEPT = 300; // texts
 const rendered = new Map(); // whole text -> its HTML
 let renders = true;
@@ -16,7 +17,7 @@ export function useRenderer(does) {
 }
 
 async function htmlOf(text, unfinished) {
-  if (!renders || text.length > LONGEST) return null;
+  if (!renders || text.length > MOST) return null;
   if (rendered.has(text)) return rendered.get(text);
   try {
     const html = await renderMarkdown(text, unfinished);
@@ -62,7 +63,8 @@ export function markdownView(element) {
     busy = false;
     if (html !== null) show(parsedNodes(html), false);
     else show(plainNodes(last.text), true);
-    next = performance.now() + Math.max(PAUSE, 4 * (performance.now() - began));
+    const now = performance.now();
+    next = now + Math.min(Math.max(PAUSE, 4 * (now - began)), LONGEST_PAUSE);
     work();
   }
 
