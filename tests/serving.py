@@ -67,7 +67,11 @@ class Scripted:
 
 def no_adapters():
     """Stands in for adapters.Adapters."""
-    return types.SimpleNamespace(by_name={}, used=(), check=lambda applied: None)
+    model = types.SimpleNamespace(base_name="tiny.pth", base_fingerprint="blake2b:0")
+    identity = {"adapters": [], "scale": 1.0}
+    return types.SimpleNamespace(
+        model=model, by_name={}, used=(), check=lambda applied: None, identity=lambda: identity
+    )
 
 
 def records(tokenizer, template=None, bos=()):

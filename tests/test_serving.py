@@ -449,13 +449,21 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         assert post("d", "d.pth").json() == {
             "name": "d", "model": "tiny:d", "method": "miss", "rank": 4,
         }  # fmt: skip
-        assert [model.id for model in client.models.list()] == ["tiny", *(f"tiny:{name}" for name in "abced")]
+        cards = {model.id: model for model in client.models.list()}
+        assert [*cards] == ["tiny", *"abced"] and {*cards} == {
+            client.models.retrieve(name if name == "tiny" else f"tiny:{name}").id for name in cards
+        }
+        assert {(card.root, card.parent, card.max_model_len) for card in cards.values()} == {
+            ("tiny.pth", None, 65536), *((f"{name}.pth", "tiny", 65536) for name in "abcd"),
+        }  # fmt: skip
         tuned = said("tiny:d")
         assert tuned != base == said(adapter_id="d", adapter_scale=0) == said()
-        assert said(adapter_id="d") == tuned and said(adapter_id="d", adapter_scale=0.5) not in (base,)
-        assert said("tiny:a+d") not in (tuned, said("tiny:a"))
+        assert said("d") == said(adapter_id="d") == tuned
+        assert said(adapter_id="d", adapter_scale=0.5) != base
+        assert said("a+d") == said("tiny:a+d") not in (tuned, said("tiny:a"))
         refusals = {
             ("d", "d.pth"): 409,
+            ("tiny", "d.pth"): 409,
             ("f", "../a.pth"): 400,
             ("f", "absent.pth"): 400,
             ("f", "dora.pth"): 400,
@@ -481,6 +489,36 @@ def test_adapters_come_and_go_while_others_answer(files, letters):  # noqa: F811
         while set(served.adapters.by_name) != {*"abc", "e@2"} and time.monotonic() < deadline:
             time.sleep(0.01)
         assert set(served.adapters.by_name) == {*"abc", "e@2"} and said() == base
+
+
+def test_replies_and_model_cards_have_the_version_of_what_answers(files, letters, tmp_path):  # noqa: F811
+    for number, source in enumerate(("a.pth", "b.pth", "a.pth")):
+        shutil.copy(files / source, tmp_path / f"{number}.pth")
+    engine, served = loaded(files, letters, 1, str(tmp_path))
+    seen = {}
+    with running(engine, served) as server:
+        client = client_of(server)
+        for number in range(3):  # the first file, another one under the same name, the first one again
+            post = {"lora_name": "x", "lora_path": f"{number}.pth"}
+            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=post).status_code == 200
+            for model in ("tiny", "x", "a"):
+                card = client.models.retrieve(model)
+                answers = [
+                    client.chat.completions.create(model=model, messages=HI, max_tokens=1, extra_body=extra)
+                    for extra in ({}, {"adapter_scale": 0.5})
+                ]
+                assert answers[0].system_fingerprint == card.system_fingerprint and answers[0].model == model
+                assert (answers[0].system_fingerprint == answers[1].system_fingerprint) == (model == "tiny")
+                seen[model, number] = card.version, card.system_fingerprint
+            name = {"lora_name": "x"}
+            assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json=name).status_code == 200
+        chunks = list(client.chat.completions.create(model="tiny", messages=HI, stream=True))
+    assert {chunk.system_fingerprint for chunk in chunks} == {seen["tiny", 0][1]}
+    assert seen["x", 0] == seen["x", 2] == seen["a", 0] != seen["x", 1] != seen["tiny", 0]
+    assert all(seen[model, 0] == seen[model, number] for model in ("tiny", "a") for number in (1, 2))
+    assert seen["tiny", 0][0] == rwkv_miss.files.identity.Identity(files / "tiny.pth").fingerprint
+    with pytest.raises(rwkv_miss.UserError, match="a is the base model's name"):
+        ServedModels("a", served.adapters, records(engine.tokenizer), 1.0, None)
 
 
 def test_of_many_who_load_a_name_at_once_one_does(files, letters):  # noqa: F811

@@ -25,7 +25,7 @@ from src.inference.sampling import FAKE_THINK, OPEN_THINK, Sampling
 from src.serving.chat_text import ChatText
 from src.serving.errors import Refused
 from src.serving.fields import read_object
-from src.serving.guard import Guard, host_name, is_own_machine
+from src.serving.guard import ADMIN_PATHS, Guard, host_name, is_own_machine
 from src.serving.http_parser import Parser
 from src.serving.limits import Limits
 from src.serving.request_parsing import Chosen, Defaults, RequestReader, read_chat, read_completion
@@ -50,7 +50,7 @@ def reader(template=None, bos=(), limits=None, **defaults):
     template = template or RwkvTemplate("rwkv", "json")
 
     def find(fields):
-        return Chosen(fields.text("model") or "tiny", Applied(), template, bos)
+        return Chosen(fields.text("model") or "tiny", Applied(), template, bos, "fp_0")
 
     return RequestReader(TOKENIZER, find, limits or Limits(), Defaults(**defaults))
 
@@ -498,7 +498,8 @@ def test_the_page_and_the_health_need_no_key():
             Guard(("kk",)).check("POST", path, {b"host": b"a"})
 
 
-def test_adapters_are_changed_with_an_admins_key_only():
+@pytest.mark.parametrize("path", ADMIN_PATHS)
+def test_adapters_are_changed_with_an_admins_key_only(path):
     def status(guard, method, path, key):
         headers = {b"host": b"a", b"authorization": f"Bearer {key}".encode()}
         try:
@@ -508,9 +509,9 @@ def test_adapters_are_changed_with_an_admins_key_only():
         return 200
 
     asked = [
-        ("POST", "/v1/adapters"),
-        ("DELETE", "/v1/adapters/x"),
-        ("GET", "/v1/adapters"),
+        ("POST", path),
+        ("DELETE", f"{path}/x"),
+        ("GET", path),
         ("POST", "/v1/x"),
     ]
     for keys, admin_keys, key, statuses in (

@@ -25,7 +25,7 @@ from ..data.rwkv_template import MODES
 from ..inference.engine import Engine
 from .anthropic_api import AnthropicReply, read_anthropic
 from .dispatcher import Dispatcher, answer
-from .errors import Refused, failed, wrong
+from .errors import Refused, failed
 from .fields import Fields, read_object
 from .guard import Guard, GuardMiddleware
 from .limits import Limits
@@ -81,6 +81,8 @@ class Routes:
             self._route("/tokenize", self.tokenize, "POST"),
             self._route("/detokenize", self.detokenize, "POST"),
             self._route("/tokenizer_info", self.tokenizer_info),
+            self._route("/v1/load_lora_adapter", self.add_adapter, "POST"),
+            self._route("/v1/unload_lora_adapter", self.drop_lora, "POST"),
             self._route("/", self.page),
             self._route("/page/render", self.render, "POST"),
             self._route("/page/highlight.css", self.highlight_css),
@@ -121,20 +123,25 @@ class Routes:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        data = [self._model(name) for name in self.dispatcher.served.models()]
-        return json_reply({"object": "list", "data": data})
+        return json_reply({"object": "list", "data": self._cards()})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in self.dispatcher.served.models():
-            models = ", ".join(self.dispatcher.served.models())
-            raise Refused(
-                404, f"there is no model {name[:80]!r}; there are {models}", "model", "model_not_found"
-            )
-        return json_reply(self._model(name))
+        name, served = request.path_params["name"], self.dispatcher.served
+        for card in self._cards():
+            if name in (card["id"], f"{served.name}:{card['id']}"):
+                return json_reply(card)
+        raise Refused(
+            404,
+            f"there is no model {name[:80]!r}; there are {', '.join(served.models())}",
+            "model",
+            "model_not_found",
+        )
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "rwkv-miss"}
+    def _cards(self) -> list[dict[str, Any]]:
+        longest = self.dispatcher.limits.prompt_tokens
+        common = {"object": "model", "created": self.created, "owned_by": "rwkv-miss"}
+        cards = self.dispatcher.served.cards()
+        return [card | common | {"max_model_len": longest} for card in cards]
 
     async def server(self, request: Request) -> Response:
         served = self.dispatcher.served
@@ -206,15 +213,19 @@ class Routes:
 
     async def add_adapter(self, request: Request) -> Response:
         fields = Fields(read_object(await read_body(request, self.dispatcher.limits)))
-        name, file = fields.text("name"), fields.text("file")
-        for field, value in (("name", name), ("file", file)):
-            if not value:
-                raise wrong(field, "is missing")
+        of_vllm = request.url.path == "/v1/load_lora_adapter"
+        name, file = fields.required(*(("lora_name", "lora_path") if of_vllm else ("name", "file")))
         entry = await self.dispatcher.served.add(name, file, self.dispatcher.worker)
         return json_reply(entry.description, headers=ignored_header(fields.ignored()))
 
     async def drop_adapter(self, request: Request) -> Response:
-        name = request.path_params["name"]
+        return self._drop(request.path_params["name"])
+
+    async def drop_lora(self, request: Request) -> Response:
+        fields = Fields(read_object(await read_body(request, self.dispatcher.limits)))
+        return self._drop(*fields.required("lora_name"))
+
+    def _drop(self, name: str) -> Response:
         self.dispatcher.served.drop(name, self.dispatcher.worker)
         return json_reply({"name": name, "deleted": True})
 

@@ -58,6 +58,13 @@ class Fields:
             raise self.refuse(name, value, "a text")
         return value
 
+    def required(self, *names: str) -> list[str]:
+        """Read texts that a request must have."""
+        texts = [self.text(name) or "" for name in names]
+        if "" in texts:
+            raise wrong(self.within + names[texts.index("")], "is missing")
+        return texts
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.take(name)
         if value is None:

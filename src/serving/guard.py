@@ -21,7 +21,8 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 # fetched by a browser before anybody could type a key into the page, and by monitors
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
-ADMIN_PATH = "/v1/adapters"  # what changes something there needs an admin's key, if there are any
+# what changes something there needs an admin's key, if there are any
+ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Guard:
             )
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
         reads = method in ("GET", "HEAD")
-        is_admins = bool(self.admin_keys) and path.startswith(ADMIN_PATH) and not reads
+        is_admins = bool(self.admin_keys) and path.startswith(ADMIN_PATHS) and not reads
         # a browser asks without the key whether it may ask
         if not self.keys and not is_admins or method == "OPTIONS" or is_open and reads:
             return

@@ -22,7 +22,7 @@ class Choices(Reply):
 
     def __init__(self, asked: ParsedRequest, names: TokenNames):
         self.names, self.asked = names, asked
-        self.envelope = Envelope(self.prefix, self.kind, asked.model, asked.usage)
+        self.envelope = Envelope(self.prefix, self.kind, asked.model, asked.chosen.fingerprint, asked.usage)
 
     def first(self) -> Iterator[dict[str, Any]]:
         return (self.envelope.chunk([choice]) for choice in self.first_choices())

@@ -21,9 +21,14 @@ class Envelope:
     All parts of a stream have a usage if the last one tells it.
     """
 
-    def __init__(self, prefix: str, kind: str, model: str, says_usage: bool):
+    def __init__(self, prefix: str, kind: str, model: str, fingerprint: str, says_usage: bool):
         self.kind, self.says_usage = kind, says_usage
-        self.common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.common = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
 
     def whole(self, choices: list[dict], usage: Usage) -> dict[str, Any]:
         return {"object": self.kind, **self.common, "choices": choices, "usage": usage_object(usage)}

@@ -49,6 +49,7 @@ class Chosen(NamedTuple):
     applied: Applied
     template: Template
     bos: tuple[int, ...]
+    fingerprint: str  # of the contents of base and adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +88,15 @@ class RequestReader:
 class ParsedRequest:
     """Request that may be answered."""
 
-    model: str
+    chosen: Chosen
     requests: list[Request]
     stream: bool
     usage: bool  # whether a stream ends with the usage
     ignored: list[str]  # fields that nobody has read
+
+    @property
+    def model(self) -> str:
+        return self.chosen.id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +151,7 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         request = dataclasses.replace(request, continues=True)
     stream, usage = _streaming(fields)
     _check_prompt_logprobs([request], stream and request.prompt_logprobs is not None)
-    return AskedChat(chosen.id, [request], stream, usage, fields.ignored(), template, tools)
+    return AskedChat(chosen, [request], stream, usage, fields.ignored(), template, tools)
 
 
 def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
@@ -169,7 +174,7 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     stream, usage = _streaming(fields)
     _check_prompt_logprobs(requests, stream and prompt_logprobs is not None)
     ignored = fields.ignored()
-    return AskedText(chosen.id, requests, stream, usage, ignored, prompts, echo, prompt_logprobs)
+    return AskedText(chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs)
 
 
 def _chat_tokens(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.version import VERSION
 
 from ..common.formatting import short
 from ..data.chat_template import Template
@@ -31,6 +34,8 @@ class ServedAdapter:
 
     name: str
     internal: str  # its name in the engine, which no other adapter ever had
+    root: str  # its file's name
+    digest: str  # of its file's tensors
     template: Template
     bos: tuple[int, ...]
     description: dict[str, Any]
@@ -59,6 +64,10 @@ class ServedModels:
         self.folder = os.path.realpath(folder) if folder else None
         used = [adapters.by_name[internal].path for internal in adapters.used]
         self.template, self.bos = records.template(used), records.bos(used)
+        identity = adapters.identity()
+        # the weights of requests without an adapter: the digest of the base's tensors, and what is merged
+        self.digests = [adapters.model.base_fingerprint, *identity["adapters"]]
+        self.base_scale = identity["scale"]
         self.entries: dict[str, ServedAdapter] = {}
         self.used_names: set[str] = set()
         self.coming: set[str] = set()  # names of adapters that are being loaded
@@ -66,11 +75,16 @@ class ServedModels:
             self.used_names.add(internal)
             if internal in adapters.used:
                 continue
+            if internal == name:
+                raise UserError(f"--adapter {name}: {self._taken()}; choose another with --adapter NAME=FILE")
             try:
                 adapters.check(Applied((internal,)))
             except UserError as error:
                 raise UserError(f"{error}. As the only --adapter it is merged on loading") from None
             self.entries[internal] = self._entry(internal, internal, adapter.path, own=True)
+
+    def _taken(self) -> str:
+        return f"{self.name} is the base model's name, and an adapter's name is a model's, too"
 
     def _entry(self, name: str, internal: str, path: str, own: bool = False) -> ServedAdapter:
         metadata = read_metadata(path) or {}
@@ -78,41 +92,56 @@ class ServedModels:
         described = {"name": name, "model": f"{self.name}:{name}", "method": metadata.get("method")}
         if rank is not None:
             described["rank"] = rank
-        return ServedAdapter(
-            name, internal, self.records.template([path]), self.records.bos([path]), described, own
-        )
+        template, bos = self.records.template([path]), self.records.bos([path])
+        root, digest = os.path.basename(path), self.adapters.by_name[internal].fingerprint
+        return ServedAdapter(name, internal, root, digest, template, bos, described, own)
 
     def models(self) -> list[str]:
-        # a list of them first: requests are read in another thread
-        return [self.name, *(f"{self.name}:{name}" for name in list(self.entries))]
+        # a list of them at once: requests are read in another thread
+        return [self.name, *list(self.entries)]
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Describe each model as vLLM does, with the digests of what answers."""
+        base = {"id": self.name, "root": self.adapters.model.base_name, "parent": None}
+        cards = [base | {"version": self.digests[0], "system_fingerprint": self._fingerprint()}]
+        for name, entry in self.entries.items():
+            card = {"id": name, "root": entry.root, "parent": self.name, "version": entry.digest}
+            cards.append(card | {"system_fingerprint": self._fingerprint([entry], self.scale)})
+        return cards
+
+    def _fingerprint(self, entries: Sequence[ServedAdapter] = (), scale: float = 1.0) -> str:
+        """Identify what answers: the release, and the contents of the base and of its adapters."""
+        facts = [VERSION, *self.digests, self.base_scale, *(entry.digest for entry in entries), scale]
+        return f"fp_{hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()}"
 
     def find(self, fields: Fields) -> Chosen:
         """Find the model of a request, by its fields model, adapter_id and adapter_scale. Raises Refused."""
         model = fields.text("model") or self.name
         given = fields.text("adapter_id") or ""
         scale = fields.number("adapter_scale", -100, 100, self.scale)
-        named = ""
-        if model != self.name:  # which may have a colon itself
-            named = model.removeprefix(f"{self.name}:")
-            if named in ("", model):
-                raise self._unknown("model", model)
+        # the base's name may have a colon itself
+        named = "" if model == self.name else model.removeprefix(f"{self.name}:")
+        if not named and model != self.name:
+            raise self._unknown("model", model)
         if named and given and named != given:
             raise wrong("adapter_id", f"got {short(given)}, and model names {short(named)}; give one of them")
         names = (named or given).split("+") if named or given else []
         entries = []
         for name in names:
-            if name not in self.entries:
+            entry = self.entries.get(name)  # adapters come and go: this is another thread
+            if entry is None:
                 raise self._unknown("model" if named else "adapter_id", model if named else name)
-            entries.append(self.entries[name])
+            entries.append(entry)
         if len({*names}) < len(names):
             raise wrong("model" if named else "adapter_id", f"{'+'.join(names)} names one adapter twice")
         if not entries:
             if self.adapters.used and scale != self.scale:
                 fixed = f"{self.name} has its adapter at scale {self.scale:g}, for all requests"
                 raise wrong("adapter_scale", f"got {scale:g}, and {fixed}; the server's --scale chooses it")
-            return Chosen(self.name, Applied(), self.template, self.bos)
+            return Chosen(self.name, Applied(), self.template, self.bos, self._fingerprint())
         applied = Applied(tuple(entry.internal for entry in entries), scale)
-        return Chosen(f"{self.name}:{'+'.join(names)}", applied, entries[0].template, entries[0].bos)
+        label, first = model if named else f"{self.name}:{given}", entries[0]
+        return Chosen(label, applied, first.template, first.bos, self._fingerprint(entries, scale))
 
     def _unknown(self, param: str, name: str) -> Refused:
         models = ", ".join(self.models())
@@ -140,6 +169,8 @@ class ServedModels:
             raise Refused(403, "this server was started without --adapter_dir, so it loads no adapters")
         if not NAME.fullmatch(name):
             raise wrong("name", f"got {short(name)}, expected up to 64 letters, digits and . _ -")
+        if name == self.name:
+            raise Refused(409, f"name: {self._taken()}; choose another", "name")
         if name in self.entries:
             raise Refused(409, f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first", "name")
         if name in self.coming:
@@ -150,9 +181,9 @@ class ServedModels:
 
         def load() -> ServedAdapter:
             self._check_tokenizer(path, file)
-            entry = self._entry(name, internal, path)
             self.adapters.add(internal, path)
             try:
+                entry = self._entry(name, internal, path)
                 self.adapters.check(Applied((internal,)))
                 worker.engine.refresh()
             except BaseException:
