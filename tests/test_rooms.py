@@ -16,7 +16,7 @@ ORDER = {
     "data": {"common", "config", "ops"},
     "distributed": {"common", "config"},
     "inference": {"common", "config", "ops", "model", "data"},
-    "serving": {"common", "data", "inference"},
+    "serving": {"common", "model", "data", "inference"},
     "evaluation": {"common", "config", "ops", "model", "data", "inference"},
     "chat": {"common", "data", "model", "inference", "evaluation"},
     "export": {"common", "config", "ops", "model", "data"},

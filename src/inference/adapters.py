@@ -289,7 +289,17 @@ class Adapters:
         It is None without one: the row starts as the model does. Raises UserErrors of check().
         """
         self.check(applied)
-        adapters = [self.by_name[name] for name in applied.names]
+        return self._start([self.by_name[name] for name in applied.names], applied.scale)
+
+    @torch.no_grad()
+    def start_in(self, path: Any) -> State:
+        """Read the state before the first token from a file of state tuning. Raises UserError for others."""
+        adapter = self._read(path)
+        if adapter.factors or adapter.merged_only():
+            raise UserError(f"{path} changes weights; expected initial states and nothing else")
+        return self._start([adapter], 1.0)
+
+    def _start(self, adapters: list[FittedAdapter], scale: float) -> State | None:
         if not any(is_state(name) for adapter in adapters for name in adapter.whole):
             return None
         start = []
@@ -298,9 +308,9 @@ class Adapters:
             changing = [adapter for adapter in adapters if name in adapter.whole]
             wkv = None
             if changing:
-                base = self.base[name]
+                base = self.base[name] if name in self.base else find(self.model, name)
                 base = zeros_of(self.model, name) if base is None else base.detach()
-                wkv = moved(base, name, changing, applied.scale).unsqueeze(0)
+                wkv = moved(base, name, changing, scale).unsqueeze(0)
                 wkv = wkv.mT.contiguous() if self.model.arch.version == 6 else wkv
             start.append(before._replace(wkv=wkv))
         return start

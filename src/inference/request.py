@@ -45,6 +45,11 @@ class Request:
     # of logits, before tokens are drawn; stops count from its min_tokens on, unless there is a form
     changes: LogitChanges = NO_CHANGES
 
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether only the state is wanted, for other requests, which read on as after any chunk."""
+        return self.keep_state and not self.max_tokens
+
     def check(self, vocab_size: int) -> None:
         """Raise UserError for numbers that make no sense."""
         self.sampling.check()

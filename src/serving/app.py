@@ -37,6 +37,8 @@ from .request_log import RequestLog
 from .request_parsing import Defaults, RequestReader, read_chat, read_completion
 from .responses_api import ResponsesReply, read_response
 from .served_models import ServedModels
+from .state_requests import StateReply, read_state
+from .states import States
 from .think_modes import efforts_of, modes_of
 from .token_requests import read_detokenize, read_tokenize, tokenizer_info
 from .worker import Worker
@@ -81,6 +83,9 @@ class Routes:
             self._route("/tokenize", self.tokenize, "POST"),
             self._route("/detokenize", self.detokenize, "POST"),
             self._route("/tokenizer_info", self.tokenizer_info),
+            self._route("/v1/states", self.states),
+            self._route("/v1/states", self.add_state, "POST"),
+            self._route("/v1/states/{id}", self.drop_state, "DELETE"),
             self._route("/v1/load_lora_adapter", self.add_adapter, "POST"),
             self._route("/v1/unload_lora_adapter", self.drop_lora, "POST"),
             self._route("/", self.page),
@@ -118,6 +123,7 @@ class Routes:
                 ("engine_steps", "Steps of the engine so far.", dispatcher.worker.steps),
                 ("engine_failures", "Steps that failed.", dispatcher.worker.failures),
                 ("adapters", "Adapters that are loaded.", len(dispatcher.served.entries)),
+                ("states", "States that clients keep.", len(self.reader.states.kept)),
             ]
         )
         return Response(text, media_type="text/plain; version=0.0.4")
@@ -229,6 +235,25 @@ class Routes:
         self.dispatcher.served.drop(name, self.dispatcher.worker)
         return json_reply({"name": name, "deleted": True})
 
+    async def states(self, request: Request) -> Response:
+        kept = self.reader.states.kept.values()
+        return json_reply({"object": "list", "data": [state.as_object() for state in kept]})
+
+    async def add_state(self, request: Request) -> Response:
+        asked = await self._asked(request, read_state)
+        dispatcher, states = self.dispatcher, self.reader.states
+        reply = StateReply(asked, states)
+        with states.room():
+            if not asked.file:
+                return await answer(dispatcher, request, asked, reply)
+            state = await dispatcher.served.state_of(asked.file, dispatcher.worker)
+            return json_reply(reply.keep(state), headers=ignored_header(asked.ignored))
+
+    async def drop_state(self, request: Request) -> Response:
+        identity = request.path_params["id"]
+        self.reader.states.drop(identity)
+        return json_reply({"id": identity, "deleted": True})
+
     async def page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         files = {path.name: path for path in PAGE.iterdir() if path.suffix in KINDS}
@@ -271,7 +296,8 @@ def assemble(
     The caller starts the dispatcher's worker. /v1/server shows `describe`.
     """
     dispatcher = Dispatcher(Worker(engine), served, TokenNames(engine.tokenizer), limits)
-    reader = RequestReader(engine.tokenizer, served.find, limits, defaults)
+    states = States(limits.states)
+    reader = RequestReader(engine.tokenizer, served.find, limits, defaults, states)
     return make_app(Routes(dispatcher, reader, describe), guard, log_requests), dispatcher
 
 

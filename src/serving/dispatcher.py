@@ -92,6 +92,7 @@ class RunningRequest:
         self.left = answers  # answers that are not finished
         self.began, self.first_token = time.monotonic(), 0.0
         self.tokens = 0
+        self.prompt_tokens = sum(asked.kept + len(request.tokens) for request in asked.requests)
         self.cached = [0] * len(asked.requests)
         self.closed = False
         dispatcher.open += answers
@@ -109,7 +110,7 @@ class RunningRequest:
                 self.tokens += piece.tokens
                 metrics.answer_tokens += piece.tokens
                 place = piece.index // self.asked.requests[0].n
-                self.cached[place] = max(self.cached[place], piece.cached_tokens)
+                self.cached[place] = max(self.cached[place], self.asked.kept + piece.cached_tokens)
                 if piece.finish:
                     self.left -= 1
                     self.dispatcher.open -= 1
@@ -121,8 +122,7 @@ class RunningRequest:
         metrics.whole.add(time.monotonic() - self.began)
 
     def usage(self) -> Usage:
-        prompt = sum(len(request.tokens) for request in self.asked.requests)
-        return Usage(prompt, self.tokens, sum(self.cached))
+        return Usage(self.prompt_tokens, self.tokens, sum(self.cached))
 
     def close(self) -> None:
         """Free what the request holds. It may be called twice."""
@@ -132,7 +132,7 @@ class RunningRequest:
         dispatcher = self.dispatcher
         if self.job:
             self.job.cancel()
-            dispatcher.metrics.prompt_tokens += sum(len(request.tokens) for request in self.asked.requests)
+            dispatcher.metrics.prompt_tokens += self.prompt_tokens
             dispatcher.metrics.cached_tokens += sum(self.cached)
         dispatcher.open -= self.left
         dispatcher.running.discard(self)

@@ -26,6 +26,7 @@ LIMITS = {
     "limit_answer": ("answer_tokens", "the longest answer, in tokens"),
     "limit_answers": ("answers", "the most answers to one request"),
     "limit_waiting": ("waiting", "the most answers that may wait; others are told to try again"),
+    "limit_states": ("states", "the most states that clients may keep"),
     "limit_connections": ("connections", "the most connections"),
     "limit_receiving": ("receiving", "seconds until a request has arrived"),
     "limit_finishing": ("finishing", "seconds that running answers have after SIGTERM"),
@@ -61,8 +62,8 @@ def add_address(add: Callable) -> None:
     add(
         "--admin_key_file",
         metavar="FILE",
-        help="a file with a key in each line, one of which clients have to send to load and delete adapters;"
-        " default: whoever may ask may do that",
+        help="a file with a key in each line, one of which clients have to send to load and delete adapters"
+        " and states; default: whoever may ask may do that",
     )
     add(
         "--tls_cert",
@@ -89,7 +90,8 @@ def add_address(add: Callable) -> None:
     add(
         "--adapter_dir",
         metavar="FOLDER",
-        help="folder whose adapters clients may load with POST /v1/adapters; default: none",
+        help="folder whose adapters clients may load with POST /v1/adapters, and files of states with POST"
+        " /v1/states; default: none",
     )
     add(
         "--log_requests",
@@ -134,7 +136,7 @@ def check(args: argparse.Namespace) -> None:
     args.adapter = named(args.adapter)
     check_shared(args)
     least = {"rows": 1, "port": 0, "chunk": 0, **dict.fromkeys(COUNTS, 1)}
-    least["limit_waiting"] = 0
+    least["limit_waiting"] = least["limit_states"] = 0
     for flag, low in least.items():
         if getattr(args, flag) < low:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected {low} or more")

@@ -22,15 +22,15 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDER = "/page/"
 # what changes something there needs an admin's key, if there are any
-ADMIN_PATHS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN_PATHS = ("/v1/adapters", "/v1/states", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """Guard with `hosts`, names of the server (None: any), and `origins`, other sites that may ask.
 
-    A client sends one of `keys`, if there are any. One of `admin_keys` is needed to load and delete adapters,
-    and serves for the rest, too; without any, all who may ask may do so.
+    A client sends one of `keys`, if there are any. One of `admin_keys` is needed to load and delete adapters
+    and states, and serves for the rest, too; without any, all who may ask may do so.
     """
 
     keys: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Guard:
         if known and is_admins:
             raise Refused(
                 403,
-                "only an admin's key may load and delete adapters on this server",
+                "only an admin's key may load and delete adapters and states on this server",
                 code="admin_key_required",
             )
         if not known:

@@ -14,6 +14,7 @@ class Limits:
     answer_tokens: int = 16384  # of one answer
     answers: int = 32  # of one request: n, times the prompts of a completion
     waiting: int = 128  # answers that wait for a row
+    states: int = 32  # that clients keep
     connections: int = 256
     receiving: float = 30.0  # until a request has arrived
     finishing: float = 30.0  # after SIGTERM, until running answers are finished

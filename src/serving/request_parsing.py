@@ -25,6 +25,7 @@ from .fields import LARGEST_SEED, Fields
 from .forms import answer_form, read_form, text_form
 from .limits import Limits
 from .messages import read_messages, without_thoughts
+from .states import States
 from .think_modes import read_mode
 from .tools import Tools, read_tools
 
@@ -68,12 +69,16 @@ class Defaults:
 
 @dataclasses.dataclass(frozen=True)
 class RequestReader:
-    """Reader of requests to one server. `find(fields)` returns the model that one names."""
+    """Reader of requests to one server. `find(fields)` returns the model that one names.
+
+    `states` are those that requests may go on from.
+    """
 
     tokenizer: Any
     find: Callable[[Fields], Chosen]
     limits: Limits
     defaults: Defaults
+    states: States = dataclasses.field(default_factory=lambda: States(0))
 
     @functools.cached_property
     def _compiler(self) -> GrammarCompiler:
@@ -93,6 +98,7 @@ class ParsedRequest:
     stream: bool
     usage: bool  # whether a stream ends with the usage
     ignored: list[str]  # fields that nobody has read
+    kept: int = dataclasses.field(default=0, kw_only=True)  # tokens of the state before each prompt
 
     @property
     def model(self) -> str:
@@ -124,12 +130,13 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
     """Read a request to /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
+    kept = reader.states.find(fields, chosen.fingerprint)
     template = read_mode(fields, chosen.template)
     tools = read_tools(fields)
     messages = read_messages(fields)
     _refuse_formats(fields)
     form = answer_form(reader.compiler, template, tools, read_form(fields, reader.compiler))
-    tokens = _chat_tokens(reader, chosen, template, tools, messages)
+    tokens = chat_tokens(reader, chosen, template, tools, [*kept.messages, *messages])
     wants_logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not wants_logprobs:
@@ -139,7 +146,8 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         fields,
         template.opening,
         template.stops,
-        tokens=tokens,
+        tokens=kept.rest(tokens),
+        start=kept.state,
         applied=chosen.applied,
         logprobs=(top or 0) if wants_logprobs else None,
         prompt_logprobs=fields.integer("prompt_logprobs", 0, MOST_LOGPROBS),
@@ -151,14 +159,16 @@ def read_chat(reader: RequestReader, body: dict[str, Any]) -> AskedChat:
         request = dataclasses.replace(request, continues=True)
     stream, usage = _streaming(fields)
     _check_prompt_logprobs([request], stream and request.prompt_logprobs is not None)
-    return AskedChat(chosen, [request], stream, usage, fields.ignored(), template, tools)
+    ignored, read = fields.ignored(), len(kept.tokens)
+    return AskedChat(chosen, [request], stream, usage, ignored, template, tools, kept=read)
 
 
 def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     """Read a request to /v1/completions. Raises Refused."""
     fields = Fields(body)
     chosen = reader.find(fields)
-    prompts = _prompts(reader, fields, chosen)
+    kept = reader.states.find(fields, chosen.fingerprint)
+    prompts = _prompts(reader, fields, () if kept.tokens else chosen.bos)
     logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
     echo = fields.flag("echo")
     prompt_logprobs = fields.integer("prompt_logprobs", 0, MOST_LOGPROBS)
@@ -169,17 +179,18 @@ def read_completion(reader: RequestReader, body: dict[str, Any]) -> AskedText:
     _refuse_formats(fields)
     form = text_form(reader.compiler, read_form(fields, reader.compiler))
     alike = {"applied": chosen.applied, "logprobs": logprobs, "prompts": len(prompts), "form": form}
-    alike["prompt_logprobs"] = max(counts, default=None)
+    alike |= {"prompt_logprobs": max(counts, default=None), "start": kept.state}
     requests = [_request(reader, fields, "", (), tokens=prompt.tokens, **alike) for prompt in prompts]
     stream, usage = _streaming(fields)
     _check_prompt_logprobs(requests, stream and prompt_logprobs is not None)
-    ignored = fields.ignored()
-    return AskedText(chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs)
+    ignored, read = fields.ignored(), len(kept.tokens)
+    return AskedText(chosen, requests, stream, usage, ignored, prompts, echo, prompt_logprobs, kept=read)
 
 
-def _chat_tokens(
+def chat_tokens(
     reader: RequestReader, chosen: Chosen, template: Template, tools: Tools, messages: list[dict]
 ) -> list[int]:
+    """Encode a conversation as a prompt for its next message. Raises Refused."""
     if reader.defaults.system and all(message["role"] != "system" for message in messages):
         messages = [{"role": "system", "content": reader.defaults.system}, *messages]
     if isinstance(template, RwkvTemplate) and "</think" in template.opening:
@@ -217,7 +228,7 @@ def _checked(reader: RequestReader, tokens: list[int], param: str) -> list[int]:
     return tokens
 
 
-def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[Prompt]:
+def _prompts(reader: RequestReader, fields: Fields, bos: tuple[int, ...]) -> list[Prompt]:
     """Read the prompts. Ids are taken as they are."""
     value = fields.take("prompt")
     expected = "a text, a list of texts, ids, or a list of lists of ids"
@@ -234,7 +245,7 @@ def _prompts(reader: RequestReader, fields: Fields, chosen: Chosen) -> list[Prom
         try:
             if isinstance(prompt, str):
                 in_text = encoded(reader, [prompt], "prompt")
-                text, ids = prompt, with_bos(in_text, chosen.bos)
+                text, ids = prompt, with_bos(in_text, bos)
             elif isinstance(prompt, list) and all(_is_id(token) for token in prompt):
                 text, ids = reader.tokenizer.decode(prompt), list(prompt)
                 in_text = ids

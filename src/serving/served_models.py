@@ -18,6 +18,7 @@ from rwkv_miss.version import VERSION
 from ..common.formatting import short
 from ..data.chat_template import Template
 from ..inference.adapters import Adapters, Applied
+from ..model import State
 from .errors import Refused, wrong
 from .fields import Fields
 from .request_parsing import Chosen
@@ -163,10 +164,23 @@ class ServedModels:
             entry.users -= 1
             self._leave_if_unused(entry, worker)
 
+    def _path(self, file: str) -> str:
+        """Return the path of a file below --adapter_dir. Raises Refused."""
+        if not self.folder:
+            raise Refused(403, "this server was started without --adapter_dir, so it loads no files")
+        return inside(self.folder, file)
+
+    async def state_of(self, file: str, worker: Worker) -> State:
+        """Read a state from a file while others answer. Raises Refused."""
+        path = self._path(file)
+        try:
+            return await worker.call(lambda: self.adapters.start_in(path), lambda: None)
+        except UserError as error:
+            raise wrong("file", self._without_paths(str(error), path, file)) from None
+
     async def add(self, name: str, file: str, worker: Worker) -> ServedAdapter:
         """Load an adapter while others answer. Raises Refused."""
-        if not self.folder:
-            raise Refused(403, "this server was started without --adapter_dir, so it loads no adapters")
+        path = self._path(file)
         if not NAME.fullmatch(name):
             raise wrong("name", f"got {short(name)}, expected up to 64 letters, digits and . _ -")
         if name == self.name:
@@ -175,7 +189,6 @@ class ServedModels:
             raise Refused(409, f"name: there is an adapter {name}; DELETE /v1/adapters/{name} first", "name")
         if name in self.coming:
             raise Refused(409, f"name: an adapter {name} is being loaded; wait for it", "name")
-        path = inside(self.folder, file)
         labels = itertools.chain([name], (f"{name}@{number}" for number in itertools.count(2)))
         internal = next(label for label in labels if label not in self.used_names)
 

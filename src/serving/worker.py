@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from rwkv_miss.files.mapped import ChangedFile
 
 from ..inference.engine import Answer, Engine, Request
+from ..model import State
 
 
 class Piece(NamedTuple):
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     cached_tokens: int
     prompt_logprobs: Sequence[Any] = ()  # with the answer's first piece, if asked for
     stop: str = ""  # the stop that ended it
+    state: State | None = None  # after the prompt, if the request is for that
 
 
 class Job:
@@ -197,6 +199,7 @@ class Worker:
             answer.cached_tokens,
             () if tokens else answer.prompt_logprobs,
             answer.stop,
+            state=answer.state if answer.request.keep_state else None,
         )
         self.sent[key] = len(answer.text), len(answer.tokens)
         if finish:

@@ -1,0 +1,84 @@
+"""Requests that make a state: from a file, or from a conversation, which the engine reads as a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..inference.engine import Request
+from ..model import State
+from .errors import Refused, wrong
+from .fields import Fields
+from .messages import read_messages
+from .replies import Reply, Usage
+from .request_parsing import ParsedRequest, RequestReader, chat_tokens
+from .states import States
+from .think_modes import read_mode
+from .tools import read_tools
+from .worker import Piece
+
+# The next message of a conversation: the state holds the tokens that do not depend on it. Words that begin
+# with a letter and with a sign show what a token may take along.
+NEXT = [{"role": role, "content": words} for role in ("user", "assistant") for words in ("a", '"')]
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedState(ParsedRequest):
+    file: str  # or "", and then there is a request
+    messages: list[dict[str, Any]]
+    tokens: list[int]  # of all messages, also of those before the state that this one goes on from
+
+
+def read_state(reader: RequestReader, body: dict[str, Any]) -> AskedState:
+    """Read a request to /v1/states. Raises Refused."""
+    fields = Fields(body)
+    chosen = reader.find(fields)
+    if file := fields.text("file"):
+        if fields.take("messages") is not None:
+            raise wrong("file", "both file and messages tell the state; give one of them")
+        return AskedState(chosen, [], False, False, fields.ignored(), file, [], [])
+    kept = reader.states.find(fields, chosen.fingerprint)
+    template, tools = read_mode(fields, chosen.template), read_tools(fields)
+    messages = [*kept.messages, *read_messages(fields)]
+    tokens = _tokens_before_others(
+        messages, lambda messages: chat_tokens(reader, chosen, template, tools, messages)
+    )
+    request = Request(
+        kept.rest(tokens), max_tokens=0, applied=chosen.applied, start=kept.state, keep_state=True
+    )
+    ignored = fields.ignored()
+    return AskedState(chosen, [request], False, False, ignored, "", messages, tokens, kept=len(kept.tokens))
+
+
+def _tokens_before_others(messages: list[dict], encode: Callable[[list[dict]], list[int]]) -> list[int]:
+    """Encode the beginning that a conversation of these messages has, however it goes on."""
+    conversations, refusal = [], None
+    for message in NEXT:
+        try:
+            conversations.append(encode([*messages, message]))
+        except Refused as refused:  # a template may want the roles in turn
+            refusal = refused
+    if not conversations:
+        raise refusal
+    return os.path.commonprefix(conversations)
+
+
+class StateReply(Reply):
+    """Reply with the state that a request made; its answer has no token, and is no stream."""
+
+    def __init__(self, asked: AskedState, states: States):
+        self.asked, self.states = asked, states
+
+    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        self.state = piece.state
+        return iter(())
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        return self.keep(self.state)
+
+    def keep(self, state: State) -> dict[str, Any]:
+        asked, chosen = self.asked, self.asked.chosen
+        kept = self.states.keep(chosen.id, chosen.fingerprint, asked.messages, asked.tokens, state)
+        return kept.as_object()
