@@ -1,9 +1,12 @@
 """Many clients of a server at once, for minutes: python -m benchmarks.serve_load --seconds 180
 
 A random model with random adapters answers requests that are known: each was asked alone before, and every
-answer has to be the same, character by character. Meanwhile somebody sends prompts of --long tokens, and the
-longest time that a stream waits between two of its pieces is measured. The server's memory is read four times
-a minute. Exit code 1 where an answer differs or is lost, a row stays taken, or memory grows.
+answer has to be the same, character by character. --forms of 100 requests are held to a JSON schema, and
+--states of 100 go on from a state that the server keeps. --hangups of 100 are left by their client in the
+middle. Meanwhile somebody sends prompts of --long tokens, with --states somebody makes states, goes on
+from them and deletes them, and the longest time that a stream waits between two of its pieces is measured.
+The server's memory is read four times a minute. Exit code 1 where an answer differs or is lost, a row stays
+taken, or memory grows.
 """
 
 from __future__ import annotations
@@ -32,6 +35,12 @@ from .common import add_integers, argument_parser, as_flags, report, settings_wi
 
 START_SECONDS = 600  # until a server listens, whose kernels may have to be built
 MOST_GROWTH = 1.03  # of memory, from the first quarter of the time to the end
+DISH = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "price": {"type": "integer"}},
+    "required": ["name", "price"],
+    "additionalProperties": False,
+}
 WORDS = "the model reads a prompt and writes an answer while others wait for their next token".split()
 
 
@@ -114,29 +123,47 @@ class Seen:
     answers: int = 0
     different: int = 0
     lost: int = 0
+    left: int = 0  # by their client
+    states: int = 0  # made and deleted meanwhile
     tokens: int = 0
     first: list[float] = dataclasses.field(default_factory=list)
     pauses: list[float] = dataclasses.field(default_factory=list)  # the longest of each answer
     memory: list[float] = dataclasses.field(default_factory=list)
 
 
-def requests_of(server: StartedServer, adapters: int, count: int, tokens: int) -> list[dict]:
-    """Make different requests to the base and the adapters, greedy and drawn."""
-    rng = random.Random(1)
-    models = [server.model, *(f"{server.model}:a{number}" for number in range(adapters))]
-    return [
-        {
+def message(rng: random.Random, role: str = "user") -> dict:
+    return {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randrange(5, 120)))}
+
+
+def requests_of(server: StartedServer, args) -> list[dict]:
+    """Make different requests to the base and the adapters, greedy and drawn. States are made for them."""
+    import httpx
+
+    rng, chances = random.Random(1), random.Random(3)
+    models = [server.model, *(f"a{number}" for number in range(args.adapters))]
+    states = {}
+    bodies = []
+    for number in range(args.requests):
+        body = {
             "model": models[number % len(models)],
-            "messages": [{"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.randrange(5, 120)))}],
-            "max_tokens": rng.randrange(tokens // 2, tokens + 1),
+            "messages": [message(rng)],
+            "max_tokens": rng.randrange(args.tokens // 2, args.tokens + 1),
             "temperature": number % 2,
             "top_p": 0.9,
             "seed": number,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        for number in range(count)
-    ]
+        if chances.randrange(100) < args.forms:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "dish", "schema": DISH}}
+        if chances.randrange(100) < args.states:
+            if body["model"] not in states:
+                begun = {"model": body["model"], "messages": [message(rng), message(rng, "assistant")]}
+                made = httpx.post(f"{server.url}/v1/states", json=begun, timeout=600).raise_for_status()
+                states[body["model"]] = made.json()["id"]
+            body["state_id"] = states[body["model"]]
+        bodies.append(body)
+    return bodies
 
 
 async def asked(client, body: dict) -> AsyncIterator[tuple[float, str, int]]:
@@ -159,18 +186,28 @@ async def asked(client, body: dict) -> AsyncIterator[tuple[float, str, int]]:
                 before = now
 
 
-async def one_client(client, bodies: list[dict], alone: list[str], end: float, seen: Seen, seed: int) -> None:
+async def one_client(
+    client, bodies: list[dict], alone: list[str], end: float, seen: Seen, seed: int, hangups: int
+) -> None:
     """Ask again and again until the end."""
     rng = random.Random(seed)
     while time.monotonic() < end:
         number = rng.randrange(len(bodies))
         text, waits, tokens = "", [], 0
+        leaves = rng.randrange(100) < hangups
+        last = rng.randrange(20) if leaves else -1  # the piece after which the client leaves
         try:
-            async for wait, new, counted in asked(client, bodies[number]):
-                waits.append(wait)
-                text, tokens = text + new, tokens + counted
+            async with contextlib.aclosing(asked(client, bodies[number])) as pieces:
+                async for wait, new, counted in pieces:
+                    waits.append(wait)
+                    text, tokens = text + new, tokens + counted
+                    if len(waits) == last:
+                        break
         except OSError:
             seen.lost += 1
+            continue
+        if len(waits) == last:
+            seen.left += 1
             continue
         seen.answers += 1
         seen.different += text != alone[number]
@@ -188,6 +225,18 @@ async def long_prompts(client, tokens: int, every: float, end: float) -> None:
         await asyncio.sleep(every)
 
 
+async def passing_states(client, every: float, end: float, seen: Seen) -> None:
+    """Make a state, go on from it and delete it, again and again."""
+    rng = random.Random(4)
+    while time.monotonic() < end:
+        made = (await client.post("/v1/states", json={"messages": [message(rng)]})).raise_for_status().json()
+        body = {"prompt": "Then", "state_id": made["id"], "max_tokens": 2}
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+        (await client.delete(f"/v1/states/{made['id']}")).raise_for_status()
+        seen.states += 1
+        await asyncio.sleep(every)
+
+
 async def load(server: StartedServer, args, bodies: list[dict]) -> Seen:
     import httpx
 
@@ -199,11 +248,13 @@ async def load(server: StartedServer, args, bodies: list[dict]) -> Seen:
         print(f"{len(bodies)} requests were asked alone", flush=True)
         end = time.monotonic() + args.seconds
         tasks = [
-            asyncio.create_task(one_client(client, bodies, alone, end, seen, seed))
+            asyncio.create_task(one_client(client, bodies, alone, end, seen, seed, args.hangups))
             for seed in range(args.clients)
         ]
         if args.long:
             tasks.append(asyncio.create_task(long_prompts(client, args.long, 5, end)))
+        if args.states:
+            tasks.append(asyncio.create_task(passing_states(client, 1, end, seen)))
         while time.monotonic() < end:
             await asyncio.sleep(min(15, args.seconds / 8))
             metrics = await asyncio.to_thread(server.metrics)
@@ -216,11 +267,11 @@ async def load(server: StartedServer, args, bodies: list[dict]) -> Seen:
 def main() -> None:
     parser = argument_parser(__doc__)
     add_integers(parser, seconds=180, clients=64, adapters=4, rows=16, long=8192, requests=40, tokens=48)
-    add_integers(parser, layers=6, width=256)
+    add_integers(parser, layers=6, width=256, forms=0, states=0, hangups=0)
     args = parser.parse_args()
     flags = {"rows": args.rows, "cache": "32MB"}
     with served_model(args.layers, args.width, args.adapters, **flags) as server:
-        bodies = requests_of(server, args.adapters, args.requests, args.tokens)
+        bodies = requests_of(server, args)
         seen = asyncio.run(load(server, args, bodies))
         left, printed = server.settled(), server.printed()
     quarter = seen.memory[len(seen.memory) // 4]
@@ -231,6 +282,8 @@ def main() -> None:
         answers=seen.answers,
         different=seen.different,
         lost=seen.lost,
+        left_by_clients=seen.left,
+        states_made=seen.states,
         rows_taken_at_the_end=left,
         tokens_per_second=round(seen.tokens / args.seconds, 1),
         first_token_seconds=[round(statistics.median(seen.first), 3), round(max(seen.first), 3)],

@@ -161,7 +161,11 @@ def test_states_are_listed_deleted_and_limited(server):
     full = post(server, "states", messages=BEFORE)
     assert full.status_code == 400 and full.json()["error"]["code"] == "too_many_states"
     assert post(server, "states", file="s.pth").status_code == 400
+    said(server, messages=NEXT, state_id=first["id"])
+    assert any(entry.start is not None for entry in server.engine.cache.entries.values())
     drop_all(server)
+    post(server, "chat/completions", messages=NEXT, max_tokens=1)  # after what the engine was told
+    assert all(entry.start is None for entry in server.engine.cache.entries.values())
     assert httpx.delete(f"{server.url}/v1/states/{first['id']}").status_code == 404
     assert post(server, "chat/completions", messages=NEXT, state_id=first["id"]).status_code == 404
     kept(server, messages=BEFORE)

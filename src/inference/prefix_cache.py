@@ -85,6 +85,11 @@ class PrefixCache:
         while self.size > self.limit:
             self._drop(next(iter(self.entries)))
 
+    def forget(self, start: State) -> None:
+        """Drop the entries that begin with this state."""
+        for key in [key for key, entry in self.entries.items() if entry.start is start]:
+            self._drop(key)
+
     def clear(self) -> None:
         """Forget all entries, as when the weights change."""
         self.entries.clear()

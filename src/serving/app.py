@@ -251,7 +251,8 @@ class Routes:
 
     async def drop_state(self, request: Request) -> Response:
         identity = request.path_params["id"]
-        self.reader.states.drop(identity)
+        state, worker = self.reader.states.drop(identity), self.dispatcher.worker
+        worker.post(lambda: worker.engine.cache.forget(state))
         return json_reply({"id": identity, "deleted": True})
 
     async def page(self, request: Request) -> Response:

@@ -101,10 +101,11 @@ class States:
         self.kept[identity] = kept
         return kept
 
-    def drop(self, identity: str) -> None:
-        """Forget a state; answers that began with it go on."""
-        if self.kept.pop(identity, None) is None:
+    def drop(self, identity: str) -> State:
+        """Forget a state and return it; answers that began with it go on."""
+        if identity not in self.kept:
             raise self._unknown(identity)
+        return self.kept.pop(identity).state
 
     @staticmethod
     def _unknown(identity: str) -> Refused:
