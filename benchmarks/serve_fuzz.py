@@ -51,6 +51,12 @@ BODIES = [
             "max_tokens": 4,
             "logprobs": True,
             "top_logprobs": 2,
+            "prompt_logprobs": 1,
+            "logit_bias": {"65": 2, "9": -100},
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "ignore_eos": True,
             "response_format": {"type": "text"},
         },
     ),
@@ -96,7 +102,7 @@ BODIES = [
     ),
     (
         "/v1/completions",
-        {"model": "MODEL", "prompt": ["a", "b"], "max_tokens": 3, "echo": False, "logprobs": 1, "stop": None},
+        {"model": "MODEL", "prompt": ["a", "b"], "max_tokens": 3, "echo": True, "logprobs": 1, "stop": None},
     ),
     (
         "/v1/responses",
@@ -145,6 +151,9 @@ BODIES = [
             "max_tokens": 4,
         },
     ),
+    ("/tokenize", {"model": "MODEL", "prompt": "a", "add_special_tokens": True, "return_token_strs": True}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True}),
+    ("/detokenize", {"tokens": [1, 2, 200]}),
     ("/v1/adapters", {"name": "new", "file": "new.pth"}),
 ]
 
