@@ -58,7 +58,7 @@ class ChatChoices(Choices):
         count = asked.requests[0].n
         self.wants_logprobs = asked.requests[0].logprobs is not None
         self.texts = [ChatText(asked.template, asked.tools) for _ in range(count)]
-        self.drawn = [Spelling(names.tokenizer) for _ in range(count)]
+        self.drawn = [Spelling(names.tokenizer, with_bytes=True) for _ in range(count)]
         self.said: list[list[Delta]] = [[] for _ in range(count)]
         self.logprobs: list[list[Spelled]] = [[] for _ in range(count)]
         self.finish = [""] * count
@@ -121,7 +121,7 @@ class TextChoices(Choices):
         self.prompts = [prompt for prompt in asked.prompts for _ in each]
         self.echoes = [prompt.text if asked.echo else "" for prompt in self.prompts]
         count = len(self.prompts)
-        self.drawn = [Spelling(names.tokenizer, len(echo)) for echo in self.echoes]
+        self.drawn = [Spelling(names.tokenizer, False, len(echo)) for echo in self.echoes]
         self.texts, self.finish = [""] * count, [""] * count
         self.logprobs: list[list[Spelled]] = [[] for _ in range(count)]
         self.prompt_logprobs: list[Sequence[Any]] = [()] * count

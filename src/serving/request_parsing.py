@@ -30,7 +30,7 @@ from .think_modes import read_mode
 from .tools import Tools, read_tools
 
 MOST_LOGPROBS = 20
-MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in half a second, while the others wait
+MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON within a second, while the others wait
 MOST_STOPS, LONGEST_STOP = 16, 500
 # A text with more characters for each token that a prompt may have is mostly too long. Its tokens are counted
 # in its beginning first; the last LONGEST of these may differ from the whole text's.
