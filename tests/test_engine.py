@@ -123,7 +123,7 @@ def test_prompt_logprobs_are_those_of_a_whole_forward_pass(version, native, monk
         engine.decoder = Decoder(copy, 4)
     near = 1e-4 if native else 1e-9
     ids = torch.randint(256, (50,), generator=torch.Generator().manual_seed(3)).tolist()
-    for length in (1, 2, 15, 16, 17, 18, 33, 50):
+    for length in (1, 2, 16, 17, 35):
         with torch.no_grad():
             logits = model(torch.tensor([ids[:length]]))[0][0]
         want = logits.log_softmax(-1)

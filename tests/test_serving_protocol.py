@@ -333,13 +333,14 @@ def test_texts_become_tokens_and_back():
     assert refused({"prompt": "x" * 99}, read_tokenize, limits=Limits(prompt_tokens=20)) == (400, "prompt")
 
 
-def test_the_tokenizer_names_its_tokens():
+def test_the_tokenizer_names_its_tokens(tmp_path):
     info = tokenizer_info(reader())
     assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("\0", None, 256)
-    world = dataclasses.replace(
-        reader(load_template(CHATML), bos=(0,)), tokenizer=load_tokenizer("world", 65536)
-    )
+    (tmp_path / "vocabulary.txt").write_text("1 'a' 1\n2 'b' 1\n")  # the end of document, 0, has no text
+    small = load_tokenizer(str(tmp_path / "vocabulary.txt"), 3)
+    world = dataclasses.replace(reader(load_template(CHATML), bos=(0,)), tokenizer=small)
     info = tokenizer_info(world)
+    assert info["name"] == "vocabulary.txt"
     assert info["bos_token"] == info["eos_token"] and info["chat_template"].startswith("{%")
     for name in ("eos_token", "bos_token"):
         plain = {"prompt": info[name], "add_special_tokens": False}
