@@ -48,7 +48,7 @@ def tokenizer(request, tmp_path_factory):
 
 def asked_of(tokenizer, read, template, body):
     def find(fields):
-        return Chosen("tiny", Applied(), template, ())
+        return Chosen("tiny", Applied(), template, (), "fp_0")
 
     return read(RequestReader(tokenizer, find, Limits(), Defaults()), body)
 
