@@ -25,6 +25,7 @@ NAMES = {
 }
 # fields that name something which a server has kept, or does later
 KEPT = ("previous_response_id", "conversation", "prompt", "background")
+KEEPS_NOTHING = "this server keeps no answers; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
 # kind of a block -> (beginning of its id, its type, the type of its part, the name of its events)
 KINDS = {
@@ -44,7 +45,7 @@ def read_response(reader: RequestReader, body: dict[str, Any]) -> AskedResponse:
     fields = Fields(body)
     for name in KEPT:
         if fields.take(name):
-            raise wrong(name, "this server keeps no answers; send the whole conversation as input")
+            raise wrong(name, KEEPS_NOTHING)
     refuse_more(fields)
     include = fields.take("include")
     if isinstance(include, list) and LOGPROBS in include:
@@ -111,6 +112,8 @@ def _add_item(messages: list[dict[str, Any]], item: Fields) -> None:
         parts = item.objects("content") or item.objects("summary") or []
         thoughts = "\n".join(str(part.get("text", "")) for part in parts)
         messages.append({"role": "assistant", "content": "", "reasoning_content": thoughts})
+    elif kind == "item_reference":
+        raise wrong(f"{item.within}type", f"{KEEPS_NOTHING}, as clients do that are told store: false")
     else:
         raise item.refuse("type", kind, "message, function_call, function_call_output or reasoning")
 
