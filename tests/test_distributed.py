@@ -45,6 +45,8 @@ def files(tmp_path_factory):
 
 
 OWN = "--weight_decay 20 --adam_eps 1e-3 --peft_config r=5 --epoch_count 1".split()
+# the file has the states of both layers, of which one is not trained
+OWN += "--layers last:1 --train_parts state".split()
 
 
 def start(files, proj_dir, *flags, sabotage=None):
