@@ -109,6 +109,27 @@ def test_a_conversation_goes_on_from_its_beginning(server, count, model):
             assert by_state[1] == whole[1]
 
 
+def test_other_apis_go_on_from_a_state(server):
+    state, text = kept(server, messages=BEFORE), NEXT[0]["content"]
+    asked = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    for path, new, whole in (
+        ("responses", {"input": text}, {"input": [*BEFORE, *NEXT]}),
+        ("messages", {"messages": NEXT}, {"system": "Be brief.", "messages": [*BEFORE[1:], *NEXT]}),
+    ):
+        replies = [
+            post(server, path, **asked, **fields).json()
+            for fields in (new | {"state_id": state["id"]}, whole)
+        ]
+        said_by_state, said_by_whole = (
+            [part["text"] for part in (reply.get("output") or [reply])[-1]["content"]] for reply in replies
+        )
+        assert said_by_state == said_by_whole and said_by_whole[0]
+        usages = [reply["usage"] for reply in replies]
+        # Anthropic counts cached tokens apart
+        counts = [one["input_tokens"] + one.get("cache_read_input_tokens", 0) for one in usages]
+        assert counts[0] == counts[1] > state["tokens"]
+
+
 def test_a_text_goes_on_from_a_conversation(server):
     state = kept(server, messages=BEFORE)
     prompt = "System: Be brief.\n\nUser: ab\n\nAssistant: cd\n\n"

@@ -194,7 +194,7 @@ class Routes:
 
     async def count_tokens(self, request: Request) -> Response:
         asked = await self._asked(request, read_anthropic)
-        return json_reply({"input_tokens": len(asked.requests[0].tokens)})
+        return json_reply({"input_tokens": asked.kept + len(asked.requests[0].tokens)})
 
     async def tokenize(self, request: Request) -> Response:
         value, ignored = await self._asked(request, read_tokenize)
